@@ -1,0 +1,166 @@
+"""What a user chooses: how to sample and how to decode. Frozen, keyword-only, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from treeflash.errors import ConfigError
+
+Method = Literal["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the target chooses a token from its logits.
+
+    The filters apply in this order, each to what the one before it left: temperature, top-k,
+    top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy (the filters and the seed are then without effect).
+        top_k: keep the `top_k` most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens until their mass reaches `top_p`.
+        min_p: keep tokens at least `min_p` times as probable as the best one.
+        seed: together with a token's absolute position it fixes the random number that decides
+            that token, so a seed gives the same text with every method and budget.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.temperature < float("inf"), "temperature must be 0 or more", self)
+        _check(self.top_k >= 0, "top-k must be 0 (off) or more", self)
+        _check(0 < self.top_p <= 1, "top-p must be above 0 and at most 1", self)
+        _check(0 <= self.min_p <= 1, "min-p must be between 0 and 1", self)
+        _check(0 <= self.seed < 2**64, "seed must be between 0 and 2**64 - 1", self)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the target takes its most probable token."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How one text is decoded. The defaults are the published ones (TreeFlash, section 4).
+
+    Attributes:
+        method: `ar` decodes plainly; `dflash` verifies the chain of the drafter's best tokens;
+            `ddtree` a tree of its marginals; `treeflash` a tree of the AR head's predictions;
+            `treeflash-chain` that head's best chain.
+        budget: nodes of a draft tree, the root included.
+        top_m: previous-token candidates kept per depth (M).
+        top_k_children: children kept per depth and previous token (K).
+        draft_temperature: divides the drafter's logits; it shapes the tree, never the output.
+        max_tokens: new tokens at most.
+        stop_token_ids: tokens that end the text; the one met is part of the output.
+        sampling: how the target chooses.
+    """
+
+    method: Method = "treeflash"
+    budget: int = 64
+    top_m: int = 16
+    top_k_children: int = 16
+    draft_temperature: float = 1.0
+    max_tokens: int = 256
+    stop_token_ids: frozenset[int] = frozenset()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.method in METHODS,
+            f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}",
+        )
+        _check(self.budget >= 1, "budget must be 1 or more", self)
+        _check(self.top_m >= 1, "top-m must be 1 or more", self)
+        _check(self.top_k_children >= 1, "top-k-children must be 1 or more", self)
+        _check(0 < self.draft_temperature < float("inf"), "draft-temperature must be above 0", self)
+        _check(self.max_tokens >= 1, "max-tokens must be 1 or more", self)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the method needs a drafter."""
+        return self.method != "ar"
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether the method needs the drafter's AR head."""
+        return self.method.startswith("treeflash")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Where and how a backend loads its models; what a backend cannot do it refuses.
+
+    Attributes:
+        device: the backend's own name for a device (`cuda:1`, `cpu`, `gpu`); None is its best.
+        dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
+        draft_bits: quantise the drafter to so many bits; None leaves it as it is.
+        kv_bits: keep the target's keys and values in so many bits; None keeps `dtype`.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    draft_bits: int | None = None
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.dtype in (None, *DTYPES),
+            f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """The shape of a drafter, as its checkpoint states it.
+
+    Attributes:
+        block_size: S: the root and S - 1 masks; the drafter proposes S - 1 depths.
+        mask_token_id: the token that stands for "to be drafted".
+        target_layer_ids: target layers whose outputs are the context features, in order.
+        num_target_layers: layers of the target that it was trained for; None where unstated.
+        vocab_size: the target's vocabulary; None where unstated.
+        head: name of the AR head (`swiglu`), or None for a plain DFlash drafter.
+        inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
+        rope_scale: factor on the rotary cosines and sines; 1 but for YaRN.
+        sliding_windows: per layer, the width of its window in positions, or None for all.
+        causal: per layer, whether a position sees only itself and those before it.
+        input_scale: factor on the target's embeddings at the drafter's input.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    attention_bias: bool
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int | None
+    vocab_size: int | None
+    head: str | None
+    inv_freq: tuple[float, ...]
+    rope_scale: float
+    sliding_windows: tuple[int | None, ...]
+    causal: tuple[bool, ...]
+    input_scale: float
+
+
+def _check(ok: bool, message: str, config: object | None = None) -> None:
+    if ok:
+        return
+    if config is not None:
+        name = message.split(" ", 1)[0]
+        message += f", got {getattr(config, name.replace('-', '_'))}"
+    raise ConfigError(message)

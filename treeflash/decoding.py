@@ -1,0 +1,159 @@
+"""The decode loop: the only one, for every method and every backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.acceptance import accept
+from treeflash.config import DecodeConfig
+from treeflash.errors import ConfigError, PromptError
+from treeflash.interfaces import Backend, Block, Drafter
+from treeflash.sampling import uniforms
+from treeflash.transitions import TransitionTable
+from treeflash.tree import DraftTree, build_chain, build_tree
+
+Phase: TypeAlias = Literal["prefill", "draft", "tree", "verify", "commit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one target forward brought: the prefill first, then one step an iteration.
+
+    Attributes:
+        tokens: newly committed tokens; ends at a stop token or at the limit.
+        seconds: time spent, by phase.
+        tree: the tree that was verified; None for the prefill.
+        path: (a,) node indices of the accepted path, before any stop cut it; None for the prefill.
+        finish_reason: `stop` or `length` in the last step, None before.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: dict[Phase, float]
+    tree: DraftTree | None = None
+    path: NDArray[np.int32] | None = None
+    finish_reason: str | None = None
+
+
+def decode(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[Step]:
+    """Decode one text step by step. Closing the iterator early loses nothing already yielded.
+
+    Args:
+        backend: a loaded pair.
+        prompt_ids: the prompt, at least one token.
+        config: method, budget, limits, sampling.
+
+    Raises:
+        PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
+        ConfigError: the method needs a drafter, or a head, that was not loaded.
+        NumericalError: a model produced values that are not finite.
+    """
+    check(backend, prompt_ids, config)
+    limit = min(config.max_tokens, backend.max_positions - len(prompt_ids))
+    return _steps(backend, prompt_ids, config, limit)
+
+
+def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
+    """Raise the error that decoding this prompt in this way would meet, if any."""
+    if config.drafts and backend.drafter_config is None:
+        raise ConfigError(
+            f"method {config.method} needs a drafter and none was loaded; pass --drafter, "
+            "or --method ar"
+        )
+    if config.uses_head and backend.head is None:
+        raise ConfigError(
+            f"method {config.method} needs a TreeFlash drafter, and this one has no AR head; "
+            "use --method ddtree or --method dflash"
+        )
+    if not len(prompt_ids):
+        raise PromptError("the prompt is empty; give at least one token")
+    if len(prompt_ids) >= backend.max_positions:
+        raise PromptError(
+            f"the prompt has {len(prompt_ids)} tokens and the target's limit is "
+            f"{backend.max_positions}, new tokens included; shorten the prompt"
+        )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < backend.vocab_size:
+        raise PromptError(
+            f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
+            "was it encoded with another model's tokenizer?"
+        )
+
+
+def _steps(
+    backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig, limit: int
+) -> Iterator[Step]:
+    sampling = config.sampling
+    clock = _Clock()
+    verifier = backend.verifier(features=config.drafts)
+    drafter = backend.drafter() if config.drafts else None
+    root, features = verifier.prefill(
+        prompt_ids, sampling, _draws(config, np.array([len(prompt_ids)], np.int32))
+    )
+    clock.mark("prefill")
+    tokens, finish_reason = _cut((root,), config, limit)
+    emitted = len(tokens)
+    yield Step(tokens, clock.seconds, finish_reason=finish_reason)
+
+    while finish_reason is None:
+        clock = _Clock()
+        tree = DraftTree.root_only(root)
+        if drafter is not None:
+            table = propose(backend, drafter, drafter.draft(features, root), config)
+            clock.mark("draft")
+            build = build_chain if config.method in ("dflash", "treeflash-chain") else build_tree
+            tree = build(table, root, config.budget)
+            clock.mark("tree")
+        draws = _draws(config, tree.positions(verifier.length + 1))
+        chosen = verifier.verify(tree, sampling, draws)
+        clock.mark("verify")
+        accepted = accept(tree, chosen)
+        features = verifier.commit(accepted.path)
+        root = accepted.tokens[-1]
+        clock.mark("commit")
+        tokens, finish_reason = _cut(accepted.tokens, config, limit - emitted)
+        emitted += len(tokens)
+        yield Step(tokens, clock.seconds, tree, accepted.path, finish_reason)
+
+
+def propose(
+    backend: Backend, drafter: Drafter, block: Block, config: DecodeConfig
+) -> TransitionTable:
+    """The table that a method builds its chain or tree from."""
+    temperature = config.draft_temperature
+    if config.uses_head:
+        assert backend.head is not None
+        return backend.head.transitions(block, config.top_m, config.top_k_children, temperature)
+    k = 1 if config.method == "dflash" else config.top_k_children
+    return drafter.marginals(block, k, temperature)
+
+
+def _draws(config: DecodeConfig, positions: NDArray[np.int32]) -> NDArray[np.float64] | None:
+    return None if config.sampling.greedy else uniforms(config.sampling.seed, positions)
+
+
+def _cut(
+    tokens: tuple[int, ...], config: DecodeConfig, room: int
+) -> tuple[tuple[int, ...], str | None]:
+    """The tokens up to the first stop token or the limit, and which of the two was met."""
+    for i, token in enumerate(tokens[:room]):
+        if token in config.stop_token_ids:
+            return tokens[: i + 1], "stop"
+    return tokens[:room], "length" if len(tokens) >= room else None
+
+
+@dataclass
+class _Clock:
+    """Splits elapsed time into phases."""
+
+    seconds: dict[Phase, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def mark(self, phase: Phase) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self.last
+        self.last = now

@@ -1,0 +1,107 @@
+"""The one-shot drafter (DFlash, arXiv 2602.06036)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import DrafterConfig
+from treeflash.reference.cache import Cache
+from treeflash.reference.numerics import Array, attention, rms_norm, rotate, silu, top, visible
+from treeflash.reference.target import Target
+from treeflash.transitions import TransitionTable
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A drafted block: the root's token id, and (S, hidden_size) outputs of the last layer."""
+
+    root: int
+    hidden: Array
+
+
+@dataclass(frozen=True, eq=False)
+class DrafterWeights:
+    """A drafter's tensors by canonical name, with the target that it drafts for."""
+
+    config: DrafterConfig
+    tensors: dict[str, Array]
+    target: Target
+
+    def normed(self, name: str, x: Array) -> Array:
+        """RMS-normalise with the weights of that name."""
+        return rms_norm(x, self.tensors[name + ".weight"], self.config.rms_norm_eps)
+
+    def logits(self, hidden: Array) -> Array:
+        """The target's output head over last-layer outputs."""
+        return self.normed("norm", hidden) @ self.target.output.T
+
+
+class Drafter:
+    """`treeflash.interfaces.Drafter` in NumPy."""
+
+    def __init__(self, weights: DrafterWeights) -> None:
+        """Start a text."""
+        config = weights.config
+        self.weights = weights
+        self.cache = Cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+    def draft(self, features: Array, root: int) -> Block:
+        """See `Drafter.draft`."""
+        self._extend(features)
+        config, start = self.weights.config, self.cache.length
+        tokens = np.full(config.block_size, config.mask_token_id)
+        tokens[0] = root
+        positions = start + np.arange(config.block_size, dtype=np.int32)
+        keys = np.arange(start + config.block_size, dtype=np.int32)
+        x = self.weights.target.embeddings[tokens] * np.float32(config.input_scale)
+        for n in range(config.num_hidden_layers):
+            mask = visible(positions, keys, config.sliding_windows[n], config.causal[n])
+            layer = f"layers.{n}."
+            y = self.weights.normed(layer + "input_layernorm", x)
+            q = self._heads(layer, "q", y, positions)
+            k, v = self.cache.attend(n, *self._keys_values(layer, y, positions))
+            x = x + self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask))
+            y = self.weights.normed(layer + "post_attention_layernorm", x)
+            gate = silu(self._linear(layer + "mlp.gate_proj", y))
+            up = self._linear(layer + "mlp.up_proj", y)
+            x = x + self._linear(layer + "mlp.down_proj", gate * up)
+        return Block(root, x)
+
+    def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
+        """See `Drafter.marginals`."""
+        tokens, log_probs = top(self.weights.logits(block.hidden[1:]) / temperature, k)
+        return TransitionTable.from_marginals(tokens, log_probs)
+
+    def keys_values(self) -> Array:
+        """See `Drafter.keys_values`."""
+        return self.cache.keys_values()
+
+    def _extend(self, features: Array) -> None:
+        """Project newly committed positions to keys and values, once for all later blocks."""
+        context = self.weights.normed("hidden_norm", self._linear("fc", features))
+        rows = np.arange(len(context), dtype=np.int32)
+        for n in range(self.weights.config.num_hidden_layers):
+            k, v = self._keys_values(f"layers.{n}.", context, rows + self.cache.length)
+            self.cache.attend(n, k, v)
+        self.cache.commit(rows)
+
+    def _keys_values(
+        self, layer: str, x: Array, positions: NDArray[np.int32]
+    ) -> tuple[Array, Array]:
+        return self._heads(layer, "k", x, positions), self._heads(layer, "v", x, positions)
+
+    def _heads(self, layer: str, name: str, x: Array, positions: NDArray[np.int32]) -> Array:
+        config = self.weights.config
+        y = self._linear(f"{layer}self_attn.{name}_proj", x).reshape(len(x), -1, config.head_dim)
+        if name == "v":
+            return y.swapaxes(0, 1)
+        y = self.weights.normed(f"{layer}self_attn.{name}_norm", y).swapaxes(0, 1)
+        return rotate(y, positions, config.inv_freq, config.rope_scale)
+
+    def _linear(self, name: str, x: Array) -> Array:
+        tensors = self.weights.tensors
+        y: Array = x @ tensors[name + ".weight"].T
+        return y + tensors[name + ".bias"] if name + ".bias" in tensors else y

@@ -1,0 +1,98 @@
+"""The few operations that a transformer is made of, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Normalise the last axis to unit root mean square, then scale by `weight`."""
+    root: Array = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
+    return x / root * weight
+
+
+def silu(x: Array) -> Array:
+    """The sigmoid linear unit, x * sigmoid(x)."""
+    y: Array = x / (1 + np.exp(-x))
+    return y
+
+
+def softmax(x: Array) -> Array:
+    """Over the last axis; a row may have -inf entries, not only such."""
+    exps = np.exp(x - x.max(-1, keepdims=True))
+    normalised: Array = exps / exps.sum(-1, keepdims=True)
+    return normalised
+
+
+def log_softmax(x: Array) -> Array:
+    """Over the last axis."""
+    shifted = x - x.max(-1, keepdims=True)
+    normalised: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised
+
+
+def rotate(
+    x: Array, positions: NDArray[np.int32], inv_freq: Sequence[float], scale: float
+) -> Array:
+    """Rotary embedding, the two halves of a head paired.
+
+    Args:
+        x: (heads, n, head_dim).
+        positions: (n,).
+        inv_freq: (head_dim // 2,) radians per position.
+        scale: factor on cosines and sines.
+    """
+    angles = positions[:, None] * np.asarray(inv_freq)
+    cos, sin = np.float32(np.cos(angles) * scale), np.float32(np.sin(angles) * scale)
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attention(q: Array, k: Array, v: Array, mask: NDArray[np.bool_]) -> Array:
+    """Grouped-query attention.
+
+    Args:
+        q: (heads, n, head_dim).
+        k: (kv_heads, m, head_dim).
+        v: (kv_heads, m, head_dim).
+        mask: (n, m), True where a query sees a key.
+
+    Returns:
+        (n, heads * head_dim).
+    """
+    heads, n, head_dim = q.shape
+    grouped = q.reshape(len(k), -1, n, head_dim)
+    scores = grouped @ k[:, None].swapaxes(-1, -2) / np.float32(np.sqrt(head_dim))
+    out = softmax(np.where(mask, scores, -np.inf)) @ v[:, None]
+    return out.reshape(heads, n, head_dim).swapaxes(0, 1).reshape(n, -1)
+
+
+def visible(
+    queries: NDArray[np.int32], keys: NDArray[np.int32], window: int | None, causal: bool
+) -> NDArray[np.bool_]:
+    """(n, m) whether a query position may see a key position.
+
+    Args:
+        queries: (n,) positions.
+        keys: (m,) positions.
+        window: a query sees fewer than `window` positions to each side; None is all.
+        causal: whether it sees only itself and what is before it.
+    """
+    distance = queries[:, None] - keys[None, :]
+    seen = np.ones(distance.shape, np.bool_)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= np.abs(distance) < window
+    return seen
+
+
+def top(logits: Array, k: int) -> tuple[NDArray[np.int32], Array]:
+    """The `k` largest of each row, largest first, ties by index; and their log probabilities."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
+    return order.astype(np.int32), np.take_along_axis(log_softmax(logits), order, -1)

@@ -1,0 +1,153 @@
+"""A decoder-only transformer in NumPy: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.checkpoints import read_config, read_tensors
+from treeflash.errors import CheckpointError, UnsupportedModelError
+from treeflash.reference.cache import Cache
+from treeflash.reference.numerics import Array, attention, rms_norm, rotate, silu, softmax
+from treeflash.rope import inverse_frequencies, rope_parameters
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+class Target:
+    """The weights of a target and its forward pass."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read a Hugging Face folder.
+
+        Raises:
+            CheckpointError: it is damaged or lacks a tensor.
+            UnsupportedModelError: another family, or a variant of one that is not known here.
+        """
+        config = read_config(folder)
+        family = config.get("model_type")
+        if family not in FAMILIES or config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModelError(
+                f"the reference backend knows {', '.join(FAMILIES)}, not {family!r}; "
+                "use --backend cuda or --backend mlx"
+            )
+        self.folder = folder
+        self.weights = read_tensors(folder)
+        try:
+            self._configure(config)
+        except KeyError as error:
+            raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
+        self.embeddings = self._weight("model.embed_tokens.weight")
+        self.output = self.embeddings
+        if not config.get("tie_word_embeddings", False):
+            self.output = self._weight("lm_head.weight")
+
+    def _configure(self, config: dict[str, Any]) -> None:
+        self.hidden_size = int(config["hidden_size"])
+        self.layers = int(config["num_hidden_layers"])
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        self.head_dim = int(config.get("head_dim") or self.hidden_size // self.heads)
+        self.vocab_size = int(config["vocab_size"])
+        self.max_positions = int(config["max_position_embeddings"])
+        self.eps = float(config["rms_norm_eps"])
+        self.experts_per_token = int(config.get("num_experts_per_tok") or 0)
+        self.norm_topk_prob = bool(config.get("norm_topk_prob", False))
+        frequencies, self.rope_scale = inverse_frequencies(rope_parameters(config), self.head_dim)
+        self.inv_freq = tuple(frequencies.tolist())
+        window = config.get("sliding_window")
+        kinds = config.get("layer_types")
+        if kinds is None:  # Mistral slides everywhere, the Qwen families only where they say so
+            slides = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
+            kinds = ["sliding_attention" if slides and window else "full_attention"] * self.layers
+        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+
+    def new_cache(self) -> Cache:
+        """An empty cache for a text."""
+        return Cache(self.layers, self.kv_heads, self.head_dim)
+
+    def forward(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        cache: Cache,
+    ) -> tuple[Array, list[Array]]:
+        """Run n tokens after the committed ones.
+
+        Args:
+            token_ids: (n,).
+            positions: (n,) absolute.
+            mask: (n, n) whether a token sees another; all see the committed positions.
+            cache: holds their keys and values afterwards, not committed.
+
+        Returns:
+            (n, vocab) logits, and each layer's output, (n, hidden_size).
+        """
+        keys = np.concatenate([np.arange(cache.length), positions])
+        seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
+        x = self.embeddings[token_ids]
+        outputs = []
+        for n, window in enumerate(self.windows):
+            inside = seen if window is None else seen & (positions[:, None] - keys < window)
+            layer = f"model.layers.{n}."
+            y = rms_norm(x, self._weight(layer + "input_layernorm.weight"), self.eps)
+            x = x + self._attend(n, y, positions, inside, cache)
+            y = rms_norm(x, self._weight(layer + "post_attention_layernorm.weight"), self.eps)
+            x = x + self._feed_forward(layer + "mlp.", y)
+            outputs.append(x)
+        hidden = rms_norm(x, self._weight("model.norm.weight"), self.eps)
+        return hidden @ self.output.T, outputs
+
+    def _attend(
+        self,
+        n: int,
+        x: Array,
+        positions: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        cache: Cache,
+    ) -> Array:
+        layer = f"model.layers.{n}.self_attn."
+
+        def heads(name: str, count: int) -> Array:
+            y = self._linear(f"{layer}{name}_proj", x).reshape(len(x), count, self.head_dim)
+            if f"{layer}{name}_norm.weight" in self.weights:
+                y = rms_norm(y, self.weights[f"{layer}{name}_norm.weight"], self.eps)
+            return y.swapaxes(0, 1)
+
+        q = rotate(heads("q", self.heads), positions, self.inv_freq, self.rope_scale)
+        k = rotate(heads("k", self.kv_heads), positions, self.inv_freq, self.rope_scale)
+        keys, values = cache.attend(n, k, heads("v", self.kv_heads))
+        return self._linear(layer + "o_proj", attention(q, keys, values, mask))
+
+    def _feed_forward(self, layer: str, x: Array) -> Array:
+        if layer + "gate.weight" not in self.weights:
+            return self._mlp(layer, x)
+        scores = softmax(x @ self._weight(layer + "gate.weight").T)
+        chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : self.experts_per_token]
+        out = np.zeros_like(x)
+        for row, experts in enumerate(chosen):
+            shares = scores[row, experts]
+            if self.norm_topk_prob:
+                shares = shares / shares.sum()
+            for expert, share in zip(experts.tolist(), shares, strict=True):
+                out[row] += share * self._mlp(f"{layer}experts.{expert}.", x[row])
+        return out
+
+    def _mlp(self, layer: str, x: Array) -> Array:
+        gate = silu(self._linear(layer + "gate_proj", x))
+        return self._linear(layer + "down_proj", gate * self._linear(layer + "up_proj", x))
+
+    def _linear(self, name: str, x: Array) -> Array:
+        y: Array = x @ self._weight(name + ".weight").T
+        bias = self.weights.get(name + ".bias")
+        return y if bias is None else y + bias
+
+    def _weight(self, name: str) -> Array:
+        try:
+            return self.weights[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} lacks the tensor {name}") from None

@@ -1,0 +1,63 @@
+"""Backends by name: entry points of the group `treeflash.backends`, imported when used."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import cast
+
+from treeflash.errors import BackendError
+from treeflash.interfaces import Loader
+
+GROUP = "treeflash.backends"
+_FRAMEWORKS = {"cuda": "torch", "mlx": "mlx"}
+
+
+def available() -> dict[str, EntryPoint]:
+    """Registered backends by name, whether or not their frameworks are installed.
+
+    Raises:
+        BackendError: two packages register the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise BackendError(
+                f"backend {entry.name!r} is registered twice, by {found[entry.name].value} and "
+                f"{entry.value}; uninstall one of the two packages"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def installed(name: str) -> bool:
+    """Whether the framework of a backend of this package is installed."""
+    framework = _FRAMEWORKS.get(name)
+    return framework is None or find_spec(framework) is not None
+
+
+def best() -> str:
+    """The backend to use when none is named: MLX on Apple Silicon, else torch, MLX, NumPy."""
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    order = ("mlx", "cuda") if apple else ("cuda", "mlx")
+    return next((name for name in order if installed(name)), "reference")
+
+
+def loader(name: str) -> Loader:
+    """The entry point of a backend.
+
+    Raises:
+        BackendError: no backend has that name, or its framework is not installed.
+    """
+    entries = available()
+    if name not in entries:
+        raise BackendError(
+            f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
+        )
+    if not installed(name):
+        raise BackendError(
+            f"backend {name!r} needs {_FRAMEWORKS[name]}; pip install 'treeflash[{name}]'"
+        )
+    return cast(Loader, entries[name].load())
