@@ -1,0 +1,1 @@
+"""The PyTorch backend: any Hugging Face causal language model, on CUDA or a CPU."""

@@ -1,0 +1,141 @@
+"""Loading: the entry point of the PyTorch backend."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from treeflash.checkpoints import (
+    canonical_name,
+    check_pair,
+    check_tensors,
+    drafter_config,
+    weight_files,
+)
+from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash_cuda.drafter import Drafter, DrafterModel
+from treeflash_cuda.head import ARHead, SwiGLU
+from treeflash_cuda.target import Target
+from treeflash_cuda.verifier import Verifier
+
+HEAD_PREFIX = "ar_approximation."
+
+
+class CudaBackend:
+    """`treeflash.interfaces.Backend` in PyTorch."""
+
+    name = "cuda"
+
+    def __init__(self, target: Target, drafter: DrafterModel | None, head: ARHead | None) -> None:
+        """Hold a target, and a drafter for it."""
+        self.target = target
+        self.drafter_model = drafter
+        self.head = head
+        self.device = str(target.device)
+        self.dtype = str(target.dtype).removeprefix("torch.")
+        self.vocab_size = target.vocab_size
+        self.max_positions = int(target.config.max_position_embeddings)
+        self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
+
+    def verifier(self, *, features: bool) -> Verifier:
+        """See `Backend.verifier`."""
+        config = self.drafter_config if features else None
+        return Verifier(self.target, config.target_layer_ids if config else ())
+
+    def drafter(self) -> Drafter:
+        """See `Backend.drafter`."""
+        assert self.drafter_model is not None
+        return Drafter(self.drafter_model, self.target)
+
+    def memory_bytes(self) -> int:
+        """See `Backend.memory_bytes`."""
+        if self.target.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.target.device)
+        import resource  # POSIX only, and only needed here
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
+    """See `Loader`."""
+    if config.draft_bits or config.kv_bits:
+        raise ConfigError(
+            "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
+        )
+    device = choose_device(config.device)
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = Target(target, device, dtype)
+    if drafter is None:
+        return CudaBackend(model, None, None)
+    drafter_model, head = load_drafter(drafter, model)
+    model.capture(drafter_model.config.target_layer_ids)
+    return CudaBackend(model, drafter_model, head)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None is the first CUDA device.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    try:
+        device = torch.device(name or "cuda")
+    except RuntimeError:
+        raise BackendError(f"unknown device {name!r}; use cuda, cuda:1, ... or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
+    if not torch.cuda.is_available():
+        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise BackendError(
+            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return torch.device("cuda", index)
+
+
+def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | None]:
+    """Read a drafter and check that it belongs to the target."""
+    config = drafter_config(folder)
+    check_pair(
+        config,
+        hidden_size=target.embeddings.shape[1],
+        vocab_size=target.vocab_size,
+        num_hidden_layers=len(target.layers),
+    )
+    tensors = read_drafter(folder)
+    check_tensors(folder, config, {name: tuple(t.shape) for name, t in tensors.items()})
+    with torch.device(target.device):
+        model = DrafterModel(config)
+    of_head = {name: t for name, t in tensors.items() if name.startswith(HEAD_PREFIX)}
+    model.load_state_dict({name: t for name, t in tensors.items() if name not in of_head})
+    model = model.to(target.dtype).eval()
+    if not of_head:
+        return model, None
+    with torch.device(target.device):
+        swiglu = SwiGLU(config, of_head[HEAD_PREFIX + "d.weight"].shape[1])
+    swiglu.load_state_dict({name.removeprefix(HEAD_PREFIX): t for name, t in of_head.items()})
+    return model, ARHead(swiglu.to(target.dtype).eval(), model, target)
+
+
+def read_drafter(folder: Path) -> dict[str, Tensor]:
+    """A drafter's tensors by canonical name."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            part = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        tensors |= {canonical_name(name): tensor for name, tensor in part.items()}
+    return tensors

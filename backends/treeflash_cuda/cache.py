@@ -1,0 +1,98 @@
+"""Keys and values in preallocated storage, committed in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Cache
+
+from treeflash.errors import UnsupportedModelError
+
+FIRST_CAPACITY = 512
+
+
+class KeyValues:
+    """Keys and values of all layers in one tensor: committed positions, then one block.
+
+    Attributes:
+        storage: (layers, 2, kv_heads, capacity, head_dim); None until the first block comes.
+        length: committed positions.
+    """
+
+    def __init__(self, layers: int) -> None:
+        """Start empty."""
+        self.layers = layers
+        self.storage: Tensor | None = None
+        self.length = 0
+
+    def attend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a block after the committed positions; return views of both together.
+
+        Args:
+            layer: index.
+            k: (1, kv_heads, n, head_dim).
+            v: likewise.
+
+        Returns:
+            Keys and values, (1, kv_heads, length + n, head_dim) each.
+        """
+        end = self.length + k.shape[2]
+        storage = self._reserve(end, k, v)
+        storage[layer, 0, :, self.length : end] = k[0]
+        storage[layer, 1, :, self.length : end] = v[0]
+        return storage[layer, 0, None, :, :end], storage[layer, 1, None, :, :end]
+
+    def commit(self, rows: NDArray[np.int32]) -> None:
+        """Keep these rows of the block, in this order; nothing moves where they lie in place."""
+        assert self.storage is not None
+        first, end = self.length, self.length + len(rows)
+        if not np.array_equal(rows, np.arange(len(rows))):
+            index = torch.from_numpy(rows.astype(np.int64) + first).to(self.storage.device)
+            self.storage[:, :, :, first:end] = self.storage.index_select(3, index)
+        self.length = end
+
+    def read(self) -> NDArray[np.float32]:
+        """The committed part, (layers, 2, kv_heads, length, head_dim)."""
+        assert self.storage is not None
+        committed: NDArray[np.float32] = self.storage[:, :, :, : self.length].float().cpu().numpy()
+        return committed
+
+    def _reserve(self, end: int, k: Tensor, v: Tensor) -> Tensor:
+        old = self.storage
+        if k.shape != v.shape or (old is not None and k.shape[1::2] != old.shape[2::2]):
+            raise UnsupportedModelError(
+                "the target's layers keep keys and values of different shapes, which a draft "
+                "tree's storage cannot hold"
+            )
+        if old is not None and end <= old.shape[3]:
+            return old
+        capacity = max(FIRST_CAPACITY, end, 0 if old is None else 2 * old.shape[3])
+        new = k.new_empty(self.layers, 2, k.shape[1], capacity, k.shape[3])
+        if old is not None:
+            # The block of earlier layers lies beyond the committed positions: keep all of it.
+            new[:, :, :, : old.shape[3]] = old
+        self.storage = new
+        return new
+
+
+class TargetCache(Cache):
+    """The storage as transformers' models see it."""
+
+    def __init__(self, layers: int) -> None:
+        """Start empty."""
+        super().__init__(layers=[])
+        self.key_values = KeyValues(layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by a layer with its block's keys and values."""
+        return self.key_values.attend(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Committed positions."""
+        return self.key_values.length

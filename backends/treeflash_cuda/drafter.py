@@ -1,0 +1,211 @@
+"""The one-shot drafter (DFlash, arXiv 2602.06036)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treeflash.config import DrafterConfig
+from treeflash.transitions import TransitionTable
+from treeflash_cuda.attention import grouped_attention
+from treeflash_cuda.cache import KeyValues
+from treeflash_cuda.target import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A drafted block: the root's token id, and (S, hidden_size) outputs of the last layer."""
+
+    root: int
+    hidden: Tensor
+
+
+class Rotary:
+    """Cosines and sines of positions. No module: frequencies stay float32 in a half model."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Take the frequencies from the configuration."""
+        self.scale = config.rope_scale
+        self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(n, head_dim) each, from (n,) positions."""
+        angles = positions[:, None].float() * self.inv_freq
+        angles = torch.cat([angles, angles], -1)
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of (..., n, head_dim), the two halves of a head paired."""
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    """Queries from the block; keys and values from the context and the block."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the projections."""
+        super().__init__()
+        self.head_dim = config.head_dim
+        h, bias = config.hidden_size, config.attention_bias
+        q, kv = (
+            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(h, q, bias)
+        self.k_proj = nn.Linear(h, kv, bias)
+        self.v_proj = nn.Linear(h, kv, bias)
+        self.o_proj = nn.Linear(q, h, bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """(batch, heads, n, head_dim) from (batch, n, hidden_size)."""
+        return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rotation)
+
+    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(batch, kv_heads, n, head_dim) each, of context or block."""
+        keys = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), rotation)
+        return keys, self._heads(self.v_proj(x)).transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the projections."""
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) to the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer, Qwen3's."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the parts."""
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DrafterModel(nn.Module):
+    """A drafter's weights, under the names that checkpoints give them."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the layers; the weights are to be loaded."""
+        super().__init__()
+        self.config = config
+        h = config.hidden_size
+        self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
+        self.hidden_norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+
+
+class Drafter:
+    """`treeflash.interfaces.Drafter` in PyTorch."""
+
+    def __init__(self, model: DrafterModel, target: Target) -> None:
+        """Start a text."""
+        self.model = model
+        self.target = target
+        self.cache = KeyValues(model.config.num_hidden_layers)
+
+    @torch.inference_mode()
+    def draft(self, features: Tensor, root: int) -> Block:
+        """See `Drafter.draft`."""
+        self._extend(features)
+        config, start = self.model.config, self.cache.length
+        tokens = torch.full((config.block_size,), config.mask_token_id)
+        tokens[0] = root
+        x = F.embedding(tokens.to(self.target.device), self.target.embeddings)[None]
+        if config.input_scale != 1:
+            x = x * config.input_scale
+        positions = torch.arange(start, start + config.block_size, device=x.device)
+        rotation = self.model.rotary(positions, x.dtype)
+        for n, layer in enumerate(self.model.layers):
+            attention = layer.self_attn
+            y = layer.input_layernorm(x)
+            k, v = self.cache.attend(n, *attention.keys_values(y, rotation))
+            bias = block_bias(positions, config.sliding_windows[n], config.causal[n], x.dtype)
+            seen = grouped_attention(
+                attention.queries(y, rotation), k, v, bias, config.head_dim**-0.5
+            )
+            x = x + attention.o_proj(seen.flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return Block(root, x[0])
+
+    @torch.inference_mode()
+    def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
+        """See `Drafter.marginals`."""
+        logits = self.target.output(self.model.norm(block.hidden[1:]))
+        tokens, log_probs = top(logits, k, temperature)
+        read = torch.cat([tokens, log_probs.view(torch.int32)], 1).cpu().numpy()
+        k = tokens.shape[1]
+        return TransitionTable.from_marginals(read[:, :k], read[:, k:].view(np.float32))
+
+    def keys_values(self) -> NDArray[np.float32]:
+        """See `Drafter.keys_values`."""
+        return self.cache.read()
+
+    def _extend(self, features: Tensor) -> None:
+        """Project newly committed positions to keys and values, once for all later blocks."""
+        context = self.model.hidden_norm(self.model.fc(features))[None]
+        n, start = len(features), self.cache.length
+        positions = torch.arange(start, start + n, device=features.device)
+        rotation = self.model.rotary(positions, context.dtype)
+        for i, layer in enumerate(self.model.layers):
+            self.cache.attend(i, *layer.self_attn.keys_values(context, rotation))
+        self.cache.commit(np.arange(n, dtype=np.int32))
+
+
+def block_bias(
+    positions: Tensor, window: int | None, causal: bool, dtype: torch.dtype
+) -> Tensor | None:
+    """(S, length + S) additive mask of a block at `positions`, or None where all is seen."""
+    if window is None and not causal:
+        return None
+    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
+    distance = positions[:, None] - keys
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance.abs() >= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=keys.device).masked_fill_(
+        hidden, float("-inf")
+    )
+
+
+def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The best tokens of each row, best first, and their log probabilities.
+
+    Args:
+        logits: (n, vocab).
+        k: the whole vocabulary where that is smaller.
+        temperature: divides the logits.
+
+    Returns:
+        (n, k) int32, and (n, k) float32 nats.
+    """
+    scaled = logits.float()
+    if temperature != 1:
+        scaled = scaled / temperature
+    best, tokens = scaled.topk(min(k, scaled.shape[-1]))
+    return tokens.int(), best - scaled.logsumexp(-1, keepdim=True)

@@ -1,0 +1,88 @@
+"""The head that makes a block autoregressive, approximately (TreeFlash, section 3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treeflash.config import DrafterConfig
+from treeflash.transitions import TransitionTable
+from treeflash_cuda.drafter import Block, DrafterModel, top
+from treeflash_cuda.target import Target
+
+NORM_EPS = 1e-6
+
+
+class SwiGLU(nn.Module):
+    """The correction of a hidden state by a previous token: D(silu(G(x)) * U(x))."""
+
+    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
+        """Make the projections; `inner_size` is I."""
+        super().__init__()
+        h = config.hidden_size
+        self.norm = nn.RMSNorm(h, NORM_EPS)
+        self.ug = nn.Linear(2 * h, 2 * inner_size)
+        self.d = nn.Linear(inner_size, h, bias=False)
+
+    def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
+        """Corrections, (..., M, hidden_size).
+
+        Args:
+            embedded: (..., M, hidden_size) embeddings of previous tokens.
+            normed: (..., hidden_size) u = norm(h), one for M previous tokens.
+        """
+        # ug of a concatenation is a sum; the part of the hidden state is shared by M tokens.
+        of_token, of_hidden = self.ug.weight.chunk(2, 1)
+        shared = F.linear(normed, of_hidden, self.ug.bias)
+        up, gate = (F.linear(self.norm(embedded), of_token) + shared[..., None, :]).chunk(2, -1)
+        return self.d(up * F.silu(gate))
+
+
+class ARHead:
+    """`treeflash.interfaces.ARHead` in PyTorch."""
+
+    def __init__(self, swiglu: SwiGLU, model: DrafterModel, target: Target) -> None:
+        """Join the head's weights with the drafter's norm and the target's embeddings."""
+        self.swiglu = swiglu
+        self.model = model
+        self.target = target
+
+    @torch.inference_mode()
+    def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
+        """See `ARHead.transitions`."""
+        hidden = block.hidden[1:]
+        normed = self.model.norm(hidden)
+        depths, vocab = len(hidden), self.target.vocab_size
+        m = min(m, vocab)
+        previous = self.target.output(normed[:-1]).topk(m).indices
+        first = torch.tensor([[block.root]], device=hidden.device)
+        corrected = torch.cat(
+            [
+                self._correct(hidden[:1], normed[:1], first),
+                self._correct(hidden[1:], normed[1:], previous),
+            ]
+        )
+        tokens, log_probs = top(self.target.output(self.model.norm(corrected)), k, temperature)
+        read = torch.cat(
+            [previous.int().flatten(), tokens.flatten(), log_probs.view(torch.int32).flatten()]
+        )
+        host = read.cpu().numpy()
+        rows = host[previous.numel() :].reshape(2, len(tokens), -1)
+        return TransitionTable.from_candidates(
+            host[: previous.numel()].reshape(depths - 1, m),
+            spread(rows[0], depths, m),
+            spread(rows[1].view(np.float32), depths, m),
+        )
+
+    def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
+        """(d * M, hidden_size) corrected outputs of d depths, from (d, M) previous tokens."""
+        embedded = F.embedding(previous, self.target.embeddings)
+        return (hidden[:, None] + self.swiglu(embedded, normed)).flatten(0, 1)
+
+
+def spread(rows: np.ndarray, depths: int, m: int) -> np.ndarray:
+    """(depths, m, k) from 1 + (depths - 1) * m rows: depth 1 has the root's row alone."""
+    padding = np.repeat(rows[:1], m - 1, 0)
+    return np.concatenate([rows[:1], padding, rows[1:]]).reshape(depths, m, -1)

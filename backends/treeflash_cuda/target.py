@@ -1,0 +1,150 @@
+"""A Hugging Face causal language model, loaded unmodified, that runs draft trees."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from treeflash.checkpoints import read_config, weight_files
+from treeflash.errors import CheckpointError, UnsupportedModelError
+from treeflash_cuda.attention import NAME, Visibility
+from treeflash_cuda.cache import TargetCache
+
+TREE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Target:
+    """The model, and the outputs of the layers that a drafter reads.
+
+    Attributes:
+        embeddings: (vocab, hidden_size) the raw input table.
+        output: the output head, hidden_size to vocab.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Load a folder; `dtype` None is the checkpoint's own.
+
+        Raises:
+            CheckpointError: the folder is damaged or incomplete.
+            UnsupportedModelError: a family that cannot run a draft tree.
+        """
+        config = _read_config(folder)
+        refuse_stateful(config)
+        self.model = _load_model(folder, config, dtype).to(device).eval()
+        refuse_foreign_attention(self.model)
+        self.config = config.get_text_config()
+        self.device = device
+        self.dtype: torch.dtype = self.model.dtype
+        self.layers: Sequence[nn.Module] = self.model.get_decoder().layers
+        self.embeddings: Tensor = self.model.get_input_embeddings().weight
+        self.output: nn.Module = self.model.get_output_embeddings()
+        self.vocab_size = len(self.embeddings)
+        # transformers 5.24 renames the argument, and warns of the old name at every call.
+        parameters = inspect.signature(type(self.model).forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._captured: dict[int, Tensor] = {}
+
+    def capture(self, layer_ids: Sequence[int]) -> None:
+        """Keep these layers' outputs at every forward from now on."""
+
+        def keep(layer_id: int) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        for layer_id in layer_ids:
+            self.layers[layer_id].register_forward_hook(keep(layer_id))
+
+    def new_cache(self) -> TargetCache:
+        """An empty cache for a text."""
+        return TargetCache(len(self.layers))
+
+    def forward(
+        self, token_ids: Tensor, visibility: Visibility, cache: TargetCache, last_only: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run n tokens after the committed ones.
+
+        Args:
+            token_ids: (n,).
+            visibility: their positions, and what they see.
+            cache: holds their keys and values afterwards, not committed.
+            last_only: whether only the last token's logits are wanted.
+
+        Returns:
+            (n or 1, vocab) logits; (n, hidden_size) outputs of the captured layers.
+        """
+        n = len(token_ids)
+        output = self.model(
+            input_ids=token_ids[None],
+            position_ids=visibility.positions[None],
+            # A mask of four dimensions is passed on as it is; the attention here ignores it.
+            attention_mask=visibility.block.view(1, 1, n, n),
+            use_cache=True,
+            logits_to_keep=1 if last_only else 0,
+            visibility=visibility,
+            **{self._cache_argument: cache},
+        )
+        captured, self._captured = self._captured, {}
+        return output.logits[0], {i: hidden[0] for i, hidden in captured.items()}
+
+
+def refuse_stateful(config: PreTrainedConfig) -> None:
+    """Raise for layers that keep more than keys and values, or that attend in chunks."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - TREE_LAYERS
+    if kinds:
+        raise UnsupportedModelError(
+            f"{config.model_type} has {', '.join(sorted(kinds))} layers, which cannot run a "
+            "draft tree"
+        )
+
+
+def refuse_foreign_attention(model: Any) -> None:
+    """Raise for a model that does its attention its own way."""
+    stateful = getattr(model, "_is_stateful", False)
+    if stateful or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} models cannot run a draft tree: their layers "
+            + ("keep a recurrent state" if stateful else "do not take another attention")
+        )
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    read_config(folder)  # says clearly what is wrong with a damaged file
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} is not usable: {reason}") from error
+
+
+def _load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
+    weight_files(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=NAME,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
+    return model

@@ -1,0 +1,102 @@
+"""The target at work on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.config import SamplingConfig
+from treeflash.tree import DraftTree
+from treeflash_cuda.attention import Visibility
+from treeflash_cuda.sampler import choose
+from treeflash_cuda.target import Target
+
+PREFILL_CHUNK = 1024
+
+
+class Verifier:
+    """`treeflash.interfaces.TreeVerifier` in PyTorch."""
+
+    def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
+        """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""
+        self.target = target
+        self.layer_ids = layer_ids
+        self.cache = target.new_cache()
+        self.outputs: dict[int, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+        return self.cache.key_values.length
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig,
+        uniforms: NDArray[np.float64] | None,
+    ) -> tuple[int, Tensor | None]:
+        """See `TreeVerifier.prefill`."""
+        features = []
+        for first in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = np.array(token_ids[first : first + PREFILL_CHUNK], np.int32)
+            rows = np.arange(len(chunk), dtype=np.int32)
+            causal = np.tri(len(chunk), dtype=np.bool_)
+            logits = self._forward(chunk, rows + np.int32(self.length), causal, prefill=True)
+            features.append(self.commit(rows))
+        chosen = choose(logits, sampling, uniforms)
+        return int(chosen[0]), torch.cat(features) if self.layer_ids else None
+
+    @torch.inference_mode()
+    def verify(
+        self,
+        tree: DraftTree,
+        sampling: SamplingConfig,
+        uniforms: NDArray[np.float64] | None,
+    ) -> NDArray[np.int32]:
+        """See `TreeVerifier.verify`."""
+        return choose(self._tree_logits(tree), sampling, uniforms)
+
+    @torch.inference_mode()
+    def logits(self, tree: DraftTree) -> NDArray[np.float32]:
+        """See `TreeVerifier.logits`."""
+        return self._tree_logits(tree).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def commit(self, path: NDArray[np.int32]) -> Tensor | None:
+        """See `TreeVerifier.commit`."""
+        self.cache.key_values.commit(path)
+        if not self.layer_ids:
+            return None
+        rows = torch.from_numpy(path).to(self.target.device)
+        return torch.cat([self.outputs[i][rows] for i in self.layer_ids], -1)
+
+    def keys_values(self) -> NDArray[np.float32]:
+        """See `TreeVerifier.keys_values`."""
+        return self.cache.key_values.read()
+
+    def _tree_logits(self, tree: DraftTree) -> Tensor:
+        return self._forward(tree.tokens, tree.positions(self.length), tree.ancestor_mask())
+
+    def _forward(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        *,
+        prefill: bool = False,
+    ) -> Tensor:
+        device = self.target.device
+        visibility = Visibility(
+            self.length,
+            torch.from_numpy(positions.astype(np.int64)).to(device),
+            torch.from_numpy(mask).to(device),
+            causal=prefill,
+        )
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(device)
+        logits, self.outputs = self.target.forward(tokens, visibility, self.cache, prefill)
+        return logits

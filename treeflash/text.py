@@ -1,0 +1,252 @@
+"""Between text and token ids: the tokenizer, chat templates, and streamed detokenising."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from treeflash.errors import CheckpointError, ConfigError, PromptError
+
+REPLACEMENT = "\ufffd"
+WINDOW_TOKENS = 8
+
+
+class Tokenizer:
+    """A model folder's tokenizer, chat template and end tokens."""
+
+    def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
+        """Wrap a transformers tokenizer; `from_folder` is the usual way to get one."""
+        self._tokenizer = tokenizer
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        self.stop_token_ids = stop_token_ids
+        """Ids that end a text: of the tokenizer and of both configuration files."""
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        """Ids that `decode` leaves out."""
+        self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+        """Ids of the byte-fallback tokens ``<0x00>`` to ``<0xFF>``, if the tokenizer has any."""
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Load the tokenizer of a local model folder; no code from the folder is run.
+
+        Raises:
+            CheckpointError: The folder has no tokenizer, or a damaged one.
+        """
+        folder = Path(path)
+        logging.getLogger("transformers").addFilter(_is_not_torch_advice)
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{folder} has no usable tokenizer ({reason}); "
+                "it needs its tokenizer.json or tokenizer.model"
+            ) from error
+        stop_token_ids = {tokenizer.eos_token_id} - {None}
+        for name in ("generation_config.json", "config.json"):
+            stop_token_ids |= _eos_token_ids(folder / name)
+        return cls(tokenizer, frozenset(stop_token_ids))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the chat template has a switch ``enable_thinking``."""
+        return "enable_thinking" in str(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of raw text, with a begin token only if the tokenizer adds one."""
+        return list(self._tokenizer.encode(text, verbose=False))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the ids of a conversation up to the start of the assistant's next answer.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+            template_args: More variables for the chat template. ``enable_thinking`` is False
+                unless given here, because the published drafters were trained so.
+
+        Raises:
+            PromptError: There is no chat template, or it does not accept the conversation.
+        """
+        if not self.has_chat_template:
+            raise PromptError("the tokenizer has no chat template; use --raw")
+        variables = {"enable_thinking": False} if self.knows_thinking else {}
+        try:
+            token_ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **{**variables, **(template_args or {})},
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PromptError(
+                f"the chat template refuses these messages or arguments: {reason}"
+            ) from error
+        return list(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out and spaces as they are."""
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token for display: special tokens by name, part of a character as stored."""
+        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        if text and REPLACEMENT not in text:
+            return text
+        return self._tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+
+
+class TextStream:
+    """Text of a growing sequence of ids, piece by piece.
+
+    The pieces joined are exactly the text of all ids, or, once a stop string is met, the
+    text before it. A piece never ends in part of a character, nor in what may turn out to be
+    the beginning of a stop string. Only a short window of ids is decoded at a time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        """Start an empty text.
+
+        Args:
+            tokenizer: Decodes the ids.
+            stop: Strings that end the text; the earliest in the text counts.
+
+        Raises:
+            ConfigError: A stop string is empty.
+        """
+        if "" in stop:
+            raise ConfigError("a stop string is empty; leave it out")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._window: list[int] = []
+        self._consumed = 0  # characters of the window's text that went into _held or further
+        self._held = ""  # settled characters that wait, as they may begin a stop string
+        self._pieces: list[str] = []
+        self.stopped = False
+        """Whether a stop string was met; further ids are then ignored."""
+        self.tokens_used = 0
+        """Ids pushed so far, up to and including the one that completed a stop string."""
+
+    @property
+    def text(self) -> str:
+        """All text returned so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Append ids and return the text that is now certain."""
+        first_new = len(self._pieces)
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.tokens_used += 1
+            if token_id not in self._tokenizer.special_token_ids:
+                self._push_one(token_id)
+        return "".join(self._pieces[first_new:])
+
+    def finish(self) -> str:
+        """Return what was held back: the ids are complete."""
+        if self.stopped:
+            return ""
+        rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
+        self._window, self._consumed, self._held = [], 0, ""
+        self._pieces.append(rest)
+        return rest
+
+    def _push_one(self, token_id: int) -> None:
+        self._window.append(token_id)
+        window_text = self._tokenizer.decode(self._window)
+        candidate = self._held + window_text[self._consumed :]
+        cuts = [candidate.find(stop) for stop in self._stop if stop in candidate]
+        if cuts:
+            self._pieces.append(candidate[: min(cuts)])
+            self.stopped = True
+            return
+        settled = self._settled_length(window_text)
+        self._held += window_text[self._consumed : settled]
+        self._consumed = settled
+        sure = self._held[: len(self._held) - self._stop_overlap()].rstrip(REPLACEMENT)
+        if sure:
+            self._pieces.append(sure)
+            self._held = self._held[len(sure) :]
+        if len(self._window) > 2 * WINDOW_TOKENS:
+            self._shrink_window(window_text)
+
+    def _settled_length(self, window_text: str) -> int:
+        """Return how many characters of the window's text no further id can change."""
+        end = len(self._window)
+        while end and self._window[end - 1] in self._tokenizer.byte_token_ids:
+            end -= 1  # byte-fallback decoders read a whole run of bytes as valid or as broken
+        text = window_text
+        if end < len(self._window):
+            text = self._tokenizer.decode(self._window[:end])
+        return len(text) - text.endswith(REPLACEMENT)
+
+    def _stop_overlap(self) -> int:
+        """Return the length of the longest end of the held text that begins a stop string."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(1, len(stop))
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
+        )
+
+    def _shrink_window(self, window_text: str) -> None:
+        """Forget the window's older ids where the newer ones alone decode to the same end.
+
+        A cut inside a character garbles at most three bytes, and a cut before a token that
+        decoders strip a space from garbles its first character: four equal characters prove
+        that both decodes are in step from there on.
+        """
+        start = len(self._window) - WINDOW_TOKENS
+        while start and self._window[start] in self._tokenizer.byte_token_ids:
+            start -= 1
+        tail = self._tokenizer.decode(self._window[start:])
+        dropped = len(window_text) - len(tail)
+        if len(tail) >= 4 and window_text.endswith(tail) and dropped <= self._consumed:
+            self._window = self._window[start:]
+            self._consumed -= dropped
+
+
+def _is_not_torch_advice(record: logging.LogRecord) -> bool:
+    """Drop the advice to install torch, of no use to someone who only wants a tokenizer."""
+    return "PyTorch was not found" not in record.getMessage()
+
+
+def _eos_token_ids(path: Path) -> set[int]:
+    if not path.is_file():
+        return set()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error})") from error
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, list) else {value}
