@@ -1,0 +1,85 @@
+"""Greedy decoding, by every method, against transformers' own `generate`."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.models import resolve_drafter
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.text import Tokenizer
+from treeflash_cuda.backend import load
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+BUDGETS = (1, 2, 16, 64, 256)
+QUESTIONS = (
+    "Natalia sold clips to 48 friends in April, and half as many in May. How many in all?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Name three rivers in Europe.",
+)
+
+
+def plain(folder, prompt, max_tokens):
+    """What transformers generates, with its own attention and cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def tokens(backend, prompt, config):
+    return [token for step in decode(backend, prompt, config) for token in step.tokens]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral"])
+def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
+    write_target(tmp_path / "target", family, seed=1, vocab_size=40)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
+    prompt = np.random.default_rng(3).integers(0, 40, 12).tolist()
+    expected = plain(tmp_path / "target", prompt, 48)
+    for method in METHODS:
+        for budget in BUDGETS:
+            config = DecodeConfig(method=method, budget=budget, max_tokens=48)
+            assert tokens(backend, prompt, config) == expected, (method, budget)
+
+
+@pytest.fixture(scope="module")
+def default_pair(smollm2):
+    return load(smollm2, resolve_drafter(None, None), CPU)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):
+    prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
+    expected = plain(smollm2, prompt, 48)
+    for method in METHODS:
+        config = DecodeConfig(method=method, max_tokens=48)
+        assert tokens(default_pair, prompt, config) == expected, method
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}], ids=lambda f: str(f)
+)
+def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair):
+    prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[2]}])
+    sampling = SamplingConfig(temperature=0.8, seed=7, **filters)
+    expected = None
+    for method in METHODS:
+        config = DecodeConfig(method=method, budget=16, max_tokens=32, sampling=sampling)
+        expected = expected or tokens(default_pair, prompt, config)
+        assert tokens(default_pair, prompt, config) == expected, method
+
+
+def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair):
+    prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
+    steps = list(decode(default_pair, prompt, DecodeConfig(budget=16, max_tokens=64)))
+    assert np.mean([len(step.tokens) for step in steps[1:]]) > 1.5

@@ -1,0 +1,113 @@
+"""What the PyTorch backend refuses to load, and how it says so."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig
+
+from treeflash.config import LoadConfig
+from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.testing.models import write_target
+from treeflash_cuda.backend import choose_device, load
+
+CPU = LoadConfig(device="cpu")
+
+
+def test_no_cuda_device_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="no CUDA device is available; pass --device cpu"):
+        choose_device(None)
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])
+def test_devices_that_are_not_there_are_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BackendError, match=name):
+        choose_device(name)
+
+
+def test_a_device_is_chosen_by_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device(None) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("bits", [{"draft_bits": 4}, {"kv_bits": 8}])
+def test_quantisation_is_refused(bits, tmp_path):
+    with pytest.raises(ConfigError, match="does not quantise"):
+        load(tmp_path, None, LoadConfig(device="cpu", **bits))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    assert load(tmp_path, None, LoadConfig(device="cpu", dtype=dtype)).dtype == dtype
+
+
+def test_the_processor_computes_in_float32_by_default(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path, None, CPU).dtype == "float32"
+
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+RECURRENT = {
+    "qwen3_next": Qwen3NextConfig(
+        **TINY,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "mamba": MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_families_are_refused_by_name(family, tmp_path):
+    AutoModelForCausalLM.from_config(RECURRENT[family]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=family):
+        load(tmp_path, None, CPU)
+
+
+def test_a_missing_target_tensor_is_named(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    state = model.state_dict()
+    del state["model.layers.1.self_attn.k_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.1\.self_attn\.k_"):
+        load(tmp_path, None, CPU)
+
+
+def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    config = (tmp_path / "config.json").read_text().replace('"llama"', '"lama"')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"config\.json is not usable"):
+        load(tmp_path, None, CPU)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    write_target(tmp_path, "llama", seed=1)
+    config = (tmp_path / "config.json").read_text()
+    mapping = '{"auto_map": {"AutoModelForCausalLM": "evil.Model"},'
+    (tmp_path / "config.json").write_text(config.replace("{", mapping, 1))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load(tmp_path, None, CPU)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,48 @@
+"""The device's sampler against the definition in the core."""
+
+import numpy as np
+import pytest
+import torch
+
+from treeflash.config import SamplingConfig
+from treeflash.errors import NumericalError
+from treeflash.sampling import choose as reference
+from treeflash_cuda.sampler import choose
+
+SAMPLINGS = [
+    SamplingConfig(),
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.5, top_k=7),
+    SamplingConfig(temperature=1.0, top_p=0.6),
+    SamplingConfig(temperature=2.0, top_p=0.999),
+    SamplingConfig(temperature=1.0, min_p=0.2),
+    SamplingConfig(temperature=1.3, top_k=50, top_p=0.9, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
+@pytest.mark.parametrize("vocab", [5, 300, 4000])
+@pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
+def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
+    rng = np.random.default_rng(vocab)
+    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
+    uniforms = rng.random(64)
+    chosen = choose(torch.from_numpy(logits), sampling, uniforms)
+    assert chosen.dtype == np.int32
+    assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
+
+
+def test_equal_probabilities_are_kept_together():
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    sampling = SamplingConfig(temperature=1.0, top_k=2)
+    drawn = {int(choose(logits, sampling, np.array([u]))[0]) for u in np.linspace(0, 0.999, 50)}
+    assert drawn == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_raise(bad, sampling):
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = bad
+    with pytest.raises(NumericalError, match="not finite"):
+        choose(logits, sampling, np.array([0.5, 0.5]))
