@@ -203,8 +203,10 @@ def check_tensors(
     Raises:
         CheckpointError: names the first missing, misshapen or unexpected tensor.
     """
-    down = shapes.get("ar_approximation.d.weight", ())
-    expected = tensor_shapes(config, down[-1] if down else 0)
+    # Either tensor tells the head's inner width, so that the other can be missing by name.
+    down, bias = (shapes.get(f"ar_approximation.{name}", ()) for name in ("d.weight", "ug.bias"))
+    head_size = down[-1] if down else bias[0] // 2 if bias else 0
+    expected = tensor_shapes(config, head_size)
     for name, shape in expected.items():
         if name not in shapes:
             raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")

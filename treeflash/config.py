@@ -35,7 +35,11 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature < float("inf"), "temperature must be 0 or more", self)
+        _check(
+            self.temperature == 0 or _is_temperature(self.temperature),
+            "temperature must be 0 (greedy), or from 1e-6 to 1e6",
+            self,
+        )
         _check(self.top_k >= 0, "top-k must be 0 (off) or more", self)
         _check(0 < self.top_p <= 1, "top-p must be above 0 and at most 1", self)
         _check(0 <= self.min_p <= 1, "min-p must be between 0 and 1", self)
@@ -81,7 +85,11 @@ class DecodeConfig:
         _check(self.budget >= 1, "budget must be 1 or more", self)
         _check(self.top_m >= 1, "top-m must be 1 or more", self)
         _check(self.top_k_children >= 1, "top-k-children must be 1 or more", self)
-        _check(0 < self.draft_temperature < float("inf"), "draft-temperature must be above 0", self)
+        _check(
+            _is_temperature(self.draft_temperature),
+            "draft-temperature must be from 1e-6 to 1e6",
+            self,
+        )
         _check(self.max_tokens >= 1, "max-tokens must be 1 or more", self)
 
     @property
@@ -155,6 +163,11 @@ class DrafterConfig:
     sliding_windows: tuple[int | None, ...]
     causal: tuple[bool, ...]
     input_scale: float
+
+
+def _is_temperature(value: float) -> bool:
+    """Whether logits divided by it stay finite and apart."""
+    return 1e-6 <= value <= 1e6
 
 
 def _check(ok: bool, message: str, config: object | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,13 @@ class Tokenizer:
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template; use --raw")
         variables = {"enable_thinking": False} if self.knows_thinking else {}
+        own = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        settings = own.keys() - {"tools", "documents"}  # these two reach the template
+        if taken := sorted(settings & (template_args or {}).keys()):
+            raise PromptError(
+                f"{taken[0]!r} is no variable of a chat template but a setting of its use; "
+                "leave it out of --chat-template-args"
+            )
         try:
             token_ids = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],

@@ -83,9 +83,10 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     if room == 0:
         return DraftTree.root_only(root)
     levels = _levels(table, room)
+    if not levels:
+        return DraftTree.root_only(root)
     log_probs = np.concatenate([level.log_probs for level in levels])
     order = _best_first(log_probs, levels)[:room]
-    order = order[: int(np.isfinite(log_probs[order]).sum())]
     # Node numbers of the tree, by number among all kept candidates; -1 stands for the root.
     number = np.zeros(len(log_probs) + 1, np.int32)
     number[order] = np.arange(1, len(order) + 1)
@@ -120,7 +121,7 @@ def _levels(table: TransitionTable, room: int) -> list[_Level]:
     levels: list[_Level] = []
     width = table.tokens.shape[2]
     best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
-    floor = -np.inf  # a path below it is not among the best
+    floor = np.finfo(np.float64).min  # a path below it, or an impossible one, is not among the best
     rows = np.zeros(1, np.int64)
     parents = np.full(1, -1, np.int64)
     log_probs = np.zeros(1)

@@ -19,6 +19,7 @@ from treeflash.checkpoints import (
 )
 from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
 from treeflash_cuda.head import ARHead, SwiGLU
 from treeflash_cuda.target import Target
@@ -78,7 +79,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         return CudaBackend(model, None, None)
     drafter_model, head = load_drafter(drafter, model)
     model.capture(drafter_model.config.target_layer_ids)
-    return CudaBackend(model, drafter_model, head)
+    backend = CudaBackend(model, drafter_model, head)
+    check_trees(backend)
+    return backend
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -230,6 +230,13 @@ def test_thinking_is_off_unless_asked_for(tmp_path: Path):
     assert "<think>" in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": True}))
 
 
+def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
+    folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
+    tokenizer = Tokenizer.from_folder(folder)
+    with pytest.raises(PromptError, match="'return_tensors' is no variable of a chat template"):
+        tokenizer.chat([{"role": "user", "content": "hi"}], {"return_tensors": "pt"})
+
+
 @pytest.mark.parametrize(
     ("template", "template_args"),
     [

@@ -1,0 +1,172 @@
+"""A model that says what a test wants, fast, and a tiny real pair for the reference backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from treeflash import command
+from treeflash.generate import main
+from treeflash.language_model import LanguageModel
+from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.text import Tokenizer
+from treeflash.transitions import TransitionTable
+
+SPECIAL = ["<|start|>", "<|end|>", "<|stop|>"]
+END = 1
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "<|start|>assistant: {% if enable_thinking is not false %}<think>{% endif %}"
+)
+DEPTHS, CHILDREN = 4, 3
+
+
+class ScriptedBackend:
+    """A target that says a script, and a drafter that knows it, but for every fifth position.
+
+    The texts are decoded in turn: the first says the first script, the last one is repeated.
+    `differ_at` makes verified trees, unlike plain decoding, give another token there;
+    `interrupt_at` raises KeyboardInterrupt in that call of `verify`, counted over all texts.
+    """
+
+    name, device, dtype = "scripted", "cpu", "float32"
+    vocab_size = len(SPECIAL) + 256
+    max_positions = 400
+
+    def __init__(
+        self,
+        scripts: Sequence[Sequence[int]],
+        *,
+        drafter: bool = True,
+        head: bool = True,
+        differ_at: int | None = None,
+        interrupt_at: int | None = None,
+    ) -> None:
+        self.scripts = list(scripts)
+        self.drafter_config = SimpleNamespace(block_size=DEPTHS + 1) if drafter else None
+        self.head = self if drafter and head else None
+        self.differ_at = differ_at
+        self.interrupt_at = interrupt_at
+        self.verified = 0
+        self.prompts: list[list[int]] = []
+
+    def verifier(self, *, features: bool) -> ScriptedBackend:
+        return self
+
+    def drafter(self) -> ScriptedBackend:
+        return self
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def token(self, position: int) -> int:
+        index = position - len(self.prompts[-1])
+        return self.script[index] if index < len(self.script) else END
+
+    def prefill(self, token_ids, sampling, uniforms):
+        self.script = self.scripts[min(len(self.prompts), len(self.scripts) - 1)]
+        self.prompts.append(list(token_ids))
+        self.length = len(token_ids)
+        return self.token(self.length), None
+
+    def verify(self, tree, sampling, uniforms):
+        self.verified += 1
+        if self.verified == self.interrupt_at:
+            raise KeyboardInterrupt
+        positions = [self.length + 1 + int(depth) for depth in tree.depths]
+        chosen = [self.token(position) for position in positions]
+        if self.differ_at is not None and len(tree) > 1:
+            odd = len(self.prompts[-1]) + self.differ_at
+            chosen = [5 if p == odd else t for p, t in zip(positions, chosen, strict=True)]
+        return np.array(chosen, np.int32)
+
+    def commit(self, path):
+        self.length += len(path)
+
+    def draft(self, features, root):
+        return self.length
+
+    def marginals(self, block, k, temperature):
+        tokens = np.empty((DEPTHS, CHILDREN), np.int32)
+        for depth in range(DEPTHS):
+            position = block + depth + 1
+            first = 7 if position % 5 == 0 else self.token(position)
+            tokens[depth] = [first, 8 + first % 2, 10 + first % 2]
+        log_probs = np.log(np.tile(np.float32([0.6, 0.3, 0.1]), (DEPTHS, 1)))
+        return TransitionTable.from_marginals(tokens[:, :k], log_probs[:, :k])
+
+    def transitions(self, block, m, k, temperature):
+        return self.marginals(block, k, temperature)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of single bytes and a template that knows thinking."""
+    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = RawTokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(SPECIAL)
+    raw.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One token per byte; 1 and 2 end a text."""
+    folder = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="session")
+def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
+    """Make a model that says these texts, one after the other, each with an end token."""
+
+    def make(*texts: str, **settings) -> LanguageModel:
+        scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
+        return LanguageModel(ScriptedBackend(scripts, **settings), byte_tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a random target whose texts never end, and of a drafter for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    target, drafter = folder / "target", folder / "drafter"
+    write_target(target, "llama", seed=3, vocab_size=ScriptedBackend.vocab_size)
+    edit_config(target, lambda config: config.pop("eos_token_id"))
+    save_tokenizer(target)
+    write_drafter(drafter, target, seed=4)
+    return target, drafter
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Let the command line load a given model."""
+
+    def use(model):
+        monkeypatch.setattr(command, "load", lambda *args, **kwargs: model)
+        return model
+
+    return use
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line: exit code, standard output, standard error."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(list(args)), *capsys.readouterr()
+
+    return run

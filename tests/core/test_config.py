@@ -1,0 +1,123 @@
+"""Settings are checked where they are made, and the message names the setting and its value."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from treeflash.config import DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.errors import ConfigError, TreeflashError
+
+NAN, INF = float("nan"), float("inf")
+
+BAD_SAMPLING = [
+    ({"temperature": 1e-310}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got 1e-310"),
+    ({"temperature": -0.1}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got -0.1"),
+    ({"temperature": INF}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got inf"),
+    ({"temperature": NAN}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got nan"),
+    ({"top_k": -1}, "top-k must be 0 (off) or more, got -1"),
+    ({"top_p": 0.0}, "top-p must be above 0 and at most 1, got 0.0"),
+    ({"top_p": 1.01}, "top-p must be above 0 and at most 1, got 1.01"),
+    ({"top_p": NAN}, "top-p must be above 0 and at most 1, got nan"),
+    ({"min_p": -0.5}, "min-p must be between 0 and 1, got -0.5"),
+    ({"min_p": 1.5}, "min-p must be between 0 and 1, got 1.5"),
+    ({"min_p": NAN}, "min-p must be between 0 and 1, got nan"),
+    ({"seed": -1}, f"seed must be between 0 and 2**64 - 1, got {-1}"),
+    ({"seed": 2**64}, f"seed must be between 0 and 2**64 - 1, got {2**64}"),
+]
+BAD_DECODE = [
+    (
+        {"method": "beam"},
+        "unknown method 'beam'; choose one of ar, dflash, ddtree, treeflash, treeflash-chain",
+    ),
+    ({"budget": 0}, "budget must be 1 or more, got 0"),
+    ({"top_m": 0}, "top-m must be 1 or more, got 0"),
+    ({"top_k_children": 0}, "top-k-children must be 1 or more, got 0"),
+    ({"draft_temperature": 1e-320}, "draft-temperature must be from 1e-6 to 1e6, got 1e-320"),
+    ({"draft_temperature": 1e308}, "draft-temperature must be from 1e-6 to 1e6, got 1e+308"),
+    ({"draft_temperature": 0.0}, "draft-temperature must be from 1e-6 to 1e6, got 0.0"),
+    ({"draft_temperature": -1.0}, "draft-temperature must be from 1e-6 to 1e6, got -1.0"),
+    ({"draft_temperature": INF}, "draft-temperature must be from 1e-6 to 1e6, got inf"),
+    ({"draft_temperature": NAN}, "draft-temperature must be from 1e-6 to 1e6, got nan"),
+    ({"max_tokens": 0}, "max-tokens must be 1 or more, got 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SAMPLING, ids=str)
+def test_bad_sampling(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingConfig(**settings)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_DECODE, ids=str)
+def test_bad_decoding(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DecodeConfig(**settings)
+    assert str(caught.value) == message
+
+
+def test_bad_dtype() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoadConfig(dtype="int4")
+    assert str(caught.value) == "unknown dtype 'int4'; choose one of float32, bfloat16, float16"
+
+
+def test_edges_are_allowed() -> None:
+    SamplingConfig(temperature=0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+    SamplingConfig(temperature=1e-6, top_k=10**9, top_p=1e-9, min_p=1.0, seed=2**64 - 1)
+    DecodeConfig(budget=1, top_m=1, top_k_children=1, draft_temperature=1e-3, max_tokens=1)
+    for dtype in (None, *DTYPES):
+        assert LoadConfig(dtype=dtype).dtype == dtype
+
+
+def test_a_bad_setting_is_a_value_error_and_ours() -> None:
+    with pytest.raises(ValueError, match="budget"):
+        DecodeConfig(budget=0)
+    with pytest.raises(TreeflashError, match="budget"):
+        DecodeConfig(budget=0)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig, DecodeConfig, LoadConfig])
+def test_unknown_settings_raise(config: type) -> None:
+    with pytest.raises(TypeError, match="bugdet"):
+        config(bugdet=3)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig, DecodeConfig, LoadConfig])
+def test_settings_are_named(config: type) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        config(1)
+
+
+def test_settings_are_frozen() -> None:
+    config = DecodeConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.budget = 3  # type: ignore[misc]
+
+
+def test_replacing_checks_again() -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        replace(DecodeConfig(), budget=-3)
+
+
+def test_published_defaults() -> None:
+    config = DecodeConfig()
+    assert config.method == "treeflash"
+    assert (config.budget, config.top_m, config.top_k_children) == (64, 16, 16)
+    assert config.draft_temperature == 1
+    assert config.sampling == SamplingConfig()
+    assert config.sampling.greedy
+
+
+def test_greedy_is_temperature_zero() -> None:
+    assert SamplingConfig(temperature=0, top_k=3, seed=9).greedy
+    assert not SamplingConfig(temperature=1e-3).greedy
+
+
+def test_what_each_method_needs() -> None:
+    configs = [DecodeConfig(method=method) for method in METHODS]
+    assert [config.drafts for config in configs] == [False, True, True, True, True]
+    assert [config.uses_head for config in configs] == [False, False, False, True, True]

@@ -1,0 +1,167 @@
+"""Imports point one way, and the core knows no framework."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import treeflash
+
+FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
+# The foundation, lowest first: each imports only from those before it.
+LAYERS = [
+    "errors",
+    "config",
+    "rope",
+    "transitions",
+    "tree",
+    "acceptance",
+    "sampling",
+    "interfaces",
+    "probe",
+    "checkpoints",
+    "decoding",
+    "stats",
+]
+# What a backend may import, beside its own modules.
+FOR_BACKENDS = {f"treeflash.{name}" for name in LAYERS[: LAYERS.index("decoding")]}
+
+
+def modules_of(package: str, folder: Path) -> dict[str, Path]:
+    """The modules of a package by name."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = (package, *path.relative_to(folder).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+ROOT = Path(treeflash.__file__).parent
+ALL = modules_of("treeflash", ROOT)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, f"{path} has a relative import"
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:  # `from package import module` imports the module
+                module = f"{node.module}.{alias.name}"
+                yield module if module in ALL else node.module
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+CORE = {name: path for name, path in ALL.items() if not inside(name, "treeflash.testing")}
+REFERENCE = {name: path for name, path in CORE.items() if inside(name, "treeflash.reference")}
+
+
+def backend_modules(package: str) -> dict[str, Path]:
+    spec = find_spec(package)
+    assert spec is not None, f"{package} is not on the path"
+    (folder,) = spec.submodule_search_locations or ()
+    return modules_of(package, Path(folder))
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_files_are_found() -> None:
+    """The laws below would hold for no files at all."""
+    assert {f"treeflash.{name}" for name in LAYERS} <= CORE.keys()
+    assert "treeflash.reference.target" in REFERENCE
+    assert "treeflash.config" in set(imports_of(ROOT / "decoding.py"))
+    assert "treeflash.reference" in CORE
+
+
+@pytest.mark.parametrize("module", ["treeflash", *(f"treeflash.{name}" for name in LAYERS)])
+def test_importing_brings_no_framework(module: str) -> None:
+    loaded = run(f"import sys, {module}; print(*sys.modules)").split()
+    assert module in loaded
+    assert not FRAMEWORKS & set(loaded)
+
+
+def test_importing_all_of_the_core_brings_no_framework() -> None:
+    names = [name for name in CORE if not name.endswith("__main__")]
+    code = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+    found = {FRAMEWORKS} & set(sys.modules)
+    if found:
+        print(name, "imports", *found)
+        break
+"""
+    assert run(code) == ""
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_files_name_no_framework(name: str) -> None:
+    """Not even inside a function: what needs a framework is reached through the registry."""
+    assert not [found for found in imports_of(CORE[name]) if found.split(".")[0] in FRAMEWORKS]
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Raises CycleError, which names the circle."""
+    graph = {
+        name: {found for found in imports_of(path) if found in ALL and found != name}
+        for name, path in ALL.items()
+        if name != "treeflash.testing"  # the package gathers its modules
+    }
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_import_downwards(layer: str) -> None:
+    below = {f"treeflash.{name}" for name in LAYERS[: LAYERS.index(layer)]}
+    imported = {found for found in imports_of(ROOT / f"{layer}.py") if found in ALL}
+    assert imported <= below
+
+
+def test_nothing_in_the_core_imports_the_conformance_suite() -> None:
+    for path in CORE.values():
+        assert not [found for found in imports_of(path) if inside(found, "treeflash.testing")]
+
+
+def test_the_core_reaches_backends_through_the_registry_alone() -> None:
+    backends = ("treeflash.reference", "treeflash_cuda", "treeflash_mlx")
+    for name in CORE.keys() - REFERENCE.keys():
+        for found in imports_of(CORE[name]):
+            assert not any(inside(found, backend) for backend in backends), name
+
+
+def test_the_reference_imports_what_backends_may() -> None:
+    check_backend("treeflash.reference", REFERENCE)
+
+
+@pytest.mark.parametrize("package", ["treeflash_cuda", "treeflash_mlx"])
+def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
+    """Neither the decode loop, nor another backend."""
+    check_backend(package, backend_modules(package))
+
+
+def check_backend(package: str, modules: dict[str, Path]) -> None:
+    for name, path in modules.items():
+        for found in imports_of(path):
+            if found in ALL and not inside(found, package):
+                assert found in FOR_BACKENDS, f"{name} imports {found}"
+            if found.startswith("treeflash_"):
+                assert inside(found, package), f"{name} imports {found}"

@@ -1,0 +1,271 @@
+"""The Python API: prompts in three forms, streams, stops, interruptions, loading."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import treeflash
+from treeflash import language_model
+from treeflash.config import METHODS
+from treeflash.errors import BackendError, CheckpointError, ConfigError, PromptError
+from treeflash.language_model import LanguageModel, load
+from treeflash.stream import Chunk
+
+TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
+NAMES = [
+    "text",
+    "token_ids",
+    "accepted_lengths",
+    "block_efficiency",
+    "tokens_per_s",
+    "prefill_s",
+    "decode_s",
+    "method",
+    "budget",
+    "backend",
+    "device",
+    "dtype",
+    "seed",
+    "finish_reason",
+]
+
+
+def prompt_text(model: LanguageModel, prompt, **options) -> str:
+    """Return what a model was given, as text."""
+    model.generate(prompt, **options)
+    ids = model.backend.prompts[-1]
+    return "".join(map(model.tokenizer.token_text, ids))
+
+
+def collect(stream: Iterator[Chunk], chunks: list[Chunk]) -> None:
+    """Keep each chunk as it comes, up to an exception."""
+    for chunk in stream:
+        chunks.append(chunk)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [1, 2, 5, 64])
+def test_streaming_equals_generate_for_every_method(scripted, method, budget):
+    stream = scripted(TEXT).stream("hi", method=method, budget=budget)
+    chunks = list(stream)
+    generation = scripted(TEXT).generate("hi", method=method, budget=budget)
+    assert generation.text == TEXT
+    assert "".join(chunk.text for chunk in chunks) == TEXT
+    assert [token for chunk in chunks for token in chunk.token_ids] == generation.token_ids
+    assert stream.generation().token_ids == generation.token_ids
+    assert 1 + sum(generation.accepted_lengths) == len(generation.token_ids)
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert (generation.block_efficiency > 1) == (method != "ar" and budget > 1)
+
+
+def test_no_chunk_shows_part_of_a_character(scripted):
+    for chunk in scripted(TEXT).stream("hi", method="ar"):
+        assert "\ufffd" not in chunk.text
+
+
+@pytest.mark.parametrize("stop", ["brown", "👋", ["zzz", "fox", "brown"], ["the end", "d of"]])
+def test_a_stop_string_ends_text_tokens_and_lengths(scripted, stop):
+    strings = [stop] if isinstance(stop, str) else stop
+    expected = TEXT[: min(TEXT.find(string) for string in strings if string in TEXT)]
+    for method in METHODS:
+        model = scripted(TEXT)
+        generation = model.generate("hi", method=method, stop=stop)
+        assert generation.text == expected
+        assert generation.finish_reason == "stop"
+        text = model.tokenizer.decode(generation.token_ids)
+        assert any(text.endswith(string) for string in strings)
+        assert 1 + sum(generation.accepted_lengths) == len(generation.token_ids)
+
+
+def test_a_stop_string_in_the_first_token(scripted):
+    generation = scripted(TEXT).generate("hi", stop="T")
+    assert (generation.text, len(generation.token_ids)) == ("", 1)
+    assert generation.accepted_lengths == []
+    assert generation.block_efficiency == generation.tokens_per_s == 0
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_every_end_token_of_the_target_ends_a_text(scripted, end):
+    model = scripted(TEXT)
+    model.backend.scripts[0][9] = end
+    generation = model.generate("hi")
+    assert generation.text == TEXT[:9]
+    assert generation.token_ids[-1] == end
+    assert generation.finish_reason == "stop"
+
+
+def test_other_end_tokens_may_be_given(scripted):
+    model = scripted(TEXT)
+    (comma,) = model.tokenizer.encode(",")
+    assert model.generate("hi", stop_token_ids=[comma]).text == "The quick brown fox,"
+    generation = model.generate("hi", stop_token_ids=(), max_tokens=70)
+    assert generation.token_ids[-5:] == [1] * 5
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 20])
+def test_the_limit_is_exact(scripted, max_tokens):
+    generation = scripted(TEXT).generate("hi", max_tokens=max_tokens)
+    assert len(generation.token_ids) == max_tokens
+    assert generation.text == TEXT[:max_tokens]
+    assert generation.finish_reason == "length"
+
+
+def test_a_limit_inside_a_character_shows_it_as_broken(scripted):
+    generation = scripted("ab👋").generate("hi", max_tokens=4)
+    assert generation.text == "ab\ufffd"
+
+
+def test_to_dict_has_exactly_the_published_names_and_plain_values(scripted):
+    generation = scripted(TEXT).generate("hi", budget=5, seed=3)
+    values = generation.to_dict()
+    assert list(values) == NAMES
+    assert {type(token) for token in values["token_ids"]} == {int}
+    assert {type(length) for length in values["accepted_lengths"]} == {int}
+    assert (values["method"], values["budget"], values["seed"]) == ("treeflash", 5, 3)
+    assert (values["backend"], values["device"], values["dtype"]) == ("scripted", "cpu", "float32")
+    assert generation.prompt_tokens > 2
+    assert list(generation.seconds) == ["prefill", "draft", "tree", "verify", "commit"]
+    assert sum(n * count for n, count in generation.histogram.items()) == sum(
+        generation.accepted_lengths
+    )
+
+
+def test_the_default_method_is_the_best_that_was_loaded(scripted):
+    assert scripted(TEXT).generate("hi").method == "treeflash"
+    assert scripted(TEXT, head=False).generate("hi").method == "ddtree"
+    assert scripted(TEXT, drafter=False).generate("hi").method == "ar"
+    with pytest.raises(ConfigError, match="--drafter"):
+        scripted(TEXT, drafter=False).generate("hi", method="dflash")
+
+
+def test_forms_of_a_prompt(scripted):
+    model = scripted(TEXT)
+    chat = "<|start|>user: hi<|end|><|start|>assistant: "
+    assert prompt_text(model, "hi") == chat
+    assert prompt_text(model, [{"role": "user", "content": "hi"}]) == chat
+    assert prompt_text(model, "hi", raw=True) == "hi"
+    assert prompt_text(model, model.tokenizer.encode("hi")) == "hi"
+    assert prompt_text(model, "hi", system="Be.") == f"<|start|>system: Be.<|end|>{chat}"
+    assert prompt_text(model, "hi", template_args={"enable_thinking": True}) == chat + "<think>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "empty"),
+        ([], {}, "empty"),
+        ("\ud800", {}, "Unicode"),
+        ([1.5], {}, "a prompt is a text"),
+        ([{"role": "user"}], {}, "message 1 needs"),
+        ([{"role": "user", "content": 3}], {}, "message 1 needs"),
+        ([300], {}, "vocabulary"),
+        ([-1], {}, "vocabulary"),
+        ("a" * 500, {}, "limit"),
+        ("hi", {"raw": True, "system": "x"}, "raw"),
+        ([{"role": "user", "content": "x"}], {"raw": True}, "raw"),
+        ([5], {"system": "x"}, "no system message"),
+        ([{"role": "system", "content": "x"}], {"system": "x"}, "begin with a system message"),
+        ("hi", {"tempature": 1}, "unknown option 'tempature'"),
+        ("hi", {"stop": ["a", ""]}, "stop string is empty"),
+        ("hi", {"budget": 0}, "budget must be"),
+        ("hi", {"top_p": 0}, "top-p must be"),
+    ],
+)
+def test_bad_input_is_refused_before_decoding(scripted, prompt, options, message):
+    model = scripted(TEXT)
+    with pytest.raises((PromptError, ConfigError), match=message):
+        model.stream(prompt, **options)
+    assert not model.backend.prompts
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 2, 5])
+def test_an_interruption_loses_nothing(scripted, interrupt_at):
+    whole = list(scripted(TEXT).stream("hi"))
+    stream = scripted(TEXT, interrupt_at=interrupt_at).stream("hi")
+    chunks = []
+    with pytest.raises(KeyboardInterrupt):
+        collect(stream, chunks)
+    generation = stream.generation()
+    assert len(chunks) == interrupt_at
+    assert generation.finish_reason == "interrupted"
+    assert generation.token_ids == [t for c in whole[:interrupt_at] for t in c.token_ids]
+    assert 1 + sum(generation.accepted_lengths) == len(generation.token_ids)
+    assert TEXT.startswith(generation.text)
+
+
+def test_an_interrupted_text_includes_what_was_held_back_for_a_stop_string(scripted):
+    stream = scripted("abcdefgh", interrupt_at=3).stream("hi", method="ar", stop="bcdx")
+    shown = []
+    with pytest.raises(KeyboardInterrupt):
+        collect(stream, shown)
+    assert "".join(chunk.text for chunk in shown) == "a"
+    assert stream.generation().text == "abc"
+
+
+def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
+    model = load(*tiny_pair, backend="reference")
+    plain = model.generate("hi", method="ar", max_tokens=24)
+    assert model.generate("hi", method="ar", max_tokens=24).token_ids == plain.token_ids
+    sampled = model.generate("hi", method="ar", max_tokens=24, temperature=1.0, seed=7)
+    for method in METHODS:
+        options = {"method": method, "budget": 8, "max_tokens": 24}
+        assert model.generate("hi", **options).token_ids == plain.token_ids
+        tokens = model.generate("hi", temperature=1.0, seed=7, **options).token_ids
+        assert tokens == sampled.token_ids
+
+
+def test_load_without_a_drafter_decodes_plainly(tiny_pair):
+    model = load(tiny_pair[0], False, backend="reference")
+    assert model.backend.drafter_config is None
+    assert model.generate("hi", max_tokens=3).method == "ar"
+
+
+def test_load_needs_to_be_told_a_drafter_where_none_is_published(tiny_pair):
+    with pytest.raises(CheckpointError, match="--drafter"):
+        load(tiny_pair[0], backend="reference")
+
+
+def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):
+    devices = []
+
+    def loader(target, drafter, config):
+        devices.append(config.device)
+        if config.device != "cpu":
+            raise BackendError("no accelerator; pass --device cpu")
+        return object()
+
+    monkeypatch.setattr(language_model, "best", lambda: "cuda")
+    monkeypatch.setattr(language_model, "loader", lambda name: loader)
+    load(*tiny_pair)
+    assert devices == [None, "cpu"]
+    for choice in ({"backend": "cuda"}, {"device": "cuda:1"}):
+        with pytest.raises(BackendError, match="no accelerator"):
+            load(*tiny_pair, **choice)
+
+
+def test_unknown_backend_and_dtype(tiny_pair):
+    with pytest.raises(BackendError, match="unknown backend 'abacus'"):
+        load(*tiny_pair, backend="abacus")
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        load(*tiny_pair, dtype="float8")
+
+
+def test_importing_the_package_imports_no_framework():
+    code = (
+        "import sys, treeflash, treeflash.generate;"
+        "print([m for m in ('torch', 'mlx', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0)
+
+
+def test_public_names():
+    for name in treeflash.__all__:
+        assert getattr(treeflash, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = treeflash.nonsense

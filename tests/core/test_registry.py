@@ -1,0 +1,126 @@
+"""Backends by name, from entry points made up for the test."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from treeflash import registry
+from treeflash.errors import BackendError
+from treeflash.reference.backend import load as load_reference
+
+REFERENCE = ("reference", "treeflash.reference.backend:load")
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> None:
+    """Make these the registered backends."""
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        assert group == "treeflash.backends"
+        return [EntryPoint(name, value, group) for name, value in entries]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *frameworks: str) -> None:
+    """Make these the installed frameworks."""
+    found = {name: object() for name in frameworks}
+    monkeypatch.setattr(registry, "find_spec", found.get)
+
+
+def platform(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None:
+    monkeypatch.setattr(registry.sys, "platform", system)
+    monkeypatch.setattr(registry.platform, "machine", lambda: machine)
+
+
+def test_loader_is_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, REFERENCE)
+    assert registry.loader("reference") is load_reference
+
+
+def test_backend_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is imported before its name is asked for."""
+    (tmp_path / "abacus_backend.py").write_text("def load(*args): return 'beads'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    register(monkeypatch, REFERENCE, ("abacus", "abacus_backend:load"))
+    assert set(registry.available()) == {"reference", "abacus"}
+    registry.loader("reference")
+    assert "abacus_backend" not in sys.modules
+    assert registry.loader("abacus")("target", "drafter", None) == "beads"
+    del sys.modules["abacus_backend"]
+
+
+def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, REFERENCE, ("mlx", "treeflash_mlx.backend:load"))
+    with pytest.raises(BackendError) as caught:
+        registry.loader("tpu")
+    assert str(caught.value) == "unknown backend 'tpu'; registered are: mlx, reference"
+
+
+def test_nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    with pytest.raises(BackendError) as caught:
+        registry.loader("reference")
+    assert str(caught.value) == "unknown backend 'reference'; registered are: none"
+
+
+def test_duplicate_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, ("cuda", "treeflash_cuda.backend:load"), ("cuda", "other.cuda:load"))
+    for call in (registry.available, lambda: registry.loader("cuda")):
+        with pytest.raises(BackendError) as caught:
+            call()
+        assert str(caught.value) == (
+            "backend 'cuda' is registered twice, by treeflash_cuda.backend:load and "
+            "other.cuda:load; uninstall one of the two packages"
+        )
+
+
+def test_one_entry_seen_twice_is_no_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source tree on the path beside its installation lists everything twice."""
+    register(monkeypatch, REFERENCE, REFERENCE)
+    assert registry.loader("reference") is load_reference
+
+
+@pytest.mark.parametrize(("name", "framework"), [("cuda", "torch"), ("mlx", "mlx")])
+def test_missing_framework(monkeypatch: pytest.MonkeyPatch, name: str, framework: str) -> None:
+    register(monkeypatch, (name, "a_module_that_must_not_be_imported:load"))
+    install(monkeypatch)
+    assert not registry.installed(name)
+    with pytest.raises(BackendError) as caught:
+        registry.loader(name)
+    assert str(caught.value) == (
+        f"backend '{name}' needs {framework}; pip install 'treeflash[{name}]'"
+    )
+
+
+def test_backends_of_other_packages_count_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert registry.installed("abacus")
+    assert registry.installed("reference")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "frameworks", "expected"),
+    [
+        ("darwin", "arm64", ["torch", "mlx"], "mlx"),
+        ("darwin", "arm64", ["torch"], "cuda"),
+        ("darwin", "x86_64", ["torch", "mlx"], "cuda"),
+        ("linux", "x86_64", ["torch", "mlx"], "cuda"),
+        ("linux", "aarch64", ["torch", "mlx"], "cuda"),
+        ("linux", "x86_64", ["mlx"], "mlx"),
+        ("linux", "x86_64", [], "reference"),
+    ],
+)
+def test_best(
+    monkeypatch: pytest.MonkeyPatch,
+    system: str,
+    machine: str,
+    frameworks: list[str],
+    expected: str,
+) -> None:
+    platform(monkeypatch, system, machine)
+    install(monkeypatch, *frameworks)
+    assert registry.best() == expected

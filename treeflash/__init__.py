@@ -1,0 +1,32 @@
+"""Lossless speculative decoding of language models with TreeFlash draft trees."""
+
+from __future__ import annotations
+
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.errors import TreeflashError
+from treeflash.generation import Generation
+from treeflash.language_model import LanguageModel, load
+from treeflash.stream import Chunk, Stream
+
+__all__ = [
+    "Chunk",
+    "DecodeConfig",
+    "Generation",
+    "LanguageModel",
+    "SamplingConfig",
+    "Stream",
+    "TreeflashError",
+    "__version__",
+    "load",
+]
+
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    # Looked up when asked for, so that a source tree that is not installed can be imported.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("treeflash")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

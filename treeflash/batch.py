@@ -1,0 +1,184 @@
+"""Many prompts from a file into a file: one JSON line per turn, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from treeflash.errors import ConfigError, PromptError
+from treeflash.language_model import LanguageModel, Options
+from treeflash.prompt import Message, Prompt
+from treeflash.prompt_file import Row
+from treeflash.stats import mean
+
+Record: TypeAlias = dict[str, Any]
+Key: TypeAlias = tuple[str | int, int]
+"""A row's id and the number of the turn, from 0."""
+
+LINE_START = b'{"id": '
+
+
+@dataclass
+class Batch:
+    """A file of prompts, and the turns of it that an output file holds already.
+
+    Attributes:
+        rows: what to decode.
+        output: JSON lines of `id`, `turn` and the generation, or the `error` that prevented it.
+        records: finished turns.
+        output_bytes: size of the part of `output` that they take.
+    """
+
+    rows: Sequence[Row]
+    output: Path
+    records: dict[Key, Record] = field(default_factory=dict)
+    output_bytes: int = 0
+
+    @classmethod
+    def resume(cls, rows: Sequence[Row], output: Path) -> Batch:
+        """Take up what an earlier run left in `output`, which need not exist yet.
+
+        A last line that an interruption tore, or that holds an interrupted turn, does not count:
+        that turn is decoded again.
+
+        Raises:
+            ConfigError: the file cannot be written, or another program wrote it.
+        """
+        try:
+            output.touch()
+            lines = output.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+        batch = cls(rows, output)
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n") and line[: len(LINE_START)] == LINE_START[: len(line)]:
+                break
+            record = _parse(line)
+            if record is None:
+                raise ConfigError(
+                    f"{output}:{number} was not written by a run like this one; "
+                    "give another --output"
+                )
+            if record.get("finish_reason") == "interrupted" and number == len(lines):
+                break
+            batch.records[record["id"], record["turn"]] = record
+            batch.output_bytes += len(line)
+        return batch
+
+    def run(self, model: LanguageModel, options: Options, console: Console) -> None:
+        """Decode what is missing, with a progress bar; a turn is on disk as soon as it is done.
+
+        A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation.
+
+        Raises:
+            ConfigError: the output holds turns of other settings, or a row needs the chat template.
+        """
+        self._check(model, options)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with (
+            self.output.open("a", encoding="utf-8", newline="\n") as file,
+            Progress(*columns, TimeRemainingColumn(), console=console) as bar,
+        ):
+            file.truncate(self.output_bytes)
+            task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
+            for row in self.rows:
+                for _ in self._converse(row, model, options, file):
+                    bar.advance(task)
+
+    def report(self) -> str:
+        """One line: how many turns are there, how many failed, and the block efficiency."""
+        wanted = [(row.id, turn) for row in self.rows for turn in range(len(row.turns))]
+        records = [self.records[key] for key in wanted if key in self.records]
+        errors = sum("error" in record for record in records)
+        lengths = [n for record in records for n in record.get("accepted_lengths", ())]
+        return (
+            f"{self.output}: {len(records) - errors} of {len(wanted)} turns decoded, "
+            f"{errors} with errors, block efficiency {mean(lengths):.2f}"
+        )
+
+    def _check(self, model: LanguageModel, options: Options) -> None:
+        config = model.decode_config(options)
+        # Turns made in different ways do not belong in one file.
+        settings = {
+            "method": config.method,
+            "budget": config.budget,
+            "seed": config.sampling.seed,
+            "backend": model.backend.name,
+            "dtype": model.backend.dtype,
+        }
+        for record in self.records.values():
+            for name, value in settings.items():
+                if record.get(name, value) != value:
+                    raise ConfigError(
+                        f"{self.output} has turns made with {name} {record[name]}, not {value}; "
+                        "use the same settings, or another --output"
+                    )
+        if options.get("raw"):
+            for row in self.rows:
+                if len(row.turns) > 1 or len(row.turns[0]) > 1:
+                    raise ConfigError(
+                        f"the row {row.id!r} has several messages, which need the chat template; "
+                        "leave out --raw"
+                    )
+
+    def _converse(
+        self, row: Row, model: LanguageModel, options: Options, file: TextIO
+    ) -> Iterator[Record]:
+        """Records of a row's turns, decoded now or before."""
+        messages: list[Message] = []
+        for turn, new in enumerate(row.turns):
+            messages += new
+            record = self.records.get((row.id, turn))
+            if record is None:
+                prompt: Prompt = new[0]["content"] if options.get("raw") else messages
+                record = _decode((row.id, turn), model, prompt, options, file)
+                self.records[row.id, turn] = record
+            yield record
+            if "error" in record:
+                return
+            messages.append({"role": "assistant", "content": record["text"]})
+
+
+def _decode(
+    key: Key, model: LanguageModel, prompt: Prompt, options: Options, file: TextIO
+) -> Record:
+    """Decode one turn and write it; where that is interrupted, write what there is."""
+    record: Record = dict(zip(("id", "turn"), key, strict=True))
+    try:
+        stream = model.stream(prompt, **options)
+    except PromptError as error:
+        record["error"] = str(error)
+        _write(record, file)
+        return record
+    try:
+        stream.run()
+    finally:
+        record |= stream.generation().to_dict()
+        _write(record, file)
+    return record
+
+
+def _write(record: Record, file: TextIO) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _parse(line: bytes) -> Record | None:
+    """The record on a line, or None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("turn"), int):
+        return None
+    complete = isinstance(record.get("text"), str) and isinstance(
+        record.get("accepted_lengths"), list
+    )
+    known = isinstance(record.get("id"), str | int) and ("error" in record or complete)
+    return record if known else None

@@ -1,0 +1,191 @@
+"""The Python API: load a target and its drafter, then generate or stream text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.errors import BackendError, ConfigError
+from treeflash.generation import Generation
+from treeflash.interfaces import Backend
+from treeflash.models import resolve_drafter, resolve_target
+from treeflash.prompt import Prompt, encode
+from treeflash.registry import best, loader
+from treeflash.stream import Stream
+from treeflash.text import Tokenizer
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `LanguageModel.generate` and `LanguageModel.stream`.
+
+    Those that `DecodeConfig` and `SamplingConfig` explain have their defaults, but for two:
+
+    - `method`: the best that the loaded drafter can do: `treeflash`, else `ddtree`, else `ar`;
+    - `stop_token_ids`: the target's own.
+
+    The others:
+
+    - `stop`: strings that end the text, which then ends before them;
+    - `system`: a system message to put before the prompt;
+    - `raw`: take a text as it is, without the chat template;
+    - `template_args`: more variables for the chat template; where it has a switch
+      `enable_thinking`, that is off by default, because the published drafters were trained so.
+    """
+
+    method: Method
+    budget: int
+    top_m: int
+    top_k_children: int
+    draft_temperature: float
+    max_tokens: int
+    stop_token_ids: Collection[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    system: str | None
+    raw: bool
+    template_args: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A target, its tokenizer and perhaps a drafter, ready to generate.
+
+    Attributes:
+        backend: the loaded pair.
+        tokenizer: of the target.
+    """
+
+    backend: Backend
+    tokenizer: Tokenizer
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Generate the whole text at once; see `stream`."""
+        return self.stream(prompt, **options).run()
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """Generate a text piece by piece, as the target accepts it.
+
+        Args:
+            prompt: a text or messages (dicts with `role` and `content`), which go through the
+                chat template, or token ids.
+            **options: see `Options`.
+
+        Returns:
+            An iterator of chunks; its `generation()` gives all of them as one result.
+
+        Raises:
+            ConfigError: an option is unknown, makes no sense, or needs what was not loaded.
+            PromptError: the prompt is empty, malformed, too long, or refused by the template.
+            NumericalError: while iterating; a model produced values that are not finite.
+        """
+        stop = options.get("stop", ())
+        return Stream(
+            self.backend,
+            self.tokenizer,
+            encode(
+                self.tokenizer,
+                prompt,
+                system=options.get("system"),
+                raw=options.get("raw", False),
+                template_args=options.get("template_args"),
+            ),
+            self.decode_config(options),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+        )
+
+    def decode_config(self, options: Options) -> DecodeConfig:
+        """How these options decode with this pair.
+
+        Raises:
+            ConfigError: an option is unknown or makes no sense.
+        """
+        config = parse_options(options)
+        return replace(
+            config,
+            method=options.get("method", self.best_method),
+            stop_token_ids=frozenset(options.get("stop_token_ids", self.tokenizer.stop_token_ids)),
+        )
+
+    @property
+    def best_method(self) -> Method:
+        """The method to use when none is named."""
+        if self.backend.drafter_config is None:
+            return "ar"
+        return "ddtree" if self.backend.head is None else "treeflash"
+
+
+def load(
+    target: str | Path | None = None,
+    drafter: str | Path | Literal[False] | None = None,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    draft_bits: int | None = None,
+    kv_bits: int | None = None,
+) -> LanguageModel:
+    """Load a target and its drafter, fetching what is not there yet.
+
+    Args:
+        target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
+        drafter: likewise; None is the published drafter of the target, False loads none, and
+            then only plain decoding works.
+        backend: a registered name; None is the best one installed.
+        device: see `LoadConfig`, like those that follow.
+        dtype: `float32`, `bfloat16` or `float16`.
+        draft_bits: quantise the drafter.
+        kv_bits: quantise the target's keys and values.
+
+    Raises:
+        BackendError: the backend is unknown, not installed, or has no such device.
+        CheckpointError: a model is missing or damaged, or the two do not fit.
+        UnsupportedModelError: the target's layers cannot run a draft tree.
+        ConfigError: the backend cannot do what was asked.
+    """
+    config = LoadConfig(device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits)
+    load_pair = loader(backend or best())
+    name = None if target is None else str(target)
+    target_folder = resolve_target(name)
+    drafter_folder = None
+    if drafter is not False:
+        drafter_folder = resolve_drafter(None if drafter is None else str(drafter), name)
+    tokenizer = Tokenizer.from_folder(target_folder)
+    try:
+        pair = load_pair(target_folder, drafter_folder, config)
+    except BackendError:
+        if backend is not None or device is not None:
+            raise
+        # The user named nothing, so it has to work on this machine, accelerator or not.
+        pair = load_pair(target_folder, drafter_folder, replace(config, device="cpu"))
+    return LanguageModel(pair, tokenizer)
+
+
+def parse_options(options: Options) -> DecodeConfig:
+    """Check options before anything is loaded.
+
+    Raises:
+        ConfigError: an option is unknown or makes no sense.
+    """
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        raise ConfigError(
+            f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}"
+        )
+    stop = options.get("stop", ())
+    if "" in ((stop,) if isinstance(stop, str) else stop):
+        raise ConfigError("a stop string is empty; leave it out")
+    given = {key: value for key, value in options.items() if key != "stop_token_ids"}
+    return DecodeConfig(
+        **_pick(given, DecodeConfig), sampling=SamplingConfig(**_pick(given, SamplingConfig))
+    )
+
+
+def _pick(options: Mapping[str, object], kind: type) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {key: value for key, value in options.items() if key in names}
