@@ -17,10 +17,13 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    given = config.get("rope_parameters") or {}
+    given = given.get("full_attention", given)  # some files tell layer types apart
+    parameters = dict(config.get("rope_scaling") or {}) | dict(given)
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if "max_position_embeddings" in config:
+        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return parameters
 
 

@@ -36,7 +36,7 @@ class Stats:
     def cut(self, tokens: int) -> None:
         """Forget tokens beyond the first `tokens`, where a stop string ended the text."""
         excess = self.tokens - tokens
-        self.tokens = tokens
+        self.tokens = min(self.tokens, tokens)
         while excess > 0 and self.accepted_lengths:
             last = self.accepted_lengths.pop()
             if last > excess:

@@ -220,3 +220,14 @@ def test_missing_setting(kind: str, missing: str) -> None:
     message = f"rope type '{kind}' needs '{missing}' in config.json"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         inverse_frequencies(settings, 16)
+
+
+def test_settings_by_layer_type_are_those_of_full_attention() -> None:
+    nested = {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 7.0}}
+    assert rope_parameters({"rope_parameters": nested})["rope_theta"] == 5.0
+
+
+def test_a_missing_original_length_is_named() -> None:
+    settings = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(CheckpointError, match="original_max_position_embeddings"):
+        inverse_frequencies(rope_parameters({"rope_scaling": settings}), 8)

@@ -1,0 +1,109 @@
+"""What the benchmarks share: options, medians, a table, and a record of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
+
+
+class Parser(argparse.ArgumentParser):
+    """Has `--json FILE`; says what is wrong in one line."""
+
+    def __init__(self, description: str | None) -> None:
+        """Every benchmark writes what it prints to a file too, when asked."""
+        super().__init__(description=description)
+        self.add_argument(
+            "--json", type=output_file, metavar="FILE", help="write the results there, as JSON"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def output_file(name: str) -> Path:
+    """A file that can be written; found out before the work, not after."""
+    path = Path(name)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {name}")
+    return path
+
+
+def at_least_one(text: str) -> int:
+    """A positive number, for options that count."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return int(text)
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of a call: the median of `repeats`, after a tenth as many to warm up."""
+    times = []
+    for _ in range(repeats + repeats // 10 + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * median(times[-repeats:])
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table; the keys of the first are the columns."""
+    table = Table(title=title, title_justify="left")
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path | None, benchmark: str, results: dict[str, Any]) -> None:
+    """Write the results with the machine they were measured on; without a path do nothing."""
+    if path is not None:
+        record = {"benchmark": benchmark, "machine": machine(), **results}
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
