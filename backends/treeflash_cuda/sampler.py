@@ -57,5 +57,6 @@ def _nucleus_edge(probs: Tensor, top_p: float) -> Tensor:
     if not bool((mass[:, -1:] >= wanted).all()):  # a flat distribution: rank it whole
         ranked = probs.sort(-1, descending=True).values
         mass = ranked.cumsum(-1, dtype=torch.float64)
-    last = ((mass - ranked) < wanted).sum(-1, keepdim=True) - 1
+    # At least the best one; a row that is not finite has none, and is reported by the caller.
+    last = ((mass - ranked) < wanted).sum(-1, keepdim=True).clamp(min=1) - 1
     return ranked.gather(-1, last)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig
+from treeflash_cuda.backend import choose_device, load
 
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import write_target
-from treeflash_cuda.backend import choose_device, load
 
 CPU = LoadConfig(device="cpu")
 

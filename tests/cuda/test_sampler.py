@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from treeflash_cuda.sampler import choose
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import choose as reference
-from treeflash_cuda.sampler import choose
 
 SAMPLINGS = [
     SamplingConfig(),

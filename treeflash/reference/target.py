@@ -58,12 +58,7 @@ class Target:
         self.norm_topk_prob = bool(config.get("norm_topk_prob", False))
         frequencies, self.rope_scale = inverse_frequencies(rope_parameters(config), self.head_dim)
         self.inv_freq = tuple(frequencies.tolist())
-        window = config.get("sliding_window")
-        kinds = config.get("layer_types")
-        if kinds is None:  # Mistral slides everywhere, the Qwen families only where they say so
-            slides = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
-            kinds = ["sliding_attention" if slides and window else "full_attention"] * self.layers
-        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        self.windows = sliding_windows(config, self.layers)
 
     def new_cache(self) -> Cache:
         """An empty cache for a text."""
@@ -151,3 +146,20 @@ class Target:
             return self.weights[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}") from None
+
+
+def sliding_windows(config: dict[str, Any], layers: int) -> list[int | None]:
+    """Each layer's window in positions, None for all; where files are silent, as transformers.
+
+    Mistral slides in every layer unless told not to; the Qwen families only where they are told
+    to, and of those Qwen2 and Qwen3 from layer `max_window_layers` on.
+    """
+    family = config["model_type"]
+    window = config.get("sliding_window", 4096)
+    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window", False)):
+        window = None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    first = config.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+    return [window if n >= first else None for n in range(layers)]

@@ -1,0 +1,87 @@
+"""The same weights in PyTorch and in MLX: identical trees, accepted paths and tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.testing import require, write_drafter, write_target
+from treeflash.testing.comparisons import assert_equal_steps
+from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
+from treeflash.testing.samplings import SAMPLINGS
+from treeflash.testing.texts import random_tokens
+
+require("torch")
+require("mlx_lm")
+
+from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+
+FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
+METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")
+VOCAB_SIZE = 24
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def backends(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    target, drafter = folder / "target", folder / "drafter"
+    if request.param == "gemma3":
+        write_gemma3(target)
+    else:
+        write_target(target, request.param, seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
+    write_drafter(drafter, target, seed=DRAFTER_SEED)
+    return (
+        load_cuda(target, drafter, LoadConfig(device="cpu", dtype="float32")),
+        load_mlx(target, drafter, LoadConfig(dtype="float32")),
+    )
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["all"]], ids=["greedy", "all"])
+@pytest.mark.parametrize("method", METHODS)
+def test_iterations_are_identical(backends, method, sampling):
+    config = DecodeConfig(method=method, budget=32, max_tokens=24, sampling=sampling)
+    rng = np.random.default_rng(0)
+    accepted = []
+    for length in (1, 6, 30):  # the last is longer than the sliding windows
+        prompt = random_tokens(rng, VOCAB_SIZE, length)
+        cuda, mlx = (list(decode(backend, prompt, config)) for backend in backends)
+        assert_equal_steps(mlx, cuda)
+        accepted += [len(step.path) for step in cuda if step.path is not None]
+    if method in ("ddtree", "treeflash"):
+        assert max(accepted) >= 2
+
+
+def write_gemma3(folder):
+    """A tiny Gemma 3, made by transformers; its layers slide but for every third."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,  # mlx-lm rounds its root to bfloat16 before it scales the embeddings
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=512,
+        sliding_window=8,
+        layer_types=[*["sliding_attention"] * 2, "full_attention"] * 2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    # mlx-lm derives the layer types from this number.
+    path = folder / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"sliding_window_pattern": 3}))

@@ -1,0 +1,19 @@
+"""The PyTorch backend, on the processor and in float32."""
+
+from dataclasses import replace
+
+import pytest
+
+from treeflash.testing import BackendSuite, require
+
+require("torch")
+
+from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+
+
+class TestConformance(BackendSuite):
+    @pytest.fixture
+    def load(self):
+        return lambda target, drafter, config: load_cuda(
+            target, drafter, replace(config, device="cpu")
+        )

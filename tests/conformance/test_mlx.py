@@ -1,0 +1,15 @@
+"""The MLX backend, on its default device and in float32."""
+
+import pytest
+
+from treeflash.testing import BackendSuite, require
+
+require("mlx_lm")
+
+from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+
+
+class TestConformance(BackendSuite):
+    @pytest.fixture
+    def load(self):
+        return load_mlx

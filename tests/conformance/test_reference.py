@@ -1,0 +1,12 @@
+"""The NumPy backend passes the suite that it is the oracle of."""
+
+import pytest
+
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import BackendSuite
+
+
+class TestConformance(BackendSuite):
+    @pytest.fixture
+    def load(self):
+        return load_reference

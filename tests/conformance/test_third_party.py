@@ -1,0 +1,54 @@
+"""A backend in a package of its own, written against public names alone, passes the suite."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent / "third_party"
+PUBLIC = {"checkpoints", "config", "errors", "interfaces", "sampling", "transitions", "tree"}
+
+
+def test_example_uses_public_names_only():
+    files = sorted((PACKAGE / "treeflash_example").glob("*.py"))
+    imported = {
+        node.module
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "treeflash"
+    }
+    assert imported <= {f"treeflash.{name}" for name in PUBLIC}
+
+
+def test_example_passes_the_suite(tmp_path):
+    install(tmp_path)
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE), *filter(None, sys.path)])
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "check_example.py"],
+        cwd=PACKAGE,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def install(folder):
+    """Write the metadata that pip would; with its folder on the path, that is an installation.
+
+    A real one would fetch a build backend, which the tests must not need.
+    """
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    metadata = folder / f"treeflash_example-{project['version']}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    groups = [
+        "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())])
+        for group, entries in project["entry-points"].items()
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(groups) + "\n")

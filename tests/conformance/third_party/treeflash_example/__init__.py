@@ -1,0 +1,1 @@
+"""A treeflash backend in plain NumPy, written against the public interfaces alone."""

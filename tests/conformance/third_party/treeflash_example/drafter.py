@@ -1,0 +1,106 @@
+"""A DFlash drafter at work on one text, and the TreeFlash head."""
+
+import numpy as np
+
+from treeflash.checkpoints import (
+    canonical_name,
+    check_pair,
+    check_tensors,
+    drafter_config,
+    read_tensors,
+)
+from treeflash.transitions import TransitionTable
+from treeflash_example.layer import Layer, Weights, log_softmax, rms_norm, silu
+
+
+class DrafterModel:
+    def __init__(self, folder, target):
+        self.config = config = drafter_config(folder)
+        self.target = target
+        check_pair(
+            config,
+            hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            num_hidden_layers=len(target.layers),
+        )
+        tensors = {canonical_name(name): tensor for name, tensor in read_tensors(folder).items()}
+        check_tensors(folder, config, {name: tensor.shape for name, tensor in tensors.items()})
+        self.weights = Weights(folder, tensors)
+        shape = {
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "eps": config.rms_norm_eps,
+            "inv_freq": config.inv_freq,
+            "scale": config.rope_scale,
+        }
+        self.layers = [
+            Layer(self.weights, f"layers.{n}.", **shape) for n in range(config.num_hidden_layers)
+        ]
+
+    def norm(self, name, x):
+        return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
+
+    def logits(self, hidden):
+        return self.norm("norm", hidden) @ self.target.output.T
+
+
+class Drafter:
+    def __init__(self, model):
+        self.model = model
+        config = model.config
+        empty = np.zeros((2, config.num_key_value_heads, 0, config.head_dim), np.float32)
+        self.cache = [empty for _ in model.layers]
+
+    def draft(self, features, root):
+        model, config = self.model, self.model.config
+        start = self.cache[0].shape[2]
+        context = model.norm("hidden_norm", features @ model.weights["fc.weight"].T)
+        positions = start + np.arange(len(context))
+        self.cache = [
+            np.concatenate([cached, layer.keys_values(context, positions)], 2)
+            for layer, cached in zip(model.layers, self.cache, strict=True)
+        ]
+        start += len(context)
+        tokens = np.array([root] + [config.mask_token_id] * (config.block_size - 1))
+        x = model.target.embeddings[tokens] * np.float32(config.input_scale)
+        positions = start + np.arange(config.block_size)
+        distance = positions[:, None] - np.arange(start + config.block_size)
+        for n, layer in enumerate(model.layers):
+            window = config.sliding_windows[n] or np.inf
+            mask = (np.abs(distance) < window) & ((distance >= 0) | (not config.causal[n]))
+            x, _ = layer(x, positions, self.cache[n], mask)
+        return root, x
+
+    def marginals(self, block, k, temperature):
+        _, hidden = block
+        return TransitionTable.from_marginals(*top(self.model.logits(hidden[1:]) / temperature, k))
+
+    def keys_values(self):
+        return np.stack(self.cache)
+
+
+class Head:
+    def __init__(self, model):
+        self.model = model
+
+    def transitions(self, block, m, k, temperature):
+        root, hidden = block[0], block[1][1:]
+        model, weights = self.model, self.model.weights
+        previous, _ = top(model.logits(hidden[:-1]), m)
+        before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
+        embedded = rms_norm(
+            model.target.embeddings[before], weights["ar_approximation.norm.weight"], 1e-6
+        )
+        normed = np.broadcast_to(model.norm("norm", hidden)[:, None], embedded.shape)
+        x = np.concatenate([embedded, normed], -1) @ weights["ar_approximation.ug.weight"].T
+        up, gate = np.split(x + weights["ar_approximation.ug.bias"], 2, -1)
+        down = (up * silu(gate)) @ weights["ar_approximation.d.weight"].T
+        logits = model.logits(hidden[:, None] + down) / temperature
+        return TransitionTable.from_candidates(previous, *top(logits, k))
+
+
+def top(logits, k):
+    """Tokens and log probabilities of the `k` best, ties by token id."""
+    tokens = np.argsort(-logits, -1, kind="stable")[..., :k].astype(np.int32)
+    return tokens, np.take_along_axis(log_softmax(logits), tokens, -1).astype(np.float32)

@@ -1,0 +1,25 @@
+"""The conformance suite: what a backend must do, as tests to inherit.
+
+It needs pytest, NumPy and safetensors, and the framework of the backend under test::
+
+    import pytest
+    from treeflash.testing import BackendSuite
+
+    class TestConformance(BackendSuite):
+        @pytest.fixture
+        def load(self):
+            from my_backend import load
+            return load
+"""
+
+from pkgutil import iter_modules
+
+import pytest
+
+pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in iter_modules(__path__)))
+
+from treeflash.testing.models import FAMILIES, write_drafter, write_target  # noqa: E402
+from treeflash.testing.require import require  # noqa: E402
+from treeflash.testing.suite import BackendSuite  # noqa: E402
+
+__all__ = ["FAMILIES", "BackendSuite", "require", "write_drafter", "write_target"]

@@ -1,0 +1,60 @@
+"""What it means that two backends agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.decoding import Step
+from treeflash.transitions import TransitionTable
+from treeflash.tree import DraftTree
+
+TOLERANCE = 5e-5
+"""Largest difference of two float32 values of tiny models, absolute and relative: logits, log
+probabilities, keys, values. Backends differ by some 1e-6; a wrong position or mask by far more."""
+LONG_TOLERANCE = 2e-3
+"""The same where positions reach thousands: a float32 angle is then off by some 1e-4 radians."""
+
+
+def assert_close(
+    actual: NDArray[np.floating], expected: NDArray[np.floating], *, tolerance: float = TOLERANCE
+) -> None:
+    """Types and shapes equal, values within a tolerance."""
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, strict=True)
+
+
+def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> None:
+    """Tokens and rows equal wherever a child exists, log probabilities close."""
+    assert actual.tokens.dtype == np.int32
+    assert actual.next_row.dtype == np.int32
+    exists = np.isfinite(expected.log_probs)
+    np.testing.assert_array_equal(np.isfinite(actual.log_probs), exists)
+    np.testing.assert_array_equal(actual.tokens[exists], expected.tokens[exists])
+    np.testing.assert_array_equal(actual.next_row[exists], expected.next_row[exists])
+    assert_close(actual.log_probs, expected.log_probs)
+
+
+def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
+    """The same nodes in the same order, log probabilities close."""
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.parents, expected.parents)
+    np.testing.assert_array_equal(actual.depths, expected.depths)
+    assert_close(actual.log_probs, expected.log_probs)
+
+
+def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None:
+    """Iteration by iteration: the same tree, the same accepted path, the same tokens."""
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert (mine.tree is None) == (theirs.tree is None)
+        if mine.tree is not None and theirs.tree is not None:
+            assert_equal_trees(mine.tree, theirs.tree)
+            np.testing.assert_array_equal(mine.path, theirs.path)
+        assert mine.tokens == theirs.tokens
+        assert mine.finish_reason == theirs.finish_reason
+
+
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    """The text that steps brought."""
+    return [token for step in steps for token in step.tokens]

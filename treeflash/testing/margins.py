@@ -1,0 +1,111 @@
+"""How far the reference's decisions are from a tie.
+
+Backends add the same numbers in other orders and differ by some 1e-6. Where a tie is closer than
+that, either decision is right; the suite takes prompts that meet no tie, so that it can ask for
+equal tokens, trees and paths without exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding import Step, decode, propose
+from treeflash.interfaces import Backend
+from treeflash.sampling import choose, uniforms
+from treeflash.testing.texts import random_tokens
+from treeflash.transitions import TransitionTable
+from treeflash.tree import DraftTree, build_chain, build_tree
+
+MARGIN = 1e-5
+ATTEMPTS = 300
+
+
+def settled_generation(
+    reference: Backend, config: DecodeConfig, *, seed: int = 0
+) -> tuple[list[int], list[Step]]:
+    """A short random prompt for which the reference decodes without a close decision.
+
+    Args:
+        reference: the NumPy backend.
+        config: how to decode.
+        seed: of the prompts.
+
+    Returns:
+        The prompt, and the reference's steps.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(ATTEMPTS):
+        prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))
+        steps = list(decode(reference, prompt, config))
+        if _is_settled(reference, prompt, config, steps):
+            return prompt, steps
+    raise AssertionError(f"none of {ATTEMPTS} prompts is settled; choose other weights")
+
+
+def is_settled_choice(
+    logits: NDArray[np.float32], sampling: SamplingConfig, draws: NDArray[np.float64] | None
+) -> bool:
+    """Whether a little noise on the logits changes none of the tokens chosen from them.
+
+    Args:
+        logits: (n, vocab).
+        sampling: how to choose.
+        draws: (n,) in [0, 1); None when greedy.
+    """
+    rng = np.random.default_rng(0)
+    chosen = choose(logits, sampling, draws)
+    noisy = (
+        choose(logits + _noise(rng, logits.shape, 4 * MARGIN), sampling, draws) for _ in range(6)
+    )
+    return all(np.array_equal(chosen, tokens) for tokens in noisy)
+
+
+def is_settled_table(table: TransitionTable) -> bool:
+    """Whether the children of every row differ clearly in probability."""
+    with np.errstate(invalid="ignore"):
+        gaps = -np.diff(table.log_probs.astype(np.float64), axis=-1)
+    return not (gaps < MARGIN).any()
+
+
+def _is_settled(
+    reference: Backend, prompt: Sequence[int], config: DecodeConfig, steps: Sequence[Step]
+) -> bool:
+    verifier = reference.verifier(features=config.drafts)
+    drafter = reference.drafter() if config.drafts else None
+    # The last token of the prompt is run as a tree of one node: its logits are then seen too.
+    if prompt[:-1]:
+        _, features = verifier.prefill(prompt[:-1], SamplingConfig(), None)
+        if drafter:
+            drafter.draft(features, prompt[-1])
+    features = None
+    first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32)
+    verified = [(step.tree, step.path) for step in steps if step.tree is not None]
+    for tree, path in [first, *verified]:
+        assert path is not None
+        if drafter and features is not None:
+            root = int(tree.tokens[0])
+            table = propose(reference, drafter, drafter.draft(features, root), config)
+            if not _is_settled_tree(table, root, config):
+                return False
+        draws = None
+        if not config.sampling.greedy:
+            draws = uniforms(config.sampling.seed, tree.positions(verifier.length + 1))[path]
+        if not is_settled_choice(verifier.logits(tree)[path], config.sampling, draws):
+            return False
+        features = verifier.commit(path)
+    return True
+
+
+def _is_settled_tree(table: TransitionTable, root: int, config: DecodeConfig) -> bool:
+    build = build_chain if config.method in ("dflash", "treeflash-chain") else build_tree
+    tree = build(table, root, config.budget + 1)  # the first node left out must differ as well
+    follows_parent = tree.parents[1:] == np.arange(len(tree) - 1)
+    return bool((follows_parent | (-np.diff(tree.log_probs) > MARGIN)).all())
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], size: float) -> NDArray[np.float32]:
+    return rng.uniform(-size, size, shape).astype(np.float32)

@@ -1,0 +1,67 @@
+"""Every node of a tree sees the committed text and its own ancestors, at its own position."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from treeflash.testing.comparisons import assert_close
+from treeflash.testing.pairs import PairMaker
+from treeflash.testing.samplings import GREEDY
+from treeflash.testing.texts import chain_to, path_to, random_tokens, random_tree
+from treeflash.tree import DraftTree
+
+NODES = 24
+PROMPT = 13  # longer than the window of the sliding family
+
+
+class MaskTests:
+    """Mixin of `BackendSuite`."""
+
+    def test_nodes_see_their_paths_alone(self, pair: PairMaker, family: str) -> None:
+        backend = pair(family).tested
+        rng = np.random.default_rng(2)
+        verifier = backend.verifier(features=False)
+        verifier.prefill(random_tokens(rng, backend.vocab_size, PROMPT), GREEDY, None)
+        for _ in range(3):
+            tree = random_tree(rng, 3, NODES, backend.vocab_size)
+            logits = verifier.logits(tree)
+            for node in range(NODES):
+                assert_close(logits[node], verifier.logits(chain_to(tree, node))[-1])
+
+    def test_nodes_see_what_plain_decoding_sees(self, pair: PairMaker, family: str) -> None:
+        backend = pair(family).tested
+        rng = np.random.default_rng(3)
+        prompt = random_tokens(rng, backend.vocab_size, PROMPT)
+        verifier = backend.verifier(features=False)
+        verifier.prefill(prompt, GREEDY, None)
+        tree = random_tree(rng, 3, NODES, backend.vocab_size)
+        logits = verifier.logits(tree)
+        for node in range(0, NODES, 5):
+            tokens = tree.tokens[path_to(tree, node)].tolist()
+            plain = backend.verifier(features=False)
+            plain.prefill(prompt + tokens[:-1], GREEDY, None)
+            assert_close(logits[node], plain.logits(DraftTree.root_only(tokens[-1]))[0])
+
+    def test_logits_match_reference(self, pair: PairMaker, family: str) -> None:
+        models = pair(family)
+        rng = np.random.default_rng(4)
+        prompt = random_tokens(rng, models.reference.vocab_size, PROMPT)
+        tree = random_tree(rng, 3, NODES, models.reference.vocab_size)
+        logits = []
+        for backend in models.both:
+            verifier = backend.verifier(features=False)
+            verifier.prefill(prompt, GREEDY, None)
+            logits.append(verifier.logits(tree))
+        assert_close(*logits)
+
+    def test_depth_beyond_the_window(self, pair: PairMaker, family: str) -> None:
+        """A chain longer than a sliding window: its end no longer sees its own root."""
+        models = pair(family)
+        order = np.arange(20, dtype=np.int32)
+        chain = DraftTree(order, order - 1, order, np.zeros(20))
+        logits = []
+        for backend in models.both:
+            verifier = backend.verifier(features=False)
+            verifier.prefill([5, 6, 7], GREEDY, None)
+            logits.append(verifier.logits(chain))
+        assert_close(*logits)

@@ -1,0 +1,71 @@
+"""The suite as one class to inherit."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from treeflash.interfaces import Loader
+from treeflash.testing.caches import CacheTests
+from treeflash.testing.checkpoints import CheckpointTests
+from treeflash.testing.contexts import ContextTests
+from treeflash.testing.distributions import DistributionTests
+from treeflash.testing.errors import ErrorTests
+from treeflash.testing.generations import GenerationTests
+from treeflash.testing.masks import MaskTests
+from treeflash.testing.pairs import PairMaker, Pairs
+from treeflash.testing.stops import StopTests
+from treeflash.testing.transitions import TransitionTests
+from treeflash.testing.trees import TreeTests
+
+PAIRS = pytest.StashKey[Pairs]()
+
+
+class BackendSuite(
+    TransitionTests,
+    TreeTests,
+    MaskTests,
+    CacheTests,
+    ContextTests,
+    GenerationTests,
+    StopTests,
+    DistributionTests,
+    CheckpointTests,
+    ErrorTests,
+):
+    """Inherit, name the class `Test...`, and override the fixture `load`.
+
+    Attributes:
+        families: model families that the backend can load as targets, out of `FAMILIES`; most
+            tests use the first one.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")
+
+    @pytest.fixture
+    def load(self) -> Loader:
+        """The backend under test. It is called with `dtype="float32"` and no device."""
+        raise NotImplementedError("override the fixture `load` to return the backend's loader")
+
+    @pytest.fixture
+    def pair(
+        self,
+        load: Loader,
+        request: pytest.FixtureRequest,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> PairMaker:
+        """Makes pairs of tiny models; each is written and loaded once for the whole class."""
+        suite = request.node.getparent(pytest.Class)
+        if PAIRS not in suite.stash:
+            suite.stash[PAIRS] = Pairs(tmp_path_factory.mktemp("pairs"), load)
+        pairs = suite.stash[PAIRS]
+        return lambda family=None, *, target=None, drafter=None: pairs.make(
+            family or self.families[0], target, drafter
+        )
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run tests that take a `family` for each of the backend's."""
+        if "family" in metafunc.fixturenames:
+            assert metafunc.cls is not None
+            metafunc.parametrize("family", metafunc.cls.families)

@@ -1,0 +1,100 @@
+"""Transition tables and marginals agree with the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from treeflash.interfaces import Backend, Block, Drafter
+from treeflash.testing.comparisons import assert_equal_tables
+from treeflash.testing.margins import is_settled_table
+from treeflash.testing.pairs import Pair, PairMaker
+from treeflash.testing.samplings import GREEDY
+from treeflash.testing.texts import random_tokens
+from treeflash.transitions import TransitionTable
+
+SIZES = (1, 4, 16, 100)  # the last is larger than the vocabulary
+
+
+class TransitionTests:
+    """Mixin of `BackendSuite`."""
+
+    @pytest.mark.parametrize("k", SIZES)
+    @pytest.mark.parametrize("m", SIZES)
+    def test_transitions_match_reference(self, pair: PairMaker, m: int, k: int) -> None:
+        check_transitions(pair(), m=m, k=k)
+
+    @pytest.mark.parametrize("k", SIZES)
+    def test_marginals_match_reference(self, pair: PairMaker, k: int) -> None:
+        models = pair()
+        prompt = settled_prompt(models.reference)
+        assert_equal_tables(*(marginals(backend, prompt, k) for backend in models.both))
+
+    def test_transitions_of_each_family_match_reference(self, pair: PairMaker, family: str) -> None:
+        check_transitions(pair(family))
+
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_draft_temperature_divides_logits(self, pair: PairMaker, temperature: float) -> None:
+        models = pair()
+        prompt = settled_prompt(models.reference, temperature)
+        check_transitions(models, temperature=temperature)
+        assert_equal_tables(
+            *(marginals(backend, prompt, 16, temperature) for backend in models.both)
+        )
+
+    def test_transitions_of_a_block_of_two(self, pair: PairMaker) -> None:
+        models = pair(drafter={"block_size": 2})
+        check_transitions(models)
+        table = marginals(models.tested, settled_prompt(models.reference), 4)
+        assert table.tokens.shape == (1, 1, 4)
+        assert (table.next_row == -1).all()
+
+    def test_transitions_of_a_sliding_drafter_match_reference(self, pair: PairMaker) -> None:
+        models = pair(drafter={"sliding_window": 4})
+        check_transitions(models, length=3)
+        check_transitions(models, length=20)
+
+
+def check_transitions(
+    pair: Pair, *, m: int = 16, k: int = 16, temperature: float = 1.0, length: int = 7
+) -> None:
+    """Compare one table with the reference's."""
+    prompt = settled_prompt(pair.reference, temperature, length)
+    assert_equal_tables(*(transitions(backend, prompt, m, k, temperature) for backend in pair.both))
+
+
+def transitions(
+    backend: Backend, prompt: list[int], m: int, k: int, temperature: float = 1.0
+) -> TransitionTable:
+    """What the AR head predicts after a prompt."""
+    assert backend.head is not None
+    _, block = draft(backend, prompt)
+    return backend.head.transitions(block, m, k, temperature)
+
+
+def marginals(
+    backend: Backend, prompt: list[int], k: int, temperature: float = 1.0
+) -> TransitionTable:
+    """What the drafter predicts after a prompt."""
+    drafter, block = draft(backend, prompt)
+    return drafter.marginals(block, k, temperature)
+
+
+def draft(backend: Backend, prompt: list[int]) -> tuple[Drafter, Block]:
+    """The block after a prompt and the target's greedy choice."""
+    root, features = backend.verifier(features=True).prefill(prompt, GREEDY, None)
+    drafter = backend.drafter()
+    return drafter, drafter.draft(features, root)
+
+
+def settled_prompt(reference: Backend, temperature: float = 1.0, length: int = 7) -> list[int]:
+    """A prompt after which no two children are nearly as probable as each other."""
+    rng = np.random.default_rng(0)
+    everything = reference.vocab_size
+    while True:
+        prompt = random_tokens(rng, everything, length)
+        table = transitions(reference, prompt, everything, everything, temperature)
+        if is_settled_table(table) and is_settled_table(
+            marginals(reference, prompt, everything, temperature)
+        ):
+            return prompt

@@ -1,0 +1,83 @@
+"""Trees, the target's choices on them, and what is accepted agree with the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from treeflash.acceptance import accept
+from treeflash.config import SamplingConfig
+from treeflash.interfaces import TreeVerifier
+from treeflash.sampling import choose, uniforms
+from treeflash.testing.comparisons import assert_equal_trees
+from treeflash.testing.margins import is_settled_choice
+from treeflash.testing.pairs import PairMaker
+from treeflash.testing.samplings import GREEDY, SAMPLINGS
+from treeflash.testing.texts import random_tokens, random_tree
+from treeflash.testing.transitions import settled_prompt, transitions
+from treeflash.tree import DraftTree, build_tree
+
+PROMPT = 5
+NODES = 24
+
+
+class TreeTests:
+    """Mixin of `BackendSuite`."""
+
+    @pytest.mark.parametrize("budget", [1, 2, 16, 64])
+    def test_trees_match_reference(self, pair: PairMaker, budget: int) -> None:
+        models = pair()
+        prompt = settled_prompt(models.reference)
+        assert_equal_trees(
+            *(
+                build_tree(transitions(backend, prompt, 16, 16), 3, budget)
+                for backend in models.both
+            )
+        )
+
+    @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+    def test_choices_match_reference(self, pair: PairMaker, sampling: SamplingConfig) -> None:
+        models = pair()
+        rng = np.random.default_rng(1)
+        vocab_size = models.reference.vocab_size
+        prompt = random_tokens(rng, vocab_size, PROMPT)
+        tested, reference = (backend.verifier(features=False) for backend in models.both)
+        for verifier in (tested, reference):
+            verifier.prefill(prompt, GREEDY, None)
+        compared = 0
+        for _ in range(30):
+            tree = random_tree(rng, 3, NODES, vocab_size)
+            draws = uniforms(sampling.seed, tree.positions(PROMPT + 1))
+            logits = reference.logits(tree)
+            if not is_settled_choice(logits, sampling, draws):
+                continue
+            compared += 1
+            expected = choose(logits, sampling, draws)
+            chosen = tested.verify(tree, sampling, None if sampling.greedy else draws)
+            assert chosen.dtype == np.int32
+            np.testing.assert_array_equal(chosen, expected)
+            np.testing.assert_array_equal(accept(tree, chosen).path, accept(tree, expected).path)
+        assert compared >= 5
+
+    def test_drafts_of_the_target_itself_are_accepted_whole(self, pair: PairMaker) -> None:
+        models = pair()
+        verifier = models.tested.verifier(features=False)
+        root, _ = verifier.prefill([1, 2, 3], GREEDY, None)
+        text = continuation(models.reference.verifier(features=False), [1, 2, 3], 9)
+        assert text[0] == root
+        order = np.arange(8, dtype=np.int32)
+        chain = DraftTree(np.array(text[:8], np.int32), order - 1, order, np.zeros(8))
+        accepted = accept(chain, verifier.verify(chain, GREEDY, None))
+        assert accepted.path.tolist() == order.tolist()
+        assert accepted.tokens == tuple(text[1:])
+
+
+def continuation(verifier: TreeVerifier, prompt: list[int], length: int) -> list[int]:
+    """The first tokens that the target greedily appends to a prompt, one forward each."""
+    text: list[int] = []
+    pieces = prompt
+    for _ in range(length):
+        token, _ = verifier.prefill(pieces, GREEDY, None)
+        text.append(token)
+        pieces = [token]
+    return text
