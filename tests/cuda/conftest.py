@@ -1,10 +1,6 @@
-"""These tests need torch; what they share is here."""
+"""What the tests of the PyTorch backend share."""
 
 import pytest
-
-from treeflash.testing import require
-
-require("torch")
 
 
 @pytest.fixture(scope="session")

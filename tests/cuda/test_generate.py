@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
-from treeflash_cuda.backend import load
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.models import resolve_drafter
+from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.text import Tokenizer
+
+require("torch")
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 BUDGETS = (1, 2, 16, 64, 256)

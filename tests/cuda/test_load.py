@@ -1,13 +1,17 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig
-from treeflash_cuda.backend import choose_device, load
 
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.testing import require
 from treeflash.testing.models import write_target
+
+require("torch")
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig  # noqa: E402
+from treeflash_cuda.backend import choose_device, load  # noqa: E402
 
 CPU = LoadConfig(device="cpu")
 

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from treeflash.reference.target import Target
+from treeflash.testing import require
 from treeflash.testing.models import write_target
+
+require("torch")
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 CASES = {
     "qwen2 slides from a layer on": (

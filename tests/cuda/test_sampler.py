@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
-from treeflash_cuda.sampler import choose
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import choose as reference
+from treeflash.testing import require
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda.sampler import choose  # noqa: E402
 
 SAMPLINGS = [
     SamplingConfig(),

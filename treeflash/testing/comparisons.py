@@ -36,20 +36,24 @@ def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> N
     assert_close(actual.log_probs, expected.log_probs)
 
 
-def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
+def assert_equal_trees(
+    actual: DraftTree, expected: DraftTree, *, tolerance: float = TOLERANCE
+) -> None:
     """The same nodes in the same order, log probabilities close."""
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_array_equal(actual.parents, expected.parents)
     np.testing.assert_array_equal(actual.depths, expected.depths)
-    assert_close(actual.log_probs, expected.log_probs)
+    assert_close(actual.log_probs, expected.log_probs, tolerance=tolerance)
 
 
-def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None:
+def assert_equal_steps(
+    actual: Sequence[Step], expected: Sequence[Step], *, tolerance: float = TOLERANCE
+) -> None:
     """Iteration by iteration: the same tree, the same accepted path, the same tokens."""
     for mine, theirs in zip(actual, expected, strict=True):
         assert (mine.tree is None) == (theirs.tree is None)
         if mine.tree is not None and theirs.tree is not None:
-            assert_equal_trees(mine.tree, theirs.tree)
+            assert_equal_trees(mine.tree, theirs.tree, tolerance=tolerance)
             np.testing.assert_array_equal(mine.path, theirs.path)
         assert mine.tokens == theirs.tokens
         assert mine.finish_reason == theirs.finish_reason

@@ -1,0 +1,150 @@
+"""Loading: the entry point of the MLX backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from treeflash import interfaces
+from treeflash.checkpoints import (
+    canonical_name,
+    check_pair,
+    check_tensors,
+    drafter_config,
+    weight_files,
+)
+from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash.probe import check_trees
+from treeflash_mlx.drafter import Drafter, DrafterModel
+from treeflash_mlx.head import ARHead, SwiGLU
+from treeflash_mlx.target import Target
+from treeflash_mlx.verifier import Verifier
+
+HEAD_PREFIX = "ar_approximation."
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZE = 64
+
+
+class MlxBackend:
+    """`treeflash.interfaces.Backend` in MLX."""
+
+    name = "mlx"
+
+    def __init__(self, target: Target, drafter: DrafterModel | None, head: ARHead | None) -> None:
+        """Hold a target, and a drafter for it."""
+        self.target = target
+        self.drafter_model = drafter
+        self.head: interfaces.ARHead | None = head
+        self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
+        self.dtype = str(target.dtype).removeprefix("mlx.core.")
+        self.vocab_size = target.vocab_size
+        self.max_positions = target.max_positions
+        self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
+
+    def verifier(self, *, features: bool) -> Verifier:
+        """See `Backend.verifier`."""
+        config = self.drafter_config if features else None
+        return Verifier(self.target, config.target_layer_ids if config else ())
+
+    def drafter(self) -> Drafter:
+        """See `Backend.drafter`."""
+        assert self.drafter_model is not None
+        return Drafter(self.drafter_model, self.target)
+
+    def memory_bytes(self) -> int:
+        """See `Backend.memory_bytes`."""
+        return mx.get_peak_memory()
+
+
+def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
+    """See `Loader`. MLX has one default device for the process, and a named one becomes it."""
+    on_cpu = choose_device(config.device)
+    dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
+    model = Target(target, dtype, config.kv_bits)
+    if drafter is None:
+        return MlxBackend(model, None, None)
+    backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
+    check_trees(backend)
+    return backend
+
+
+def choose_device(name: str | None) -> bool:
+    """Use the device of that name, or MLX's default; returns whether it is the CPU.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if name not in (None, "cpu", "gpu"):
+        raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
+    if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        raise BackendError("this MLX has no GPU; leave --device out or pass --device cpu")
+    if name is not None:
+        mx.set_default_device(mx.Device(getattr(mx, name)))
+    if mx.metal.is_available():
+        # As mlx-lm does: keep the weights resident, as far as the system recommends.
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    return mx.default_device().type == mx.cpu
+
+
+def load_drafter(
+    folder: Path, target: Target, bits: int | None
+) -> tuple[DrafterModel, ARHead | None]:
+    """Read a drafter, check that it belongs to the target, and quantise it if asked."""
+    if bits not in (None, *BITS):
+        raise ConfigError(f"draft-bits must be one of {BITS}, got {bits}")
+    config = drafter_config(folder)
+    target.check_drafting()
+    check_pair(
+        config,
+        hidden_size=target.embed(mx.array([0])).shape[-1],
+        vocab_size=target.vocab_size,
+        num_hidden_layers=len(target.layers),
+    )
+    target.capture(config.target_layer_ids)
+    tensors = read_drafter(folder)
+    check_tensors(folder, config, {name: tensor.shape for name, tensor in tensors.items()})
+    of_head = {
+        name.removeprefix(HEAD_PREFIX): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(HEAD_PREFIX)
+    }
+    model = DrafterModel(config)
+    _fill(model, tensors, target.dtype, bits)
+    if not of_head:
+        return model, None
+    swiglu = SwiGLU(config.hidden_size, of_head["d.weight"].shape[1])
+    _fill(swiglu, of_head, target.dtype, bits)
+    return model, ARHead(swiglu, model, target)
+
+
+def read_drafter(folder: Path) -> dict[str, mx.array]:
+    """A drafter's tensors by canonical name."""
+    tensors: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        try:
+            part: Any = mx.load(str(path), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        tensors |= {canonical_name(name): tensor for name, tensor in part.items()}
+    return tensors
+
+
+def _fill(
+    module: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, bits: int | None
+) -> None:
+    module.load_weights(list(tensors.items()))
+    module.set_dtype(dtype)
+    if bits is not None:
+        nn.quantize(
+            module,
+            GROUP_SIZE,
+            bits,
+            class_predicate=lambda _, m: (
+                hasattr(m, "to_quantized") and m.weight.shape[-1] % GROUP_SIZE == 0
+            ),
+        )
+    mx.eval(module.parameters())

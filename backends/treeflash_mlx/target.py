@@ -1,0 +1,230 @@
+"""The target: a model of mlx-lm, unmodified, and what drafting needs of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import load_model
+
+from treeflash.checkpoints import read_config
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash_mlx.cache import QuantisedTreeCache, TreeCache
+from treeflash_mlx.scope import Scope, TreePass
+from treeflash_mlx.spelling import TEXT_CONFIGS, respell
+
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+    "token_embeddings",
+    "embeddings",
+    "embedding",
+    "embed_in",
+)
+HEADS = ("lm_head", "output", "embed_out")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+KV_BITS = (4, 8)
+GROUP_SIZES = (64, 32)
+
+
+class Target:
+    """The weights of a target, hooked, and its forward pass."""
+
+    def __init__(self, folder: Path, dtype: mx.Dtype | None, kv_bits: int | None) -> None:
+        """Load a folder in the Hugging Face format, quantised by mlx-lm or not.
+
+        Args:
+            folder: with `config.json` and `model*.safetensors`.
+            dtype: for all floating-point parameters; None leaves them as they are.
+            kv_bits: of keys and values; None keeps them as they are.
+
+        Raises:
+            CheckpointError: it is damaged, or its weights do not fit its configuration.
+            UnsupportedModelError: mlx-lm does not know the model, or it cannot run draft trees.
+            ConfigError: its keys and values cannot be quantised.
+        """
+        config = read_config(folder)
+        self.family = str(config.get("model_type"))
+        self.config: Mapping[str, Any] = next(
+            (config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config
+        )
+        self.model = _load(folder, config, dtype)
+        self.layers: Sequence[nn.Module] = self.model.layers
+        self.windows = self._windows()
+        self.scope = Scope()
+        self.scope.follow(self.model)
+        self.vocab_size, widths = self._shapes()
+        self.kv_bits = kv_bits
+        self.group_size = GROUP_SIZES[0]
+        if kv_bits is not None:
+            self._check_kv_bits(widths)
+        self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
+        self.output = self._find(HEADS, (nn.Linear, nn.QuantizedLinear))
+        self.max_positions = int(
+            next((self.config[key] for key in POSITIONS if self.config.get(key)), sys.maxsize)
+        )
+
+    def check_drafting(self) -> None:
+        """See that a drafter can work with this model, as far as no probe would tell.
+
+        Raises:
+            UnsupportedModelError: no embedding was found, or columns of a tree would count.
+        """
+        if self.embedding is None:
+            raise UnsupportedModelError(
+                f"no embedding table was found in the {self.family} model, and a drafter needs it; "
+                "--method ar decodes without one"
+            )
+        if (self.config.get("rope_parameters") or {}).get("llama_4_scaling_beta"):
+            # It shows only thousands of tokens out, where no probe looks.
+            raise UnsupportedModelError(
+                f"mlx-lm's {self.family} scales queries by column instead of position, which is "
+                "wrong in a draft tree; --method ar still works"
+            )
+
+    def capture(self, layer_ids: Collection[int]) -> None:
+        """Hook those layers, so that a forward pass can return their outputs."""
+        self.scope.capture(self.layers, layer_ids)
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """(..., hidden_size) rows of the embedding table, without any scaling by the model."""
+        assert self.embedding is not None
+        rows: mx.array = self.embedding(token_ids)
+        return rows
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """(..., vocab) logits of the output head alone."""
+        assert self.embedding is not None
+        logits: mx.array = (
+            self.embedding.as_linear(hidden) if self.output is None else self.output(hidden)
+        )
+        return logits
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the model computes in."""
+        dtype: mx.Dtype = next(
+            x.dtype
+            for _, x in tree_flatten(self.model.parameters())
+            if mx.issubdtype(x.dtype, mx.floating)
+        )
+        return dtype
+
+    def new_cache(self) -> list[TreeCache]:
+        """An empty cache for a text."""
+        if self.kv_bits is None:
+            return [TreeCache(self.scope, window) for window in self.windows]
+        return [
+            QuantisedTreeCache(self.scope, window, self.kv_bits, self.group_size)
+            for window in self.windows
+        ]
+
+    def forward(
+        self,
+        token_ids: mx.array,
+        cache: list[TreeCache],
+        layer_ids: tuple[int, ...],
+        tree: TreePass | None = None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """Write down a pass of n tokens; the cache then holds them too.
+
+        Args:
+            token_ids: (n,).
+            cache: of the text.
+            layer_ids: captured layers whose outputs to return.
+            tree: the tree that the tokens form; None where they continue the text.
+
+        Returns:
+            (n, vocab) logits; (n, len(layer_ids) * hidden_size) features, None of no layer.
+        """
+        with self.scope.running(tree, capture=bool(layer_ids)) as outputs:
+            logits = self.model(token_ids[None], cache=cache)[0]
+        if not layer_ids:
+            return logits, None
+        return logits, mx.concatenate([outputs[i][0] for i in layer_ids], axis=-1)
+
+    def _windows(self) -> list[int | None]:
+        """The window of each cache that the model wants."""
+        windows: list[int | None] = []
+        for cache in make_prompt_cache(self.model):
+            kind = type(cache)
+            if kind not in (KVCache, RotatingKVCache) or (kind is RotatingKVCache and cache.keep):
+                raise UnsupportedModelError(
+                    f"{self.family} models keep a state other than plain keys and values "
+                    f"({kind.__name__}), which a draft tree cannot branch; choose another target"
+                )
+            windows.append(cache.max_size if kind is RotatingKVCache else None)
+        if self.family == "mistral" and "layer_types" not in self.config:
+            # mlx-lm runs Mistral as Llama and forgets that all of its layers slide.
+            windows = [self.config.get("sliding_window")] * len(windows)
+        return windows
+
+    def _shapes(self) -> tuple[int, set[int]]:
+        """The vocabulary and the widths of keys and values, of a pass that is never run."""
+        cache = [TreeCache(self.scope, window) for window in self.windows]
+        try:
+            logits, _ = self.forward(mx.array([0]), cache, ())
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"mlx-lm's {self.family} cannot work with a cache that branches ({error}); "
+                "choose another target"
+            ) from error
+        return logits.shape[-1], {rows.shape[-1] for layer in cache for rows in layer.read()}
+
+    def _check_kv_bits(self, widths: set[int]) -> None:
+        """Find the group size to quantise keys and values by, and see that the model can."""
+        if self.kv_bits not in KV_BITS:
+            raise ConfigError(f"kv-bits must be one of {KV_BITS}, got {self.kv_bits}")
+        sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+        if not sizes:
+            raise ConfigError(
+                f"kv-bits needs heads whose width is a multiple of {GROUP_SIZES[-1]}, "
+                f"{self.family} has {sorted(widths)}; leave --kv-bits out"
+            )
+        self.group_size = sizes[0]
+        try:
+            self.forward(mx.array([0]), self.new_cache(), ())
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.family} models cannot attend to quantised keys and values ({error}); "
+                "leave --kv-bits out"
+            ) from error
+
+    def _find(self, names: Collection[str], kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
+        """The module nearest to the root that has one of the names, and a row per token."""
+        found = [
+            (path.count("."), path, module)
+            for path, module in self.model.named_modules()
+            if path.rpartition(".")[2] in names
+            and isinstance(module, kinds)
+            and module.weight.shape[0] >= self.vocab_size
+        ]
+        return min(found, key=lambda item: item[:2])[2] if found else None
+
+
+def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
+    if not list(folder.glob("model*.safetensors")):
+        raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other files")
+    try:
+        model, _ = load_model(folder, lazy=True, model_config=respell(config))
+        if dtype is not None:
+            model.set_dtype(dtype)
+        mx.eval(model.parameters())
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error.__cause__, ImportError):
+            raise UnsupportedModelError(
+                f"mlx-lm has no model type {config.get('model_type')!r}; try --backend cuda"
+            ) from error
+        # mlx-lm lists what it misses over many lines.
+        reason = shorten(str(error) or type(error).__name__, 300)
+        raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
+    return model

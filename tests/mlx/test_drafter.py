@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.errors import ConfigError
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import require
+from treeflash.testing.models import edit_config, write_drafter, write_target
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx  # noqa: E402
+from mlx import nn  # noqa: E402
+from treeflash_mlx.backend import load  # noqa: E402
+
+GREEDY = SamplingConfig()
+SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def blocks(backend, tokens, root):
+    """The drafter's block after some tokens, given in two parts, and its drafter."""
+    verifier, drafter = backend.verifier(features=True), backend.drafter()
+    _, first = verifier.prefill(tokens[:7], GREEDY, None)
+    drafter.draft(first, tokens[7])
+    _, second = verifier.prefill(tokens[7:], GREEDY, None)
+    return drafter, drafter.draft(second, root)
+
+
+@pytest.mark.parametrize("block_size", [2, 6])
+@pytest.mark.parametrize("sliding_window", [None, 5])
+@pytest.mark.parametrize("causal", [None, False, True])
+@pytest.mark.parametrize("rope", [None, YARN], ids=["plain", "yarn"])
+def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, causal, rope):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1)
+    write_drafter(drafter, target, seed=2, block_size=block_size, sliding_window=sliding_window)
+    extra = {} if causal is None else {"is_causal": causal}
+    extra |= {} if rope is None else {"rope_parameters": rope}
+    edit_config(drafter, lambda config: config.update(input_embedding_scale=1.5, **extra))
+    ours, theirs = (
+        load(target, drafter, LoadConfig()),
+        load_reference(target, drafter, LoadConfig()),
+    )
+    tokens = list(range(12))
+    (drafter_a, a), (drafter_b, b) = blocks(ours, tokens, 3), blocks(theirs, tokens, 3)
+    np.testing.assert_allclose(np.array(a.hidden), b.hidden, atol=1e-4)
+    np.testing.assert_allclose(drafter_a.keys_values(), drafter_b.keys_values(), atol=1e-4)
+    for k in (1, 5, 100):
+        assert_same(drafter_a.marginals(a, k, 0.7), drafter_b.marginals(b, k, 0.7))
+        for m in (1, 4, 100):
+            table = ours.head.transitions(a, m, k, 0.7)
+            assert_same(table, theirs.head.transitions(b, m, k, 0.7))
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.next_row, b.next_row)
+    finite = np.isfinite(b.log_probs)
+    np.testing.assert_array_equal(np.isfinite(a.log_probs), finite)
+    np.testing.assert_array_equal(a.tokens[finite], b.tokens[finite])
+    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_every_method_gives_the_text_of_plain_decoding(families, tmp_path, sampling):
+    """On a target with sliding windows, and a text many windows long."""
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    families.write(target, "gemma3_text")
+    write_drafter(drafter, target, seed=2)
+    backend = load(target, drafter, LoadConfig())
+    prompt = [int(token) for token in np.random.default_rng(0).integers(0, 96, 30)]
+    texts = {}
+    for method in METHODS:
+        config = DecodeConfig(method=method, max_tokens=60, budget=24, sampling=sampling)
+        texts[method] = [x for step in decode(backend, prompt, config) for x in step.tokens]
+    assert all(text == texts["ar"] for text in texts.values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_drafter(pair, bits):
+    """Another tree perhaps, but the same text."""
+    backend = load(*pair, LoadConfig(draft_bits=bits))
+    assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert isinstance(backend.head.swiglu.ug, nn.QuantizedLinear)
+    texts = []
+    for method in ("ar", "treeflash"):
+        config = DecodeConfig(method=method, max_tokens=30, budget=16)
+        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+    assert texts[0] == texts[1]
+
+
+def test_bits_that_do_not_exist(pair):
+    with pytest.raises(ConfigError, match="draft-bits must be one of"):
+        load(*pair, LoadConfig(draft_bits=7))
+
+
+def test_dflash_drafter_has_no_head(tmp_path):
+    write_target(tmp_path / "t", "llama", seed=1)
+    write_drafter(tmp_path / "d", tmp_path / "t", seed=2, format="dflash", sharded=True)
+    assert load(tmp_path / "t", tmp_path / "d", LoadConfig()).head is None
+
+
+def test_peak_memory_is_reported(pair):
+    backend = load(*pair, LoadConfig())
+    assert backend.memory_bytes() >= mx.get_active_memory() > 0
