@@ -1,13 +1,23 @@
-"""Attention over committed positions and a block, as transformers' models call it."""
+"""Attention over committed positions and a block, as transformers' models ask for it.
+
+A model makes its masks and calls its attention through two public interfaces of transformers, by
+the name of an implementation. The one registered here lets each model say, in its own way, which
+distances a layer sees (all, a window, a chunk), and adds what it cannot know: that a block is a
+tree, whose positions are not its columns.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
 
@@ -16,41 +26,99 @@ NAME = "draft_tree"
 
 
 class Visibility:
-    """Which keys the queries of one forward see, as additive biases made once per window.
+    """What the queries of one forward see.
 
     Attributes:
-        committed: positions before the block; every query sees them, its window permitting.
+        committed: positions before the block.
         positions: (n,) absolute positions of the block.
-        block: (n, n) bool, which of the block a query sees.
-        causal: whether `block` is the lower triangle, for which a faster kernel exists.
+        block: (n, n) bool, which of the block a query sees, if the layer's rule permits.
+        causal: whether `block` is the lower triangle.
     """
 
-    def __init__(self, committed: int, positions: Tensor, block: Tensor, causal: bool) -> None:
+    def __init__(self, committed: int, positions: Tensor, block: Tensor, *, causal: bool) -> None:
         """Describe one forward."""
         self.committed = committed
         self.positions = positions
         self.block = block
         self.causal = causal
-        self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(n, committed + n) zeros where a key is seen, -inf where not.
+    @property
+    def is_whole_text(self) -> bool:
+        """Whether the block is all there is, for which kernels need no mask."""
+        return self.causal and self.committed == 0
+
+    def bias(self, rule: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """(1, 1, n, committed + n) zeros where a key is seen, -inf where not.
 
         Args:
-            window: a query sees keys less than `window` positions away; None is all.
+            rule: of a layer: (batch, head, query position, key position) to whether it is seen.
             dtype: of the queries.
         """
-        if (window, dtype) not in self._biases:
-            n, device = len(self.positions), self.positions.device
-            before = torch.ones(n, self.committed, dtype=torch.bool, device=device)
-            seen = torch.cat([before, self.block], 1)
-            if window is not None:
-                earlier = torch.arange(self.committed, device=device)
-                keys = torch.cat([earlier, self.positions])
-                seen &= (self.positions[:, None] - keys).abs() < window
-            bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-            self._biases[window, dtype] = bias.masked_fill_(~seen, float("-inf"))
-        return self._biases[window, dtype]
+        n, device = len(self.positions), self.positions.device
+        keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        seen = rule(zero, zero, self.positions[:, None], keys[None, :]).expand(n, -1).clone()
+        seen[:, self.committed :] &= self.block
+        bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return bias.masked_fill_(~seen, float("-inf"))[None, None]
+
+
+_CURRENT: ContextVar[Visibility] = ContextVar("visibility")
+
+
+@contextmanager
+def looking(visibility: Visibility) -> Iterator[None]:
+    """Let a model that runs inside see this."""
+    token = _CURRENT.set(visibility)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def tree_mask(*, mask_function: Callable[..., Tensor], dtype: torch.dtype, **_: Any) -> Any:
+    """The mask of one kind of layer; None where everything before a query is seen."""
+    visibility = _CURRENT.get()
+    everything = mask_function is causal_mask_function
+    if everything and (len(visibility.positions) == 1 or visibility.is_whole_text):
+        return None
+    return visibility.bias(mask_function, dtype)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What a model's attention layers call.
+
+    Raises:
+        UnsupportedModelError: the layer asks for what is not done here.
+    """
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} soft-caps its scores or has attention sinks, "
+            "which the cuda backend does not compute"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None and query.shape[2] > 1:
+        if not _CURRENT.get().is_whole_text:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
+            )
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+    bias = None if attention_mask is None else attention_mask[0, 0]
+    return grouped_attention(query, key, value, bias, scale), None
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -72,45 +140,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     if bias is not None:
         bias = bias.repeat(groups, 1)
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scale)
-    return out.view(1, heads, n, head_dim).transpose(1, 2)
+    return out.view(1, heads, n, head_dim).transpose(1, 2).contiguous()
 
 
-def target_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    visibility: Visibility | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What a model's attention layers call; the mask given by the model is not used.
-
-    Raises:
-        UnsupportedModelError: the layer asks for what is not done here.
-    """
-    if visibility is None or softcap is not None or s_aux is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} uses attention that cannot run a draft tree here "
-            "(soft-capped scores, attention sinks, or masks of its own)"
-        )
-    n, length = query.shape[2], key.shape[2]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None and length > sliding_window else None
-    if window is None and n == 1:
-        return grouped_attention(query, key, value, None, scale), None
-    if window is None and visibility.causal and n == length:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
-    bias = visibility.bias(window, query.dtype)
-    return grouped_attention(query, key, value, bias, scale), None
-
-
-AttentionInterface.register(NAME, target_attention)
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, tree_mask)

@@ -96,3 +96,11 @@ class TargetCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions."""
         return self.key_values.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The column of a block's first row."""
+        return self.key_values.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a block of `query_length` rows sees, and the first of them."""
+        return self.key_values.length + query_length, 0

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from treeflash.checkpoints import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError
-from treeflash_cuda.attention import NAME, Visibility
+from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
 
 TREE_LAYERS = {"full_attention", "sliding_attention"}
@@ -43,7 +43,7 @@ class Target:
         self.config = config.get_text_config()
         self.device = device
         self.dtype: torch.dtype = self.model.dtype
-        self.layers: Sequence[nn.Module] = self.model.get_decoder().layers
+        self.layers = decoder_layers(self.model)
         self.embeddings: Tensor = self.model.get_input_embeddings().weight
         self.output: nn.Module = self.model.get_output_embeddings()
         self.vocab_size = len(self.embeddings)
@@ -82,17 +82,14 @@ class Target:
         Returns:
             (n or 1, vocab) logits; (n, hidden_size) outputs of the captured layers.
         """
-        n = len(token_ids)
-        output = self.model(
-            input_ids=token_ids[None],
-            position_ids=visibility.positions[None],
-            # A mask of four dimensions is passed on as it is; the attention here ignores it.
-            attention_mask=visibility.block.view(1, 1, n, n),
-            use_cache=True,
-            logits_to_keep=1 if last_only else 0,
-            visibility=visibility,
-            **{self._cache_argument: cache},
-        )
+        with looking(visibility):
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=visibility.positions[None],
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+                **{self._cache_argument: cache},
+            )
         captured, self._captured = self._captured, {}
         return output.logits[0], {i: hidden[0] for i, hidden in captured.items()}
 
@@ -115,6 +112,16 @@ def refuse_foreign_attention(model: Any) -> None:
             f"{model.config.model_type} models cannot run a draft tree: their layers "
             + ("keep a recurrent state" if stateful else "do not take another attention")
         )
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The layers of a decoder-only model, first to last; raise for another kind of model."""
+    layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} models cannot run a draft tree: they have no decoder layers"
+        )
+    return layers
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
