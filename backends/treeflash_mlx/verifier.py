@@ -73,18 +73,24 @@ class Verifier:
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TreeVerifier.keys_values`."""
+        self._forget()
         return np.array(
             mx.stack([mx.stack(cache.read())[:, 0].astype(mx.float32) for cache in self.cache])
         )
 
+    def _forget(self) -> None:
+        """Drop the rows of a tree that was not committed."""
+        for cache in self.cache:
+            cache.offset = self.length
+
     def _prefill(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
+        self._forget()
         logits, features = self.target.forward(tokens, self.cache, self.layer_ids)
         self.length += tokens.shape[0]
         return logits, features
 
     def _run(self, tree: DraftTree) -> mx.array:
-        for cache in self.cache:
-            cache.offset = self.length  # over the rows of a tree that was not committed
+        self._forget()
         logits, self.features = self.target.forward(
             mx.array(tree.tokens),
             self.cache,

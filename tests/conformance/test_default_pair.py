@@ -1,4 +1,8 @@
-"""The default pair in PyTorch and in MLX: identical trees, accepted paths and tokens."""
+"""The default pair in PyTorch and in MLX: the same trees, accepted paths and tokens.
+
+Tokens and accepted paths are identical, iteration by iteration. So are the trees, but that nodes
+whose probabilities differ by less than the frameworks' rounding may change places.
+"""
 
 import pytest
 
@@ -6,7 +10,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.comparisons import assert_equal_steps
+from treeflash.testing.comparisons import assert_trees_equal_but_for_ties, paths
 from treeflash.text import Tokenizer
 
 require("torch")
@@ -57,7 +61,7 @@ PROMPTS = (
     "Tell me about the history of the bicycle.",
     "Convert 68 degrees Fahrenheit to Celsius.",
 )
-TOLERANCE = 2e-3  # of log probabilities; hidden states of a real model reach thousands
+TOLERANCE = 5e-4  # nats of a path; rounding was seen to cost some 1e-5 a node
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,11 @@ def assert_identical(pair, prompt, config):
     cuda, mlx, tokenizer = pair
     prompt_ids = tokenizer.chat([{"role": "user", "content": prompt}])
     steps = list(decode(cuda, prompt_ids, config))
-    assert_equal_steps(list(decode(mlx, prompt_ids, config)), steps, tolerance=TOLERANCE)
+    others = list(decode(mlx, prompt_ids, config))
+    assert [step.tokens for step in others] == [step.tokens for step in steps]
+    for other, step in zip(others[1:], steps[1:], strict=True):
+        assert_trees_equal_but_for_ties(other.tree, step.tree, TOLERANCE)
+        assert paths(other.tree)[other.path[-1]] == paths(step.tree)[step.path[-1]]
     assert max(len(step.tokens) for step in steps) > 1
 
 

@@ -58,6 +58,16 @@ class CacheTests:
             text.verifier.commit(path)
         assert_close(twice.verifier.keys_values(), once.verifier.keys_values())
 
+    def test_a_tree_that_is_not_committed_leaves_no_trace(self, pair: PairMaker) -> None:
+        backend = pair().tested
+        never, verified = CommittedText(backend, seed=12), CommittedText(backend, seed=12)
+        tree = random_tree(np.random.default_rng(13), verified.root, 20, backend.vocab_size)
+        verified.verifier.verify(tree, GREEDY, None)
+        assert_close(verified.verifier.keys_values(), never.verifier.keys_values())
+        for text in (never, verified):
+            text.verifier.prefill([3, 4, 5], GREEDY, None)
+        assert_close(verified.verifier.keys_values(), never.verifier.keys_values())
+
     def test_two_texts_do_not_disturb_each_other(self, pair: PairMaker) -> None:
         backend = pair().tested
         first, second = CommittedText(backend, seed=9), CommittedText(backend, seed=10)

@@ -36,24 +36,45 @@ def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> N
     assert_close(actual.log_probs, expected.log_probs)
 
 
-def assert_equal_trees(
-    actual: DraftTree, expected: DraftTree, *, tolerance: float = TOLERANCE
-) -> None:
+def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
     """The same nodes in the same order, log probabilities close."""
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_array_equal(actual.parents, expected.parents)
     np.testing.assert_array_equal(actual.depths, expected.depths)
-    assert_close(actual.log_probs, expected.log_probs, tolerance=tolerance)
+    assert_close(actual.log_probs, expected.log_probs)
 
 
-def assert_equal_steps(
-    actual: Sequence[Step], expected: Sequence[Step], *, tolerance: float = TOLERANCE
+def assert_trees_equal_but_for_ties(
+    actual: DraftTree, expected: DraftTree, tolerance: float
 ) -> None:
+    """The same nodes, but that nodes closer than a tolerance may change places.
+
+    For real models, whose float32 log probabilities differ by some 1e-5 between frameworks: a
+    node in one tree only must be as probable, within the tolerance, as the other tree's last.
+    """
+    mine, theirs = (dict(zip(paths(t), t.log_probs, strict=True)) for t in (actual, expected))
+    for path in mine.keys() & theirs.keys():
+        assert abs(mine[path] - theirs[path]) <= tolerance, path
+    for path in mine.keys() - theirs.keys():
+        assert mine[path] - expected.log_probs.min() <= tolerance, path
+    for path in theirs.keys() - mine.keys():
+        assert theirs[path] - actual.log_probs.min() <= tolerance, path
+
+
+def paths(tree: DraftTree) -> list[tuple[int, ...]]:
+    """The tokens from the root down to each node."""
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found
+
+
+def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None:
     """Iteration by iteration: the same tree, the same accepted path, the same tokens."""
     for mine, theirs in zip(actual, expected, strict=True):
         assert (mine.tree is None) == (theirs.tree is None)
         if mine.tree is not None and theirs.tree is not None:
-            assert_equal_trees(mine.tree, theirs.tree, tolerance=tolerance)
+            assert_equal_trees(mine.tree, theirs.tree)
             np.testing.assert_array_equal(mine.path, theirs.path)
         assert mine.tokens == theirs.tokens
         assert mine.finish_reason == theirs.finish_reason
