@@ -12,7 +12,7 @@ from treeflash.tree import DraftTree
 
 # Branches that swap column and depth order: a position or a mask taken from columns shows.
 PARENTS = np.array([-1, 0, 1, 2, 0, 4, 1], np.int32)
-ATTEMPTS = 3
+ATTEMPTS = 8
 # Of `tree_difference`, by dtype.
 TOLERANCES = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
 
@@ -20,8 +20,8 @@ TOLERANCES = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
 def check_trees(backend: Backend, seed: int = 0) -> None:
     """Compare a small random tree with each of its paths run alone, as plain text.
 
-    In half precision a mixture of experts may route a near-tie either way, so up to three trees
-    are tried. A target that cannot branch fails them all.
+    In half precision a mixture of experts may route a near-tie either way, so several trees may
+    be tried. A target that cannot branch fails them all.
 
     Args:
         backend: just loaded.

@@ -75,6 +75,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model = Target(target, device, dtype)
+    model.check_attention()
     if drafter is None:
         return CudaBackend(model, None, None)
     drafter_model, head = load_drafter(drafter, model)

@@ -15,9 +15,13 @@ from transformers.utils import logging
 
 from treeflash.checkpoints import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError
+from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
 
+CHECKED_TOKENS = 16
+# Other kernels round otherwise, and in half precision may route a token to other experts.
+LOOSER = 5
 TREE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -51,6 +55,29 @@ class Target:
         parameters = inspect.signature(type(self.model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, Tensor] = {}
+
+    def check_attention(self) -> None:
+        """Compare a short text with what the model computes by its own attention.
+
+        Raises:
+            UnsupportedModelError: they differ; the model does more than it asks attention for.
+        """
+        tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
+        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=self.device).tril()
+        visibility = Visibility(
+            0, torch.arange(len(tokens), device=self.device), causal, causal=True
+        )
+        with torch.inference_mode():
+            mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
+            self.model.set_attn_implementation("eager")
+            theirs = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
+            self.model.set_attn_implementation(NAME)
+        difference = float((mine - theirs).float().std() / theirs.float().std())
+        if difference > LOOSER * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} models compute attention in a way of their own, "
+                f"which the cuda backend does not do (logits differ by {difference:.1%})"
+            )
 
     def capture(self, layer_ids: Sequence[int]) -> None:
         """Keep these layers' outputs at every forward from now on."""

@@ -93,9 +93,9 @@ def attempt(name: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
-            backend = CudaBackend(
-                Target(Path(folder), torch.device("cpu"), torch.float32), None, None
-            )
+            target = Target(Path(folder), torch.device("cpu"), torch.float32)
+            target.check_attention()
+            backend = CudaBackend(target, None, None)
             error = tree_difference(backend, np.random.default_rng(0), PREFIX)
             error = max(error, difference(backend, expected))
         except UnsupportedModelError as error:

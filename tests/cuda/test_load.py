@@ -10,7 +10,7 @@ from treeflash.testing.models import write_target
 require("torch")
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3NextConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, MambaConfig, Qwen3NextConfig  # noqa: E402
 from treeflash_cuda.backend import choose_device, load  # noqa: E402
 
 CPU = LoadConfig(device="cpu")
@@ -115,3 +115,15 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load(tmp_path, None, CPU)
     assert not (tmp_path / "ran").exists()
+
+
+def test_attention_of_its_own_is_refused(tmp_path):
+    config = DogeConfig(**TINY | {"num_attention_heads": 4}, keep_window_size=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="doge models compute attention in a way"):
+        load(tmp_path, None, CPU)

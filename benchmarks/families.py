@@ -1,0 +1,53 @@
+"""Which model families run draft trees, by backend: a Markdown table made from tiny random models.
+
+    python benchmarks/families.py > docs/families.md
+
+It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which say what `verified` means. A
+dash stands for a type that a framework does not have, or that the scripts' generic configuration
+does not make; a recurrent one, say.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests"
+FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
+OUTCOMES = ("verified", "refused")
+
+
+def outcomes(backend: str) -> dict[str, str]:
+    """Outcome by model type, of the types that could be tried."""
+    run = subprocess.run(
+        [sys.executable, TESTS / backend / "families.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )
+    words = (line.split() for line in run.stdout.partition("\n\n")[0].splitlines())
+    return {name: outcome for name, outcome, *_ in words if outcome in OUTCOMES}
+
+
+def main() -> None:
+    """Run both scripts and print the table."""
+    found = {backend: outcomes(backend) for backend in FRAMEWORKS}
+    print("# Model families\n")
+    print("Made by `python benchmarks/families.py` from tiny random models, in float32 on a CPU.\n")
+    for backend, framework in FRAMEWORKS.items():
+        counts = {o: list(found[backend].values()).count(o) for o in OUTCOMES}
+        print(
+            f"- `{backend}`, {framework} {version(framework)}: "
+            f"{counts['verified']} verified, {counts['refused']} refused"
+        )
+    print("\n| model type | " + " | ".join(found) + " |\n| --- | --- | --- |")
+    for name in sorted(set().union(*found.values())):
+        print(f"| {name} | " + " | ".join(of.get(name, "-") for of in found.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
