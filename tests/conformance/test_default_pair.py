@@ -4,14 +4,16 @@ Tokens and accepted paths are identical, iteration by iteration. So are the tree
 whose probabilities differ by less than the frameworks' rounding may change places.
 """
 
+import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.comparisons import assert_trees_equal_but_for_ties, paths
 from treeflash.text import Tokenizer
+from treeflash.tree import DraftTree
 
 require("torch")
 require("mlx_lm")
@@ -85,6 +87,17 @@ def assert_identical(pair, prompt, config):
         assert_trees_equal_but_for_ties(other.tree, step.tree, TOLERANCE)
         assert paths(other.tree)[other.path[-1]] == paths(step.tree)[step.path[-1]]
     assert max(len(step.tokens) for step in steps) > 1
+
+
+def test_logits_of_the_same_folder_are_close(pair):
+    cuda, mlx, tokenizer = pair
+    prompt_ids = tokenizer.chat([{"role": "user", "content": PROMPTS[0]}])
+    logits = []
+    for backend in (cuda, mlx):
+        verifier = backend.verifier(features=False)
+        verifier.prefill(prompt_ids[:-1], SamplingConfig(), None)
+        logits.append(verifier.logits(DraftTree.root_only(prompt_ids[-1])))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
