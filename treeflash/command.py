@@ -91,6 +91,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", help="the backend's name for a device: cuda, cuda:1, cpu, ... (default: best)"
     )
     group.add_argument("--dtype", choices=DTYPES, help="(default: the backend's choice)")
+    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise the drafter (mlx)")
+    group.add_argument(
+        "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
+    )
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
@@ -165,7 +169,15 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
     drafter: str | Literal[False] | None = args.drafter
     if drafter is None and getattr(args, "method", None) == "ar":
         drafter = False
-    return load(args.target, drafter, backend=args.backend, device=args.device, dtype=args.dtype)
+    return load(
+        args.target,
+        drafter,
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        draft_bits=args.draft_bits,
+        kv_bits=args.kv_bits,
+    )
 
 
 def _json_object(text: str) -> dict[str, Any]:

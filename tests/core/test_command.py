@@ -146,8 +146,10 @@ def test_values_without_sense_are_refused_before_loading(parser, args):
 def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, drafter):
     calls = []
     monkeypatch.setattr(command, "load", lambda *args, **kwargs: calls.append((args, kwargs)))
-    load_model(parser.parse_args([*args, "--target", "t", "--backend", "mlx", "--device", "gpu"]))
-    assert calls == [(("t", drafter), {"backend": "mlx", "device": "gpu", "dtype": None})]
+    given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
+    load_model(parser.parse_args([*args, *given]))
+    options = {"backend": "mlx", "device": "gpu", "dtype": None, "draft_bits": None, "kv_bits": 8}
+    assert calls == [(("t", drafter), options)]
 
 
 def test_help_names_the_defaults(parser):
