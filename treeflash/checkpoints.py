@@ -15,7 +15,7 @@ from treeflash.config import DrafterConfig
 from treeflash.errors import CheckpointError
 from treeflash.rope import inverse_frequencies, rope_parameters
 
-HEADS = ("swiglu",)
+HEADS = ("swiglu", "linear")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def drafter_config(folder: Path) -> DrafterConfig:
     """
     config = read_config(folder)
     try:
-        return _parse(config)
+        return parse_drafter_config(config)
     except KeyError as error:
         raise CheckpointError(
             f"{folder / 'config.json'} lacks {error}; is it a DFlash or TreeFlash drafter?"
@@ -53,7 +53,8 @@ def drafter_config(folder: Path) -> DrafterConfig:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
 
 
-def _parse(config: Mapping[str, Any]) -> DrafterConfig:
+def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """What a configuration says; raises the errors of Python where it is not valid."""
     dflash = dict(config.get("dflash_config") or {})
     treeflash = dict(config.get("treeflash_config") or {})
 
@@ -180,6 +181,11 @@ def tensor_shapes(config: DrafterConfig, head_size: int = 0) -> dict[str, tuple[
             "ar_approximation.ug.weight": (2 * head_size, 2 * h),
             "ar_approximation.ug.bias": (2 * head_size,),
             "ar_approximation.d.weight": (h, head_size),
+            "ar_approximation.norm.weight": (h,),
+        }
+    elif config.head == "linear":
+        shapes |= {
+            "ar_approximation.d.weight": (h, 2 * h),
             "ar_approximation.norm.weight": (h,),
         }
     return shapes

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Protocol, cast
 
-from treeflash.config import DTYPES, METHODS, DecodeConfig, SamplingConfig
+from treeflash.config import DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel, Options, load, parse_options
 
@@ -81,8 +81,8 @@ def _fail(message: str) -> int:
     return BAD_INPUT
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what to load and where."""
+def add_device_options(parser: argparse.ArgumentParser) -> Any:
+    """Add the options that say which target to load, and where; returns their group."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--backend", metavar="NAME", help="cuda, mlx, reference, ... (default: the best installed)"
@@ -91,19 +91,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", help="the backend's name for a device: cuda, cuda:1, cpu, ... (default: best)"
     )
     group.add_argument("--dtype", choices=DTYPES, help="(default: the backend's choice)")
-    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise the drafter (mlx)")
-    group.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
-    )
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
         help="the model that answers (default: SmolLM2-135M-Instruct)",
     )
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what to load and where."""
+    group = add_device_options(parser)
     group.add_argument(
         "--drafter",
         metavar="FOLDER_OR_ID",
         help="a TreeFlash or DFlash drafter for it (default: the published one)",
+    )
+    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise the drafter (mlx)")
+    group.add_argument(
+        "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
     )
 
 
@@ -162,6 +168,11 @@ def decode_options(args: argparse.Namespace) -> Options:
     options = cast(Options, {key: value for key, value in vars(args).items() if key in names})
     parse_options(options)
     return options
+
+
+def load_config(args: argparse.Namespace) -> LoadConfig:
+    """What `add_device_options` added."""
+    return LoadConfig(device=args.device, dtype=args.dtype)
 
 
 def load_model(args: argparse.Namespace) -> LanguageModel:

@@ -1,4 +1,4 @@
-"""Backends by name: entry points of the group `treeflash.backends`, imported when used."""
+"""Backends and trainers by name: entry points of two groups, imported when used."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import platform
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 from treeflash.errors import BackendError
 from treeflash.interfaces import Loader
+from treeflash.training import Trainer
 
 GROUP = "treeflash.backends"
+TRAINERS = "treeflash.trainers"
 _FRAMEWORKS = {"cuda": "torch", "mlx": "mlx"}
 
 
-def available() -> dict[str, EntryPoint]:
+def available(group: str = GROUP) -> dict[str, EntryPoint]:
     """Registered backends by name, whether or not their frameworks are installed.
 
     Raises:
         BackendError: two packages register the same name.
     """
     found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=group):
         if entry.name in found and found[entry.name].value != entry.value:
             raise BackendError(
                 f"backend {entry.name!r} is registered twice, by {found[entry.name].value} and "
@@ -51,7 +53,24 @@ def loader(name: str) -> Loader:
     Raises:
         BackendError: no backend has that name, or its framework is not installed.
     """
-    entries = available()
+    return cast(Loader, _load(name, available()))
+
+
+def trainer(name: str | None) -> Trainer:
+    """The entry point of a backend that can train; None is the first installed.
+
+    Raises:
+        BackendError: no backend has that name, it cannot train, or its framework is missing.
+    """
+    entries = available(TRAINERS)
+    if name is None:
+        name = next(filter(installed, sorted(entries)), "cuda")
+    if name not in entries and name in available():
+        raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
+    return cast(Trainer, _load(name, entries))
+
+
+def _load(name: str, entries: dict[str, EntryPoint]) -> Any:
     if name not in entries:
         raise BackendError(
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
@@ -60,4 +79,4 @@ def loader(name: str) -> Loader:
         raise BackendError(
             f"backend {name!r} needs {_FRAMEWORKS[name]}; pip install 'treeflash[{name}]'"
         )
-    return cast(Loader, entries[name].load())
+    return entries[name].load()

@@ -74,6 +74,11 @@ class Tokenizer:
         """Return the ids of raw text, with a begin token only if the tokenizer adds one."""
         return list(self._tokenizer.encode(text, verbose=False))
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Return the ids of an answer of the assistant, closed by the tokenizer's end token."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return [*ids, self._tokenizer.eos_token_id]
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from treeflash.errors import UnsupportedModelError
 
 # transformers takes a name with "flash" in it for a kernel to be fetched.
 NAME = "draft_tree"
+
+Rule: TypeAlias = Callable[..., Tensor]
+"""A layer's own: (batch, head, query position, key position) to whether the key is seen."""
 
 
 class Visibility:
@@ -47,27 +50,61 @@ class Visibility:
         """Whether the block is all there is, for which kernels need no mask."""
         return self.causal and self.committed == 0
 
-    def bias(self, rule: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        """(1, 1, n, committed + n) zeros where a key is seen, -inf where not.
+    def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor | None:
+        """(1, 1, n, committed + n) additive; None where everything before a query is seen.
 
         Args:
-            rule: of a layer: (batch, head, query position, key position) to whether it is seen.
+            rule: of a layer.
             dtype: of the queries.
         """
+        everything = rule is causal_mask_function
+        if everything and (len(self.positions) == 1 or self.is_whole_text):
+            return None
         n, device = len(self.positions), self.positions.device
         keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
-        zero = torch.zeros((), dtype=torch.long, device=device)
-        seen = rule(zero, zero, self.positions[:, None], keys[None, :]).expand(n, -1).clone()
+        seen = follow(rule, self.positions[:, None], keys[None, :]).expand(n, -1).clone()
         seen[:, self.committed :] &= self.block
-        bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-        return bias.masked_fill_(~seen, float("-inf"))[None, None]
+        return additive(seen, dtype)[None, None]
 
 
-_CURRENT: ContextVar[Visibility] = ContextVar("visibility")
+class SlotVisibility:
+    """What one new token of each of many texts sees: its own text, column by column.
+
+    Attributes:
+        positions: (slots,) of the new tokens; a text's columns are its positions.
+        columns: that are looked at.
+    """
+
+    is_whole_text = False
+
+    def __init__(self, positions: Tensor, columns: int) -> None:
+        """Describe one forward."""
+        self.positions = positions
+        self.columns = columns
+
+    def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor:
+        """(slots, 1, 1, columns) additive."""
+        keys = torch.arange(self.columns, device=self.positions.device)
+        return additive(follow(rule, self.positions[:, None], keys[None, :]), dtype)[:, None, None]
+
+
+def follow(rule: Rule, queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether positions are seen from others, by the rule of a layer; both broadcast."""
+    zero = torch.zeros((), dtype=torch.long, device=queries.device)
+    return rule(zero, zero, queries, keys)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros where a key is seen, -inf where not."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf"))
+
+
+_CURRENT: ContextVar[Visibility | SlotVisibility] = ContextVar("visibility")
 
 
 @contextmanager
-def looking(visibility: Visibility) -> Iterator[None]:
+def looking(visibility: Visibility | SlotVisibility) -> Iterator[None]:
     """Let a model that runs inside see this."""
     token = _CURRENT.set(visibility)
     try:
@@ -76,13 +113,9 @@ def looking(visibility: Visibility) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def tree_mask(*, mask_function: Callable[..., Tensor], dtype: torch.dtype, **_: Any) -> Any:
+def tree_mask(*, mask_function: Rule, dtype: torch.dtype, **_: Any) -> Any:
     """The mask of one kind of layer; None where everything before a query is seen."""
-    visibility = _CURRENT.get()
-    everything = mask_function is causal_mask_function
-    if everything and (len(visibility.positions) == 1 or visibility.is_whole_text):
-        return None
-    return visibility.bias(mask_function, dtype)
+    return _CURRENT.get().mask(mask_function, dtype)
 
 
 def tree_attention(
@@ -117,30 +150,29 @@ def tree_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
-    bias = None if attention_mask is None else attention_mask[0, 0]
-    return grouped_attention(query, key, value, bias, scale), None
+    return grouped_attention(query, key, value, attention_mask, scale), None
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Grouped-query attention without repeating keys: a group's heads become more queries.
 
     Args:
-        q: (1, heads, n, head_dim).
-        k: (1, kv_heads, m, head_dim).
-        v: (1, kv_heads, m, head_dim).
-        bias: (n, m) or None, where every query sees every key.
+        q: (batch, heads, n, head_dim).
+        k: (batch, kv_heads, m, head_dim).
+        v: (batch, kv_heads, m, head_dim).
+        bias: (..., n, m) that broadcasts over batch and heads; None where all is seen.
         scale: factor on the scores.
 
     Returns:
-        (1, n, heads, head_dim).
+        (batch, n, heads, head_dim).
     """
-    _, heads, n, head_dim = q.shape
+    batch, heads, n, head_dim = q.shape
     groups = heads // k.shape[1]
-    folded = q.reshape(1, k.shape[1], groups * n, head_dim)
+    folded = q.reshape(batch, k.shape[1], groups * n, head_dim)
     if bias is not None:
-        bias = bias.repeat(groups, 1)
+        bias = torch.cat([bias] * groups, -2)
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scale)
-    return out.view(1, heads, n, head_dim).transpose(1, 2).contiguous()
+    return out.view(batch, heads, n, head_dim).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, tree_attention)

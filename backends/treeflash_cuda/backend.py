@@ -21,7 +21,7 @@ from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
-from treeflash_cuda.head import ARHead, SwiGLU
+from treeflash_cuda.head import HEADS, ARHead
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -70,12 +70,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         raise ConfigError(
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
-    device = choose_device(config.device)
-    dtype = getattr(torch, config.dtype) if config.dtype else None
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    model = Target(target, device, dtype)
-    model.check_attention()
+    model = load_target(target, config)
     if drafter is None:
         return CudaBackend(model, None, None)
     drafter_model, head = load_drafter(drafter, model)
@@ -83,6 +78,17 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     backend = CudaBackend(model, drafter_model, head)
     check_trees(backend)
     return backend
+
+
+def load_target(folder: Path, config: LoadConfig) -> Target:
+    """A target, checked to compute attention as this backend does; raises what `Loader` does."""
+    device = choose_device(config.device)
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = Target(folder, device, dtype)
+    model.check_attention()
+    return model
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -128,9 +134,9 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | N
     if not of_head:
         return model, None
     with torch.device(target.device):
-        swiglu = SwiGLU(config, of_head[HEAD_PREFIX + "d.weight"].shape[1])
-    swiglu.load_state_dict({name.removeprefix(HEAD_PREFIX): t for name, t in of_head.items()})
-    return model, ARHead(swiglu.to(target.dtype).eval(), model, target)
+        correction = HEADS[str(config.head)](config, of_head[HEAD_PREFIX + "d.weight"].shape[1])
+    correction.load_state_dict({name.removeprefix(HEAD_PREFIX): t for name, t in of_head.items()})
+    return model, ARHead(correction.to(target.dtype).eval(), model, target)
 
 
 def read_drafter(folder: Path) -> dict[str, Tensor]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from treeflash.transitions import TransitionTable
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.cache import KeyValues
 from treeflash_cuda.target import Target
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +39,8 @@ class Rotary:
         self.inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(n, head_dim) each, from (n,) positions."""
-        angles = positions[:, None].float() * self.inv_freq
+        """(..., n, head_dim) each, from (..., n) positions."""
+        angles = positions[..., None].float() * self.inv_freq.to(positions.device)
         angles = torch.cat([angles, angles], -1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
@@ -45,6 +50,14 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the precision of its weight: the same when decoding, float32 in mixed training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) to the same."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -62,8 +75,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(h, kv, bias)
         self.v_proj = nn.Linear(h, kv, bias)
         self.o_proj = nn.Linear(q, h, bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """(batch, heads, n, head_dim) from (batch, n, hidden_size)."""
@@ -101,8 +114,22 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """(batch, n, hidden_size) to the same.
+
+        Args:
+            x: the block.
+            rotation: of its positions.
+            attend: from queries, keys and values of the block to (batch, n, heads, head_dim).
+        """
+        y = self.input_layernorm(x)
+        attention = self.self_attn
+        seen = attend(attention.queries(y, rotation), *attention.keys_values(y, rotation))
+        x = x + attention.o_proj(seen.flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DrafterModel(nn.Module):
@@ -114,9 +141,9 @@ class DrafterModel(nn.Module):
         self.config = config
         h = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
-        self.hidden_norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(h, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self.norm = RMSNorm(h, config.rms_norm_eps)
         self.rotary = Rotary(config)
 
 
@@ -142,15 +169,8 @@ class Drafter:
         positions = torch.arange(start, start + config.block_size, device=x.device)
         rotation = self.model.rotary(positions, x.dtype)
         for n, layer in enumerate(self.model.layers):
-            attention = layer.self_attn
-            y = layer.input_layernorm(x)
-            k, v = self.cache.attend(n, *attention.keys_values(y, rotation))
             bias = block_bias(positions, config.sliding_windows[n], config.causal[n], x.dtype)
-            seen = grouped_attention(
-                attention.queries(y, rotation), k, v, bias, config.head_dim**-0.5
-            )
-            x = x + attention.o_proj(seen.flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer(x, rotation, functools.partial(self._attend, n, bias))
         return Block(root, x[0])
 
     @torch.inference_mode()
@@ -165,6 +185,11 @@ class Drafter:
     def keys_values(self) -> NDArray[np.float32]:
         """See `Drafter.keys_values`."""
         return self.cache.read()
+
+    def _attend(self, layer: int, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a block to the context and itself."""
+        k, v = self.cache.attend(layer, k, v)
+        return grouped_attention(q, k, v, bias, self.model.config.head_dim**-0.5)
 
     def _extend(self, features: Tensor) -> None:
         """Project newly committed positions to keys and values, once for all later blocks."""

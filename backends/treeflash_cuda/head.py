@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
-from treeflash_cuda.drafter import Block, DrafterModel, top
+from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, top
 from treeflash_cuda.target import Target
 
 NORM_EPS = 1e-6
@@ -18,11 +18,13 @@ NORM_EPS = 1e-6
 class SwiGLU(nn.Module):
     """The correction of a hidden state by a previous token: D(silu(G(x)) * U(x))."""
 
+    name = "swiglu"
+
     def __init__(self, config: DrafterConfig, inner_size: int) -> None:
         """Make the projections; `inner_size` is I."""
         super().__init__()
         h = config.hidden_size
-        self.norm = nn.RMSNorm(h, NORM_EPS)
+        self.norm = RMSNorm(h, NORM_EPS)
         self.ug = nn.Linear(2 * h, 2 * inner_size)
         self.d = nn.Linear(inner_size, h, bias=False)
 
@@ -40,12 +42,34 @@ class SwiGLU(nn.Module):
         return self.d(up * F.silu(gate))
 
 
+class Linear(nn.Module):
+    """The ablation of the paper: D(x), linear in the previous token and the hidden state."""
+
+    name = "linear"
+
+    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
+        """Make the projection, which has no inner size."""
+        super().__init__()
+        h = config.hidden_size
+        self.norm = RMSNorm(h, NORM_EPS)
+        self.d = nn.Linear(2 * h, h, bias=False)
+
+    def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
+        """See `SwiGLU.forward`."""
+        of_token, of_hidden = self.d.weight.chunk(2, 1)
+        return F.linear(self.norm(embedded), of_token) + F.linear(normed, of_hidden)[..., None, :]
+
+
+HEADS = {head.name: head for head in (SwiGLU, Linear)}
+"""By the name that a checkpoint's `ar_approximation` gives."""
+
+
 class ARHead:
     """`treeflash.interfaces.ARHead` in PyTorch."""
 
-    def __init__(self, swiglu: SwiGLU, model: DrafterModel, target: Target) -> None:
+    def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
         """Join the head's weights with the drafter's norm and the target's embeddings."""
-        self.swiglu = swiglu
+        self.correction = correction
         self.model = model
         self.target = target
 
@@ -79,7 +103,7 @@ class ARHead:
     def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
         """(d * M, hidden_size) corrected outputs of d depths, from (d, M) previous tokens."""
         embedded = F.embedding(previous, self.target.embeddings)
-        return (hidden[:, None] + self.swiglu(embedded, normed)).flatten(0, 1)
+        return (hidden[:, None] + self.correction(embedded, normed)).flatten(0, 1)
 
 
 def spread(rows: np.ndarray, depths: int, m: int) -> np.ndarray:

@@ -53,7 +53,7 @@ class Target:
         self.vocab_size = len(self.embeddings)
         # transformers 5.24 renames the argument, and warns of the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, Tensor] = {}
 
     def check_attention(self) -> None:
@@ -115,10 +115,14 @@ class Target:
                 position_ids=visibility.positions[None],
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
-                **{self._cache_argument: cache},
+                **{self.cache_argument: cache},
             )
+        return output.logits[0], {i: hidden[0] for i, hidden in self.take_captured().items()}
+
+    def take_captured(self) -> dict[int, Tensor]:
+        """(batch, n, hidden_size) outputs of the last forward, by layer."""
         captured, self._captured = self._captured, {}
-        return output.logits[0], {i: hidden[0] for i, hidden in captured.items()}
+        return captured
 
 
 def refuse_stateful(config: PreTrainedConfig) -> None:

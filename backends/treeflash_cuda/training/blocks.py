@@ -1,0 +1,151 @@
+"""Many blocks of many texts in one forward: what a drafter computes while it is trained."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treeflash_cuda.attention import additive, grouped_attention
+from treeflash_cuda.drafter import DrafterModel
+from treeflash_cuda.training.losses import Output, Shortlist, TargetRows, divergence
+
+
+GROUP = 8
+"""Anchors whose blocks are keys together: no block sees another, so a few waste less than all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Texts, and positions of them that play the root.
+
+    Attributes:
+        tokens: (rows, length) padded with 0.
+        features: (rows, length, layers * hidden_size) context features.
+        anchors: (rows, A) positions, A a multiple of `GROUP`.
+        valid: (rows, A, S - 1) bool, whether the text has a token at depth d = index + 1.
+        top_tokens: (rows, length, K) the target's best tokens after each position.
+        top_log_probs: (rows, length, K) nats.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    anchors: Tensor
+    valid: Tensor
+    top_tokens: Tensor
+    top_log_probs: Tensor
+
+    def depths(self, block_size: int) -> Tensor:
+        """(n, 2) rows and positions of all that is to be predicted, anchor by anchor."""
+        depth = torch.arange(1, block_size, device=self.anchors.device)
+        positions = (self.anchors[:, :, None] + depth)[self.valid]
+        rows = torch.arange(len(self.tokens), device=self.anchors.device)[:, None, None]
+        return torch.stack([rows.expand_as(self.valid)[self.valid], positions], 1)
+
+
+class Blocks(nn.Module):
+    """A drafter and its head, as one module whose forward gives the losses."""
+
+    def __init__(self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor) -> None:
+        """Join them with the target's input table, which is not trained."""
+        super().__init__()
+        self.model = model
+        self.ar_approximation = head
+        self.embeddings = [embeddings]  # in a list: no buffer, so neither moved nor saved
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(rows, A, S, hidden_size) outputs of the last layer."""
+        config = self.model.config
+        rows, anchors = batch.anchors.shape
+        size, device = config.block_size, batch.tokens.device
+        context = self.model.hidden_norm(self.model.fc(batch.features))
+        of_context = self._rotation(torch.arange(batch.tokens.shape[1], device=device)[None])
+        positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
+        rotation = self._rotation(positions)
+        tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
+        tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
+        x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale
+        for n, layer in enumerate(self.model.layers):
+            mask = self._mask(batch, positions, config.sliding_windows[n], config.causal[n])
+            x = layer(
+                x,
+                rotation,
+                functools.partial(
+                    _attend, layer.self_attn.keys_values(context, of_context), mask.to(x.dtype)
+                ),
+            )
+        return x.unflatten(1, (anchors, size))
+
+    def forward(
+        self, batch: Batch, output: Output, shortlist: Shortlist | None, rows: TargetRows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses of the marginal and of the corrected prediction.
+
+        Args:
+            batch: n positions to predict, see `Batch.depths`.
+            output: the target's head.
+            shortlist: of the vocabulary; None is all of it.
+            rows: of the target, n.
+
+        Returns:
+            (n,) nats each; None for the corrected one of a drafter without head.
+        """
+        marginal, corrected = self.predictions(batch)
+        loss = divergence(output, marginal, rows, shortlist)
+        if corrected is None:
+            return loss, None
+        return loss, divergence(output, corrected, rows, shortlist)
+
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(n, hidden_size) normalised outputs, without and with the previous token."""
+        hidden = self.hidden(batch)[:, :, 1:][batch.valid]
+        normed = self.model.norm(hidden)
+        if self.ar_approximation is None:
+            return normed, None
+        row, position = batch.depths(self.model.config.block_size).T
+        embedded = F.embedding(batch.tokens[row, position - 1], self.embeddings[0])
+        correction = self.ar_approximation(embedded[:, None], normed)[:, 0]
+        return normed, self.model.norm(hidden + correction)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, 1, n, head_dim) each."""
+        cos, sin = self.model.rotary(positions, torch.float32)
+        return cos[:, None], sin[:, None]
+
+    def _mask(self, batch: Batch, positions: Tensor, window: int | None, causal: bool) -> Tensor:
+        """(rows * groups, 1, n, length + n) additive: the text before an anchor, and its block."""
+        size, device = self.model.config.block_size, positions.device
+        columns = torch.arange(batch.tokens.shape[1], device=device)
+        anchors = batch.anchors.reshape(-1, GROUP).repeat_interleave(size, 1)[:, :, None]
+        positions = positions.reshape(-1, GROUP * size)
+        blocks = torch.arange(GROUP * size, device=device) // size
+        own = (blocks[:, None] == blocks).expand(len(positions), -1, -1)
+        seen = torch.cat([columns < anchors, own], -1)
+        if causal or window is not None:
+            keys = torch.cat([columns.expand(len(positions), -1), positions], 1)
+            distance = positions[:, :, None] - keys[:, None, :]
+            if causal:
+                seen = seen & (distance >= 0)
+            if window is not None:
+                seen = seen & (distance.abs() < window)
+        return additive(seen, torch.float32)[:, None]
+
+
+def _attend(
+    context: tuple[Tensor, Tensor], mask: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """(rows, A * S, heads, head_dim) what the blocks see of their texts and of themselves."""
+    rows, groups = len(q), len(mask) // len(q)
+
+    def grouped(block: Tensor) -> Tensor:
+        return block.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
+
+    def with_context(kept: Tensor, block: Tensor) -> Tensor:
+        return torch.cat([kept.to(v.dtype).repeat_interleave(groups, 0), grouped(block)], 2)
+
+    keys, values = with_context(context[0], k), with_context(context[1], v)
+    seen = grouped_attention(grouped(q), keys, values, mask.to(v.dtype), q.shape[-1] ** -0.5)
+    return seen.unflatten(0, (rows, groups)).flatten(1, 2)

@@ -1,0 +1,32 @@
+"""A trained drafter as a checkpoint folder in the published format, with its model card."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from treeflash.model_card import model_card
+from treeflash_cuda.training.run import Run
+
+
+def export(
+    accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run
+) -> None:
+    """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder."""
+    state = accelerator.get_state_dict(blocks)
+    if not accelerator.is_main_process:
+        return
+    tensors = {
+        name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()
+    }
+    # Whole files at once: a reader never meets half of one.
+    scratch = run.folder / "model.safetensors.tmp"
+    save_file(tensors, scratch, metadata={"format": "pt"})
+    scratch.rename(run.folder / "model.safetensors")
+    (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (run.folder / "README.md").write_text(model_card(settings, run.identity, run.records))

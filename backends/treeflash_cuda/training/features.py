@@ -1,0 +1,163 @@
+"""What training needs of the target: context features and its best tokens, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from treeflash.responses import Response
+from treeflash_cuda.attention import Visibility, looking
+from treeflash_cuda.target import Target
+
+SHARD_TEXTS = 64
+FORWARD_TOKENS = 8192
+"""Tokens that run in one forward at most, padding included."""
+OUTPUT_ROWS = 1024
+"""Rows of logits held at a time."""
+NAMES = ("features", "top_tokens", "top_log_probs")
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """Of one text, on the CPU.
+
+    Attributes:
+        features: (length, layers * hidden_size).
+        top_tokens: (response, K) int32 best tokens; row i is for token i of the response.
+        top_log_probs: (response, K) float16 nats.
+    """
+
+    features: Tensor
+    top_tokens: Tensor
+    top_log_probs: Tensor
+
+
+class FeatureStore:
+    """Features of texts by number, computed by the target when first asked for.
+
+    Texts are kept in shards of consecutive numbers. What would go beyond the bound is computed
+    anew each time.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        texts: Sequence[Response],
+        top_tokens: int,
+        folder: Path | None,
+        max_bytes: float,
+    ) -> None:
+        """Take the texts; the target captures `layer_ids`; `folder` None keeps nothing."""
+        self.target = target
+        self.layer_ids = layer_ids
+        self.texts = texts
+        self.top_tokens = top_tokens
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def __getitem__(self, number: int) -> TextFeatures:
+        """The features of a text."""
+        return self.get([number])[0]
+
+    def get(self, numbers: Sequence[int]) -> list[TextFeatures]:
+        """The features of some texts, those that are not kept computed together."""
+        found = {n: self._read(n) for n in numbers}
+        missing = [n for n in numbers if found[n] is None]
+        found |= dict(zip(missing, self._compute(missing), strict=True))
+        return [text for n in numbers if (text := found[n]) is not None]
+
+    def fill(self, shard: int) -> None:
+        """Compute and keep a shard, if it is not there and there is room."""
+        if self.folder is None or self._path(shard).exists():
+            return
+        if sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) > self.max_bytes:
+            return
+        numbers = range(len(self.texts))[shard * SHARD_TEXTS : (shard + 1) * SHARD_TEXTS]
+        tensors = {
+            f"{n}.{name}": getattr(text, name).contiguous()
+            for n, text in zip(numbers, self._compute(numbers), strict=True)
+            for name in NAMES
+        }
+        scratch = self._path(shard).with_suffix(".tmp")
+        save_file(tensors, scratch)
+        scratch.rename(self._path(shard))
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-len(self.texts) // SHARD_TEXTS)
+
+    def _path(self, shard: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{shard:05d}.safetensors"
+
+    def _read(self, number: int) -> TextFeatures | None:
+        if self.folder is None or not self._path(number // SHARD_TEXTS).exists():
+            return None
+        with safe_open(self._path(number // SHARD_TEXTS), "pt") as file:
+            return TextFeatures(*(file.get_tensor(f"{number}.{name}") for name in NAMES))
+
+    def _compute(self, numbers: Sequence[int]) -> list[TextFeatures]:
+        """Run the target over texts of similar length together."""
+        done: dict[int, TextFeatures] = {}
+        left = sorted(numbers, key=lambda n: len(self.texts[n]))
+        while left:
+            width = len(self.texts[left[-1]])
+            size = max(1, FORWARD_TOKENS // width)
+            part, left = left[-size:], left[:-size]
+            done |= zip(part, self._forward([self.texts[n] for n in part]), strict=True)
+        return [done[n] for n in numbers]
+
+    @torch.inference_mode()
+    def _forward(self, texts: Sequence[Response]) -> list[TextFeatures]:
+        device = self.target.device
+        width = max(map(len, texts))
+        tokens = torch.zeros(len(texts), width, dtype=torch.long)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = torch.tensor(text.token_ids)
+        positions = torch.arange(width, device=device)
+        lower = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        with looking(Visibility(0, positions, lower, causal=True)):
+            output = self.target.model.get_decoder()(
+                input_ids=tokens.to(device),
+                position_ids=positions.expand(len(texts), -1),
+                use_cache=False,
+            )
+        captured = self.target.take_captured()
+        features = torch.cat([captured[i] for i in self.layer_ids], -1)
+        results = []
+        for row, text in enumerate(texts):
+            first, end = len(text.prompt_ids) - 1, len(text) - 1
+            best, tokens_ = self._top(output.last_hidden_state[row, first:end])
+            results.append(
+                TextFeatures(
+                    features[row, : len(text)].cpu(), tokens_.int().cpu(), best.half().cpu()
+                )
+            )
+        return results
+
+    def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, K) log probabilities and tokens."""
+        parts = []
+        for chunk in hidden.split(OUTPUT_ROWS):
+            logits = self.target.output(chunk).float()
+            best, tokens = logits.topk(min(self.top_tokens, logits.shape[-1]))
+            parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
+        return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+
+def fingerprint(texts: Sequence[Response], **settings: object) -> str:
+    """A name for what a folder of features was computed from."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for text in texts:
+        digest.update(json.dumps(text.token_ids).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""How well a drafter predicts texts that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from treeflash.responses import Response
+from treeflash.train_config import TrainConfig
+from treeflash_cuda.target import Target
+from treeflash_cuda.training.batches import choose_anchors, make_batch
+from treeflash_cuda.training.blocks import Batch
+from treeflash_cuda.training.features import FeatureStore
+from treeflash_cuda.training.losses import Output, TargetRows, divergence
+
+ANCHORS = 16
+"""Of each text."""
+
+
+class Validation:
+    """Held-out texts, with the same anchors every time."""
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        texts: Sequence[Response],
+        block_size: int,
+        config: TrainConfig,
+    ) -> None:
+        """Run the target over the texts, once."""
+        self.output = Output(target.output)
+        self.batches: list[Batch] = []
+        random = np.random.default_rng(config.seed)
+        texts = sorted(texts, key=len)
+        store = FeatureStore(target, layer_ids, texts, config.top_tokens, None, 0)
+        for first in range(0, len(texts), config.sequences):
+            part = range(len(texts))[first : first + config.sequences]
+            self.batches.append(
+                make_batch(
+                    [texts[n] for n in part],
+                    store.get(part),
+                    [choose_anchors(texts[n], ANCHORS, random) for n in part],
+                    block_size,
+                    target.device,
+                )
+            )
+
+    @torch.no_grad()
+    def measure(self, blocks: nn.Module, accelerator: Accelerator) -> dict[str, Any]:
+        """Means by depth, and what they amount to.
+
+        Returns:
+            For `marginal` and, with a head, `corrected`: `kl_*` nats by depth; `top1_*`, how
+            often the best token is the text's, by depth; `chain_*`, the block efficiency of the
+            chain of best tokens.
+        """
+        sums: dict[str, Tensor] = {}
+        anchors = 0
+        module = accelerator.unwrap_model(blocks)
+        for batch in self.batches:
+            with accelerator.autocast():
+                marginal, corrected = module.predictions(batch)
+            row, position = batch.depths(batch.valid.shape[2] + 1).T
+            rows = TargetRows(
+                batch.top_tokens[row, position - 1], batch.top_log_probs[row, position - 1]
+            )
+            truth = batch.tokens[row, position]
+            some = batch.valid.any(2).sum()
+            anchors += int(some)
+            for name, hidden in (("marginal", marginal), ("corrected", corrected)):
+                if hidden is None:
+                    continue
+                kl = divergence(self.output, hidden, rows, None)
+                hit = self.output.logits(hidden).argmax(-1) == truth
+                for key, value in ((f"kl_{name}", kl), (f"top1_{name}", hit.float())):
+                    table = torch.zeros(batch.valid.shape, device=value.device)
+                    table[batch.valid] = value
+                    sums[key] = sums.get(key, torch.zeros(())) + table.sum((0, 1)).cpu()
+                    if key.startswith("top1"):
+                        accepted = table.cumprod(2).sum()
+                        chain = f"chain_{name}"
+                        sums[chain] = sums.get(chain, torch.zeros(())) + accepted.cpu()
+            count = batch.valid.sum((0, 1)).cpu()
+            sums["count"] = sums.get("count", torch.zeros(())) + count
+        counts = sums.pop("count").clamp(min=1)
+        return {
+            name: 1 + float(value) / max(anchors, 1)
+            if name.startswith("chain")
+            else [round(float(v), 4) for v in value / counts]
+            for name, value in sums.items()
+        }

@@ -1,0 +1,107 @@
+"""Let a target answer prompts, to train a drafter on: `python -m treeflash.distill`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, load_config
+from treeflash.distillation import Distillation, DistillConfig, mix
+from treeflash.errors import ConfigError
+from treeflash.models import resolve_target
+from treeflash.prompt_file import read_rows
+from treeflash.registry import trainer
+from treeflash.text import Tokenizer
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, let the target answer, and return the exit code."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    config = DistillConfig(
+        temperatures=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        slots=args.slots,
+        seed=args.seed,
+    )
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError("limit must be 1 or more")
+    weights = args.weights or [1.0] * len(args.prompts)
+    if len(weights) != len(args.prompts) or min(weights) <= 0:
+        raise ConfigError("--weights needs one number above 0 for each file of --prompts")
+    rows = mix([read_rows(path) for path in args.prompts], weights, args.limit, args.seed)
+    distillation = Distillation.resume(rows, args.output)
+    train = trainer(args.backend)
+    target = resolve_target(args.target)
+    tokenizer = Tokenizer.from_folder(target)
+    responder = train.responder(target, load_config(args))
+    try:
+        distillation.run(responder, tokenizer, config, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {distillation.report()}; the same command goes on from there")
+        return INTERRUPTED
+    console.print(distillation.report())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("treeflash.distill", "Let the target answer prompts, to train a drafter on.")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE.jsonl",
+        help="objects with an id, and turns, a prompt, or messages",
+    )
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="shares of the files in --limit answers (default: equal)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts in all (default: every)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="where answers go, a line each; what it holds already is not answered again",
+    )
+    config = DistillConfig()
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=config.temperatures,
+        metavar="T",
+        help="0 is greedy; several are used in turn (default: 0)",
+    )
+    for name, kind, text in (
+        ("top_p", float, "of sampled answers"),
+        ("max_tokens", int, "of an answer, at most"),
+        ("max_prompt_tokens", int, "longer prompts are left out"),
+        ("slots", int, "prompts answered at a time"),
+        ("seed", int, "of mixing and sampling"),
+    ):
+        default = getattr(config, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    add_device_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What a backend that can train implements, beside the interfaces that decoding needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.responses import Response
+from treeflash.train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt that the target is to answer for training data.
+
+    Attributes:
+        prompt_ids: at least one token.
+        sampling: how to choose; the answer is the one that plain decoding gives.
+        max_tokens: new tokens at most.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingConfig
+    max_tokens: int
+
+
+class Responder(Protocol):
+    """A target that answers many prompts at once."""
+
+    vocab_size: int
+    max_positions: int
+
+    def respond(
+        self, requests: Sequence[Request], stop_token_ids: frozenset[int], slots: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Answer all requests, as many as `slots` at a time.
+
+        Yields:
+            The index of a request and its new tokens, the stop token included, as they finish.
+
+        Raises:
+            NumericalError: the logits are not finite.
+        """
+
+
+class Trainer(Protocol):
+    """The entry point of a backend that can train, in the group `treeflash.trainers`."""
+
+    def responder(self, target: Path, config: LoadConfig) -> Responder:
+        """Load a target to answer prompts; raises what `Loader` raises."""
+
+    def train(
+        self,
+        target: Path,
+        responses: Sequence[Response],
+        output: Path,
+        config: TrainConfig,
+        load: LoadConfig,
+    ) -> Iterator[dict[str, Any]]:
+        """Train a drafter, or go on where an earlier run of this configuration stopped.
+
+        Args:
+            target: its folder.
+            responses: what to learn from.
+            output: the folder of the checkpoint, its model card, the log and the state.
+            config: of the training.
+            load: where, and in which precision the target and the arithmetic of training run.
+
+        Yields:
+            What the log holds: a record of each step, and of each validation.
+
+        Raises:
+            ConfigError: the configuration does not fit the target, or what `output` holds.
+            NumericalError: the loss is not finite.
+        """
