@@ -98,6 +98,11 @@ class DecodeConfig:
         return self.method != "ar"
 
     @property
+    def drafts_chain(self) -> bool:
+        """Whether the method drafts a chain, not a tree."""
+        return self.method in ("dflash", "treeflash-chain")
+
+    @property
     def uses_head(self) -> bool:
         """Whether the method needs the drafter's AR head."""
         return self.method.startswith("treeflash")
@@ -136,7 +141,7 @@ class DrafterConfig:
         target_layer_ids: target layers whose outputs are the context features, in order.
         num_target_layers: layers of the target that it was trained for; None where unstated.
         vocab_size: the target's vocabulary; None where unstated.
-        head: name of the AR head (`swiglu`), or None for a plain DFlash drafter.
+        head: name of the AR head (`swiglu`, `linear`), or None for a plain DFlash drafter.
         inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
         rope_scale: factor on the rotary cosines and sines; 1 but for YaRN.
         sliding_windows: per layer, the width of its window in positions, or None for all.

@@ -31,6 +31,7 @@ class Step:
         tree: the tree that was verified; None for the prefill.
         path: (a,) node indices of the accepted path, before any stop cut it; None for the prefill.
         finish_reason: `stop` or `length` in the last step, None before.
+        table: what the tree was built from; None for the prefill and in plain decoding.
     """
 
     tokens: tuple[int, ...]
@@ -38,6 +39,7 @@ class Step:
     tree: DraftTree | None = None
     path: NDArray[np.int32] | None = None
     finish_reason: str | None = None
+    table: TransitionTable | None = None
 
 
 def decode(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[Step]:
@@ -102,10 +104,11 @@ def _steps(
     while finish_reason is None:
         clock = _Clock()
         tree = DraftTree.root_only(root)
+        table: TransitionTable | None = None
         if drafter is not None:
             table = propose(backend, drafter, drafter.draft(features, root), config)
             clock.mark("draft")
-            build = build_chain if config.method in ("dflash", "treeflash-chain") else build_tree
+            build = build_chain if config.drafts_chain else build_tree
             tree = build(table, root, config.budget)
             clock.mark("tree")
         draws = _draws(config, tree.positions(verifier.length + 1))
@@ -117,7 +120,7 @@ def _steps(
         clock.mark("commit")
         tokens, finish_reason = _cut(accepted.tokens, config, limit - emitted)
         emitted += len(tokens)
-        yield Step(tokens, clock.seconds, tree, accepted.path, finish_reason)
+        yield Step(tokens, clock.seconds, tree, accepted.path, finish_reason, table)
 
 
 def propose(

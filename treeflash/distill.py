@@ -13,8 +13,9 @@ from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, 
 from treeflash.distillation import Distillation, DistillConfig, mix
 from treeflash.errors import ConfigError
 from treeflash.models import resolve_target
-from treeflash.prompt_file import read_rows
+from treeflash.prompt_file import Row, read_rows
 from treeflash.registry import trainer
+from treeflash.self_prompt import self_prompts
 from treeflash.text import Tokenizer
 
 
@@ -31,35 +32,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         slots=args.slots,
         seed=args.seed,
     )
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError("limit must be 1 or more")
-    weights = args.weights or [1.0] * len(args.prompts)
-    if len(weights) != len(args.prompts) or min(weights) <= 0:
-        raise ConfigError("--weights needs one number above 0 for each file of --prompts")
-    rows = mix([read_rows(path) for path in args.prompts], weights, args.limit, args.seed)
-    distillation = Distillation.resume(rows, args.output)
+    for name in ("limit", "self_prompt"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")
+    rows = _rows(args) if args.prompts else []
     train = trainer(args.backend)
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)
     responder = train.responder(target, load_config(args))
     try:
+        if not args.prompts:
+            prompts = args.output.with_suffix(".prompts.jsonl")
+            rows = self_prompts(
+                responder, tokenizer, args.self_prompt, prompts, slots=args.slots, seed=args.seed
+            )
+        distillation = Distillation.resume(rows, args.output)
         distillation.run(responder, tokenizer, config, console)
     except KeyboardInterrupt:
-        console.print(f"interrupted; {distillation.report()}; the same command goes on from there")
+        console.print("interrupted; the same command goes on from there")
         return INTERRUPTED
     console.print(distillation.report())
     return 0
 
 
+def _rows(args: argparse.Namespace) -> list[Row]:
+    """The prompts of all files, mixed."""
+    weights = args.weights or [1.0] * len(args.prompts)
+    if len(weights) != len(args.prompts) or min(weights) <= 0:
+        raise ConfigError("--weights needs one number above 0 for each file of --prompts")
+    return mix([read_rows(path) for path in args.prompts], weights, args.limit, args.seed)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("treeflash.distill", "Let the target answer prompts, to train a drafter on.")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--prompts",
         type=Path,
         nargs="+",
-        required=True,
         metavar="FILE.jsonl",
         help="objects with an id, and turns, a prompt, or messages",
+    )
+    source.add_argument(
+        "--self-prompt",
+        type=int,
+        metavar="N",
+        help="let the target write N prompts itself, into a file beside the output",
     )
     parser.add_argument(
         "--weights",

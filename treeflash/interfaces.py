@@ -118,6 +118,18 @@ class Drafter(Protocol):
             temperature: divides the logits.
         """
 
+    def log_probs(self, block: Block) -> NDArray[np.float32]:
+        """Like `marginals`, but every token's, in nats and at temperature 1.
+
+        For tests and analysis, not for decoding.
+
+        Args:
+            block: from `draft`.
+
+        Returns:
+            (S - 1, vocab); row i is depth i + 1.
+        """
+
     def keys_values(self) -> NDArray[np.float32]:
         """The context's keys and values, for tests: (layers, 2, kv_heads, length, head_dim)."""
 
@@ -136,6 +148,20 @@ class ARHead(Protocol):
             m: previous-token candidates; the whole vocabulary where that is smaller.
             k: children; the whole vocabulary where that is smaller.
             temperature: divides the logits, after the head.
+        """
+
+    def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Like `transitions`, but every token's, after one given previous token at each depth.
+
+        In nats and at temperature 1; for tests and analysis, not for decoding.
+
+        Args:
+            block: from `Drafter.draft`.
+            previous: (S - 1,) int32; previous[i] is the token before depth i + 1, so that
+                previous[0] is the root.
+
+        Returns:
+            (S - 1, vocab); row i is depth i + 1.
         """
 
 

@@ -1,9 +1,8 @@
-"""Answers of a target, the data that drafters learn from: JSON lines, its own or another engine's."""
+"""Answers of a target, which drafters learn from: JSON lines, its own or another engine's."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,7 @@ from treeflash.errors import PromptError
 from treeflash.prompt import check_messages
 from treeflash.prompt_file import read_text
 from treeflash.text import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """A prompt and what the target answered.
-
-    Attributes:
-        prompt_ids: through the chat template, up to the answer.
-        response_ids: the answer, with its end token where the target ended it.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The whole text."""
-        return self.prompt_ids + self.response_ids
-
-    def __len__(self) -> int:
-        """Tokens of the whole text."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    def cut(self, length: int) -> Response:
-        """The first `length` tokens."""
-        kept = max(0, length - len(self.prompt_ids))
-        return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:kept])
+from treeflash.training import Response
 
 
 def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
@@ -68,12 +41,10 @@ def _response(value: Any, tokenizer: Tokenizer) -> Response:
         raise PromptError("a JSON object is needed")
     if "messages" in value:
         return _conversation(value["messages"], tokenizer)
-    prompt, response = value.get("prompt_ids"), value.get("response_ids")
-    if not _token_ids(prompt) or not _token_ids(response):
-        raise PromptError(
-            "the response needs 'messages', or 'prompt_ids' and 'response_ids', lists of token ids"
-        )
-    return Response(prompt_ids=tuple(prompt), response_ids=tuple(response))
+    return Response(
+        prompt_ids=_token_ids(value.get("prompt_ids")),
+        response_ids=_token_ids(value.get("response_ids")),
+    )
 
 
 def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
@@ -83,13 +54,13 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         raise PromptError("the last message must be an answer of the assistant, not empty")
     prompt = tokenizer.chat(messages[:-1])
-    answer = tokenizer.encode_answer(messages[-1]["content"])
+    answer = tokenizer.answer(messages[-1]["content"])
     return Response(prompt_ids=tuple(prompt), response_ids=tuple(answer))
 
 
-def _token_ids(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
-    )
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
+        raise PromptError(
+            "the response needs 'messages', or 'prompt_ids' and 'response_ids', lists of token ids"
+        )
+    return tuple(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import Step, decode
@@ -20,7 +20,7 @@ class Chunk:
     Attributes:
         text: text that is now certain; empty while a character or a possible stop string is open.
         token_ids: new tokens, without those that a stop string cut off.
-        step: the step of the decode loop, uncut, with its tree.
+        step: the step of the decode loop, uncut, with its tree but not its table.
         finish_reason: `stop` or `length` in the last chunk, None before.
     """
 
@@ -70,7 +70,8 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        step = next(self._steps)
+        # A stream keeps its steps, and tables would be most of their memory.
+        step = replace(next(self._steps), table=None)
         before = self._text.tokens_used
         text = self._text.push(step.tokens)
         used = self._text.tokens_used - before

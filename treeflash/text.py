@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from treeflash.errors import CheckpointError, ConfigError, PromptError
 
 REPLACEMENT = "\ufffd"
+PRIVATE = "\ue000"  # a character of private use: no template has it
 WINDOW_TOKENS = 8
 
 
@@ -74,10 +75,38 @@ class Tokenizer:
         """Return the ids of raw text, with a begin token only if the tokenizer adds one."""
         return list(self._tokenizer.encode(text, verbose=False))
 
-    def encode_answer(self, text: str) -> list[int]:
-        """Return the ids of an answer of the assistant, closed by the tokenizer's end token."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return [*ids, self._tokenizer.eos_token_id]
+    def user_header(self) -> list[int]:
+        """Return the ids of a conversation up to where the user's first message begins.
+
+        Raises:
+            PromptError: There is no chat template, or it puts nothing before the message.
+        """
+        header, _ = self._around({"role": "user", "content": PRIVATE})
+        if not header:
+            raise PromptError("the chat template puts nothing before the user's message")
+        return header
+
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of an answer of the assistant, with the end token that closes it.
+
+        Raises:
+            PromptError: There is no chat template.
+        """
+        question = {"role": "user", "content": "-"}
+        _, after = self._around(question, {"role": "assistant", "content": PRIVATE})
+        end = [token_id for token_id in after if token_id in self.stop_token_ids][:1]
+        return self._ids(text) + end
+
+    def _around(self, *messages: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids of what the chat template puts before and after the content `PRIVATE`."""
+        if not self.has_chat_template:
+            raise PromptError("the tokenizer has no chat template")
+        text = str(self._tokenizer.apply_chat_template(list(messages), tokenize=False))
+        before, _, after = text.rpartition(PRIVATE)
+        return self._ids(before), self._ids(after)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def chat(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -55,7 +56,9 @@ EXPLAINED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
     args = _parser().parse_args(argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    # Of the processes that `accelerate launch` starts, one speaks.
+    quiet = os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     names = {field.name for field in fields(TrainConfig)}
     config = read_train_config(args.config, {k: v for k, v in vars(args).items() if k in names})
     train = trainer(args.backend).train

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.responses import Response
 from treeflash.train_config import TrainConfig
 
 
@@ -25,6 +24,33 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingConfig
     max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A prompt and what the target answered.
+
+    Attributes:
+        prompt_ids: through the chat template, up to the answer.
+        response_ids: the answer, with its end token where the target ended it.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The whole text."""
+        return self.prompt_ids + self.response_ids
+
+    def __len__(self) -> int:
+        """Tokens of the whole text."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def cut(self, length: int) -> Response:
+        """The first `length` tokens."""
+        kept = max(0, length - len(self.prompt_ids))
+        return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:kept])
 
 
 class Responder(Protocol):

@@ -32,6 +32,17 @@ class DraftTree:
         zero = np.zeros(1, np.int32)
         return cls(np.array([root], np.int32), zero - 1, zero, np.zeros(1))
 
+    @classmethod
+    def chain(cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float64]) -> DraftTree:
+        """The tree in which each token follows the one before it.
+
+        Args:
+            tokens: (n,) the root first.
+            log_probs: (n,) of the path to each node, nats.
+        """
+        order = np.arange(len(tokens), dtype=np.int32)
+        return cls(tokens, order - 1, order, log_probs)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -56,12 +67,9 @@ class DraftTree:
 def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The chain of the first child of the first row at each depth, at most `budget` nodes."""
     n = min(budget, table.depths + 1)
-    order = np.arange(n, dtype=np.int32)
     steps = table.log_probs[: n - 1, 0, 0].astype(np.float64)
-    return DraftTree(
+    return DraftTree.chain(
         np.concatenate([[root], table.tokens[: n - 1, 0, 0]]).astype(np.int32),
-        order - 1,
-        order,
         np.concatenate([[0.0], np.cumsum(steps)]),
     )
 

@@ -182,6 +182,12 @@ class Drafter:
         k = tokens.shape[1]
         return TransitionTable.from_marginals(read[:, :k], read[:, k:].view(np.float32))
 
+    @torch.inference_mode()
+    def log_probs(self, block: Block) -> NDArray[np.float32]:
+        """See `Drafter.log_probs`."""
+        logits = self.target.output(self.model.norm(block.hidden[1:]))
+        return logits.float().log_softmax(-1).cpu().numpy()
+
     def keys_values(self) -> NDArray[np.float32]:
         """See `Drafter.keys_values`."""
         return self.cache.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
@@ -99,6 +100,15 @@ class ARHead:
             spread(rows[0], depths, m),
             spread(rows[1].view(np.float32), depths, m),
         )
+
+    @torch.inference_mode()
+    def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `ARHead.log_probs`."""
+        hidden = block.hidden[1:]
+        tokens = torch.from_numpy(previous[:, None]).to(hidden.device)
+        corrected = self._correct(hidden, self.model.norm(hidden), tokens)
+        logits = self.target.output(self.model.norm(corrected))
+        return logits.float().log_softmax(-1).cpu().numpy()
 
     def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
         """(d * M, hidden_size) corrected outputs of d depths, from (d, M) previous tokens."""

@@ -20,7 +20,7 @@ from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
 from treeflash_mlx.drafter import Drafter, DrafterModel
-from treeflash_mlx.head import ARHead, SwiGLU
+from treeflash_mlx.head import HEADS, ARHead
 from treeflash_mlx.target import Target
 from treeflash_mlx.verifier import Verifier
 
@@ -116,9 +116,9 @@ def load_drafter(
     _fill(model, tensors, target.dtype, bits)
     if not of_head:
         return model, None
-    swiglu = SwiGLU(config.hidden_size, of_head["d.weight"].shape[1])
-    _fill(swiglu, of_head, target.dtype, bits)
-    return model, ARHead(swiglu, model, target)
+    correction = HEADS[str(config.head)](config, of_head["d.weight"].shape[1])
+    _fill(correction, of_head, target.dtype, bits)
+    return model, ARHead(correction, model, target)
 
 
 def read_drafter(folder: Path) -> dict[str, mx.array]:

@@ -13,7 +13,7 @@ from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_mlx.cache import Rows
 from treeflash_mlx.target import Target
-from treeflash_mlx.topk import top_log_probs
+from treeflash_mlx.topk import log_softmax, top_log_probs
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +197,10 @@ class Drafter:
         # Token ids are exact in float32, and one array is one read.
         read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
         return TransitionTable.from_marginals(read[0].astype(np.int32), read[1])
+
+    def log_probs(self, block: Block) -> NDArray[np.float32]:
+        """See `Drafter.log_probs`."""
+        return np.array(log_softmax(self.target.head(self.model.norm(block.hidden[1:]))))
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `Drafter.keys_values`."""

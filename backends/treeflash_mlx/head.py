@@ -5,44 +5,70 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from numpy.typing import NDArray
 
+from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, DrafterModel
 from treeflash_mlx.target import Target
-from treeflash_mlx.topk import top, top_log_probs
+from treeflash_mlx.topk import log_softmax, top, top_log_probs
 
 NORM_EPS = 1e-6
 
 
 class SwiGLU(nn.Module):
-    """h' = h + D(silu(G(x)) * U(x)), with the parameters named as in a checkpoint."""
+    """The correction of a hidden state by a previous token: D(silu(G(x)) * U(x))."""
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        """Make its parts."""
+    name = "swiglu"
+
+    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
+        """Make the projections; `inner_size` is I."""
         super().__init__()
-        self.ug = nn.Linear(2 * hidden_size, 2 * inner_size)
-        self.d = nn.Linear(inner_size, hidden_size, bias=False)
-        self.norm = nn.RMSNorm(hidden_size, NORM_EPS)
+        h = config.hidden_size
+        self.norm = nn.RMSNorm(h, NORM_EPS)
+        self.ug = nn.Linear(2 * h, 2 * inner_size)
+        self.d = nn.Linear(inner_size, h, bias=False)
 
-    def __call__(self, hidden: mx.array, normed: mx.array, embedded: mx.array) -> mx.array:
-        """(n, hidden_size) corrected outputs.
+    def __call__(self, embedded: mx.array, normed: mx.array) -> mx.array:
+        """(n, hidden_size) corrections.
 
         Args:
-            hidden: (n, hidden_size) outputs of the last layer.
-            normed: likewise, after the final norm.
             embedded: (n, hidden_size) embeddings of the previous tokens.
+            normed: (n, hidden_size) u = norm(h).
         """
         up, gate = mx.split(self.ug(mx.concatenate([self.norm(embedded), normed], -1)), 2, -1)
-        corrected: mx.array = hidden + self.d(nn.silu(gate) * up)
-        return corrected
+        correction: mx.array = self.d(nn.silu(gate) * up)
+        return correction
+
+
+class Linear(nn.Module):
+    """The ablation of the paper: D(x), linear in the previous token and the hidden state."""
+
+    name = "linear"
+
+    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
+        """Make the projection, which has no inner size."""
+        super().__init__()
+        h = config.hidden_size
+        self.norm = nn.RMSNorm(h, NORM_EPS)
+        self.d = nn.Linear(2 * h, h, bias=False)
+
+    def __call__(self, embedded: mx.array, normed: mx.array) -> mx.array:
+        """See `SwiGLU.__call__`."""
+        correction: mx.array = self.d(mx.concatenate([self.norm(embedded), normed], -1))
+        return correction
+
+
+HEADS = {head.name: head for head in (SwiGLU, Linear)}
+"""By the name that a checkpoint's `ar_approximation` gives."""
 
 
 class ARHead:
     """`treeflash.interfaces.ARHead` in MLX."""
 
-    def __init__(self, swiglu: SwiGLU, model: DrafterModel, target: Target) -> None:
-        """Hold the head with what it works on."""
-        self.swiglu = swiglu
+    def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
+        """Join the head's weights with the drafter's norm and the target's embeddings."""
+        self.correction = correction
         self.model = model
         self.target = target
 
@@ -56,8 +82,7 @@ class ARHead:
         previous = top(self.target.head(normed[:-1]), m).reshape(-1)
         tokens = mx.concatenate([mx.array([block.root], mx.int32), previous])
         rows = mx.array(np.repeat(np.arange(depths), [1] + [m] * (depths - 1)))
-        corrected = self.swiglu(hidden[rows], normed[rows], self.target.embed(tokens))
-        logits = self.target.head(self.model.norm(corrected))
+        logits = self._logits(hidden[rows], normed[rows], tokens)
         children, log_probs = top_log_probs(logits, k, temperature)
         # Token ids are exact in float32, and one array is one read.
         read = np.array(
@@ -77,6 +102,17 @@ class ARHead:
             _table(children_.astype(np.int32).reshape(-1, k), m),
             _table(log_probs_.reshape(-1, k), m),
         )
+
+    def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `ARHead.log_probs`."""
+        hidden = block.hidden[1:]
+        logits = self._logits(hidden, self.model.norm(hidden), mx.array(previous))
+        return np.array(log_softmax(logits))
+
+    def _logits(self, hidden: mx.array, normed: mx.array, previous: mx.array) -> mx.array:
+        """(n, vocab) corrected logits, from (n, hidden_size) outputs and (n,) previous tokens."""
+        corrected = hidden + self.correction(self.target.embed(previous), normed)
+        return self.target.head(self.model.norm(corrected))
 
 
 def _table(rows: np.ndarray, m: int) -> np.ndarray:

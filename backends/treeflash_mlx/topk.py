@@ -60,6 +60,12 @@ def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.arra
     return tokens, best - logsumexp(scaled)
 
 
+def log_softmax(logits: mx.array) -> mx.array:
+    """(n, vocab) float32 nats of (n, vocab) logits."""
+    logits = logits.astype(mx.float32)
+    return logits - logsumexp(logits)
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """(n, 1) of (n, vocab), summed in blocks.
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from treeflash import command
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.tokenizer import END, SPECIAL, save_tokenizer
 from treeflash.text import Tokenizer
 from treeflash.transitions import TransitionTable
 
-SPECIAL = ["<|start|>", "<|end|>", "<|stop|>"]
-END = 1
-TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-    "<|start|>assistant: {% if enable_thinking is not false %}<think>{% endif %}"
-)
 DEPTHS, CHILDREN = 4, 3
 
 
@@ -104,19 +96,6 @@ class ScriptedBackend:
 
     def transitions(self, block, m, k, temperature):
         return self.marginals(block, k, temperature)
-
-
-def save_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of single bytes and a template that knows thinking."""
-    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = RawTokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(SPECIAL)
-    raw.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,12 @@ def dflash_folder(tmp_path: Path, folder: Path) -> Path:
     return tmp_path / "dflash"
 
 
+@pytest.fixture
+def linear_folder(tmp_path: Path, folder: Path) -> Path:
+    write_drafter(tmp_path / "linear", tmp_path / "target", head="linear", seed=1)
+    return tmp_path / "linear"
+
+
 def message(text: str) -> str:
     """A pattern that matches the whole message and nothing else."""
     return f"^{re.escape(text)}$"
@@ -75,6 +81,9 @@ class TestConfig:
 
     def test_dflash_is_the_same_without_a_head(self, folder: Path, dflash_folder: Path) -> None:
         assert drafter_config(dflash_folder) == replace(drafter_config(folder), head=None)
+
+    def test_a_linear_head_is_named(self, folder: Path, linear_folder: Path) -> None:
+        assert drafter_config(linear_folder) == replace(drafter_config(folder), head="linear")
 
     @pytest.mark.parametrize(
         "spell",
@@ -203,8 +212,8 @@ class TestBadConfigs:
         [
             (lambda c: c.update(block_size=1), "block_size must be 2 or more, got 1"),
             (
-                lambda c: c["treeflash_config"].update(ar_approximation="linear"),
-                "the AR head 'linear' is not known; known are swiglu",
+                lambda c: c["treeflash_config"].update(ar_approximation="bilinear"),
+                "the AR head 'bilinear' is not known; known are swiglu, linear",
             ),
             (lambda c: c.update(layer_types=["full_attention"]), "layer_types names 1 layers of 2"),
             (lambda c: c.update(output_multiplier=2.0), "output_multiplier is not supported"),
@@ -306,9 +315,9 @@ class TestTensors:
         assert canonical_name("fc.weight") == "fc.weight"
 
     def test_both_formats_have_the_tensors_of_their_configs(
-        self, folder: Path, dflash_folder: Path
+        self, folder: Path, dflash_folder: Path, linear_folder: Path
     ) -> None:
-        for each, head_tensors in ((folder, 4), (dflash_folder, 0)):
+        for each, head_tensors in ((folder, 4), (linear_folder, 2), (dflash_folder, 0)):
             config, shapes = drafter_config(each), self.shapes(each)
             check_tensors(each, config, shapes)
             assert shapes == tensor_shapes(config, head_size=32)
@@ -330,6 +339,12 @@ class TestTensors:
         assert shapes["ar_approximation.ug.bias"] == (10,)
         assert shapes["ar_approximation.d.weight"] == (32, 5)
         assert len(shapes) == 3 + 2 * 15 + 4
+
+    def test_shapes_of_a_linear_head_by_hand(self, folder: Path) -> None:
+        shapes = tensor_shapes(replace(drafter_config(folder), head="linear"))
+        assert shapes["ar_approximation.d.weight"] == (32, 64)
+        assert shapes["ar_approximation.norm.weight"] == (32,)
+        assert "ar_approximation.ug.weight" not in shapes
 
     def test_every_missing_tensor_is_named(self, folder: Path) -> None:
         config, shapes = drafter_config(folder), self.shapes(folder)

@@ -121,3 +121,4 @@ def test_what_each_method_needs() -> None:
     configs = [DecodeConfig(method=method) for method in METHODS]
     assert [config.drafts for config in configs] == [False, True, True, True, True]
     assert [config.uses_head for config in configs] == [False, False, False, True, True]
+    assert [config.drafts_chain for config in configs] == [False, True, False, False, True]

@@ -236,6 +236,14 @@ class TestSteps:
                 assert step.tree.is_chain
                 assert len(step.tree) == 6
 
+    @pytest.mark.parametrize("method", DRAFTING)
+    def test_a_step_has_the_table_of_its_tree(self, method: Method) -> None:
+        prefill, *steps = run(scripted(SCRIPT, right=2), method=method, budget=64)
+        assert prefill.table is None
+        for step in steps:
+            assert step.tree.tokens[1] == step.table.tokens[0, 0, 0]
+        assert all(step.table is None for step in run(scripted(SCRIPT), method="ar"))
+
     @pytest.mark.parametrize("method", METHODS)
     def test_budget_one_is_plain_decoding(self, method: Method) -> None:
         steps = run(scripted(SCRIPT), method=method, budget=1, max_tokens=6)

@@ -62,6 +62,13 @@ def test_streaming_equals_generate_for_every_method(scripted, method, budget):
     assert (generation.block_efficiency > 1) == (method != "ar" and budget > 1)
 
 
+def test_a_stream_keeps_trees_but_no_tables(scripted):
+    stream = scripted(TEXT).stream("hi", budget=5)
+    stream.run()
+    assert all(len(step.tree) > 1 for step in stream.steps[1:])
+    assert all(step.table is None for step in stream.steps)
+
+
 def test_no_chunk_shows_part_of_a_character(scripted):
     for chunk in scripted(TEXT).stream("hi", method="ar"):
         assert "\ufffd" not in chunk.text

@@ -14,7 +14,7 @@ from treeflash.checkpoints import (
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter, DrafterWeights
-from treeflash.reference.head import SwiGLUHead
+from treeflash.reference.head import ARHead
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import Verifier
 
@@ -33,7 +33,7 @@ class ReferenceBackend:
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions
         self.drafter_config = weights.config if weights else None
-        self.head = SwiGLUHead(weights) if weights and weights.config.head else None
+        self.head = ARHead(weights) if weights and weights.config.head else None
 
     def verifier(self, *, features: bool) -> Verifier:
         """See `Backend.verifier`."""

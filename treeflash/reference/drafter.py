@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
 from treeflash.reference.cache import Cache
-from treeflash.reference.numerics import Array, attention, rms_norm, rotate, silu, top, visible
+from treeflash.reference.numerics import (
+    Array,
+    attention,
+    log_softmax,
+    rms_norm,
+    rotate,
+    silu,
+    top,
+    visible,
+)
 from treeflash.reference.target import Target
 from treeflash.transitions import TransitionTable
 
@@ -74,6 +83,10 @@ class Drafter:
         """See `Drafter.marginals`."""
         tokens, log_probs = top(self.weights.logits(block.hidden[1:]) / temperature, k)
         return TransitionTable.from_marginals(tokens, log_probs)
+
+    def log_probs(self, block: Block) -> Array:
+        """See `Drafter.log_probs`."""
+        return log_softmax(self.weights.logits(block.hidden[1:]))
 
     def keys_values(self) -> Array:
         """See `Drafter.keys_values`."""

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
+from numpy.typing import NDArray
 
 from treeflash.reference.drafter import Block, DrafterWeights
-from treeflash.reference.numerics import Array, rms_norm, silu, top
+from treeflash.reference.numerics import Array, log_softmax, rms_norm, silu, top
 from treeflash.transitions import TransitionTable
 
 NORM_EPS = 1e-6
+PREFIX = "ar_approximation."
 
 
-class SwiGLUHead:
-    """`treeflash.interfaces.ARHead` in NumPy: h' = h + D(silu(G(x)) * U(x))."""
+def swiglu(tensors: Mapping[str, Array], x: Array) -> Array:
+    """D(silu(G(x)) * U(x)); x is (..., 2 * hidden_size)."""
+    up_gate = x @ tensors[PREFIX + "ug.weight"].T + tensors[PREFIX + "ug.bias"]
+    up, gate = np.split(up_gate, 2, -1)
+    correction: Array = (up * silu(gate)) @ tensors[PREFIX + "d.weight"].T
+    return correction
+
+
+def linear(tensors: Mapping[str, Array], x: Array) -> Array:
+    """D(x), the ablation of the paper; x is (..., 2 * hidden_size)."""
+    correction: Array = x @ tensors[PREFIX + "d.weight"].T
+    return correction
+
+
+HEADS: dict[str | None, Callable[[Mapping[str, Array], Array], Array]] = {
+    "swiglu": swiglu,
+    "linear": linear,
+}
+"""By the name that a checkpoint's `ar_approximation` gives."""
+
+
+class ARHead:
+    """`treeflash.interfaces.ARHead` in NumPy: h' = h + correction([embedding; u])."""
 
     def __init__(self, weights: DrafterWeights) -> None:
         """Take the `ar_approximation` tensors of a drafter."""
         self.weights = weights
+        self.correction = HEADS[weights.config.head]
 
     def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
         """See `ARHead.transitions`."""
@@ -27,16 +53,15 @@ class SwiGLUHead:
         tokens, log_probs = top(self.weights.logits(corrected) / np.float32(temperature), k)
         return TransitionTable.from_candidates(previous, tokens, log_probs)
 
-    def _correct(self, hidden: Array, previous: np.ndarray) -> Array:
+    def log_probs(self, block: Block, previous: NDArray[np.int32]) -> Array:
+        """See `ARHead.log_probs`."""
+        corrected = self._correct(block.hidden[1:], previous[:, None])[:, 0]
+        return log_softmax(self.weights.logits(corrected))
+
+    def _correct(self, hidden: Array, previous: NDArray[np.int32]) -> Array:
         """(D, M, hidden_size) corrected outputs; hidden is (D, hidden_size), previous (D, M)."""
         tensors = self.weights.tensors
         embedded = self.weights.target.embeddings[previous]
-        embedded = rms_norm(embedded, tensors["ar_approximation.norm.weight"], NORM_EPS)
+        embedded = rms_norm(embedded, tensors[PREFIX + "norm.weight"], NORM_EPS)
         normed = np.broadcast_to(self.weights.normed("norm", hidden)[:, None], embedded.shape)
-        x = np.concatenate([embedded, normed], -1)
-        up_gate = x @ tensors["ar_approximation.ug.weight"].T + tensors["ar_approximation.ug.bias"]
-        up, gate = np.split(up_gate, 2, -1)
-        corrected: Array = (
-            hidden[:, None] + (up * silu(gate)) @ tensors["ar_approximation.d.weight"].T
-        )
-        return corrected
+        return hidden[:, None] + self.correction(tensors, np.concatenate([embedded, normed], -1))

@@ -90,6 +90,7 @@ def write_drafter(
     target_folder: Path,
     *,
     format: str = "treeflash",
+    head: str = "swiglu",
     seed: int,
     block_size: int = 6,
     layers: int = 2,
@@ -103,6 +104,7 @@ def write_drafter(
         folder: made if need be.
         target_folder: a target's folder, for its shape.
         format: `treeflash`, or `dflash` for one without an AR head.
+        head: the AR head of the format `treeflash`: `swiglu` or `linear`.
         seed: of the weights; both formats get the same backbone from it.
         block_size: S.
         layers: decoder layers.
@@ -132,8 +134,8 @@ def write_drafter(
     features = (layers if target_layer_ids is None else len(target_layer_ids)) * hidden_size
     tensors = _drafter_tensors(rng, config, features)
     if format == "treeflash":
-        config["treeflash_config"] = {"ar_approximation": "swiglu", "candidate_tokens": 16}
-        tensors |= _head_tensors(rng, hidden_size)
+        config["treeflash_config"] = {"ar_approximation": head, "candidate_tokens": 16}
+        tensors |= HEAD_TENSORS[head](rng, hidden_size)
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     save(folder, config, tensors, sharded=sharded)
 
@@ -226,7 +228,7 @@ def _drafter_tensors(rng: np.random.Generator, config: Mapping[str, Any], featur
     return tensors
 
 
-def _head_tensors(rng: np.random.Generator, h: int) -> Tensors:
+def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
     # Up and down near the identity add the previous token's embedding to the drafter's output, as
     # the target's residual stream does: the head then predicts the target better than chance.
     identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
@@ -238,6 +240,17 @@ def _head_tensors(rng: np.random.Generator, h: int) -> Tensors:
         "ar_approximation.d.weight": 2 * identity + _normal(rng, h, h),
         "ar_approximation.norm.weight": _norm(rng, h),
     }
+
+
+def _linear_tensors(rng: np.random.Generator, h: int) -> Tensors:
+    identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
+    return {
+        "ar_approximation.d.weight": np.hstack([2 * identity, nothing]) + _normal(rng, h, 2 * h),
+        "ar_approximation.norm.weight": _norm(rng, h),
+    }
+
+
+HEAD_TENSORS = {"swiglu": _swiglu_tensors, "linear": _linear_tensors}
 
 
 def _attention_tensors(

@@ -13,6 +13,7 @@ from treeflash.testing.contexts import ContextTests
 from treeflash.testing.distributions import DistributionTests
 from treeflash.testing.errors import ErrorTests
 from treeflash.testing.generations import GenerationTests
+from treeflash.testing.log_probs import LogProbTests
 from treeflash.testing.masks import MaskTests
 from treeflash.testing.pairs import PairMaker, Pairs
 from treeflash.testing.stops import StopTests
@@ -24,6 +25,7 @@ PAIRS = pytest.StashKey[Pairs]()
 
 class BackendSuite(
     TransitionTests,
+    LogProbTests,
     TreeTests,
     MaskTests,
     CacheTests,

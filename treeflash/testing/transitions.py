@@ -49,6 +49,9 @@ class TransitionTests:
         assert table.tokens.shape == (1, 1, 4)
         assert (table.next_row == -1).all()
 
+    def test_transitions_of_a_linear_head_match_reference(self, pair: PairMaker) -> None:
+        check_transitions(pair(drafter={"head": "linear"}))
+
     def test_transitions_of_a_sliding_drafter_match_reference(self, pair: PairMaker) -> None:
         models = pair(drafter={"sliding_window": 4})
         check_transitions(models, length=3)
@@ -68,7 +71,7 @@ def transitions(
 ) -> TransitionTable:
     """What the AR head predicts after a prompt."""
     assert backend.head is not None
-    _, block = draft(backend, prompt)
+    _, block, _ = draft(backend, prompt)
     return backend.head.transitions(block, m, k, temperature)
 
 
@@ -76,15 +79,15 @@ def marginals(
     backend: Backend, prompt: list[int], k: int, temperature: float = 1.0
 ) -> TransitionTable:
     """What the drafter predicts after a prompt."""
-    drafter, block = draft(backend, prompt)
+    drafter, block, _ = draft(backend, prompt)
     return drafter.marginals(block, k, temperature)
 
 
-def draft(backend: Backend, prompt: list[int]) -> tuple[Drafter, Block]:
-    """The block after a prompt and the target's greedy choice."""
+def draft(backend: Backend, prompt: list[int]) -> tuple[Drafter, Block, int]:
+    """A drafter, its block after a prompt, and the block's root: the target's greedy choice."""
     root, features = backend.verifier(features=True).prefill(prompt, GREEDY, None)
     drafter = backend.drafter()
-    return drafter, drafter.draft(features, root)
+    return drafter, drafter.draft(features, root), root
 
 
 def settled_prompt(reference: Backend, temperature: float = 1.0, length: int = 7) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from treeflash.responses import Response
+from treeflash.training import Response
 from treeflash.train_config import TrainConfig
 from treeflash_cuda.training.blocks import GROUP, Batch
 from treeflash_cuda.training.features import FeatureStore, TextFeatures
@@ -57,9 +57,7 @@ class Plan:
         return random.permutation(order.reshape(-1, self.batch))
 
 
-def choose_anchors(
-    text: Response, count: int, random: np.random.Generator
-) -> NDArray[np.int64]:
+def choose_anchors(text: Response, count: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Up to `count` positions of the response, in order, each with a token after it."""
     first, end = len(text.prompt_ids), len(text) - 1
     positions = np.arange(first, end)
@@ -103,7 +101,12 @@ class Batches:
     """The batches of one process of a run, by the number of the forward."""
 
     def __init__(
-        self, store: FeatureStore, config: TrainConfig, block_size: int, process: int, processes: int
+        self,
+        store: FeatureStore,
+        config: TrainConfig,
+        block_size: int,
+        process: int,
+        processes: int,
     ) -> None:
         """Plan the run."""
         self.store = store

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from treeflash_cuda.attention import additive, grouped_attention
 from treeflash_cuda.drafter import DrafterModel
-from treeflash_cuda.training.losses import Output, Shortlist, TargetRows, divergence
-
+from treeflash_cuda.training.losses import TargetRows
 
 GROUP = 8
 """Anchors whose blocks are keys together: no block sees another, so a few waste less than all."""
@@ -38,16 +37,21 @@ class Batch:
     top_tokens: Tensor
     top_log_probs: Tensor
 
-    def depths(self, block_size: int) -> Tensor:
-        """(n, 2) rows and positions of all that is to be predicted, anchor by anchor."""
-        depth = torch.arange(1, block_size, device=self.anchors.device)
-        positions = (self.anchors[:, :, None] + depth)[self.valid]
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(n,) rows and (n,) positions of all tokens to predict, anchor by anchor."""
+        depth = torch.arange(1, self.valid.shape[2] + 1, device=self.anchors.device)
         rows = torch.arange(len(self.tokens), device=self.anchors.device)[:, None, None]
-        return torch.stack([rows.expand_as(self.valid)[self.valid], positions], 1)
+        positions = self.anchors[:, :, None] + depth
+        return rows.expand_as(self.valid)[self.valid], positions[self.valid]
+
+    def target_rows(self) -> TargetRows:
+        """The target's distributions of those tokens."""
+        row, position = self.places()
+        return TargetRows(self.top_tokens[row, position - 1], self.top_log_probs[row, position - 1])
 
 
 class Blocks(nn.Module):
-    """A drafter and its head, as one module whose forward gives the losses."""
+    """A drafter and its head, as one module."""
 
     def __init__(self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor) -> None:
         """Join them with the target's input table, which is not trained."""
@@ -79,33 +83,18 @@ class Blocks(nn.Module):
             )
         return x.unflatten(1, (anchors, size))
 
-    def forward(
-        self, batch: Batch, output: Output, shortlist: Shortlist | None, rows: TargetRows
-    ) -> tuple[Tensor, Tensor | None]:
-        """Losses of the marginal and of the corrected prediction.
-
-        Args:
-            batch: n positions to predict, see `Batch.depths`.
-            output: the target's head.
-            shortlist: of the vocabulary; None is all of it.
-            rows: of the target, n.
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What goes into the target's head for each of the n tokens to predict.
 
         Returns:
-            (n,) nats each; None for the corrected one of a drafter without head.
+            (n, hidden_size) twice, without and with the previous token; the second None for a
+            drafter without AR head. `Batch.places` says which token each row predicts.
         """
-        marginal, corrected = self.predictions(batch)
-        loss = divergence(output, marginal, rows, shortlist)
-        if corrected is None:
-            return loss, None
-        return loss, divergence(output, corrected, rows, shortlist)
-
-    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(n, hidden_size) normalised outputs, without and with the previous token."""
         hidden = self.hidden(batch)[:, :, 1:][batch.valid]
         normed = self.model.norm(hidden)
         if self.ar_approximation is None:
             return normed, None
-        row, position = batch.depths(self.model.config.block_size).T
+        row, position = batch.places()
         embedded = F.embedding(batch.tokens[row, position - 1], self.embeddings[0])
         correction = self.ar_approximation(embedded[:, None], normed)[:, 0]
         return normed, self.model.norm(hidden + correction)

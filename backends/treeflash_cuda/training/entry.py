@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from treeflash.config import LoadConfig
+from treeflash.errors import BackendError
+from treeflash.train_config import TrainConfig
+from treeflash.training import Response
 from treeflash_cuda.backend import load_target
-from treeflash_cuda.training.loop import train
 from treeflash_cuda.training.responder import Responder
-
-__all__ = ["responder", "train"]
 
 
 def responder(target: Path, config: LoadConfig) -> Responder:
     """See `Trainer.responder`."""
     return Responder(load_target(target, config))
+
+
+def train(
+    target: Path, responses: Sequence[Response], output: Path, config: TrainConfig, load: LoadConfig
+) -> Iterator[dict[str, Any]]:
+    """See `Trainer.train`."""
+    for package in ("accelerate", "tensorboard"):
+        if find_spec(package) is None:
+            raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
+    from treeflash_cuda.training import loop  # only here, for what it needs
+
+    return loop.train(target, responses, output, config, load)

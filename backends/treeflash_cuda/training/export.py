@@ -14,9 +14,7 @@ from treeflash.model_card import model_card
 from treeflash_cuda.training.run import Run
 
 
-def export(
-    accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run
-) -> None:
+def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
     """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder."""
     state = accelerator.get_state_dict(blocks)
     if not accelerator.is_main_process:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treeflash.responses import Response
+from treeflash.training import Response
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.target import Target
 

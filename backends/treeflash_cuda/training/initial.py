@@ -14,7 +14,6 @@ from treeflash.checkpoints import (
     parse_drafter_config,
     read_config,
 )
-from treeflash.config import DrafterConfig
 from treeflash.errors import ConfigError
 from treeflash.train_config import TrainConfig
 from treeflash_cuda.attention import Visibility, looking
@@ -51,9 +50,7 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
 
 def _check_head(config: TrainConfig) -> None:
     if config.head != "none" and config.head not in HEADS:
-        raise ConfigError(
-            f"unknown head {config.head!r}; choose one of {', '.join(HEADS)}, none"
-        )
+        raise ConfigError(f"unknown head {config.head!r}; choose one of {', '.join(HEADS)}, none")
 
 
 def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
@@ -162,9 +159,7 @@ def _randomise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_layers(
-    model: DrafterModel, target: Target, texts: Sequence[Sequence[int]]
-) -> None:
+def _copy_layers(model: DrafterModel, target: Target, texts: Sequence[Sequence[int]]) -> None:
     """Make the drafter's layers those of the target's end.
 
     Context and block come to a layer through different norms, so the target's own is folded into

@@ -7,6 +7,7 @@ matters, so it has neither drafter nor trees; what it chooses is what plain deco
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from treeflash.config import SamplingConfig
 from treeflash.sampling import uniforms
 from treeflash.training import Request
 from treeflash_cuda.attention import SlotVisibility, Visibility, looking
@@ -107,9 +109,13 @@ class Responder:
         while waiting or any(answers):
             free = [slot for slot, answer in enumerate(answers) if answer is None]
             if waiting and 4 * len(free) >= slots:
-                for slot in free[: len(waiting)]:
-                    answers[slot] = _Answer(waiting[-1], requests[waiting.pop()])
-                self._prefill(cache, {s: a for s in free if (a := answers[s]) is not None})
+                admitted = {
+                    slot: _Answer(index := waiting.pop(), requests[index])
+                    for slot in free[: len(waiting)]
+                }
+                self._prefill(cache, admitted)
+                for slot, answer in admitted.items():
+                    answers[slot] = answer
             elif not waiting and 2 * len(free) >= len(answers):
                 busy = [slot for slot, answer in enumerate(answers) if answer is not None]
                 cache.keep(torch.tensor(busy, device=self.target.device))
@@ -152,30 +158,26 @@ class Responder:
     def _step(self, cache: SlotCache, answers: list[_Answer | None]) -> None:
         """Choose one more token for every answer."""
         device = self.target.device
-        live = [slot for slot, answer in enumerate(answers) if answer is not None]
+        live = {slot: answer for slot, answer in enumerate(answers) if answer is not None}
         newest = torch.tensor([a.newest if a else 0 for a in answers], device=device)
-        cache.columns = 1 + max(a.position for a in answers if a is not None)
+        cache.columns = 1 + max(answer.position for answer in live.values())
         # A free slot still takes part; it must stay inside the storage.
         cache.positions.clamp_(max=cache.columns - 1)
         positions = cache.positions[:, None]
         visibility = SlotVisibility(cache.positions, cache.columns)
         hidden = self._forward(newest[:, None], positions, visibility, cache)[:, 0]
         cache.positions += 1
-        groups: dict[Any, list[int]] = {}
-        for slot in live:
-            answer = answers[slot]
-            assert answer is not None
-            sampling = answer.request.sampling
-            groups.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(
-                slot
-            )
-        for group in groups.values():
-            some = [a for slot in group if (a := answers[slot]) is not None]
-            sampling = some[0].request.sampling
-            draws = None if sampling.greedy else np.concatenate([a.draw() for a in some])
+        # What is chosen in the same way is chosen together; seeds only tell the draws apart.
+        groups: dict[SamplingConfig, list[int]] = {}
+        for slot, answer in live.items():
+            groups.setdefault(replace(answer.request.sampling, seed=0), []).append(slot)
+        for sampling, group in groups.items():
+            draws = None
+            if not sampling.greedy:
+                draws = np.concatenate([live[slot].draw() for slot in group])
             logits = self.target.output(hidden[torch.tensor(group, device=device)])
-            for answer, token in zip(some, choose(logits, sampling, draws), strict=True):
-                answer.tokens.append(int(token))
+            for slot, token in zip(group, choose(logits, sampling, draws), strict=True):
+                live[slot].tokens.append(int(token))
 
     def _forward(
         self,
@@ -215,9 +217,7 @@ class _Answer:
 
     def draw(self) -> np.ndarray:
         """(1,) the random number that decides the next token."""
-        return uniforms(
-            self.request.sampling.seed, np.array([self.position + 1], np.int32)
-        )
+        return uniforms(self.request.sampling.seed, np.array([self.position + 1], np.int32))
 
     def ended(self, stop_token_ids: frozenset[int]) -> bool:
         return self.newest in stop_token_ids or len(self.tokens) == self.request.max_tokens

@@ -58,8 +58,8 @@ class Run:
             self._open_log(step)
         return step
 
-    def log(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write a record to the log and to TensorBoard, and return it."""
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record to the log and to TensorBoard."""
         self.records.append(record)
         if self._main:
             with (self.folder / "log.jsonl").open("a") as file:
@@ -67,7 +67,6 @@ class Run:
             assert self._writer is not None
             for name, value in _scalars(record):
                 self._writer.add_scalar(name, value, record["step"])
-        return record
 
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Keep the state after a step, in the place of the one before."""

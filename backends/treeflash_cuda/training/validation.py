@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from treeflash.responses import Response
+from treeflash.training import Response
 from treeflash.train_config import TrainConfig
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batches import choose_anchors, make_batch
 from treeflash_cuda.training.blocks import Batch
 from treeflash_cuda.training.features import FeatureStore
-from treeflash_cuda.training.losses import Output, TargetRows, divergence
+from treeflash_cuda.training.losses import Output, divergence
 
 ANCHORS = 16
 """Of each text."""
@@ -52,7 +51,7 @@ class Validation:
             )
 
     @torch.no_grad()
-    def measure(self, blocks: nn.Module, accelerator: Accelerator) -> dict[str, Any]:
+    def measure(self, blocks: nn.Module) -> dict[str, Any]:
         """Means by depth, and what they amount to.
 
         Returns:
@@ -62,15 +61,10 @@ class Validation:
         """
         sums: dict[str, Tensor] = {}
         anchors = 0
-        module = accelerator.unwrap_model(blocks)
         for batch in self.batches:
-            with accelerator.autocast():
-                marginal, corrected = module.predictions(batch)
-            row, position = batch.depths(batch.valid.shape[2] + 1).T
-            rows = TargetRows(
-                batch.top_tokens[row, position - 1], batch.top_log_probs[row, position - 1]
-            )
-            truth = batch.tokens[row, position]
+            marginal, corrected = blocks(batch)
+            rows = batch.target_rows()
+            truth = batch.tokens[batch.places()]
             some = batch.valid.any(2).sum()
             anchors += int(some)
             for name, hidden in (("marginal", marginal), ("corrected", corrected)):

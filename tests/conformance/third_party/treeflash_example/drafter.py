@@ -76,6 +76,9 @@ class Drafter:
         _, hidden = block
         return TransitionTable.from_marginals(*top(self.model.logits(hidden[1:]) / temperature, k))
 
+    def log_probs(self, block):
+        return log_softmax(self.model.logits(block[1][1:]))
+
     def keys_values(self):
         return np.stack(self.cache)
 
@@ -86,18 +89,27 @@ class Head:
 
     def transitions(self, block, m, k, temperature):
         root, hidden = block[0], block[1][1:]
-        model, weights = self.model, self.model.weights
-        previous, _ = top(model.logits(hidden[:-1]), m)
+        previous, _ = top(self.model.logits(hidden[:-1]), m)
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
+        logits = self.logits(hidden, before) / temperature
+        return TransitionTable.from_candidates(previous, *top(logits, k))
+
+    def log_probs(self, block, previous):
+        return log_softmax(self.logits(block[1][1:], previous[:, None])[:, 0])
+
+    def logits(self, hidden, previous):
+        """(D, M, vocab) from (D, hidden_size) outputs and (D, M) previous tokens."""
+        model, weights = self.model, self.model.weights
         embedded = rms_norm(
-            model.target.embeddings[before], weights["ar_approximation.norm.weight"], 1e-6
+            model.target.embeddings[previous], weights["ar_approximation.norm.weight"], 1e-6
         )
         normed = np.broadcast_to(model.norm("norm", hidden)[:, None], embedded.shape)
-        x = np.concatenate([embedded, normed], -1) @ weights["ar_approximation.ug.weight"].T
-        up, gate = np.split(x + weights["ar_approximation.ug.bias"], 2, -1)
-        down = (up * silu(gate)) @ weights["ar_approximation.d.weight"].T
-        logits = model.logits(hidden[:, None] + down) / temperature
-        return TransitionTable.from_candidates(previous, *top(logits, k))
+        x = np.concatenate([embedded, normed], -1)
+        if model.config.head == "swiglu":
+            x = x @ weights["ar_approximation.ug.weight"].T + weights["ar_approximation.ug.bias"]
+            up, gate = np.split(x, 2, -1)
+            x = up * silu(gate)
+        return model.logits(hidden[:, None] + x @ weights["ar_approximation.d.weight"].T)
 
 
 def top(logits, k):

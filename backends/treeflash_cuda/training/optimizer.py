@@ -1,0 +1,32 @@
+"""The optimiser of a run and its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from treeflash.train_config import TrainConfig
+
+
+def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; norms and biases do not decay."""
+    trained = [p for p in blocks.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to 0 after the last step."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, config.steps - warm)
+    return config.learning_rate * (1 + math.cos(math.pi * share)) / 2

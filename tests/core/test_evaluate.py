@@ -1,0 +1,238 @@
+"""The command line `python -m treeflash.evaluate`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import treeflash
+from treeflash import evaluate
+from treeflash.depths import FIGURES
+from treeflash.errors import NumericalError
+from treeflash.evaluate import main
+
+ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
+RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]
+LOST = ["set", "method", "budget", "candidate", "child", "budget_limit", "block"]
+DEPTH = ["set", "depth", "anchors"] + [
+    f"{figure}_{source}" for figure in FIGURES for source in ("marginal", "corrected")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair):
+    return treeflash.load(*tiny_pair, backend="reference")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two sets of prompts."""
+    paths = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"id": n, "turns": [f"{name} {n}", "never asked"]} for n in range(3)]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def run(files, capsys):
+    """Run the command line on both sets: exit code, standard output, standard error."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["--prompts", *files, "--limit", "2", "--max-tokens", "9", *args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
+    use(model)
+    path = tmp_path / "out.json"
+    code, out, err = run(
+        "--methods", "ar,dflash,ddtree,treeflash", "--budgets", "16,4", "--json", str(path)
+    )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert code == 0
+    assert [
+        list(record) for record in (found[k][0] for k in ("rows", "ratios", "depths", "lost"))
+    ] == [ROW, RATIO, DEPTH, LOST]
+    wanted = [
+        ("ar", 1),
+        ("dflash", 16),
+        ("ddtree", 4),
+        ("ddtree", 16),
+        ("treeflash", 4),
+        ("treeflash", 16),
+    ]
+    assert [(row["set"], row["method"], row["budget"]) for row in found["rows"]] == [
+        (name, *case) for name in ("one", "two", "mean") for case in wanted
+    ]
+    assert [row["prompts"] for row in found["rows"]] == [2] * 12 + [4] * 6
+    assert [row["tokens"] for row in found["rows"]] == [18] * 12 + [36] * 6
+    assert [(row["set"], row["budget"]) for row in found["ratios"]] == [
+        (name, budget) for name in ("one", "two", "mean") for budget in (4, 16)
+    ]
+    assert [(row["set"], row["depth"]) for row in found["depths"]] == [
+        (name, depth) for name in ("one", "two", "mean") for depth in range(1, 6)
+    ]
+    assert (found["backend"], found["dtype"], found["max_tokens"]) == ("reference", "float32", 9)
+    assert "Block efficiency" in out
+    assert "Where tokens are lost" in out
+    assert "4/4" in err
+
+
+def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
+    use(model)
+    path = tmp_path / "out.json"
+
+    def rows(*args: str):
+        assert run("--methods", "treeflash", "--budgets", "4", "--json", str(path), *args)[0] == 0
+        return json.loads(path.read_text(encoding="utf-8"))["depths"]
+
+    sampled = rows("--temperature", "1.5", "--seed", "1")
+    assert sampled == rows("--temperature", "1.5", "--seed", "1")
+    assert sampled != rows("--temperature", "1.5", "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "interrupted"),
+        (NumericalError("not finite"), 2, "error: not finite"),
+    ],
+)
+def test_an_early_end_keeps_what_was_measured(
+    use, run, model, tmp_path, monkeypatch, error, code, line
+):
+    pytest.importorskip("matplotlib")
+    use(model)
+    made, verifier = [], model.backend.verifier
+
+    def interrupted(**settings):
+        made.append(settings)
+        if len(made) == 8:  # two methods and the depths: in the third prompt
+            raise error
+        return verifier(**settings)
+
+    monkeypatch.setattr(model.backend, "verifier", interrupted)
+    path, report = tmp_path / "out.json", tmp_path / "out.png"
+    done, out, err = run(
+        "--methods",
+        "dflash,treeflash",
+        "--budgets",
+        "8",
+        "--json",
+        str(path),
+        "--report",
+        str(report),
+    )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert done == code
+    assert err.strip().splitlines()[-1] == line
+    assert [(row["set"], row["prompts"]) for row in found["rows"][:2]] == [("one", 2)] * 2
+    assert report.stat().st_size > 0
+    assert "Block efficiency" in out
+
+
+def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_path, monkeypatch):
+    use(model)
+
+    def interrupted(**settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.backend, "verifier", interrupted)
+    path = tmp_path / "out.json"
+    path.write_text("before", encoding="utf-8")
+    assert run("--json", str(path))[0] == 130
+    assert path.read_text(encoding="utf-8") == "before"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--methods", "beam"], "unknown method 'beam'; choose one of ar, dflash,"),
+        (["--methods", ""], "unknown method ''"),
+        (["--budgets", "16,x"], "--budgets takes numbers separated by commas, not '16,x'"),
+        (["--budgets", "0"], "budget must be 1 or more, got 0"),
+        (["--limit", "0"], "limit must be 1 or more"),
+        (["--max-tokens", "1"], "max-tokens must be 2 or more"),
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--seed", "-1"], "seed must be between"),
+        (["--json", "no/such/folder/out.json"], "out.json cannot be written"),
+        (["--report", "out.pdf"], "--report writes FILE.html or FILE.png"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_loaded(run, monkeypatch, args, line):
+    monkeypatch.setattr(evaluate, "load_model", lambda args: pytest.fail("loaded"))
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_names_of_sets_differ_and_prompts_are_safe(run, files, tmp_path):
+    assert "'one' is taken" in run("--prompts", files[0], files[0])[2]
+    mean = tmp_path / "mean.jsonl"
+    mean.write_text('{"id": 1, "prompt": "hi"}', encoding="utf-8")
+    assert "'mean' is taken" in run("--prompts", str(mean))[2]
+    code, _, err = run("--json", files[0])
+    assert (code, "is a file of prompts" in err) == (2, True)
+
+
+def test_a_method_that_the_drafter_cannot_do(use, run, scripted):
+    use(scripted("x", head=False))
+    code, _, err = run("--methods", "treeflash")
+    assert (code, "has no AR head" in err) == (2, True)
+
+
+def test_texts_that_end_at_once(use, run, scripted, tmp_path):
+    use(scripted("", head=False))
+    path = tmp_path / "out.json"
+    code, out, err = run("--methods", "ar", "--json", str(path))
+    assert (code, out, path.exists()) == (2, "", False)
+    assert "every text ended with its first token" in err
+
+
+def command_line(tiny_pair, *args: str) -> list[str]:
+    """Evaluate the tiny pair in a process of its own."""
+    target, drafter = map(str, tiny_pair)
+    python = [sys.executable, "-W", "error::RuntimeWarning", "-m", evaluate.__name__]
+    where = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    return [*python, *where, "--max-tokens", "5", "--budgets", "4", *args]
+
+
+def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = tmp_path / "out.html"
+    done = subprocess.run(
+        command_line(tiny_pair, "--prompts", files[0], "--report", str(report)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
+def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
+    path = tmp_path / "out.json"
+    process = subprocess.Popen(
+        command_line(tiny_pair, "--prompts", files[0], "--json", str(path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert b"Traceback" not in err
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"]

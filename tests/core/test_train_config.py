@@ -1,0 +1,50 @@
+"""The configuration of a training run, from a file and from the command line."""
+
+import json
+
+import pytest
+
+from treeflash import train
+from treeflash.errors import ConfigError
+from treeflash.train_config import TrainConfig, read_train_config
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text('steps = 7\nhead = "linear"\ntarget_layer_ids = [1, 5]\nlearning_rate = 1e-3\n')
+    config = read_train_config(path, {"steps": 9})
+    assert config == TrainConfig(
+        steps=9, head="linear", target_layer_ids=(1, 5), learning_rate=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps = 7", "unknown option 'stepps'"),
+        ("steps = 'many'", "steps must be int, got 'many'"),
+        ("steps = true", "steps must be int, got True"),
+        ("freeze_backbone = 1", "freeze_backbone must be bool"),
+        ("steps =", "is not TOML"),
+        ("steps = 0", "steps must be 1 or more"),
+        ("block_size = 1", "block-size must be 2 or more"),
+        ("loss = 'l2'", "unknown loss 'l2'"),
+        ("gamma = 0", "gamma must be above 0"),
+        ("warmup = 1", "warmup must be"),
+        ("freeze_backbone = true", "needs a head, and a folder as init"),
+    ],
+)
+def test_what_is_wrong_is_named(text, message, tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_train_config(path, {})
+
+
+def test_every_option_is_explained_and_reaches_the_configuration(tmp_path, capsys):
+    assert train.EXPLAINED.keys() == TrainConfig.__dataclass_fields__.keys()
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text(json.dumps({"prompt_ids": [1], "response_ids": [2]}))
+    arguments = ["--responses", str(responses), "--output", str(tmp_path / "out")]
+    assert train.main([*arguments, "--target-layer-ids", "1", "2", "--gamma", "-1"]) == 2
+    assert "gamma must be above 0" in capsys.readouterr().err

@@ -1,0 +1,203 @@
+"""A run: what it starts from, what an interruption leaves, and what comes out."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from treeflash.checkpoints import read_config, read_tensors
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.errors import ConfigError
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.train_config import TrainConfig
+from treeflash.training import Request, Response
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.training.entry import responder, train  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+VOCAB = 40
+TINY = TrainConfig(
+    layers=2,
+    block_size=5,
+    head_size=48,
+    top_tokens=8,
+    steps=6,
+    sequences=2,
+    anchors=8,
+    learning_rate=3e-3,
+    validation_sequences=3,
+    validate_every=3,
+    save_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    write_target(folder, "llama", seed=1, vocab_size=VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def responses(target):
+    random = np.random.default_rng(3)
+    requests = [
+        Request(
+            prompt_ids=tuple(random.integers(2, VOCAB, 6).tolist()),
+            sampling=DecodeConfig().sampling,
+            max_tokens=24,
+        )
+        for _ in range(24)
+    ]
+    answers = dict(responder(target, CPU).respond(requests, frozenset(), 8))
+    return [
+        Response(prompt_ids=request.prompt_ids, response_ids=tuple(answers[n]))
+        for n, request in enumerate(requests)
+    ]
+
+
+def run(target, responses, output, config, steps=None):
+    """Records of the steps; stop as an interruption would, after `steps` of them."""
+    records = []
+    for record in train(target, responses, output, config, CPU):
+        if "step" in record:
+            records.append(record)
+        if len(records) == steps:
+            break
+    return records
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        replace(TINY, init="random", head="none"),
+        replace(TINY, head="linear", accumulation=2, negatives=8, cache_gb=1.0),
+        replace(TINY, loss="ce"),
+    ],
+    ids=["target", "random-dflash", "linear-shortlist", "ce"],
+)
+def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, responses, tmp_path):
+    whole = run(target, responses, tmp_path / "whole", config)
+    assert [record["step"] for record in whole] == [1, 2, 3, 4, 5, 6]
+    for steps in (3, 2):  # beyond the states after steps 2 and 4
+        run(target, responses, tmp_path / "parts", config, steps)
+    resumed = run(target, responses, tmp_path / "parts", config)
+    assert resumed[0]["step"] == 5
+    expected, found = (read_tensors(tmp_path / name) for name in ("whole", "parts"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor), name
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    for left, right in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert left.pop("seconds") > 0
+        assert right.pop("seconds") > 0
+        assert left == right
+
+
+def test_another_configuration_does_not_go_on(target, responses, tmp_path):
+    run(target, responses, tmp_path, TINY, 2)
+    with pytest.raises(ConfigError, match="holds a run with steps 6, not 7"):
+        run(target, responses, tmp_path, replace(TINY, steps=7))
+    with pytest.raises(ConfigError, match="holds a run with data"):
+        run(target, responses[1:], tmp_path, TINY)
+
+
+def test_validation_texts_are_not_trained_on(target, responses):
+    from treeflash_cuda.training.texts import split
+
+    twice = [*responses, *(replace(r, response_ids=r.response_ids[:9]) for r in responses)]
+    held_out, rest = split(twice, TINY)
+    assert len(held_out) >= TINY.validation_sequences
+    assert not {text.prompt_ids for text in held_out} & {text.prompt_ids for text in rest}
+    assert len(held_out) + len(rest) == len(twice)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 4}, "layers must be below the target's 4"),
+        ({"target_layer_ids": (9,)}, "target-layer-ids must be from 0 to 3"),
+        ({"mask_token_id": 99}, "mask-token-id must be below the vocabulary of 40"),
+        ({"head": "cubic"}, "unknown head 'cubic'; choose one of swiglu, linear, none"),
+        ({"max_length": 4}, "no response has two tokens"),
+        ({"validation_sequences": 99}, "leave nothing to train on"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message, target, responses, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run(target, responses, tmp_path, replace(TINY, **changes))
+
+
+def test_responses_of_another_vocabulary_are_refused(target, tmp_path):
+    foreign = [Response(prompt_ids=(1,), response_ids=(VOCAB, 2))]
+    with pytest.raises(ConfigError, match="outside the target's vocabulary"):
+        run(target, foreign, tmp_path, TINY)
+
+
+def test_copied_layers_see_what_they_saw_in_the_target(target, responses, tmp_path):
+    """A drafter of the target's last layers, before training, on features of the layer below.
+
+    Its first layer gets the target's own keys and values of the context then.
+    """
+    run(target, responses, tmp_path, replace(TINY, learning_rate=1e-12), 2)
+    tensors, source = read_tensors(tmp_path), read_tensors(target)
+    assert read_config(tmp_path)["dflash_config"]["target_layer_ids"][-1] == 1
+    norm = source["model.layers.2.input_layernorm.weight"]
+    for name in ("q", "k", "v"):
+        expected = source[f"model.layers.2.self_attn.{name}_proj.weight"] * norm
+        found = tensors[f"model.layers.0.self_attn.{name}_proj.weight"]
+        np.testing.assert_allclose(found, expected, atol=2e-3)  # stored in bfloat16
+    fc = tensors["model.fc.weight"]
+    np.testing.assert_allclose(fc[:, -32:], np.eye(32), atol=1e-3)
+    assert not fc[:, :-32].any()
+    np.testing.assert_allclose(tensors["ar_approximation.d.weight"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["swiglu", "linear", "none"])
+def test_what_comes_out_loads_and_decodes_losslessly(head, target, responses, tmp_path):
+    run(target, responses, tmp_path, replace(TINY, head=head))
+    card = (tmp_path / "README.md").read_text()
+    assert "After 6 of 6 steps" in card
+    assert "kl_marginal" in card
+    prompt = responses[0].prompt_ids
+    for loader in (load, load_reference):
+        backend = loader(target, tmp_path, CPU if loader is load else LoadConfig())
+        assert backend.drafter_config.head == (None if head == "none" else head)
+        plain, drafted = (
+            [
+                token
+                for step in decode(backend, prompt, DecodeConfig(method=method, max_tokens=20))
+                for token in step.tokens
+            ]
+            for method in ("ar", "ddtree" if head == "none" else "treeflash")
+        )
+        assert plain == drafted
+
+
+def test_a_frozen_backbone_stays_as_it_is(target, responses, tmp_path):
+    write_drafter(tmp_path / "dflash", target, format="dflash", seed=2, block_size=5)
+    config = replace(TINY, init=str(tmp_path / "dflash"), freeze_backbone=True, steps=12)
+    records = run(target, responses, tmp_path / "out", config)
+    before, after = read_tensors(tmp_path / "dflash"), read_tensors(tmp_path / "out")
+    for name, tensor in before.items():
+        stored = torch.from_numpy(tensor).bfloat16().float().numpy()
+        assert np.array_equal(after[name if name in after else f"model.{name}"], stored), name
+    assert after["ar_approximation.d.weight"].any()
+    validation = records[-1]["validation"]
+    assert sum(validation["kl_corrected"]) < sum(validation["kl_marginal"])
+
+
+def test_training_goes_on_from_a_treeflash_checkpoint(target, responses, tmp_path):
+    first = run(target, responses, tmp_path / "first", replace(TINY, steps=40))
+    config = replace(TINY, init=str(tmp_path / "first"), seed=1)
+    second = run(target, responses, tmp_path / "second", config)
+    assert second[0]["loss"] < first[0]["loss"] / 2

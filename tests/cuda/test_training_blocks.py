@@ -1,0 +1,108 @@
+"""What is trained is what decodes: many blocks in one forward against one draft at a time."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.testing import require
+from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.training import Response
+
+require("torch")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.training.batches import choose_anchors, make_batch  # noqa: E402
+from treeflash_cuda.training.blocks import Blocks  # noqa: E402
+from treeflash_cuda.training.features import FeatureStore  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+TOP = 5
+
+
+def texts(vocab_size=40):
+    random = np.random.default_rng(5)
+
+    def ids(count):
+        return tuple(random.integers(0, vocab_size, count).tolist())
+
+    return [Response(prompt_ids=ids(p), response_ids=ids(r)) for p, r in [(3, 20), (11, 7), (1, 2)]]
+
+
+def near(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(params=["full", "sliding", "causal", "mistral"])
+def backend(request, tmp_path):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    family = "mistral" if request.param == "mistral" else "llama"
+    write_target(target, family, seed=1, vocab_size=40)
+    window = 6 if request.param == "sliding" else None
+    write_drafter(drafter, target, seed=2, sliding_window=window)
+    if request.param == "causal":
+        edit_config(drafter, lambda config: config.update(is_causal=True))
+    return load(target, drafter, CPU)
+
+
+@torch.no_grad()
+def test_blocks_are_what_the_drafter_drafts(backend):
+    model, head = backend.drafter_model, backend.head
+    size = model.config.block_size
+    layer_ids = model.config.target_layer_ids
+    store = FeatureStore(backend.target, layer_ids, texts(), TOP, None, 0)
+    random = np.random.default_rng(1)
+    anchors = [choose_anchors(text, 9, random) for text in store.texts]
+    batch = make_batch(store.texts, store.get(range(3)), anchors, size, torch.device("cpu"))
+    blocks = Blocks(model, head.correction, backend.target.embeddings)
+    hidden = blocks.hidden(batch)
+    marginal, corrected = blocks(batch)
+    predicted = 0
+    for row, text in enumerate(store.texts):
+        for column, anchor in enumerate(anchors[row].tolist()):
+            verifier, drafter = backend.verifier(features=True), backend.drafter()
+            _, features = verifier.prefill(text.token_ids[:anchor], SamplingConfig(), None)
+            block = drafter.draft(features, text.token_ids[anchor])
+            near(hidden[row, column], block.hidden)
+            normed = model.norm(block.hidden[1:])
+            for depth in range(1, min(size, len(text) - anchor)):
+                previous = torch.tensor([[text.token_ids[anchor + depth - 1]]])
+                embedded = F.embedding(previous, backend.target.embeddings)
+                correction = head.correction(embedded, normed[None, depth - 1])[0, 0]
+                near(marginal[predicted], normed[depth - 1])
+                near(corrected[predicted], model.norm(block.hidden[depth] + correction))
+                assert [part[predicted] for part in batch.places()] == [row, anchor + depth]
+                predicted += 1
+    assert predicted == len(marginal) == len(corrected)
+
+
+def test_features_and_best_tokens_are_the_targets(backend, tmp_path):
+    layer_ids = backend.drafter_config.target_layer_ids
+    folder = tmp_path / "features"
+    folder.mkdir()
+    store = FeatureStore(backend.target, layer_ids, texts(), TOP, folder, 1e9)
+    fresh = store.get(range(3))
+    store.fill(0)
+    assert [path.name for path in folder.iterdir()] == ["00000.safetensors"]
+    for text, computed, kept in zip(store.texts, fresh, store.get(range(3)), strict=True):
+        verifier = backend.verifier(features=True)
+        _, features = verifier.prefill(text.token_ids, SamplingConfig(), None)
+        near(computed.features, features)
+        assert torch.equal(kept.features, computed.features)
+        assert torch.equal(kept.top_tokens, computed.top_tokens)
+        assert computed.top_tokens.shape == (len(text.response_ids), TOP)
+        first = len(text.prompt_ids)
+        chosen, _ = backend.verifier(features=False).prefill(
+            text.token_ids[: first + 1], SamplingConfig(), None
+        )
+        assert computed.top_tokens[1, 0] == chosen
+        assert (computed.top_log_probs.float().exp().sum(-1) <= 1.01).all()
+
+
+def test_beyond_its_bound_nothing_is_kept(backend, tmp_path):
+    layer_ids = backend.drafter_config.target_layer_ids
+    store = FeatureStore(backend.target, layer_ids, texts(), TOP, tmp_path, -1)
+    store.fill(0)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert len(store.get([1])[0].features) == len(store.texts[1])

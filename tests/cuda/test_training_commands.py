@@ -1,0 +1,159 @@
+"""The command lines, as a new user meets them: from prompts to a drafter that drafts."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from treeflash import distill, train
+from treeflash.checkpoints import read_config, read_tensors
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.testing import require
+from treeflash.testing.models import edit_config, save, write_target
+from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
+
+require("torch")
+
+from treeflash_cuda.backend import load  # noqa: E402
+
+VOCAB = len(SPECIAL) + 256
+ON_CPU = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]
+SMALL = """\
+layers = 2
+block_size = 6
+head_size = 64
+top_tokens = 8
+sequences = 4
+anchors = 16
+learning_rate = 4e-3
+validation_sequences = 4
+gamma = 4.0
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    write_target(folder, "llama", seed=3, vocab_size=VOCAB)
+    edit_config(folder, lambda config: config.pop("eos_token_id"))
+    # Sure of itself, so that there is something to predict in what it samples.
+    tensors = read_tensors(folder)
+    tensors["lm_head.weight"] *= 6
+    save(folder, read_config(folder), tensors)
+    return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    random = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = [
+        "".join(chr(97 + letter) for letter in row) for row in random.integers(0, 26, (320, 5))
+    ]
+    path.write_text(
+        "".join(json.dumps({"id": n, "prompt": word}) + "\n" for n, word in enumerate(words))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def responses(target, prompts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("responses") / "responses.jsonl"
+    options = ["--prompts", str(prompts), "--output", str(output), "--max-tokens", "48"]
+    options += ["--temperature", "1"]
+    assert distill.main([*options, "--target", str(target), *ON_CPU]) == 0
+    return output
+
+
+def efficiency(target, drafter, prompts, **settings):
+    """Block efficiency on prompts that nobody trained on."""
+    backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
+    lengths = []
+    for prompt in prompts:
+        sampling = SamplingConfig(temperature=1.0, seed=1)
+        config = DecodeConfig(max_tokens=40, sampling=sampling, **settings)
+        lengths += [len(step.tokens) for step in decode(backend, prompt, config)][1:]
+    return float(np.mean(lengths))
+
+
+def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
+    records = [json.loads(line) for line in responses.read_text().splitlines()]
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(json.dumps(record) + "\n" for record in records[:300]))
+    config, output = tmp_path / "train.toml", tmp_path / "drafter"
+    config.write_text(SMALL)
+    options = ["--responses", str(kept), "--config", str(config), "--output", str(output)]
+    assert train.main([*options, "--target", str(target), "--steps", "600", *ON_CPU]) == 0
+    assert "pass it as --drafter" in capsys.readouterr().err
+    fresh = [record["prompt_ids"] for record in records[300:]]
+    tree = efficiency(target, output, fresh, method="treeflash", budget=16)
+    assert tree > 3.8
+    assert tree > efficiency(target, output, fresh, method="ddtree", budget=16)
+    assert efficiency(target, output, fresh, method="dflash") > 2.4
+    assert len((output / "log.jsonl").read_text().splitlines()) == 600
+    assert list((output / "tensorboard").iterdir())
+
+
+def test_the_target_writes_its_own_prompts(target, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = ["--self-prompt", "5", "--output", str(output), "--max-tokens", "8"]
+    assert distill.main([*options, "--target", str(target), *ON_CPU]) == 0
+    assert len(output.read_text().splitlines()) == 5
+    assert len(output.with_suffix(".prompts.jsonl").read_text().splitlines()) == 5
+
+
+FSDP = """\
+compute_environment: LOCAL_MACHINE
+use_cpu: true
+num_processes: 2
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_auto_wrap_policy: NO_WRAP
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_one_drafter(kind, target, responses, tmp_path):
+    """Twice the sequences in one process give the same."""
+    config = tmp_path / "train.toml"
+    # All positions are anchors: chosen ones would differ, as each process chooses its own.
+    config.write_text(SMALL.replace("anchors = 16", "anchors = 99") + "steps = 4\nsave_every = 2\n")
+    launch = tmp_path / "accelerate.yaml"
+    launch.write_text(FSDP)
+    launchers = {
+        "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        # `accelerate launch` starts several processes on CPUs for FSDP alone.
+        "fsdp": ["accelerate.commands.launch", "--config_file", str(launch)],
+    }
+
+    def start(output, *options):
+        return [
+            "--responses", str(responses), "--config", str(config), "--output", str(output),
+            "--target", str(target), *ON_CPU, "--learning-rate", "1e-3", *options,
+        ]  # fmt: skip
+
+    together = tmp_path / "together"
+    command = [sys.executable, "-m", *launchers[kind], "-m", "treeflash.train", *start(together)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = tmp_path / "alone"
+    assert train.main(start(alone, "--sequences", "8")) == 0
+    state = json.loads((together / "state" / "run.json").read_text())
+    assert state["processes"] == 2
+    expected, found = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (alone, together)
+    )
+    for left, right in zip(expected, found, strict=True):
+        # Of the whole batch: the mean of both processes' gradients.
+        assert right["gradient_norm"] == pytest.approx(left["gradient_norm"], rel=1e-3)
+    validation = found[-1]["validation"]["kl_corrected"]
+    assert validation == pytest.approx(expected[-1]["validation"]["kl_corrected"], rel=1e-2)
+    shapes = [{n: t.shape for n, t in read_tensors(f).items()} for f in (alone, together)]
+    assert shapes[0] == shapes[1]

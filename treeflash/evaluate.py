@@ -1,0 +1,194 @@
+"""Measure a drafter from the command line: `python -m treeflash.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from treeflash.command import Parser, add_model_options, guarded, load_model
+from treeflash.config import METHODS, DecodeConfig, SamplingConfig
+from treeflash.errors import ConfigError, PromptError
+from treeflash.evaluation import Case, Evaluation, cases, encode_rows
+from treeflash.findings import MEAN, Record, findings
+from treeflash.language_model import LanguageModel, Options, parse_options
+from treeflash.prompt_file import Row, read_rows
+from treeflash.report import check_report, write_report
+from treeflash.tables import Table, tables
+
+DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
+DEFAULT_BUDGETS = "16,64"
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, and return the exit code.
+
+    0: done; 2: bad input; 130: interrupted. What was measured until then is shown and written,
+    however the run ends.
+    """
+    args = _parser().parse_args(argv)
+    options = _options(args)
+    rows = _rows(args)
+    _check_outputs(args)
+    model = load_model(args)
+    configs = {case: model.decode_config(own) for case, own in options.items()}
+    sets = {name: encode_rows(model, own, configs) for name, own in rows.items()}
+    evaluation = Evaluation()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        evaluation.run(model.backend, sets, configs, console)
+    finally:
+        if evaluation.samples:
+            _publish(findings(evaluation.samples, args.seed), model, args)
+    if not evaluation.samples:
+        raise PromptError("every text ended with its first token, so that nothing was drafted")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "treeflash.evaluate", "Measure how well a drafter drafts: by depth, method and budget."
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE.jsonl",
+        help="each one set: objects with an id, and turns (the first is answered), a prompt, or "
+        "messages",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts of a set (default: all)")
+    parser.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        metavar="A,B",
+        help=f"of {', '.join(METHODS)} (default: {DEFAULT_METHODS})",
+    )
+    parser.add_argument(
+        "--budgets",
+        default=DEFAULT_BUDGETS,
+        metavar="N,M",
+        help="nodes of a draft tree; chains get the largest and stop at the block's end "
+        f"(default: {DEFAULT_BUDGETS})",
+    )
+    for flag, kind, default, text in (
+        ("--max-tokens", int, DecodeConfig.max_tokens, "new tokens of a prompt, at most"),
+        ("--temperature", float, SamplingConfig.temperature, "0 is greedy"),
+        ("--seed", int, SamplingConfig.seed, "of sampling, and of the intervals"),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html|FILE.png",
+        help="write plots and tables there, or the plots alone",
+    )
+    add_model_options(parser)
+    return parser
+
+
+def _options(args: argparse.Namespace) -> dict[Case, Options]:
+    """How to decode, by case."""
+    try:
+        budgets = [int(size) for size in args.budgets.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--budgets takes numbers separated by commas, not {args.budgets!r}"
+        ) from None
+    if args.max_tokens < 2:
+        raise ConfigError("max-tokens must be 2 or more: the prefill brings the first")
+    found: dict[Case, Options] = {}
+    for case in cases(args.methods.split(","), budgets):
+        found[case] = {
+            "method": case.method,
+            "budget": case.budget,
+            "max_tokens": args.max_tokens,
+            "temperature": args.temperature,
+            "seed": args.seed,
+        }
+        parse_options(found[case])
+    return found
+
+
+def _rows(args: argparse.Namespace) -> dict[str, list[Row]]:
+    """The prompts by set."""
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError("limit must be 1 or more")
+    found: dict[str, list[Row]] = {}
+    for path in args.prompts:
+        if path.stem == MEAN or path.stem in found:
+            raise ConfigError(
+                f"a file's name is that of its set, and {path.stem!r} is taken; rename {path}"
+            )
+        found[path.stem] = read_rows(path)[: args.limit]
+    return found
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Find out before the work, not after, that a file cannot be written."""
+    for path in (args.json, args.report):
+        if path is None:
+            continue
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written")
+        if path.resolve() in {prompts.resolve() for prompts in args.prompts}:
+            raise ConfigError(f"{path} is a file of prompts; give another one")
+    if args.report is not None:
+        check_report(args.report)
+
+
+def _publish(
+    found: dict[str, list[Record]], model: LanguageModel, args: argparse.Namespace
+) -> None:
+    """Write and print what was found."""
+    backend = model.backend
+    settings: dict[str, Any] = {
+        "backend": backend.name,
+        "device": backend.device,
+        "dtype": backend.dtype,
+        "target": args.target,
+        "drafter": args.drafter,
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    if args.json is not None:
+        text = json.dumps(settings | found, indent=2)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    if args.report is not None:
+        given = {key.replace("_", " "): value for key, value in settings.items()}
+        title = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+        write_report(args.report, found, title)
+    _print(tables(found))
+
+
+def _print(found: Sequence[Table]) -> None:
+    console = Console(highlight=False)
+    for table in found:
+        shown = RichTable(
+            title=table.title, caption=table.note, box=box.SIMPLE, padding=(0, 1, 0, 0)
+        )
+        shown.title_justify = shown.caption_justify = "left"
+        for name, *cells in zip(table.columns, *table.rows, strict=True):
+            shown.add_column(name, min_width=max(map(len, cells)))
+        for row in table.rows:
+            shown.add_row(*row)
+        # Printing it directly would end with exit code 1 where a reader goes away.
+        with console.capture() as text:
+            console.print(shown)
+        print(text.get(), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
