@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.errors import NumericalError, PromptError
-from treeflash.interfaces import Backend, Block, Drafter
+from treeflash.interfaces import ARHead, Backend, Block, Drafter
 
 EVERY = 4  # tokens from one root to the next: the blocks of neighbours say much the same
 ERRORS = 3.0  # standard errors that a gain is above what chance brings
@@ -47,7 +47,7 @@ class Agreement:
         marginal: each row of a block for the token at its own depth.
         earlier: each row for the token one depth before.
         later: each row for the token one depth after.
-        corrected: the AR head's after the true previous tokens; None without a head.
+        corrected: the AR head's after the true previous tokens; None where it was not asked for.
         texts: (blocks,) which text a block is of.
     """
 
@@ -102,12 +102,13 @@ def answer(
     return Text(prompt_ids, [token for step in steps for token in step.tokens])
 
 
-def measure(backend: Backend, texts: Sequence[Text]) -> Agreement:
+def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None) -> Agreement:
     """Draft a block at every few tokens of some texts and compare it with what follows.
 
     Args:
         backend: a pair.
         texts: of its target.
+        head: the pair's, where its scores are wanted too.
 
     Raises:
         PromptError: the texts are too short to compare anything.
@@ -119,9 +120,9 @@ def measure(backend: Backend, texts: Sequence[Text]) -> Agreement:
         for tokens, drafter, block in _blocks(backend, text):
             marginal = drafter.log_probs(block)
             tables = {"marginal": (marginal, 1), "earlier": (marginal, 0), "later": (marginal, 2)}
-            if backend.head is not None:
+            if head is not None:
                 previous = np.resize(np.array(tokens, np.int32), len(marginal))
-                tables["corrected"] = backend.head.log_probs(block, previous), 1
+                tables["corrected"] = head.log_probs(block, previous), 1
             for name, (table, first) in tables.items():
                 rows.setdefault(name, []).append(_score(table, tokens[first:]))
             numbers.append(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from typing import Any
 from treeflash.agreement import Agreement, Gain, Scores, Text, answer, by_depth, measure
 from treeflash.checkpoints import read_config, weight_files
 from treeflash.config import DrafterConfig
-from treeflash.errors import CheckpointError, NumericalError
+from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.interfaces import Backend
 from treeflash.prompt import Message
 from treeflash.prompting import Prompting
@@ -66,17 +66,6 @@ class Diagnosis:
         return {"ok": self.ok, **asdict(self)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """What was seen of the pair as it is; it holds no model, so that the next one has room."""
-
-    config: DrafterConfig
-    vocab_size: int
-    texts: list[Text]
-    agreement: Agreement
-    prompted: dict[Prompting, Gain]
-
-
 def diagnose(
     load: Callable[[Path], Backend],
     folder: Path,
@@ -101,20 +90,177 @@ def diagnose(
         NumericalError: a model produced values that are not finite.
     """
     pair = _see(load(folder), tokenizer, prompts, prompting, max_tokens)
-    agreement = pair.agreement
-    corrected = agreement.corrected
+    agreement, config = pair.agreement, pair.config
 
     def change(**settings: object) -> Gain | None:
-        return _gain_of_change(load, folder, pair, settings)
+        """What other settings of the drafter gain; None where it cannot run with them."""
+        with TemporaryDirectory() as scratch:
+            write_changed(folder, Path(scratch), settings)
+            try:
+                changed = measure(load(Path(scratch)), pair.texts)
+            except (CheckpointError, NumericalError):
+                return None
+        return Gain.between(agreement.marginal.log_probs, changed.marginal.log_probs)
 
+    layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
+    masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
     return Diagnosis(
         marginal=by_depth(agreement.marginal.hits),
-        corrected=None if corrected is None else by_depth(corrected.hits),
+        corrected=by_depth(agreement.corrected.hits) if agreement.corrected else None,
         findings=[
             check_depths(agreement),
             check_offset(agreement),
-            check_prompting(prompting, pair.prompted),
-            check_layers(pair.config, change),
-            check_mask(pair.config, mask_candidates(tokenizer, pair), tokenizer, change),
+            judge(
+                "prompting",
+                pair.prompted,
+                OTHER_TEXTS,
+                "prompt it so, or use a drafter that was trained with your way of prompting",
+            ),
+            judge(
+                "target layers",
+                {f"with target_layer_ids {ids}": change(target_layer_ids=ids) for ids in layers},
+                SAME_TEXTS,
+                "set them in the drafter's config.json",
+            ),
+            judge(
+                "mask token",
+                {
+                    f"with mask_token_id {token_id} ({name})": change(mask_token_id=token_id)
+                    for token_id, name in masks.items()
+                },
+                SAME_TEXTS,
+                "set it in the drafter's config.json",
+            ),
         ],
     )
+
+
+def judge(check: str, gains: Mapping[str, Gain | None], least: float, advice: str) -> Finding:
+    """Whether one of several changes is clearly better than the pair as it is.
+
+    Args:
+        check: the finding's name.
+        gains: of each change, by what it is called; None of one that could not be tried.
+        least: nats that matter.
+        advice: what to do where it is better.
+    """
+    tried = {name: gain for name, gain in gains.items() if gain is not None}
+    if not tried:
+        return Finding(check=check, ok=True, message="there is nothing else to try")
+    best = max(tried, key=lambda name: tried[name].nats)
+    seen = f"{best} the true tokens are {tried[best]}"
+    if tried[best].is_clear(least):
+        return Finding(check=check, ok=False, message=f"{seen}; {advice}")
+    return Finding(check=check, ok=True, message=f"nothing is clearly better: {seen}")
+
+
+def check_depths(agreement: Agreement) -> Finding:
+    """Whether drafts agree at depth 1 at all, and how they go on from each depth to the next."""
+    for name, scores in (("", agreement.marginal), (" of the AR head", agreement.corrected)):
+        problem = _collapse(scores, name) if scores else None
+        if problem:
+            return Finding(check="depths", ok=False, message=problem)
+    return Finding(check="depths", ok=True, message="no depth falls far behind the one before")
+
+
+def check_offset(agreement: Agreement) -> Finding:
+    """Whether the rows of a block fit the depths next to their own better."""
+    base = agreement.marginal.log_probs
+    return judge(
+        "block offset",
+        {
+            "with row i of the block taken for depth i - 1": Gain.between(
+                base, agreement.earlier.log_probs
+            ),
+            "with row i of the block taken for depth i + 1": Gain.between(
+                base, agreement.later.log_probs
+            ),
+        },
+        SAME_TEXTS,
+        "row i must predict depth i, the root being row 0: train or export the drafter so",
+    )
+
+
+def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict[int, str]:
+    """Tokens that may serve as the mask, the likeliest by name first, without the current one."""
+    names = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids}
+    names[tokenizer.size] = "mask: the first that the tokenizer does not know"
+    likely = sorted(names, key=lambda token_id: (_rank(names[token_id]), token_id))
+    usable = [i for i in likely if i != current and i < vocab_size]
+    return {token_id: names[token_id] for token_id in usable[:MASK_CANDIDATES]}
+
+
+def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> None:
+    """Write a drafter's folder with other settings, and links to its weights."""
+    config = read_config(folder)
+    config["dflash_config"] = {**(config.get("dflash_config") or {}), **settings}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in weight_files(folder):
+        (copy / file.name).symlink_to(file.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """What was seen of the pair as it is; it holds no model, so that the next one has room."""
+
+    config: DrafterConfig
+    vocab_size: int
+    texts: list[Text]
+    agreement: Agreement
+    prompted: dict[str, Gain | None]
+
+
+def _see(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Message]],
+    prompting: Prompting,
+    max_tokens: int,
+) -> _Pair:
+    assert backend.drafter_config is not None
+
+    def answers(way: Prompting) -> list[Text]:
+        ids = [way.encode(tokenizer, prompt) for prompt in prompts]
+        return [answer(backend, each, max_tokens, tokenizer.stop_token_ids) for each in ids]
+
+    texts = answers(prompting)
+    agreement = measure(backend, texts, backend.head)
+    prompted: dict[str, Gain | None] = {}
+    for way in prompting.others(tokenizer):
+        try:
+            other = measure(backend, answers(way))
+        except PromptError:  # a template may refuse what another way takes
+            continue
+        prompted[str(way)] = Gain.between(
+            agreement.by_text(len(prompts)), other.by_text(len(prompts))
+        )
+    return _Pair(
+        config=backend.drafter_config,
+        vocab_size=backend.vocab_size,
+        texts=texts,
+        agreement=agreement,
+        prompted=prompted,
+    )
+
+
+def _collapse(scores: Scores, name: str) -> str | None:
+    hits = by_depth(scores.hits)
+    if hits[0] < CHANCE:
+        return (
+            f"the best token{name} at depth 1 is the target's in {hits[0]:.0%} of cases, no better "
+            "than chance; where no other check says why, it is a drafter for another target"
+        )
+    for depth in range(1, len(hits)):
+        here, next_ = (scores.log_probs[:, d : d + 1] for d in (depth - 1, depth))
+        if Gain.between(next_, here).is_clear(COLLAPSE):
+            return (
+                f"agreement{name} falls from {hits[depth - 1]:.0%} at depth {depth} to "
+                f"{hits[depth]:.0%} at depth {depth + 1}; if it was trained with block_size "
+                f"{depth + 1}, set that in the drafter's config.json"
+            )
+    return None
+
+
+def _rank(name: str) -> int:
+    words = ("mask", "pad", "unk")
+    return next((i for i, word in enumerate(words) if word in name.lower()), len(words))

@@ -62,6 +62,11 @@ class Tokenizer:
         return cls(tokenizer, frozenset(stop_token_ids))
 
     @property
+    def size(self) -> int:
+        """Tokens that the tokenizer knows; a model's vocabulary is often padded beyond."""
+        return len(self._tokenizer)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
         return bool(self._tokenizer.chat_template)

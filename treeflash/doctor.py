@@ -1,0 +1,106 @@
+"""Examine a target and its drafter from the command line: `python -m treeflash.doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from treeflash.command import Parser, add_model_options, guarded, load_model
+from treeflash.diagnosis import Diagnosis, diagnose
+from treeflash.interfaces import Backend
+from treeflash.models import resolve_drafter, resolve_target
+from treeflash.prompt import Message
+from treeflash.prompt_file import read_rows
+from treeflash.prompting import Prompting
+from treeflash.text import Tokenizer
+
+PROMPTS = (
+    "Explain why the sky is blue.",
+    "Write a Python function that reverses a string.",
+    "A baker sells 24 rolls an hour. How many does she sell in 7 hours?",
+    "Write a short letter of thanks to a neighbour.",
+)
+MAX_TOKENS = 64
+PROBLEM = 1
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, examine the pair, and return the exit code.
+
+    0: nothing is wrong; 1: something is; 2: bad input; 130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    prompts = _prompts(args.prompts)
+    # By folder from here on: names are looked up once, not at every load.
+    folder = resolve_drafter(args.drafter, args.target)
+    args.target = str(resolve_target(args.target))
+
+    def load(drafter: Path) -> Backend:
+        return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)})).backend
+
+    console = Console(stderr=True)
+    with console.status("examining; the pair is loaded some ten times"):
+        diagnosis = diagnose(
+            load,
+            folder,
+            Tokenizer.from_folder(args.target),
+            prompts,
+            prompting=Prompting(raw=args.raw, thinking=args.thinking),
+            max_tokens=args.max_tokens,
+        )
+    print(json.dumps(diagnosis.to_dict()) if args.json else _report(diagnosis))
+    return 0 if diagnosis.ok else PROBLEM
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("treeflash.doctor", "Say whether a target and a drafter go well together.")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="objects with an id, and a prompt, turns (the first counts) or messages "
+        f"(default: {len(PROMPTS)} prompts of general kind)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=MAX_TOKENS,
+        metavar="N",
+        help=f"of each answer (default: {MAX_TOKENS})",
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--raw", action="store_true", help="you prompt without the chat template")
+    way.add_argument("--thinking", action="store_true", help="you prompt with thinking on")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_options(parser)
+    return parser
+
+
+def _prompts(path: Path | None) -> list[Sequence[Message]]:
+    if path is not None:
+        return [row.turns[0] for row in read_rows(path)]
+    return [[{"role": "user", "content": text}] for text in PROMPTS]
+
+
+def _report(diagnosis: Diagnosis) -> str:
+    lines = [f"agreement by depth: {_percentages(diagnosis.marginal)}"]
+    if diagnosis.corrected is not None:
+        lines.append(f"with the AR head:   {_percentages(diagnosis.corrected)}")
+    for finding in diagnosis.findings:
+        verdict = "ok" if finding.ok else "problem"
+        lines.append(f"{verdict:<8} {finding.check:<14} {finding.message}")
+    return "\n".join(lines)
+
+
+def _percentages(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.0%}" for share in shares)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
