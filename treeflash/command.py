@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Protocol, cast
 
-from treeflash.config import DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel, Options, load, parse_options
 
@@ -126,13 +126,25 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "how to draft (default: the best that the drafter can do)",
         choices=METHODS,
     )
-    add("--budget", "nodes of a draft tree, the root included", DecodeConfig.budget, type=int)
+    add(
+        "--budget",
+        "nodes of a draft tree, the root included, or auto: what is fastest here",
+        DecodeConfig.budget,
+        type=_budget,
+        metavar="N|auto",
+    )
     add("--top-m", "previous tokens considered per depth", DecodeConfig.top_m, type=int)
     add(
         "--top-k-children",
         "children per previous token",
         DecodeConfig.top_k_children,
         type=int,
+    )
+    add(
+        "--head-vocab",
+        "tokens that the AR head scores: full, or the likeliest N",
+        type=_head_vocab,
+        metavar="full|N",
     )
     add(
         "--draft-temperature",
@@ -189,6 +201,23 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
         draft_bits=args.draft_bits,
         kv_bits=args.kv_bits,
     )
+
+
+def _budget(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
+
+
+def _head_vocab(text: str) -> int | None:
+    if text == "full":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"neither full nor a number of tokens: {text}")
+    return int(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

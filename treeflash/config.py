@@ -9,6 +9,8 @@ from treeflash.errors import ConfigError
 
 Method = Literal["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Budget = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,9 +61,11 @@ class DecodeConfig:
         method: `ar` decodes plainly; `dflash` verifies the chain of the drafter's best tokens;
             `ddtree` a tree of its marginals; `treeflash` a tree of the AR head's predictions;
             `treeflash-chain` that head's best chain.
-        budget: nodes of a draft tree, the root included.
+        budget: nodes of a draft tree, the root included; `auto` takes in every iteration what
+            brings the most tokens a second here, or drafts nothing.
         top_m: previous-token candidates kept per depth (M).
         top_k_children: children kept per depth and previous token (K).
+        head_vocab: tokens that the AR head scores, the likeliest of a block; None is all.
         draft_temperature: divides the drafter's logits; it shapes the tree, never the output.
         max_tokens: new tokens at most.
         stop_token_ids: tokens that end the text; the one met is part of the output.
@@ -69,9 +73,10 @@ class DecodeConfig:
     """
 
     method: Method = "treeflash"
-    budget: int = 64
+    budget: Budget = 64
     top_m: int = 16
     top_k_children: int = 16
+    head_vocab: int | None = None
     draft_temperature: float = 1.0
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()
@@ -82,9 +87,16 @@ class DecodeConfig:
             self.method in METHODS,
             f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}",
         )
-        _check(self.budget >= 1, "budget must be 1 or more", self)
+        _check(
+            self.budget == AUTO or (isinstance(self.budget, int) and self.budget >= 1),
+            "budget must be auto, or 1 or more",
+            self,
+        )
         _check(self.top_m >= 1, "top-m must be 1 or more", self)
         _check(self.top_k_children >= 1, "top-k-children must be 1 or more", self)
+        _check(
+            self.head_vocab is None or self.head_vocab >= 1, "head-vocab must be 1 or more", self
+        )
         _check(
             _is_temperature(self.draft_temperature),
             "draft-temperature must be from 1e-6 to 1e6",

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.acceptance import accept
-from treeflash.config import DecodeConfig
+from treeflash.config import AUTO, DecodeConfig
+from treeflash.costs import VerifyCosts
 from treeflash.errors import ConfigError, PromptError
 from treeflash.interfaces import Backend, Block, Drafter
+from treeflash.pace import LARGEST, Pace
 from treeflash.sampling import uniforms
 from treeflash.transitions import TransitionTable
 from treeflash.tree import DraftTree, build_chain, build_tree
@@ -42,13 +44,17 @@ class Step:
     table: TransitionTable | None = None
 
 
-def decode(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[Step]:
+def decode(
+    backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig, pace: Pace | None = None
+) -> Iterator[Step]:
     """Decode one text step by step. Closing the iterator early loses nothing already yielded.
 
     Args:
         backend: a loaded pair.
         prompt_ids: the prompt, at least one token.
         config: method, budget, limits, sampling.
+        pace: what earlier texts of this pair and method taught about the budget `auto`; goes on
+            learning. None starts afresh, which takes a moment. It changes no token.
 
     Raises:
         PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
@@ -57,7 +63,11 @@ def decode(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) ->
     """
     check(backend, prompt_ids, config)
     limit = min(config.max_tokens, backend.max_positions - len(prompt_ids))
-    return _steps(backend, prompt_ids, config, limit)
+    if config.budget != AUTO or not config.drafts:
+        pace = None
+    elif pace is None:
+        pace = Pace(VerifyCosts.measure(backend))
+    return _steps(backend, prompt_ids, config, limit, pace)
 
 
 def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
@@ -87,7 +97,11 @@ def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> 
 
 
 def _steps(
-    backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig, limit: int
+    backend: Backend,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    limit: int,
+    pace: Pace | None,
 ) -> Iterator[Step]:
     sampling = config.sampling
     clock = _Clock()
@@ -105,11 +119,15 @@ def _steps(
         clock = _Clock()
         tree = DraftTree.root_only(root)
         table: TransitionTable | None = None
-        if drafter is not None:
+        if drafter is not None and pace is not None and not pace.drafts():
+            drafter.extend(features)
+        elif drafter is not None:
             table = propose(backend, drafter, drafter.draft(features, root), config)
             clock.mark("draft")
             build = build_chain if config.drafts_chain else build_tree
-            tree = build(table, root, config.budget)
+            tree = build(table, root, LARGEST if config.budget == AUTO else config.budget)
+            if pace is not None:
+                tree = pace.cut(tree)
             clock.mark("tree")
         draws = _draws(config, tree.positions(verifier.length + 1))
         chosen = verifier.verify(tree, sampling, draws)
@@ -118,6 +136,8 @@ def _steps(
         features = verifier.commit(accepted.path)
         root = accepted.tokens[-1]
         clock.mark("commit")
+        if pace is not None:
+            pace.observe(tree, accepted.path, clock.seconds)
         tokens, finish_reason = _cut(accepted.tokens, config, limit - emitted)
         emitted += len(tokens)
         yield Step(tokens, clock.seconds, tree, accepted.path, finish_reason, table)
@@ -130,7 +150,9 @@ def propose(
     temperature = config.draft_temperature
     if config.uses_head:
         assert backend.head is not None
-        return backend.head.transitions(block, config.top_m, config.top_k_children, temperature)
+        return backend.head.transitions(
+            block, config.top_m, config.top_k_children, temperature, config.head_vocab
+        )
     k = 1 if config.method == "dflash" else config.top_k_children
     return drafter.marginals(block, k, temperature)
 

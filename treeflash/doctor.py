@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from treeflash.command import Parser, add_model_options, guarded, load_model
+from treeflash.config import DecodeConfig
 from treeflash.diagnosis import Diagnosis, diagnose
 from treeflash.interfaces import Backend
 from treeflash.models import resolve_drafter, resolve_target
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     prompts = _prompts(args.prompts)
+    DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
     # By folder from here on: names are looked up once, not at every load.
     folder = resolve_drafter(args.drafter, args.target)
     args.target = str(resolve_target(args.target))

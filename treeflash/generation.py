@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from treeflash.config import Budget
 from treeflash.decoding import Phase
 
 
@@ -57,7 +58,7 @@ class Generation:
     decode_s: float
     seconds: dict[Phase, float]
     method: str
-    budget: int
+    budget: Budget
     backend: str
     device: str
     dtype: str

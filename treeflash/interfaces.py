@@ -102,11 +102,19 @@ class Drafter(Protocol):
         """Take in newly committed positions, then propose a block after them.
 
         Args:
-            features: of the positions committed since the last call, as the verifier gave them.
+            features: of the positions committed since the last call, as the verifier gave them;
+                those of earlier ones went through `extend`.
             root: the token at the next position; it opens the block, S - 1 masks follow.
 
         Returns:
             Hidden states of the block. They are valid until the next call.
+        """
+
+    def extend(self, features: Features) -> None:
+        """Take in newly committed positions without proposing anything after them.
+
+        Args:
+            features: of the positions committed since the last call, this or `draft`.
         """
 
     def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
@@ -137,7 +145,9 @@ class Drafter(Protocol):
 class ARHead(Protocol):
     """The head that conditions a block on previous tokens. It has no state."""
 
-    def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
+    def transitions(
+        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+    ) -> TransitionTable:
         """The `k` most probable tokens of each depth after each of `m` previous tokens.
 
         The previous tokens of depth d >= 2 are the `m` of highest marginal logit at depth d - 1,
@@ -148,6 +158,10 @@ class ARHead(Protocol):
             m: previous-token candidates; the whole vocabulary where that is smaller.
             k: children; the whole vocabulary where that is smaller.
             temperature: divides the logits, after the head.
+            shortlist: score only that many tokens, those most probable by their marginal at any
+                depth; ties by token id. Previous tokens and children are then of the shortlist,
+                and the rest of the vocabulary keeps the probability that the depth's marginal
+                gives it. None, or the whole vocabulary, is the published head.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:

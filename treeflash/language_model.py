@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.config import AUTO, Budget, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.costs import VerifyCosts
 from treeflash.errors import BackendError, ConfigError
 from treeflash.generation import Generation
 from treeflash.interfaces import Backend
 from treeflash.models import resolve_drafter, resolve_target
+from treeflash.pace import Pace
 from treeflash.prompt import Prompt, encode
 from treeflash.registry import best, loader
 from treeflash.stream import Stream
@@ -36,9 +38,10 @@ class Options(TypedDict, total=False):
     """
 
     method: Method
-    budget: int
+    budget: Budget
     top_m: int
     top_k_children: int
+    head_vocab: int | None
     draft_temperature: float
     max_tokens: int
     stop_token_ids: Collection[int]
@@ -60,10 +63,12 @@ class LanguageModel:
     Attributes:
         backend: the loaded pair.
         tokenizer: of the target.
+        paces: by method, what the budget `auto` has learned so far.
     """
 
     backend: Backend
     tokenizer: Tokenizer
+    paces: dict[Method, Pace] = field(default_factory=dict, compare=False, repr=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate the whole text at once; see `stream`."""
@@ -86,19 +91,32 @@ class LanguageModel:
             NumericalError: while iterating; a model produced values that are not finite.
         """
         stop = options.get("stop", ())
+        config = self.decode_config(options)
+        prompt_ids = encode(
+            self.tokenizer,
+            prompt,
+            system=options.get("system"),
+            raw=options.get("raw", False),
+            template_args=options.get("template_args"),
+        )
         return Stream(
             self.backend,
             self.tokenizer,
-            encode(
-                self.tokenizer,
-                prompt,
-                system=options.get("system"),
-                raw=options.get("raw", False),
-                template_args=options.get("template_args"),
-            ),
-            self.decode_config(options),
+            prompt_ids,
+            config,
             (stop,) if isinstance(stop, str) else tuple(stop),
+            self._pace(config),
         )
+
+    def _pace(self, config: DecodeConfig) -> Pace | None:
+        """What the methods of this pair share, measured when first asked for."""
+        if config.budget != AUTO or not config.drafts:
+            return None
+        if config.method not in self.paces:
+            known = next(iter(self.paces.values()), None)
+            costs = known.costs if known else VerifyCosts.measure(self.backend)
+            self.paces[config.method] = Pace(costs)
+        return self.paces[config.method]
 
     def decode_config(self, options: Options) -> DecodeConfig:
         """How these options decode with this pair.

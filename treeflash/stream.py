@@ -9,6 +9,7 @@ from treeflash.config import DecodeConfig
 from treeflash.decoding import Step, decode
 from treeflash.generation import Generation
 from treeflash.interfaces import Backend
+from treeflash.pace import Pace
 from treeflash.stats import Stats
 from treeflash.text import TextStream, Tokenizer
 
@@ -44,6 +45,7 @@ class Stream(Iterator[Chunk]):
         prompt_ids: Sequence[int],
         config: DecodeConfig,
         stop: Sequence[str] = (),
+        pace: Pace | None = None,
     ) -> None:
         """Check everything; decoding starts with the first chunk.
 
@@ -53,6 +55,7 @@ class Stream(Iterator[Chunk]):
             prompt_ids: the prompt.
             config: how to decode.
             stop: strings that end the text.
+            pace: see `decode`.
 
         Raises:
             PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
@@ -64,7 +67,8 @@ class Stream(Iterator[Chunk]):
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._text = TextStream(tokenizer, stop)
-        self._steps = decode(backend, prompt_ids, config)
+        self._pace = pace
+        self._steps = decode(backend, prompt_ids, config, pace)
         self._chunks: list[Chunk] = []
 
     def __next__(self) -> Chunk:
@@ -100,7 +104,7 @@ class Stream(Iterator[Chunk]):
             PromptError, ConfigError: as for the first.
         """
         ids = self.prompt_ids if prompt_ids is None else prompt_ids
-        return Stream(self._backend, self._tokenizer, ids, config, self._stop)
+        return Stream(self._backend, self._tokenizer, ids, config, self._stop, self._pace)
 
     def run(self) -> Generation:
         """Decode to the end."""

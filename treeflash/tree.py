@@ -46,6 +46,12 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def first(self, nodes: int) -> DraftTree:
+        """The tree of the first nodes: of the best, where the builder put them first."""
+        return DraftTree(
+            self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes], self.log_probs[:nodes]
+        )
+
     @property
     def is_chain(self) -> bool:
         """Whether no node has two children."""

@@ -155,11 +155,17 @@ class Drafter:
         self.model = model
         self.target = target
         self.cache = KeyValues(model.config.num_hidden_layers)
+        self.waiting: list[Tensor] = []
+
+    def extend(self, features: Tensor) -> None:
+        """See `Drafter.extend`; the next draft projects them, all at once."""
+        self.waiting.append(features)
 
     @torch.inference_mode()
     def draft(self, features: Tensor, root: int) -> Block:
         """See `Drafter.draft`."""
-        self._extend(features)
+        self._project(torch.cat([*self.waiting, features]))
+        self.waiting.clear()
         config, start = self.model.config, self.cache.length
         tokens = torch.full((config.block_size,), config.mask_token_id)
         tokens[0] = root
@@ -197,7 +203,7 @@ class Drafter:
         k, v = self.cache.attend(layer, k, v)
         return grouped_attention(q, k, v, bias, self.model.config.head_dim**-0.5)
 
-    def _extend(self, features: Tensor) -> None:
+    def _project(self, features: Tensor) -> None:
         """Project newly committed positions to keys and values, once for all later blocks."""
         context = self.model.hidden_norm(self.model.fc(features))[None]
         n, start = len(features), self.cache.length

@@ -75,21 +75,30 @@ class ARHead:
         self.target = target
 
     @torch.inference_mode()
-    def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
+    def transitions(
+        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+    ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        depths, vocab = len(hidden), self.target.vocab_size
-        m = min(m, vocab)
-        previous = self.target.output(normed[:-1]).topk(m).indices
-        first = torch.tensor([[block.root]], device=hidden.device)
-        corrected = torch.cat(
-            [
-                self._correct(hidden[:1], normed[:1], first),
-                self._correct(hidden[1:], normed[1:], previous),
-            ]
-        )
-        tokens, log_probs = top(self.target.output(self.model.norm(corrected)), k, temperature)
+        depths = len(hidden)
+        if shortlist is None or shortlist >= self.target.vocab_size:
+            m = min(m, self.target.vocab_size)
+            previous = self.target.output(normed[:-1]).topk(m).indices
+            corrected = self._rows(hidden, normed, block.root, previous)
+            tokens, log_probs = top(self.target.output(corrected), k, temperature)
+        else:
+            m = min(m, shortlist)
+            scaled = self.target.output(normed).float() / temperature
+            marginal = scaled - scaled.logsumexp(-1, keepdim=True)
+            vocab = marginal.amax(0).topk(shortlist).indices.sort().values
+            marginal = marginal[:, vocab]
+            previous = vocab[marginal[:-1].topk(m).indices]
+            corrected = self._rows(hidden, normed, block.root, previous)
+            rows, log_probs = top(self.target.output_of(corrected, vocab), k, temperature)
+            tokens = vocab[rows].int()
+            kept = marginal.logsumexp(-1)
+            log_probs += torch.cat([kept[:1], kept[1:].repeat_interleave(m)])[:, None]
         read = torch.cat(
             [previous.int().flatten(), tokens.flatten(), log_probs.view(torch.int32).flatten()]
         )
@@ -109,6 +118,15 @@ class ARHead:
         corrected = self._correct(hidden, self.model.norm(hidden), tokens)
         logits = self.target.output(self.model.norm(corrected))
         return logits.float().log_softmax(-1).cpu().numpy()
+
+    def _rows(self, hidden: Tensor, normed: Tensor, root: int, previous: Tensor) -> Tensor:
+        """(1 + (D - 1) * M, hidden_size) for the head; depth 1 has the root's row alone."""
+        first = torch.tensor([[root]], device=hidden.device)
+        parts = (
+            self._correct(hidden[:1], normed[:1], first),
+            self._correct(hidden[1:], normed[1:], previous),
+        )
+        return self.model.norm(torch.cat(parts))
 
     def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
         """(d * M, hidden_size) corrected outputs of d depths, from (d, M) previous tokens."""

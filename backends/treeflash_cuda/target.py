@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -90,6 +91,11 @@ class Target:
 
         for layer_id in layer_ids:
             self.layers[layer_id].register_forward_hook(keep(layer_id))
+
+    def output_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
+        bias = getattr(self.output, "bias", None)
+        return F.linear(hidden, self.output.weight[tokens], None if bias is None else bias[tokens])
 
     def new_cache(self) -> TargetCache:
         """An empty cache for a text."""

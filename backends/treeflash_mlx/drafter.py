@@ -178,10 +178,18 @@ class Drafter:
         self.target = target
         self.caches = [Rows() for _ in model.layers]
         self.length = 0
+        self.waiting: list[mx.array] = []
+
+    def extend(self, features: mx.array) -> None:
+        """See `Drafter.extend`; the next draft projects them, all at once."""
+        self.waiting.append(features)
 
     def draft(self, features: mx.array, root: int) -> Block:
         """See `Drafter.draft`."""
         config = self.model.config
+        if self.waiting:
+            features = mx.concatenate([*self.waiting, features])
+            self.waiting.clear()
         self.length += features.shape[0]
         tokens = mx.array([root] + [config.mask_token_id] * (config.block_size - 1))
         x = self.target.embed(tokens)

@@ -11,7 +11,7 @@ from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, DrafterModel
 from treeflash_mlx.target import Target
-from treeflash_mlx.topk import log_softmax, top, top_log_probs
+from treeflash_mlx.topk import log_softmax, logsumexp, top, top_log_probs
 
 NORM_EPS = 1e-6
 
@@ -72,18 +72,36 @@ class ARHead:
         self.model = model
         self.target = target
 
-    def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
+    def transitions(
+        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+    ) -> TransitionTable:
         """See `ARHead.transitions`."""
-        m, k = min(m, self.target.vocab_size), min(k, self.target.vocab_size)
+        size = min(shortlist or self.target.vocab_size, self.target.vocab_size)
+        m, k = min(m, size), min(k, size)
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
         depths = hidden.shape[0]
         # Row 0 is depth 1 after the root; then m rows for each further depth.
-        previous = top(self.target.head(normed[:-1]), m).reshape(-1)
-        tokens = mx.concatenate([mx.array([block.root], mx.int32), previous])
         rows = mx.array(np.repeat(np.arange(depths), [1] + [m] * (depths - 1)))
-        logits = self._logits(hidden[rows], normed[rows], tokens)
-        children, log_probs = top_log_probs(logits, k, temperature)
+        root = mx.array([block.root], mx.int32)
+        if size == self.target.vocab_size:
+            previous = top(self.target.head(normed[:-1]), m).reshape(-1)
+            corrected = self._corrected(
+                hidden[rows], normed[rows], mx.concatenate([root, previous])
+            )
+            children, log_probs = top_log_probs(self.target.head(corrected), k, temperature)
+        else:
+            marginal = log_softmax(self.target.head(normed).astype(mx.float32) / temperature)
+            vocab = mx.sort(top(marginal.max(0, keepdims=True), size)[0])
+            marginal = marginal[:, vocab]
+            previous = vocab[top(marginal[:-1], m)].reshape(-1)
+            corrected = self._corrected(
+                hidden[rows], normed[rows], mx.concatenate([root, previous])
+            )
+            logits = self.target.head_of(corrected, vocab)
+            children, log_probs = top_log_probs(logits, k, temperature)
+            children = vocab[children]
+            log_probs = log_probs + logsumexp(marginal)[rows]
         # Token ids are exact in float32, and one array is one read.
         read = np.array(
             mx.concatenate(
@@ -106,13 +124,15 @@ class ARHead:
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `ARHead.log_probs`."""
         hidden = block.hidden[1:]
-        logits = self._logits(hidden, self.model.norm(hidden), mx.array(previous))
-        return np.array(log_softmax(logits))
+        corrected = self._corrected(hidden, self.model.norm(hidden), mx.array(previous))
+        return np.array(log_softmax(self.target.head(corrected)))
 
-    def _logits(self, hidden: mx.array, normed: mx.array, previous: mx.array) -> mx.array:
-        """(n, vocab) corrected logits, from (n, hidden_size) outputs and (n,) previous tokens."""
-        corrected = hidden + self.correction(self.target.embed(previous), normed)
-        return self.target.head(self.model.norm(corrected))
+    def _corrected(self, hidden: mx.array, normed: mx.array, previous: mx.array) -> mx.array:
+        """(n, hidden_size) for the target's head, from outputs and (n,) previous tokens."""
+        rows: mx.array = self.model.norm(
+            hidden + self.correction(self.target.embed(previous), normed)
+        )
+        return rows
 
 
 def _table(rows: np.ndarray, m: int) -> np.ndarray:

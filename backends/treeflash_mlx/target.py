@@ -109,6 +109,19 @@ class Target:
         )
         return logits
 
+    def head_of(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
+        module = self.embedding if self.output is None else self.output
+        assert module is not None
+        weight = module.weight[tokens]
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            biases = None if module.biases is None else module.biases[tokens]
+            weight = mx.dequantize(
+                weight, module.scales[tokens], biases, module.group_size, module.bits, module.mode
+            )
+        logits: mx.array = hidden @ weight.astype(hidden.dtype).T
+        return logits + module["bias"][tokens] if "bias" in module else logits
+
     @property
     def dtype(self) -> mx.Dtype:
         """What the model computes in."""

@@ -82,6 +82,9 @@ class ScriptedBackend:
     def commit(self, path):
         self.length += len(path)
 
+    def extend(self, features):
+        pass
+
     def draft(self, features, root):
         return self.length
 
@@ -94,7 +97,7 @@ class ScriptedBackend:
         log_probs = np.log(np.tile(np.float32([0.6, 0.3, 0.1]), (DEPTHS, 1)))
         return TransitionTable.from_marginals(tokens[:, :k], log_probs[:, :k])
 
-    def transitions(self, block, m, k, temperature):
+    def transitions(self, block, m, k, temperature, shortlist):
         return self.marginals(block, k, temperature)
 
 

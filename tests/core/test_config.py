@@ -32,7 +32,7 @@ BAD_DECODE = [
         {"method": "beam"},
         "unknown method 'beam'; choose one of ar, dflash, ddtree, treeflash, treeflash-chain",
     ),
-    ({"budget": 0}, "budget must be 1 or more, got 0"),
+    ({"budget": 0}, "budget must be auto, or 1 or more, got 0"),
     ({"top_m": 0}, "top-m must be 1 or more, got 0"),
     ({"top_k_children": 0}, "top-k-children must be 1 or more, got 0"),
     ({"draft_temperature": 1e-320}, "draft-temperature must be from 1e-6 to 1e6, got 1e-320"),

@@ -111,7 +111,9 @@ class FakeDrafter:
 class FakeHead:
     propose: Proposal
 
-    def transitions(self, block: list[int], m: int, k: int, temperature: float) -> TransitionTable:
+    def transitions(
+        self, block: list[int], m: int, k: int, temperature: float, shortlist: int | None
+    ) -> TransitionTable:
         assert temperature == 0.5
         return self.propose(block, m, k)
 

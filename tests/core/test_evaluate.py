@@ -159,7 +159,7 @@ def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_
         (["--methods", "beam"], "unknown method 'beam'; choose one of ar, dflash,"),
         (["--methods", ""], "unknown method ''"),
         (["--budgets", "16,x"], "--budgets takes numbers separated by commas, not '16,x'"),
-        (["--budgets", "0"], "budget must be 1 or more, got 0"),
+        (["--budgets", "0"], "budget must be auto, or 1 or more, got 0"),
         (["--limit", "0"], "limit must be 1 or more"),
         (["--max-tokens", "1"], "max-tokens must be 2 or more"),
         (["--temperature", "-1"], "temperature must be 0"),

@@ -22,9 +22,9 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--budget 0 hi", "budget must be 1 or more, got 0"),
-        ("--budget=-1 hi", "budget must be 1 or more"),
-        ("--budget many hi", "invalid int value"),
+        ("--budget 0 hi", "budget must be auto, or 1 or more, got 0"),
+        ("--budget=-1 hi", "budget must be auto, or 1 or more"),
+        ("--budget many hi", "neither auto nor a number of nodes: many"),
         ("--temperature hot hi", "invalid float value"),
         ("--method magic hi", "invalid choice"),
         ("--nonsense hi", "unrecognized arguments"),

@@ -59,7 +59,7 @@ class Drafter:
 
     def draft(self, features: Array, root: int) -> Block:
         """See `Drafter.draft`."""
-        self._extend(features)
+        self.extend(features)
         config, start = self.weights.config, self.cache.length
         tokens = np.full(config.block_size, config.mask_token_id)
         tokens[0] = root
@@ -92,8 +92,8 @@ class Drafter:
         """See `Drafter.keys_values`."""
         return self.cache.keys_values()
 
-    def _extend(self, features: Array) -> None:
-        """Project newly committed positions to keys and values, once for all later blocks."""
+    def extend(self, features: Array) -> None:
+        """See `Drafter.extend`: positions are projected to keys and values once, for all blocks."""
         context = self.weights.normed("hidden_norm", self._linear("fc", features))
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.weights.config.num_hidden_layers):

@@ -44,14 +44,25 @@ class ARHead:
         self.weights = weights
         self.correction = HEADS[weights.config.head]
 
-    def transitions(self, block: Block, m: int, k: int, temperature: float) -> TransitionTable:
+    def transitions(
+        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+    ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
-        previous, _ = top(self.weights.logits(hidden[:-1]), m)
+        marginal = log_softmax(self.weights.logits(hidden) / np.float32(temperature))
+        vocab = np.arange(marginal.shape[1], dtype=np.int32)
+        if shortlist is not None:
+            vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
+            vocab = vocab.astype(np.int32)
+        marginal = marginal[:, vocab]
+        previous = vocab[top(marginal[:-1], m)[0]]
         first = np.full((1, previous.shape[1]), block.root, np.int32)
         corrected = self._correct(hidden, np.concatenate([first, previous]))
-        tokens, log_probs = top(self.weights.logits(corrected) / np.float32(temperature), k)
-        return TransitionTable.from_candidates(previous, tokens, log_probs)
+        logits = self.weights.logits(corrected)[..., vocab] / np.float32(temperature)
+        rows, log_probs = top(logits, k)
+        if shortlist is not None:
+            log_probs = log_probs + np.log(np.exp(marginal).sum(-1))[:, None, None]
+        return TransitionTable.from_candidates(previous, vocab[rows], log_probs)
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> Array:
         """See `ARHead.log_probs`."""

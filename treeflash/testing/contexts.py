@@ -45,16 +45,21 @@ class ContextTests:
         tokens = random_tokens(np.random.default_rng(13), backend.vocab_size, 300)
         whole = backend.verifier(features=True)
         pieces = backend.verifier(features=True)
-        drafters = backend.drafter(), backend.drafter()
+        drafters = [backend.drafter() for _ in range(3)]
         expected, features = whole.prefill(tokens, GREEDY, None)
-        drafters[0].draft(features, expected)
+        blocks = [drafters[0].draft(features, expected)]
         for first, last in ((0, 1), (1, 30), (30, 257), (257, 300)):
             chosen, features = pieces.prefill(tokens[first:last], GREEDY, None)
-            drafters[1].draft(features, chosen)
+            block = drafters[1].draft(features, chosen)
+            if last < 300:
+                drafters[2].extend(features)
+        blocks += [block, drafters[2].draft(features, chosen)]
         assert chosen == expected
+        for other, block in zip(drafters[1:], blocks[1:], strict=True):
+            assert_close(other.log_probs(block), drafters[0].log_probs(blocks[0]))
+            assert_close(other.keys_values(), drafters[0].keys_values())
         assert pieces.length == whole.length == 300
         assert_close(pieces.keys_values(), whole.keys_values())
-        assert_close(drafters[1].keys_values(), drafters[0].keys_values())
 
     def test_trees_larger_than_the_text(self, pair: PairMaker) -> None:
         """Storage must have room for the whole tree, though little of it is ever committed."""

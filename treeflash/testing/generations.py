@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
+from treeflash.costs import SIZES, VerifyCosts
 from treeflash.decoding import Step, decode
 from treeflash.interfaces import Backend
+from treeflash.pace import Pace
 from treeflash.testing.comparisons import assert_equal_steps, tokens_of
 from treeflash.testing.margins import settled_generation
 from treeflash.testing.pairs import Pair, PairMaker
@@ -71,6 +73,32 @@ class GenerationTests:
                 budget=12, top_m=3, top_k_children=5, draft_temperature=0.7, max_tokens=MAX_TOKENS
             ),
         )
+
+    @each_sampling
+    @pytest.mark.parametrize("method", DRAFTING)
+    def test_budget_auto_equals_plain_decoding(
+        self, pair: PairMaker, method: Method, sampling: SamplingConfig
+    ) -> None:
+        """Whatever it verifies, and whenever it rests."""
+        models = pair()
+        prompt = prompt_of(models.reference, 3)
+        config = DecodeConfig(method=method, budget="auto", sampling=sampling, max_tokens=40)
+        plain = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
+        # Drafting pays at first, then it never does.
+        for costs in (dict.fromkeys(SIZES, 1.0), {size: 1e-6 * size**3 for size in SIZES}):
+            pace = Pace(VerifyCosts(costs))
+            steps = list(decode(models.tested, prompt, config, pace))
+            assert tokens_of(steps) == tokens_of(list(decode(models.tested, prompt, plain)))
+
+    def test_a_shortlist_of_the_vocabulary_equals_plain_decoding(self, pair: PairMaker) -> None:
+        models = pair()
+        prompt = prompt_of(models.reference, 4)
+        plain = tokens_of(
+            list(decode(models.tested, prompt, DecodeConfig(method="ar", max_tokens=40)))
+        )
+        for size in (1, 6):
+            config = DecodeConfig(head_vocab=size, max_tokens=40)
+            assert tokens_of(list(decode(models.tested, prompt, config))) == plain
 
     @pytest.mark.parametrize("method", DRAFTING)
     def test_several_drafts_are_accepted_at_once(self, pair: PairMaker, method: Method) -> None:

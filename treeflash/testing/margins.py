@@ -80,7 +80,7 @@ def _is_settled(
     if prompt[:-1]:
         _, features = verifier.prefill(prompt[:-1], SamplingConfig(), None)
         if drafter:
-            drafter.draft(features, prompt[-1])
+            drafter.extend(features)
     features = None
     first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32)
     verified = [(step.tree, step.path) for step in steps if step.tree is not None]
@@ -101,7 +101,8 @@ def _is_settled(
 
 
 def _is_settled_tree(table: TransitionTable, root: int, config: DecodeConfig) -> bool:
-    build = build_chain if config.method in ("dflash", "treeflash-chain") else build_tree
+    build = build_chain if config.drafts_chain else build_tree
+    assert isinstance(config.budget, int)
     tree = build(table, root, config.budget + 1)  # the first node left out must differ as well
     follows_parent = tree.parents[1:] == np.arange(len(tree) - 1)
     return bool((follows_parent | (-np.diff(tree.log_probs) > MARGIN)).all())

@@ -42,6 +42,22 @@ class TransitionTests:
             *(marginals(backend, prompt, 16, temperature) for backend in models.both)
         )
 
+    @pytest.mark.parametrize("shortlist", [1, 3, 8, 100])
+    def test_transitions_of_a_shortlist_match_reference(
+        self, pair: PairMaker, shortlist: int
+    ) -> None:
+        models = pair()
+        check_transitions(models, m=4, k=6, shortlist=shortlist)
+        check_transitions(models, m=4, k=6, shortlist=shortlist, temperature=0.5)
+
+    def test_a_shortlist_of_everything_is_the_published_head(self, pair: PairMaker) -> None:
+        backend = pair().tested
+        prompt = settled_prompt(pair().reference)
+        whole = backend.vocab_size
+        assert_equal_tables(
+            *(transitions(backend, prompt, 4, 6, shortlist=size) for size in (whole, None))
+        )
+
     def test_transitions_of_a_block_of_two(self, pair: PairMaker) -> None:
         models = pair(drafter={"block_size": 2})
         check_transitions(models)
@@ -59,20 +75,33 @@ class TransitionTests:
 
 
 def check_transitions(
-    pair: Pair, *, m: int = 16, k: int = 16, temperature: float = 1.0, length: int = 7
+    pair: Pair,
+    *,
+    m: int = 16,
+    k: int = 16,
+    temperature: float = 1.0,
+    shortlist: int | None = None,
+    length: int = 7,
 ) -> None:
     """Compare one table with the reference's."""
     prompt = settled_prompt(pair.reference, temperature, length)
-    assert_equal_tables(*(transitions(backend, prompt, m, k, temperature) for backend in pair.both))
+    assert_equal_tables(
+        *(transitions(backend, prompt, m, k, temperature, shortlist) for backend in pair.both)
+    )
 
 
 def transitions(
-    backend: Backend, prompt: list[int], m: int, k: int, temperature: float = 1.0
+    backend: Backend,
+    prompt: list[int],
+    m: int,
+    k: int,
+    temperature: float = 1.0,
+    shortlist: int | None = None,
 ) -> TransitionTable:
     """What the AR head predicts after a prompt."""
     assert backend.head is not None
     _, block, _ = draft(backend, prompt)
-    return backend.head.transitions(block, m, k, temperature)
+    return backend.head.transitions(block, m, k, temperature, shortlist)
 
 
 def marginals(

@@ -52,16 +52,19 @@ class Drafter:
         empty = np.zeros((2, config.num_key_value_heads, 0, config.head_dim), np.float32)
         self.cache = [empty for _ in model.layers]
 
-    def draft(self, features, root):
-        model, config = self.model, self.model.config
-        start = self.cache[0].shape[2]
+    def extend(self, features):
+        model = self.model
         context = model.norm("hidden_norm", features @ model.weights["fc.weight"].T)
-        positions = start + np.arange(len(context))
+        positions = self.cache[0].shape[2] + np.arange(len(context))
         self.cache = [
             np.concatenate([cached, layer.keys_values(context, positions)], 2)
             for layer, cached in zip(model.layers, self.cache, strict=True)
         ]
-        start += len(context)
+
+    def draft(self, features, root):
+        self.extend(features)
+        model, config = self.model, self.model.config
+        start = self.cache[0].shape[2]
         tokens = np.array([root] + [config.mask_token_id] * (config.block_size - 1))
         x = model.target.embeddings[tokens] * np.float32(config.input_scale)
         positions = start + np.arange(config.block_size)
@@ -87,12 +90,18 @@ class Head:
     def __init__(self, model):
         self.model = model
 
-    def transitions(self, block, m, k, temperature):
+    def transitions(self, block, m, k, temperature, shortlist):
         root, hidden = block[0], block[1][1:]
-        previous, _ = top(self.model.logits(hidden[:-1]), m)
+        marginal = log_softmax(self.model.logits(hidden) / temperature)
+        vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
+        marginal = marginal[:, vocab]
+        previous = vocab[top(marginal[:-1], m)[0]]
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
-        logits = self.logits(hidden, before) / temperature
-        return TransitionTable.from_candidates(previous, *top(logits, k))
+        tokens, log_probs = top(self.logits(hidden, before)[..., vocab] / temperature, k)
+        log_probs += np.log(np.exp(marginal).sum(-1))[:, None, None]
+        return TransitionTable.from_candidates(
+            previous.astype(np.int32), vocab[tokens].astype(np.int32), log_probs
+        )
 
     def log_probs(self, block, previous):
         return log_softmax(self.logits(block[1][1:], previous[:, None])[:, 0])

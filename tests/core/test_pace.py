@@ -1,0 +1,150 @@
+"""The budget `auto`: the size that pays, drafting that rests, and what is learned."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.costs import SIZES, VerifyCosts
+from treeflash.decoding import decode
+from treeflash.errors import ConfigError
+from treeflash.pace import FIRST_REST, LONGEST_REST, Pace
+from treeflash.reference.backend import load
+from treeflash.tree import DraftTree
+
+
+def chain(*probabilities):
+    """A tree whose nodes follow one another, each accepted with that probability."""
+    log_probs = np.concatenate([[0.0], np.cumsum(np.log(probabilities))])
+    return DraftTree.chain(np.zeros(len(log_probs), np.int32), log_probs)
+
+
+def fan(nodes, share):
+    """The root and children of equal probability."""
+    parents = np.zeros(nodes, np.int32)
+    parents[0] = -1
+    depths = np.minimum(np.arange(nodes), 1).astype(np.int32)
+    log_probs = np.where(depths > 0, np.log(share), 0.0)
+    return DraftTree(np.zeros(nodes, np.int32), parents, depths, log_probs)
+
+
+def costs(slope):
+    """A forward takes one second, and `slope` more for each further node."""
+    return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
+
+
+def path(length):
+    return np.arange(length, dtype=np.int32)
+
+
+def iterate(pace, tree, accepted, draft_s=0.0):
+    """One iteration of the loop as `Pace` sees it; returns the nodes that were verified."""
+    if not pace.drafts():
+        pace.observe(DraftTree.root_only(0), path(1), {"verify": pace.costs.seconds[1]})
+        return 0
+    cut = pace.cut(tree)
+    seconds = {"draft": draft_s, "verify": pace.costs.seconds[len(cut)]}
+    pace.observe(cut, path(min(accepted, len(cut))), seconds)
+    return len(cut)
+
+
+@pytest.mark.parametrize(("slope", "nodes"), [(0.0, 64), (0.005, 64), (0.02, 1), (1.0, 1)])
+def test_nodes_pay_while_they_bring_more_than_they_cost(slope, nodes):
+    assert len(Pace(costs(slope)).cut(fan(64, 0.01))) == nodes
+
+
+def test_sure_nodes_are_verified_and_doubtful_ones_are_not():
+    tree = chain(*[0.99] * 7, *[0.01] * 40)
+    assert len(Pace(costs(0.05)).cut(tree)) == 8
+
+
+def test_a_staircase_is_climbed_to_its_edges():
+    steps = {size: 1.0 if size <= 8 else 2.0 if size <= 32 else 9.0 for size in SIZES}
+    assert len(Pace(VerifyCosts(steps)).cut(fan(64, 1 / 64))) == 8
+    assert len(Pace(VerifyCosts(steps)).cut(fan(64, 1 / 20))) == 32
+
+
+def test_small_trees_stay_whole():
+    assert len(Pace(costs(0.0)).cut(chain(0.9, 0.9))) == 2
+    assert len(Pace(costs(0.0)).cut(DraftTree.root_only(3))) == 1
+
+
+def test_what_the_drafter_is_too_sure_of_is_believed_less():
+    tree = chain(*[0.9] * 15)
+    pace = Pace(costs(0.1))
+    before = len(pace.cut(tree))
+    for _ in range(30):
+        iterate(pace, tree, accepted=2)
+    assert len(pace.cut(tree)) < before
+
+
+def test_what_it_is_too_unsure_of_is_believed_more():
+    tree = chain(*[0.3] * 15)
+    pace = Pace(costs(0.02))
+    before = len(pace.cut(tree))
+    for _ in range(30):
+        iterate(pace, tree, accepted=16)
+    assert len(pace.cut(tree)) > before
+
+
+def test_drafting_rests_longer_and_longer_where_it_never_pays():
+    pace = Pace(costs(0.02))
+    verified = [iterate(pace, chain(*[0.5] * 7), accepted=1, draft_s=0.4) for _ in range(2000)]
+    rests = "".join("d" if nodes else "-" for nodes in verified).split("d")
+    lengths = [len(rest) for rest in rests if rest]
+    assert lengths[0] == FIRST_REST - 1
+    assert lengths == sorted(lengths[:-1]) + lengths[-1:]
+    assert max(lengths) == LONGEST_REST - 1
+    # What it costs: the drafts, each 0.4 of a plain iteration and a little more.
+    assert sum(nodes > 0 for nodes in verified) < 2000 * 0.03 / 0.5
+
+
+def test_drafting_comes_back_when_it_pays():
+    pace = Pace(costs(0.02))
+    for _ in range(100):
+        iterate(pace, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
+    verified = [iterate(pace, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
+    assert all(verified[-100:])
+    assert pace.next_rest == FIRST_REST
+
+
+def test_costs_follow_what_is_measured_but_no_hiccup():
+    found = costs(0.1)
+    for _ in range(100):
+        found.observe(8, 3.4)
+    assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
+    assert found.seconds[4] > 1.3
+    before = found.seconds[8]
+    found.observe(8, 1000.0)
+    assert found.seconds[8] < 1.2 * before
+    found.observe(7, 1000.0)  # no size that is chosen from
+    assert found.seconds[8] < 1.2 * before
+
+
+@pytest.fixture
+def backend(tiny_pair):
+    return load(*tiny_pair, LoadConfig())
+
+
+def test_costs_are_measured_on_the_target(backend):
+    found = VerifyCosts.measure(backend)
+    assert found.seconds.keys() == set(SIZES)
+    assert all(seconds > 0 for seconds in found.seconds.values())
+
+
+def test_a_text_without_pace_measures_its_own(backend):
+    prompt = [5, 6, 7]
+    steps = [
+        [
+            t
+            for s in decode(backend, prompt, DecodeConfig(budget=budget, max_tokens=12))
+            for t in s.tokens
+        ]
+        for budget in (16, "auto")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("budget", [0, -1, "all", 2.5])
+def test_other_budgets_are_refused(budget):
+    with pytest.raises(ConfigError, match="budget must be auto, or 1 or more"):
+        DecodeConfig(budget=budget)

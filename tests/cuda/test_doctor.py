@@ -1,0 +1,214 @@
+"""The doctor on pairs that truly draft: a tiny one, trained here, and the default pair."""
+
+import json
+
+import numpy as np
+import pytest
+
+from treeflash.checkpoints import drafter_config
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.diagnosis import diagnose
+from treeflash.doctor import PROMPTS, main
+from treeflash.models import resolve_drafter
+from treeflash.prompting import Prompting
+from treeflash.testing import require
+from treeflash.testing.models import edit_config, write_target
+from treeflash.testing.tokenizer import save_tokenizer
+from treeflash.text import Tokenizer
+from treeflash.train_config import TrainConfig
+from treeflash.training import Request, Response
+
+require("torch")
+require("accelerate")
+
+from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+from treeflash_cuda.training.entry import responder, train  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+OPTIONS = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]
+WORDS = ("why", "is", "the", "sea", "so", "blue", "how", "many", "birds", "fly", "in", "winter")
+MASK = 2
+TRAINING = TrainConfig(
+    layers=2,
+    block_size=6,
+    head_size=48,
+    target_layer_ids=(1, 3),
+    mask_token_id=MASK,
+    loss="ce",
+    steps=400,
+    sequences=4,
+    anchors=8,
+    learning_rate=3e-3,
+    validation_sequences=0,
+)
+
+
+def questions(count, seed):
+    rng = np.random.default_rng(seed)
+    return [[{"role": "user", "content": " ".join(rng.choice(WORDS, 4))}] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    write_target(folder, "llama", seed=18, vocab_size=259, layers=6)
+    edit_config(folder, lambda config: config.pop("eos_token_id"))
+    return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(target):
+    return Tokenizer.from_folder(target)
+
+
+@pytest.fixture(scope="module")
+def trained(target, tokenizer, tmp_path_factory):
+    """A drafter that was trained, for some seconds, on answers through the chat template."""
+    requests = [
+        Request(
+            prompt_ids=tuple(tokenizer.chat(question)), sampling=SamplingConfig(), max_tokens=48
+        )
+        for question in questions(128, seed=0)
+    ]
+    answers = dict(responder(target, CPU).respond(requests, frozenset(), 16))
+    responses = [
+        Response(prompt_ids=request.prompt_ids, response_ids=tuple(answers[n]))
+        for n, request in enumerate(requests)
+    ]
+    folder = tmp_path_factory.mktemp("drafter")
+    for _ in train(target, responses, folder, TRAINING, CPU):
+        pass
+    return folder
+
+
+@pytest.fixture
+def drafter(trained, tmp_path):
+    """A copy of it to break."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def diagnosis(target, tokenizer, drafter):
+    """Examine the pair, each time with the drafter that `wrap` makes of the loaded one."""
+
+    def run(prompting=Prompting(), wrap=lambda drafter: drafter):  # noqa: B008
+        def load(folder):
+            backend = load_cuda(target, folder, CPU)
+            sound = backend.drafter
+            backend.drafter = lambda: wrap(sound())
+            return backend
+
+        return diagnose(
+            load, drafter, tokenizer, questions(6, seed=1), prompting=prompting, max_tokens=40
+        )
+
+    return run
+
+
+def problems(diagnosis):
+    return {finding.check: finding.message for finding in diagnosis.findings if not finding.ok}
+
+
+def test_a_sound_pair(diagnosis):
+    found = diagnosis()
+    assert problems(found) == {}
+    assert found.marginal[0] > 0.5
+    assert all(c > m for c, m in zip(found.corrected, found.marginal, strict=True))
+
+
+def test_layers_off_by_one(diagnosis, drafter):
+    edit_config(drafter, lambda config: config["dflash_config"].update(target_layer_ids=[2, 4]))
+    found = problems(diagnosis())
+    assert found.keys() == {"target layers"}
+    assert found["target layers"].startswith("with target_layer_ids [1, 3] the true tokens are")
+
+
+def test_mask_token(diagnosis, drafter):
+    edit_config(drafter, lambda config: config["dflash_config"].update(mask_token_id=0))
+    found = problems(diagnosis())
+    assert found.keys() == {"mask token"}
+    assert found["mask token"].startswith("with mask_token_id 2 (<|stop|>) the true tokens are")
+
+
+def test_chat_template(diagnosis):
+    found = problems(diagnosis(Prompting(raw=True)))
+    assert found["prompting"].startswith("with the chat template, thinking")
+
+
+class Wrapped:
+    """A drafter whose log probabilities are changed."""
+
+    def __init__(self, drafter):
+        self.drafter = drafter
+
+    def draft(self, features, root):
+        return self.drafter.draft(features, root)
+
+    def log_probs(self, block):
+        return self.change(self.drafter.log_probs(block))
+
+
+class Late(Wrapped):
+    """Row i is what row i - 1 should be, as where a block is taken to predict the next token."""
+
+    def change(self, rows):
+        return np.roll(rows, 1, axis=0)
+
+
+class Collapsing(Wrapped):
+    """From depth 4 on, the rows are of other tokens."""
+
+    def change(self, rows):
+        return np.concatenate([rows[:3], np.roll(rows[3:], 7, axis=1)])
+
+
+def test_block_offset(diagnosis):
+    found = problems(diagnosis(wrap=Late))
+    assert "row i of the block taken for depth i - 1" in found["block offset"]
+
+
+def test_depths_that_collapse(diagnosis):
+    found = problems(diagnosis(wrap=Collapsing))
+    assert found.keys() == {"depths"}
+    assert "at depth 4; if it was trained with block_size 4" in found["depths"]
+
+
+@pytest.fixture
+def default_drafter(tmp_path):
+    """A copy of the default target's drafter to break."""
+    for file in resolve_drafter(None, None).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def examine(smollm2, default_drafter, tmp_path, capsys):
+    """Run the command line on the default pair: exit code and findings by check."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(PROMPTS[1:3])]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+
+    def examine():
+        options = ["--target", str(smollm2), "--drafter", str(default_drafter), "--json"]
+        code = main([*OPTIONS, *options, "--prompts", str(prompts), "--max-tokens", "24"])
+        return code, {f["check"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+
+    return examine
+
+
+def test_the_default_pair_is_sound(examine):
+    code, findings = examine()
+    assert code == 0
+    assert all(finding["ok"] for finding in findings.values())
+
+
+def test_the_default_pair_with_another_mask_token(examine, default_drafter):
+    mask_token_id = drafter_config(default_drafter).mask_token_id
+    edit_config(default_drafter, lambda config: config["dflash_config"].update(mask_token_id=2))
+    code, findings = examine()
+    assert code == 1
+    assert f"with mask_token_id {mask_token_id} (" in findings["mask token"]["message"]
+    assert not findings["mask token"]["ok"]
+    assert all(findings[check]["ok"] for check in findings.keys() - {"mask token", "depths"})
