@@ -57,6 +57,10 @@ class Agreement:
     corrected: Scores | None
     texts: NDArray[np.int64]
 
+    def gain_of(self, other: Scores) -> Gain:
+        """How much better other scores of the same blocks are than the marginal ones."""
+        return Gain.between(self.marginal.log_probs, other.log_probs)
+
     def by_text(self, count: int) -> NDArray[np.float64]:
         """(count, 1) mean marginal log probability of each text; nan of one without a block."""
         means = [self.marginal.log_probs[self.texts == number] for number in range(count)]

@@ -14,6 +14,7 @@ from treeflash.agreement import Agreement, Gain, Scores, Text, answer, by_depth,
 from treeflash.checkpoints import read_config, weight_files
 from treeflash.config import DrafterConfig
 from treeflash.errors import CheckpointError, NumericalError, PromptError
+from treeflash.finding import Finding, Trial, judge
 from treeflash.interfaces import Backend
 from treeflash.prompt import Message
 from treeflash.prompting import Prompting
@@ -26,21 +27,6 @@ SAME_TEXTS, OTHER_TEXTS = 0.2, 0.5
 COLLAPSE = 2.0
 CHANCE = 0.1  # agreement that frequent tokens alone come near to
 MASK_CANDIDATES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: its name.
-        ok: whether nothing was found.
-        message: what was seen; where it is a problem, what to change.
-    """
-
-    check: str
-    ok: bool
-    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +88,18 @@ def diagnose(
                 changed = measure(load(Path(scratch)), pair.texts)
             except (CheckpointError, NumericalError):
                 return None
-        return Gain.between(agreement.marginal.log_probs, changed.marginal.log_probs)
+        return agreement.gain_of(changed.marginal)
 
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
-    tried = [
+    rows = {"i - 1": agreement.earlier, "i + 1": agreement.later}
+    trials = [
         Trial(
             check="block offset",
-            gains=_offset_gains(agreement),
+            gains={
+                f"with row i of the block taken for depth {depth}": agreement.gain_of(scores)
+                for depth, scores in rows.items()
+            },
             least=SAME_TEXTS,
             advice="row i must predict depth i, the root being row 0: train or export it so",
         ),
@@ -138,29 +128,8 @@ def diagnose(
     return Diagnosis(
         marginal=by_depth(agreement.marginal.hits),
         corrected=by_depth(agreement.corrected.hits) if agreement.corrected else None,
-        findings=[check_depths(agreement), *judge(tried)],
+        findings=[check_depths(agreement), *judge(trials)],
     )
-
-
-def judge(trials: Sequence[Trial]) -> list[Finding]:
-    """Which kinds of change are clearly better than the pair as it is.
-
-    Where one thing is badly wrong, changes of others help a little by accident: beside the
-    largest gain of all, one of less than half of it does not count.
-    """
-    clear = [gain.nats for each in trials for gain in each.tried.values() if gain.is_clear()]
-    half = max(clear, default=0.0) / 2
-    findings = []
-    for each in trials:
-        message = "there is nothing else to try"
-        ok = True
-        if each.tried:
-            best, gain = max(each.tried.items(), key=lambda item: item[1].nats)
-            message = f"{best} the true tokens are {gain}"
-            ok = not gain.is_clear(max(each.least, half))
-            message = f"nothing is clearly better; {message} at best" if ok else f"{message}; {each.advice}"
-        findings.append(Finding(check=each.check, ok=ok, message=message))
-    return findings
 
 
 def check_depths(agreement: Agreement) -> Finding:
@@ -170,24 +139,6 @@ def check_depths(agreement: Agreement) -> Finding:
         if problem:
             return Finding(check="depths", ok=False, message=problem)
     return Finding(check="depths", ok=True, message="no depth falls far behind the one before")
-
-
-def check_offset(agreement: Agreement) -> Finding:
-    """Whether the rows of a block fit the depths next to their own better."""
-    base = agreement.marginal.log_probs
-    return judge(
-        "block offset",
-        {
-            "with row i of the block taken for depth i - 1": Gain.between(
-                base, agreement.earlier.log_probs
-            ),
-            "with row i of the block taken for depth i + 1": Gain.between(
-                base, agreement.later.log_probs
-            ),
-        },
-        SAME_TEXTS,
-        "row i must predict depth i, the root being row 0: train or export the drafter so",
-    )
 
 
 def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict[int, str]:

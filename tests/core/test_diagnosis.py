@@ -13,6 +13,7 @@ from treeflash.agreement import Gain, Text, by_depth, measure
 from treeflash.checkpoints import drafter_config, read_tensors
 from treeflash.diagnosis import diagnose, mask_candidates, write_changed
 from treeflash.errors import CheckpointError, NumericalError, PromptError
+from treeflash.finding import Trial, judge
 from treeflash.prompting import Prompting
 from treeflash.testing.models import edit_config, write_drafter, write_target
 
@@ -236,6 +237,31 @@ def test_gain():
     assert Gain(2.0, 0.6).is_clear(2.0)
     assert not Gain(2.0, 0.6).is_clear(2.1)
     assert not Gain.between(base[:1], base[:1] + 5).is_clear(0.1)  # one block proves nothing
+
+
+def trial(nats, least=0.1):
+    gains = {"changed": None if nats is None else Gain(nats, 0.0)}
+    return Trial(check="it", gains=gains, least=least, advice="change it")
+
+
+@pytest.mark.parametrize(
+    ("trials", "ok"),
+    [
+        ([trial(0.2), trial(0.05), trial(None)], [False, True, True]),
+        ([trial(0.2), trial(0.4), trial(0.5)], [True, False, False]),  # by accident, the first
+        ([trial(0.2), trial(0.5, least=0.6)], [False, True]),
+    ],
+)
+def test_judging(trials, ok):
+    assert [finding.ok for finding in judge(trials)] == ok
+
+
+def test_messages_of_trials():
+    assert [judge([trial(nats)])[0].message for nats in (0.2, 0.0, None)] == [
+        "changed the true tokens are 1.22 times as probable; change it",
+        "nothing is clearly better; changed the true tokens are 1.00 times as probable",
+        "there is nothing else to try",
+    ]
 
 
 def test_mask_candidates(byte_tokenizer):

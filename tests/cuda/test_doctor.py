@@ -21,11 +21,11 @@ from treeflash.training import Request, Response
 require("torch")
 require("accelerate")
 
+from treeflash_cuda.backend import CudaBackend, load_drafter, load_target  # noqa: E402
 from treeflash_cuda.backend import load as load_cuda  # noqa: E402
 from treeflash_cuda.training.entry import responder, train  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
-OPTIONS = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]
 WORDS = ("why", "is", "the", "sea", "so", "blue", "how", "many", "birds", "fly", "in", "winter")
 MASK = 2
 TRAINING = TrainConfig(
@@ -175,40 +175,54 @@ def test_depths_that_collapse(diagnosis):
     assert "at depth 4; if it was trained with block_size 4" in found["depths"]
 
 
+def test_command_line(target, trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": n, "messages": messages} for n, messages in enumerate(questions(4, seed=2))]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--backend", "cuda", "--device", "cpu", "--prompts", str(prompts)]
+    code = main([*options, "--target", str(target), "--drafter", str(trained)])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert len(lines) == 7
+    assert all(line.startswith("ok ") for line in lines[2:])
+
+
+@pytest.fixture(scope="module")
+def default_target(smollm2):
+    return load_target(smollm2, LoadConfig(device="cpu", dtype="float32"))
+
+
 @pytest.fixture
 def default_drafter(tmp_path):
-    """A copy of the default target's drafter to break."""
+    """A copy of the drafter of the default target to break."""
     for file in resolve_drafter(None, None).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
 
 
 @pytest.fixture
-def examine(smollm2, default_drafter, tmp_path, capsys):
-    """Run the command line on the default pair: exit code and findings by check."""
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(PROMPTS[1:3])]
-    prompts.write_text("\n".join(map(json.dumps, rows)))
+def default_problems(default_target, default_drafter, smollm2):
+    """Examine the default pair: problems by check. The target is loaded once."""
 
-    def examine():
-        options = ["--target", str(smollm2), "--drafter", str(default_drafter), "--json"]
-        code = main([*OPTIONS, *options, "--prompts", str(prompts), "--max-tokens", "24"])
-        return code, {f["check"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    def load(folder):
+        drafter, head = load_drafter(folder, default_target)
+        default_target.capture(drafter.config.target_layer_ids)
+        return CudaBackend(default_target, drafter, head)
 
-    return examine
-
-
-def test_the_default_pair_is_sound(examine):
-    code, findings = examine()
-    assert code == 0
-    assert all(finding["ok"] for finding in findings.values())
+    tokenizer = Tokenizer.from_folder(smollm2)
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:3]]
+    return lambda: problems(
+        diagnose(load, default_drafter, tokenizer, prompts, prompting=Prompting(), max_tokens=16)
+    )
 
 
-def test_the_default_pair_with_another_mask_token(examine, default_drafter):
-    mask_token_id = drafter_config(default_drafter).mask_token_id
+def test_the_default_pair(default_problems):
+    assert default_problems() == {}
+
+
+def test_the_default_pair_with_another_mask_token(default_problems, default_drafter):
+    mask = drafter_config(default_drafter).mask_token_id
     edit_config(default_drafter, lambda config: config["dflash_config"].update(mask_token_id=2))
-    code, findings = examine()
-    assert code == 1
-    assert f"with mask_token_id {mask_token_id} (" in findings["mask token"]["message"]
-    assert not findings["mask token"]["ok"]
-    assert all(findings[check]["ok"] for check in findings.keys() - {"mask token", "depths"})
+    found = default_problems()
+    assert found["mask token"].startswith(f"with mask_token_id {mask} (")
+    assert found.keys() <= {"mask token", "depths"}

@@ -1,4 +1,4 @@
-"""What the tests of the PyTorch backend share."""
+"""What the tests of both backends share."""
 
 import pytest
 

@@ -1,0 +1,52 @@
+"""What the trainer makes works in both backends alike."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.testing import require
+from treeflash.testing.models import write_target
+from treeflash.train_config import TrainConfig
+from treeflash.training import Response
+
+require("torch")
+require("mlx")
+
+from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+from treeflash_cuda.training.entry import train  # noqa: E402
+from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+VOCAB = 40
+
+
+@pytest.mark.parametrize("head", ["swiglu", "linear", "none"])
+def test_a_trained_drafter_decodes_alike_everywhere(head, tmp_path):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "llama", seed=1, vocab_size=VOCAB)
+    random = np.random.default_rng(2)
+    responses = [
+        Response(
+            prompt_ids=tuple(random.integers(0, VOCAB, 5).tolist()),
+            response_ids=tuple(random.integers(0, VOCAB, 20).tolist()),
+        )
+        for _ in range(6)
+    ]
+    config = TrainConfig(
+        layers=2, block_size=5, head=head, steps=3, sequences=2, anchors=8, validation_sequences=1
+    )
+    list(train(target, responses, drafter, config, CPU))
+    method = "ddtree" if head == "none" else "treeflash"
+    steps = [
+        list(
+            decode(
+                load(target, drafter, CPU), [1, 2, 3], DecodeConfig(method=method, max_tokens=24)
+            )
+        )
+        for load in (load_cuda, load_mlx)
+    ]
+    for left, right in zip(*steps, strict=True):
+        assert left.tokens == right.tokens
+        if left.tree is not None:
+            np.testing.assert_array_equal(left.path, right.path)
