@@ -34,21 +34,25 @@ class Visibility:
     Attributes:
         committed: positions before the block.
         positions: (n,) absolute positions of the block.
-        block: (n, n) bool, which of the block a query sees, if the layer's rule permits.
-        causal: whether `block` is the lower triangle.
+        block: (n, n) bool, which of the block a query sees, if the layer's rule permits; None where
+            that is all before it, and itself.
     """
 
-    def __init__(self, committed: int, positions: Tensor, block: Tensor, *, causal: bool) -> None:
+    def __init__(self, committed: int, positions: Tensor, block: Tensor | None) -> None:
         """Describe one forward."""
         self.committed = committed
         self.positions = positions
         self.block = block
-        self.causal = causal
+
+    @classmethod
+    def whole(cls, length: int, device: torch.device) -> Visibility:
+        """A text from its beginning."""
+        return cls(0, torch.arange(length, device=device), None)
 
     @property
     def is_whole_text(self) -> bool:
         """Whether the block is all there is, for which kernels need no mask."""
-        return self.causal and self.committed == 0
+        return self.block is None and self.committed == 0
 
     def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor | None:
         """(1, 1, n, committed + n) additive; None where everything before a query is seen.
@@ -63,7 +67,10 @@ class Visibility:
         n, device = len(self.positions), self.positions.device
         keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
         seen = follow(rule, self.positions[:, None], keys[None, :]).expand(n, -1).clone()
-        seen[:, self.committed :] &= self.block
+        if self.block is None:
+            seen[:, self.committed :].tril_()
+        else:
+            seen[:, self.committed :] &= self.block
         return additive(seen, dtype)[None, None]
 
 

@@ -64,10 +64,7 @@ class Target:
             UnsupportedModelError: they differ; the model does more than it asks attention for.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=self.device).tril()
-        visibility = Visibility(
-            0, torch.arange(len(tokens), device=self.device), causal, causal=True
-        )
+        visibility = Visibility.whole(len(tokens), self.device)
         with torch.inference_mode():
             mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
             self.model.set_attn_implementation("eager")

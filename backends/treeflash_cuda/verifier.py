@@ -41,13 +41,13 @@ class Verifier:
         uniforms: NDArray[np.float64] | None,
     ) -> tuple[int, Tensor | None]:
         """See `TreeVerifier.prefill`."""
+        device = self.target.device
         features = []
         for first in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = np.array(token_ids[first : first + PREFILL_CHUNK], np.int32)
-            rows = np.arange(len(chunk), dtype=np.int32)
-            causal = np.tri(len(chunk), dtype=np.bool_)
-            logits = self._forward(chunk, rows + np.int32(self.length), causal, prefill=True)
-            features.append(self.commit(rows))
+            chunk = torch.tensor(token_ids[first : first + PREFILL_CHUNK], device=device)
+            positions = torch.arange(self.length, self.length + len(chunk), device=device)
+            logits = self._forward(chunk, Visibility(self.length, positions, None))
+            features.append(self.commit(np.arange(len(chunk), dtype=np.int32)))
         chosen = choose(logits, sampling, uniforms)
         return int(chosen[0]), torch.cat(features) if self.layer_ids else None
 
@@ -80,23 +80,16 @@ class Verifier:
         return self.cache.key_values.read()
 
     def _tree_logits(self, tree: DraftTree) -> Tensor:
-        return self._forward(tree.tokens, tree.positions(self.length), tree.ancestor_mask())
+        positions, mask = tree.positions(self.length), tree.ancestor_mask()
+        # One upload for all three.
+        packed = torch.from_numpy(np.vstack([tree.tokens, positions, mask]))
+        packed = packed.to(self.target.device)
+        tokens, positions_ = packed[:2].long()
+        return self._forward(tokens, Visibility(self.length, positions_, packed[2:].bool()))
 
-    def _forward(
-        self,
-        token_ids: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        mask: NDArray[np.bool_],
-        *,
-        prefill: bool = False,
-    ) -> Tensor:
-        device = self.target.device
-        visibility = Visibility(
-            self.length,
-            torch.from_numpy(positions.astype(np.int64)).to(device),
-            torch.from_numpy(mask).to(device),
-            causal=prefill,
+    def _forward(self, tokens: Tensor, visibility: Visibility) -> Tensor:
+        """Logits of all tokens, or of the last where they are no tree."""
+        logits, self.outputs = self.target.forward(
+            tokens, visibility, self.cache, last_only=visibility.block is None
         )
-        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(device)
-        logits, self.outputs = self.target.forward(tokens, visibility, self.cache, prefill)
         return logits

@@ -125,8 +125,7 @@ class FeatureStore:
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text)] = torch.tensor(text.token_ids)
         positions = torch.arange(width, device=device)
-        lower = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        with looking(Visibility(0, positions, lower, causal=True)):
+        with looking(Visibility.whole(width, device)):
             output = self.target.model.get_decoder()(
                 input_ids=tokens.to(device),
                 position_ids=positions.expand(len(texts), -1),

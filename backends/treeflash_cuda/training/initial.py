@@ -230,11 +230,12 @@ def _scales(
             hooks.append(getattr(attention, name).register_forward_hook(keep(n, name)))
     for text in texts:
         tokens = torch.tensor(text, device=target.device)
-        positions = torch.arange(len(text), device=target.device)
-        lower = torch.ones(len(text), len(text), dtype=torch.bool, device=target.device).tril()
-        with looking(Visibility(0, positions, lower, causal=True)):
+        visibility = Visibility.whole(len(text), target.device)
+        with looking(visibility):
             target.model.get_decoder()(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False
+                input_ids=tokens[None],
+                position_ids=visibility.positions[None],
+                use_cache=False,
             )
     for hook in hooks:
         hook.remove()

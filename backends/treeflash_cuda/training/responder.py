@@ -144,13 +144,12 @@ class Responder:
                 tokens = np.zeros((len(part), width), np.int64)
                 for row, prompt in zip(tokens, prompts, strict=True):
                     row[: len(prompt)] = prompt
-                positions = torch.arange(width, device=device)
-                lower = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+                visibility = Visibility.whole(width, device)
                 # What follows a shorter prompt is written over before anything sees it.
                 self._forward(
                     torch.from_numpy(tokens).to(device),
-                    positions.expand(len(part), -1),
-                    Visibility(0, positions, lower, causal=True),
+                    visibility.positions.expand(len(part), -1),
+                    visibility,
                     cache,
                 )
         cache.admitted = None

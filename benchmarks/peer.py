@@ -1,0 +1,190 @@
+"""A system to compare with: its environment, and the process there that answers prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from ctypes.util import find_library
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORKERS = Path(__file__).parent / "peers"
+MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
+BASELINES = {"cuda": "transformers", "mlx": "mlx-lm"}
+"""By the backend of the same framework, the system whose `generate` the others are compared with"""
+
+
+class PeerError(Exception):
+    """Why a system or a method cannot run here, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What can be compared.
+
+    Attributes:
+        name: as the results give it.
+        backend: the backend of treeflash with the same framework.
+        worker: its script.
+        requirements: what its environment gets from the package index; none for this one.
+    """
+
+    name: str
+    backend: str
+    worker: str
+    requirements: tuple[str, ...] = ()
+
+
+SYSTEMS = (
+    System(
+        name="transformers",
+        backend="cuda",
+        worker="transformers_worker.py",
+        requirements=("transformers>=5.17", "torch>=2.7"),
+    ),
+    System(
+        name="dflash",
+        backend="cuda",
+        worker="dflash_worker.py",
+        requirements=("dflash[local]==0.1.0",),
+    ),
+    System(
+        name="flashspec",
+        backend="cuda",
+        worker="flashspec_worker.py",
+        requirements=("flashspec==0.3.1",),
+    ),
+    System(name="treeflash", backend="cuda", worker="treeflash_worker.py"),
+    System(
+        name="mlx-lm",
+        backend="mlx",
+        worker="mlx_lm_worker.py",
+        requirements=("mlx-lm>=0.31", MLX_ON_LINUX),
+    ),
+    System(
+        name="dflash-mlx",
+        backend="mlx",
+        worker="dflash_mlx_worker.py",
+        requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX),
+    ),
+    System(name="treeflash", backend="mlx", worker="treeflash_worker.py"),
+)
+
+
+def interpreter(system: System, environments: Path, install: bool) -> str:
+    """The Python that has a system; its environment is made where that is allowed.
+
+    Raises:
+        PeerError: it is not installed, or cannot be.
+    """
+    if not system.requirements:
+        return sys.executable
+    folder = environments / system.name
+    builder = venv.EnvBuilder(with_pip=True, clear=True)
+    python = str(builder.ensure_directories(folder).env_exe)
+    wanted, done = "\n".join(system.requirements), folder / "installed.txt"
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        return python
+    if not install:
+        raise PeerError(f"not installed in {folder}; leave --no-install out")
+    print(f"installing {system.name} into {folder}", file=sys.stderr)
+    builder.create(folder)
+    command = [python, "-m", "pip", "install", "--quiet", "--no-input", *system.requirements]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode != 0:
+        lines = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+        raise PeerError(f"pip install failed: {' '.join(lines[-1:]) or 'no output'}")
+    done.write_text(wanted, encoding="utf-8")
+    return python
+
+
+class Peer:
+    """A process that has loaded a system, and decodes one prompt after the other.
+
+    Attributes:
+        system: what runs.
+        about: what it loaded: methods, device, dtype, versions.
+    """
+
+    def __init__(
+        self, system: System, python: str, setup: dict[str, Any], threads: int, log: Path
+    ) -> None:
+        """Start the process and let it load.
+
+        Args:
+            system: what runs.
+            python: where.
+            setup: target, drafter and the like.
+            threads: for its arithmetic.
+            log: takes what it prints.
+
+        Raises:
+            PeerError: it cannot load.
+        """
+        self.system = system
+        self.log = log
+        with log.open("w", encoding="utf-8") as stderr:
+            self.process = subprocess.Popen(
+                [python, str(WORKERS / system.worker)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                encoding="utf-8",
+                env=os.environ | _variables(system, threads),
+            )
+        try:
+            self.about = self.ask(setup)
+        except PeerError:
+            self.close()
+            raise
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            PeerError: it failed, or the process ended.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self.process.wait()
+            last = self.log.read_text(encoding="utf-8", errors="replace").split("\n")[-2:-1]
+            raise PeerError(" ".join([f"its process ended with exit code {code}:", *last]))
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise PeerError(reply["error"])
+        return reply
+
+    def close(self) -> None:
+        """End the process."""
+        try:
+            self.process.communicate(timeout=10)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.process.kill()
+            self.process.wait()
+
+
+def _variables(system: System, threads: int) -> dict[str, str]:
+    """The environment variables of a process."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # all models are folders; nothing is to be looked up meanwhile
+    }
+    openblas = find_library("openblas")
+    if system.backend == "mlx" and sys.platform == "linux" and openblas:
+        # MLX's wheel has a slow matrix product there. With torch the two libraries can clash.
+        variables["LD_PRELOAD"] = openblas
+    return variables

@@ -1,0 +1,38 @@
+"""treeflash itself, with every method that the pair can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve import about, answer, serve
+
+import treeflash
+from treeflash.config import METHODS
+
+PACKAGES = {"cuda": ("treeflash", "torch", "transformers"), "mlx": ("treeflash", "mlx", "mlx-lm")}
+
+
+def load(setup: dict[str, Any]) -> tuple[dict, Any]:
+    """Load the pair."""
+    name, device = setup["backend"], None
+    if name == "cuda":
+        from torch_target import choose_device
+
+        device = str(choose_device(setup["device"]))
+    model = treeflash.load(
+        setup["target"], setup["drafter"], backend=name, device=device, dtype=setup["dtype"]
+    )
+    backend = model.backend
+    methods = [m for m in METHODS if backend.head is not None or not m.startswith("treeflash")]
+
+    def decode(prompt_ids: list[int], method: Any, budget: Any, max_tokens: int) -> dict:
+        options = {} if budget is None else {"budget": budget}
+        result = model.generate(prompt_ids, method=method, max_tokens=max_tokens, **options)
+        lengths = result.accepted_lengths
+        return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s)
+
+    return about(methods, backend.device, backend.dtype, PACKAGES[name]), decode
+
+
+if __name__ == "__main__":
+    serve(load)
