@@ -6,6 +6,7 @@ machine disturbs all of them. Ratios are to plain decoding (`ar`) of the same pr
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from statistics import median
@@ -13,8 +14,8 @@ from statistics import median
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
-from treeflash.command import add_model_options, guarded, load_model
-from treeflash.config import METHODS
+from treeflash.command import add_model_options, budget, guarded, head_vocab, load_model
+from treeflash.config import AUTO, METHODS, Budget
 from treeflash.errors import ConfigError
 from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel
@@ -29,25 +30,31 @@ def parser() -> Parser:
     options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
     options.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
-    options.add_argument("--budgets", default="16,64", help="of tree methods (16,64)")
+    options.add_argument("--budgets", default="16,64,auto", help="of tree methods (16,64,auto)")
+    options.add_argument(
+        "--head-vocab", type=head_vocab, metavar="full|N", help="tokens that the AR head scores"
+    )
     options.add_argument("--temperature", type=float, default=0.0)
     options.add_argument("--seed", type=int, default=0)
     add_model_options(options)
     return options
 
 
-def cases(methods: str, budgets: str) -> list[tuple[str, int]]:
+def cases(methods: str, budgets: str) -> list[tuple[str, Budget]]:
     """Pairs of method and budget, plain decoding first; chains have one budget, the largest."""
     names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
-        sizes = [int(size) for size in budgets.split(",")]
-    except ValueError:
-        raise ConfigError(f"--budgets takes numbers separated by commas, not {budgets}") from None
+        sizes = [budget(size) for size in budgets.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--budgets: {error}") from None
+    largest = max((size for size in sizes if size != AUTO), default=AUTO)
     trees = ("ddtree", "treeflash")
-    return [(name, size) for name in names for size in (sizes if name in trees else [max(sizes)])]
+    return [(name, size) for name in names for size in (sizes if name in trees else [largest])]
 
 
-def row(name: str, case: tuple[str, int], runs: list[Generation], plain: list[Generation]) -> dict:
+def row(
+    name: str, case: tuple[str, Budget], runs: list[Generation], plain: list[Generation]
+) -> dict:
     """One line of the table."""
     ratios = [run.tokens_per_s / base.tokens_per_s for run, base in zip(runs, plain, strict=True)]
     lengths = [length for run in runs for length in run.accepted_lengths]
@@ -65,14 +72,15 @@ def row(name: str, case: tuple[str, int], runs: list[Generation], plain: list[Ge
     }
 
 
-def measure(model: LanguageModel, args, chosen: list[tuple[str, int]]) -> list[dict]:
+def measure(model: LanguageModel, args, chosen: list[tuple[str, Budget]]) -> list[dict]:
     """The rows of all sets, and of their mean."""
 
-    def run(prompt: str, method: str, budget: int) -> Generation:
+    def run(prompt: str, method: str, budget: Budget) -> Generation:
         return model.generate(
             prompt,
             method=method,
             budget=budget,
+            head_vocab=args.head_vocab,
             max_tokens=args.max_tokens,
             temperature=args.temperature,
             seed=args.seed,
@@ -80,7 +88,7 @@ def measure(model: LanguageModel, args, chosen: list[tuple[str, int]]) -> list[d
 
     rows = []
     for path in args.prompts:
-        runs: dict[tuple[str, int], list[Generation]] = {case: [] for case in chosen}
+        runs: dict[tuple[str, Budget], list[Generation]] = {case: [] for case in chosen}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
             for case in chosen:
                 runs[case].append(run(prompt.turns[0], *case))
@@ -91,7 +99,7 @@ def measure(model: LanguageModel, args, chosen: list[tuple[str, int]]) -> list[d
     return rows + [mean_row(rows, case) for case in chosen]
 
 
-def mean_row(rows: list[dict], case: tuple[str, int]) -> dict:
+def mean_row(rows: list[dict], case: tuple[str, Budget]) -> dict:
     """The mean over sets."""
     budget = 1 if case[0] == "ar" else case[1]
     same = [r for r in rows if (r["method"], r["budget"]) == (case[0], budget)]

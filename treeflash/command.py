@@ -130,7 +130,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         "nodes of a draft tree, the root included, or auto: what is fastest here",
         DecodeConfig.budget,
-        type=_budget,
+        type=budget,
         metavar="N|auto",
     )
     add("--top-m", "previous tokens considered per depth", DecodeConfig.top_m, type=int)
@@ -143,7 +143,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--head-vocab",
         "tokens that the AR head scores: full, or the likeliest N",
-        type=_head_vocab,
+        type=head_vocab,
         metavar="full|N",
     )
     add(
@@ -203,7 +203,8 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
     )
 
 
-def _budget(text: str) -> int | str:
+def budget(text: str) -> int | str:
+    """What `--budget` says, for argparse."""
     if text == AUTO:
         return AUTO
     try:
@@ -212,7 +213,8 @@ def _budget(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
 
 
-def _head_vocab(text: str) -> int | None:
+def head_vocab(text: str) -> int | None:
+    """What `--head-vocab` says, for argparse."""
     if text == "full":
         return None
     if not text.isdecimal():

@@ -108,4 +108,5 @@ class Pace:
         for depth in range(1, len(factors)):
             accepted, expected = self.accepted.get(depth, 0.0), self.expected.get(depth, 0.0)
             factors[depth] = (accepted + DOUBT) / (expected + DOUBT)
-        return np.cumprod(factors)[depths]
+        corrections: NDArray[np.float64] = np.cumprod(factors)[depths]
+        return corrections
