@@ -108,5 +108,4 @@ class Pace:
         for depth in range(1, len(factors)):
             accepted, expected = self.accepted.get(depth, 0.0), self.expected.get(depth, 0.0)
             factors[depth] = (accepted + DOUBT) / (expected + DOUBT)
-        corrections: NDArray[np.float64] = np.cumprod(factors)[depths]
-        return corrections
+        return np.asarray(np.cumprod(factors)[depths], np.float64)
