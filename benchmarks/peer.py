@@ -84,15 +84,14 @@ def interpreter(system: System, environments: Path, install: bool) -> str:
     if not system.requirements:
         return sys.executable
     folder = environments / system.name
-    builder = venv.EnvBuilder(with_pip=True, clear=True)
-    python = str(builder.ensure_directories(folder).env_exe)
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     wanted, done = "\n".join(system.requirements), folder / "installed.txt"
     if done.is_file() and done.read_text(encoding="utf-8") == wanted:
         return python
     if not install:
         raise PeerError(f"not installed in {folder}; leave --no-install out")
     print(f"installing {system.name} into {folder}", file=sys.stderr)
-    builder.create(folder)
+    venv.create(folder, clear=True, with_pip=True)
     command = [python, "-m", "pip", "install", "--quiet", "--no-input", *system.requirements]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode != 0:

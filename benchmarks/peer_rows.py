@@ -80,7 +80,7 @@ def draw(found: Sequence[Record], caption: str, path: Path) -> None:
     bars = [row for row in found if row["set"] == last and row["ratio_to_generate"] is not None]
     bars.sort(key=lambda row: (row["backend"], row["ratio_to_generate"]), reverse=True)
     labels = [
-        " ".join(str(row[key]) for key in CASE[:3] if row[key] is not None) + f" ({row['dtype']})"
+        " ".join(str(row[key]) for key in CASE[:3] if row[key] is not None) + f", {row['backend']}"
         for row in bars
     ]
     colors = [f"C{list(BASELINES).index(row['backend'])}" for row in bars]
@@ -90,6 +90,7 @@ def draw(found: Sequence[Record], caption: str, path: Path) -> None:
     axis.bar_label(drawn, fmt="%.2f", padding=3)
     axis.set_yticks(range(len(bars)), labels)
     axis.invert_yaxis()
+    axis.margins(x=0.1)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set(title=f"Speed as a multiple of plain `generate`, {last}")
     axis.set_xlabel(caption, fontsize="small", wrap=True)

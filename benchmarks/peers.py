@@ -65,7 +65,9 @@ def parser() -> Parser:
     options.add_argument("--target", metavar="FOLDER_OR_ID", help="(SmolLM2-135M-Instruct)")
     options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(the published one)")
     options.add_argument(
-        "--assistant", metavar="FOLDER", help="a small model for methods that draft with one"
+        "--assistant",
+        metavar="FOLDER_OR_ID",
+        help="a small model with the target's tokenizer, for methods that draft with one",
     )
     options.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     options.add_argument("--device", help="of what runs on PyTorch (cuda where there is one)")
@@ -172,7 +174,7 @@ def report(race: Race, args: Namespace) -> None:
     if not found:
         raise ConfigError("nothing was measured; see why above")
     types = dict.fromkeys(f"{row['backend']} {row['dtype']}" for row in found)
-    where = ", ".join([*types, f"{args.threads} threads, {args.max_tokens} tokens a prompt"])
+    where = ", ".join([*types, f"threads: {args.threads}", f"{args.max_tokens} tokens a prompt"])
     show(f"peers, {where}", [cells(row) for row in found])
     systems = [
         {"system": peer.system.name, "backend": peer.system.backend}
@@ -182,16 +184,15 @@ def report(race: Race, args: Namespace) -> None:
     settings = {"threads": args.threads, "max_tokens": args.max_tokens, "systems": systems}
     write_json(args.json, "peers", settings | {"rows": found, "skipped": race.skipped})
     if args.plot:
-        versions = {name: v for system in systems for name, v in system["versions"].items()}
-        devices = dict.fromkeys(system["device"] for system in systems)
-        used = ", ".join(f"{name} {version}" for name, version in versions.items())
-        cpu, on = machine()["cpu"], ", ".join(devices)
-        draw(found, f"{cpu}, {args.threads} threads, on {on}; {used}", args.plot)
+        devices = ", ".join(dict.fromkeys(system["device"] for system in systems))
+        used = dict.fromkeys(" ".join(v) for system in systems for v in system["versions"].items())
+        hardware = f"{machine()['cpu']}, threads: {args.threads}, on {devices}"
+        draw(found, f"{hardware}; {', '.join(used)}", args.plot)
 
 
 def cells(row: Record) -> Record:
     """A row as the terminal shows it, where columns are dear."""
-    return {key: row[key] for key in ("system", "method", "budget", "set")} | {
+    return {key: row[key] for key in ("system", "method", "budget", "backend", "set")} | {
         "tokens/s": row["tokens_per_s"],
         "block": row["block_efficiency"],
         "ratio": row["ratio_to_generate"],
@@ -220,7 +221,7 @@ def main(argv=None) -> int:
             "target": str(target),
             "drafter": str(drafter),
             "dflash_drafter": folder,
-            "assistant": args.assistant,
+            "assistant": args.assistant and str(resolve_target(args.assistant)),
             "device": args.device,
             "stop_token_ids": sorted(tokenizer.stop_token_ids),
         }

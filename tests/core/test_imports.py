@@ -27,11 +27,13 @@ LAYERS = [
     "interfaces",
     "probe",
     "checkpoints",
+    "costs",
+    "pace",
     "decoding",
     "stats",
 ]
 # What a backend may import, beside its own modules.
-FOR_BACKENDS = {f"treeflash.{name}" for name in LAYERS[: LAYERS.index("decoding")]}
+FOR_BACKENDS = {f"treeflash.{name}" for name in LAYERS[: LAYERS.index("costs")]}
 # And what its modules for training may import.
 FOR_TRAINING = {f"treeflash.{name}" for name in ("train_config", "training", "model_card")}
 
