@@ -19,7 +19,7 @@ def load(setup):
 
     def decode(prompt_ids, method, budget, max_tokens):
         print("libraries print")
-        os.write(1, b"and so does C")
+        os.write(1, b"and so does C\\n")
         if method == "fails":
             raise RuntimeError("cannot do that")
         if method == "dies":
@@ -112,7 +112,6 @@ def test_no_ratio_without_generate(module):
 def test_race(module, start):
     race = module("race").Race()
     race.enter(start(), [16])
-    race.warm_up([5, 6, 7], 2)
     race.run("a", 0, [5, 6, 7], 2)
     assert [case.method for case in race.cases] == ["generate"]
     (found,) = race.records
@@ -123,6 +122,15 @@ def test_race(module, start):
         "fails": "RuntimeError: cannot do that",
         "dies": "its process ended with exit code 1: out of luck",
     }
+
+
+def test_what_warms_up_does_not_count(module, start):
+    race = module("race").Race()
+    race.enter(start(), [16])
+    race.cases = race.cases[:1]
+    race.warm_up([5, 6, 7], 2)
+    assert len(race.cases) == 1
+    assert not race.records
 
 
 def test_reason_of_a_failed_load(module, start):
