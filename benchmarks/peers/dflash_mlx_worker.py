@@ -1,4 +1,4 @@
-"""dflash-mlx: DFlash for Apple's MLX."""
+"""dflash-mlx: DFlash for MLX, with its own defaults, which copy from the prompt too."""
 
 from __future__ import annotations
 
