@@ -4,8 +4,8 @@
 
 Nothing is downloaded: a checkpoint of random weights is written to a temporary folder and loaded
 as any other is. The drafter has the published shape: 5 layers, a block of 16, M = K = 16, and an
-AR head as wide inside as the target's MLP. Random weights change no time but one: hardly a draft is
-accepted, so that the speed of whole texts is not to be had from them.
+AR head as wide inside as the target's MLP. Hardly a draft is accepted, so that the parts of an
+iteration are measured, not the speed of texts.
 
 - `verify`: one target forward over a tree, by nodes and committed positions. `of_limit` is the time
   that reading the weights, keys and values once would take at the bandwidth of a large copy, which
@@ -134,6 +134,8 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
     for name, size in shapes.items():
         tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))
         tensors[name] = (tensor.fill_(1) if len(size) == 1 else tensor.normal_(std=0.02)).cpu()
+    # As training begins: a head of random weights would leave most nodes without children.
+    tensors["ar_approximation.d.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -214,12 +216,12 @@ def iteration_rows(backend: Any, context: int, repeats: int) -> list[dict]:
         most = (1 + WARM_UP + repeats) * BLOCK_SIZE
         config = DecodeConfig(method=method, budget=budget, max_tokens=most)
         steps = islice(decode(backend, prompt, config), 1 + WARM_UP, 1 + WARM_UP + repeats)
-        seconds = [step.seconds for step in steps]
+        seconds, sizes = zip(*((s.seconds, len(s.tree)) for s in steps), strict=True)
         split = {
             f"{phase}_ms": 1000 * median(s.get(phase, 0.0) for s in seconds) for phase in PHASES[1:]
         }
         total_ms = 1000 * median(sum(s.values()) for s in seconds)
-        row = {"method": method, "budget": budget, "context": len(prompt)}
+        row = {"method": method, "budget": budget, "context": len(prompt), "nodes": median(sizes)}
         rows.append(row | split | {"iteration_ms": total_ms})
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -174,7 +175,9 @@ def _publish(
 
 
 def _print(found: Sequence[Table]) -> None:
-    console = Console(highlight=False)
+    # Not on standard output itself: where its reader goes away, rich ends the program with code 1.
+    text = io.StringIO()
+    console = Console(file=text, highlight=False)
     for table in found:
         shown = RichTable(
             title=table.title, caption=table.note, box=box.SIMPLE, padding=(0, 1, 0, 0)
@@ -184,10 +187,8 @@ def _print(found: Sequence[Table]) -> None:
             shown.add_column(name, min_width=max(map(len, cells)))
         for row in table.rows:
             shown.add_row(*row)
-        # Printing it directly would end with exit code 1 where a reader goes away.
-        with console.capture() as text:
-            console.print(shown)
-        print(text.get(), end="")
+        console.print(shown)
+    print(text.getvalue(), end="")
 
 
 if __name__ == "__main__":
