@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, Options
 from treeflash.prompt import Message, Prompt
-from treeflash.prompt_file import Row
+from treeflash.prompt_file import Row, written_lines
 from treeflash.stats import mean
 
 Record: TypeAlias = dict[str, Any]
@@ -50,11 +50,7 @@ class Batch:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        try:
-            output.touch()
-            lines = output.read_bytes().splitlines(keepends=True)
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+        lines = written_lines(output)
         batch = cls(rows, output)
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n") and line[: len(LINE_START)] == LINE_START[: len(line)]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.prompt_file import Row
+from treeflash.prompt_file import Row, written_lines
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
 
@@ -78,11 +78,7 @@ class Distillation:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        try:
-            output.touch()
-            lines = output.read_bytes().splitlines(keepends=True)
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+        lines = written_lines(output)
         distillation = cls(rows, output)
         for number, line in enumerate(lines, 1):
             if number == len(lines) and not line.endswith(b"\n"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treeflash.errors import PromptError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.prompt import Message, check_messages
 
 
@@ -66,6 +66,19 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def written_lines(output: Path) -> list[bytes]:
+    """What an earlier run left in an output file, with line ends; the file is made if need be.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        output.touch()
+        return output.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def _row(value: Any) -> Row:

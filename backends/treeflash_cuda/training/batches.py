@@ -39,10 +39,6 @@ class Plan:
         epoch, index = divmod(forward, an_epoch)
         return self._epoch(epoch)[index]
 
-    def epoch(self, forward: int) -> int:
-        """Which epoch a forward is of."""
-        return forward // max(1, len(self.lengths) // self.batch)
-
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """(forwards, batch): shuffled texts, similar lengths together."""
         random = np.random.default_rng((self.seed, epoch))

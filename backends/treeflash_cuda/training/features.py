@@ -64,10 +64,6 @@ class FeatureStore:
         self.folder = folder
         self.max_bytes = max_bytes
 
-    def __getitem__(self, number: int) -> TextFeatures:
-        """The features of a text."""
-        return self.get([number])[0]
-
     def get(self, numbers: Sequence[int]) -> list[TextFeatures]:
         """The features of some texts, those that are not kept computed together."""
         found = {n: self._read(n) for n in numbers}
