@@ -22,6 +22,7 @@ from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
 from treeflash_cuda.head import HEADS, ARHead
+from treeflash_cuda.linear import pack_linears
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -70,24 +71,27 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         raise ConfigError(
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
-    model = load_target(target, config)
+    model = load_target(target, config, pack=True)
     if drafter is None:
         return CudaBackend(model, None, None)
     drafter_model, head = load_drafter(drafter, model)
+    pack_linears(drafter_model)
+    if head is not None:
+        pack_linears(head.correction)
     model.capture(drafter_model.config.target_layer_ids)
     backend = CudaBackend(model, drafter_model, head)
     check_trees(backend)
     return backend
 
 
-def load_target(folder: Path, config: LoadConfig) -> Target:
-    """A target, checked to compute attention as this backend does; raises what `Loader` does."""
+def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
+    """A target that runs draft trees; see `Target.prepare`. Raises what `Loader` does."""
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model = Target(folder, device, dtype)
-    model.check_attention()
+    model.prepare(pack=pack)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, top
+from treeflash_cuda.linear import PairLinear
 from treeflash_cuda.target import Target
 
 NORM_EPS = 1e-6
@@ -26,7 +27,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.norm = RMSNorm(h, NORM_EPS)
-        self.ug = nn.Linear(2 * h, 2 * inner_size)
+        self.ug = PairLinear(h, 2 * inner_size, bias=True)
         self.d = nn.Linear(inner_size, h, bias=False)
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
@@ -36,10 +37,7 @@ class SwiGLU(nn.Module):
             embedded: (..., M, hidden_size) embeddings of previous tokens.
             normed: (..., hidden_size) u = norm(h), one for M previous tokens.
         """
-        # ug of a concatenation is a sum; the part of the hidden state is shared by M tokens.
-        of_token, of_hidden = self.ug.weight.chunk(2, 1)
-        shared = F.linear(normed, of_hidden, self.ug.bias)
-        up, gate = (F.linear(self.norm(embedded), of_token) + shared[..., None, :]).chunk(2, -1)
+        up, gate = self.ug(self.norm(embedded), normed).chunk(2, -1)
         return self.d(up * F.silu(gate))
 
 
@@ -53,12 +51,11 @@ class Linear(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.norm = RMSNorm(h, NORM_EPS)
-        self.d = nn.Linear(2 * h, h, bias=False)
+        self.d = PairLinear(h, h, bias=False)
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
         """See `SwiGLU.forward`."""
-        of_token, of_hidden = self.d.weight.chunk(2, 1)
-        return F.linear(self.norm(embedded), of_token) + F.linear(normed, of_hidden)[..., None, :]
+        return self.d(self.norm(embedded), normed)
 
 
 HEADS = {head.name: head for head in (SwiGLU, Linear)}

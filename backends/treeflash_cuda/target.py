@@ -19,6 +19,7 @@ from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
+from treeflash_cuda.linear import pack_linears
 
 CHECKED_TOKENS = 16
 # Other kernels round otherwise, and in half precision may route a token to other experts.
@@ -32,6 +33,7 @@ class Target:
     Attributes:
         embeddings: (vocab, hidden_size) the raw input table.
         output: the output head, hidden_size to vocab.
+        output_weight: (vocab, hidden_size) of it.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -51,14 +53,18 @@ class Target:
         self.layers = decoder_layers(self.model)
         self.embeddings: Tensor = self.model.get_input_embeddings().weight
         self.output: nn.Module = self.model.get_output_embeddings()
+        self.output_weight: Tensor = self.output.weight
         self.vocab_size = len(self.embeddings)
         # transformers 5.24 renames the argument, and warns of the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, Tensor] = {}
 
-    def check_attention(self) -> None:
-        """Compare a short text with what the model computes by its own attention.
+    def prepare(self, *, pack: bool) -> None:
+        """Take over attention, and check on a short text that the model computes what it did.
+
+        Args:
+            pack: for inference alone: lay the weights out for the device; no gradient flows then.
 
         Raises:
             UnsupportedModelError: they differ; the model does more than it asks attention for.
@@ -66,10 +72,12 @@ class Target:
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         visibility = Visibility.whole(len(tokens), self.device)
         with torch.inference_mode():
-            mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
-            self.model.set_attn_implementation("eager")
             theirs = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
             self.model.set_attn_implementation(NAME)
+            if pack:
+                pack_linears(self.model)
+                self.output = self.model.get_output_embeddings()
+            mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
         difference = float((mine - theirs).float().std() / theirs.float().std())
         if difference > LOOSER * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
             raise UnsupportedModelError(
@@ -92,7 +100,7 @@ class Target:
     def output_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
         bias = getattr(self.output, "bias", None)
-        return F.linear(hidden, self.output.weight[tokens], None if bias is None else bias[tokens])
+        return F.linear(hidden, self.output_weight[tokens], None if bias is None else bias[tokens])
 
     def new_cache(self) -> TargetCache:
         """An empty cache for a text."""
@@ -176,7 +184,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | Non
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=NAME,
+            attn_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
         )

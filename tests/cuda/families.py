@@ -94,7 +94,7 @@ def attempt(name: str) -> tuple[str, str]:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
             target = Target(Path(folder), torch.device("cpu"), torch.float32)
-            target.check_attention()
+            target.prepare(pack=True)
             backend = CudaBackend(target, None, None)
             error = tree_difference(backend, np.random.default_rng(0), PREFIX)
             error = max(error, difference(backend, expected))

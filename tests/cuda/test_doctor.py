@@ -188,7 +188,7 @@ def test_command_line(target, trained, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def default_target(smollm2):
-    return load_target(smollm2, LoadConfig(device="cpu", dtype="float32"))
+    return load_target(smollm2, LoadConfig(device="cpu", dtype="float32"), pack=True)
 
 
 @pytest.fixture

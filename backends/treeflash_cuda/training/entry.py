@@ -17,7 +17,7 @@ from treeflash_cuda.training.responder import Responder
 
 def responder(target: Path, config: LoadConfig) -> Responder:
     """See `Trainer.responder`."""
-    return Responder(load_target(target, config))
+    return Responder(load_target(target, config, pack=True))
 
 
 def train(

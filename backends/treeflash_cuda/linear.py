@@ -1,0 +1,92 @@
+"""Linear layers: of two vectors, and with weights that lie as the CPU's kernels read them.
+
+For the few rows of a draft tree a product takes as long as reading the weights. Given row by row,
+as checkpoints have them, they are rearranged in every call, which takes as long again and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ONEDNN: Any = torch.ops.mkldnn  # what torch.compile uses for frozen weights
+SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
+    torch.float32: lambda: True,
+    torch.bfloat16: ONEDNN._is_mkldnn_bf16_supported,
+    torch.float16: ONEDNN._is_mkldnn_fp16_supported,
+}
+
+
+class PairLinear(nn.Linear):
+    """A linear layer of a vector and another that is shared by many of the first kind."""
+
+    def __init__(self, size: int, out: int, bias: bool) -> None:
+        """Make it; both vectors have `size` elements."""
+        super().__init__(2 * size, out, bias)
+
+    def forward(self, own: Tensor, shared: Tensor) -> Tensor:
+        """(..., m, out) from (..., m, size) and (..., size)."""
+        # The product with a concatenation is a sum.
+        of_own, of_shared = self.weight.chunk(2, 1)
+        return F.linear(own, of_own) + F.linear(shared, of_shared, self.bias)[..., None, :]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference: no gradient flows through it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Rearrange (out, in) weights."""
+        super().__init__()
+        # Models ask weights for their type, device and shape: one number stands for all of them.
+        stand_in = weight.new_full((), torch.nan).expand(weight.shape)
+        self.weight = nn.Parameter(stand_in, requires_grad=False)
+        self.packed = ONEDNN._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        y: Tensor = ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
+class PackedPairLinear(nn.Module):
+    """The same as `PairLinear`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Rearrange (out, 2 * size) weights."""
+        super().__init__()
+        of_own, of_shared = weight.chunk(2, 1)
+        self.of_own, self.of_shared = PackedLinear(of_own, None), PackedLinear(of_shared, bias)
+
+    def forward(self, own: Tensor, shared: Tensor) -> Tensor:
+        """See `PairLinear.forward`."""
+        y: Tensor = self.of_own(own) + self.of_shared(shared)[..., None, :]
+        return y
+
+
+PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
+    nn.Linear: PackedLinear,
+    PairLinear: PackedPairLinear,
+}
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Pack the linear layers inside, where there is a kernel; the module is for inference then."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in PACKED and can_pack(child.weight):
+                setattr(parent, name, PACKED[type(child)](child.weight, child.bias))
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this machine has a kernel for packed weights of the kind."""
+    return (
+        weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and weight.dtype in SUPPORTED
+        and SUPPORTED[weight.dtype]()
+    )
