@@ -143,6 +143,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--head-vocab",
         "tokens that the AR head scores: full, or the likeliest N",
+        DecodeConfig.head_vocab,
         type=head_vocab,
         metavar="full|N",
     )

@@ -55,7 +55,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How one text is decoded. The defaults are the published ones (TreeFlash, section 4).
+    """How one text is decoded.
+
+    The defaults of `top_m`, `top_k_children` and `draft_temperature` are the published ones
+    (TreeFlash, section 4); `budget` and `head_vocab`, published as 64 and all, were measured
+    (docs/performance.md).
 
     Attributes:
         method: `ar` decodes plainly; `dflash` verifies the chain of the drafter's best tokens;
@@ -73,10 +77,10 @@ class DecodeConfig:
     """
 
     method: Method = "treeflash"
-    budget: Budget = 64
+    budget: Budget = AUTO
     top_m: int = 16
     top_k_children: int = 16
-    head_vocab: int | None = None
+    head_vocab: int | None = 1024
     draft_temperature: float = 1.0
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()

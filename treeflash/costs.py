@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 import time
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +15,15 @@ from treeflash.config import SamplingConfig
 from treeflash.interfaces import Backend
 from treeflash.tree import DraftTree
 
-SIZES = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64)
-"""Trees that are timed and chosen from; hardware has steps, and some are known to lie here."""
-REPEATS = 3
+TIMED = (1, 2, 5, 8, 16, 32, 64, 128, 256)
+"""Trees that are timed; hardware has steps, and some are known to end at 5, 8, 16 and 32."""
+SIZES = tuple(sorted({*TIMED, 3, 4, 12, 24, 48, 96, 192}))
+"""Trees that are chosen from; the time of those between is read off a straight line."""
+DEAREST = 4.0
+"""Plain forwards; a size that costs more is not looked at, nor are larger ones."""
+ROUNDS = 2, 8
+ENOUGH_S = 0.3
+"""At least so many rounds, and more until so much time has passed, at most so many."""
 PROMPT_TOKENS = 16
 MEMORY = 0.1
 """Weight of the newest measurement among those of its size."""
@@ -22,28 +31,65 @@ MEMORY = 0.1
 
 @dataclass
 class VerifyCosts:
-    """Seconds of a forward over trees of `SIZES` nodes; follows what is measured later.
+    """Seconds of a forward over trees of some of `SIZES` nodes; follows what is measured later.
 
     Attributes:
-        seconds: by size.
+        seconds: by size, 1 among them.
     """
 
     seconds: dict[int, float]
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
-        """Time the backend's target on bushy trees of arbitrary tokens, after a warm-up."""
+        """Time the backend's target on bushy trees of arbitrary tokens."""
         verifier = backend.verifier(features=False)
         greedy = SamplingConfig()
         verifier.prefill(list(range(min(PROMPT_TOKENS, backend.vocab_size))), greedy, None)
-        seconds: dict[int, list[float]] = {size: [] for size in SIZES}
-        for repeat in range(REPEATS + 1):
-            for size, times in seconds.items():
-                started = time.perf_counter()
+        best: dict[int, float] = {}
+        started = time.perf_counter()
+        for number in range(ROUNDS[1]):
+            if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
+                break
+            for size in [size for size in TIMED if number == 0 or size in best]:
+                before = time.perf_counter()
                 verifier.verify(_bush(size), greedy, None)
-                if repeat:  # the first of each size also compiles and allocates
-                    times.append(time.perf_counter() - started)
-        return cls({size: median(times) for size, times in seconds.items()})
+                seconds = time.perf_counter() - before
+                # The first forwards also compile and allocate: the best counts.
+                best[size] = min(best.get(size, seconds), seconds)
+                if number == 0 and seconds > DEAREST * best[1]:
+                    break
+        sizes = [size for size in SIZES if size <= max(best)]
+        line = np.interp(sizes, list(best), list(best.values())).tolist()
+        pairs = zip(sizes, line, strict=True)
+        return cls({size: seconds for size, seconds in pairs if seconds <= DEAREST * best[1]})
+
+    @classmethod
+    def remembered(cls, backend: Backend, target: Path, folder: Path) -> VerifyCosts:
+        """Those measured earlier for the same target, device and type, else measure them now.
+
+        Args:
+            backend: with the target.
+            target: its folder.
+            folder: where files of measurements are kept; that none can be is no error.
+        """
+        weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
+        key = [backend.name, backend.device, backend.dtype, platform.node(), platform.processor()]
+        digest = hashlib.sha256(json.dumps([*key, weights, TIMED]).encode())
+        digest.update((target / "config.json").read_bytes())
+        file = folder / f"{digest.hexdigest()[:16]}.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return cls({int(size): float(seconds) for size, seconds in found.items()})
+        except (OSError, ValueError, AttributeError):
+            costs = cls.measure(backend)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{time.monotonic_ns()}")
+            scratch.write_text(json.dumps(costs.seconds), encoding="utf-8")
+            scratch.replace(file)
+        except OSError:
+            pass  # a read-only home: the next process measures again
+        return costs
 
     def observe(self, nodes: int, seconds: float) -> None:
         """Take in a forward of a decoded text: contexts grow, and machines change their speed."""

@@ -15,7 +15,7 @@ from treeflash.config import AUTO, DecodeConfig
 from treeflash.costs import VerifyCosts
 from treeflash.errors import ConfigError, PromptError
 from treeflash.interfaces import Backend, Block, Drafter
-from treeflash.pace import LARGEST, Pace
+from treeflash.pace import Pace
 from treeflash.sampling import uniforms
 from treeflash.transitions import TransitionTable
 from treeflash.tree import DraftTree, build_chain, build_tree
@@ -125,9 +125,11 @@ def _steps(
             table = propose(backend, drafter, drafter.draft(features, root), config)
             clock.mark("draft")
             build = build_chain if config.drafts_chain else build_tree
-            tree = build(table, root, LARGEST if config.budget == AUTO else config.budget)
-            if pace is not None:
-                tree = pace.cut(tree)
+            if config.budget != AUTO:
+                tree = build(table, root, config.budget)
+            else:
+                assert pace is not None
+                tree = pace.cut(build(table, root, pace.largest))
             clock.mark("tree")
         draws = _draws(config, tree.positions(verifier.length + 1))
         chosen = verifier.verify(tree, sampling, draws)

@@ -12,7 +12,7 @@ from treeflash.costs import VerifyCosts
 from treeflash.errors import BackendError, ConfigError
 from treeflash.generation import Generation
 from treeflash.interfaces import Backend
-from treeflash.models import resolve_drafter, resolve_target
+from treeflash.models import cache_folder, resolve_drafter, resolve_target
 from treeflash.pace import Pace
 from treeflash.prompt import Prompt, encode
 from treeflash.registry import best, loader
@@ -63,11 +63,13 @@ class LanguageModel:
     Attributes:
         backend: the loaded pair.
         tokenizer: of the target.
+        folder: of the target; None where it came from elsewhere.
         paces: by method, what the budget `auto` has learned so far.
     """
 
     backend: Backend
     tokenizer: Tokenizer
+    folder: Path | None = None
     paces: dict[Method, Pace] = field(default_factory=dict, compare=False, repr=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
@@ -114,9 +116,13 @@ class LanguageModel:
             return None
         if config.method not in self.paces:
             known = next(iter(self.paces.values()), None)
-            costs = known.costs if known else VerifyCosts.measure(self.backend)
-            self.paces[config.method] = Pace(costs)
+            self.paces[config.method] = Pace(known.costs if known else self._costs())
         return self.paces[config.method]
+
+    def _costs(self) -> VerifyCosts:
+        if self.folder is None:
+            return VerifyCosts.measure(self.backend)
+        return VerifyCosts.remembered(self.backend, self.folder, cache_folder() / "costs")
 
     def decode_config(self, options: Options) -> DecodeConfig:
         """How these options decode with this pair.
@@ -182,7 +188,7 @@ def load(
             raise
         # The user named nothing, so it has to work on this machine, accelerator or not.
         pair = load_pair(target_folder, drafter_folder, replace(config, device="cpu"))
-    return LanguageModel(pair, tokenizer)
+    return LanguageModel(pair, tokenizer, target_folder)
 
 
 def parse_options(options: Options) -> DecodeConfig:

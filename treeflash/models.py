@@ -142,8 +142,13 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
     )
 
 
+def cache_folder() -> Path:
+    """Where treeflash keeps what it need not make again."""
+    return Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash")).expanduser()
+
+
 def _default_target() -> Path:
-    cache = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash")).expanduser()
+    cache = cache_folder()
     folder = cache / DEFAULT_TARGET.rpartition("/")[2]
     if _is_complete(folder):
         return folder

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.costs import SIZES, VerifyCosts
+from treeflash.costs import VerifyCosts
 from treeflash.tree import DraftTree
 
-LARGEST = SIZES[-1]
-"""Nodes that a tree is built with before it is cut."""
 MEMORY = 0.1
 """Weight of the newest iteration in what is learned."""
 DOUBT = 2.0
@@ -55,6 +53,11 @@ class Pace:
     rest: int = 0
     next_rest: int = FIRST_REST
 
+    @property
+    def largest(self) -> int:
+        """Nodes that a tree is built with before it is cut."""
+        return max(self.costs.seconds)
+
     def drafts(self) -> bool:
         """Whether the coming iteration should draft."""
         self.rest -= self.rest > 0
@@ -67,7 +70,7 @@ class Pace:
         rate = 1 / self.costs.seconds[1]  # of plain decoding, which is always possible
         if self.seconds:
             rate = max(rate, self.tokens / self.seconds)
-        sizes = [size for size in SIZES if size <= len(tree)]
+        sizes = [size for size in self.costs.seconds if size <= len(tree)]
         worth = [expected[size - 1] - rate * self.costs.seconds[size] for size in sizes]
         return tree.first(sizes[int(np.argmax(worth))])
 

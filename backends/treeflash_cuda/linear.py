@@ -6,7 +6,7 @@ as checkpoints have them, they are rearranged in every call, which takes as long
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Rearrange (out, in) weights."""
         super().__init__()
-        # Models ask weights for their type, device and shape: one number stands for all of them.
-        stand_in = weight.new_full((), torch.nan).expand(weight.shape)
-        self.weight = nn.Parameter(stand_in, requires_grad=False)
+        self.weight = stand_in(weight)
         self.packed = ONEDNN._reorder_linear_weight(weight.detach().contiguous())
         self.bias = None if bias is None else bias.detach()
 
@@ -68,6 +66,46 @@ class PackedPairLinear(nn.Module):
         return y
 
 
+class Joined:
+    """Packed layers that read the same input, computed in one product when the first is asked."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        """Join layers of the same input size."""
+        biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
+        bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
+        self.sizes = [len(x.weight) for x in linears]
+        self.product = PackedLinear(torch.cat([x.weight for x in linears]), bias)
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def output(self, part: int, x: Tensor) -> Tensor:
+        """What one of the layers makes of x."""
+        if x is not self.input or part not in self.outputs:
+            self.input = x
+            self.outputs = dict(enumerate(self.product(x).split(self.sizes, -1)))
+        y = self.outputs.pop(part)
+        if not self.outputs:
+            self.input = None
+        return y
+
+
+class JoinedLinear(nn.Module):
+    """One of several joined layers, in its place."""
+
+    def __init__(self, joined: Joined, part: int, linear: nn.Linear) -> None:
+        """Stand for a layer."""
+        super().__init__()
+        self.joined = joined
+        self.part = part
+        self.weight = stand_in(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return self.joined.output(self.part, x)
+
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same vector, by the names that most models give them."""
 PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
     nn.Linear: PackedLinear,
     PairLinear: PackedPairLinear,
@@ -80,6 +118,22 @@ def pack_linears(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) in PACKED and can_pack(child.weight):
                 setattr(parent, name, PACKED[type(child)](child.weight, child.bias))
+
+
+def join_linears(module: nn.Module) -> None:
+    """Join the layers inside that read the same vector, likewise."""
+    for parent in list(module.modules()):
+        for names in JOINED:
+            linears = [getattr(parent, name, None) for name in names]
+            if all(type(x) is nn.Linear and can_pack(x.weight) for x in linears):
+                joined = Joined(linears)
+                for part, name in enumerate(names):
+                    setattr(parent, name, JoinedLinear(joined, part, linears[part]))
+
+
+def stand_in(weight: Tensor) -> nn.Parameter:
+    """One number for all: models ask weights for their type, device and shape."""
+    return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
 def can_pack(weight: Tensor) -> bool:

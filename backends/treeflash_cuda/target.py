@@ -19,7 +19,7 @@ from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
-from treeflash_cuda.linear import pack_linears
+from treeflash_cuda.linear import join_linears, pack_linears
 
 CHECKED_TOKENS = 16
 # Other kernels round otherwise, and in half precision may route a token to other experts.
@@ -75,6 +75,7 @@ class Target:
             theirs = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
             self.model.set_attn_implementation(NAME)
             if pack:
+                join_linears(self.model)
                 pack_linears(self.model)
                 self.output = self.model.get_output_embeddings()
             mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from treeflash import command
+from treeflash.config import METHODS
+from treeflash.costs import SIZES, VerifyCosts
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
+from treeflash.pace import Pace
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.testing.tokenizer import END, SPECIAL, save_tokenizer
 from treeflash.text import Tokenizer
@@ -115,7 +118,9 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
 
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
-        return LanguageModel(ScriptedBackend(scripts, **settings), byte_tokenizer)
+        # Measuring costs would take texts; here every size costs the same.
+        paces = {method: Pace(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for method in METHODS}
+        return LanguageModel(ScriptedBackend(scripts, **settings), byte_tokenizer, paces=paces)
 
     return make
 

@@ -136,7 +136,7 @@ def test_other_settings_do_not_go_into_the_same_file(run, files, scripted):
     before = files[1].read_bytes()
     code, err = run(scripted(*ANSWERS), "--budget", "8")
     assert (code, err.count("\n")) == (2, 1)
-    assert "budget 64, not 8" in err
+    assert "budget auto, not 8" in err
     assert files[1].read_bytes() == before
 
 

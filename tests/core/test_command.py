@@ -154,7 +154,7 @@ def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, 
 
 def test_help_names_the_defaults(parser):
     text = " ".join(parser.format_help().split())
-    for default in ("(default: 64)", "(default: 16)", "(default: 256)", "SmolLM2-135M-Instruct"):
+    for default in ("(default: auto)", "(default: 16)", "(default: 256)", "SmolLM2-135M-Instruct"):
         assert default in text
 
 

@@ -103,10 +103,10 @@ def test_replacing_checks_again() -> None:
         replace(DecodeConfig(), budget=-3)
 
 
-def test_published_defaults() -> None:
+def test_defaults() -> None:
     config = DecodeConfig()
     assert config.method == "treeflash"
-    assert (config.budget, config.top_m, config.top_k_children) == (64, 16, 16)
+    assert (config.budget, config.top_m, config.top_k_children) == ("auto", 16, 16)
     assert config.draft_temperature == 1
     assert config.sampling == SamplingConfig()
     assert config.sampling.greedy

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from treeflash import costs as costs_module
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.costs import SIZES, VerifyCosts
 from treeflash.decoding import decode
@@ -64,7 +65,7 @@ def test_a_staircase_is_climbed_to_its_edges():
 
 
 def test_small_trees_stay_whole():
-    assert len(Pace(costs(0.0)).cut(chain(0.9, 0.9))) == 2
+    assert len(Pace(costs(0.0)).cut(chain(0.9, 0.9))) == 3
     assert len(Pace(costs(0.0)).cut(DraftTree.root_only(3))) == 1
 
 
@@ -125,10 +126,73 @@ def backend(tiny_pair):
     return load(*tiny_pair, LoadConfig())
 
 
-def test_costs_are_measured_on_the_target(backend):
-    found = VerifyCosts.measure(backend)
-    assert found.seconds.keys() == set(SIZES)
-    assert all(seconds > 0 for seconds in found.seconds.values())
+class Timed:
+    """A target whose forward takes a given time, by a clock that it moves itself."""
+
+    name, device, dtype, vocab_size = "timed", "cpu", "float32", 100
+
+    def __init__(self, monkeypatch, seconds):
+        self.seconds = seconds
+        self.now = 0.0
+        self.verified = []
+        monkeypatch.setattr(costs_module.time, "perf_counter", lambda: self.now)
+
+    def verifier(self, *, features):
+        return self
+
+    def prefill(self, token_ids, sampling, uniforms):
+        pass
+
+    def verify(self, tree, sampling, uniforms):
+        first = len(tree) not in self.verified
+        self.verified.append(len(tree))
+        self.now += self.seconds(len(tree)) * (1.5 if first else 1)
+
+
+def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
+    found = VerifyCosts.measure(timed).seconds
+    assert found.keys() == set(SIZES)
+    assert found[8] == pytest.approx(0.001)
+    assert found[12] == pytest.approx(0.0015)
+    assert found[256] == pytest.approx(0.002)
+
+
+def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
+    found = VerifyCosts.measure(timed).seconds
+    assert set(found) == {1, 2, 3, 4}
+    assert timed.verified.count(1) == timed.verified.count(2) == 2
+    assert max(timed.verified) == 5
+
+
+def test_costs_are_measured_on_a_target(backend):
+    found = VerifyCosts.measure(backend).seconds
+    assert found[1] > 0
+    assert set(found) <= set(SIZES)
+
+
+def test_costs_are_remembered_by_target_and_type(monkeypatch, tiny_pair, tmp_path):
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    first = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    timed.seconds = lambda nodes: 0.02
+    again = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    assert again == first
+    timed.dtype = "bfloat16"
+    other = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    assert other.seconds[1] == pytest.approx(0.02)
+    for file in (tmp_path / "costs").iterdir():
+        file.write_text("torn", encoding="utf-8")
+    timed.dtype = "float32"
+    mended = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    assert mended.seconds[1] == pytest.approx(0.02)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, tiny_pair, tmp_path):
+    (tmp_path / "costs").write_text("a file", encoding="utf-8")
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    found = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    assert found.seconds[1] == pytest.approx(0.01)
 
 
 def test_a_text_without_pace_measures_its_own(backend):

@@ -39,7 +39,9 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """See `Trainer.train`."""
     accelerator = make_accelerator(config, load)
-    model = load_target(target, replace(load, device=load.device or str(accelerator.device)), pack=False)
+    model = load_target(
+        target, replace(load, device=load.device or str(accelerator.device)), pack=False
+    )
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
     held_out, texts = split(usable(responses, config, model), config)

@@ -1,0 +1,121 @@
+"""Linear layers laid out for the CPU's kernels give what the plain ones give."""
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from treeflash_cuda.linear import (  # noqa: E402
+    JoinedLinear,
+    PackedLinear,
+    PairLinear,
+    can_pack,
+    join_linears,
+    pack_linears,
+)
+
+SHAPES = [(24,), (3, 24), (2, 3, 24), (0, 24), (70, 24)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Attention(nn.Module):
+    """Projections by the names that models give them."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(24, 40, bias)
+        self.k_proj = nn.Linear(24, 8, bias)
+        self.v_proj = nn.Linear(24, 16, bias=False)
+        self.o_proj = nn.Linear(40, 24, bias)
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return Attention(bias=True)
+
+
+def close(mine, theirs):
+    torch.testing.assert_close(
+        mine, theirs, atol=2e-2 if mine.dtype != torch.float32 else 1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_packed_equals_plain(dtype, bias):
+    linear = nn.Linear(24, 40, bias).to(dtype)
+    module = nn.Sequential(linear)
+    pack_linears(module)
+    assert isinstance(module[0], PackedLinear) == can_pack(linear.weight)
+    for shape in SHAPES:
+        x = torch.randn(shape).to(dtype)
+        close(module(x), linear(x))
+    strided = torch.randn(5, 48).to(dtype)[:, ::2]
+    close(module(strided), linear(strided))
+
+
+@torch.inference_mode()
+def test_packed_weights_still_tell_type_and_shape():
+    module = nn.Sequential(nn.Linear(24, 40).bfloat16())
+    pack_linears(module)
+    assert (module[0].weight.dtype, module[0].weight.shape) == (torch.bfloat16, (40, 24))
+    assert not module[0].weight.requires_grad
+
+
+def test_other_kinds_of_layers_are_left_alone():
+    class Special(nn.Linear):
+        pass
+
+    module = nn.Sequential(Special(4, 4), nn.Linear(4, 4).double())
+    pack_linears(module)
+    assert [type(layer) for layer in module] == [Special, nn.Linear]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_a_pair_is_the_layer_of_the_concatenation(bias):
+    pair = PairLinear(24, 40, bias)
+    own, shared = torch.randn(5, 3, 24), torch.randn(5, 24)
+    both = torch.cat([own, shared[:, None].expand(-1, 3, -1)], -1)
+    expected = nn.functional.linear(both, pair.weight, pair.bias)
+    close(pair(own, shared), expected)
+    module = nn.ModuleDict({"pair": pair})
+    pack_linears(module)
+    close(module["pair"](own, shared), expected)
+
+
+@torch.inference_mode()
+def test_joined_layers_equal_separate_ones_in_any_order(attention):
+    names = ("q_proj", "k_proj", "v_proj")
+    plain = {name: getattr(attention, name) for name in names}
+    join_linears(attention)
+    assert all(isinstance(getattr(attention, name), JoinedLinear) for name in names)
+    assert type(attention.o_proj) is nn.Linear
+    for order in (names, names[::-1], ("k_proj", "k_proj", "q_proj", "v_proj")):
+        x = torch.randn(2, 24)
+        for name in order:
+            close(getattr(attention, name)(x), plain[name](x))
+
+
+@torch.inference_mode()
+def test_joined_layers_follow_a_new_input_half_way(attention):
+    plain = attention.k_proj
+    join_linears(attention)
+    first, second = torch.randn(2, 24), torch.randn(2, 24)
+    attention.q_proj(first)
+    close(attention.k_proj(second), plain(second))
+    close(attention.k_proj(first), plain(first))
+
+
+@torch.inference_mode()
+def test_joined_layers_hold_no_input_once_all_were_asked(attention):
+    join_linears(attention)
+    x = torch.randn(2, 24)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name)(x)
+    assert attention.q_proj.joined.input is None
