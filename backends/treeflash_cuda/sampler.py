@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from treeflash.sampling import NOT_FINITE
 SHORTLIST = 64
 """Tokens among which the edge of a nucleus is looked for first."""
 BLOCK = 256
-"""Tokens whose probabilities are summed first, to find the one that is drawn."""
+"""Tokens that are reduced first, to find the one that is chosen."""
+CPU_ROWS = 16
+"""Rows sampled together on a CPU: intermediate results stay in its caches."""
 
 
 def choose(
@@ -30,57 +34,99 @@ def choose(
         sampling: temperature and filters.
         uniforms: (n,) in [0, 1); None when greedy.
     """
-    best, tokens = logits.max(-1)
-    covered = best.isfinite().all()
-    draws = None
-    if not sampling.greedy:
+    if sampling.greedy:
+        tokens, finite = _argmax(logits)
+        read = torch.cat([tokens, finite[None]]).cpu().numpy()
+        narrow = np.ones(len(logits), np.bool_)
+    else:
         assert uniforms is not None
         draws = torch.from_numpy(uniforms).to(logits.device)
-        tokens, in_shortlist = _sample(logits, sampling, draws, SHORTLIST)
-        covered = torch.stack([covered, in_shortlist])
-    read = torch.cat([tokens, covered.flatten()]).cpu().numpy()
-    if not read[len(tokens)]:
+        tokens, covered = _sample_all(logits, sampling, draws, SHORTLIST)
+        finite = logits.amax(-1).isfinite().all()
+        read = torch.cat([tokens, covered, finite[None]]).cpu().numpy()
+        narrow = read[len(logits) : -1].astype(np.bool_)
+    if not read[-1]:
         raise NumericalError(NOT_FINITE)
-    if draws is not None and not read[-1]:
-        tokens, _ = _sample(logits, sampling, draws, logits.shape[-1])
-        read = tokens.cpu().numpy()
-    return read[: len(tokens)].astype(np.int32)
+    chosen = read[: len(logits)].astype(np.int32)
+    if not narrow.all():
+        wide = torch.from_numpy(np.flatnonzero(~narrow)).to(logits.device)
+        tokens, _ = _sample_all(logits[wide], sampling, draws[wide], logits.shape[-1])
+        chosen[~narrow] = tokens.cpu().numpy()
+    return chosen
+
+
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) the best token of each row, the first of equal ones, and whether all are finite."""
+    n, vocab = logits.shape
+    block = math.gcd(vocab, BLOCK)
+    # A maximum is found several times as fast as its place, so first of blocks.
+    best, number = logits.view(n, -1, block).amax(-1).max(-1)
+    inside = logits.view(n, -1, block)[torch.arange(n, device=logits.device), number]
+    return number * block + inside.argmax(-1), best.isfinite().all()
+
+
+def _sample_all(
+    logits: Tensor, sampling: SamplingConfig, uniforms: Tensor, shortlist: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) tokens, and (n,) whether the nucleus lay within the shortlist."""
+    rows = CPU_ROWS if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
+    tokens, covered = zip(*(_sample(x, sampling, u, shortlist) for x, u in parts), strict=True)
+    return torch.cat(tokens), torch.cat(covered)
 
 
 def _sample(
     logits: Tensor, sampling: SamplingConfig, uniforms: Tensor, shortlist: int
 ) -> tuple[Tensor, Tensor]:
-    """(n,) tokens, and whether every nucleus lay within the shortlist."""
+    """See `_sample_all`."""
     probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    covered = torch.ones((), dtype=torch.bool, device=probs.device)
+    covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
+    ranked = None
     if 0 < sampling.top_k < probs.shape[-1]:
-        kth = probs.topk(sampling.top_k).values[:, -1:]
-        probs = torch.where(probs >= kth, probs, 0)
+        # What ties with the last of these is kept as well.
+        ranked = probs.topk(sampling.top_k).values
+        probs = torch.where(probs >= ranked[:, -1:], probs, 0)
     if sampling.top_p < 1:
-        edge, covered = _nucleus_edge(probs, sampling.top_p, shortlist)
-        probs = torch.where(probs >= edge, probs, 0)
+        total = probs.sum(-1, keepdim=True, dtype=torch.float64)
+        wanted = sampling.top_p * total
+        if ranked is None:
+            # Tokens below this one's share of what may be dropped can all be dropped.
+            least = (total - wanted) / probs.shape[-1]
+            ranked = _largest(probs, shortlist, least)
+            covered = ranked.sum(-1, dtype=torch.float64) >= wanted[:, 0]
+        probs = torch.where(probs >= _nucleus_edge(ranked, wanted), probs, 0)
     if sampling.min_p > 0:
         probs = torch.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), probs, 0)
     return _invert(probs, uniforms[:, None]), covered
 
 
-def _nucleus_edge(probs: Tensor, top_p: float, shortlist: int) -> tuple[Tensor, Tensor]:
-    """The smallest probability kept by top-p, and whether that is sure of every row.
+def _largest(probs: Tensor, k: int, least: Tensor) -> Tensor:
+    """(n, k) the largest of each row, largest first; those below `least`, (n, 1), may be left out.
+
+    What is left out is 0.
+    """
+    if k < probs.shape[-1]:
+        return probs.topk(k).values
+    if probs.device.type != "cpu":
+        return probs.sort(-1, descending=True).values
+    # NumPy sorts with vector instructions, torch does not.
+    ranked = np.zeros(probs.shape, np.float32)
+    for row, kept, found in zip(probs.numpy(), (probs >= least).numpy(), ranked, strict=True):
+        found[: kept.sum()] = np.sort(row[kept])[::-1]
+    return torch.from_numpy(ranked)
+
+
+def _nucleus_edge(ranked: Tensor, wanted: Tensor) -> Tensor:
+    """(n, 1) the smallest probability kept by top-p.
 
     Args:
-        probs: (n, vocab); the rows need not sum to 1.
-        top_p: share of a row's mass.
-        shortlist: how many of the best to look at.
-
-    Returns:
-        (n, 1), and a bool.
+        ranked: (n, k) largest probabilities of each row, largest first.
+        wanted: (n, 1) the mass to keep.
     """
-    wanted = top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
-    ranked = probs.topk(min(shortlist, probs.shape[-1])).values
     mass = ranked.cumsum(-1, dtype=torch.float64)
     # At least the best one; a row that is not finite has none, and is reported by the caller.
     last = ((mass - ranked) < wanted).sum(-1, keepdim=True).clamp(min=1) - 1
-    return ranked.gather(-1, last), (mass[:, -1:] >= wanted).all()
+    return ranked.gather(-1, last)
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:

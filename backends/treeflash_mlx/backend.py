@@ -21,6 +21,7 @@ from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
+from treeflash_mlx.linear import split_pairs
 from treeflash_mlx.target import Target
 from treeflash_mlx.verifier import Verifier
 
@@ -117,7 +118,7 @@ def load_drafter(
     if not of_head:
         return model, None
     correction = HEADS[str(config.head)](config, of_head["d.weight"].shape[1])
-    _fill(correction, of_head, target.dtype, bits)
+    _fill(correction, split_pairs(correction, of_head), target.dtype, bits)
     return model, ARHead(correction, model, target)
 
 

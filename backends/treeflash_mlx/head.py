@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, DrafterModel
+from treeflash_mlx.linear import PairLinear
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, logsumexp, top, top_log_probs
 
@@ -26,17 +27,18 @@ class SwiGLU(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.ug = nn.Linear(2 * h, 2 * inner_size)
+        self.ug = PairLinear(h, 2 * inner_size, bias=True)
         self.d = nn.Linear(inner_size, h, bias=False)
 
-    def __call__(self, embedded: mx.array, normed: mx.array) -> mx.array:
+    def __call__(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
         """(n, hidden_size) corrections.
 
         Args:
             embedded: (n, hidden_size) embeddings of the previous tokens.
-            normed: (n, hidden_size) u = norm(h).
+            normed: (D, hidden_size) u = norm(h).
+            rows: (n,) the row of `normed` that each corrects.
         """
-        up, gate = mx.split(self.ug(mx.concatenate([self.norm(embedded), normed], -1)), 2, -1)
+        up, gate = mx.split(self.ug(self.norm(embedded), normed, rows), 2, -1)
         correction: mx.array = self.d(nn.silu(gate) * up)
         return correction
 
@@ -51,11 +53,11 @@ class Linear(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.d = nn.Linear(2 * h, h, bias=False)
+        self.d = PairLinear(h, h, bias=False)
 
-    def __call__(self, embedded: mx.array, normed: mx.array) -> mx.array:
+    def __call__(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
         """See `SwiGLU.__call__`."""
-        correction: mx.array = self.d(mx.concatenate([self.norm(embedded), normed], -1))
+        correction: mx.array = self.d(self.norm(embedded), normed, rows)
         return correction
 
 
@@ -86,18 +88,14 @@ class ARHead:
         root = mx.array([block.root], mx.int32)
         if size == self.target.vocab_size:
             previous = top(self.target.head(normed[:-1]), m).reshape(-1)
-            corrected = self._corrected(
-                hidden[rows], normed[rows], mx.concatenate([root, previous])
-            )
+            corrected = self._corrected(hidden, normed, mx.concatenate([root, previous]), rows)
             children, log_probs = top_log_probs(self.target.head(corrected), k, temperature)
         else:
             marginal = log_softmax(self.target.head(normed).astype(mx.float32) / temperature)
             vocab = mx.sort(top(marginal.max(0, keepdims=True), size)[0])
             marginal = marginal[:, vocab]
             previous = vocab[top(marginal[:-1], m)].reshape(-1)
-            corrected = self._corrected(
-                hidden[rows], normed[rows], mx.concatenate([root, previous])
-            )
+            corrected = self._corrected(hidden, normed, mx.concatenate([root, previous]), rows)
             logits = self.target.head_of(corrected, vocab)
             children, log_probs = top_log_probs(logits, k, temperature)
             children = vocab[children]
@@ -124,15 +122,24 @@ class ARHead:
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `ARHead.log_probs`."""
         hidden = block.hidden[1:]
-        corrected = self._corrected(hidden, self.model.norm(hidden), mx.array(previous))
+        normed, rows = self.model.norm(hidden), mx.arange(hidden.shape[0])
+        corrected = self._corrected(hidden, normed, mx.array(previous), rows)
         return np.array(log_softmax(self.target.head(corrected)))
 
-    def _corrected(self, hidden: mx.array, normed: mx.array, previous: mx.array) -> mx.array:
-        """(n, hidden_size) for the target's head, from outputs and (n,) previous tokens."""
-        rows: mx.array = self.model.norm(
-            hidden + self.correction(self.target.embed(previous), normed)
-        )
-        return rows
+    def _corrected(
+        self, hidden: mx.array, normed: mx.array, previous: mx.array, rows: mx.array
+    ) -> mx.array:
+        """(n, hidden_size) for the target's head.
+
+        Args:
+            hidden: (D, hidden_size) outputs.
+            normed: (D, hidden_size) the same, normalised.
+            previous: (n,) tokens.
+            rows: (n,) the output that each corrects.
+        """
+        correction = self.correction(self.target.embed(previous), normed, rows)
+        corrected: mx.array = self.model.norm(hidden[rows] + correction)
+        return corrected
 
 
 def _table(rows: np.ndarray, m: int) -> np.ndarray:

@@ -88,7 +88,8 @@ def test_quantised_drafter(pair, bits):
     """Another tree perhaps, but the same text."""
     backend = load(*pair, LoadConfig(draft_bits=bits))
     assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    assert isinstance(backend.head.correction.ug, nn.QuantizedLinear)
+    assert isinstance(backend.head.correction.ug.of_own, nn.QuantizedLinear)
+    assert isinstance(backend.head.correction.ug.of_shared, nn.QuantizedLinear)
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
