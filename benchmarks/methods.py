@@ -10,12 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
 from treeflash.command import add_model_options, budget, guarded, head_vocab, load_model
-from treeflash.config import AUTO, METHODS, Budget
+from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, Method
 from treeflash.errors import ConfigError
 from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel
@@ -32,7 +33,10 @@ def parser() -> Parser:
     options.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     options.add_argument("--budgets", default="16,64,auto", help="of tree methods (16,64,auto)")
     options.add_argument(
-        "--head-vocab", type=head_vocab, metavar="full|N", help="tokens that the AR head scores"
+        "--head-vocab",
+        default=str(DecodeConfig.head_vocab),
+        metavar="full,N,...",
+        help=f"tokens that the AR head scores ({DecodeConfig.head_vocab})",
     )
     options.add_argument("--temperature", type=float, default=0.0)
     options.add_argument("--seed", type=int, default=0)
@@ -40,28 +44,46 @@ def parser() -> Parser:
     return options
 
 
-def cases(methods: str, budgets: str) -> list[tuple[str, Budget]]:
-    """Pairs of method and budget, plain decoding first; chains have one budget, the largest."""
+class Case(NamedTuple):
+    """A way to decode; the fields that a method does not have are those of all."""
+
+    method: Method
+    budget: Budget
+    head_vocab: int | None
+
+    @property
+    def name(self) -> dict:
+        """As the results give it."""
+        vocab = self.head_vocab or "full"
+        return {
+            "method": self.method,
+            "budget": 1 if self.method == "ar" else self.budget,
+            "head_vocab": vocab if self.method.startswith("treeflash") else None,
+        }
+
+
+def cases(methods: str, budgets: str, vocabs: str) -> list[Case]:
+    """Every way to decode, plain decoding first; chains have one budget, the largest."""
     names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
         sizes = [budget(size) for size in budgets.split(",")]
+        shortlists = [head_vocab(size) for size in vocabs.split(",")]
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--budgets: {error}") from None
+        raise ConfigError(f"--budgets, --head-vocab: {error}") from None
     largest = max((size for size in sizes if size != AUTO), default=AUTO)
-    trees = ("ddtree", "treeflash")
-    return [(name, size) for name in names for size in (sizes if name in trees else [largest])]
+    return [
+        Case(name, size, shortlist)
+        for name in names
+        for size in (sizes if name in ("ddtree", "treeflash") else [largest])
+        for shortlist in (shortlists if name.startswith("treeflash") else shortlists[:1])
+    ]
 
 
-def row(
-    name: str, case: tuple[str, Budget], runs: list[Generation], plain: list[Generation]
-) -> dict:
+def row(name: str, case: Case, runs: list[Generation], plain: list[Generation]) -> dict:
     """One line of the table."""
     ratios = [run.tokens_per_s / base.tokens_per_s for run, base in zip(runs, plain, strict=True)]
     lengths = [length for run in runs for length in run.accepted_lengths]
-    return {
-        "set": name,
-        "method": case[0],
-        "budget": 1 if case[0] == "ar" else case[1],
+    return {"set": name, **case.name} | {
         "block_efficiency": mean(lengths),
         "tokens_per_s": sum(lengths) / sum(run.decode_s for run in runs),
         "ratio_to_ar": median(ratios),
@@ -72,15 +94,13 @@ def row(
     }
 
 
-def measure(model: LanguageModel, args, chosen: list[tuple[str, Budget]]) -> list[dict]:
+def measure(model: LanguageModel, args, chosen: list[Case]) -> list[dict]:
     """The rows of all sets, and of their mean."""
 
-    def run(prompt: str, method: str, budget: Budget) -> Generation:
+    def run(prompt: str, case: Case) -> Generation:
         return model.generate(
             prompt,
-            method=method,
-            budget=budget,
-            head_vocab=args.head_vocab,
+            **case._asdict(),
             max_tokens=args.max_tokens,
             temperature=args.temperature,
             seed=args.seed,
@@ -88,25 +108,24 @@ def measure(model: LanguageModel, args, chosen: list[tuple[str, Budget]]) -> lis
 
     rows = []
     for path in args.prompts:
-        runs: dict[tuple[str, Budget], list[Generation]] = {case: [] for case in chosen}
+        runs: dict[Case, list[Generation]] = {case: [] for case in chosen}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
             for case in chosen:
-                runs[case].append(run(prompt.turns[0], *case))
+                runs[case].append(run(prompt.turns[0], case))
         # A text of one token has no iteration, and so no speed to compare.
-        kept = [i for i, base in enumerate(runs["ar", chosen[0][1]]) if base.accepted_lengths]
-        plain = [runs["ar", chosen[0][1]][i] for i in kept]
+        kept = [i for i, base in enumerate(runs[chosen[0]]) if base.accepted_lengths]
+        plain = [runs[chosen[0]][i] for i in kept]
         rows += [row(path.stem, case, [runs[case][i] for i in kept], plain) for case in chosen]
     return rows + [mean_row(rows, case) for case in chosen]
 
 
-def mean_row(rows: list[dict], case: tuple[str, Budget]) -> dict:
+def mean_row(rows: list[dict], case: Case) -> dict:
     """The mean over sets."""
-    budget = 1 if case[0] == "ar" else case[1]
-    same = [r for r in rows if (r["method"], r["budget"]) == (case[0], budget)]
+    same = [r for r in rows if case.name.items() <= r.items()]
     figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
     counts = ("equal", "prompts")
     return (
-        {"set": "mean", "method": case[0], "budget": budget}
+        {"set": "mean", **case.name}
         | {name: mean(r[name] for r in same) for name in figures}
         | {name: sum(r[name] for r in same) for name in counts}
     )
@@ -116,7 +135,7 @@ def mean_row(rows: list[dict], case: tuple[str, Budget]) -> dict:
 def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    chosen = cases(args.methods, args.budgets)
+    chosen = cases(args.methods, args.budgets, args.head_vocab)
     model = load_model(args)
     rows = measure(model, args, chosen)
     backend = model.backend

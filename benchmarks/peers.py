@@ -58,9 +58,10 @@ def parser() -> Parser:
     options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
     options.add_argument("--systems", type=names, help="only these, separated by commas")
+    options.add_argument("--methods", type=names, help="only these, whichever system has them")
     options.add_argument("--backends", type=names, help="cuda for PyTorch, mlx, or both (both)")
     options.add_argument(
-        "--budgets", type=names, default=["16", "64"], help="of treeflash's trees (16,64); or auto"
+        "--budgets", type=names, default=["auto"], help="of treeflash's trees (auto)"
     )
     options.add_argument("--target", metavar="FOLDER_OR_ID", help="(SmolLM2-135M-Instruct)")
     options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(the published one)")
@@ -232,7 +233,7 @@ def main(argv=None) -> int:
                 race.skip(system, error)
             else:
                 stack.callback(peer.close)
-                race.enter(peer, budgets)
+                race.enter(peer, budgets, args.methods)
         race.warm_up(next(iter(sets.values()))[0], args.max_tokens)
         for name, prompts in sets.items():
             for number, prompt_ids in enumerate(track(prompts, name)):

@@ -48,11 +48,16 @@ class Race:
         self.records: list[Record] = []
         self.skipped: list[Record] = []
 
-    def enter(self, peer: Peer, budgets: Sequence[Budget]) -> None:
-        """Let a system take part with all its methods."""
+    def enter(
+        self, peer: Peer, budgets: Sequence[Budget], methods: Sequence[str] | None = None
+    ) -> None:
+        """Let a system take part with all its methods, or those of them that are named."""
         for method, reason in peer.about["skipped"].items():
-            self.skip(peer.system, reason, method)
+            if methods is None or method in methods:
+                self.skip(peer.system, reason, method)
         for method in peer.about["methods"]:
+            if methods is not None and method not in methods:
+                continue
             trees = peer.system.name == "treeflash" and method in TREES
             self.cases += [Case(peer, method, budget) for budget in (budgets if trees else (None,))]
 

@@ -1,0 +1,298 @@
+"""What an iteration costs, part by part: phases, contexts, budgets, sampling, prefill, memory.
+
+    python benchmarks/iteration.py gsm8k.jsonl [--json FILE] [--plot FILE.png]
+
+- `phases`: milliseconds of an iteration by phase, for one prompt and every method. `outside` is the
+  share spent outside the forwards of target and drafter: building the tree, choosing tokens,
+  accepting, committing.
+- `verify`: a target forward by nodes of the tree and committed positions.
+- `sampling`: choosing at the nodes of drafted trees, as a multiple of a greedy iteration's time.
+- `prefill`: a prompt, as a multiple of the time that the framework's own forward takes for it.
+- `memory`: what the process holds after each thousand generated tokens, beyond its first thousand.
+
+All times are medians; what is compared is run in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import Parser, at_least_one, output_file, show, write_json
+
+from treeflash.command import add_model_options, guarded, load_model
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.errors import ConfigError
+from treeflash.language_model import LanguageModel
+from treeflash.prompt import encode
+from treeflash.prompt_file import read_rows
+from treeflash.stats import PHASES
+from treeflash.transitions import TransitionTable
+from treeflash.tree import DraftTree, build_tree
+
+GREEDY = SamplingConfig()
+SAMPLINGS = {
+    "temperature 1": SamplingConfig(temperature=1.0),
+    "temperature 1, top-p 0.9": SamplingConfig(temperature=1.0, top_p=0.9),
+    "temperature 0.8, top-k 50, top-p 0.95": SamplingConfig(temperature=0.8, top_k=50, top_p=0.95),
+}
+BUDGETS = (16, 64)
+TOKENS = 64  # of a text whose iterations are looked at
+DEPTHS, CHILDREN = 15, 32
+TEXT_TOKENS = 1000
+
+
+def parser() -> Parser:
+    """The options."""
+    options = Parser(__doc__.splitlines()[0])
+    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="its first rows are used")
+    options.add_argument("--limit", type=at_least_one, default=4, help="prompts (4)")
+    options.add_argument("--repeats", type=at_least_one, default=7, help="calls a median (7)")
+    options.add_argument(
+        "--sizes", type=numbers, default=[2**n for n in range(10)], help="nodes (1,2,4, ..., 512)"
+    )
+    options.add_argument(
+        "--contexts", type=numbers, default=[64, 1024, 2048, 4096, 7600], help="positions (to 7600)"
+    )
+    options.add_argument(
+        "--memory-tokens", type=int, default=10_000, help="tokens to generate (10000); 0 for none"
+    )
+    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw `verify`")
+    add_model_options(options)
+    return options
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not numbers separated by commas") from None
+
+
+def alternate(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each, called in turn, after one call each to warm up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, own in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            own.append(1000 * (time.perf_counter() - start))
+    return [median(own[1:]) for own in times]
+
+
+def phase_rows(model: LanguageModel, prompts: list[list[int]]) -> list[dict]:
+    """Time of an iteration by phase."""
+    methods = ["ar"]
+    if model.backend.drafter_config is not None:
+        methods += ["dflash", "ddtree"] + ["treeflash"] * (model.backend.head is not None)
+    rows = []
+    for method in methods:
+        for budget in BUDGETS if method in ("ddtree", "treeflash") else BUDGETS[:1]:
+            config = DecodeConfig(method=method, budget=budget, max_tokens=TOKENS)
+            steps = [s for ids in prompts for s in list(decode(model.backend, ids, config))[2:]]
+            split = {
+                f"{phase}_ms": 1000 * median(s.seconds.get(phase, 0.0) for s in steps)
+                for phase in PHASES[1:]
+            }
+            size = round(median(len(s.tree) for s in steps))
+            choose_ms = choice_ms(model, prompts[0], size)
+            outside = split["tree_ms"] + split["commit_ms"] + choose_ms
+            rows.append(
+                {"method": method, "budget": 1 if method == "ar" else budget}
+                | split
+                | {"choose_ms": choose_ms, "outside": outside / sum(split.values())}
+            )
+    return rows
+
+
+def choice_ms(model: LanguageModel, prompt_ids: list[int], nodes: int) -> float:
+    """Choosing tokens greedily, part of `verify`: from logits that were computed before."""
+    if model.backend.name != "cuda":
+        return 0.0  # MLX computes logits and choices together
+    import torch
+    from treeflash_cuda.sampler import choose
+
+    backend: Any = model.backend
+    logits = torch.randn(nodes, backend.vocab_size).to(backend.target.dtype)
+    logits = logits.to(backend.target.device)
+    return alternate([lambda: choose(logits, GREEDY, None)], 20)[0]
+
+
+def wide_tree(vocab_size: int, nodes: int) -> DraftTree:
+    """A tree as a drafter's marginals make it."""
+    rng = np.random.default_rng(nodes)
+    tokens = rng.integers(0, vocab_size, (DEPTHS, CHILDREN)).astype(np.int32)
+    log_probs = -np.sort(rng.exponential(2, (DEPTHS, CHILDREN))).astype(np.float32)
+    return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
+
+
+def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
+    """Time of a target forward by context and nodes."""
+    backend, rng = model.backend, np.random.default_rng(0)
+    rows = []
+    for context in args.contexts:
+        verifier = backend.verifier(features=False)
+        verifier.prefill(rng.integers(0, backend.vocab_size, context).tolist(), GREEDY, None)
+        trees = [wide_tree(backend.vocab_size, size) for size in args.sizes]
+        calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None) for tree in trees]
+        for size, verify_ms in zip(args.sizes, alternate(calls, args.repeats), strict=True):
+            rows.append({"context": context, "nodes": size, "verify_ms": verify_ms})
+    return rows
+
+
+def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) -> list[dict]:
+    """Time of choosing in different ways at the nodes of the same drafted trees."""
+    backend = model.backend
+    method = model.best_method
+    rows = []
+    for budget in BUDGETS:
+        config = DecodeConfig(method=method, budget=budget, max_tokens=TOKENS)
+        times = []
+        for ids in prompts:
+            steps = list(decode(backend, ids, config))
+            half = len(steps) // 2
+            verifier = backend.verifier(features=False)
+            text = [token for step in steps[:half] for token in step.tokens]
+            verifier.prefill([*ids, *text[:-1]], GREEDY, None)
+            tree = steps[half].tree
+            draws = np.random.default_rng(0).random(len(tree))
+            calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None)] + [
+                lambda v=verifier, t=tree, s=sampling, u=draws: v.verify(t, s, u)
+                for sampling in SAMPLINGS.values()
+            ]
+            draft_ms = 1000 * median(s.seconds.get("draft", 0.0) for s in steps[1:])
+            times.append([draft_ms + ms for ms in alternate(calls, repeats)])
+        greedy, *others = (median(own) for own in zip(*times, strict=True))
+        for name, ms in zip(SAMPLINGS, others, strict=True):
+            rows.append({"sampling": name, "budget": budget, "of_greedy": ms / greedy})
+    return rows
+
+
+def prefill_rows(model: LanguageModel, contexts: list[int], repeats: int) -> list[dict]:
+    """Time of a prompt beside the framework's own forward, its weights as it loads them."""
+    backend, rng = model.backend, np.random.default_rng(0)
+    own = framework_forward(model)
+    rows = []
+    for length in contexts:
+        ids = rng.integers(0, backend.vocab_size, length).tolist()
+        mine_ms, own_ms = alternate(
+            [
+                lambda ids=ids: backend.verifier(features=True).prefill(ids, GREEDY, None),
+                lambda ids=ids: own(ids),
+            ],
+            repeats,
+        )
+        rows.append({"tokens": length, "prefill_ms": mine_ms, "of_framework": mine_ms / own_ms})
+    return rows
+
+
+def framework_forward(model: LanguageModel) -> Callable[[list[int]], int]:
+    """From a prompt to the most probable next token, as the framework does it."""
+    backend: Any = model.backend
+    if backend.name == "mlx":
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.utils import load_model
+
+        other, _ = load_model(model.folder)
+        other.set_dtype(getattr(mx, backend.dtype))
+
+        def run(ids: list[int]) -> int:
+            cache = make_prompt_cache(other)
+            for first in range(0, len(ids) - 1, 512):  # as mlx-lm's generate does
+                other(mx.array([ids[first : min(first + 512, len(ids) - 1)]]), cache=cache)
+                mx.eval([c.state for c in cache])
+            return int(other(mx.array([ids[-1:]]), cache=cache)[0, -1].argmax())
+
+        return run
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype, device = backend.target.dtype, backend.target.device
+    other = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).to(device).eval()
+
+    @torch.inference_mode()
+    def run(ids: list[int]) -> int:
+        logits = other(torch.tensor([ids], device=device), logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+    return run
+
+
+def memory_rows(model: LanguageModel, prompts: list[list[int]], tokens: int) -> list[dict]:
+    """Megabytes that the process has held at most, after each text of a thousand tokens."""
+    rows, first = [], 0
+    for number in range(tokens // TEXT_TOKENS):
+        ids = prompts[number % len(prompts)]
+        result = model.generate(ids, max_tokens=TEXT_TOKENS, stop_token_ids=())
+        held = model.backend.memory_bytes()
+        first = first or held
+        done = (number + 1) * len(result.token_ids)
+        rows.append({"tokens": done, "mb_beyond_first": (held - first) / 1e6})
+    return rows
+
+
+def draw(rows: list[dict], caption: str, path: Path) -> None:
+    """Write two plots: verify time by nodes for each context, and by context for some sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    by_nodes, by_context = figure.subplots(1, 2)
+    contexts = sorted({row["context"] for row in rows})
+    sizes = sorted({row["nodes"] for row in rows})
+    for axis, x, lines, name in (
+        (by_nodes, "nodes", contexts, "context"),
+        (by_context, "context", sizes[::3], "nodes"),
+    ):
+        for value in lines:
+            own = [row for row in rows if row[name] == value]
+            axis.plot(
+                [r[x] for r in own],
+                [r["verify_ms"] for r in own],
+                marker="o",
+                markersize=3,
+                label=f"{value}",
+            )
+        axis.set(xlabel=x, ylabel="ms of a target forward", ylim=(0, None))
+        axis.legend(title=name, fontsize="small")
+    figure.suptitle(caption, fontsize="small")
+    figure.savefig(path)
+
+
+@guarded
+def main(argv=None) -> int:
+    """Measure, print, write."""
+    args = parser().parse_args(argv)
+    model = load_model(args)
+    if model.backend.name not in ("cuda", "mlx"):
+        raise ConfigError("--backend must be cuda or mlx: there is no framework to compare with")
+    prompts = [encode(model.tokenizer, row.turns[0]) for row in read_rows(args.prompts)]
+    prompts = prompts[: args.limit]
+    results = {
+        "phases": phase_rows(model, prompts),
+        "sampling": sampling_rows(model, prompts, args.repeats),
+        "prefill": prefill_rows(model, args.contexts, max(3, args.repeats // 2)),
+        "verify": verify_rows(model, args),
+    }
+    if args.memory_tokens:
+        results["memory"] = memory_rows(model, prompts, args.memory_tokens)
+    backend = model.backend
+    where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
+    for name, rows in results.items():
+        show(f"{name}, {' '.join(where.values())}", rows)
+    if args.plot is not None:
+        draw(results["verify"], " ".join(where.values()), args.plot)
+    write_json(args.json, "iteration", where | results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
