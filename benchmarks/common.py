@@ -49,6 +49,14 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not numbers separated by commas") from None
+
+
 def median_ms(function: Callable[[], object], repeats: int) -> float:
     """Milliseconds of a call: the median of `repeats`, after a tenth as many to warm up."""
     times = []

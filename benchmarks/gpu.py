@@ -19,7 +19,6 @@ All times are medians, in milliseconds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, median_ms, show, write_json
+from common import Parser, at_least_one, median_ms, numbers, show, write_json
 
 from treeflash.checkpoints import parse_drafter_config, tensor_shapes
 from treeflash.command import guarded
@@ -67,14 +66,6 @@ BUDGETS = (16, 64)
 SHORTLISTS = (None, 256, 512, 1024)
 WARM_UP = 3  # iterations
 GREEDY = SamplingConfig()
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers separated by commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not numbers separated by commas") from None
 
 
 def parser() -> Parser:

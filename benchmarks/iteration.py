@@ -15,7 +15,6 @@ All times are medians; what is compared is run in turn.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, output_file, show, write_json
+from common import Parser, at_least_one, numbers, output_file, show, write_json
 
 from treeflash.command import add_model_options, guarded, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
@@ -67,14 +66,6 @@ def parser() -> Parser:
     options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw `verify`")
     add_model_options(options)
     return options
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers separated by commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not numbers separated by commas") from None
 
 
 def alternate(functions: list[Callable[[], object]], repeats: int) -> list[float]:

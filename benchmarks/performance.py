@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 from common import Parser, at_least_one
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from treeflash.checkpoints import read_tensors
 from treeflash.command import guarded
 from treeflash.config import DTYPES
 from treeflash.errors import ConfigError
@@ -39,7 +40,8 @@ def parser() -> Parser:
     options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
     options.add_argument("--limit", type=at_least_one, default=16, help="prompts a set, bars (16)")
     options.add_argument("--few", type=at_least_one, default=2, help="prompts a set, others (2)")
-    options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
+    options.add_argument("--max-tokens", type=at_least_one, default=128, help="bars (128)")
+    options.add_argument("--few-tokens", type=at_least_one, default=64, help="others (64)")
     options.add_argument("--device", help="of what runs on PyTorch (cuda where there is one)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     options.add_argument("--only", metavar="NAME,...", help="measure these alone")
@@ -50,11 +52,11 @@ def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
     """What is run, by the name of its results."""
     sets = [str(path) for path in args.prompts]
     device = ["--device", args.device] if args.device else []
-    tokens = ["--max-tokens", str(args.max_tokens)]
-    many, few = ["--limit", str(args.limit)], ["--limit", str(args.few)]
+    many = ["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)]
+    few = ["--limit", str(args.few), "--max-tokens", str(args.few_tokens)]
     torch = [*device, "--dtype", args.dtype]
     pair = ["--backend", "cuda", *torch]
-    peers, methods = ["peers.py", *sets, *torch, *tokens], ["methods.py", *sets, *pair, *tokens]
+    peers, methods = ["peers.py", *sets, *torch], ["methods.py", *sets, *pair]
     ours = ["--methods", "generate,ar,treeflash"]
     plot = ["--plot", str(RESULTS / "peers.png")]
     return {
@@ -79,10 +81,9 @@ def write_random_drafter(folder: Path) -> None:
     published = resolve_drafter(None, None)
     rng = np.random.default_rng(0)
     (folder / "config.json").write_bytes((published / "config.json").read_bytes())
-    tensors = load_file(published / "model.safetensors")
     random = {
-        name: (rng.standard_normal(x.shape, np.float32) * 0.02 if x.ndim > 1 else x)
-        for name, x in tensors.items()
+        name: rng.standard_normal(x.shape, np.float32) * 0.02 if x.ndim > 1 else x
+        for name, x in read_tensors(published).items()
     }
     save_file(random, folder / "model.safetensors", metadata={"format": "pt"})
 
