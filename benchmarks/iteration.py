@@ -1,4 +1,4 @@
-"""What an iteration costs, part by part: phases, contexts, budgets, sampling, prefill, memory.
+"""What an iteration costs, part by part: phases, contexts, budgets, sampling, prefill.
 
     python benchmarks/iteration.py gsm8k.jsonl [--json FILE] [--plot FILE.png]
 
@@ -8,7 +8,6 @@
 - `verify`: a target forward by nodes of the tree and committed positions.
 - `sampling`: choosing at the nodes of drafted trees, as a multiple of a greedy iteration's time.
 - `prefill`: a prompt, as a multiple of the time that the framework's own forward takes for it.
-- `memory`: what the process holds after each thousand generated tokens, beyond its first thousand.
 
 All times are medians; what is compared is run in turn.
 """
@@ -45,7 +44,6 @@ SAMPLINGS = {
 BUDGETS = (16, 64)
 TOKENS = 64  # of a text whose iterations are looked at
 DEPTHS, CHILDREN = 15, 32
-TEXT_TOKENS = 1000
 
 
 def parser() -> Parser:
@@ -59,9 +57,6 @@ def parser() -> Parser:
     )
     options.add_argument(
         "--contexts", type=numbers, default=[64, 1024, 2048, 4096, 7600], help="positions (to 7600)"
-    )
-    options.add_argument(
-        "--memory-tokens", type=int, default=10_000, help="tokens to generate (10000); 0 for none"
     )
     options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw `verify`")
     add_model_options(options)
@@ -218,19 +213,6 @@ def framework_forward(model: LanguageModel) -> Callable[[list[int]], int]:
     return run
 
 
-def memory_rows(model: LanguageModel, prompts: list[list[int]], tokens: int) -> list[dict]:
-    """Megabytes that the process has held at most, after each text of a thousand tokens."""
-    rows, first = [], 0
-    for number in range(tokens // TEXT_TOKENS):
-        ids = prompts[number % len(prompts)]
-        result = model.generate(ids, max_tokens=TEXT_TOKENS, stop_token_ids=())
-        held = model.backend.memory_bytes()
-        first = first or held
-        done = (number + 1) * len(result.token_ids)
-        rows.append({"tokens": done, "mb_beyond_first": (held - first) / 1e6})
-    return rows
-
-
 def draw(rows: list[dict], caption: str, path: Path) -> None:
     """Write two plots: verify time by nodes for each context, and by context for some sizes."""
     from matplotlib.figure import Figure
@@ -273,8 +255,6 @@ def main(argv=None) -> int:
         "prefill": prefill_rows(model, args.contexts, max(3, args.repeats // 2)),
         "verify": verify_rows(model, args),
     }
-    if args.memory_tokens:
-        results["memory"] = memory_rows(model, prompts, args.memory_tokens)
     backend = model.backend
     where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
     for name, rows in results.items():

@@ -72,6 +72,7 @@ def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
             *[*methods, *few, "--methods", "treeflash", "--budgets", "16,64"],
             *["--head-vocab", "full,256,512,1024,2048"],
         ],
+        "memory": ["memory.py", sets[0], *pair],
         "iteration": ["iteration.py", sets[0], *pair, "--plot", str(RESULTS / "verify.png")],
     }
 
@@ -172,7 +173,8 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "head-vocab-speed": by_set(
             found["head-vocab"]["rows"], ("method", "budget", "head_vocab"), "ratio_to_ar"
         ),
-        **{name: table(iteration[name]) for name in ("phases", "sampling", "prefill", "memory")},
+        **{name: table(iteration[name]) for name in ("phases", "sampling", "prefill")},
+        "memory": table(found["memory"]["rows"]),
     }
 
 

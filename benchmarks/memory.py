@@ -1,0 +1,46 @@
+"""Whether memory stays flat: the most that was held, after each thousand of many generated tokens.
+
+    python benchmarks/memory.py gsm8k.jsonl [--json FILE]
+
+Texts of a thousand tokens are generated one after the other, beyond their end tokens. What one text
+needs, the first one needs too: `mb_beyond_first` is how much the peak grew after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common import Parser, at_least_one, show, write_json
+
+from treeflash.command import add_model_options, guarded, load_model
+from treeflash.prompt import encode
+from treeflash.prompt_file import read_rows
+
+TEXT_TOKENS = 1000
+
+
+@guarded
+def main(argv=None) -> int:
+    """Measure, print, write."""
+    options = Parser(__doc__.splitlines()[0])
+    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="a prompt a text")
+    options.add_argument("--texts", type=at_least_one, default=10, help="how many (10)")
+    add_model_options(options)
+    args = options.parse_args(argv)
+    model = load_model(args)
+    rows: list[dict] = []
+    first = tokens = 0
+    for prompt in (read_rows(args.prompts) * args.texts)[: args.texts]:
+        ids = encode(model.tokenizer, prompt.turns[0])
+        tokens += len(model.generate(ids, max_tokens=TEXT_TOKENS, stop_token_ids=()).token_ids)
+        held = model.backend.memory_bytes()
+        first = first or held
+        rows.append({"tokens": tokens, "mb": held / 1e6, "mb_beyond_first": (held - first) / 1e6})
+    show("memory", rows)
+    write_json(args.json, "memory", {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
