@@ -41,7 +41,9 @@ def test_a_trained_drafter_decodes_alike_everywhere(head, tmp_path):
     steps = [
         list(
             decode(
-                load(target, drafter, CPU), [1, 2, 3], DecodeConfig(method=method, max_tokens=24)
+                load(target, drafter, CPU),
+                [1, 2, 3],
+                DecodeConfig(method=method, budget=64, max_tokens=24),
             )
         )
         for load in (load_cuda, load_mlx)

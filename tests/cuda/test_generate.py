@@ -66,7 +66,7 @@ def test_smollm2_generates_what_transformers_generates(question, smollm2, defaul
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
     expected = plain(smollm2, prompt, 48)
     for method in METHODS:
-        config = DecodeConfig(method=method, max_tokens=48)
+        config = DecodeConfig(method=method, budget=64, max_tokens=48)
         assert tokens(default_pair, prompt, config) == expected, method
 
 
