@@ -12,7 +12,8 @@ iteration are measured, not the speed of texts.
   is measured in the same run, as a share of the time taken: 1 is as fast as the memory allows.
 - `iterations`: the decode loop by phase. What a phase leaves running on the device counts to the
   next that waits for it.
-- `parts`: the drafter's forward, its marginals, and the AR head by the tokens that it scores.
+- `parts`: the drafter's forward, its marginals, and the AR head by the tokens that it scores, and
+  after how many previous tokens.
 
 All times are medians, in milliseconds.
 """
@@ -63,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 DRAFTER_LAYERS, BLOCK_SIZE, TOP_M, TOP_K = 5, 16, 16, 16
 BUDGETS = (16, 64)
-SHORTLISTS = (None, 256, 512, 1024)
+HEADS = ((None, None), (1024, None), (1024, 64), (256, 64))  # head_vocab, head_rows
 WARM_UP = 3  # iterations
 GREEDY = SamplingConfig()
 
@@ -233,9 +234,9 @@ def part_rows(backend: Any, context: int, repeats: int) -> list[dict]:
         wait(device)
 
     parts = {"marginals": lambda: drafter.marginals(block, TOP_K, 1.0)}
-    for shortlist in SHORTLISTS:
-        parts[f"head, {shortlist or 'all'} tokens"] = lambda n=shortlist: head.transitions(
-            block, TOP_M, TOP_K, 1.0, n
+    for vocab, rows in HEADS:
+        parts[f"head, {vocab or 'all'} tokens after {rows or 'all'}"] = lambda n=vocab, r=rows: (
+            head.transitions(block, TOP_M, TOP_K, 1.0, shortlist=n, rows=r)
         )
     parts["drafter"] = draft  # the last: a block is valid until the next
     return [{"part": name, "ms": median_ms(part, repeats)} for name, part in parts.items()]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
-from treeflash.command import add_model_options, budget, guarded, head_vocab, load_model
+from treeflash.command import add_model_options, budget, full_or_number, guarded, load_model
 from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, Method
 from treeflash.errors import ConfigError
 from treeflash.generation import Generation
@@ -38,6 +38,12 @@ def parser() -> Parser:
         metavar="full,N,...",
         help=f"tokens that the AR head scores ({DecodeConfig.head_vocab})",
     )
+    options.add_argument(
+        "--head-rows",
+        default=str(DecodeConfig.head_rows),
+        metavar="full,N,...",
+        help=f"previous tokens after which it does ({DecodeConfig.head_rows})",
+    )
     options.add_argument("--temperature", type=float, default=0.0)
     options.add_argument("--seed", type=int, default=0)
     add_model_options(options)
@@ -50,32 +56,38 @@ class Case(NamedTuple):
     method: Method
     budget: Budget
     head_vocab: int | None
+    head_rows: int | None
 
     @property
     def name(self) -> dict:
         """As the results give it."""
-        vocab = self.head_vocab or "full"
+        uses_head = self.method.startswith("treeflash")
         return {
             "method": self.method,
             "budget": 1 if self.method == "ar" else self.budget,
-            "head_vocab": vocab if self.method.startswith("treeflash") else None,
+            "head_vocab": (self.head_vocab or "full") if uses_head else None,
+            "head_rows": (self.head_rows or "full") if uses_head else None,
         }
 
 
-def cases(methods: str, budgets: str, vocabs: str) -> list[Case]:
+def cases(methods: str, budgets: str, vocabs: str, rows: str) -> list[Case]:
     """Every way to decode, plain decoding first; chains have one budget, the largest."""
     names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
         sizes = [budget(size) for size in budgets.split(",")]
-        shortlists = [head_vocab(size) for size in vocabs.split(",")]
+        heads = [
+            (full_or_number(vocab), full_or_number(row))
+            for vocab in vocabs.split(",")
+            for row in rows.split(",")
+        ]
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--budgets, --head-vocab: {error}") from None
+        raise ConfigError(f"--budgets, --head-vocab, --head-rows: {error}") from None
     largest = max((size for size in sizes if size != AUTO), default=AUTO)
     return [
-        Case(name, size, shortlist)
+        Case(name, size, *head)
         for name in names
         for size in (sizes if name in ("ddtree", "treeflash") else [largest])
-        for shortlist in (shortlists if name.startswith("treeflash") else shortlists[:1])
+        for head in (heads if name.startswith("treeflash") else heads[:1])
     ]
 
 
@@ -135,7 +147,7 @@ def mean_row(rows: list[dict], case: Case) -> dict:
 def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    chosen = cases(args.methods, args.budgets, args.head_vocab)
+    chosen = cases(args.methods, args.budgets, args.head_vocab, args.head_rows)
     model = load_model(args)
     rows = measure(model, args, chosen)
     backend = model.backend

@@ -144,7 +144,14 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--head-vocab",
         "tokens that the AR head scores: full, or the likeliest N",
         DecodeConfig.head_vocab,
-        type=head_vocab,
+        type=full_or_number,
+        metavar="full|N",
+    )
+    add(
+        "--head-rows",
+        "previous tokens after which it scores them: full, or the likeliest N",
+        DecodeConfig.head_rows,
+        type=full_or_number,
         metavar="full|N",
     )
     add(
@@ -214,12 +221,12 @@ def budget(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
 
 
-def head_vocab(text: str) -> int | None:
-    """What `--head-vocab` says, for argparse."""
+def full_or_number(text: str) -> int | None:
+    """What `--head-vocab` and `--head-rows` say, for argparse."""
     if text == "full":
         return None
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"neither full nor a number of tokens: {text}")
+        raise argparse.ArgumentTypeError(f"neither full nor a number: {text}")
     return int(text)
 
 

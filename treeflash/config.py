@@ -70,6 +70,8 @@ class DecodeConfig:
         top_m: previous-token candidates kept per depth (M).
         top_k_children: children kept per depth and previous token (K).
         head_vocab: tokens that the AR head scores, the likeliest of a block; None is all.
+        head_rows: previous tokens after which it scores them, the likeliest of a block; None is
+            all M of every depth.
         draft_temperature: divides the drafter's logits; it shapes the tree, never the output.
         max_tokens: new tokens at most.
         stop_token_ids: tokens that end the text; the one met is part of the output.
@@ -81,6 +83,7 @@ class DecodeConfig:
     top_m: int = 16
     top_k_children: int = 16
     head_vocab: int | None = 1024
+    head_rows: int | None = 64
     draft_temperature: float = 1.0
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()
@@ -101,6 +104,7 @@ class DecodeConfig:
         _check(
             self.head_vocab is None or self.head_vocab >= 1, "head-vocab must be 1 or more", self
         )
+        _check(self.head_rows is None or self.head_rows >= 1, "head-rows must be 1 or more", self)
         _check(
             _is_temperature(self.draft_temperature),
             "draft-temperature must be from 1e-6 to 1e6",

@@ -149,14 +149,15 @@ def propose(
     backend: Backend, drafter: Drafter, block: Block, config: DecodeConfig
 ) -> TransitionTable:
     """The table that a method builds its chain or tree from."""
-    temperature = config.draft_temperature
+    k, temperature = config.top_k_children, config.draft_temperature
     if config.uses_head:
         assert backend.head is not None
+        # A chain takes the first row of each depth.
+        m, rows = (1, None) if config.drafts_chain else (config.top_m, config.head_rows)
         return backend.head.transitions(
-            block, config.top_m, config.top_k_children, temperature, config.head_vocab
+            block, m, k, temperature, shortlist=config.head_vocab, rows=rows
         )
-    k = 1 if config.method == "dflash" else config.top_k_children
-    return drafter.marginals(block, k, temperature)
+    return drafter.marginals(block, 1 if config.drafts_chain else k, temperature)
 
 
 def _draws(config: DecodeConfig, positions: NDArray[np.int32]) -> NDArray[np.float64] | None:

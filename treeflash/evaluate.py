@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from treeflash.command import Parser, add_model_options, guarded, head_vocab, load_model
+from treeflash.command import Parser, add_model_options, full_or_number, guarded, load_model
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation import Case, Evaluation, cases, encode_rows
@@ -88,13 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         ("--seed", int, SamplingConfig.seed, "of sampling, and of the intervals"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--head-vocab",
-        type=head_vocab,
-        default=DecodeConfig.head_vocab,
-        metavar="full|N",
-        help=f"tokens that the AR head scores (default: {DecodeConfig.head_vocab})",
-    )
+    for flag, size, text in (
+        ("--head-vocab", DecodeConfig.head_vocab, "tokens that the AR head scores"),
+        ("--head-rows", DecodeConfig.head_rows, "previous tokens after which it does"),
+    ):
+        parser.add_argument(
+            flag,
+            type=full_or_number,
+            default=size,
+            metavar="full|N",
+            help=f"{text} (default: {size})",
+        )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--report",
@@ -122,6 +126,7 @@ def _options(args: argparse.Namespace) -> dict[Case, Options]:
             "method": case.method,
             "budget": case.budget,
             "head_vocab": args.head_vocab,
+            "head_rows": args.head_rows,
             "max_tokens": args.max_tokens,
             "temperature": args.temperature,
             "seed": args.seed,
@@ -169,6 +174,7 @@ def _publish(
         "target": args.target,
         "drafter": args.drafter,
         "head_vocab": args.head_vocab,
+        "head_rows": args.head_rows,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "seed": args.seed,

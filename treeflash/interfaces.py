@@ -146,7 +146,14 @@ class ARHead(Protocol):
     """The head that conditions a block on previous tokens. It has no state."""
 
     def transitions(
-        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+        self,
+        block: Block,
+        m: int,
+        k: int,
+        temperature: float,
+        *,
+        shortlist: int | None = None,
+        rows: int | None = None,
     ) -> TransitionTable:
         """The `k` most probable tokens of each depth after each of `m` previous tokens.
 
@@ -162,6 +169,10 @@ class ARHead(Protocol):
                 depth; ties by token id. Previous tokens and children are then of the shortlist,
                 and the rest of the vocabulary keeps the probability that the depth's marginal
                 gives it. None, or the whole vocabulary, is the published head.
+            rows: score the children of only that many previous tokens, those of the highest
+                marginal log probability over all depths; the root's are always scored. What
+                follows a token is drafted about as often as its marginal says, so a tree of n
+                nodes needs n of them at most. None is the published head: all.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:

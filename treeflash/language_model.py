@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     top_m: int
     top_k_children: int
     head_vocab: int | None
+    head_rows: int | None
     draft_temperature: float
     max_tokens: int
     stop_token_ids: Collection[int]

@@ -21,7 +21,7 @@ def why_lost(step: Step, *, chain: bool) -> Reason | None:
 
     Returns:
         - `block`: the accepted path reached the last depth;
-        - `candidate`: its last token is not among the M previous tokens of the next depth;
+        - `candidate`: its last token is not among the previous tokens of the next depth;
         - `child`: the bonus token is not among the K children of that last token;
         - `budget_limit`: it is in the table, but the tree had no room for it;
         - None: nothing was drafted, or the text ended before the bonus token.

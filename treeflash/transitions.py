@@ -59,16 +59,51 @@ class TransitionTable:
         """The table of an AR head.
 
         Args:
-            previous: (D - 1, M) the previous-token candidates of depths 2 to D, distinct in a row.
-            tokens: (D, M, K) children; the rows of depth 1 after the first are ignored.
+            previous: (D - 1, M) the previous-token candidates of depths 2 to D, distinct in a row;
+                -1 where there is none.
+            tokens: (D, M, K) children; the rows of depth 1 after the first are ignored, and those
+                without a previous token.
             log_probs: (D, M, K) their log probabilities.
         """
         log_probs = log_probs.copy()
         log_probs[0, 1:] = -np.inf
+        log_probs[1:][previous < 0] = -np.inf
         next_row = np.full(tokens.shape, -1, np.int32)
         matches = tokens[:-1, :, :, None] == previous[:, None, None, :]
         next_row[:-1] = np.where(matches.any(-1), matches.argmax(-1), -1)
         return cls(tokens, log_probs, next_row)
+
+    @classmethod
+    def from_rows(
+        cls,
+        places: NDArray[np.int32],
+        previous: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        log_probs: NDArray[np.float32],
+        shape: tuple[int, int],
+    ) -> TransitionTable:
+        """The table of an AR head that scored some of the rows, the root's first.
+
+        Args:
+            places: (n,) the others' among all D * M rows, numbered depth by depth.
+            previous: (n,) their previous tokens.
+            tokens: (1 + n, K) children of the root and of those.
+            log_probs: (1 + n, K) their log probabilities.
+            shape: D and M.
+        """
+        depths, m = shape
+        of_depths = np.full(depths * m, -1, np.int32)
+        of_depths[places] = previous
+        at = np.concatenate([[0], places])
+        children = np.zeros((depths * m, tokens.shape[1]), np.int32)
+        children[at] = tokens
+        theirs = np.full(children.shape, -np.inf, np.float32)
+        theirs[at] = log_probs
+        return cls.from_candidates(
+            of_depths.reshape(shape)[1:],
+            children.reshape(depths, m, -1),
+            theirs.reshape(depths, m, -1),
+        )
 
     @property
     def depths(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, top
-from treeflash_cuda.linear import PairLinear
+from treeflash_cuda.linear import EACH, PairLinear, Rows
 from treeflash_cuda.target import Target
 
 NORM_EPS = 1e-6
@@ -30,14 +30,15 @@ class SwiGLU(nn.Module):
         self.ug = PairLinear(h, 2 * inner_size, bias=True)
         self.d = nn.Linear(inner_size, h, bias=False)
 
-    def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
-        """Corrections, (..., M, hidden_size).
+    def forward(self, embedded: Tensor, normed: Tensor, rows: Rows) -> Tensor:
+        """(n, hidden_size) corrections.
 
         Args:
-            embedded: (..., M, hidden_size) embeddings of previous tokens.
-            normed: (..., hidden_size) u = norm(h), one for M previous tokens.
+            embedded: (n, hidden_size) embeddings of the previous tokens.
+            normed: (D, hidden_size) u = norm(h).
+            rows: (n,) the row of `normed` that each corrects.
         """
-        up, gate = self.ug(self.norm(embedded), normed).chunk(2, -1)
+        up, gate = self.ug(self.norm(embedded), normed, rows).chunk(2, -1)
         return self.d(up * F.silu(gate))
 
 
@@ -53,9 +54,9 @@ class Linear(nn.Module):
         self.norm = RMSNorm(h, NORM_EPS)
         self.d = PairLinear(h, h, bias=False)
 
-    def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
+    def forward(self, embedded: Tensor, normed: Tensor, rows: Rows) -> Tensor:
         """See `SwiGLU.forward`."""
-        return self.d(self.norm(embedded), normed)
+        return self.d(self.norm(embedded), normed, rows)
 
 
 HEADS = {head.name: head for head in (SwiGLU, Linear)}
@@ -73,65 +74,69 @@ class ARHead:
 
     @torch.inference_mode()
     def transitions(
-        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+        self,
+        block: Block,
+        m: int,
+        k: int,
+        temperature: float,
+        *,
+        shortlist: int | None = None,
+        rows: int | None = None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        depths = len(hidden)
-        if shortlist is None or shortlist >= self.target.vocab_size:
-            m = min(m, self.target.vocab_size)
-            previous = self.target.output(normed[:-1]).topk(m).indices
-            corrected = self._rows(hidden, normed, block.root, previous)
-            tokens, log_probs = top(self.target.output(corrected), k, temperature)
-        else:
-            m = min(m, shortlist)
-            scaled = self.target.output(normed).float() / temperature
-            marginal = scaled - scaled.logsumexp(-1, keepdim=True)
+        scaled = self.target.output(normed).float() / temperature
+        marginal = scaled - scaled.logsumexp(-1, keepdim=True)
+        vocab = None
+        if shortlist is not None and shortlist < self.target.vocab_size:
             vocab = marginal.amax(0).topk(shortlist).indices.sort().values
             marginal = marginal[:, vocab]
-            previous = vocab[marginal[:-1].topk(m).indices]
-            corrected = self._rows(hidden, normed, block.root, previous)
-            rows, log_probs = top(self.target.output_of(corrected, vocab), k, temperature)
-            tokens = vocab[rows].int()
-            kept = marginal.logsumexp(-1)
-            log_probs += torch.cat([kept[:1], kept[1:].repeat_interleave(m)])[:, None]
-        read = torch.cat(
-            [previous.int().flatten(), tokens.flatten(), log_probs.view(torch.int32).flatten()]
+        m = min(m, marginal.shape[1])
+        weights, previous = (x.flatten() for x in marginal[:-1].topk(m))
+        kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
+        previous = previous[kept]
+        if vocab is not None:
+            previous = vocab[previous]
+        root = previous.new_tensor([block.root])
+        # Of the D * M rows: the root's, and those kept of the M at each further depth.
+        places = torch.cat([torch.zeros_like(root), m + kept])
+        depth = places // m
+        corrected = self._correct(hidden, normed, torch.cat([root, previous]), depth)
+        if vocab is None:
+            tokens, log_probs = top(self.target.output(corrected), k, temperature)
+        else:
+            best, log_probs = top(self.target.output_of(corrected, vocab), k, temperature)
+            tokens = vocab[best].int()
+            log_probs += marginal.logsumexp(-1)[depth, None]
+        ids = torch.cat([places[1:], previous]).int()
+        read = torch.cat([ids, tokens.flatten(), log_probs.view(torch.int32).flatten()])
+        ids_, tokens_, log_probs_ = np.split(
+            read.cpu().numpy(), np.cumsum([ids.numel(), tokens.numel()])
         )
-        host = read.cpu().numpy()
-        rows = host[previous.numel() :].reshape(2, len(tokens), -1)
-        return TransitionTable.from_candidates(
-            host[: previous.numel()].reshape(depths - 1, m),
-            spread(rows[0], depths, m),
-            spread(rows[1].view(np.float32), depths, m),
+        return TransitionTable.from_rows(
+            *np.split(ids_, 2),
+            tokens_.reshape(tokens.shape),
+            log_probs_.view(np.float32).reshape(tokens.shape),
+            (len(hidden), m),
         )
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `ARHead.log_probs`."""
         hidden = block.hidden[1:]
-        tokens = torch.from_numpy(previous[:, None]).to(hidden.device)
-        corrected = self._correct(hidden, self.model.norm(hidden), tokens)
-        logits = self.target.output(self.model.norm(corrected))
-        return logits.float().log_softmax(-1).cpu().numpy()
+        tokens = torch.from_numpy(previous).to(hidden.device)
+        corrected = self._correct(hidden, self.model.norm(hidden), tokens, EACH)
+        return self.target.output(corrected).float().log_softmax(-1).cpu().numpy()
 
-    def _rows(self, hidden: Tensor, normed: Tensor, root: int, previous: Tensor) -> Tensor:
-        """(1 + (D - 1) * M, hidden_size) for the head; depth 1 has the root's row alone."""
-        first = torch.tensor([[root]], device=hidden.device)
-        parts = (
-            self._correct(hidden[:1], normed[:1], first),
-            self._correct(hidden[1:], normed[1:], previous),
-        )
-        return self.model.norm(torch.cat(parts))
+    def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor, rows: Rows) -> Tensor:
+        """(n, hidden_size) for the target's head.
 
-    def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
-        """(d * M, hidden_size) corrected outputs of d depths, from (d, M) previous tokens."""
+        Args:
+            hidden: (D, hidden_size) outputs.
+            normed: (D, hidden_size) the same, normalised.
+            previous: (n,) tokens.
+            rows: (n,) the output that each corrects.
+        """
         embedded = F.embedding(previous, self.target.embeddings)
-        return (hidden[:, None] + self.correction(embedded, normed)).flatten(0, 1)
-
-
-def spread(rows: np.ndarray, depths: int, m: int) -> np.ndarray:
-    """(depths, m, k) from 1 + (depths - 1) * m rows: depth 1 has the root's row alone."""
-    padding = np.repeat(rows[:1], m - 1, 0)
-    return np.concatenate([rows[:1], padding, rows[1:]]).reshape(depths, m, -1)
+        return self.model.norm(hidden[rows] + self.correction(embedded, normed, rows))

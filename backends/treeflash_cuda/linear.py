@@ -7,7 +7,7 @@ as checkpoints have them, they are rearranged in every call, which takes as long
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
 }
 
 
+Rows: TypeAlias = Tensor | slice
+"""(n,) which rows of a tensor go with n others."""
+EACH = slice(None)
+"""The first with the first, and so on."""
+
+
 class PairLinear(nn.Linear):
     """A linear layer of a vector and another that is shared by many of the first kind."""
 
@@ -28,11 +34,17 @@ class PairLinear(nn.Linear):
         """Make it; both vectors have `size` elements."""
         super().__init__(2 * size, out, bias)
 
-    def forward(self, own: Tensor, shared: Tensor) -> Tensor:
-        """(..., m, out) from (..., m, size) and (..., size)."""
+    def forward(self, own: Tensor, shared: Tensor, rows: Rows) -> Tensor:
+        """(n, out) from both.
+
+        Args:
+            own: (n, size).
+            shared: (d, size).
+            rows: (n,) the row of `shared` that goes with each of `own`.
+        """
         # The product with a concatenation is a sum.
         of_own, of_shared = self.weight.chunk(2, 1)
-        return F.linear(own, of_own) + F.linear(shared, of_shared, self.bias)[..., None, :]
+        return F.linear(own, of_own) + F.linear(shared, of_shared, self.bias)[rows]
 
 
 class PackedLinear(nn.Module):
@@ -60,9 +72,9 @@ class PackedPairLinear(nn.Module):
         of_own, of_shared = weight.chunk(2, 1)
         self.of_own, self.of_shared = PackedLinear(of_own, None), PackedLinear(of_shared, bias)
 
-    def forward(self, own: Tensor, shared: Tensor) -> Tensor:
+    def forward(self, own: Tensor, shared: Tensor, rows: Rows) -> Tensor:
         """See `PairLinear.forward`."""
-        y: Tensor = self.of_own(own) + self.of_shared(shared)[..., None, :]
+        y: Tensor = self.of_own(own) + self.of_shared(shared)[rows]
         return y
 
 

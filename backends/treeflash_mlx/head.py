@@ -75,48 +75,54 @@ class ARHead:
         self.target = target
 
     def transitions(
-        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+        self,
+        block: Block,
+        m: int,
+        k: int,
+        temperature: float,
+        *,
+        shortlist: int | None = None,
+        rows: int | None = None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
-        size = min(shortlist or self.target.vocab_size, self.target.vocab_size)
+        vocab_size = self.target.vocab_size
+        size = min(shortlist or vocab_size, vocab_size)
         m, k = min(m, size), min(k, size)
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        depths = hidden.shape[0]
-        # Row 0 is depth 1 after the root; then m rows for each further depth.
-        rows = mx.array(np.repeat(np.arange(depths), [1] + [m] * (depths - 1)))
-        root = mx.array([block.root], mx.int32)
-        if size == self.target.vocab_size:
-            previous = top(self.target.head(normed[:-1]), m).reshape(-1)
-            corrected = self._corrected(hidden, normed, mx.concatenate([root, previous]), rows)
-            children, log_probs = top_log_probs(self.target.head(corrected), k, temperature)
-        else:
-            marginal = log_softmax(self.target.head(normed).astype(mx.float32) / temperature)
+        marginal = log_softmax(self.target.head(normed).astype(mx.float32) / temperature)
+        vocab = None
+        if size < vocab_size:
             vocab = mx.sort(top(marginal.max(0, keepdims=True), size)[0])
             marginal = marginal[:, vocab]
-            previous = vocab[top(marginal[:-1], m)].reshape(-1)
-            corrected = self._corrected(hidden, normed, mx.concatenate([root, previous]), rows)
+        best = top(marginal[:-1], m)
+        weights = mx.take_along_axis(marginal[:-1], best, 1).reshape(-1)
+        kept = mx.sort(mx.argsort(-weights)[:rows])
+        previous = best.reshape(-1)[kept]
+        if vocab is not None:
+            previous = vocab[previous]
+        # Of the D * M rows: the root's, and those kept of the M at each further depth.
+        depth = mx.concatenate([mx.zeros(1, mx.int32), kept // m + 1])
+        after = mx.concatenate([mx.array([block.root], mx.int32), previous])
+        corrected = self._corrected(hidden, normed, after, depth)
+        if vocab is None:
+            children, log_probs = top_log_probs(self.target.head(corrected), k, temperature)
+        else:
             logits = self.target.head_of(corrected, vocab)
             children, log_probs = top_log_probs(logits, k, temperature)
             children = vocab[children]
-            log_probs = log_probs + logsumexp(marginal)[rows]
+            log_probs = log_probs + logsumexp(marginal)[depth]
         # Token ids are exact in float32, and one array is one read.
-        read = np.array(
-            mx.concatenate(
-                [
-                    previous.astype(mx.float32),
-                    children.reshape(-1).astype(mx.float32),
-                    log_probs.reshape(-1),
-                ]
-            )
-        )
-        candidates, children_, log_probs_ = np.split(
-            read, np.cumsum([previous.size, children.size])
-        )
-        return TransitionTable.from_candidates(
-            candidates.astype(np.int32).reshape(depths - 1, m),
-            _table(children_.astype(np.int32).reshape(-1, k), m),
-            _table(log_probs_.reshape(-1, k), m),
+        parts = (m + kept, previous, children.reshape(-1), log_probs.reshape(-1))
+        read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts]))
+        sizes = np.cumsum([part.size for part in parts[:-1]])
+        places, previous_, tokens, log_probs_ = np.split(read, sizes)
+        return TransitionTable.from_rows(
+            places.astype(np.int32),
+            previous_.astype(np.int32),
+            tokens.astype(np.int32).reshape(children.shape),
+            log_probs_.reshape(children.shape),
+            (hidden.shape[0], m),
         )
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -140,8 +146,3 @@ class ARHead:
         correction = self.correction(self.target.embed(previous), normed, rows)
         corrected: mx.array = self.model.norm(hidden[rows] + correction)
         return corrected
-
-
-def _table(rows: np.ndarray, m: int) -> np.ndarray:
-    """(D, m, k) from (1 + (D - 1) * m, k): depth 1 repeats its one row."""
-    return np.concatenate([np.repeat(rows[:1], m, axis=0), rows[1:]]).reshape(-1, m, rows.shape[1])

@@ -82,7 +82,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
         (name, depth) for name in ("one", "two", "mean") for depth in range(1, 6)
     ]
     assert (found["backend"], found["dtype"], found["max_tokens"]) == ("reference", "float32", 9)
-    assert found["head_vocab"] == 1024
+    assert (found["head_vocab"], found["head_rows"]) == (1024, 64)
     assert "Block efficiency" in out
     assert "Where tokens are lost" in out
     assert "4/4" in err
@@ -101,13 +101,14 @@ def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
     assert sampled != rows("--temperature", "1.5", "--seed", "2")
 
 
-def test_the_shortlist_of_the_head_reaches_the_trees(use, run, model, tmp_path):
+@pytest.mark.parametrize("option", ["--head-vocab", "--head-rows"])
+def test_what_the_head_scores_reaches_the_trees(use, run, model, tmp_path, option):
     use(model)
     path = tmp_path / "out.json"
     lost = []
     for size in ("full", "1"):
         options = ("--methods", "treeflash", "--budgets", "16", "--max-tokens", "40")
-        assert run(*options, "--head-vocab", size, "--json", str(path))[0] == 0
+        assert run(*options, option, size, "--json", str(path))[0] == 0
         lost.append(json.loads(path.read_text(encoding="utf-8"))["lost"])
     assert lost[0] != lost[1]
 

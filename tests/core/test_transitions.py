@@ -38,6 +38,28 @@ def test_candidates_by_hand() -> None:
     assert table.log_probs[1].tolist() == [[-1, -1], [-1, -1]]
 
 
+def test_rows_that_were_not_scored_are_absent() -> None:
+    """Of 2 rows at 3 depths the root's, the second of depth 2 and the first of depth 3."""
+    tokens = np.array([[5, 6], [7, 8], [1, 2]], np.int32)
+    log_probs = np.array([[-1, -2], [-3, -4], [-5, -6]], np.float32)
+    places, previous = np.array([3, 4], np.int32), np.array([6, 7], np.int32)
+    table = TransitionTable.from_rows(places, previous, tokens, log_probs, (3, 2))
+    absent = [-np.inf, -np.inf]
+    assert table.log_probs.tolist() == [[[-1, -2], absent], [absent, [-3, -4]], [[-5, -6], absent]]
+    assert table.next_row[0, 0].tolist() == [-1, 1]  # nothing follows 5
+    assert table.next_row[1, 1].tolist() == [0, -1]
+    assert table.tokens[1, 1].tolist() == [7, 8]
+
+
+def test_a_block_of_two_has_the_roots_row_alone() -> None:
+    nothing = np.zeros(0, np.int32)
+    table = TransitionTable.from_rows(
+        nothing, nothing, np.array([[5]], np.int32), np.array([[-1]], np.float32), (1, 2)
+    )
+    assert table.log_probs.tolist() == [[[-1], [-np.inf]]]
+    assert (table.next_row == -1).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 4), (2, 1, 5), (6, 4, 3), (15, 16, 16)])
 def test_candidates_equal_a_naive_search(shape: tuple[int, int, int]) -> None:
     rng = np.random.default_rng(shape)

@@ -9,6 +9,7 @@ require("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from treeflash_cuda.linear import (  # noqa: E402
+    EACH,
     JoinedLinear,
     PackedLinear,
     PairLinear,
@@ -80,13 +81,15 @@ def test_other_kinds_of_layers_are_left_alone():
 @torch.inference_mode()
 def test_a_pair_is_the_layer_of_the_concatenation(bias):
     pair = PairLinear(24, 40, bias)
-    own, shared = torch.randn(5, 3, 24), torch.randn(5, 24)
-    both = torch.cat([own, shared[:, None].expand(-1, 3, -1)], -1)
+    own, shared = torch.randn(7, 24), torch.randn(3, 24)
+    rows = torch.tensor([0, 1, 1, 1, 2, 2, 0])
+    both = torch.cat([own, shared[rows]], -1)
     expected = nn.functional.linear(both, pair.weight, pair.bias)
-    close(pair(own, shared), expected)
+    close(pair(own, shared, rows), expected)
+    close(pair(own[:3], shared, EACH)[1:2], expected[1:2])
     module = nn.ModuleDict({"pair": pair})
     pack_linears(module)
-    close(module["pair"](own, shared), expected)
+    close(module["pair"](own, shared, rows), expected)
 
 
 @torch.inference_mode()

@@ -45,7 +45,14 @@ class ARHead:
         self.correction = HEADS[weights.config.head]
 
     def transitions(
-        self, block: Block, m: int, k: int, temperature: float, shortlist: int | None
+        self,
+        block: Block,
+        m: int,
+        k: int,
+        temperature: float,
+        *,
+        shortlist: int | None = None,
+        rows: int | None = None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
@@ -55,14 +62,18 @@ class ARHead:
             vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
             vocab = vocab.astype(np.int32)
         marginal = marginal[:, vocab]
-        previous = vocab[top(marginal[:-1], m)[0]]
+        best, weights = top(marginal[:-1], m)
+        previous = vocab[best]
         first = np.full((1, previous.shape[1]), block.root, np.int32)
         corrected = self._correct(hidden, np.concatenate([first, previous]))
         logits = self.weights.logits(corrected)[..., vocab] / np.float32(temperature)
-        rows, log_probs = top(logits, k)
+        children, log_probs = top(logits, k)
         if shortlist is not None:
             log_probs = log_probs + np.log(np.exp(marginal).sum(-1))[:, None, None]
-        return TransitionTable.from_candidates(previous, vocab[rows], log_probs)
+        if rows is not None:
+            order = np.argsort(-weights, axis=None, kind="stable")
+            previous.flat[order[rows:]] = -1
+        return TransitionTable.from_candidates(previous, vocab[children], log_probs)
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> Array:
         """See `ARHead.log_probs`."""

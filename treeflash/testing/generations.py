@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,15 +91,19 @@ class GenerationTests:
             steps = list(decode(models.tested, prompt, config, pace))
             assert tokens_of(steps) == tokens_of(list(decode(models.tested, prompt, plain)))
 
-    def test_a_shortlist_of_the_vocabulary_equals_plain_decoding(self, pair: PairMaker) -> None:
+    @pytest.mark.parametrize("size", [1, 6])
+    @pytest.mark.parametrize("what", ["head_vocab", "head_rows"])
+    def test_a_head_that_scores_less_equals_plain_decoding(
+        self, pair: PairMaker, what: str, size: int
+    ) -> None:
         models = pair()
         prompt = prompt_of(models.reference, 4)
         plain = tokens_of(
             list(decode(models.tested, prompt, DecodeConfig(method="ar", max_tokens=40)))
         )
-        for size in (1, 6):
-            config = DecodeConfig(head_vocab=size, max_tokens=40)
-            assert tokens_of(list(decode(models.tested, prompt, config))) == plain
+        settings: dict[str, Any] = {what: size, "max_tokens": 40}
+        steps = list(decode(models.tested, prompt, DecodeConfig(**settings)))
+        assert tokens_of(steps) == plain
 
     @pytest.mark.parametrize("method", DRAFTING)
     def test_several_drafts_are_accepted_at_once(self, pair: PairMaker, method: Method) -> None:

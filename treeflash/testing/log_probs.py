@@ -35,7 +35,7 @@ class LogProbTests:
         marginals = drafter.marginals(block, K, 1.0)
         assert_best(drafter.log_probs(block), marginals.tokens[:, 0], marginals.log_probs[:, 0])
         candidates = drafter.marginals(block, M, 1.0).tokens[:-1, 0]
-        table = backend.head.transitions(block, M, K, 1.0, None)
+        table = backend.head.transitions(block, M, K, 1.0)
         for m in range(M):
             previous = np.concatenate([[root], candidates[:, m]]).astype(np.int32)
             rows = backend.head.log_probs(block, previous)

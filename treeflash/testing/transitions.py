@@ -7,7 +7,7 @@ import pytest
 
 from treeflash.interfaces import Backend, Block, Drafter
 from treeflash.testing.comparisons import assert_equal_tables
-from treeflash.testing.margins import is_settled_table
+from treeflash.testing.margins import MARGIN, is_settled_table
 from treeflash.testing.pairs import Pair, PairMaker
 from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import random_tokens
@@ -49,6 +49,26 @@ class TransitionTests:
         models = pair()
         check_transitions(models, m=4, k=6, shortlist=shortlist)
         check_transitions(models, m=4, k=6, shortlist=shortlist, temperature=0.5)
+
+    @pytest.mark.parametrize("rows", [1, 5, 11])
+    @pytest.mark.parametrize("shortlist", [None, 8])
+    def test_transitions_of_some_rows_match_reference(
+        self, pair: PairMaker, shortlist: int | None, rows: int
+    ) -> None:
+        models = pair()
+        prompt = settled_prompt(models.reference, rows=rows)
+        tables = [
+            transitions(backend, prompt, 4, 6, shortlist=shortlist, rows=rows)
+            for backend in models.both
+        ]
+        assert_equal_tables(*tables)
+        scored = np.isfinite(tables[0].log_probs).any(-1)
+        assert scored.sum() == 1 + rows  # the root's is another
+
+    def test_all_rows_are_the_published_head(self, pair: PairMaker) -> None:
+        backend = pair().tested
+        prompt = settled_prompt(pair().reference)
+        assert_equal_tables(*(transitions(backend, prompt, 4, 6, rows=n) for n in (1000, None)))
 
     def test_a_shortlist_of_everything_is_the_published_head(self, pair: PairMaker) -> None:
         backend = pair().tested
@@ -97,11 +117,12 @@ def transitions(
     k: int,
     temperature: float = 1.0,
     shortlist: int | None = None,
+    rows: int | None = None,
 ) -> TransitionTable:
     """What the AR head predicts after a prompt."""
     assert backend.head is not None
     _, block, _ = draft(backend, prompt)
-    return backend.head.transitions(block, m, k, temperature, shortlist)
+    return backend.head.transitions(block, m, k, temperature, shortlist=shortlist, rows=rows)
 
 
 def marginals(
@@ -119,14 +140,24 @@ def draft(backend: Backend, prompt: list[int]) -> tuple[Drafter, Block, int]:
     return drafter, drafter.draft(features, root), root
 
 
-def settled_prompt(reference: Backend, temperature: float = 1.0, length: int = 7) -> list[int]:
-    """A prompt after which no two children are nearly as probable as each other."""
+def settled_prompt(
+    reference: Backend, temperature: float = 1.0, length: int = 7, rows: int | None = None
+) -> list[int]:
+    """A prompt after which no two children are nearly as probable as each other.
+
+    Args:
+        reference: the NumPy backend.
+        temperature: of the draft.
+        length: of the prompt.
+        rows: so many previous tokens are clearly the likeliest of the block.
+    """
     rng = np.random.default_rng(0)
     everything = reference.vocab_size
     while True:
         prompt = random_tokens(rng, everything, length)
         table = transitions(reference, prompt, everything, everything, temperature)
-        if is_settled_table(table) and is_settled_table(
-            marginals(reference, prompt, everything, temperature)
-        ):
+        of_depths = marginals(reference, prompt, everything, temperature)
+        ranked = np.sort(of_depths.log_probs[:-1], axis=None)[::-1]
+        settled = rows is None or ranked[rows - 1] - ranked[rows] > MARGIN
+        if settled and is_settled_table(table) and is_settled_table(of_depths):
             return prompt

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from treeflash_cuda.attention import additive, grouped_attention
 from treeflash_cuda.drafter import DrafterModel
+from treeflash_cuda.linear import EACH
 from treeflash_cuda.training.losses import TargetRows
 
 GROUP = 8
@@ -96,7 +97,7 @@ class Blocks(nn.Module):
             return normed, None
         row, position = batch.places()
         embedded = F.embedding(batch.tokens[row, position - 1], self.embeddings[0])
-        correction = self.ar_approximation(embedded[:, None], normed)[:, 0]
+        correction = self.ar_approximation(embedded, normed, EACH)
         return normed, self.model.norm(hidden + correction)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:

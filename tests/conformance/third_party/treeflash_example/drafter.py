@@ -90,15 +90,19 @@ class Head:
     def __init__(self, model):
         self.model = model
 
-    def transitions(self, block, m, k, temperature, shortlist):
+    def transitions(self, block, m, k, temperature, *, shortlist=None, rows=None):
         root, hidden = block[0], block[1][1:]
         marginal = log_softmax(self.model.logits(hidden) / temperature)
         vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
         marginal = marginal[:, vocab]
-        previous = vocab[top(marginal[:-1], m)[0]]
+        best, weights = top(marginal[:-1], m)
+        previous = vocab[best]
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
         tokens, log_probs = top(self.logits(hidden, before)[..., vocab] / temperature, k)
         log_probs += np.log(np.exp(marginal).sum(-1))[:, None, None]
+        if rows is not None:
+            order = np.argsort(-weights, axis=None, kind="stable")
+            previous.flat[order[rows:]] = -1
         return TransitionTable.from_candidates(
             previous.astype(np.int32), vocab[tokens].astype(np.int32), log_probs
         )
