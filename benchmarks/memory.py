@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py gsm8k.jsonl [--json FILE]
 
-Texts of a thousand tokens are generated one after the other, beyond their end tokens. What one text
-needs, the first one needs too: `mb_beyond_first` is how much the peak grew after it.
+The same text of a thousand tokens, the first prompt's, is generated again and again, beyond its end
+token. What one needs, the first needs too: `mb_beyond_first` is how much the peak grew after it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ TEXT_TOKENS = 1000
 def main(argv=None) -> int:
     """Measure, print, write."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="a prompt a text")
+    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="its first is used")
     options.add_argument("--texts", type=at_least_one, default=10, help="how many (10)")
     add_model_options(options)
     args = options.parse_args(argv)
     model = load_model(args)
     rows: list[dict] = []
     first = tokens = 0
-    for prompt in (read_rows(args.prompts) * args.texts)[: args.texts]:
-        ids = encode(model.tokenizer, prompt.turns[0])
+    ids = encode(model.tokenizer, read_rows(args.prompts)[0].turns[0])
+    for _ in range(args.texts):
         tokens += len(model.generate(ids, max_tokens=TEXT_TOKENS, stop_token_ids=()).token_ids)
         held = model.backend.memory_bytes()
         first = first or held

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from treeflash.costs import VerifyCosts
 from treeflash.tree import DraftTree
 
-MEMORY = 0.1
+MEMORY = 0.07
 """Weight of the newest iteration in what is learned."""
 DOUBT = 2.0
 """Nodes' worth of trust in the drafter's own probabilities."""
-LOSS, GAIN = -2.0, 4.0
+LOSS, GAIN = -2.0, 8.0
 """Bounds of the balance, tokens: drafting rests at the lower one."""
 FIRST_REST, LONGEST_REST = 16, 256
 """Iterations of a rest: doubled from one to the next while drafting does not pay."""
