@@ -111,6 +111,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
     )
+    group.add_argument(
+        "--compile", action="store_true", help="run the target as CUDA graphs (cuda)"
+    )
 
 
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +211,7 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
         dtype=args.dtype,
         draft_bits=args.draft_bits,
         kv_bits=args.kv_bits,
+        compile=args.compile,
     )
 
 

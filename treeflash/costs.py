@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from treeflash.config import SamplingConfig
+from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.interfaces import Backend
 from treeflash.tree import DraftTree
 
@@ -64,17 +64,21 @@ class VerifyCosts:
         return cls({size: seconds for size, seconds in pairs if seconds <= DEAREST * best[1]})
 
     @classmethod
-    def remembered(cls, backend: Backend, target: Path, folder: Path) -> VerifyCosts:
+    def remembered(
+        cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
+    ) -> VerifyCosts:
         """Those measured earlier for the same target, device and type, else measure them now.
 
         Args:
             backend: with the target.
             target: its folder.
+            loaded: how it was loaded.
             folder: where files of measurements are kept; that none can be is no error.
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
-        key = [backend.name, backend.device, backend.dtype, platform.node(), platform.processor()]
-        digest = hashlib.sha256(json.dumps([*key, weights, TIMED]).encode())
+        key = [backend.name, backend.device, backend.dtype, loaded.kv_bits, loaded.compile]
+        machine = platform.node(), platform.processor()
+        digest = hashlib.sha256(json.dumps([*key, *machine, weights, TIMED]).encode())
         digest.update((target / "config.json").read_bytes())
         file = folder / f"{digest.hexdigest()[:16]}.json"
         try:

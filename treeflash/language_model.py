@@ -65,12 +65,14 @@ class LanguageModel:
         backend: the loaded pair.
         tokenizer: of the target.
         folder: of the target; None where it came from elsewhere.
+        loaded: how the pair was loaded.
         paces: by method, what the budget `auto` has learned so far.
     """
 
     backend: Backend
     tokenizer: Tokenizer
     folder: Path | None = None
+    loaded: LoadConfig = field(default_factory=LoadConfig)
     paces: dict[Method, Pace] = field(default_factory=dict, compare=False, repr=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
@@ -123,7 +125,9 @@ class LanguageModel:
     def _costs(self) -> VerifyCosts:
         if self.folder is None:
             return VerifyCosts.measure(self.backend)
-        return VerifyCosts.remembered(self.backend, self.folder, cache_folder() / "costs")
+        return VerifyCosts.remembered(
+            self.backend, self.folder, self.loaded, cache_folder() / "costs"
+        )
 
     def decode_config(self, options: Options) -> DecodeConfig:
         """How these options decode with this pair.
@@ -155,6 +159,7 @@ def load(
     dtype: str | None = None,
     draft_bits: int | None = None,
     kv_bits: int | None = None,
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching what is not there yet.
 
@@ -167,6 +172,7 @@ def load(
         dtype: `float32`, `bfloat16` or `float16`.
         draft_bits: quantise the drafter.
         kv_bits: quantise the target's keys and values.
+        compile: run trees in fixed shapes, on a CUDA device as CUDA graphs.
 
     Raises:
         BackendError: the backend is unknown, not installed, or has no such device.
@@ -174,7 +180,9 @@ def load(
         UnsupportedModelError: the target's layers cannot run a draft tree.
         ConfigError: the backend cannot do what was asked.
     """
-    config = LoadConfig(device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits)
+    config = LoadConfig(
+        device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, compile=compile
+    )
     load_pair = loader(backend or best())
     name = None if target is None else str(target)
     target_folder = resolve_target(name)
@@ -189,7 +197,7 @@ def load(
             raise
         # The user named nothing, so it has to work on this machine, accelerator or not.
         pair = load_pair(target_folder, drafter_folder, replace(config, device="cpu"))
-    return LanguageModel(pair, tokenizer, target_folder)
+    return LanguageModel(pair, tokenizer, target_folder, config)
 
 
 def parse_options(options: Options) -> DecodeConfig:

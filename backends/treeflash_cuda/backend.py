@@ -21,6 +21,7 @@ from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.head import HEADS, ARHead
 from treeflash_cuda.linear import pack_linears
 from treeflash_cuda.target import Target
@@ -34,9 +35,16 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, target: Target, drafter: DrafterModel | None, head: ARHead | None) -> None:
-        """Hold a target, and a drafter for it."""
+    def __init__(
+        self,
+        target: Target,
+        drafter: DrafterModel | None,
+        head: ARHead | None,
+        graphs: Graphs | None,
+    ) -> None:
+        """Hold a target, a drafter for it, and its forwards of fixed shapes."""
         self.target = target
+        self.graphs = graphs
         self.drafter_model = drafter
         self.head = head
         self.device = str(target.device)
@@ -48,7 +56,8 @@ class CudaBackend:
     def verifier(self, *, features: bool) -> Verifier:
         """See `Backend.verifier`."""
         config = self.drafter_config if features else None
-        return Verifier(self.target, config.target_layer_ids if config else ())
+        layer_ids = config.target_layer_ids if config else ()
+        return self.graphs.verifier(layer_ids) if self.graphs else Verifier(self.target, layer_ids)
 
     def drafter(self) -> Drafter:
         """See `Backend.drafter`."""
@@ -72,14 +81,15 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = load_target(target, config, pack=True)
+    graphs = Graphs(model) if config.compile else None
     if drafter is None:
-        return CudaBackend(model, None, None)
+        return CudaBackend(model, None, None, graphs)
     drafter_model, head = load_drafter(drafter, model)
     pack_linears(drafter_model)
     if head is not None:
         pack_linears(head.correction)
     model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head)
+    backend = CudaBackend(model, drafter_model, head, graphs)
     check_trees(backend)
     return backend
 

@@ -41,7 +41,14 @@ class KeyValues:
             Keys and values, (1, kv_heads, length + n, head_dim) each.
         """
         end = self.length + k.shape[2]
-        storage = self._reserve(end, k, v)
+        if self.storage is None:
+            self.storage = k.new_zeros(self.layers, 2, k.shape[1], FIRST_CAPACITY, k.shape[3])
+        if k.shape != v.shape or k.shape[1::2] != self.storage.shape[2::2]:
+            raise UnsupportedModelError(
+                "the target's layers keep keys and values of different shapes, which a draft "
+                "tree's storage cannot hold"
+            )
+        storage = self.reserve(end)
         storage[layer, 0, :, self.length : end] = k[0]
         storage[layer, 1, :, self.length : end] = v[0]
         return storage[layer, 0, None, :, :end], storage[layer, 1, None, :, :end]
@@ -61,22 +68,15 @@ class KeyValues:
         committed: NDArray[np.float32] = self.storage[:, :, :, : self.length].float().cpu().numpy()
         return committed
 
-    def _reserve(self, end: int, k: Tensor, v: Tensor) -> Tensor:
+    def reserve(self, end: int) -> Tensor:
+        """The storage, grown to `end` columns or more, a power of two, where it has fewer."""
         old = self.storage
-        if k.shape != v.shape or (old is not None and k.shape[1::2] != old.shape[2::2]):
-            raise UnsupportedModelError(
-                "the target's layers keep keys and values of different shapes, which a draft "
-                "tree's storage cannot hold"
-            )
-        if old is not None and end <= old.shape[3]:
-            return old
-        capacity = max(FIRST_CAPACITY, end, 0 if old is None else 2 * old.shape[3])
-        new = k.new_empty(self.layers, 2, k.shape[1], capacity, k.shape[3])
-        if old is not None:
+        assert old is not None
+        if end > old.shape[3]:
+            self.storage = old.new_zeros(*old.shape[:3], 1 << (end - 1).bit_length(), old.shape[4])
             # The block of earlier layers lies beyond the committed positions: keep all of it.
-            new[:, :, :, : old.shape[3]] = old
-        self.storage = new
-        return new
+            self.storage[:, :, :, : old.shape[3]] = old
+        return self.storage
 
 
 class TargetCache(Cache):

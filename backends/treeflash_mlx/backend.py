@@ -63,6 +63,8 @@ class MlxBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """See `Loader`. MLX has one default device for the process, and a named one becomes it."""
+    if config.compile:
+        raise ConfigError("--compile is of the cuda backend; leave it out")
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     model = Target(target, dtype, config.kv_bits)

@@ -17,3 +17,13 @@ class TestConformance(BackendSuite):
         return lambda target, drafter, config: load_cuda(
             target, drafter, replace(config, device="cpu")
         )
+
+
+class TestFixedShapes(BackendSuite):
+    """What a GPU captures as graphs, run as it is."""
+
+    @pytest.fixture
+    def load(self):
+        return lambda target, drafter, config: load_cuda(
+            target, drafter, replace(config, device="cpu", compile=True)
+        )

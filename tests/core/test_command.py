@@ -149,7 +149,7 @@ def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, 
     given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
     load_model(parser.parse_args([*args, *given]))
     options = {"backend": "mlx", "device": "gpu", "dtype": None, "draft_bits": None, "kv_bits": 8}
-    assert calls == [(("t", drafter), options)]
+    assert calls == [(("t", drafter), options | {"compile": False})]
 
 
 def test_help_names_the_defaults(parser):

@@ -12,6 +12,8 @@ from treeflash.pace import FIRST_REST, LONGEST_REST, Pace
 from treeflash.reference.backend import load
 from treeflash.tree import DraftTree
 
+LOADED = LoadConfig()
+
 
 def chain(*probabilities):
     """A tree whose nodes follow one another, each accepted with that probability."""
@@ -174,24 +176,28 @@ def test_costs_are_measured_on_a_target(backend):
 
 def test_costs_are_remembered_by_target_and_type(monkeypatch, tiny_pair, tmp_path):
     timed = Timed(monkeypatch, lambda nodes: 0.01)
-    first = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    first = VerifyCosts.remembered(timed, tiny_pair[0], LOADED, tmp_path / "costs")
     timed.seconds = lambda nodes: 0.02
-    again = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    again = VerifyCosts.remembered(timed, tiny_pair[0], LOADED, tmp_path / "costs")
     assert again == first
+    compiled = VerifyCosts.remembered(
+        timed, tiny_pair[0], LoadConfig(compile=True), tmp_path / "costs"
+    )
+    assert compiled.seconds[1] == pytest.approx(0.02)
     timed.dtype = "bfloat16"
-    other = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    other = VerifyCosts.remembered(timed, tiny_pair[0], LOADED, tmp_path / "costs")
     assert other.seconds[1] == pytest.approx(0.02)
     for file in (tmp_path / "costs").iterdir():
         file.write_text("torn", encoding="utf-8")
     timed.dtype = "float32"
-    mended = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    mended = VerifyCosts.remembered(timed, tiny_pair[0], LOADED, tmp_path / "costs")
     assert mended.seconds[1] == pytest.approx(0.02)
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, tiny_pair, tmp_path):
     (tmp_path / "costs").write_text("a file", encoding="utf-8")
     timed = Timed(monkeypatch, lambda nodes: 0.01)
-    found = VerifyCosts.remembered(timed, tiny_pair[0], tmp_path / "costs")
+    found = VerifyCosts.remembered(timed, tiny_pair[0], LOADED, tmp_path / "costs")
     assert found.seconds[1] == pytest.approx(0.01)
 
 

@@ -95,7 +95,7 @@ def attempt(name: str) -> tuple[str, str]:
         try:
             target = Target(Path(folder), torch.device("cpu"), torch.float32)
             target.prepare(pack=True)
-            backend = CudaBackend(target, None, None)
+            backend = CudaBackend(target, None, None, None)
             error = tree_difference(backend, np.random.default_rng(0), PREFIX)
             error = max(error, difference(backend, expected))
         except UnsupportedModelError as error:

@@ -58,6 +58,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")
     if config.draft_bits or config.kv_bits:
         raise ConfigError("the reference backend does not quantise; leave the bits out")
+    if config.compile:
+        raise ConfigError("the reference backend does not compile; leave --compile out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
 
