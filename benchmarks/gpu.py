@@ -15,11 +15,13 @@ iteration are measured, not the speed of texts.
 - `parts`: the drafter's forward, its marginals, and the AR head by the tokens that it scores, and
   after how many previous tokens.
 
-All times are medians, in milliseconds.
+Everything is measured twice, without and with `--compile`: CUDA graphs; a CPU runs the same fixed
+shapes as they are. All times are medians, in milliseconds.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -266,22 +268,32 @@ def main(argv=None) -> int:
         target, drafter = Path(scratch, "target"), Path(scratch, "drafter")
         write_target(target, shape, device, args.dtype)
         write_drafter(drafter, shape, device, args.dtype)
-        backend: Any = load(target, drafter, LoadConfig(device=str(device), dtype=args.dtype))
-    bandwidth = copy_bandwidth(device)
-    context = sorted(args.contexts)[len(args.contexts) // 2]
-    about = {
-        "card": card(device),
-        "shape": args.shape,
-        "layers": shape["num_hidden_layers"],
-        "dtype": backend.dtype,
-        "weights_gb": read_bytes(backend, shape, 0) / 1e9,
-        "copy_gb_per_s": bandwidth / 1e9,
-    }
-    results = {
-        "verify": verify_rows(backend, shape, bandwidth, args),
-        "iterations": iteration_rows(backend, context, args.repeats),
-        "parts": part_rows(backend, context, args.repeats),
-    }
+        bandwidth = copy_bandwidth(device)
+        context = sorted(args.contexts)[len(args.contexts) // 2]
+        about = {
+            "card": card(device),
+            "shape": args.shape,
+            "layers": shape["num_hidden_layers"],
+            "dtype": args.dtype,
+            "copy_gb_per_s": bandwidth / 1e9,
+        }
+        results: dict[str, list[dict]] = {"verify": [], "iterations": [], "parts": []}
+        for graphs in (False, True):
+            backend: Any = load(
+                target,
+                drafter,
+                LoadConfig(device=str(device), dtype=args.dtype, compile=graphs),
+            )
+            about["weights_gb"] = read_bytes(backend, shape, 0) / 1e9
+            found = {
+                "verify": verify_rows(backend, shape, bandwidth, args),
+                "iterations": iteration_rows(backend, context, args.repeats),
+                "parts": part_rows(backend, context, args.repeats),
+            }
+            for name, rows in found.items():
+                results[name] += [{"graphs": graphs} | row for row in rows]
+            del backend  # two would not fit on a small card
+            gc.collect()
     show("device and model", [about])
     for name, rows in results.items():
         show(name, rows)

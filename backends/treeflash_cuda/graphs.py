@@ -167,7 +167,7 @@ class FixedVerifier(Verifier):
     def _tree_logits(self, tree: DraftTree) -> Tensor:
         n = len(tree)
         nodes = 1 << (n - 1).bit_length()
-        if nodes > LARGEST:
+        if nodes > LARGEST or self.cache.key_values.storage is None:
             return super()._tree_logits(tree)
         inputs = np.zeros((3 + nodes, nodes), np.int32)
         inputs[0, :n] = tree.tokens
