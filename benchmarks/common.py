@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
+from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -99,6 +101,16 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def fast_mlx() -> dict[str, str]:
+    """Environment variables of a process that runs MLX.
+
+    On Linux its wheel has a slow matrix product, which OpenBLAS replaces where it is installed.
+    With torch the two libraries can clash.
+    """
+    openblas = find_library("openblas") if sys.platform == "linux" else None
+    return {"LD_PRELOAD": openblas} if openblas else {}
 
 
 def _cpu() -> str:

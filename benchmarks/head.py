@@ -1,16 +1,14 @@
 """What the AR head costs at a published shape, by the tokens and the previous tokens it scores.
 
-    python benchmarks/head.py --backends cuda,mlx --device cpu [--shape qwen3-4b] [--json FILE]
+    python benchmarks/head.py --backend mlx [--device cpu] [--shape qwen3-4b] [--json FILE]
 
 A target of few layers, which the head does not ask, and a drafter of the published shape are
-written with random weights to a temporary folder and loaded by each backend in turn. The block has
-16 positions, M = K = 16. What is timed is one call of `ARHead.transitions`; `own_ms` leaves out
-the marginals, which every tree needs.
+written with random weights to a temporary folder. The block has 16 positions, M = K = 16. What is
+timed is one call of `ARHead.transitions`; `own_ms` leaves out the marginals, which any tree needs.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +36,7 @@ HEADS = (
 def parser() -> Parser:
     """The options."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("--backends", default="cuda", help="separated by commas (cuda)")
+    options.add_argument("--backend", default="cuda", help="(cuda)")
     options.add_argument("--shape", choices=gpu.SHAPES, default="qwen3-4b", help="(qwen3-4b)")
     options.add_argument("--device", help="as the backends name it (their best)")
     options.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
@@ -73,18 +71,14 @@ def rows(backend: Backend, repeats: int) -> list[dict]:
 def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    loaders = [loader(name) for name in args.backends.split(",")]
+    load = loader(args.backend)
     shape = gpu.SHAPES[args.shape] | {"num_hidden_layers": LAYERS}
-    found = []
     with tempfile.TemporaryDirectory() as scratch:
         target, drafter = Path(scratch, "target"), Path(scratch, "drafter")
         gpu.write_target(target, shape, "cpu", args.dtype)
         gpu.write_drafter(drafter, shape, "cpu", args.dtype)
-        for load in loaders:
-            backend = load(target, drafter, LoadConfig(device=args.device, dtype=args.dtype))
-            found += rows(backend, args.repeats)
-            del backend
-            gc.collect()
+        backend = load(target, drafter, LoadConfig(device=args.device, dtype=args.dtype))
+    found = rows(backend, args.repeats)
     show(f"AR head, {args.shape}, {args.dtype}, {args.device or 'best device'}", found)
     write_json(args.json, "head", {"shape": args.shape, "dtype": args.dtype, "rows": found})
     return 0

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import venv
-from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common import fast_mlx
 
 WORKERS = Path(__file__).parent / "peers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
@@ -176,14 +177,10 @@ class Peer:
 
 def _variables(system: System, threads: int) -> dict[str, str]:
     """The environment variables of a process."""
-    variables = {
+    return {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # all models are folders; nothing is to be looked up meanwhile
+        **(fast_mlx() if system.backend == "mlx" else {}),
     }
-    openblas = find_library("openblas")
-    if system.backend == "mlx" and sys.platform == "linux" and openblas:
-        # MLX's wheel has a slow matrix product there. With torch the two libraries can clash.
-        variables["LD_PRELOAD"] = openblas
-    return variables

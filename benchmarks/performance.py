@@ -11,6 +11,7 @@ page from the results that are there. Nothing else should run meanwhile.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one
+from common import Parser, at_least_one, fast_mlx
 from safetensors.numpy import save_file
 
 from treeflash.checkpoints import read_tensors
@@ -39,6 +40,7 @@ def parser() -> Parser:
     options = Parser(__doc__.splitlines()[0])
     options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
     options.add_argument("--limit", type=at_least_one, default=16, help="prompts a set, bars (16)")
+    options.add_argument("--some", type=at_least_one, default=8, help="prompts a set, budgets (8)")
     options.add_argument("--few", type=at_least_one, default=2, help="prompts a set, others (2)")
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="bars (128)")
     options.add_argument("--few-tokens", type=at_least_one, default=64, help="others (64)")
@@ -53,25 +55,27 @@ def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
     sets = [str(path) for path in args.prompts]
     device = ["--device", args.device] if args.device else []
     many = ["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)]
+    some = ["--limit", str(args.some), "--max-tokens", str(args.few_tokens)]
     few = ["--limit", str(args.few), "--max-tokens", str(args.few_tokens)]
     torch = [*device, "--dtype", args.dtype]
     pair = ["--backend", "cuda", *torch]
     peers, methods = ["peers.py", *sets, *torch], ["methods.py", *sets, *pair]
+    heads = [*methods, *few, "--methods", "treeflash", "--budgets", "16,64"]
     ours = ["--methods", "generate,ar,treeflash"]
     plot = ["--plot", str(RESULTS / "peers.png")]
     return {
         "bars": [*peers, *many, *ours, "--backends", "cuda", "--systems", "transformers,treeflash"],
         "bars-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
         "peers": [*peers, *few, *plot],
-        "budgets": [*methods, *few, "--methods", "ddtree,treeflash", "--budgets", BUDGETS],
+        "budgets": [*methods, *some, "--methods", "ddtree,treeflash", "--budgets", BUDGETS],
         "random": [
-            *[*methods, *few, "--methods", "treeflash", "--budgets", "16,auto"],
+            *[*methods, *some, "--methods", "treeflash", "--budgets", "auto"],
             *["--drafter", str(random_drafter)],
         ],
-        "head-vocab": [
-            *[*methods, *few, "--methods", "treeflash", "--budgets", "16,64"],
-            *["--head-vocab", "full,256,512,1024,2048"],
-        ],
+        "head-vocab": [*heads, "--head-vocab", "full,256,512,1024,2048", "--head-rows", "full"],
+        "head-rows": [*heads, "--head-rows", "full,16,32,64,128"],
+        "head": ["head.py", "--backend", "cuda", *device],
+        "head-mlx": ["head.py", "--backend", "mlx", *device],
         "memory": ["memory.py", sets[0], *pair],
         "iteration": ["iteration.py", sets[0], *pair, "--plot", str(RESULTS / "verify.png")],
     }
@@ -167,12 +171,14 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "skipped": table(found["peers"]["skipped"]),
         "budgets": by_set(found["budgets"]["rows"], ("method", "budget"), "ratio_to_ar"),
         "random": by_set(found["random"]["rows"], ("method", "budget"), "ratio_to_ar"),
-        "head-vocab": by_set(
-            found["head-vocab"]["rows"], ("method", "budget", "head_vocab"), "block_efficiency"
-        ),
-        "head-vocab-speed": by_set(
-            found["head-vocab"]["rows"], ("method", "budget", "head_vocab"), "ratio_to_ar"
-        ),
+        **{
+            name + suffix: by_set(
+                found[name]["rows"], ("method", "budget", name.replace("-", "_")), figure
+            )
+            for name in ("head-vocab", "head-rows")
+            for suffix, figure in (("", "block_efficiency"), ("-speed", "ratio_to_ar"))
+        },
+        "head": table(found["head"]["rows"] + found["head-mlx"]["rows"]),
         **{name: table(iteration[name]) for name in ("phases", "sampling", "prefill")},
         "memory": table(found["memory"]["rows"]),
     }
@@ -203,7 +209,9 @@ def main(argv=None) -> int:
             script, *options = runs[name]
             print(f"== {name}: python benchmarks/{script} {' '.join(options)}", flush=True)
             command = [sys.executable, HERE / script, *options]
-            code = subprocess.run([*command, "--json", RESULTS / f"{name}.json"]).returncode
+            variables = os.environ | (fast_mlx() if name == "head-mlx" else {})
+            results = ["--json", RESULTS / f"{name}.json"]
+            code = subprocess.run([*command, *results], env=variables).returncode
             if code:
                 return code
     missing = [name for name in runs if not (RESULTS / f"{name}.json").exists()]

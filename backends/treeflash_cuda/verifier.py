@@ -15,7 +15,7 @@ from treeflash_cuda.attention import Visibility
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 2048
 
 
 class Verifier:
