@@ -66,7 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 DRAFTER_LAYERS, BLOCK_SIZE, TOP_M, TOP_K = 5, 16, 16, 16
 BUDGETS = (16, 64)
-HEADS = ((None, None), (1024, None), (1024, 64), (256, 64))  # head_vocab, head_rows
+HEADS = ((None, None), (1024, None), (1024, 128), (256, 128))  # head_vocab, head_rows
 WARM_UP = 3  # iterations
 GREEDY = SamplingConfig()
 

@@ -83,7 +83,7 @@ class DecodeConfig:
     top_m: int = 16
     top_k_children: int = 16
     head_vocab: int | None = 1024
-    head_rows: int | None = 64
+    head_rows: int | None = 128
     draft_temperature: float = 1.0
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()
