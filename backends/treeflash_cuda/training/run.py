@@ -72,6 +72,8 @@ class Run:
         """Keep the state after a step, in the place of the one before."""
         state, scratch = self.folder / "state", self.folder / "state.new"
         accelerator.save_state(str(scratch), safe_serialization=False)
+        # Each process writes a file of its own, and the folder is renamed under none of them.
+        accelerator.wait_for_everyone()
         if self._main:
             (scratch / "run.json").write_text(json.dumps({"step": step, **self.identity}))
             old = self.folder / "state.old"
