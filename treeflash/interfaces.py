@@ -172,7 +172,7 @@ class ARHead(Protocol):
             rows: score the children of only that many previous tokens, those of the highest
                 marginal log probability over all depths; the root's are always scored. What
                 follows a token is drafted about as often as its marginal says, so a tree of n
-                nodes needs n of them at most. None is the published head: all.
+                nodes has little use for many more than n. None is the published head: all.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
