@@ -22,7 +22,7 @@ Key: TypeAlias = tuple[str | int, int]
 """A row's id and the number of the turn, from 0."""
 
 BATCHES_BETWEEN_SORTS = 8
-"""Slots' worth of prompts that are sorted by length together: enough to be padded little."""
+"""Slots' worth of prompts that are sorted by length together: few enough to stay well mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +115,25 @@ class Distillation:
             for turn in range(max(len(row.turns) for row in self.rows)):
                 requests, skipped = self._requests(turn, responder, tokenizer, config)
                 bar.update(task, advance=skipped)
-                for key, request in _groups(requests, BATCHES_BETWEEN_SORTS * config.slots):
-                    answers = responder.respond(request, tokenizer.stop_token_ids, config.slots)
-                    for i, response_ids in answers:
-                        self.answers[key[i]] = response_ids
-                        record: dict[str, Any] = {
-                            "id": key[i][0],
-                            "turn": turn,
-                            "temperature": request[i].sampling.temperature,
-                            "prompt_ids": request[i].prompt_ids,
-                            "response_ids": response_ids,
-                        }
-                        file.write(json.dumps(record, separators=(",", ":")) + "\n")
-                        file.flush()
-                        tokens += len(response_ids)
-                        rate = tokens / (bar.get_time() - started)
-                        bar.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+                requests = _sorted(requests, BATCHES_BETWEEN_SORTS * config.slots)
+                answers = responder.respond(
+                    [request for _, request in requests], tokenizer.stop_token_ids, config.slots
+                )
+                for i, response_ids in answers:
+                    key, request = requests[i]
+                    self.answers[key] = response_ids
+                    record: dict[str, Any] = {
+                        "id": key[0],
+                        "turn": turn,
+                        "temperature": request.sampling.temperature,
+                        "prompt_ids": request.prompt_ids,
+                        "response_ids": response_ids,
+                    }
+                    file.write(json.dumps(record, separators=(",", ":")) + "\n")
+                    file.flush()
+                    tokens += len(response_ids)
+                    rate = tokens / (bar.get_time() - started)
+                    bar.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
 
     def report(self) -> str:
         """One line: how many answers and tokens there are, and how many prompts have none."""
@@ -207,8 +210,7 @@ def mix(
     return mixed
 
 
-def _groups(
-    requests: list[tuple[Key, Request]], size: int
-) -> list[tuple[list[Key], list[Request]]]:
+def _sorted(requests: list[tuple[Key, Request]], size: int) -> list[tuple[Key, Request]]:
+    """The longest prompts first, within parts of a size: those run together are padded little."""
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-    return [([key for key, _ in part], [request for _, request in part]) for part in parts]
+    return [x for part in parts for x in sorted(part, key=lambda x: -len(x[1].prompt_ids))]

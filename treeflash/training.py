@@ -62,7 +62,7 @@ class Responder(Protocol):
     def respond(
         self, requests: Sequence[Request], stop_token_ids: frozenset[int], slots: int
     ) -> Iterator[tuple[int, list[int]]]:
-        """Answer all requests, as many as `slots` at a time.
+        """Answer all requests in their order, as many as `slots` at a time.
 
         Yields:
             The index of a request and its new tokens, the stop token included, as they finish.

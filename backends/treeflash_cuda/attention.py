@@ -8,7 +8,7 @@ tree, whose positions are not its columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -26,6 +26,10 @@ NAME = "draft_tree"
 
 Rule: TypeAlias = Callable[..., Tensor]
 """A layer's own: (batch, head, query position, key position) to whether the key is seen."""
+
+
+Part: TypeAlias = tuple[slice, int]
+"""Slots that attend together, and the first columns that they look at."""
 
 
 class Visibility:
@@ -80,14 +84,14 @@ class SlotVisibility:
     Attributes:
         positions: (slots,) of the new tokens; a text's columns are its positions.
         columns: that are looked at.
+        parts: of the slots.
     """
 
-    is_whole_text = False
-
-    def __init__(self, positions: Tensor, columns: int) -> None:
+    def __init__(self, positions: Tensor, columns: int, parts: Sequence[Part]) -> None:
         """Describe one forward."""
         self.positions = positions
         self.columns = columns
+        self.parts = parts
 
     def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor:
         """(slots, 1, 1, columns) additive."""
@@ -148,8 +152,11 @@ def tree_attention(
             "which the cuda backend does not compute"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    visibility = _CURRENT.get()
+    if isinstance(visibility, SlotVisibility):
+        return slot_attention(query, key, value, attention_mask, scale, visibility.parts), None
     if attention_mask is None and query.shape[2] > 1:
-        if not _CURRENT.get().is_whole_text:
+        if not visibility.is_whole_text:
             raise UnsupportedModelError(
                 f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
             )
@@ -158,6 +165,19 @@ def tree_attention(
         )
         return out.transpose(1, 2).contiguous(), None
     return grouped_attention(query, key, value, attention_mask, scale), None
+
+
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, parts: Sequence[Part]
+) -> Tensor:
+    """`grouped_attention`, in parts of the batch that see so many first columns."""
+    assert bias is not None
+    return torch.cat(
+        [
+            grouped_attention(q[rows], k[rows, :, :m], v[rows, :, :m], bias[rows, :, :, :m], scale)
+            for rows, m in parts
+        ]
+    )
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

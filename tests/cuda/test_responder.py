@@ -25,12 +25,13 @@ SAMPLINGS = (
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mistral"])
 @pytest.mark.parametrize("slots", [1, 3, 20])
-def test_answers_equal_plain_decoding(family, slots, tmp_path):
+@pytest.mark.parametrize("prefix", [(), (7, 30, 5, 11)])
+def test_answers_equal_plain_decoding(family, slots, prefix, tmp_path):
     write_target(tmp_path, family, seed=1, vocab_size=40)
     random = np.random.default_rng(2)
     requests = [
         Request(
-            prompt_ids=tuple(random.integers(4, 40, length).tolist()),
+            prompt_ids=(*prefix, *random.integers(4, 40, length).tolist()),
             sampling=SAMPLINGS[n % 3],
             max_tokens=24 if n % 4 else 5,
         )

@@ -1,0 +1,104 @@
+"""Keys and values of many texts that take one token each in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from treeflash_cuda.attention import SlotVisibility
+
+PARTS = 4
+"""Neighbouring slots attend together, in as many parts: more waste fewer columns on short texts."""
+
+
+class SlotCache(Cache):
+    """A slot for each text, in storage of fixed size.
+
+    Attributes:
+        storage: (layers, 2, slots, kv_heads, columns, head_dim); None until the first forward.
+        positions: (taken,) where the next token of each text goes, in the first slots.
+        prefix: length of what all texts begin with, in every slot.
+        prompts: slots whose prompts are being run; None while all texts take one token.
+        columns: that such a forward looks at.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int, device: torch.device) -> None:
+        """Start empty."""
+        super().__init__(layers=[])
+        self.shape = (layers, 2, slots, capacity)
+        self.storage: Tensor | None = None
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
+        self.prefix = 0
+        self.prompts: slice | None = None
+        self.columns = 0
+
+    def share(self, length: int) -> None:
+        """Give all slots the first positions of the first one, a prefix of all texts; empty it."""
+        assert self.storage is not None
+        self.storage[:, :, 1:, :, :length] = self.storage[:, :, :1, :, :length]
+        self.prefix, self.positions = length, self.positions[:0]
+
+    def append(self, lengths: Sequence[int]) -> None:
+        """Take slots for prompts that have as many tokens beyond the prefix."""
+        new = torch.tensor(lengths, device=self.positions.device) + self.prefix
+        self.positions = torch.cat([self.positions, new])
+
+    def keep(self, lengths: dict[int, int]) -> None:
+        """Close the gaps between the texts of some slots, in ascending order; given by length."""
+        assert self.storage is not None or not lengths
+        for slot, (old, length) in enumerate(lengths.items()):
+            if slot != old:
+                # One by one: together they would need as much memory again.
+                self.storage[:, :, slot, :, :length] = self.storage[:, :, old, :, :length]
+        self.positions = self.positions[list(lengths)]
+
+    def look(self, lengths: Sequence[int]) -> SlotVisibility:
+        """Prepare a forward of one token each.
+
+        Args:
+            lengths: (taken,) of the texts, that token included; 0 for one that has ended, whose
+                slot takes part all the same.
+        """
+        self.columns = max(lengths)
+        self.positions.clamp_(max=self.columns - 1)
+        size = -(-len(lengths) // PARTS)
+        parts = [
+            (slice(first, first + size), max(1, *lengths[first : first + size]))
+            for first in range(0, len(lengths), size)
+        ]
+        return SlotVisibility(self.positions, self.columns, parts)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by a layer with the keys and values of its forward."""
+        if self.storage is None:
+            layers, two, slots, capacity = self.shape
+            heads, head_dim = key_states.shape[1], key_states.shape[3]
+            self.storage = key_states.new_zeros(layers, two, slots, heads, capacity, head_dim)
+        keys, values = self.storage[layer_idx]
+        if self.prompts is not None:
+            end = self.prefix + key_states.shape[2]
+            keys[self.prompts, :, self.prefix : end] = key_states
+            values[self.prompts, :, self.prefix : end] = value_states
+            return keys[self.prompts, :, :end], values[self.prompts, :, :end]
+        rows = torch.arange(len(self.positions), device=keys.device)
+        keys[rows, :, self.positions] = key_states[:, :, 0]
+        values[rows, :, self.positions] = value_states[:, :, 0]
+        return keys[: len(rows), :, : self.columns], values[: len(rows), :, : self.columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns before the forward, as far as a model that is given positions cares."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Likewise."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a forward sees, and the first of them."""
+        return (self.columns if self.prompts is None else self.prefix + query_length), 0
