@@ -18,6 +18,7 @@ from treeflash.transitions import TransitionTable
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.cache import KeyValues
 from treeflash_cuda.target import Target
+from treeflash_cuda.topk import topk
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -244,5 +245,5 @@ def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     scaled = logits.float()
     if temperature != 1:
         scaled = scaled / temperature
-    best, tokens = scaled.topk(min(k, scaled.shape[-1]))
+    best, tokens = topk(scaled, k)
     return tokens.int(), best - scaled.logsumexp(-1, keepdim=True)

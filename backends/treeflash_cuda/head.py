@@ -13,6 +13,7 @@ from treeflash.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, top
 from treeflash_cuda.linear import EACH, PairLinear, Rows
 from treeflash_cuda.target import Target
+from treeflash_cuda.topk import largest, topk
 
 NORM_EPS = 1e-6
 
@@ -90,10 +91,10 @@ class ARHead:
         marginal = scaled - scaled.logsumexp(-1, keepdim=True)
         vocab = None
         if shortlist is not None and shortlist < self.target.vocab_size:
-            vocab = marginal.amax(0).topk(shortlist).indices.sort().values
+            vocab = largest(marginal.amax(0), shortlist)
             marginal = marginal[:, vocab]
         m = min(m, marginal.shape[1])
-        weights, previous = (x.flatten() for x in marginal[:-1].topk(m))
+        weights, previous = (x.flatten() for x in topk(marginal[:-1], m))
         kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
         previous = previous[kept]
         if vocab is not None:

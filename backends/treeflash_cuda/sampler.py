@@ -13,6 +13,7 @@ from torch import Tensor
 from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import NOT_FINITE
+from treeflash_cuda.topk import topk
 
 SHORTLIST = 64
 """Tokens among which the edge of a nucleus is looked for first."""
@@ -84,7 +85,7 @@ def _sample(
     ranked = None
     if 0 < sampling.top_k < probs.shape[-1]:
         # What ties with the last of these is kept as well.
-        ranked = probs.topk(sampling.top_k).values
+        ranked = topk(probs, sampling.top_k)[0]
         probs = torch.where(probs >= ranked[:, -1:], probs, 0)
     if sampling.top_p < 1:
         total = probs.sum(-1, keepdim=True, dtype=torch.float64)
@@ -106,7 +107,7 @@ def _largest(probs: Tensor, k: int, least: Tensor) -> Tensor:
     What is left out is 0.
     """
     if k < probs.shape[-1]:
-        return probs.topk(k).values
+        return topk(probs, k)[0]
     if probs.device.type != "cpu":
         return probs.sort(-1, descending=True).values
     # NumPy sorts with vector instructions, torch does not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from treeflash_cuda.attention import Visibility
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 
-PREFILL_CHUNK = 2048
+FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
+"""Tokens of a prompt in a forward; those after the first need a mask, and so are smaller."""
 
 
 class Verifier:
@@ -43,8 +45,9 @@ class Verifier:
         """See `TreeVerifier.prefill`."""
         device = self.target.device
         features = []
-        for first in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = torch.tensor(token_ids[first : first + PREFILL_CHUNK], device=device)
+        ends = [*range(FIRST_CHUNK, len(token_ids), NEXT_CHUNK), len(token_ids)]
+        for first, end in pairwise([0, *ends]):
+            chunk = torch.tensor(token_ids[first:end], device=device)
             positions = torch.arange(self.length, self.length + len(chunk), device=device)
             logits = self._forward(chunk, Visibility(self.length, positions, None))
             features.append(self.commit(np.arange(len(chunk), dtype=np.int32)))
