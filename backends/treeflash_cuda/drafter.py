@@ -231,6 +231,11 @@ def block_bias(
     )
 
 
+def divided(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, divided by the temperature: a pass over them is saved where it is 1."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
 def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The best tokens of each row, best first, and their log probabilities.
 
@@ -242,8 +247,6 @@ def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     Returns:
         (n, k) int32, and (n, k) float32 nats.
     """
-    scaled = logits.float()
-    if temperature != 1:
-        scaled = scaled / temperature
+    scaled = divided(logits, temperature)
     best, tokens = topk(scaled, k)
     return tokens.int(), best - scaled.logsumexp(-1, keepdim=True)

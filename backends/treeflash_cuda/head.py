@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
-from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, top
+from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, divided, top
 from treeflash_cuda.linear import EACH, PairLinear, Rows
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import largest, topk
@@ -87,7 +87,7 @@ class ARHead:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        scaled = self.target.output(normed).float() / temperature
+        scaled = divided(self.target.output(normed), temperature)
         marginal = scaled - scaled.logsumexp(-1, keepdim=True)
         vocab = None
         if shortlist is not None and shortlist < self.target.vocab_size:

@@ -104,16 +104,18 @@ def _sample(
 def _largest(probs: Tensor, k: int, least: Tensor) -> Tensor:
     """(n, k) the largest of each row, largest first; those below `least`, (n, 1), may be left out.
 
-    What is left out is 0.
+    Instead there are zeros, or, where all rows would end in them, fewer columns.
     """
     if k < probs.shape[-1]:
         return topk(probs, k)[0]
     if probs.device.type != "cpu":
         return probs.sort(-1, descending=True).values
     # NumPy sorts with vector instructions, torch does not.
-    ranked = np.zeros(probs.shape, np.float32)
-    for row, kept, found in zip(probs.numpy(), (probs >= least).numpy(), ranked, strict=True):
-        found[: kept.sum()] = np.sort(row[kept])[::-1]
+    rows = zip(probs.numpy(), (probs >= least).numpy(), strict=True)
+    found = [np.sort(row[kept])[::-1] for row, kept in rows]
+    ranked = np.zeros((len(probs), max(map(len, found))), np.float32)
+    for row, largest in zip(ranked, found, strict=True):
+        row[: len(largest)] = largest
     return torch.from_numpy(ranked)
 
 
