@@ -15,8 +15,15 @@ from typing import NamedTuple
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
-from treeflash.command import add_model_options, budget, full_or_number, guarded, load_model
-from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, Method
+from treeflash.command import (
+    add_model_options,
+    budget,
+    full_or_number,
+    guarded,
+    head_rows,
+    load_model,
+)
+from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
 from treeflash.errors import ConfigError
 from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel
@@ -41,7 +48,7 @@ def parser() -> Parser:
     options.add_argument(
         "--head-rows",
         default=str(DecodeConfig.head_rows),
-        metavar="full,N,...",
+        metavar="full,N,auto,...",
         help=f"previous tokens after which it does ({DecodeConfig.head_rows})",
     )
     options.add_argument("--temperature", type=float, default=0.0)
@@ -56,7 +63,7 @@ class Case(NamedTuple):
     method: Method
     budget: Budget
     head_vocab: int | None
-    head_rows: int | None
+    head_rows: HeadRows
 
     @property
     def name(self) -> dict:
@@ -76,7 +83,7 @@ def cases(methods: str, budgets: str, vocabs: str, rows: str) -> list[Case]:
     try:
         sizes = [budget(size) for size in budgets.split(",")]
         heads = [
-            (full_or_number(vocab), full_or_number(row))
+            (full_or_number(vocab), head_rows(row))
             for vocab in vocabs.split(",")
             for row in rows.split(",")
         ]

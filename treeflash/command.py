@@ -152,10 +152,10 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-rows",
-        "previous tokens after which it scores them: full, or the likeliest N",
+        "previous tokens after which it scores them: full, the likeliest N, or auto: by the budget",
         DecodeConfig.head_rows,
-        type=full_or_number,
-        metavar="full|N",
+        type=head_rows,
+        metavar="full|N|auto",
     )
     add(
         "--draft-temperature",
@@ -226,12 +226,17 @@ def budget(text: str) -> int | str:
 
 
 def full_or_number(text: str) -> int | None:
-    """What `--head-vocab` and `--head-rows` say, for argparse."""
+    """What `--head-vocab` says, for argparse."""
     if text == "full":
         return None
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"neither full nor a number: {text}")
     return int(text)
+
+
+def head_rows(text: str) -> int | str | None:
+    """What `--head-rows` says, for argparse."""
+    return AUTO if text == AUTO else full_or_number(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from treeflash.errors import ConfigError
 Method = Literal["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Budget = int | Literal["auto"]
+HeadRows = int | Literal["auto"] | None
 AUTO: Literal["auto"] = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,7 +72,7 @@ class DecodeConfig:
         top_k_children: children kept per depth and previous token (K).
         head_vocab: tokens that the AR head scores, the likeliest of a block; None is all.
         head_rows: previous tokens after which it scores them, the likeliest of a block; None is
-            all M of every depth.
+            all M of every depth, `auto` as many as a tree of the budget can use.
         draft_temperature: divides the drafter's logits; it shapes the tree, never the output.
         max_tokens: new tokens at most.
         stop_token_ids: tokens that end the text; the one met is part of the output.
@@ -83,7 +84,7 @@ class DecodeConfig:
     top_m: int = 16
     top_k_children: int = 16
     head_vocab: int | None = 1024
-    head_rows: int | None = 128
+    head_rows: HeadRows = AUTO
     draft_temperature: float = 1.0
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()
@@ -104,7 +105,12 @@ class DecodeConfig:
         _check(
             self.head_vocab is None or self.head_vocab >= 1, "head-vocab must be 1 or more", self
         )
-        _check(self.head_rows is None or self.head_rows >= 1, "head-rows must be 1 or more", self)
+        _check(
+            self.head_rows in (None, AUTO)
+            or (isinstance(self.head_rows, int) and self.head_rows >= 1),
+            "head-rows must be auto, or 1 or more",
+            self,
+        )
         _check(
             _is_temperature(self.draft_temperature),
             "draft-temperature must be from 1e-6 to 1e6",

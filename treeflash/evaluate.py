@@ -15,7 +15,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from treeflash.command import Parser, add_model_options, full_or_number, guarded, load_model
+from treeflash.command import (
+    Parser,
+    add_model_options,
+    full_or_number,
+    guarded,
+    head_rows,
+    load_model,
+)
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation import Case, Evaluation, cases, encode_rows
@@ -88,16 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         ("--seed", int, SamplingConfig.seed, "of sampling, and of the intervals"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    for flag, size, text in (
-        ("--head-vocab", DecodeConfig.head_vocab, "tokens that the AR head scores"),
-        ("--head-rows", DecodeConfig.head_rows, "previous tokens after which it does"),
+    for flag, parse, size, metavar, text in (
+        ("--head-vocab", full_or_number, DecodeConfig.head_vocab, "full|N", "the AR head scores"),
+        ("--head-rows", head_rows, DecodeConfig.head_rows, "full|N|auto", "it does so after"),
     ):
         parser.add_argument(
-            flag,
-            type=full_or_number,
-            default=size,
-            metavar="full|N",
-            help=f"{text} (default: {size})",
+            flag, type=parse, default=size, metavar=metavar, help=f"tokens {text} (default: {size})"
         )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from treeflash.config import AUTO, Budget, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.config import (
+    AUTO,
+    Budget,
+    DecodeConfig,
+    HeadRows,
+    LoadConfig,
+    Method,
+    SamplingConfig,
+)
 from treeflash.costs import VerifyCosts
 from treeflash.errors import BackendError, ConfigError
 from treeflash.generation import Generation
@@ -42,7 +50,7 @@ class Options(TypedDict, total=False):
     top_m: int
     top_k_children: int
     head_vocab: int | None
-    head_rows: int | None
+    head_rows: HeadRows
     draft_temperature: float
     max_tokens: int
     stop_token_ids: Collection[int]

@@ -42,6 +42,7 @@ class Pace:
         balance: tokens that drafting brought beyond what plain decoding would have in its time.
         rest: iterations until the next draft.
         next_rest: how long the next rest will be.
+        nodes: of the last tree, after it was cut.
     """
 
     costs: VerifyCosts
@@ -52,6 +53,10 @@ class Pace:
     balance: float = 0.0
     rest: int = 0
     next_rest: int = FIRST_REST
+    nodes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nodes = self.largest
 
     @property
     def largest(self) -> int:
@@ -72,7 +77,8 @@ class Pace:
             rate = max(rate, self.tokens / self.seconds)
         sizes = [size for size in self.costs.seconds if size <= len(tree)]
         worth = [expected[size - 1] - rate * self.costs.seconds[size] for size in sizes]
-        return tree.first(sizes[int(np.argmax(worth))])
+        self.nodes = sizes[int(np.argmax(worth))]
+        return tree.first(self.nodes)
 
     def observe(
         self, tree: DraftTree, path: NDArray[np.int32], seconds: Mapping[Any, float]

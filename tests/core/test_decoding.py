@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
+from treeflash.costs import VerifyCosts
 from treeflash.decoding import Step, check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.interfaces import Backend
+from treeflash.pace import Pace
 from treeflash.sampling import choose, uniforms
 from treeflash.transitions import TransitionTable
 from treeflash.tree import DraftTree
@@ -110,6 +112,7 @@ class FakeDrafter:
 @dataclass
 class FakeHead:
     propose: Proposal
+    rows: list[int | None] = field(default_factory=list)
 
     def transitions(
         self,
@@ -122,6 +125,7 @@ class FakeHead:
         rows: int | None = None,
     ) -> TransitionTable:
         assert temperature == 0.5
+        self.rows.append(rows)
         return self.propose(block, m, k)
 
 
@@ -271,6 +275,36 @@ class TestSteps:
             backend.head = FakeHead(spy)
             run(backend, method=method, top_m=7, top_k_children=2, max_tokens=2)
         assert asked == [(1, 1), (1, 2), (7, 2), (1, 2)]
+
+    @pytest.mark.parametrize(
+        ("settings", "rows"),
+        [
+            ({"budget": 6}, 32),
+            ({"budget": 16}, 64),
+            ({"budget": 16, "head_rows": 5}, 5),
+            ({"budget": 16, "head_rows": None}, None),
+        ],
+    )
+    def test_the_head_scores_as_many_rows_as_the_budget_can_use(
+        self, settings: dict[str, Any], rows: int | None
+    ) -> None:
+        backend = scripted(SCRIPT)
+        backend.head = head = FakeHead(backend.propose)
+        run(backend, method="treeflash", max_tokens=14, **settings)
+        assert set(head.rows) == {rows}
+
+    def test_or_as_the_last_tree_could_where_the_budget_is_auto(self) -> None:
+        class Unteachable(Pace):
+            def observe(self, *_: object) -> None:
+                """The fake's forwards take no time."""
+
+        backend = scripted(SCRIPT)
+        backend.head = head = FakeHead(backend.propose)
+        pace = Unteachable(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
+        config = config_of(method="treeflash", budget="auto", max_tokens=14)
+        list(decode(backend, PROMPT, config, pace))
+        assert head.rows[0] == 4 * 64
+        assert set(head.rows[1:]) == {4 * 16}
 
     def test_features_are_asked_for_only_where_a_drafter_needs_them(self) -> None:
         for method in METHODS:

@@ -88,7 +88,9 @@ def _is_settled(
         assert path is not None
         if drafter and features is not None:
             root = int(tree.tokens[0])
-            table = propose(reference, drafter, drafter.draft(features, root), config)
+            assert isinstance(config.budget, int)
+            block = drafter.draft(features, root)
+            table = propose(reference, drafter, block, config, config.budget)
             if not _is_settled_tree(table, root, config):
                 return False
         draws = None
