@@ -189,6 +189,8 @@ def test_sigint_ends_a_process_with_its_summary(tiny_pair):
         command_line(tiny_pair, "--method", "ar", "--max-tokens", "4000", "hi"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell lets its background jobs ignore it, and what they start as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
