@@ -95,13 +95,21 @@ def _parser() -> argparse.ArgumentParser:
         ("--seed", int, SamplingConfig.seed, "of sampling, and of the intervals"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    for flag, parse, size, metavar, text in (
-        ("--head-vocab", full_or_number, DecodeConfig.head_vocab, "full|N", "the AR head scores"),
-        ("--head-rows", head_rows, DecodeConfig.head_rows, "full|N|auto", "it does so after"),
-    ):
-        parser.add_argument(
-            flag, type=parse, default=size, metavar=metavar, help=f"tokens {text} (default: {size})"
-        )
+    vocab, rows = DecodeConfig.head_vocab, DecodeConfig.head_rows
+    parser.add_argument(
+        "--head-vocab",
+        type=full_or_number,
+        default=vocab,
+        metavar="full|N",
+        help=f"tokens that the AR head scores (default: {vocab})",
+    )
+    parser.add_argument(
+        "--head-rows",
+        type=head_rows,
+        default=rows,
+        metavar="full|N|auto",
+        help=f"previous tokens after which it does (default: {rows})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--report",

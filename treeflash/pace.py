@@ -42,7 +42,7 @@ class Pace:
         balance: tokens that drafting brought beyond what plain decoding would have in its time.
         rest: iterations until the next draft.
         next_rest: how long the next rest will be.
-        nodes: of the last tree, after it was cut.
+        nodes: of the last drafted tree.
     """
 
     costs: VerifyCosts
@@ -77,8 +77,7 @@ class Pace:
             rate = max(rate, self.tokens / self.seconds)
         sizes = [size for size in self.costs.seconds if size <= len(tree)]
         worth = [expected[size - 1] - rate * self.costs.seconds[size] for size in sizes]
-        self.nodes = sizes[int(np.argmax(worth))]
-        return tree.first(self.nodes)
+        return tree.first(sizes[int(np.argmax(worth))])
 
     def observe(
         self, tree: DraftTree, path: NDArray[np.int32], seconds: Mapping[Any, float]
@@ -93,6 +92,7 @@ class Pace:
         self.costs.observe(len(tree), seconds["verify"])
         if "draft" not in seconds:
             return
+        self.nodes = len(tree)
         all_s = sum(seconds.values())
         for depth, parent in enumerate(path, 1):
             children = tree.parents == parent

@@ -294,13 +294,16 @@ class TestSteps:
         assert set(head.rows) == {rows}
 
     def test_or_as_the_last_tree_could_where_the_budget_is_auto(self) -> None:
-        class Unteachable(Pace):
-            def observe(self, *_: object) -> None:
-                """The fake's forwards take no time."""
+        class Timed(Pace):
+            """The fake's forwards take no time."""
+
+            def observe(self, tree: DraftTree, path: np.ndarray, seconds: object) -> None:
+                verify_s = self.costs.seconds[len(tree)]
+                super().observe(tree, path, {"draft": 0.0, "verify": verify_s})
 
         backend = scripted(SCRIPT)
         backend.head = head = FakeHead(backend.propose)
-        pace = Unteachable(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
+        pace = Timed(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
         config = config_of(method="treeflash", budget="auto", max_tokens=14)
         list(decode(backend, PROMPT, config, pace))
         assert head.rows[0] == 4 * 64

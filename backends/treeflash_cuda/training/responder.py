@@ -55,8 +55,7 @@ class Responder:
             cache.share(len(prefix))
         answers: list[_Answer | None] = []
         while waiting or any(answers):
-            free = slots - len(answers) if waiting else 0
-            if REFILL * (free + answers.count(None)) >= len(answers):
+            if REFILL * answers.count(None) >= len(answers):
                 # In order of age: neighbours, which attend together, are similar in length.
                 cache.keep({slot: a.position for slot, a in enumerate(answers) if a})
                 answers = [answer for answer in answers if answer]
