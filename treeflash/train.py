@@ -64,9 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = trainer(args.backend).train
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)
-    responses = [r for path in args.responses for r in read_responses(path, tokenizer)]
+    responses, held_out = (
+        [response for path in paths for response in read_responses(path, tokenizer)]
+        for paths in (args.responses, args.validation)
+    )
+    records = train(target, responses, args.output, config, load_config(args), held_out)
     try:
-        _show(train(target, responses, args.output, config, load_config(args)), config, console)
+        _show(records, config, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from the last state in {args.output}")
         return INTERRUPTED
@@ -100,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="FILE.jsonl",
         help="of treeflash.distill, or conversations with messages",
+    )
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.jsonl",
+        help="of the same kind, to validate on (default: --validation-sequences of the responses)",
     )
     parser.add_argument(
         "--output",

@@ -85,6 +85,7 @@ class Trainer(Protocol):
         output: Path,
         config: TrainConfig,
         load: LoadConfig,
+        held_out: Sequence[Response] = (),
     ) -> Iterator[dict[str, Any]]:
         """Train a drafter, or go on where an earlier run of this configuration stopped.
 
@@ -94,6 +95,8 @@ class Trainer(Protocol):
             output: the folder of the checkpoint, its model card, the log and the state.
             config: of the training.
             load: where, and in which precision the target and the arithmetic of training run.
+            held_out: what to validate on; other answers to its prompts are left out of
+                `responses`. Where there is none, `validation_sequences` of those are held out.
 
         Yields:
             What the log holds: a record of each step, and of each validation.

@@ -115,10 +115,25 @@ def test_validation_texts_are_not_trained_on(target, responses):
     from treeflash_cuda.training.texts import split
 
     twice = [*responses, *(replace(r, response_ids=r.response_ids[:9]) for r in responses)]
-    held_out, rest = split(twice, TINY)
+    held_out, rest = split(twice, [], TINY)
     assert len(held_out) >= TINY.validation_sequences
     assert not {text.prompt_ids for text in held_out} & {text.prompt_ids for text in rest}
     assert len(held_out) + len(rest) == len(twice)
+
+
+def test_given_validation_texts_take_their_prompts_out_of_training(target, responses, tmp_path):
+    config = replace(TINY, steps=1, validate_every=1)
+    given = [replace(response, response_ids=(5, 6, 7)) for response in responses[:4]]
+    alone, beside = (
+        list(train(target, texts, tmp_path / name, config, CPU, given))[-1]
+        for name, texts in (("alone", responses[4:]), ("beside", responses))
+    )
+    assert beside.pop("seconds") > 0
+    assert alone.pop("seconds") > 0
+    assert beside == alone
+    assert len(alone["validation"]["kl_marginal"]) == TINY.block_size - 1
+    with pytest.raises(ConfigError, match="leave nothing to train on beside 24"):
+        list(train(target, responses, tmp_path / "none", config, CPU, responses))
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,13 @@ def efficiency(target, drafter, prompts, **settings):
 
 def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
     records = [json.loads(line) for line in responses.read_text().splitlines()]
-    kept = tmp_path / "kept.jsonl"
-    kept.write_text("".join(json.dumps(record) + "\n" for record in records[:300]))
+    kept, held_out = tmp_path / "kept.jsonl", tmp_path / "held_out.jsonl"
+    for path, part in ((kept, records[:300]), (held_out, records[300:])):
+        path.write_text("".join(json.dumps(record) + "\n" for record in part))
     config, output = tmp_path / "train.toml", tmp_path / "drafter"
     config.write_text(SMALL)
-    options = ["--responses", str(kept), "--config", str(config), "--output", str(output)]
+    options = ["--responses", str(kept), "--validation", str(held_out)]
+    options += ["--config", str(config), "--output", str(output)]
     assert train.main([*options, "--target", str(target), "--steps", "600", *ON_CPU]) == 0
     assert "pass it as --drafter" in capsys.readouterr().err
     fresh = [record["prompt_ids"] for record in records[300:]]

@@ -21,7 +21,12 @@ def responder(target: Path, config: LoadConfig) -> Responder:
 
 
 def train(
-    target: Path, responses: Sequence[Response], output: Path, config: TrainConfig, load: LoadConfig
+    target: Path,
+    responses: Sequence[Response],
+    output: Path,
+    config: TrainConfig,
+    load: LoadConfig,
+    held_out: Sequence[Response] = (),
 ) -> Iterator[dict[str, Any]]:
     """See `Trainer.train`."""
     for package in ("accelerate", "tensorboard"):
@@ -29,4 +34,4 @@ def train(
             raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
     from treeflash_cuda.training import loop  # only here, for what it needs
 
-    return loop.train(target, responses, output, config, load)
+    return loop.train(target, responses, output, config, load, held_out)

@@ -35,7 +35,12 @@ MEASURED_TEXTS = 8
 
 
 def train(
-    target: Path, responses: Sequence[Response], output: Path, config: TrainConfig, load: LoadConfig
+    target: Path,
+    responses: Sequence[Response],
+    output: Path,
+    config: TrainConfig,
+    load: LoadConfig,
+    held_out: Sequence[Response],
 ) -> Iterator[dict[str, Any]]:
     """See `Trainer.train`."""
     accelerator = make_accelerator(config, load)
@@ -44,7 +49,8 @@ def train(
     )
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
-    held_out, texts = split(usable(responses, config, model), config)
+    given = usable(held_out, config, model) if held_out else []
+    held_out, texts = split(usable(responses, config, model), given, config)
     measured = [text.token_ids for text in texts[:MEASURED_TEXTS]]
     drafter, head = initial_drafter(config, settings, model, measured)
     block_size, layer_ids = drafter.config.block_size, drafter.config.target_layer_ids

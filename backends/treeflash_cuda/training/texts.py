@@ -31,21 +31,35 @@ def usable(responses: Sequence[Response], config: TrainConfig, target: Target) -
     return texts
 
 
-def split(texts: Sequence[Response], config: TrainConfig) -> tuple[list[Response], list[Response]]:
-    """Texts to validate on and texts to train on; one prompt's answers stay together."""
+def split(
+    texts: Sequence[Response], given: Sequence[Response], config: TrainConfig
+) -> tuple[list[Response], list[Response]]:
+    """Texts to validate on and texts to train on; one prompt's answers stay together.
+
+    Args:
+        texts: to train on.
+        given: to validate on; where there are none, some of `texts`.
+        config: how many, and the seed.
+
+    Raises:
+        ConfigError: nothing is left to train on.
+    """
     groups: dict[tuple[int, ...], list[Response]] = {}
     for text in texts:
         groups.setdefault(text.prompt_ids, []).append(text)
+    held_out = list(given)
+    for text in given:
+        groups.pop(text.prompt_ids, None)
+    wanted = 0 if given else config.validation_sequences
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(config.seed))
-    held_out: list[Response] = []
     rest: list[Response] = []
     prompts = list(groups)
     for n in order.tolist():
-        chosen = held_out if len(held_out) < config.validation_sequences else rest
+        chosen = held_out if len(held_out) < wanted else rest
         chosen.extend(groups[prompts[n]])
     if not rest:
         raise ConfigError(
-            f"{len(texts)} responses leave nothing to train on beside "
-            f"{config.validation_sequences} to validate; give more, or lower validation-sequences"
+            f"{len(texts)} responses leave nothing to train on beside {len(held_out)} to "
+            "validate; give more, or fewer to validate"
         )
     return held_out, rest
