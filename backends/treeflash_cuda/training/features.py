@@ -16,9 +16,10 @@ from torch import Tensor
 from treeflash.training import Response
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.target import Target
+from treeflash_cuda.topk import topk
 
 SHARD_TEXTS = 64
-FORWARD_TOKENS = 8192
+FORWARD_TOKENS = 2048
 """Tokens that run in one forward at most, padding included."""
 OUTPUT_ROWS = 1024
 """Rows of logits held at a time."""
@@ -145,7 +146,7 @@ class FeatureStore:
         parts = []
         for chunk in hidden.split(OUTPUT_ROWS):
             logits = self.target.output(chunk).float()
-            best, tokens = logits.topk(min(self.top_tokens, logits.shape[-1]))
+            best, tokens = topk(logits, self.top_tokens)
             parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
         return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
 
