@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, Options
 from treeflash.prompt import Message, Prompt
-from treeflash.prompt_file import Row, written_lines
+from treeflash.prompt_file import Row, finished_lines, foreign_line
 from treeflash.stats import mean
 
 Record: TypeAlias = dict[str, Any]
@@ -50,17 +50,12 @@ class Batch:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        lines = written_lines(output)
+        lines = finished_lines(output, LINE_START)
         batch = cls(rows, output)
         for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n") and line[: len(LINE_START)] == LINE_START[: len(line)]:
-                break
             record = _parse(line)
             if record is None:
-                raise ConfigError(
-                    f"{output}:{number} was not written by a run like this one; "
-                    "give another --output"
-                )
+                raise foreign_line(output, number)
             if record.get("finish_reason") == "interrupted" and number == len(lines):
                 break
             batch.records[record["id"], record["turn"]] = record
@@ -75,7 +70,8 @@ class Batch:
         Raises:
             ConfigError: the output holds turns of other settings, or a row needs the chat template.
         """
-        self._check(model, options)
+        settings = _settings(model, options)
+        self._check(settings, raw=bool(options.get("raw")))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with (
             self.output.open("a", encoding="utf-8", newline="\n") as file,
@@ -84,7 +80,7 @@ class Batch:
             file.truncate(self.output_bytes)
             task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
             for row in self.rows:
-                for _ in self._converse(row, model, options, file):
+                for _ in self._converse(row, model, options, settings, file):
                     bar.advance(task)
 
     def report(self) -> str:
@@ -98,16 +94,8 @@ class Batch:
             f"{errors} with errors, block efficiency {mean(lengths):.2f}"
         )
 
-    def _check(self, model: LanguageModel, options: Options) -> None:
-        config = model.decode_config(options)
+    def _check(self, settings: Record, raw: bool) -> None:
         # Turns made in different ways do not belong in one file.
-        settings = {
-            "method": config.method,
-            "budget": config.budget,
-            "seed": config.sampling.seed,
-            "backend": model.backend.name,
-            "dtype": model.backend.dtype,
-        }
         for record in self.records.values():
             for name, value in settings.items():
                 if record.get(name, value) != value:
@@ -115,7 +103,7 @@ class Batch:
                         f"{self.output} has turns made with {name} {record[name]}, not {value}; "
                         "use the same settings, or another --output"
                     )
-        if options.get("raw"):
+        if raw:
             for row in self.rows:
                 if len(row.turns) > 1 or len(row.turns[0]) > 1:
                     raise ConfigError(
@@ -124,7 +112,7 @@ class Batch:
                     )
 
     def _converse(
-        self, row: Row, model: LanguageModel, options: Options, file: TextIO
+        self, row: Row, model: LanguageModel, options: Options, settings: Record, file: TextIO
     ) -> Iterator[Record]:
         """Records of a row's turns, decoded now or before."""
         messages: list[Message] = []
@@ -133,7 +121,8 @@ class Batch:
             record = self.records.get((row.id, turn))
             if record is None:
                 prompt: Prompt = new[0]["content"] if options.get("raw") else messages
-                record = _decode((row.id, turn), model, prompt, options, file)
+                record = {"id": row.id, "turn": turn}
+                _decode(record, model, prompt, options, settings, file)
                 self.records[row.id, turn] = record
             yield record
             if "error" in record:
@@ -141,23 +130,50 @@ class Batch:
             messages.append({"role": "assistant", "content": record["text"]})
 
 
+def _settings(model: LanguageModel, options: Options) -> Record:
+    """What decides a text, beside its prompt."""
+    config = model.decode_config(options)
+    sampling = config.sampling
+    stop = options.get("stop", ())
+    return {
+        "target": model.folder.name if model.folder else None,
+        "backend": model.backend.name,
+        "dtype": model.backend.dtype,
+        "method": config.method,
+        "budget": config.budget,
+        "max_tokens": config.max_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+        "stop": [stop] if isinstance(stop, str) else list(stop),
+        "system": options.get("system"),
+        "raw": options.get("raw", False),
+        "template_args": options.get("template_args"),
+    }
+
+
 def _decode(
-    key: Key, model: LanguageModel, prompt: Prompt, options: Options, file: TextIO
-) -> Record:
-    """Decode one turn and write it; where that is interrupted, write what there is."""
-    record: Record = dict(zip(("id", "turn"), key, strict=True))
+    record: Record,
+    model: LanguageModel,
+    prompt: Prompt,
+    options: Options,
+    settings: Record,
+    file: TextIO,
+) -> None:
+    """Complete a turn's record and write it; where that is interrupted, with what there is."""
     try:
         stream = model.stream(prompt, **options)
     except PromptError as error:
-        record["error"] = str(error)
+        record |= {"error": str(error)} | settings
         _write(record, file)
-        return record
+        return
     try:
         stream.run()
     finally:
-        record |= stream.generation().to_dict()
+        record |= stream.generation().to_dict() | settings
         _write(record, file)
-    return record
 
 
 def _write(record: Record, file: TextIO) -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NoReturn, Protocol, cast
 
 from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
@@ -17,6 +17,7 @@ from treeflash.language_model import LanguageModel, Options, load, parse_options
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
+OUT_OF_MEMORY = "OutOfMemoryError"
 READER_GONE = 141  # likewise SIGPIPE
 
 
@@ -66,10 +67,13 @@ def guarded(main: Main) -> Main:
             return READER_GONE
         except (TreeflashError, OSError) as error:
             return _fail(str(error))
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            # torch's own error, of a device, is known by its name: torch may not be there.
+            if not isinstance(error, MemoryError) and type(error).__name__ != OUT_OF_MEMORY:
+                raise
             return _fail(
-                "out of memory; a smaller --budget, --top-m or --top-k-children, "
-                "or a shorter prompt, needs less"
+                "out of memory; a smaller --budget, --top-m or --top-k-children, a shorter "
+                "prompt, --dtype bfloat16, or a smaller model needs less"
             )
         return code
 
@@ -198,10 +202,10 @@ def load_config(args: argparse.Namespace) -> LoadConfig:
     return LoadConfig(device=args.device, dtype=args.dtype)
 
 
-def load_model(args: argparse.Namespace) -> LanguageModel:
-    """Load what the model options say; no drafter where plain decoding needs none."""
+def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
+    """Load what the model options say; no drafter where these methods are plain decoding alone."""
     drafter: str | Literal[False] | None = args.drafter
-    if drafter is None and getattr(args, "method", None) == "ar":
+    if drafter is None and set(methods) == {"ar"}:
         drafter = False
     return load(
         args.target,

@@ -122,15 +122,21 @@ def _steps(
         clock = _Clock()
         tree = DraftTree.root_only(root)
         table: TransitionTable | None = None
-        if drafter is not None and pace is not None and not pace.drafts():
+        # Each node that is accepted brings a token, and so does the last node's choice. What lies
+        # deeper could not be emitted, and would stand beyond the last position.
+        deepest = limit - emitted - 1
+        if drafter is None or not deepest:
+            pass
+        elif pace is not None and not pace.drafts():
             drafter.extend(features)
-        elif drafter is not None:
+        else:
             if config.budget != AUTO:
                 expected = built = config.budget
             else:
                 assert pace is not None
                 expected, built = pace.nodes, pace.largest
-            table = propose(backend, drafter, drafter.draft(features, root), config, expected)
+            block = drafter.draft(features, root)
+            table = propose(backend, drafter, block, config, expected).until(deepest)
             clock.mark("draft")
             tree = (build_chain if config.drafts_chain else build_tree)(table, root, built)
             if pace is not None:

@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("limit", "self_prompt"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")
+    if args.weights and (args.limit is None or not args.prompts):
+        raise ConfigError("--weights are shares of --limit answers to --prompts; give both")
+    if args.limit and not args.prompts:
+        raise ConfigError("--limit is of --prompts; --self-prompt says how many it writes")
     rows = _rows(args) if args.prompts else []
     train = trainer(args.backend)
     target = resolve_target(args.target)

@@ -14,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.prompt_file import Row, written_lines
+from treeflash.prompt_file import Row, finished_lines, foreign_line
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
 
 Key: TypeAlias = tuple[str | int, int]
 """A row's id and the number of the turn, from 0."""
 
+LINE_START = b'{"id":'
 BATCHES_BETWEEN_SORTS = 8
 """Slots' worth of prompts that are sorted by length together: few enough to stay well mixed."""
 
@@ -63,12 +64,14 @@ class Distillation:
         rows: what to answer.
         output: JSON lines of `id`, `turn`, `temperature`, `prompt_ids`, `response_ids`.
         answers: response ids by row and turn.
+        temperatures: of those answers.
         output_bytes: size of the part of `output` that they take.
     """
 
     rows: Sequence[Row]
     output: Path
     answers: dict[Key, list[int]] = field(default_factory=dict)
+    temperatures: set[float] = field(default_factory=set)
     output_bytes: int = 0
 
     @classmethod
@@ -78,27 +81,31 @@ class Distillation:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        lines = written_lines(output)
         distillation = cls(rows, output)
-        for number, line in enumerate(lines, 1):
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
+        for number, line in enumerate(finished_lines(output, LINE_START), 1):
             try:
                 record = json.loads(line)
-                key = record["id"], int(record.get("turn", 0))
-                distillation.answers[key] = list(record["response_ids"])
+                distillation.answers[record["id"], record["turn"]] = list(record["response_ids"])
+                distillation.temperatures.add(record["temperature"])
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(
-                    f"{output}:{number} was not written by a run like this one; "
-                    "give another --output"
-                ) from None
+                raise foreign_line(output, number) from None
             distillation.output_bytes += len(line)
         return distillation
 
     def run(
         self, responder: Responder, tokenizer: Tokenizer, config: DistillConfig, console: Console
     ) -> None:
-        """Answer what is missing; an answer is on disk as soon as the target ended it."""
+        """Answer what is missing; an answer is on disk as soon as the target ended it.
+
+        Raises:
+            ConfigError: the output holds answers at other temperatures.
+            PromptError: the chat template refuses a row.
+        """
+        for temperature in self.temperatures - set(config.temperatures):
+            raise ConfigError(
+                f"{self.output} has answers at temperature {temperature}, which is not among those "
+                "given; use the same settings, or another --output"
+            )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with (
             self.output.open("a", encoding="utf-8", newline="\n") as file,
@@ -161,7 +168,10 @@ class Distillation:
                 messages.append({"role": "assistant", "content": answer})
                 messages += row.turns[before + 1]
             else:
-                prompt = tokenizer.chat(messages)
+                try:
+                    prompt = tokenizer.chat(messages)
+                except PromptError as error:
+                    raise PromptError(f"the row {row.id!r}: {error}") from None
                 room = responder.max_positions - len(prompt)
                 if len(prompt) > config.max_prompt_tokens or room < 1:
                     continue

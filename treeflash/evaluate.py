@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(args)
     rows = _rows(args)
     _check_outputs(args)
-    model = load_model(args)
+    model = load_model(args, {case.method for case in options})
     configs = {case: model.decode_config(own) for case, own in options.items()}
     sets = {name: encode_rows(model, own, configs) for name, own in rows.items()}
     evaluation = Evaluation()

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.prompts is not None or args.output is not None:
         return _run_batch(args, options, console)
     prompt = _prompt(args, console)
-    model = load_model(args)
+    model = load_model(args, [options["method"]] if "method" in options else [])
     _mention_thinking(model, options, console)
     return _run(model.stream(prompt, **options), model, args, console)
 
@@ -192,7 +192,7 @@ def _run_batch(args: argparse.Namespace, options: Options, console: Console) -> 
     if args.output.exists() and args.output.samefile(args.prompts):
         raise ConfigError("--output is the file of the prompts; give another one")
     batch = Batch.resume(rows, args.output)
-    model = load_model(args)
+    model = load_model(args, [options["method"]] if "method" in options else [])
     _mention_thinking(model, options, console)
     try:
         batch.run(model, options, console)

@@ -31,18 +31,15 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 HUB_REACHABLE_S = 5.0
 
-# Target (last part of its name, lower case) to drafters, best first. A TreeFlash drafter
-# serves every method, so it comes before a DFlash one.
-PUBLISHED_DRAFTERS: dict[str, tuple[str, ...]] = {
-    "smollm2-135m-instruct": (BUNDLED_DRAFTER,),
-    "qwen3-4b": ("peerrh/treeflash-qwen3-4b", "z-lab/Qwen3-4B-DFlash-b16"),
-    "qwen3-8b": ("peerrh/treeflash-qwen3-8b", "z-lab/Qwen3-8B-DFlash-b16"),
-    "qwen3-coder-30b-a3b-instruct": (
-        "peerrh/treeflash-qwen3-coder-30b-a3b",
-        "z-lab/Qwen3-Coder-30B-A3B-DFlash",
-    ),
-    "llama-3.1-8b-instruct": ("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",),
-    "meta-llama-3.1-8b-instruct": ("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",),
+# Target (last part of its name, lower case) to drafter. A TreeFlash drafter serves every method,
+# and so is preferred to a DFlash one.
+PUBLISHED_DRAFTERS = {
+    "smollm2-135m-instruct": BUNDLED_DRAFTER,
+    "qwen3-4b": "peerrh/treeflash-qwen3-4b",
+    "qwen3-8b": "peerrh/treeflash-qwen3-8b",
+    "qwen3-coder-30b-a3b-instruct": "peerrh/treeflash-qwen3-coder-30b-a3b",
+    "llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
+    "meta-llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
 }
 
 
@@ -61,8 +58,8 @@ def resolve_target(name: str | None) -> Path:
     return _resolve(name)
 
 
-def published_drafters(target: str | None) -> tuple[str, ...]:
-    """Return the known drafters of a target, best first: hub ids, or the bundled folder.
+def published_drafter(target: str | None) -> str | None:
+    """Return the best known drafter of a target, a hub id or the bundled folder, or None.
 
     Args:
         target: A hub id or a local folder, whose last part is looked up without regard to
@@ -70,15 +67,8 @@ def published_drafters(target: str | None) -> tuple[str, ...]:
     """
     name = Path(target or DEFAULT_TARGET).absolute().name.lower()
     name = re.sub(r"-(\d+bit|bf16|fp16)$", "", name)
-    return tuple(
-        str(_bundled(drafter)) if drafter == BUNDLED_DRAFTER else drafter
-        for drafter in PUBLISHED_DRAFTERS.get(name, ())
-    )
-
-
-def published_drafter(target: str | None) -> str | None:
-    """Return the best known drafter of a target, or None; see `published_drafters`."""
-    return next(iter(published_drafters(target)), None)
+    drafter = PUBLISHED_DRAFTERS.get(name)
+    return str(_bundled(drafter)) if drafter == BUNDLED_DRAFTER else drafter
 
 
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
@@ -105,7 +95,10 @@ def _bundled(name: str) -> Path:
 
 
 def _resolve(name: str) -> Path:
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:  # ~ of a user who is not known
+        raise CheckpointError(f"{name!r} is no folder: {error}") from None
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from treeflash.errors import ConfigError, PromptError
 from treeflash.prompt import Message, check_messages
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +37,35 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         PromptError: names the file and the line that is not such a row, or repeats an id.
     """
-    rows: list[Row] = []
     lines: dict[str | int, int] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = _row(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path}:{number}: {error}") from None
+    rows = read_json_lines(path, "prompts", _row)
+    for number, row in rows:
         if row.id in lines:
             raise PromptError(
                 f"{path}:{number}: the id {row.id!r} was given on line {lines[row.id]} already"
             )
         lines[row.id] = number
-        rows.append(row)
-    if not rows:
-        raise PromptError(f"{path} holds no prompts; one JSON object per line is needed")
-    return rows
+    return [row for _, row in rows]
+
+
+def read_json_lines(path: Path, what: str, parse: Callable[[Any], T]) -> list[tuple[int, T]]:
+    """What `parse` makes of the JSON on each line of a file, with the line's number.
+
+    Raises:
+        PromptError: the file cannot be read, is empty, or has a line that is not JSON or that
+            `parse` refuses with a ValueError.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append((number, parse(json.loads(line))))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}:{number}: {error}") from None
+    if not found:
+        raise PromptError(f"{path} holds no {what}; one JSON object per line is needed")
+    return found
 
 
 def read_text(path: Path) -> str:
@@ -68,17 +82,35 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def written_lines(output: Path) -> list[bytes]:
+def finished_lines(output: Path, start: bytes) -> list[bytes]:
     """What an earlier run left in an output file, with line ends; the file is made if need be.
 
+    A last line that an interruption tore is left out.
+
+    Args:
+        output: JSON lines.
+        start: how all of them begin.
+
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written, or another program wrote it.
     """
     try:
         output.touch()
-        return output.read_bytes().splitlines(keepends=True)
+        lines = output.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    if lines and not lines[-1].endswith(b"\n"):
+        torn = lines.pop()
+        if torn[: len(start)] != start[: len(torn)]:
+            raise foreign_line(output, len(lines) + 1)
+    return lines
+
+
+def foreign_line(output: Path, number: int) -> ConfigError:
+    """What to raise for a line that none of our runs wrote."""
+    return ConfigError(
+        f"{output}:{number} was not written by a run like this one; give another --output"
+    )
 
 
 def _row(value: Any) -> Row:

@@ -14,7 +14,7 @@ from treeflash.training import Trainer
 
 GROUP = "treeflash.backends"
 TRAINERS = "treeflash.trainers"
-_FRAMEWORKS = {"cuda": "torch", "mlx": "mlx"}
+_FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
 def available(group: str = GROUP) -> dict[str, EntryPoint]:
@@ -35,9 +35,12 @@ def available(group: str = GROUP) -> dict[str, EntryPoint]:
 
 
 def installed(name: str) -> bool:
-    """Whether the framework of a backend of this package is installed."""
-    framework = _FRAMEWORKS.get(name)
-    return framework is None or find_spec(framework) is not None
+    """Whether what a backend of this package runs on is installed."""
+    return not _missing(name)
+
+
+def _missing(name: str) -> list[str]:
+    return [package for package in _FRAMEWORKS.get(name, ()) if find_spec(package) is None]
 
 
 def best() -> str:
@@ -75,8 +78,6 @@ def _load(name: str, entries: dict[str, EntryPoint]) -> Any:
         raise BackendError(
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
         )
-    if not installed(name):
-        raise BackendError(
-            f"backend {name!r} needs {_FRAMEWORKS[name]}; pip install 'treeflash[{name}]'"
-        )
+    if missing := _missing(name):
+        raise BackendError(f"backend {name!r} needs {missing[0]}; pip install 'treeflash[{name}]'")
     return entries[name].load()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from treeflash.errors import PromptError
 from treeflash.prompt import check_messages
-from treeflash.prompt_file import read_text
+from treeflash.prompt_file import read_json_lines
 from treeflash.text import Tokenizer
 from treeflash.training import Response
 
@@ -23,17 +22,8 @@ def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
     Raises:
         PromptError: names the file and the line that is not of these forms.
     """
-    responses = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            responses.append(_response(json.loads(line), tokenizer))
-        except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path}:{number}: {error}") from None
-    if not responses:
-        raise PromptError(f"{path} holds no responses; one JSON object per line is needed")
-    return responses
+    found = read_json_lines(path, "responses", lambda value: _response(value, tokenizer))
+    return [response for _, response in found]
 
 
 def _response(value: Any, tokenizer: Tokenizer) -> Response:
@@ -59,7 +49,11 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(type(token) is int and token >= 0 for token in value)
+    ):
         raise PromptError(
             "the response needs 'messages', or 'prompt_ids' and 'response_ids', lists of token ids"
         )

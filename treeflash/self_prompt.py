@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError
-from treeflash.prompt_file import Row, read_rows
+from treeflash.prompt_file import Row, finished_lines, read_rows
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
 
 TEMPERATURE = 1.0
 MAX_TOKENS = 256
+LINE_START = b'{"id": '
 
 
 def self_prompts(
@@ -30,10 +32,12 @@ def self_prompts(
 
     Raises:
         PromptError: the tokenizer has no chat template, or another program wrote the file.
-        ConfigError: the target writes nothing but empty prompts.
+        ConfigError: the target writes nothing but empty prompts, or the file cannot be written.
     """
     header = tuple(tokenizer.user_header())
-    known = {row.id for row in read_rows(path)} if path.exists() and path.stat().st_size else set()
+    finished = sum(map(len, finished_lines(path, LINE_START)))
+    os.truncate(path, finished)
+    known = {row.id for row in read_rows(path)} if finished else set()
     missing = [n for n in range(count) if f"self-{n}" not in known]
     requests = [
         Request(

@@ -85,6 +85,8 @@ class Stream(Iterator[Chunk]):
         chunk = Chunk(text, step.tokens[:used], step, finish_reason)
         # The only change of what `generation` reads, so that no interruption can tear it.
         self._chunks.append(chunk)
+        if finish_reason is not None:
+            self._steps = iter(())  # a finished text needs its keys and values no more
         return chunk
 
     @property

@@ -199,11 +199,6 @@ class TextStream:
         self.tokens_used = 0
         """Ids pushed so far, up to and including the one that completed a stop string."""
 
-    @property
-    def text(self) -> str:
-        """All text returned so far."""
-        return "".join(self._pieces)
-
     def push(self, token_ids: Sequence[int]) -> str:
         """Append ids and return the text that is now certain."""
         first_new = len(self._pieces)

@@ -21,7 +21,7 @@ from treeflash.text import Tokenizer
 from treeflash.train_config import TrainConfig, read_train_config
 
 EXPLAINED = {
-    "init": "target, random, or the folder of a drafter",
+    "init": "target, random, or the folder of a drafter, which keeps its shape",
     "layers": "of the drafter",
     "block_size": "the root and what is drafted after it",
     "head": "swiglu, linear or none",

@@ -22,6 +22,7 @@ AT_LEAST = {
     "anchors": 1,
     "accumulation": 1,
     "max_length": 4,
+    "seed": 0,
     "validation_sequences": 0,
     "validate_every": 1,
     "save_every": 1,
@@ -99,6 +100,8 @@ class TrainConfig:
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{_flag(name)} must be {least} or more")
+        if self.head_size is not None and self.head_size < 1:
+            raise ConfigError("head-size must be 1 or more")
         if self.loss not in LOSSES:
             raise ConfigError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
         for name in ("gamma", "learning_rate", "clip"):
@@ -149,6 +152,8 @@ def _fits(value: Any, kind: str) -> bool:
         "bool": bool,
         "tuple[int, ...] | None": tuple,
     }
+    if isinstance(value, tuple):
+        return "tuple" in kind and all(type(part) is int for part in value)
     is_bool = isinstance(value, bool)
     return isinstance(value, kinds[kind]) and (is_bool == (kind == "bool"))
 

@@ -56,7 +56,6 @@ class Response:
 class Responder(Protocol):
     """A target that answers many prompts at once."""
 
-    vocab_size: int
     max_positions: int
 
     def respond(

@@ -105,6 +105,14 @@ class TransitionTable:
             theirs.reshape(depths, m, -1),
         )
 
+    def until(self, depth: int) -> TransitionTable:
+        """The table of the depths up to that one, 1 or more; the whole where it has no more."""
+        if depth >= self.depths:
+            return self
+        next_row = self.next_row[:depth].copy()
+        next_row[-1] = -1
+        return TransitionTable(self.tokens[:depth], self.log_probs[:depth], next_row)
+
     @property
     def depths(self) -> int:
         """Depths that the table covers: the drafter's block size less one."""

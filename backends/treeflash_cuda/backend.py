@@ -50,7 +50,7 @@ class CudaBackend:
         self.device = str(target.device)
         self.dtype = str(target.dtype).removeprefix("torch.")
         self.vocab_size = target.vocab_size
-        self.max_positions = int(target.config.max_position_embeddings)
+        self.max_positions = target.max_positions
         self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
 
     def verifier(self, *, features: bool) -> Verifier:

@@ -34,6 +34,8 @@ class Target:
         embeddings: (vocab, hidden_size) the raw input table.
         output: the output head, hidden_size to vocab.
         output_weight: (vocab, hidden_size) of it.
+        max_positions: up to which positions are what they are in plain text, whatever else is run.
+        scale: by which the model multiplies what its output head says; `find_scale` finds it.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -45,7 +47,7 @@ class Target:
         """
         config = _read_config(folder)
         refuse_stateful(config)
-        self.model = _load_model(folder, config, dtype).to(device).eval()
+        self.model = _load_model(folder, config, dtype, device).eval()
         refuse_foreign_attention(self.model)
         self.config = config.get_text_config()
         self.device = device
@@ -55,6 +57,8 @@ class Target:
         self.output: nn.Module = self.model.get_output_embeddings()
         self.output_weight: Tensor = self.output.weight
         self.vocab_size = len(self.embeddings)
+        self.max_positions = _max_positions(self.config)
+        self.scale = 1.0
         # transformers 5.24 renames the argument, and warns of the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -85,6 +89,35 @@ class Target:
                 f"{self.model.config.model_type} models compute attention in a way of their own, "
                 f"which the cuda backend does not do (logits differ by {difference:.1%})"
             )
+
+    def find_scale(self) -> None:
+        """Prepare for `logits`, which does without the rest of the model.
+
+        Raises:
+            UnsupportedModelError: the model does more to its logits than to multiply them.
+        """
+        tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
+        visibility = Visibility.whole(len(tokens), self.device)
+        parts = (self.model, self.model.get_decoder())
+        with torch.inference_mode(), looking(visibility):
+            whole, decoded = (
+                part(tokens[None], position_ids=visibility.positions[None], use_cache=False)
+                for part in parts
+            )
+            theirs, raw = whole.logits.float(), self.output(decoded.last_hidden_state).float()
+        self.take_captured()
+        self.scale = float((theirs * raw).sum() / raw.square().sum())
+        difference = float((theirs - self.scale * raw).std() / theirs.std())
+        if difference > LOOSER * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} models do more than multiply what their output "
+                f"head says (it differs by {difference:.1%}), and cannot be trained for"
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) of (..., hidden_size) outputs of the decoder."""
+        raw: Tensor = self.output(hidden)
+        return raw if self.scale == 1 else raw * self.scale
 
     def capture(self, layer_ids: Sequence[int]) -> None:
         """Keep these layers' outputs at every forward from now on."""
@@ -170,13 +203,16 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 def _read_config(folder: Path) -> PreTrainedConfig:
     read_config(folder)  # says clearly what is wrong with a damaged file
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder / 'config.json'} is not usable: {reason}") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not usable: {_first_line(error)}"
+        ) from error
 
 
-def _load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
+def _load_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+) -> Any:
     weight_files(folder)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -187,14 +223,36 @@ def _load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | Non
             dtype=dtype or "auto",
             attn_implementation="eager",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
+        model = model.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{folder} needs a package that is not installed ({_first_line(error)}); pass weights "
+            "that are not quantised"
+        ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
     return model
+
+
+def _max_positions(config: Any) -> int:
+    """Positions of the target, or fewer where those beyond would change all others' rotation."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        # transformers takes the long frequencies for whole forwards, by their last position.
+        if part.get("rope_type") == "longrope":
+            return int(part["original_max_position_embeddings"])
+    return int(config.max_position_embeddings)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -71,7 +71,9 @@ def test_a_line_per_turn_and_the_conversation_goes_on(run, files, scripted):
     assert keys(files[1]) == KEYS
     assert [record["text"] for record in records(files[1])] == ANSWERS
     expected = scripted(ANSWERS[0]).generate("one").to_dict()
-    assert list(records(files[1])[0]) == ["id", "turn", *expected]
+    first = records(files[1])[0]
+    assert list(first)[: 2 + len(expected)] == ["id", "turn", *expected]
+    assert (first["target"], first["temperature"], first["stop"]) == (None, 0.0, [])
     assert asked(model, 1) == "user: oneassistant: Eins, zwei.user: twoassistant: "
     assert asked(model, 3) == "system: Be.user: 4assistant: "
 
@@ -131,12 +133,22 @@ def test_a_file_of_something_else_is_left_alone(run, files, scripted):
         assert files[1].read_text() == content
 
 
-def test_other_settings_do_not_go_into_the_same_file(run, files, scripted):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "8"], "budget auto, not 8"),
+        (["--temperature", "0.5"], "temperature 0.0, not 0.5"),
+        (["--max-tokens", "9"], "max_tokens 256, not 9"),
+        (["--stop", "x"], "stop [], not ['x']"),
+        (["--system", "Be brief."], "system None, not Be brief."),
+    ],
+)
+def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, options, message):
     run(scripted(*ANSWERS))
     before = files[1].read_bytes()
-    code, err = run(scripted(*ANSWERS), "--budget", "8")
+    code, err = run(scripted(*ANSWERS), *options)
     assert (code, err.count("\n")) == (2, 1)
-    assert "budget auto, not 8" in err
+    assert message in err
     assert files[1].read_bytes() == before
 
 
@@ -147,7 +159,8 @@ def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_goes_on(run, fi
     assert code == 0
     assert "1 of 3 turns decoded, 1 with errors" in err
     long, ok = records(files[1])
-    assert list(long) == ["id", "turn", "error"]
+    assert list(long)[:3] == ["id", "turn", "error"]
+    assert "text" not in long
     assert "limit" in long["error"]
     assert ok["text"] == ANSWERS[0]
     assert run(scripted("wrong"))[0] == 0

@@ -33,6 +33,7 @@ def parser() -> Parser:
         (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
         (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
         (MemoryError(), 2, "error: out of memory; a smaller --budget"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 2, "error: out of memory; a"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -48,12 +49,13 @@ def test_errors_become_one_line_and_a_code(capsys, error, code, line):
     assert err.count("\n") == 1
 
 
-def test_a_fault_of_the_program_stays_one():
+@pytest.mark.parametrize("error", [IndexError, RuntimeError])
+def test_a_fault_of_the_program_stays_one(error):
     @guarded
     def main(argv=None):
-        raise IndexError
+        raise error
 
-    with pytest.raises(IndexError):
+    with pytest.raises(error):
         main([])
 
 

@@ -357,6 +357,21 @@ class TestStopping:
         assert all(step.tokens for step in steps)
         assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + ["length"]
 
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("limit", range(1, 16))
+    def test_no_node_lies_where_nothing_can_be_emitted(self, method: Method, limit: int) -> None:
+        """Nor beyond the positions of the model, some of which have a table of them."""
+        for backend, max_tokens in (
+            (scripted(SCRIPT), limit),
+            (scripted(SCRIPT, max_positions=4 + limit), 99),
+        ):
+            emitted = 0
+            for step in decode(backend, PROMPT, config_of(method=method, max_tokens=max_tokens)):
+                if step.tree is not None:
+                    assert emitted + step.tree.depths.max() + 1 <= limit
+                emitted += len(step.tokens)
+            assert emitted == limit
+
     def test_end_token_right_at_the_limit_is_a_stop(self) -> None:
         steps = run(scripted(SCRIPT), stop_token_ids=frozenset({17}), max_tokens=4)
         assert tokens_of(steps) == [14, 15, 16, 17]

@@ -16,7 +16,7 @@ from treeflash.testing.tokenizer import END
 class EchoResponder:
     """Answers with the prompt's last tokens; interrupts before the answer of that number."""
 
-    vocab_size, max_positions = 300, 400
+    max_positions = 400
 
     def __init__(self, interrupt_at: int | None = None) -> None:
         self.interrupt_at = interrupt_at
@@ -121,10 +121,29 @@ def test_answers_fit_the_target(tmp_path, byte_tokenizer):
     assert len(request.prompt_ids) + request.max_tokens == EchoResponder.max_positions
 
 
-def test_a_file_of_another_program_is_refused(tmp_path):
+def test_a_file_of_another_program_is_refused(tmp_path, byte_tokenizer):
     (tmp_path / "out").write_text('{"text": "mine"}\n')
-    with pytest.raises(ConfigError, match="out:1 was not written by a run like this"):
-        Distillation.resume([], tmp_path / "out")
+    for content in ('{"text": "mine"}\n', "notes without a newline"):
+        (tmp_path / "out").write_text(content)
+        with pytest.raises(ConfigError, match="out:1 was not written by a run like this"):
+            Distillation.resume([], tmp_path / "out")
+        with pytest.raises(ConfigError, match="out:1 was not written by a run like this"):
+            self_prompts(EchoResponder(), byte_tokenizer, 1, tmp_path / "out", slots=1, seed=0)
+        assert (tmp_path / "out").read_text() == content
+
+
+def test_answers_at_other_temperatures_do_not_go_into_the_same_file(tmp_path, byte_tokenizer):
+    run(Distillation.resume(rows(["a"]), tmp_path / "out"), EchoResponder(), byte_tokenizer)
+    both = Distillation.resume(rows(["a"], ["b"]), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"answers at temperature 0.0, .* not among those given"):
+        run(both, EchoResponder(), byte_tokenizer, temperatures=(0.8,))
+    assert len(lines(tmp_path / "out")) == 1
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path, byte_tokenizer):
+    odd = Row(id="odd", turns=(({"role": "assistant", "content": "I begin"},),))
+    with pytest.raises(PromptError, match="the row 'odd': "):
+        run(Distillation.resume([odd], tmp_path / "out"), EchoResponder(), byte_tokenizer)
 
 
 def test_weights_share_the_limit_out():
@@ -155,6 +174,8 @@ def test_the_target_writes_prompts_itself(tmp_path, byte_tokenizer):
     with pytest.raises(KeyboardInterrupt):
         ask(4, EchoResponder(interrupt_at=1))
     assert len(lines(path)) == 1
+    with path.open("a") as file:
+        file.write('{"id": "self')  # torn in the middle of a line
     responder = EchoResponder()
     assert {row.id for row in ask(4, responder)} == {f"self-{n}" for n in range(4)}
     assert len(responder.asked) == 3
@@ -169,9 +190,11 @@ def test_the_target_writes_prompts_itself(tmp_path, byte_tokenizer):
     [
         ([], "one of the arguments --prompts --self-prompt is required"),
         (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
-        (["--prompts", "{file}", "--weights", "1", "2"], "--weights needs one number"),
-        (["--prompts", "{file}", "--weights", "0"], "--weights needs one number above 0"),
+        (["--prompts", "{file}", "--limit", "1", "--weights", "1", "2"], "--weights needs one"),
+        (["--prompts", "{file}", "--limit", "1", "--weights", "0"], "one number above 0"),
         (["--prompts", "{file}", "--limit", "0"], "limit must be 1 or more"),
+        (["--prompts", "{file}", "--weights", "1"], "shares of --limit answers"),
+        (["--self-prompt", "2", "--limit", "1"], "--limit is of --prompts"),
         (["--self-prompt", "0"], "self-prompt must be 1 or more"),
         (["--prompts", "{file}", "--slots", "0"], "slots must be 1 or more"),
         (["--prompts", "{file}", "--temperature", "-1"], "temperature must be 0"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -65,8 +67,25 @@ def test_streaming_equals_generate_for_every_method(scripted, method, budget):
 def test_a_stream_keeps_trees_but_no_tables(scripted):
     stream = scripted(TEXT).stream("hi", budget=5)
     stream.run()
-    assert all(len(step.tree) > 1 for step in stream.steps[1:])
+    assert all(len(step.tree) > 1 for step in stream.steps[1:-1])
     assert all(step.table is None for step in stream.steps)
+
+
+def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
+    model = load(*tiny_pair, backend="reference")
+    made = []
+    verifier = model.backend.verifier
+    monkeypatch.setattr(
+        type(model.backend),
+        "verifier",
+        lambda _, **settings: (text := verifier(**settings), made.append(weakref.ref(text)))[0],
+    )
+    stream = model.stream("hi", budget=5, max_tokens=6)
+    next(stream)
+    assert made[0]() is not None
+    stream.run()
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_no_chunk_shows_part_of_a_character(scripted):

@@ -233,13 +233,6 @@ def test_published_drafters(target: str, drafter: str | None):
     assert models.published_drafter(target) == drafter
 
 
-def test_dflash_comes_after_treeflash():
-    assert models.published_drafters("Qwen/Qwen3-8B") == (
-        "peerrh/treeflash-qwen3-8b",
-        "z-lab/Qwen3-8B-DFlash-b16",
-    )
-
-
 @pytest.mark.parametrize("target", [None, models.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
 def test_bundled_drafter(target: str | None):
     folder = models.resolve_drafter(None, target)

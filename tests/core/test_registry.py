@@ -31,6 +31,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *frameworks: str) -> None:
     monkeypatch.setattr(registry, "find_spec", found.get)
 
 
+TORCH, MLX = ["torch", "transformers"], ["mlx", "mlx_lm"]
+
+
 def platform(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None:
     monkeypatch.setattr(registry.sys, "platform", system)
     monkeypatch.setattr(registry.platform, "machine", lambda: machine)
@@ -84,15 +87,25 @@ def test_one_entry_seen_twice_is_no_duplicate(monkeypatch: pytest.MonkeyPatch) -
     assert registry.loader("reference") is load_reference
 
 
-@pytest.mark.parametrize(("name", "framework"), [("cuda", "torch"), ("mlx", "mlx")])
-def test_missing_framework(monkeypatch: pytest.MonkeyPatch, name: str, framework: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "there", "missing"),
+    [
+        ("cuda", [], "torch"),
+        ("cuda", ["torch"], "transformers"),
+        ("mlx", [], "mlx"),
+        ("mlx", ["mlx"], "mlx_lm"),
+    ],
+)
+def test_missing_framework(
+    monkeypatch: pytest.MonkeyPatch, name: str, there: list[str], missing: str
+) -> None:
     register(monkeypatch, (name, "a_module_that_must_not_be_imported:load"))
-    install(monkeypatch)
+    install(monkeypatch, *there)
     assert not registry.installed(name)
     with pytest.raises(BackendError) as caught:
         registry.loader(name)
     assert str(caught.value) == (
-        f"backend '{name}' needs {framework}; pip install 'treeflash[{name}]'"
+        f"backend '{name}' needs {missing}; pip install 'treeflash[{name}]'"
     )
 
 
@@ -105,13 +118,13 @@ def test_backends_of_other_packages_count_as_installed(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("system", "machine", "frameworks", "expected"),
     [
-        ("darwin", "arm64", ["torch", "mlx"], "mlx"),
-        ("darwin", "arm64", ["torch"], "cuda"),
-        ("darwin", "x86_64", ["torch", "mlx"], "cuda"),
-        ("linux", "x86_64", ["torch", "mlx"], "cuda"),
-        ("linux", "aarch64", ["torch", "mlx"], "cuda"),
-        ("linux", "x86_64", ["mlx"], "mlx"),
-        ("linux", "x86_64", [], "reference"),
+        ("darwin", "arm64", [*TORCH, *MLX], "mlx"),
+        ("darwin", "arm64", [*TORCH, "mlx"], "cuda"),
+        ("darwin", "x86_64", [*TORCH, *MLX], "cuda"),
+        ("linux", "x86_64", [*TORCH, *MLX], "cuda"),
+        ("linux", "aarch64", [*TORCH, *MLX], "cuda"),
+        ("linux", "x86_64", MLX, "mlx"),
+        ("linux", "x86_64", ["mlx"], "reference"),
     ],
 )
 def test_best(

@@ -41,6 +41,7 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path, byte_tokenizer)
         ({"prompt_ids": [1], "response_ids": []}, "lists of token ids"),
         ({"prompt_ids": [1], "response_ids": [True]}, "lists of token ids"),
         ({"prompt_ids": [1], "response_ids": ["a"]}, "lists of token ids"),
+        ({"prompt_ids": [-1], "response_ids": [2]}, "lists of token ids"),
         ({"messages": "hi"}, "must be a list"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "answer of the assistant"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "not empty"),

@@ -27,6 +27,16 @@ def test_marginals_of_one_depth_are_leaves() -> None:
     assert table.next_row.tolist() == [[[-1, -1]]]
 
 
+def test_a_table_cut_short_ends_in_leaves() -> None:
+    tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
+    table = TransitionTable.from_marginals(tokens, np.zeros((3, 2), np.float32))
+    cut = table.until(2)
+    assert cut.tokens.tolist() == [[[5, 3]], [[3, 9]]]
+    assert cut.next_row.tolist() == [[[0, 0]], [[-1, -1]]]
+    assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
+    assert table.until(3) is table.until(9) is table
+
+
 def test_candidates_by_hand() -> None:
     """Two depths, two rows, two children: of 4, 7 (after the root) only 7 has a row."""
     tokens = np.array([[[4, 7], [0, 0]], [[1, 2], [3, 4]]], np.int32)

@@ -1,6 +1,7 @@
 """A run: what it starts from, what an interruption leaves, and what comes out."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ require("torch")
 
 import torch  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.training import loop  # noqa: E402
 from treeflash_cuda.training.entry import responder, train  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -101,6 +103,26 @@ def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, resp
         assert left.pop("seconds") > 0
         assert right.pop("seconds") > 0
         assert left == right
+
+
+def test_a_run_goes_on_after_a_save_or_a_line_of_the_log_was_cut_short(target, responses, tmp_path):
+    run(target, responses, tmp_path, TINY, 2)
+    shutil.copytree(tmp_path / "state", tmp_path / "state.old")
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    records = run(target, responses, tmp_path, TINY)
+    assert [record["step"] for record in records] == [3, 4, 5, 6]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_run_that_has_its_last_state_has_its_checkpoint(target, responses, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "export", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, responses, tmp_path, replace(TINY, save_every=6))
+    assert not (tmp_path / "state").exists()
 
 
 def test_another_configuration_does_not_go_on(target, responses, tmp_path):

@@ -1,5 +1,7 @@
 """What is trained is what decodes: many blocks in one forward against one draft at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,22 @@ def backend(request, tmp_path):
 
 
 @torch.no_grad()
+def test_features_of_a_target_in_half_precision_are_taken(tmp_path):
+    """Drafters are trained in float32, whatever the target runs in."""
+    write_target(tmp_path / "target", "llama", seed=1, vocab_size=40)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
+    model = backend.drafter_model
+    store = FeatureStore(backend.target, model.config.target_layer_ids, texts(), TOP, None, 0)
+    anchors = [choose_anchors(text, 9, np.random.default_rng(1)) for text in store.texts]
+    batch = make_batch(store.texts, store.get(range(3)), anchors, model.config.block_size)
+    blocks = Blocks(model, backend.head.correction, backend.target.embeddings)
+    rounded = blocks.hidden(replace(batch, features=batch.features.bfloat16()))
+    exact = blocks.hidden(batch)
+    assert 0 < (rounded - exact).std() < 0.05 * exact.std()
+
+
+@torch.no_grad()
 def test_blocks_are_what_the_drafter_drafts(backend):
     model, head = backend.drafter_model, backend.head
     size = model.config.block_size
@@ -55,7 +73,7 @@ def test_blocks_are_what_the_drafter_drafts(backend):
     store = FeatureStore(backend.target, layer_ids, texts(), TOP, None, 0)
     random = np.random.default_rng(1)
     anchors = [choose_anchors(text, 9, random) for text in store.texts]
-    batch = make_batch(store.texts, store.get(range(3)), anchors, size, torch.device("cpu"))
+    batch = make_batch(store.texts, store.get(range(3)), anchors, size)
     blocks = Blocks(model, head.correction, backend.target.embeddings)
     hidden = blocks.hidden(batch)
     marginal, corrected = blocks(batch)

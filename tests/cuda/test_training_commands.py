@@ -134,10 +134,12 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path):
         "fsdp": ["accelerate.commands.launch", "--config_file", str(launch)],
     }
 
+    cache = ["--cache-gb", "1"]
+
     def start(output, *options):
         return [
             "--responses", str(responses), "--config", str(config), "--output", str(output),
-            "--target", str(target), *ON_CPU, "--learning-rate", "1e-3", *options,
+            "--target", str(target), *ON_CPU, "--learning-rate", "1e-3", *cache, *options,
         ]  # fmt: skip
 
     together = tmp_path / "together"

@@ -67,9 +67,11 @@ def make_batch(
     features: Sequence[TextFeatures],
     anchors: Sequence[NDArray[np.int64]],
     block_size: int,
-    device: torch.device,
 ) -> Batch:
-    """Pad texts to one length, and anchors to one number; padding has nothing to predict."""
+    """Pad texts to one length, and anchors to one number; padding has nothing to predict.
+
+    The batch is on the CPU.
+    """
     length, most = max(map(len, texts)), -(-max(map(len, anchors)) // GROUP) * GROUP
     rows, k = len(texts), features[0].top_tokens.shape[1]
     width = features[0].features.shape[1]
@@ -89,8 +91,7 @@ def make_batch(
         ends[row, : len(chosen)] = end
     depth = torch.arange(1, block_size)
     valid = places[:, :, None] + depth <= ends[:, :, None]
-    parts = (tokens, context, places, valid, top_tokens, top_log_probs)
-    return Batch(*(part.to(device) for part in parts))
+    return Batch(tokens, context, places, valid, top_tokens, top_log_probs)
 
 
 class Batches:
@@ -124,5 +125,4 @@ class Batches:
             self.store.get(numbers),
             [choose_anchors(text, self.config.anchors, random) for text in texts],
             self.block_size,
-            self.store.target.device,
-        )
+        ).to(self.store.target.device)

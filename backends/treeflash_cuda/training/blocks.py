@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,10 @@ class Batch:
     top_tokens: Tensor
     top_log_probs: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def places(self) -> tuple[Tensor, Tensor]:
         """(n,) rows and (n,) positions of all tokens to predict, anchor by anchor."""
         depth = torch.arange(1, self.valid.shape[2] + 1, device=self.anchors.device)
@@ -66,7 +70,8 @@ class Blocks(nn.Module):
         config = self.model.config
         rows, anchors = batch.anchors.shape
         size, device = config.block_size, batch.tokens.device
-        context = self.model.hidden_norm(self.model.fc(batch.features))
+        features = batch.features.to(self.model.fc.weight.dtype)
+        context = self.model.hidden_norm(self.model.fc(features))
         of_context = self._rotation(torch.arange(batch.tokens.shape[1], device=device)[None])
         positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
         rotation = self._rotation(positions)

@@ -17,7 +17,9 @@ from treeflash_cuda.training.responder import Responder
 
 def responder(target: Path, config: LoadConfig) -> Responder:
     """See `Trainer.responder`."""
-    return Responder(load_target(target, config, pack=True))
+    model = load_target(target, config, pack=True)
+    model.find_scale()
+    return Responder(model)
 
 
 def train(

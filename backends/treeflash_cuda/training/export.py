@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from treeflash.model_card import model_card
-from treeflash_cuda.training.run import Run
+from treeflash_cuda.training.run import Run, write_whole
 
 
 def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
@@ -22,9 +22,8 @@ def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any]
     tensors = {
         name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()
     }
-    # Whole files at once: a reader never meets half of one.
     scratch = run.folder / "model.safetensors.tmp"
     save_file(tensors, scratch, metadata={"format": "pt"})
     scratch.rename(run.folder / "model.safetensors")
-    (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (run.folder / "README.md").write_text(model_card(settings, run.identity, run.records))
+    write_whole(run.folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(run.folder / "README.md", model_card(settings, run.identity, run.records))

@@ -145,7 +145,7 @@ class FeatureStore:
         """(n, K) log probabilities and tokens."""
         parts = []
         for chunk in hidden.split(OUTPUT_ROWS):
-            logits = self.target.output(chunk).float()
+            logits = self.target.logits(chunk).float()
             best, tokens = topk(logits, self.top_tokens)
             parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
         return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])

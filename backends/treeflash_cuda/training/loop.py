@@ -47,6 +47,7 @@ def train(
     model = load_target(
         target, replace(load, device=load.device or str(accelerator.device)), pack=False
     )
+    model.find_scale()
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
     given = usable(held_out, config, model) if held_out else []
@@ -73,8 +74,11 @@ def train(
         model, layer_ids, texts, config.top_tokens, run.features(), config.cache_gb * 1e9
     )
     for shard in range(store.shards if run.features() else 0):
-        if accelerator.is_main_process:
+        process = shard % accelerator.num_processes
+        if process == accelerator.process_index:
             store.fill(shard)
+        if process == accelerator.num_processes - 1:
+            accelerator.wait_for_everyone()  # often: none waits longer than its own shard takes
         yield {"shard": shard + 1, "shards": store.shards}
     accelerator.wait_for_everyone()
     batches = Batches(
@@ -110,8 +114,9 @@ def train(
             record["validation"] = validation.measure(blocks)
         run.log(record)
         if last or (step + 1) % config.save_every == 0:
-            run.save(accelerator, step + 1)
+            # In this order: a run that has its last state has its checkpoint too.
             export(accelerator, blocks, settings, run)
+            run.save(accelerator, step + 1)
         yield record
     run.close()
 
@@ -119,8 +124,9 @@ def train(
 def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
     """The processes and precision of a run, as `accelerate launch` set them or alone."""
     on_cpu = load.device == "cpu"
-    if not on_cpu:
-        choose_device(load.device)
+    device = choose_device(load.device)
+    if load.device not in (None, "cuda", "cpu"):
+        torch.cuda.set_device(device)  # where accelerate puts what it prepares
     return Accelerator(
         cpu=on_cpu,
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(load.dtype or "", "no"),

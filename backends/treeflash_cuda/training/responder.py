@@ -34,8 +34,7 @@ class Responder:
     def __init__(self, target: Target) -> None:
         """Take a loaded target."""
         self.target = target
-        self.vocab_size = target.vocab_size
-        self.max_positions = int(target.config.max_position_embeddings)
+        self.max_positions = target.max_positions
 
     @torch.inference_mode()
     def respond(
@@ -109,7 +108,7 @@ class Responder:
             draws = None
             if not sampling.greedy:
                 draws = np.concatenate([live[slot].draw() for slot in group])
-            logits = self.target.output(hidden[torch.tensor(group, device=device)])
+            logits = self.target.logits(hidden[torch.tensor(group, device=device)])
             for slot, token in zip(group, choose(logits, sampling, draws), strict=True):
                 live[slot].tokens.append(int(token))
 

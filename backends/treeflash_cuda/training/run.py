@@ -77,6 +77,7 @@ class Run:
         if self._main:
             (scratch / "run.json").write_text(json.dumps({"step": step, **self.identity}))
             old = self.folder / "state.old"
+            shutil.rmtree(old, ignore_errors=True)  # of a save that was interrupted
             if state.exists():
                 state.rename(old)
             scratch.rename(state)
@@ -107,10 +108,18 @@ class Run:
         """Drop records of steps that will be done again."""
         path = self.folder / "log.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records = [r for line in lines if (r := json.loads(line))["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        finished = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.records = [record for record in finished if record["step"] <= step]
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader never meets half of one."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    scratch.rename(path)
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

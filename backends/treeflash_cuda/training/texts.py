@@ -18,7 +18,7 @@ def usable(responses: Sequence[Response], config: TrainConfig, target: Target) -
     Raises:
         ConfigError: there are none, or they have tokens that the target does not know.
     """
-    limit = min(config.max_length, int(target.config.max_position_embeddings))
+    limit = min(config.max_length, target.max_positions)
     texts = [response.cut(limit) for response in responses]
     texts = [text for text in texts if len(text.response_ids) > 1]
     if not texts:

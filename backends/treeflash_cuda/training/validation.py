@@ -32,7 +32,7 @@ class Validation:
         block_size: int,
         config: TrainConfig,
     ) -> None:
-        """Run the target over the texts, once."""
+        """Run the target over the texts, once; what it says stays on the CPU."""
         self.output = Output(target.output)
         self.batches: list[Batch] = []
         random = np.random.default_rng(config.seed)
@@ -46,7 +46,6 @@ class Validation:
                     store.get(part),
                     [choose_anchors(texts[n], ANCHORS, random) for n in part],
                     block_size,
-                    target.device,
                 )
             )
 
@@ -61,7 +60,7 @@ class Validation:
         """
         sums: dict[str, Tensor] = {}
         anchors = 0
-        for batch in self.batches:
+        for batch in (batch.to(self.output.weight.device) for batch in self.batches):
             marginal, corrected = blocks(batch)
             rows = batch.target_rows()
             truth = batch.tokens[batch.places()]

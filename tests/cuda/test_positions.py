@@ -1,0 +1,71 @@
+"""Near the last position that a model has, drafting changes nothing either."""
+
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.errors import PromptError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter
+
+require("torch")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+POSITIONS = 32
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": POSITIONS,
+}
+
+
+def write(folder, config):
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "target")
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return load(folder / "target", folder / "drafter", CPU)
+
+
+@pytest.fixture(params=["a table of positions", "frequencies by the last position"])
+def backend(request, tmp_path):
+    if request.param.startswith("a table"):
+        positions = {"max_position_embeddings": POSITIONS, "word_embed_proj_dim": 32}
+        return write(tmp_path, transformers.OPTConfig(**SHAPE, **positions, ffn_dim=64))
+    positions = {"original_max_position_embeddings": POSITIONS, "rope_parameters": LONGROPE}
+    shape = {**SHAPE, "max_position_embeddings": 4 * POSITIONS, "intermediate_size": 64}
+    return write(tmp_path, transformers.Phi3Config(**shape, **positions, eos_token_id=1))
+
+
+@pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
+def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend, method):
+    assert backend.max_positions == POSITIONS
+    for first in range(3, 9):
+        prompt = list(range(first, first + 5))
+        plain, drafted = (
+            [t for step in decode(backend, prompt, config) for t in step.tokens]
+            for config in (DecodeConfig(method="ar"), DecodeConfig(method=method, budget=32))
+        )
+        assert len(plain) == POSITIONS - len(prompt)
+        assert drafted == plain
+
+
+def test_longer_prompts_are_refused(backend):
+    with pytest.raises(PromptError, match=f"the target's limit is {POSITIONS}"):
+        decode(backend, [5] * POSITIONS, DecodeConfig(method="ar"))
