@@ -9,6 +9,7 @@ does not make; a recurrent one, say.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def outcomes(backend: str) -> dict[str, str]:
 
 def main() -> None:
     """Run both scripts and print the table."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     found = {backend: outcomes(backend) for backend in FRAMEWORKS}
     print("# Model families\n")
     print("Made by `python benchmarks/families.py` from tiny random models, in float32 on a CPU.\n")

@@ -27,6 +27,7 @@ from treeflash.command import guarded
 from treeflash.config import DTYPES
 from treeflash.errors import ConfigError
 from treeflash.models import resolve_drafter
+from treeflash.prompt_file import read_rows
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -198,6 +199,8 @@ def render(page: str, shown: dict[str, str]) -> str:
 def main(argv=None) -> int:
     """Measure, then render the page."""
     args = parser().parse_args(argv)
+    for path in args.prompts:
+        read_rows(path)  # says now what is wrong with it
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write_random_drafter(Path(folder))

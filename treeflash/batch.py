@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, Options
 from treeflash.prompt import Message, Prompt
-from treeflash.prompt_file import Row, finished_lines, foreign_line
+from treeflash.prompt_file import Row, finished_records
 from treeflash.stats import mean
 
 Record: TypeAlias = dict[str, Any]
@@ -50,17 +50,11 @@ class Batch:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        lines = finished_lines(output, LINE_START)
-        batch = cls(rows, output)
-        for number, line in enumerate(lines, 1):
-            record = _parse(line)
-            if record is None:
-                raise foreign_line(output, number)
-            if record.get("finish_reason") == "interrupted" and number == len(lines):
-                break
-            batch.records[record["id"], record["turn"]] = record
-            batch.output_bytes += len(line)
-        return batch
+        found = finished_records(output, LINE_START, _checked)
+        if found and found[-1][0].get("finish_reason") == "interrupted":
+            found.pop()
+        records = {(record["id"], record["turn"]): record for record, _ in found}
+        return cls(rows, output, records, sum(size for _, size in found))
 
     def run(self, model: LanguageModel, options: Options, console: Console) -> None:
         """Decode what is missing, with a progress bar; a turn is on disk as soon as it is done.
@@ -181,16 +175,12 @@ def _write(record: Record, file: TextIO) -> None:
     file.flush()
 
 
-def _parse(line: bytes) -> Record | None:
-    """The record on a line, or None if it is none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("turn"), int):
-        return None
-    complete = isinstance(record.get("text"), str) and isinstance(
-        record.get("accepted_lengths"), list
-    )
-    known = isinstance(record.get("id"), str | int) and ("error" in record or complete)
-    return record if known else None
+def _checked(record: Any) -> Record:
+    """The record, if it is one of ours."""
+    if not isinstance(record["id"], str | int) or not isinstance(record["turn"], int):
+        raise TypeError
+    if "error" not in record and not (
+        isinstance(record["text"], str) and isinstance(record["accepted_lengths"], list)
+    ):
+        raise TypeError
+    return dict(record)

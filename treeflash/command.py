@@ -8,16 +8,18 @@ import io
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
-from typing import Any, Literal, NoReturn, Protocol, cast
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 
 from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.errors import ConfigError, TreeflashError
+from treeflash.errors import BackendError, ConfigError, TreeflashError, is_out_of_memory
 from treeflash.language_model import LanguageModel, Options, load, parse_options
+
+T = TypeVar("T")
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
-OUT_OF_MEMORY = "OutOfMemoryError"
 READER_GONE = 141  # likewise SIGPIPE
 
 
@@ -68,8 +70,7 @@ def guarded(main: Main) -> Main:
         except (TreeflashError, OSError) as error:
             return _fail(str(error))
         except (MemoryError, RuntimeError) as error:
-            # torch's own error, of a device, is known by its name: torch may not be there.
-            if not isinstance(error, MemoryError) and type(error).__name__ != OUT_OF_MEMORY:
+            if not is_out_of_memory(error):
                 raise
             return _fail(
                 "out of memory; a smaller --budget, --top-m or --top-k-children, a shorter "
@@ -200,6 +201,17 @@ def decode_options(args: argparse.Namespace) -> Options:
 def load_config(args: argparse.Namespace) -> LoadConfig:
     """What `add_device_options` added."""
     return LoadConfig(device=args.device, dtype=args.dtype)
+
+
+def on_some_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
+    """Run with what `add_device_options` added; on the CPU where nothing else is here or named."""
+    config = load_config(args)
+    try:
+        return run(config)
+    except BackendError:
+        if args.backend is not None or args.device is not None:
+            raise
+        return run(replace(config, device="cpu"))
 
 
 def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class VerifyCosts:
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
         key = [backend.name, backend.device, backend.dtype, loaded.kv_bits, loaded.compile]
-        machine = platform.node(), platform.processor()
+        threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
+        machine = platform.node(), platform.processor(), *threads
         digest = hashlib.sha256(json.dumps([*key, *machine, weights, TIMED]).encode())
         digest.update((target / "config.json").read_bytes())
         file = folder / f"{digest.hexdigest()[:16]}.json"

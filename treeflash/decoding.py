@@ -180,11 +180,11 @@ def _draws(config: DecodeConfig, positions: NDArray[np.int32]) -> NDArray[np.flo
 def _cut(
     tokens: tuple[int, ...], config: DecodeConfig, room: int
 ) -> tuple[tuple[int, ...], str | None]:
-    """The tokens up to the first stop token or the limit, and which of the two was met."""
-    for i, token in enumerate(tokens[:room]):
+    """The tokens, `room` at most, up to the first stop token; and what ends the text, if any."""
+    for i, token in enumerate(tokens):
         if token in config.stop_token_ids:
             return tokens[: i + 1], "stop"
-    return tokens[:room], "length" if len(tokens) >= room else None
+    return tokens, "length" if len(tokens) == room else None
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, load_config
+from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, on_some_device
 from treeflash.distillation import Distillation, DistillConfig, mix
 from treeflash.errors import ConfigError
 from treeflash.models import resolve_target
@@ -43,12 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = trainer(args.backend)
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)
-    responder = train.responder(target, load_config(args))
+    responder = on_some_device(args, lambda config: train.responder(target, config))
     try:
         if not args.prompts:
             prompts = args.output.with_suffix(".prompts.jsonl")
             rows = self_prompts(
-                responder, tokenizer, args.self_prompt, prompts, slots=args.slots, seed=args.seed
+                responder,
+                tokenizer,
+                args.self_prompt,
+                prompts,
+                console,
+                slots=args.slots,
+                seed=args.seed,
             )
         distillation = Distillation.resume(rows, args.output)
         distillation.run(responder, tokenizer, config, console)
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rows(args: argparse.Namespace) -> list[Row]:
     """The prompts of all files, mixed."""
     weights = args.weights or [1.0] * len(args.prompts)
-    if len(weights) != len(args.prompts) or min(weights) <= 0:
+    if len(weights) != len(args.prompts) or not all(0 < weight < math.inf for weight in weights):
         raise ConfigError("--weights needs one number above 0 for each file of --prompts")
     return mix([read_rows(path) for path in args.prompts], weights, args.limit, args.seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.prompt_file import Row, finished_lines, foreign_line
+from treeflash.prompt_file import Row, finished_records
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
 
@@ -24,6 +24,15 @@ Key: TypeAlias = tuple[str | int, int]
 LINE_START = b'{"id":'
 BATCHES_BETWEEN_SORTS = 8
 """Slots' worth of prompts that are sorted by length together: few enough to stay well mixed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the target said to a prompt; both in token ids."""
+
+    temperature: float
+    prompt_ids: list[int]
+    response_ids: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +72,13 @@ class Distillation:
     Attributes:
         rows: what to answer.
         output: JSON lines of `id`, `turn`, `temperature`, `prompt_ids`, `response_ids`.
-        answers: response ids by row and turn.
-        temperatures: of those answers.
+        answers: by row and turn.
         output_bytes: size of the part of `output` that they take.
     """
 
     rows: Sequence[Row]
     output: Path
-    answers: dict[Key, list[int]] = field(default_factory=dict)
-    temperatures: set[float] = field(default_factory=set)
+    answers: dict[Key, Answer] = field(default_factory=dict)
     output_bytes: int = 0
 
     @classmethod
@@ -81,16 +88,9 @@ class Distillation:
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
-        distillation = cls(rows, output)
-        for number, line in enumerate(finished_lines(output, LINE_START), 1):
-            try:
-                record = json.loads(line)
-                distillation.answers[record["id"], record["turn"]] = list(record["response_ids"])
-                distillation.temperatures.add(record["temperature"])
-            except (ValueError, KeyError, TypeError):
-                raise foreign_line(output, number) from None
-            distillation.output_bytes += len(line)
-        return distillation
+        found = finished_records(output, LINE_START, _answer)
+        answers = {key: answer for (key, answer), _ in found}
+        return cls(rows, output, answers, sum(size for _, size in found))
 
     def run(
         self, responder: Responder, tokenizer: Tokenizer, config: DistillConfig, console: Console
@@ -98,14 +98,9 @@ class Distillation:
         """Answer what is missing; an answer is on disk as soon as the target ended it.
 
         Raises:
-            ConfigError: the output holds answers at other temperatures.
+            ConfigError: the output holds answers to other prompts, or at other temperatures.
             PromptError: the chat template refuses a row.
         """
-        for temperature in self.temperatures - set(config.temperatures):
-            raise ConfigError(
-                f"{self.output} has answers at temperature {temperature}, which is not among those "
-                "given; use the same settings, or another --output"
-            )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with (
             self.output.open("a", encoding="utf-8", newline="\n") as file,
@@ -128,14 +123,13 @@ class Distillation:
                 )
                 for i, response_ids in answers:
                     key, request = requests[i]
-                    self.answers[key] = response_ids
-                    record: dict[str, Any] = {
-                        "id": key[0],
-                        "turn": turn,
-                        "temperature": request.sampling.temperature,
-                        "prompt_ids": request.prompt_ids,
-                        "response_ids": response_ids,
-                    }
+                    answer = Answer(
+                        temperature=request.sampling.temperature,
+                        prompt_ids=list(request.prompt_ids),
+                        response_ids=response_ids,
+                    )
+                    self.answers[key] = answer
+                    record = {"id": key[0], "turn": turn, **asdict(answer)}
                     file.write(json.dumps(record, separators=(",", ":")) + "\n")
                     file.flush()
                     tokens += len(response_ids)
@@ -148,7 +142,7 @@ class Distillation:
         answers = [self.answers[key] for key in keys if key in self.answers]
         return (
             f"{self.output}: {len(answers)} of {len(keys)} prompts answered, "
-            f"{sum(map(len, answers))} tokens"
+            f"{sum(len(answer.response_ids) for answer in answers)} tokens"
         )
 
     def _requests(
@@ -158,13 +152,11 @@ class Distillation:
         rows = [(n, row) for n, row in enumerate(self.rows) if turn < len(row.turns)]
         requests = []
         for n, row in rows:
-            if (row.id, turn) in self.answers:
-                continue
             messages = list(row.turns[0])
             for before in range(turn):
                 if (row.id, before) not in self.answers:
                     break
-                answer = tokenizer.decode(self.answers[row.id, before])
+                answer = tokenizer.decode(self.answers[row.id, before].response_ids)
                 messages.append({"role": "assistant", "content": answer})
                 messages += row.turns[before + 1]
             else:
@@ -175,10 +167,12 @@ class Distillation:
                 room = responder.max_positions - len(prompt)
                 if len(prompt) > config.max_prompt_tokens or room < 1:
                     continue
+                temperature = config.temperatures[n % len(config.temperatures)]
+                if (row.id, turn) in self.answers:
+                    self._check(row.id, turn, prompt, temperature)
+                    continue
                 sampling = SamplingConfig(
-                    temperature=config.temperatures[n % len(config.temperatures)],
-                    top_p=config.top_p,
-                    seed=config.seed + n,
+                    temperature=temperature, top_p=config.top_p, seed=config.seed + n
                 )
                 request = Request(
                     prompt_ids=tuple(prompt),
@@ -187,6 +181,23 @@ class Distillation:
                 )
                 requests.append(((row.id, turn), request))
         return requests, len(rows) - len(requests)
+
+    def _check(self, name: str | int, turn: int, prompt: list[int], temperature: float) -> None:
+        """See that an answer that is there is what would be asked for now."""
+        found = self.answers[name, turn]
+        if (found.prompt_ids, found.temperature) != (prompt, temperature):
+            raise ConfigError(
+                f"{self.output} has an answer to {name!r} from another prompt, target, "
+                "temperature or order of rows; use the same settings, or another --output"
+            )
+
+
+def _answer(record: Any) -> tuple[Key, Answer]:
+    return (record["id"], record["turn"]), Answer(
+        temperature=record["temperature"],
+        prompt_ids=list(record["prompt_ids"]),
+        response_ids=list(record["response_ids"]),
+    )
 
 
 def mix(

@@ -27,5 +27,13 @@ class PromptError(TreeflashError, ValueError):
     """A prompt that cannot be decoded: empty, too long, or with unknown tokens."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or a framework's own error, says that memory ran out."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)
+    )
+
+
 class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""

@@ -85,7 +85,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
     if name is None:
         raise CheckpointError(
             f"no published drafter is known for {target}; "
-            "pass --drafter FOLDER_OR_ID or --method ar"
+            "pass --drafter FOLDER_OR_ID (plain decoding, the method ar, needs none)"
         )
     return _resolve(name)
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
-from treeflash.errors import TreeflashError, UnsupportedModelError
+from treeflash.errors import TreeflashError, UnsupportedModelError, is_out_of_memory
 from treeflash.interfaces import Backend
 from treeflash.tree import DraftTree
 
@@ -41,6 +41,8 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     except TreeflashError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"the {backend.name} backend cannot run this target on a draft tree ({error}); "
             "--method ar still works"

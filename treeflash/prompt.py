@@ -40,7 +40,7 @@ def encode(
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is empty; give some text")
-        _check_unicode(prompt)
+        check_unicode(prompt)
         if raw:
             if system is not None or template_args:
                 raise ConfigError(
@@ -60,7 +60,7 @@ def encode(
             raise ConfigError("messages need the chat template; leave out raw, or give a text")
         check_messages(items)
         if system is not None:
-            _check_unicode(system)
+            check_unicode(system)
             if items[0]["role"] == "system":
                 raise PromptError("the messages begin with a system message; leave out system")
             items.insert(0, {"role": "system", "content": system})
@@ -82,12 +82,12 @@ def check_messages(messages: Sequence[Any]) -> None:
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise PromptError(f"message {number} needs the texts 'role' and 'content'")
-        _check_unicode(message["content"])
+        check_unicode(message["content"])
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
     """Refuse lone surrogates, which stand for bytes that are no UTF-8 and cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PromptError("the prompt is not valid Unicode; was it saved as UTF-8?") from None
+        raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from treeflash.errors import ConfigError, PromptError
-from treeflash.prompt import Message, check_messages
+from treeflash.prompt import Message, check_messages, check_unicode
 
 T = TypeVar("T")
 
@@ -82,14 +82,17 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def finished_lines(output: Path, start: bytes) -> list[bytes]:
-    """What an earlier run left in an output file, with line ends; the file is made if need be.
+def finished_records(output: Path, start: bytes, parse: Callable[[Any], T]) -> list[tuple[T, int]]:
+    """What an earlier run left in an output file, and the size of each line.
 
-    A last line that an interruption tore is left out.
+    The file is made if need be. A last line without its end, which an interruption tore, is left
+    out.
 
     Args:
         output: JSON lines.
         start: how all of them begin.
+        parse: what to make of a line's JSON; for what a run never writes it raises ValueError,
+            KeyError or TypeError.
 
     Raises:
         ConfigError: the file cannot be written, or another program wrote it.
@@ -99,18 +102,21 @@ def finished_lines(output: Path, start: bytes) -> list[bytes]:
         lines = output.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
-    if lines and not lines[-1].endswith(b"\n"):
-        torn = lines.pop()
-        if torn[: len(start)] != start[: len(torn)]:
-            raise foreign_line(output, len(lines) + 1)
-    return lines
-
-
-def foreign_line(output: Path, number: int) -> ConfigError:
-    """What to raise for a line that none of our runs wrote."""
-    return ConfigError(
-        f"{output}:{number} was not written by a run like this one; give another --output"
-    )
+    records = []
+    for number, line in enumerate(lines, 1):
+        complete = line.endswith(b"\n")
+        try:
+            record = parse(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and not complete
+            if torn and line[: len(start)] == start[: len(line)]:
+                break
+            raise ConfigError(
+                f"{output}:{number} was not written by a run like this one; give another --output"
+            ) from None
+        if complete:
+            records.append((record, len(line)))
+    return records
 
 
 def _row(value: Any) -> Row:
@@ -128,7 +134,10 @@ def _row(value: Any) -> Row:
             raise PromptError("'messages' must be a list, not empty")
         check_messages(content)
         return Row(id=name, turns=(tuple(content),))
+    check_unicode(str(name))
     turns = [content] if given[0] == "prompt" else content
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
         raise PromptError(f"'{given[0]}' must be text" + (", one a turn" * (given[0] == "turns")))
+    for turn in turns:
+        check_unicode(turn)
     return Row(id=name, turns=tuple(({"role": "user", "content": turn},) for turn in turns))

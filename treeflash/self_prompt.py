@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError
-from treeflash.prompt_file import Row, finished_lines, read_rows
+from treeflash.prompt_file import Row, finished_records
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
 
@@ -18,7 +22,14 @@ LINE_START = b'{"id": '
 
 
 def self_prompts(
-    responder: Responder, tokenizer: Tokenizer, count: int, path: Path, *, slots: int, seed: int
+    responder: Responder,
+    tokenizer: Tokenizer,
+    count: int,
+    path: Path,
+    console: Console,
+    *,
+    slots: int,
+    seed: int,
 ) -> list[Row]:
     """Let the target go on from the user's header of its chat template, `count` times.
 
@@ -27,18 +38,19 @@ def self_prompts(
         tokenizer: of the target.
         count: prompts to write; one that comes out empty is left out.
         path: JSON lines of `id` and `prompt`; those that it holds already are kept.
+        console: for a progress bar.
         slots: prompts written at a time.
         seed: of sampling; prompt n counts on from it.
 
     Raises:
-        PromptError: the tokenizer has no chat template, or another program wrote the file.
-        ConfigError: the target writes nothing but empty prompts, or the file cannot be written.
+        PromptError: the tokenizer has no chat template.
+        ConfigError: the target writes nothing but empty prompts, or another program wrote the
+            file, or it cannot be written.
     """
     header = tuple(tokenizer.user_header())
-    finished = sum(map(len, finished_lines(path, LINE_START)))
-    os.truncate(path, finished)
-    known = {row.id for row in read_rows(path)} if finished else set()
-    missing = [n for n in range(count) if f"self-{n}" not in known]
+    found = finished_records(path, LINE_START, _prompt)
+    prompts = {name: prompt for (name, prompt), _ in found}
+    missing = [n for n in range(count) if _name(n) not in prompts]
     requests = [
         Request(
             prompt_ids=header,
@@ -47,13 +59,29 @@ def self_prompts(
         )
         for n in missing
     ]
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file, Progress(console=console) as bar:
+        file.truncate(sum(size for _, size in found))
+        task = bar.add_task("prompts", total=count, completed=count - len(missing))
         for index, tokens in responder.respond(requests, tokenizer.stop_token_ids, slots):
+            bar.advance(task)
             if text := tokenizer.decode(tokens).strip():
-                record = {"id": f"self-{missing[index]}", "prompt": text}
+                name = _name(missing[index])
+                prompts[name] = text
+                record = {"id": name, "prompt": text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
-    if not path.stat().st_size:
+    wanted = [name for n in range(count) if (name := _name(n)) in prompts]
+    if not wanted:
         raise ConfigError("the target wrote no prompts by itself; give --prompts")
-    wanted = {f"self-{n}" for n in range(count)}
-    return [row for row in read_rows(path) if row.id in wanted]
+    return [Row(id=name, turns=(({"role": "user", "content": prompts[name]},),)) for name in wanted]
+
+
+def _name(number: int) -> str:
+    return f"self-{number}"
+
+
+def _prompt(record: Any) -> tuple[str, str]:
+    name, prompt = record["id"], record["prompt"]
+    if not isinstance(prompt, str) or not re.fullmatch(r"self-\d+", name):
+        raise ValueError
+    return name, prompt

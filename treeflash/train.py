@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, load_config
+from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, on_some_device
 from treeflash.models import resolve_target
 from treeflash.registry import trainer
 from treeflash.responses import read_responses
@@ -68,11 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         [response for path in paths for response in read_responses(path, tokenizer)]
         for paths in (args.responses, args.validation)
     )
-    records = train(target, responses, args.output, config, load_config(args), held_out)
+    records = on_some_device(
+        args, lambda load: train(target, responses, args.output, config, load, held_out)
+    )
     try:
         _show(records, config, console)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from the last state in {args.output}")
+        last = f"the last state in {args.output}" if (args.output / "state").exists() else "nothing"
+        console.print(f"interrupted; the same command goes on from {last}")
         return INTERRUPTED
     console.print(f"{args.output}: trained; pass it as --drafter")
     return 0

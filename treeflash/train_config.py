@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from treeflash.errors import ConfigError
 from treeflash.prompt_file import read_text
 
 LOSSES = ("kl", "ce")
+SEEDS = 2**63
 AT_LEAST = {
     "layers": 1,
     "block_size": 2,
@@ -100,6 +102,14 @@ class TrainConfig:
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{_flag(name)} must be {least} or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{_flag(field.name)} must be a finite number")
+        if self.seed >= SEEDS:
+            raise ConfigError(f"seed must be below {SEEDS}")
+        if not self.marginal_weight + self.corrected_weight:
+            raise ConfigError("marginal-weight and corrected-weight must not both be 0")
         if self.head_size is not None and self.head_size < 1:
             raise ConfigError("head-size must be 1 or more")
         if self.loss not in LOSSES:

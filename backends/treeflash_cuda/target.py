@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from treeflash.checkpoints import read_config, weight_files
-from treeflash.errors import CheckpointError, UnsupportedModelError
+from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
@@ -227,14 +227,14 @@ def _load_model(
             output_loading_info=True,
         )
         model = model.to(device)
-    except torch.OutOfMemoryError:
-        raise
     except ImportError as error:
         raise UnsupportedModelError(
             f"{folder} needs a package that is not installed ({_first_line(error)}); pass weights "
             "that are not quantised"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     finally:
         if bars:

@@ -125,7 +125,14 @@ def test_a_torn_last_line_is_dropped(run, files, scripted, size):
 
 
 def test_a_file_of_something_else_is_left_alone(run, files, scripted):
-    for content in ("notes without a newline", '{"id": 1}\n', "[]\n", '{"id": 1, "turn": 0}\n'):
+    for content in (
+        "notes without a newline",
+        '{"id": 1, "prompt": "a prompt without a newline"}',
+        '{"id": 1}\n',
+        "[]\n",
+        "[" * 100000 + "\n",
+        '{"id": 1, "turn": 0}\n',
+    ):
         files[1].write_text(content)
         code, err = run(scripted(*ANSWERS))
         assert (code, err.count("\n")) == (2, 1)
@@ -202,6 +209,8 @@ def test_the_reference_pair_resumes_to_the_same_file(files, tiny_pair, capsys):
         ('{"id": 1, "prompt": 3}', "'prompt' must be text"),
         ('{"id": 1, "turns": []}', "'turns' must be text"),
         ('{"id": 1, "turns": "x"}', "'turns' must be text"),
+        ('{"id": "\\ud800", "prompt": "x"}', "not valid Unicode"),
+        ('{"id": 1, "prompt": "\\ud800"}', "not valid Unicode"),
         ('{"id": 1, "messages": []}', "'messages' must be a list"),
         ('{"id": 1, "messages": [{"role": "user"}]}', "message 1 needs"),
         ('{"id": "first", "prompt": "x"}', "'first' was given on line 1 already"),

@@ -33,7 +33,8 @@ def parser() -> Parser:
         (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
         (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
         (MemoryError(), 2, "error: out of memory; a smaller --budget"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 2, "error: out of memory; a"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; a smaller --budget"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory; a"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -137,19 +138,20 @@ def test_values_without_sense_are_refused_before_loading(parser, args):
 
 
 @pytest.mark.parametrize(
-    ("args", "drafter"),
+    ("args", "methods", "drafter"),
     [
-        ([], None),
-        (["--method", "ar"], False),
-        (["--method", "ar", "--drafter", "d"], "d"),
-        (["--drafter", "d"], "d"),
+        ([], [], None),
+        ([], ["ar"], False),
+        ([], ["ar", "ddtree"], None),
+        (["--drafter", "d"], ["ar"], "d"),
+        (["--drafter", "d"], [], "d"),
     ],
 )
-def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, drafter):
+def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, methods, drafter):
     calls = []
     monkeypatch.setattr(command, "load", lambda *args, **kwargs: calls.append((args, kwargs)))
     given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
-    load_model(parser.parse_args([*args, *given]))
+    load_model(parser.parse_args([*args, *given]), methods)
     options = {"backend": "mlx", "device": "gpu", "dtype": None, "draft_bits": None, "kv_bits": 8}
     assert calls == [(("t", drafter), options | {"compile": False})]
 

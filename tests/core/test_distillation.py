@@ -123,27 +123,35 @@ def test_answers_fit_the_target(tmp_path, byte_tokenizer):
 
 def test_a_file_of_another_program_is_refused(tmp_path, byte_tokenizer):
     (tmp_path / "out").write_text('{"text": "mine"}\n')
-    for content in ('{"text": "mine"}\n', "notes without a newline"):
+    for content in (
+        '{"text": "mine"}\n',
+        "notes without a newline",
+        '{"id":1,"prompt":"a prompt without a newline"}',
+    ):
         (tmp_path / "out").write_text(content)
         with pytest.raises(ConfigError, match="out:1 was not written by a run like this"):
             Distillation.resume([], tmp_path / "out")
         with pytest.raises(ConfigError, match="out:1 was not written by a run like this"):
-            self_prompts(EchoResponder(), byte_tokenizer, 1, tmp_path / "out", slots=1, seed=0)
+            write_prompts(1, EchoResponder(), byte_tokenizer, tmp_path / "out")
         assert (tmp_path / "out").read_text() == content
 
 
-def test_answers_at_other_temperatures_do_not_go_into_the_same_file(tmp_path, byte_tokenizer):
+@pytest.mark.parametrize(("text", "temperature"), [("a", 0.8), ("another", 0.0)])
+def test_other_settings_do_not_go_into_the_same_file(text, temperature, tmp_path, byte_tokenizer):
     run(Distillation.resume(rows(["a"]), tmp_path / "out"), EchoResponder(), byte_tokenizer)
-    both = Distillation.resume(rows(["a"], ["b"]), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"answers at temperature 0.0, .* not among those given"):
-        run(both, EchoResponder(), byte_tokenizer, temperatures=(0.8,))
+    again = Distillation.resume(rows([text], ["b"]), tmp_path / "out")
+    with pytest.raises(ConfigError, match="has an answer to 'r0' from another prompt, target"):
+        run(again, EchoResponder(), byte_tokenizer, temperatures=(temperature,))
     assert len(lines(tmp_path / "out")) == 1
 
 
-def test_a_row_that_the_template_refuses_is_named(tmp_path, byte_tokenizer):
-    odd = Row(id="odd", turns=(({"role": "assistant", "content": "I begin"},),))
-    with pytest.raises(PromptError, match="the row 'odd': "):
-        run(Distillation.resume([odd], tmp_path / "out"), EchoResponder(), byte_tokenizer)
+def test_a_row_that_the_template_refuses_is_named(tmp_path, byte_tokenizer, monkeypatch):
+    def refuse(*args):
+        raise PromptError("the chat template refuses these messages")
+
+    monkeypatch.setattr(byte_tokenizer, "chat", refuse)
+    with pytest.raises(PromptError, match="the row 'r0': the chat template refuses"):
+        run(Distillation.resume(rows(["a"]), tmp_path / "out"), EchoResponder(), byte_tokenizer)
 
 
 def test_weights_share_the_limit_out():
@@ -165,11 +173,15 @@ def test_an_id_in_two_files_is_refused():
         mix([[Row(id="a", turns=())], [Row(id="a", turns=())]], [1.0, 1.0], None, seed=0)
 
 
+def write_prompts(count, responder, tokenizer, path):
+    return self_prompts(responder, tokenizer, count, path, Console(quiet=True), slots=2, seed=0)
+
+
 def test_the_target_writes_prompts_itself(tmp_path, byte_tokenizer):
     path = tmp_path / "prompts.jsonl"
 
     def ask(count, responder):
-        return self_prompts(responder, byte_tokenizer, count, path, slots=2, seed=0)
+        return write_prompts(count, responder, byte_tokenizer, path)
 
     with pytest.raises(KeyboardInterrupt):
         ask(4, EchoResponder(interrupt_at=1))
@@ -192,6 +204,7 @@ def test_the_target_writes_prompts_itself(tmp_path, byte_tokenizer):
         (["--prompts", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["--prompts", "{file}", "--limit", "1", "--weights", "1", "2"], "--weights needs one"),
         (["--prompts", "{file}", "--limit", "1", "--weights", "0"], "one number above 0"),
+        (["--prompts", "{file}", "--limit", "1", "--weights", "nan"], "one number above 0"),
         (["--prompts", "{file}", "--limit", "0"], "limit must be 1 or more"),
         (["--prompts", "{file}", "--weights", "1"], "shares of --limit answers"),
         (["--self-prompt", "2", "--limit", "1"], "--limit is of --prompts"),

@@ -10,7 +10,7 @@ import pytest
 from treeflash.checkpoints import read_config, read_tensors
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.errors import ConfigError
+from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -163,6 +163,7 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
     [
         ({"layers": 4}, "layers must be below the target's 4"),
         ({"target_layer_ids": (9,)}, "target-layer-ids must be from 0 to 3"),
+        ({"target_layer_ids": ()}, "target-layer-ids must be from 0 to 3"),
         ({"mask_token_id": 99}, "mask-token-id must be below the vocabulary of 40"),
         ({"head": "cubic"}, "unknown head 'cubic'; choose one of swiglu, linear, none"),
         ({"max_length": 4}, "no response has two tokens"),
@@ -172,6 +173,11 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
 def test_what_does_not_fit_is_named(changes, message, target, responses, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run(target, responses, tmp_path, replace(TINY, **changes))
+
+
+def test_a_target_is_no_drafter_to_start_from(target, responses, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        run(target, responses, tmp_path, replace(TINY, init=str(target)))
 
 
 def test_responses_of_another_vocabulary_are_refused(target, tmp_path):

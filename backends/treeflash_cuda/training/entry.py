@@ -11,7 +11,7 @@ from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.train_config import TrainConfig
 from treeflash.training import Response
-from treeflash_cuda.backend import load_target
+from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.training.responder import Responder
 
 
@@ -34,6 +34,7 @@ def train(
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
             raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
+    choose_device(load.device)  # says now, not at the first record, that there is none
     from treeflash_cuda.training import loop  # only here, for what it needs
 
     return loop.train(target, responses, output, config, load, held_out)

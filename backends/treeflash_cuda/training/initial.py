@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from treeflash.checkpoints import (
     default_target_layer_ids,
+    drafter_config,
     parse_drafter_config,
     read_config,
 )
@@ -34,6 +35,7 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         CheckpointError: `init` names a folder without a drafter.
     """
     if config.init not in ("target", "random"):
+        drafter_config(Path(config.init))  # says what is wrong with it
         settings = read_config(Path(config.init))
         head = None if config.head == "none" else config.head
     else:
@@ -63,7 +65,7 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         # The copied layers then see of the text what they saw in the target.
         layer_ids = (*spread[:-1], depth - config.layers - 1)
         layer_ids = tuple(sorted({i for i in layer_ids if i < depth - config.layers}))
-    if any(not 0 <= i < depth for i in layer_ids):
+    if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
         raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
     heads = int(of_target.num_attention_heads)
     first = target.layers[0]
