@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from treeflash.errors import ConfigError
@@ -39,14 +40,25 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.temperature == 0 or _is_temperature(self.temperature),
+            _is_number(self.temperature)
+            and (self.temperature == 0 or _is_temperature(self.temperature)),
             "temperature must be 0 (greedy), or from 1e-6 to 1e6",
             self,
         )
-        _check(self.top_k >= 0, "top-k must be 0 (off) or more", self)
-        _check(0 < self.top_p <= 1, "top-p must be above 0 and at most 1", self)
-        _check(0 <= self.min_p <= 1, "min-p must be between 0 and 1", self)
-        _check(0 <= self.seed < 2**64, "seed must be between 0 and 2**64 - 1", self)
+        _check(_is_whole(self.top_k, 0), "top-k must be 0 (off) or more", self)
+        _check(
+            _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "top-p must be above 0 and at most 1",
+            self,
+        )
+        _check(
+            _is_number(self.min_p) and 0 <= self.min_p <= 1, "min-p must be between 0 and 1", self
+        )
+        _check(
+            _is_whole(self.seed, 0) and self.seed < 2**64,
+            "seed must be between 0 and 2**64 - 1",
+            self,
+        )
 
     @property
     def greedy(self) -> bool:
@@ -96,27 +108,28 @@ class DecodeConfig:
             f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}",
         )
         _check(
-            self.budget == AUTO or (isinstance(self.budget, int) and self.budget >= 1),
+            self.budget == AUTO or _is_whole(self.budget, 1),
             "budget must be auto, or 1 or more",
             self,
         )
-        _check(self.top_m >= 1, "top-m must be 1 or more", self)
-        _check(self.top_k_children >= 1, "top-k-children must be 1 or more", self)
+        _check(_is_whole(self.top_m, 1), "top-m must be 1 or more", self)
+        _check(_is_whole(self.top_k_children, 1), "top-k-children must be 1 or more", self)
         _check(
-            self.head_vocab is None or self.head_vocab >= 1, "head-vocab must be 1 or more", self
+            self.head_vocab is None or _is_whole(self.head_vocab, 1),
+            "head-vocab must be 1 or more",
+            self,
         )
         _check(
-            self.head_rows in (None, AUTO)
-            or (isinstance(self.head_rows, int) and self.head_rows >= 1),
+            self.head_rows in (None, AUTO) or _is_whole(self.head_rows, 1),
             "head-rows must be auto, or 1 or more",
             self,
         )
         _check(
-            _is_temperature(self.draft_temperature),
+            _is_number(self.draft_temperature) and _is_temperature(self.draft_temperature),
             "draft-temperature must be from 1e-6 to 1e6",
             self,
         )
-        _check(self.max_tokens >= 1, "max-tokens must be 1 or more", self)
+        _check(_is_whole(self.max_tokens, 1), "max-tokens must be 1 or more", self)
 
     @property
     def drafts(self) -> bool:
@@ -198,6 +211,15 @@ class DrafterConfig:
     input_scale: float
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and type(value) is not bool
+
+
+def _is_whole(value: object, least: int) -> bool:
+    """Whether it is a whole number, of Python or NumPy, and no smaller."""
+    return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
+
+
 def _is_temperature(value: float) -> bool:
     """Whether logits divided by it stay finite and apart."""
     return 1e-6 <= value <= 1e6
@@ -208,5 +230,5 @@ def _check(ok: bool, message: str, config: object | None = None) -> None:
         return
     if config is not None:
         name = message.split(" ", 1)[0]
-        message += f", got {getattr(config, name.replace('-', '_'))}"
+        message += f", got {getattr(config, name.replace('-', '_'))!r}"
     raise ConfigError(message)

@@ -219,6 +219,8 @@ def parse_options(options: Options) -> DecodeConfig:
             f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}"
         )
     stop = options.get("stop", ())
+    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+        raise ConfigError(f"stop must be a text, or a list of texts, got {stop!r}")
     if "" in ((stop,) if isinstance(stop, str) else stop):
         raise ConfigError("a stop string is empty; leave it out")
     given = {key: value for key, value in options.items() if key != "stop_token_ids"}

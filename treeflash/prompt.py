@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from treeflash.errors import ConfigError, PromptError
@@ -14,6 +14,8 @@ Message: TypeAlias = Mapping[str, str]
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 """A text, the messages of a conversation, or token ids."""
+
+FORMS = "a prompt is a text, a list of messages, or a list of token ids"
 
 
 def encode(
@@ -54,6 +56,8 @@ def encode(
             system=system,
             template_args=template_args,
         )
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+        raise PromptError(f"{FORMS}, got {type(prompt).__name__}")
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
         if raw:
@@ -70,9 +74,7 @@ def encode(
     try:
         return [operator.index(item) for item in items]
     except TypeError:
-        raise PromptError(
-            "a prompt is a text, a list of messages, or a list of token ids"
-        ) from None
+        raise PromptError(FORMS) from None
 
 
 def check_messages(messages: Sequence[Any]) -> None:
