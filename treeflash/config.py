@@ -212,12 +212,12 @@ class DrafterConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and type(value) is not bool
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _is_whole(value: object, least: int) -> bool:
     """Whether it is a whole number, of Python or NumPy, and no smaller."""
-    return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def _is_temperature(value: float) -> bool:
