@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from treeflash.errors import NumericalError
+
 TEXT = "Some text."
 
 
@@ -72,6 +74,23 @@ def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
     use(scripted(TEXT))
     code, out, err = run(prompt)
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_an_error_inside_a_text_has_a_line_of_its_own(use, run, scripted, monkeypatch):
+    model = use(scripted(TEXT))
+    verify = model.backend.verify
+
+    def fail(*args):
+        if model.backend.verified == 2:
+            raise NumericalError("not finite")
+        return verify(*args)
+
+    monkeypatch.setattr(model.backend, "verify", fail)
+    code, out, err = run("hi", "--budget", "2")
+    assert (code, err) == (2, "error: not finite\n")
+    assert out.endswith("\n")
+    assert len(out) > 1
+    assert TEXT.startswith(out[:-1])
 
 
 def test_a_method_that_was_not_loaded_is_named(use, run, scripted):
