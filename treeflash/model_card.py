@@ -7,6 +7,7 @@ from typing import Any
 
 import treeflash
 
+SHAPE = ("layers", "block_size", "target_layer_ids", "mask_token_id")
 CARD = """\
 # TreeFlash drafter
 
@@ -37,6 +38,9 @@ def model_card(
         identity: data and configuration of the run.
         records: of its log.
     """
+    made = identity["init"] in ("target", "random")
+    # A drafter that was started from has its own shape.
+    left_out = {"data"} if made else {"data", *SHAPE}
     validations = [record["validation"] for record in records if "validation" in record]
     return CARD.format(
         layers=settings["num_hidden_layers"],
@@ -48,7 +52,7 @@ def model_card(
         step=records[-1]["step"] if records else 0,
         steps=identity["steps"],
         data=identity["data"],
-        options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k != "data"),
+        options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k not in left_out),
         metrics=_table(validations[-1]) if validations else "None was held out.",
     )
 

@@ -243,4 +243,7 @@ def test_training_goes_on_from_a_treeflash_checkpoint(target, responses, tmp_pat
     first = run(target, responses, tmp_path / "first", replace(TINY, steps=40))
     config = replace(TINY, init=str(tmp_path / "first"), seed=1)
     second = run(target, responses, tmp_path / "second", config)
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "2 layers" in card
+    assert "| layers |" not in card
     assert second[0]["loss"] < first[0]["loss"] / 2
