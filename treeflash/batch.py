@@ -79,14 +79,22 @@ class Batch:
 
     def report(self) -> str:
         """One line: how many turns are there, how many failed, and the block efficiency."""
-        wanted = [(row.id, turn) for row in self.rows for turn in range(len(row.turns))]
-        records = [self.records[key] for key in wanted if key in self.records]
-        errors = sum("error" in record for record in records)
+        records, wanted = self._found(), sum(len(row.turns) for row in self.rows)
         lengths = [n for record in records for n in record.get("accepted_lengths", ())]
         return (
-            f"{self.output}: {len(records) - errors} of {len(wanted)} turns decoded, "
-            f"{errors} with errors, block efficiency {mean(lengths):.2f}"
+            f"{self.output}: {len(records) - self.errors} of {wanted} turns decoded, "
+            f"{self.errors} with errors, block efficiency {mean(lengths):.2f}"
         )
+
+    @property
+    def errors(self) -> int:
+        """Turns that could not be decoded."""
+        return sum("error" in record for record in self._found())
+
+    def _found(self) -> list[Record]:
+        """Records of the turns that are wanted; the output may hold others."""
+        wanted = ((row.id, turn) for row in self.rows for turn in range(len(row.turns)))
+        return [self.records[key] for key in wanted if key in self.records]
 
     def _check(self, settings: Record, raw: bool) -> None:
         # Turns made in different ways do not belong in one file.

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from treeflash.batch import Batch
 from treeflash.command import (
+    BAD_INPUT,
     INTERRUPTED,
     Parser,
     add_decode_options,
@@ -42,7 +43,8 @@ NOT_EQUAL = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, generate, and return the exit code.
 
-    0: done; 1: `--compare` found a difference; 2: bad input; 130: interrupted.
+    0: done; 1: `--compare` found a difference; 2: bad input, be it one prompt of many; 130:
+    interrupted.
     """
     args = _parser().parse_args(argv)
     options = decode_options(args)
@@ -204,7 +206,7 @@ def _run_batch(args: argparse.Namespace, options: Options, console: Console) -> 
         console.print(f"interrupted; {batch.report()}; the same command goes on from there")
         return INTERRUPTED
     console.print(batch.report())
-    return 0
+    return BAD_INPUT if batch.errors else 0
 
 
 if __name__ == "__main__":

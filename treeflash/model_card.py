@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import treeflash
+from treeflash.train_config import SHAPE
 
-SHAPE = ("layers", "block_size", "target_layer_ids", "mask_token_id")
 CARD = """\
 # TreeFlash drafter
 

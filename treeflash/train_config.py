@@ -9,11 +9,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from treeflash.checkpoints import drafter_config
 from treeflash.errors import ConfigError
 from treeflash.prompt_file import read_text
 
 LOSSES = ("kl", "ce")
 SEEDS = 2**63
+SHAPE = {
+    "layers": "num_hidden_layers",
+    "block_size": "block_size",
+    "target_layer_ids": "target_layer_ids",
+    "mask_token_id": "mask_token_id",
+}
+"""Options that say what a new drafter looks like, and what a `DrafterConfig` calls them."""
 AT_LEAST = {
     "layers": 1,
     "block_size": 2,
@@ -134,6 +142,7 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
 
     Raises:
         ConfigError: an option is unknown, has a wrong type, or makes no sense.
+        CheckpointError: `init` names a folder without a drafter.
         PromptError: the file cannot be read.
     """
     values: dict[str, Any] = {}
@@ -150,7 +159,17 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
             values[name] = value = tuple(value)
         if not _fits(value, known[name]):
             raise ConfigError(f"{path}: {name} must be {known[name]}, got {value!r}")
-    return TrainConfig(**{**values, **changes})
+    given = {**values, **changes}
+    config = TrainConfig(**given)
+    if config.init not in ("target", "random"):
+        drafter = drafter_config(Path(config.init))
+        for name, attribute in SHAPE.items():
+            if name in given and getattr(config, name) != getattr(drafter, attribute):
+                raise ConfigError(
+                    f"the drafter in {config.init} has {_flag(name)} "
+                    f"{getattr(drafter, attribute)}, not {getattr(config, name)}; leave it out"
+                )
+    return config
 
 
 def _fits(value: Any, kind: str) -> bool:

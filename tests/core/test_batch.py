@@ -163,14 +163,14 @@ def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_goes_on(run, fi
     rows = [{"id": "long", "turns": ["x" * 500, "more"]}, {"id": "ok", "prompt": "hi"}]
     files[0].write_text("\n".join(map(json.dumps, rows)))
     code, err = run(scripted(*ANSWERS))
-    assert code == 0
+    assert code == 2
     assert "1 of 3 turns decoded, 1 with errors" in err
     long, ok = records(files[1])
     assert list(long)[:3] == ["id", "turn", "error"]
     assert "text" not in long
     assert "limit" in long["error"]
     assert ok["text"] == ANSWERS[0]
-    assert run(scripted("wrong"))[0] == 0
+    assert run(scripted("wrong"))[0] == 2
     assert len(records(files[1])) == 2
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from treeflash import train
-from treeflash.errors import ConfigError
+from treeflash.errors import CheckpointError, ConfigError
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.train_config import TrainConfig, read_train_config
 
 
@@ -46,6 +47,20 @@ def test_what_is_wrong_is_named(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_train_config(path, {})
+
+
+def test_a_drafter_that_training_starts_from_keeps_its_shape(tmp_path):
+    write_target(tmp_path / "target", "llama", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, block_size=6, layers=2)
+    init = {"init": str(tmp_path / "drafter")}
+    # Only what is given and differs is refused: a file can serve for both.
+    assert read_train_config(None, init).init == init["init"]
+    assert read_train_config(None, {**init, "layers": 2, "target_layer_ids": (0, 2)}).layers == 2
+    for name, value in (("layers", 5), ("block_size", 16), ("target_layer_ids", (1,))):
+        with pytest.raises(ConfigError, match=f"has {name.replace('_', '-')} .*; leave it out"):
+            read_train_config(None, {**init, name: value})
+    with pytest.raises(CheckpointError):
+        read_train_config(None, {"init": str(tmp_path)})
 
 
 def test_every_option_is_explained_and_reaches_the_configuration(tmp_path, capsys):

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx_lm.models
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.utils import MODEL_REMAPPING
 from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.target import Target
 
@@ -209,9 +210,10 @@ def main(names: list[str]) -> None:
 
 
 def model_types() -> list[str]:
-    """The modules of mlx-lm that define a model."""
+    """The modules of mlx-lm that define a model, and the other names it has for them."""
     folder = Path(mlx_lm.models.__path__[0])
-    return sorted(path.stem for path in folder.glob("*.py") if "class Model(" in path.read_text())
+    modules = {path.stem for path in folder.glob("*.py") if "class Model(" in path.read_text()}
+    return sorted(modules | {name for name, of in MODEL_REMAPPING.items() if of in modules})
 
 
 def attempt(name: str) -> tuple[str, str]:
@@ -240,7 +242,7 @@ def attempt(name: str) -> tuple[str, str]:
 
 def write(folder: Path, name: str) -> None:
     """Save a random model of that type, as mlx-lm would convert it."""
-    module = importlib.import_module(f"mlx_lm.models.{name}")
+    module = module_of(name)
     config = configuration(name)
     model = module.Model(module.ModelArgs.from_dict(config))
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,12 +254,16 @@ def write(folder: Path, name: str) -> None:
 
 def configuration(name: str) -> dict[str, Any]:
     """Values for the fields of a type's `ModelArgs`, or of the text model inside it."""
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    known = inspect.signature(module.ModelArgs).parameters
-    own = OVERRIDES.get(name, {})
+    known = inspect.signature(module_of(name).ModelArgs).parameters
+    own = OVERRIDES.get(MODEL_REMAPPING.get(name, name), {})
     if "text_config" in known:
         return {"text_config": {"model_type": f"{name}_text", **FIELDS, **own}, "model_type": name}
     return {**{k: v for k, v in FIELDS.items() if k in known}, **own, "model_type": name}
+
+
+def module_of(name: str) -> Any:
+    """The module of mlx-lm that runs a type."""
+    return importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
 
 
 def random(rng: np.random.Generator, path: str, x: mx.array) -> mx.array:
