@@ -26,7 +26,7 @@ from treeflash.command import (
     load_model,
 )
 from treeflash.comparison import compare, warm_up
-from treeflash.errors import ConfigError, PromptError, TreeflashError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.explain import explain
 from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel, Options
@@ -159,7 +159,7 @@ def _run(stream: Stream, model: LanguageModel, args: argparse.Namespace, console
                 shown += len(chunk.text)
     except KeyboardInterrupt:
         pass  # the generation says so, and holds what there is
-    except TreeflashError:
+    except Exception:
         if shown:
             print(flush=True)  # the error gets a line of its own
         raise

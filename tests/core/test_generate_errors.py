@@ -76,18 +76,28 @@ def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
-def test_an_error_inside_a_text_has_a_line_of_its_own(use, run, scripted, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NumericalError("not finite"), "not finite\n"),
+        (RuntimeError("CUDA out of memory"), "out of memory; a smaller --budget"),
+    ],
+)
+def test_an_error_inside_a_text_has_a_line_of_its_own(
+    use, run, scripted, monkeypatch, error, message
+):
     model = use(scripted(TEXT))
     verify = model.backend.verify
 
     def fail(*args):
         if model.backend.verified == 2:
-            raise NumericalError("not finite")
+            raise error
         return verify(*args)
 
     monkeypatch.setattr(model.backend, "verify", fail)
     code, out, err = run("hi", "--budget", "2")
-    assert (code, err) == (2, "error: not finite\n")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {message}")
     assert out.endswith("\n")
     assert len(out) > 1
     assert TEXT.startswith(out[:-1])
