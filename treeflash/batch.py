@@ -79,11 +79,12 @@ class Batch:
 
     def report(self) -> str:
         """One line: how many turns are there, how many failed, and the block efficiency."""
-        records, wanted = self._found(), sum(len(row.turns) for row in self.rows)
+        records, errors = self._found(), self.errors
+        wanted = sum(len(row.turns) for row in self.rows)
         lengths = [n for record in records for n in record.get("accepted_lengths", ())]
         return (
-            f"{self.output}: {len(records) - self.errors} of {wanted} turns decoded, "
-            f"{self.errors} with errors, block efficiency {mean(lengths):.2f}"
+            f"{self.output}: {len(records) - errors} of {wanted} turns decoded, "
+            f"{errors} with errors, block efficiency {mean(lengths):.2f}"
         )
 
     @property

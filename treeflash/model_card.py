@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import treeflash
-from treeflash.train_config import SHAPE
+from treeflash.train_config import NEW, SHAPE
 
 CARD = """\
 # TreeFlash drafter
@@ -38,9 +38,8 @@ def model_card(
         identity: data and configuration of the run.
         records: of its log.
     """
-    made = identity["init"] in ("target", "random")
     # A drafter that was started from has its own shape.
-    left_out = {"data"} if made else {"data", *SHAPE}
+    left_out = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
     validations = [record["validation"] for record in records if "validation" in record]
     return CARD.format(
         layers=settings["num_hidden_layers"],

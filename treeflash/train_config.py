@@ -14,6 +14,8 @@ from treeflash.errors import ConfigError
 from treeflash.prompt_file import read_text
 
 LOSSES = ("kl", "ce")
+NEW = ("target", "random")
+"""What a new drafter is made from; any other `init` is the folder of one that there is."""
 SEEDS = 2**63
 SHAPE = {
     "layers": "num_hidden_layers",
@@ -130,7 +132,7 @@ class TrainConfig:
                 raise ConfigError(f"{_flag(name)} must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ConfigError("warmup must be at least 0 and below 1")
-        if self.freeze_backbone and (self.head == "none" or self.init in ("target", "random")):
+        if self.freeze_backbone and (self.head == "none" or self.init in NEW):
             raise ConfigError(
                 "freeze-backbone trains the head of a checkpoint alone; "
                 "it needs a head, and a folder as init"
@@ -161,7 +163,7 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
             raise ConfigError(f"{path}: {name} must be {known[name]}, got {value!r}")
     given = {**values, **changes}
     config = TrainConfig(**given)
-    if config.init not in ("target", "random"):
+    if config.init not in NEW:
         drafter = drafter_config(Path(config.init))
         for name, attribute in SHAPE.items():
             if name in given and getattr(config, name) != getattr(drafter, attribute):

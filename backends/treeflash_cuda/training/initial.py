@@ -16,7 +16,7 @@ from treeflash.checkpoints import (
     read_config,
 )
 from treeflash.errors import ConfigError
-from treeflash.train_config import TrainConfig
+from treeflash.train_config import NEW, TrainConfig
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter import DrafterModel
@@ -34,7 +34,7 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         ConfigError: the configuration does not fit the target.
         CheckpointError: `init` names a folder without a drafter.
     """
-    if config.init not in ("target", "random"):
+    if config.init not in NEW:
         drafter_config(Path(config.init))  # says what is wrong with it
         settings = read_config(Path(config.init))
         head = None if config.head == "none" else config.head
@@ -132,7 +132,7 @@ def initial_drafter(
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
     head: nn.Module | None = None
-    if config.init in ("target", "random"):
+    if config.init in NEW:
         model = DrafterModel(parsed)
         model.apply(_randomise)
         if config.init == "target":
