@@ -24,6 +24,9 @@ from treeflash.errors import UnsupportedModelError
 # transformers takes a name with "flash" in it for a kernel to be fetched.
 NAME = "draft_tree"
 
+MANY = 256
+"""Queries from which on copies of a mask cost more than folding heads saves."""
+
 Rule: TypeAlias = Callable[..., Tensor]
 """A layer's own: (batch, head, query position, key position) to whether the key is seen."""
 
@@ -155,13 +158,22 @@ def tree_attention(
     visibility = _CURRENT.get()
     if isinstance(visibility, SlotVisibility):
         return slot_attention(query, key, value, attention_mask, scale, visibility.parts), None
-    if attention_mask is None and query.shape[2] > 1:
-        if not visibility.is_whole_text:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
-            )
+    n = query.shape[2]
+    causal = attention_mask is None and n > 1
+    if causal and not visibility.is_whole_text:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
+        )
+    # On a CPU the kernel can share keys under a mask too; on a GPU none that is fast does.
+    if causal or (n >= MANY and query.device.type == "cpu"):
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=True,
         )
         return out.transpose(1, 2).contiguous(), None
     return grouped_attention(query, key, value, attention_mask, scale), None

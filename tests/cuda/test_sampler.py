@@ -1,4 +1,4 @@
-"""The device's sampler against the definition in the core."""
+"""The backend's samplers against the definition in the core."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from treeflash.testing import require
 require("torch")
 
 import torch  # noqa: E402
+from treeflash_cuda import cpu_sampler, gpu_sampler  # noqa: E402
 from treeflash_cuda.sampler import choose  # noqa: E402
 
 SAMPLINGS = [
@@ -24,16 +25,11 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
-@pytest.mark.parametrize("vocab", [5, 300, 4000])
-@pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
-def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
-    rng = np.random.default_rng(vocab)
-    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
-    uniforms = rng.random(64)
-    chosen = choose(torch.from_numpy(logits), sampling, uniforms)
+def test_greedy_chooses_as_defined():
+    logits = np.random.default_rng(1).normal(size=(64, 300)).astype(np.float32)
+    chosen = choose(torch.from_numpy(logits), SamplingConfig(), None)
     assert chosen.dtype == np.int32
-    assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
+    assert chosen.tolist() == reference(logits, SamplingConfig()).tolist()
 
 
 def test_equal_probabilities_are_kept_together():
@@ -43,10 +39,41 @@ def test_equal_probabilities_are_kept_together():
     assert drawn == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("sampler", [cpu_sampler, gpu_sampler], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("sampling", SAMPLINGS[1:], ids=lambda s: repr(s)[15:-1])
+@pytest.mark.parametrize("vocab", [5, 300, 4000])
+@pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
+def test_samplers_choose_as_defined(sampler, sampling, vocab, scale):
+    rng = np.random.default_rng(vocab)
+    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
+    uniforms = rng.random(64)
+    chosen = sampler.sample(torch.from_numpy(logits), sampling, uniforms)
+    assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[1:], ids=lambda s: repr(s)[15:-1])
+def test_a_row_alone_is_chosen_as_among_others(sampling):
+    rng = np.random.default_rng(8)
+    logits = torch.from_numpy(rng.normal(size=(11, 5000)).astype(np.float32)).bfloat16()
+    uniforms = rng.random(11)
+    alone = [int(choose(logits[n : n + 1], sampling, uniforms[n : n + 1])[0]) for n in range(11)]
+    assert choose(logits, sampling, uniforms).tolist() == alone
+
+
+@pytest.mark.parametrize("uniform", [0.0, np.nextafter(1, 0)])
+def test_the_ends_of_the_distribution(uniform):
+    logits = torch.tensor([[-9.0, 2.0, 1.0, 0.0, -9.0]])
+    sampling = SamplingConfig(temperature=1.0, top_p=0.9)
+    assert choose(logits, sampling, np.array([uniform])).tolist() == [1 if uniform == 0 else 2]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
-def test_logits_that_are_not_finite_raise(bad, sampling):
+@pytest.mark.parametrize("sampler", [cpu_sampler, gpu_sampler], ids=lambda m: m.__name__)
+def test_logits_that_are_not_finite_raise(bad, sampler):
     logits = torch.zeros(2, 10)
     logits[1, 3] = bad
     with pytest.raises(NumericalError, match="not finite"):
-        choose(logits, sampling, np.array([0.5, 0.5]))
+        choose(logits, SamplingConfig(), None)
+    for sampling in SAMPLINGS[1:]:
+        with pytest.raises(NumericalError, match="not finite"):
+            sampler.sample(logits, sampling, np.array([0.5, 0.5]))

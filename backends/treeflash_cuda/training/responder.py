@@ -22,7 +22,7 @@ from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.slot_cache import SlotCache
 
-REFILL = 8
+REFILL = 16
 """One slot of so many must be free before prompts take them: running several at once pays."""
 PREFILL_TOKENS = 8192
 """Prompt tokens that run in one forward at most, padding included."""

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from treeflash_cuda.attention import SlotVisibility
 
-PARTS = 4
+PARTS = 8
 """Neighbouring slots attend together, in as many parts: more waste fewer columns on short texts."""
 
 

@@ -1,0 +1,72 @@
+"""Sampling on a CPU: filters keep few tokens, which NumPy handles row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.config import SamplingConfig
+from treeflash.errors import NumericalError
+from treeflash.sampling import NOT_FINITE
+from treeflash_cuda.gpu_sampler import invert
+from treeflash_cuda.topk import topk
+
+ROWS = 4
+"""Rows that are computed together: their numbers stay in the caches, and are few enough for the
+allocator to keep their memory."""
+
+
+def sample(
+    logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """See `gpu_sampler.sample`."""
+    if not logits.amax(-1).isfinite().all():
+        raise NumericalError(NOT_FINITE)
+    parts = zip(logits.split(ROWS), torch.from_numpy(uniforms).split(ROWS), strict=True)
+    return np.concatenate([_sample(part, sampling, draws) for part, draws in parts])
+
+
+def _sample(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> NDArray[np.int64]:
+    probs = torch.softmax(logits.float() / sampling.temperature, -1)
+    top_k = sampling.top_k if sampling.top_k < probs.shape[-1] else 0
+    if not top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        return invert(probs, uniforms[:, None]).numpy()
+    # What ties with the last of the top-k is kept as well.
+    least = topk(probs, top_k)[0][:, -1].numpy() if top_k else np.zeros(len(probs), np.float32)
+    rows = zip(probs.numpy(), least, uniforms.numpy(), strict=True)
+    return np.array([_sample_row(*row, sampling.top_p, sampling.min_p) for row in rows])
+
+
+def _sample_row(
+    probs: NDArray[np.float32], least: np.float32, uniform: float, top_p: float, min_p: float
+) -> np.int64:
+    """One token.
+
+    Args:
+        probs: (vocab,).
+        least: what top-k keeps at least; 0 without.
+        uniform: in [0, 1).
+        top_p: see `SamplingConfig`.
+        min_p: likewise.
+    """
+    edge = min_p * probs.max()
+    floor = least or edge
+    if top_p < 1 and not least:
+        # Tokens below an equal share of what may be dropped can all be dropped.
+        total = probs.sum()
+        floor = (1 - top_p) * total / len(probs)
+    tokens = np.flatnonzero(probs >= floor)
+    kept = probs[tokens]
+    if top_p < 1:
+        wanted = top_p * (kept.sum(dtype=np.float64) if least else total)
+        ranked = np.sort(kept)[::-1]
+        before = ranked.cumsum(dtype=np.float64) - ranked
+        edge = max(edge, ranked[np.count_nonzero(before < wanted) - 1])
+    inside = kept >= edge
+    mass = kept[inside].cumsum(dtype=np.float64)
+    # A share of the whole may round up to it.
+    place = min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(mass) - 1)
+    chosen: np.int64 = tokens[inside][place]
+    return chosen

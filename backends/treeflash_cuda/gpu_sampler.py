@@ -1,0 +1,106 @@
+"""Sampling all rows at once, with few reads from the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.config import SamplingConfig
+from treeflash.errors import NumericalError
+from treeflash.sampling import NOT_FINITE
+from treeflash_cuda.topk import topk
+
+SHORTLIST = 64
+"""Tokens among which the edge of a nucleus is looked for first."""
+BLOCK = 256
+"""Tokens that are summed first, to find the one that is chosen."""
+
+
+def sample(
+    logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """(n,) tokens; see `treeflash.sampling.choose`.
+
+    Args:
+        logits: (n, vocab).
+        sampling: not greedy.
+        uniforms: (n,) in [0, 1).
+
+    Raises:
+        NumericalError: a row's largest logit is not finite.
+    """
+    draws = torch.from_numpy(uniforms).to(logits.device)
+    tokens, covered = _sample(logits, sampling, draws, SHORTLIST)
+    finite = logits.amax(-1).isfinite().all()
+    read = torch.cat([tokens, covered, finite[None]]).cpu().numpy()
+    if not read[-1]:
+        raise NumericalError(NOT_FINITE)
+    chosen, narrow = read[: len(logits)], read[len(logits) : -1].astype(np.bool_)
+    if not narrow.all():
+        wide = torch.from_numpy(np.flatnonzero(~narrow)).to(logits.device)
+        tokens, _ = _sample(logits[wide], sampling, draws[wide], logits.shape[-1])
+        chosen[~narrow] = tokens.cpu().numpy()
+    return chosen
+
+
+def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """(n,) the first token whose cumulative mass exceeds a share of the total.
+
+    Sums are in double precision: near-ties must fall the same way whether a row is computed alone
+    or among the nodes of a tree. To do that for few numbers, whole blocks are summed first.
+
+    Args:
+        probs: (n, vocab).
+        uniforms: (n, 1) shares.
+    """
+    padded = F.pad(probs, (0, -probs.shape[-1] % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK))
+    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = uniforms * mass[:, -1:]
+    block = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[-1] - 1)
+    before = F.pad(mass, (1, 0)).gather(-1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    cumulative = before + inside.cumsum(-1, dtype=torch.float64)
+    # The block's sum and this one may differ in the last digit: stay inside.
+    below = cumulative[:, -1:] * (1 - torch.finfo(torch.float64).eps)
+    wanted = torch.maximum(torch.minimum(wanted, below), before)
+    within = torch.searchsorted(cumulative, wanted, right=True)
+    return (block * BLOCK + within)[:, 0]
+
+
+def _sample(
+    logits: Tensor, sampling: SamplingConfig, uniforms: Tensor, shortlist: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) tokens, and (n,) whether the nucleus lay within the shortlist."""
+    probs = torch.softmax(logits.float() / sampling.temperature, -1)
+    covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
+    ranked = None
+    if 0 < sampling.top_k < probs.shape[-1]:
+        # What ties with the last of these is kept as well.
+        ranked = topk(probs, sampling.top_k)[0]
+        probs = torch.where(probs >= ranked[:, -1:], probs, 0)
+    if sampling.top_p < 1:
+        wanted = sampling.top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
+        if ranked is None:
+            ranked = topk(probs, shortlist)[0]
+            covered = ranked.sum(-1, dtype=torch.float64) >= wanted[:, 0]
+        probs = torch.where(probs >= _nucleus_edge(ranked, wanted), probs, 0)
+    if sampling.min_p > 0:
+        probs = torch.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), probs, 0)
+    return invert(probs, uniforms[:, None]), covered
+
+
+def _nucleus_edge(ranked: Tensor, wanted: Tensor) -> Tensor:
+    """(n, 1) the smallest probability kept by top-p.
+
+    Args:
+        ranked: (n, k) largest probabilities of each row, largest first.
+        wanted: (n, 1) the mass to keep.
+    """
+    mass = ranked.cumsum(-1, dtype=torch.float64)
+    # At least the best one; a row that is not finite has none, and is reported by the caller.
+    last = ((mass - ranked) < wanted).sum(-1, keepdim=True).clamp(min=1) - 1
+    return ranked.gather(-1, last)
