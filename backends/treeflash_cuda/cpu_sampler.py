@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import NOT_FINITE
 from treeflash_cuda.gpu_sampler import invert
-from treeflash_cuda.topk import topk
+from treeflash_cuda.topk import BLOCK
 
 ROWS = 4
 """Rows that are computed together: their numbers stay in the caches, and are few enough for the
@@ -33,40 +35,50 @@ def _sample(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> NDArr
     top_k = sampling.top_k if sampling.top_k < probs.shape[-1] else 0
     if not top_k and sampling.top_p == 1 and sampling.min_p == 0:
         return invert(probs, uniforms[:, None]).numpy()
-    # What ties with the last of the top-k is kept as well.
-    least = topk(probs, top_k)[0][:, -1].numpy() if top_k else np.zeros(len(probs), np.float32)
-    rows = zip(probs.numpy(), least, uniforms.numpy(), strict=True)
-    return np.array([_sample_row(*row, sampling.top_p, sampling.min_p) for row in rows])
+    rows = zip(probs.numpy(), uniforms.numpy(), strict=True)
+    return np.array([_sample_row(*row, top_k, sampling.top_p, sampling.min_p) for row in rows])
 
 
 def _sample_row(
-    probs: NDArray[np.float32], least: np.float32, uniform: float, top_p: float, min_p: float
+    probs: NDArray[np.float32], uniform: float, top_k: int, top_p: float, min_p: float
 ) -> np.int64:
     """One token.
 
     Args:
         probs: (vocab,).
-        least: what top-k keeps at least; 0 without.
         uniform: in [0, 1).
+        top_k: fewer than vocab; 0 for all.
         top_p: see `SamplingConfig`.
         min_p: likewise.
     """
-    edge = min_p * probs.max()
-    floor = least or edge
-    if top_p < 1 and not least:
-        # Tokens below an equal share of what may be dropped can all be dropped.
-        total = probs.sum()
-        floor = (1 - top_p) * total / len(probs)
+    best, total = probs.max(), probs.sum()
+    edge = min_p * best
+    if top_k:
+        floor = _floor_of_top(probs, top_k)
+    else:
+        # Tokens below an equal share of what top-p may drop can all be dropped.
+        floor = min(max(edge, (1 - top_p) * total / len(probs)), best)
     tokens = np.flatnonzero(probs >= floor)
     kept = probs[tokens]
+    if top_k:
+        # What ties with the last of these is kept as well.
+        inside = kept >= np.partition(kept, -top_k)[-top_k]
+        tokens, kept = tokens[inside], kept[inside]
+        total = kept.sum(dtype=np.float64)
     if top_p < 1:
-        wanted = top_p * (kept.sum(dtype=np.float64) if least else total)
         ranked = np.sort(kept)[::-1]
         before = ranked.cumsum(dtype=np.float64) - ranked
-        edge = max(edge, ranked[np.count_nonzero(before < wanted) - 1])
+        edge = max(edge, ranked[np.count_nonzero(before < top_p * total) - 1])
     inside = kept >= edge
     mass = kept[inside].cumsum(dtype=np.float64)
     # A share of the whole may round up to it.
     place = min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(mass) - 1)
     chosen: np.int64 = tokens[inside][place]
     return chosen
+
+
+def _floor_of_top(probs: NDArray[np.float32], k: int) -> np.float32:
+    """What the k largest are not below: the k-th of the maxima of groups, found faster."""
+    # Columns of a matrix, whose maxima NumPy finds with vector instructions, not its rows.
+    maxima = probs.reshape(math.gcd(len(probs), BLOCK), -1).max(0)
+    return np.partition(maxima, -k)[-k] if k <= len(maxima) else np.float32(0)

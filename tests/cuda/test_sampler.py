@@ -60,6 +60,13 @@ def test_a_row_alone_is_chosen_as_among_others(sampling):
     assert choose(logits, sampling, uniforms).tolist() == alone
 
 
+@pytest.mark.parametrize("vocab", [5, 7, 49, 4000])
+def test_equal_probabilities_are_all_in_the_smallest_nucleus(vocab):
+    sampling = SamplingConfig(temperature=1.0, top_p=1e-9)
+    uniforms = (np.arange(vocab) + 0.5) / vocab
+    assert choose(torch.zeros(vocab, vocab), sampling, uniforms).tolist() == list(range(vocab))
+
+
 @pytest.mark.parametrize("uniform", [0.0, np.nextafter(1, 0)])
 def test_the_ends_of_the_distribution(uniform):
     logits = torch.tensor([[-9.0, 2.0, 1.0, 0.0, -9.0]])
