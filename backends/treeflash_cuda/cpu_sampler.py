@@ -51,11 +51,12 @@ def _sample_row(
         top_p: see `SamplingConfig`.
         min_p: likewise.
     """
-    best, total = probs.max(), probs.sum()
+    best = probs.max()
     edge = min_p * best
     if top_k:
         floor = _floor_of_top(probs, top_k)
     else:
+        total = probs.sum()
         # Tokens below an equal share of what top-p may drop can all be dropped.
         floor = min(max(edge, (1 - top_p) * total / len(probs)), best)
     tokens = np.flatnonzero(probs >= floor)

@@ -11,7 +11,7 @@ from treeflash.testing import require
 require("torch")
 
 import torch  # noqa: E402
-from treeflash_cuda import cpu_sampler, gpu_sampler  # noqa: E402
+from treeflash_cuda import gpu_sampler  # noqa: E402
 from treeflash_cuda.sampler import choose  # noqa: E402
 
 SAMPLINGS = [
@@ -25,11 +25,16 @@ SAMPLINGS = [
 ]
 
 
-def test_greedy_chooses_as_defined():
-    logits = np.random.default_rng(1).normal(size=(64, 300)).astype(np.float32)
-    chosen = choose(torch.from_numpy(logits), SamplingConfig(), None)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
+@pytest.mark.parametrize("vocab", [5, 300, 4000])
+@pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
+def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
+    rng = np.random.default_rng(vocab)
+    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
+    uniforms = rng.random(64)
+    chosen = choose(torch.from_numpy(logits), sampling, uniforms)
     assert chosen.dtype == np.int32
-    assert chosen.tolist() == reference(logits, SamplingConfig()).tolist()
+    assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
 
 
 def test_equal_probabilities_are_kept_together():
@@ -39,15 +44,14 @@ def test_equal_probabilities_are_kept_together():
     assert drawn == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("sampler", [cpu_sampler, gpu_sampler], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("sampling", SAMPLINGS[1:], ids=lambda s: repr(s)[15:-1])
 @pytest.mark.parametrize("vocab", [5, 300, 4000])
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
-def test_samplers_choose_as_defined(sampler, sampling, vocab, scale):
+def test_that_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
     rng = np.random.default_rng(vocab)
     logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
     uniforms = rng.random(64)
-    chosen = sampler.sample(torch.from_numpy(logits), sampling, uniforms)
+    chosen = gpu_sampler.sample(torch.from_numpy(logits), sampling, uniforms)
     assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
 
 
@@ -75,12 +79,12 @@ def test_the_ends_of_the_distribution(uniform):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sampler", [cpu_sampler, gpu_sampler], ids=lambda m: m.__name__)
-def test_logits_that_are_not_finite_raise(bad, sampler):
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_raise(bad, sampling):
     logits = torch.zeros(2, 10)
     logits[1, 3] = bad
     with pytest.raises(NumericalError, match="not finite"):
-        choose(logits, SamplingConfig(), None)
-    for sampling in SAMPLINGS[1:]:
+        choose(logits, sampling, np.array([0.5, 0.5]))
+    if not sampling.greedy:
         with pytest.raises(NumericalError, match="not finite"):
-            sampler.sample(logits, sampling, np.array([0.5, 0.5]))
+            gpu_sampler.sample(logits, sampling, np.array([0.5, 0.5]))
