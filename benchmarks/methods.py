@@ -15,15 +15,8 @@ from typing import NamedTuple
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
-from treeflash.command import (
-    add_model_options,
-    budget,
-    full_or_number,
-    guarded,
-    head_rows,
-    load_model,
-)
-from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
+from treeflash.command import add_model_options, budget, guarded, load_model
+from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.errors import ConfigError
 from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel
@@ -39,18 +32,6 @@ def parser() -> Parser:
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
     options.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     options.add_argument("--budgets", default="16,64,auto", help="of tree methods (16,64,auto)")
-    options.add_argument(
-        "--head-vocab",
-        default=str(DecodeConfig.head_vocab),
-        metavar="full,N,...",
-        help=f"tokens that the AR head scores ({DecodeConfig.head_vocab})",
-    )
-    options.add_argument(
-        "--head-rows",
-        default=str(DecodeConfig.head_rows),
-        metavar="full,N,auto,...",
-        help=f"previous tokens after which it does ({DecodeConfig.head_rows})",
-    )
     options.add_argument("--temperature", type=float, default=0.0)
     options.add_argument("--seed", type=int, default=0)
     add_model_options(options)
@@ -58,43 +39,29 @@ def parser() -> Parser:
 
 
 class Case(NamedTuple):
-    """A way to decode; the fields that a method does not have are those of all."""
+    """A way to decode."""
 
     method: Method
     budget: Budget
-    head_vocab: int | None
-    head_rows: HeadRows
 
     @property
     def name(self) -> dict:
         """As the results give it."""
-        uses_head = self.method.startswith("treeflash")
-        return {
-            "method": self.method,
-            "budget": 1 if self.method == "ar" else self.budget,
-            "head_vocab": (self.head_vocab or "full") if uses_head else None,
-            "head_rows": (self.head_rows or "full") if uses_head else None,
-        }
+        return {"method": self.method, "budget": 1 if self.method == "ar" else self.budget}
 
 
-def cases(methods: str, budgets: str, vocabs: str, rows: str) -> list[Case]:
+def cases(methods: str, budgets: str) -> list[Case]:
     """Every way to decode, plain decoding first; chains have one budget, the largest."""
     names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
         sizes = [budget(size) for size in budgets.split(",")]
-        heads = [
-            (full_or_number(vocab), head_rows(row))
-            for vocab in vocabs.split(",")
-            for row in rows.split(",")
-        ]
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--budgets, --head-vocab, --head-rows: {error}") from None
+        raise ConfigError(f"--budgets: {error}") from None
     largest = max((size for size in sizes if size != AUTO), default=AUTO)
     return [
-        Case(name, size, *head)
+        Case(name, size)
         for name in names
         for size in (sizes if name in ("ddtree", "treeflash") else [largest])
-        for head in (heads if name.startswith("treeflash") else heads[:1])
     ]
 
 
@@ -154,7 +121,7 @@ def mean_row(rows: list[dict], case: Case) -> dict:
 def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    chosen = cases(args.methods, args.budgets, args.head_vocab, args.head_rows)
+    chosen = cases(args.methods, args.budgets)
     model = load_model(args)
     rows = measure(model, args, chosen)
     backend = model.backend

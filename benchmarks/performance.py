@@ -20,20 +20,23 @@ from typing import Any
 
 import numpy as np
 from common import Parser, at_least_one, fast_mlx
+from page import blocks, render
 from safetensors.numpy import save_file
 
 from treeflash.checkpoints import read_tensors
 from treeflash.command import guarded
 from treeflash.config import DTYPES
 from treeflash.errors import ConfigError
-from treeflash.models import resolve_drafter
+from treeflash.models import resolve_drafter, resolve_target
 from treeflash.prompt_file import read_rows
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 RESULTS = HERE.parent / "docs" / "performance"
 BUDGETS = "4,8,16,32,64,auto"
-Row = dict[str, Any]
+QUANTISED_TARGET = "SmolLM2-135M-Instruct-4bit"
+ON_MLX = ("head-mlx", "iteration-mlx", "quantised")
+MOST_NODES = 64  # of a forward on MLX
 
 
 def parser() -> Parser:
@@ -53,7 +56,7 @@ def parser() -> Parser:
     return options
 
 
-def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
+def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list[str]]:
     """What is run, by the name of its results."""
     sets = [str(path) for path in args.prompts]
     device = ["--device", args.device] if args.device else []
@@ -63,9 +66,14 @@ def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
     torch = [*device, "--dtype", args.dtype]
     pair = ["--backend", "cuda", *torch]
     peers, methods = ["peers.py", *sets, *torch], ["methods.py", *sets, *pair]
-    heads = [*methods, *few, "--methods", "treeflash", "--budgets", "16,64"]
     ours = ["--methods", "generate,ar,treeflash"]
     plot = ["--plot", str(RESULTS / "peers.png")]
+    # Other types are slow on MLX's CPU.
+    mlx_dtype = "float32" if sys.platform == "linux" else args.dtype
+    mlx = [
+        *["iteration.py", sets[0], "--backend", "mlx", "--dtype", mlx_dtype, "--limit", "1"],
+        *["--contexts", "64", "--sizes", ",".join(map(str, range(1, MOST_NODES + 1)))],
+    ]
     return {
         "bars": [*peers, *many, *ours, "--backends", "cuda", "--systems", "transformers,treeflash"],
         "bars-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
@@ -75,17 +83,22 @@ def commands(args: Any, random_drafter: Path) -> dict[str, list[str]]:
             *[*methods, *some, "--methods", "treeflash", "--budgets", "auto"],
             *["--drafter", str(random_drafter)],
         ],
-        "head-vocab": [*heads, "--head-vocab", "full,256,512,1024,2048", "--head-rows", "full"],
-        "head-rows": [*heads, "--head-rows", "full,16,32,64,128"],
+        "walks": ["walks.py", *sets, *some, *pair],
         "head": ["head.py", "--backend", "cuda", *device],
         "head-mlx": ["head.py", "--backend", "mlx", *device],
         "memory": ["memory.py", sets[0], *pair],
-        "iteration": ["iteration.py", sets[0], *pair, "--plot", str(RESULTS / "verify.png")],
+        "iteration": [
+            *["iteration.py", sets[0], *pair, "--limit", "6"],
+            *["--plot", str(RESULTS / "verify.png")],
+        ],
+        "iteration-mlx": mlx,
+        "quantised": [*mlx, "--target", str(quantised)],
     }
 
 
 def write_random_drafter(folder: Path) -> None:
     """Write a drafter that knows nothing: the published one's shape, with random weights."""
+    folder.mkdir()
     published = resolve_drafter(None, None)
     rng = np.random.default_rng(0)
     (folder / "config.json").write_bytes((published / "config.json").read_bytes())
@@ -96,105 +109,10 @@ def write_random_drafter(folder: Path) -> None:
     save_file(random, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def cell(value: Any) -> str:
-    """A figure as the page shows it."""
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def table(rows: list[Row]) -> str:
-    """Rows in Markdown; the keys of the first are the columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def by_set(rows: list[Row], case: tuple[str, ...], figure: str) -> str:
-    """One line for each case, with the figure of each set."""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    lines: dict[tuple, Row] = {}
-    for row in rows:
-        name = {key.replace("_", " "): row[key] for key in case}
-        line = lines.setdefault(tuple(name.values()), name | dict.fromkeys(sets))
-        line[row["set"]] = row[figure]
-    return table(list(lines.values()))
-
-
-def pick(rows: list[Row], *names: str) -> list[Row]:
-    """Some columns of rows."""
-    return [{name.replace("_", " "): row[name] for name in names} for row in rows]
-
-
-def mean_speed(rows: list[Row], system: str, method: str) -> float:
-    """Tokens a second, the mean over sets."""
-    found = [r for r in rows if (r["set"], r["system"], r["method"]) == ("mean", system, method)]
-    return float(found[0]["tokens_per_s"])
-
-
-def bar_rows(bars: list[Row], mlx: list[Row], phases: list[Row]) -> list[Row]:
-    """The aims of the project, and what was measured."""
-    auto, plain = (mean_speed(bars, "treeflash", method) for method in ("treeflash", "ar"))
-    theirs = mean_speed(bars, "transformers", "generate")
-    outside = [r["outside"] for r in phases if (r["method"], r["budget"]) == ("treeflash", 64)]
-    figures = {
-        "`treeflash`, auto, to transformers' `generate`": (2.5, auto / theirs),
-        "`treeflash`, auto, to our plain decoding": (1.6, auto / plain),
-        "our plain decoding to transformers' `generate`": (1.3, plain / theirs),
-        "MLX: `treeflash`, auto, to mlx-lm's `generate`": (
-            1.5,
-            mean_speed(mlx, "treeflash", "treeflash") / mean_speed(mlx, "mlx-lm", "generate"),
-        ),
-    }
-    rows = [
-        {"figure": name, "aim": f"at least {aim}", "measured": value}
-        for name, (aim, value) in figures.items()
-    ]
-    share = {"figure": "time outside forwards, 64 nodes", "aim": "at most 3 %"}
-    return [*rows, share | {"measured": f"{100 * outside[0]:.1f} %"}]
-
-
-def blocks(found: dict[str, Any]) -> dict[str, str]:
-    """What stands between the page's marks, by name."""
-    iteration = found["iteration"]
-    case = ("system", "method", "budget", "backend", "dtype")
-    machine = found["iteration"]["machine"]
-    versions = ", ".join(" ".join(pair) for pair in machine["versions"].items())
-    peers = [r for r in found["peers"]["rows"] if r["set"] == "mean"]
-    return {
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {versions}.",
-        "bars": table(
-            bar_rows(found["bars"]["rows"], found["bars-mlx"]["rows"], iteration["phases"])
-        ),
-        "bars-by-set": by_set(
-            found["bars"]["rows"] + found["bars-mlx"]["rows"],
-            ("system", "method", "backend"),
-            "tokens_per_s",
-        ),
-        "peers": table(pick(peers, *case, "tokens_per_s", "block_efficiency", "ratio_to_generate")),
-        "skipped": table(found["peers"]["skipped"]),
-        "budgets": by_set(found["budgets"]["rows"], ("method", "budget"), "ratio_to_ar"),
-        "random": by_set(found["random"]["rows"], ("method", "budget"), "ratio_to_ar"),
-        **{
-            name + suffix: by_set(
-                found[name]["rows"], ("method", "budget", name.replace("-", "_")), figure
-            )
-            for name in ("head-vocab", "head-rows")
-            for suffix, figure in (("", "block_efficiency"), ("-speed", "ratio_to_ar"))
-        },
-        "head": table(found["head"]["rows"] + found["head-mlx"]["rows"]),
-        **{name: table(iteration[name]) for name in ("phases", "sampling", "prefill")},
-        "memory": table(found["memory"]["rows"]),
-    }
-
-
-def render(page: str, shown: dict[str, str]) -> str:
-    """The page with everything between its marks made anew."""
-    for name, text in shown.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, found, rest = page.partition(start)
-        if found:
-            page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
-    return page
+def write_quantised_target(folder: Path) -> None:
+    """Write the default target in 4 bits, as mlx-lm makes it."""
+    command = [sys.executable, "-m", "mlx_lm", "convert", "-q", "--mlx-path", folder]
+    subprocess.run([*command, "--hf-path", resolve_target(None)], check=True)
 
 
 @guarded
@@ -205,16 +123,19 @@ def main(argv=None) -> int:
         read_rows(path)  # says now what is wrong with it
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_random_drafter(Path(folder))
-        runs = commands(args, Path(folder))
+        random_drafter, quantised = Path(folder, "random"), Path(folder, QUANTISED_TARGET)
+        runs = commands(args, random_drafter, quantised)
         wanted = runs if args.only is None else [name for name in args.only.split(",") if name]
         if unknown := [name for name in wanted if name not in runs]:
             raise ConfigError(f"--only has no {unknown[0]!r}; choose from {', '.join(runs)}")
+        write_random_drafter(random_drafter)
+        if "quantised" in wanted:
+            write_quantised_target(quantised)
         for name in wanted:
             script, *options = runs[name]
             print(f"== {name}: python benchmarks/{script} {' '.join(options)}", flush=True)
             command = [sys.executable, HERE / script, *options]
-            variables = os.environ | (fast_mlx() if name == "head-mlx" else {})
+            variables = os.environ | (fast_mlx() if name in ON_MLX else {})
             results = ["--json", RESULTS / f"{name}.json"]
             code = subprocess.run([*command, *results], env=variables).returncode
             if code:

@@ -11,35 +11,37 @@ from transformers import Cache
 
 from treeflash_cuda.attention import SlotVisibility
 
-PARTS = 8
-"""Neighbouring slots attend together, in as many parts: more waste fewer columns on short texts."""
+CHUNK = 128
+"""Columns that lie together: longer chunks take fewer calls, shorter ones waste less at the ends."""
 
 
 class SlotCache(Cache):
     """A slot for each text, in storage of fixed size.
 
     Attributes:
-        storage: (layers, 2, slots, kv_heads, columns, head_dim); None until the first forward.
+        storage: (layers, 2, chunks, slots, kv_heads, CHUNK, head_dim); None until the first
+            forward.
         positions: (taken,) where the next token of each text goes, in the first slots.
         prefix: length of what all texts begin with, in every slot.
         prompts: slots whose prompts are being run; None while all texts take one token.
-        columns: that such a forward looks at.
+        chunks: that such a forward looks at.
     """
 
     def __init__(self, layers: int, slots: int, capacity: int, device: torch.device) -> None:
         """Start empty."""
         super().__init__(layers=[])
-        self.shape = (layers, 2, slots, capacity)
+        self.shape = (layers, 2, _chunks(capacity), slots)
         self.storage: Tensor | None = None
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.prefix = 0
         self.prompts: slice | None = None
-        self.columns = 0
+        self.chunks = 0
 
     def share(self, length: int) -> None:
         """Give all slots the first positions of the first one, a prefix of all texts; empty it."""
         assert self.storage is not None
-        self.storage[:, :, 1:, :, :length] = self.storage[:, :, :1, :, :length]
+        chunks = slice(_chunks(length))
+        self.storage[:, :, chunks, 1:] = self.storage[:, :, chunks, :1]
         self.prefix, self.positions = length, self.positions[:0]
 
     def append(self, lengths: Sequence[int]) -> None:
@@ -53,7 +55,8 @@ class SlotCache(Cache):
         for slot, (old, length) in enumerate(lengths.items()):
             if slot != old:
                 # One by one: together they would need as much memory again.
-                self.storage[:, :, slot, :, :length] = self.storage[:, :, old, :, :length]
+                chunks = slice(_chunks(length))
+                self.storage[:, :, chunks, slot] = self.storage[:, :, chunks, old]
         self.positions = self.positions[list(lengths)]
 
     def look(self, lengths: Sequence[int]) -> SlotVisibility:
@@ -63,33 +66,36 @@ class SlotCache(Cache):
             lengths: (taken,) of the texts, that token included; 0 for one that has ended, whose
                 slot takes part all the same.
         """
-        self.columns = max(lengths)
-        self.positions.clamp_(max=self.columns - 1)
-        size = -(-len(lengths) // PARTS)
-        parts = [
-            (slice(first, first + size), max(1, *lengths[first : first + size]))
-            for first in range(0, len(lengths), size)
+        self.chunks, columns = _chunks(max(lengths)), max(lengths)
+        self.positions.clamp_(max=columns - 1)
+        reaching = [
+            1 + max(slot for slot, length in enumerate(lengths) if length > chunk * CHUNK)
+            for chunk in range(self.chunks)
         ]
-        return SlotVisibility(self.positions, self.columns, parts)
+        return SlotVisibility(self.positions, self.chunks * CHUNK, reaching)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by a layer with the keys and values of its forward."""
         if self.storage is None:
-            layers, two, slots, capacity = self.shape
             heads, head_dim = key_states.shape[1], key_states.shape[3]
-            self.storage = key_states.new_zeros(layers, two, slots, heads, capacity, head_dim)
+            self.storage = key_states.new_zeros(*self.shape, heads, CHUNK, head_dim)
         keys, values = self.storage[layer_idx]
         if self.prompts is not None:
             end = self.prefix + key_states.shape[2]
-            keys[self.prompts, :, self.prefix : end] = key_states
-            values[self.prompts, :, self.prefix : end] = value_states
-            return keys[self.prompts, :, :end], values[self.prompts, :, :end]
+            new = torch.arange(self.prefix, end, device=keys.device)
+            seen = []
+            for stored, states in ((keys, key_states), (values, value_states)):
+                stored[new // CHUNK, self.prompts, :, new % CHUNK] = states.permute(2, 0, 1, 3)
+                whole = stored[: _chunks(end), self.prompts].permute(1, 2, 0, 3, 4).flatten(2, 3)
+                seen.append(whole[:, :, :end])
+            return seen[0], seen[1]
         rows = torch.arange(len(self.positions), device=keys.device)
-        keys[rows, :, self.positions] = key_states[:, :, 0]
-        values[rows, :, self.positions] = value_states[:, :, 0]
-        return keys[: len(rows), :, : self.columns], values[: len(rows), :, : self.columns]
+        chunk, column = self.positions // CHUNK, self.positions % CHUNK
+        keys[chunk, rows, :, column] = key_states[:, :, 0]
+        values[chunk, rows, :, column] = value_states[:, :, 0]
+        return keys[: self.chunks, : len(rows)], values[: self.chunks, : len(rows)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns before the forward, as far as a model that is given positions cares."""
@@ -101,4 +107,9 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Columns that a forward sees, and the first of them."""
-        return (self.columns if self.prompts is None else self.prefix + query_length), 0
+        columns = self.chunks * CHUNK if self.prompts is None else self.prefix + query_length
+        return columns, 0
+
+
+def _chunks(columns: int) -> int:
+    return -(-columns // CHUNK)

@@ -1,0 +1,140 @@
+"""The tables of docs/performance.md, from the results of its measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treeflash.costs import SIZES
+
+Row = dict[str, Any]
+
+
+def cell(value: Any) -> str:
+    """A figure as the page shows it."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows in Markdown; the keys of the first are the columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in r.values()] for r in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_set(rows: list[Row], case: tuple[str, ...], figure: str) -> str:
+    """One line for each case, with the figure of each set."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    lines: dict[tuple, Row] = {}
+    for row in rows:
+        name = {key.replace("_", " "): row[key] for key in case}
+        line = lines.setdefault(tuple(name.values()), name | dict.fromkeys(sets))
+        line[row["set"]] = row[figure]
+    return table(list(lines.values()))
+
+
+def pick(rows: list[Row], *names: str) -> list[Row]:
+    """Some columns of rows."""
+    return [{name.replace("_", " "): row[name] for name in names} for row in rows]
+
+
+def mean_speed(rows: list[Row], system: str, method: str) -> float:
+    """Tokens a second, the mean over sets."""
+    found = [r for r in rows if (r["set"], r["system"], r["method"]) == ("mean", system, method)]
+    return float(found[0]["tokens_per_s"])
+
+
+def walk_rows(rows: list[Row]) -> list[Row]:
+    """One line for each setting of the AR head, and how it changes what the whole head brings."""
+    means = [row for row in rows if row["set"] == "mean"]
+    settings = [(row["head_vocab"], row["head_rows"]) for row in means]
+    whole = {
+        row["budget"]: row["block_efficiency"]
+        for row, setting in zip(means, settings, strict=True)
+        if setting == ("full", "full")
+    }
+    lines: dict[tuple, Row] = {}
+    for row, setting in zip(means, settings, strict=True):
+        line = lines.setdefault(setting, dict(zip(("tokens", "rows"), setting, strict=True)))
+        line["ms"] = row["table_ms"]  # of the largest budget, the last
+        value, change = row["block_efficiency"], row["block_efficiency"] / whole[row["budget"]] - 1
+        line[f"{row['budget']} nodes"] = f"{value:.2f} ({100 * change:+.1f} %)"
+    return list(lines.values())
+
+
+def quantised_rows(whole: Row, quantised: Row) -> list[Row]:
+    """A forward of MLX's target by nodes, and of the same in 4 bits: sizes that `auto` takes."""
+    return [
+        {"nodes": row["nodes"], f"{whole['dtype']}, ms": row["verify_ms"]}
+        | {"4 bits, ms": other["verify_ms"]}
+        for row, other in zip(whole["verify"], quantised["verify"], strict=True)
+        if row["nodes"] in SIZES
+    ]
+
+
+def bar_rows(bars: list[Row], mlx: list[Row], phases: list[Row]) -> list[Row]:
+    """The aims of the project, and what was measured."""
+    auto, plain = (mean_speed(bars, "treeflash", method) for method in ("treeflash", "ar"))
+    theirs = mean_speed(bars, "transformers", "generate")
+    outside = [r["outside"] for r in phases if (r["method"], r["budget"]) == ("treeflash", 64)]
+    figures = {
+        "`treeflash`, auto, to transformers' `generate`": (2.5, auto / theirs),
+        "`treeflash`, auto, to our plain decoding": (1.6, auto / plain),
+        "our plain decoding to transformers' `generate`": (1.3, plain / theirs),
+        "MLX: `treeflash`, auto, to mlx-lm's `generate`": (
+            1.5,
+            mean_speed(mlx, "treeflash", "treeflash") / mean_speed(mlx, "mlx-lm", "generate"),
+        ),
+    }
+    rows = [
+        {"figure": name, "aim": f"at least {aim}", "measured": value}
+        for name, (aim, value) in figures.items()
+    ]
+    share = {"figure": "time outside forwards, 64 nodes", "aim": "at most 3 %"}
+    return [*rows, share | {"measured": f"{100 * outside[0]:.1f} %"}]
+
+
+def blocks(found: dict[str, Any]) -> dict[str, str]:
+    """What stands between the page's marks, by name."""
+    iteration = found["iteration"]
+    case = ("system", "method", "budget", "backend", "dtype")
+    machine = found["iteration"]["machine"]
+    versions = ", ".join(" ".join(pair) for pair in machine["versions"].items())
+    peers = [r for r in found["peers"]["rows"] if r["set"] == "mean"]
+    return {
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {versions}.",
+        "bars": table(
+            bar_rows(found["bars"]["rows"], found["bars-mlx"]["rows"], iteration["phases"])
+        ),
+        "bars-by-set": by_set(
+            found["bars"]["rows"] + found["bars-mlx"]["rows"],
+            ("system", "method", "backend"),
+            "tokens_per_s",
+        ),
+        "peers": table(pick(peers, *case, "tokens_per_s", "block_efficiency", "ratio_to_generate")),
+        "skipped": table(found["peers"]["skipped"]),
+        "budgets": by_set(found["budgets"]["rows"], ("method", "budget"), "ratio_to_ar"),
+        "random": by_set(found["random"]["rows"], ("method", "budget"), "ratio_to_ar"),
+        "walks": table(walk_rows(found["walks"]["rows"])),
+        "head": table(found["head"]["rows"] + found["head-mlx"]["rows"]),
+        "phases": table(
+            [
+                {"backend": on["backend"], "dtype": on["dtype"], **row}
+                for on in (iteration, found["iteration-mlx"])
+                for row in on["phases"]
+            ]
+        ),
+        "quantised": table(quantised_rows(found["iteration-mlx"], found["quantised"])),
+        **{name: table(iteration[name]) for name in ("sampling", "prefill")},
+        "memory": table(found["memory"]["rows"]),
+    }
+
+
+def render(page: str, shown: dict[str, str]) -> str:
+    """The page with everything between its marks made anew."""
+    for name, text in shown.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, rest = page.partition(start)
+        if found:
+            page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
+    return page
