@@ -12,7 +12,7 @@ from transformers import Cache
 from treeflash_cuda.attention import SlotVisibility
 
 CHUNK = 128
-"""Columns that lie together: longer chunks take fewer calls, shorter ones waste less at the ends."""
+"""Columns that lie together: longer chunks take fewer calls, shorter ones waste less at ends."""
 
 
 class SlotCache(Cache):
