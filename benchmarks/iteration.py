@@ -41,6 +41,7 @@ SAMPLINGS = {
     "temperature 1, top-p 0.9": SamplingConfig(temperature=1.0, top_p=0.9),
     "temperature 0.8, top-k 50, top-p 0.95": SamplingConfig(temperature=0.8, top_k=50, top_p=0.95),
 }
+PARTS = ("phases", "sampling", "prefill", "verify")
 BUDGETS = (16, 64)
 TOKENS = 64  # of a text whose iterations are looked at
 DEPTHS, CHILDREN = 15, 32
@@ -58,6 +59,7 @@ def parser() -> Parser:
     options.add_argument(
         "--contexts", type=numbers, default=[64, 1024, 2048, 4096, 7600], help="positions (to 7600)"
     )
+    options.add_argument("--parts", default=",".join(PARTS), help=f"({','.join(PARTS)})")
     options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw `verify`")
     add_model_options(options)
     return options
@@ -244,17 +246,23 @@ def draw(rows: list[dict], caption: str, path: Path) -> None:
 def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
+    parts = args.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"--parts has no {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    if args.plot is not None and "verify" not in parts:
+        raise ConfigError("--plot draws the part verify; add it to --parts")
     model = load_model(args)
     if model.backend.name not in ("cuda", "mlx"):
         raise ConfigError("--backend must be cuda or mlx: there is no framework to compare with")
     prompts = [encode(model.tokenizer, row.turns[0]) for row in read_rows(args.prompts)]
     prompts = prompts[: args.limit]
-    results = {
-        "phases": phase_rows(model, prompts),
-        "sampling": sampling_rows(model, prompts, args.repeats),
-        "prefill": prefill_rows(model, args.contexts, max(3, args.repeats // 2)),
-        "verify": verify_rows(model, args),
+    measure: dict[str, Callable[[], list[dict]]] = {
+        "phases": lambda: phase_rows(model, prompts),
+        "sampling": lambda: sampling_rows(model, prompts, args.repeats),
+        "prefill": lambda: prefill_rows(model, args.contexts, max(3, args.repeats // 2)),
+        "verify": lambda: verify_rows(model, args),
     }
+    results = {part: measure[part]() for part in parts}
     backend = model.backend
     where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
     for name, rows in results.items():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from treeflash.costs import SIZES
-
 Row = dict[str, Any]
 
 
@@ -63,12 +61,11 @@ def walk_rows(rows: list[Row]) -> list[Row]:
 
 
 def quantised_rows(whole: Row, quantised: Row) -> list[Row]:
-    """A forward of MLX's target by nodes, and of the same in 4 bits: sizes that `auto` takes."""
+    """A forward of MLX's target by nodes, and of the same in 4 bits."""
     return [
         {"nodes": row["nodes"], f"{whole['dtype']}, ms": row["verify_ms"]}
         | {"4 bits, ms": other["verify_ms"]}
         for row, other in zip(whole["verify"], quantised["verify"], strict=True)
-        if row["nodes"] in SIZES
     ]
 
 

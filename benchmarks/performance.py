@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from treeflash.checkpoints import read_tensors
 from treeflash.command import guarded
 from treeflash.config import DTYPES
+from treeflash.costs import SIZES
 from treeflash.errors import ConfigError
 from treeflash.models import resolve_drafter, resolve_target
 from treeflash.prompt_file import read_rows
@@ -71,8 +72,9 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
     # Other types are slow on MLX's CPU.
     mlx_dtype = "float32" if sys.platform == "linux" else args.dtype
     mlx = [
-        *["iteration.py", sets[0], "--backend", "mlx", "--dtype", mlx_dtype, "--limit", "1"],
-        *["--contexts", "64", "--sizes", ",".join(map(str, range(1, MOST_NODES + 1)))],
+        *["iteration.py", sets[0], "--backend", "mlx", "--dtype", mlx_dtype, "--contexts", "64"],
+        *["--sizes", ",".join(str(size) for size in SIZES if size <= MOST_NODES)],
+        *["--repeats", "3", "--limit", str(args.few)],
     ]
     return {
         "bars": [*peers, *many, *ours, "--backends", "cuda", "--systems", "transformers,treeflash"],
@@ -83,7 +85,7 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
             *[*methods, *some, "--methods", "treeflash", "--budgets", "auto"],
             *["--drafter", str(random_drafter)],
         ],
-        "walks": ["walks.py", *sets, *some, *pair],
+        "walks": ["walks.py", *sets, *pair],
         "head": ["head.py", "--backend", "cuda", *device],
         "head-mlx": ["head.py", "--backend", "mlx", *device],
         "memory": ["memory.py", sets[0], *pair],
@@ -91,8 +93,8 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
             *["iteration.py", sets[0], *pair, "--limit", "6"],
             *["--plot", str(RESULTS / "verify.png")],
         ],
-        "iteration-mlx": mlx,
-        "quantised": [*mlx, "--target", str(quantised)],
+        "iteration-mlx": [*mlx, "--parts", "phases,verify"],
+        "quantised": [*mlx, "--parts", "verify", "--target", str(quantised)],
     }
 
 
