@@ -45,9 +45,7 @@ def parser() -> Parser:
     options = Parser(__doc__.splitlines()[0])
     options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
     options.add_argument("--limit", type=at_least_one, default=16, help="prompts a set, bars (16)")
-    options.add_argument(
-        "--some", type=at_least_one, default=16, help="prompts a set, budgets (16)"
-    )
+    options.add_argument("--some", type=at_least_one, default=8, help="prompts a set, budgets (8)")
     options.add_argument("--few", type=at_least_one, default=2, help="prompts a set, others (2)")
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="bars (128)")
     options.add_argument("--few-tokens", type=at_least_one, default=64, help="others (64)")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from common import Parser, at_least_one, numbers, show, write_json
+from one_text import follow
 from rich.progress import track
 
 from treeflash.acceptance import accept
@@ -106,9 +107,8 @@ def draft(
 
 def reached(tree: DraftTree, following: list[int]) -> int:
     """Tokens that a tree brings where these follow its root."""
-    chosen = np.full(len(tree), -1, np.int32)  # beyond the text no token is drafted
-    known = tree.depths < len(following)
-    chosen[known] = np.array(following, np.int32)[tree.depths[known]]
+    nothing = np.full(len(tree), -1, np.int32)  # beyond the text no token is drafted
+    chosen = follow(tree, following, nothing)
     return min(len(accept(tree, chosen).path), len(following))
 
 
