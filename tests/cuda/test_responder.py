@@ -40,7 +40,7 @@ SMALL = {
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mistral"])
 @pytest.mark.parametrize("slots", [1, 3, 20])
 @pytest.mark.parametrize("prefix", [(), (7, 30, 5, 11)])
-@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("chunk", [3, slot_cache.CHUNK])
 def test_answers_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(slot_cache, "CHUNK", chunk)
     write_target(tmp_path, family, seed=1, vocab_size=40)
