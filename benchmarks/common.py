@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from treeflash.stats import mean
+
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 
 
@@ -83,6 +85,13 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def mean_row(rows: list[dict], case: dict[str, Any], figures: tuple[str, ...]) -> dict[str, Any]:
+    """The row of a case that is the mean of its figures over sets, and the sum of its prompts."""
+    same = [row for row in rows if case.items() <= row.items()]
+    means = {name: mean(row[name] for row in same) for name in figures}
+    return {"set": "mean", **case, **means, "prompts": sum(row["prompts"] for row in same)}
 
 
 def write_json(path: Path | None, benchmark: str, results: dict[str, Any]) -> None:

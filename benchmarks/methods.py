@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from common import Parser, at_least_one, show, write_json
+from common import Parser, at_least_one, mean_row, show, write_json
 from one_text import OneText
 from rich.progress import track
 
@@ -94,30 +94,22 @@ def measure(model: LanguageModel, args, chosen: list[Case]) -> list[dict]:
 
     one_text = OneText(model.backend)
     model = replace(model, backend=one_text)
+    plain_case, *others = chosen
     rows = []
     for path in args.prompts:
         runs: dict[Case, list[Generation]] = {case: [] for case in chosen}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
             one_text.text = ()
-            for case in chosen:
+            runs[plain_case].append(run(prompt.turns[0], plain_case))
+            one_text.text = runs[plain_case][-1].token_ids
+            for case in others:
                 runs[case].append(run(prompt.turns[0], case))
-                one_text.text = runs[chosen[0]][-1].token_ids
         # A text of one token has no iteration, and so no speed to compare.
-        kept = [i for i, base in enumerate(runs[chosen[0]]) if base.accepted_lengths]
-        plain = [runs[chosen[0]][i] for i in kept]
+        kept = [i for i, base in enumerate(runs[plain_case]) if base.accepted_lengths]
+        plain = [runs[plain_case][i] for i in kept]
         rows += [row(path.stem, case, [runs[case][i] for i in kept], plain) for case in chosen]
-    return rows + [mean_row(rows, case) for case in chosen]
-
-
-def mean_row(rows: list[dict], case: Case) -> dict:
-    """The mean over sets."""
-    same = [r for r in rows if case.name.items() <= r.items()]
     figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
-    return (
-        {"set": "mean", **case.name}
-        | {name: mean(r[name] for r in same) for name in figures}
-        | {"prompts": sum(r["prompts"] for r in same)}
-    )
+    return rows + [mean_row(rows, case.name, figures) for case in chosen]
 
 
 @guarded

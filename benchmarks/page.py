@@ -45,15 +45,12 @@ def mean_speed(rows: list[Row], system: str, method: str) -> float:
 def walk_rows(rows: list[Row]) -> list[Row]:
     """One line for each setting of the AR head, and how it changes what the whole head brings."""
     means = [row for row in rows if row["set"] == "mean"]
-    settings = [(row["head_vocab"], row["head_rows"]) for row in means]
-    whole = {
-        row["budget"]: row["block_efficiency"]
-        for row, setting in zip(means, settings, strict=True)
-        if setting == ("full", "full")
-    }
+    full = [row for row in means if row["head_vocab"] == row["head_rows"] == "full"]
+    whole = {row["budget"]: row["block_efficiency"] for row in full}
     lines: dict[tuple, Row] = {}
-    for row, setting in zip(means, settings, strict=True):
-        line = lines.setdefault(setting, dict(zip(("tokens", "rows"), setting, strict=True)))
+    for row in means:
+        setting = {"tokens": row["head_vocab"], "rows": row["head_rows"]}
+        line = lines.setdefault(tuple(setting.values()), setting)
         line["ms"] = row["table_ms"]  # of the largest budget, the last
         value, change = row["block_efficiency"], row["block_efficiency"] / whole[row["budget"]] - 1
         line[f"{row['budget']} nodes"] = f"{value:.2f} ({100 * change:+.1f} %)"

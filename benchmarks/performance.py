@@ -128,7 +128,8 @@ def main(argv=None) -> int:
         wanted = runs if args.only is None else [name for name in args.only.split(",") if name]
         if unknown := [name for name in wanted if name not in runs]:
             raise ConfigError(f"--only has no {unknown[0]!r}; choose from {', '.join(runs)}")
-        write_random_drafter(random_drafter)
+        if "random" in wanted:
+            write_random_drafter(random_drafter)
         if "quantised" in wanted:
             write_quantised_target(quantised)
         for name in wanted:

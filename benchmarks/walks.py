@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import Parser, at_least_one, numbers, show, write_json
+from common import Parser, at_least_one, mean_row, numbers, show, write_json
 from one_text import follow
 from rich.progress import track
 
@@ -156,16 +156,8 @@ def measure(model: LanguageModel, args: Any) -> list[dict[str, Any]]:
             for case, found in walk(model, prompt.turns[0], args).items():
                 walks[case].append(found)
         rows += [row(path.stem, *case, found) for case, found in walks.items()]
-    cases = [(head, budget) for head in args.heads for budget in args.budgets]
-    return rows + [mean_row(rows, head, budget) for head, budget in cases]
-
-
-def mean_row(rows: list[dict[str, Any]], head: Head, budget: int) -> dict[str, Any]:
-    """The mean over sets."""
-    case = {**head.name, "budget": budget}
-    same = [r for r in rows if case.items() <= r.items()]
-    figures = {name: mean(r[name] for r in same) for name in ("table_ms", "block_efficiency")}
-    return {"set": "mean", **case, **figures, "prompts": sum(r["prompts"] for r in same)}
+    cases = [{**head.name, "budget": n} for head in args.heads for n in args.budgets]
+    return rows + [mean_row(rows, case, ("table_ms", "block_efficiency")) for case in cases]
 
 
 @guarded

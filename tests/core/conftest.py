@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,13 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
     return target, drafter
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module of the benchmarks, which are scripts and no package."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

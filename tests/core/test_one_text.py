@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,16 +11,8 @@ from treeflash.config import METHODS, DecodeConfig
 from treeflash.decoding import decode
 from treeflash.language_model import load
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROMPT = "The sea is"
 TOKENS = 24
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """A module of the benchmarks, which are scripts and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -31,13 +30,6 @@ def load(setup):
 
 serve(load)
 """
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """A module of the benchmarks, which are scripts and no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture

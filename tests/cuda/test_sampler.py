@@ -25,13 +25,18 @@ SAMPLINGS = [
 ]
 
 
+def rows(vocab: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(64, vocab) logits, flat where the scale is small, and the random numbers to draw with."""
+    rng = np.random.default_rng(vocab)
+    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
+    return logits, rng.random(64)
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 @pytest.mark.parametrize("vocab", [5, 300, 4000])
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
 def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
-    rng = np.random.default_rng(vocab)
-    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
-    uniforms = rng.random(64)
+    logits, uniforms = rows(vocab, scale)
     chosen = choose(torch.from_numpy(logits), sampling, uniforms)
     assert chosen.dtype == np.int32
     assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
@@ -48,9 +53,7 @@ def test_equal_probabilities_are_kept_together():
 @pytest.mark.parametrize("vocab", [5, 300, 4000])
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
 def test_that_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
-    rng = np.random.default_rng(vocab)
-    logits = (scale * rng.normal(size=(64, vocab))).astype(np.float32)
-    uniforms = rng.random(64)
+    logits, uniforms = rows(vocab, scale)
     chosen = gpu_sampler.sample(torch.from_numpy(logits), sampling, uniforms)
     assert chosen.tolist() == reference(logits, sampling, uniforms).tolist()
 

@@ -66,7 +66,8 @@ class SlotCache(Cache):
             lengths: (taken,) of the texts, that token included; 0 for one that has ended, whose
                 slot takes part all the same.
         """
-        self.chunks, columns = _chunks(max(lengths)), max(lengths)
+        columns = max(lengths)
+        self.chunks = _chunks(columns)
         self.positions.clamp_(max=columns - 1)
         reaching = [
             1 + max(slot for slot, length in enumerate(lengths) if length > chunk * CHUNK)
