@@ -1,8 +1,8 @@
 """Block efficiency and speed of the decoding methods, side by side in one run.
 
 Every prompt is decoded by every method in turn before the next prompt, so that what disturbs the
-machine disturbs all of them. Ratios are to plain decoding (`ar`) of the same prompt, and all write
-the text that it writes, also where rounding would have them leave it.
+machine disturbs all of them. All write the text that plain decoding (`ar`) writes, also where
+rounding would have them leave it; ratios are of the time that a set's texts took.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 from common import Parser, at_least_one, mean_row, show, write_json
 from one_text import OneText
 from rich.progress import track
 
+from treeflash.bootstrap import interval, resamples
 from treeflash.command import add_model_options, budget, guarded, load_model
 from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.errors import ConfigError
@@ -68,20 +69,43 @@ def cases(methods: str, budgets: str) -> list[Case]:
     ]
 
 
+Runs = dict[Case, list[Generation]]
+"""Of the same prompts in the same order."""
+
+
 def row(name: str, case: Case, runs: list[Generation], plain: list[Generation]) -> dict:
     """One line of the table."""
-    ratios = [run.tokens_per_s / base.tokens_per_s for run, base in zip(runs, plain, strict=True)]
     lengths = [length for run in runs for length in run.accepted_lengths]
+    decode_s = sum(run.decode_s for run in runs)
     return {"set": name, **case.name} | {
         "block_efficiency": mean(lengths),
-        "tokens_per_s": sum(lengths) / sum(run.decode_s for run in runs),
-        "ratio_to_ar": median(ratios),
+        "tokens_per_s": sum(lengths) / decode_s,
+        "ratio_to_ar": sum(run.decode_s for run in plain) / decode_s,
         "prompts": len(runs),
     }
 
 
-def measure(model: LanguageModel, args, chosen: list[Case]) -> list[dict]:
-    """The rows of all sets, and of their mean."""
+def auto_rows(name: str, runs: Runs) -> list[dict]:
+    """How fast `auto` is, as a multiple of the fixed budget that was fastest in the same runs."""
+    seconds = {case: np.array([run.decode_s for run in of]) for case, of in runs.items()}
+    rows = []
+    for auto in [case for case in seconds if case.method != "ar" and case.budget == AUTO]:
+        fixed = [case for case in seconds if case.method == auto.method and case != auto]
+        if not fixed:
+            continue
+        best = min(fixed, key=lambda case: seconds[case].sum())
+        drawn = resamples(len(seconds[auto]), np.random.default_rng(0))
+        ratios = seconds[best][drawn].sum(1) / seconds[auto][drawn].sum(1)
+        low, high = interval(ratios)
+        rows.append(
+            {"set": name, "method": auto.method, "best": best.budget}
+            | {"auto_to_best": float(ratios[0]), "low": low, "high": high}
+        )
+    return rows
+
+
+def measure(model: LanguageModel, args, chosen: list[Case]) -> tuple[list[dict], list[dict]]:
+    """The rows of all sets and of their mean; how `auto` compares, on each and on all."""
 
     def run(prompt: str, case: Case) -> Generation:
         return model.generate(
@@ -95,21 +119,27 @@ def measure(model: LanguageModel, args, chosen: list[Case]) -> list[dict]:
     one_text = OneText(model.backend)
     model = replace(model, backend=one_text)
     plain_case, *others = chosen
-    rows = []
+    rows, auto = [], []
+    all_runs: Runs = {case: [] for case in chosen}
     for path in args.prompts:
-        runs: dict[Case, list[Generation]] = {case: [] for case in chosen}
+        runs: Runs = {case: [] for case in chosen}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
             one_text.text = ()
-            runs[plain_case].append(run(prompt.turns[0], plain_case))
-            one_text.text = runs[plain_case][-1].token_ids
+            plain = run(prompt.turns[0], plain_case)
+            # A text of one token has no iteration, and so no speed to compare.
+            if not plain.accepted_lengths:
+                continue
+            runs[plain_case].append(plain)
+            one_text.text = plain.token_ids
             for case in others:
                 runs[case].append(run(prompt.turns[0], case))
-        # A text of one token has no iteration, and so no speed to compare.
-        kept = [i for i, base in enumerate(runs[plain_case]) if base.accepted_lengths]
-        plain = [runs[plain_case][i] for i in kept]
-        rows += [row(path.stem, case, [runs[case][i] for i in kept], plain) for case in chosen]
+        for case in chosen:
+            all_runs[case] += runs[case]
+        rows += [row(path.stem, case, runs[case], runs[plain_case]) for case in chosen]
+        auto += auto_rows(path.stem, runs)
     figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
-    return rows + [mean_row(rows, case.name, figures) for case in chosen]
+    rows += [mean_row(rows, case.name, figures) for case in chosen]
+    return rows, auto + auto_rows("all", all_runs)
 
 
 @guarded
@@ -118,11 +148,13 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
     chosen = cases(args.methods, args.budgets)
     model = load_model(args)
-    rows = measure(model, args, chosen)
+    rows, auto = measure(model, args, chosen)
     backend = model.backend
     where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
     show(f"methods, {' '.join(where.values())}, {args.max_tokens} tokens a prompt", rows)
-    write_json(args.json, "methods", where | {"rows": rows})
+    if auto:
+        show("auto, as a multiple of the best fixed budget", auto)
+    write_json(args.json, "methods", where | {"rows": rows, "auto": auto})
     return 0
 
 

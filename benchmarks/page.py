@@ -57,6 +57,17 @@ def walk_rows(rows: list[Row]) -> list[Row]:
     return list(lines.values())
 
 
+def auto_rows(rows: list[Row]) -> list[Row]:
+    """One line for each method: the best fixed budget, and how `auto` differs from it, by set."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        line = lines.setdefault(row["method"], {"method": row["method"]})
+        ratios = (row[name] for name in ("auto_to_best", "low", "high"))
+        change, low, high = (f"{100 * (ratio - 1):+.1f}" for ratio in ratios)
+        line[row["set"]] = f"{row['best']}: {change} % ({low} to {high})"
+    return list(lines.values())
+
+
 def quantised_rows(whole: Row, quantised: Row) -> list[Row]:
     """A forward of MLX's target by nodes, and of the same in 4 bits."""
     return [
@@ -108,6 +119,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "peers": table(pick(peers, *case, "tokens_per_s", "block_efficiency", "ratio_to_generate")),
         "skipped": table(found["peers"]["skipped"]),
         "budgets": by_set(found["budgets"]["rows"], ("method", "budget"), "ratio_to_ar"),
+        "auto": table(auto_rows(found["budgets"]["auto"])),
         "random": by_set(found["random"]["rows"], ("method", "budget"), "ratio_to_ar"),
         "walks": table(walk_rows(found["walks"]["rows"])),
         "head": table(found["head"]["rows"] + found["head-mlx"]["rows"]),

@@ -44,8 +44,10 @@ def parser() -> Parser:
     """The options."""
     options = Parser(__doc__.splitlines()[0])
     options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
-    options.add_argument("--limit", type=at_least_one, default=16, help="prompts a set, bars (16)")
-    options.add_argument("--some", type=at_least_one, default=8, help="prompts a set, budgets (8)")
+    options.add_argument(
+        "--limit", type=at_least_one, default=16, help="prompts a set, bars and budgets (16)"
+    )
+    options.add_argument("--some", type=at_least_one, default=8, help="prompts a set, random (8)")
     options.add_argument("--few", type=at_least_one, default=2, help="prompts a set, others (2)")
     options.add_argument("--max-tokens", type=at_least_one, default=128, help="bars (128)")
     options.add_argument("--few-tokens", type=at_least_one, default=64, help="others (64)")
@@ -60,8 +62,8 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
     sets = [str(path) for path in args.prompts]
     device = ["--device", args.device] if args.device else []
     many = ["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)]
-    some = ["--limit", str(args.some), "--max-tokens", str(args.few_tokens)]
-    few = ["--limit", str(args.few), "--max-tokens", str(args.few_tokens)]
+    short = ["--max-tokens", str(args.few_tokens)]
+    few = ["--limit", str(args.few), *short]
     torch = [*device, "--dtype", args.dtype]
     pair = ["--backend", "cuda", *torch]
     peers, methods = ["peers.py", *sets, *torch], ["methods.py", *sets, *pair]
@@ -78,10 +80,13 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
         "bars": [*peers, *many, *ours, "--backends", "cuda", "--systems", "transformers,treeflash"],
         "bars-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
         "peers": [*peers, *few, *plot],
-        "budgets": [*methods, *some, "--methods", "ddtree,treeflash", "--budgets", BUDGETS],
+        "budgets": [
+            *[*methods, *short, "--limit", str(args.limit)],
+            *["--methods", "ddtree,treeflash", "--budgets", BUDGETS],
+        ],
         "random": [
-            *[*methods, *some, "--methods", "treeflash", "--budgets", "auto"],
-            *["--drafter", str(random_drafter)],
+            *[*methods, *short, "--limit", str(args.some)],
+            *["--methods", "treeflash", "--budgets", "auto", "--drafter", str(random_drafter)],
         ],
         "walks": ["walks.py", *sets, *pair],
         "head": ["head.py", "--backend", "cuda", *device],

@@ -23,7 +23,7 @@ from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.head import HEADS, ARHead
-from treeflash_cuda.linear import pack_linears
+from treeflash_cuda.linear import IN_DRAFTER, join_linears, pack_linears
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -85,6 +85,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if drafter is None:
         return CudaBackend(model, None, None, graphs)
     drafter_model, head = load_drafter(drafter, model)
+    join_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
         pack_linears(head.correction)

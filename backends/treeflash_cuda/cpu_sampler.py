@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +11,7 @@ from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import NOT_FINITE
 from treeflash_cuda.gpu_sampler import invert
-from treeflash_cuda.topk import BLOCK
+from treeflash_cuda.topk import floor_of_top
 
 ROWS = 4
 """Rows that are computed together: their numbers stay in the caches, and are few enough for the
@@ -54,7 +52,7 @@ def _sample_row(
     best = probs.max()
     edge = min_p * best
     if top_k:
-        floor = _floor_of_top(probs, top_k)
+        floor = floor_of_top(probs, top_k)
     else:
         total = probs.sum()
         # Tokens below an equal share of what top-p may drop can all be dropped.
@@ -76,10 +74,3 @@ def _sample_row(
     place = min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(mass) - 1)
     chosen: np.int64 = tokens[inside][place]
     return chosen
-
-
-def _floor_of_top(probs: NDArray[np.float32], k: int) -> np.float32:
-    """What the k largest are not below: the k-th of the maxima of groups, found faster."""
-    # Columns of a matrix, whose maxima NumPy finds with vector instructions, not its rows.
-    maxima = probs.reshape(math.gcd(len(probs), BLOCK), -1).max(0)
-    return np.partition(maxima, -k)[-k] if k <= len(maxima) else np.float32(0)

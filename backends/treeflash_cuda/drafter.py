@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rotation)
 
     def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(batch, kv_heads, n, head_dim) each, of context or block."""
+        """(batch, kv_heads, n, head_dim) each, of context and block."""
         keys = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), rotation)
         return keys, self._heads(self.v_proj(x)).transpose(1, 2)
 
@@ -118,17 +118,23 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
         """(batch, n, hidden_size) to the same.
 
         Args:
             x: the block.
-            rotation: of its positions.
-            attend: from queries, keys and values of the block to (batch, n, heads, head_dim).
+            context: (batch, c, hidden_size) projected features of positions before it.
+            rotation: of the context's positions and then the block's.
+            attend: from queries of the block, and keys and values of both, to (batch, n, heads,
+                head_dim).
         """
         y = self.input_layernorm(x)
-        attention = self.self_attn
-        seen = attend(attention.queries(y, rotation), *attention.keys_values(y, rotation))
+        attention, n = self.self_attn, x.shape[1]
+        of_block = rotation[0][..., -n:, :], rotation[1][..., -n:, :]
+        keys_values = attention.keys_values(torch.cat([context, y], 1), rotation)
+        seen = attend(attention.queries(y, of_block), *keys_values)
         x = x + attention.o_proj(seen.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -165,19 +171,24 @@ class Drafter:
     @torch.inference_mode()
     def draft(self, features: Tensor, root: int) -> Block:
         """See `Drafter.draft`."""
-        self._project(torch.cat([*self.waiting, features]))
+        features = torch.cat([*self.waiting, features])
         self.waiting.clear()
-        config, start = self.model.config, self.cache.length
+        context = self.model.hidden_norm(self.model.fc(features))[None]
+        config, first = self.model.config, self.cache.length
         tokens = torch.full((config.block_size,), config.mask_token_id)
         tokens[0] = root
         x = F.embedding(tokens.to(self.target.device), self.target.embeddings)[None]
         if config.input_scale != 1:
             x = x * config.input_scale
-        positions = torch.arange(start, start + config.block_size, device=x.device)
+        start = first + len(features)
+        positions = torch.arange(first, start + config.block_size, device=x.device)
         rotation = self.model.rotary(positions, x.dtype)
+        block = positions[len(features) :]
         for n, layer in enumerate(self.model.layers):
-            bias = block_bias(positions, config.sliding_windows[n], config.causal[n], x.dtype)
-            x = layer(x, rotation, functools.partial(self._attend, n, bias))
+            bias = block_bias(block, config.sliding_windows[n], config.causal[n], x.dtype)
+            x = layer(x, context, rotation, functools.partial(self._attend, n, bias))
+        # The block's own keys and values are scratch: the next context is written over them.
+        self.cache.commit(np.arange(len(features), dtype=np.int32))
         return Block(root, x[0])
 
     @torch.inference_mode()
@@ -200,19 +211,9 @@ class Drafter:
         return self.cache.read()
 
     def _attend(self, layer: int, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a block to the context and itself."""
+        """Attention of a block to all before it and itself."""
         k, v = self.cache.attend(layer, k, v)
         return grouped_attention(q, k, v, bias, self.model.config.head_dim**-0.5)
-
-    def _project(self, features: Tensor) -> None:
-        """Project newly committed positions to keys and values, once for all later blocks."""
-        context = self.model.hidden_norm(self.model.fc(features))[None]
-        n, start = len(features), self.cache.length
-        positions = torch.arange(start, start + n, device=features.device)
-        rotation = self.model.rotary(positions, context.dtype)
-        for i, layer in enumerate(self.model.layers):
-            self.cache.attend(i, *layer.self_attn.keys_values(context, rotation))
-        self.cache.commit(np.arange(n, dtype=np.int32))
 
 
 def block_bias(

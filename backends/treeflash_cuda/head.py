@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, divided, top
-from treeflash_cuda.linear import EACH, PairLinear, Rows
+from treeflash_cuda.linear import PairLinear, Rows, take
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import largest, topk
 
@@ -87,12 +87,11 @@ class ARHead:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        scaled = divided(self.target.output(normed), temperature)
-        marginal = scaled - scaled.logsumexp(-1, keepdim=True)
+        marginal = divided(self.target.output(normed), temperature).log_softmax(-1)
         vocab = None
         if shortlist is not None and shortlist < self.target.vocab_size:
             vocab = largest(marginal.amax(0), shortlist)
-            marginal = marginal[:, vocab]
+            marginal = marginal.index_select(1, vocab)
         m = min(m, marginal.shape[1])
         weights, previous = (x.flatten() for x in topk(marginal[:-1], m))
         kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
@@ -127,7 +126,7 @@ class ARHead:
         """See `ARHead.log_probs`."""
         hidden = block.hidden[1:]
         tokens = torch.from_numpy(previous).to(hidden.device)
-        corrected = self._correct(hidden, self.model.norm(hidden), tokens, EACH)
+        corrected = self._correct(hidden, self.model.norm(hidden), tokens, None)
         return self.target.output(corrected).float().log_softmax(-1).cpu().numpy()
 
     def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor, rows: Rows) -> Tensor:
@@ -140,4 +139,4 @@ class ARHead:
             rows: (n,) the output that each corrects.
         """
         embedded = F.embedding(previous, self.target.embeddings)
-        return self.model.norm(hidden[rows] + self.correction(embedded, normed, rows))
+        return self.model.norm(take(hidden, rows) + self.correction(embedded, normed, rows))

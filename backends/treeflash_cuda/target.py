@@ -19,7 +19,7 @@ from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_m
 from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
-from treeflash_cuda.linear import join_linears, pack_linears
+from treeflash_cuda.linear import IN_TARGET, join_linears, pack_linears, take
 
 CHECKED_TOKENS = 16
 # Other kernels round otherwise, and in half precision may route a token to other experts.
@@ -79,7 +79,7 @@ class Target:
             theirs = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
             self.model.set_attn_implementation(NAME)
             if pack:
-                join_linears(self.model)
+                join_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.output = self.model.get_output_embeddings()
             mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
@@ -134,7 +134,8 @@ class Target:
     def output_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
         bias = getattr(self.output, "bias", None)
-        return F.linear(hidden, self.output_weight[tokens], None if bias is None else bias[tokens])
+        weight = take(self.output_weight, tokens)
+        return F.linear(hidden, weight, None if bias is None else bias[tokens])
 
     def new_cache(self) -> TargetCache:
         """An empty cache for a text."""

@@ -9,7 +9,7 @@ require("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from treeflash_cuda.linear import (  # noqa: E402
-    EACH,
+    IN_TARGET,
     JoinedLinear,
     PackedLinear,
     PairLinear,
@@ -86,7 +86,7 @@ def test_a_pair_is_the_layer_of_the_concatenation(bias):
     both = torch.cat([own, shared[rows]], -1)
     expected = nn.functional.linear(both, pair.weight, pair.bias)
     close(pair(own, shared, rows), expected)
-    close(pair(own[:3], shared, EACH)[1:2], expected[1:2])
+    close(pair(own[:3], shared, None)[1:2], expected[1:2])
     module = nn.ModuleDict({"pair": pair})
     pack_linears(module)
     close(module["pair"](own, shared, rows), expected)
@@ -96,7 +96,7 @@ def test_a_pair_is_the_layer_of_the_concatenation(bias):
 def test_joined_layers_equal_separate_ones_in_any_order(attention):
     names = ("q_proj", "k_proj", "v_proj")
     plain = {name: getattr(attention, name) for name in names}
-    join_linears(attention)
+    join_linears(attention, IN_TARGET)
     assert all(isinstance(getattr(attention, name), JoinedLinear) for name in names)
     assert type(attention.o_proj) is nn.Linear
     for order in (names, names[::-1], ("k_proj", "k_proj", "q_proj", "v_proj")):
@@ -108,7 +108,7 @@ def test_joined_layers_equal_separate_ones_in_any_order(attention):
 @torch.inference_mode()
 def test_joined_layers_follow_a_new_input_half_way(attention):
     plain = attention.k_proj
-    join_linears(attention)
+    join_linears(attention, IN_TARGET)
     first, second = torch.randn(2, 24), torch.randn(2, 24)
     attention.q_proj(first)
     close(attention.k_proj(second), plain(second))
@@ -117,7 +117,7 @@ def test_joined_layers_follow_a_new_input_half_way(attention):
 
 @torch.inference_mode()
 def test_joined_layers_hold_no_input_once_all_were_asked(attention):
-    join_linears(attention)
+    join_linears(attention, IN_TARGET)
     x = torch.randn(2, 24)
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(attention, name)(x)

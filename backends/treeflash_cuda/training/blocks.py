@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from treeflash_cuda.attention import additive, grouped_attention
 from treeflash_cuda.drafter import DrafterModel
-from treeflash_cuda.linear import EACH
 from treeflash_cuda.training.losses import TargetRows
 
 GROUP = 8
@@ -72,21 +71,15 @@ class Blocks(nn.Module):
         size, device = config.block_size, batch.tokens.device
         features = batch.features.to(self.model.fc.weight.dtype)
         context = self.model.hidden_norm(self.model.fc(features))
-        of_context = self._rotation(torch.arange(batch.tokens.shape[1], device=device)[None])
         positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
-        rotation = self._rotation(positions)
+        columns = torch.arange(batch.tokens.shape[1], device=device).expand(rows, -1)
+        rotation = self._rotation(torch.cat([columns, positions], 1))
         tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
         tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
         x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale
         for n, layer in enumerate(self.model.layers):
             mask = self._mask(batch, positions, config.sliding_windows[n], config.causal[n])
-            x = layer(
-                x,
-                rotation,
-                functools.partial(
-                    _attend, layer.self_attn.keys_values(context, of_context), mask.to(x.dtype)
-                ),
-            )
+            x = layer(x, context, rotation, functools.partial(_attend, mask.to(x.dtype)))
         return x.unflatten(1, (anchors, size))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +95,7 @@ class Blocks(nn.Module):
             return normed, None
         row, position = batch.places()
         embedded = F.embedding(batch.tokens[row, position - 1], self.embeddings[0])
-        correction = self.ar_approximation(embedded, normed, EACH)
+        correction = self.ar_approximation(embedded, normed, None)
         return normed, self.model.norm(hidden + correction)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,18 +122,18 @@ class Blocks(nn.Module):
         return additive(seen, torch.float32)[:, None]
 
 
-def _attend(
-    context: tuple[Tensor, Tensor], mask: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(rows, A * S, heads, head_dim) what the blocks see of their texts and of themselves."""
     rows, groups = len(q), len(mask) // len(q)
+    length = k.shape[2] - q.shape[2]
 
-    def grouped(block: Tensor) -> Tensor:
-        return block.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
+    def grouped(blocks: Tensor) -> Tensor:
+        return blocks.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
 
-    def with_context(kept: Tensor, block: Tensor) -> Tensor:
-        return torch.cat([kept.to(v.dtype).repeat_interleave(groups, 0), grouped(block)], 2)
+    def with_context(both: Tensor) -> Tensor:
+        context = both[:, :, :length].to(v.dtype).repeat_interleave(groups, 0)
+        return torch.cat([context, grouped(both[:, :, length:])], 2)
 
-    keys, values = with_context(context[0], k), with_context(context[1], v)
+    keys, values = with_context(k), with_context(v)
     seen = grouped_attention(grouped(q), keys, values, mask.to(v.dtype), q.shape[-1] ** -0.5)
     return seen.unflatten(0, (rows, groups)).flatten(1, 2)
