@@ -1,8 +1,9 @@
-"""What the benchmarks share: options, medians, a table, and a record of the machine."""
+"""What the benchmarks share: options, medians, trees, a table, and a record of the machine."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -15,11 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from treeflash.stats import mean
+from treeflash.transitions import TransitionTable
+from treeflash.tree import DraftTree, build_tree
 
+DEPTHS, CHILDREN = 15, 32  # of a random tree
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 
 
@@ -71,6 +76,14 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
     return 1000 * median(times[-repeats:])
 
 
+def random_tree(vocab_size: int, nodes: int) -> DraftTree:
+    """A tree as a drafter's marginals make it."""
+    rng = np.random.default_rng(nodes)
+    tokens = rng.integers(0, vocab_size, (DEPTHS, CHILDREN)).astype(np.int32)
+    log_probs = -np.sort(rng.exponential(2, (DEPTHS, CHILDREN))).astype(np.float32)
+    return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table; the keys of the first are the columns."""
     table = Table(title=title, title_justify="left")
@@ -102,8 +115,9 @@ def write_json(path: Path | None, benchmark: str, results: dict[str, Any]) -> No
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions."""
+    """The day, hardware and versions."""
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "system": platform.platform(),

@@ -32,7 +32,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, median_ms, numbers, show, write_json
+from common import Parser, at_least_one, median_ms, numbers, random_tree, show, write_json
 
 from treeflash.checkpoints import parse_drafter_config, tensor_shapes
 from treeflash.command import guarded
@@ -41,8 +41,6 @@ from treeflash.decoding import decode
 from treeflash.errors import ConfigError
 from treeflash.registry import loader
 from treeflash.stats import PHASES
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree, build_tree
 
 QWEN3 = {
     "num_hidden_layers": 36,
@@ -167,15 +165,6 @@ def read_bytes(backend: Any, shape: dict[str, Any], context: int) -> int:
         weights -= embeddings.numel() * embeddings.element_size()
     width = shape["num_key_value_heads"] * shape["head_dim"] * embeddings.element_size()
     return weights + 2 * shape["num_hidden_layers"] * width * context
-
-
-def random_tree(vocab_size: int, nodes: int) -> DraftTree:
-    """A tree as a drafter's marginals make it."""
-    rng = np.random.default_rng(nodes)
-    depths = BLOCK_SIZE - 1
-    tokens = rng.integers(0, vocab_size, (depths, TOP_K)).astype(np.int32)
-    log_probs = -np.sort(rng.exponential(2, (depths, TOP_K))).astype(np.float32)
-    return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:

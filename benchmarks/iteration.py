@@ -4,7 +4,8 @@
 
 - `phases`: milliseconds of an iteration by phase, for one prompt and every method. `outside` is the
   share spent outside the forwards of target and drafter: building the tree, choosing tokens,
-  accepting, committing.
+  accepting, committing. Where a backend chooses in its forward (MLX), `choose` is not known, and
+  `outside` is without it.
 - `verify`: a target forward by nodes of the tree and committed positions.
 - `sampling`: choosing at the nodes of drafted trees, as a multiple of a greedy iteration's time.
 - `prefill`: a prompt, as a multiple of the time that the framework's own forward takes for it.
@@ -22,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, numbers, output_file, show, write_json
+from common import Parser, at_least_one, numbers, output_file, random_tree, show, write_json
 
 from treeflash.command import add_model_options, guarded, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
@@ -32,8 +33,6 @@ from treeflash.language_model import LanguageModel
 from treeflash.prompt import encode
 from treeflash.prompt_file import read_rows
 from treeflash.stats import PHASES
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree, build_tree
 
 GREEDY = SamplingConfig()
 SAMPLINGS = {
@@ -44,7 +43,6 @@ SAMPLINGS = {
 PARTS = ("phases", "sampling", "prefill", "verify")
 BUDGETS = (16, 64)
 TOKENS = 64  # of a text whose iterations are looked at
-DEPTHS, CHILDREN = 15, 32
 
 
 def parser() -> Parser:
@@ -91,8 +89,8 @@ def phase_rows(model: LanguageModel, prompts: list[list[int]]) -> list[dict]:
                 for phase in PHASES[1:]
             }
             size = round(median(len(s.tree) for s in steps))
-            choose_ms = choice_ms(model, prompts[0], size)
-            outside = split["tree_ms"] + split["commit_ms"] + choose_ms
+            choose_ms = choice_ms(model, size)
+            outside = split["tree_ms"] + split["commit_ms"] + (choose_ms or 0.0)
             rows.append(
                 {"method": method, "budget": 1 if method == "ar" else budget}
                 | split
@@ -101,10 +99,10 @@ def phase_rows(model: LanguageModel, prompts: list[list[int]]) -> list[dict]:
     return rows
 
 
-def choice_ms(model: LanguageModel, prompt_ids: list[int], nodes: int) -> float:
+def choice_ms(model: LanguageModel, nodes: int) -> float | None:
     """Choosing tokens greedily, part of `verify`: from logits that were computed before."""
     if model.backend.name != "cuda":
-        return 0.0  # MLX computes logits and choices together
+        return None
     import torch
     from treeflash_cuda.sampler import choose
 
@@ -114,14 +112,6 @@ def choice_ms(model: LanguageModel, prompt_ids: list[int], nodes: int) -> float:
     return alternate([lambda: choose(logits, GREEDY, None)], 20)[0]
 
 
-def wide_tree(vocab_size: int, nodes: int) -> DraftTree:
-    """A tree as a drafter's marginals make it."""
-    rng = np.random.default_rng(nodes)
-    tokens = rng.integers(0, vocab_size, (DEPTHS, CHILDREN)).astype(np.int32)
-    log_probs = -np.sort(rng.exponential(2, (DEPTHS, CHILDREN))).astype(np.float32)
-    return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
-
-
 def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
     """Time of a target forward by context and nodes."""
     backend, rng = model.backend, np.random.default_rng(0)
@@ -129,7 +119,7 @@ def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
     for context in args.contexts:
         verifier = backend.verifier(features=False)
         verifier.prefill(rng.integers(0, backend.vocab_size, context).tolist(), GREEDY, None)
-        trees = [wide_tree(backend.vocab_size, size) for size in args.sizes]
+        trees = [random_tree(backend.vocab_size, size) for size in args.sizes]
         calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None) for tree in trees]
         for size, verify_ms in zip(args.sizes, alternate(calls, args.repeats), strict=True):
             rows.append({"context": context, "nodes": size, "verify_ms": verify_ms})

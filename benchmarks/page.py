@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from treeflash.errors import ConfigError
+
 Row = dict[str, Any]
 
 
@@ -107,7 +109,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(" ".join(pair) for pair in machine["versions"].items())
     peers = [r for r in found["peers"]["rows"] if r["set"] == "mean"]
     return {
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {versions}.",
+        "machine": f"{machine['date']}: {machine['cpu']}, {machine['cores']} cores, {versions}.",
         "bars": table(
             bar_rows(found["bars"]["rows"], found["bars-mlx"]["rows"], iteration["phases"])
         ),
@@ -137,10 +139,15 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
 
 
 def render(page: str, shown: dict[str, str]) -> str:
-    """The page with everything between its marks made anew."""
+    """The page with everything between its marks made anew.
+
+    Raises:
+        ConfigError: it lacks a mark.
+    """
     for name, text in shown.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = page.partition(start)
-        if found:
-            page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
+        if not found:
+            raise ConfigError(f"the page has no place for {name}: {start.strip()} ... {end}")
+        page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
     return page

@@ -90,7 +90,7 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
         ],
         "walks": ["walks.py", *sets, *pair],
         "head": ["head.py", "--backend", "cuda", *device],
-        "head-mlx": ["head.py", "--backend", "mlx", *device],
+        "head-mlx": ["head.py", "--backend", "mlx"],
         "memory": ["memory.py", sets[0], *pair],
         "iteration": [
             *["iteration.py", sets[0], *pair, "--limit", "6"],

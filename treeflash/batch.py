@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,18 +10,15 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from treeflash.bar import progress
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, Options
 from treeflash.prompt import Message, Prompt
-from treeflash.prompt_file import Row, finished_records
+from treeflash.prompt_file import Key, Row, finished_records
 from treeflash.stats import mean
 
 Record: TypeAlias = dict[str, Any]
-Key: TypeAlias = tuple[str | int, int]
-"""A row's id and the number of the turn, from 0."""
-
 LINE_START = b'{"id": '
 
 
@@ -30,7 +28,8 @@ class Batch:
 
     Attributes:
         rows: what to decode.
-        output: JSON lines of `id`, `turn` and the generation, or the `error` that prevented it.
+        output: JSON lines of `id`, `turn` and the generation, or the `error` that prevented it;
+            where a turn has two, the later counts.
         records: finished turns.
         output_bytes: size of the part of `output` that they take.
     """
@@ -59,17 +58,18 @@ class Batch:
     def run(self, model: LanguageModel, options: Options, console: Console) -> None:
         """Decode what is missing, with a progress bar; a turn is on disk as soon as it is done.
 
-        A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation.
+        A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation;
+        the next run tries it again.
 
         Raises:
-            ConfigError: the output holds turns of other settings, or a row needs the chat template.
+            ConfigError: the output holds turns of other settings or prompts, or a row needs the
+                chat template.
         """
         settings = _settings(model, options)
         self._check(settings, raw=bool(options.get("raw")))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with (
             self.output.open("a", encoding="utf-8", newline="\n") as file,
-            Progress(*columns, TimeRemainingColumn(), console=console) as bar,
+            progress(console) as bar,
         ):
             file.truncate(self.output_bytes)
             task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
@@ -100,6 +100,8 @@ class Batch:
     def _check(self, settings: Record, raw: bool) -> None:
         # Turns made in different ways do not belong in one file.
         for record in self.records.values():
+            if "error" in record:
+                continue
             for name, value in settings.items():
                 if record.get(name, value) != value:
                     raise ConfigError(
@@ -121,12 +123,21 @@ class Batch:
         messages: list[Message] = []
         for turn, new in enumerate(row.turns):
             messages += new
-            record = self.records.get((row.id, turn))
-            if record is None:
-                prompt: Prompt = new[0]["content"] if options.get("raw") else messages
-                record = {"id": row.id, "turn": turn}
-                _decode(record, model, prompt, options, settings, file)
+            prompt: Prompt = new[0]["content"] if options.get("raw") else messages
+            digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+            found = self.records.get((row.id, turn))
+            if found is None or "error" in found:
+                record = Record(id=row.id, turn=turn)
+                own = settings | {"prompt_digest": digest}
+                _decode(record, model, prompt, options, own, file, found)
                 self.records[row.id, turn] = record
+            elif found["prompt_digest"] == digest:
+                record = found
+            else:
+                raise ConfigError(
+                    f"{self.output} has an answer to another prompt of the id {row.id!r}; give "
+                    "another --output, or the changed row another id"
+                )
             yield record
             if "error" in record:
                 return
@@ -164,13 +175,18 @@ def _decode(
     options: Options,
     settings: Record,
     file: TextIO,
+    found: Record | None,
 ) -> None:
-    """Complete a turn's record and write it; where that is interrupted, with what there is."""
+    """Complete a turn's record and write it; where that is interrupted, with what there is.
+
+    What an earlier run found is not written again.
+    """
     try:
         stream = model.stream(prompt, **options)
     except PromptError as error:
         record |= {"error": str(error)} | settings
-        _write(record, file)
+        if record != found:
+            _write(record, file)
         return
     try:
         stream.run()
@@ -186,7 +202,8 @@ def _write(record: Record, file: TextIO) -> None:
 
 def _checked(record: Any) -> Record:
     """The record, if it is one of ours."""
-    if not isinstance(record["id"], str | int) or not isinstance(record["turn"], int):
+    kinds = {"id": str | int, "turn": int, "prompt_digest": str}
+    if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
         raise TypeError
     if "error" not in record and not (
         isinstance(record["text"], str) and isinstance(record["accepted_lengths"], list)

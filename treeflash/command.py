@@ -9,12 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 
 from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.errors import BackendError, ConfigError, TreeflashError, is_out_of_memory
+from treeflash.errors import ConfigError, TreeflashError, is_out_of_memory
 from treeflash.language_model import LanguageModel, Options, load, parse_options
+from treeflash.registry import on_some_device
 
 T = TypeVar("T")
 
@@ -73,8 +73,8 @@ def guarded(main: Main) -> Main:
             if not is_out_of_memory(error):
                 raise
             return _fail(
-                "out of memory; a smaller --budget, --top-m or --top-k-children, a shorter "
-                "prompt, --dtype bfloat16, or a smaller model needs less"
+                "out of memory; shorter texts, less at once (see --help), --dtype bfloat16, or a "
+                "smaller model needs less"
             )
         return code
 
@@ -198,20 +198,10 @@ def decode_options(args: argparse.Namespace) -> Options:
     return options
 
 
-def load_config(args: argparse.Namespace) -> LoadConfig:
-    """What `add_device_options` added."""
-    return LoadConfig(device=args.device, dtype=args.dtype)
-
-
-def on_some_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
-    """Run with what `add_device_options` added; on the CPU where nothing else is here or named."""
-    config = load_config(args)
-    try:
-        return run(config)
-    except BackendError:
-        if args.backend is not None or args.device is not None:
-            raise
-        return run(replace(config, device="cpu"))
+def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
+    """Run with what `add_device_options` added; see `on_some_device`."""
+    named = args.backend is not None or args.device is not None
+    return on_some_device(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
 
 
 def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import zip_longest
 
+from treeflash.config import AUTO
 from treeflash.generation import Comparison, Generation
 from treeflash.stream import Stream
 
 WARM_UP_TOKENS = 8
 WARM_UP_PROMPT = 32
+WARM_UP_BUDGET = 16
 
 
 def warm_up(stream: Stream) -> None:
-    """Run a stream's method and plain decoding briefly, so that neither pays for being first."""
+    """Run a stream's method and plain decoding briefly, so that neither pays for being first.
+
+    Not with the budget `auto`, which would learn from it.
+    """
     prompt_ids = stream.prompt_ids[-WARM_UP_PROMPT:]
     config = replace(stream.config, max_tokens=WARM_UP_TOKENS, stop_token_ids=frozenset())
+    if config.budget == AUTO:
+        config = replace(config, budget=WARM_UP_BUDGET)
     for method in {config.method, "ar"}:
         stream.again(replace(config, method=method), prompt_ids).run()
 

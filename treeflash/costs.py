@@ -7,27 +7,35 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.interfaces import Backend
 from treeflash.tree import DraftTree
 
-TIMED = (1, 2, 5, 8, 16, 32, 64, 128, 256)
+TIMED = (1, 5, 8, 12, 16, 32, 64, 128, 256)
 """Trees that are timed; hardware has steps, and some are known to end at 5, 8, 16 and 32."""
-SIZES = tuple(sorted({*TIMED, 3, 4, 12, 24, 48, 96, 192}))
-"""Trees that are chosen from; the time of those between is read off a straight line."""
-DEAREST = 4.0
+SIZES = tuple(sorted({*TIMED, 2, 3, 4, 24, 48, 96, 192}))
+"""Trees that are chosen from; what is not timed is read off straight lines between."""
+DEAREST = 4.6
 """Plain forwards; a size that costs more is not looked at, nor are larger ones."""
 ROUNDS = 2, 8
-ENOUGH_S = 0.3
-"""At least so many rounds, and more until so much time has passed, at most so many."""
+ENOUGH_S = 0.2
+"""At least so many rounds, and more until so much time has passed since the first, at most so
+many."""
 PROMPT_TOKENS = 16
 MEMORY = 0.1
 """Weight of the newest measurement among those of its size."""
+HICCUP = 2.0
+"""A forward that takes so many times as long as expected was disturbed: no more is believed."""
+FRAMEWORKS = ("mlx", "torch")
 
 
 @dataclass
@@ -43,22 +51,31 @@ class VerifyCosts:
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
         """Time the backend's target on bushy trees of arbitrary tokens."""
+
+        def timed(size: int) -> float:
+            tree = _bush(size, backend.vocab_size)
+            before = time.perf_counter()
+            verifier.verify(tree, greedy, None)
+            return time.perf_counter() - before
+
         verifier = backend.verifier(features=False)
         greedy = SamplingConfig()
         verifier.prefill(list(range(min(PROMPT_TOKENS, backend.vocab_size))), greedy, None)
+        # The first forward of a size also compiles and allocates: the best counts, and no size is
+        # given up for its first.
         best: dict[int, float] = {}
+        for size in TIMED:
+            best[size] = timed(size)
+            if best[size] > DEAREST * best[1]:
+                best[size] = min(best[size], timed(size))
+            if best[size] > DEAREST * best[1]:
+                break
         started = time.perf_counter()
-        for number in range(ROUNDS[1]):
+        for number in range(1, ROUNDS[1]):
             if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
                 break
-            for size in [size for size in TIMED if number == 0 or size in best]:
-                before = time.perf_counter()
-                verifier.verify(_bush(size), greedy, None)
-                seconds = time.perf_counter() - before
-                # The first forwards also compile and allocate: the best counts.
-                best[size] = min(best.get(size, seconds), seconds)
-                if number == 0 and seconds > DEAREST * best[1]:
-                    break
+            for size in [size for size in best if best[size] <= DEAREST * best[1]]:
+                best[size] = min(best[size], timed(size))
         sizes = [size for size in SIZES if size <= max(best)]
         line = np.interp(sizes, list(best), list(best.values())).tolist()
         pairs = zip(sizes, line, strict=True)
@@ -80,7 +97,8 @@ class VerifyCosts:
         key = [backend.name, backend.device, backend.dtype, loaded.kv_bits, loaded.compile]
         threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
         machine = platform.node(), platform.processor(), *threads
-        digest = hashlib.sha256(json.dumps([*key, *machine, weights, TIMED]).encode())
+        versions = [version(name) for name in FRAMEWORKS if find_spec(name)]
+        digest = hashlib.sha256(json.dumps([*key, *machine, versions, weights, TIMED]).encode())
         digest.update((target / "config.json").read_bytes())
         file = folder / f"{digest.hexdigest()[:16]}.json"
         try:
@@ -97,23 +115,30 @@ class VerifyCosts:
             pass  # a read-only home: the next process measures again
         return costs
 
+    def of(self, nodes: Sequence[int]) -> NDArray[np.float64]:
+        """Seconds of forwards over trees of so many nodes, of the most in `seconds` or fewer."""
+        found = np.interp(nodes, list(self.seconds), list(self.seconds.values()))
+        return np.asarray(found, np.float64)
+
     def observe(self, nodes: int, seconds: float) -> None:
         """Take in a forward of a decoded text: contexts grow, and machines change their speed."""
-        if nodes not in self.seconds:
-            return
-        # One hiccup of the machine is no new speed.
-        change = min(max(seconds / self.seconds[nodes], 0.5), 2.0) - 1
+        ratio = seconds / float(self.of([nodes])[0])
+        change = min(max(ratio, 1 / HICCUP), HICCUP) - 1
         for size in self.seconds:
             # What slows one size down slows others too, but each less surely.
             self.seconds[size] *= 1 + MEMORY * (change if size == nodes else change / 2)
 
 
-def _bush(nodes: int) -> DraftTree:
-    """A tree of which every node has up to four children, as draft trees are about."""
+def _bush(nodes: int, vocab_size: int) -> DraftTree:
+    """A tree of which every node has up to four children, as draft trees are about.
+
+    Its tokens differ: the same one everywhere would always take the same experts of a mixture.
+    """
+    tokens = np.random.default_rng(nodes).integers(0, vocab_size, nodes).astype(np.int32)
     order = np.arange(nodes, dtype=np.int32)
     parents = (order - 1) // 4
     parents[0] = -1
     depths = np.zeros(nodes, np.int32)
     for node in order[1:]:
         depths[node] = depths[parents[node]] + 1
-    return DraftTree(np.zeros(nodes, np.int32), parents, depths, np.zeros(nodes))
+    return DraftTree(tokens, parents, depths, np.zeros(nodes))

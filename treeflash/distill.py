@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, on_some_device
+from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, with_device
 from treeflash.distillation import Distillation, DistillConfig, mix
 from treeflash.errors import ConfigError
 from treeflash.models import resolve_target
@@ -40,15 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--weights are shares of --limit answers to --prompts; give both")
     if args.limit and not args.prompts:
         raise ConfigError("--limit is of --prompts; --self-prompt says how many it writes")
-    rows = _rows(args) if args.prompts else []
+    # What is wrong with the output is found out before the work, not after.
+    distillation = Distillation.resume(_rows(args) if args.prompts else [], args.output)
     train = trainer(args.backend)
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)
-    responder = on_some_device(args, lambda config: train.responder(target, config))
+    responder = with_device(args, lambda config: train.responder(target, config))
     try:
         if not args.prompts:
             prompts = args.output.with_suffix(".prompts.jsonl")
-            rows = self_prompts(
+            distillation.rows = self_prompts(
                 responder,
                 tokenizer,
                 args.self_prompt,
@@ -57,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 slots=args.slots,
                 seed=args.seed,
             )
-        distillation = Distillation.resume(rows, args.output)
         distillation.run(responder, tokenizer, config, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from there")

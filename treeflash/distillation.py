@@ -7,19 +7,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
+from treeflash.bar import progress
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.prompt_file import Row, finished_records
+from treeflash.prompt_file import Key, Row, finished_records
 from treeflash.text import Tokenizer
 from treeflash.training import Request, Responder
-
-Key: TypeAlias = tuple[str | int, int]
-"""A row's id and the number of the turn, from 0."""
 
 LINE_START = b'{"id":'
 BATCHES_BETWEEN_SORTS = 8
@@ -101,15 +99,9 @@ class Distillation:
             ConfigError: the output holds answers to other prompts, or at other temperatures.
             PromptError: the chat template refuses a row.
         """
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with (
             self.output.open("a", encoding="utf-8", newline="\n") as file,
-            Progress(
-                *columns,
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=console,
-            ) as bar,
+            progress(console, TextColumn("{task.fields[rate]}")) as bar,
         ):
             file.truncate(self.output_bytes)
             task = bar.add_task("answers", total=sum(len(r.turns) for r in self.rows), rate="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 import os
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_outputs(args)
     model = load_model(args, {case.method for case in options})
     configs = {case: model.decode_config(own) for case, own in options.items()}
+    if args.methods is None and model.backend.head is None:
+        configs = {case: config for case, config in configs.items() if not config.uses_head}
     sets = {name: encode_rows(model, own, configs) for name, own in rows.items()}
     evaluation = Evaluation()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,9 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of a set (default: all)")
     parser.add_argument(
         "--methods",
-        default=DEFAULT_METHODS,
         metavar="A,B",
-        help=f"of {', '.join(METHODS)} (default: {DEFAULT_METHODS})",
+        help=f"of {', '.join(METHODS)} (default: those of {DEFAULT_METHODS} that the drafter can)",
     )
     parser.add_argument(
         "--budgets",
@@ -132,7 +134,8 @@ def _options(args: argparse.Namespace) -> dict[Case, Options]:
     if args.max_tokens < 2:
         raise ConfigError("max-tokens must be 2 or more: the prefill brings the first")
     found: dict[Case, Options] = {}
-    for case in cases(args.methods.split(","), budgets):
+    methods = DEFAULT_METHODS if args.methods is None else args.methods
+    for case in cases(methods.split(","), budgets):
         found[case] = {
             "method": case.method,
             "budget": case.budget,
@@ -179,6 +182,7 @@ def _publish(
     """Write and print what was found."""
     backend = model.backend
     settings: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
         "backend": backend.name,
         "device": backend.device,
         "dtype": backend.dtype,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from treeflash.bar import progress
 from treeflash.config import DecodeConfig, Method
 from treeflash.decoding import check, decode
 from treeflash.depths import DepthTotals, measure_depths
@@ -88,8 +88,7 @@ class Evaluation:
         Raises:
             NumericalError: a model produced values that are not finite.
         """
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        with progress(console) as bar:
             task = bar.add_task("", total=sum(map(len, sets.values())))
             for name, prompts in sets.items():
                 bar.update(task, description=name)

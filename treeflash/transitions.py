@@ -115,5 +115,5 @@ class TransitionTable:
 
     @property
     def depths(self) -> int:
-        """Depths that the table covers: the drafter's block size less one."""
+        """Depths that the table covers: the drafter's block size less one, or fewer."""
         return len(self.tokens)

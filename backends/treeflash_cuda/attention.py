@@ -24,11 +24,29 @@ from treeflash.errors import UnsupportedModelError
 # transformers takes a name with "flash" in it for a kernel to be fetched.
 NAME = "draft_tree"
 
+ALIGNED = 8
 MANY = 256
 """Queries from which on copies of a mask cost more than folding heads saves."""
 
 Rule: TypeAlias = Callable[..., Tensor]
 """A layer's own: (batch, head, query position, key position) to whether the key is seen."""
+
+
+class FoldedMasks:
+    """The masks of one forward as `grouped_attention` takes them, made once for all layers."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._found: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, mask: Tensor | None, groups: int) -> Tensor | None:
+        """See `folded`."""
+        if mask is None:
+            return None
+        key = id(mask), groups
+        if key not in self._found:  # the mask is kept as well: no other may take over its id
+            self._found[key] = mask, folded(mask, groups)
+        return self._found[key][1]
 
 
 class Visibility:
@@ -39,6 +57,7 @@ class Visibility:
         positions: (n,) absolute positions of the block.
         block: (n, n) bool, which of the block a query sees, if the layer's rule permits; None where
             that is all before it, and itself.
+        masks: of the layers.
     """
 
     def __init__(self, committed: int, positions: Tensor, block: Tensor | None) -> None:
@@ -46,6 +65,7 @@ class Visibility:
         self.committed = committed
         self.positions = positions
         self.block = block
+        self.masks = FoldedMasks()
 
     @classmethod
     def whole(cls, length: int, device: torch.device) -> Visibility:
@@ -172,7 +192,8 @@ def tree_attention(
             enable_gqa=True,
         )
         return out.transpose(1, 2).contiguous(), None
-    return grouped_attention(query, key, value, attention_mask, scale), None
+    mask = visibility.masks.of(attention_mask, query.shape[1] // key.shape[1])
+    return grouped_attention(query, key, value, mask, scale), None
 
 
 def slot_attention(
@@ -215,19 +236,30 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
         q: (batch, heads, n, head_dim).
         k: (batch, kv_heads, m, head_dim).
         v: (batch, kv_heads, m, head_dim).
-        bias: (..., n, m) that broadcasts over batch and heads; None where all is seen.
+        bias: (..., groups * n, m) that broadcasts over batch and kv_heads, as `folded` makes it;
+            None where all is seen.
         scale: factor on the scores.
 
     Returns:
         (batch, n, heads, head_dim).
     """
     batch, heads, n, head_dim = q.shape
-    groups = heads // k.shape[1]
-    folded = q.reshape(batch, k.shape[1], groups * n, head_dim)
-    if bias is not None:
-        bias = torch.cat([bias] * groups, -2)
-    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scale)
+    queries = q.reshape(batch, k.shape[1], heads // k.shape[1] * n, head_dim)
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scale)
     return out.view(batch, heads, n, head_dim).transpose(1, 2).contiguous()
+
+
+def folded(bias: Tensor | None, groups: int) -> Tensor | None:
+    """(..., groups * n, m) of an (..., n, m) mask: the same for every head of a group.
+
+    Rows begin at multiples of `ALIGNED` numbers, or a GPU's kernel would copy the mask once more.
+    """
+    if bias is None:
+        return None
+    *batch, n, m = bias.shape
+    whole = bias.new_zeros(*batch, groups, n, -(-m // ALIGNED) * ALIGNED)
+    whole[..., :m] = bias[..., None, :, :]
+    return whole.flatten(-3, -2)[..., :m]
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -92,12 +92,16 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     model.capture(drafter_model.config.target_layer_ids)
     backend = CudaBackend(model, drafter_model, head, graphs)
     check_trees(backend)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)  # weights are made in float32 at first
     return backend
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
     """A target that runs draft trees; see `Target.prepare`. Raises what `Loader` does."""
     device = choose_device(config.device)
+    # cuDNN's attention builds a plan for every number of keys that it meets, which is every one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32

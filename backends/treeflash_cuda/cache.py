@@ -15,6 +15,12 @@ from treeflash.errors import UnsupportedModelError
 FIRST_CAPACITY = 512
 
 
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device, which is not waited for."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 class KeyValues:
     """Keys and values of all layers in one tensor: committed positions, then one block.
 
@@ -58,7 +64,7 @@ class KeyValues:
         assert self.storage is not None
         first, end = self.length, self.length + len(rows)
         if not np.array_equal(rows, np.arange(len(rows))):
-            index = torch.from_numpy(rows.astype(np.int64) + first).to(self.storage.device)
+            index = upload(rows.astype(np.int64) + first, self.storage.device)
             self.storage[:, :, :, first:end] = self.storage.index_select(3, index)
         self.length = end
 

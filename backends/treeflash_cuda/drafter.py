@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
 from treeflash.transitions import TransitionTable
-from treeflash_cuda.attention import grouped_attention
+from treeflash_cuda.attention import additive, folded, grouped_attention
 from treeflash_cuda.cache import KeyValues
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import topk
@@ -175,18 +175,22 @@ class Drafter:
         self.waiting.clear()
         context = self.model.hidden_norm(self.model.fc(features))[None]
         config, first = self.model.config, self.cache.length
-        tokens = torch.full((config.block_size,), config.mask_token_id)
+        device, size = self.target.device, config.block_size
+        tokens = torch.full((size,), config.mask_token_id, device=device)
         tokens[0] = root
-        x = F.embedding(tokens.to(self.target.device), self.target.embeddings)[None]
+        x = F.embedding(tokens, self.target.embeddings)[None]
         if config.input_scale != 1:
             x = x * config.input_scale
         start = first + len(features)
-        positions = torch.arange(first, start + config.block_size, device=x.device)
-        rotation = self.model.rotary(positions, x.dtype)
-        block = positions[len(features) :]
-        for n, layer in enumerate(self.model.layers):
-            bias = block_bias(block, config.sliding_windows[n], config.causal[n], x.dtype)
-            x = layer(x, context, rotation, functools.partial(self._attend, n, bias))
+        rotation = self.model.rotary(torch.arange(first, start + size, device=device), x.dtype)
+        kinds = list(zip(config.sliding_windows, config.causal, strict=True))
+        groups = config.num_attention_heads // config.num_key_value_heads
+        biases = {
+            kind: folded(block_bias(start, size, *kind, x.dtype, device), groups)
+            for kind in set(kinds)
+        }
+        for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
+            x = layer(x, context, rotation, functools.partial(self._attend, n, biases[kind]))
         # The block's own keys and values are scratch: the next context is written over them.
         self.cache.commit(np.arange(len(features), dtype=np.int32))
         return Block(root, x[0])
@@ -217,19 +221,22 @@ class Drafter:
 
 
 def block_bias(
-    positions: Tensor, window: int | None, causal: bool, dtype: torch.dtype
+    start: int,
+    size: int,
+    window: int | None,
+    causal: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
-    """(S, length + S) additive mask of a block at `positions`, or None where all is seen."""
+    """(size, start + size) additive mask of a block from `start` on; None where all is seen."""
     if window is None and not causal:
         return None
-    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
-    distance = positions[:, None] - keys
-    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    keys = torch.arange(start + size, device=device)
+    distance = keys[start:, None] - keys
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
-        hidden = hidden | (distance.abs() >= window)
-    return torch.zeros(distance.shape, dtype=dtype, device=keys.device).masked_fill_(
-        hidden, float("-inf")
-    )
+        seen = seen & (distance.abs() < window)
+    return additive(seen, dtype)
 
 
 def divided(logits: Tensor, temperature: float) -> Tensor:

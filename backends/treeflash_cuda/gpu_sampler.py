@@ -11,6 +11,7 @@ from torch import Tensor
 from treeflash.config import SamplingConfig
 from treeflash.errors import NumericalError
 from treeflash.sampling import NOT_FINITE
+from treeflash_cuda.cache import upload
 from treeflash_cuda.topk import topk
 
 SHORTLIST = 64
@@ -32,7 +33,7 @@ def sample(
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
-    draws = torch.from_numpy(uniforms).to(logits.device)
+    draws = upload(uniforms, logits.device)
     tokens, covered = _sample(logits, sampling, draws, SHORTLIST)
     finite = logits.amax(-1).isfinite().all()
     read = torch.cat([tokens, covered, finite[None]]).cpu().numpy()
@@ -40,7 +41,7 @@ def sample(
         raise NumericalError(NOT_FINITE)
     chosen, narrow = read[: len(logits)], read[len(logits) : -1].astype(np.bool_)
     if not narrow.all():
-        wide = torch.from_numpy(np.flatnonzero(~narrow)).to(logits.device)
+        wide = upload(np.flatnonzero(~narrow), logits.device)
         tokens, _ = _sample(logits[wide], sampling, draws[wide], logits.shape[-1])
         chosen[~narrow] = tokens.cpu().numpy()
     return chosen

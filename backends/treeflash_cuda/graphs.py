@@ -2,23 +2,28 @@
 
 A forward is some hundreds of small kernels, and starting them takes a CPU longer than a GPU takes
 to run them. Captured once, they start together. That needs shapes and addresses which never
-change: trees are filled up to a power of two, the whole storage of keys and values is looked at,
-through a mask, and a text that has ended leaves its storage, with what was captured, to the next.
+change: trees are filled up to a power of two, a power of two of the columns of keys and values is
+looked at, through a mask, and a text that has ended leaves its storage, with what was captured, to
+the next.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treeflash.errors import UnsupportedModelError
+from treeflash.errors import UnsupportedModelError, is_out_of_memory
 from treeflash.tree import DraftTree
-from treeflash_cuda.attention import Rule, additive, follow
-from treeflash_cuda.cache import TargetCache
+from treeflash_cuda.attention import FoldedMasks, Rule, additive, follow
+from treeflash_cuda.cache import FIRST_CAPACITY, TargetCache
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -35,7 +40,8 @@ class FixedVisibility:
         positions: (n,) absolute positions.
         slots: (n,) columns of the storage; those before the first are committed.
         block: (n, n) bool, which of the tree a node sees.
-        columns: of the storage.
+        columns: of the storage that are looked at.
+        masks: of the layers.
     """
 
     is_whole_text = False
@@ -46,6 +52,7 @@ class FixedVisibility:
         self.slots = slots
         self.block = block
         self.columns = columns
+        self.masks = FoldedMasks()
 
     def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor:
         """(1, 1, n, columns) additive."""
@@ -62,19 +69,21 @@ class FixedCache(TargetCache):
 
     Attributes:
         slots: (n,) columns for the next block; None writes it after the committed ones.
-        forwards: by nodes; they belong to the storage that they were made for.
+        columns: that are looked at with `slots`.
+        forwards: by nodes and columns; they belong to the storage that they were made for.
     """
 
     def __init__(self, layers: int) -> None:
         """Start empty."""
         super().__init__(layers)
         self.slots: Tensor | None = None
-        self.forwards: dict[int, Forward] = {}
+        self.columns = 0
+        self.forwards: dict[tuple[int, int], Forward] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `TargetCache.update`; with `slots`, all columns are returned."""
+        """See `TargetCache.update`; with `slots`, the first `columns` are returned."""
         if self.slots is None:
             return super().update(key_states, value_states, layer_idx)
         storage = self.key_values.storage
@@ -82,18 +91,20 @@ class FixedCache(TargetCache):
         keys, values = storage[layer_idx]
         keys.index_copy_(1, self.slots, key_states[0])
         values.index_copy_(1, self.slots, value_states[0])
-        return keys[None], values[None]
+        return keys[None, :, : self.columns], values[None, :, : self.columns]
 
 
 class Forward:
-    """One forward of `nodes` rows over a cache's storage, captured where there is a GPU."""
+    """One forward of `nodes` rows over a cache's first columns, captured where there is a GPU."""
 
-    def __init__(self, target: Target, cache: FixedCache, nodes: int) -> None:
+    def __init__(self, graphs: Graphs, cache: FixedCache, nodes: int, columns: int) -> None:
         """Make it; it is captured when it is first called."""
-        storage = cache.key_values.storage
+        storage, target = cache.key_values.storage, graphs.target
         assert storage is not None
+        self.graphs = graphs
         self.target = target
         self.storage = storage
+        self.columns = columns
         # Tokens, positions, slots, then the ancestor mask.
         self.inputs = torch.zeros(3 + nodes, nodes, dtype=torch.int32, device=target.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -112,31 +123,48 @@ class Forward:
 
     def _run(self, cache: FixedCache) -> tuple[Tensor, dict[int, Tensor]]:
         tokens, positions, slots = self.inputs[:3].long()
-        block, columns = self.inputs[3:].bool(), self.storage.shape[3]
-        visibility = FixedVisibility(positions, slots, block, columns)
-        cache.slots = slots
+        visibility = FixedVisibility(positions, slots, self.inputs[3:].bool(), self.columns)
+        cache.slots, cache.columns = slots, self.columns
         try:
             return self.target.forward(tokens, visibility, cache, last_only=False)
         finally:
             cache.slots = None
 
     def _capture(self, cache: FixedCache) -> None:
-        stream = torch.cuda.Stream(self.target.device)
-        stream.wait_stream(torch.cuda.current_stream(self.target.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run(cache)
-        torch.cuda.current_stream(self.target.device).wait_stream(stream)
+        device, stream = self.target.device, self.graphs.stream
+        made = [forward.graph for forward in cache.forwards.values() if forward.graph is not None]
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.outputs = self._run(cache)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"{self.target.model.config.model_type} models cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); leave --compile out"
-            ) from error
+        with torch.cuda.device(device), uncollected():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._run(cache)
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                # Forwards over one storage never run side by side, and so share their memory.
+                pool = made[0].pool() if made else None
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self.outputs = self._run(cache)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise UnsupportedModelError(
+                    f"{self.target.model.config.model_type} models cannot be captured as a CUDA "
+                    f"graph ({str(error).splitlines()[0]}); leave --compile out"
+                ) from error
         self.graph = graph
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: destroying an old graph spoils the capture of a new one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs:
@@ -147,11 +175,19 @@ class Graphs:
         self.target = target
         self.spare: list[FixedCache] = []
 
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """On which graphs are captured: each stream keeps a workspace of its own."""
+        return torch.cuda.Stream(self.target.device)
+
+    @torch.inference_mode()
     def verifier(self, layer_ids: tuple[int, ...]) -> FixedVerifier:
         """A verifier for a new text."""
         cache = self.spare.pop() if self.spare else FixedCache(len(self.target.layers))
         cache.key_values.length = 0
-        verifier = FixedVerifier(self.target, layer_ids, cache)
+        if cache.key_values.storage is not None:
+            cache.key_values.storage.zero_()  # what is not a number would be seen through a mask
+        verifier = FixedVerifier(self, layer_ids, cache)
         weakref.finalize(verifier, self.spare.append, cache)
         return verifier
 
@@ -159,9 +195,10 @@ class Graphs:
 class FixedVerifier(Verifier):
     """The same as `Verifier`, with forwards of fixed shapes for trees."""
 
-    def __init__(self, target: Target, layer_ids: tuple[int, ...], cache: FixedCache) -> None:
+    def __init__(self, graphs: Graphs, layer_ids: tuple[int, ...], cache: FixedCache) -> None:
         """Start a text in a cache without committed positions."""
-        super().__init__(target, layer_ids)
+        super().__init__(graphs.target, layer_ids)
+        self.graphs = graphs
         self.cache: FixedCache = cache
 
     def _tree_logits(self, tree: DraftTree) -> Tensor:
@@ -176,18 +213,20 @@ class FixedVerifier(Verifier):
         inputs[2] = np.arange(self.length, self.length + nodes)
         inputs[3:] = np.eye(nodes)  # rows that only fill up see themselves, which is never empty
         inputs[3 : 3 + n, :n] = tree.ancestor_mask()
-        logits, self.outputs = self._forward_of(nodes)(self.cache, self._upload(inputs))
+        logits, self.outputs = self._forward_of(nodes)(self.cache, self._host(inputs))
         return logits[:n]
 
     def _forward_of(self, nodes: int) -> Forward:
-        key_values, forwards = self.cache.key_values, self.cache.forwards
-        storage = key_values.reserve(self.length + nodes)
-        for size in [size for size, made in forwards.items() if made.storage is not storage]:
-            del forwards[size]  # it writes to a storage that was outgrown
-        if nodes not in forwards:
-            forwards[nodes] = Forward(self.target, self.cache, nodes)
-        return forwards[nodes]
+        end, forwards = self.length + nodes, self.cache.forwards
+        storage = self.cache.key_values.reserve(end)
+        for key in [key for key, made in forwards.items() if made.storage is not storage]:
+            del forwards[key]  # it writes to a storage that was outgrown
+        # No more columns than a text of this length needs: the storage may be of a longer one.
+        columns = max(FIRST_CAPACITY, 1 << (end - 1).bit_length())
+        if (nodes, columns) not in forwards:
+            forwards[nodes, columns] = Forward(self.graphs, self.cache, nodes, columns)
+        return forwards[nodes, columns]
 
-    def _upload(self, inputs: np.ndarray) -> Tensor:
+    def _host(self, inputs: np.ndarray) -> Tensor:
         host = torch.from_numpy(inputs)
         return host.pin_memory() if self.target.device.type == "cuda" else host

@@ -98,7 +98,7 @@ class ARHead:
         previous = previous[kept]
         if vocab is not None:
             previous = vocab[previous]
-        root = previous.new_tensor([block.root])
+        root = previous.new_full((1,), block.root)
         # Of the D * M rows: the root's, and those kept of the M at each further depth.
         places = torch.cat([torch.zeros_like(root), m + kept])
         depth = places // m

@@ -13,6 +13,7 @@ from torch import Tensor
 from treeflash.config import SamplingConfig
 from treeflash.tree import DraftTree
 from treeflash_cuda.attention import Visibility
+from treeflash_cuda.cache import upload
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 
@@ -75,8 +76,8 @@ class Verifier:
         self.cache.key_values.commit(path)
         if not self.layer_ids:
             return None
-        rows = torch.from_numpy(path).to(self.target.device)
-        return torch.cat([self.outputs[i][rows] for i in self.layer_ids], -1)
+        rows = upload(path, self.target.device)
+        return torch.cat([self.outputs[i].index_select(0, rows) for i in self.layer_ids], -1)
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TreeVerifier.keys_values`."""
@@ -85,8 +86,7 @@ class Verifier:
     def _tree_logits(self, tree: DraftTree) -> Tensor:
         positions, mask = tree.positions(self.length), tree.ancestor_mask()
         # One upload for all three.
-        packed = torch.from_numpy(np.vstack([tree.tokens, positions, mask]))
-        packed = packed.to(self.target.device)
+        packed = upload(np.vstack([tree.tokens, positions, mask]), self.target.device)
         tokens, positions_ = packed[:2].long()
         return self._forward(tokens, Visibility(self.length, positions_, packed[2:].bool()))
 

@@ -16,9 +16,10 @@ from treeflash.checkpoints import (
     drafter_config,
     weight_files,
 )
-from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
 from treeflash.probe import check_trees
+from treeflash_mlx.cache import give_back
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
 from treeflash_mlx.linear import split_pairs
@@ -69,9 +70,13 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     model = Target(target, dtype, config.kv_bits)
     if drafter is None:
-        return MlxBackend(model, None, None)
-    backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
-    check_trees(backend)
+        backend = MlxBackend(model, None, None)
+        # What a model computes when it is first called belongs to the thread that calls it.
+        backend.verifier(features=False).prefill([0], SamplingConfig(), None)
+    else:
+        backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
+        check_trees(backend)
+    give_back()
     return backend
 
 
@@ -87,7 +92,7 @@ def choose_device(name: str | None) -> bool:
         raise BackendError("this MLX has no GPU; leave --device out or pass --device cpu")
     if name is not None:
         mx.set_default_device(mx.Device(getattr(mx, name)))
-    if mx.metal.is_available():
+    if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         # As mlx-lm does: keep the weights resident, as far as the system recommends.
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     return mx.default_device().type == mx.cpu

@@ -15,6 +15,12 @@ from treeflash_mlx.scope import Scope
 STEP = 256
 
 
+def give_back() -> None:
+    """Let MLX give back what was freed on a GPU: it keeps all, and sizes change all the time."""
+    if mx.default_device().type == mx.gpu:
+        mx.clear_cache()
+
+
 class Rows:
     """Arrays of (1, heads, rows, width) each, with room for more rows; the room grows by steps."""
 

@@ -43,6 +43,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         # No parameter: wavelengths stay float32 in a half model.
         self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
+        mx.eval(self._wavelengths)  # by the thread that loads: another could not any more
 
     def __call__(
         self, x: mx.array, context: mx.array, cache: Rows, start: int, mask: mx.array | None

@@ -17,7 +17,9 @@ SHORTLIST = 256
 def choose(
     logits: mx.array, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.int32]:
-    """What `treeflash.sampling.choose` defines, with one read from the device; two for top-p alone.
+    """What `treeflash.sampling.choose` defines, with one read from the device.
+
+    A second one where a nucleus is wider than the shortlist.
 
     On a CPU in float64, like the definition. A GPU has no float64: a number that falls within
     float32 rounding of a boundary between two tokens may there choose the other one.
@@ -30,25 +32,44 @@ def choose(
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
-    best = logits.max(-1, keepdims=True)
+    finite = mx.isfinite(logits.max(-1)).all()
     if sampling.greedy:
-        tokens = mx.argmax(logits, axis=-1)
+        tokens, covered = mx.argmax(logits, axis=-1), mx.array(True)
     else:
-        assert uniforms is not None
-        wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
-        scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
-        probs = _filter(mx.exp(scaled), sampling)
-        tokens = _invert(probs, mx.array(uniforms, dtype=wide)[:, None])
-    finite = mx.isfinite(best).all()
-    read = np.array(mx.concatenate([tokens.astype(mx.int32), finite[None].astype(mx.int32)]))
-    if not read[-1]:
+        tokens, covered = _sample(logits, sampling, uniforms, SHORTLIST)
+    flags = mx.stack([finite, covered])
+    read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
+    if not read[-2]:
         raise NumericalError(NOT_FINITE)
-    return read[:-1]
+    if not read[-1]:
+        tokens, _ = _sample(logits, sampling, uniforms, logits.shape[-1])
+        return np.array(tokens.astype(mx.int32))
+    return read[:-2]
 
 
-def _filter(probs: mx.array, sampling: SamplingConfig) -> mx.array:
-    """Set dropped tokens to 0; (n, vocab) probabilities, the largest of a row being 1."""
-    ranked = None
+def _sample(
+    logits: mx.array,
+    sampling: SamplingConfig,
+    uniforms: NDArray[np.float64] | None,
+    shortlist: int,
+) -> tuple[mx.array, mx.array]:
+    """(n,) tokens, and whether every nucleus lay within the shortlist."""
+    assert uniforms is not None
+    wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
+    scaled = logits.astype(wide) - logits.max(-1, keepdims=True).astype(wide)
+    probs, covered = _filter(mx.exp(scaled / sampling.temperature), sampling, shortlist)
+    return _invert(probs, mx.array(uniforms, dtype=wide)[:, None]), covered
+
+
+def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[mx.array, mx.array]:
+    """Set dropped tokens to 0, and say whether every nucleus lay within the shortlist.
+
+    Args:
+        probs: (n, vocab), the largest of a row being 1.
+        sampling: the filters.
+        shortlist: tokens among which the edge of a nucleus is looked for.
+    """
+    ranked, covered = None, mx.array(True)
     if 0 < sampling.top_k < probs.shape[-1]:
         # What ties with the last of these is kept as well.
         ranked = _best(probs, sampling.top_k)
@@ -56,15 +77,14 @@ def _filter(probs: mx.array, sampling: SamplingConfig) -> mx.array:
     if sampling.top_p < 1:
         wanted = sampling.top_p * probs.sum(-1, keepdims=True)
         if ranked is None:
-            ranked = _best(probs, min(SHORTLIST, probs.shape[-1]))
-            if not (ranked.sum(-1, keepdims=True) >= wanted).all():  # a flat distribution
-                ranked = mx.sort(probs, axis=-1)[:, ::-1]
+            ranked = _best(probs, min(shortlist, probs.shape[-1]))
+            covered = (ranked.sum(-1, keepdims=True) >= wanted).all()
         before = ranked.cumsum(-1) - ranked
         last = (before < wanted).sum(-1, keepdims=True) - 1
         probs = mx.where(probs >= mx.take_along_axis(ranked, last, axis=-1), probs, 0)
     if sampling.min_p > 0:
         probs = mx.where(probs >= sampling.min_p * probs.max(-1, keepdims=True), probs, 0)
-    return probs
+    return probs, covered
 
 
 def _best(probs: mx.array, k: int) -> mx.array:

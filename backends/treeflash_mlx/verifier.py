@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
 from treeflash.tree import DraftTree
+from treeflash_mlx.cache import give_back
 from treeflash_mlx.sampler import choose
 from treeflash_mlx.scope import TreePass
 from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 512
+GIVE_BACK_EVERY = 256  # tokens
 
 
 class Verifier:
@@ -42,11 +44,17 @@ class Verifier:
             # The last token goes alone, so that no other has its logits computed.
             parts.append(self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])[1])
             mx.eval([cache.state for cache in self.cache], parts[-1:])
+            if first:
+                give_back()
         logits, features = self._prefill(tokens[last:])
         parts.append(features)
         chosen = choose(logits, sampling, uniforms)
         kept = [part for part in parts if part is not None]
-        return int(chosen[0]), mx.concatenate(kept) if kept else None
+        if not kept:
+            return int(chosen[0]), None
+        whole = mx.concatenate(kept)
+        mx.async_eval(whole)
+        return int(chosen[0]), whole
 
     def verify(
         self,
@@ -61,10 +69,12 @@ class Verifier:
         """See `TreeVerifier.commit`."""
         for cache in self.cache:
             cache.commit(self.length, path)
-        self.length += len(path)
+        before, self.length = self.length, self.length + len(path)
         features = None if self.features is None else self.features[mx.array(path)]
         # The device moves the rows while Python writes down the next draft.
         mx.async_eval([cache.state for cache in self.cache], features)
+        if before // GIVE_BACK_EVERY != self.length // GIVE_BACK_EVERY:
+            give_back()
         return features
 
     def logits(self, tree: DraftTree) -> NDArray[np.float32]:

@@ -174,6 +174,29 @@ def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_goes_on(run, fi
     assert len(records(files[1])) == 2
 
 
+def test_an_edited_row_is_no_longer_the_one_that_was_answered(run, files, scripted):
+    run(scripted(*ANSWERS))
+    before = files[1].read_bytes()
+    files[0].write_text(files[0].read_text().replace("three", "four"), encoding="utf-8")
+    code, err = run(scripted(*ANSWERS))
+    assert (code, err.splitlines()[-1].count("another prompt of the id 7")) == (2, 1)
+    assert files[1].read_bytes() == before
+
+
+def test_a_row_that_failed_is_tried_again_once_it_was_mended(run, files, scripted):
+    files[0].write_text(json.dumps({"id": 1, "prompt": "x" * 500}))
+    assert run(scripted(*ANSWERS))[0] == 2
+    files[0].write_text(json.dumps({"id": 1, "prompt": "x"}))
+    code, err = run(scripted(*ANSWERS), "--max-tokens", "99")
+    assert code == 0
+    assert "1 of 1 turns decoded, 0 with errors" in err
+    failed, mended = records(files[1])
+    assert "error" in failed
+    assert mended["text"] == ANSWERS[0]
+    assert run(scripted("wrong"), "--max-tokens", "99")[0] == 0
+    assert len(records(files[1])) == 2
+
+
 def test_raw_rows_need_a_single_message(run, files, scripted):
     code, err = run(scripted(*ANSWERS), "--raw")
     assert (code, err.count("\n")) == (2, 1)
@@ -210,6 +233,10 @@ def test_the_reference_pair_resumes_to_the_same_file(files, tiny_pair, capsys):
         ('{"id": 1, "turns": []}', "'turns' must be text"),
         ('{"id": 1, "turns": "x"}', "'turns' must be text"),
         ('{"id": "\\ud800", "prompt": "x"}', "not valid Unicode"),
+        (
+            '{"id": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+            "not valid Unicode",
+        ),
         ('{"id": 1, "prompt": "\\ud800"}', "not valid Unicode"),
         ('{"id": 1, "messages": []}', "'messages' must be a list"),
         ('{"id": 1, "messages": [{"role": "user"}]}', "message 1 needs"),

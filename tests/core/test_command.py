@@ -32,9 +32,13 @@ def parser() -> Parser:
     [
         (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
         (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
-        (MemoryError(), 2, "error: out of memory; a smaller --budget"),
-        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; a smaller --budget"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory; a"),
+        (MemoryError(), 2, "error: out of memory; shorter texts"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; shorter texts"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "error: out of memory; shorter",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

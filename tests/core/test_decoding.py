@@ -297,9 +297,11 @@ class TestSteps:
         class Timed(Pace):
             """The fake's forwards take no time."""
 
-            def observe(self, tree: DraftTree, path: np.ndarray, seconds: object) -> None:
+            def observe(
+                self, tree: DraftTree, path: np.ndarray, seconds: object, *, first: bool = False
+            ) -> None:
                 verify_s = self.costs.seconds[len(tree)]
-                super().observe(tree, path, {"draft": 0.0, "verify": verify_s})
+                super().observe(tree, path, {"draft": 0.0, "verify": verify_s}, first=first)
 
         backend = scripted(SCRIPT)
         backend.head = head = FakeHead(backend.propose)

@@ -213,13 +213,14 @@ def test_the_target_writes_prompts_itself(tmp_path, byte_tokenizer):
         (["--prompts", "{file}", "--temperature", "-1"], "temperature must be 0"),
         (["--prompts", "{file}", "--backend", "reference"], "'reference' cannot train"),
         (["--prompts", "{file}", "--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--self-prompt", "2", "--output", "."], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"id": 1, "prompt": "hi"}\n')
     arguments = [argument.format(file=file) for argument in arguments]
-    assert distill.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert distill.main(["--output", str(tmp_path / "out.jsonl"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

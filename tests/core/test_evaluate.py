@@ -207,6 +207,15 @@ def test_a_method_that_the_drafter_cannot_do(use, run, scripted):
     assert (code, "has no AR head" in err) == (2, True)
 
 
+def test_unless_methods_are_named_they_are_those_that_the_drafter_can(
+    use, run, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(use(model).backend, "head", None)
+    assert run("--json", str(tmp_path / "out.json"))[0] == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {row["method"] for row in found["rows"]} == {"dflash", "ddtree"}
+
+
 def test_texts_that_end_at_once(use, run, scripted, tmp_path):
     use(scripted("", head=False))
     path = tmp_path / "out.json"

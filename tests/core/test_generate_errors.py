@@ -80,7 +80,7 @@ def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
     ("error", "message"),
     [
         (NumericalError("not finite"), "not finite\n"),
-        (RuntimeError("CUDA out of memory"), "out of memory; a smaller --budget"),
+        (RuntimeError("CUDA out of memory"), "out of memory; shorter texts"),
     ],
 )
 def test_an_error_inside_a_text_has_a_line_of_its_own(

@@ -26,12 +26,12 @@ ABSENT = np.where(TABLE.tokens == 0, -np.inf, TABLE.log_probs).astype(np.float32
 TABLE = TransitionTable(TABLE.tokens, ABSENT, TABLE.next_row)
 
 
-def step(*tokens: int, accepted: int | None = None, table=TABLE) -> Step:
+def step(*tokens: int, accepted: int | None = None, table=TABLE, finish_reason=None) -> Step:
     """An iteration that accepted all tokens but the last, unless it accepted more."""
     drafted = np.array([ROOT, *tokens], np.int32)
     tree = DraftTree.chain(drafted, np.zeros(len(drafted)))
     path = np.arange(len(tokens) if accepted is None else accepted + 1, dtype=np.int32)
-    return Step(tokens, {}, tree, path, table=table)
+    return Step(tokens, {}, tree, path, finish_reason, table)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,9 @@ def test_nothing_is_lost_where_nothing_was_drafted():
 
 def test_nothing_is_lost_where_the_text_ended_before():
     assert why_lost(step(1, 4, accepted=2), chain=False) is None
+
+
+def test_nothing_is_lost_where_the_limit_kept_the_tree_from_going_deeper():
+    cut = TABLE.until(2)
+    assert why_lost(step(1, 4, 7, table=cut, finish_reason="length"), chain=False) is None
+    assert why_lost(step(1, 5, table=cut, finish_reason="length"), chain=False) == "budget_limit"

@@ -225,6 +225,8 @@ def test_hub_download_takes_neither_pickles_nor_code(
         ("qwen/qwen3-8b", "peerrh/treeflash-qwen3-8b"),
         ("/data/models/Qwen3-Coder-30B-A3B-Instruct/", "peerrh/treeflash-qwen3-coder-30b-a3b"),
         ("mlx-community/Qwen3-4B-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("Qwen/Qwen3-4B-MLX-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("mlx-community/Qwen3-8B-4bit-DWQ-053125", "peerrh/treeflash-qwen3-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
         ("Qwen/Qwen3-4B-Base", None),
     ],

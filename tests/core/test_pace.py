@@ -41,7 +41,7 @@ def path(length):
 
 def iterate(pace, tree, accepted, draft_s=0.0):
     """One iteration of the loop as `Pace` sees it; returns the nodes that were verified."""
-    if not pace.drafts():
+    if not pace.begin():
         pace.observe(DraftTree.root_only(0), path(1), {"verify": pace.costs.seconds[1]})
         return 0
     cut = pace.cut(tree)
@@ -64,6 +64,10 @@ def test_a_staircase_is_climbed_to_its_edges():
     steps = {size: 1.0 if size <= 8 else 2.0 if size <= 32 else 9.0 for size in SIZES}
     assert len(Pace(VerifyCosts(steps)).cut(fan(64, 1 / 64))) == 8
     assert len(Pace(VerifyCosts(steps)).cut(fan(64, 1 / 20))) == 32
+
+
+def test_a_tree_that_ends_between_two_sizes_may_stay_whole():
+    assert len(Pace(costs(0.05)).cut(chain(*[0.99] * 9))) == 10
 
 
 def test_small_trees_stay_whole():
@@ -119,8 +123,14 @@ def test_costs_follow_what_is_measured_but_no_hiccup():
     before = found.seconds[8]
     found.observe(8, 1000.0)
     assert found.seconds[8] < 1.2 * before
-    found.observe(7, 1000.0)  # no size that is chosen from
-    assert found.seconds[8] < 1.2 * before
+
+
+def test_a_size_between_those_that_are_measured_tells_of_them_too():
+    found = costs(0.1)
+    assert found.of([10]) == pytest.approx([1.9])
+    for _ in range(200):
+        found.observe(10, 3.8)
+    assert found.of([10]) == pytest.approx([3.8], rel=0.01)
 
 
 @pytest.fixture
@@ -133,8 +143,9 @@ class Timed:
 
     name, device, dtype, vocab_size = "timed", "cpu", "float32", 100
 
-    def __init__(self, monkeypatch, seconds):
+    def __init__(self, monkeypatch, seconds, first=1.5):
         self.seconds = seconds
+        self.first = first
         self.now = 0.0
         self.verified = []
         monkeypatch.setattr(costs_module.time, "perf_counter", lambda: self.now)
@@ -148,7 +159,7 @@ class Timed:
     def verify(self, tree, sampling, uniforms):
         first = len(tree) not in self.verified
         self.verified.append(len(tree))
-        self.now += self.seconds(len(tree)) * (1.5 if first else 1)
+        self.now += self.seconds(len(tree)) * (self.first if first else 1)
 
 
 def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
@@ -156,7 +167,8 @@ def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypa
     found = VerifyCosts.measure(timed).seconds
     assert found.keys() == set(SIZES)
     assert found[8] == pytest.approx(0.001)
-    assert found[12] == pytest.approx(0.0015)
+    assert found[24] == pytest.approx(0.002)
+    assert found[4] == pytest.approx(0.001)
     assert found[256] == pytest.approx(0.002)
 
 
@@ -164,8 +176,13 @@ def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
     found = VerifyCosts.measure(timed).seconds
     assert set(found) == {1, 2, 3, 4}
-    assert timed.verified.count(1) == timed.verified.count(2) == 2
-    assert max(timed.verified) == 5
+    assert timed.verified.count(1) == timed.verified.count(8) == 2
+    assert max(timed.verified) == 8
+
+
+def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
+    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
 
 
 def test_costs_are_measured_on_a_target(backend):

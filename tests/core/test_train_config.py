@@ -63,6 +63,16 @@ def test_a_drafter_that_training_starts_from_keeps_its_shape(tmp_path):
         read_train_config(None, {"init": str(tmp_path)})
 
 
+def test_a_head_is_kept_unless_another_is_asked_for(tmp_path):
+    write_target(tmp_path / "target", "llama", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, head="linear")
+    write_drafter(tmp_path / "dflash", tmp_path / "target", seed=2, format="dflash")
+    init = {"init": str(tmp_path / "drafter")}
+    assert read_train_config(None, init).head == "linear"
+    assert read_train_config(None, {**init, "head": "swiglu"}).head == "swiglu"
+    assert read_train_config(None, {"init": str(tmp_path / "dflash")}).head == "swiglu"
+
+
 def test_every_option_is_explained_and_reaches_the_configuration(tmp_path, capsys):
     assert train.EXPLAINED.keys() == TrainConfig.__dataclass_fields__.keys()
     responses = tmp_path / "responses.jsonl"

@@ -47,7 +47,7 @@ def test_trees_are_filled_up_to_powers_of_two(backend):
     verifier.cache.forwards.clear()
     for nodes in (1, 2, 3, 4, 5, 9):
         assert verifier.logits(chain(*range(nodes))).shape == (nodes, backend.vocab_size)
-    assert sorted(verifier.cache.forwards) == [1, 2, 4, 8, 16]
+    assert sorted(verifier.cache.forwards) == [(n, 512) for n in (1, 2, 4, 8, 16)]
 
 
 def test_larger_trees_run_as_they_are(backend, folders, monkeypatch):
@@ -62,7 +62,7 @@ def test_larger_trees_run_as_they_are(backend, folders, monkeypatch):
 def test_a_text_leaves_its_storage_to_the_next(backend):
     first = started(backend, [3, 4, 5])
     first.logits(chain(6, 7))
-    made, storage = first.cache.forwards[2], first.cache.key_values.storage
+    made, storage = first.cache.forwards[2, 512], first.cache.key_values.storage
     other = started(backend, [3, 4, 5])
     assert other.cache is not first.cache
     del first
@@ -70,7 +70,28 @@ def test_a_text_leaves_its_storage_to_the_next(backend):
     again.logits(chain(6, 7))
     assert again.length == 1
     assert again.cache.key_values.storage is storage
-    assert again.cache.forwards[2] is made
+    assert again.cache.forwards[2, 512] is made
+
+
+def test_a_short_text_in_a_long_ones_storage_looks_at_few_columns(backend):
+    long = started(backend, [1] * 700)
+    long.logits(chain(6, 7))
+    storage = long.cache.key_values.storage
+    del long
+    short = started(backend, [3, 4, 5])
+    assert short.cache.key_values.storage is storage
+    short.logits(chain(6, 7))
+    assert set(short.cache.forwards) == {(2, 1024), (2, 512)}
+    assert short.cache.forwards[2, 512].columns == 512
+
+
+def test_a_text_that_went_wrong_spoils_no_other(backend):
+    expected = started(backend, [3, 4, 5]).logits(chain(6, 7, 8))
+    broken = started(backend, [3, 4, 5])
+    with torch.inference_mode():
+        broken.cache.key_values.storage.fill_(torch.nan)
+    del broken
+    np.testing.assert_array_equal(started(backend, [3, 4, 5]).logits(chain(6, 7, 8)), expected)
 
 
 def test_a_text_may_begin_with_a_tree(backend):
@@ -108,7 +129,7 @@ def test_a_forward_is_a_function_of_tensors_alone(tmp_path, family):
     backend = load(tmp_path, None, LoadConfig(device="cpu", compile=True))
     verifier, tree = started(backend, [3, 4, 5]), chain(6, 7, 8)
     verifier.logits(tree)
-    cache, forward = verifier.cache, verifier.cache.forwards[4]
+    cache, forward = verifier.cache, verifier.cache.forwards[4, 512]
     inputs = forward.inputs
 
     def run(given):

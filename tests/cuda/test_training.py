@@ -125,6 +125,19 @@ def test_a_run_that_has_its_last_state_has_its_checkpoint(target, responses, tmp
     assert not (tmp_path / "state").exists()
 
 
+def test_a_finished_drafter_is_not_overwritten_by_a_run_that_does_not_go_on_with_it(
+    target, responses, tmp_path
+):
+    run(target, responses, tmp_path, TINY, 2)
+    (tmp_path / "state").rename(tmp_path / "state.new")  # a first save that was interrupted
+    assert run(target, responses, tmp_path, TINY, 2)
+    shutil.rmtree(tmp_path / "state")
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="would be overwritten; give another --output"):
+        run(target, responses, tmp_path, TINY)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
 def test_another_configuration_does_not_go_on(target, responses, tmp_path):
     run(target, responses, tmp_path, TINY, 2)
     with pytest.raises(ConfigError, match="holds a run with steps 6, not 7"):
@@ -247,3 +260,5 @@ def test_training_goes_on_from_a_treeflash_checkpoint(target, responses, tmp_pat
     assert "2 layers" in card
     assert "| layers |" not in card
     assert second[0]["loss"] < first[0]["loss"] / 2
+    with pytest.raises(ConfigError, match=r"has head-size \d+, not 3; leave it out"):
+        run(target, responses, tmp_path / "third", replace(config, head_size=3))

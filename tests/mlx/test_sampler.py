@@ -41,7 +41,7 @@ def test_number_next_to_one_keeps_to_the_filter_in_float32(rng):
     """Rounded to float32 it is 1, and nothing exceeds the whole."""
     logits = rng.normal(0, 2, (50, 1000)).astype(np.float32)
     config = SamplingConfig(temperature=1.0, top_k=5)
-    probs = _filter(mx.softmax(mx.array(logits), axis=-1), config)
+    probs, _ = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
     ones = mx.full((50, 1), np.nextafter(1.0, 0), mx.float32)
     assert ones[0, 0].item() == 1
     chosen = np.array(_invert(probs, ones))

@@ -80,16 +80,20 @@ class GenerationTests:
     def test_budget_auto_equals_plain_decoding(
         self, pair: PairMaker, method: Method, sampling: SamplingConfig
     ) -> None:
-        """Whatever it verifies, and whenever it rests."""
+        """Whatever it verifies, and though it rests."""
         models = pair()
         prompt = prompt_of(models.reference, 3)
         config = DecodeConfig(method=method, budget="auto", sampling=sampling, max_tokens=40)
         plain = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
-        # Drafting pays at first, then it never does.
-        for costs in (dict.fromkeys(SIZES, 1.0), {size: 1e-6 * size**3 for size in SIZES}):
-            pace = Pace(VerifyCosts(costs))
-            steps = list(decode(models.tested, prompt, config, pace))
+        # Drafting always pays, then it never does.
+        for costs, rests in (
+            (dict.fromkeys(SIZES, 1.0), False),
+            ({size: 1e-6 * size**3 for size in SIZES}, True),
+        ):
+            steps = list(decode(models.tested, prompt, config, Pace(VerifyCosts(costs))))
             assert tokens_of(steps) == tokens_of(list(decode(models.tested, prompt, plain)))
+            # The prefill drafts nothing, nor does an iteration that can bring one token alone.
+            assert any(step.table is None for step in steps[1:-1]) == rests
 
     @pytest.mark.parametrize("size", [1, 6])
     @pytest.mark.parametrize("what", ["head_vocab", "head_rows"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.attention import additive, grouped_attention
+from treeflash_cuda.attention import additive, folded, grouped_attention
 from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.training.losses import TargetRows
 
@@ -135,5 +135,6 @@ def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([context, grouped(both[:, :, length:])], 2)
 
     keys, values = with_context(k), with_context(v)
-    seen = grouped_attention(grouped(q), keys, values, mask.to(v.dtype), q.shape[-1] ** -0.5)
+    bias = folded(mask.to(v.dtype), q.shape[1] // k.shape[1])
+    seen = grouped_attention(grouped(q), keys, values, bias, q.shape[-1] ** -0.5)
     return seen.unflatten(0, (rows, groups)).flatten(1, 2)

@@ -20,7 +20,7 @@ from treeflash.train_config import NEW, TrainConfig
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter import DrafterModel
-from treeflash_cuda.head import HEADS
+from treeflash_cuda.head import HEADS, SwiGLU
 from treeflash_cuda.target import Target
 
 SPREAD = 0.02
@@ -127,7 +127,7 @@ def initial_drafter(
         texts: a few, by which the scale of the target's queries and keys is measured.
 
     Raises:
-        ConfigError: the target's layers cannot be copied.
+        ConfigError: the target's layers cannot be copied, or the head has another size.
     """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
@@ -141,6 +141,12 @@ def initial_drafter(
         model, old = load_drafter(Path(config.init), target)
         if old is not None and old.correction.name == parsed.head:
             head = old.correction.float()
+            size = old.correction.d.weight.shape[1]
+            if parsed.head == SwiGLU.name and config.head_size not in (None, size):
+                raise ConfigError(
+                    f"the head in {config.init} has head-size {size}, not {config.head_size}; "
+                    "leave it out"
+                )
     if parsed.head is not None and head is None:
         size = config.head_size or parsed.intermediate_size
         head = HEADS[parsed.head](parsed, size)

@@ -29,7 +29,8 @@ class Run:
         """Open a folder, which need not exist.
 
         Raises:
-            ConfigError: it holds a run of another configuration or of other data.
+            ConfigError: it holds a run of another configuration or of other data, or a drafter
+                that no run here goes on with.
         """
         self.folder = folder
         self.config = config
@@ -94,6 +95,13 @@ class Run:
         if old.exists() and not state.exists() and self._main:
             old.rename(state)  # interrupted between the two renames of `save`
         if not state.exists():
+            # Of an interrupted first save there is its beginning.
+            saving = (self.folder / "state.new").exists()
+            if (self.folder / "model.safetensors").exists() and not saving:
+                raise ConfigError(
+                    f"{self.folder} holds a drafter without the state of its training, which would "
+                    "be overwritten; give another --output"
+                )
             return
         found = json.loads((state / "run.json").read_text())
         mine = json.loads(json.dumps(self.identity))
