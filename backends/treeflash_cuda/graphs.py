@@ -23,7 +23,7 @@ from torch import Tensor
 from treeflash.errors import UnsupportedModelError, is_out_of_memory
 from treeflash.tree import DraftTree
 from treeflash_cuda.attention import FoldedMasks, Rule, additive, follow
-from treeflash_cuda.cache import FIRST_CAPACITY, TargetCache
+from treeflash_cuda.cache import FIRST_CAPACITY, TargetCache, upload
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -112,7 +112,7 @@ class Forward:
 
     def __call__(self, cache: FixedCache, inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits and captured layers; on a GPU valid until the next call."""
-        self.inputs.copy_(inputs, non_blocking=True)
+        self.inputs.copy_(inputs)
         if self.target.device.type != "cuda":
             return self._run(cache)
         if self.graph is None:
@@ -213,7 +213,8 @@ class FixedVerifier(Verifier):
         inputs[2] = np.arange(self.length, self.length + nodes)
         inputs[3:] = np.eye(nodes)  # rows that only fill up see themselves, which is never empty
         inputs[3 : 3 + n, :n] = tree.ancestor_mask()
-        logits, self.outputs = self._forward_of(nodes)(self.cache, self._host(inputs))
+        given = upload(inputs, self.target.device)
+        logits, self.outputs = self._forward_of(nodes)(self.cache, given)
         return logits[:n]
 
     def _forward_of(self, nodes: int) -> Forward:
@@ -226,7 +227,3 @@ class FixedVerifier(Verifier):
         if (nodes, columns) not in forwards:
             forwards[nodes, columns] = Forward(self.graphs, self.cache, nodes, columns)
         return forwards[nodes, columns]
-
-    def _host(self, inputs: np.ndarray) -> Tensor:
-        host = torch.from_numpy(inputs)
-        return host.pin_memory() if self.target.device.type == "cuda" else host

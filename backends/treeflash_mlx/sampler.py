@@ -32,23 +32,25 @@ def choose(
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
-    finite = mx.isfinite(logits.max(-1)).all()
+    best = logits.max(-1, keepdims=True)
+    finite = mx.isfinite(best).all()
     if sampling.greedy:
         tokens, covered = mx.argmax(logits, axis=-1), mx.array(True)
     else:
-        tokens, covered = _sample(logits, sampling, uniforms, SHORTLIST)
+        tokens, covered = _sample(logits, best, sampling, uniforms, SHORTLIST)
     flags = mx.stack([finite, covered])
     read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
     if not read[-2]:
         raise NumericalError(NOT_FINITE)
     if not read[-1]:
-        tokens, _ = _sample(logits, sampling, uniforms, logits.shape[-1])
+        tokens, _ = _sample(logits, best, sampling, uniforms, logits.shape[-1])
         return np.array(tokens.astype(mx.int32))
     return read[:-2]
 
 
 def _sample(
     logits: mx.array,
+    best: mx.array,
     sampling: SamplingConfig,
     uniforms: NDArray[np.float64] | None,
     shortlist: int,
@@ -56,8 +58,8 @@ def _sample(
     """(n,) tokens, and whether every nucleus lay within the shortlist."""
     assert uniforms is not None
     wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
-    scaled = logits.astype(wide) - logits.max(-1, keepdims=True).astype(wide)
-    probs, covered = _filter(mx.exp(scaled / sampling.temperature), sampling, shortlist)
+    scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
+    probs, covered = _filter(mx.exp(scaled), sampling, shortlist)
     return _invert(probs, mx.array(uniforms, dtype=wide)[:, None]), covered
 
 
