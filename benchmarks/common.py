@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from treeflash.stats import mean
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree, build_tree
+from treeflash.decoding.statistics import mean
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree, build_tree
 
 DEPTHS, CHILDREN = 15, 32  # of a random tree
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")

@@ -15,8 +15,8 @@ iteration are measured, not the speed of texts.
 - `parts`: the drafter's forward, its marginals, and the AR head by the tokens that it scores, and
   after how many previous tokens.
 
-Everything is measured twice, without and with `--compile`: CUDA graphs; a CPU runs the same fixed
-shapes as they are. All times are medians, in milliseconds.
+Everything is measured without and with `--cuda-graphs`; a CPU runs the same fixed shapes without
+graphs. All times are medians, in milliseconds.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from typing import Any
 import numpy as np
 from common import Parser, at_least_one, median_ms, numbers, random_tree, show, write_json
 
-from treeflash.checkpoints import parse_drafter_config, tensor_shapes
-from treeflash.command import guarded
+from treeflash.cli.options import guarded
 from treeflash.config import DTYPES, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.statistics import PHASES
+from treeflash.drafters.checkpoints import parse_drafter_config, tensor_shapes
 from treeflash.errors import ConfigError
 from treeflash.registry import loader
-from treeflash.stats import PHASES
 
 QWEN3 = {
     "num_hidden_layers": 36,
@@ -271,7 +271,7 @@ def main(argv=None) -> int:
             backend: Any = load(
                 target,
                 drafter,
-                LoadConfig(device=str(device), dtype=args.dtype, compile=graphs),
+                LoadConfig(device=str(device), dtype=args.dtype, cuda_graphs=graphs),
             )
             about["weights_gb"] = read_bytes(backend, shape, 0) / 1e9
             found = {

@@ -16,12 +16,12 @@ import numpy as np
 from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
-from treeflash.command import add_model_options, guarded, load_model
+from treeflash.cli.options import add_model_options, guarded, load_model
 from treeflash.config import SamplingConfig
+from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
-from treeflash.prompt import encode
-from treeflash.prompt_file import read_rows
-from treeflash.tree import DraftTree
+from treeflash.text.prompt import encode
+from treeflash.text.prompt_file import read_rows
 
 BITS = {"float32": 23, "bfloat16": 7, "float16": 10}  # of the fraction
 

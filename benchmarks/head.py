@@ -16,9 +16,9 @@ from pathlib import Path
 import gpu
 from common import Parser, at_least_one, median_ms, show, write_json
 
-from treeflash.command import guarded
+from treeflash.cli.options import guarded
 from treeflash.config import DTYPES, LoadConfig
-from treeflash.interfaces import Backend
+from treeflash.decoding.interfaces import Backend
 from treeflash.registry import loader
 
 LAYERS = 4

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from common import Parser, at_least_one, numbers, output_file, random_tree, show, write_json
 
-from treeflash.command import add_model_options, guarded, load_model
+from treeflash.cli.options import add_model_options, guarded, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.statistics import PHASES
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
-from treeflash.prompt import encode
-from treeflash.prompt_file import read_rows
-from treeflash.stats import PHASES
+from treeflash.text.prompt import encode
+from treeflash.text.prompt_file import read_rows
 
 GREEDY = SamplingConfig()
 SAMPLINGS = {

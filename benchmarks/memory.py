@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import Parser, at_least_one, show, write_json
 
-from treeflash.command import add_model_options, guarded, load_model
-from treeflash.prompt import encode
-from treeflash.prompt_file import read_rows
+from treeflash.cli.options import add_model_options, guarded, load_model
+from treeflash.text.prompt import encode
+from treeflash.text.prompt_file import read_rows
 
 TEXT_TOKENS = 1000
 

@@ -18,14 +18,14 @@ from common import Parser, at_least_one, mean_row, show, write_json
 from one_text import OneText
 from rich.progress import track
 
-from treeflash.bootstrap import interval, resamples
-from treeflash.command import add_model_options, budget, guarded, load_model
+from treeflash.cli.options import add_model_options, budget, guarded, load_model
 from treeflash.config import AUTO, METHODS, Budget, Method
+from treeflash.decoding.statistics import mean
 from treeflash.errors import ConfigError
-from treeflash.generation import Generation
+from treeflash.evaluation.bootstrap import interval, resamples
 from treeflash.language_model import LanguageModel
-from treeflash.prompt_file import read_rows
-from treeflash.stats import mean
+from treeflash.text.generation import Generation
+from treeflash.text.prompt_file import read_rows
 
 
 def parser() -> Parser:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
-from treeflash.interfaces import Backend, Features, TreeVerifier
-from treeflash.tree import DraftTree
+from treeflash.decoding.interfaces import Backend, Features, TreeVerifier
+from treeflash.decoding.tree import DraftTree
 
 
 def follow(

@@ -9,7 +9,7 @@ from typing import Any
 
 from peer import BASELINES
 
-from treeflash.stats import mean
+from treeflash.decoding.statistics import mean
 
 Record = dict[str, Any]
 CASE = ("system", "method", "budget", "backend", "dtype")

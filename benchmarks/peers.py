@@ -39,15 +39,15 @@ from race import Race
 from rich.progress import track
 from safetensors.numpy import save_file
 
-from treeflash.checkpoints import canonical_name, read_config, read_tensors
-from treeflash.command import guarded
+from treeflash.cli.options import guarded
 from treeflash.config import DTYPES, Budget, DecodeConfig
+from treeflash.drafters.checkpoints import canonical_name, read_config, read_tensors
+from treeflash.drafters.rope import rope_parameters
 from treeflash.errors import ConfigError
-from treeflash.models import resolve_drafter, resolve_target
-from treeflash.prompt import encode
-from treeflash.prompt_file import read_rows
-from treeflash.rope import rope_parameters
-from treeflash.text import Tokenizer
+from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.text.prompt import encode
+from treeflash.text.prompt_file import read_rows
+from treeflash.text.tokenizer import Tokenizer
 
 
 def parser() -> Parser:

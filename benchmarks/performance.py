@@ -23,13 +23,13 @@ from common import Parser, at_least_one, fast_mlx
 from page import blocks, render
 from safetensors.numpy import save_file
 
-from treeflash.checkpoints import read_tensors
-from treeflash.command import guarded
+from treeflash.cli.options import guarded
 from treeflash.config import DTYPES
-from treeflash.costs import SIZES
+from treeflash.decoding.verify_costs import SIZES
+from treeflash.drafters.checkpoints import read_tensors
 from treeflash.errors import ConfigError
-from treeflash.models import resolve_drafter, resolve_target
-from treeflash.prompt_file import read_rows
+from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.text.prompt_file import read_rows
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from common import Parser, at_least_one, median_ms, show, write_json
 
-from treeflash.acceptance import accept
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree, build_tree
+from treeflash.decoding.acceptance import accept
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree, build_tree
 
 DEPTHS, ROWS, CHILDREN = 15, 16, 16  # block size 16, M = K = 16
 BUDGETS = (16, 64, 256, 1024)

@@ -23,17 +23,17 @@ from common import Parser, at_least_one, mean_row, numbers, show, write_json
 from one_text import follow
 from rich.progress import track
 
-from treeflash.acceptance import accept
-from treeflash.command import add_model_options, full_or_number, guarded, head_rows, load_model
+from treeflash.cli.options import add_model_options, full_or_number, guarded, head_rows, load_model
 from treeflash.config import AUTO, DecodeConfig, HeadRows, SamplingConfig
-from treeflash.decoding import propose
+from treeflash.decoding.acceptance import accept
+from treeflash.decoding.interfaces import Backend, Block, Drafter
+from treeflash.decoding.loop import propose
+from treeflash.decoding.statistics import mean
+from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
-from treeflash.interfaces import Backend, Block, Drafter
 from treeflash.language_model import LanguageModel
-from treeflash.prompt import encode
-from treeflash.prompt_file import read_rows
-from treeflash.stats import mean
-from treeflash.tree import DraftTree, build_tree
+from treeflash.text.prompt import encode
+from treeflash.text.prompt_file import read_rows
 
 GREEDY = SamplingConfig()
 HEADS = "full:full,2048:full,1024:full,512:full,256:full,1024:128,1024:64,1024:32,1024:auto"

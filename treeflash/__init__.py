@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.errors import TreeflashError
-from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel, load
-from treeflash.stream import Chunk, Stream
+from treeflash.text.generation import Generation
+from treeflash.text.stream import Chunk, Stream
 
 __all__ = [
     "Chunk",

@@ -156,14 +156,14 @@ class LoadConfig:
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
         draft_bits: quantise the drafter to so many bits; None leaves it as it is.
         kv_bits: keep the target's keys and values in so many bits; None keeps `dtype`.
-        compile: run trees in fixed shapes and, on a CUDA device, as CUDA graphs.
+        cuda_graphs: run trees in fixed shapes and, on a CUDA device, as CUDA graphs.
     """
 
     device: str | None = None
     dtype: str | None = None
     draft_bits: int | None = None
     kv_bits: int | None = None
-    compile: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         _check(

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, with_device
-from treeflash.distillation import Distillation, DistillConfig, mix
+from treeflash.cli.options import INTERRUPTED, Parser, add_device_options, guarded, with_device
 from treeflash.errors import ConfigError
-from treeflash.models import resolve_target
-from treeflash.prompt_file import Row, read_rows
-from treeflash.registry import trainer
-from treeflash.self_prompt import self_prompts
-from treeflash.text import Tokenizer
+from treeflash.hub.models import resolve_target
+from treeflash.text.prompt_file import Row, read_rows
+from treeflash.text.tokenizer import Tokenizer
+from treeflash.training.distillation import Distillation, DistillConfig, mix
+from treeflash.training.self_prompt import self_prompts
+from treeflash.training.trainers import trainer
 
 
 @guarded

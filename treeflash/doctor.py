@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.command import Parser, add_model_options, guarded, load_model
+from treeflash.cli.options import Parser, add_model_options, guarded, load_model
 from treeflash.config import DecodeConfig
-from treeflash.diagnosis import Diagnosis, diagnose
-from treeflash.interfaces import Backend
-from treeflash.models import resolve_drafter, resolve_target
-from treeflash.prompt import Message
-from treeflash.prompt_file import read_rows
-from treeflash.prompting import Prompting
-from treeflash.text import Tokenizer
+from treeflash.decoding.interfaces import Backend
+from treeflash.diagnosis.checks import Diagnosis, diagnose
+from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.text.chat import Prompting
+from treeflash.text.prompt import Message
+from treeflash.text.prompt_file import read_rows
+from treeflash.text.tokenizer import Tokenizer
 
 PROMPTS = (
     "Explain why the sky is blue.",

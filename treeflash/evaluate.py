@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from treeflash.command import (
+from treeflash.cli.options import (
     Parser,
     add_model_options,
     full_or_number,
@@ -26,12 +26,12 @@ from treeflash.command import (
 )
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation import Case, Evaluation, cases, encode_rows
-from treeflash.findings import MEAN, Record, findings
+from treeflash.evaluation.records import MEAN, Record, findings
+from treeflash.evaluation.report import check_report, write_report
+from treeflash.evaluation.run import Case, Evaluation, cases, encode_rows
+from treeflash.evaluation.tables import Table, tables
 from treeflash.language_model import LanguageModel, Options, parse_options
-from treeflash.prompt_file import Row, read_rows
-from treeflash.report import check_report, write_report
-from treeflash.tables import Table, tables
+from treeflash.text.prompt_file import Row, read_rows
 
 DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
 DEFAULT_BUDGETS = "16,64"

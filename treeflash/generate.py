@@ -14,8 +14,9 @@ from typing import TextIO
 
 from rich.console import Console
 
-from treeflash.batch import Batch
-from treeflash.command import (
+from treeflash.cli.compare import compare, warm_up
+from treeflash.cli.explain import explain
+from treeflash.cli.options import (
     BAD_INPUT,
     INTERRUPTED,
     Parser,
@@ -25,14 +26,13 @@ from treeflash.command import (
     guarded,
     load_model,
 )
-from treeflash.comparison import compare, warm_up
+from treeflash.cli.prompt_batch import Batch
+from treeflash.cli.summary import summarise
 from treeflash.errors import ConfigError, PromptError
-from treeflash.explain import explain
-from treeflash.generation import Generation
 from treeflash.language_model import LanguageModel, Options
-from treeflash.prompt_file import read_rows, read_text
-from treeflash.stream import Stream
-from treeflash.summary import summarise
+from treeflash.text.generation import Generation
+from treeflash.text.prompt_file import read_rows, read_text
+from treeflash.text.stream import Stream
 
 SAMPLE_PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
 EXPLAINED = 3

@@ -16,16 +16,16 @@ from treeflash.config import (
     Method,
     SamplingConfig,
 )
-from treeflash.costs import VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError
-from treeflash.generation import Generation
-from treeflash.interfaces import Backend
-from treeflash.models import cache_folder, resolve_drafter, resolve_target
-from treeflash.pace import Pace
-from treeflash.prompt import Prompt, encode
+from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target
 from treeflash.registry import best, loader, on_some_device
-from treeflash.stream import Stream
-from treeflash.text import Tokenizer
+from treeflash.text.generation import Generation
+from treeflash.text.prompt import Prompt, encode
+from treeflash.text.stream import Stream
+from treeflash.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
@@ -74,14 +74,16 @@ class LanguageModel:
         tokenizer: of the target.
         folder: of the target; None where it came from elsewhere.
         loaded: how the pair was loaded.
-        paces: by method, what the budget `auto` has learned so far.
+        adaptive_budgets: by method, what the budget `auto` has learned so far.
     """
 
     backend: Backend
     tokenizer: Tokenizer
     folder: Path | None = None
     loaded: LoadConfig = field(default_factory=LoadConfig)
-    paces: dict[Method, Pace] = field(default_factory=dict, compare=False, repr=False)
+    adaptive_budgets: dict[Method, AdaptiveBudget] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate the whole text at once; see `stream`."""
@@ -118,24 +120,24 @@ class LanguageModel:
             prompt_ids,
             config,
             (stop,) if isinstance(stop, str) else tuple(stop),
-            self._pace(config),
+            self._adaptive_budget(config),
         )
 
-    def _pace(self, config: DecodeConfig) -> Pace | None:
+    def _adaptive_budget(self, config: DecodeConfig) -> AdaptiveBudget | None:
         """What the methods of this pair share, measured when first asked for."""
         if config.budget != AUTO or not config.drafts:
             return None
-        if config.method not in self.paces:
-            known = next(iter(self.paces.values()), None)
-            self.paces[config.method] = Pace(known.costs if known else self._costs())
-        return self.paces[config.method]
+        if config.method not in self.adaptive_budgets:
+            known = next(iter(self.adaptive_budgets.values()), None)
+            self.adaptive_budgets[config.method] = AdaptiveBudget(
+                known.costs if known else self._costs()
+            )
+        return self.adaptive_budgets[config.method]
 
     def _costs(self) -> VerifyCosts:
         if self.folder is None:
             return VerifyCosts.measure(self.backend)
-        return VerifyCosts.remembered(
-            self.backend, self.folder, self.loaded, cache_folder() / "costs"
-        )
+        return VerifyCosts.cached(self.backend, self.folder, self.loaded, cache_folder() / "costs")
 
     def decode_config(self, options: Options) -> DecodeConfig:
         """How these options decode with this pair.
@@ -167,7 +169,7 @@ def load(
     dtype: str | None = None,
     draft_bits: int | None = None,
     kv_bits: int | None = None,
-    compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching what is not there yet.
 
@@ -180,7 +182,7 @@ def load(
         dtype: `float32`, `bfloat16` or `float16`.
         draft_bits: quantise the drafter.
         kv_bits: quantise the target's keys and values.
-        compile: run trees in fixed shapes, on a CUDA device as CUDA graphs.
+        cuda_graphs: run trees in fixed shapes, on a CUDA device as CUDA graphs.
 
     Raises:
         BackendError: the backend is unknown, not installed, or has no such device.
@@ -189,7 +191,7 @@ def load(
         ConfigError: the backend cannot do what was asked.
     """
     config = LoadConfig(
-        device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, compile=compile
+        device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, cuda_graphs=cuda_graphs
     )
     load_pair = loader(backend or best())
     name = None if target is None else str(target)

@@ -1,4 +1,4 @@
-"""Backends and trainers by name: entry points of two groups, imported when used."""
+"""Backends by name: entry points, imported when they are used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.interfaces import Loader
 from treeflash.errors import BackendError
-from treeflash.interfaces import Loader
-from treeflash.training import Trainer
 
 T = TypeVar("T")
 
 GROUP = "treeflash.backends"
-TRAINERS = "treeflash.trainers"
 _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
@@ -61,21 +59,7 @@ def loader(name: str) -> Loader:
     Raises:
         BackendError: no backend has that name, or its framework is not installed.
     """
-    return cast(Loader, _load(name, available()))
-
-
-def trainer(name: str | None) -> Trainer:
-    """The entry point of a backend that can train; None is the first installed.
-
-    Raises:
-        BackendError: no backend has that name, it cannot train, or its framework is missing.
-    """
-    entries = available(TRAINERS)
-    if name is None:
-        name = next(filter(installed, sorted(entries)), "cuda")
-    if name not in entries and name in available():
-        raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
-    return cast(Trainer, _load(name, entries))
+    return cast(Loader, load_entry_point(name, available()))
 
 
 def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
@@ -92,7 +76,12 @@ def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named:
         return run(replace(config, device="cpu"))
 
 
-def _load(name: str, entries: dict[str, EntryPoint]) -> Any:
+def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
+    """Import the entry point of a backend.
+
+    Raises:
+        BackendError: no entry point has that name, or its framework is not installed.
+    """
     if name not in entries:
         raise BackendError(
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"

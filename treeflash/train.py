@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from treeflash.bar import progress
-from treeflash.command import INTERRUPTED, Parser, add_device_options, guarded, with_device
-from treeflash.models import resolve_target
-from treeflash.registry import trainer
-from treeflash.responses import read_responses
-from treeflash.text import Tokenizer
-from treeflash.train_config import TrainConfig, read_train_config
+from treeflash.cli.options import INTERRUPTED, Parser, add_device_options, guarded, with_device
+from treeflash.cli.progress import progress
+from treeflash.hub.models import resolve_target
+from treeflash.text.tokenizer import Tokenizer
+from treeflash.training.config import TrainConfig, read_train_config
+from treeflash.training.responses import read_responses
+from treeflash.training.trainers import trainer
 
 EXPLAINED = {
     "init": "target, random, or the folder of a drafter, which keeps its shape",

@@ -10,16 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from treeflash.checkpoints import (
+from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.decoding.probe import check_trees
+from treeflash.drafters.checkpoints import (
     canonical_name,
     check_pair,
     check_tensors,
     drafter_config,
     weight_files,
 )
-from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
-from treeflash.probe import check_trees
 from treeflash_cuda.drafter import Drafter, DrafterModel
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.head import HEADS, ARHead
@@ -31,7 +31,7 @@ HEAD_PREFIX = "ar_approximation."
 
 
 class CudaBackend:
-    """`treeflash.interfaces.Backend` in PyTorch."""
+    """`treeflash.decoding.interfaces.Backend` in PyTorch."""
 
     name = "cuda"
 
@@ -81,7 +81,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = load_target(target, config, pack=True)
-    graphs = Graphs(model) if config.compile else None
+    graphs = Graphs(model) if config.cuda_graphs else None
     if drafter is None:
         return CudaBackend(model, None, None, graphs)
     drafter_model, head = load_drafter(drafter, model)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
-from treeflash.sampling import NOT_FINITE
 from treeflash_cuda.gpu_sampler import invert
 from treeflash_cuda.topk import floor_of_top
 

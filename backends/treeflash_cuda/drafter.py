@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
-from treeflash.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.attention import additive, folded, grouped_attention
 from treeflash_cuda.cache import KeyValues
 from treeflash_cuda.target import Target
@@ -155,7 +155,7 @@ class DrafterModel(nn.Module):
 
 
 class Drafter:
-    """`treeflash.interfaces.Drafter` in PyTorch."""
+    """`treeflash.decoding.interfaces.Drafter` in PyTorch."""
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
         """Start a text."""

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
-from treeflash.sampling import NOT_FINITE
 from treeflash_cuda.cache import upload
 from treeflash_cuda.topk import topk
 
@@ -23,7 +23,7 @@ BLOCK = 256
 def sample(
     logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """(n,) tokens; see `treeflash.sampling.choose`.
+    """(n,) tokens; see `treeflash.decoding.sampling.choose`.
 
     Args:
         logits: (n, vocab).

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError, is_out_of_memory
-from treeflash.tree import DraftTree
 from treeflash_cuda.attention import FoldedMasks, Rule, additive, follow
 from treeflash_cuda.cache import FIRST_CAPACITY, TargetCache, upload
 from treeflash_cuda.target import Target
@@ -150,7 +150,7 @@ class Forward:
                     raise
                 raise UnsupportedModelError(
                     f"{self.target.model.config.model_type} models cannot be captured as a CUDA "
-                    f"graph ({str(error).splitlines()[0]}); leave --compile out"
+                    f"graph ({str(error).splitlines()[0]}); leave --cuda-graphs out"
                 ) from error
         self.graph = graph
 

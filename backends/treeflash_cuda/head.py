@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
-from treeflash.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, divided, top
 from treeflash_cuda.linear import PairLinear, Rows, take
 from treeflash_cuda.target import Target
@@ -65,7 +65,7 @@ HEADS = {head.name: head for head in (SwiGLU, Linear)}
 
 
 class ARHead:
-    """`treeflash.interfaces.ARHead` in PyTorch."""
+    """`treeflash.decoding.interfaces.ARHead` in PyTorch."""
 
     def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
         """Join the head's weights with the drafter's norm and the target's embeddings."""

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
-from treeflash.sampling import NOT_FINITE
 from treeflash_cuda import cpu_sampler, gpu_sampler
 
 BLOCK = 256
@@ -21,7 +21,7 @@ BLOCK = 256
 def choose(
     logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.int32]:
-    """What `treeflash.sampling.choose` defines, with one read from a GPU.
+    """What `treeflash.decoding.sampling.choose` defines, with one read from a GPU.
 
     A second one where a nucleus is wider than the sampler's shortlist.
 

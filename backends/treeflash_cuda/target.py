@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
-from treeflash.checkpoints import read_config, weight_files
+from treeflash.decoding.probe import TOLERANCES
+from treeflash.drafters.checkpoints import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
-from treeflash.probe import TOLERANCES
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache
 from treeflash_cuda.linear import IN_TARGET, join_linears, pack_linears, take

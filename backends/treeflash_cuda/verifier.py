@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
-from treeflash.tree import DraftTree
+from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.attention import Visibility
 from treeflash_cuda.cache import upload
 from treeflash_cuda.sampler import choose
@@ -22,7 +22,7 @@ FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 
 
 class Verifier:
-    """`treeflash.interfaces.TreeVerifier` in PyTorch."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in PyTorch."""
 
     def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
         """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""

@@ -8,17 +8,17 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from treeflash import interfaces
-from treeflash.checkpoints import (
+from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import interfaces
+from treeflash.decoding.probe import check_trees
+from treeflash.drafters.checkpoints import (
     canonical_name,
     check_pair,
     check_tensors,
     drafter_config,
     weight_files,
 )
-from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
 from treeflash.errors import BackendError, CheckpointError, ConfigError
-from treeflash.probe import check_trees
 from treeflash_mlx.cache import give_back
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
@@ -32,7 +32,7 @@ GROUP_SIZE = 64
 
 
 class MlxBackend:
-    """`treeflash.interfaces.Backend` in MLX."""
+    """`treeflash.decoding.interfaces.Backend` in MLX."""
 
     name = "mlx"
 
@@ -64,8 +64,8 @@ class MlxBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """See `Loader`. MLX has one default device for the process, and a named one becomes it."""
-    if config.compile:
-        raise ConfigError("--compile is of the cuda backend; leave it out")
+    if config.cuda_graphs:
+        raise ConfigError("--cuda-graphs is of the cuda backend; leave it out")
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     model = Target(target, dtype, config.kv_bits)

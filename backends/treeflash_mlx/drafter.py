@@ -10,7 +10,7 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
-from treeflash.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.cache import Rows
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, top_log_probs
@@ -171,7 +171,7 @@ def _mask(start: int, n: int, window: int | None, causal: bool) -> mx.array | No
 
 
 class Drafter:
-    """`treeflash.interfaces.Drafter` in MLX."""
+    """`treeflash.decoding.interfaces.Drafter` in MLX."""
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
         """Start a text."""

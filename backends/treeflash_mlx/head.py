@@ -8,7 +8,7 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
-from treeflash.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, DrafterModel
 from treeflash_mlx.linear import PairLinear
 from treeflash_mlx.target import Target
@@ -66,7 +66,7 @@ HEADS = {head.name: head for head in (SwiGLU, Linear)}
 
 
 class ARHead:
-    """`treeflash.interfaces.ARHead` in MLX."""
+    """`treeflash.decoding.interfaces.ARHead` in MLX."""
 
     def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
         """Join the head's weights with the drafter's norm and the target's embeddings."""

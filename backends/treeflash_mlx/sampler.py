@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
-from treeflash.sampling import NOT_FINITE
 from treeflash_mlx.topk import top
 
 SHORTLIST = 256
@@ -17,7 +17,7 @@ SHORTLIST = 256
 def choose(
     logits: mx.array, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.int32]:
-    """What `treeflash.sampling.choose` defines, with one read from the device.
+    """What `treeflash.decoding.sampling.choose` defines, with one read from the device.
 
     A second one where a nucleus is wider than the shortlist.
 

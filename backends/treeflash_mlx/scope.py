@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from treeflash.tree import DraftTree
+from treeflash.decoding.tree import DraftTree
 
 ROPES = ("rope", "rotary")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
-from treeflash.tree import DraftTree
+from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.cache import give_back
 from treeflash_mlx.sampler import choose
 from treeflash_mlx.scope import TreePass
@@ -20,7 +20,7 @@ GIVE_BACK_EVERY = 256  # tokens
 
 
 class Verifier:
-    """`treeflash.interfaces.TreeVerifier` in MLX."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in MLX."""
 
     def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
         """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""

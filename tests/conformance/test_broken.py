@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from treeflash.decoding.sampling import choose
+from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.reference.backend import load as load_reference
 from treeflash.reference.head import ARHead
 from treeflash.reference.verifier import Verifier
-from treeflash.sampling import choose
-from treeflash.tree import DraftTree
 
 MODULE = """
 import pytest

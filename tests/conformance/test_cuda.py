@@ -25,5 +25,5 @@ class TestFixedShapes(BackendSuite):
     @pytest.fixture
     def load(self):
         return lambda target, drafter, config: load_cuda(
-            target, drafter, replace(config, device="cpu", compile=True)
+            target, drafter, replace(config, device="cpu", cuda_graphs=True)
         )

@@ -9,11 +9,11 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.models import resolve_drafter
+from treeflash.decoding.tree import DraftTree
+from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.comparisons import assert_trees_equal_but_for_ties, paths
-from treeflash.text import Tokenizer
-from treeflash.tree import DraftTree
+from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 require("mlx_lm")

@@ -7,8 +7,8 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing import BackendSuite, require, write_drafter, write_target
-from treeflash.tree import DraftTree
 
 
 def load_cuda(target, drafter, config):
@@ -36,7 +36,7 @@ class TestCudaGraphs(BackendSuite):
     @pytest.fixture
     def load(self):
         return lambda target, drafter, config: load_cuda(
-            target, drafter, replace(config, compile=True)
+            target, drafter, replace(config, cuda_graphs=True)
         )
 
 
@@ -47,8 +47,8 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     found = []
-    for compiled in (False, True):
-        load = LoadConfig(dtype="bfloat16", compile=compiled)
+    for with_graphs in (False, True):
+        load = LoadConfig(dtype="bfloat16", cuda_graphs=with_graphs)
         backend = load_cuda(tmp_path / "target", tmp_path / "drafter", load)
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
         tokens = [token for step in decode(backend, [3, 4, 5], config) for token in step.tokens]

@@ -7,8 +7,8 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.testing import require
 from treeflash.testing.models import write_target
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 
 require("torch")
 require("mlx")

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from treeflash import command
+from treeflash.cli import options
 from treeflash.config import METHODS
-from treeflash.costs import SIZES, VerifyCosts
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
-from treeflash.pace import Pace
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.testing.tokenizer import END, SPECIAL, save_tokenizer
-from treeflash.text import Tokenizer
-from treeflash.transitions import TransitionTable
+from treeflash.text.tokenizer import Tokenizer
 
 DEPTHS, CHILDREN = 4, 3
 
@@ -120,8 +120,12 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
         # Measuring costs would take texts; here every size costs the same.
-        paces = {method: Pace(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for method in METHODS}
-        return LanguageModel(ScriptedBackend(scripts, **settings), byte_tokenizer, paces=paces)
+        adaptive_budgets = {
+            method: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for method in METHODS
+        }
+        return LanguageModel(
+            ScriptedBackend(scripts, **settings), byte_tokenizer, adaptive_budgets=adaptive_budgets
+        )
 
     return make
 
@@ -150,7 +154,7 @@ def use(monkeypatch):
     """Let the command line load a given model."""
 
     def use(model):
-        monkeypatch.setattr(command, "load", lambda *args, **kwargs: model)
+        monkeypatch.setattr(options, "load", lambda *args, **kwargs: model)
         return model
 
     return use

@@ -10,9 +10,9 @@ import pytest
 
 import treeflash
 from treeflash import evaluate
-from treeflash.depths import FIGURES
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
+from treeflash.evaluation.depth_metrics import FIGURES
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
 RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]

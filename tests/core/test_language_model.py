@@ -15,7 +15,7 @@ from treeflash import language_model
 from treeflash.config import METHODS
 from treeflash.errors import BackendError, CheckpointError, ConfigError, PromptError
 from treeflash.language_model import LanguageModel, load
-from treeflash.stream import Chunk
+from treeflash.text.stream import Chunk
 
 TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
 NAMES = [

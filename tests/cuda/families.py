@@ -24,9 +24,9 @@ from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError
-from treeflash.probe import tree_difference
-from treeflash.tree import DraftTree
 
 WINDOW = 8
 PREFIX = 24

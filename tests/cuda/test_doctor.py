@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.diagnosis import diagnose
+from treeflash.diagnosis.checks import diagnose
 from treeflash.doctor import PROMPTS, main
-from treeflash.models import resolve_drafter
-from treeflash.prompting import Prompting
+from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_target
 from treeflash.testing.tokenizer import save_tokenizer
-from treeflash.text import Tokenizer
-from treeflash.train_config import TrainConfig
-from treeflash.training import Request, Response
+from treeflash.text.chat import Prompting
+from treeflash.text.tokenizer import Tokenizer
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Request, Response
 
 require("torch")
 require("accelerate")

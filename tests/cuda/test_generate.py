@@ -5,10 +5,10 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.models import resolve_drafter
+from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.text import Tokenizer
+from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 

@@ -5,9 +5,9 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.tree import DraftTree
 
 require("torch")
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def backend(folders):
-    return load(*folders, LoadConfig(device="cpu", compile=True))
+    return load(*folders, LoadConfig(device="cpu", cuda_graphs=True))
 
 
 def chain(*tokens):
@@ -126,7 +126,7 @@ def test_what_earlier_texts_left_is_not_seen(backend):
 def test_a_forward_is_a_function_of_tensors_alone(tmp_path, family):
     """Recorded once and replayed for another text, as a graph is, it computes the same."""
     write_target(tmp_path, family, seed=1)
-    backend = load(tmp_path, None, LoadConfig(device="cpu", compile=True))
+    backend = load(tmp_path, None, LoadConfig(device="cpu", cuda_graphs=True))
     verifier, tree = started(backend, [3, 4, 5]), chain(6, 7, 8)
     verifier.logits(tree)
     cache, forward = verifier.cache, verifier.cache.forwards[4, 512]

@@ -10,7 +10,7 @@ from treeflash.decoding import decode
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
-from treeflash.training import Request
+from treeflash.training.interfaces import Request
 
 require("torch")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import choose as reference
 from treeflash.errors import NumericalError
-from treeflash.sampling import choose as reference
 from treeflash.testing import require
 
 require("torch")

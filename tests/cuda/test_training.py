@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treeflash.checkpoints import read_config, read_tensors
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
+from treeflash.drafters.checkpoints import read_config, read_tensors
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.train_config import TrainConfig
-from treeflash.training import Request, Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Request, Response
 
 require("torch")
 

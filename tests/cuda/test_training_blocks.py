@@ -8,7 +8,7 @@ import pytest
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
-from treeflash.training import Response
+from treeflash.training.interfaces import Response
 
 require("torch")
 

@@ -25,8 +25,8 @@ from mlx_lm.utils import MODEL_REMAPPING
 from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.target import Target
 
+from treeflash.decoding.probe import tree_difference
 from treeflash.errors import TreeflashError, UnsupportedModelError
-from treeflash.probe import tree_difference
 
 WINDOW = 8
 PREFIX = 24

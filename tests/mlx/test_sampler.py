@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from treeflash import sampling as definition
 from treeflash.config import SamplingConfig
+from treeflash.decoding import sampling as definition
 from treeflash.errors import NumericalError
 from treeflash.testing import require
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.decoding.probe import check_trees
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import (
     BackendError,
     CheckpointError,
     ConfigError,
     UnsupportedModelError,
 )
-from treeflash.probe import check_trees
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
-from treeflash.tree import DraftTree
 
 require("mlx.core")
 require("mlx_lm")

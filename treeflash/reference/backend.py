@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from treeflash.checkpoints import (
+from treeflash.config import LoadConfig
+from treeflash.drafters.checkpoints import (
     canonical_name,
     check_pair,
     check_tensors,
     drafter_config,
     read_tensors,
 )
-from treeflash.config import LoadConfig
 from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter, DrafterWeights
 from treeflash.reference.head import ARHead
@@ -20,7 +20,7 @@ from treeflash.reference.verifier import Verifier
 
 
 class ReferenceBackend:
-    """`treeflash.interfaces.Backend` in NumPy."""
+    """`treeflash.decoding.interfaces.Backend` in NumPy."""
 
     name = "reference"
     device = "cpu"
@@ -58,8 +58,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")
     if config.draft_bits or config.kv_bits:
         raise ConfigError("the reference backend does not quantise; leave the bits out")
-    if config.compile:
-        raise ConfigError("the reference backend does not compile; leave --compile out")
+    if config.cuda_graphs:
+        raise ConfigError("the reference backend does not compile; leave --cuda-graphs out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.cache import Cache
 from treeflash.reference.numerics import (
     Array,
@@ -20,7 +21,6 @@ from treeflash.reference.numerics import (
     visible,
 )
 from treeflash.reference.target import Target
-from treeflash.transitions import TransitionTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class DrafterWeights:
 
 
 class Drafter:
-    """`treeflash.interfaces.Drafter` in NumPy."""
+    """`treeflash.decoding.interfaces.Drafter` in NumPy."""
 
     def __init__(self, weights: DrafterWeights) -> None:
         """Start a text."""

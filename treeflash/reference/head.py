@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block, DrafterWeights
 from treeflash.reference.numerics import Array, log_softmax, rms_norm, silu, top
-from treeflash.transitions import TransitionTable
 
 NORM_EPS = 1e-6
 PREFIX = "ar_approximation."
@@ -37,7 +37,7 @@ HEADS: dict[str | None, Callable[[Mapping[str, Array], Array], Array]] = {
 
 
 class ARHead:
-    """`treeflash.interfaces.ARHead` in NumPy: h' = h + correction([embedding; u])."""
+    """`treeflash.decoding.interfaces.ARHead` in NumPy: h' = h + correction([embedding; u])."""
 
     def __init__(self, weights: DrafterWeights) -> None:
         """Take the `ar_approximation` tensors of a drafter."""

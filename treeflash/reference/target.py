@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.checkpoints import read_config, read_tensors
+from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.rope import inverse_frequencies, rope_parameters
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.reference.cache import Cache
 from treeflash.reference.numerics import Array, attention, rms_norm, rotate, silu, softmax
-from treeflash.rope import inverse_frequencies, rope_parameters
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import choose
+from treeflash.decoding.tree import DraftTree
 from treeflash.reference.numerics import Array
 from treeflash.reference.target import Target
-from treeflash.sampling import choose
-from treeflash.tree import DraftTree
 
 
 class Verifier:
-    """`treeflash.interfaces.TreeVerifier` in NumPy."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in NumPy."""
 
     def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
         """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""

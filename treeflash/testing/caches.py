@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from treeflash.interfaces import Backend
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import assert_close, assert_equal_tables
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import path_to, random_tokens, random_tree
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree
 
 ROUNDS = 12
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from treeflash.checkpoints import read_tensors
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
+from treeflash.decoding.interfaces import Backend, Loader
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.checkpoints import read_tensors
 from treeflash.errors import ConfigError
-from treeflash.interfaces import Backend, Loader
 from treeflash.testing.comparisons import assert_close, assert_equal_tables, tokens_of
 from treeflash.testing.generations import check_generation, prompt_of
 from treeflash.testing.models import edit_config, save, write_drafter, write_target
@@ -26,7 +27,6 @@ from treeflash.testing.transitions import (
     settled_prompt,
     transitions,
 )
-from treeflash.tree import DraftTree
 
 Config = dict[str, Any]
 

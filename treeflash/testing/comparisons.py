@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding import Step
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree
+from treeflash.decoding.loop import Step
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
 
 TOLERANCE = 5e-5
 """Largest difference of two float32 values of tiny models, absolute and relative: logits, log

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.interfaces import Backend
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.samplings import GREEDY
-from treeflash.tree import DraftTree
 
 VOCAB = 6
 SEEDS = range(400)

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from treeflash.checkpoints import read_config, read_tensors
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.interfaces import Loader
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.checkpoints import read_config, read_tensors
 from treeflash.errors import CheckpointError, NumericalError, PromptError
-from treeflash.interfaces import Loader
 from treeflash.testing.checkpoints import write_pair
 from treeflash.testing.models import Tensors, edit_config, save, write_target
 from treeflash.testing.pairs import LOAD, TARGET_SEED, PairMaker
 from treeflash.testing.samplings import GREEDY, SAMPLINGS
-from treeflash.tree import DraftTree
 
 MISFITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hidden size": (lambda config: config.update(hidden_size=64), "hidden size is 64.* is 32"),

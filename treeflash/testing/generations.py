@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
-from treeflash.costs import SIZES, VerifyCosts
-from treeflash.decoding import Step, decode
-from treeflash.interfaces import Backend
-from treeflash.pace import Pace
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.testing.comparisons import assert_equal_steps, tokens_of
 from treeflash.testing.margins import settled_generation
 from treeflash.testing.pairs import Pair, PairMaker
@@ -90,7 +90,7 @@ class GenerationTests:
             (dict.fromkeys(SIZES, 1.0), False),
             ({size: 1e-6 * size**3 for size in SIZES}, True),
         ):
-            steps = list(decode(models.tested, prompt, config, Pace(VerifyCosts(costs))))
+            steps = list(decode(models.tested, prompt, config, AdaptiveBudget(VerifyCosts(costs))))
             assert tokens_of(steps) == tokens_of(list(decode(models.tested, prompt, plain)))
             # The prefill drafts nothing, nor does an iteration that can bring one token alone.
             assert any(step.table is None for step in steps[1:-1]) == rests

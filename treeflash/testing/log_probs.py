@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from treeflash.checkpoints import HEADS
-from treeflash.interfaces import Backend
+from treeflash.decoding.interfaces import Backend
+from treeflash.drafters.checkpoints import HEADS
 from treeflash.testing.comparisons import assert_close
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.texts import random_tokens

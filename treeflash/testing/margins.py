@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, SamplingConfig
-from treeflash.decoding import Step, decode, propose
-from treeflash.interfaces import Backend
-from treeflash.sampling import choose, uniforms
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step, decode, propose
+from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree, build_chain, build_tree
 from treeflash.testing.texts import random_tokens
-from treeflash.transitions import TransitionTable
-from treeflash.tree import DraftTree, build_chain, build_tree
 
 MARGIN = 1e-5
 ATTEMPTS = 300

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import assert_close
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import chain_to, path_to, random_tokens, random_tree
-from treeflash.tree import DraftTree
 
 NODES = 24
 PROMPT = 13  # longer than the window of the sliding family

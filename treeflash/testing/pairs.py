@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from treeflash.config import LoadConfig
-from treeflash.interfaces import Backend, Loader
+from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.reference import backend as reference
 from treeflash.testing.models import write_drafter, write_target
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import Step, decode
-from treeflash.interfaces import Backend
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step, decode
 from treeflash.testing.comparisons import assert_equal_steps, tokens_of
 from treeflash.testing.generations import check_generation, prompt_of
 from treeflash.testing.margins import settled_generation

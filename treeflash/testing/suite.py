@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from treeflash.interfaces import Loader
+from treeflash.decoding.interfaces import Loader
 from treeflash.testing.caches import CacheTests
 from treeflash.testing.checkpoints import CheckpointTests
 from treeflash.testing.contexts import ContextTests

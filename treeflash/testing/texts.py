@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.tree import DraftTree
+from treeflash.decoding.tree import DraftTree
 
 
 def random_tokens(rng: np.random.Generator, vocab_size: int, length: int) -> list[int]:

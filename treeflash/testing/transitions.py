@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treeflash.interfaces import Backend, Block, Drafter
+from treeflash.decoding.interfaces import Backend, Block, Drafter
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.testing.comparisons import assert_equal_tables
 from treeflash.testing.margins import MARGIN, is_settled_table
 from treeflash.testing.pairs import Pair, PairMaker
 from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import random_tokens
-from treeflash.transitions import TransitionTable
 
 SIZES = (1, 4, 16, 100)  # the last is larger than the vocabulary
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treeflash.acceptance import accept
 from treeflash.config import SamplingConfig
-from treeflash.interfaces import TreeVerifier
-from treeflash.sampling import choose, uniforms
+from treeflash.decoding.acceptance import accept
+from treeflash.decoding.interfaces import TreeVerifier
+from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.testing.comparisons import assert_equal_trees
 from treeflash.testing.margins import is_settled_choice
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.samplings import GREEDY, SAMPLINGS
 from treeflash.testing.texts import random_tokens, random_tree
 from treeflash.testing.transitions import settled_prompt, transitions
-from treeflash.tree import DraftTree, build_tree
 
 PROMPT = 5
 NODES = 24

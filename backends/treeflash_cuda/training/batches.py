@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 from treeflash_cuda.training.blocks import GROUP, Batch
 from treeflash_cuda.training.features import FeatureStore, TextFeatures
 

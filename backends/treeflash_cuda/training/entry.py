@@ -9,8 +9,8 @@ from typing import Any
 
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.training.responder import Responder
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from treeflash.model_card import model_card
+from treeflash.training.model_card import model_card
 from treeflash_cuda.training.run import Run, write_whole
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treeflash.training import Response
+from treeflash.training.interfaces import Response
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import topk

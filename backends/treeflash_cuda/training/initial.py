@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeflash.checkpoints import (
+from treeflash.drafters.checkpoints import (
     default_target_layer_ids,
     drafter_config,
     parse_drafter_config,
     read_config,
 )
 from treeflash.errors import ConfigError
-from treeflash.train_config import NEW, TrainConfig
+from treeflash.training.config import NEW, TrainConfig
 from treeflash_cuda.attention import Visibility, looking
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter import DrafterModel

@@ -15,8 +15,8 @@ from torch import nn
 
 from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.training.batches import Batches
 from treeflash_cuda.training.blocks import Blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treeflash.train_config import TrainConfig
+from treeflash.training.config import TrainConfig
 from treeflash_cuda.training.blocks import Batch
 from treeflash_cuda.training.losses import Output, TargetRows, divergence, make_shortlist
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from treeflash.train_config import TrainConfig
+from treeflash.training.config import TrainConfig
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

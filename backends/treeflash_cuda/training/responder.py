@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
-from treeflash.sampling import uniforms
-from treeflash.training import Request
+from treeflash.decoding.sampling import uniforms
+from treeflash.training.interfaces import Request
 from treeflash_cuda.attention import SlotVisibility, Visibility, looking
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
@@ -29,7 +29,7 @@ PREFILL_TOKENS = 8192
 
 
 class Responder:
-    """`treeflash.training.Responder` in PyTorch."""
+    """`treeflash.training.interfaces.Responder` in PyTorch."""
 
     def __init__(self, target: Target) -> None:
         """Take a loaded target."""

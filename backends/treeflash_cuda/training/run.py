@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from treeflash.errors import ConfigError
-from treeflash.train_config import TrainConfig
+from treeflash.training.config import TrainConfig
 
 
 class Run:

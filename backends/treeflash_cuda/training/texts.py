@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from treeflash.errors import ConfigError
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 from treeflash_cuda.target import Target
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from treeflash.train_config import TrainConfig
-from treeflash.training import Response
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batches import choose_anchors, make_batch
 from treeflash_cuda.training.blocks import Batch

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from treeflash.checkpoints import (
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.checkpoints import (
     canonical_name,
     check_pair,
     check_tensors,
     drafter_config,
     read_tensors,
 )
-from treeflash.transitions import TransitionTable
 from treeflash_example.layer import Layer, Weights, log_softmax, rms_norm, silu
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from treeflash.checkpoints import read_config, read_tensors
+from treeflash.decoding.sampling import choose
+from treeflash.drafters.checkpoints import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
-from treeflash.sampling import choose
 from treeflash_example.layer import Layer, Weights, rms_norm
 
 

@@ -1,0 +1,179 @@
+"""What command lines share: options, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from treeflash.cli import options
+from treeflash.cli.options import (
+    Parser,
+    add_decode_options,
+    add_model_options,
+    decode_options,
+    guarded,
+    load_model,
+)
+from treeflash.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def parser() -> Parser:
+    """Return a parser with all shared options."""
+    parser = Parser("treeflash.test", "A test.")
+    add_model_options(parser)
+    add_decode_options(parser)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
+        (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
+        (MemoryError(), 2, "error: out of memory; shorter texts"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; shorter texts"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "error: out of memory; shorter",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_one_line_and_a_code(capsys, error, code, line):
+    @guarded
+    def main(argv=None):
+        raise error
+
+    assert main([]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [IndexError, RuntimeError])
+def test_a_fault_of_the_program_stays_one(error):
+    @guarded
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(error):
+        main([])
+
+
+def test_success_keeps_its_code(capsys):
+    assert guarded(lambda argv=None: 1)([]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_only_given_options_are_set(parser):
+    assert decode_options(parser.parse_args([])) == {}
+    flags = (
+        "--method ddtree --budget 8 --top-m 4 --top-k-children 5 --draft-temperature 0.5 "
+        "--max-tokens 9 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.1 --seed 3 "
+        "--stop a --stop b --system Be --raw"
+    )
+    args = [*flags.split(), "--chat-template-args", '{"enable_thinking": true}']
+    assert decode_options(parser.parse_args(args)) == {
+        "method": "ddtree",
+        "budget": 8,
+        "top_m": 4,
+        "top_k_children": 5,
+        "draft_temperature": 0.5,
+        "max_tokens": 9,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": 3,
+        "stop": ["a", "b"],
+        "system": "Be",
+        "raw": True,
+        "template_args": {"enable_thinking": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--budget", "x"], "--budget"),
+        (["--budget"], "--budget"),
+        (["--method", "magic"], "magic"),
+        (["--dtype", "int8"], "int8"),
+        (["--bud", "8"], "--bud"),
+        (["--chat-template-args", "{"], "not JSON"),
+        (["--chat-template-args", "[" * 100000], "not JSON"),
+        (["--chat-template-args", "[1]"], "not a JSON object"),
+    ],
+)
+def test_the_parser_raises_a_configuration_error(parser, args, message):
+    with pytest.raises(ConfigError, match=message):
+        parser.parse_args(args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--budget 0",
+        "--budget=-3",
+        "--top-m 0",
+        "--top-k-children 0",
+        "--draft-temperature 0",
+        "--draft-temperature nan",
+        "--max-tokens 0",
+        "--temperature=-1",
+        "--temperature nan",
+        "--temperature inf",
+        "--top-k=-1",
+        "--top-p 0",
+        "--top-p 1.5",
+        "--min-p 2",
+        "--seed=-1",
+        f"--seed {2**64}",
+        "--stop=",
+    ],
+)
+def test_values_without_sense_are_refused_before_loading(parser, args):
+    with pytest.raises(ConfigError, match=args.split("=")[0].split()[0].strip("-")):
+        decode_options(parser.parse_args(args.split()))
+
+
+@pytest.mark.parametrize(
+    ("args", "methods", "drafter"),
+    [
+        ([], [], None),
+        ([], ["ar"], False),
+        ([], ["ar", "ddtree"], None),
+        (["--drafter", "d"], ["ar"], "d"),
+        (["--drafter", "d"], [], "d"),
+    ],
+)
+def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, methods, drafter):
+    calls = []
+    monkeypatch.setattr(options, "load", lambda *args, **kwargs: calls.append((args, kwargs)))
+    given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
+    load_model(parser.parse_args([*args, *given]), methods)
+    keywords = {
+        "backend": "mlx",
+        "device": "gpu",
+        "dtype": None,
+        "draft_bits": None,
+        "kv_bits": 8,
+    }
+    assert calls == [(("t", drafter), keywords | {"cuda_graphs": False})]
+
+
+def test_help_names_the_defaults(parser):
+    text = " ".join(parser.format_help().split())
+    for default in ("(default: auto)", "(default: 16)", "(default: 256)", "SmolLM2-135M-Instruct"):
+        assert default in text
+
+
+def test_the_parser_is_an_ordinary_one(parser):
+    assert isinstance(parser, argparse.ArgumentParser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help"])
+    assert ended.value.code == 0

@@ -1,0 +1,251 @@
+"""Many prompts from a file into a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from treeflash.cli import options
+from treeflash.errors import PromptError
+from treeflash.generate import main
+from treeflash.text.prompt_file import read_rows
+
+ROWS = [
+    {"id": "a", "category": "x", "turns": ["one", "two"]},
+    {"id": 7, "prompt": "three"},
+    {
+        "id": "c",
+        "messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "4"}],
+    },
+]
+ANSWERS = ["Eins, zwei.", "Drei é vier.", "Fünf.", "Sechs, sieben, acht."]
+KEYS = [("a", 0), ("a", 1), (7, 0), ("c", 0)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file of prompts, and where the output goes."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return prompts, tmp_path / "out.jsonl"
+
+
+@pytest.fixture
+def run(files, monkeypatch, capsys):
+    """Run the batch with a model: exit code and standard error."""
+
+    def run(model, *args: str) -> tuple[int, str]:
+        monkeypatch.setattr(options, "load", lambda *a, **k: model)
+        capsys.readouterr()
+        code = main(["--prompts", str(files[0]), "--output", str(files[1]), *args])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return code, err
+
+    return run
+
+
+def records(path) -> list[dict]:
+    """The lines of an output file."""
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def keys(path) -> list[tuple]:
+    """Which turns an output file holds."""
+    return [(record["id"], record["turn"]) for record in records(path)]
+
+
+def asked(model, number: int) -> str:
+    """What the model was asked in one of its texts."""
+    return model.tokenizer.decode(model.backend.prompts[number])
+
+
+def test_a_line_per_turn_and_the_conversation_goes_on(run, files, scripted):
+    model = scripted(*ANSWERS)
+    code, err = run(model)
+    assert code == 0
+    assert "4 of 4 turns decoded, 0 with errors, block efficiency" in err
+    assert keys(files[1]) == KEYS
+    assert [record["text"] for record in records(files[1])] == ANSWERS
+    expected = scripted(ANSWERS[0]).generate("one").to_dict()
+    first = records(files[1])[0]
+    assert list(first)[: 2 + len(expected)] == ["id", "turn", *expected]
+    assert (first["target"], first["temperature"], first["stop"]) == (None, 0.0, [])
+    assert asked(model, 1) == "user: oneassistant: Eins, zwei.user: twoassistant: "
+    assert asked(model, 3) == "system: Be.user: 4assistant: "
+
+
+def test_finished_turns_are_not_decoded_again(run, files, scripted):
+    run(scripted(*ANSWERS))
+    before = files[1].read_bytes()
+    model = scripted("wrong")
+    code, err = run(model)
+    assert code == 0
+    assert "4 of 4 turns decoded" in err
+    assert model.backend.prompts == []
+    assert files[1].read_bytes() == before
+
+
+@pytest.mark.parametrize("interrupt_at", range(1, 15, 2))
+def test_an_interrupted_run_goes_on_where_it_was(run, files, scripted, interrupt_at):
+    whole = scripted(*ANSWERS)
+    run(whole)
+    reference = [record["text"] for record in records(files[1])]
+    assert whole.backend.verified >= 14
+    files[1].unlink()
+
+    code, err = run(scripted(*ANSWERS, interrupt_at=interrupt_at))
+    assert code == 130
+    assert "interrupted;" in err
+    assert "the same command goes on from there" in err
+    *finished, last = records(files[1])
+    assert last["finish_reason"] == "interrupted"
+    assert 1 + sum(last["accepted_lengths"]) == len(last["token_ids"])
+    assert ANSWERS[len(finished)].startswith(last["text"])
+
+    model = scripted(*ANSWERS[len(finished) :])
+    assert run(model)[0] == 0
+    assert len(model.backend.prompts) == len(ANSWERS) - len(finished)
+    assert keys(files[1]) == KEYS
+    assert [record["text"] for record in records(files[1])] == reference
+    assert all(record["finish_reason"] == "stop" for record in records(files[1]))
+
+
+@pytest.mark.parametrize("size", [1, 5, 30, -20, -1])
+def test_a_torn_last_line_is_dropped(run, files, scripted, size):
+    run(scripted(*ANSWERS))
+    *first, last = files[1].read_bytes().splitlines(keepends=True)
+    files[1].write_bytes(b"".join(first) + last[:size])
+    assert run(scripted(ANSWERS[3]))[0] == 0
+    assert keys(files[1]) == KEYS
+    assert [record["text"] for record in records(files[1])] == ANSWERS
+
+
+def test_a_file_of_something_else_is_left_alone(run, files, scripted):
+    for content in (
+        "notes without a newline",
+        '{"id": 1, "prompt": "a prompt without a newline"}',
+        '{"id": 1}\n',
+        "[]\n",
+        "[" * 100000 + "\n",
+        '{"id": 1, "turn": 0}\n',
+    ):
+        files[1].write_text(content)
+        code, err = run(scripted(*ANSWERS))
+        assert (code, err.count("\n")) == (2, 1)
+        assert "give another --output" in err
+        assert files[1].read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "8"], "budget auto, not 8"),
+        (["--temperature", "0.5"], "temperature 0.0, not 0.5"),
+        (["--max-tokens", "9"], "max_tokens 256, not 9"),
+        (["--stop", "x"], "stop [], not ['x']"),
+        (["--system", "Be brief."], "system None, not Be brief."),
+    ],
+)
+def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, options, message):
+    run(scripted(*ANSWERS))
+    before = files[1].read_bytes()
+    code, err = run(scripted(*ANSWERS), *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert files[1].read_bytes() == before
+
+
+def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_goes_on(run, files, scripted):
+    rows = [{"id": "long", "turns": ["x" * 500, "more"]}, {"id": "ok", "prompt": "hi"}]
+    files[0].write_text("\n".join(map(json.dumps, rows)))
+    code, err = run(scripted(*ANSWERS))
+    assert code == 2
+    assert "1 of 3 turns decoded, 1 with errors" in err
+    long, ok = records(files[1])
+    assert list(long)[:3] == ["id", "turn", "error"]
+    assert "text" not in long
+    assert "limit" in long["error"]
+    assert ok["text"] == ANSWERS[0]
+    assert run(scripted("wrong"))[0] == 2
+    assert len(records(files[1])) == 2
+
+
+def test_an_edited_row_is_no_longer_the_one_that_was_answered(run, files, scripted):
+    run(scripted(*ANSWERS))
+    before = files[1].read_bytes()
+    files[0].write_text(files[0].read_text().replace("three", "four"), encoding="utf-8")
+    code, err = run(scripted(*ANSWERS))
+    assert (code, err.splitlines()[-1].count("another prompt of the id 7")) == (2, 1)
+    assert files[1].read_bytes() == before
+
+
+def test_a_row_that_failed_is_tried_again_once_it_was_mended(run, files, scripted):
+    files[0].write_text(json.dumps({"id": 1, "prompt": "x" * 500}))
+    assert run(scripted(*ANSWERS))[0] == 2
+    files[0].write_text(json.dumps({"id": 1, "prompt": "x"}))
+    code, err = run(scripted(*ANSWERS), "--max-tokens", "99")
+    assert code == 0
+    assert "1 of 1 turns decoded, 0 with errors" in err
+    failed, mended = records(files[1])
+    assert "error" in failed
+    assert mended["text"] == ANSWERS[0]
+    assert run(scripted("wrong"), "--max-tokens", "99")[0] == 0
+    assert len(records(files[1])) == 2
+
+
+def test_raw_rows_need_a_single_message(run, files, scripted):
+    code, err = run(scripted(*ANSWERS), "--raw")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "'a' has several messages" in err
+    files[0].write_text('{"id": 1, "prompt": "hi"}')
+    model = scripted(*ANSWERS)
+    assert run(model, "--raw")[0] == 0
+    assert asked(model, 0) == "hi"
+
+
+def test_the_reference_pair_resumes_to_the_same_file(files, tiny_pair, capsys):
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    args = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "6", *models]
+    assert main(args) == 0
+    whole = records(files[1])
+    files[1].write_text("".join(json.dumps(record) + "\n" for record in whole[:2]))
+    assert main(args) == 0
+    assert [r["token_ids"] for r in records(files[1])] == [r["token_ids"] for r in whole]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "object with an id"),
+        ("[" * 100000, "recursion"),
+        ('{"prompt": "x"}', "needs an 'id'"),
+        ('{"id": null, "prompt": "x"}', "needs an 'id'"),
+        ('{"id": true, "prompt": "x"}', "needs an 'id'"),
+        ('{"id": 1}', "exactly one of"),
+        ('{"id": 1, "prompt": "x", "turns": ["x"]}', "exactly one of"),
+        ('{"id": 1, "prompt": 3}', "'prompt' must be text"),
+        ('{"id": 1, "turns": []}', "'turns' must be text"),
+        ('{"id": 1, "turns": "x"}', "'turns' must be text"),
+        ('{"id": "\\ud800", "prompt": "x"}', "not valid Unicode"),
+        (
+            '{"id": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+            "not valid Unicode",
+        ),
+        ('{"id": 1, "prompt": "\\ud800"}', "not valid Unicode"),
+        ('{"id": 1, "messages": []}', "'messages' must be a list"),
+        ('{"id": 1, "messages": [{"role": "user"}]}', "message 1 needs"),
+        ('{"id": "first", "prompt": "x"}', "'first' was given on line 1 already"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "first", "prompt": "x"}\n\n' + line + "\n")
+    with pytest.raises(PromptError, match=message) as raised:
+        read_rows(path)
+    assert str(raised.value).startswith(f"{path}:3: ")

@@ -1,0 +1,236 @@
+"""The budget `auto`: the size that pays, drafting that rests, and what is learned."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode, verify_costs
+from treeflash.decoding.adaptive_budget import FIRST_REST, LONGEST_REST, AdaptiveBudget
+from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.errors import ConfigError
+from treeflash.reference.backend import load
+
+LOADED = LoadConfig()
+
+
+def chain(*probabilities):
+    """A tree whose nodes follow one another, each accepted with that probability."""
+    log_probs = np.concatenate([[0.0], np.cumsum(np.log(probabilities))])
+    return DraftTree.chain(np.zeros(len(log_probs), np.int32), log_probs)
+
+
+def fan(nodes, share):
+    """The root and children of equal probability."""
+    parents = np.zeros(nodes, np.int32)
+    parents[0] = -1
+    depths = np.minimum(np.arange(nodes), 1).astype(np.int32)
+    log_probs = np.where(depths > 0, np.log(share), 0.0)
+    return DraftTree(np.zeros(nodes, np.int32), parents, depths, log_probs)
+
+
+def costs(slope):
+    """A forward takes one second, and `slope` more for each further node."""
+    return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
+
+
+def path(length):
+    return np.arange(length, dtype=np.int32)
+
+
+def iterate(budget, tree, accepted, draft_s=0.0):
+    """One iteration of the loop; returns the number of nodes that were verified."""
+    if not budget.begin():
+        budget.observe(DraftTree.root_only(0), path(1), {"verify": budget.costs.seconds[1]})
+        return 0
+    cut = budget.cut(tree)
+    seconds = {"draft": draft_s, "verify": budget.costs.seconds[len(cut)]}
+    budget.observe(cut, path(min(accepted, len(cut))), seconds)
+    return len(cut)
+
+
+@pytest.mark.parametrize(("slope", "nodes"), [(0.0, 64), (0.005, 64), (0.02, 1), (1.0, 1)])
+def test_nodes_pay_while_they_bring_more_than_they_cost(slope, nodes):
+    assert len(AdaptiveBudget(costs(slope)).cut(fan(64, 0.01))) == nodes
+
+
+def test_sure_nodes_are_verified_and_doubtful_ones_are_not():
+    tree = chain(*[0.99] * 7, *[0.01] * 40)
+    assert len(AdaptiveBudget(costs(0.05)).cut(tree)) == 8
+
+
+def test_a_staircase_is_climbed_to_its_edges():
+    steps = {size: 1.0 if size <= 8 else 2.0 if size <= 32 else 9.0 for size in SIZES}
+    assert len(AdaptiveBudget(VerifyCosts(steps)).cut(fan(64, 1 / 64))) == 8
+    assert len(AdaptiveBudget(VerifyCosts(steps)).cut(fan(64, 1 / 20))) == 32
+
+
+def test_a_tree_that_ends_between_two_sizes_may_stay_whole():
+    assert len(AdaptiveBudget(costs(0.05)).cut(chain(*[0.99] * 9))) == 10
+
+
+def test_small_trees_stay_whole():
+    assert len(AdaptiveBudget(costs(0.0)).cut(chain(0.9, 0.9))) == 3
+    assert len(AdaptiveBudget(costs(0.0)).cut(DraftTree.root_only(3))) == 1
+
+
+def test_what_the_drafter_is_too_sure_of_is_believed_less():
+    tree = chain(*[0.9] * 15)
+    budget = AdaptiveBudget(costs(0.1))
+    before = len(budget.cut(tree))
+    for _ in range(30):
+        iterate(budget, tree, accepted=2)
+    assert len(budget.cut(tree)) < before
+
+
+def test_what_it_is_too_unsure_of_is_believed_more():
+    tree = chain(*[0.3] * 15)
+    budget = AdaptiveBudget(costs(0.02))
+    before = len(budget.cut(tree))
+    for _ in range(30):
+        iterate(budget, tree, accepted=16)
+    assert len(budget.cut(tree)) > before
+
+
+def test_drafting_rests_longer_and_longer_where_it_never_pays():
+    budget = AdaptiveBudget(costs(0.02))
+    verified = [iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4) for _ in range(2000)]
+    rests = "".join("d" if nodes else "-" for nodes in verified).split("d")
+    lengths = [len(rest) for rest in rests if rest]
+    assert lengths[0] == FIRST_REST - 1
+    assert lengths == sorted(lengths[:-1]) + lengths[-1:]
+    assert max(lengths) == LONGEST_REST - 1
+    # What it costs: the drafts, each 0.4 of a plain iteration and a little more.
+    assert sum(nodes > 0 for nodes in verified) < 2000 * 0.03 / 0.5
+
+
+def test_drafting_comes_back_when_it_pays():
+    budget = AdaptiveBudget(costs(0.02))
+    for _ in range(100):
+        iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
+    verified = [iterate(budget, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
+    assert all(verified[-100:])
+    assert budget.next_rest == FIRST_REST
+
+
+def test_costs_follow_what_is_measured_but_no_hiccup():
+    found = costs(0.1)
+    for _ in range(100):
+        found.observe(8, 3.4)
+    assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
+    assert found.seconds[4] > 1.3
+    before = found.seconds[8]
+    found.observe(8, 1000.0)
+    assert found.seconds[8] < 1.2 * before
+
+
+def test_a_size_between_those_that_are_measured_tells_of_them_too():
+    found = costs(0.1)
+    assert found.of([10]) == pytest.approx([1.9])
+    for _ in range(200):
+        found.observe(10, 3.8)
+    assert found.of([10]) == pytest.approx([3.8], rel=0.01)
+
+
+@pytest.fixture
+def backend(tiny_pair):
+    return load(*tiny_pair, LoadConfig())
+
+
+class Timed:
+    """A target whose forward takes a given time, by a clock that it moves itself."""
+
+    name, device, dtype, vocab_size = "timed", "cpu", "float32", 100
+
+    def __init__(self, monkeypatch, seconds, first=1.5):
+        self.seconds = seconds
+        self.first = first
+        self.now = 0.0
+        self.verified = []
+        monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
+
+    def verifier(self, *, features):
+        return self
+
+    def prefill(self, token_ids, sampling, uniforms):
+        pass
+
+    def verify(self, tree, sampling, uniforms):
+        first = len(tree) not in self.verified
+        self.verified.append(len(tree))
+        self.now += self.seconds(len(tree)) * (self.first if first else 1)
+
+
+def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
+    found = VerifyCosts.measure(timed).seconds
+    assert found.keys() == set(SIZES)
+    assert found[8] == pytest.approx(0.001)
+    assert found[24] == pytest.approx(0.002)
+    assert found[4] == pytest.approx(0.001)
+    assert found[256] == pytest.approx(0.002)
+
+
+def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
+    found = VerifyCosts.measure(timed).seconds
+    assert set(found) == {1, 2, 3, 4}
+    assert timed.verified.count(1) == timed.verified.count(8) == 2
+    assert max(timed.verified) == 8
+
+
+def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
+    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+
+
+def test_costs_are_measured_on_a_target(backend):
+    found = VerifyCosts.measure(backend).seconds
+    assert found[1] > 0
+    assert set(found) <= set(SIZES)
+
+
+def test_costs_are_remembered_by_target_and_type(monkeypatch, tiny_pair, tmp_path):
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    first = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
+    timed.seconds = lambda nodes: 0.02
+    again = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
+    assert again == first
+    with_graphs = VerifyCosts.cached(
+        timed, tiny_pair[0], LoadConfig(cuda_graphs=True), tmp_path / "costs"
+    )
+    assert with_graphs.seconds[1] == pytest.approx(0.02)
+    timed.dtype = "bfloat16"
+    other = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
+    assert other.seconds[1] == pytest.approx(0.02)
+    for file in (tmp_path / "costs").iterdir():
+        file.write_text("torn", encoding="utf-8")
+    timed.dtype = "float32"
+    mended = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
+    assert mended.seconds[1] == pytest.approx(0.02)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, tiny_pair, tmp_path):
+    (tmp_path / "costs").write_text("a file", encoding="utf-8")
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    found = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
+    assert found.seconds[1] == pytest.approx(0.01)
+
+
+def test_a_text_without_pace_measures_its_own(backend):
+    prompt = [5, 6, 7]
+    steps = [
+        [
+            t
+            for s in decode(backend, prompt, DecodeConfig(budget=budget, max_tokens=12))
+            for t in s.tokens
+        ]
+        for budget in (16, "auto")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("budget", [0, -1, "all", 2.5])
+def test_other_budgets_are_refused(budget):
+    with pytest.raises(ConfigError, match="budget must be auto, or 1 or more"):
+        DecodeConfig(budget=budget)

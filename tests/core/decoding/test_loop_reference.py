@@ -1,0 +1,86 @@
+"""The decode loop with the reference backend: every method and budget equals plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.statistics import Stats
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.samplings import SAMPLINGS
+
+DRAFTING = METHODS[1:]
+BUDGETS = (1, 2, 16, 64, 256)
+PROMPT = (3, 1, 4, 1, 5, 9, 2)
+
+
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    return [token for step in steps for token in step.tokens]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    folder = tmp_path_factory.mktemp("pair")
+    return pair_in(folder, max_positions=400)
+
+
+def pair_in(folder: Path, **target: Any) -> Backend:
+    write_target(folder / "target", "llama", seed=18, **target)
+    write_drafter(folder / "drafter", folder / "target", seed=118)
+    return load_reference(folder / "target", folder / "drafter", LoadConfig())
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("method", DRAFTING)
+def test_every_budget_equals_plain_decoding(
+    reference: Backend, method: Method, sampling: SamplingConfig
+) -> None:
+    config = DecodeConfig(method=method, sampling=sampling, max_tokens=24)
+    plain = list(decode(reference, PROMPT, replace(config, method="ar")))
+    assert len(tokens_of(plain)) == 24
+    for budget in BUDGETS:
+        steps = list(decode(reference, PROMPT, replace(config, budget=budget)))
+        assert tokens_of(steps) == tokens_of(plain)
+
+
+def test_trees_save_forward_passes(reference: Backend) -> None:
+    """The equalities would mean little if no draft were ever accepted."""
+    for method in ("ddtree", "treeflash"):
+        stats = Stats()
+        config = DecodeConfig(method=method, budget=64, max_tokens=48)
+        for step in decode(reference, PROMPT, config):
+            stats.add(step)
+        assert stats.tokens == 48
+        assert stats.block_efficiency > 1.5
+
+
+def test_end_tokens_inside_paths(reference: Backend) -> None:
+    """Every token of the text once as the end token: the text ends where it first occurs."""
+    config = DecodeConfig(budget=64, max_tokens=48)
+    text = tokens_of(list(decode(reference, PROMPT, config)))
+    inside = 0
+    for end in set(text):
+        stops = frozenset({end, *set(range(24)) - set(text)})
+        steps = list(decode(reference, PROMPT, replace(config, stop_token_ids=stops)))
+        assert tokens_of(steps) == text[: text.index(end) + 1]
+        assert steps[-1].finish_reason == "stop"
+        inside += steps[-1].path is not None and len(steps[-1].tokens) < len(steps[-1].path)
+    assert inside > 0
+
+
+def test_the_models_limit(tmp_path: Path) -> None:
+    backend = pair_in(tmp_path, max_positions=30)
+    plain = list(decode(backend, PROMPT, DecodeConfig(method="ar")))
+    assert len(tokens_of(plain)) == 23
+    for method in DRAFTING:
+        steps = list(decode(backend, PROMPT, DecodeConfig(method=method)))
+        assert tokens_of(steps) == tokens_of(plain)
+        assert steps[-1].finish_reason == "length"

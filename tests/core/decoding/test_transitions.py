@@ -1,0 +1,116 @@
+"""Transition tables: which rows follow which children, and what is absent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.errors import NumericalError
+
+
+def test_marginals_share_one_row_a_depth() -> None:
+    tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
+    log_probs = np.array([[-0.5, -1], [-0.25, -2], [-1, -1]], np.float32)
+    table = TransitionTable.from_marginals(tokens, log_probs)
+    assert table.depths == 3
+    assert table.tokens.tolist() == [[[5, 3]], [[3, 9]], [[1, 5]]]
+    assert table.log_probs.tolist() == [[[-0.5, -1]], [[-0.25, -2]], [[-1, -1]]]
+    assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
+    assert table.next_row.dtype == np.int32
+
+
+def test_marginals_of_one_depth_are_leaves() -> None:
+    table = TransitionTable.from_marginals(
+        np.array([[5, 3]], np.int32), np.array([[-1, -2]], np.float32)
+    )
+    assert table.next_row.tolist() == [[[-1, -1]]]
+
+
+def test_a_table_cut_short_ends_in_leaves() -> None:
+    tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
+    table = TransitionTable.from_marginals(tokens, np.zeros((3, 2), np.float32))
+    cut = table.until(2)
+    assert cut.tokens.tolist() == [[[5, 3]], [[3, 9]]]
+    assert cut.next_row.tolist() == [[[0, 0]], [[-1, -1]]]
+    assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
+    assert table.until(3) is table.until(9) is table
+
+
+def test_candidates_by_hand() -> None:
+    """Two depths, two rows, two children: of 4, 7 (after the root) only 7 has a row."""
+    tokens = np.array([[[4, 7], [0, 0]], [[1, 2], [3, 4]]], np.int32)
+    log_probs = np.full((2, 2, 2), -1, np.float32)
+    table = TransitionTable.from_candidates(np.array([[9, 7]], np.int32), tokens, log_probs)
+    assert table.next_row[0, 0].tolist() == [-1, 1]
+    assert table.next_row[1].tolist() == [[-1, -1], [-1, -1]]
+    assert table.log_probs[0].tolist() == [[-1, -1], [-np.inf, -np.inf]]
+    assert table.log_probs[1].tolist() == [[-1, -1], [-1, -1]]
+
+
+def test_rows_that_were_not_scored_are_absent() -> None:
+    """Of 2 rows at 3 depths the root's, the second of depth 2 and the first of depth 3."""
+    tokens = np.array([[5, 6], [7, 8], [1, 2]], np.int32)
+    log_probs = np.array([[-1, -2], [-3, -4], [-5, -6]], np.float32)
+    places, previous = np.array([3, 4], np.int32), np.array([6, 7], np.int32)
+    table = TransitionTable.from_rows(places, previous, tokens, log_probs, (3, 2))
+    absent = [-np.inf, -np.inf]
+    assert table.log_probs.tolist() == [[[-1, -2], absent], [absent, [-3, -4]], [[-5, -6], absent]]
+    assert table.next_row[0, 0].tolist() == [-1, 1]  # nothing follows 5
+    assert table.next_row[1, 1].tolist() == [0, -1]
+    assert table.tokens[1, 1].tolist() == [7, 8]
+
+
+def test_a_block_of_two_has_the_roots_row_alone() -> None:
+    nothing = np.zeros(0, np.int32)
+    table = TransitionTable.from_rows(
+        nothing, nothing, np.array([[5]], np.int32), np.array([[-1]], np.float32), (1, 2)
+    )
+    assert table.log_probs.tolist() == [[[-1], [-np.inf]]]
+    assert (table.next_row == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 4), (2, 1, 5), (6, 4, 3), (15, 16, 16)])
+def test_candidates_equal_a_naive_search(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(shape)
+    depths, rows, _ = shape
+    vocab_size = 30
+    tokens = rng.integers(0, vocab_size, shape).astype(np.int32)
+    previous = np.array(
+        [rng.permutation(vocab_size)[:rows] for _ in range(depths - 1)], np.int32
+    ).reshape(depths - 1, rows)
+    log_probs = rng.normal(size=shape).astype(np.float32)
+    table = TransitionTable.from_candidates(previous, tokens, log_probs)
+    for at in np.ndindex(shape):
+        candidates = previous[at[0]].tolist() if at[0] < depths - 1 else []
+        token = int(tokens[at])
+        expected = candidates.index(token) if token in candidates else -1
+        assert table.next_row[at] == expected
+    assert table.next_row.dtype == np.int32
+    np.testing.assert_array_equal(table.tokens, tokens)
+    np.testing.assert_array_equal(table.log_probs[1:], log_probs[1:])
+    np.testing.assert_array_equal(table.log_probs[0, 0], log_probs[0, 0])
+    assert (table.log_probs[0, 1:] == -np.inf).all()
+
+
+def test_candidates_leave_their_arguments_alone() -> None:
+    log_probs = np.full((2, 2, 2), -1, np.float32)
+    TransitionTable.from_candidates(
+        np.array([[1, 2]], np.int32), np.zeros((2, 2, 2), np.int32), log_probs
+    )
+    assert (log_probs == -1).all()
+
+
+def test_nan_raises_with_a_way_out() -> None:
+    log_probs = np.array([[-1, np.nan]], np.float32)
+    with pytest.raises(NumericalError, match=r"not a number \(NaN\).*--dtype float32.*--method ar"):
+        TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
+
+
+def test_nan_in_the_unused_rows_of_depth_one_is_harmless() -> None:
+    log_probs = np.full((1, 2, 2), -1, np.float32)
+    log_probs[0, 1] = np.nan
+    table = TransitionTable.from_candidates(
+        np.zeros((0, 2), np.int32), np.zeros((1, 2, 2), np.int32), log_probs
+    )
+    assert table.log_probs[0, 1].tolist() == [-np.inf, -np.inf]

@@ -1,0 +1,260 @@
+"""Draft trees against a plain best-first heap, node for node."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from itertools import product
+
+import numpy as np
+import pytest
+
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+
+ROOT = 7
+BUDGETS = (1, 2, 3, 16, 64, 256, 1024)
+# (depths, rows, children)
+SHAPES = [(1, 1, 1), (1, 4, 6), (2, 1, 5), (4, 3, 1), (5, 2, 3), (7, 1, 4), (7, 5, 4), (15, 16, 16)]
+KINDS = ["smooth", "peaked", "ties", "flat", "certain", "holes", "dead-ends"]
+
+
+def random_table(kind: str, shape: tuple[int, int, int], seed: int) -> TransitionTable:
+    """A table of one kind; log probabilities do not increase along the children."""
+    rng = np.random.default_rng([seed, *shape, KINDS.index(kind)])
+    depths, rows, children = shape
+    tokens = rng.permuted(np.tile(np.arange(3 * children), (depths, rows, 1)), axis=-1)
+    next_row = rng.integers(0, rows, shape)
+    next_row[-1] = -1
+    logits = rng.normal(size=(depths, rows, 3 * children)) * (6 if kind == "peaked" else 1.5)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_probs = -np.sort(-log_probs)[..., :children]
+    if kind == "ties":  # few values, whose sums meet again at other depths
+        log_probs = -np.sort(rng.integers(1, 5, shape) / 2)
+    elif kind == "flat":
+        log_probs = np.full(shape, -1.0)
+    elif kind == "certain":  # a first child as probable as its parent
+        log_probs = -np.sort(rng.integers(1, 5, shape) / 2)
+        log_probs[..., 0] = 0
+    elif kind == "holes":
+        log_probs[
+            np.arange(children) >= rng.integers(0, children + 1, shape[:2])[..., None]
+        ] = -np.inf
+    elif kind == "dead-ends":
+        next_row[rng.random(shape) < 0.5] = -1
+    return TransitionTable(
+        tokens[..., :children].astype(np.int32),
+        log_probs.astype(np.float32),
+        next_row.astype(np.int32),
+    )
+
+
+def heap_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
+    """Best-first expansion as OPT-Tree states it, one node at a time."""
+    nodes = [(root, -1, 0, 0.0)]
+    heap: list[tuple[float, tuple[int, ...], int, int]] = []
+
+    def push_children(node: int, row: int, path: tuple[int, ...], log_prob: float) -> None:
+        if len(path) == table.depths or row < 0:
+            return
+        for rank, step in enumerate(table.log_probs[len(path), row].tolist()):
+            if step > -np.inf:
+                heappush(heap, (-(log_prob + step), (*path, rank), node, row))
+
+    push_children(0, 0, (), 0.0)
+    while heap and len(nodes) < budget:
+        cost, path, parent, row = heappop(heap)
+        at = len(path) - 1, row, path[-1]
+        nodes.append((int(table.tokens[at]), parent, len(path), -cost))
+        push_children(len(nodes) - 1, int(table.next_row[at]), path, -cost)
+    tokens, parents, depths, log_probs = zip(*nodes, strict=True)
+    return DraftTree(
+        np.array(tokens, np.int32),
+        np.array(parents, np.int32),
+        np.array(depths, np.int32),
+        np.array(log_probs, np.float64),
+    )
+
+
+def assert_same_tree(actual: DraftTree, expected: DraftTree) -> None:
+    for field in ("tokens", "parents", "depths", "log_probs"):
+        ours, theirs = getattr(actual, field), getattr(expected, field)
+        assert ours.dtype == theirs.dtype, field
+        np.testing.assert_array_equal(ours, theirs, err_msg=field)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tree_equals_heap(kind: str, shape: tuple[int, int, int]) -> None:
+    for seed in range(2 if shape == SHAPES[-1] else 6):
+        table = random_table(kind, shape, seed)
+        for budget in BUDGETS:
+            assert_same_tree(build_tree(table, ROOT, budget), heap_tree(table, ROOT, budget))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tree_holds_the_most_probable_of_all_paths(kind: str) -> None:
+    """Against a full enumeration, which takes nothing about best-first search for granted."""
+    shape = depths, _, children = 4, 2, 3
+    for seed in range(5):
+        table = random_table(kind, shape, seed)
+        every = []
+        for length in range(1, depths + 1):
+            for path in product(range(children), repeat=length):
+                row, log_prob = 0, 0.0
+                for depth, rank in enumerate(path):
+                    log_prob += float(table.log_probs[depth, row, rank]) if row >= 0 else -np.inf
+                    row = int(table.next_row[depth, row, rank])
+                if log_prob > -np.inf:
+                    every.append((-log_prob, path))
+        every.sort()
+        for budget in (2, 5, 20, 500):
+            tree = build_tree(table, ROOT, budget)
+            assert (-tree.log_probs[1:]).tolist() == [cost for cost, _ in every[: budget - 1]]
+            assert tree.depths[1:].tolist() == [len(path) for _, path in every[: budget - 1]]
+
+
+def test_nodes_stand_in_the_documented_order() -> None:
+    tree = build_tree(random_table("ties", (7, 5, 4), 0), ROOT, 64)
+    assert len(tree) == 64
+    assert (tree.tokens[0], tree.parents[0], tree.depths[0], tree.log_probs[0]) == (ROOT, -1, 0, 0)
+    assert (tree.parents[1:] < np.arange(1, 64)).all()
+    assert (tree.depths[1:] == tree.depths[tree.parents[1:]] + 1).all()
+    assert (np.diff(tree.log_probs) <= 0).all()
+
+
+def test_smaller_trees_open_larger_ones() -> None:
+    table = random_table("ties", (7, 5, 4), 1)
+    large = build_tree(table, ROOT, 256)
+    for budget in range(1, 64):
+        small = build_tree(table, ROOT, budget)
+        assert small.tokens.tolist() == large.tokens[:budget].tolist()
+        assert small.parents.tolist() == large.parents[:budget].tolist()
+
+
+def test_equal_probabilities_go_by_rank_path() -> None:
+    """Two depths, two children, all paths of a depth equal: (0), (1), (0, 0), (0, 1), ..."""
+    table = TransitionTable(
+        np.array([[[10, 11]], [[20, 21]]], np.int32),
+        np.full((2, 1, 2), -1, np.float32),
+        np.array([[[0, 0]], [[-1, -1]]], np.int32),
+    )
+    tree = build_tree(table, ROOT, 99)
+    assert tree.tokens.tolist() == [ROOT, 10, 11, 20, 21, 20, 21]
+    assert tree.parents.tolist() == [-1, 0, 0, 1, 1, 2, 2]
+    assert tree.log_probs.tolist() == [0, -1, -1, -2, -2, -2, -2]
+
+
+def test_a_certain_child_comes_right_after_its_parent() -> None:
+    table = TransitionTable(
+        np.array([[[10, 11]], [[20, 21]]], np.int32),
+        np.array([[[-1, -1]], [[0, -9]]], np.float32),
+        np.array([[[0, 0]], [[-1, -1]]], np.int32),
+    )
+    assert build_tree(table, ROOT, 5).tokens.tolist() == [ROOT, 10, 20, 11, 20]
+
+
+def test_budget_larger_than_the_table_takes_all_of_it() -> None:
+    table = random_table("smooth", (2, 1, 3), 0)
+    assert len(build_tree(table, ROOT, 10**6)) == 1 + 3 + 9
+
+
+def test_absent_children_everywhere_leave_the_root() -> None:
+    table = TransitionTable(
+        np.zeros((3, 1, 4), np.int32),
+        np.full((3, 1, 4), -np.inf, np.float32),
+        np.zeros((3, 1, 4), np.int32),
+    )
+    assert_same_tree(build_tree(table, ROOT, 16), DraftTree.root_only(ROOT))
+
+
+def test_absent_children_cost_nothing() -> None:
+    """One possible path in a table with 16 ** 15 impossible ones."""
+    log_probs = np.full((15, 1, 16), -np.inf, np.float32)
+    log_probs[..., 0] = -1
+    next_row = np.zeros((15, 1, 16), np.int32)
+    next_row[-1] = -1
+    table = TransitionTable(np.tile(np.arange(16, dtype=np.int32), (15, 1, 1)), log_probs, next_row)
+    tree = build_tree(table, ROOT, 1024)
+    assert tree.is_chain
+    assert tree.log_probs.tolist() == [-float(d) for d in range(16)]
+
+
+def test_root_only() -> None:
+    tree = DraftTree.root_only(ROOT)
+    assert (tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()) == (
+        [ROOT],
+        [-1],
+        [0],
+    )
+    assert tree.is_chain
+    assert_same_tree(build_tree(random_table("smooth", (5, 2, 3), 0), ROOT, 1), tree)
+    assert_same_tree(build_chain(random_table("smooth", (5, 2, 3), 0), ROOT, 1), tree)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_chain_is_the_first_child_of_the_first_row(
+    shape: tuple[int, int, int], budget: int
+) -> None:
+    table = random_table("dead-ends", shape, 3)
+    chain = build_chain(table, ROOT, budget)
+    n = min(budget, shape[0] + 1)
+    tokens, log_probs, total = [ROOT], [0.0], 0.0
+    for depth in range(n - 1):
+        total += float(table.log_probs[depth, 0, 0])
+        tokens.append(int(table.tokens[depth, 0, 0]))
+        log_probs.append(total)
+    assert_same_tree(
+        chain,
+        DraftTree(
+            np.array(tokens, np.int32),
+            np.arange(-1, n - 1, dtype=np.int32),
+            np.arange(n, dtype=np.int32),
+            np.array(log_probs),
+        ),
+    )
+    assert chain.is_chain
+
+
+def test_is_chain_tells_chains_from_trees() -> None:
+    table = random_table("flat", (3, 1, 2), 0)
+    assert build_tree(table, ROOT, 2).is_chain
+    assert not build_tree(table, ROOT, 3).is_chain
+
+
+def test_positions_follow_depths() -> None:
+    tree = build_tree(random_table("smooth", (5, 2, 3), 0), ROOT, 16)
+    positions = tree.positions(100)
+    assert positions.dtype == np.int32
+    assert positions.tolist() == [100 + depth for depth in tree.depths.tolist()]
+
+
+def naive_ancestor_mask(parents: list[int]) -> np.ndarray:
+    mask = np.zeros((len(parents), len(parents)), np.bool_)
+    for node in range(len(parents)):
+        at = node
+        while at != -1:
+            mask[node, at] = True
+            at = parents[at]
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_ancestor_mask_of_built_trees(kind: str, budget: int) -> None:
+    tree = build_tree(random_table(kind, (15, 16, 16), 4), ROOT, budget)
+    mask = tree.ancestor_mask()
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask, naive_ancestor_mask(tree.parents.tolist()))
+
+
+def test_ancestor_mask_of_any_parents_first_order() -> None:
+    """Trees from elsewhere need not be sorted by probability or depth."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 5, 40):
+        parents = np.array([-1] + [int(rng.integers(0, i)) for i in range(1, n)], np.int32)
+        depths = np.zeros(n, np.int32)
+        for node in range(1, n):
+            depths[node] = depths[parents[node]] + 1
+        tree = DraftTree(np.arange(n, dtype=np.int32), parents, depths, np.zeros(n))
+        np.testing.assert_array_equal(tree.ancestor_mask(), naive_ancestor_mask(parents.tolist()))

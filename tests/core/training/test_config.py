@@ -1,0 +1,82 @@
+"""The configuration of a training run, from a file and from the command line."""
+
+import json
+
+import pytest
+
+from treeflash import train
+from treeflash.errors import CheckpointError, ConfigError
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.training.config import TrainConfig, read_train_config
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text('steps = 7\nhead = "linear"\ntarget_layer_ids = [1, 5]\nlearning_rate = 1e-3\n')
+    config = read_train_config(path, {"steps": 9})
+    assert config == TrainConfig(
+        steps=9, head="linear", target_layer_ids=(1, 5), learning_rate=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps = 7", "unknown option 'stepps'"),
+        ("steps = 'many'", "steps must be int, got 'many'"),
+        ("steps = true", "steps must be int, got True"),
+        ("freeze_backbone = 1", "freeze_backbone must be bool"),
+        ("steps =", "is not TOML"),
+        ("steps = 0", "steps must be 1 or more"),
+        ("block_size = 1", "block-size must be 2 or more"),
+        ("learning_rate = nan", "learning-rate must be a finite number"),
+        ("cache_gb = inf", "cache-gb must be a finite number"),
+        ("seed = 9223372036854775808", "seed must be below"),
+        ("marginal_weight = 0\ncorrected_weight = 0", "must not both be 0"),
+        ("seed = -1", "seed must be 0 or more"),
+        ("head_size = 0", "head-size must be 1 or more"),
+        ("target_layer_ids = ['a']", r"target_layer_ids must be tuple\[int, ...\] | None, got"),
+        ("loss = 'l2'", "unknown loss 'l2'"),
+        ("gamma = 0", "gamma must be above 0"),
+        ("warmup = 1", "warmup must be"),
+        ("freeze_backbone = true", "needs a head, and a folder as init"),
+    ],
+)
+def test_what_is_wrong_is_named(text, message, tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_train_config(path, {})
+
+
+def test_a_drafter_that_training_starts_from_keeps_its_shape(tmp_path):
+    write_target(tmp_path / "target", "llama", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, block_size=6, layers=2)
+    init = {"init": str(tmp_path / "drafter")}
+    # Only what is given and differs is refused: a file can serve for both.
+    assert read_train_config(None, init).init == init["init"]
+    assert read_train_config(None, {**init, "layers": 2, "target_layer_ids": (0, 2)}).layers == 2
+    for name, value in (("layers", 5), ("block_size", 16), ("target_layer_ids", (1,))):
+        with pytest.raises(ConfigError, match=f"has {name.replace('_', '-')} .*; leave it out"):
+            read_train_config(None, {**init, name: value})
+    with pytest.raises(CheckpointError):
+        read_train_config(None, {"init": str(tmp_path)})
+
+
+def test_a_head_is_kept_unless_another_is_asked_for(tmp_path):
+    write_target(tmp_path / "target", "llama", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, head="linear")
+    write_drafter(tmp_path / "dflash", tmp_path / "target", seed=2, format="dflash")
+    init = {"init": str(tmp_path / "drafter")}
+    assert read_train_config(None, init).head == "linear"
+    assert read_train_config(None, {**init, "head": "swiglu"}).head == "swiglu"
+    assert read_train_config(None, {"init": str(tmp_path / "dflash")}).head == "swiglu"
+
+
+def test_every_option_is_explained_and_reaches_the_configuration(tmp_path, capsys):
+    assert train.EXPLAINED.keys() == TrainConfig.__dataclass_fields__.keys()
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text(json.dumps({"prompt_ids": [1], "response_ids": [2]}))
+    arguments = ["--responses", str(responses), "--output", str(tmp_path / "out")]
+    assert train.main([*arguments, "--target-layer-ids", "1", "2", "--gamma", "-1"]) == 2
+    assert "gamma must be above 0" in capsys.readouterr().err

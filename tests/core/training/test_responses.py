@@ -1,0 +1,65 @@
+"""Reading answers, the target's own or another engine's."""
+
+import json
+
+import pytest
+
+from treeflash.errors import PromptError
+from treeflash.testing.tokenizer import END
+from treeflash.training.interfaces import Response
+from treeflash.training.responses import read_responses
+
+
+def write(tmp_path, *records):
+    path = tmp_path / "responses.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path, byte_tokenizer):
+    path = write(tmp_path, {"id": 1, "prompt_ids": [3, 4], "response_ids": [5], "more": "free"})
+    (response,) = read_responses(path, byte_tokenizer)
+    assert response == Response(prompt_ids=(3, 4), response_ids=(5,))
+    assert response.token_ids == (3, 4, 5)
+    assert len(response) == 3
+
+
+def test_a_conversation_goes_through_the_chat_template(tmp_path, byte_tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (response,) = read_responses(write(tmp_path, {"messages": messages}), byte_tokenizer)
+    assert list(response.prompt_ids) == byte_tokenizer.chat(messages[:1])
+    assert list(response.response_ids[:-1]) == byte_tokenizer.encode("ho")
+    assert response.response_ids[-1] in byte_tokenizer.stop_token_ids
+    assert response.response_ids[-1] == END
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "a JSON object is needed"),
+        ({}, "'messages', or 'prompt_ids' and 'response_ids'"),
+        ({"prompt_ids": [1], "response_ids": []}, "lists of token ids"),
+        ({"prompt_ids": [1], "response_ids": [True]}, "lists of token ids"),
+        ({"prompt_ids": [1], "response_ids": ["a"]}, "lists of token ids"),
+        ({"prompt_ids": [-1], "response_ids": [2]}, "lists of token ids"),
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "answer of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "not empty"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(record, message, tmp_path, byte_tokenizer):
+    good = {"prompt_ids": [1], "response_ids": [2]}
+    with pytest.raises(PromptError, match=r"responses\.jsonl:2: .*" + message):
+        read_responses(write(tmp_path, good, record), byte_tokenizer)
+
+
+def test_an_empty_file_is_refused(tmp_path, byte_tokenizer):
+    with pytest.raises(PromptError, match="holds no responses"):
+        read_responses(write(tmp_path), byte_tokenizer)
+
+
+def test_cutting_keeps_the_prompt():
+    response = Response(prompt_ids=(1, 2), response_ids=(3, 4, 5))
+    assert response.cut(4).response_ids == (3, 4)
+    assert response.cut(9) == response
+    assert response.cut(1).response_ids == ()

@@ -1,0 +1,255 @@
+"""What the command lines share: their options, and errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
+
+from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.errors import ConfigError, TreeflashError, is_out_of_memory
+from treeflash.language_model import LanguageModel, Options, load, parse_options
+from treeflash.registry import on_some_device
+
+T = TypeVar("T")
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # as shells report a program that SIGINT ended
+READER_GONE = 141  # likewise SIGPIPE
+
+
+class Main(Protocol):
+    """The main function of a command line."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Run with these arguments, or those of the process, and return the exit code."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors are those of this package."""
+
+    def __init__(self, name: str, description: str) -> None:
+        """Start a parser for `python -m {name}`."""
+        super().__init__(prog=f"python -m {name}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, so that one line is all there is.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message}; --help explains all options")
+
+
+def guarded(main: Main) -> Main:
+    """Make the main function of a command line end with an exit code, whatever the user did.
+
+    Bad input becomes one line on standard error and exit code 2, an interruption 130. Any other
+    exception is a fault of the program and stays one.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Python flushes standard output once more at exit; that must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return READER_GONE
+        except (TreeflashError, OSError) as error:
+            return _fail(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _fail(
+                "out of memory; shorter texts, less at once (see --help), --dtype bfloat16, or a "
+                "smaller model needs less"
+            )
+        return code
+
+    return run
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> Any:
+    """Add the options that say which target to load, and where; returns their group."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--backend", metavar="NAME", help="cuda, mlx, reference, ... (default: the best installed)"
+    )
+    group.add_argument(
+        "--device", help="the backend's name for a device: cuda, cuda:1, cpu, ... (default: best)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="(default: the backend's choice)")
+    group.add_argument(
+        "--target",
+        metavar="FOLDER_OR_ID",
+        help="the model that answers (default: SmolLM2-135M-Instruct)",
+    )
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what to load and where."""
+    group = add_device_options(parser)
+    group.add_argument(
+        "--drafter",
+        metavar="FOLDER_OR_ID",
+        help="a TreeFlash or DFlash drafter for it (default: the published one)",
+    )
+    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise the drafter (mlx)")
+    group.add_argument(
+        "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
+    )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="run the target as CUDA graphs (cuda)"
+    )
+
+
+def add_decode_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how to decode; those that are not given stay unset."""
+    group = parser.add_argument_group("decoding")
+
+    def add(flag: str, help: str, default: object = None, **settings: Any) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(flag, help=help + shown, default=argparse.SUPPRESS, **settings)
+
+    add(
+        "--method",
+        "how to draft (default: the best that the drafter can do)",
+        choices=METHODS,
+    )
+    add(
+        "--budget",
+        "nodes of a draft tree, the root included, or auto: what is fastest here",
+        DecodeConfig.budget,
+        type=budget,
+        metavar="N|auto",
+    )
+    add("--top-m", "previous tokens considered per depth", DecodeConfig.top_m, type=int)
+    add(
+        "--top-k-children",
+        "children per previous token",
+        DecodeConfig.top_k_children,
+        type=int,
+    )
+    add(
+        "--head-vocab",
+        "tokens that the AR head scores: full, or the likeliest N",
+        DecodeConfig.head_vocab,
+        type=full_or_number,
+        metavar="full|N",
+    )
+    add(
+        "--head-rows",
+        "previous tokens after which it scores them: full, the likeliest N, or auto: by the budget",
+        DecodeConfig.head_rows,
+        type=head_rows,
+        metavar="full|N|auto",
+    )
+    add(
+        "--draft-temperature",
+        "shapes the trees, never the text",
+        DecodeConfig.draft_temperature,
+        type=float,
+    )
+    add("--max-tokens", "new tokens at most", DecodeConfig.max_tokens, type=int)
+    add("--temperature", "0 is greedy", SamplingConfig.temperature, type=float)
+    add("--top-k", "keep the K likeliest tokens; 0 is off", SamplingConfig.top_k, type=int)
+    add("--top-p", "keep the likeliest tokens of mass P", SamplingConfig.top_p, type=float)
+    add("--min-p", "drop tokens below P times the best", SamplingConfig.min_p, type=float)
+    add("--seed", "of sampling", SamplingConfig.seed, type=int)
+    add("--stop", "end the text before this string; repeatable", action="append", metavar="TEXT")
+    add("--system", "a system message", metavar="TEXT")
+    add("--raw", "take the prompt as it is, without the chat template", action="store_true")
+    add(
+        "--chat-template-args",
+        "more variables for the chat template, as a JSON object",
+        dest="template_args",
+        metavar="JSON",
+        type=_json_object,
+    )
+
+
+def decode_options(args: argparse.Namespace) -> Options:
+    """The decoding options that were given.
+
+    Raises:
+        ConfigError: one makes no sense.
+    """
+    names = Options.__annotations__.keys()
+    options = cast(Options, {key: value for key, value in vars(args).items() if key in names})
+    parse_options(options)
+    return options
+
+
+def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
+    """Run with what `add_device_options` added; see `on_some_device`."""
+    named = args.backend is not None or args.device is not None
+    return on_some_device(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
+
+
+def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
+    """Load what the model options say; no drafter where these methods are plain decoding alone."""
+    drafter: str | Literal[False] | None = args.drafter
+    if drafter is None and set(methods) == {"ar"}:
+        drafter = False
+    return load(
+        args.target,
+        drafter,
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        draft_bits=args.draft_bits,
+        kv_bits=args.kv_bits,
+        cuda_graphs=args.cuda_graphs,
+    )
+
+
+def budget(text: str) -> int | str:
+    """What `--budget` says, for argparse."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
+
+
+def full_or_number(text: str) -> int | None:
+    """What `--head-vocab` says, for argparse."""
+    if text == "full":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"neither full nor a number: {text}")
+    return int(text)
+
+
+def head_rows(text: str) -> int | str | None:
+    """What `--head-rows` says, for argparse."""
+    return AUTO if text == AUTO else full_or_number(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return value

@@ -1,0 +1,212 @@
+"""Many prompts from a file into a file: one JSON line per turn, resumable at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from rich.console import Console
+
+from treeflash.cli.progress import progress
+from treeflash.decoding.statistics import mean
+from treeflash.errors import ConfigError, PromptError
+from treeflash.language_model import LanguageModel, Options
+from treeflash.text.prompt import Message, Prompt
+from treeflash.text.prompt_file import Key, Row, finished_records
+
+Record: TypeAlias = dict[str, Any]
+LINE_START = b'{"id": '
+
+
+@dataclass
+class Batch:
+    """A file of prompts, and the turns of it that an output file holds already.
+
+    Attributes:
+        rows: what to decode.
+        output: JSON lines of `id`, `turn` and the generation, or the `error` that prevented it;
+            where a turn has two, the later counts.
+        records: finished turns.
+        output_bytes: size of the part of `output` that they take.
+    """
+
+    rows: Sequence[Row]
+    output: Path
+    records: dict[Key, Record] = field(default_factory=dict)
+    output_bytes: int = 0
+
+    @classmethod
+    def resume(cls, rows: Sequence[Row], output: Path) -> Batch:
+        """Take up what an earlier run left in `output`, which need not exist yet.
+
+        A last line that an interruption tore, or that holds an interrupted turn, does not count:
+        that turn is decoded again.
+
+        Raises:
+            ConfigError: the file cannot be written, or another program wrote it.
+        """
+        found = finished_records(output, LINE_START, _checked)
+        if found and found[-1][0].get("finish_reason") == "interrupted":
+            found.pop()
+        records = {(record["id"], record["turn"]): record for record, _ in found}
+        return cls(rows, output, records, sum(size for _, size in found))
+
+    def run(self, model: LanguageModel, options: Options, console: Console) -> None:
+        """Decode what is missing, with a progress bar; a turn is on disk as soon as it is done.
+
+        A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation;
+        the next run tries it again.
+
+        Raises:
+            ConfigError: the output holds turns of other settings or prompts, or a row needs the
+                chat template.
+        """
+        settings = _settings(model, options)
+        self._check(settings, raw=bool(options.get("raw")))
+        with (
+            self.output.open("a", encoding="utf-8", newline="\n") as file,
+            progress(console) as bar,
+        ):
+            file.truncate(self.output_bytes)
+            task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
+            for row in self.rows:
+                for _ in self._converse(row, model, options, settings, file):
+                    bar.advance(task)
+
+    def report(self) -> str:
+        """One line: how many turns are there, how many failed, and the block efficiency."""
+        records, errors = self._found(), self.errors
+        wanted = sum(len(row.turns) for row in self.rows)
+        lengths = [n for record in records for n in record.get("accepted_lengths", ())]
+        return (
+            f"{self.output}: {len(records) - errors} of {wanted} turns decoded, "
+            f"{errors} with errors, block efficiency {mean(lengths):.2f}"
+        )
+
+    @property
+    def errors(self) -> int:
+        """Turns that could not be decoded."""
+        return sum("error" in record for record in self._found())
+
+    def _found(self) -> list[Record]:
+        """Records of the turns that are wanted; the output may hold others."""
+        wanted = ((row.id, turn) for row in self.rows for turn in range(len(row.turns)))
+        return [self.records[key] for key in wanted if key in self.records]
+
+    def _check(self, settings: Record, raw: bool) -> None:
+        # Turns made in different ways do not belong in one file.
+        for record in self.records.values():
+            if "error" in record:
+                continue
+            for name, value in settings.items():
+                if record.get(name, value) != value:
+                    raise ConfigError(
+                        f"{self.output} has turns made with {name} {record[name]}, not {value}; "
+                        "use the same settings, or another --output"
+                    )
+        if raw:
+            for row in self.rows:
+                if len(row.turns) > 1 or len(row.turns[0]) > 1:
+                    raise ConfigError(
+                        f"the row {row.id!r} has several messages, which need the chat template; "
+                        "leave out --raw"
+                    )
+
+    def _converse(
+        self, row: Row, model: LanguageModel, options: Options, settings: Record, file: TextIO
+    ) -> Iterator[Record]:
+        """Records of a row's turns, decoded now or before."""
+        messages: list[Message] = []
+        for turn, new in enumerate(row.turns):
+            messages += new
+            prompt: Prompt = new[0]["content"] if options.get("raw") else messages
+            digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+            found = self.records.get((row.id, turn))
+            if found is None or "error" in found:
+                record = Record(id=row.id, turn=turn)
+                own = settings | {"prompt_digest": digest}
+                _decode(record, model, prompt, options, own, file, found)
+                self.records[row.id, turn] = record
+            elif found["prompt_digest"] == digest:
+                record = found
+            else:
+                raise ConfigError(
+                    f"{self.output} has an answer to another prompt of the id {row.id!r}; give "
+                    "another --output, or the changed row another id"
+                )
+            yield record
+            if "error" in record:
+                return
+            messages.append({"role": "assistant", "content": record["text"]})
+
+
+def _settings(model: LanguageModel, options: Options) -> Record:
+    """What decides a text, beside its prompt."""
+    config = model.decode_config(options)
+    sampling = config.sampling
+    stop = options.get("stop", ())
+    return {
+        "target": model.folder.name if model.folder else None,
+        "backend": model.backend.name,
+        "dtype": model.backend.dtype,
+        "method": config.method,
+        "budget": config.budget,
+        "max_tokens": config.max_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+        "stop": [stop] if isinstance(stop, str) else list(stop),
+        "system": options.get("system"),
+        "raw": options.get("raw", False),
+        "template_args": options.get("template_args"),
+    }
+
+
+def _decode(
+    record: Record,
+    model: LanguageModel,
+    prompt: Prompt,
+    options: Options,
+    settings: Record,
+    file: TextIO,
+    found: Record | None,
+) -> None:
+    """Complete a turn's record and write it; where that is interrupted, with what there is.
+
+    What an earlier run found is not written again.
+    """
+    try:
+        stream = model.stream(prompt, **options)
+    except PromptError as error:
+        record |= {"error": str(error)} | settings
+        if record != found:
+            _write(record, file)
+        return
+    try:
+        stream.run()
+    finally:
+        record |= stream.generation().to_dict() | settings
+        _write(record, file)
+
+
+def _write(record: Record, file: TextIO) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _checked(record: Any) -> Record:
+    """The record, if it is one of ours."""
+    kinds = {"id": str | int, "turn": int, "prompt_digest": str}
+    if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+        raise TypeError
+    if "error" not in record and not (
+        isinstance(record["text"], str) and isinstance(record["accepted_lengths"], list)
+    ):
+        raise TypeError
+    return dict(record)

@@ -1,0 +1,182 @@
+"""Draft trees: what the target is asked to check in one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.decoding.transitions import TransitionTable
+
+
+@dataclass(frozen=True, eq=False)
+class DraftTree:
+    """A tree of proposed tokens under the root, parents before children.
+
+    Attributes:
+        tokens: (n,) int32; tokens[0] is the root, the newest committed token.
+        parents: (n,) int32; parents[0] == -1 and parents[i] < i.
+        depths: (n,) int32; distance from the root, which stands at depth 0.
+        log_probs: (n,) float64; the drafter's log probability of the path to each node, nats.
+    """
+
+    tokens: NDArray[np.int32]
+    parents: NDArray[np.int32]
+    depths: NDArray[np.int32]
+    log_probs: NDArray[np.float64]
+
+    @classmethod
+    def root_only(cls, root: int) -> DraftTree:
+        """The tree of plain decoding: the root and nothing drafted."""
+        zero = np.zeros(1, np.int32)
+        return cls(np.array([root], np.int32), zero - 1, zero, np.zeros(1))
+
+    @classmethod
+    def chain(cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float64]) -> DraftTree:
+        """The tree in which each token follows the one before it.
+
+        Args:
+            tokens: (n,) the root first.
+            log_probs: (n,) of the path to each node, nats.
+        """
+        order = np.arange(len(tokens), dtype=np.int32)
+        return cls(tokens, order - 1, order, log_probs)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def first(self, nodes: int) -> DraftTree:
+        """The tree of the first nodes: of the best, where the builder put them first."""
+        return DraftTree(
+            self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes], self.log_probs[:nodes]
+        )
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children."""
+        return bool(self.depths[-1] == len(self) - 1)
+
+    def positions(self, start: int) -> NDArray[np.int32]:
+        """(n,) int32 absolute positions, where `start` is the root's."""
+        return self.depths + np.int32(start)
+
+    def ancestor_mask(self) -> NDArray[np.bool_]:
+        """(n, n) bool; [i, j] says whether node i sees node j: an ancestor, or itself."""
+        mask = np.eye(len(self), dtype=np.bool_)
+        for depth in range(1, int(self.depths.max()) + 1):
+            nodes = np.flatnonzero(self.depths == depth)
+            mask[nodes] |= mask[self.parents[nodes]]
+        return mask
+
+
+def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
+    """The chain of the first child of the first row at each depth, at most `budget` nodes."""
+    n = min(budget, table.depths + 1)
+    steps = table.log_probs[: n - 1, 0, 0].astype(np.float64)
+    return DraftTree.chain(
+        np.concatenate([[root], table.tokens[: n - 1, 0, 0]]).astype(np.int32),
+        np.concatenate([[0.0], np.cumsum(steps)]),
+    )
+
+
+def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
+    """The `budget - 1` most probable paths of the table, under the root, best first.
+
+    Equal to best-first expansion with a heap (OPT-Tree, section 3.2): a child is never more
+    probable than its parent nor than an earlier sibling. Built a level at a time instead; a level
+    keeps only what may still be among the best. Paths of equal probability are ordered by their
+    ranks among siblings, the lexicographically smaller first.
+
+    Args:
+        table: what may follow what.
+        root: the root's token id.
+        budget: nodes at most, the root included; fewer where the table allows fewer.
+    """
+    room = budget - 1
+    if room == 0:
+        return DraftTree.root_only(root)
+    levels = _levels(table, room)
+    if not levels:
+        return DraftTree.root_only(root)
+    log_probs = np.concatenate([level.log_probs for level in levels])
+    order = _best_first(log_probs, levels)[:room]
+    # Node numbers of the tree, by number among all kept candidates; -1 stands for the root.
+    number = np.zeros(len(log_probs) + 1, np.int32)
+    number[order] = np.arange(1, len(order) + 1)
+    parents = np.concatenate([level.parents for level in levels])[order]
+    return DraftTree(
+        np.concatenate([[root], np.concatenate([level.tokens for level in levels])[order]]).astype(
+            np.int32
+        ),
+        np.concatenate([[-1], number[parents]]).astype(np.int32),
+        np.concatenate(
+            [[0], np.repeat(np.arange(1, len(levels) + 1), [len(x.tokens) for x in levels])[order]]
+        ).astype(np.int32),
+        np.concatenate([[0.0], log_probs[order]]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Candidates of one depth, in lexicographic order of their rank paths; (c,) each.
+
+    Parents number the candidates of all levels so far; -1 is the root.
+    """
+
+    tokens: NDArray[np.int32]
+    log_probs: NDArray[np.float64]
+    parents: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+
+
+def _levels(table: TransitionTable, room: int) -> list[_Level]:
+    """Candidates depth by depth, all of the `room` best paths among them."""
+    levels: list[_Level] = []
+    width = table.tokens.shape[2]
+    best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
+    floor = np.finfo(np.float64).min  # a path below it, or an impossible one, is not among the best
+    rows = np.zeros(1, np.int64)
+    parents = np.full(1, -1, np.int64)
+    log_probs = np.zeros(1)
+    first = 0
+    for depth in range(table.depths):
+        paths = (log_probs[:, None] + table.log_probs[depth, rows]).ravel()
+        kept = np.flatnonzero(paths >= floor)
+        if not len(kept):
+            break
+        paths = paths[kept]
+        best = np.concatenate([best, paths])
+        if len(best) > room:
+            best = np.partition(best, len(best) - room)[len(best) - room :]
+            floor = best[0]
+            inside = np.flatnonzero(paths >= floor)
+            kept, paths = kept[inside], paths[inside]
+        node, rank = np.divmod(kept, width)
+        row = rows[node]
+        levels.append(_Level(table.tokens[depth, row, rank], paths, parents[node], rank))
+        next_row = table.next_row[depth, row, rank]
+        inner = np.flatnonzero(next_row >= 0)
+        rows, log_probs, parents = next_row[inner], paths[inner], first + inner
+        first += len(kept)
+    return levels
+
+
+def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray[np.int64]:
+    """Candidates, most probable first; ties by rank path."""
+    order = np.argsort(-log_probs, kind="stable")
+    ranked = log_probs[order]
+    ties = np.flatnonzero(ranked[1:] == ranked[:-1])
+    if not len(ties):
+        return order
+    # Rare: rank paths are made only where probabilities are equal.
+    parents = np.concatenate([level.parents for level in levels])
+    ranks = np.concatenate([level.ranks for level in levels])
+    paths: dict[int, tuple[int, ...]] = {-1: ()}
+
+    def path(node: int) -> tuple[int, ...]:
+        if node not in paths:
+            paths[node] = (*path(int(parents[node])), int(ranks[node]))
+        return paths[node]
+
+    return np.array(sorted(order.tolist(), key=lambda node: (-log_probs[node], path(node))))

@@ -1,0 +1,1 @@
+"""Drafter checkpoints: what a drafter's folder says."""

@@ -1,0 +1,121 @@
+"""How close the drafter is to the target at each depth, with and without the AR head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.tree import DraftTree
+
+Source: TypeAlias = Literal["marginal", "corrected"]
+SOURCES: tuple[Source, ...] = ("marginal", "corrected")
+BEST = (1, 2, 5)
+FIGURES = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
+"""Of one drafted distribution:
+
+- `tvd`: its total variation distance to the target's, 0 to 1;
+- `top1`, ...: whether the text's token is among its best 1, ...;
+- `cover1`, ...: the target's probability of its best 1, ...
+"""
+STRIDE = 4
+
+
+@dataclass
+class DepthTotals:
+    """Sums over anchors: positions of texts that played the root.
+
+    Attributes:
+        anchors: (D,) how many there were, by depth; D is the block size less one.
+        sums: (D, len(FIGURES)) by source; without an AR head there is no `corrected`.
+    """
+
+    anchors: NDArray[np.int64]
+    sums: dict[Source, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __add__(self, other: DepthTotals) -> DepthTotals:
+        sums = {source: sums + other.sums[source] for source, sums in self.sums.items()}
+        return DepthTotals(self.anchors + other.anchors, sums)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """For each depth with anchors the means of the figures, as `{figure}_{source}`."""
+        for i in np.flatnonzero(self.anchors).tolist():
+            record: dict[str, Any] = {"depth": i + 1, "anchors": int(self.anchors[i])}
+            for n, figure in enumerate(FIGURES):
+                for source in SOURCES:
+                    sums = self.sums.get(source)
+                    mean = None if sums is None else float(sums[i, n] / self.anchors[i])
+                    record[f"{figure}_{source}"] = mean
+            yield record
+
+
+def measure_depths(
+    backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], temperature: float
+) -> DepthTotals:
+    """Draft after every fourth token of a text, and compare each depth with the target.
+
+    The marginal distribution of a depth knows nothing between the root and it, the corrected one
+    the text's token just before, the target all of them.
+
+    Args:
+        backend: a loaded pair.
+        prompt_ids: what comes before the text.
+        text_ids: the target's own continuation.
+        temperature: of the target's distribution; 0 counts as 1, where a distance means something.
+    """
+    assert backend.drafter_config is not None
+    depths = backend.drafter_config.block_size - 1
+    totals = DepthTotals(np.zeros(depths, np.int64))
+    verifier, drafter = backend.verifier(features=True), backend.drafter()
+    _, features = verifier.prefill(prompt_ids, SamplingConfig(), None)
+    text = np.array(text_ids, np.int32)
+    for start in range(0, len(text) - 1, min(STRIDE, depths)):
+        # The text may end within the block: the last depths are then not compared.
+        previous, following = text[start:-1][:depths], text[start + 1 :][:depths]
+        n = len(previous)
+        target = _probabilities(
+            verifier.logits(DraftTree.chain(previous, np.zeros(n))), temperature
+        )
+        block = drafter.draft(features, int(previous[0]))
+        drafted = {"marginal": drafter.log_probs(block)}
+        if backend.head is not None:
+            padded = np.pad(previous, (0, depths - n), mode="edge")
+            drafted["corrected"] = backend.head.log_probs(block, padded)
+        totals.anchors[:n] += 1
+        for source in SOURCES:
+            if source in drafted:
+                sums = totals.sums.setdefault(source, np.zeros((depths, len(FIGURES))))
+                sums[:n] += _figures(target, drafted[source][:n], following)
+        features = verifier.commit(np.arange(min(STRIDE, n), dtype=np.int32))
+    return totals
+
+
+def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / (temperature or 1.0)
+    exps = np.exp(scaled)
+    normalised: NDArray[np.float64] = exps / exps.sum(-1, keepdims=True)
+    return normalised
+
+
+def _figures(
+    target: NDArray[np.float64], log_probs: NDArray[np.float32], tokens: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """(n, len(FIGURES)) of n depths.
+
+    Args:
+        target: (n, vocab) probabilities.
+        log_probs: (n, vocab) drafted, nats.
+        tokens: (n,) the text's.
+    """
+    distance = 0.5 * np.abs(target - np.exp(log_probs)).sum(-1)
+    kept = min(max(BEST), log_probs.shape[1])
+    best = np.argpartition(-log_probs, range(kept))[:, :kept]
+    found = (best == tokens[:, None]).cumsum(-1)
+    mass = np.take_along_axis(target, best, -1).cumsum(-1)
+    last = np.minimum(BEST, kept) - 1
+    return np.column_stack([distance, found[:, last], mass[:, last]])

@@ -1,0 +1,95 @@
+"""From what a user asks, in one of three forms, to the token ids that are decoded."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from treeflash.errors import ConfigError, PromptError
+from treeflash.text.tokenizer import Tokenizer
+
+Message: TypeAlias = Mapping[str, str]
+"""One turn of a conversation: `role` and `content`."""
+
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+"""A text, the messages of a conversation, or token ids."""
+
+FORMS = "a prompt is a text, a list of messages, or a list of token ids"
+
+
+def encode(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The token ids of a prompt, as plain ints.
+
+    Args:
+        tokenizer: the target's.
+        prompt: a text or messages go through the chat template; token ids are taken as they are.
+        system: a system message to put before.
+        raw: take a text as it is, without the chat template.
+        template_args: more variables for the chat template.
+
+    Raises:
+        PromptError: the prompt is empty, malformed, or refused by the chat template.
+        ConfigError: the other arguments do not fit the prompt's form.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError("the prompt is empty; give some text")
+        check_unicode(prompt)
+        if raw:
+            if system is not None or template_args:
+                raise ConfigError(
+                    "a raw prompt goes through no chat template; leave out the system message "
+                    "and the template arguments, or raw"
+                )
+            return tokenizer.encode(prompt)
+        return encode(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            system=system,
+            template_args=template_args,
+        )
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+        raise PromptError(f"{FORMS}, got {type(prompt).__name__}")
+    items: list[Any] = list(prompt)
+    if items and all(isinstance(item, Mapping) for item in items):
+        if raw:
+            raise ConfigError("messages need the chat template; leave out raw, or give a text")
+        check_messages(items)
+        if system is not None:
+            check_unicode(system)
+            if items[0]["role"] == "system":
+                raise PromptError("the messages begin with a system message; leave out system")
+            items.insert(0, {"role": "system", "content": system})
+        return tokenizer.chat(items, template_args)
+    if system is not None or template_args:
+        raise ConfigError("token ids are taken as they are; they take no system message")
+    try:
+        return [operator.index(item) for item in items]
+    except TypeError:
+        raise PromptError(FORMS) from None
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raise a PromptError unless each is a mapping with the texts `role` and `content`."""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise PromptError(f"message {number} needs the texts 'role' and 'content'")
+        check_unicode(message["content"])
+
+
+def check_unicode(text: str) -> None:
+    """Refuse lone surrogates, which stand for bytes that are no UTF-8 and cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None

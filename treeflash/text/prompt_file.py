@@ -1,0 +1,146 @@
+"""Files of many prompts: JSON lines, each one conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from treeflash.errors import ConfigError, PromptError
+from treeflash.text.prompt import Message, check_messages, check_unicode
+
+T = TypeVar("T")
+
+Key: TypeAlias = tuple[str | int, int]
+"""A row's id and the number of the turn, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversation to be had.
+
+    Attributes:
+        id: as given; it names the row in the output.
+        turns: what the user brings, turn by turn: usually one message each.
+    """
+
+    id: str | int
+    turns: tuple[tuple[Message, ...], ...]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file. Each is a JSON object with `id` and one of these; other keys are free.
+
+    - `turns`: a list of user texts, answered one after the other;
+    - `prompt`: one user text;
+    - `messages`: a conversation so far, dicts with `role` and `content`.
+
+    Raises:
+        PromptError: names the file and the line that is not such a row, or repeats an id.
+    """
+    lines: dict[str | int, int] = {}
+    rows = read_json_lines(path, "prompts", _row)
+    for number, row in rows:
+        if row.id in lines:
+            raise PromptError(
+                f"{path}:{number}: the id {row.id!r} was given on line {lines[row.id]} already"
+            )
+        lines[row.id] = number
+    return [row for _, row in rows]
+
+
+def read_json_lines(path: Path, what: str, parse: Callable[[Any], T]) -> list[tuple[int, T]]:
+    """What `parse` makes of the JSON on each line of a file, with the line's number.
+
+    Raises:
+        PromptError: the file cannot be read, is empty, or has a line that is not JSON or that
+            `parse` refuses with a ValueError.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append((number, parse(json.loads(line))))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}:{number}: {error}") from None
+    if not found:
+        raise PromptError(f"{path} holds no {what}; one JSON object per line is needed")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that the user named.
+
+    Raises:
+        PromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def finished_records(output: Path, start: bytes, parse: Callable[[Any], T]) -> list[tuple[T, int]]:
+    """What an earlier run left in an output file, and the size of each line.
+
+    The file is made if need be. A last line without its end, which an interruption tore, is left
+    out.
+
+    Args:
+        output: JSON lines.
+        start: how all of them begin.
+        parse: what to make of a line's JSON; for what a run never writes it raises ValueError,
+            KeyError or TypeError.
+
+    Raises:
+        ConfigError: the file cannot be written, or another program wrote it.
+    """
+    try:
+        output.touch()
+        lines = output.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        complete = line.endswith(b"\n")
+        try:
+            record = parse(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and not complete
+            if torn and line[: len(start)] == start[: len(line)]:
+                break
+            raise ConfigError(
+                f"{output}:{number} was not written by a run like this one; give another --output"
+            ) from None
+        if complete:
+            records.append((record, len(line)))
+    return records
+
+
+def _row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise PromptError("a JSON object with an id is needed")
+    name = value.get("id")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise PromptError("the row needs an 'id', a text or a whole number")
+    check_unicode(str(name))
+    given = [key for key in ("turns", "prompt", "messages") if key in value]
+    if len(given) != 1:
+        raise PromptError("the row needs exactly one of 'turns', 'prompt' and 'messages'")
+    content = value[given[0]]
+    if given[0] == "messages":
+        if not isinstance(content, list) or not content:
+            raise PromptError("'messages' must be a list, not empty")
+        check_messages(content)
+        return Row(id=name, turns=(tuple(content),))
+    turns = [content] if given[0] == "prompt" else content
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
+        raise PromptError(f"'{given[0]}' must be text" + (", one a turn" * (given[0] == "turns")))
+    for turn in turns:
+        check_unicode(turn)
+    return Row(id=name, turns=tuple(({"role": "user", "content": turn},) for turn in turns))

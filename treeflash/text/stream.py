@@ -1,0 +1,149 @@
+"""One text in the making: steps of the decode loop, with their text and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from treeflash.config import DecodeConfig
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.statistics import Stats
+from treeflash.text.generation import Generation
+from treeflash.text.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What one target forward added to the text.
+
+    Attributes:
+        text: text that is now certain; empty while a character or a possible stop string is open.
+        token_ids: new tokens, without those that a stop string cut off.
+        step: the step of the decode loop, uncut, with its tree but not its table.
+        finish_reason: `stop` or `length` in the last chunk, None before.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    step: Step
+    finish_reason: str | None
+
+
+class Stream(Iterator[Chunk]):
+    """An iterator of chunks that can give the whole generation at any moment.
+
+    An interruption between or inside two chunks loses nothing of those before: `generation` then
+    gives them, with the finish reason `interrupted`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        config: DecodeConfig,
+        stop: Sequence[str] = (),
+        adaptive_budget: AdaptiveBudget | None = None,
+    ) -> None:
+        """Check everything; decoding starts with the first chunk.
+
+        Args:
+            backend: a loaded pair.
+            tokenizer: of its target.
+            prompt_ids: the prompt.
+            config: how to decode.
+            stop: strings that end the text.
+            adaptive_budget: see `decode`.
+
+        Raises:
+            PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
+            ConfigError: the method needs what was not loaded, or a stop string is empty.
+        """
+        self.prompt_ids = tuple(prompt_ids)
+        self.config = config
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._text = TextStream(tokenizer, stop)
+        self._adaptive_budget = adaptive_budget
+        self._steps = decode(backend, prompt_ids, config, adaptive_budget)
+        self._chunks: list[Chunk] = []
+
+    def __next__(self) -> Chunk:
+        if self.finish_reason is not None:
+            raise StopIteration
+        # A stream keeps its steps, and tables would be most of their memory.
+        step = replace(next(self._steps), table=None)
+        before = self._text.tokens_used
+        text = self._text.push(step.tokens)
+        used = self._text.tokens_used - before
+        finish_reason = "stop" if self._text.stopped else step.finish_reason
+        if finish_reason is not None:
+            text += self._text.finish()
+        chunk = Chunk(text, step.tokens[:used], step, finish_reason)
+        # The only change of what `generation` reads, so that no interruption can tear it.
+        self._chunks.append(chunk)
+        if finish_reason is not None:
+            self._steps = iter(())  # a finished text needs its keys and values no more
+        return chunk
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop` or `length` once the text is complete, None before."""
+        return self._chunks[-1].finish_reason if self._chunks else None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps so far; the first is the prefill's."""
+        return [chunk.step for chunk in self._chunks]
+
+    def again(self, config: DecodeConfig, prompt_ids: Sequence[int] | None = None) -> Stream:
+        """A new stream of the same pair and stop strings, of this prompt unless another is given.
+
+        Raises:
+            PromptError, ConfigError: as for the first.
+        """
+        ids = self.prompt_ids if prompt_ids is None else prompt_ids
+        return Stream(
+            self._backend, self._tokenizer, ids, config, self._stop, self._adaptive_budget
+        )
+
+    def run(self) -> Generation:
+        """Decode to the end."""
+        for _ in self:
+            pass
+        return self.generation()
+
+    def generation(self) -> Generation:
+        """All chunks so far as one result; `interrupted` where the text is not complete."""
+        token_ids = [token for chunk in self._chunks for token in chunk.token_ids]
+        stats = Stats()
+        for step in self.steps:
+            stats.add(step)
+        stats.cut(len(token_ids))
+        if self.finish_reason is None:
+            # Includes what the chunks held back.
+            text = self._tokenizer.decode(token_ids)
+        else:
+            text = "".join(chunk.text for chunk in self._chunks)
+        return Generation(
+            text=text,
+            token_ids=token_ids,
+            prompt_tokens=len(self.prompt_ids),
+            accepted_lengths=stats.accepted_lengths,
+            histogram=stats.histogram,
+            block_efficiency=stats.block_efficiency,
+            tokens_per_s=stats.tokens_per_s,
+            prefill_s=stats.prefill_s,
+            decode_s=stats.decode_s,
+            seconds=stats.seconds,
+            method=self.config.method,
+            budget=self.config.budget,
+            backend=self._backend.name,
+            device=self._backend.device,
+            dtype=self._backend.dtype,
+            seed=self.config.sampling.seed,
+            finish_reason=self.finish_reason or "interrupted",
+        )

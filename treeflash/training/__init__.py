@@ -1,0 +1,1 @@
+"""Training a drafter: interfaces, configuration, data and model card."""

@@ -1,0 +1,195 @@
+"""How a drafter is trained. Frozen, keyword-only, checked once."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from treeflash.drafters.checkpoints import drafter_config
+from treeflash.errors import ConfigError
+from treeflash.text.prompt_file import read_text
+
+LOSSES = ("kl", "ce")
+NEW = ("target", "random")
+"""What a new drafter is made from; any other `init` is the folder of one that there is."""
+SEEDS = 2**63
+SHAPE = {
+    "layers": "num_hidden_layers",
+    "block_size": "block_size",
+    "target_layer_ids": "target_layer_ids",
+    "mask_token_id": "mask_token_id",
+}
+"""Options that say what a new drafter looks like, and what a `DrafterConfig` calls them."""
+AT_LEAST = {
+    "layers": 1,
+    "block_size": 2,
+    "top_tokens": 1,
+    "negatives": 0,
+    "steps": 1,
+    "sequences": 1,
+    "anchors": 1,
+    "accumulation": 1,
+    "max_length": 4,
+    "seed": 0,
+    "validation_sequences": 0,
+    "validate_every": 1,
+    "save_every": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The drafter, its loss, its optimiser, and the upkeep of a run.
+
+    Attributes:
+        init: what to start from: `target` copies the target's last layers, `random` nothing, and
+            a folder is a DFlash or TreeFlash checkpoint, which then says the shape.
+        layers: of the drafter.
+        block_size: S: the root and S - 1 masks.
+        head: name of the AR head, or `none`.
+        head_size: I, the inner width of the head; None is that of the target's MLP.
+        target_layer_ids: whose outputs are the context features; None spreads one for each
+            drafter layer, the last where the copied layers begin.
+        mask_token_id: None is the target's padding or end token.
+        freeze_backbone: train the head alone.
+        loss: `kl` is forward KL from the target's distribution, `ce` cross-entropy to its token.
+        marginal_weight: of the loss of the prediction that knows no previous token.
+        corrected_weight: of the loss of the AR head's prediction.
+        gamma: position weights are exp(-(d - 1) / gamma) at depth d (DFlash).
+        top_tokens: of the target's distribution that `kl` tells apart; the rest is one more.
+        negatives: random tokens that stand for the rest of the vocabulary in the normaliser, next
+            to all that are among the target's best in the batch; 0 takes the whole vocabulary.
+        steps: of the optimiser.
+        sequences: in a forward, for each process.
+        anchors: positions of a sequence that play the root, anew in every epoch.
+        accumulation: forwards in a step.
+        max_length: longer texts are cut.
+        learning_rate: the highest, after warm-up; a cosine leads to 0.
+        warmup: share of the steps.
+        weight_decay: of AdamW.
+        clip: highest norm of the gradient.
+        seed: of everything that is random.
+        validation_sequences: held out of training.
+        validate_every: steps.
+        save_every: steps between states that a run can go on from.
+        cache_gb: disk for the target's features, so that it runs once a text; 0 for none.
+    """
+
+    init: str = "target"
+    layers: int = 5
+    block_size: int = 16
+    head: str = "swiglu"
+    head_size: int | None = None
+    target_layer_ids: tuple[int, ...] | None = None
+    mask_token_id: int | None = None
+    freeze_backbone: bool = False
+    loss: str = "kl"
+    marginal_weight: float = 0.5
+    corrected_weight: float = 1.0
+    gamma: float = 7.0
+    top_tokens: int = 32
+    negatives: int = 0
+    steps: int = 10_000
+    sequences: int = 8
+    anchors: int = 64
+    accumulation: int = 1
+    max_length: int = 3072
+    learning_rate: float = 6e-4
+    warmup: float = 0.04
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    validation_sequences: int = 32
+    validate_every: int = 200
+    save_every: int = 200
+    cache_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{_flag(name)} must be {least} or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{_flag(field.name)} must be a finite number")
+        if self.seed >= SEEDS:
+            raise ConfigError(f"seed must be below {SEEDS}")
+        if not self.marginal_weight + self.corrected_weight:
+            raise ConfigError("marginal-weight and corrected-weight must not both be 0")
+        if self.head_size is not None and self.head_size < 1:
+            raise ConfigError("head-size must be 1 or more")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        for name in ("gamma", "learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{_flag(name)} must be above 0")
+        for name in ("marginal_weight", "corrected_weight", "weight_decay", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{_flag(name)} must be 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError("warmup must be at least 0 and below 1")
+        if self.freeze_backbone and (self.head == "none" or self.init in NEW):
+            raise ConfigError(
+                "freeze-backbone trains the head of a checkpoint alone; "
+                "it needs a head, and a folder as init"
+            )
+
+
+def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a TOML file, and what was changed on the command line.
+
+    Raises:
+        ConfigError: an option is unknown, has a wrong type, or makes no sense.
+        CheckpointError: `init` names a folder without a drafter.
+        PromptError: the file cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(read_text(path))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+    known = {field.name: str(field.type) for field in fields(TrainConfig)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{path}: unknown option {name!r}; options are {', '.join(known)}")
+        if isinstance(value, list):
+            values[name] = value = tuple(value)
+        if not _fits(value, known[name]):
+            raise ConfigError(f"{path}: {name} must be {known[name]}, got {value!r}")
+    given = {**values, **changes}
+    config = TrainConfig(**given)
+    if config.init not in NEW:
+        drafter = drafter_config(Path(config.init))
+        for name, attribute in SHAPE.items():
+            if name in given and getattr(config, name) != getattr(drafter, attribute):
+                raise ConfigError(
+                    f"the drafter in {config.init} has {_flag(name)} "
+                    f"{getattr(drafter, attribute)}, not {getattr(config, name)}; leave it out"
+                )
+        if drafter.head is not None and "head" not in given:
+            config = replace(config, head=drafter.head)
+    return config
+
+
+def _fits(value: Any, kind: str) -> bool:
+    kinds = {
+        "str": str,
+        "int": int,
+        "int | None": int,
+        "float": int | float,
+        "bool": bool,
+        "tuple[int, ...] | None": tuple,
+    }
+    if isinstance(value, tuple):
+        return "tuple" in kind and all(type(part) is int for part in value)
+    is_bool = isinstance(value, bool)
+    return isinstance(value, kinds[kind]) and (is_bool == (kind == "bool"))
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

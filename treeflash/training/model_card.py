@@ -1,0 +1,65 @@
+"""The model card of a drafter that was trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import treeflash
+from treeflash.training.config import NEW, SHAPE
+
+CARD = """\
+# TreeFlash drafter
+
+{layers} layers, hidden size {hidden}, block size {block}, head {head}; context features of the
+target's layers {layer_ids}. Made by `python -m treeflash.train` of treeflash {version}.
+
+## Training
+
+After {step} of {steps} steps; data {data}.
+
+| option | value |
+| --- | --- |
+{options}
+
+## Validation on held-out responses
+
+{metrics}
+"""
+
+
+def model_card(
+    settings: Mapping[str, Any], identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of a `README.md`.
+
+    Args:
+        settings: the drafter's `config.json`.
+        identity: data and configuration of the run.
+        records: of its log.
+    """
+    # A drafter that was started from has its own shape.
+    left_out = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
+    validations = [record["validation"] for record in records if "validation" in record]
+    return CARD.format(
+        layers=settings["num_hidden_layers"],
+        hidden=settings["hidden_size"],
+        block=settings["block_size"],
+        head=settings["treeflash_config"]["ar_approximation"] or "none",
+        layer_ids=", ".join(map(str, settings["dflash_config"]["target_layer_ids"])),
+        version=treeflash.__version__,
+        step=records[-1]["step"] if records else 0,
+        steps=identity["steps"],
+        data=identity["data"],
+        options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k not in left_out),
+        metrics=_table(validations[-1]) if validations else "None was held out.",
+    )
+
+
+def _table(validation: Mapping[str, Any]) -> str:
+    by_depth = {name: value for name, value in validation.items() if isinstance(value, list)}
+    lines = ["| depth | " + " | ".join(by_depth) + " |", "| --- |" + " --- |" * len(by_depth)]
+    for depth, values in enumerate(zip(*by_depth.values(), strict=True), 1):
+        lines.append(f"| {depth} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    chains = [f"`{k}` {v:.2f}" for k, v in validation.items() if k.startswith("chain")]
+    return "\n".join(lines) + "\n\nBlock efficiency of a chain: " + ", ".join(chains) + "."
