@@ -19,7 +19,7 @@ from treeflash.drafters.checkpoints import (
     weight_files,
 )
 from treeflash.errors import BackendError, CheckpointError, ConfigError
-from treeflash_mlx.cache import give_back
+from treeflash_mlx.cache import release_freed_memory
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
 from treeflash_mlx.linear import split_pairs
@@ -76,7 +76,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     else:
         backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
         check_trees(backend)
-    give_back()
+    release_freed_memory()
     return backend
 
 

@@ -10,18 +10,18 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from treeflash_mlx.scope import Scope
+from treeflash_mlx.tree_hooks import TreeHooks
 
 STEP = 256
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Let MLX give back what was freed on a GPU: it keeps all, and sizes change all the time."""
     if mx.default_device().type == mx.gpu:
         mx.clear_cache()
 
 
-class Rows:
+class KeyValues:
     """Arrays of (1, heads, rows, width) each, with room for more rows; the room grows by steps."""
 
     def __init__(self) -> None:
@@ -57,17 +57,17 @@ class TreeCache:
     on the branch, and a mask says it.
     """
 
-    def __init__(self, scope: Scope, window: int | None) -> None:
+    def __init__(self, hooks: TreeHooks, window: int | None) -> None:
         """Start empty.
 
         Args:
-            scope: of the model.
+            hooks: the hooks of the model.
             window: the layer's, in positions; None where it sees all.
         """
-        self.scope = scope
+        self.hooks = hooks
         self.window = window
         self.offset = 0
-        self.rows = Rows()
+        self.rows = KeyValues()
         self.latest: Sequence[mx.array] = ()
 
     def make_mask(
@@ -77,8 +77,8 @@ class TreeCache:
         window = window_size or self.window
         if window is not None and window >= self.offset + n:
             window = None  # it reaches back to the start
-        if self.scope.tree is not None:
-            return self.scope.tree.mask(self.offset, window)
+        if self.hooks.tree is not None:
+            return self.hooks.tree.mask(self.offset, window)
         if window is None and n == 1:
             return None
         if window is None and not return_array:
@@ -115,16 +115,16 @@ class TreeCache:
 
     def _append(self, new: Sequence[mx.array]) -> None:
         self.rows.put(self.offset, new)
-        self.latest = new if self.scope.tree is not None else ()
+        self.latest = new if self.hooks.tree is not None else ()
         self.offset += new[0].shape[2]
 
 
 class QuantisedTreeCache(TreeCache):
     """The same in fewer bits. That it has `bits` makes mlx-lm attend to the quantised arrays."""
 
-    def __init__(self, scope: Scope, window: int | None, bits: int, group_size: int) -> None:
+    def __init__(self, hooks: TreeHooks, window: int | None, bits: int, group_size: int) -> None:
         """See `TreeCache`; bits and group size as in `mx.quantize`."""
-        super().__init__(scope, window)
+        super().__init__(hooks, window)
         self.bits = bits
         self.group_size = group_size
 

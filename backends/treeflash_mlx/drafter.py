@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
-from treeflash_mlx.cache import Rows
+from treeflash_mlx.cache import KeyValues
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, top_log_probs
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         mx.eval(self._wavelengths)  # by the thread that loads: another could not any more
 
     def __call__(
-        self, x: mx.array, context: mx.array, cache: Rows, start: int, mask: mx.array | None
+        self, x: mx.array, context: mx.array, cache: KeyValues, start: int, mask: mx.array | None
     ) -> mx.array:
         """Attend from a block to the cached context, the new context and the block.
 
@@ -116,7 +116,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, context: mx.array, cache: Rows, start: int, mask: mx.array | None
+        self, x: mx.array, context: mx.array, cache: KeyValues, start: int, mask: mx.array | None
     ) -> mx.array:
         """See `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), context, cache, start, mask)
@@ -136,7 +136,9 @@ class DrafterModel(nn.Module):
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(h, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, features: mx.array, caches: list[Rows], start: int) -> mx.array:
+    def __call__(
+        self, x: mx.array, features: mx.array, caches: list[KeyValues], start: int
+    ) -> mx.array:
         """(S, hidden_size) outputs of the last layer, not normalised.
 
         Args:
@@ -177,7 +179,7 @@ class Drafter:
         """Start a text."""
         self.model = model
         self.target = target
-        self.caches = [Rows() for _ in model.layers]
+        self.caches = [KeyValues() for _ in model.layers]
         self.length = 0
         self.waiting: list[mx.array] = []
 
@@ -201,7 +203,7 @@ class Drafter:
     def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""
         k = min(k, self.target.vocab_size)
-        logits = self.target.head(self.model.norm(block.hidden[1:]))
+        logits = self.target.output_head(self.model.norm(block.hidden[1:]))
         tokens, log_probs = top_log_probs(logits, k, temperature)
         # Token ids are exact in float32, and one array is one read.
         read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
@@ -209,7 +211,7 @@ class Drafter:
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
         """See `Drafter.log_probs`."""
-        return np.array(log_softmax(self.target.head(self.model.norm(block.hidden[1:]))))
+        return np.array(log_softmax(self.target.output_head(self.model.norm(block.hidden[1:]))))
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `Drafter.keys_values`."""

@@ -12,7 +12,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, DrafterModel
 from treeflash_mlx.linear import PairLinear
 from treeflash_mlx.target import Target
-from treeflash_mlx.topk import log_softmax, logsumexp, top, top_log_probs
+from treeflash_mlx.topk import log_softmax, logsumexp, top_indices, top_log_probs
 
 NORM_EPS = 1e-6
 
@@ -90,12 +90,12 @@ class ARHead:
         m, k = min(m, size), min(k, size)
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        marginal = log_softmax(self.target.head(normed).astype(mx.float32) / temperature)
+        marginal = log_softmax(self.target.output_head(normed).astype(mx.float32) / temperature)
         vocab = None
         if size < vocab_size:
-            vocab = mx.sort(top(marginal.max(0, keepdims=True), size)[0])
+            vocab = mx.sort(top_indices(marginal.max(0, keepdims=True), size)[0])
             marginal = marginal[:, vocab]
-        best = top(marginal[:-1], m)
+        best = top_indices(marginal[:-1], m)
         weights = mx.take_along_axis(marginal[:-1], best, 1).reshape(-1)
         kept = mx.sort(mx.argsort(-weights)[:rows])
         previous = best.reshape(-1)[kept]
@@ -104,11 +104,11 @@ class ARHead:
         # Of the D * M rows: the root's, and those kept of the M at each further depth.
         depth = mx.concatenate([mx.zeros(1, mx.int32), kept // m + 1])
         after = mx.concatenate([mx.array([block.root], mx.int32), previous])
-        corrected = self._corrected(hidden, normed, after, depth)
+        corrected = self._correct(hidden, normed, after, depth)
         if vocab is None:
-            children, log_probs = top_log_probs(self.target.head(corrected), k, temperature)
+            children, log_probs = top_log_probs(self.target.output_head(corrected), k, temperature)
         else:
-            logits = self.target.head_of(corrected, vocab)
+            logits = self.target.shortlist_logits(corrected, vocab)
             children, log_probs = top_log_probs(logits, k, temperature)
             children = vocab[children]
             log_probs = log_probs + logsumexp(marginal)[depth]
@@ -129,10 +129,10 @@ class ARHead:
         """See `ARHead.log_probs`."""
         hidden = block.hidden[1:]
         normed, rows = self.model.norm(hidden), mx.arange(hidden.shape[0])
-        corrected = self._corrected(hidden, normed, mx.array(previous), rows)
-        return np.array(log_softmax(self.target.head(corrected)))
+        corrected = self._correct(hidden, normed, mx.array(previous), rows)
+        return np.array(log_softmax(self.target.output_head(corrected)))
 
-    def _corrected(
+    def _correct(
         self, hidden: mx.array, normed: mx.array, previous: mx.array, rows: mx.array
     ) -> mx.array:
         """(n, hidden_size) for the target's head.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
-from treeflash_mlx.topk import top
+from treeflash_mlx.topk import top_indices
 
 SHORTLIST = 256
 
@@ -91,7 +91,7 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
 
 def _best(probs: mx.array, k: int) -> mx.array:
     """(n, k) the largest of each row, largest first."""
-    return mx.take_along_axis(probs, top(probs, k), axis=-1)
+    return mx.take_along_axis(probs, top_indices(probs, k), axis=-1)
 
 
 def _invert(probs: mx.array, uniforms: mx.array) -> mx.array:

@@ -17,8 +17,8 @@ from mlx_lm.utils import load_model
 from treeflash.drafters.checkpoints import read_config
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash_mlx.cache import QuantisedTreeCache, TreeCache
-from treeflash_mlx.scope import Scope, TreePass
-from treeflash_mlx.spelling import TEXT_CONFIGS, respell
+from treeflash_mlx.config_compatibility import TEXT_CONFIGS, compatible_settings
+from treeflash_mlx.tree_hooks import TreeHooks, TreePass
 
 EMBEDDINGS = (
     "embed_tokens",
@@ -30,7 +30,7 @@ EMBEDDINGS = (
     "embedding",
     "embed_in",
 )
-HEADS = ("lm_head", "output", "embed_out")
+OUTPUT_HEADS = ("lm_head", "output", "embed_out")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 KV_BITS = (4, 8)
 GROUP_SIZES = (64, 32)
@@ -60,15 +60,15 @@ class Target:
         self.model = _load(folder, config, dtype)
         self.layers: Sequence[nn.Module] = self.model.layers
         self.windows = self._windows()
-        self.scope = Scope()
-        self.scope.follow(self.model)
+        self.hooks = TreeHooks()
+        self.hooks.follow(self.model)
         self.vocab_size, widths = self._shapes()
         self.kv_bits = kv_bits
         self.group_size = GROUP_SIZES[0]
         if kv_bits is not None:
             self._check_kv_bits(widths)
         self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
-        self.output = self._find(HEADS, (nn.Linear, nn.QuantizedLinear))
+        self.lm_head = self._find(OUTPUT_HEADS, (nn.Linear, nn.QuantizedLinear))
         self.max_positions = int(
             next((self.config[key] for key in POSITIONS if self.config.get(key)), sys.maxsize)
         )
@@ -93,7 +93,7 @@ class Target:
 
     def capture(self, layer_ids: Collection[int]) -> None:
         """Hook those layers, so that a forward pass can return their outputs."""
-        self.scope.capture(self.layers, layer_ids)
+        self.hooks.capture(self.layers, layer_ids)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """(..., hidden_size) rows of the embedding table, without any scaling by the model."""
@@ -101,17 +101,17 @@ class Target:
         rows: mx.array = self.embedding(token_ids)
         return rows
 
-    def head(self, hidden: mx.array) -> mx.array:
+    def output_head(self, hidden: mx.array) -> mx.array:
         """(..., vocab) logits of the output head alone."""
         assert self.embedding is not None
         logits: mx.array = (
-            self.embedding.as_linear(hidden) if self.output is None else self.output(hidden)
+            self.embedding.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
         )
         return logits
 
-    def head_of(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+    def shortlist_logits(self, hidden: mx.array, tokens: mx.array) -> mx.array:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
-        module = self.embedding if self.output is None else self.output
+        module = self.embedding if self.lm_head is None else self.output
         assert module is not None
         weight = module.weight[tokens]
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
@@ -135,9 +135,9 @@ class Target:
     def new_cache(self) -> list[TreeCache]:
         """An empty cache for a text."""
         if self.kv_bits is None:
-            return [TreeCache(self.scope, window) for window in self.windows]
+            return [TreeCache(self.hooks, window) for window in self.windows]
         return [
-            QuantisedTreeCache(self.scope, window, self.kv_bits, self.group_size)
+            QuantisedTreeCache(self.hooks, window, self.kv_bits, self.group_size)
             for window in self.windows
         ]
 
@@ -159,7 +159,7 @@ class Target:
         Returns:
             (n, vocab) logits; (n, len(layer_ids) * hidden_size) features, None of no layer.
         """
-        with self.scope.running(tree, capture=bool(layer_ids)) as outputs:
+        with self.hooks.running(tree, capture=bool(layer_ids)) as outputs:
             logits = self.model(token_ids[None], cache=cache)[0]
         if not layer_ids:
             return logits, None
@@ -183,7 +183,7 @@ class Target:
 
     def _shapes(self) -> tuple[int, set[int]]:
         """The vocabulary and the widths of keys and values, of a pass that is never run."""
-        cache = [TreeCache(self.scope, window) for window in self.windows]
+        cache = [TreeCache(self.hooks, window) for window in self.windows]
         try:
             logits, _ = self.forward(mx.array([0]), cache, ())
         except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn
     if not list(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other files")
     try:
-        model, _ = load_model(folder, lazy=True, model_config=respell(config))
+        model, _ = load_model(folder, lazy=True, model_config=compatible_settings(config))
         if dtype is not None:
             model.set_dtype(dtype)
         mx.eval(model.parameters())

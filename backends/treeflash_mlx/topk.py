@@ -9,7 +9,7 @@ import mlx.core as mx
 BLOCK = 256
 
 
-def top(logits: mx.array, k: int) -> mx.array:
+def top_indices(logits: mx.array, k: int) -> mx.array:
     """The k largest entries of each row, largest first.
 
     They lie in the k blocks of highest maxima, so only those are sorted: many times as fast as
@@ -53,7 +53,7 @@ def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.arra
     Returns:
         (n, k) int32 tokens, most probable first, and (n, k) float32 nats.
     """
-    tokens = top(logits, k)
+    tokens = top_indices(logits, k)
     best = mx.take_along_axis(logits, tokens, axis=1).astype(mx.float32) / temperature
     # One normaliser per row instead of a log-softmax over the vocabulary.
     scaled = logits.astype(mx.float32) / temperature

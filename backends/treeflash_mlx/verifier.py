@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
-from treeflash_mlx.cache import give_back
+from treeflash_mlx.cache import release_freed_memory
 from treeflash_mlx.sampler import choose
-from treeflash_mlx.scope import TreePass
 from treeflash_mlx.target import Target
+from treeflash_mlx.tree_hooks import TreePass
 
 PREFILL_CHUNK = 512
-GIVE_BACK_EVERY = 256  # tokens
+RELEASE_INTERVAL = 256  # tokens
 
 
 class Verifier:
@@ -45,7 +45,7 @@ class Verifier:
             parts.append(self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])[1])
             mx.eval([cache.state for cache in self.cache], parts[-1:])
             if first:
-                give_back()
+                release_freed_memory()
         logits, features = self._prefill(tokens[last:])
         parts.append(features)
         chosen = choose(logits, sampling, uniforms)
@@ -73,8 +73,8 @@ class Verifier:
         features = None if self.features is None else self.features[mx.array(path)]
         # The device moves the rows while Python writes down the next draft.
         mx.async_eval([cache.state for cache in self.cache], features)
-        if before // GIVE_BACK_EVERY != self.length // GIVE_BACK_EVERY:
-            give_back()
+        if before // RELEASE_INTERVAL != self.length // RELEASE_INTERVAL:
+            release_freed_memory()
         return features
 
     def logits(self, tree: DraftTree) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ require("mlx_lm")
 
 import mlx.core as mx  # noqa: E402
 from treeflash_mlx.sampler import _filter, _invert, choose  # noqa: E402
-from treeflash_mlx.topk import top, top_log_probs  # noqa: E402
+from treeflash_mlx.topk import top_indices, top_log_probs  # noqa: E402
 
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
@@ -70,7 +70,7 @@ def test_excluded_tokens_are_allowed(rng):
 def test_top_is_what_sorting_gives(rng, vocab, k):
     logits = rng.normal(size=(30, vocab)).astype(np.float32)
     expected = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(np.array(top(mx.array(logits), k)), expected)
+    np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), k)), expected)
     tokens, log_probs = top_log_probs(mx.array(logits), k, 0.7)
     scaled = logits / 0.7
     normalised = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
@@ -82,4 +82,4 @@ def test_top_is_what_sorting_gives(rng, vocab, k):
 def test_top_prefers_the_lower_of_equals():
     logits = np.zeros((2, 3000), np.float32)
     logits[:, [2900, 7, 1500]] = 1
-    np.testing.assert_array_equal(np.array(top(mx.array(logits), 3)), [[7, 1500, 2900]] * 2)
+    np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), 3)), [[7, 1500, 2900]] * 2)

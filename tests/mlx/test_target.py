@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
-from treeflash_mlx.spelling import respell  # noqa: E402
+from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
 
 GREEDY = SamplingConfig()
@@ -127,7 +127,7 @@ def test_rope_settings_arrive_in_either_spelling(families, tmp_path, family, old
         config["rope_parameters"] = {"rope_type": "default", **rope}
     name = "llama" if family == "mistral" else family
     module = __import__(f"mlx_lm.models.{name}", fromlist=["Model"])
-    model = module.Model(module.ModelArgs.from_dict({**config, **respell(config)}))
+    model = module.Model(module.ModelArgs.from_dict({**config, **compatible_settings(config)}))
     bases = [m.base for _, m in model.named_modules() if isinstance(m, nn.RoPE)]
     assert bases == [THETA]
 
@@ -139,7 +139,7 @@ def test_rope_settings_by_layer_type():
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     }
-    added = respell(config)
+    added = compatible_settings(config)
     assert added["rope_theta"] == 1e6
     assert added["rope_local_base_freq"] == 1e4
     assert added["rope_scaling"]["type"] == added["rope_scaling"]["rope_type"] == "linear"
@@ -148,8 +148,8 @@ def test_rope_settings_by_layer_type():
 
 def test_what_a_file_says_is_not_changed():
     config = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
-    assert not {"rope_theta", "rope_scaling", "rope_parameters"} & set(respell(config))
-    inner = respell({"text_config": {"rope_theta": 5.0, "x": 1}})["text_config"]
+    assert not {"rope_theta", "rope_scaling", "rope_parameters"} & set(compatible_settings(config))
+    inner = compatible_settings({"text_config": {"rope_theta": 5.0, "x": 1}})["text_config"]
     assert inner == {
         "rope_theta": 5.0,
         "x": 1,
@@ -224,7 +224,7 @@ def test_quantised_target(pair, tmp_path, bits):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model.save_weights(str(tmp_path / "model.safetensors"))
     backend = load(tmp_path, pair[1], LoadConfig())
-    assert isinstance(backend.target.output, nn.QuantizedLinear)
+    assert isinstance(backend.target.lm_head, nn.QuantizedLinear)
     assert backend.target.embed(mx.array([1])).shape == (1, 128)
 
 

@@ -21,7 +21,7 @@ RENAMED = {
 TEXT_CONFIGS = ("text_config", "language_config")
 
 
-def respell(config: Mapping[str, Any]) -> dict[str, Any]:
+def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries to add to a `config.json` so that it has both spellings of its settings.
 
     transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
@@ -39,7 +39,7 @@ def respell(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key in TEXT_CONFIGS:
         if isinstance(config.get(key), Mapping):
-            added[key] = {**config[key], **respell(config[key])}
+            added[key] = {**config[key], **compatible_settings(config[key])}
     return added
 
 

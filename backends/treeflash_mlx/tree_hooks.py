@@ -48,7 +48,7 @@ class TreePass:
 
 
 @dataclass(eq=False)
-class Scope:
+class TreeHooks:
     """What the hooks and the caches of one model must know about the forward pass in the making.
 
     MLX runs a pass after Python has written it down, so a scope matters only while a model is
