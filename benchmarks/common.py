@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, medians, trees, a table, and a record of the machine."""
+"""Shared by the benchmarks: options, medians, random trees, tables, and the machine."""
 
 from __future__ import annotations
 
@@ -29,13 +29,20 @@ PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 
 
 class Parser(argparse.ArgumentParser):
-    """Has `--json FILE`; says what is wrong in one line."""
+    """An argument parser with `--json FILE` whose errors are one line."""
 
     def __init__(self, description: str | None) -> None:
-        """Every benchmark writes what it prints to a file too, when asked."""
+        """Start with `--json`.
+
+        Args:
+            description: for `--help`.
+        """
         super().__init__(description=description)
         self.add_argument(
-            "--json", type=output_file, metavar="FILE", help="write the results there, as JSON"
+            "--json",
+            type=output_file,
+            metavar="FILE",
+            help="write the results to this file as JSON",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -44,30 +51,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def output_file(name: str) -> Path:
-    """A file that can be written; found out before the work, not after."""
+    """A file name for argparse; checks before the work that the file can be written."""
     path = Path(name)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {name}")
+        raise argparse.ArgumentTypeError(f"{name} cannot be written")
     return path
 
 
 def at_least_one(text: str) -> int:
-    """A positive number, for options that count."""
+    """A positive integer, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of 1 or more")
     return int(text)
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers separated by commas."""
+    """Comma-separated integers, for argparse."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not numbers separated by commas") from None
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a comma-separated list of integers"
+        ) from None
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Milliseconds of a call: the median of `repeats`, after a tenth as many to warm up."""
+    """The median duration of `repeats` calls, in milliseconds, after a tenth as many to warm up."""
     times = []
     for _ in range(repeats + repeats // 10 + 1):
         start = time.perf_counter()
@@ -77,7 +86,7 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
 
 
 def random_tree(vocab_size: int, nodes: int) -> DraftTree:
-    """A tree as a drafter's marginals make it."""
+    """A tree built from random marginals."""
     rng = np.random.default_rng(nodes)
     tokens = rng.integers(0, vocab_size, (DEPTHS, CHILDREN)).astype(np.int32)
     log_probs = -np.sort(rng.exponential(2, (DEPTHS, CHILDREN))).astype(np.float32)
@@ -85,7 +94,7 @@ def random_tree(vocab_size: int, nodes: int) -> DraftTree:
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table; the keys of the first are the columns."""
+    """Print rows as a table; the keys of the first row are the columns."""
     table = Table(title=title, title_justify="left")
     for column, value in rows[0].items():
         table.add_column(column, justify="left" if isinstance(value, str) else "right")
@@ -101,21 +110,21 @@ def _cell(value: Any) -> str:
 
 
 def mean_row(rows: list[dict], case: dict[str, Any], figures: tuple[str, ...]) -> dict[str, Any]:
-    """The row of a case that is the mean of its figures over sets, and the sum of its prompts."""
+    """The mean row of a case: its figures averaged over sets, its prompts summed."""
     same = [row for row in rows if case.items() <= row.items()]
     means = {name: mean(row[name] for row in same) for name in figures}
     return {"set": "mean", **case, **means, "prompts": sum(row["prompts"] for row in same)}
 
 
 def write_json(path: Path | None, benchmark: str, results: dict[str, Any]) -> None:
-    """Write the results with the machine they were measured on; without a path do nothing."""
+    """Write results and a description of the machine; do nothing without a path."""
     if path is not None:
         record = {"benchmark": benchmark, "machine": machine(), **results}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
-    """The day, hardware and versions."""
+    """Date, hardware and versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
@@ -127,10 +136,10 @@ def machine() -> dict[str, Any]:
 
 
 def fast_mlx() -> dict[str, str]:
-    """Environment variables of a process that runs MLX.
+    """Environment variables for a process that runs MLX.
 
-    On Linux its wheel has a slow matrix product, which OpenBLAS replaces where it is installed.
-    With torch the two libraries can clash.
+    On Linux the MLX wheel has a slow matrix product; OpenBLAS replaces it if installed. Do not
+    preload OpenBLAS in a process that runs torch: the two can clash.
     """
     openblas = find_library("openblas") if sys.platform == "linux" else None
     return {"LD_PRELOAD": openblas} if openblas else {}

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the results of its measurements."""
+"""Render the tables of docs/performance.md from the results beside it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ Row = dict[str, Any]
 
 
 def cell(value: Any) -> str:
-    """A figure as the page shows it."""
+    """Format a value as the page shows it."""
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def table(rows: list[Row]) -> str:
-    """Rows in Markdown; the keys of the first are the columns."""
+    """A Markdown table of rows; the keys of the first row are the columns."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in r.values()] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def by_set(rows: list[Row], case: tuple[str, ...], figure: str) -> str:
-    """One line for each case, with the figure of each set."""
+    """A table with one line for each case and one column for each set."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
     lines: dict[tuple, Row] = {}
     for row in rows:
@@ -34,18 +34,18 @@ def by_set(rows: list[Row], case: tuple[str, ...], figure: str) -> str:
 
 
 def pick(rows: list[Row], *names: str) -> list[Row]:
-    """Some columns of rows."""
+    """The named columns of rows."""
     return [{name.replace("_", " "): row[name] for name in names} for row in rows]
 
 
 def mean_speed(rows: list[Row], system: str, method: str) -> float:
-    """Tokens a second, the mean over sets."""
+    """Tokens per second, mean over sets."""
     found = [r for r in rows if (r["set"], r["system"], r["method"]) == ("mean", system, method)]
     return float(found[0]["tokens_per_s"])
 
 
-def walk_rows(rows: list[Row]) -> list[Row]:
-    """One line for each setting of the AR head, and how it changes what the whole head brings."""
+def replay_rows(rows: list[Row]) -> list[Row]:
+    """One line for each setting of the AR head, with its change against the published head."""
     means = [row for row in rows if row["set"] == "mean"]
     full = [row for row in means if row["head_vocab"] == row["head_rows"] == "full"]
     whole = {row["budget"]: row["block_efficiency"] for row in full}
@@ -53,14 +53,14 @@ def walk_rows(rows: list[Row]) -> list[Row]:
     for row in means:
         setting = {"tokens": row["head_vocab"], "rows": row["head_rows"]}
         line = lines.setdefault(tuple(setting.values()), setting)
-        line["ms"] = row["table_ms"]  # of the largest budget, the last
+        line["ms"] = row["table_ms"]  # the last row has the largest budget
         value, change = row["block_efficiency"], row["block_efficiency"] / whole[row["budget"]] - 1
         line[f"{row['budget']} nodes"] = f"{value:.2f} ({100 * change:+.1f} %)"
     return list(lines.values())
 
 
 def auto_rows(rows: list[Row]) -> list[Row]:
-    """One line for each method: the best fixed budget, and how `auto` differs from it, by set."""
+    """One line for each method: per set, the best fixed budget and the difference of `auto`."""
     lines: dict[str, Row] = {}
     for row in rows:
         line = lines.setdefault(row["method"], {"method": row["method"]})
@@ -71,7 +71,7 @@ def auto_rows(rows: list[Row]) -> list[Row]:
 
 
 def quantised_rows(whole: Row, quantised: Row) -> list[Row]:
-    """A forward of MLX's target by nodes, and of the same in 4 bits."""
+    """Time of a target forward pass on MLX by nodes, unquantised and in 4 bits."""
     return [
         {"nodes": row["nodes"], f"{whole['dtype']}, ms": row["verify_ms"]}
         | {"4 bits, ms": other["verify_ms"]}
@@ -79,30 +79,30 @@ def quantised_rows(whole: Row, quantised: Row) -> list[Row]:
     ]
 
 
-def bar_rows(bars: list[Row], mlx: list[Row], phases: list[Row]) -> list[Row]:
-    """The aims of the project, and what was measured."""
-    auto, plain = (mean_speed(bars, "treeflash", method) for method in ("treeflash", "ar"))
-    theirs = mean_speed(bars, "transformers", "generate")
+def goal_rows(goals: list[Row], mlx: list[Row], phases: list[Row]) -> list[Row]:
+    """The project's goals and the measured values."""
+    auto, plain = (mean_speed(goals, "treeflash", method) for method in ("treeflash", "ar"))
+    theirs = mean_speed(goals, "transformers", "generate")
     outside = [r["outside"] for r in phases if (r["method"], r["budget"]) == ("treeflash", 64)]
     figures = {
-        "`treeflash`, auto, to transformers' `generate`": (2.5, auto / theirs),
-        "`treeflash`, auto, to our plain decoding": (1.6, auto / plain),
-        "our plain decoding to transformers' `generate`": (1.3, plain / theirs),
-        "MLX: `treeflash`, auto, to mlx-lm's `generate`": (
+        "`treeflash`, auto / transformers' `generate`": (2.5, auto / theirs),
+        "`treeflash`, auto / our plain decoding": (1.6, auto / plain),
+        "our plain decoding / transformers' `generate`": (1.3, plain / theirs),
+        "MLX: `treeflash`, auto / mlx-lm's `generate`": (
             1.5,
             mean_speed(mlx, "treeflash", "treeflash") / mean_speed(mlx, "mlx-lm", "generate"),
         ),
     }
     rows = [
-        {"figure": name, "aim": f"at least {aim}", "measured": value}
-        for name, (aim, value) in figures.items()
+        {"figure": name, "goal": f"at least {goal}", "measured": value}
+        for name, (goal, value) in figures.items()
     ]
-    share = {"figure": "time outside forwards, 64 nodes", "aim": "at most 3 %"}
+    share = {"figure": "time outside forward passes, 64 nodes", "goal": "at most 3 %"}
     return [*rows, share | {"measured": f"{100 * outside[0]:.1f} %"}]
 
 
 def blocks(found: dict[str, Any]) -> dict[str, str]:
-    """What stands between the page's marks, by name."""
+    """The content of the page's marked blocks, by name."""
     iteration = found["iteration"]
     case = ("system", "method", "budget", "backend", "dtype")
     machine = found["iteration"]["machine"]
@@ -110,11 +110,11 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     peers = [r for r in found["peers"]["rows"] if r["set"] == "mean"]
     return {
         "machine": f"{machine['date']}: {machine['cpu']}, {machine['cores']} cores, {versions}.",
-        "bars": table(
-            bar_rows(found["bars"]["rows"], found["bars-mlx"]["rows"], iteration["phases"])
+        "goals": table(
+            goal_rows(found["goals"]["rows"], found["goals-mlx"]["rows"], iteration["phases"])
         ),
-        "bars-by-set": by_set(
-            found["bars"]["rows"] + found["bars-mlx"]["rows"],
+        "goals-by-set": by_set(
+            found["goals"]["rows"] + found["goals-mlx"]["rows"],
             ("system", "method", "backend"),
             "tokens_per_s",
         ),
@@ -123,7 +123,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "budgets": by_set(found["budgets"]["rows"], ("method", "budget"), "ratio_to_ar"),
         "auto": table(auto_rows(found["budgets"]["auto"])),
         "random": by_set(found["random"]["rows"], ("method", "budget"), "ratio_to_ar"),
-        "walks": table(walk_rows(found["walks"]["rows"])),
+        "replay": table(replay_rows(found["replay"]["rows"])),
         "head": table(found["head"]["rows"] + found["head-mlx"]["rows"]),
         "phases": table(
             [
@@ -139,15 +139,19 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
 
 
 def render(page: str, shown: dict[str, str]) -> str:
-    """The page with everything between its marks made anew.
+    """The page with the content of its marked blocks replaced.
+
+    Args:
+        page: Markdown with blocks `<!-- name -->` ... `<!-- end -->`.
+        shown: the new content, by name.
 
     Raises:
-        ConfigError: it lacks a mark.
+        ConfigError: a mark is missing.
     """
     for name, text in shown.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = page.partition(start)
         if not found:
-            raise ConfigError(f"the page has no place for {name}: {start.strip()} ... {end}")
+            raise ConfigError(f"the page has no block {name}: {start.strip()} ... {end}")
         page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
     return page

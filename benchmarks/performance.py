@@ -1,11 +1,11 @@
-r"""Everything that docs/performance.md claims, measured in one run and written into that page.
+r"""Measure everything that docs/performance.md shows, in one run, and update the page.
 
-    python benchmarks/performance.py gsm8k.jsonl math500.jsonl humaneval.jsonl mbpp.jsonl \
+    python -m benchmarks.performance gsm8k.jsonl math500.jsonl humaneval.jsonl mbpp.jsonl \
         mt_bench.jsonl --device cpu --dtype bfloat16
 
-The measurements run one after the other, each a script of this folder in a process of its own, and
-leave their results beside the page as JSON. `--only NAME,...` repeats some, `--only ''` renders the
-page from the results that are there. Nothing else should run meanwhile.
+The measurements run one after the other, each in its own process, and write their results beside
+the page as JSON. `--only NAME,...` repeats some of them; `--only ''` renders the page from the
+existing results. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, fast_mlx
-from page import blocks, render
 from safetensors.numpy import save_file
 
+from benchmarks.common import Parser, at_least_one, fast_mlx
+from benchmarks.page import blocks, render
 from treeflash.cli.options import guarded
 from treeflash.config import DTYPES
 from treeflash.decoding.verify_costs import SIZES
@@ -31,34 +31,45 @@ from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.text.prompt_file import read_rows
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
-RESULTS = HERE.parent / "docs" / "performance"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "performance.md"
+RESULTS = DOCS / "performance"
 BUDGETS = "4,8,16,32,64,auto"
 QUANTISED_TARGET = "SmolLM2-135M-Instruct-4bit"
 ON_MLX = ("head-mlx", "iteration-mlx", "quantised")
-MOST_NODES = 64  # of a forward on MLX
+MOST_NODES = 64  # of a forward pass on MLX
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
+    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
     options.add_argument(
-        "--limit", type=at_least_one, default=16, help="prompts a set, bars and budgets (16)"
+        "--limit",
+        type=at_least_one,
+        default=16,
+        help="prompts per set for goals and budgets (default: 16)",
     )
-    options.add_argument("--some", type=at_least_one, default=8, help="prompts a set, random (8)")
-    options.add_argument("--few", type=at_least_one, default=2, help="prompts a set, others (2)")
-    options.add_argument("--max-tokens", type=at_least_one, default=128, help="bars (128)")
-    options.add_argument("--few-tokens", type=at_least_one, default=64, help="others (64)")
-    options.add_argument("--device", help="of what runs on PyTorch (cuda where there is one)")
-    options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
-    options.add_argument("--only", metavar="NAME,...", help="measure these alone")
+    options.add_argument(
+        "--some", type=at_least_one, default=8, help="prompts per set for random (default: 8)"
+    )
+    options.add_argument(
+        "--few", type=at_least_one, default=2, help="prompts per set for the rest (default: 2)"
+    )
+    options.add_argument(
+        "--max-tokens", type=at_least_one, default=128, help="per prompt, for goals (default: 128)"
+    )
+    options.add_argument(
+        "--few-tokens", type=at_least_one, default=64, help="per prompt, for the rest (default: 64)"
+    )
+    options.add_argument("--device", help="for PyTorch (default: cuda if available)")
+    options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
+    options.add_argument("--only", metavar="NAME,...", help="measure only these")
     return options
 
 
 def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list[str]]:
-    """What is run, by the name of its results."""
+    """The module and options of each measurement, by the name of its results."""
     sets = [str(path) for path in args.prompts]
     device = ["--device", args.device] if args.device else []
     many = ["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)]
@@ -66,19 +77,36 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
     few = ["--limit", str(args.few), *short]
     torch = [*device, "--dtype", args.dtype]
     pair = ["--backend", "cuda", *torch]
-    peers, methods = ["peers.py", *sets, *torch], ["methods.py", *sets, *pair]
+    peers, methods = ["peers", *sets, *torch], ["decoding.methods", *sets, *pair]
     ours = ["--methods", "generate,ar,treeflash"]
     plot = ["--plot", str(RESULTS / "peers.png")]
-    # Other types are slow on MLX's CPU.
+    # Other types are slow on MLX's CPU backend.
     mlx_dtype = "float32" if sys.platform == "linux" else args.dtype
     mlx = [
-        *["iteration.py", sets[0], "--backend", "mlx", "--dtype", mlx_dtype, "--contexts", "64"],
+        *[
+            "components.iteration",
+            sets[0],
+            "--backend",
+            "mlx",
+            "--dtype",
+            mlx_dtype,
+            "--contexts",
+            "64",
+        ],
         *["--sizes", ",".join(str(size) for size in SIZES if size <= MOST_NODES)],
         *["--repeats", "3", "--limit", str(args.few)],
     ]
     return {
-        "bars": [*peers, *many, *ours, "--backends", "cuda", "--systems", "transformers,treeflash"],
-        "bars-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
+        "goals": [
+            *peers,
+            *many,
+            *ours,
+            "--backends",
+            "cuda",
+            "--systems",
+            "transformers,treeflash",
+        ],
+        "goals-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
         "peers": [*peers, *few, *plot],
         "budgets": [
             *[*methods, *short, "--limit", str(args.limit)],
@@ -88,12 +116,12 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
             *[*methods, *short, "--limit", str(args.some)],
             *["--methods", "treeflash", "--budgets", "auto", "--drafter", str(random_drafter)],
         ],
-        "walks": ["walks.py", *sets, *pair],
-        "head": ["head.py", "--backend", "cuda", *device],
-        "head-mlx": ["head.py", "--backend", "mlx"],
-        "memory": ["memory.py", sets[0], *pair],
+        "replay": ["decoding.replay", *sets, *pair],
+        "head": ["components.ar_head", "--backend", "cuda", *device],
+        "head-mlx": ["components.ar_head", "--backend", "mlx"],
+        "memory": ["decoding.memory", sets[0], *pair],
         "iteration": [
-            *["iteration.py", sets[0], *pair, "--limit", "6"],
+            *["components.iteration", sets[0], *pair, "--limit", "6"],
             *["--plot", str(RESULTS / "verify.png")],
         ],
         "iteration-mlx": [*mlx, "--parts", "phases,verify"],
@@ -102,7 +130,7 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
 
 
 def write_random_drafter(folder: Path) -> None:
-    """Write a drafter that knows nothing: the published one's shape, with random weights."""
+    """Write a drafter of random weights in the shape of the published one."""
     folder.mkdir()
     published = resolve_drafter(None, None)
     rng = np.random.default_rng(0)
@@ -115,7 +143,7 @@ def write_random_drafter(folder: Path) -> None:
 
 
 def write_quantised_target(folder: Path) -> None:
-    """Write the default target in 4 bits, as mlx-lm makes it."""
+    """Write the default target in 4 bits, as mlx-lm converts it."""
     command = [sys.executable, "-m", "mlx_lm", "convert", "-q", "--mlx-path", folder]
     subprocess.run([*command, "--hf-path", resolve_target(None)], check=True)
 
@@ -125,7 +153,7 @@ def main(argv=None) -> int:
     """Measure, then render the page."""
     args = parser().parse_args(argv)
     for path in args.prompts:
-        read_rows(path)  # says now what is wrong with it
+        read_rows(path)  # reports errors before the work
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         random_drafter, quantised = Path(folder, "random"), Path(folder, QUANTISED_TARGET)
@@ -138,9 +166,9 @@ def main(argv=None) -> int:
         if "quantised" in wanted:
             write_quantised_target(quantised)
         for name in wanted:
-            script, *options = runs[name]
-            print(f"== {name}: python benchmarks/{script} {' '.join(options)}", flush=True)
-            command = [sys.executable, HERE / script, *options]
+            module, *options = runs[name]
+            print(f"== {name}: python -m benchmarks.{module} {' '.join(options)}", flush=True)
+            command = [sys.executable, "-m", f"benchmarks.{module}", *options]
             variables = os.environ | (fast_mlx() if name in ON_MLX else {})
             results = ["--json", RESULTS / f"{name}.json"]
             code = subprocess.run([*command, *results], env=variables).returncode
@@ -148,7 +176,7 @@ def main(argv=None) -> int:
                 return code
     missing = [name for name in runs if not (RESULTS / f"{name}.json").exists()]
     if missing:
-        raise ConfigError(f"the page needs {', '.join(missing)} too; leave --only out")
+        raise ConfigError(f"the page also needs {', '.join(missing)}; omit --only")
     found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in runs}
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), blocks(found)), encoding="utf-8")
     return 0

@@ -144,9 +144,9 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def module(monkeypatch):
-    """A module of the benchmarks, which are scripts and no package."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module
+    """Import a module of the benchmarks, which lie beside the tests and are not installed."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture

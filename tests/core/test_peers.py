@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+WORKERS = Path(__file__).parents[2] / "benchmarks" / "peers" / "workers"
 WORKER = """
 import os
 from serve import about, answer, serve
@@ -35,8 +35,8 @@ serve(load)
 @pytest.fixture
 def start(module, tmp_path, monkeypatch):
     """A process that runs the worker above."""
-    peer = module("peer")
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "peers"))
+    peer = module("peers.system")
+    monkeypatch.setenv("PYTHONPATH", str(WORKERS))
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     system = peer.System(name="transformers", backend="cuda", worker=str(script))
@@ -69,7 +69,7 @@ def record(system, method, set_name, prompt, tokens, seconds, *, forwards=1, tok
 
 
 def test_rows(module):
-    rows = module("peer_rows").rows(
+    rows = module("peers.figures").rows(
         [
             record("transformers", "generate", "a", 0, 10, 1.0, forwards=10),
             record("dflash", "dflash", "a", 0, 10, 0.5, forwards=5),
@@ -97,19 +97,19 @@ def test_rows(module):
 
 
 def test_no_ratio_without_generate(module):
-    rows = module("peer_rows").rows([record("dflash", "dflash", "a", 0, 10, 0.5)])
+    rows = module("peers.figures").rows([record("dflash", "dflash", "a", 0, 10, 0.5)])
     assert [(row["set"], row["ratio_to_generate"]) for row in rows] == [("a", None)]
 
 
-def test_race(module, start):
-    race = module("race").Race()
-    race.enter(start(), [16])
-    race.run("a", 0, [5, 6, 7], 2)
-    assert [case.method for case in race.cases] == ["generate"]
-    (found,) = race.records
+def test_a_comparison_drops_the_cases_that_fail(module, start):
+    comparison = module("peers.comparison").Comparison()
+    comparison.add(start(), [16])
+    comparison.run("a", 0, [5, 6, 7], 2)
+    assert [case.method for case in comparison.cases] == ["generate"]
+    (found,) = comparison.records
     assert found["token_ids"] == [5, 6]
     assert (found["dtype"], found["set"], found["tokens"]) == ("float32", "a", 1)
-    assert {skip["method"]: skip["reason"] for skip in race.skipped} == {
+    assert {skip["method"]: skip["reason"] for skip in comparison.skipped} == {
         "assisted": "no assistant",
         "fails": "RuntimeError: cannot do that",
         "dies": "its process ended with exit code 1: out of luck",
@@ -117,31 +117,31 @@ def test_race(module, start):
 
 
 def test_what_warms_up_does_not_count(module, start):
-    race = module("race").Race()
-    race.enter(start(), [16])
-    race.cases = race.cases[:1]
-    race.warm_up([5, 6, 7], 2)
-    assert len(race.cases) == 1
-    assert not race.records
+    comparison = module("peers.comparison").Comparison()
+    comparison.add(start(), [16])
+    comparison.cases = comparison.cases[:1]
+    comparison.warm_up([5, 6, 7], 2)
+    assert len(comparison.cases) == 1
+    assert not comparison.records
 
 
 def test_reason_of_a_failed_load(module, start):
-    with pytest.raises(module("peer").PeerError, match=r"^ValueError: no such model$"):
+    with pytest.raises(module("peers.system").PeerError, match=r"^ValueError: no such model$"):
         start(None)
 
 
 def test_budgets_are_of_trees_alone(module):
-    peer, race = module("peer"), module("race").Race()
+    peer, comparison = module("peers.system"), module("peers.comparison").Comparison()
     one = object.__new__(peer.Peer)
     one.system = next(system for system in peer.SYSTEMS if system.name == "treeflash")
     one.about = {"methods": ["ar", "ddtree"], "skipped": {}}
-    race.enter(one, [16, "auto"])
-    cases = [(case.method, case.budget) for case in race.cases]
+    comparison.add(one, [16, "auto"])
+    cases = [(case.method, case.budget) for case in comparison.cases]
     assert cases == [("ar", None), ("ddtree", 16), ("ddtree", "auto")]
 
 
 def test_environment_is_made_once(module, tmp_path):
-    peer = module("peer")
+    peer = module("peers.system")
     system = peer.SYSTEMS[0]
     with pytest.raises(peer.PeerError, match="not installed in"):
         peer.interpreter(system, tmp_path, install=False)
@@ -162,11 +162,11 @@ def test_environment_is_made_once(module, tmp_path):
     ],
 )
 def test_bad_options(module, capsys, options, message):
-    assert module("peers").main(["prompts.jsonl", *options]) == 2
+    assert module("peers.__main__").main(["prompts.jsonl", *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_unknown_set(module, tmp_path):
-    peers = module("peers")
+    peers = module("peers.__main__")
     with pytest.raises(ValueError, match="--sets has no 'b'; the files are a"):
         peers.read_sets([tmp_path / "a.jsonl"], ["b"], 1, None)

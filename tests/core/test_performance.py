@@ -1,4 +1,4 @@
-"""What makes docs/performance.md: its marks, its measurements, and what its tables are made of."""
+"""docs/performance.md: its blocks, its measurements, and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_page_without_a_mark_is_refused(module):
     assert page.render("a <!-- x -->\nold\n<!-- end --> b", {"x": "new"}) == (
         "a <!-- x -->\nnew\n<!-- end --> b"
     )
-    with pytest.raises(ConfigError, match="no place for y"):
+    with pytest.raises(ConfigError, match="no block y"):
         page.render("a <!-- x -->\nold\n<!-- end --> b", {"x": "new", "y": "more"})
 
 
@@ -47,7 +47,7 @@ def test_every_measurement_has_results_and_mlx_gets_no_device_of_torch(module, f
 
 
 def test_auto_is_compared_with_the_fastest_fixed_budget(module):
-    methods = module("methods")
+    methods = module("decoding.methods")
 
     def runs(*seconds: float):
         return [SimpleNamespace(decode_s=s) for s in seconds]

@@ -1,4 +1,4 @@
-"""Comparisons along one text: the target is led along it, and walks count what decoding does."""
+"""Comparisons on a forced text: the target writes it, and a replay accepts what decoding does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(tiny_pair):
 
 
 def texts(model, **options) -> tuple[list[int], list[int]]:
-    """Tokens, and how many each iteration brought."""
+    """The new tokens, and the accepted length of each iteration."""
     config = DecodeConfig(max_tokens=TOKENS, **options)
     first, *steps = decode(model.backend, model.tokenizer.chat(chat(PROMPT)), config)
     tokens = [*first.tokens, *(token for step in steps for token in step.tokens)]
@@ -34,19 +34,19 @@ def chat(prompt):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_target_is_led_along_a_text(method, module, model):
+def test_the_target_writes_the_forced_text(method, module, model):
     root, *own = texts(model, method="ar")[0]
-    led = module("one_text").OneText(model.backend)
-    led.text = [root, *((token + 1) % model.backend.vocab_size for token in own)]
-    assert texts(replace(model, backend=led), method=method, budget=8)[0] == led.text
+    forced = module("decoding.forced_text").ForcedText(model.backend)
+    forced.text = [root, *((token + 1) % model.backend.vocab_size for token in own)]
+    assert texts(replace(model, backend=forced), method=method, budget=8)[0] == forced.text
 
 
 @pytest.mark.parametrize("rows", ["auto", None, 4])
-def test_a_walk_brings_what_decoding_does(rows, module, model):
-    walks = module("walks")
-    head = walks.Head(None, rows)
+def test_a_replay_accepts_what_decoding_does(rows, module, model):
+    replay = module("decoding.replay")
+    head = replay.Head(None, rows)
     args = Namespace(max_tokens=TOKENS, budgets=[2, 8, 32], heads=[head])
-    found = walks.walk(model, PROMPT, args)
+    found = replay.replay(model, PROMPT, args)
     for budget in args.budgets:
         _, lengths = texts(
             model, method="treeflash", budget=budget, head_vocab=None, head_rows=rows

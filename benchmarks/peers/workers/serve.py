@@ -1,6 +1,7 @@
-"""A worker's side of the conversation: JSON lines, one answer to each request.
+"""The worker's side of the protocol: JSON lines, one answer to each request.
 
-The first request says what to load, and its answer what was loaded. The others are prompts.
+The first request says what to load, and its answer describes what was loaded. All others are
+prompts.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ Decode = Callable[..., Answer]
 
 
 def serve(load: Callable[[dict[str, Any]], tuple[Answer, Decode]]) -> None:
-    """Answer until standard input ends; a failure is an answer too.
+    """Answer requests until standard input ends; a failure is answered with its error.
 
     Args:
-        load: from the setup to what `about` gives, and a function of `prompt_ids`, `method`,
-            `budget` and `max_tokens` that gives what `answer` does.
+        load: takes the setup; returns a result of `about`, and a function of `prompt_ids`,
+            `method`, `budget` and `max_tokens` that returns a result of `answer`.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     decode: Decode | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -48,7 +49,7 @@ def about(
     packages: tuple[str, ...],
     skipped: dict[str, str] | None = None,
 ) -> Answer:
-    """What was loaded: methods, where, versions, and methods that cannot run, with the reason."""
+    """Describe what was loaded: methods, device, dtype, versions, and skipped methods by reason."""
     return {
         "methods": methods,
         "device": str(device).rpartition(".")[2],
@@ -59,12 +60,12 @@ def about(
 
 
 def answer(token_ids: list[int], tokens: int, forwards: int, seconds: float) -> Answer:
-    """One text.
+    """Describe one text.
 
     Args:
         token_ids: all new tokens.
-        tokens: those that came after the target's first forward, the one over the prompt.
-        forwards: of the target, without the first.
-        seconds: from the end of the first forward to the end of the text.
+        tokens: number of tokens after those of the prefill.
+        forwards: target forward passes after the prefill.
+        seconds: from the end of the prefill to the end of the text.
     """
     return {"token_ids": token_ids, "tokens": tokens, "forwards": forwards, "seconds": seconds}

@@ -1,12 +1,11 @@
-"""Who takes part in a comparison, and what came out so far."""
+"""The cases of a comparison, run in turn, and the records of their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from peer import Peer, PeerError, System
-
+from benchmarks.peers.system import Peer, PeerError, System
 from treeflash.config import Budget
 
 Record = dict[str, Any]
@@ -14,7 +13,7 @@ TREES = ("ddtree", "treeflash")
 
 
 class Case(NamedTuple):
-    """A system with one of its methods; budgets are those of treeflash's trees."""
+    """A system with one of its methods; only treeflash's tree methods have a budget."""
 
     peer: Peer
     method: str
@@ -22,7 +21,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> Record:
-        """As the results give it."""
+        """Its columns in the results."""
         system, dtype = self.peer.system, self.peer.about["dtype"]
         return {
             "system": system.name,
@@ -33,13 +32,13 @@ class Case(NamedTuple):
         }
 
 
-class Race:
-    """The comparison.
+class Comparison:
+    """Systems that decode the same prompts in turn.
 
     Attributes:
-        cases: that take part.
-        records: a prompt decoded by a case each.
-        skipped: what cannot run, and why.
+        cases: those that still run.
+        records: one for each prompt and case.
+        skipped: systems and methods that cannot run, with the reason.
     """
 
     def __init__(self) -> None:
@@ -48,10 +47,10 @@ class Race:
         self.records: list[Record] = []
         self.skipped: list[Record] = []
 
-    def enter(
+    def add(
         self, peer: Peer, budgets: Sequence[Budget], methods: Sequence[str] | None = None
     ) -> None:
-        """Let a system take part with all its methods, or those of them that are named."""
+        """Add a system with all its methods, or only those named."""
         for method, reason in peer.about["skipped"].items():
             if methods is None or method in methods:
                 self.skip(peer.system, reason, method)
@@ -62,17 +61,17 @@ class Race:
             self.cases += [Case(peer, method, budget) for budget in (budgets if trees else (None,))]
 
     def skip(self, system: System, reason: object, method: str | None = None) -> None:
-        """Note what cannot run; without a method, that is all of a system."""
+        """Record why a method cannot run; without a method, why the system cannot."""
         name = {"system": system.name, "backend": system.backend, "method": method}
         self.skipped.append(name | {"reason": str(reason)})
 
     def warm_up(self, prompt_ids: list[int], max_tokens: int) -> None:
-        """Let everybody decode a prompt that does not count."""
+        """Decode a prompt in every case without keeping the records."""
         self.run("", "", prompt_ids, max_tokens)
         self.records.clear()
 
     def run(self, set_name: str, prompt: str | int, prompt_ids: list[int], max_tokens: int) -> None:
-        """Let everybody decode a prompt, in turn; who fails takes part no longer."""
+        """Decode a prompt in every case, in turn; a case that fails is dropped."""
         for case in tuple(self.cases):
             request = {"prompt_ids": prompt_ids, "method": case.method, "budget": case.budget}
             try:

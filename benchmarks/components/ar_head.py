@@ -1,10 +1,10 @@
-"""What the AR head costs at a published shape, by the tokens and the previous tokens it scores.
+"""Time of the AR head at a published shape, by shortlist size and number of previous tokens.
 
-    python benchmarks/head.py --backend mlx [--device cpu] [--shape qwen3-4b] [--json FILE]
+    python -m benchmarks.components.ar_head --backend mlx [--device cpu] [--shape qwen3-4b]
 
-A target of few layers, which the head does not ask, and a drafter of the published shape are
-written with random weights to a temporary folder. The block has 16 positions, M = K = 16. What is
-timed is one call of `ARHead.transitions`; `own_ms` leaves out the marginals, which any tree needs.
+A target with few layers, which do not matter here, and a drafter of the published shape are written
+with random weights to a temporary folder. The block has 16 positions, M = K = 16. One call of
+`ARHead.transitions` is timed; `own_ms` excludes the marginals, which any tree needs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import gpu
-from common import Parser, at_least_one, median_ms, show, write_json
-
+from benchmarks.common import Parser, at_least_one, median_ms, show, write_json
+from benchmarks.random_pair import (
+    SHAPES,
+    TOP_K,
+    TOP_M,
+    random_prompt,
+    write_drafter,
+    write_target,
+)
 from treeflash.cli.options import guarded
-from treeflash.config import DTYPES, LoadConfig
+from treeflash.config import DTYPES, LoadConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.registry import loader
 
@@ -34,30 +40,30 @@ HEADS = (
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("--backend", default="cuda", help="(cuda)")
-    options.add_argument("--shape", choices=gpu.SHAPES, default="qwen3-4b", help="(qwen3-4b)")
-    options.add_argument("--device", help="as the backends name it (their best)")
-    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
-    options.add_argument("--repeats", type=at_least_one, default=5, help="calls a median (5)")
+    options.add_argument("--backend", default="cuda", help="(default: cuda)")
+    options.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: qwen3-4b)")
+    options.add_argument("--device", help="the backend's name for a device (default: its best)")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    options.add_argument(
+        "--repeats", type=at_least_one, default=5, help="calls per median (default: 5)"
+    )
     return options
 
 
 def rows(backend: Backend, repeats: int) -> list[dict]:
-    """A line for each kind of head."""
+    """One row for each setting of the head."""
     verifier, drafter, head = backend.verifier(features=True), backend.drafter(), backend.head
     assert head is not None
-    root, features = verifier.prefill(gpu.random_prompt(backend.vocab_size, 16), gpu.GREEDY, None)
+    root, features = verifier.prefill(random_prompt(backend.vocab_size, 16), SamplingConfig(), None)
     block = drafter.draft(features, root)
-    marginals_ms = median_ms(lambda: drafter.marginals(block, gpu.TOP_K, 1.0), repeats)
+    marginals_ms = median_ms(lambda: drafter.marginals(block, TOP_K, 1.0), repeats)
     found = []
     for vocab, previous in HEADS:
         sizes = {"shortlist": vocab, "rows": previous}
         scored = {name: None if size == "full" else size for name, size in sizes.items()}
-        ms = median_ms(
-            lambda s=scored: head.transitions(block, gpu.TOP_M, gpu.TOP_K, 1.0, **s), repeats
-        )
+        ms = median_ms(lambda s=scored: head.transitions(block, TOP_M, TOP_K, 1.0, **s), repeats)
         found.append({"backend": backend.name, "vocab": vocab, "rows": previous, "ms": ms})
     full_ms = found[0]["ms"]
     for row in found:
@@ -72,11 +78,11 @@ def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     load = loader(args.backend)
-    shape = gpu.SHAPES[args.shape] | {"num_hidden_layers": LAYERS}
+    shape = SHAPES[args.shape] | {"num_hidden_layers": LAYERS}
     with tempfile.TemporaryDirectory() as scratch:
         target, drafter = Path(scratch, "target"), Path(scratch, "drafter")
-        gpu.write_target(target, shape, "cpu", args.dtype)
-        gpu.write_drafter(drafter, shape, "cpu", args.dtype)
+        write_target(target, shape, "cpu", args.dtype)
+        write_drafter(drafter, shape, "cpu", args.dtype)
         backend = load(target, drafter, LoadConfig(device=args.device, dtype=args.dtype))
     found = rows(backend, args.repeats)
     show(f"AR head, {args.shape}, {args.dtype}, {args.device or 'best device'}", found)

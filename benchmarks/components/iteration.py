@@ -1,16 +1,16 @@
-"""What an iteration costs, part by part: phases, contexts, budgets, sampling, prefill.
+"""The time of an iteration, part by part: phases, contexts, budgets, sampling, prefill.
 
-    python benchmarks/iteration.py gsm8k.jsonl [--json FILE] [--plot FILE.png]
+    python -m benchmarks.components.iteration gsm8k.jsonl [--json FILE] [--plot FILE.png]
 
-- `phases`: milliseconds of an iteration by phase, for one prompt and every method. `outside` is the
-  share spent outside the forwards of target and drafter: building the tree, choosing tokens,
-  accepting, committing. Where a backend chooses in its forward (MLX), `choose` is not known, and
-  `outside` is without it.
-- `verify`: a target forward by nodes of the tree and committed positions.
-- `sampling`: choosing at the nodes of drafted trees, as a multiple of a greedy iteration's time.
-- `prefill`: a prompt, as a multiple of the time that the framework's own forward takes for it.
+- `phases`: milliseconds of an iteration by phase, for every method. `outside` is the fraction spent
+  outside the forward passes of target and drafter: building the tree, choosing tokens, accepting,
+  committing. If a backend chooses tokens in its forward pass (MLX), `choose` is unknown and not
+  part of `outside`.
+- `verify`: a target forward pass by nodes of the tree and committed positions.
+- `sampling`: an iteration with sampling at the nodes of drafted trees, relative to a greedy one.
+- `prefill`: a prompt, relative to the framework's own forward pass over it.
 
-All times are medians; what is compared is run in turn.
+All times are medians; the things compared take turns.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, numbers, output_file, random_tree, show, write_json
 
+from benchmarks.common import (
+    Parser,
+    at_least_one,
+    numbers,
+    output_file,
+    random_tree,
+    show,
+    write_json,
+)
 from treeflash.cli.options import add_model_options, guarded, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
@@ -42,29 +50,39 @@ SAMPLINGS = {
 }
 PARTS = ("phases", "sampling", "prefill", "verify")
 BUDGETS = (16, 64)
-TOKENS = 64  # of a text whose iterations are looked at
+TOKENS = 64  # of a text whose iterations are timed
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="its first rows are used")
-    options.add_argument("--limit", type=at_least_one, default=4, help="prompts (4)")
-    options.add_argument("--repeats", type=at_least_one, default=7, help="calls a median (7)")
     options.add_argument(
-        "--sizes", type=numbers, default=[2**n for n in range(10)], help="nodes (1,2,4, ..., 512)"
+        "prompts", type=Path, metavar="FILE.jsonl", help="its first prompts are used"
+    )
+    options.add_argument("--limit", type=at_least_one, default=4, help="prompts (default: 4)")
+    options.add_argument(
+        "--repeats", type=at_least_one, default=7, help="calls per median (default: 7)"
     )
     options.add_argument(
-        "--contexts", type=numbers, default=[64, 1024, 2048, 4096, 7600], help="positions (to 7600)"
+        "--sizes",
+        type=numbers,
+        default=[2**n for n in range(10)],
+        help="tree sizes, nodes (default: 1,2,4,...,512)",
     )
-    options.add_argument("--parts", default=",".join(PARTS), help=f"({','.join(PARTS)})")
-    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw `verify`")
+    options.add_argument(
+        "--contexts",
+        type=numbers,
+        default=[64, 1024, 2048, 4096, 7600],
+        help="committed positions (default: 64 to 7600)",
+    )
+    options.add_argument("--parts", default=",".join(PARTS), help=f"(default: {','.join(PARTS)})")
+    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="plot `verify`")
     add_model_options(options)
     return options
 
 
 def alternate(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median milliseconds of each, called in turn, after one call each to warm up."""
+    """The median milliseconds of each function, called in turn after one warm-up call each."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 1):
         for function, own in zip(functions, times, strict=True):
@@ -100,7 +118,7 @@ def phase_rows(model: LanguageModel, prompts: list[list[int]]) -> list[dict]:
 
 
 def choice_ms(model: LanguageModel, nodes: int) -> float | None:
-    """Choosing tokens greedily, part of `verify`: from logits that were computed before."""
+    """Time to choose tokens greedily from given logits; part of `verify`."""
     if model.backend.name != "cuda":
         return None
     import torch
@@ -113,7 +131,7 @@ def choice_ms(model: LanguageModel, nodes: int) -> float | None:
 
 
 def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
-    """Time of a target forward by context and nodes."""
+    """Time of a target forward pass by context and nodes."""
     backend, rng = model.backend, np.random.default_rng(0)
     rows = []
     for context in args.contexts:
@@ -127,7 +145,7 @@ def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
 
 
 def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) -> list[dict]:
-    """Time of choosing in different ways at the nodes of the same drafted trees."""
+    """Time of an iteration under different sampling settings, over the same drafted trees."""
     backend = model.backend
     method = model.best_method
     rows = []
@@ -155,7 +173,7 @@ def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) 
 
 
 def prefill_rows(model: LanguageModel, contexts: list[int], repeats: int) -> list[dict]:
-    """Time of a prompt beside the framework's own forward, its weights as it loads them."""
+    """Time of a prefill, relative to the framework's own forward pass as it loads the model."""
     backend, rng = model.backend, np.random.default_rng(0)
     own = framework_forward(model)
     rows = []
@@ -173,7 +191,7 @@ def prefill_rows(model: LanguageModel, contexts: list[int], repeats: int) -> lis
 
 
 def framework_forward(model: LanguageModel) -> Callable[[list[int]], int]:
-    """From a prompt to the most probable next token, as the framework does it."""
+    """A function from a prompt to the most probable next token, computed by the framework."""
     backend: Any = model.backend
     if backend.name == "mlx":
         import mlx.core as mx
@@ -185,7 +203,7 @@ def framework_forward(model: LanguageModel) -> Callable[[list[int]], int]:
 
         def run(ids: list[int]) -> int:
             cache = make_prompt_cache(other)
-            for first in range(0, len(ids) - 1, 512):  # as mlx-lm's generate does
+            for first in range(0, len(ids) - 1, 512):  # like mlx-lm's generate
                 other(mx.array([ids[first : min(first + 512, len(ids) - 1)]]), cache=cache)
                 mx.eval([c.state for c in cache])
             return int(other(mx.array([ids[-1:]]), cache=cache)[0, -1].argmax())
@@ -206,7 +224,7 @@ def framework_forward(model: LanguageModel) -> Callable[[list[int]], int]:
 
 
 def draw(rows: list[dict], caption: str, path: Path) -> None:
-    """Write two plots: verify time by nodes for each context, and by context for some sizes."""
+    """Plot verify time by nodes for each context, and by context for some sizes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
@@ -226,7 +244,7 @@ def draw(rows: list[dict], caption: str, path: Path) -> None:
                 markersize=3,
                 label=f"{value}",
             )
-        axis.set(xlabel=x, ylabel="ms of a target forward", ylim=(0, None))
+        axis.set(xlabel=x, ylabel="ms per target forward pass", ylim=(0, None))
         axis.legend(title=name, fontsize="small")
     figure.suptitle(caption, fontsize="small")
     figure.savefig(path)
@@ -240,10 +258,10 @@ def main(argv=None) -> int:
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"--parts has no {unknown[0]!r}; choose from {', '.join(PARTS)}")
     if args.plot is not None and "verify" not in parts:
-        raise ConfigError("--plot draws the part verify; add it to --parts")
+        raise ConfigError("--plot needs the part verify; add it to --parts")
     model = load_model(args)
     if model.backend.name not in ("cuda", "mlx"):
-        raise ConfigError("--backend must be cuda or mlx: there is no framework to compare with")
+        raise ConfigError("--backend must be cuda or mlx: others have no framework to compare with")
     prompts = [encode(model.tokenizer, row.turns[0]) for row in read_rows(args.prompts)]
     prompts = prompts[: args.limit]
     measure: dict[str, Callable[[], list[dict]]] = {

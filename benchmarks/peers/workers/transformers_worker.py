@@ -1,4 +1,4 @@
-"""transformers: `generate`, and its two ways to draft."""
+"""transformers: `generate` and its two ways to draft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOKUP_TOKENS = 10  # as in the documentation of transformers
 
 
 class Clock(BaseStreamer):
-    """Notes how many tokens come, and when: the prompt, then what each forward brought."""
+    """Records when tokens arrive and how many: the prompt, then those of each forward pass."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -23,16 +23,16 @@ class Clock(BaseStreamer):
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Called with the tokens of a forward."""
+        """Called with the tokens of a forward pass."""
         self.lengths.append(value.numel())
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last."""
+        """Called after the last tokens."""
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the target, and the assistant where there is one."""
+    """Load the target and the assistant, if given."""
     model = load_model(setup["target"], setup)
     options: dict[str, dict[str, Any]] = {
         "generate": {},

@@ -1,4 +1,4 @@
-"""dflash-mlx: DFlash for MLX, with its own defaults, which copy from the prompt too."""
+"""dflash-mlx: DFlash for MLX, with its own defaults, which include prompt lookup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve import about, answer, serve
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the pair; of a TreeFlash drafter, what DFlash knows of it."""
+    """Load the pair; of a TreeFlash drafter, only the DFlash part."""
     dtype = getattr(mx, setup["dtype"])
     context = build_offline_runtime_context()
     bundle = load_runtime_bundle(

@@ -1,4 +1,4 @@
-"""flashspec: prompt lookup, and with an assistant its default, which mixes both."""
+"""flashspec: prompt lookup and, given an assistant, its default mix of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_target import load_model
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the target, and the assistant where there is one; an engine for each method."""
+    """Load the target and the assistant, if given; make an engine for each method."""
     model = load_model(setup["target"], setup)
     device, dtype = model.device, model.dtype
 
@@ -40,7 +40,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         prompt = torch.tensor([prompt_ids], device=device)
         result = engines[method].generate(prompt, max_new_tokens=max_tokens)
         token_ids = result.output_ids[0, : result.n_tokens_generated].tolist()
-        # The first step runs the prompt too.
+        # The first step includes the prefill.
         steps = result.arm_steps[1:]
         tokens = sum(step.emitted for step in steps)
         return answer(token_ids, tokens, len(steps), sum(step.seconds for step in steps))

@@ -1,11 +1,12 @@
-"""What the AR head's settings cost and bring, along the same texts.
+"""Cost and block efficiency of the AR head's settings, replayed on the same texts.
 
-    python benchmarks/walks.py gsm8k.jsonl --budgets 16,64 --heads full:full,1024:auto
+    python -m benchmarks.decoding.replay gsm8k.jsonl --budgets 16,64 --heads full:full,1024:auto
 
-The target writes a text plainly, and at every position of it the drafter drafts a block, from which
-each setting of the head makes a tree. Its block efficiency is that of a walk along the text: from a
-position to the one that its tree reaches there, and so on. All settings see the same texts and the
-same blocks, so that what differs is theirs alone; when decoding in half precision, it is not.
+The target writes a text by plain decoding, and at every position the drafter drafts a block, from
+which each setting of the head builds a tree. Replaying a setting then starts at the first position,
+accepts what its tree there matches of the text, continues at the position reached, and so on to the
+end. All settings see the same texts and blocks, so differences are due to the settings alone; when
+decoding in half precision, the texts would diverge.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import Parser, at_least_one, mean_row, numbers, show, write_json
-from one_text import follow
 from rich.progress import track
 
+from benchmarks.common import Parser, at_least_one, mean_row, numbers, show, write_json
+from benchmarks.decoding.forced_text import force
 from treeflash.cli.options import add_model_options, full_or_number, guarded, head_rows, load_model
 from treeflash.config import AUTO, DecodeConfig, HeadRows, SamplingConfig
 from treeflash.decoding.acceptance import accept
@@ -40,29 +41,34 @@ HEADS = "full:full,2048:full,1024:full,512:full,256:full,1024:128,1024:64,1024:3
 
 
 class Head(NamedTuple):
-    """How many tokens the head scores after how many previous ones."""
+    """Shortlist size of the AR head, and the number of previous tokens that it scores it for."""
 
     vocab: int | None
     rows: HeadRows
 
     @property
     def name(self) -> dict[str, Any]:
-        """As the results give it."""
+        """Its columns in the results."""
         return {"head_vocab": self.vocab or "full", "head_rows": self.rows or "full"}
 
 
-class Walk(NamedTuple):
-    """A head along a text: what each tree brought that was visited, and what all tables took."""
+class Replay(NamedTuple):
+    """One setting on one text.
+
+    Attributes:
+        lengths: accepted lengths of the iterations.
+        seconds: the head's time at each position of the text.
+    """
 
     lengths: list[int]
     seconds: list[float]
 
 
-Walks = dict[tuple[Head, int], list[Walk]]
+Replays = dict[tuple[Head, int], list[Replay]]
 
 
 def heads(text: str) -> list[Head]:
-    """Heads separated by commas, each VOCAB:ROWS."""
+    """Comma-separated VOCAB:ROWS pairs, for argparse."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         return [Head(full_or_number(vocab), head_rows(rows)) for vocab, rows in pairs]
@@ -71,18 +77,24 @@ def heads(text: str) -> list[Head]:
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
-    options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
-    options.add_argument("--max-tokens", type=at_least_one, default=64, help="a prompt (64)")
-    options.add_argument("--budgets", type=numbers, default=[8, 16, 32, 64], help="(8,16,32,64)")
+    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
+    options.add_argument(
+        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
+    )
+    options.add_argument(
+        "--max-tokens", type=at_least_one, default=64, help="new tokens per prompt (default: 64)"
+    )
+    options.add_argument(
+        "--budgets", type=numbers, default=[8, 16, 32, 64], help="(default: 8,16,32,64)"
+    )
     options.add_argument(
         "--heads",
         type=heads,
         default=heads(HEADS),
         metavar="VOCAB:ROWS,...",
-        help=f"tokens that are scored, and the previous tokens after which they are ({HEADS})",
+        help=f"shortlist size and number of previous tokens, each (default: {HEADS})",
     )
     add_model_options(options)
     return options
@@ -91,10 +103,10 @@ def parser() -> Parser:
 def draft(
     backend: Backend, drafter: Drafter, block: Block, root: int, head: Head, budgets: list[int]
 ) -> dict[int, tuple[DraftTree, float]]:
-    """The tree of each budget, and the seconds that its table took."""
+    """The tree of each budget and the seconds taken to make its table."""
     config = DecodeConfig(method="treeflash", head_vocab=head.vocab, head_rows=head.rows)
     found = {}
-    # The first nodes of a tree are the tree of that budget, unless the table depends on it.
+    # A prefix of a tree is the tree of a smaller budget, unless the table depends on the budget.
     for budget in budgets if head.rows == AUTO else [max(budgets)]:
         before = time.perf_counter()
         table = propose(backend, drafter, block, config, budget)
@@ -106,14 +118,14 @@ def draft(
 
 
 def reached(tree: DraftTree, following: list[int]) -> int:
-    """Tokens that a tree brings where these follow its root."""
-    nothing = np.full(len(tree), -1, np.int32)  # beyond the text no token is drafted
-    chosen = follow(tree, following, nothing)
+    """The accepted length of a tree if the text continues with `following` after its root."""
+    no_token = np.full(len(tree), -1, np.int32)  # beyond the text nothing is accepted
+    chosen = force(tree, following, no_token)
     return min(len(accept(tree, chosen).path), len(following))
 
 
-def walk(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int], Walk]:
-    """Write one text, and walk along it with every head and budget; of one token there is none."""
+def replay(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int], Replay]:
+    """Write one text and replay every head and budget on it; empty for a text of one token."""
     backend = model.backend
     verifier, drafter = backend.verifier(features=True), backend.drafter()
     root, features = verifier.prefill(encode(model.tokenizer, prompt), GREEDY, None)
@@ -126,36 +138,36 @@ def walk(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int],
         root = int(verifier.verify(DraftTree.root_only(root), GREEDY, None)[0])
         features = verifier.commit(np.zeros(1, np.int32))
         tokens.append(root)
-    found: dict[tuple[Head, int], Walk] = {}
+    found: dict[tuple[Head, int], Replay] = {}
     for i, head in enumerate(args.heads if drafts else []):
         for budget in args.budgets:
-            trees, seconds = zip(*(position[i][budget] for position in drafts), strict=True)
-            lengths, place = [], 0
-            while place < len(trees):
-                lengths.append(reached(trees[place], tokens[place + 1 :]))
-                place += lengths[-1]
-            found[head, budget] = Walk(lengths, list(seconds))
+            trees, seconds = zip(*(drafted[i][budget] for drafted in drafts), strict=True)
+            lengths, position = [], 0
+            while position < len(trees):
+                lengths.append(reached(trees[position], tokens[position + 1 :]))
+                position += lengths[-1]
+            found[head, budget] = Replay(lengths, list(seconds))
     return found
 
 
-def row(name: str, head: Head, budget: int, walks: list[Walk]) -> dict[str, Any]:
+def row(name: str, head: Head, budget: int, replays: list[Replay]) -> dict[str, Any]:
     """One line of the results."""
     return {"set": name, **head.name, "budget": budget} | {
-        "table_ms": 1000 * median(s for walk in walks for s in walk.seconds),
-        "block_efficiency": mean(n for walk in walks for n in walk.lengths),
-        "prompts": len(walks),
+        "table_ms": 1000 * median(s for replay in replays for s in replay.seconds),
+        "block_efficiency": mean(n for replay in replays for n in replay.lengths),
+        "prompts": len(replays),
     }
 
 
 def measure(model: LanguageModel, args: Any) -> list[dict[str, Any]]:
-    """The rows of all sets, and of their mean."""
+    """The rows of all sets and of their mean."""
     rows = []
     for path in args.prompts:
-        walks: Walks = defaultdict(list)
+        replays: Replays = defaultdict(list)
         for prompt in track(read_rows(path)[: args.limit], path.stem):
-            for case, found in walk(model, prompt.turns[0], args).items():
-                walks[case].append(found)
-        rows += [row(path.stem, *case, found) for case, found in walks.items()]
+            for case, found in replay(model, prompt.turns[0], args).items():
+                replays[case].append(found)
+        rows += [row(path.stem, *case, found) for case, found in replays.items()]
     cases = [{**head.name, "budget": n} for head in args.heads for n in args.budgets]
     return rows + [mean_row(rows, case, ("table_ms", "block_efficiency")) for case in cases]
 
@@ -170,8 +182,8 @@ def main(argv=None) -> int:
     rows = measure(model, args)
     backend = model.backend
     where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
-    show(f"walks, {' '.join(where.values())}", [r for r in rows if r["set"] == "mean"])
-    write_json(args.json, "walks", where | {"rows": rows})
+    show(f"replay, {' '.join(where.values())}", [r for r in rows if r["set"] == "mean"])
+    write_json(args.json, "replay", where | {"rows": rows})
     return 0
 
 

@@ -1,8 +1,8 @@
-"""A target that writes a given text, so that all methods are compared along the same one.
+"""Force the target to write a given text, so that all methods are compared on the same text.
 
-In half precision a near-tie can fall differently in a tree than alone, and the text goes another
-way: some texts are easier to draft than others, by more than methods differ. Here the target runs
-as always, but where it would leave the text it is overruled.
+In half precision a near-tie can resolve differently in a tree than alone, and the texts diverge.
+Texts differ in how easy they are to draft by more than methods do. So the target runs as usual, but
+its choices are replaced by the tokens of the text.
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ from treeflash.decoding.interfaces import Backend, Features, TreeVerifier
 from treeflash.decoding.tree import DraftTree
 
 
-def follow(
+def force(
     tree: DraftTree, following: Sequence[int], chosen: NDArray[np.int32]
 ) -> NDArray[np.int32]:
-    """(n,) what a target chooses that writes these tokens after the root, and then as it chose."""
+    """Replace a target's choices by the tokens of a text.
+
+    Args:
+        tree: n nodes.
+        following: tokens of the text after the root.
+        chosen: (n,) int32; the target's choices, kept beyond the end of the text.
+
+    Returns:
+        (n,) int32; at depth d the text's token d + 1 after the root.
+    """
     known = tree.depths < len(following)
-    followed = chosen.copy()
-    followed[known] = np.array(following, np.int32)[tree.depths[known]]
-    return followed
+    forced = chosen.copy()
+    forced[known] = np.array(following, np.int32)[tree.depths[known]]
+    return forced
 
 
-class OneText:
-    """A backend whose target writes a text.
+class ForcedText:
+    """A backend whose target writes a given text.
 
     Attributes:
-        text: its tokens; where it is empty, or at its end, the target chooses.
+        text: token ids; if it is empty, and beyond its end, the target chooses freely.
     """
 
     def __init__(self, backend: Backend) -> None:
-        """Take a loaded pair."""
+        """Wrap a loaded pair."""
         self.backend = backend
         self.text: Sequence[int] = ()
 
@@ -49,7 +58,7 @@ class OneText:
 
 
 class _Verifier:
-    """The verifier of a prompt that the text follows."""
+    """A verifier whose choices after the prompt are those of the text."""
 
     def __init__(self, verifier: TreeVerifier, text: Sequence[int]) -> None:
         self.verifier = verifier
@@ -73,4 +82,4 @@ class _Verifier:
     ) -> NDArray[np.int32]:
         root = self.verifier.length - self.prompt_length
         chosen = self.verifier.verify(tree, sampling, uniforms)
-        return follow(tree, self.text[root + 1 :], chosen)
+        return force(tree, self.text[root + 1 :], chosen)

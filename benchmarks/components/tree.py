@@ -1,29 +1,29 @@
-"""Time of the core's part of an iteration: table, tree, ancestor mask, acceptance.
+"""Time of the NumPy core in an iteration: table, tree, ancestor mask, acceptance.
 
-    python benchmarks/tree.py [--json FILE]
+    python -m benchmarks.components.tree [--json FILE]
 
-The bars: building a tree takes at most 0.3 ms at 64 nodes and 2 ms at 1024.
+Goals: building a tree takes at most 0.3 ms with 64 nodes and 2 ms with 1024.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from common import Parser, at_least_one, median_ms, show, write_json
 
+from benchmarks.common import Parser, at_least_one, median_ms, show, write_json
 from treeflash.decoding.acceptance import accept
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 
 DEPTHS, ROWS, CHILDREN = 15, 16, 16  # block size 16, M = K = 16
 BUDGETS = (16, 64, 256, 1024)
-BARS_MS = {64: 0.3, 1024: 2.0}
-# Standard deviation of the logits, from a drafter that knows nothing to one that is sure.
+GOALS_MS = {64: 0.3, 1024: 2.0}
+# Standard deviation of the logits, from a drafter that knows nothing to a confident one.
 PEAKEDNESS = {"flat": 0.0, "soft": 1.0, "usual": 3.0, "sharp": 8.0}
-POOL = 24  # tokens in play at a depth: two children of three are candidates of the next one
+POOL = 24  # tokens per depth: two of three children are previous tokens of the next depth
 
 
 def candidates(scale: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What an AR head hands over: previous tokens, children and their log probabilities."""
+    """Random output of an AR head: previous tokens, children and their log probabilities."""
     rng = np.random.default_rng(seed)
     pools = np.array([rng.permutation(50_000)[:POOL] for _ in range(DEPTHS)], np.int32)
     logits = -np.sort(-rng.normal(0, scale, (DEPTHS, ROWS, 1000)))
@@ -33,7 +33,7 @@ def candidates(scale: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def choices(tree: DraftTree) -> np.ndarray:
-    """A target that agrees with the first child wherever there is one."""
+    """The choices of a target that agrees with the first child of every node."""
     chosen = np.full(len(tree), -1, np.int32)
     for node in range(len(tree) - 1, 0, -1):
         chosen[tree.parents[node]] = tree.tokens[node]
@@ -41,12 +41,14 @@ def choices(tree: DraftTree) -> np.ndarray:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, write."""
     parser = Parser(__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument(
-        "--repeats", type=at_least_one, default=300, help="calls per median (default 300)"
+        "--repeats", type=at_least_one, default=300, help="calls per median (default: 300)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the tables (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed for the tables (default: 0)"
+    )
     args = parser.parse_args()
     if args.seed < 0:
         parser.error("argument --seed: must be 0 or more")
@@ -63,7 +65,7 @@ def main() -> None:
             tree = build_tree(table, 0, budget)
             chosen = choices(tree)
             build_ms = median_ms(lambda t=table, b=budget: build_tree(t, 0, b), args.repeats)
-            bar = BARS_MS.get(budget)
+            goal = GOALS_MS.get(budget)
             rows.append(
                 {
                     "table": name,
@@ -71,8 +73,8 @@ def main() -> None:
                     "depth": int(tree.depths.max()),
                     "from_candidates_ms": table_ms,
                     "build_tree_ms": build_ms,
-                    "bar_ms": bar,
-                    "of_bar": build_ms / bar if bar else None,
+                    "goal_ms": goal,
+                    "of_goal": build_ms / goal if goal else None,
                     "ancestor_mask_ms": median_ms(tree.ancestor_mask, args.repeats),
                     "accept_ms": median_ms(lambda t=tree, c=chosen: accept(t, c), args.repeats),
                 }

@@ -1,4 +1,4 @@
-"""dflash, the package of the DFlash authors, on PyTorch."""
+"""dflash, the DFlash authors' package, on PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch_target import load_model
 
 
 class Clock:
-    """Counts the target's forwards, and notes when the first, over the prompt, has ended."""
+    """Counts the target's forward passes and records when the prefill ended."""
 
     def __init__(self, target: Any) -> None:
-        """Watch a model."""
+        """Hook a model."""
         self.forwards = 0
         self.prefilled = 0.0
         target.register_forward_hook(self._count)
@@ -30,7 +30,7 @@ class Clock:
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the pair; of a TreeFlash drafter, what DFlash knows of it."""
+    """Load the pair; of a TreeFlash drafter, only the DFlash part."""
     target = load_model(setup["target"], setup)
     drafter = DFlashDraftModel.from_pretrained(setup["dflash_drafter"], dtype=target.dtype)
     drafter = drafter.to(target.device).eval()

@@ -1,22 +1,20 @@
-"""Other systems beside treeflash: same weights, prompts, type, threads and token counts.
+"""Compare treeflash with other systems: same weights, prompts, type, threads and token counts.
 
-    python benchmarks/peers.py gsm8k.jsonl mt_bench.jsonl [--json FILE] [--plot FILE.png]
+    python -m benchmarks.peers gsm8k.jsonl mt_bench.jsonl [--json FILE] [--plot FILE.png]
 
-Each system is installed from the package index into an environment of its own, and runs in a
-process that loads its models once; treeflash runs with what is installed here. Every prompt is
-decoded by every system and method in turn before the next prompt, so that what disturbs the
-machine disturbs all of them; processes that wait their turn sleep. What cannot run is named with
-the reason.
+Each system is installed from the package index into its own environment and runs in a process that
+loads its models once; treeflash runs in the current environment. Every prompt is decoded by every
+system and method in turn before the next prompt, so that a disturbance of the machine affects all
+of them; waiting processes sleep. Systems and methods that cannot run are listed with the reason.
 
-Decoding is greedy, ends at the same stop tokens and the same limit, and starts from the same token
-ids. Timed is what follows the target's first forward, the one over the prompt, up to the last
-token; what that forward brought (usually one token) does not count, nor do loading and tokenizing.
-The first prompt of all is decoded once by everybody before anything is measured.
+Decoding is greedy, from the same token ids to the same stop tokens and limit. The time from the end
+of the prefill to the last token is measured; the tokens of the prefill (usually one), loading and
+tokenizing do not count. Every case decodes the first prompt once before anything is measured.
 
-`ratio_to_generate` is the median over prompts of the speed as a multiple of the same prompt's plain
-decoding by the system that most people use: `generate` of transformers for what runs on PyTorch,
-of mlx-lm for what runs on MLX. `equal` counts the texts that have the same tokens as that one's.
-MLX runs in float32 on Linux, whatever the type of the others: its other types are slow there.
+`ratio_to_generate` is the median over prompts of the speed relative to the framework's usual
+`generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX. `equal` counts the texts
+with the same tokens as that baseline. On Linux MLX always runs in float32: its other types are slow
+there.
 """
 
 from __future__ import annotations
@@ -31,14 +29,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import Parser, at_least_one, machine, output_file, show, write_json
-from peer import SYSTEMS, Peer, PeerError, System, interpreter
-from peer_rows import Record, draw, rows
 from platformdirs import user_cache_path
-from race import Race
 from rich.progress import track
 from safetensors.numpy import save_file
 
+from benchmarks.common import Parser, at_least_one, machine, output_file, show, write_json
+from benchmarks.peers.comparison import Comparison
+from benchmarks.peers.figures import Record, draw, rows
+from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
 from treeflash.cli.options import guarded
 from treeflash.config import DTYPES, Budget, DecodeConfig
 from treeflash.drafters.checkpoints import canonical_name, read_config, read_tensors
@@ -51,52 +49,68 @@ from treeflash.text.tokenizer import Tokenizer
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
-    options.add_argument("--sets", type=names, help="only these, by the names of their files")
-    options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
-    options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
-    options.add_argument("--systems", type=names, help="only these, separated by commas")
-    options.add_argument("--methods", type=names, help="only these, whichever system has them")
-    options.add_argument("--backends", type=names, help="cuda for PyTorch, mlx, or both (both)")
+    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
+    options.add_argument("--sets", type=names, help="only these sets, by file name without .jsonl")
     options.add_argument(
-        "--budgets", type=names, default=["auto"], help="of treeflash's trees (auto)"
+        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
     )
-    options.add_argument("--target", metavar="FOLDER_OR_ID", help="(SmolLM2-135M-Instruct)")
-    options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(the published one)")
+    options.add_argument(
+        "--max-tokens", type=at_least_one, default=128, help="new tokens per prompt (default: 128)"
+    )
+    options.add_argument("--systems", type=names, help="only these, comma-separated")
+    options.add_argument("--methods", type=names, help="only these methods, of any system")
+    options.add_argument(
+        "--backends", type=names, help="cuda for PyTorch, mlx, or both (default: both)"
+    )
+    options.add_argument(
+        "--budgets",
+        type=names,
+        default=["auto"],
+        help="of treeflash's tree methods (default: auto)",
+    )
+    options.add_argument(
+        "--target", metavar="FOLDER_OR_ID", help="(default: SmolLM2-135M-Instruct)"
+    )
+    options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
     options.add_argument(
         "--assistant",
         metavar="FOLDER_OR_ID",
-        help="a small model with the target's tokenizer, for methods that draft with one",
+        help="a small model with the target's tokenizer, for assisted generation",
     )
-    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
-    options.add_argument("--device", help="of what runs on PyTorch (cuda where there is one)")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    options.add_argument("--device", help="of the PyTorch systems (default: cuda if available)")
     options.add_argument(
-        "--threads", type=at_least_one, default=os.cpu_count(), help="a system (all cores)"
+        "--threads",
+        type=at_least_one,
+        default=os.cpu_count(),
+        help="threads per system (default: all cores)",
     )
     options.add_argument(
         "--environments",
         type=Path,
         default=user_cache_path("treeflash") / "peers",
         metavar="FOLDER",
-        help="where systems are installed (a cache folder)",
+        help="where systems are installed (default: a cache folder)",
     )
-    options.add_argument("--no-install", action="store_true", help="use what is installed there")
-    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw the ratios")
+    options.add_argument(
+        "--no-install", action="store_true", help="use only what is installed there"
+    )
+    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="plot the ratios")
     return options
 
 
 def names(text: str) -> list[str]:
-    """What commas separate."""
+    """A comma-separated list, for argparse."""
     return text.split(",")
 
 
 def chosen_systems(wanted: list[str] | None, backends: list[str] | None) -> list[System]:
-    """The systems of these names and backends; None is all.
+    """The systems with these names and backends; None selects all.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: a name is unknown.
     """
     for option, values, known in (
         ("systems", wanted, {system.name: None for system in SYSTEMS}),
@@ -113,10 +127,10 @@ def chosen_systems(wanted: list[str] | None, backends: list[str] | None) -> list
 
 
 def parse_budgets(texts: list[str]) -> list[Budget]:
-    """Numbers of nodes, or `auto`.
+    """Parse budgets: numbers of nodes, or `auto`.
 
     Raises:
-        ConfigError: one is neither.
+        ConfigError: a text is neither.
     """
     sizes: list[Budget] = [int(text) if text.isdecimal() else text for text in texts]
     return [DecodeConfig(budget=size).budget for size in sizes]
@@ -125,10 +139,10 @@ def parse_budgets(texts: list[str]) -> list[Budget]:
 def read_sets(
     paths: list[Path], wanted: list[str] | None, limit: int, tokenizer: Tokenizer
 ) -> dict[str, list[list[int]]]:
-    """Token ids of prompts, by set.
+    """The token ids of the prompts, by set.
 
     Raises:
-        ConfigError: a set was asked for that no file holds.
+        ConfigError: a wanted set has no file.
     """
     files = {path.stem: path for path in paths}
     if unknown := [name for name in wanted or () if name not in files]:
@@ -140,7 +154,7 @@ def read_sets(
 
 
 def write_dflash(drafter: Path, folder: Path) -> None:
-    """Write a drafter as DFlash's own packages read it: without the AR head, in float32."""
+    """Write a drafter in the form that DFlash's own packages read: no AR head, float32."""
     config = read_config(drafter)
     config.setdefault("rope_theta", rope_parameters(config)["rope_theta"])
     config |= {"architectures": ["DFlashDraftModel"], "treeflash_config": None}
@@ -151,10 +165,10 @@ def write_dflash(drafter: Path, folder: Path) -> None:
 
 
 def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
-    """The running process of a system.
+    """Start the process of a system.
 
     Raises:
-        PeerError: it cannot run here.
+        PeerError: the system cannot run here.
     """
     python = interpreter(system, args.environments, install=not args.no_install)
     dtype = "float32" if system.backend == "mlx" and sys.platform == "linux" else args.dtype
@@ -163,27 +177,27 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
     return Peer(system, python, setup, args.threads, log)
 
 
-def report(race: Race, args: Namespace) -> None:
-    """Print, write and draw what came out.
+def report(comparison: Comparison, args: Namespace) -> None:
+    """Print, write and plot the results.
 
     Raises:
-        ConfigError: nothing did.
+        ConfigError: there are none.
     """
-    if race.skipped:
-        show("skipped", race.skipped)
-    found = rows(race.records)
+    if comparison.skipped:
+        show("skipped", comparison.skipped)
+    found = rows(comparison.records)
     if not found:
-        raise ConfigError("nothing was measured; see why above")
+        raise ConfigError("nothing was measured; the reasons are above")
     types = dict.fromkeys(f"{row['backend']} {row['dtype']}" for row in found)
-    where = ", ".join([*types, f"threads: {args.threads}", f"{args.max_tokens} tokens a prompt"])
+    where = ", ".join([*types, f"threads: {args.threads}", f"{args.max_tokens} tokens per prompt"])
     show(f"peers, {where}", [cells(row) for row in found])
     systems = [
         {"system": peer.system.name, "backend": peer.system.backend}
         | {key: peer.about[key] for key in ("device", "dtype", "versions")}
-        for peer in dict.fromkeys(case.peer for case in race.cases)
+        for peer in dict.fromkeys(case.peer for case in comparison.cases)
     ]
     settings = {"threads": args.threads, "max_tokens": args.max_tokens, "systems": systems}
-    write_json(args.json, "peers", settings | {"rows": found, "skipped": race.skipped})
+    write_json(args.json, "peers", settings | {"rows": found, "skipped": comparison.skipped})
     if args.plot:
         devices = ", ".join(dict.fromkeys(system["device"] for system in systems))
         used = dict.fromkeys(" ".join(v) for system in systems for v in system["versions"].items())
@@ -192,7 +206,7 @@ def report(race: Race, args: Namespace) -> None:
 
 
 def cells(row: Record) -> Record:
-    """A row as the terminal shows it, where columns are dear."""
+    """A row in the narrower form for the terminal."""
     return {key: row[key] for key in ("system", "method", "budget", "backend", "set")} | {
         "tokens/s": row["tokens_per_s"],
         "block": row["block_efficiency"],
@@ -214,7 +228,7 @@ def main(argv=None) -> int:
     tokenizer = Tokenizer.from_folder(target)
     sets = read_sets(args.prompts, args.sets, args.limit, tokenizer)
     args.environments.mkdir(parents=True, exist_ok=True)
-    race = Race()
+    comparison = Comparison()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_dflash(drafter, Path(folder))
@@ -230,15 +244,15 @@ def main(argv=None) -> int:
             try:
                 peer = start(system, args, setup)
             except PeerError as error:
-                race.skip(system, error)
+                comparison.skip(system, error)
             else:
                 stack.callback(peer.close)
-                race.enter(peer, budgets, args.methods)
-        race.warm_up(next(iter(sets.values()))[0], args.max_tokens)
+                comparison.add(peer, budgets, args.methods)
+        comparison.warm_up(next(iter(sets.values()))[0], args.max_tokens)
         for name, prompts in sets.items():
             for number, prompt_ids in enumerate(track(prompts, name)):
-                race.run(name, number, prompt_ids, args.max_tokens)
-    report(race, args)
+                comparison.run(name, number, prompt_ids, args.max_tokens)
+    report(comparison, args)
     return 0
 
 

@@ -1,8 +1,10 @@
 """Block efficiency and speed of the decoding methods, side by side in one run.
 
-Every prompt is decoded by every method in turn before the next prompt, so that what disturbs the
-machine disturbs all of them. All write the text that plain decoding (`ar`) writes, also where
-rounding would have them leave it; ratios are of the time that a set's texts took.
+    python -m benchmarks.decoding.methods gsm8k.jsonl --budgets 16,64,auto [--json FILE]
+
+Every prompt is decoded by every method in turn before the next prompt, so that a disturbance of the
+machine affects all of them. All methods are forced to write the text of plain decoding (`ar`), even
+if rounding would make them diverge. Ratios compare the total time of a set's texts.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import Parser, at_least_one, mean_row, show, write_json
-from one_text import OneText
 from rich.progress import track
 
+from benchmarks.common import Parser, at_least_one, mean_row, show, write_json
+from benchmarks.decoding.forced_text import ForcedText
 from treeflash.cli.options import add_model_options, budget, guarded, load_model
 from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.decoding.statistics import mean
@@ -29,13 +31,21 @@ from treeflash.text.prompt_file import read_rows
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
-    options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
-    options.add_argument("--max-tokens", type=at_least_one, default=128, help="a prompt (128)")
-    options.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
-    options.add_argument("--budgets", default="16,64,auto", help="of tree methods (16,64,auto)")
+    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
+    options.add_argument(
+        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
+    )
+    options.add_argument(
+        "--max-tokens", type=at_least_one, default=128, help="new tokens per prompt (default: 128)"
+    )
+    options.add_argument(
+        "--methods", default=",".join(METHODS), help="comma-separated (default: all)"
+    )
+    options.add_argument(
+        "--budgets", default="16,64,auto", help="of tree methods (default: 16,64,auto)"
+    )
     options.add_argument("--temperature", type=float, default=0.0)
     options.add_argument("--seed", type=int, default=0)
     add_model_options(options)
@@ -43,19 +53,19 @@ def parser() -> Parser:
 
 
 class Case(NamedTuple):
-    """A way to decode."""
+    """A method at a budget."""
 
     method: Method
     budget: Budget
 
     @property
     def name(self) -> dict:
-        """As the results give it."""
+        """Its columns in the results."""
         return {"method": self.method, "budget": 1 if self.method == "ar" else self.budget}
 
 
 def cases(methods: str, budgets: str) -> list[Case]:
-    """Every way to decode, plain decoding first; chains have one budget, the largest."""
+    """Every method at every budget, plain decoding first; chains only at the largest budget."""
     names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
         sizes = [budget(size) for size in budgets.split(",")]
@@ -70,7 +80,7 @@ def cases(methods: str, budgets: str) -> list[Case]:
 
 
 Runs = dict[Case, list[Generation]]
-"""Of the same prompts in the same order."""
+"""Generations of the same prompts in the same order, by case."""
 
 
 def row(name: str, case: Case, runs: list[Generation], plain: list[Generation]) -> dict:
@@ -86,7 +96,7 @@ def row(name: str, case: Case, runs: list[Generation], plain: list[Generation]) 
 
 
 def auto_rows(name: str, runs: Runs) -> list[dict]:
-    """How fast `auto` is, as a multiple of the fixed budget that was fastest in the same runs."""
+    """The speed of `auto` relative to the fastest fixed budget of the same runs."""
     seconds = {case: np.array([run.decode_s for run in of]) for case, of in runs.items()}
     rows = []
     for auto in [case for case in seconds if case.method != "ar" and case.budget == AUTO]:
@@ -105,7 +115,7 @@ def auto_rows(name: str, runs: Runs) -> list[dict]:
 
 
 def measure(model: LanguageModel, args, chosen: list[Case]) -> tuple[list[dict], list[dict]]:
-    """The rows of all sets and of their mean; how `auto` compares, on each and on all."""
+    """The rows of all sets and their mean; and those that compare `auto`, per set and overall."""
 
     def run(prompt: str, case: Case) -> Generation:
         return model.generate(
@@ -116,21 +126,21 @@ def measure(model: LanguageModel, args, chosen: list[Case]) -> tuple[list[dict],
             seed=args.seed,
         )
 
-    one_text = OneText(model.backend)
-    model = replace(model, backend=one_text)
+    forced = ForcedText(model.backend)
+    model = replace(model, backend=forced)
     plain_case, *others = chosen
     rows, auto = [], []
     all_runs: Runs = {case: [] for case in chosen}
     for path in args.prompts:
         runs: Runs = {case: [] for case in chosen}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
-            one_text.text = ()
+            forced.text = ()
             plain = run(prompt.turns[0], plain_case)
-            # A text of one token has no iteration, and so no speed to compare.
+            # A text of one token has no iteration, hence no speed.
             if not plain.accepted_lengths:
                 continue
             runs[plain_case].append(plain)
-            one_text.text = plain.token_ids
+            forced.text = plain.token_ids
             for case in others:
                 runs[case].append(run(prompt.turns[0], case))
         for case in chosen:
@@ -151,9 +161,9 @@ def main(argv=None) -> int:
     rows, auto = measure(model, args, chosen)
     backend = model.backend
     where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
-    show(f"methods, {' '.join(where.values())}, {args.max_tokens} tokens a prompt", rows)
+    show(f"methods, {' '.join(where.values())}, {args.max_tokens} tokens per prompt", rows)
     if auto:
-        show("auto, as a multiple of the best fixed budget", auto)
+        show("auto relative to the best fixed budget", auto)
     write_json(args.json, "methods", where | {"rows": rows, "auto": auto})
     return 0
 

@@ -1,4 +1,4 @@
-"""mlx-lm: `generate`, and its speculative decoding."""
+"""mlx-lm: `generate` and its speculative decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serve import NO_ASSISTANT, about, answer, serve
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the target, and the assistant where there is one."""
+    """Load the target and the assistant, if given."""
     dtype = getattr(mx, setup["dtype"])
 
     def load_model(folder: str) -> tuple[Any, Any]:
@@ -37,7 +37,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
             token_ids.append(part.token)
             drafted.append(part.from_draft)
             times.append(time.perf_counter())
-        # The target's own token ends what a forward brought; the limit may come before it.
+        # A forward pass ends with the target's own token, unless the limit comes first.
         ends = [i for i, draft in enumerate(drafted) if not draft or i == len(drafted) - 1]
         seconds = times[-1] - times[ends[0]]
         return answer(token_ids, len(token_ids) - ends[0] - 1, len(ends) - 1, seconds)

@@ -1,4 +1,4 @@
-"""A system to compare with: its environment, and the process there that answers prompts."""
+"""A system to compare with: its environment and the process in it that answers prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import fast_mlx
+from benchmarks.common import fast_mlx
 
-WORKERS = Path(__file__).parent / "peers"
+WORKERS = Path(__file__).parent / "workers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm"}
-"""By the backend of the same framework, the system whose `generate` the others are compared with"""
+"""By backend, the system of the same framework whose `generate` is the baseline."""
 
 
 class PeerError(Exception):
@@ -25,13 +25,13 @@ class PeerError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What can be compared.
+    """A system that can be compared.
 
     Attributes:
-        name: as the results give it.
+        name: as in the results.
         backend: the backend of treeflash with the same framework.
         worker: its script.
-        requirements: what its environment gets from the package index; none for this one.
+        requirements: installed into its environment; empty to use the current one.
     """
 
     name: str
@@ -77,10 +77,10 @@ SYSTEMS = (
 
 
 def interpreter(system: System, environments: Path, install: bool) -> str:
-    """The Python that has a system; its environment is made where that is allowed.
+    """The Python interpreter of a system's environment, which is created if `install` allows it.
 
     Raises:
-        PeerError: it is not installed, or cannot be.
+        PeerError: the system is not installed, or cannot be.
     """
     if not system.requirements:
         return sys.executable
@@ -90,7 +90,7 @@ def interpreter(system: System, environments: Path, install: bool) -> str:
     if done.is_file() and done.read_text(encoding="utf-8") == wanted:
         return python
     if not install:
-        raise PeerError(f"not installed in {folder}; leave --no-install out")
+        raise PeerError(f"not installed in {folder}; omit --no-install")
     print(f"installing {system.name} into {folder}", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True)
     command = [python, "-m", "pip", "install", "--quiet", "--no-input", *system.requirements]
@@ -103,27 +103,27 @@ def interpreter(system: System, environments: Path, install: bool) -> str:
 
 
 class Peer:
-    """A process that has loaded a system, and decodes one prompt after the other.
+    """A process that has loaded a system and decodes one prompt after the other.
 
     Attributes:
-        system: what runs.
+        system: the system that it runs.
         about: what it loaded: methods, device, dtype, versions.
     """
 
     def __init__(
         self, system: System, python: str, setup: dict[str, Any], threads: int, log: Path
     ) -> None:
-        """Start the process and let it load.
+        """Start the process and load the models.
 
         Args:
-            system: what runs.
-            python: where.
-            setup: target, drafter and the like.
-            threads: for its arithmetic.
-            log: takes what it prints.
+            system: to run.
+            python: the interpreter.
+            setup: target, drafter and so on.
+            threads: of its arithmetic.
+            log: the file for its standard error.
 
         Raises:
-            PeerError: it cannot load.
+            PeerError: loading failed.
         """
         self.system = system
         self.log = log
@@ -147,7 +147,7 @@ class Peer:
         """Send a request and wait for its answer.
 
         Raises:
-            PeerError: it failed, or the process ended.
+            PeerError: the request failed, or the process ended.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -181,6 +181,6 @@ def _variables(system: System, threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # all models are folders; nothing is to be looked up meanwhile
+        "HF_HUB_OFFLINE": "1",  # all models are local folders; avoid look-ups while timing
         **(fast_mlx() if system.backend == "mlx" else {}),
     }

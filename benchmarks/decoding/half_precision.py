@@ -1,9 +1,11 @@
-"""Where drafting first departs from plain decoding in half precision, and how near a tie that was.
+"""Where drafting first diverges from plain decoding in half precision, and by what margin.
 
-In float32 both are equal, and tests hold that. In bfloat16 and float16 a node's logits depend a
-little on how many others are computed with it, so that two tokens of nearly equal probability can
-change places. This reports, per prompt, the first new token that differs and the margin between
-plain decoding's best two logits there, beside the spacing of numbers of that size.
+    python -m benchmarks.decoding.half_precision gsm8k.jsonl --dtype bfloat16 [--json FILE]
+
+In float32 both give the same tokens, and tests hold that. In bfloat16 and float16 a node's logits
+depend slightly on how many others are computed with it, so two tokens of nearly equal probability
+can swap. This reports, per prompt, the first token that differs, the gap between the top two
+logits of plain decoding there, and the spacing of floating-point numbers of that size.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Parser, at_least_one, show, write_json
 from rich.progress import track
 
+from benchmarks.common import Parser, at_least_one, show, write_json
 from treeflash.cli.options import add_model_options, guarded, load_model
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
@@ -27,18 +29,24 @@ BITS = {"float32": 23, "bfloat16": 7, "float16": 10}  # of the fraction
 
 
 def parser() -> Parser:
-    """The options."""
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="one a set")
-    options.add_argument("--limit", type=at_least_one, default=8, help="prompts a set (8)")
-    options.add_argument("--max-tokens", type=at_least_one, default=64, help="a prompt (64)")
-    options.add_argument("--budget", type=at_least_one, default=16, help="of the trees (16)")
+    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
+    options.add_argument(
+        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
+    )
+    options.add_argument(
+        "--max-tokens", type=at_least_one, default=64, help="new tokens per prompt (default: 64)"
+    )
+    options.add_argument(
+        "--budget", type=at_least_one, default=16, help="nodes of a tree (default: 16)"
+    )
     add_model_options(options)
     return options
 
 
 def compare(model: LanguageModel, prompt_ids: list[int], max_tokens: int, budget: int) -> dict:
-    """One prompt: the first difference, and the margin there."""
+    """One prompt: the first difference and the margin there."""
     plain = model.generate(prompt_ids, method="ar", max_tokens=max_tokens).token_ids
     drafted = model.generate(prompt_ids, budget=budget, max_tokens=max_tokens).token_ids
     pairs = enumerate(zip(plain, drafted, strict=False))
@@ -56,7 +64,7 @@ def compare(model: LanguageModel, prompt_ids: list[int], max_tokens: int, budget
 
 
 def top_two(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
-    """The best two logits after some tokens."""
+    """The top two logits after some tokens."""
     verifier = model.backend.verifier(features=False)
     verifier.prefill(tokens[:-1], SamplingConfig(), None)
     logits = np.sort(verifier.logits(DraftTree.root_only(tokens[-1]))[0])
@@ -64,13 +72,13 @@ def top_two(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The report in one line."""
+    """One line for all prompts."""
     margins = [row["margin"] for row in rows if row["margin"] is not None]
     if not margins:
-        return f"{len(rows)} texts, none differs from plain decoding"
+        return f"{len(rows)} texts, all equal to plain decoding"
     return (
-        f"{len(rows)} texts, {len(margins)} differ from plain decoding; where they first do, the "
-        f"margin is {np.median(margins):.3g} in the median and {max(margins):.3g} at most"
+        f"{len(rows)} texts, {len(margins)} diverge from plain decoding; at the first difference "
+        f"the median margin is {np.median(margins):.3g}, the largest {max(margins):.3g}"
     )
 
 

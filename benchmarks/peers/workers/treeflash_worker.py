@@ -1,4 +1,4 @@
-"""treeflash itself, with every method that the pair can do."""
+"""treeflash itself, with every method that the pair supports."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Whether memory stays flat: the most that was held, after each thousand of many generated tokens.
+"""Whether memory stays flat: peak memory after each thousand generated tokens.
 
-    python benchmarks/memory.py gsm8k.jsonl [--json FILE]
+    python -m benchmarks.decoding.memory gsm8k.jsonl [--json FILE]
 
-The same text of a thousand tokens, the first prompt's, is generated again and again, beyond its end
-token. What one needs, the first needs too: `mb_beyond_first` is how much the peak grew after it.
+The first prompt is continued for a thousand tokens, ignoring stop tokens, again and again. Every
+text needs as much memory as the first, so `mb_beyond_first`, the growth of the peak after it,
+should stay near 0.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import Parser, at_least_one, show, write_json
-
+from benchmarks.common import Parser, at_least_one, show, write_json
 from treeflash.cli.options import add_model_options, guarded, load_model
 from treeflash.text.prompt import encode
 from treeflash.text.prompt_file import read_rows
@@ -24,8 +24,12 @@ TEXT_TOKENS = 1000
 def main(argv=None) -> int:
     """Measure, print, write."""
     options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", type=Path, metavar="FILE.jsonl", help="its first is used")
-    options.add_argument("--texts", type=at_least_one, default=10, help="how many (10)")
+    options.add_argument(
+        "prompts", type=Path, metavar="FILE.jsonl", help="its first prompt is used"
+    )
+    options.add_argument(
+        "--texts", type=at_least_one, default=10, help="number of texts (default: 10)"
+    )
     add_model_options(options)
     args = options.parse_args(argv)
     model = load_model(args)

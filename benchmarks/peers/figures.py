@@ -1,4 +1,4 @@
-"""From single measurements to the figures of a comparison, and their plot."""
+"""Aggregate the records of a comparison into rows, and plot them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peer import BASELINES
-
+from benchmarks.peers.system import BASELINES
 from treeflash.decoding.statistics import mean
 
 Record = dict[str, Any]
@@ -17,11 +16,11 @@ MEAN = "mean"
 
 
 def rows(records: Iterable[Record]) -> list[Record]:
-    """One row for each case and set, and where there are several sets, one for their mean.
+    """One row for each case and set and, if there are several sets, one for their mean.
 
     Args:
-        records: a prompt decoded by a case each: what names the case, `set` and `prompt`, and the
-            answer. A text that ended in the first forward has no speed, and is left out.
+        records: one for each prompt and case: the columns of the case, `set`, `prompt` and the
+            answer. A text that ends with its first token has no speed and is left out.
     """
     groups: dict[tuple, list[Record]] = {}
     generate: dict[tuple, Record] = {}
@@ -31,7 +30,7 @@ def rows(records: Iterable[Record]) -> list[Record]:
         case = tuple(record[key] for key in CASE)
         groups.setdefault((case, record["set"]), []).append(record)
         if (record["system"], record["method"]) == (BASELINES[record["backend"]], "generate"):
-            generate[_place(record)] = record
+            generate[_prompt_key(record)] = record
     found = [_row(own, generate) for own in groups.values()]
     if len({row["set"] for row in found}) > 1:
         cases = dict.fromkeys(case for case, _ in groups)
@@ -39,12 +38,12 @@ def rows(records: Iterable[Record]) -> list[Record]:
     return found
 
 
-def _place(record: Record) -> tuple:
+def _prompt_key(record: Record) -> tuple:
     return record["backend"], record["set"], record["prompt"]
 
 
 def _row(own: Sequence[Record], generate: dict[tuple, Record]) -> Record:
-    pairs = [(r, generate[_place(r)]) for r in own if _place(r) in generate]
+    pairs = [(r, generate[_prompt_key(r)]) for r in own if _prompt_key(r) in generate]
     tokens = sum(record["tokens"] for record in own)
     return {key: own[0][key] for key in (*CASE, "set")} | {
         "tokens_per_s": tokens / sum(record["seconds"] for record in own),
@@ -73,10 +72,10 @@ def _mean(own: Sequence[Record]) -> Record:
 
 
 def draw(found: Sequence[Record], caption: str, path: Path) -> None:
-    """Write a bar for each case: its speed as a multiple of `generate`, the mean over sets."""
+    """Plot each case's speed relative to `generate`, mean over sets."""
     from matplotlib.figure import Figure
 
-    last = found[-1]["set"]  # the mean where there is one, else the only set
+    last = found[-1]["set"]  # the mean if there is one, else the only set
     bars = [row for row in found if row["set"] == last and row["ratio_to_generate"] is not None]
     bars.sort(key=lambda row: (row["backend"], row["ratio_to_generate"]), reverse=True)
     labels = [
@@ -92,6 +91,6 @@ def draw(found: Sequence[Record], caption: str, path: Path) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.1)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(title=f"Speed as a multiple of plain `generate`, {last}")
+    axis.set(title=f"Speed relative to plain `generate`, {last}")
     axis.set_xlabel(caption, fontsize="small", wrap=True)
     figure.savefig(path)

@@ -1,0 +1,9 @@
+"""Benchmarks, run from the repository's root: `python -m benchmarks.performance`.
+
+- `decoding`: whole texts: speed and block efficiency of methods, half precision, memory.
+- `components`: the parts of an iteration: phases, trees, the AR head.
+- `peers`: other systems beside treeflash.
+- `gpu`: the parts of an iteration on a GPU, with random weights.
+- `performance`: everything that `docs/performance.md` shows.
+- `families`: the table of model families in `docs/families.md`.
+"""

@@ -1,0 +1,1 @@
+"""The parts of an iteration: phases, trees, the AR head."""

@@ -1,0 +1,1 @@
+"""Whole texts: speed and block efficiency of methods, half precision, memory."""

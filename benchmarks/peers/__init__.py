@@ -1,0 +1,1 @@
+"""Other systems beside treeflash: same weights, prompts, type, threads and token counts."""
