@@ -26,7 +26,7 @@ from benchmarks.page import blocks, render
 from treeflash.cli.options import guarded
 from treeflash.config import DTYPES
 from treeflash.decoding.verify_costs import SIZES
-from treeflash.drafters.checkpoints import read_tensors
+from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target
 from treeflash.text.prompt_file import read_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from treeflash.drafters.checkpoints import parse_drafter_config, tensor_shapes
+from treeflash.drafters.formats import drafter_shapes, parse_drafter_config
 
 QWEN3 = {
     "num_hidden_layers": 36,
@@ -59,7 +59,7 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes = tensor_shapes(parse_drafter_config(config), shape["intermediate_size"])
+    shapes = drafter_shapes(parse_drafter_config(config), shape["intermediate_size"])
     tensors = {}
     for name, size in shapes.items():
         tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))

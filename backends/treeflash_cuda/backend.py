@@ -6,28 +6,18 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.decoding.probe import check_trees
-from treeflash.drafters.checkpoints import (
-    canonical_name,
-    check_pair,
-    check_tensors,
-    drafter_config,
-    weight_files,
-)
-from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash.drafters.loading import load_tensors
+from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.drafter import Drafter, DrafterModel
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.head import HEADS, ARHead
 from treeflash_cuda.linear import IN_DRAFTER, join_linears, pack_linears
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
-
-HEAD_PREFIX = "ar_approximation."
 
 
 class CudaBackend:
@@ -136,35 +126,21 @@ def choose_device(name: str | None) -> torch.device:
 
 def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | None]:
     """Read a drafter and check that it belongs to the target."""
-    config = drafter_config(folder)
-    check_pair(
-        config,
+    tensors = load_tensors(
+        folder,
+        load_file,
         hidden_size=target.embeddings.shape[1],
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    tensors = read_drafter(folder)
-    check_tensors(folder, config, {name: tuple(t.shape) for name, t in tensors.items()})
+    config = tensors.config
     with torch.device(target.device):
         model = DrafterModel(config)
-    of_head = {name: t for name, t in tensors.items() if name.startswith(HEAD_PREFIX)}
-    model.load_state_dict({name: t for name, t in tensors.items() if name not in of_head})
+    model.load_state_dict(tensors.backbone)
     model = model.to(target.dtype).eval()
-    if not of_head:
+    if config.head is None:
         return model, None
     with torch.device(target.device):
-        correction = HEADS[str(config.head)](config, of_head[HEAD_PREFIX + "d.weight"].shape[1])
-    correction.load_state_dict({name.removeprefix(HEAD_PREFIX): t for name, t in of_head.items()})
+        correction = HEADS[config.head](config, tensors.head_size)
+    correction.load_state_dict(tensors.head)
     return model, ARHead(correction.to(target.dtype).eval(), model, target)
-
-
-def read_drafter(folder: Path) -> dict[str, Tensor]:
-    """A drafter's tensors by canonical name."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            part = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        tensors |= {canonical_name(name): tensor for name, tensor in part.items()}
-    return tensors

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from treeflash.decoding.probe import TOLERANCES
-from treeflash.drafters.checkpoints import read_config, weight_files
+from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.attention import NAME, Visibility, looking
 from treeflash_cuda.cache import TargetCache

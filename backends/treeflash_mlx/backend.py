@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -11,14 +10,8 @@ from mlx import nn
 from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.probe import check_trees
-from treeflash.drafters.checkpoints import (
-    canonical_name,
-    check_pair,
-    check_tensors,
-    drafter_config,
-    weight_files,
-)
-from treeflash.errors import BackendError, CheckpointError, ConfigError
+from treeflash.drafters.loading import load_tensors
+from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx.cache import release_freed_memory
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
@@ -26,7 +19,6 @@ from treeflash_mlx.linear import split_pairs
 from treeflash_mlx.target import Target
 from treeflash_mlx.verifier import Verifier
 
-HEAD_PREFIX = "ar_approximation."
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
 
@@ -104,40 +96,28 @@ def load_drafter(
     """Read a drafter, check that it belongs to the target, and quantise it if asked."""
     if bits not in (None, *BITS):
         raise ConfigError(f"draft-bits must be one of {BITS}, got {bits}")
-    config = drafter_config(folder)
     target.check_drafting()
-    check_pair(
-        config,
+    tensors = load_tensors(
+        folder,
+        read_file,
         hidden_size=target.embed(mx.array([0])).shape[-1],
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
+    config = tensors.config
     target.capture(config.target_layer_ids)
-    tensors = read_drafter(folder)
-    check_tensors(folder, config, {name: tensor.shape for name, tensor in tensors.items()})
-    of_head = {
-        name.removeprefix(HEAD_PREFIX): tensors.pop(name)
-        for name in list(tensors)
-        if name.startswith(HEAD_PREFIX)
-    }
     model = DrafterModel(config)
-    _fill(model, tensors, target.dtype, bits)
-    if not of_head:
+    _fill(model, tensors.backbone, target.dtype, bits)
+    if config.head is None:
         return model, None
-    correction = HEADS[str(config.head)](config, of_head["d.weight"].shape[1])
-    _fill(correction, split_pairs(correction, of_head), target.dtype, bits)
+    correction = HEADS[config.head](config, tensors.head_size)
+    _fill(correction, split_pairs(correction, tensors.head), target.dtype, bits)
     return model, ARHead(correction, model, target)
 
 
-def read_drafter(folder: Path) -> dict[str, mx.array]:
-    """A drafter's tensors by canonical name."""
-    tensors: dict[str, mx.array] = {}
-    for path in weight_files(folder):
-        try:
-            part: Any = mx.load(str(path), format="safetensors")
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        tensors |= {canonical_name(name): tensor for name, tensor in part.items()}
+def read_file(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name."""
+    tensors: dict[str, mx.array] = mx.load(str(path), format="safetensors")
     return tensors
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from treeflash.drafters.checkpoints import read_config
+from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash_mlx.cache import QuantisedTreeCache, TreeCache
 from treeflash_mlx.config_compatibility import TEXT_CONFIGS, compatible_settings

@@ -39,7 +39,8 @@ from benchmarks.peers.figures import Record, draw, rows
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
 from treeflash.cli.options import guarded
 from treeflash.config import DTYPES, Budget, DecodeConfig
-from treeflash.drafters.checkpoints import canonical_name, read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.formats import canonical_name
 from treeflash.drafters.rope import rope_parameters
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target

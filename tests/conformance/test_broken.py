@@ -102,10 +102,11 @@ class PreviousOffByOne(ARHead):
 class SwappedChunks(ARHead):
     """Gate and up are taken for each other."""
 
-    def __init__(self, weights):
-        super().__init__(weights)
-        for name in ("ar_approximation.ug.weight", "ar_approximation.ug.bias"):
-            weights.tensors[name] = np.concatenate(np.split(weights.tensors[name], 2)[::-1])
+    def __init__(self, model):
+        super().__init__(model)
+        for name in ("ug.weight", "ug.bias"):
+            tensor = model.head_tensors[name]
+            model.head_tensors[name] = np.concatenate(np.split(tensor, 2)[::-1])
 
 
 class RootBeforeAll(ARHead):
@@ -117,10 +118,10 @@ class RootBeforeAll(ARHead):
 
 class BrokenBackend(ReferenceBackend):
     def __init__(self, backend, part):
-        super().__init__(backend.target, backend.weights)
+        super().__init__(backend.target, backend.drafter_model)
         self.part = part
         if issubclass(part, ARHead):
-            self.head = part(self.weights)
+            self.head = part(self.drafter_model)
 
     def verifier(self, *, features):
         sound = super().verifier(features=features)

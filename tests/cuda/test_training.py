@@ -9,7 +9,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require

@@ -10,7 +10,7 @@ import pytest
 from treeflash import distill, train
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, save, write_target
 from treeflash.testing.tokenizer import SPECIAL, save_tokenizer

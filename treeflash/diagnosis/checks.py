@@ -14,7 +14,7 @@ from treeflash.config import DrafterConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.finding import Finding, Trial, judge
 from treeflash.diagnosis.scores import Agreement, Gain, Scores, Text, answer, by_depth, measure
-from treeflash.drafters.checkpoints import read_config, weight_files
+from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message

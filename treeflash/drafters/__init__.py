@@ -1,1 +1,1 @@
-"""Drafter checkpoints: what a drafter's folder says."""
+"""Drafter checkpoints: one module per published format, and what they share."""

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from treeflash.config import LoadConfig
-from treeflash.drafters.checkpoints import (
-    canonical_name,
-    check_pair,
-    check_tensors,
-    drafter_config,
-    read_tensors,
-)
+from treeflash.drafters.folder import read_file
+from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
-from treeflash.reference.drafter import Drafter, DrafterWeights
+from treeflash.reference.drafter import Drafter, DrafterModel
 from treeflash.reference.head import ARHead
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import Verifier
@@ -26,14 +21,14 @@ class ReferenceBackend:
     device = "cpu"
     dtype = "float32"
 
-    def __init__(self, target: Target, weights: DrafterWeights | None) -> None:
+    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
         """Hold a target, and a drafter for it."""
         self.target = target
-        self.weights = weights
+        self.drafter_model = drafter
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions
-        self.drafter_config = weights.config if weights else None
-        self.head = ARHead(weights) if weights and weights.config.head else None
+        self.drafter_config = drafter.config if drafter else None
+        self.head = ARHead(drafter) if drafter and drafter.config.head else None
 
     def verifier(self, *, features: bool) -> Verifier:
         """See `Backend.verifier`."""
@@ -42,8 +37,8 @@ class ReferenceBackend:
 
     def drafter(self) -> Drafter:
         """See `Backend.drafter`."""
-        assert self.weights is not None
-        return Drafter(self.weights)
+        assert self.drafter_model is not None
+        return Drafter(self.drafter_model)
 
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""
@@ -57,22 +52,22 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")
     if config.draft_bits or config.kv_bits:
-        raise ConfigError("the reference backend does not quantise; leave the bits out")
+        raise ConfigError(
+            "the reference backend does not quantise; leave --draft-bits and --kv-bits out"
+        )
     if config.cuda_graphs:
-        raise ConfigError("the reference backend does not compile; leave --cuda-graphs out")
+        raise ConfigError("the reference backend has no CUDA graphs; leave --cuda-graphs out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
 
 
-def load_drafter(folder: Path, target: Target) -> DrafterWeights:
+def load_drafter(folder: Path, target: Target) -> DrafterModel:
     """Read a drafter and check that it belongs to the target."""
-    config = drafter_config(folder)
-    check_pair(
-        config,
+    tensors = load_tensors(
+        folder,
+        read_file,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         num_hidden_layers=target.layers,
     )
-    tensors = {canonical_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    check_tensors(folder, config, {name: tensor.shape for name, tensor in tensors.items()})
-    return DrafterWeights(config, tensors, target)
+    return DrafterModel(tensors.config, tensors.backbone, tensors.head, target)

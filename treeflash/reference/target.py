@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.rope import inverse_frequencies, rope_parameters
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.reference.cache import Cache

@@ -14,7 +14,7 @@ from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.checkpoints import read_tensors
+from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
 from treeflash.testing.comparisons import assert_close, assert_equal_tables, tokens_of
 from treeflash.testing.generations import check_generation, prompt_of

@@ -13,7 +13,7 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Loader
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.testing.checkpoints import write_pair
 from treeflash.testing.models import Tensors, edit_config, save, write_target

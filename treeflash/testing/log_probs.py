@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import Backend
-from treeflash.drafters.checkpoints import HEADS
+from treeflash.drafters.treeflash import HEADS
 from treeflash.testing.comparisons import assert_close
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.texts import random_tokens

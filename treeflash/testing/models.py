@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from treeflash.drafters.checkpoints import read_config
+from treeflash.drafters.folder import read_config
 
 Tensors = dict[str, NDArray[np.float32]]
 

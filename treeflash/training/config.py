@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from treeflash.drafters.checkpoints import drafter_config
+from treeflash.drafters.formats import drafter_config
 from treeflash.errors import ConfigError
 from treeflash.text.prompt_file import read_text
 

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeflash.drafters.checkpoints import (
-    default_target_layer_ids,
-    drafter_config,
-    parse_drafter_config,
-    read_config,
-)
+from treeflash.drafters.dflash import default_target_layer_ids
+from treeflash.drafters.folder import read_config
+from treeflash.drafters.formats import drafter_config, parse_drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
 from treeflash_cuda.attention import Visibility, looking

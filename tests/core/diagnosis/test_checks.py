@@ -12,7 +12,8 @@ import pytest
 from treeflash.diagnosis.checks import diagnose, mask_candidates, write_changed
 from treeflash.diagnosis.finding import Trial, judge
 from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
-from treeflash.drafters.checkpoints import drafter_config, read_tensors
+from treeflash.drafters.folder import read_tensors
+from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.chat import Prompting

@@ -30,6 +30,6 @@ def load(target, drafter, config):
     if config.dtype not in (None, "float32") or config.draft_bits or config.kv_bits:
         raise ConfigError("the example backend computes in float32 and does not quantise")
     if config.cuda_graphs:
-        raise ConfigError("the example backend does not compile")
+        raise ConfigError("the example backend has no CUDA graphs")
     model = Target(target)
     return ExampleBackend(model, DrafterModel(drafter, model) if drafter else None)

@@ -3,29 +3,23 @@
 import numpy as np
 
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.checkpoints import (
-    canonical_name,
-    check_pair,
-    check_tensors,
-    drafter_config,
-    read_tensors,
-)
-from treeflash_example.layer import Layer, Weights, log_softmax, rms_norm, silu
+from treeflash.drafters.folder import read_file
+from treeflash.drafters.loading import load_tensors
+from treeflash_example.layer import Layer, log_softmax, rms_norm, silu
 
 
 class DrafterModel:
     def __init__(self, folder, target):
-        self.config = config = drafter_config(folder)
-        self.target = target
-        check_pair(
-            config,
+        tensors = load_tensors(
+            folder,
+            read_file,
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
             num_hidden_layers=len(target.layers),
         )
-        tensors = {canonical_name(name): tensor for name, tensor in read_tensors(folder).items()}
-        check_tensors(folder, config, {name: tensor.shape for name, tensor in tensors.items()})
-        self.weights = Weights(folder, tensors)
+        self.config = config = tensors.config
+        self.target = target
+        self.weights, self.head_weights = tensors.backbone, tensors.head
         shape = {
             "heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads,
@@ -112,17 +106,15 @@ class Head:
 
     def logits(self, hidden, previous):
         """(D, M, vocab) from (D, hidden_size) outputs and (D, M) previous tokens."""
-        model, weights = self.model, self.model.weights
-        embedded = rms_norm(
-            model.target.embeddings[previous], weights["ar_approximation.norm.weight"], 1e-6
-        )
+        model, weights = self.model, self.model.head_weights
+        embedded = rms_norm(model.target.embeddings[previous], weights["norm.weight"], 1e-6)
         normed = np.broadcast_to(model.norm("norm", hidden)[:, None], embedded.shape)
         x = np.concatenate([embedded, normed], -1)
         if model.config.head == "swiglu":
-            x = x @ weights["ar_approximation.ug.weight"].T + weights["ar_approximation.ug.bias"]
+            x = x @ weights["ug.weight"].T + weights["ug.bias"]
             up, gate = np.split(x, 2, -1)
             x = up * silu(gate)
-        return model.logits(hidden[:, None] + x @ weights["ar_approximation.d.weight"].T)
+        return model.logits(hidden[:, None] + x @ weights["d.weight"].T)
 
 
 def top(logits, k):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from treeflash.decoding.sampling import choose
-from treeflash.drafters.checkpoints import read_config, read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
 from treeflash_example.layer import Layer, Weights, rms_norm
 

@@ -1,0 +1,123 @@
+"""Model folders: what they hold, and each error by its message."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from treeflash.drafters.folder import read_config, read_tensors, stored_shapes, weight_files
+from treeflash.errors import CheckpointError
+from treeflash.testing.models import write_drafter, write_target
+
+
+def message(text: str) -> str:
+    """A pattern that matches the whole message and nothing else."""
+    return f"^{re.escape(text)}$"
+
+
+class TestConfig:
+    def test_no_config(self, tmp_path: Path) -> None:
+        expected = f"{tmp_path} has no config.json; it is not a model folder"
+        with pytest.raises(CheckpointError, match=message(expected)):
+            read_config(tmp_path)
+
+    def test_config_is_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").mkdir()
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):
+            read_config(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}"])
+    def test_no_json(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: "):
+            read_config(tmp_path)
+
+    @pytest.mark.parametrize("content", ["[]", "3", "null"])
+    def test_no_object(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json does not hold a JSON object$"):
+            read_config(tmp_path)
+
+
+class TestReading:
+    VALUES = np.array([[0, 1, -2.5], [3.140625, -0.00390625, 65280]], np.float32)
+
+    def test_sharded_folder_equals_one_file(self, folder: Path, tmp_path: Path) -> None:
+        write_drafter(tmp_path / "sharded", tmp_path / "target", seed=1, sharded=True)
+        assert [path.name for path in weight_files(tmp_path / "sharded")] == [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+        ]
+        one, two = read_tensors(folder), read_tensors(tmp_path / "sharded")
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            np.testing.assert_array_equal(tensor, two[name])
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_float(self, tmp_path: Path, dtype: type) -> None:
+        values = np.clip(self.VALUES, -1000, 1000).astype(dtype)
+        save_file({"a": values, "b": values[0].copy()}, tmp_path / "x.safetensors")
+        tensors = read_tensors(tmp_path)
+        assert tensors["a"].dtype == np.float32
+        np.testing.assert_array_equal(tensors["a"], values)
+        np.testing.assert_array_equal(tensors["b"], values[0])
+
+    def test_bfloat16(self, tmp_path: Path) -> None:
+        """Written by hand, since NumPy has no such type: the upper half of each float32."""
+        upper = (self.VALUES.view(np.uint32) >> 16).astype("<u2")
+        write_raw(tmp_path / "x.safetensors", "BF16", self.VALUES.shape, upper.tobytes())
+        tensor = read_tensors(tmp_path)["a"]
+        assert tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor, self.VALUES)
+
+    def test_bfloat16_specials(self, tmp_path: Path) -> None:
+        bits = np.array([0x7F80, 0xFF80, 0x7FC0, 0x8000, 0x0001], "<u2")
+        write_raw(tmp_path / "x.safetensors", "BF16", (5,), bits.tobytes())
+        tensor = read_tensors(tmp_path)["a"]
+        assert tensor[:2].tolist() == [np.inf, -np.inf]
+        assert np.isnan(tensor[2])
+        assert np.signbit(tensor[3])
+        assert tensor[4] == np.float32(2.0**-133)
+
+    def test_other_types_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        save_file({"a": np.zeros(3, np.int32)}, path)
+        expected = f"{path} holds tensors of type I32; floating point is needed"
+        for read in (read_tensors, stored_shapes):
+            with pytest.raises(CheckpointError, match=message(expected)):
+                read(tmp_path)
+
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_shapes_are_those_of_the_tensors(self, tmp_path: Path, sharded: bool) -> None:
+        write_target(tmp_path / "target", "qwen3", seed=0)
+        write_drafter(tmp_path / "drafter", tmp_path / "target", seed=1, sharded=sharded)
+        expected = {name: t.shape for name, t in read_tensors(tmp_path / "drafter").items()}
+        assert stored_shapes(tmp_path / "drafter") == expected
+
+    @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:4], bytes.lower])
+    def test_damaged_file(self, folder: Path, damage: Callable[[bytes], bytes]) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))} is damaged: "):
+            read_tensors(folder)
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))} is damaged: "):
+            stored_shapes(folder)
+
+    def test_other_formats_are_not_read(self, tmp_path: Path) -> None:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        expected = f"{tmp_path} has no *.safetensors file; other formats are not read"
+        with pytest.raises(CheckpointError, match=message(expected)):
+            weight_files(tmp_path)
+
+
+def write_raw(path: Path, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+    """A safetensors file with one tensor, `a`."""
+    entry = {"a": {"dtype": dtype, "shape": list(shape), "data_offsets": [0, len(data)]}}
+    header = json.dumps(entry).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
