@@ -22,6 +22,7 @@ from treeflash.testing.tokenizer import END, SPECIAL, save_tokenizer
 from treeflash.text.tokenizer import Tokenizer
 
 DEPTHS, CHILDREN = 4, 3
+OTHER = 5
 
 
 class ScriptedBackend:
@@ -29,6 +30,7 @@ class ScriptedBackend:
 
     The texts are decoded in turn: the first says the first script, the last one is repeated.
     `differ_at` makes verified trees, unlike plain decoding, give another token there;
+    Its logits are 4 for the script's token, and less by `margin` for the other one there.
     `interrupt_at` raises KeyboardInterrupt in that call of `verify`, counted over all texts.
     """
 
@@ -44,12 +46,14 @@ class ScriptedBackend:
         head: bool = True,
         differ_at: int | None = None,
         interrupt_at: int | None = None,
+        margin: float = 1.0,
     ) -> None:
         self.scripts = list(scripts)
         self.drafter_config = SimpleNamespace(block_size=DEPTHS + 1) if drafter else None
         self.head = self if drafter and head else None
         self.differ_at = differ_at
         self.interrupt_at = interrupt_at
+        self.margin = margin
         self.verified = 0
         self.prompts: list[list[int]] = []
 
@@ -80,8 +84,18 @@ class ScriptedBackend:
         chosen = [self.token(position) for position in positions]
         if self.differ_at is not None and len(tree) > 1:
             odd = len(self.prompts[-1]) + self.differ_at
-            chosen = [5 if p == odd else t for p, t in zip(positions, chosen, strict=True)]
+            chosen = [OTHER if p == odd else t for p, t in zip(positions, chosen, strict=True)]
         return np.array(chosen, np.int32)
+
+    def logits(self, tree):
+        # Of a text that was run anew, whose own prompt is the prompt and what follows it.
+        logits = np.zeros((len(tree), self.vocab_size), np.float32)
+        first = len(self.prompts[-2])
+        for row, depth in enumerate(tree.depths):
+            index = self.length + 1 + int(depth) - first
+            logits[row, OTHER] = 4 - self.margin
+            logits[row, self.script[index] if index < len(self.script) else END] = 4
+        return logits
 
     def commit(self, path):
         self.length += len(path)

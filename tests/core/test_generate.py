@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from treeflash import generate
-from treeflash.generate import SAMPLE_PROMPT, main
+from treeflash.cli.prompt_source import SAMPLE_PROMPT
+from treeflash.generate import main
 
 TEXT = "Es war einmal ein Bär 🐻, der schlief."
 NAMES = {
@@ -34,7 +35,7 @@ def test_the_text_goes_to_stdout_and_one_summary_to_stderr(use, run, scripted):
     assert (code, out) == (0, TEXT + "\n")
     assert re.search(r"\d+ tokens after a prompt of \d+, [\d.]+ tokens/s, block efficiency", err)
     assert "method treeflash, budget 5, backend scripted on cpu, float32, seed 0" in err
-    assert "finished by stop" in err
+    assert "finish reason: stop" in err
     assert "accepted length: iterations" in err
     assert re.search(r"time: prefill .* s, draft .* s, tree .* s, verify .* s, commit .* s", err)
     assert err.count("block efficiency") == 1
@@ -61,16 +62,42 @@ def test_compare_equal(use, run, scripted):
     assert "without prefill" in err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compare_unequal_exits_1_and_says_where(use, run, scripted, dtype):
-    model = use(scripted(TEXT, differ_at=6))
+@pytest.mark.parametrize(
+    ("dtype", "margin", "code"),
+    [("float32", 1.0, 1), ("float32", 0.0, 1), ("bfloat16", 1.0, 1), ("float16", 0.03125, 1)],
+)
+def test_compare_unequal_exits_1_and_says_where_and_by_what_margin(
+    use, run, scripted, dtype, margin, code
+):
+    model = use(scripted(TEXT, differ_at=6, margin=margin))
+    model.backend.dtype = dtype
+    exit_code, out, err = run("hi", "--json", "--compare")
+    compare = json.loads(out)["compare"]
+    assert exit_code == code
+    assert (compare["equal"], compare["first_difference"]) == (False, 6)
+    assert (compare["margin"], compare["near_tie"]) == (margin, False)
+    assert "NOT EQUAL: the texts differ from new token 6 on" in err
+    assert f"margin between the best two logits there is {margin:.3g}" in err
+    assert ("--dtype float32" in err) == (dtype != "float32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spacing"),
+    [("bfloat16", 4 / 128), ("float16", 4 / 1024)],
+    ids=["bfloat16", "float16"],
+)
+def test_compare_unequal_at_a_near_tie_of_half_precision_exits_0(
+    use, run, scripted, dtype, spacing
+):
+    model = use(scripted(TEXT, differ_at=6, margin=spacing))
     model.backend.dtype = dtype
     code, out, err = run("hi", "--json", "--compare")
     compare = json.loads(out)["compare"]
-    assert code == 1
+    assert code == 0
     assert (compare["equal"], compare["first_difference"]) == (False, 6)
-    assert "NOT EQUAL: the texts differ from new token 6 on" in err
-    assert ("rounding" in err) == (dtype == "bfloat16")
+    assert (compare["margin"], compare["spacing"], compare["near_tie"]) == (spacing, spacing, True)
+    assert "differ from new token 6 on, at a near-tie" in err
+    assert "NOT EQUAL" not in err
 
 
 def test_compare_of_a_single_token_has_no_speedup(use, run, scripted):
@@ -97,7 +124,7 @@ def test_interrupted_text_summary_and_json_are_still_printed(use, run, scripted)
     use(scripted(TEXT, interrupt_at=3))
     code, out, err = run("hi", "--method", "ar")
     assert (code, out) == (130, TEXT[:3] + "\n")
-    assert "finished by interrupted" in err
+    assert "finish reason: interrupted" in err
     use(scripted(TEXT, interrupt_at=3))
     code, out, _ = run("hi", "--method", "ar", "--json")
     values = json.loads(out)
@@ -196,7 +223,7 @@ def test_sigint_ends_a_process_with_its_summary(tiny_pair):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"finished by interrupted" in err
+    assert b"finish reason: interrupted" in err
     assert b"Traceback" not in err
 
 

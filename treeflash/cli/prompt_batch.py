@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
+from treeflash.cli.options import BAD_INPUT, INTERRUPTED
 from treeflash.cli.progress import progress
 from treeflash.decoding.statistics import mean
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel, Options
+from treeflash.text.output_file import OutputFile, finished_records, locked
 from treeflash.text.prompt import Message, Prompt
-from treeflash.text.prompt_file import Key, Row, finished_records
+from treeflash.text.prompt_file import Key, Row, read_rows
 
 Record: TypeAlias = dict[str, Any]
 LINE_START = b'{"id": '
@@ -67,11 +69,7 @@ class Batch:
         """
         settings = _settings(model, options)
         self._check(settings, raw=bool(options.get("raw")))
-        with (
-            self.output.open("a", encoding="utf-8", newline="\n") as file,
-            progress(console) as bar,
-        ):
-            file.truncate(self.output_bytes)
+        with OutputFile(self.output, self.output_bytes) as file, progress(console) as bar:
             task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
             for row in self.rows:
                 for _ in self._converse(row, model, options, settings, file):
@@ -117,7 +115,7 @@ class Batch:
                     )
 
     def _converse(
-        self, row: Row, model: LanguageModel, options: Options, settings: Record, file: TextIO
+        self, row: Row, model: LanguageModel, options: Options, settings: Record, file: OutputFile
     ) -> Iterator[Record]:
         """Records of a row's turns, decoded now or before."""
         messages: list[Message] = []
@@ -142,6 +140,37 @@ class Batch:
             if "error" in record:
                 return
             messages.append({"role": "assistant", "content": record["text"]})
+
+
+def run_batch(
+    prompts: Path,
+    output: Path,
+    options: Options,
+    load: Callable[[], LanguageModel],
+    console: Console,
+) -> int:
+    """Decode a file of prompts into another, and return the exit status.
+
+    Args:
+        prompts: see `treeflash.text.prompt_file.read_rows`.
+        output: see `Batch`.
+        options: how to decode.
+        load: gives the model, once both files are known to be usable.
+        console: for the progress bar and the report.
+    """
+    rows = read_rows(prompts)
+    if output.exists() and output.samefile(prompts):
+        raise ConfigError("--output is the file of prompts; give another one")
+    with locked(output):
+        batch = Batch.resume(rows, output)
+        model = load()
+        try:
+            batch.run(model, options, console)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; {batch.report()}; run the same command again to resume")
+            return INTERRUPTED
+    console.print(batch.report())
+    return BAD_INPUT if batch.errors else 0
 
 
 def _settings(model: LanguageModel, options: Options) -> Record:
@@ -174,7 +203,7 @@ def _decode(
     prompt: Prompt,
     options: Options,
     settings: Record,
-    file: TextIO,
+    file: OutputFile,
     found: Record | None,
 ) -> None:
     """Complete a turn's record and write it; where that is interrupted, with what there is.
@@ -186,18 +215,13 @@ def _decode(
     except PromptError as error:
         record |= {"error": str(error)} | settings
         if record != found:
-            _write(record, file)
+            file.append(json.dumps(record, ensure_ascii=False))
         return
     try:
         stream.run()
     finally:
         record |= stream.generation().to_dict() | settings
-        _write(record, file)
-
-
-def _write(record: Record, file: TextIO) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
+        file.append(json.dumps(record, ensure_ascii=False))
 
 
 def _checked(record: Any) -> Record:

@@ -1,4 +1,4 @@
-"""The figures of one generation, for people."""
+"""A summary of one generation: tokens, speed, accepted lengths, times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def summarise(generation: Generation) -> str:
         f"({forwards} target forward{'s'[: forwards != 1]} after the prefill)",
         f"method {generation.method}, budget {generation.budget}, backend {generation.backend} on "
         f"{generation.device}, {generation.dtype}, seed {generation.seed}, "
-        f"finished by {generation.finish_reason}",
+        f"finish reason: {generation.finish_reason}",
         *_histogram(generation.histogram),
         "time: "
         + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in generation.seconds.items()),
@@ -43,17 +43,26 @@ def _histogram(histogram: dict[int, int]) -> list[str]:
 
 def _comparison(comparison: Comparison, generation: Generation) -> list[str]:
     speedup = "unknown" if comparison.speedup is None else f"{comparison.speedup:.2f}x"
-    if comparison.equal:
-        verdict = "equal"
-    else:
-        verdict = f"NOT EQUAL: the texts differ from new token {comparison.first_difference} on"
-        if generation.dtype != "float32":
-            verdict += (
-                f"; in {generation.dtype} rounding can flip a near-tie, "
-                "--dtype float32 tells whether it did"
-            )
     return [
-        f"compared with plain decoding: {verdict}, speedup {speedup}",
+        f"compared with plain decoding: {_verdict(comparison, generation.dtype)}, "
+        f"speedup {speedup}",
         "  (same loaded model, prompt and seed; tokens/s of the iterations, without prefill, "
         "both after a short warm-up)",
     ]
+
+
+def _verdict(comparison: Comparison, dtype: str) -> str:
+    if comparison.equal:
+        return "equal"
+    differ = f"the texts differ from new token {comparison.first_difference} on"
+    if comparison.margin is None:
+        return f"NOT EQUAL: {differ}"
+    margin = (
+        f"the margin between the best two logits there is {comparison.margin:.3g}, "
+        f"the spacing of {dtype} {comparison.spacing:.3g}"
+    )
+    if comparison.near_tie:
+        return f"{differ}, at a near-tie: {margin}"
+    if dtype == "float32":
+        return f"NOT EQUAL: {differ}; {margin}"
+    return f"NOT EQUAL: {differ}; {margin}; check with --dtype float32"

@@ -1,4 +1,4 @@
-"""One finished text and the figures of its making."""
+"""One finished text, and how it was made: tokens, accepted lengths, times."""
 
 from __future__ import annotations
 
@@ -11,40 +11,59 @@ from treeflash.decoding.loop import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How a text relates to plain decoding with the same prompt, seed and loaded model.
+    """How a text compares with plain decoding of the same prompt, seed and loaded model.
 
     Attributes:
         equal: whether both are the same, token for token.
-        first_difference: index of the first new token that differs; None where there is none.
-        speedup: tokens per second over plain decoding's; None where either had no iteration.
+        first_difference: index of the first new token that differs; None if none does.
+        speedup: tokens per second over those of plain decoding; None if either had no iteration.
+        margin: how far the logits there would have to move for both tokens to be chosen: when
+            greedy, the distance of the two best logits; None without two tokens to compare.
+        spacing: distance of neighbouring numbers of the model's type around these logits.
+        near_tie: whether rounding explains the difference; never in float32.
     """
 
     equal: bool
     first_difference: int | None
     speedup: float | None
+    margin: float | None = None
+    spacing: float | None = None
+    near_tie: bool = False
+
+    @property
+    def explained(self) -> bool:
+        """Whether the texts are equal, or differ by no more than rounding."""
+        return self.equal or self.near_tie
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object; the margin only if the texts differ."""
+        names = ["equal", "first_difference", "speedup"]
+        if not self.equal:
+            names += ["margin", "spacing", "near_tie"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """What was generated, how, and what it cost.
 
-    Once there is a token, `1 + sum(accepted_lengths) == len(token_ids)`: the prefill brings one,
-    every iteration its accepted length.
+    Once there is a token, `1 + sum(accepted_lengths) == len(token_ids)`: one comes from the
+    prefill, the others from the iterations.
 
     Attributes:
         text: the new text, without special tokens, ending before a stop string.
         token_ids: the new tokens; the last is the stop token that was met, or the token that
             completed a stop string.
-        prompt_tokens: tokens of the prompt.
-        accepted_lengths: committed tokens of each iteration.
+        prompt_tokens: number of tokens in the prompt.
+        accepted_lengths: tokens committed by each iteration.
         histogram: iterations by accepted length, shortest first.
-        block_efficiency: the mean of `accepted_lengths`; 0 where there was no iteration.
-        tokens_per_s: tokens of the iterations per second of `decode_s`.
+        block_efficiency: the mean of `accepted_lengths`; 0 if there was no iteration.
+        tokens_per_s: tokens of the iterations divided by `decode_s`.
         prefill_s: seconds until the first token was chosen.
         decode_s: seconds of the iterations.
         seconds: the same time by phase: prefill, draft, tree, verify, commit.
         finish_reason: `stop` (a stop token or string), `length` (the limit), or `interrupted`.
-        compare: against plain decoding, where that was asked for.
+        compare: with plain decoding, if that was asked for.
     """
 
     text: str
@@ -86,5 +105,5 @@ class Generation:
         )
         values = {name: getattr(self, name) for name in names}
         if self.compare is not None:
-            values["compare"] = vars(self.compare)
+            values["compare"] = self.compare.to_dict()
         return values

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from treeflash.errors import ConfigError, PromptError
+from treeflash.errors import PromptError
 from treeflash.text.prompt import Message, check_messages, check_unicode
 
 T = TypeVar("T")
@@ -78,48 +78,11 @@ def read_text(path: Path) -> str:
         PromptError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # less a byte order mark
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason}") from error
-
-
-def finished_records(output: Path, start: bytes, parse: Callable[[Any], T]) -> list[tuple[T, int]]:
-    """What an earlier run left in an output file, and the size of each line.
-
-    The file is made if need be. A last line without its end, which an interruption tore, is left
-    out.
-
-    Args:
-        output: JSON lines.
-        start: how all of them begin.
-        parse: what to make of a line's JSON; for what a run never writes it raises ValueError,
-            KeyError or TypeError.
-
-    Raises:
-        ConfigError: the file cannot be written, or another program wrote it.
-    """
-    try:
-        output.touch()
-        lines = output.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        complete = line.endswith(b"\n")
-        try:
-            record = parse(json.loads(line))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and not complete
-            if torn and line[: len(start)] == start[: len(line)]:
-                break
-            raise ConfigError(
-                f"{output}:{number} was not written by a run like this one; give another --output"
-            ) from None
-        if complete:
-            records.append((record, len(line)))
-    return records
 
 
 def _row(value: Any) -> Row:

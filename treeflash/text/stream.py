@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from treeflash.config import DecodeConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step, decode
 from treeflash.decoding.statistics import Stats
+from treeflash.decoding.tree import DraftTree
+from treeflash.text.detokenizer import TextStream
 from treeflash.text.generation import Generation
-from treeflash.text.tokenizer import TextStream, Tokenizer
+from treeflash.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,18 @@ class Stream(Iterator[Chunk]):
         return Stream(
             self._backend, self._tokenizer, ids, config, self._stop, self._adaptive_budget
         )
+
+    def logits_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """(vocab,) raw logits of the target after the prompt and some new tokens, without drafting.
+
+        For analysis: it runs the whole text anew.
+        """
+        *context, last = *self.prompt_ids, *token_ids
+        verifier = self._backend.verifier(features=False)
+        if context:
+            verifier.prefill(context, SamplingConfig(), None)
+        logits: NDArray[np.float32] = verifier.logits(DraftTree.root_only(last))[0]
+        return logits
 
     def run(self) -> Generation:
         """Decode to the end."""

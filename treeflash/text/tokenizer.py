@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer, chat templates, and streamed detokenising."""
+"""Between text and token ids: the tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from treeflash.errors import CheckpointError, ConfigError, PromptError
+from treeflash.errors import CheckpointError, PromptError
 
 REPLACEMENT = "\ufffd"
 PRIVATE = "\ue000"  # a character of private use: no template has it
-WINDOW_TOKENS = 8
 
 
 class Tokenizer:
@@ -169,115 +168,6 @@ class Tokenizer:
         if text and REPLACEMENT not in text:
             return text
         return self._tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
-
-
-class TextStream:
-    """Text of a growing sequence of ids, piece by piece.
-
-    The pieces joined are exactly the text of all ids, or, once a stop string is met, the
-    text before it. A piece never ends in part of a character, nor in what may turn out to be
-    the beginning of a stop string. Only a short window of ids is decoded at a time.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        """Start an empty text.
-
-        Args:
-            tokenizer: Decodes the ids.
-            stop: Strings that end the text; the earliest in the text counts.
-
-        Raises:
-            ConfigError: A stop string is empty.
-        """
-        if "" in stop:
-            raise ConfigError("a stop string is empty; leave it out")
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._window: list[int] = []
-        self._consumed = 0  # characters of the window's text that went into _held or further
-        self._held = ""  # settled characters that wait, as they may begin a stop string
-        self._pieces: list[str] = []
-        self.stopped = False
-        """Whether a stop string was met; further ids are then ignored."""
-        self.tokens_used = 0
-        """Ids pushed so far, up to and including the one that completed a stop string."""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Append ids and return the text that is now certain."""
-        first_new = len(self._pieces)
-        for token_id in token_ids:
-            if self.stopped:
-                break
-            self.tokens_used += 1
-            if token_id not in self._tokenizer.special_token_ids:
-                self._push_one(token_id)
-        return "".join(self._pieces[first_new:])
-
-    def finish(self) -> str:
-        """Return what was held back: the ids are complete."""
-        if self.stopped:
-            return ""
-        rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
-        self._window, self._consumed, self._held = [], 0, ""
-        self._pieces.append(rest)
-        return rest
-
-    def _push_one(self, token_id: int) -> None:
-        self._window.append(token_id)
-        window_text = self._tokenizer.decode(self._window)
-        candidate = self._held + window_text[self._consumed :]
-        cuts = [candidate.find(stop) for stop in self._stop if stop in candidate]
-        if cuts:
-            self._pieces.append(candidate[: min(cuts)])
-            self.stopped = True
-            return
-        settled = self._settled_length(window_text)
-        self._held += window_text[self._consumed : settled]
-        self._consumed = settled
-        sure = self._held[: len(self._held) - self._stop_overlap()].rstrip(REPLACEMENT)
-        if sure:
-            self._pieces.append(sure)
-            self._held = self._held[len(sure) :]
-        if len(self._window) > 2 * WINDOW_TOKENS:
-            self._shrink_window(window_text)
-
-    def _settled_length(self, window_text: str) -> int:
-        """Return how many characters of the window's text no further id can change."""
-        end = len(self._window)
-        while end and self._window[end - 1] in self._tokenizer.byte_token_ids:
-            end -= 1  # byte-fallback decoders read a whole run of bytes as valid or as broken
-        text = window_text
-        if end < len(self._window):
-            text = self._tokenizer.decode(self._window[:end])
-        return len(text) - text.endswith(REPLACEMENT)
-
-    def _stop_overlap(self) -> int:
-        """Return the length of the longest end of the held text that begins a stop string."""
-        return max(
-            (
-                length
-                for stop in self._stop
-                for length in range(1, len(stop))
-                if self._held.endswith(stop[:length])
-            ),
-            default=0,
-        )
-
-    def _shrink_window(self, window_text: str) -> None:
-        """Forget the window's older ids where the newer ones alone decode to the same end.
-
-        A cut inside a character garbles at most three bytes, and a cut before a token that
-        decoders strip a space from garbles its first character: four equal characters prove
-        that both decodes are in step from there on.
-        """
-        start = len(self._window) - WINDOW_TOKENS
-        while start and self._window[start] in self._tokenizer.byte_token_ids:
-            start -= 1
-        tail = self._tokenizer.decode(self._window[start:])
-        dropped = len(window_text) - len(tail)
-        if len(tail) >= 4 and window_text.endswith(tail) and dropped <= self._consumed:
-            self._window = self._window[start:]
-            self._consumed -= dropped
 
 
 def _is_not_torch_advice(record: logging.LogRecord) -> bool:

@@ -15,7 +15,8 @@ from rich.progress import TextColumn
 from treeflash.cli.progress import progress
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.text.prompt_file import Key, Row, finished_records
+from treeflash.text.output_file import finished_records
+from treeflash.text.prompt_file import Key, Row
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.interfaces import Request, Responder
 

@@ -12,7 +12,8 @@ from rich.progress import Progress
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError
-from treeflash.text.prompt_file import Row, finished_records
+from treeflash.text.output_file import finished_records
+from treeflash.text.prompt_file import Row
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.interfaces import Request, Responder
 

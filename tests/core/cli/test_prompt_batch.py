@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, files, scripted, interrupt
     code, err = run(scripted(*ANSWERS, interrupt_at=interrupt_at))
     assert code == 130
     assert "interrupted;" in err
-    assert "the same command goes on from there" in err
+    assert "run the same command again to resume" in err
     *finished, last = records(files[1])
     assert last["finish_reason"] == "interrupted"
     assert 1 + sum(last["accepted_lengths"]) == len(last["token_ids"])

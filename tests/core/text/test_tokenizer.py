@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from treeflash.errors import CheckpointError, ConfigError, PromptError
-from treeflash.text.tokenizer import TextStream, Tokenizer
+from treeflash.text.detokenizer import TextStream
+from treeflash.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<|start|>", "<|end|>"]
 CHAT_TEMPLATE = (
