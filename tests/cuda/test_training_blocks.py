@@ -36,7 +36,7 @@ def near(found, expected):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture(params=["full", "sliding", "causal", "mistral"])
+@pytest.fixture(params=["full", "sliding", "causal", "scaled", "mistral"])
 def backend(request, tmp_path):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     family = "mistral" if request.param == "mistral" else "llama"
@@ -45,6 +45,8 @@ def backend(request, tmp_path):
     write_drafter(drafter, target, seed=2, sliding_window=window)
     if request.param == "causal":
         edit_config(drafter, lambda config: config.update(is_causal=True))
+    if request.param == "scaled":
+        edit_config(drafter, lambda config: config.update(input_embedding_scale=2.5))
     return load(target, drafter, CPU)
 
 
