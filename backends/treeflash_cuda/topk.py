@@ -39,7 +39,8 @@ def largest(x: Tensor, k: int) -> Tensor:
     if x.device.type != "cpu":
         return x.topk(k).indices.sort().values
     numbers = x.numpy()
-    places = np.flatnonzero(numbers >= floor_of_top(numbers, k))
+    # Not `>=`: no number is at least NaN, and NaN is for the caller to find.
+    places = np.flatnonzero(~(numbers < floor_of_top(numbers, k)))
     inside = np.argpartition(numbers[places], -k)[-k:]
     return torch.from_numpy(places[np.sort(inside)])
 

@@ -111,7 +111,7 @@ class Target:
 
     def shortlist_logits(self, hidden: mx.array, tokens: mx.array) -> mx.array:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
-        module = self.embedding if self.lm_head is None else self.output
+        module = self.embedding if self.lm_head is None else self.lm_head
         assert module is not None
         weight = module.weight[tokens]
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):

@@ -9,19 +9,35 @@ from numpy.typing import NDArray
 
 from treeflash.errors import NumericalError
 
+ROUNDING = 0.01
+"""Nats above 0 that a computed log probability may reach; a value beyond is not a rounding error."""
+
+
+NOT_FINITE = (
+    "the drafter's output is not finite (NaN or infinity): its weights are damaged, or the dtype "
+    "overflows; try --dtype float32, or --method ar to decode without a drafter"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class TransitionTable:
     """Candidate children for every depth and previous-token candidate (TreeFlash, section 3).
 
-    `D` depths (block size - 1), `M` rows (previous tokens), `K` children a row. Index 0 of the
-    first axis is depth 1. Depth 1 has one real row, row 0: its previous token is the root.
+    `D` depths (block size - 1), `M` rows (previous tokens), `K` children per row. Index 0 of the
+    first axis is depth 1. Depth 1 has one valid row, row 0: its previous token is the root.
 
     Attributes:
         tokens: (D, M, K) int32; children of a row, most probable first.
-        log_probs: (D, M, K) float32, nats, non-increasing along K; -inf marks an absent child.
+        log_probs: (D, M, K) float32, nats, at most 0 and non-increasing along K; -inf marks an
+            absent child. Values above 0 by rounding are set to 0: a child more probable than its
+            parent would be sorted before it.
         next_row: (D, M, K) int32; the row of the next depth whose previous token is this child,
-            or -1 where there is none: the child is then always a leaf.
+            or -1 if there is none: the child is then always a leaf.
+
+    Raises:
+        NumericalError: a log probability is NaN or infinity.
+        ValueError: a log probability is above 0 by more than rounding, or the arrays' shapes
+            differ.
     """
 
     tokens: NDArray[np.int32]
@@ -29,17 +45,22 @@ class TransitionTable:
     next_row: NDArray[np.int32]
 
     def __post_init__(self) -> None:
-        if np.isnan(self.log_probs).any():
-            raise NumericalError(
-                "the drafter's output is not a number (NaN): its weights are damaged, or the dtype "
-                "overflows; try --dtype float32, or --method ar to decode without a drafter"
-            )
+        shapes = [x.shape for x in (self.tokens, self.log_probs, self.next_row)]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"tokens, log_probs and next_row must have one shape, got {shapes}")
+        highest = self.log_probs.max(initial=-np.inf)
+        if not highest < np.inf:
+            raise NumericalError(NOT_FINITE)
+        if highest > ROUNDING:
+            raise ValueError(f"log probabilities must be at most 0, got {highest}")
+        if highest > 0:
+            object.__setattr__(self, "log_probs", np.minimum(self.log_probs, np.float32(0)))
 
     @classmethod
     def from_marginals(
         cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float32]
     ) -> TransitionTable:
-        """The table of a drafter without an AR head: what follows ignores what came before.
+        """The table of a drafter without an AR head: children do not depend on the previous token.
 
         Args:
             tokens: (D, K) the best tokens of each depth, most probable first.
@@ -59,18 +80,18 @@ class TransitionTable:
         """The table of an AR head.
 
         Args:
-            previous: (D - 1, M) the previous-token candidates of depths 2 to D, distinct in a row;
-                -1 where there is none.
-            tokens: (D, M, K) children; the rows of depth 1 after the first are ignored, and those
-                without a previous token.
-            log_probs: (D, M, K) their log probabilities.
+            previous: (D - 1, M) int32 previous-token candidates of depths 2 to D, distinct at each
+                depth; -1 for a row that was not scored.
+            tokens: (D, M, K) int32 children, 0 or more; rows that were not scored are ignored, and
+                so are the rows of depth 1 after the first.
+            log_probs: (D, M, K) float32 log probabilities of the children.
         """
         log_probs = log_probs.copy()
         log_probs[0, 1:] = -np.inf
         log_probs[1:][previous < 0] = -np.inf
         next_row = np.full(tokens.shape, -1, np.int32)
-        matches = tokens[:-1, :, :, None] == previous[:, None, None, :]
-        next_row[:-1] = np.where(matches.any(-1), matches.argmax(-1), -1)
+        if previous.size:
+            next_row[:-1] = _positions(previous, tokens[:-1])
         return cls(tokens, log_probs, next_row)
 
     @classmethod
@@ -82,31 +103,31 @@ class TransitionTable:
         log_probs: NDArray[np.float32],
         shape: tuple[int, int],
     ) -> TransitionTable:
-        """The table of an AR head that scored some of the rows, the root's first.
+        """The table of an AR head that scored the root's row and n others.
 
         Args:
-            places: (n,) the others' among all D * M rows, numbered depth by depth.
-            previous: (n,) their previous tokens.
-            tokens: (1 + n, K) children of the root and of those.
-            log_probs: (1 + n, K) their log probabilities.
-            shape: D and M.
+            places: (n,) int32 indices of those n among all D * M rows, numbered depth by depth.
+            previous: (n,) int32 their previous tokens.
+            tokens: (1 + n, K) int32 children, those of the root first.
+            log_probs: (1 + n, K) float32 log probabilities of the children.
+            shape: (D, M).
         """
         depths, m = shape
-        of_depths = np.full(depths * m, -1, np.int32)
-        of_depths[places] = previous
-        at = np.concatenate([[0], places])
-        children = np.zeros((depths * m, tokens.shape[1]), np.int32)
-        children[at] = tokens
-        theirs = np.full(children.shape, -np.inf, np.float32)
-        theirs[at] = log_probs
+        every_previous = np.full(depths * m, -1, np.int32)
+        every_previous[places] = previous
+        scored = np.concatenate([[0], places])
+        every_token = np.zeros((depths * m, tokens.shape[1]), np.int32)
+        every_token[scored] = tokens
+        every_log_prob = np.full(every_token.shape, -np.inf, np.float32)
+        every_log_prob[scored] = log_probs
         return cls.from_candidates(
-            of_depths.reshape(shape)[1:],
-            children.reshape(depths, m, -1),
-            theirs.reshape(depths, m, -1),
+            every_previous.reshape(shape)[1:],
+            every_token.reshape(depths, m, -1),
+            every_log_prob.reshape(depths, m, -1),
         )
 
     def until(self, depth: int) -> TransitionTable:
-        """The table of the depths up to that one, 1 or more; the whole where it has no more."""
+        """The table of the first `depth` depths (1 or more), or all of it if it has no more."""
         if depth >= self.depths:
             return self
         next_row = self.next_row[:depth].copy()
@@ -117,3 +138,24 @@ class TransitionTable:
     def depths(self) -> int:
         """Depths that the table covers: the drafter's block size less one, or fewer."""
         return len(self.tokens)
+
+
+def _positions(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each token stands among its depth's previous tokens; -1 if it is not there.
+
+    Sorts and searches, so that memory grows with the number of rows and not with its square.
+
+    Args:
+        previous: (D, M), at least one; -1 matches no token.
+        tokens: (D, M, K), 0 or more.
+
+    Returns:
+        (D, M, K) indices below M, or -1.
+    """
+    depth = np.arange(len(previous), dtype=np.int64) << 32
+    keys = (previous + depth[:, None]).ravel()
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    wanted = tokens + depth[:, None, None]
+    found = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    return np.where(ordered[found] == wanted, order[found] % previous.shape[1], -1)

@@ -135,9 +135,9 @@ class CheckpointTests:
         assert models.tested.memory_bytes() >= 0
 
 
-def write_pair(folder: Path, family: str) -> tuple[Path, Path]:
-    """Folders of a pair to change."""
-    write_target(folder / "target", family, seed=TARGET_SEED)
+def write_pair(folder: Path, family: str, *, vocab_size: int = 24) -> tuple[Path, Path]:
+    """Write a pair that a test may change; returns the folders of the target and the drafter."""
+    write_target(folder / "target", family, seed=TARGET_SEED, vocab_size=vocab_size)
     write_drafter(folder / "drafter", folder / "target", seed=DRAFTER_SEED)
     return folder / "target", folder / "drafter"
 

@@ -120,10 +120,16 @@ class ErrorTests:
             verifier.verify(tree, sampling, None if sampling.greedy else np.full(3, 0.5))
 
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash", "treeflash-chain"])
-    def test_drafter_that_is_not_a_number(self, load: Loader, tmp_path: Path, method: str) -> None:
-        target, drafter = write_pair(tmp_path, self.families[0])
-        edit_tensors(drafter, lambda tensors: tensors["model.fc.weight"].fill(np.nan))
-        with pytest.raises(NumericalError, match="not a number"):
+    @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "infinity"])
+    @pytest.mark.parametrize("vocab_size", [24, 2048])
+    def test_drafter_that_is_not_finite(
+        self, load: Loader, tmp_path: Path, method: str, vocab_size: int, value: float
+    ) -> None:
+        """In the larger vocabulary the AR head scores a shortlist, which is searched for."""
+        assert DecodeConfig().head_vocab in range(24, 2048)
+        target, drafter = write_pair(tmp_path, self.families[0], vocab_size=vocab_size)
+        edit_tensors(drafter, lambda tensors: tensors["model.fc.weight"].put(0, value))
+        with pytest.raises(NumericalError, match="the drafter's output is not finite"):
             decode_something(load, target, drafter, method)
 
     def test_prompts_that_cannot_be_decoded(self, pair: PairMaker) -> None:

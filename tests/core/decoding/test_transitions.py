@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -79,7 +81,7 @@ def test_candidates_equal_a_naive_search(shape: tuple[int, int, int]) -> None:
     previous = np.array(
         [rng.permutation(vocab_size)[:rows] for _ in range(depths - 1)], np.int32
     ).reshape(depths - 1, rows)
-    log_probs = rng.normal(size=shape).astype(np.float32)
+    log_probs = -rng.exponential(size=shape).astype(np.float32)
     table = TransitionTable.from_candidates(previous, tokens, log_probs)
     for at in np.ndindex(shape):
         candidates = previous[at[0]].tolist() if at[0] < depths - 1 else []
@@ -101,9 +103,12 @@ def test_candidates_leave_their_arguments_alone() -> None:
     assert (log_probs == -1).all()
 
 
-def test_nan_raises_with_a_way_out() -> None:
-    log_probs = np.array([[-1, np.nan]], np.float32)
-    with pytest.raises(NumericalError, match=r"not a number \(NaN\).*--dtype float32.*--method ar"):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_raise_with_a_way_out(value: float) -> None:
+    log_probs = np.array([[-1, value]], np.float32)
+    with pytest.raises(
+        NumericalError, match=r"not finite \(NaN or infinity\).*--dtype float32.*--method ar"
+    ):
         TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
 
 
@@ -114,3 +119,39 @@ def test_nan_in_the_unused_rows_of_depth_one_is_harmless() -> None:
         np.zeros((0, 2), np.int32), np.zeros((1, 2, 2), np.int32), log_probs
     )
     assert table.log_probs[0, 1].tolist() == [-np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("above", [np.finfo(np.float32).eps, 2.4e-7, 1e-3])
+def test_log_probabilities_above_0_by_rounding_are_0(above: float) -> None:
+    log_probs = np.array([[above, -1], [above, -np.inf]], np.float32)
+    table = TransitionTable.from_marginals(np.array([[1, 2], [3, 4]], np.int32), log_probs)
+    assert table.log_probs.tolist() == [[[0, -1]], [[0, -np.inf]]]
+    assert log_probs[0, 0] == np.float32(above)  # the argument is left alone
+
+
+@pytest.mark.parametrize("above", [0.02, 3.0])
+def test_values_that_are_no_log_probabilities_are_refused(above: float) -> None:
+    log_probs = np.array([[above, -1]], np.float32)
+    with pytest.raises(ValueError, match=r"^log probabilities must be at most 0, got "):
+        TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
+
+
+def test_arrays_of_different_shapes_are_refused() -> None:
+    zeros = np.zeros((2, 1, 3), np.int32)
+    with pytest.raises(ValueError, match=r"must have one shape, got .*\(2, 1, 2\)"):
+        TransitionTable(zeros, np.zeros((2, 1, 2), np.float32), zeros)
+
+
+def test_memory_of_a_table_is_linear_in_its_rows() -> None:
+    """1,000 rows at 15 depths: comparing every child with every row would take 224 MB."""
+    rng = np.random.default_rng(0)
+    depths, rows, children = 15, 1000, 16
+    previous = np.array([rng.permutation(5000)[:rows] for _ in range(depths - 1)], np.int32)
+    tokens = rng.integers(0, 5000, (depths, rows, children)).astype(np.int32)
+    log_probs = np.full(tokens.shape, -1, np.float32)
+    tracemalloc.start()
+    table = TransitionTable.from_candidates(previous, tokens, log_probs)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert table.next_row.max() > 0
+    assert peak < 100 * tokens.size  # bytes

@@ -7,6 +7,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
@@ -258,3 +260,50 @@ def test_ancestor_mask_of_any_parents_first_order() -> None:
             depths[node] = depths[parents[node]] + 1
         tree = DraftTree(np.arange(n, dtype=np.int32), parents, depths, np.zeros(n))
         np.testing.assert_array_equal(tree.ancestor_mask(), naive_ancestor_mask(parents.tolist()))
+
+
+def assert_valid(tree: DraftTree) -> None:
+    """Parents before children, depths and probabilities that follow from the parents."""
+    assert tree.parents[0] == -1
+    for node in range(1, len(tree)):
+        parent = tree.parents[node]
+        assert 0 <= parent < node
+        assert tree.depths[node] == tree.depths[parent] + 1
+        assert tree.log_probs[node] <= tree.log_probs[parent]
+
+
+def test_a_child_more_probable_than_certain_by_rounding() -> None:
+    """A log_softmax over a shortlist gave 1.19e-7: the child was sorted before its parent."""
+    log_probs = np.array([[-0.5, -1.0], [1.19e-7, -20.0], [1.19e-7, -20.0]], np.float32)
+    tokens = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    table = TransitionTable.from_marginals(tokens, log_probs)
+    tree = build_tree(table, ROOT, 5)
+    assert tree.tokens.tolist() == [ROOT, 1, 3, 5, 2]
+    assert tree.parents.tolist() == [-1, 0, 1, 2, 0]
+    assert tree.depths.tolist() == [0, 1, 2, 3, 1]
+    for nodes in range(1, 6):
+        cut = tree.first(nodes)
+        assert_valid(cut)
+        assert cut.ancestor_mask().sum() == (cut.depths + 1).sum()
+    assert_valid(build_chain(table, ROOT, 4))
+
+
+@given(st.data())
+def test_trees_are_valid_whatever_the_rounding(data: st.DataObject) -> None:
+    """Every cut of a tree of nearly certain children is a tree, with one child or several."""
+    shape = depths, rows, children = data.draw(
+        st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+    )
+    steps = [2.4e-7, 1.19e-7, 0.0, -1.19e-7, -0.5, -3.0, -np.inf]
+    size = depths * rows * children
+    log_probs = data.draw(st.lists(st.sampled_from(steps), min_size=size, max_size=size))
+    next_row = data.draw(st.lists(st.integers(-1, rows - 1), min_size=size, max_size=size))
+    table = TransitionTable(
+        np.tile(np.arange(children, dtype=np.int32), (depths, rows, 1)),
+        -np.sort(-np.array(log_probs, np.float32).reshape(shape)),
+        np.array(next_row, np.int32).reshape(shape),
+    ).until(depths)
+    tree = build_tree(table, ROOT, data.draw(st.integers(1, 20)))
+    for nodes in range(1, len(tree) + 1):
+        assert_valid(tree.first(nodes))
+        tree.first(nodes).ancestor_mask()
