@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from treeflash.errors import NumericalError
 
 ROUNDING = 0.01
-"""Nats above 0 that a computed log probability may reach; a value beyond is not a rounding error."""
+"""Nats above 0 that a log probability may reach by rounding; beyond them it is an error."""
 
 
 NOT_FINITE = (
