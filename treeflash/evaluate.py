@@ -8,7 +8,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from treeflash.cli.options import (
 )
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation.records import MEAN, Record, findings
+from treeflash.evaluation.records import MEAN, Record, compute_records
 from treeflash.evaluation.report import check_report, write_report
 from treeflash.evaluation.run import Case, Evaluation, cases, encode_rows
 from treeflash.evaluation.tables import Table, tables
@@ -39,10 +40,10 @@ DEFAULT_BUDGETS = "16,64"
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, measure, and return the exit code.
+    """Parse the command line, measure, and return the exit status.
 
-    0: done; 2: bad input; 130: interrupted. What was measured until then is shown and written,
-    however the run ends.
+    0: done; 2: invalid input; 130: interrupted. However the run ends, results so far are printed
+    and written.
     """
     args = _parser().parse_args(argv)
     options = _options(args)
@@ -59,42 +60,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation.run(model.backend, sets, configs, console)
     finally:
         if evaluation.samples:
-            _publish(findings(evaluation.samples, args.seed), model, args)
+            _publish(compute_records(evaluation.samples, args.seed), model, args)
     if not evaluation.samples:
-        raise PromptError("every text ended with its first token, so that nothing was drafted")
+        raise PromptError("every text ended with its first token, so nothing was drafted")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "treeflash.evaluate", "Measure how well a drafter drafts: by depth, method and budget."
-    )
+    parser = Parser("treeflash.evaluate", "Measure a drafter by depth, method and budget.")
     parser.add_argument(
         "--prompts",
         type=Path,
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="each one set: objects with an id, and turns (the first is answered), a prompt, or "
-        "messages",
+        help="prompt sets, one per file: JSON objects with an id, and turns (only the first is "
+        "answered), a prompt, or messages",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts of a set (default: all)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="use the first N prompts of each set (default: all)"
+    )
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help=f"of {', '.join(METHODS)} (default: those of {DEFAULT_METHODS} that the drafter can)",
+        help=f"any of {', '.join(METHODS)} (default: those of {DEFAULT_METHODS} that the drafter "
+        "supports)",
     )
     parser.add_argument(
         "--budgets",
         default=DEFAULT_BUDGETS,
         metavar="N,M",
-        help="nodes of a draft tree; chains get the largest and stop at the block's end "
-        f"(default: {DEFAULT_BUDGETS})",
+        help="nodes of the draft trees, the root included; chains use the largest and stop at the "
+        f"end of the block (default: {DEFAULT_BUDGETS})",
     )
     for flag, kind, default, text in (
-        ("--max-tokens", int, DecodeConfig.max_tokens, "new tokens of a prompt, at most"),
-        ("--temperature", float, SamplingConfig.temperature, "0 is greedy"),
-        ("--seed", int, SamplingConfig.seed, "of sampling, and of the intervals"),
+        ("--max-tokens", int, DecodeConfig.max_tokens, "maximum number of new tokens per prompt"),
+        ("--temperature", float, SamplingConfig.temperature, "sampling temperature; 0 is greedy"),
+        ("--seed", int, SamplingConfig.seed, "random seed for sampling and for the intervals"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     vocab, rows = DecodeConfig.head_vocab, DecodeConfig.head_rows
@@ -103,36 +105,38 @@ def _parser() -> argparse.ArgumentParser:
         type=full_or_number,
         default=vocab,
         metavar="full|N",
-        help=f"tokens that the AR head scores (default: {vocab})",
+        help="number of most probable tokens that the AR head scores, or full: the vocabulary "
+        f"(default: {vocab})",
     )
     parser.add_argument(
         "--head-rows",
         type=head_rows,
         default=rows,
         metavar="full|N|auto",
-        help=f"previous tokens after which it does (default: {rows})",
+        help="number of previous tokens that it scores them after, full: all, or auto: by the "
+        f"budget (default: {rows})",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(
         "--report",
         type=Path,
         metavar="FILE.html|FILE.png",
-        help="write plots and tables there, or the plots alone",
+        help="write plots and tables, or plots alone, to this file",
     )
     add_model_options(parser)
     return parser
 
 
 def _options(args: argparse.Namespace) -> dict[Case, Options]:
-    """How to decode, by case."""
-    try:
-        budgets = [int(size) for size in args.budgets.split(",")]
-    except ValueError:
+    """The decoding options of each case."""
+    sizes = [size.strip() for size in args.budgets.split(",")]
+    if not all(size.isdecimal() and int(size) for size in sizes):
         raise ConfigError(
-            f"--budgets takes numbers separated by commas, not {args.budgets!r}"
-        ) from None
+            f"--budgets takes numbers of 1 or more separated by commas, not {args.budgets!r}"
+        )
+    budgets = [int(size) for size in sizes]
     if args.max_tokens < 2:
-        raise ConfigError("max-tokens must be 2 or more: the prefill brings the first")
+        raise ConfigError("max-tokens must be 2 or more: the prefill yields the first token")
     found: dict[Case, Options] = {}
     methods = DEFAULT_METHODS if args.methods is None else args.methods
     for case in cases(methods.split(","), budgets):
@@ -157,29 +161,29 @@ def _rows(args: argparse.Namespace) -> dict[str, list[Row]]:
     for path in args.prompts:
         if path.stem == MEAN or path.stem in found:
             raise ConfigError(
-                f"a file's name is that of its set, and {path.stem!r} is taken; rename {path}"
+                f"sets are named after their files, and {path.stem!r} is taken; rename {path}"
             )
         found[path.stem] = read_rows(path)[: args.limit]
     return found
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Find out before the work, not after, that a file cannot be written."""
+    """Check before the work that the files can be written."""
     for path in (args.json, args.report):
         if path is None:
             continue
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ConfigError(f"{path} cannot be written")
         if path.resolve() in {prompts.resolve() for prompts in args.prompts}:
-            raise ConfigError(f"{path} is a file of prompts; give another one")
+            raise ConfigError(f"{path} is a file of prompts; choose another file")
     if args.report is not None:
         check_report(args.report)
 
 
 def _publish(
-    found: dict[str, list[Record]], model: LanguageModel, args: argparse.Namespace
+    records: dict[str, list[Record]], model: LanguageModel, args: argparse.Namespace
 ) -> None:
-    """Write and print what was found."""
+    """Print the tables and write the files; a failure of one does not prevent the others."""
     backend = model.backend
     settings: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -194,18 +198,29 @@ def _publish(
         "temperature": args.temperature,
         "seed": args.seed,
     }
-    if args.json is not None:
-        text = json.dumps(settings | found, indent=2)
-        args.json.write_text(text + "\n", encoding="utf-8")
-    if args.report is not None:
-        given = {key.replace("_", " "): value for key, value in settings.items()}
-        title = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
-        write_report(args.report, found, title)
-    _print(tables(found))
+    with ExitStack() as outputs:
+        if args.report is not None:
+            given = {key.replace("_", " "): value for key, value in settings.items()}
+            title = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+            outputs.callback(
+                _written, args.report, lambda: write_report(args.report, records, title)
+            )
+        if args.json is not None:
+            text = json.dumps(settings | records, indent=2) + "\n"
+            outputs.callback(_written, args.json, lambda: args.json.write_text(text, "utf-8"))
+        _print(tables(records))
+
+
+def _written(path: Path, write: Callable[[], object]) -> None:
+    """Write a file; an error names it."""
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _print(found: Sequence[Table]) -> None:
-    # Not on standard output itself: where its reader goes away, rich ends the program with code 1.
+    # Not to standard output directly: if its reader is gone, rich exits with status 1.
     text = io.StringIO()
     console = Console(file=text, highlight=False)
     for table in found:
@@ -218,7 +233,7 @@ def _print(found: Sequence[Table]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    print(text.getvalue(), end="")
+    print(text.getvalue(), end="", flush=True)
 
 
 if __name__ == "__main__":

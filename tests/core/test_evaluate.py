@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,13 @@ import treeflash
 from treeflash import evaluate
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
-from treeflash.evaluation.depth_metrics import FIGURES
+from treeflash.evaluation.depth_metrics import METRICS
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
 RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]
 LOST = ["set", "method", "budget", "candidate", "child", "budget_limit", "block"]
 DEPTH = ["set", "depth", "anchors"] + [
-    f"{figure}_{source}" for figure in FIGURES for source in ("marginal", "corrected")
+    f"{figure}_{source}" for figure in METRICS for source in ("marginal", "corrected")
 ]
 
 
@@ -84,7 +85,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     assert (found["backend"], found["dtype"], found["max_tokens"]) == ("reference", "float32", 9)
     assert (found["head_vocab"], found["head_rows"]) == (1024, "auto")
     assert "Block efficiency" in out
-    assert "Where tokens are lost" in out
+    assert "Rejections" in out
     assert "4/4" in err
 
 
@@ -166,13 +167,44 @@ def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_
     assert path.read_text(encoding="utf-8") == "before"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
+    """The tables are printed first, and a file that fails does not keep the other from disk."""
+    pytest.importorskip("matplotlib")
+    use(model)
+    report = tmp_path / "out.png"
+    code, out, err = run("--methods", "dflash", "--json", "/dev/full", "--report", str(report))
+    assert code == 2
+    assert "Block efficiency" in out
+    assert err.splitlines()[-1] == "error: /dev/full cannot be written: No space left on device"
+    assert report.stat().st_size > 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, tmp_path):
+    path = tmp_path / "out.json"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command_line(tiny_pair, "--prompts", files[0], "--json", str(path)),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
         (["--methods", "beam"], "unknown method 'beam'; choose one of ar, dflash,"),
         (["--methods", ""], "unknown method ''"),
-        (["--budgets", "16,x"], "--budgets takes numbers separated by commas, not '16,x'"),
-        (["--budgets", "0"], "budget must be auto, or 1 or more, got 0"),
+        (
+            ["--budgets", "16,x"],
+            "--budgets takes numbers of 1 or more separated by commas, not '16,x'",
+        ),
+        (["--budgets", "0"], "--budgets takes numbers of 1 or more separated by commas, not '0'"),
         (["--limit", "0"], "limit must be 1 or more"),
         (["--max-tokens", "1"], "max-tokens must be 2 or more"),
         (["--temperature", "-1"], "temperature must be 0"),

@@ -1,1 +1,1 @@
-"""How good a drafter is: runs, metrics, records, tables, plots, report."""
+"""Measure a drafter: runs, metrics, records, tables, plots, report."""

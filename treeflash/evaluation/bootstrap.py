@@ -1,4 +1,4 @@
-"""How sure a figure is: the same figure of prompts drawn again, with replacement."""
+"""Bootstrap confidence intervals over prompts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ LEVEL = 0.95
 
 
 def resamples(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(1 + RESAMPLES, n) indices of n prompts: each once in row 0, drawn anew in the others."""
+    """Indices of resampled prompts.
+
+    Returns:
+        (1 + RESAMPLES, n) indices of n prompts; row 0 has each once, the other rows are drawn with
+        replacement.
+    """
     return np.concatenate([np.arange(n)[None], rng.integers(0, n, (RESAMPLES, n))])
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The ends of the percentile interval of level `LEVEL`.
+    """The percentile interval of level `LEVEL`, as (low, high).
 
     Args:
-        values: (1 + RESAMPLES,) a figure of each row of `resamples`.
+        values: (1 + RESAMPLES,) a statistic of each row of `resamples`.
     """
     low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

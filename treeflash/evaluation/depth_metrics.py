@@ -1,4 +1,4 @@
-"""How close the drafter is to the target at each depth, with and without the AR head."""
+"""Distance between drafter and target at each depth, without and with the AR head."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ from treeflash.decoding.tree import DraftTree
 Source: TypeAlias = Literal["marginal", "corrected"]
 SOURCES: tuple[Source, ...] = ("marginal", "corrected")
 BEST = (1, 2, 5)
-FIGURES = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
-"""Of one drafted distribution:
+METRICS = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
+"""Metrics of a drafted distribution:
 
 - `tvd`: its total variation distance to the target's, 0 to 1;
-- `top1`, ...: whether the text's token is among its best 1, ...;
-- `cover1`, ...: the target's probability of its best 1, ...
+- `top1`, ...: whether the text's token is among its top 1, ... tokens;
+- `cover1`, ...: the target's probability of its top 1, ... tokens.
 """
 STRIDE = 4
 
 
 @dataclass
-class DepthTotals:
-    """Sums over anchors: positions of texts that played the root.
+class DepthMetrics:
+    """Metrics by depth, summed over anchors: positions of texts that served as the root.
 
     Attributes:
-        anchors: (D,) how many there were, by depth; D is the block size less one.
-        sums: (D, len(FIGURES)) by source; without an AR head there is no `corrected`.
+        anchors: (D,) number of anchors by depth; D is the block size minus one.
+        sums: (D, len(METRICS)) by source; without an AR head there is no `corrected`.
     """
 
     anchors: NDArray[np.int64]
     sums: dict[Source, NDArray[np.float64]] = field(default_factory=dict)
 
-    def __add__(self, other: DepthTotals) -> DepthTotals:
+    def __add__(self, other: DepthMetrics) -> DepthMetrics:
         sums = {source: sums + other.sums[source] for source, sums in self.sums.items()}
-        return DepthTotals(self.anchors + other.anchors, sums)
+        return DepthMetrics(self.anchors + other.anchors, sums)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """For each depth with anchors the means of the figures, as `{figure}_{source}`."""
+        """The mean metrics of each depth with anchors, as `{metric}_{source}`."""
         for i in np.flatnonzero(self.anchors).tolist():
             record: dict[str, Any] = {"depth": i + 1, "anchors": int(self.anchors[i])}
-            for n, figure in enumerate(FIGURES):
+            for n, metric in enumerate(METRICS):
                 for source in SOURCES:
                     sums = self.sums.get(source)
                     mean = None if sums is None else float(sums[i, n] / self.anchors[i])
-                    record[f"{figure}_{source}"] = mean
+                    record[f"{metric}_{source}"] = mean
             yield record
 
 
-def measure_depths(
+def measure_depth_metrics(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], temperature: float
-) -> DepthTotals:
-    """Draft after every fourth token of a text, and compare each depth with the target.
+) -> DepthMetrics:
+    """Draft after every fourth token of a text and compare each depth with the target.
 
-    The marginal distribution of a depth knows nothing between the root and it, the corrected one
-    the text's token just before, the target all of them.
+    The marginal distribution of a depth is conditioned on no token between the root and it, the
+    corrected one on the text's previous token, the target on all of them.
 
     Args:
         backend: a loaded pair.
-        prompt_ids: what comes before the text.
+        prompt_ids: the prompt.
         text_ids: the target's own continuation.
-        temperature: of the target's distribution; 0 counts as 1, where a distance means something.
+        temperature: of the target's distribution; 0 counts as 1, so that it is a distribution.
     """
     assert backend.drafter_config is not None
     depths = backend.drafter_config.block_size - 1
-    totals = DepthTotals(np.zeros(depths, np.int64))
+    metrics = DepthMetrics(np.zeros(depths, np.int64))
     verifier, drafter = backend.verifier(features=True), backend.drafter()
     _, features = verifier.prefill(prompt_ids, SamplingConfig(), None)
     text = np.array(text_ids, np.int32)
@@ -86,13 +86,13 @@ def measure_depths(
         if backend.head is not None:
             padded = np.pad(previous, (0, depths - n), mode="edge")
             drafted["corrected"] = backend.head.log_probs(block, padded)
-        totals.anchors[:n] += 1
+        metrics.anchors[:n] += 1
         for source in SOURCES:
             if source in drafted:
-                sums = totals.sums.setdefault(source, np.zeros((depths, len(FIGURES))))
-                sums[:n] += _figures(target, drafted[source][:n], following)
+                sums = metrics.sums.setdefault(source, np.zeros((depths, len(METRICS))))
+                sums[:n] += _metrics(target, drafted[source][:n], following)
         features = verifier.commit(np.arange(min(STRIDE, n), dtype=np.int32))
-    return totals
+    return metrics
 
 
 def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
@@ -102,15 +102,15 @@ def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[n
     return normalised
 
 
-def _figures(
+def _metrics(
     target: NDArray[np.float64], log_probs: NDArray[np.float32], tokens: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """(n, len(FIGURES)) of n depths.
+    """The metrics of n depths, (n, len(METRICS)).
 
     Args:
-        target: (n, vocab) probabilities.
-        log_probs: (n, vocab) drafted, nats.
-        tokens: (n,) the text's.
+        target: (n, vocab) probabilities of the target.
+        log_probs: (n, vocab) drafted log probabilities, nats.
+        tokens: (n,) tokens of the text.
     """
     distance = 0.5 * np.abs(target - np.exp(log_probs)).sum(-1)
     kept = min(max(BEST), log_probs.shape[1])

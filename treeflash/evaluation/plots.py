@@ -1,4 +1,4 @@
-"""The findings of an evaluation as plots. Needs matplotlib."""
+"""The records of an evaluation as plots. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ COLORS: dict[str, str] = {method: f"C{n}" for n, method in enumerate(METHODS)}
 LINES = {"marginal": "--", "corrected": "-"}
 
 
-def draw(findings: Mapping[str, Sequence[Record]], title: str) -> bytes:
-    """Four plots in one image, as PNG; all but the last are means over sets.
+def draw(records: Mapping[str, Sequence[Record]], title: str) -> bytes:
+    """Draw four plots into one PNG image; all but the last show means over sets.
 
     Args:
-        findings: of `treeflash.evaluation.records.findings`.
-        title: a line above.
+        records: from `treeflash.evaluation.records.compute_records`.
+        title: shown above the plots.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     figure.suptitle(title, wrap=True)
     axes = figure.subplots(2, 2)
-    depths = [record for record in findings["depths"] if record["set"] == MEAN]
-    rows = [row for row in findings["rows"] if row["set"] == MEAN and row["method"] != "ar"]
-    _distances(axes[0, 0], depths)
-    _coverage(axes[0, 1], depths)
+    depth_metrics = [record for record in records["depths"] if record["set"] == MEAN]
+    rows = [row for row in records["rows"] if row["set"] == MEAN and row["method"] != "ar"]
+    _distances(axes[0, 0], depth_metrics)
+    _coverage(axes[0, 1], depth_metrics)
     _efficiencies(axes[1, 0], rows)
-    _lengths(axes[1, 1], findings["accepted"])
+    _lengths(axes[1, 1], records["accepted"])
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
@@ -44,26 +44,28 @@ def draw(findings: Mapping[str, Sequence[Record]], title: str) -> bytes:
     return file.getvalue()
 
 
-def _distances(axis: Any, depths: Sequence[Record]) -> None:
+def _distances(axis: Any, depth_metrics: Sequence[Record]) -> None:
     axis.set(title="Distance to the target", xlabel="depth", ylabel="total variation distance")
     for color, source in enumerate(SOURCES):
-        _line(axis, depths, f"tvd_{source}", source, color=f"C{color}", linestyle=LINES[source])
+        _line(
+            axis, depth_metrics, f"tvd_{source}", source, color=f"C{color}", linestyle=LINES[source]
+        )
 
 
-def _coverage(axis: Any, depths: Sequence[Record]) -> None:
+def _coverage(axis: Any, depth_metrics: Sequence[Record]) -> None:
     axis.set(
-        title="Coverage by the drafter's best tokens",
+        title="Coverage by the drafter's top tokens",
         xlabel="depth",
         ylabel="target probability covered",
     )
     for color, k in enumerate(BEST):
         for source in SOURCES:
             style = {"color": f"C{color}", "linestyle": LINES[source]}
-            _line(axis, depths, f"cover{k}_{source}", f"best {k}, {source}", **style)
+            _line(axis, depth_metrics, f"cover{k}_{source}", f"top {k}, {source}", **style)
 
 
-def _line(axis: Any, depths: Sequence[Record], key: str, label: str, **style: Any) -> None:
-    points = [(record["depth"], record[key]) for record in depths if record[key] is not None]
+def _line(axis: Any, depth_metrics: Sequence[Record], key: str, label: str, **style: Any) -> None:
+    points = [(record["depth"], record[key]) for record in depth_metrics if record[key] is not None]
     if points:
         axis.plot(*zip(*points, strict=True), marker=".", label=label, **style)
 
@@ -72,7 +74,7 @@ def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
     axis.set(
         title="Block efficiency, with 95 % intervals",
         xlabel="budget, nodes",
-        ylabel="tokens per target forward",
+        ylabel="tokens per target forward pass",
     )
     budgets = sorted({row["budget"] for row in rows})
     if budgets:
@@ -88,11 +90,11 @@ def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
 
 
 def _lengths(axis: Any, accepted: Sequence[Record]) -> None:
-    """Bars of all sets together, for each method at its largest budget."""
+    """Histograms over all sets, for each method at its largest budget."""
     axis.set(
         title="Accepted lengths, all sets, largest budget",
-        xlabel="tokens of an iteration",
-        ylabel="share of iterations",
+        xlabel="tokens per iteration",
+        ylabel="fraction of iterations",
     )
     methods = list(dict.fromkeys(record["method"] for record in accepted))
     width = 0.8 / max(1, len(methods))

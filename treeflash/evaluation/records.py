@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as the records that scripts rely on."""
+"""The results of an evaluation as records, in the form that `--json` writes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ Samples: TypeAlias = Mapping[str, Sequence[Sample]]
 Efficiencies: TypeAlias = Mapping[Case, NDArray[np.float64]]
 
 MEAN = "mean"
-"""The set that stands for all sets, each with the same weight."""
+"""The name of the mean over sets, each with the same weight."""
 METHOD: Method = "treeflash"
 BASELINE: Method = "ddtree"
 
 
-def findings(samples: Samples, seed: int) -> dict[str, list[Record]]:
-    """All figures of finished samples.
+def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
+    """Aggregate finished samples.
 
-    Intervals are of 95 %, from bootstrapped prompts; every case meets the same ones.
+    Intervals are 95 % bootstrap intervals over prompts; all cases share the resampled prompts.
 
     Args:
-        samples: by set, at least one each, all of the same cases.
-        seed: of the bootstrap.
+        samples: by set, at least one each, all with the same cases.
+        seed: random seed of the bootstrap.
 
     Returns:
-        - `rows`, by set and case: tokens per forward of the target after the prefill;
-        - `ratios`, by set and budget: TreeFlash's over DDTree's;
-        - `depths`, by set and depth: see `treeflash.evaluation.depth_metrics.FIGURES`;
-        - `lost`, by set and case that drafts: iterations by the reason why they ended;
-        - `accepted`, likewise: iterations of accepted length 1, 2, and so on.
+        - `rows`, by set and case: tokens per target forward pass after the prefill;
+        - `ratios`, by set and budget: TreeFlash's block efficiency over DDTree's;
+        - `depths`, by set and depth: the means of `treeflash.evaluation.depth_metrics.METRICS`;
+        - `lost`, by set and drafting case: iterations by rejection reason;
+        - `accepted`, by set and drafting case: iterations by accepted length, 1, 2, ...
     """
     rng = np.random.default_rng(seed)
     efficiencies = {name: _efficiencies(own, rng) for name, own in samples.items()}
@@ -57,14 +57,14 @@ def findings(samples: Samples, seed: int) -> dict[str, list[Record]]:
             for row in _rows(name, own, samples.get(name, every))
         ],
         "ratios": [row for name, own in efficiencies.items() for row in _ratios(name, own)],
-        "depths": _depths(samples),
-        "lost": [row for name, own in samples.items() for row in _lost(name, own)],
+        "depths": _depth_metrics(samples),
+        "lost": [row for name, own in samples.items() for row in _rejections(name, own)],
         "accepted": [row for name, own in samples.items() for row in _accepted(name, own)],
     }
 
 
 def _efficiencies(samples: Sequence[Sample], rng: np.random.Generator) -> Efficiencies:
-    """By case, (1 + RESAMPLES,) block efficiencies: measured, then of the resampled prompts."""
+    """Block efficiencies by case, (1 + RESAMPLES,): measured, then for the resampled prompts."""
     drawn = resamples(len(samples), rng)
     found = {}
     for case in samples[0].runs:
@@ -104,12 +104,12 @@ def _ratios(name: str, efficiencies: Efficiencies) -> Iterator[Record]:
             }
 
 
-def _depths(samples: Samples) -> list[Record]:
+def _depth_metrics(samples: Samples) -> list[Record]:
     records: list[Record] = []
     for name, own in samples.items():
-        totals = [sample.depths for sample in own if sample.depths is not None]
-        if totals:
-            records += [{"set": name, **record} for record in reduce(add, totals).records()]
+        metrics = [each.depth_metrics for each in own if each.depth_metrics is not None]
+        if metrics:
+            records += [{"set": name, **record} for record in reduce(add, metrics).records()]
     depths = sorted({record["depth"] for record in records})
     return records + [
         _mean_depth([record for record in records if record["depth"] == depth]) for depth in depths
@@ -128,9 +128,9 @@ def _mean_depth(records: Sequence[Record]) -> Record:
     return {"set": MEAN, **means, "depth": first["depth"], "anchors": anchors}
 
 
-def _lost(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
+def _rejections(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
     for case in _drafting(samples):
-        counts = sum((sample.runs[case].lost for sample in samples), Counter())
+        counts = sum((sample.runs[case].rejections for sample in samples), Counter())
         yield {
             "set": name,
             **case._asdict(),

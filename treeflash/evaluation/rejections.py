@@ -1,4 +1,4 @@
-"""Why an iteration ended where it did: what kept the target's next token out of the tree."""
+"""Why the target's next token was not in the tree when an iteration ended."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Reason: TypeAlias = Literal["candidate", "child", "budget_limit", "block"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
-def why_lost(step: Step, *, chain: bool) -> Reason | None:
-    """Say why the bonus token of an iteration was not drafted.
+def rejection_reason(step: Step, *, chain: bool) -> Reason | None:
+    """The reason why the bonus token of an iteration was not drafted.
 
     Args:
-        step: of the decode loop, with its table.
-        chain: whether the method drafts a chain, which takes the first row of each depth.
+        step: a step of the decode loop, with its table.
+        chain: whether the method drafts a chain, which uses the first row of each depth.
 
     Returns:
         - `block`: the accepted path reached the last depth;
         - `candidate`: its last token is not among the previous tokens of the next depth;
         - `child`: the bonus token is not among the K children of that last token;
         - `budget_limit`: it is in the table, but the tree had no room for it;
-        - None: nothing was drafted, the text ended before the bonus token, or its limit was as
-          far as the accepted path, beyond which no tree was drafted.
+        - None: nothing was drafted, the text ended before the bonus token, or the accepted path
+          reached the token limit, beyond which no tree is drafted.
     """
     if step.table is None or step.tree is None or step.path is None:
         return None

@@ -1,4 +1,4 @@
-"""An evaluation as one file for people: a page of plots and tables, or the plots alone."""
+"""The report of an evaluation: an HTML page with plots and tables, or the plots alone."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.2em 0.8em; text-align: left }
 
 
 def check_report(path: Path) -> None:
-    """Raise the ConfigError that writing this report would meet, if any."""
+    """Raise a ConfigError if this report could not be written."""
     if path.suffix not in (".html", ".png"):
         raise ConfigError(f"--report writes FILE.html or FILE.png, not {path}")
     if find_spec("matplotlib") is None:
         raise ConfigError("--report needs matplotlib; pip install 'treeflash[report]'")
 
 
-def write_report(path: Path, findings: Mapping[str, Sequence[Record]], title: str) -> None:
-    """Write the plots as PNG, or with the tables as a page that needs no other file.
+def write_report(path: Path, records: Mapping[str, Sequence[Record]], title: str) -> None:
+    """Write the plots as PNG, or plots and tables as a self-contained HTML page.
 
     Args:
         path: ends in .png or .html.
-        findings: of `treeflash.evaluation.records.findings`.
-        title: a line above.
+        records: from `treeflash.evaluation.records.compute_records`.
+        title: the heading.
     """
-    image = draw(findings, title)
+    image = draw(records, title)
     if path.suffix == ".png":
         path.write_bytes(image)
         return
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    text = page.render(title=title, image=base64.b64encode(image).decode(), tables=tables(findings))
+    text = page.render(title=title, image=base64.b64encode(image).decode(), tables=tables(records))
     path.write_text(text, encoding="utf-8")

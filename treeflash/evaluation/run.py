@@ -1,4 +1,4 @@
-"""What the methods do on sets of prompts: each prompt decoded by every case before the next."""
+"""Decode sets of prompts with every method and budget, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import check, decode
 from treeflash.decoding.statistics import Stats
 from treeflash.errors import PromptError
-from treeflash.evaluation.depth_metrics import DepthTotals, measure_depths
-from treeflash.evaluation.rejections import Reason, why_lost
+from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
+from treeflash.evaluation.rejections import Reason, rejection_reason
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode
 from treeflash.text.prompt_file import Row
@@ -34,17 +34,17 @@ Configs: TypeAlias = Mapping[Case, DecodeConfig]
 
 @dataclass(frozen=True)
 class Run:
-    """What one case did on one prompt.
+    """The result of one case on one prompt.
 
     Attributes:
-        tokens: new tokens, the prefill's included.
+        tokens: new tokens, including that of the prefill.
         accepted_lengths: committed tokens of each iteration.
-        lost: iterations by the reason why they ended; see `why_lost`.
+        rejections: iterations by `rejection_reason`.
     """
 
     tokens: int
     accepted_lengths: tuple[int, ...]
-    lost: Counter[Reason]
+    rejections: Counter[Reason]
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Sample:
 
     Attributes:
         runs: by case.
-        depths: of the text's positions; None without a drafter.
+        depth_metrics: measured on its text; None without a drafter.
     """
 
     runs: Mapping[Case, Run]
-    depths: DepthTotals | None
+    depth_metrics: DepthMetrics | None
 
 
 @dataclass
 class Evaluation:
-    """Finished prompts, which no interruption takes back.
+    """Collects finished prompts, which survive an interruption.
 
     Attributes:
-        samples: by set. A text that ends with its first token has no iteration and is no sample.
+        samples: by set. A text that ends with its first token has no iteration and is left out.
     """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -77,13 +77,13 @@ class Evaluation:
         configs: Configs,
         console: Console,
     ) -> None:
-        """Decode every prompt in every way, with a progress bar.
+        """Decode every prompt in every case, with a progress bar.
 
         Args:
             backend: a loaded pair.
-            sets: by name, the token ids of prompts.
-            configs: the ways.
-            console: shows the bar.
+            sets: token ids of prompts, by name of the set.
+            configs: the cases and their configurations.
+            console: for the progress bar.
 
         Raises:
             NumericalError: a model produced values that are not finite.
@@ -100,12 +100,13 @@ class Evaluation:
 
 
 def cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
-    """Every method at every budget that makes a difference to it.
+    """Every method at every budget that matters to it.
 
-    A chain gets the largest only, for it stops at the block's end; plain decoding always has 1.
+    Chains get only the largest budget, because they stop at the end of the block; plain decoding
+    has budget 1.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: a method is unknown.
     """
     sizes = sorted(set(budgets))
     found = []
@@ -121,11 +122,11 @@ def cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
 
 
 def encode_rows(model: LanguageModel, rows: Iterable[Row], configs: Configs) -> list[list[int]]:
-    """The token ids of what each row's user says first, through the chat template.
+    """The token ids of the first turn of each row, through the chat template.
 
     Raises:
-        PromptError: names the row that cannot be decoded.
-        ConfigError: a method needs what was not loaded.
+        PromptError: a prompt cannot be decoded; the message names the row.
+        ConfigError: a method needs a drafter, or a head, that was not loaded.
     """
     prompts = []
     for row in rows:
@@ -134,29 +135,30 @@ def encode_rows(model: LanguageModel, rows: Iterable[Row], configs: Configs) -> 
             for config in configs.values():
                 check(model.backend, prompts[-1], config)
         except PromptError as error:
-            raise PromptError(f"the row {row.id!r}: {error}") from None
+            raise PromptError(f"row {row.id!r}: {error}") from None
     return prompts
 
 
 def measure(backend: Backend, prompt_ids: Sequence[int], configs: Configs) -> Sample:
-    """Decode one prompt in every way, then compare drafter and target on its text.
+    """Decode one prompt in every case, then compare drafter and target on its text.
 
     Args:
         backend: a loaded pair.
         prompt_ids: the prompt.
-        configs: the ways, at least one; they differ in method and budget only.
+        configs: at least one; they differ only in method and budget.
     """
     runs = {}
     for case, config in configs.items():
-        stats, lost, text_ids = Stats(), Counter[Reason](), list[int]()
+        stats, rejections, text_ids = Stats(), Counter[Reason](), list[int]()
         for step in decode(backend, prompt_ids, config):
             stats.add(step)
             text_ids += step.tokens
-            reason = why_lost(step, chain=config.drafts_chain)
+            reason = rejection_reason(step, chain=config.drafts_chain)
             if reason is not None:
-                lost[reason] += 1
-        runs[case] = Run(stats.tokens, tuple(stats.accepted_lengths), lost)
-    depths = None
+                rejections[reason] += 1
+        runs[case] = Run(stats.tokens, tuple(stats.accepted_lengths), rejections)
+    depth_metrics = None
     if backend.drafter_config is not None:
-        depths = measure_depths(backend, prompt_ids, text_ids, config.sampling.temperature)
-    return Sample(runs, depths)
+        temperature = config.sampling.temperature
+        depth_metrics = measure_depth_metrics(backend, prompt_ids, text_ids, temperature)
+    return Sample(runs, depth_metrics)

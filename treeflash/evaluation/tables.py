@@ -1,22 +1,22 @@
-"""The findings of an evaluation as tables, for a terminal or a page."""
+"""The records of an evaluation as tables, for a terminal or a page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from treeflash.evaluation.depth_metrics import FIGURES, SOURCES
+from treeflash.evaluation.depth_metrics import METRICS, SOURCES
 from treeflash.evaluation.records import MEAN, Record
 
 
 class Table(NamedTuple):
-    """Text in cells.
+    """A table of text cells.
 
     Attributes:
         title: one line.
-        note: what the columns mean.
-        columns: names.
-        rows: a cell a column.
+        note: explains the columns.
+        columns: their names.
+        rows: one cell per column.
     """
 
     title: str
@@ -25,32 +25,32 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(findings: Mapping[str, Sequence[Record]]) -> list[Table]:
-    """Those that have rows."""
+def tables(records: Mapping[str, Sequence[Record]]) -> list[Table]:
+    """All tables that have rows."""
     found = (
         _table(
             "Block efficiency",
-            "tokens per forward of the target after the prefill; low and high: 95 % of resampled "
-            "prompts",
-            findings["rows"],
+            "tokens per target forward pass after the prefill; low and high: 95 % bootstrap "
+            "interval over prompts",
+            records["rows"],
         ),
         _table(
             "Block efficiency of TreeFlash over DDTree",
             "over the same prompts, resampled together",
-            findings["ratios"],
+            records["ratios"],
         ),
         _table(
-            "Depths, mean over sets",
+            "Depth metrics, mean over sets",
             "tvd: total variation distance to the target; top: how often the text's token is among "
-            "the drafter's best; cover: the target's probability of these",
-            list(_by_source(findings["depths"])),
+            "the drafter's top tokens; cover: the target's probability of these",
+            list(_by_source(records["depths"])),
         ),
         _table(
-            "Where tokens are lost",
-            "iterations by what became of the next token; candidate: the token before it is none "
-            "of the M previous ones; child: it is none of the K children; budget limit: the tree "
-            "had no room for it; block: it is beyond the last depth",
-            findings["lost"],
+            "Rejections",
+            "iterations by the reason why the next token was not drafted; candidate: the token "
+            "before it is not among the M previous tokens; child: it is not among the K children; "
+            "budget limit: the tree had no room for it; block: it lies beyond the last depth",
+            records["lost"],
         ),
     )
     return [table for table in found if table.rows]
@@ -62,15 +62,15 @@ def _table(title: str, note: str, records: Sequence[Record]) -> Table:
     return Table(title, note, columns, rows)
 
 
-def _by_source(depths: Sequence[Record]) -> Iterator[Record]:
-    """A record a depth and source, where a depth's record has both side by side."""
-    for record in depths:
+def _by_source(depth_metrics: Sequence[Record]) -> Iterator[Record]:
+    """One record per depth and source, from records that hold both sources of a depth."""
+    for record in depth_metrics:
         if record["set"] == MEAN:
             for source in SOURCES:
-                figures = {figure: record[f"{figure}_{source}"] for figure in FIGURES}
-                if None not in figures.values():
+                metrics = {metric: record[f"{metric}_{source}"] for metric in METRICS}
+                if None not in metrics.values():
                     anchors = {name: record[name] for name in ("depth", "anchors")}
-                    yield {**anchors, "drafter": source, **figures}
+                    yield {**anchors, "drafter": source, **metrics}
 
 
 def _cell(value: Any) -> str:

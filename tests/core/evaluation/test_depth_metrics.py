@@ -10,7 +10,7 @@ import pytest
 import treeflash
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
-from treeflash.evaluation.depth_metrics import BEST, DepthTotals, measure_depths
+from treeflash.evaluation.depth_metrics import BEST, DepthMetrics, measure_depth_metrics
 
 DEPTHS = 5  # of the tiny pair
 
@@ -60,9 +60,9 @@ def expected(backend, prompt, text, temperature):
 def test_figures_equal_those_of_plain_text(model, temperature, length):
     prompt = [3, 1, 4, 1, 5]
     text = model.generate(prompt, max_tokens=length).token_ids
-    totals = measure_depths(model.backend, prompt, text, temperature)
+    metrics = measure_depth_metrics(model.backend, prompt, text, temperature)
     wanted = expected(model.backend, prompt, text, temperature or 1)
-    records = list(totals.records())
+    records = list(metrics.records())
     assert [record["depth"] for record in records] == list(range(1, min(DEPTHS, length - 1) + 1))
     for record in records:
         depth = record.pop("depth")
@@ -74,9 +74,9 @@ def test_figures_equal_those_of_plain_text(model, temperature, length):
 def test_without_a_head_nothing_is_corrected(tiny_pair, model):
     backend = treeflash.load(*tiny_pair, backend="reference").backend
     backend.head = None
-    (record, *_) = measure_depths(backend, [3, 1], [4, 1, 5], 0).records()
+    (record, *_) = measure_depth_metrics(backend, [3, 1], [4, 1, 5], 0).records()
     assert record["tvd_corrected"] is None
-    (whole, *_) = measure_depths(model.backend, [3, 1], [4, 1, 5], 0).records()
+    (whole, *_) = measure_depth_metrics(model.backend, [3, 1], [4, 1, 5], 0).records()
     assert record["tvd_marginal"] == whole["tvd_marginal"]
 
 
@@ -118,7 +118,7 @@ def test_a_perfect_head_is_at_no_distance():
     text = [0]
     for _ in range(20):
         text.append(int(logits[text[-1]].argmax()))
-    for record in measure_depths(Oracle(logits), [1], text, 0).records():
+    for record in measure_depth_metrics(Oracle(logits), [1], text, 0).records():
         assert record["tvd_corrected"] == pytest.approx(0, abs=1e-6)
         assert record["top1_corrected"] == 1
         assert record["tvd_marginal"] > 0.1
@@ -126,15 +126,15 @@ def test_a_perfect_head_is_at_no_distance():
 
 def test_a_vocabulary_may_be_smaller_than_the_best():
     logits = np.zeros((3, 3), np.float32)
-    (record, *_) = measure_depths(Oracle(logits), [1], [0, 1, 2], 0).records()
+    (record, *_) = measure_depth_metrics(Oracle(logits), [1], [0, 1, 2], 0).records()
     assert record["cover5_marginal"] == pytest.approx(1)
     assert record["cover2_marginal"] == pytest.approx(2 / 3)
     assert record["top5_marginal"] == 1
 
 
-def test_totals_add_up():
+def test_metrics_add_up():
     ones = np.ones((2, 7))
-    first = DepthTotals(np.array([1, 0]), {"marginal": ones})
-    both = first + DepthTotals(np.array([3, 0]), {"marginal": 3 * ones})
+    first = DepthMetrics(np.array([1, 0]), {"marginal": ones})
+    both = first + DepthMetrics(np.array([3, 0]), {"marginal": 3 * ones})
     (record,) = both.records()
     assert (record["depth"], record["anchors"], record["tvd_marginal"]) == (1, 4, 1)

@@ -1,4 +1,4 @@
-"""Why a token was not drafted, on tables made by hand."""
+"""Rejection reasons, on tables made by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.evaluation.rejections import why_lost
+from treeflash.evaluation.rejections import rejection_reason
 
 ROOT = 9
 # Depth 1 offers 1, 2 and 3; after 1 come 4 and 5, after 2 come 6 and 4; depth 3 knows 4 alone.
@@ -50,7 +50,7 @@ def step(*tokens: int, accepted: int | None = None, table=TABLE, finish_reason=N
     ],
 )
 def test_reasons_of_a_tree(tokens, reason):
-    assert why_lost(step(*tokens), chain=False) == reason
+    assert rejection_reason(step(*tokens), chain=False) == reason
 
 
 @pytest.mark.parametrize(
@@ -66,27 +66,30 @@ def test_reasons_of_a_tree(tokens, reason):
     ],
 )
 def test_a_chain_takes_first_rows(tokens, reason):
-    assert why_lost(step(*tokens), chain=True) == reason
+    assert rejection_reason(step(*tokens), chain=True) == reason
 
 
 def test_marginals_have_every_parent():
     tokens = np.array([[1, 2], [3, 4]], np.int32)
     table = TransitionTable.from_marginals(tokens, np.log(np.full((2, 2), 0.5, np.float32)))
-    assert why_lost(step(2, 4, table=table), chain=False) == "budget_limit"
-    assert why_lost(step(2, 5, table=table), chain=False) == "child"
-    assert why_lost(step(2, 4, 1, table=table), chain=False) == "block"
+    assert rejection_reason(step(2, 4, table=table), chain=False) == "budget_limit"
+    assert rejection_reason(step(2, 5, table=table), chain=False) == "child"
+    assert rejection_reason(step(2, 4, 1, table=table), chain=False) == "block"
 
 
-def test_nothing_is_lost_where_nothing_was_drafted():
-    assert why_lost(Step((1,), {}), chain=False) is None
-    assert why_lost(step(1, table=None), chain=False) is None
+def test_nothing_is_rejected_if_nothing_was_drafted():
+    assert rejection_reason(Step((1,), {}), chain=False) is None
+    assert rejection_reason(step(1, table=None), chain=False) is None
 
 
-def test_nothing_is_lost_where_the_text_ended_before():
-    assert why_lost(step(1, 4, accepted=2), chain=False) is None
+def test_nothing_is_rejected_if_the_text_ended_before():
+    assert rejection_reason(step(1, 4, accepted=2), chain=False) is None
 
 
-def test_nothing_is_lost_where_the_limit_kept_the_tree_from_going_deeper():
+def test_nothing_is_rejected_if_the_limit_kept_the_tree_from_going_deeper():
     cut = TABLE.until(2)
-    assert why_lost(step(1, 4, 7, table=cut, finish_reason="length"), chain=False) is None
-    assert why_lost(step(1, 5, table=cut, finish_reason="length"), chain=False) == "budget_limit"
+    assert rejection_reason(step(1, 4, 7, table=cut, finish_reason="length"), chain=False) is None
+    assert (
+        rejection_reason(step(1, 5, table=cut, finish_reason="length"), chain=False)
+        == "budget_limit"
+    )

@@ -11,8 +11,8 @@ import pytest
 
 from treeflash.errors import ConfigError
 from treeflash.evaluation import report
-from treeflash.evaluation.depth_metrics import FIGURES, DepthTotals
-from treeflash.evaluation.records import findings
+from treeflash.evaluation.depth_metrics import METRICS, DepthMetrics
+from treeflash.evaluation.records import compute_records
 from treeflash.evaluation.report import check_report, write_report
 from treeflash.evaluation.run import Case, Run, Sample
 from treeflash.evaluation.tables import tables
@@ -21,14 +21,14 @@ PNG = b"\x89PNG\r\n"
 
 
 def found(head: bool = True, depths: bool = True):
-    """Findings of one prompt."""
-    sums = np.full((3, len(FIGURES)), 0.25)
+    """Records of one prompt."""
+    sums = np.full((3, len(METRICS)), 0.25)
     sources = {"marginal": sums} | ({"corrected": sums} if head else {})
     cases = [Case("ar", 1), Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)]
     cases += [Case("treeflash", 16)] * head
     runs = {case: Run(4, (1, 2), Counter(child=2)) for case in cases}
-    totals = DepthTotals(np.ones(3, np.int64), sources) if depths else None
-    return findings({"a<b": [Sample(runs, totals)]}, 0)
+    metrics = DepthMetrics(np.ones(3, np.int64), sources) if depths else None
+    return compute_records({"a<b": [Sample(runs, metrics)]}, 0)
 
 
 def test_tables_hold_every_figure():
@@ -38,7 +38,7 @@ def test_tables_hold_every_figure():
     assert rows.rows[0] == ["a<b", "ar", "1", "1.500", "1.500", "1.500", "1", "4"]
     assert {row[0] for row in rows.rows} == {"a<b", "mean"}
     assert ratios.rows[0] == ["a<b", "treeflash", "ddtree", "16", "1.000", "1.000", "1.000"]
-    assert depths.columns == ["depth", "anchors", "drafter", *FIGURES]
+    assert depths.columns == ["depth", "anchors", "drafter", *METRICS]
     assert [row[:3] for row in depths.rows[:2]] == [["1", "1", "marginal"], ["1", "1", "corrected"]]
     assert lost.rows[0] == ["a<b", "dflash", "16", "0", "2", "0", "0"]
 

@@ -1,4 +1,4 @@
-"""Prompts decoded in every way, and the figures of that."""
+"""Prompts decoded in every case, and the records of the results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 import treeflash
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.bootstrap import interval, resamples
-from treeflash.evaluation.depth_metrics import DepthTotals
-from treeflash.evaluation.records import findings
+from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
+from treeflash.evaluation.records import compute_records
 from treeflash.evaluation.run import Case, Evaluation, Run, Sample, cases, encode_rows, measure
 from treeflash.text.prompt_file import Row
 
@@ -54,7 +54,7 @@ def test_cases_are_those_that_differ():
 def test_runs_equal_generations(model, configs):
     evaluation = run(model.backend, {"a": PROMPTS}, configs)
     assert len(evaluation.samples["a"]) == len(PROMPTS)
-    rows = findings(evaluation.samples, 0)["rows"]
+    rows = compute_records(evaluation.samples, 0)["rows"]
     for case in CASES:
         generations = [
             model.generate(ids, method=case.method, budget=case.budget, max_tokens=20)
@@ -74,21 +74,32 @@ def test_every_iteration_but_the_cut_last_has_a_reason(model, configs):
     (sample,) = run(model.backend, {"a": PROMPTS[:1]}, configs).samples["a"]
     for case, own in sample.runs.items():
         forwards = len(own.accepted_lengths)
-        assert own.lost.total() in ((0,) if case.method == "ar" else (forwards - 1, forwards))
-    assert sample.runs["ddtree", 4].lost["candidate"] == 0
+        assert own.rejections.total() in ((0,) if case.method == "ar" else (forwards - 1, forwards))
+    assert sample.runs["ddtree", 4].rejections["candidate"] == 0
 
 
-def test_a_text_of_one_token_is_no_sample(model, configs):
+def test_a_text_of_one_token_is_left_out(model, configs):
     stop = frozenset({model.generate(PROMPTS[0], max_tokens=1).token_ids[0]})
     case = Case("treeflash", 16)
     config = model.decode_config({"max_tokens": 9, "stop_token_ids": stop})
     assert run(model.backend, {"a": PROMPTS[:1]}, {case: config}).samples == {}
 
 
-def test_depths_need_a_drafter(tiny_pair):
+def test_depth_metrics_need_a_drafter(tiny_pair):
     model = treeflash.load(tiny_pair[0], False, backend="reference")
     config = model.decode_config({"max_tokens": 5})
-    assert measure(model.backend, [1, 2], {Case("ar", 1): config}).depths is None
+    assert measure(model.backend, [1, 2], {Case("ar", 1): config}).depth_metrics is None
+
+
+def test_depth_metrics_compare_with_the_distribution_that_was_sampled_from(model):
+    config = model.decode_config({"method": "dflash", "max_tokens": 20, "temperature": 0.7})
+    found = measure(model.backend, PROMPTS[0], {Case("dflash", 16): config})
+    text_ids = model.generate(PROMPTS[0], method="dflash", max_tokens=20, temperature=0.7).token_ids
+    same, other = (
+        list(measure_depth_metrics(model.backend, PROMPTS[0], text_ids, temperature).records())
+        for temperature in (0.7, 0.0)
+    )
+    assert list(found.depth_metrics.records()) == same != other
 
 
 def test_an_interruption_keeps_finished_prompts(model, configs, monkeypatch):
@@ -97,7 +108,7 @@ def test_an_interruption_keeps_finished_prompts(model, configs, monkeypatch):
 
     def interrupted(**settings):
         calls[0] += 1
-        if calls[0] == 2 * (len(CASES) + 1):  # in the depths of the second prompt
+        if calls[0] == 2 * (len(CASES) + 1):  # in the depth metrics of the second prompt
             raise KeyboardInterrupt
         return verifier(**settings)
 
@@ -113,7 +124,7 @@ def test_rows_are_encoded_by_their_first_turn(model, configs):
     (ids,) = encode_rows(model, [Row(id=1, turns=turns)], configs)
     assert model.tokenizer.decode(ids) == "user: hiassistant: "
     long = Row(id="b", turns=(({"role": "user", "content": "x" * 5000},),))
-    with pytest.raises(PromptError, match=r"the row 'b': the prompt has 50\d\d tokens"):
+    with pytest.raises(PromptError, match=r"row 'b': the prompt has 50\d\d tokens"):
         encode_rows(model, [long], configs)
 
 
@@ -125,7 +136,7 @@ def sample(lengths: dict[Case, tuple[int, ...]], tvd: float = 0.5, anchors: int 
         case: Run(1 + sum(own), own, Counter(child=len(own) - 1, block=1))
         for case, own in lengths.items()
     }
-    depths = DepthTotals(np.array([anchors, 0]), {"marginal": figures, "corrected": figures / 2})
+    depths = DepthMetrics(np.array([anchors, 0]), {"marginal": figures, "corrected": figures / 2})
     return Sample(runs, depths)
 
 
@@ -133,7 +144,7 @@ TREE, BASE, PLAIN = Case("treeflash", 8), Case("ddtree", 8), Case("ar", 1)
 
 
 def test_figures_by_hand():
-    found = findings(
+    found = compute_records(
         {
             "a": [
                 sample({TREE: (4, 2), BASE: (2, 2, 2), PLAIN: (1,) * 6}, 0.2, 3),
@@ -181,7 +192,7 @@ def test_figures_by_hand():
 def test_ratios_pair_the_prompts():
     """Prompts differ a lot, yet one method is always twice as good: that is certain."""
     own = [sample({TREE: (2 * n,), BASE: (n, n)}) for n in (1, 3, 8, 20)]
-    found = findings({"a": own}, seed=0)
+    found = compute_records({"a": own}, seed=0)
     ratio = found["ratios"][0]
     assert ratio["ratio"] == ratio["low"] == ratio["high"] == pytest.approx(2)
     row = found["rows"][0]
@@ -190,7 +201,7 @@ def test_ratios_pair_the_prompts():
 
 def test_a_seed_gives_the_same_intervals():
     own = [sample({TREE: (n,)}) for n in (1, 2, 3, 4, 5, 9)]
-    one, same, other = (findings({"a": own}, seed)["rows"] for seed in (1, 1, 2))
+    one, same, other = (compute_records({"a": own}, seed)["rows"] for seed in (1, 1, 2))
     assert one == same
     assert [row["block_efficiency"] for row in one] == [row["block_efficiency"] for row in other]
 
