@@ -1,17 +1,18 @@
-"""Attention over committed positions and a block, as transformers' models ask for it.
+"""Attention of new tokens over a cache, as transformers' models call it.
 
-A model makes its masks and calls its attention through two public interfaces of transformers, by
-the name of an implementation. The one registered here lets each model say, in its own way, which
-distances a layer sees (all, a window, a chunk), and adds what it cannot know: that a block is a
-tree, whose positions are not its columns.
+A model builds its masks and computes its attention through two registries of transformers, under
+the name of an implementation. The implementation registered here evaluates each layer's own mask
+function (full attention, a sliding window, ...) and adds what no model knows: the new tokens may
+be a draft tree, in which a token's position is not its column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,134 +22,81 @@ from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
 
-# transformers takes a name with "flash" in it for a kernel to be fetched.
-NAME = "draft_tree"
+# transformers would try to download a kernel for a name that contains "flash".
+IMPLEMENTATION = "draft_tree"
 
-ALIGNED = 8
-MANY = 256
-"""Queries from which on copies of a mask cost more than folding heads saves."""
+ALIGNMENT = 8
+MANY_QUERIES = 256
+"""From this many queries on, copying a mask for every head costs more than grouping saves."""
 
-Rule: TypeAlias = Callable[..., Tensor]
-"""A layer's own: (batch, head, query position, key position) to whether the key is seen."""
-
-
-class FoldedMasks:
-    """The masks of one forward as `grouped_attention` takes them, made once for all layers."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        self._found: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-
-    def of(self, mask: Tensor | None, groups: int) -> Tensor | None:
-        """See `folded`."""
-        if mask is None:
-            return None
-        key = id(mask), groups
-        if key not in self._found:  # the mask is kept as well: no other may take over its id
-            self._found[key] = mask, folded(mask, groups)
-        return self._found[key][1]
+MaskFunction: TypeAlias = Callable[..., Tensor]
+"""A layer's (batch, head, query position, key position) -> whether the query sees the key."""
 
 
-class Visibility:
-    """What the queries of one forward see.
+class Context(Protocol):
+    """What one forward pass of a model tells its attention layers."""
 
-    Attributes:
-        committed: positions before the block.
-        positions: (n,) absolute positions of the block.
-        block: (n, n) bool, which of the block a query sees, if the layer's rule permits; None where
-            that is all before it, and itself.
-        masks: of the layers.
-    """
+    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask of the layers with this mask function; None if none is needed."""
 
-    def __init__(self, committed: int, positions: Tensor, block: Tensor | None) -> None:
-        """Describe one forward."""
-        self.committed = committed
-        self.positions = positions
-        self.block = block
-        self.masks = FoldedMasks()
-
-    @classmethod
-    def whole(cls, length: int, device: torch.device) -> Visibility:
-        """A text from its beginning."""
-        return cls(0, torch.arange(length, device=device), None)
-
-    @property
-    def is_whole_text(self) -> bool:
-        """Whether the block is all there is, for which kernels need no mask."""
-        return self.block is None and self.committed == 0
-
-    def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor | None:
-        """(1, 1, n, committed + n) additive; None where everything before a query is seen.
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention of one layer.
 
         Args:
-            rule: of a layer.
-            dtype: of the queries.
+            module: the layer, for error messages.
+            query: (batch, heads, n, head_dim).
+            key: as the cache returned it.
+            value: as the cache returned it.
+            mask: what `mask` returned for the layer's mask function.
+            scale: factor on the scores.
+
+        Returns:
+            (batch, n, heads, head_dim), contiguous.
         """
-        everything = rule is causal_mask_function
-        if everything and (len(self.positions) == 1 or self.is_whole_text):
-            return None
-        n, device = len(self.positions), self.positions.device
-        keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
-        seen = follow(rule, self.positions[:, None], keys[None, :]).expand(n, -1).clone()
-        if self.block is None:
-            seen[:, self.committed :].tril_()
-        else:
-            seen[:, self.committed :] &= self.block
-        return additive(seen, dtype)[None, None]
 
 
-class SlotVisibility:
-    """What one new token of each of many texts sees: its own text, column by column.
+@dataclass(frozen=True, eq=False)
+class _ForwardPass:
+    """One call of a model: its context, and the outputs of layers that are captured during it."""
 
-    Attributes:
-        positions: (slots,) of the new tokens; a text's columns are its positions.
-        columns: that are looked at.
-        reaching: for each chunk of columns, how many first slots look at it.
-    """
-
-    def __init__(self, positions: Tensor, columns: int, reaching: Sequence[int]) -> None:
-        """Describe one forward."""
-        self.positions = positions
-        self.columns = columns
-        self.reaching = reaching
-
-    def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor:
-        """(slots, 1, 1, columns) additive."""
-        keys = torch.arange(self.columns, device=self.positions.device)
-        return additive(follow(rule, self.positions[:, None], keys[None, :]), dtype)[:, None, None]
+    context: Context
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-def follow(rule: Rule, queries: Tensor, keys: Tensor) -> Tensor:
-    """Whether positions are seen from others, by the rule of a layer; both broadcast."""
-    zero = torch.zeros((), dtype=torch.long, device=queries.device)
-    return rule(zero, zero, queries, keys)
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros where a key is seen, -inf where not."""
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, float("-inf"))
-
-
-_CURRENT: ContextVar[Visibility | SlotVisibility] = ContextVar("visibility")
+# A context variable has a value per thread, so that threads can share a model.
+_FORWARD_PASS: ContextVar[_ForwardPass] = ContextVar("forward_pass")
 
 
 @contextmanager
-def looking(visibility: Visibility | SlotVisibility) -> Iterator[None]:
-    """Let a model that runs inside see this."""
-    token = _CURRENT.set(visibility)
+def attention_context(context: Context) -> Iterator[dict[int, Tensor]]:
+    """Use a context in the model calls inside; yields the outputs of captured layers, by index."""
+    forward_pass = _ForwardPass(context)
+    token = _FORWARD_PASS.set(forward_pass)
     try:
-        yield
+        yield forward_pass.outputs
     finally:
-        _CURRENT.reset(token)
+        _FORWARD_PASS.reset(token)
 
 
-def tree_mask(*, mask_function: Rule, dtype: torch.dtype, **_: Any) -> Any:
-    """The mask of one kind of layer; None where everything before a query is seen."""
-    return _CURRENT.get().mask(mask_function, dtype)
+def capture_output(layer_id: int, output: Tensor) -> None:
+    """Keep a layer's output for the caller of the current forward pass."""
+    _FORWARD_PASS.get().outputs[layer_id] = output
 
 
-def tree_attention(
+def attention_mask(*, mask_function: MaskFunction, dtype: torch.dtype, **_: Any) -> Any:
+    """The mask that transformers passes to the layers with this mask function."""
+    return _FORWARD_PASS.get().context.mask(mask_function, dtype)
+
+
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -163,104 +111,173 @@ def tree_attention(
     """What a model's attention layers call.
 
     Raises:
-        UnsupportedModelError: the layer asks for what is not done here.
+        UnsupportedModelError: the layer uses a variant of attention that is not implemented.
     """
     if softcap is not None or s_aux is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} soft-caps its scores or has attention sinks, "
-            "which the cuda backend does not compute"
+            f"{type(module).__name__} uses soft-capped scores or attention sinks, which the cuda "
+            "backend does not support"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visibility = _CURRENT.get()
-    if isinstance(visibility, SlotVisibility):
-        return slot_attention(query, key, value, attention_mask, scale, visibility.reaching), None
-    n = query.shape[2]
-    causal = attention_mask is None and n > 1
-    if causal and not visibility.is_whole_text:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
-        )
-    # On a CPU the kernel can share keys under a mask too; on a GPU none that is fast does.
-    if causal or (n >= MANY and query.device.type == "cpu"):
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2).contiguous(), None
-    mask = visibility.masks.of(attention_mask, query.shape[1] // key.shape[1])
-    return grouped_attention(query, key, value, mask, scale), None
+    context = _FORWARD_PASS.get().context
+    return context.attend(module, query, key, value, attention_mask, scale), None
 
 
-def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, reaching: Sequence[int]
-) -> Tensor:
-    """Grouped-query attention of one query a head in each of many texts, chunk by chunk.
+class GroupedMasks:
+    """The masks of one forward pass as `grouped_attention` takes them, made once for all layers."""
 
-    Plain products: a fused kernel spends more on entering each text than on its few queries. Keys
-    come first in theirs, which for so few queries is twice as fast on a CPU, and chunks lie
-    together in memory, so that none is copied.
+    def __init__(self) -> None:
+        """Start empty."""
+        self._made: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
-    Args:
-        q: (slots, heads, 1, head_dim).
-        k: (chunks, slots, kv_heads, columns of a chunk, head_dim).
-        v: likewise.
-        bias: (slots, 1, 1, columns of all).
-        scale: factor on the scores.
-        reaching: for each chunk, how many first slots look at it; the others see nothing there.
+    def get(self, mask: Tensor | None, groups: int) -> Tensor | None:
+        """See `group_mask`."""
+        if mask is None:
+            return None
+        key = id(mask), groups
+        if key not in self._made:  # holding the mask itself keeps its id from being reused
+            self._made[key] = mask, group_mask(mask, groups)
+        return self._made[key][1]
 
-    Returns:
-        (slots, 1, heads, head_dim).
+
+class BlockContext:
+    """Attention of a block of new tokens over the cache and the block itself.
+
+    Attributes:
+        masks: of the layers.
     """
-    assert bias is not None
-    _, slots, kv_heads, width, head_dim = k.shape
-    folded = (q * scale).view(slots, kv_heads, -1, head_dim)
-    scores = bias.expand(-1, kv_heads, folded.shape[2], -1).clone()
-    for chunk, (own, n) in enumerate(zip(scores.split(width, -1), reaching, strict=True)):
-        own[:n] += (k[chunk, :n] @ folded[:n].transpose(-1, -2)).transpose(-1, -2)
-    out = torch.zeros_like(folded)
-    probs = scores.softmax(-1)
-    for chunk, (own, n) in enumerate(zip(probs.split(width, -1), reaching, strict=True)):
-        out[:n] += own[:n] @ v[chunk, :n]
-    return out.view(slots, 1, -1, head_dim)
+
+    def __init__(self) -> None:
+        """Start a forward pass."""
+        self.masks = GroupedMasks()
+
+    @property
+    def is_whole_text(self) -> bool:
+        """Whether the block is a whole text in order, for which kernels need no mask."""
+        return False
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """See `Context.attend`; key and value are (batch, kv_heads, m, head_dim).
+
+        Raises:
+            UnsupportedModelError: the layer attends without a mask where the block needs one.
+        """
+        n = query.shape[2]
+        causal = mask is None and n > 1
+        if causal and not self.is_whole_text:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
+            )
+        # With a mask, only the CPU's kernel shares keys between heads without copying them.
+        if causal or (n >= MANY_QUERIES and query.device.type == "cpu"):
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=causal,
+                scale=scale,
+                enable_gqa=True,
+            )
+            return out.transpose(1, 2).contiguous()
+        grouped = self.masks.get(mask, query.shape[1] // key.shape[1])
+        return grouped_attention(query, key, value, grouped, scale)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Grouped-query attention without repeating keys: a group's heads become more queries.
+class AttentionContext(BlockContext):
+    """A block after `committed` positions: the next tokens of a text, or a draft tree.
+
+    Attributes:
+        committed: positions before the block.
+        positions: (n,) absolute positions of the block's tokens.
+        ancestors: (n, n) bool, which of the block's tokens each token sees, if the layer's mask
+            function allows it; None for consecutive tokens.
+    """
+
+    def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
+        """Describe one forward pass."""
+        super().__init__()
+        self.committed = committed
+        self.positions = positions
+        self.ancestors = ancestors
+
+    @classmethod
+    def whole_text(cls, length: int, device: torch.device) -> AttentionContext:
+        """The context of a text that is run from its beginning."""
+        return cls(0, torch.arange(length, device=device), None)
+
+    @property
+    def is_whole_text(self) -> bool:
+        """See `BlockContext.is_whole_text`."""
+        return self.ancestors is None and self.committed == 0
+
+    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor | None:
+        """(1, 1, n, committed + n) additive; None if each token sees everything before it."""
+        is_causal = function is causal_mask_function
+        if is_causal and (len(self.positions) == 1 or self.is_whole_text):
+            return None
+        n, device = len(self.positions), self.positions.device
+        keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
+        visible = evaluate(function, self.positions[:, None], keys[None, :]).expand(n, -1)
+        if self.ancestors is not None:
+            visible = visible.clone()
+            visible[:, self.committed :] &= self.ancestors
+        return additive_mask(visible, dtype)[None, None]
+
+
+def evaluate(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether query positions see key positions under a layer's mask function; both broadcast."""
+    zero = torch.zeros((), dtype=torch.long, device=queries.device)
+    return function(zero, zero, queries, keys)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for keys that are visible, -inf for the others."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Grouped-query attention without repeated keys: the heads of a group become more queries.
 
     Args:
         q: (batch, heads, n, head_dim).
         k: (batch, kv_heads, m, head_dim).
         v: (batch, kv_heads, m, head_dim).
-        bias: (..., groups * n, m) that broadcasts over batch and kv_heads, as `folded` makes it;
-            None where all is seen.
+        mask: additive, (..., groups * n, m) as `group_mask` makes it; it broadcasts over batch and
+            kv_heads. None if every key is visible.
         scale: factor on the scores.
 
     Returns:
-        (batch, n, heads, head_dim).
+        (batch, n, heads, head_dim), contiguous.
     """
     batch, heads, n, head_dim = q.shape
     queries = q.reshape(batch, k.shape[1], heads // k.shape[1] * n, head_dim)
-    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scale)
-    return out.view(batch, heads, n, head_dim).transpose(1, 2).contiguous()
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
+    return out.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
-def folded(bias: Tensor | None, groups: int) -> Tensor | None:
-    """(..., groups * n, m) of an (..., n, m) mask: the same for every head of a group.
+def group_mask(mask: Tensor | None, groups: int) -> Tensor | None:
+    """(..., groups * n, m) from an (..., n, m) mask: the same rows for every head of a group.
 
-    Rows begin at multiples of `ALIGNED` numbers, or a GPU's kernel would copy the mask once more.
+    Rows start at multiples of `ALIGNMENT` elements, or CUDA's kernel would copy the mask again.
     """
-    if bias is None:
+    if mask is None:
         return None
-    *batch, n, m = bias.shape
-    whole = bias.new_zeros(*batch, groups, n, -(-m // ALIGNED) * ALIGNED)
-    whole[..., :m] = bias[..., None, :, :]
-    return whole.flatten(-3, -2)[..., :m]
+    *batch, n, m = mask.shape
+    padded = mask.new_zeros(*batch, groups, n, -(-m // ALIGNMENT) * ALIGNMENT)
+    padded[..., :m] = mask[..., None, :, :]
+    return padded.flatten(-3, -2)[..., :m]
 
 
-AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, tree_mask)
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

@@ -13,9 +13,9 @@ from treeflash.decoding.probe import check_trees
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.drafter import Drafter, DrafterModel
-from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.graphs import CachePool, StaticVerifier
 from treeflash_cuda.head import HEADS, ARHead
-from treeflash_cuda.linear import IN_DRAFTER, join_linears, pack_linears
+from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -30,11 +30,11 @@ class CudaBackend:
         target: Target,
         drafter: DrafterModel | None,
         head: ARHead | None,
-        graphs: Graphs | None,
+        cache_pool: CachePool | None,
     ) -> None:
-        """Hold a target, a drafter for it, and its forwards of fixed shapes."""
+        """Hold a target and a drafter for it; with a pool, trees run with static shapes."""
         self.target = target
-        self.graphs = graphs
+        self.cache_pool = cache_pool
         self.drafter_model = drafter
         self.head = head
         self.device = str(target.device)
@@ -45,9 +45,10 @@ class CudaBackend:
 
     def verifier(self, *, features: bool) -> Verifier:
         """See `Backend.verifier`."""
-        config = self.drafter_config if features else None
-        layer_ids = config.target_layer_ids if config else ()
-        return self.graphs.verifier(layer_ids) if self.graphs else Verifier(self.target, layer_ids)
+        drafter = self.drafter_model if features else None
+        if self.cache_pool is not None:
+            return StaticVerifier(self.cache_pool, drafter)
+        return Verifier(self.target, drafter)
 
     def drafter(self) -> Drafter:
         """See `Backend.drafter`."""
@@ -71,19 +72,19 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = load_target(target, config, pack=True)
-    graphs = Graphs(model) if config.cuda_graphs else None
+    cache_pool = CachePool(model) if config.cuda_graphs else None
     if drafter is None:
-        return CudaBackend(model, None, None, graphs)
+        return CudaBackend(model, None, None, cache_pool)
     drafter_model, head = load_drafter(drafter, model)
-    join_linears(drafter_model, IN_DRAFTER)
+    fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
         pack_linears(head.correction)
     model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head, graphs)
+    backend = CudaBackend(model, drafter_model, head, cache_pool)
     check_trees(backend)
     if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # weights are made in float32 at first
+        torch.cuda.reset_peak_memory_stats(model.device)  # weights are first made in float32
     return backend
 
 

@@ -11,7 +11,7 @@ from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
 from treeflash_cuda.gpu_sampler import invert
-from treeflash_cuda.topk import floor_of_top
+from treeflash_cuda.topk import topk_lower_bound
 
 ROWS = 4
 """Rows that are computed together: their numbers stay in the caches, and are few enough for the
@@ -52,7 +52,7 @@ def _sample_row(
     best = probs.max()
     edge = min_p * best
     if top_k:
-        floor = floor_of_top(probs, top_k)
+        floor = topk_lower_bound(probs, top_k)
     else:
         total = probs.sum()
         # Tokens below an equal share of what top-p may drop can all be dropped.
@@ -67,7 +67,8 @@ def _sample_row(
     if top_p < 1:
         ranked = np.sort(kept)[::-1]
         before = ranked.cumsum(dtype=np.float64) - ranked
-        edge = max(edge, ranked[np.count_nonzero(before < top_p * total) - 1])
+        wanted = top_p * float(total)  # float32 would round a small mass to 0
+        edge = max(edge, ranked[max(np.count_nonzero(before < wanted), 1) - 1])
     inside = kept >= edge
     mass = kept[inside].cumsum(dtype=np.float64)
     # A share of the whole may round up to it.

@@ -1,19 +1,18 @@
-"""Target forwards of fixed shapes, which a GPU replays as one: CUDA graphs.
+"""Forward passes with static shapes, which a GPU captures and replays as CUDA graphs.
 
-A forward is some hundreds of small kernels, and starting them takes a CPU longer than a GPU takes
-to run them. Captured once, they start together. That needs shapes and addresses which never
-change: trees are filled up to a power of two, a power of two of the columns of keys and values is
-looked at, through a mask, and a text that has ended leaves its storage, with what was captured, to
-the next.
+A forward pass consists of hundreds of small kernels, which a CPU launches more slowly than a GPU
+runs them. A CUDA graph launches them all at once, but needs shapes and addresses that never change.
+So trees are padded to a power of two, attention covers a power of two of the cache's columns
+through a mask, and a text that ends leaves its cache, with the graphs captured for it, to the next.
 """
 
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,55 +21,53 @@ from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError, is_out_of_memory
-from treeflash_cuda.attention import FoldedMasks, Rule, additive, follow
-from treeflash_cuda.cache import FIRST_CAPACITY, TargetCache, upload
+from treeflash_cuda.attention import BlockContext, MaskFunction, additive_mask, evaluate
+from treeflash_cuda.cache import INITIAL_CAPACITY, TreeCache, upload
+from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
-LARGEST = 512
-"""Nodes; larger trees run as they are."""
+MAX_NODES = 512
+"""Larger trees run without static shapes."""
 WARM_UP = 3
-"""Forwards before a capture, in which libraries allocate what they keep."""
+"""Forward passes before a capture, in which libraries allocate their workspaces."""
 
 
-class FixedVisibility:
+class StaticContext(BlockContext):
     """What the nodes of a tree see, as a function of tensors alone.
 
     Attributes:
         positions: (n,) absolute positions.
-        slots: (n,) columns of the storage; those before the first are committed.
-        block: (n, n) bool, which of the tree a node sees.
-        columns: of the storage that are looked at.
-        masks: of the layers.
+        slots: (n,) columns of the cache; those before the first slot are committed.
+        ancestors: (n, n) bool, which nodes of the tree each node sees.
+        columns: of the cache that attention covers.
     """
 
-    is_whole_text = False
-
-    def __init__(self, positions: Tensor, slots: Tensor, block: Tensor, columns: int) -> None:
-        """Describe one forward."""
+    def __init__(self, positions: Tensor, slots: Tensor, ancestors: Tensor, columns: int) -> None:
+        """Describe one forward pass."""
+        super().__init__()
         self.positions = positions
         self.slots = slots
-        self.block = block
+        self.ancestors = ancestors
         self.columns = columns
-        self.masks = FoldedMasks()
 
-    def mask(self, rule: Rule, dtype: torch.dtype) -> Tensor:
+    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor:
         """(1, 1, n, columns) additive."""
         columns = torch.arange(self.columns, device=self.slots.device)
         keys = columns.index_copy(0, self.slots, self.positions)
-        seen = (columns < self.slots[0]).repeat(len(self.slots), 1)
-        seen = seen.index_copy(1, self.slots, self.block)
-        seen = seen & follow(rule, self.positions[:, None], keys[None, :])
-        return additive(seen, dtype)[None, None]
+        visible = (columns < self.slots[0]).repeat(len(self.slots), 1)
+        visible = visible.index_copy(1, self.slots, self.ancestors)
+        visible = visible & evaluate(function, self.positions[:, None], keys[None, :])
+        return additive_mask(visible, dtype)[None, None]
 
 
-class FixedCache(TargetCache):
-    """Storage that forwards of fixed shapes write where a tensor says.
+class StaticCache(TreeCache):
+    """A cache that static forward passes write where a tensor says.
 
     Attributes:
-        slots: (n,) columns for the next block; None writes it after the committed ones.
-        columns: that are looked at with `slots`.
-        forwards: by nodes and columns; they belong to the storage that they were made for.
+        slots: (n,) columns for the next block; None writes it after the committed positions.
+        columns: how many are returned with `slots`.
+        forwards: by nodes and columns; they are bound to the current storage.
     """
 
     def __init__(self, layers: int) -> None:
@@ -78,12 +75,12 @@ class FixedCache(TargetCache):
         super().__init__(layers)
         self.slots: Tensor | None = None
         self.columns = 0
-        self.forwards: dict[tuple[int, int], Forward] = {}
+        self.forwards: dict[tuple[int, int], StaticForward] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `TargetCache.update`; with `slots`, the first `columns` are returned."""
+        """See `TreeCache.update`; with `slots`, the first `columns` are returned."""
         if self.slots is None:
             return super().update(key_states, value_states, layer_idx)
         storage = self.key_values.storage
@@ -94,14 +91,46 @@ class FixedCache(TargetCache):
         return keys[None, :, : self.columns], values[None, :, : self.columns]
 
 
-class Forward:
-    """One forward of `nodes` rows over a cache's first columns, captured where there is a GPU."""
+class CachePool:
+    """The caches of texts that have ended, with the graphs captured for them."""
 
-    def __init__(self, graphs: Graphs, cache: FixedCache, nodes: int, columns: int) -> None:
-        """Make it; it is captured when it is first called."""
-        storage, target = cache.key_values.storage, graphs.target
+    def __init__(self, target: Target) -> None:
+        """Start empty."""
+        self.target = target
+        self.spare: list[StaticCache] = []
+        self.capture_lock = Lock()
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream of all captures: every stream that is used keeps a workspace."""
+        return torch.cuda.Stream(self.target.device)
+
+    @torch.inference_mode()
+    def take(self) -> StaticCache:
+        """A cache without committed positions."""
+        try:
+            cache = self.spare.pop()
+        except IndexError:
+            return StaticCache(len(self.target.layers))
+        cache.key_values.length = 0
+        assert cache.key_values.storage is not None
+        cache.key_values.storage.zero_()  # masked columns take part too, and must not be NaN
+        return cache
+
+    def give_back(self, cache: StaticCache) -> None:
+        """Keep the cache of a text that has ended."""
+        if cache.key_values.storage is not None:
+            self.spare.append(cache)
+
+
+class StaticForward:
+    """A forward pass of `nodes` rows over a cache's first columns; on a GPU a CUDA graph."""
+
+    def __init__(self, pool: CachePool, cache: StaticCache, nodes: int, columns: int) -> None:
+        """Prepare; the graph is captured at the first call."""
+        storage, target = cache.key_values.storage, pool.target
         assert storage is not None
-        self.graphs = graphs
+        self.pool = pool
         self.target = target
         self.storage = storage
         self.columns = columns
@@ -110,41 +139,46 @@ class Forward:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, dict[int, Tensor]]
 
-    def __call__(self, cache: FixedCache, inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits and captured layers; on a GPU valid until the next call."""
+    def __call__(self, cache: StaticCache, inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits and captured layers' outputs; on a GPU valid until the next call."""
         self.inputs.copy_(inputs)
         if self.target.device.type != "cuda":
-            return self._run(cache)
+            return self.run(cache)
         if self.graph is None:
-            self._capture(cache)
+            with self.pool.capture_lock:
+                self._capture(cache)
         assert self.graph is not None
         self.graph.replay()
         return self.outputs
 
-    def _run(self, cache: FixedCache) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(self, cache: StaticCache) -> tuple[Tensor, dict[int, Tensor]]:
+        """The forward pass itself, of what lies in `inputs`."""
         tokens, positions, slots = self.inputs[:3].long()
-        visibility = FixedVisibility(positions, slots, self.inputs[3:].bool(), self.columns)
+        context = StaticContext(positions, slots, self.inputs[3:].bool(), self.columns)
         cache.slots, cache.columns = slots, self.columns
         try:
-            return self.target.forward(tokens, visibility, cache, last_only=False)
+            return self.target.forward(tokens, context, cache, last_only=False)
         finally:
             cache.slots = None
 
-    def _capture(self, cache: FixedCache) -> None:
-        device, stream = self.target.device, self.graphs.stream
-        made = [forward.graph for forward in cache.forwards.values() if forward.graph is not None]
+    def _capture(self, cache: StaticCache) -> None:
+        device, stream = self.target.device, self.pool.stream
+        captured = [f.graph for f in cache.forwards.values() if f.graph is not None]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), uncollected():
+        with torch.cuda.device(device), garbage_collection_disabled():
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    self._run(cache)
+                    self.run(cache)
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                # Forwards over one storage never run side by side, and so share their memory.
-                pool = made[0].pool() if made else None
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    self.outputs = self._run(cache)
+                # The forward passes over one cache never run side by side, so they share memory.
+                memory = captured[0].pool() if captured else None
+                # Other threads may go on working meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=memory, stream=stream, capture_error_mode="thread_local"
+                ):
+                    self.outputs = self.run(cache)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -156,8 +190,8 @@ class Forward:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: destroying an old graph spoils the capture of a new one."""
+def garbage_collection_disabled() -> Iterator[None]:
+    """Destroying an old graph would spoil the capture of a new one."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -167,63 +201,44 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class Graphs:
-    """The storages of texts that have ended."""
+class StaticVerifier(Verifier):
+    """`Verifier` with static forward passes for trees."""
 
-    def __init__(self, target: Target) -> None:
-        """Start with none."""
-        self.target = target
-        self.spare: list[FixedCache] = []
+    cache: StaticCache
 
-    @cached_property
-    def stream(self) -> torch.cuda.Stream:
-        """On which graphs are captured: each stream keeps a workspace of its own."""
-        return torch.cuda.Stream(self.target.device)
+    def __init__(self, pool: CachePool, drafter: DrafterModel | None) -> None:
+        """Start a text; see `Verifier`."""
+        super().__init__(pool.target, drafter, pool.take())
+        self.pool = pool
 
-    @torch.inference_mode()
-    def verifier(self, layer_ids: tuple[int, ...]) -> FixedVerifier:
-        """A verifier for a new text."""
-        cache = self.spare.pop() if self.spare else FixedCache(len(self.target.layers))
-        cache.key_values.length = 0
-        if cache.key_values.storage is not None:
-            cache.key_values.storage.zero_()  # what is not a number would be seen through a mask
-        verifier = FixedVerifier(self, layer_ids, cache)
-        weakref.finalize(verifier, self.spare.append, cache)
-        return verifier
-
-
-class FixedVerifier(Verifier):
-    """The same as `Verifier`, with forwards of fixed shapes for trees."""
-
-    def __init__(self, graphs: Graphs, layer_ids: tuple[int, ...], cache: FixedCache) -> None:
-        """Start a text in a cache without committed positions."""
-        super().__init__(graphs.target, layer_ids)
-        self.graphs = graphs
-        self.cache: FixedCache = cache
+    def close(self) -> None:
+        """See `TreeVerifier.close`; the next text takes over the cache."""
+        self.pool.give_back(self.cache)
+        self.cache, self.outputs = StaticCache(len(self.target.layers)), {}
 
     def _tree_logits(self, tree: DraftTree) -> Tensor:
         n = len(tree)
         nodes = 1 << (n - 1).bit_length()
-        if nodes > LARGEST or self.cache.key_values.storage is None:
+        if nodes > MAX_NODES or self.cache.key_values.storage is None:
             return super()._tree_logits(tree)
         inputs = np.zeros((3 + nodes, nodes), np.int32)
         inputs[0, :n] = tree.tokens
         inputs[1] = self.length
         inputs[1, :n] = tree.positions(self.length)
         inputs[2] = np.arange(self.length, self.length + nodes)
-        inputs[3:] = np.eye(nodes)  # rows that only fill up see themselves, which is never empty
+        inputs[3:] = np.eye(nodes)  # padding sees itself: softmax over no key would give NaN
         inputs[3 : 3 + n, :n] = tree.ancestor_mask()
-        given = upload(inputs, self.target.device)
-        logits, self.outputs = self._forward_of(nodes)(self.cache, given)
+        uploaded = upload(inputs, self.target.device)
+        logits, self.outputs = self._static_forward(nodes)(self.cache, uploaded)
         return logits[:n]
 
-    def _forward_of(self, nodes: int) -> Forward:
+    def _static_forward(self, nodes: int) -> StaticForward:
         end, forwards = self.length + nodes, self.cache.forwards
         storage = self.cache.key_values.reserve(end)
-        for key in [key for key, made in forwards.items() if made.storage is not storage]:
-            del forwards[key]  # it writes to a storage that was outgrown
-        # No more columns than a text of this length needs: the storage may be of a longer one.
-        columns = max(FIRST_CAPACITY, 1 << (end - 1).bit_length())
+        for key in [key for key, forward in forwards.items() if forward.storage is not storage]:
+            del forwards[key]  # it is bound to a storage that has been outgrown
+        # The storage may be a longer text's: cover only the columns that this text needs.
+        columns = max(INITIAL_CAPACITY, 1 << (end - 1).bit_length())
         if (nodes, columns) not in forwards:
-            forwards[nodes, columns] = Forward(self.graphs, self.cache, nodes, columns)
+            forwards[nodes, columns] = StaticForward(self.pool, self.cache, nodes, columns)
         return forwards[nodes, columns]

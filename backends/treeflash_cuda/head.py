@@ -1,4 +1,4 @@
-"""The head that makes a block autoregressive, approximately (TreeFlash, section 3)."""
+"""The AR head, which conditions a block on previous tokens (TreeFlash, section 3)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
-from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm, divided, top
-from treeflash_cuda.linear import PairLinear, Rows, take
+from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm
+from treeflash_cuda.linear import PairLinear, RowIndex, take
 from treeflash_cuda.target import Target
-from treeflash_cuda.topk import largest, topk
+from treeflash_cuda.topk import divide_by_temperature, largest, top_log_probs, topk
 
 NORM_EPS = 1e-6
 
@@ -31,20 +31,20 @@ class SwiGLU(nn.Module):
         self.ug = PairLinear(h, 2 * inner_size, bias=True)
         self.d = nn.Linear(inner_size, h, bias=False)
 
-    def forward(self, embedded: Tensor, normed: Tensor, rows: Rows) -> Tensor:
+    def forward(self, embedded: Tensor, normed: Tensor, rows: RowIndex) -> Tensor:
         """(n, hidden_size) corrections.
 
         Args:
             embedded: (n, hidden_size) embeddings of the previous tokens.
             normed: (D, hidden_size) u = norm(h).
-            rows: (n,) the row of `normed` that each corrects.
+            rows: (n,) the row of `normed` that each one corrects.
         """
         up, gate = self.ug(self.norm(embedded), normed, rows).chunk(2, -1)
         return self.d(up * F.silu(gate))
 
 
 class Linear(nn.Module):
-    """The ablation of the paper: D(x), linear in the previous token and the hidden state."""
+    """The paper's ablation: D(x), linear in the previous token and the hidden state."""
 
     name = "linear"
 
@@ -55,20 +55,20 @@ class Linear(nn.Module):
         self.norm = RMSNorm(h, NORM_EPS)
         self.d = PairLinear(h, h, bias=False)
 
-    def forward(self, embedded: Tensor, normed: Tensor, rows: Rows) -> Tensor:
+    def forward(self, embedded: Tensor, normed: Tensor, rows: RowIndex) -> Tensor:
         """See `SwiGLU.forward`."""
         return self.d(self.norm(embedded), normed, rows)
 
 
 HEADS = {head.name: head for head in (SwiGLU, Linear)}
-"""By the name that a checkpoint's `ar_approximation` gives."""
+"""By their names in a checkpoint's `ar_approximation`."""
 
 
 class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in PyTorch."""
 
     def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
-        """Join the head's weights with the drafter's norm and the target's embeddings."""
+        """Use the head's weights with the drafter's norm and the target's embeddings."""
         self.correction = correction
         self.model = model
         self.target = target
@@ -87,7 +87,8 @@ class ARHead:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
         normed = self.model.norm(hidden)
-        marginal = divided(self.target.output(normed), temperature).log_softmax(-1)
+        logits = self.target.output_head(normed)
+        marginal = divide_by_temperature(logits, temperature).log_softmax(-1)
         vocab = None
         if shortlist is not None and shortlist < self.target.vocab_size:
             vocab = largest(marginal.amax(0), shortlist)
@@ -99,14 +100,16 @@ class ARHead:
         if vocab is not None:
             previous = vocab[previous]
         root = previous.new_full((1,), block.root)
-        # Of the D * M rows: the root's, and those kept of the M at each further depth.
+        # Places among all D * M rows: the root's, and the kept ones of the deeper depths.
         places = torch.cat([torch.zeros_like(root), m + kept])
         depth = places // m
         corrected = self._correct(hidden, normed, torch.cat([root, previous]), depth)
         if vocab is None:
-            tokens, log_probs = top(self.target.output(corrected), k, temperature)
+            logits = self.target.output_head(corrected)
+            tokens, log_probs = top_log_probs(logits, k, temperature)
         else:
-            best, log_probs = top(self.target.output_of(corrected, vocab), k, temperature)
+            logits = self.target.shortlist_logits(corrected, vocab)
+            best, log_probs = top_log_probs(logits, k, temperature)
             tokens = vocab[best].int()
             log_probs += marginal.logsumexp(-1)[depth, None]
         ids = torch.cat([places[1:], previous]).int()
@@ -127,16 +130,16 @@ class ARHead:
         hidden = block.hidden[1:]
         tokens = torch.from_numpy(previous).to(hidden.device)
         corrected = self._correct(hidden, self.model.norm(hidden), tokens, None)
-        return self.target.output(corrected).float().log_softmax(-1).cpu().numpy()
+        return self.target.output_head(corrected).float().log_softmax(-1).cpu().numpy()
 
-    def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor, rows: Rows) -> Tensor:
-        """(n, hidden_size) for the target's head.
+    def _correct(self, hidden: Tensor, normed: Tensor, previous: Tensor, rows: RowIndex) -> Tensor:
+        """(n, hidden_size) inputs of the target's output head.
 
         Args:
-            hidden: (D, hidden_size) outputs.
+            hidden: (D, hidden_size) outputs of the drafter.
             normed: (D, hidden_size) the same, normalised.
             previous: (n,) tokens.
-            rows: (n,) the output that each corrects.
+            rows: (n,) the output that each one corrects.
         """
-        embedded = F.embedding(previous, self.target.embeddings)
+        embedded = self.target.embed(previous)
         return self.model.norm(take(hidden, rows) + self.correction(embedded, normed, rows))

@@ -1,7 +1,7 @@
-"""Linear layers: of two vectors, and with weights that lie as the CPU's kernels read them.
+"""Linear layers: of two vectors, and with weights packed for the CPU's kernels.
 
-For the few rows of a draft tree a product takes as long as reading the weights. Given row by row,
-as checkpoints have them, they are rearranged in every call, which takes as long again and more.
+For the few rows of a draft tree a matrix product takes as long as reading the weights. In a
+checkpoint's row-major layout they are rearranged at every call, which takes at least as long again.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
     torch.float16: ONEDNN._is_mkldnn_fp16_supported,
 }
 
+RowIndex: TypeAlias = Tensor | None
+"""(n,) row of a tensor that belongs to each of n others; None pairs them in order."""
 
-Rows: TypeAlias = Tensor | None
-"""(n,) which rows of a tensor go with n others; None where the first goes with the first, ..."""
 
-
-def take(x: Tensor, rows: Rows) -> Tensor:
-    """Those rows of x; on a CPU in half the time that `x[rows]` takes."""
+def take(x: Tensor, rows: RowIndex) -> Tensor:
+    """Those rows of x; on a CPU in half the time of `x[rows]`."""
     return x if rows is None else x.index_select(0, rows)
 
 
 class PairLinear(nn.Linear):
-    """A linear layer of a vector and another that is shared by many of the first kind."""
+    """A linear layer of a concatenation: a vector of its own, and one that many rows share."""
 
     def __init__(self, size: int, out: int, bias: bool) -> None:
-        """Make it; both vectors have `size` elements."""
+        """Make the layer; both vectors have `size` elements."""
         super().__init__(2 * size, out, bias)
 
-    def forward(self, own: Tensor, shared: Tensor, rows: Rows) -> Tensor:
+    def forward(self, own: Tensor, shared: Tensor, rows: RowIndex) -> Tensor:
         """(n, out) from both.
 
         Args:
             own: (n, size).
             shared: (d, size).
-            rows: (n,) the row of `shared` that goes with each of `own`.
+            rows: (n,) the row of `shared` that belongs to each row of `own`.
         """
-        # The product with a concatenation is a sum.
+        # The product with a concatenation is a sum of two products.
         of_own, of_shared = self.weight.chunk(2, 1)
         return F.linear(own, of_own) + take(F.linear(shared, of_shared, self.bias), rows)
 
@@ -54,9 +53,9 @@ class PackedLinear(nn.Module):
     """A linear layer for inference: no gradient flows through it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Rearrange (out, in) weights."""
+        """Pack (out, in) weights."""
         super().__init__()
-        self.weight = stand_in(weight)
+        self.weight = placeholder(weight)
         self.packed = ONEDNN._reorder_linear_weight(weight.detach().contiguous())
         self.bias = None if bias is None else bias.detach()
 
@@ -67,61 +66,65 @@ class PackedLinear(nn.Module):
 
 
 class PackedPairLinear(nn.Module):
-    """The same as `PairLinear`."""
+    """`PairLinear` with packed weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Rearrange (out, 2 * size) weights."""
+        """Pack (out, 2 * size) weights."""
         super().__init__()
         of_own, of_shared = weight.chunk(2, 1)
         self.of_own, self.of_shared = PackedLinear(of_own, None), PackedLinear(of_shared, bias)
 
-    def forward(self, own: Tensor, shared: Tensor, rows: Rows) -> Tensor:
+    def forward(self, own: Tensor, shared: Tensor, rows: RowIndex) -> Tensor:
         """See `PairLinear.forward`."""
         return self.of_own(own) + take(self.of_shared(shared), rows)
 
 
-class Joined:
-    """Packed layers that read the same input, computed in one product when the first is asked."""
+class FusedLinear(nn.Module):
+    """Packed layers that read the same input, computed as one product."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        """Join layers of the same input size."""
+        """Fuse layers with the same input size."""
+        super().__init__()
         biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
         bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
         self.sizes = [len(x.weight) for x in linears]
         self.product = PackedLinear(torch.cat([x.weight for x in linears]), bias)
-        self.input: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}
 
-    def output(self, part: int, x: Tensor) -> Tensor:
-        """What one of the layers makes of x."""
-        if x is not self.input or part not in self.outputs:
-            self.input = x
-            self.outputs = dict(enumerate(self.product(x).split(self.sizes, -1)))
-        y = self.outputs.pop(part)
-        if not self.outputs:
-            self.input = None
-        return y
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., in) to the (..., out) of each layer."""
+        outputs: tuple[Tensor, ...] = self.product(x).split(self.sizes, -1)
+        return outputs
 
 
-class JoinedLinear(nn.Module):
-    """One of several joined layers, in its place."""
+class FusedPart(nn.Module):
+    """One of several fused layers, in its place in a model that calls them one by one.
 
-    def __init__(self, joined: Joined, part: int, linear: nn.Linear) -> None:
-        """Stand for a layer."""
+    The first part that is called computes the outputs of all and leaves them with the input. They
+    belong to that call and are freed with it; the module itself holds nothing, so threads can share
+    it.
+    """
+
+    def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
+        """Replace a layer, the part-th of the fused ones."""
         super().__init__()
-        self.joined = joined
+        self.fused = fused
         self.part = part
-        self.weight = stand_in(linear.weight)
+        self.weight = placeholder(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return self.joined.output(self.part, x)
+        by, outputs = getattr(x, "fused_outputs", (None, ()))
+        if by is not self.fused:
+            outputs = self.fused(x)
+            x.fused_outputs = self.fused, outputs
+        output: Tensor = outputs[self.part]
+        return output
 
 
 IN_TARGET = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers that read the same vector, by the names that most models give them."""
+"""Layers that read the same input, under the names that most models give them."""
 IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""The same in a drafter, of which the context asks no queries."""
+"""The same in a drafter, whose queries come from the block alone."""
 PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
     nn.Linear: PackedLinear,
     PairLinear: PackedPairLinear,
@@ -129,31 +132,31 @@ PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Pack the linear layers inside, where there is a kernel; the module is for inference then."""
+    """Pack the linear layers inside a module, which is then for inference only."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in PACKED and can_pack(child.weight):
                 setattr(parent, name, PACKED[type(child)](child.weight, child.bias))
 
 
-def join_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
-    """Join the layers inside of which all names of a set are children, likewise."""
+def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
+    """Fuse the layers of every module inside that has children with all the names of a set."""
     for parent in list(module.modules()):
         for names in sets:
             linears = [getattr(parent, name, None) for name in names]
             if all(type(x) is nn.Linear and can_pack(x.weight) for x in linears):
-                joined = Joined(linears)
+                fused = FusedLinear(linears)
                 for part, name in enumerate(names):
-                    setattr(parent, name, JoinedLinear(joined, part, linears[part]))
+                    setattr(parent, name, FusedPart(fused, part, linears[part]))
 
 
-def stand_in(weight: Tensor) -> nn.Parameter:
-    """One number for all: models ask weights for their type, device and shape."""
+def placeholder(weight: Tensor) -> nn.Parameter:
+    """A weight's dtype, device and shape, which models ask for, in the memory of one element."""
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this machine has a kernel for packed weights of the kind."""
+    """Whether this machine has a kernel for packed weights of this dtype and device."""
     return (
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ from transformers.utils import logging
 from treeflash.decoding.probe import TOLERANCES
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
-from treeflash_cuda.attention import NAME, Visibility, looking
-from treeflash_cuda.cache import TargetCache
-from treeflash_cuda.linear import IN_TARGET, join_linears, pack_linears, take
+from treeflash_cuda.attention import (
+    IMPLEMENTATION,
+    AttentionContext,
+    BlockContext,
+    attention_context,
+    capture_output,
+)
+from treeflash_cuda.cache import TreeCache
+from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
 
 CHECKED_TOKENS = 16
-# Other kernels round otherwise, and in half precision may route a token to other experts.
-LOOSER = 5
+# Other kernels round differently, and in half precision may route a token to other experts.
+TOLERANCE_FACTOR = 5
 TREE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -31,11 +37,11 @@ class Target:
     """The model, and the outputs of the layers that a drafter reads.
 
     Attributes:
-        embeddings: (vocab, hidden_size) the raw input table.
-        output: the output head, hidden_size to vocab.
-        output_weight: (vocab, hidden_size) of it.
-        max_positions: up to which positions are what they are in plain text, whatever else is run.
-        scale: by which the model multiplies what its output head says; `find_scale` finds it.
+        embeddings: (vocab, hidden_size) the input table, without any scaling by the model.
+        lm_head: the output head, hidden_size to vocab.
+        lm_head_weight: (vocab, hidden_size) its weight.
+        max_positions: positions of the model; fewer if later ones would change earlier ones.
+        scale: factor of the model on its output head's logits; `find_scale` finds it.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -43,7 +49,7 @@ class Target:
 
         Raises:
             CheckpointError: the folder is damaged or incomplete.
-            UnsupportedModelError: a family that cannot run a draft tree.
+            UnsupportedModelError: the model cannot run a draft tree.
         """
         config = _read_config(folder)
         refuse_stateful(config)
@@ -54,125 +60,130 @@ class Target:
         self.dtype: torch.dtype = self.model.dtype
         self.layers = decoder_layers(self.model)
         self.embeddings: Tensor = self.model.get_input_embeddings().weight
-        self.output: nn.Module = self.model.get_output_embeddings()
-        self.output_weight: Tensor = self.output.weight
+        self.lm_head: nn.Module = self.model.get_output_embeddings()
+        self.lm_head_weight: Tensor = self.lm_head.weight
         self.vocab_size = len(self.embeddings)
         self.max_positions = _max_positions(self.config)
         self.scale = 1.0
-        # transformers 5.24 renames the argument, and warns of the old name at every call.
+        # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._captured: dict[int, Tensor] = {}
 
     def prepare(self, *, pack: bool) -> None:
-        """Take over attention, and check on a short text that the model computes what it did.
+        """Replace the model's attention, and check on a short text that its logits stay the same.
 
         Args:
-            pack: for inference alone: lay the weights out for the device; no gradient flows then.
+            pack: pack the weights for the device; the model is then for inference only.
 
         Raises:
-            UnsupportedModelError: they differ; the model does more than it asks attention for.
+            UnsupportedModelError: the logits differ, so the model computes attention in a way that
+                the replacement does not.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        visibility = Visibility.whole(len(tokens), self.device)
+        context = AttentionContext.whole_text(len(tokens), self.device)
         with torch.inference_mode():
-            theirs = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
-            self.model.set_attn_implementation(NAME)
+            expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
+            self.model.set_attn_implementation(IMPLEMENTATION)
             if pack:
-                join_linears(self.model, IN_TARGET)
+                fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
-                self.output = self.model.get_output_embeddings()
-            mine, _ = self.forward(tokens, visibility, self.new_cache(), last_only=True)
-        difference = float((mine - theirs).float().std() / theirs.float().std())
-        if difference > LOOSER * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+                self.lm_head = self.model.get_output_embeddings()
+            actual, _ = self.forward(tokens, context, self.new_cache(), last_only=True)
+        difference = float((actual - expected).float().std() / expected.float().std())
+        if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} models compute attention in a way of their own, "
-                f"which the cuda backend does not do (logits differ by {difference:.1%})"
+                f"{self.model.config.model_type} models compute attention in a way that the cuda "
+                f"backend does not support (logits differ by {difference:.1%})"
             )
 
     def find_scale(self) -> None:
-        """Prepare for `logits`, which does without the rest of the model.
+        """Find `scale`, so that `logits` needs only the output head.
 
         Raises:
-            UnsupportedModelError: the model does more to its logits than to multiply them.
+            UnsupportedModelError: the model does more to its logits than multiply them.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        visibility = Visibility.whole(len(tokens), self.device)
+        context = AttentionContext.whole_text(len(tokens), self.device)
         parts = (self.model, self.model.get_decoder())
-        with torch.inference_mode(), looking(visibility):
+        with torch.inference_mode(), attention_context(context):
             whole, decoded = (
-                part(tokens[None], position_ids=visibility.positions[None], use_cache=False)
+                part(tokens[None], position_ids=context.positions[None], use_cache=False)
                 for part in parts
             )
-            theirs, raw = whole.logits.float(), self.output(decoded.last_hidden_state).float()
-        self.take_captured()
-        self.scale = float((theirs * raw).sum() / raw.square().sum())
-        difference = float((theirs - self.scale * raw).std() / theirs.std())
-        if difference > LOOSER * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+            expected = whole.logits.float()
+            raw = self.output_head(decoded.last_hidden_state).float()
+        self.scale = float((expected * raw).sum() / raw.square().sum())
+        difference = float((expected - self.scale * raw).std() / expected.std())
+        if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} models do more than multiply what their output "
-                f"head says (it differs by {difference:.1%}), and cannot be trained for"
+                f"{self.model.config.model_type} models do more than multiply the logits of their "
+                f"output head by a factor (they differ by {difference:.1%}), so drafters cannot be "
+                "trained for them"
             )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) of (..., hidden_size) outputs of the decoder."""
-        raw: Tensor = self.output(hidden)
-        return raw if self.scale == 1 else raw * self.scale
-
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Keep these layers' outputs at every forward from now on."""
+        """Return these layers' outputs from every forward pass from now on."""
 
-        def keep(layer_id: int) -> Any:
+        def keep(layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
+                capture_output(layer_id, output[0] if isinstance(output, tuple) else output)
 
             return hook
 
         for layer_id in layer_ids:
             self.layers[layer_id].register_forward_hook(keep(layer_id))
 
-    def output_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(..., hidden_size) rows of the input table."""
+        return F.embedding(tokens, self.embeddings)
+
+    def output_head(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) logits of the output head alone, from (..., hidden_size)."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) logits of the model, from (..., hidden_size) outputs of its decoder."""
+        raw = self.output_head(hidden)
+        return raw if self.scale == 1 else raw * self.scale
+
+    def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
-        bias = getattr(self.output, "bias", None)
-        weight = take(self.output_weight, tokens)
+        bias = getattr(self.lm_head, "bias", None)
+        weight = take(self.lm_head_weight, tokens)
         return F.linear(hidden, weight, None if bias is None else bias[tokens])
 
-    def new_cache(self) -> TargetCache:
+    def new_cache(self) -> TreeCache:
         """An empty cache for a text."""
-        return TargetCache(len(self.layers))
+        return TreeCache(len(self.layers))
 
     def forward(
-        self, token_ids: Tensor, visibility: Visibility, cache: TargetCache, last_only: bool
+        self, token_ids: Tensor, context: BlockContext, cache: TreeCache, last_only: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run n tokens after the committed ones.
 
         Args:
             token_ids: (n,).
-            visibility: their positions, and what they see.
-            cache: holds their keys and values afterwards, not committed.
-            last_only: whether only the last token's logits are wanted.
+            context: their positions, and what they see.
+            cache: holds their keys and values afterwards, uncommitted.
+            last_only: compute the logits of the last token only.
 
         Returns:
-            (n or 1, vocab) logits; (n, hidden_size) outputs of the captured layers.
+            (n or 1, vocab) logits; (n, hidden_size) outputs of the captured layers, by index.
         """
-        with looking(visibility):
+        with attention_context(context) as outputs:
             output = self.model(
                 input_ids=token_ids[None],
-                position_ids=visibility.positions[None],
+                position_ids=context.positions[None],
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
                 **{self.cache_argument: cache},
             )
-        return output.logits[0], {i: hidden[0] for i, hidden in self.take_captured().items()}
-
-    def take_captured(self) -> dict[int, Tensor]:
-        """(batch, n, hidden_size) outputs of the last forward, by layer."""
-        captured, self._captured = self._captured, {}
-        return captured
+        return output.logits[0], {i: hidden[0] for i, hidden in outputs.items()}
 
 
 def refuse_stateful(config: PreTrainedConfig) -> None:
-    """Raise for layers that keep more than keys and values, or that attend in chunks."""
+    """Raise for layers that keep other state than keys and values, or that attend in chunks."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - TREE_LAYERS
     if kinds:
         raise UnsupportedModelError(
@@ -182,17 +193,17 @@ def refuse_stateful(config: PreTrainedConfig) -> None:
 
 
 def refuse_foreign_attention(model: Any) -> None:
-    """Raise for a model that does its attention its own way."""
+    """Raise for a model whose attention cannot be replaced."""
     stateful = getattr(model, "_is_stateful", False)
     if stateful or not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
             f"{model.config.model_type} models cannot run a draft tree: their layers "
-            + ("keep a recurrent state" if stateful else "do not take another attention")
+            + ("keep a recurrent state" if stateful else "do not support other attention functions")
         )
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The layers of a decoder-only model, first to last; raise for another kind of model."""
+    """The layers of a decoder-only model, first to last; raise for other models."""
     layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
     if not layers:
         raise UnsupportedModelError(
@@ -202,7 +213,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    read_config(folder)  # says clearly what is wrong with a damaged file
+    read_config(folder)  # its message about a damaged file is clearer
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -230,7 +241,7 @@ def _load_model(
         model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({_first_line(error)}); pass weights "
+            f"{folder} needs a package that is not installed ({_first_line(error)}); use weights "
             "that are not quantised"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -246,10 +257,10 @@ def _load_model(
 
 
 def _max_positions(config: Any) -> int:
-    """Positions of the target, or fewer where those beyond would change all others' rotation."""
+    """Positions of the model; with longrope scaling, those before the frequencies change."""
     rope = getattr(config, "rope_parameters", None) or {}
     for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        # transformers takes the long frequencies for whole forwards, by their last position.
+        # transformers picks the frequencies of a whole forward pass by its last position.
         if part.get("rope_type") == "longrope":
             return int(part["original_max_position_embeddings"])
     return int(config.max_position_embeddings)

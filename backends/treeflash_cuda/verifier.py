@@ -12,23 +12,32 @@ from torch import Tensor
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.attention import Visibility
-from treeflash_cuda.cache import upload
+from treeflash_cuda.attention import AttentionContext
+from treeflash_cuda.cache import TreeCache, upload
+from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
-"""Tokens of a prompt in a forward; those after the first need a mask, and so are smaller."""
+"""Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
 
 
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in PyTorch."""
 
-    def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
-        """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""
+    def __init__(
+        self, target: Target, drafter: DrafterModel | None, cache: TreeCache | None = None
+    ) -> None:
+        """Start a text.
+
+        Args:
+            target: the loaded model.
+            drafter: projects the outputs of its target layers to features; None for no features.
+            cache: without committed positions; None makes one.
+        """
         self.target = target
-        self.layer_ids = layer_ids
-        self.cache = target.new_cache()
+        self.drafter = drafter
+        self.cache = target.new_cache() if cache is None else cache
         self.outputs: dict[int, Tensor] = {}
 
     @property
@@ -50,10 +59,10 @@ class Verifier:
         for first, end in pairwise([0, *ends]):
             chunk = torch.tensor(token_ids[first:end], device=device)
             positions = torch.arange(self.length, self.length + len(chunk), device=device)
-            logits = self._forward(chunk, Visibility(self.length, positions, None))
+            logits = self._forward(chunk, AttentionContext(self.length, positions, None))
             features.append(self.commit(np.arange(len(chunk), dtype=np.int32)))
         chosen = choose(logits, sampling, uniforms)
-        return int(chosen[0]), torch.cat(features) if self.layer_ids else None
+        return int(chosen[0]), torch.cat(features) if self.drafter is not None else None
 
     @torch.inference_mode()
     def verify(
@@ -74,25 +83,33 @@ class Verifier:
     def commit(self, path: NDArray[np.int32]) -> Tensor | None:
         """See `TreeVerifier.commit`."""
         self.cache.key_values.commit(path)
-        if not self.layer_ids:
+        if self.drafter is None:
             return None
         rows = upload(path, self.target.device)
-        return torch.cat([self.outputs[i].index_select(0, rows) for i in self.layer_ids], -1)
+        outputs = [
+            self.outputs[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids
+        ]
+        # Projected at once: the outputs of five layers take five times the memory.
+        return self.drafter.project(torch.cat(outputs, -1))
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TreeVerifier.keys_values`."""
         return self.cache.key_values.read()
+
+    def close(self) -> None:
+        """See `TreeVerifier.close`."""
+        self.cache, self.outputs = self.target.new_cache(), {}
 
     def _tree_logits(self, tree: DraftTree) -> Tensor:
         positions, mask = tree.positions(self.length), tree.ancestor_mask()
         # One upload for all three.
         packed = upload(np.vstack([tree.tokens, positions, mask]), self.target.device)
         tokens, positions_ = packed[:2].long()
-        return self._forward(tokens, Visibility(self.length, positions_, packed[2:].bool()))
+        return self._forward(tokens, AttentionContext(self.length, positions_, packed[2:].bool()))
 
-    def _forward(self, tokens: Tensor, visibility: Visibility) -> Tensor:
-        """Logits of all tokens, or of the last where they are no tree."""
+    def _forward(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """Logits of all nodes of a tree, or of the last of consecutive tokens."""
         logits, self.outputs = self.target.forward(
-            tokens, visibility, self.cache, last_only=visibility.block is None
+            tokens, context, self.cache, last_only=context.ancestors is None
         )
         return logits

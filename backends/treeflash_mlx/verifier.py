@@ -88,6 +88,10 @@ class Verifier:
             mx.stack([mx.stack(cache.read())[:, 0].astype(mx.float32) for cache in self.cache])
         )
 
+    def close(self) -> None:
+        """See `TreeVerifier.close`."""
+        self.cache, self.features = self.target.new_cache(), None
+
     def _forget(self) -> None:
         """Drop the rows of a tree that was not committed."""
         for cache in self.cache:

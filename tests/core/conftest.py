@@ -100,6 +100,9 @@ class ScriptedBackend:
     def commit(self, path):
         self.length += len(path)
 
+    def close(self):
+        pass
+
     def extend(self, features):
         pass
 

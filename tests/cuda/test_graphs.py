@@ -1,4 +1,4 @@
-"""Forwards of fixed shapes: shared by texts one after the other, and functions of tensors alone."""
+"""Static forward passes: shared by texts one after the other, and functions of tensors alone."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_trees_are_filled_up_to_powers_of_two(backend):
 
 
 def test_larger_trees_run_as_they_are(backend, folders, monkeypatch):
-    monkeypatch.setattr(graphs, "LARGEST", 4)
+    monkeypatch.setattr(graphs, "MAX_NODES", 4)
     plain = load(*folders, LoadConfig(device="cpu"))
     a, b = started(backend, [3, 4, 5]), started(plain, [3, 4, 5])
     a.cache.forwards.clear()
@@ -65,7 +65,7 @@ def test_a_text_leaves_its_storage_to_the_next(backend):
     made, storage = first.cache.forwards[2, 512], first.cache.key_values.storage
     other = started(backend, [3, 4, 5])
     assert other.cache is not first.cache
-    del first
+    first.close()
     again = started(backend, [8])
     again.logits(chain(6, 7))
     assert again.length == 1
@@ -77,7 +77,7 @@ def test_a_short_text_in_a_long_ones_storage_looks_at_few_columns(backend):
     long = started(backend, [1] * 700)
     long.logits(chain(6, 7))
     storage = long.cache.key_values.storage
-    del long
+    long.close()
     short = started(backend, [3, 4, 5])
     assert short.cache.key_values.storage is storage
     short.logits(chain(6, 7))
@@ -90,12 +90,12 @@ def test_a_text_that_went_wrong_spoils_no_other(backend):
     broken = started(backend, [3, 4, 5])
     with torch.inference_mode():
         broken.cache.key_values.storage.fill_(torch.nan)
-    del broken
+    broken.close()
     np.testing.assert_array_equal(started(backend, [3, 4, 5]).logits(chain(6, 7, 8)), expected)
 
 
 def test_a_text_may_begin_with_a_tree(backend):
-    backend.graphs.spare.clear()
+    backend.cache_pool.spare.clear()
     fresh = backend.verifier(features=False)
     assert fresh.cache.key_values.storage is None
     np.testing.assert_allclose(
@@ -134,7 +134,7 @@ def test_a_forward_is_a_function_of_tensors_alone(tmp_path, family):
 
     def run(given):
         forward.inputs = given
-        return forward._run(cache)[0]
+        return forward.run(cache)[0]
 
     with torch.inference_mode():
         replay = make_fx(run)(inputs.clone())

@@ -1,5 +1,9 @@
 """Linear layers laid out for the CPU's kernels give what the plain ones give."""
 
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from treeflash.testing import require
@@ -10,11 +14,11 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from treeflash_cuda.linear import (  # noqa: E402
     IN_TARGET,
-    JoinedLinear,
+    FusedPart,
     PackedLinear,
     PairLinear,
     can_pack,
-    join_linears,
+    fuse_linears,
     pack_linears,
 )
 
@@ -93,11 +97,11 @@ def test_a_pair_is_the_layer_of_the_concatenation(bias):
 
 
 @torch.inference_mode()
-def test_joined_layers_equal_separate_ones_in_any_order(attention):
+def test_fused_layers_equal_separate_ones_in_any_order(attention):
     names = ("q_proj", "k_proj", "v_proj")
     plain = {name: getattr(attention, name) for name in names}
-    join_linears(attention, IN_TARGET)
-    assert all(isinstance(getattr(attention, name), JoinedLinear) for name in names)
+    fuse_linears(attention, IN_TARGET)
+    assert all(isinstance(getattr(attention, name), FusedPart) for name in names)
     assert type(attention.o_proj) is nn.Linear
     for order in (names, names[::-1], ("k_proj", "k_proj", "q_proj", "v_proj")):
         x = torch.randn(2, 24)
@@ -106,9 +110,9 @@ def test_joined_layers_equal_separate_ones_in_any_order(attention):
 
 
 @torch.inference_mode()
-def test_joined_layers_follow_a_new_input_half_way(attention):
+def test_fused_layers_follow_a_new_input_half_way(attention):
     plain = attention.k_proj
-    join_linears(attention, IN_TARGET)
+    fuse_linears(attention, IN_TARGET)
     first, second = torch.randn(2, 24), torch.randn(2, 24)
     attention.q_proj(first)
     close(attention.k_proj(second), plain(second))
@@ -116,9 +120,33 @@ def test_joined_layers_follow_a_new_input_half_way(attention):
 
 
 @torch.inference_mode()
-def test_joined_layers_hold_no_input_once_all_were_asked(attention):
-    join_linears(attention, IN_TARGET)
+def test_fused_layers_keep_nothing_after_a_call(attention):
+    fuse_linears(attention, IN_TARGET)
     x = torch.randn(2, 24)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(attention, name)(x)
-    assert attention.q_proj.joined.input is None
+    outputs = [weakref.ref(attention.q_proj(x)), weakref.ref(x)]
+    del x
+    assert [output() for output in outputs] == [None, None]
+
+
+@torch.inference_mode()
+def test_threads_share_fused_layers(attention):
+    """Each thread's outputs are those of its own input, however the calls interleave."""
+    plain = [attention.q_proj, attention.k_proj, attention.v_proj]
+    fuse_linears(attention, IN_TARGET)
+    fused = [attention.q_proj, attention.k_proj, attention.v_proj]
+    inputs = [torch.randn(2, 24) for _ in range(4)]
+    # A barrier after every call makes each thread's calls straddle the others'.
+    barrier = threading.Barrier(len(inputs))
+
+    @torch.inference_mode()
+    def run(x):
+        outputs = []
+        for layer in fused:
+            barrier.wait(timeout=30)
+            outputs.append(layer(x))
+        return outputs
+
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        for x, outputs in zip(inputs, threads.map(run, inputs), strict=True):
+            for output, layer in zip(outputs, plain, strict=True):
+                close(output, layer(x))

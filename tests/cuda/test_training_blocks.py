@@ -107,8 +107,10 @@ def test_features_and_best_tokens_are_the_targets(backend, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["00000.safetensors"]
     for text, computed, kept in zip(store.texts, fresh, store.get(range(3)), strict=True):
         verifier = backend.verifier(features=True)
-        _, features = verifier.prefill(text.token_ids, SamplingConfig(), None)
-        near(computed.features, features)
+        _, projected = verifier.prefill(text.token_ids, SamplingConfig(), None)
+        outputs = [verifier.outputs[i] for i in backend.drafter_config.target_layer_ids]
+        near(computed.features, torch.cat(outputs, -1))
+        near(backend.drafter_model.project(computed.features), projected)
         assert torch.equal(kept.features, computed.features)
         assert torch.equal(kept.top_tokens, computed.top_tokens)
         assert computed.top_tokens.shape == (len(text.response_ids), TOP)

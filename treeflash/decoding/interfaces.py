@@ -21,7 +21,8 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
 Features: TypeAlias = Any
-"""Context features of consecutive positions: outputs of the target layers, on the device."""
+"""Context features of consecutive positions, on the device: outputs of the target layers that the
+drafter reads, or what it makes of them."""
 
 Block: TypeAlias = Any
 """A drafted block: the drafter's hidden states of S positions and the root, on the device."""
@@ -93,6 +94,12 @@ class TreeVerifier(Protocol):
 
     def keys_values(self) -> NDArray[np.float32]:
         """The committed keys and values, for tests: (layers, 2, kv_heads, length, head_dim)."""
+
+    def close(self) -> None:
+        """Release what the text holds; the verifier must not be used afterwards.
+
+        The decode loop calls it when a text ends, however it ends. A second call does nothing.
+        """
 
 
 class Drafter(Protocol):

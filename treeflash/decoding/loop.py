@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.acceptance import accept
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Backend, Block, Drafter
+from treeflash.decoding.interfaces import Backend, Block, Drafter, TreeVerifier
 from treeflash.decoding.sampling import uniforms
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
@@ -75,7 +76,7 @@ def decode(
         adaptive_budget = None
     elif adaptive_budget is None:
         adaptive_budget = AdaptiveBudget(VerifyCosts.measure(backend))
-    return _steps(backend, prompt_ids, config, limit, adaptive_budget)
+    return _decode(backend, prompt_ids, config, limit, adaptive_budget)
 
 
 def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
@@ -104,8 +105,20 @@ def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> 
         )
 
 
+def _decode(
+    backend: Backend,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    limit: int,
+    adaptive_budget: AdaptiveBudget | None,
+) -> Iterator[Step]:
+    with closing(backend.verifier(features=config.drafts)) as verifier:
+        yield from _steps(backend, verifier, prompt_ids, config, limit, adaptive_budget)
+
+
 def _steps(
     backend: Backend,
+    verifier: TreeVerifier,
     prompt_ids: Sequence[int],
     config: DecodeConfig,
     limit: int,
@@ -113,7 +126,6 @@ def _steps(
 ) -> Iterator[Step]:
     sampling = config.sampling
     clock = _Clock()
-    verifier = backend.verifier(features=config.drafts)
     drafter = backend.drafter() if config.drafts else None
     root, features = verifier.prefill(
         prompt_ids, sampling, _draws(config, np.array([len(prompt_ids)], np.int32))

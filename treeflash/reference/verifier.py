@@ -66,6 +66,10 @@ class Verifier:
         """See `TreeVerifier.keys_values`."""
         return self.cache.keys_values()
 
+    def close(self) -> None:
+        """See `TreeVerifier.close`."""
+        self.cache, self.outputs = self.target.new_cache(), []
+
     def _forward(
         self, token_ids: NDArray[np.int32], positions: NDArray[np.int32], mask: NDArray[np.bool_]
     ) -> Array:

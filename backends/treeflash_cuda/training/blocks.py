@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.attention import additive, folded, grouped_attention
+from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.training.losses import TargetRows
 
@@ -70,7 +70,7 @@ class Blocks(nn.Module):
         rows, anchors = batch.anchors.shape
         size, device = config.block_size, batch.tokens.device
         features = batch.features.to(self.model.fc.weight.dtype)
-        context = self.model.hidden_norm(self.model.fc(features))
+        context = self.model.project(features)
         positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
         columns = torch.arange(batch.tokens.shape[1], device=device).expand(rows, -1)
         rotation = self._rotation(torch.cat([columns, positions], 1))
@@ -119,7 +119,7 @@ class Blocks(nn.Module):
                 seen = seen & (distance >= 0)
             if window is not None:
                 seen = seen & (distance.abs() < window)
-        return additive(seen, torch.float32)[:, None]
+        return additive_mask(seen, torch.float32)[:, None]
 
 
 def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,6 +135,6 @@ def _attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([context, grouped(both[:, :, length:])], 2)
 
     keys, values = with_context(k), with_context(v)
-    bias = folded(mask.to(v.dtype), q.shape[1] // k.shape[1])
+    bias = group_mask(mask.to(v.dtype), q.shape[1] // k.shape[1])
     seen = grouped_attention(grouped(q), keys, values, bias, q.shape[-1] ** -0.5)
     return seen.unflatten(0, (rows, groups)).flatten(1, 2)

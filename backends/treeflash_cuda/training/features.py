@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from treeflash.training.interfaces import Response
-from treeflash_cuda.attention import Visibility, looking
+from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import topk
 
@@ -122,13 +122,12 @@ class FeatureStore:
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text)] = torch.tensor(text.token_ids)
         positions = torch.arange(width, device=device)
-        with looking(Visibility.whole(width, device)):
+        with attention_context(AttentionContext.whole_text(width, device)) as captured:
             output = self.target.model.get_decoder()(
                 input_ids=tokens.to(device),
                 position_ids=positions.expand(len(texts), -1),
                 use_cache=False,
             )
-        captured = self.target.take_captured()
         features = torch.cat([captured[i] for i in self.layer_ids], -1)
         results = []
         for row, text in enumerate(texts):

@@ -14,7 +14,7 @@ from treeflash.drafters.folder import read_config
 from treeflash.drafters.formats import drafter_config, parse_drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
-from treeflash_cuda.attention import Visibility, looking
+from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.head import HEADS, SwiGLU
@@ -235,16 +235,15 @@ def _scales(
             hooks.append(getattr(attention, name).register_forward_hook(keep(n, name)))
     for text in texts:
         tokens = torch.tensor(text, device=target.device)
-        visibility = Visibility.whole(len(text), target.device)
-        with looking(visibility):
+        context = AttentionContext.whole_text(len(text), target.device)
+        with attention_context(context):
             target.model.get_decoder()(
                 input_ids=tokens[None],
-                position_ids=visibility.positions[None],
+                position_ids=context.positions[None],
                 use_cache=False,
             )
     for hook in hooks:
         hook.remove()
-    target.take_captured()
     scales = []
     for n, layer in enumerate(layers):
         pair = []

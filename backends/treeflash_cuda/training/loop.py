@@ -85,7 +85,7 @@ def train(
         store, config, block_size, accelerator.process_index, accelerator.num_processes
     )
     validation = Validation(model, layer_ids, held_out, block_size, config)
-    of_target = Output(model.output)
+    of_target = Output(model.lm_head)
 
     for step in range(first, config.steps):
         started = time.perf_counter()

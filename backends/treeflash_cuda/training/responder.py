@@ -17,7 +17,7 @@ from torch import Tensor
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import uniforms
 from treeflash.training.interfaces import Request
-from treeflash_cuda.attention import SlotVisibility, Visibility, looking
+from treeflash_cuda.attention import AttentionContext, Context, attention_context
 from treeflash_cuda.sampler import choose
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.slot_cache import SlotCache
@@ -87,7 +87,7 @@ class Responder:
                 self._forward(
                     torch.from_numpy(tokens).to(device),
                     positions.expand(len(part), -1),
-                    Visibility(cache.prefix, positions, None),
+                    AttentionContext(cache.prefix, positions, None),
                     cache,
                 )
         cache.prompts = None
@@ -97,8 +97,8 @@ class Responder:
         device = self.target.device
         live = {slot: answer for slot, answer in enumerate(answers) if answer is not None}
         newest = torch.tensor([a.newest if a else 0 for a in answers], device=device)
-        visibility = cache.look([a.position + 1 if a else 0 for a in answers])
-        hidden = self._forward(newest[:, None], cache.positions[:, None], visibility, cache)[:, 0]
+        context = cache.look([a.position + 1 if a else 0 for a in answers])
+        hidden = self._forward(newest[:, None], cache.positions[:, None], context, cache)[:, 0]
         cache.positions += 1
         # What is chosen in the same way is chosen together; seeds only tell the draws apart.
         groups: dict[SamplingConfig, list[int]] = {}
@@ -116,11 +116,11 @@ class Responder:
         self,
         tokens: Tensor,
         positions: Tensor,
-        visibility: Visibility | SlotVisibility,
+        context: Context,
         cache: SlotCache,
     ) -> Tensor:
         """(rows, n, hidden_size) before the output head."""
-        with looking(visibility):
+        with attention_context(context):
             output = self.target.model.get_decoder()(
                 input_ids=tokens,
                 position_ids=positions,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from treeflash_cuda.attention import SlotVisibility
+from treeflash_cuda.training.slot_attention import SlotContext
 
 CHUNK = 128
 """Columns that lie together: longer chunks take fewer calls, shorter ones waste less at ends."""
@@ -59,7 +59,7 @@ class SlotCache(Cache):
                 self.storage[:, :, chunks, slot] = self.storage[:, :, chunks, old]
         self.positions = self.positions[list(lengths)]
 
-    def look(self, lengths: Sequence[int]) -> SlotVisibility:
+    def look(self, lengths: Sequence[int]) -> SlotContext:
         """Prepare a forward of one token each.
 
         Args:
@@ -73,7 +73,7 @@ class SlotCache(Cache):
             1 + max(slot for slot, length in enumerate(lengths) if length > chunk * CHUNK)
             for chunk in range(self.chunks)
         ]
-        return SlotVisibility(self.positions, self.chunks * CHUNK, reaching)
+        return SlotContext(self.positions, self.chunks * CHUNK, reaching)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -33,7 +33,7 @@ class Validation:
         config: TrainConfig,
     ) -> None:
         """Run the target over the texts, once; what it says stays on the CPU."""
-        self.output = Output(target.output)
+        self.output = Output(target.lm_head)
         self.batches: list[Batch] = []
         random = np.random.default_rng(config.seed)
         texts = sorted(texts, key=len)

@@ -47,6 +47,7 @@ class FakeVerifier:
     def __post_init__(self) -> None:
         self.text: list[int] = []
         self.tree: DraftTree | None = None
+        self.closed = False
 
     @property
     def length(self) -> int:
@@ -87,6 +88,9 @@ class FakeVerifier:
         for parent, token in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True):
             texts.append([*(self.text if parent < 0 else texts[parent]), token])
         return np.array([self.logits_of(text) for text in texts], np.float32)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @dataclass
@@ -403,6 +407,30 @@ class TestStopping:
         assert list(steps) == []
         assert (first.tokens, second.tokens) == ((14,), (15, 16, 17, 18, 19, 20))
         assert backend.verifiers[0].text == SCRIPT[:10]  # nothing was computed ahead
+
+    def test_the_verifier_is_closed_when_a_text_ends(self) -> None:
+        backend = scripted(SCRIPT)
+        steps = decode(backend, PROMPT, config_of())
+        next(steps)
+        assert not backend.verifiers[0].closed
+        list(steps)
+        assert backend.verifiers[0].closed
+
+    def test_the_verifier_is_closed_when_the_iterator_is(self) -> None:
+        backend = scripted(SCRIPT)
+        steps = decode(backend, PROMPT, config_of())
+        next(steps)
+        steps.close()
+        assert backend.verifiers[0].closed
+
+    def test_the_verifier_is_closed_after_an_error(self) -> None:
+        backend = scripted(SCRIPT)
+        steps = decode(backend, PROMPT, config_of())
+        next(steps)
+        backend.verifiers[0].logits_of = lambda text: [np.nan] * len(SCRIPT)
+        with pytest.raises(NumericalError):
+            list(steps)
+        assert backend.verifiers[0].closed
 
     def test_nothing_runs_before_the_first_step_is_asked_for(self) -> None:
         backend = scripted(SCRIPT)

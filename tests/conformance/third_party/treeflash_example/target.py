@@ -72,6 +72,9 @@ class Verifier:
     def keys_values(self):
         return np.stack(self.cache)
 
+    def close(self):
+        self.cache = self.pending = self.outputs = ()
+
     def _run(self, tokens, depths, mask):
         x, positions = self.target.embeddings[tokens], self.length + depths
         mask = np.concatenate([np.ones((len(tokens), self.length), np.bool_), mask], 1)
