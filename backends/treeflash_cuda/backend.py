@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class CudaBackend:
         self.drafter_model = drafter
         self.head = head
         self.device = str(target.device)
+        self.device_name = device_name(target.device)
         self.dtype = str(target.dtype).removeprefix("torch.")
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions
@@ -123,6 +125,13 @@ def choose_device(name: str | None) -> torch.device:
             f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a device: the GPU's, or the processor's as far as Python knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | None]:

@@ -34,6 +34,7 @@ class MlxBackend:
         self.drafter_model = drafter
         self.head: interfaces.ARHead | None = head
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
+        self.device_name = str(mx.device_info()["device_name"])
         self.dtype = str(target.dtype).removeprefix("mlx.core.")
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions

@@ -34,7 +34,7 @@ class ScriptedBackend:
     `interrupt_at` raises KeyboardInterrupt in that call of `verify`, counted over all texts.
     """
 
-    name, device, dtype = "scripted", "cpu", "float32"
+    name, device, device_name, dtype = "scripted", "cpu", "none", "float32"
     vocab_size = len(SPECIAL) + 256
     max_positions = 400
 

@@ -203,6 +203,9 @@ class Backend(Protocol):
     name: str
     """As registered: `cuda`, `mlx`, `reference`, ..."""
     device: str
+    """As the framework names it: `cuda:0`, `cpu`, `gpu`, ..."""
+    device_name: str
+    """The hardware, such as the GPU's model: measured costs are kept by it."""
     dtype: str
     vocab_size: int
     max_positions: int

@@ -1,9 +1,10 @@
-"""What a target's forward costs by the size of the tree, measured on this machine."""
+"""The cost of a target forward pass by the size of the tree, measured on this machine."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -21,32 +22,42 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.tree import DraftTree
 
 TIMED = (1, 5, 8, 12, 16, 32, 64, 128, 256)
-"""Trees that are timed; hardware has steps, and some are known to end at 5, 8, 16 and 32."""
+"""Tree sizes that are timed; hardware has steps, and some are known to end at 5, 8, 16 and 32."""
 SIZES = tuple(sorted({*TIMED, 2, 3, 4, 24, 48, 96, 192}))
-"""Trees that are chosen from; what is not timed is read off straight lines between."""
+"""Tree sizes to choose from; those that are not timed are interpolated linearly."""
 MAX_RELATIVE_COST = 4.6
-"""Plain forwards; a size that costs more is not looked at, nor are larger ones."""
+"""In plain forward passes; a size that costs more is left out, and so are all larger ones."""
 ROUNDS = 2, 8
+"""The fewest and the most rounds of timing."""
 ENOUGH_S = 0.2
-"""At least so many rounds, and more until so much time has passed since the first, at most so
-many."""
+"""No further round begins once the rounds after the first have taken so many seconds."""
 PROMPT_TOKENS = 16
 MEMORY = 0.1
-"""Weight of the newest measurement among those of its size."""
+"""Weight of the newest measurement in the running mean of its size."""
 OUTLIER_FACTOR = 2.0
-"""A forward that takes so many times as long as expected was disturbed: no more is believed."""
+"""A forward pass that takes this many times as long as expected was disturbed: it counts as this."""
 FRAMEWORKS = ("mlx", "torch")
 
 
 @dataclass
 class VerifyCosts:
-    """Seconds of a forward over trees of some of `SIZES` nodes; follows what is measured later.
+    """Seconds of a forward pass by tree size, updated from the forward passes of decoded texts.
 
     Attributes:
-        seconds: by size, 1 among them.
+        seconds: by number of nodes, ascending, 1 first; all are finite and above 0.
+
+    Raises:
+        ValueError: `seconds` is not like that.
     """
 
     seconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        sizes, seconds = list(self.seconds), list(self.seconds.values())
+        if sizes[:1] != [1] or sizes != sorted(sizes):
+            raise ValueError(f"tree sizes must ascend from 1, got {sizes}")
+        if not all(0 < x < math.inf for x in seconds):
+            raise ValueError(f"seconds must be finite and above 0, got {seconds}")
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
@@ -61,8 +72,8 @@ class VerifyCosts:
         verifier = backend.verifier(features=False)
         greedy = SamplingConfig()
         verifier.prefill(list(range(min(PROMPT_TOKENS, backend.vocab_size))), greedy, None)
-        # The first forward of a size also compiles and allocates: the best counts, and no size is
-        # given up for its first.
+        # The first forward pass of a size also compiles and allocates: the best time counts, and no
+        # size is given up because of its first.
         best: dict[int, float] = {}
         for size in TIMED:
             best[size] = timed(size)
@@ -87,16 +98,16 @@ class VerifyCosts:
     def cached(
         cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
     ) -> VerifyCosts:
-        """Those measured earlier for the same target, device and type, else measure them now.
+        """The costs measured earlier for the same target, hardware and dtype, or measured now.
 
         Args:
-            backend: with the target.
-            target: its folder.
-            loaded: how it was loaded.
-            folder: where files of measurements are kept; that none can be is no error.
+            backend: holds the target.
+            target: the target's folder.
+            loaded: how the target was loaded.
+            folder: where measurements are kept; a folder that cannot be written is not an error.
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
-        key = [backend.name, backend.device, backend.dtype, loaded.kv_bits, loaded.cuda_graphs]
+        key = [backend.name, backend.device_name, backend.dtype, loaded.kv_bits, loaded.cuda_graphs]
         threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
         machine = platform.node(), platform.processor(), *threads
         versions = [version(name) for name in FRAMEWORKS if find_spec(name)]
@@ -106,7 +117,7 @@ class VerifyCosts:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             return cls({int(size): float(seconds) for size, seconds in found.items()})
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, torn, or not ours
             costs = cls.measure(backend)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,23 +129,23 @@ class VerifyCosts:
         return costs
 
     def of(self, nodes: Sequence[int]) -> NDArray[np.float64]:
-        """Seconds of forwards over trees of so many nodes, of the most in `seconds` or fewer."""
+        """(n,) seconds of forward passes over trees of these n sizes, up to the largest in `seconds`."""
         found = np.interp(nodes, list(self.seconds), list(self.seconds.values()))
         return np.asarray(found, np.float64)
 
     def observe(self, nodes: int, seconds: float) -> None:
-        """Take in a forward of a decoded text: contexts grow, and machines change their speed."""
+        """Take in a decoded text's forward pass: contexts grow, and machines change speed."""
         ratio = seconds / float(self.of([nodes])[0])
         change = min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR) - 1
         for size in self.seconds:
-            # What slows one size down slows others too, but each less surely.
+            # A slowdown of one size probably affects the others too, but less surely.
             self.seconds[size] *= 1 + MEMORY * (change if size == nodes else change / 2)
 
 
 def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:
-    """A tree of which every node has up to four children, as draft trees are about.
+    """A tree whose nodes have up to four children, much like draft trees.
 
-    Its tokens differ: the same one everywhere would always take the same experts of a mixture.
+    Its tokens differ: a single token would take the same experts of a mixture at every node.
     """
     tokens = np.random.default_rng(nodes).integers(0, vocab_size, nodes).astype(np.int32)
     order = np.arange(nodes, dtype=np.int32)

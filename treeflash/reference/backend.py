@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from treeflash.config import LoadConfig
@@ -19,6 +20,7 @@ class ReferenceBackend:
 
     name = "reference"
     device = "cpu"
+    device_name = platform.processor() or platform.machine()
     dtype = "float32"
 
     def __init__(self, target: Target, drafter: DrafterModel | None) -> None:

@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode, verify_costs
+from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import FIRST_REST, LONGEST_REST, AdaptiveBudget
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
-
-LOADED = LoadConfig()
 
 
 def chain(*probabilities):
@@ -113,111 +111,12 @@ def test_drafting_comes_back_when_it_pays():
     assert budget.next_rest == FIRST_REST
 
 
-def test_costs_follow_what_is_measured_but_no_hiccup():
-    found = costs(0.1)
-    for _ in range(100):
-        found.observe(8, 3.4)
-    assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
-    assert found.seconds[4] > 1.3
-    before = found.seconds[8]
-    found.observe(8, 1000.0)
-    assert found.seconds[8] < 1.2 * before
-
-
-def test_a_size_between_those_that_are_measured_tells_of_them_too():
-    found = costs(0.1)
-    assert found.of([10]) == pytest.approx([1.9])
-    for _ in range(200):
-        found.observe(10, 3.8)
-    assert found.of([10]) == pytest.approx([3.8], rel=0.01)
-
-
 @pytest.fixture
 def backend(tiny_pair):
     return load(*tiny_pair, LoadConfig())
 
 
-class Timed:
-    """A target whose forward takes a given time, by a clock that it moves itself."""
-
-    name, device, dtype, vocab_size = "timed", "cpu", "float32", 100
-
-    def __init__(self, monkeypatch, seconds, first=1.5):
-        self.seconds = seconds
-        self.first = first
-        self.now = 0.0
-        self.verified = []
-        monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
-
-    def verifier(self, *, features):
-        return self
-
-    def prefill(self, token_ids, sampling, uniforms):
-        pass
-
-    def verify(self, tree, sampling, uniforms):
-        first = len(tree) not in self.verified
-        self.verified.append(len(tree))
-        self.now += self.seconds(len(tree)) * (self.first if first else 1)
-
-
-def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
-    timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
-    found = VerifyCosts.measure(timed).seconds
-    assert found.keys() == set(SIZES)
-    assert found[8] == pytest.approx(0.001)
-    assert found[24] == pytest.approx(0.002)
-    assert found[4] == pytest.approx(0.001)
-    assert found[256] == pytest.approx(0.002)
-
-
-def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
-    timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
-    found = VerifyCosts.measure(timed).seconds
-    assert set(found) == {1, 2, 3, 4}
-    assert timed.verified.count(1) == timed.verified.count(8) == 2
-    assert max(timed.verified) == 8
-
-
-def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
-    timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
-    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
-
-
-def test_costs_are_measured_on_a_target(backend):
-    found = VerifyCosts.measure(backend).seconds
-    assert found[1] > 0
-    assert set(found) <= set(SIZES)
-
-
-def test_costs_are_remembered_by_target_and_type(monkeypatch, tiny_pair, tmp_path):
-    timed = Timed(monkeypatch, lambda nodes: 0.01)
-    first = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
-    timed.seconds = lambda nodes: 0.02
-    again = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
-    assert again == first
-    with_graphs = VerifyCosts.cached(
-        timed, tiny_pair[0], LoadConfig(cuda_graphs=True), tmp_path / "costs"
-    )
-    assert with_graphs.seconds[1] == pytest.approx(0.02)
-    timed.dtype = "bfloat16"
-    other = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
-    assert other.seconds[1] == pytest.approx(0.02)
-    for file in (tmp_path / "costs").iterdir():
-        file.write_text("torn", encoding="utf-8")
-    timed.dtype = "float32"
-    mended = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
-    assert mended.seconds[1] == pytest.approx(0.02)
-
-
-def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, tiny_pair, tmp_path):
-    (tmp_path / "costs").write_text("a file", encoding="utf-8")
-    timed = Timed(monkeypatch, lambda nodes: 0.01)
-    found = VerifyCosts.cached(timed, tiny_pair[0], LOADED, tmp_path / "costs")
-    assert found.seconds[1] == pytest.approx(0.01)
-
-
-def test_a_text_without_pace_measures_its_own(backend):
+def test_a_text_without_a_shared_budget_measures_its_own_costs(backend):
     prompt = [5, 6, 7]
     steps = [
         [

@@ -6,7 +6,7 @@ from treeflash_example.target import Target, Verifier
 
 
 class ExampleBackend:
-    name, device, dtype = "example", "cpu", "float32"
+    name, device, dtype, device_name = "example", "cpu", "float32", "NumPy"
 
     def __init__(self, target, drafter):
         self.target, self.model = target, drafter

@@ -1,0 +1,186 @@
+"""The cost of verifying trees: how it is measured, kept, read back and updated."""
+
+import json
+import shutil
+
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding import verify_costs
+from treeflash.decoding.verify_costs import MEMORY, SIZES, VerifyCosts
+from treeflash.reference.backend import load
+from treeflash.testing.models import edit_config
+
+LOADED = LoadConfig()
+
+
+def linear_costs(slope):
+    """A forward pass takes one second, and `slope` more for each further node."""
+    return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
+
+
+def test_costs_follow_measurements_but_not_outliers():
+    found = linear_costs(0.1)
+    for _ in range(100):
+        found.observe(8, 3.4)
+    assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
+    assert found.seconds[4] > 1.3
+    before = found.seconds[8]
+    found.observe(8, 1000.0)
+    assert found.seconds[8] < 1.2 * before
+
+
+def test_a_size_between_two_known_ones_changes_both():
+    found = linear_costs(0.1)
+    assert found.of([10]) == pytest.approx([1.9])
+    for _ in range(200):
+        found.observe(10, 3.8)
+    assert found.of([10]) == pytest.approx([3.8], rel=0.01)
+
+
+def test_other_sizes_change_half_as_much():
+    found = linear_costs(0.0)
+    found.observe(8, 1.5)
+    assert found.seconds[8] == pytest.approx(1 + 0.5 * MEMORY)
+    assert found.seconds[16] == found.seconds[1] == pytest.approx(1 + 0.25 * MEMORY)
+
+
+@pytest.mark.parametrize(
+    "seconds", [{}, {2: 1.0}, {1: 1.0, 8: 1.0, 4: 1.0}, {1: 0.0}, {1: -1.0}, {1: float("nan")}]
+)
+def test_costs_that_are_not_costs_are_refused(seconds):
+    with pytest.raises(ValueError, match=r"ascend from 1|finite and above 0"):
+        VerifyCosts(seconds)
+
+
+@pytest.fixture
+def backend(tiny_pair):
+    return load(*tiny_pair, LoadConfig())
+
+
+class Timed:
+    """A target whose forward takes a given time, by a clock that it moves itself."""
+
+    name, device, device_name, dtype, vocab_size = "timed", "gpu:0", "Card A", "float32", 100
+
+    def __init__(self, monkeypatch, seconds, first=1.5):
+        self.seconds = seconds
+        self.first = first
+        self.now = 0.0
+        self.verified = []
+        monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
+
+    def verifier(self, *, features):
+        return self
+
+    def prefill(self, token_ids, sampling, uniforms):
+        pass
+
+    def verify(self, tree, sampling, uniforms):
+        first = len(tree) not in self.verified
+        self.verified.append(len(tree))
+        self.now += self.seconds(len(tree)) * (self.first if first else 1)
+
+
+def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
+    found = VerifyCosts.measure(timed).seconds
+    assert found.keys() == set(SIZES)
+    assert found[8] == pytest.approx(0.001)
+    assert found[24] == pytest.approx(0.002)
+    assert found[4] == pytest.approx(0.001)
+    assert found[256] == pytest.approx(0.002)
+
+
+def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
+    found = VerifyCosts.measure(timed).seconds
+    assert set(found) == {1, 2, 3, 4}
+    assert timed.verified.count(1) == timed.verified.count(8) == 2
+    assert max(timed.verified) == 8
+
+
+def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
+    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+
+
+def test_costs_are_measured_on_a_target(backend):
+    found = VerifyCosts.measure(backend).seconds
+    assert found[1] > 0
+    assert set(found) <= set(SIZES)
+
+
+@pytest.fixture
+def target(tiny_pair, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(tiny_pair[0], tmp_path / "target")
+
+
+@pytest.fixture
+def measured(monkeypatch, target, tmp_path):
+    """Whether costs are measured, not read, after a change, where 10 ms were measured before."""
+
+    def measured(change, loaded=LOADED):
+        timed = Timed(monkeypatch, lambda nodes: 0.01)
+        first = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+        assert first.seconds[1] == pytest.approx(0.01)
+        timed.seconds = lambda nodes: 0.02
+        change(timed)
+        found = VerifyCosts.cached(timed, target, loaded, tmp_path / "costs")
+        assert found == first or found.seconds[1] == pytest.approx(0.02)
+        return found != first
+
+    return measured
+
+
+def test_costs_are_remembered(measured):
+    assert not measured(lambda timed: None)
+
+
+def test_costs_belong_to_the_hardware_not_to_its_index(measured):
+    assert not measured(lambda timed: setattr(timed, "device", "gpu:1"))
+    assert measured(lambda timed: setattr(timed, "device_name", "Card B"))
+
+
+def test_costs_belong_to_the_dtype(measured):
+    assert measured(lambda timed: setattr(timed, "dtype", "bfloat16"))
+
+
+@pytest.mark.parametrize("loaded", [LoadConfig(cuda_graphs=True), LoadConfig(kv_bits=8)])
+def test_costs_belong_to_the_way_of_loading(measured, loaded):
+    assert measured(lambda timed: None, loaded)
+
+
+def test_costs_belong_to_the_targets_configuration(measured, target):
+    """Weights of one size may be those of another architecture."""
+    assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
+
+
+def test_costs_belong_to_the_targets_weights(measured, target):
+    def change(timed):
+        with (target / "model.safetensors").open("ab") as file:
+            file.write(b"0")
+
+    assert measured(change)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["torn", "", "[]", "3", "{}", '{"1": 0}', '{"1": null}', '{"1": NaN}', '{"8": 1}', '{"x": 1}'],
+)
+def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, content):
+    def damage(timed):
+        (file,) = (tmp_path / "costs").iterdir()
+        file.write_text(content, encoding="utf-8")
+
+    assert measured(damage)
+    (file,) = (tmp_path / "costs").iterdir()
+    assert json.loads(file.read_text(encoding="utf-8"))["1"] == pytest.approx(0.02)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, target, tmp_path):
+    (tmp_path / "costs").write_text("a file", encoding="utf-8")
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    found = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+    assert found.seconds[1] == pytest.approx(0.01)
