@@ -35,7 +35,8 @@ PROMPT_TOKENS = 16
 MEMORY = 0.1
 """Weight of the newest measurement in the running mean of its size."""
 OUTLIER_FACTOR = 2.0
-"""A forward pass that takes this many times as long as expected was disturbed: it counts as this."""
+"""A forward pass that takes longer than this many times the expected was disturbed: it counts as
+this many times."""
 FRAMEWORKS = ("mlx", "torch")
 
 
@@ -129,7 +130,7 @@ class VerifyCosts:
         return costs
 
     def of(self, nodes: Sequence[int]) -> NDArray[np.float64]:
-        """(n,) seconds of forward passes over trees of these n sizes, up to the largest in `seconds`."""
+        """(n,) seconds of forward passes over trees of n sizes, none above the largest known."""
         found = np.interp(nodes, list(self.seconds), list(self.seconds.values()))
         return np.asarray(found, np.float64)
 
