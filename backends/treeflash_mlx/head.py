@@ -95,10 +95,7 @@ class ARHead:
         if size < vocab_size:
             vocab = mx.sort(top_indices(marginal.max(0, keepdims=True), size)[0])
             marginal = marginal[:, vocab]
-        best = top_indices(marginal[:-1], m)
-        weights = mx.take_along_axis(marginal[:-1], best, 1).reshape(-1)
-        kept = mx.sort(mx.argsort(-weights)[:rows])
-        previous = best.reshape(-1)[kept]
+        kept, previous = _scored_rows(marginal[:-1], m, rows)
         if vocab is not None:
             previous = vocab[previous]
         # Of the D * M rows: the root's, and those kept of the M at each further depth.
@@ -146,3 +143,22 @@ class ARHead:
         correction = self.correction(self.target.embed(previous), normed, rows)
         corrected: mx.array = self.model.norm(hidden[rows] + correction)
         return corrected
+
+
+def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array, mx.array]:
+    """The previous tokens whose children are scored.
+
+    Args:
+        marginal: (D - 1, vocab) log probabilities.
+        m: the tokens of each depth to choose from.
+        rows: how many to keep, those of the highest log probability; None keeps all.
+
+    Returns:
+        (r,) indices into the (D - 1) * m tokens, ascending, and (r,) the tokens.
+    """
+    if not len(marginal):  # a block of two; MLX before 0.32.4 crashes when it sorts nothing
+        return mx.zeros(0, mx.int32), mx.zeros(0, mx.int32)
+    best = top_indices(marginal, m)
+    weights = mx.take_along_axis(marginal, best, 1).reshape(-1)
+    kept = mx.sort(mx.argsort(-weights)[:rows]).astype(mx.int32)
+    return kept, best.reshape(-1)[kept]

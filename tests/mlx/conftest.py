@@ -1,6 +1,7 @@
 """What the tests of the MLX backend share."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,14 @@ from treeflash.testing.models import write_drafter, write_target
 @pytest.fixture(scope="session")
 def families():
     """The script `families.py` as a module: it writes random models of any type of mlx-lm."""
-    spec = importlib.util.spec_from_file_location("families", Path(__file__).parent / "families.py")
+    folder = Path(__file__).parent
+    spec = importlib.util.spec_from_file_location("families", folder / "families.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(folder))  # as for a script: it imports its configurations
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
     return module
 
 

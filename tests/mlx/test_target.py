@@ -75,19 +75,8 @@ def test_family_branches_and_commits(families, tmp_path, rng, family):
     np.testing.assert_allclose(verifier.logits(probe), fresh.logits(probe), atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "granitemoehybrid", "gear", "gpt2"])
 def test_family_that_cannot_branch_is_refused(families, tmp_path, family):
-    if family == "mamba2":
-        families.FIELDS |= {
-            "state_size": 16,
-            "conv_kernel": 4,
-            "expand": 2,
-            "n_groups": 1,
-            "use_conv_bias": True,
-            "time_step_rank": 4,
-            "chunk_size": 16,
-            "time_step_limit": [0.0, 1.0],
-        }
     families.write(tmp_path, family)
     with pytest.raises(UnsupportedModelError) as caught:
         check_trees(MlxBackend(Target(tmp_path, mx.float32, None), None, None))
@@ -298,3 +287,15 @@ def test_damaged_file(pair, tmp_path, which):
         load(*folders, LoadConfig())
     assert str(folders[which]) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_shortlist_logits_are_those_of_the_whole_vocabulary(families, tmp_path, rng, family):
+    """With the bias that some output heads have."""
+    families.write(tmp_path, family)
+    target = Target(tmp_path, mx.float32, None)
+    assert ("bias" in target.lm_head) == (family == "phi")
+    hidden = mx.array(rng.normal(size=(3, 64)), mx.float32)
+    tokens = mx.array([5, 0, 90])
+    expected = target.output_head(hidden)[:, tokens]
+    assert mx.allclose(target.shortlist_logits(hidden, tokens), expected, atol=1e-5)
