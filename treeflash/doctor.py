@@ -32,14 +32,14 @@ PROBLEM = 1
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, examine the pair, and return the exit code.
+    """Parse the command line, diagnose the pair, and return the exit status.
 
-    0: nothing is wrong; 1: something is; 2: bad input; 130: interrupted.
+    0: no problem found; 1: problems found; 2: invalid input; 130: interrupted.
     """
     args = _parser().parse_args(argv)
     prompts = _prompts(args.prompts)
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
-    # By folder from here on: names are looked up once, not at every load.
+    # From here on by folder, so that hub ids are resolved once, not at every load.
     folder = resolve_drafter(args.drafter, args.target)
     args.target = str(resolve_target(args.target))
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)})).backend
 
     console = Console(stderr=True)
-    with console.status("examining; the pair is loaded some ten times"):
+    with console.status("running checks; this loads the pair about ten times"):
         diagnosis = diagnose(
             load,
             folder,
@@ -61,24 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.doctor", "Say whether a target and a drafter go well together.")
+    parser = Parser("treeflash.doctor", "Diagnose a target and its drafter.")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="objects with an id, and a prompt, turns (the first counts) or messages "
-        f"(default: {len(PROMPTS)} prompts of general kind)",
+        help="JSON objects with an id, and a prompt, turns (only the first is used) or messages "
+        f"(default: {len(PROMPTS)} built-in prompts)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=MAX_TOKENS,
         metavar="N",
-        help=f"of each answer (default: {MAX_TOKENS})",
+        help=f"maximum number of new tokens per answer (default: {MAX_TOKENS})",
     )
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--raw", action="store_true", help="you prompt without the chat template")
-    way.add_argument("--thinking", action="store_true", help="you prompt with thinking on")
+    way.add_argument(
+        "--raw", action="store_true", help="check for prompts without the chat template"
+    )
+    way.add_argument("--thinking", action="store_true", help="check for prompts with thinking on")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
     return parser

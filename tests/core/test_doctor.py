@@ -35,7 +35,7 @@ def test_report(run, prompts):
     lines = out.splitlines()
     assert lines[0].startswith("agreement by depth: ")
     assert lines[1].startswith("with the AR head:   ")
-    assert lines[2].startswith("problem  depths         the best token at depth 1 is the target's ")
+    assert lines[2].startswith("problem  depths         the drafter's top token at depth 1 ")
     assert [line[9:23].strip() for line in lines[3:]] == [
         "block offset",
         "prompting",
@@ -57,7 +57,7 @@ def test_json(run, prompts):
     ("args", "message"),
     [
         (["--max-tokens", "0"], "max-tokens must be 1 or more, got 0"),
-        (["--max-tokens", "1"], "too short to judge a drafter by"),
+        (["--max-tokens", "1"], "too short to score a drafter"),
         (["--raw", "--thinking"], "not allowed with argument --raw"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),
         (["--drafter", "nowhere/at/all"], "is no folder"),

@@ -121,14 +121,14 @@ def test_layers_off_by_one(diagnosis, drafter):
     edit_config(drafter, lambda config: config["dflash_config"].update(target_layer_ids=[2, 4]))
     found = problems(diagnosis())
     assert found.keys() == {"target layers"}
-    assert found["target layers"].startswith("with target_layer_ids [1, 3] the true tokens are")
+    assert found["target layers"].startswith("target_layer_ids [1, 3]: the target's tokens are")
 
 
 def test_mask_token(diagnosis, drafter):
     edit_config(drafter, lambda config: config["dflash_config"].update(mask_token_id=0))
     found = problems(diagnosis())
     assert found.keys() == {"mask token"}
-    assert found["mask token"].startswith("with mask_token_id 2 (<|stop|>) the true tokens are")
+    assert found["mask token"].startswith("mask_token_id 2 (<|stop|>): the target's tokens are")
 
 
 def test_chat_template(diagnosis):
@@ -171,7 +171,7 @@ def test_block_offset(diagnosis):
 def test_depths_that_collapse(diagnosis):
     found = problems(diagnosis(wrap=Collapsing))
     assert found.keys() == {"depths"}
-    assert "at depth 4; if it was trained with block_size 4" in found["depths"]
+    assert "at depth 4; if the drafter was trained with block_size 4" in found["depths"]
 
 
 def test_command_line(target, trained, tmp_path, capsys):
@@ -222,5 +222,5 @@ def test_the_default_pair(default_problems):
 def test_the_default_pair_with_a_word_as_mask_token(default_problems, default_drafter):
     edit_config(default_drafter, lambda config: config["dflash_config"].update(mask_token_id=500))
     found = default_problems()
-    assert found["mask token"].startswith("with mask_token_id ")
+    assert found["mask token"].startswith("mask_token_id ")
     assert found.keys() <= {"mask token", "depths"}

@@ -1,1 +1,1 @@
-"""The checks of `treeflash.doctor`."""
+"""The checks behind `treeflash.doctor`."""

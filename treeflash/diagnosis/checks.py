@@ -1,4 +1,4 @@
-"""What may be wrong with a pair: each check changes one thing and looks whether drafts improve."""
+"""Diagnose a pair: each check changes one setting and tests whether drafts improve."""
 
 from __future__ import annotations
 
@@ -13,30 +13,38 @@ from typing import Any
 from treeflash.config import DrafterConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.finding import Finding, Trial, judge
-from treeflash.diagnosis.scores import Agreement, Gain, Scores, Text, answer, by_depth, measure
+from treeflash.diagnosis.scores import (
+    DrafterScores,
+    Gain,
+    Text,
+    TokenScores,
+    answer,
+    by_depth,
+    measure,
+)
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message
 from treeflash.text.tokenizer import Tokenizer
 
-# Gains in nats that matter: the true tokens are then 1.1 times as probable. Another prompting
-# brings other texts, and those differ by more all by themselves.
+# Smallest gains that matter, nats: 0.1 makes tokens 1.1 times as probable. Prompting differently
+# changes the texts, which alone makes a larger difference.
 SAME_TEXTS, OTHER_TEXTS = 0.1, 0.5
-# Nats that one depth falls behind the one before: a factor of 7. Sound drafters lose 1 at most.
+# Nats lost from one depth to the next: a factor of 7. Sound drafters lose at most 1.
 COLLAPSE = 2.0
-CHANCE = 0.1  # agreement that frequent tokens alone come near to
+CHANCE = 0.1  # agreement that guessing frequent tokens nearly reaches
 MASK_CANDIDATES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that was found.
+    """The outcome of all checks.
 
     Attributes:
-        marginal: share of roots for which the drafter's best token at each depth is the target's.
-        corrected: the same of the AR head, after the true previous token; None without a head.
-        findings: one a check.
+        marginal: by depth, the fraction of blocks whose top token is the target's.
+        corrected: the same for the AR head, given the previous token; None without a head.
+        findings: one per check.
     """
 
     marginal: list[float]
@@ -62,63 +70,63 @@ def diagnose(
     prompting: Prompting,
     max_tokens: int = 64,
 ) -> Diagnosis:
-    """Examine a pair. It is loaded some ten times, one after the other.
+    """Run all checks on a pair. This loads the pair about ten times, one after the other.
 
     Args:
         load: loads the target with the drafter of a folder.
         folder: the drafter's.
         tokenizer: the target's.
-        prompts: conversations; the target's greedy answers are what is to be drafted.
-        prompting: how they are put.
-        max_tokens: of an answer.
+        prompts: conversations; the drafter is scored on the target's greedy answers to them.
+        prompting: how they are given to the target.
+        max_tokens: maximum length of an answer.
 
     Raises:
         PromptError: a prompt cannot be decoded, or the answers are too short.
         NumericalError: a model produced values that are not finite.
     """
-    pair = _see(load(folder), tokenizer, prompts, prompting, max_tokens)
-    agreement, config = pair.agreement, pair.config
+    pair = _measure_pair(load(folder), tokenizer, prompts, prompting, max_tokens)
+    scores, config = pair.scores, pair.config
 
     def change(**settings: object) -> Gain | None:
-        """What other settings of the drafter gain; None where it cannot run with them."""
-        gc.collect()  # the pair before may be tied into cycles, and there is room for one
+        """The gain of other drafter settings; None if the pair cannot run with them."""
+        gc.collect()  # the previous pair may be in a reference cycle, and memory may fit only one
         with TemporaryDirectory() as scratch:
             write_changed(folder, Path(scratch), settings)
             try:
                 changed = measure(load(Path(scratch)), pair.texts)
             except (CheckpointError, NumericalError):
                 return None
-        return agreement.gain_of(changed.marginal)
+        return scores.gain_of(changed.marginal)
 
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
-    rows = {"i - 1": agreement.earlier, "i + 1": agreement.later}
+    rows = {"i - 1": scores.earlier, "i + 1": scores.later}
     trials = [
         Trial(
             check="block offset",
             gains={
-                f"with row i of the block taken for depth {depth}": agreement.gain_of(scores)
-                for depth, scores in rows.items()
+                f"row i of the block taken for depth {depth}": scores.gain_of(shifted)
+                for depth, shifted in rows.items()
             },
             least=SAME_TEXTS,
-            advice="row i must predict depth i, the root being row 0: train or export it so",
+            advice="row i must predict depth i, with the root in row 0: fix training or export",
         ),
         Trial(
             check="prompting",
             gains=pair.prompted,
             least=OTHER_TEXTS,
-            advice="prompt it so, or use a drafter that was trained with your way of prompting",
+            advice="prompt this way, or use a drafter trained for your way of prompting",
         ),
         Trial(
             check="target layers",
-            gains={f"with target_layer_ids {ids}": change(target_layer_ids=ids) for ids in layers},
+            gains={f"target_layer_ids {ids}": change(target_layer_ids=ids) for ids in layers},
             least=SAME_TEXTS,
-            advice="set them in the drafter's config.json",
+            advice="set it in the drafter's config.json",
         ),
         Trial(
             check="mask token",
             gains={
-                f"with mask_token_id {token_id} ({name})": change(mask_token_id=token_id)
+                f"mask_token_id {token_id} ({name})": change(mask_token_id=token_id)
                 for token_id, name in masks.items()
             },
             least=SAME_TEXTS,
@@ -126,32 +134,32 @@ def diagnose(
         ),
     ]
     return Diagnosis(
-        marginal=by_depth(agreement.marginal.hits),
-        corrected=by_depth(agreement.corrected.hits) if agreement.corrected else None,
-        findings=[check_depths(agreement), *judge(trials)],
+        marginal=by_depth(scores.marginal.hits),
+        corrected=by_depth(scores.corrected.hits) if scores.corrected else None,
+        findings=[check_depths(scores), *judge(trials)],
     )
 
 
-def check_depths(agreement: Agreement) -> Finding:
-    """Whether drafts agree at depth 1 at all, and how they go on from each depth to the next."""
-    for name, scores in (("", agreement.marginal), (" of the AR head", agreement.corrected)):
-        problem = _collapse(scores, name) if scores else None
+def check_depths(scores: DrafterScores) -> Finding:
+    """Whether drafts agree at depth 1 at all, and do not collapse from one depth to the next."""
+    for name, of in (("drafter", scores.marginal), ("AR head", scores.corrected)):
+        problem = _collapse(of, name) if of else None
         if problem:
             return Finding(check="depths", ok=False, message=problem)
-    return Finding(check="depths", ok=True, message="no depth falls far behind the one before")
+    return Finding(check="depths", ok=True, message="agreement does not collapse at any depth")
 
 
 def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict[int, str]:
-    """Tokens that may serve as the mask, the likeliest by name first, without the current one."""
+    """Tokens that may be the mask, the most plausible names first, without the current one."""
     names = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids}
-    names[tokenizer.size] = "mask: the first that the tokenizer does not know"
+    names[tokenizer.size] = "mask: the first id after the tokenizer's"
     likely = sorted(names, key=lambda token_id: (_rank(names[token_id]), token_id))
     usable = [i for i in likely if i != current and i < vocab_size]
     return {token_id: names[token_id] for token_id in usable[:MASK_CANDIDATES]}
 
 
 def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> None:
-    """Write a drafter's folder with other settings, and links to its weights."""
+    """Write a copy of a drafter's folder with other settings and links to its weights."""
     config = read_config(folder)
     config["dflash_config"] = {**(config.get("dflash_config") or {}), **settings}
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -161,16 +169,16 @@ def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """What was seen of the pair as it is; it holds no model, so that the next one has room."""
+    """Measurements of the pair as it is. Holds no model, to leave memory for the next one."""
 
     config: DrafterConfig
     vocab_size: int
     texts: list[Text]
-    agreement: Agreement
+    scores: DrafterScores
     prompted: dict[str, Gain | None]
 
 
-def _see(
+def _measure_pair(
     backend: Backend,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
@@ -184,39 +192,37 @@ def _see(
         return [answer(backend, each, max_tokens, tokenizer.stop_token_ids) for each in ids]
 
     texts = answers(prompting)
-    agreement = measure(backend, texts, backend.head)
+    scores = measure(backend, texts, backend.head)
     prompted: dict[str, Gain | None] = {}
     for way in prompting.others(tokenizer):
         try:
             other = measure(backend, answers(way))
-        except PromptError:  # a template may refuse what another way takes
+        except PromptError:  # a template may reject what another one accepts
             continue
-        prompted[str(way)] = Gain.between(
-            agreement.by_text(len(prompts)), other.by_text(len(prompts))
-        )
+        prompted[str(way)] = Gain.between(scores.by_text(len(prompts)), other.by_text(len(prompts)))
     return _Pair(
         config=backend.drafter_config,
         vocab_size=backend.vocab_size,
         texts=texts,
-        agreement=agreement,
+        scores=scores,
         prompted=prompted,
     )
 
 
-def _collapse(scores: Scores, name: str) -> str | None:
+def _collapse(scores: TokenScores, name: str) -> str | None:
     hits = by_depth(scores.hits)
     if hits[0] < CHANCE:
         return (
-            f"the best token{name} at depth 1 is the target's in {hits[0]:.0%} of cases, no better "
-            "than chance; where no other check says why, it is a drafter for another target"
+            f"the {name}'s top token at depth 1 matches the target in {hits[0]:.0%} of cases, no "
+            "better than chance; if no other check explains it, the drafter is for another target"
         )
     for depth in range(1, len(hits)):
         here, next_ = (scores.log_probs[:, d : d + 1] for d in (depth - 1, depth))
         if Gain.between(next_, here).is_clear(COLLAPSE):
             return (
-                f"agreement{name} falls from {hits[depth - 1]:.0%} at depth {depth} to "
-                f"{hits[depth]:.0%} at depth {depth + 1}; if it was trained with block_size "
-                f"{depth + 1}, set that in the drafter's config.json"
+                f"the {name}'s agreement falls from {hits[depth - 1]:.0%} at depth {depth} to "
+                f"{hits[depth]:.0%} at depth {depth + 1}; if the drafter was trained with "
+                f"block_size {depth + 1}, set that in its config.json"
             )
     return None
 

@@ -1,7 +1,8 @@
-"""What the checks of a pair find, and how changes to it are judged."""
+"""Findings of the checks, and when a change to a pair counts as an improvement."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ class Finding:
 
     Attributes:
         check: its name.
-        ok: whether nothing is wrong.
-        message: what was seen; where something is wrong, what to change.
+        ok: whether it found no problem.
+        message: what it measured and, if there is a problem, what to change.
     """
 
     check: str
@@ -25,13 +26,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Changes of one kind, each tried alone.
+    """Alternatives of one kind, each tried alone.
 
     Attributes:
         check: the name of the finding.
-        gains: by what each change is called; None where the pair cannot run with it.
-        least: nats that matter.
-        advice: what to do where a change is clearly better.
+        gains: by name of the alternative; None if the pair cannot run with it.
+        least: smallest gain that matters, nats.
+        advice: what to do if an alternative is better.
     """
 
     check: str
@@ -40,27 +41,29 @@ class Trial:
     advice: str
 
     def best(self) -> tuple[str, Gain] | None:
-        """The change that gains most; None where there was none to try."""
+        """The alternative with the largest gain; None if there is none."""
         gains = {name: gain for name, gain in self.gains.items() if gain is not None}
         return max(gains.items(), key=lambda item: item[1].nats, default=None)
 
     def finding(self, least: float) -> Finding:
-        """The outcome, where a gain must be at least so many nats to count."""
+        """The outcome, if a gain must be at least `least` nats to count."""
         best = self.best()
         if best is None:
-            return Finding(check=self.check, ok=True, message="there is nothing else to try")
+            return Finding(check=self.check, ok=True, message="no alternative to try")
         name, gain = best
-        seen = f"{name} the true tokens are {gain}"
         if gain.is_clear(least):
-            return Finding(check=self.check, ok=False, message=f"{seen}; {self.advice}")
-        return Finding(check=self.check, ok=True, message=f"nothing is clearly better; {seen}")
+            message = f"{name}: the target's tokens are {gain} as probable; {self.advice}"
+            return Finding(check=self.check, ok=False, message=message)
+        noise = ", within noise" if gain.nats > 0 and not gain.is_clear(-math.inf) else ""
+        message = f"no significant improvement (best alternative: {name}, {gain}{noise})"
+        return Finding(check=self.check, ok=True, message=message)
 
 
 def judge(trials: Sequence[Trial]) -> list[Finding]:
-    """One finding a trial: whether a change is clearly better than the pair as it is.
+    """One finding per trial: whether an alternative is clearly better than the pair as it is.
 
-    Where one thing is badly wrong, changes of other things help a little by accident. So a gain
-    does not count beside one of more than twice as many nats.
+    If one setting is badly wrong, changes of other settings help a little by accident. So a gain
+    does not count next to one of more than twice as many nats.
     """
     bests = [(trial, best[1]) for trial in trials if (best := trial.best())]
     largest = max((gain.nats for trial, gain in bests if gain.is_clear(trial.least)), default=0.0)

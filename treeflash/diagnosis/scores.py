@@ -1,4 +1,4 @@
-"""How well a drafter predicts the texts that its target writes, depth by depth."""
+"""Drafter scores: how well a drafter predicts its target's texts, by depth."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from treeflash.decoding import decode
 from treeflash.decoding.interfaces import ARHead, Backend, Block, Drafter
 from treeflash.errors import NumericalError, PromptError
 
-EVERY = 4  # tokens from one root to the next: the blocks of neighbours say much the same
-ERRORS = 3.0  # standard errors that a gain is above what chance brings
+STRIDE = 4  # tokens from one root to the next: neighbouring blocks are nearly the same
+SIGNIFICANT = 3.0  # standard errors from which a gain is not noise
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """What a drafter says of the true tokens; nan beyond the end of a text.
+class TokenScores:
+    """Scores of the target's tokens; nan beyond the end of a text.
 
     Attributes:
-        log_probs: (blocks, S - 1) nats of the true token.
-        hits: (blocks, S - 1) 1 where it is the most probable one, 0 where it is not.
+        log_probs: (blocks, S - 1) log probability of the target's token, nats.
+        hits: (blocks, S - 1) 1 if it is the most probable token, else 0.
     """
 
     log_probs: NDArray[np.float64]
@@ -40,39 +40,39 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class Agreement:
-    """A drafter's scores over the same texts, in four ways.
+class DrafterScores:
+    """A drafter's scores on the same blocks, computed in four ways.
 
     Attributes:
-        marginal: each row of a block for the token at its own depth.
-        earlier: each row for the token one depth before.
-        later: each row for the token one depth after.
-        corrected: the AR head's after the true previous tokens; None where it was not asked for.
-        texts: (blocks,) which text a block is of.
+        marginal: each row of a block scored against the token at its own depth.
+        earlier: each row scored against the token one depth before.
+        later: each row scored against the token one depth after.
+        corrected: the AR head's, given the target's previous tokens; None if not requested.
+        texts: (blocks,) index of the text that each block belongs to.
     """
 
-    marginal: Scores
-    earlier: Scores
-    later: Scores
-    corrected: Scores | None
+    marginal: TokenScores
+    earlier: TokenScores
+    later: TokenScores
+    corrected: TokenScores | None
     texts: NDArray[np.int64]
 
-    def gain_of(self, other: Scores) -> Gain:
-        """How much better other scores of the same blocks are than the marginal ones."""
+    def gain_of(self, other: TokenScores) -> Gain:
+        """The gain of other scores of the same blocks over the marginal ones."""
         return Gain.between(self.marginal.log_probs, other.log_probs)
 
     def by_text(self, count: int) -> NDArray[np.float64]:
-        """(count, 1) mean marginal log probability of each text; nan of one without a block."""
+        """(count, 1) mean marginal log probability of each text; nan for a text without a block."""
         means = [self.marginal.log_probs[self.texts == number] for number in range(count)]
         return np.array([[np.nanmean(each) if each.size else np.nan] for each in means])
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more probable one way of drafting makes the true tokens than another.
+    """How much more probable one way of drafting makes the target's tokens than another.
 
     Attributes:
-        nats: mean difference of their log probabilities.
+        nats: mean difference of log probabilities.
         error: its standard error.
     """
 
@@ -81,7 +81,7 @@ class Gain:
 
     @classmethod
     def between(cls, base: NDArray[np.float64], other: NDArray[np.float64]) -> Gain:
-        """From (blocks, depths) log probabilities; nan entries are left out."""
+        """The gain from `base` to `other`, (blocks, depths) log probabilities; nan is left out."""
         difference = other - base
         difference = difference[~np.isnan(difference).all(1)]
         if len(difference) < 2:
@@ -90,32 +90,32 @@ class Gain:
         return cls(float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each))))
 
     def is_clear(self, least: float) -> bool:
-        """Whether it is at least so many nats, and more than chance brings."""
-        return self.nats >= max(least, ERRORS * self.error)
+        """Whether it is at least `least` nats and statistically significant."""
+        return self.nats >= max(least, SIGNIFICANT * self.error)
 
     def __str__(self) -> str:
-        return f"{math.exp(self.nats):.2f} times as probable"
+        return f"{math.exp(self.nats):.2f}x"
 
 
 def answer(
     backend: Backend, prompt_ids: Sequence[int], max_tokens: int, stop_token_ids: frozenset[int]
 ) -> Text:
-    """Decode a text plainly."""
+    """Decode a text without drafting."""
     config = DecodeConfig(method="ar", max_tokens=max_tokens, stop_token_ids=stop_token_ids)
     steps = decode(backend, prompt_ids, config)
     return Text(prompt_ids, [token for step in steps for token in step.tokens])
 
 
-def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None) -> Agreement:
-    """Draft a block at every few tokens of some texts and compare it with what follows.
+def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None) -> DrafterScores:
+    """Draft a block at every fourth token of some texts and score the tokens that follow.
 
     Args:
-        backend: a pair.
-        texts: of its target.
-        head: the pair's, where its scores are wanted too.
+        backend: a loaded pair.
+        texts: written by its target.
+        head: the pair's AR head, to score it too.
 
     Raises:
-        PromptError: the texts are too short to compare anything.
+        PromptError: the texts are too short.
         NumericalError: a model produced values that are not finite.
     """
     rows: dict[str, list[NDArray[np.float64]]] = {}
@@ -131,9 +131,11 @@ def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None)
                 rows.setdefault(name, []).append(_score(table, tokens[first:]))
             numbers.append(number)
     if not numbers:
-        raise PromptError("the target's answers are too short to judge a drafter by; give others")
-    scores = {name: Scores(*np.stack(each, 1)) for name, each in rows.items()}
-    return Agreement(
+        raise PromptError(
+            "the target's answers are too short to score a drafter; use other prompts"
+        )
+    scores = {name: TokenScores(*np.stack(each, 1)) for name, each in rows.items()}
+    return DrafterScores(
         marginal=scores["marginal"],
         earlier=scores["earlier"],
         later=scores["later"],
@@ -143,25 +145,25 @@ def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None)
 
 
 def by_depth(values: NDArray[np.float64]) -> list[float]:
-    """Means over the blocks, one a depth, for as many depths as the texts reach."""
+    """Means over the blocks for each depth that the texts reach."""
     reached = ~np.isnan(values).all(0)
     means: list[float] = np.nanmean(values[:, reached], 0).tolist()
     return means
 
 
 def _blocks(backend: Backend, text: Text) -> Iterator[tuple[Sequence[int], Drafter, Block]]:
-    """The true tokens of each block, the root first, and the block."""
+    """The target's tokens from each root on, the drafter, and its block."""
     verifier, drafter = backend.verifier(features=True), backend.drafter()
     unseen = text.prompt_ids
-    for start in range(0, len(text.answer_ids) - 1, EVERY):
+    for start in range(0, len(text.answer_ids) - 1, STRIDE):
         _, features = verifier.prefill(unseen, SamplingConfig(), None)
         tokens = text.answer_ids[start:]
         yield tokens, drafter, drafter.draft(features, tokens[0])
-        unseen = tokens[:EVERY]
+        unseen = tokens[:STRIDE]
 
 
 def _score(table: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """(2, S - 1) log probabilities and hits of (S - 1, vocab) rows, row i against token i."""
+    """(2, S - 1) log probabilities and hits of (S - 1, vocab) rows; row i scores token i."""
     if np.isnan(table).any():
         raise NumericalError("the drafter's output is not a number (NaN): its weights are damaged")
     count = min(len(table), len(tokens))

@@ -40,4 +40,4 @@ class Prompting:
     def __str__(self) -> str:
         if self.raw:
             return "without the chat template"
-        return f"with the chat template, thinking {'on' if self.thinking else 'off'},"
+        return f"with the chat template, thinking {'on' if self.thinking else 'off'}"

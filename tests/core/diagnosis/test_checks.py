@@ -135,7 +135,7 @@ def test_a_sound_pair(problems, head):
 def test_layers_off_by_one(problems):
     found = problems(layers=(0, 1))
     assert found.keys() == {"target layers"}
-    assert found["target layers"].startswith("with target_layer_ids [0, 1] the true tokens are 3.")
+    assert found["target layers"].startswith("target_layer_ids [0, 1]: the target's tokens are 3.")
 
 
 def test_layers_that_the_target_lacks_are_not_tried(problems):
@@ -145,23 +145,31 @@ def test_layers_that_the_target_lacks_are_not_tried(problems):
 def test_mask_token(problems):
     found = problems(mask=1)
     assert found.keys() == {"mask token"}
-    assert found["mask token"].startswith("with mask_token_id 1 (<|end|>) the true tokens are 3.")
+    assert found["mask token"].startswith("mask_token_id 1 (<|end|>): the target's tokens are 3.")
 
 
 @pytest.mark.parametrize(("late", "depth"), [(-1, "i + 1"), (1, "i - 1")])
 def test_block_offset(problems, late, depth):
     found = problems(late=late)
-    assert found["block offset"].startswith(f"with row i of the block taken for depth {depth} the")
+    assert found["block offset"].startswith(f"row i of the block taken for depth {depth}: the")
     assert found.keys() == {"block offset", "depths"}  # nothing is right at depth 1
 
 
 @pytest.mark.parametrize(
     ("asked", "made_for", "advice"),
     [
-        (Prompting(), Prompting(thinking=True), "with the chat template, thinking on, the true"),
-        (Prompting(thinking=True), Prompting(), "with the chat template, thinking off, the true"),
-        (Prompting(), Prompting(raw=True), "without the chat template the true"),
-        (Prompting(raw=True), Prompting(), "with the chat template, thinking off, the true"),
+        (
+            Prompting(),
+            Prompting(thinking=True),
+            "with the chat template, thinking on: the target's",
+        ),
+        (
+            Prompting(thinking=True),
+            Prompting(),
+            "with the chat template, thinking off: the target's",
+        ),
+        (Prompting(), Prompting(raw=True), "without the chat template: the target's"),
+        (Prompting(raw=True), Prompting(), "with the chat template, thinking off: the target's"),
     ],
 )
 def test_prompting(problems, byte_tokenizer, asked, made_for, advice):
@@ -175,21 +183,21 @@ def test_depths_that_collapse(problems):
     found = problems(depths=3)
     assert found.keys() == {"depths"}
     assert (
-        "falls from 100% at depth 3 to 0% at depth 4; if it was trained with block_size 4"
-        in (found["depths"])
+        "falls from 100% at depth 3 to 0% at depth 4; if the drafter was trained with block_size 4"
+        in found["depths"]
     )
 
 
 def test_depths_of_the_head_that_collapse(problems):
     found = problems(head=Head(depths=2))
     assert found.keys() == {"depths"}
-    assert "of the AR head falls from 100% at depth 2 to 0% at depth 3" in found["depths"]
+    assert "the AR head's agreement falls from 100% at depth 2 to 0% at depth 3" in found["depths"]
 
 
 def test_a_drafter_for_another_target(problems):
     found = problems(depths=0)
     assert found.keys() == {"depths"}
-    assert "at depth 1 is the target's in 0% of cases, no better than chance" in found["depths"]
+    assert "at depth 1 matches the target in 0% of cases, no better than chance" in found["depths"]
 
 
 def test_measure(folder):
@@ -217,7 +225,7 @@ def test_measure(folder):
 
 
 def test_answers_too_short(folder):
-    with pytest.raises(PromptError, match="too short to judge"):
+    with pytest.raises(PromptError, match="too short to score"):
         measure(MadeUp(folder), [Text([5], [7])])
 
 
@@ -233,15 +241,15 @@ def test_gain():
     gain = Gain.between(base, base + np.array([[0.5, 1.5], [3.0, 0.0], [9.0, 9.0]]))
     assert gain.nats == 2
     assert gain.error == 1
-    assert str(gain) == "7.39 times as probable"
+    assert str(gain) == "7.39x"
     assert not gain.is_clear(0.1)  # fewer than three standard errors
     assert Gain(2.0, 0.6).is_clear(2.0)
     assert not Gain(2.0, 0.6).is_clear(2.1)
     assert not Gain.between(base[:1], base[:1] + 5).is_clear(0.1)  # one block proves nothing
 
 
-def trial(nats, least=0.1):
-    gains = {"changed": None if nats is None else Gain(nats, 0.0)}
+def trial(nats, least=0.1, error=0.0):
+    gains = {"changed": None if nats is None else Gain(nats, error)}
     return Trial(check="it", gains=gains, least=least, advice="change it")
 
 
@@ -258,10 +266,13 @@ def test_judging(trials, ok):
 
 
 def test_messages_of_trials():
-    assert [judge([trial(nats)])[0].message for nats in (0.2, 0.0, None)] == [
-        "changed the true tokens are 1.22 times as probable; change it",
-        "nothing is clearly better; changed the true tokens are 1.00 times as probable",
-        "there is nothing else to try",
+    trials = [trial(0.2), trial(0.05), trial(1.58, error=0.6), trial(-0.1, error=0.1), trial(None)]
+    assert [judge([each])[0].message for each in trials] == [
+        "changed: the target's tokens are 1.22x as probable; change it",
+        "no significant improvement (best alternative: changed, 1.05x)",
+        "no significant improvement (best alternative: changed, 4.85x, within noise)",
+        "no significant improvement (best alternative: changed, 0.90x)",
+        "no alternative to try",
     ]
 
 
