@@ -1,4 +1,4 @@
-"""Let a target answer prompts, to train a drafter on: `python -m treeflash.distill`."""
+"""Generate a target's responses to train a drafter on: `python -m treeflash.distill`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from rich.console import Console
 from treeflash.cli.options import INTERRUPTED, Parser, add_device_options, guarded, with_device
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_target
+from treeflash.text.output_file import locked
 from treeflash.text.prompt_file import Row, read_rows
 from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.distillation import Distillation, DistillConfig, mix
+from treeflash.training.distillation import Distillation, DistillConfig
+from treeflash.training.mixture import mix
 from treeflash.training.self_prompt import self_prompts
 from treeflash.training.trainers import trainer
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, let the target answer, and return the exit code."""
+    """Parse the command line, let the target answer, and return the exit status."""
     args = _parser().parse_args(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = DistillConfig(
@@ -33,41 +35,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         slots=args.slots,
         seed=args.seed,
     )
-    for name in ("limit", "self_prompt"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")
-    if args.weights and (args.limit is None or not args.prompts):
-        raise ConfigError("--weights are shares of --limit answers to --prompts; give both")
-    if args.limit and not args.prompts:
-        raise ConfigError("--limit is of --prompts; --self-prompt says how many it writes")
-    # What is wrong with the output is found out before the work, not after.
-    distillation = Distillation.resume(_rows(args) if args.prompts else [], args.output)
-    train = trainer(args.backend)
-    target = resolve_target(args.target)
-    tokenizer = Tokenizer.from_folder(target)
-    responder = with_device(args, lambda config: train.responder(target, config))
-    try:
-        if not args.prompts:
-            prompts = args.output.with_suffix(".prompts.jsonl")
-            distillation.rows = self_prompts(
-                responder,
-                tokenizer,
-                args.self_prompt,
-                prompts,
-                console,
-                slots=args.slots,
-                seed=args.seed,
-            )
-        distillation.run(responder, tokenizer, config, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from there")
-        return INTERRUPTED
+    _check(args)
+    rows = _rows(args) if args.prompts else []
+    with locked(args.output):
+        distillation = Distillation.resume(rows, args.output)  # before the model is loaded
+        train = trainer(args.backend)
+        target = resolve_target(args.target)
+        tokenizer = Tokenizer.from_folder(target)
+        responder = with_device(args, lambda load: train.responder(target, load))
+        try:
+            distillation.check(responder, config)
+            if args.self_prompt:
+                distillation.rows = self_prompts(
+                    responder,
+                    tokenizer,
+                    args.self_prompt,
+                    args.output.with_suffix(".prompts.jsonl"),
+                    console,
+                    slots=args.slots,
+                    seed=args.seed,
+                )
+            distillation.run(responder, tokenizer, config, console)
+        except KeyboardInterrupt:
+            console.print("interrupted; run the same command again to resume")
+            return INTERRUPTED
     console.print(distillation.report())
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    for name in ("limit", "self_prompt"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")
+    if args.weights and (args.limit is None or not args.prompts):
+        raise ConfigError("--weights divide up the --limit of --prompts; give both")
+    if args.limit and not args.prompts:
+        raise ConfigError("--limit needs --prompts; --self-prompt gives the number itself")
+
+
 def _rows(args: argparse.Namespace) -> list[Row]:
-    """The prompts of all files, mixed."""
+    """The rows of all files, mixed."""
     weights = args.weights or [1.0] * len(args.prompts)
     if len(weights) != len(args.prompts) or not all(0 < weight < math.inf for weight in weights):
         raise ConfigError("--weights needs one number above 0 for each file of --prompts")
@@ -75,35 +82,37 @@ def _rows(args: argparse.Namespace) -> list[Row]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.distill", "Let the target answer prompts, to train a drafter on.")
+    parser = Parser("treeflash.distill", "Generate a target's responses to train a drafter on.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts",
         type=Path,
         nargs="+",
         metavar="FILE.jsonl",
-        help="objects with an id, and turns, a prompt, or messages",
+        help="prompts to answer: JSON objects with an id, and turns, a prompt, or messages",
     )
     source.add_argument(
         "--self-prompt",
         type=int,
         metavar="N",
-        help="let the target write N prompts itself, into a file beside the output",
+        help="let the target generate N prompts itself, in a file beside the output",
     )
     parser.add_argument(
         "--weights",
         type=float,
         nargs="+",
         metavar="W",
-        help="shares of the files in --limit answers (default: equal)",
+        help="share of each file of --prompts in the --limit (default: equal shares)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts in all (default: every)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="number of prompts to answer (default: all)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FILE.jsonl",
-        help="where answers go, a line each; what it holds already is not answered again",
+        help="write one line per response; prompts already answered in the file are skipped",
     )
     config = DistillConfig()
     parser.add_argument(
@@ -112,14 +121,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=config.temperatures,
         metavar="T",
-        help="0 is greedy; several are used in turn (default: 0)",
+        help="0 is greedy; several are assigned to the prompts in turn (default: 0)",
     )
     for name, kind, text in (
-        ("top_p", float, "of sampled answers"),
-        ("max_tokens", int, "of an answer, at most"),
-        ("max_prompt_tokens", int, "longer prompts are left out"),
-        ("slots", int, "prompts answered at a time"),
-        ("seed", int, "of mixing and sampling"),
+        ("top_p", float, "sample from the most likely tokens of total probability P"),
+        ("max_tokens", int, "maximum length of a response"),
+        ("max_prompt_tokens", int, "skip longer prompts"),
+        ("slots", int, "prompts answered at the same time"),
+        ("seed", int, "random seed for mixing and sampling"),
     ):
         default = getattr(config, name)
         parser.add_argument(

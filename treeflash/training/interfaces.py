@@ -54,8 +54,18 @@ class Response:
 
 
 class Responder(Protocol):
-    """A target that answers many prompts at once."""
+    """A target that answers many prompts at once.
 
+    Attributes:
+        target: name of the target's folder.
+        backend: name of the backend that runs it.
+        dtype: the precision it runs in.
+        max_positions: the most tokens of a prompt and its response together.
+    """
+
+    target: str
+    backend: str
+    dtype: str
     max_positions: int
 
     def respond(

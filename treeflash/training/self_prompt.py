@@ -1,22 +1,24 @@
-"""Prompts that the target writes itself: what it answers to, where no prompt set is at hand."""
+"""Prompts that the target generates itself, for when there is no set of prompts."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
-from rich.progress import Progress
 
+from treeflash.cli.progress import progress
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError
-from treeflash.text.output_file import finished_records
+from treeflash.text.output_file import OutputFile, finished_records, locked
 from treeflash.text.prompt_file import Row
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.interfaces import Request, Responder
+from treeflash.training.provenance import check_settings, provenance
 
+Record: TypeAlias = dict[str, Any]
 TEMPERATURE = 1.0
 MAX_TOKENS = 256
 LINE_START = b'{"id": '
@@ -32,48 +34,51 @@ def self_prompts(
     slots: int,
     seed: int,
 ) -> list[Row]:
-    """Let the target go on from the user's header of its chat template, `count` times.
+    """Sample `count` user messages by letting the target continue its chat template's user header.
 
     Args:
         responder: the target.
         tokenizer: of the target.
-        count: prompts to write; one that comes out empty is left out.
-        path: JSON lines of `id` and `prompt`; those that it holds already are kept.
+        count: number of prompts; empty ones are dropped.
+        path: JSON lines of `id`, `prompt` and the settings; prompts already in it are kept.
         console: for a progress bar.
-        slots: prompts written at a time.
-        seed: of sampling; prompt n counts on from it.
+        slots: prompts generated at the same time.
+        seed: of sampling; prompt n uses `seed + n`.
 
     Raises:
         PromptError: the tokenizer has no chat template.
-        ConfigError: the target writes nothing but empty prompts, or another program wrote the
-            file, or it cannot be written.
+        ConfigError: all prompts are empty, or the file cannot be written, is being written by
+            another process, or has lines of another program or of other settings.
     """
     header = tuple(tokenizer.user_header())
-    found = finished_records(path, LINE_START, _prompt)
-    prompts = {name: prompt for (name, prompt), _ in found}
-    missing = [n for n in range(count) if _name(n) not in prompts]
-    requests = [
-        Request(
-            prompt_ids=header,
-            sampling=SamplingConfig(temperature=TEMPERATURE, seed=seed + n),
-            max_tokens=MAX_TOKENS,
-        )
-        for n in missing
-    ]
-    with path.open("a", encoding="utf-8", newline="\n") as file, Progress(console=console) as bar:
-        file.truncate(sum(size for _, size in found))
-        task = bar.add_task("prompts", total=count, completed=count - len(missing))
-        for index, tokens in responder.respond(requests, tokenizer.stop_token_ids, slots):
-            bar.advance(task)
-            if text := tokenizer.decode(tokens).strip():
-                name = _name(missing[index])
-                prompts[name] = text
-                record = {"id": name, "prompt": text}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
+    settings = provenance(responder)
+    with locked(path):
+        found = finished_records(path, LINE_START, _checked)
+        prompts = {record["id"]: record["prompt"] for record, _ in found}
+        for record, _ in found:
+            number = int(record["id"].removeprefix("self-"))
+            check_settings(path, record, {**settings, "seed": seed + number})
+        missing = [n for n in range(count) if _name(n) not in prompts]
+        requests = [
+            Request(
+                prompt_ids=header,
+                sampling=SamplingConfig(temperature=TEMPERATURE, seed=seed + n),
+                max_tokens=MAX_TOKENS,
+            )
+            for n in missing
+        ]
+        with OutputFile(path, sum(size for _, size in found)) as file, progress(console) as bar:
+            task = bar.add_task("prompts", total=count, completed=count - len(missing))
+            for index, tokens in responder.respond(requests, tokenizer.stop_token_ids, slots):
+                bar.advance(task)
+                if text := tokenizer.decode(tokens).strip():
+                    n = missing[index]
+                    record = {"id": _name(n), "prompt": text, **settings, "seed": seed + n}
+                    file.append(json.dumps(record, ensure_ascii=False))
+                    prompts[_name(n)] = text
     wanted = [name for n in range(count) if (name := _name(n)) in prompts]
     if not wanted:
-        raise ConfigError("the target wrote no prompts by itself; give --prompts")
+        raise ConfigError("the target generated no prompts; pass --prompts")
     return [Row(id=name, turns=(({"role": "user", "content": prompts[name]},),)) for name in wanted]
 
 
@@ -81,8 +86,10 @@ def _name(number: int) -> str:
     return f"self-{number}"
 
 
-def _prompt(record: Any) -> tuple[str, str]:
-    name, prompt = record["id"], record["prompt"]
-    if not isinstance(prompt, str) or not re.fullmatch(r"self-\d+", name):
+def _checked(record: Any) -> Record:
+    """The record, if a run like this one wrote it."""
+    if not isinstance(record["prompt"], str) or not re.fullmatch(r"self-\d+", record["id"]):
         raise ValueError
-    return name, prompt
+    if not record.keys() >= {"target", "backend", "dtype", "seed"}:
+        raise KeyError
+    return dict(record)

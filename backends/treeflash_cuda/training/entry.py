@@ -19,7 +19,7 @@ def responder(target: Path, config: LoadConfig) -> Responder:
     """See `Trainer.responder`."""
     model = load_target(target, config, pack=True)
     model.find_scale()
-    return Responder(model)
+    return Responder(target.name, model)
 
 
 def train(

@@ -31,10 +31,14 @@ PREFILL_TOKENS = 8192
 class Responder:
     """`treeflash.training.interfaces.Responder` in PyTorch."""
 
-    def __init__(self, target: Target) -> None:
-        """Take a loaded target."""
+    backend = "cuda"
+
+    def __init__(self, target: str, model: Target) -> None:
+        """Take the name of a target and the target, loaded."""
         self.target = target
-        self.max_positions = target.max_positions
+        self.model = model
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.max_positions = model.max_positions
 
     @torch.inference_mode()
     def respond(
@@ -46,7 +50,7 @@ class Responder:
         waiting = deque(range(len(requests)))
         slots = min(slots, len(waiting))
         capacity = max(len(r.prompt_ids) + r.max_tokens for r in requests)
-        cache = SlotCache(len(self.target.layers), slots, capacity, self.target.device)
+        cache = SlotCache(len(self.model.layers), slots, capacity, self.model.device)
         # Chat templates begin every prompt with the same words: they are run once.
         prefix = _common_prefix([request.prompt_ids[:-1] for request in requests])
         if prefix:
@@ -70,7 +74,7 @@ class Responder:
 
     def _prefill(self, cache: SlotCache, prompts: Sequence[Sequence[int]]) -> None:
         """Run the tokens of prompts that follow the prefix, each into a new slot."""
-        device = self.target.device
+        device = self.model.device
         rows = max(1, PREFILL_TOKENS // (1 + max(map(len, prompts), default=0)))
         for first in range(0, len(prompts), rows):
             part = prompts[first : first + rows]
@@ -94,7 +98,7 @@ class Responder:
 
     def _step(self, cache: SlotCache, answers: list[_Answer | None]) -> None:
         """Choose one more token for every answer."""
-        device = self.target.device
+        device = self.model.device
         live = {slot: answer for slot, answer in enumerate(answers) if answer is not None}
         newest = torch.tensor([a.newest if a else 0 for a in answers], device=device)
         context = cache.look([a.position + 1 if a else 0 for a in answers])
@@ -108,7 +112,7 @@ class Responder:
             draws = None
             if not sampling.greedy:
                 draws = np.concatenate([live[slot].draw() for slot in group])
-            logits = self.target.logits(hidden[torch.tensor(group, device=device)])
+            logits = self.model.logits(hidden[torch.tensor(group, device=device)])
             for slot, token in zip(group, choose(logits, sampling, draws), strict=True):
                 live[slot].tokens.append(int(token))
 
@@ -121,11 +125,11 @@ class Responder:
     ) -> Tensor:
         """(rows, n, hidden_size) before the output head."""
         with attention_context(context):
-            output = self.target.model.get_decoder()(
+            output = self.model.model.get_decoder()(
                 input_ids=tokens,
                 position_ids=positions,
                 use_cache=True,
-                **{self.target.cache_argument: cache},
+                **{self.model.cache_argument: cache},
             )
         hidden: Tensor = output.last_hidden_state
         return hidden

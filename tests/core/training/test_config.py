@@ -19,6 +19,12 @@ def test_the_command_line_overrides_the_file(tmp_path):
     )
 
 
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text("steps = 7\n", encoding="utf-8-sig")
+    assert read_train_config(path, {}).steps == 7
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -53,6 +53,12 @@ def test_what_is_wrong_is_named_with_its_line(record, message, tmp_path, byte_to
         read_responses(write(tmp_path, good, record), byte_tokenizer)
 
 
+def test_a_byte_order_mark_is_ignored(tmp_path, byte_tokenizer):
+    path = write(tmp_path, {"prompt_ids": [1], "response_ids": [2]})
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(read_responses(path, byte_tokenizer)) == 1
+
+
 def test_an_empty_file_is_refused(tmp_path, byte_tokenizer):
     with pytest.raises(PromptError, match="holds no responses"):
         read_responses(write(tmp_path), byte_tokenizer)
