@@ -142,6 +142,7 @@ def verify_rows(backend: Any, shape: dict[str, Any], bandwidth: float, args: Any
             )
             row = {"context": context, "nodes": len(tree), "verify_ms": verify_ms}
             rows.append(row | {"limit_ms": limit_ms, "of_limit": limit_ms / verify_ms})
+        verifier.close()
     return rows
 
 
@@ -185,7 +186,9 @@ def part_rows(backend: Any, context: int, repeats: int) -> list[dict]:
             head.transitions(block, TOP_M, TOP_K, 1.0, shortlist=n, rows=r)
         )
     parts["drafter"] = draft  # last: a block is valid until the next one
-    return [{"part": name, "ms": median_ms(part, repeats)} for name, part in parts.items()]
+    found = [{"part": name, "ms": median_ms(part, repeats)} for name, part in parts.items()]
+    verifier.close()
+    return found
 
 
 def card(device: Any) -> str:

@@ -141,6 +141,7 @@ def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
         calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None) for tree in trees]
         for size, verify_ms in zip(args.sizes, alternate(calls, args.repeats), strict=True):
             rows.append({"context": context, "nodes": size, "verify_ms": verify_ms})
+        verifier.close()
     return rows
 
 
@@ -166,6 +167,7 @@ def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) 
             ]
             draft_ms = 1000 * median(s.seconds.get("draft", 0.0) for s in steps[1:])
             times.append([draft_ms + ms for ms in alternate(calls, repeats)])
+            verifier.close()
         greedy, *others = (median(own) for own in zip(*times, strict=True))
         for name, ms in zip(SAMPLINGS, others, strict=True):
             rows.append({"sampling": name, "budget": budget, "of_greedy": ms / greedy})

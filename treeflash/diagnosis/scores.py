@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,13 +154,14 @@ def by_depth(values: NDArray[np.float64]) -> list[float]:
 
 def _blocks(backend: Backend, text: Text) -> Iterator[tuple[Sequence[int], Drafter, Block]]:
     """The target's tokens from each root on, the drafter, and its block."""
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    unseen = text.prompt_ids
-    for start in range(0, len(text.answer_ids) - 1, STRIDE):
-        _, features = verifier.prefill(unseen, SamplingConfig(), None)
-        tokens = text.answer_ids[start:]
-        yield tokens, drafter, drafter.draft(features, tokens[0])
-        unseen = tokens[:STRIDE]
+    with closing(backend.verifier(features=True)) as verifier:
+        drafter = backend.drafter()
+        unseen = text.prompt_ids
+        for start in range(0, len(text.answer_ids) - 1, STRIDE):
+            _, features = verifier.prefill(unseen, SamplingConfig(), None)
+            tokens = text.answer_ids[start:]
+            yield tokens, drafter, drafter.draft(features, tokens[0])
+            unseen = tokens[:STRIDE]
 
 
 def _score(table: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:

@@ -74,6 +74,9 @@ class MadeUp:
     def drafter(self):
         return self
 
+    def close(self):
+        pass
+
     def prefill(self, token_ids, sampling, uniforms):
         self.prompt = self.prompt if self.length else list(token_ids)
         self.length += len(token_ids)

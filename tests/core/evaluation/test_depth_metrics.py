@@ -94,6 +94,9 @@ class Oracle:
     def drafter(self):
         return self
 
+    def close(self):
+        pass
+
     def prefill(self, token_ids, sampling, uniforms):
         return 0, None
 
