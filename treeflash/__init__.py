@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[:1] == ["-m"] and any(arg.startswith("treeflash.") for arg in sys.orig_argv):
+    # `python -m treeflash.<command>` is starting, and its imports take seconds: an interruption
+    # meanwhile needs no traceback.
+    sys.excepthook = lambda kind, error, traceback: (
+        print("interrupted", file=sys.stderr)
+        if kind is KeyboardInterrupt
+        else sys.__excepthook__(kind, error, traceback)
+    )
+
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.errors import TreeflashError
 from treeflash.language_model import LanguageModel, load

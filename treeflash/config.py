@@ -167,6 +167,11 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         _check(
+            self.device is None or (isinstance(self.device, str) and self.device != ""),
+            "device must be the name of a device, such as cpu or cuda:1",
+            self,
+        )
+        _check(
             self.dtype in (None, *DTYPES),
             f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}",
         )

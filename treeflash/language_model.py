@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypedDict, Unpack
 
 from treeflash.config import (
@@ -21,7 +23,7 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target
-from treeflash.registry import best, loader, on_some_device
+from treeflash.registry import best, check_device, loader, on_some_device
 from treeflash.text.generation import Generation
 from treeflash.text.prompt import Prompt, encode
 from treeflash.text.stream import Stream
@@ -84,6 +86,7 @@ class LanguageModel:
     adaptive_budgets: dict[Method, AdaptiveBudget] = field(
         default_factory=dict, compare=False, repr=False
     )
+    _measuring: Lock = field(default_factory=Lock, init=False, compare=False, repr=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate the whole text at once; see `stream`."""
@@ -124,15 +127,16 @@ class LanguageModel:
         )
 
     def _adaptive_budget(self, config: DecodeConfig) -> AdaptiveBudget | None:
-        """What the methods of this pair share, measured when first asked for."""
+        """That of a method; the costs are measured once, and shared by methods and threads."""
         if config.budget != AUTO or not config.drafts:
             return None
-        if config.method not in self.adaptive_budgets:
-            known = next(iter(self.adaptive_budgets.values()), None)
-            self.adaptive_budgets[config.method] = AdaptiveBudget(
-                known.costs if known else self._costs()
-            )
-        return self.adaptive_budgets[config.method]
+        with self._measuring:
+            if config.method not in self.adaptive_budgets:
+                known = next(iter(self.adaptive_budgets.values()), None)
+                self.adaptive_budgets[config.method] = AdaptiveBudget(
+                    known.costs if known else self._costs()
+                )
+            return self.adaptive_budgets[config.method]
 
     def _costs(self) -> VerifyCosts:
         if self.folder is None:
@@ -193,7 +197,9 @@ def load(
     config = LoadConfig(
         device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, cuda_graphs=cuda_graphs
     )
-    load_pair = loader(backend or best())
+    load_pair = loader(best() if backend is None else backend)
+    if device is not None:
+        check_device(load_pair, device)
     name = None if target is None else str(target)
     target_folder = resolve_target(name)
     drafter_folder = None
@@ -223,10 +229,28 @@ def parse_options(options: Options) -> DecodeConfig:
         raise ConfigError(f"stop must be a text, or a list of texts, got {stop!r}")
     if "" in ((stop,) if isinstance(stop, str) else stop):
         raise ConfigError("a stop string is empty; leave it out")
+    _check_kinds(options)
     given = {key: value for key, value in options.items() if key != "stop_token_ids"}
     return DecodeConfig(
         **_pick(given, DecodeConfig), sampling=SamplingConfig(**_pick(given, SamplingConfig))
     )
+
+
+def _check_kinds(options: Options) -> None:
+    """Check the options that no configuration checks."""
+    stop_token_ids = options.get("stop_token_ids", ())
+    if not isinstance(stop_token_ids, Collection) or not all(
+        isinstance(token_id, Integral) for token_id in stop_token_ids
+    ):
+        raise ConfigError(f"stop_token_ids must be token ids, got {stop_token_ids!r}")
+    system = options.get("system")
+    if not isinstance(system, str | None):
+        raise ConfigError(f"system must be a text, got {system!r}")
+    template_args = options.get("template_args")
+    if not isinstance(template_args, Mapping | None):
+        raise ConfigError(
+            f"template_args must be a mapping of names to values, got {template_args!r}"
+        )
 
 
 def _pick(options: Mapping[str, object], kind: type) -> dict[str, Any]:

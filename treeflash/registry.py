@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
 def available(group: str = GROUP) -> dict[str, EntryPoint]:
-    """What is registered in a group by name, whether or not its framework is installed.
+    """The entry points of a group by name, whether or not their frameworks are installed.
 
     Raises:
         BackendError: two packages register the same name.
@@ -38,7 +39,7 @@ def available(group: str = GROUP) -> dict[str, EntryPoint]:
 
 
 def installed(name: str) -> bool:
-    """Whether what a backend of this package runs on is installed."""
+    """Whether the framework of a backend is installed."""
     return not _missing(name)
 
 
@@ -47,7 +48,7 @@ def _missing(name: str) -> list[str]:
 
 
 def best() -> str:
-    """The backend to use when none is named: MLX on Apple Silicon, else torch, MLX, NumPy."""
+    """The default backend: MLX on Apple Silicon, else the first installed of torch, MLX, NumPy."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     order = ("mlx", "cuda") if apple else ("cuda", "mlx")
     return next((name for name in order if installed(name)), "reference")
@@ -62,11 +63,22 @@ def loader(name: str) -> Loader:
     return cast(Loader, load_entry_point(name, available()))
 
 
-def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
-    """Run with a configuration; on the CPU where there is no other device and the user named none.
+def check_device(load: Loader, device: str) -> None:
+    """Have a backend reject a device before models are fetched, if it can: see `Loader`.
 
     Raises:
-        BackendError: the device that the user named is not there.
+        BackendError: there is no such device.
+    """
+    choose = getattr(inspect.getmodule(load), "choose_device", None)
+    if choose is not None:
+        choose(device)
+
+
+def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
+    """Run with a configuration; on the CPU if there is no other device and the user named none.
+
+    Raises:
+        BackendError: there is no such device, and the user named it.
     """
     try:
         return run(config)

@@ -149,6 +149,16 @@ def test_prompt_from_a_file_loses_its_last_newline(use, run, scripted, tmp_path)
     assert asked(model) == "first\nsecond"
 
 
+def test_a_byte_order_mark_does_not_reach_the_model(use, run, scripted, tmp_path, monkeypatch):
+    model = use(scripted(TEXT))
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbffirst\n")
+    assert run("--prompt-file", str(tmp_path / "p.txt"), "--raw")[0] == 0
+    assert asked(model) == "first"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufefffirst\n"))
+    assert run("--raw")[0] == 0
+    assert asked(model) == "first"
+
+
 def test_prompt_from_standard_input(use, run, scripted, monkeypatch):
     model = use(scripted(TEXT))
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped\n"))
@@ -239,3 +249,36 @@ def test_a_reader_that_goes_away_is_no_error(tiny_pair):
     assert process.wait(timeout=60) == 141
     assert b"Traceback" not in err
     assert b"Exception ignored" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors differ on Windows")
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_standard_stream_is_no_error(tiny_pair, closed):
+    process = subprocess.run(
+        command_line(tiny_pair, "--max-tokens", "2", "hi"),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.close(closed),
+    )
+    assert process.returncode == 0
+    assert "Traceback" not in process.stderr
+    assert (process.stdout == "") == (closed == 1)
+    assert ("finish reason" in process.stderr) == (closed == 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")
+def test_sigint_while_importing_has_no_traceback(tmp_path):
+    code = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "huggingface_hub.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, "-m", generate.__name__, "hi"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.returncode in (130, -signal.SIGINT)  # shells report both as 130
+    assert process.stderr == "interrupted\n"

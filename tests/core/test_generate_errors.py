@@ -37,7 +37,7 @@ def bad_files(folder):
         ("--prompt-file latin.txt", "not UTF-8"),
         ("--prompt-file empty.txt", "is empty"),
         ("--explain hi", "put the prompt before --explain"),
-        ("--explain=0 hi", "no number of iterations"),
+        ("--explain=0 hi", "not a number of iterations"),
         ("--chat-template-args {x} hi", "not JSON"),
         ("--chat-template-args [] hi", "not a JSON object"),
         ("--raw --system x hi", "raw"),
@@ -48,7 +48,7 @@ def bad_files(folder):
         ("--prompts rows.jsonl --output out.jsonl --json", "--json is for a single prompt"),
         ("--prompts rows.jsonl --output no/out.jsonl", "no/out.jsonl cannot be written"),
         ("--prompts rows.jsonl --output .", ". cannot be written"),
-        ("--prompts rows.jsonl --output rows.jsonl", "the file of the prompts"),
+        ("--prompts rows.jsonl --output rows.jsonl", "is the file of prompts"),
         ("--prompts rows.jsonl --output other.jsonl", "other.jsonl:1 was not written by"),
         ("--prompts bad.jsonl --output out.jsonl", "bad.jsonl:2"),
         ("--prompts missing.jsonl --output out.jsonl", "missing.jsonl cannot be read"),
@@ -80,7 +80,7 @@ def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
     ("error", "message"),
     [
         (NumericalError("not finite"), "not finite\n"),
-        (RuntimeError("CUDA out of memory"), "out of memory; shorter texts"),
+        (RuntimeError("CUDA out of memory"), "out of memory; try shorter texts"),
     ],
 )
 def test_an_error_inside_a_text_has_a_line_of_its_own(
@@ -122,11 +122,13 @@ def test_piped_input_that_is_no_prompt(run, monkeypatch, content):
     ("args", "message"),
     [
         (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--backend", ""], "unknown backend ''"),
+        (["--device", ""], "device must be the name of a device, such as cpu or cuda:1, got ''"),
         (["--device", "cuda"], "runs on cpu only"),
         (["--dtype", "float16"], "float32 only"),
-        (["--target", "/no/where"], "is no folder"),
+        (["--target", "/no/where"], "is not a folder"),
         (["--target", ""], "no"),
-        (["--drafter", "/no/where"], "is no folder"),
+        (["--drafter", "/no/where"], "is not a folder"),
     ],
 )
 def test_bad_models_are_one_line(run, tiny_pair, args, message):

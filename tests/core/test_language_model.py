@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import treeflash
 from treeflash import language_model
 from treeflash.config import METHODS
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import BackendError, CheckpointError, ConfigError, PromptError
 from treeflash.language_model import LanguageModel, load
+from treeflash.registry import installed
 from treeflash.text.stream import Chunk
 
 TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
@@ -161,6 +168,41 @@ def test_to_dict_has_exactly_the_published_names_and_plain_values(scripted):
     )
 
 
+def test_numbers_of_numpy_are_plain_in_the_result(scripted):
+    generation = scripted(TEXT).generate(
+        "hi", budget=np.int64(5), seed=np.uint64(3), temperature=np.float32(0.5)
+    )
+    values = json.loads(json.dumps(generation.to_dict()))
+    assert (values["budget"], values["seed"]) == (5, 3)
+    assert type(generation.seed) is int
+
+
+def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypatch):
+    model = replace(scripted(TEXT), adaptive_budgets={})
+    measured = []
+    together = threading.Barrier(2)
+
+    def measure(backend):
+        measured.append(backend)
+        with suppress(threading.BrokenBarrierError):
+            together.wait(1)  # a second measurement that is let in meets the first
+        return VerifyCosts({1: 1.0, 2: 1.0})
+
+    monkeypatch.setattr(VerifyCosts, "measure", measure)
+    threads = [
+        threading.Thread(target=model.stream, args=("hi",), kwargs={"method": method})
+        for method in ("treeflash", "treeflash", "ddtree")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(measured) == 1
+    assert set(model.adaptive_budgets) == {"treeflash", "ddtree"}
+    treeflash_, ddtree = (model.adaptive_budgets[name] for name in ("treeflash", "ddtree"))
+    assert treeflash_.costs is ddtree.costs
+
+
 def test_the_default_method_is_the_best_that_was_loaded(scripted):
     assert scripted(TEXT).generate("hi").method == "treeflash"
     assert scripted(TEXT, head=False).generate("hi").method == "ddtree"
@@ -203,6 +245,10 @@ def test_forms_of_a_prompt(scripted):
         ("hi", {"tempature": 1}, "unknown option 'tempature'"),
         ("hi", {"stop": ["a", ""]}, "stop string is empty"),
         ("hi", {"budget": 0}, "budget must be"),
+        ("hi", {"stop_token_ids": None}, "stop_token_ids must be token ids, got None"),
+        ("hi", {"stop_token_ids": ["</s>"]}, "stop_token_ids must be token ids"),
+        ("hi", {"system": 5}, "system must be a text, got 5"),
+        ("hi", {"template_args": [1]}, "template_args must be a mapping"),
         ("hi", {"top_p": 0}, "top-p must be"),
     ],
 )
@@ -247,6 +293,21 @@ def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
         assert model.generate("hi", **options).token_ids == plain.token_ids
         tokens = model.generate("hi", temperature=1.0, seed=7, **options).token_ids
         assert tokens == sampled.token_ids
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+def test_an_unknown_device_is_refused_before_anything_is_fetched(backend, monkeypatch):
+    if not installed(backend):
+        pytest.skip(f"needs the framework of {backend}")
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    with pytest.raises(BackendError, match="tpu"):
+        load(backend=backend, device="tpu")
+
+
+def test_a_device_is_named_by_text(monkeypatch):
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match=r"device must be the name of a device.*got 0"):
+        load(backend="reference", device=0)
 
 
 def test_load_without_a_drafter_decodes_plainly(tiny_pair):

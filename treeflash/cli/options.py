@@ -47,14 +47,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(main: Main) -> Main:
-    """Make the main function of a command line end with an exit code, whatever the user did.
+    """Make the main function of a command end with an exit status, whatever the user did.
 
-    Bad input becomes one line on standard error and exit code 2, an interruption 130. Any other
-    exception is a fault of the program and stays one.
+    Invalid input prints a one-line error and exits with status 2, an interruption with 130. Any
+    other exception is a fault of the program and is not caught.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        _open_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
         try:
@@ -73,12 +74,19 @@ def guarded(main: Main) -> Main:
             if not is_out_of_memory(error):
                 raise
             return _fail(
-                "out of memory; shorter texts, less at once (see --help), --dtype bfloat16, or a "
-                "smaller model needs less"
+                "out of memory; try shorter texts, smaller draft trees (--budget) or batches, "
+                "--dtype bfloat16, or a smaller model"
             )
         return code
 
     return run
+
+
+def _open_closed_streams() -> None:
+    """Let what a shell closed (`>&-`), which Python shows as None, swallow what is printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
 def _fail(message: str) -> int:

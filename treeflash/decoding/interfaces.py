@@ -226,7 +226,11 @@ class Backend(Protocol):
 
 
 class Loader(Protocol):
-    """The entry point of a backend, in the group `treeflash.backends`."""
+    """The entry point of a backend, in the group `treeflash.backends`.
+
+    Its module may also have a function `choose_device(name)`, which raises a BackendError if there
+    is no such device. It is called before any model is fetched.
+    """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:
         """Load a target folder and, for drafting, a drafter folder.

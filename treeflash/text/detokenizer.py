@@ -64,13 +64,16 @@ class TextStream:
     def _push_one(self, token_id: int) -> None:
         self._window.append(token_id)
         window_text = self._tokenizer.decode(self._window)
+        settled = self._settled_length(window_text)
         candidate = self._held + window_text[self._consumed :]
-        cuts = [candidate.find(stop) for stop in self._stop if stop in candidate]
+        certain = self._held + window_text[self._consumed : settled]
+        # A replacement character that is not certain may be part of a character still to come.
+        texts = {stop: certain if REPLACEMENT in stop else candidate for stop in self._stop}
+        cuts = [text.find(stop) for stop, text in texts.items() if stop in text]
         if cuts:
             self._pieces.append(candidate[: min(cuts)])
             self.stopped = True
             return
-        settled = self._settled_length(window_text)
         self._held += window_text[self._consumed : settled]
         self._consumed = settled
         sure = self._held[: len(self._held) - self._stop_overlap()].rstrip(REPLACEMENT)

@@ -25,11 +25,12 @@ def locked(output: Path) -> Iterator[None]:
         ConfigError: the file is not a regular file, its folder cannot be written, or another
             process is writing to it.
     """
-    path = output.resolve()
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{output} cannot be written: it is not a regular file")
-    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
     try:
+        output.touch()
+        if not output.is_file():
+            raise ConfigError(f"{output} cannot be written: it is not a regular file")
+        path = output.resolve()
+        lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
         lock.acquire()
     except Timeout:
         raise ConfigError(
@@ -76,8 +77,8 @@ class OutputFile:
 def finished_records(output: Path, start: bytes, parse: Callable[[Any], T]) -> list[tuple[T, int]]:
     """What an earlier run left in an output file, and the size of each line.
 
-    The file is made if need be. A last line without its end, which an interruption tore, is left
-    out.
+    The file is created if it does not exist. A last line without its end, which an interruption
+    tore, is left out.
 
     Args:
         output: JSON lines.

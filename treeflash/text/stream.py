@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.config import AUTO, DecodeConfig, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step, decode
@@ -157,10 +157,10 @@ class Stream(Iterator[Chunk]):
             decode_s=stats.decode_s,
             seconds=stats.seconds,
             method=self.config.method,
-            budget=self.config.budget,
+            budget=AUTO if self.config.budget == AUTO else int(self.config.budget),
             backend=self._backend.name,
             device=self._backend.device,
             dtype=self._backend.dtype,
-            seed=self.config.sampling.seed,
+            seed=int(self.config.sampling.seed),  # NumPy's numbers are no JSON
             finish_reason=self.finish_reason or "interrupted",
         )

@@ -42,6 +42,10 @@ class Tokenizer:
             CheckpointError: The folder has no tokenizer, or a damaged one.
         """
         folder = Path(path)
+        # First, so that a damaged configuration is named as such: transformers reads it as well.
+        stop_token_ids = frozenset[int]().union(
+            *(_eos_token_ids(folder / name) for name in ("generation_config.json", "config.json"))
+        )
         logging.getLogger("transformers").addFilter(_is_not_torch_advice)
         from transformers import AutoTokenizer
 
@@ -50,15 +54,12 @@ class Tokenizer:
                 str(folder), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-            reason = str(error).partition("\n")[0]
+            _check_config(folder)
             raise CheckpointError(
-                f"{folder} has no usable tokenizer ({reason}); "
+                f"{folder} has no usable tokenizer ({_reason(error)}); "
                 "it needs its tokenizer.json or tokenizer.model"
             ) from error
-        stop_token_ids = {tokenizer.eos_token_id} - {None}
-        for name in ("generation_config.json", "config.json"):
-            stop_token_ids |= _eos_token_ids(folder / name)
-        return cls(tokenizer, frozenset(stop_token_ids))
+        return cls(tokenizer, stop_token_ids | ({tokenizer.eos_token_id} - {None}))
 
     @property
     def size(self) -> int:
@@ -128,32 +129,26 @@ class Tokenizer:
             PromptError: There is no chat template, or it does not accept the conversation.
         """
         if not self.has_chat_template:
-            raise PromptError(
-                "the tokenizer has no chat template: the model goes on with plain text alone, as "
-                "treeflash.generate --raw has it"
-            )
+            raise PromptError("the tokenizer has no chat template; pass --raw to send plain text")
         variables = {"enable_thinking": False} if self.knows_thinking else {}
         own = inspect.signature(self._tokenizer.apply_chat_template).parameters
         settings = own.keys() - {"tools", "documents"}  # these two reach the template
         if taken := sorted(settings & (template_args or {}).keys()):
             raise PromptError(
-                f"{taken[0]!r} is no variable of a chat template but a setting of its use; "
-                "leave it out of --chat-template-args"
+                f"{taken[0]!r} is reserved and cannot be set with --chat-template-args"
             )
         try:
-            token_ids = self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+                tokenize=False,
                 **{**variables, **(template_args or {})},
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = str(error).partition("\n")[0]
             raise PromptError(
-                f"the chat template refuses these messages or arguments: {reason}"
+                f"the chat template rejects these messages or arguments: {_reason(error)}"
             ) from error
-        return list(token_ids)
+        return self._ids(str(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out and spaces as they are."""
@@ -175,13 +170,36 @@ def _is_not_torch_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).partition("\n")[0]
+
+
+def _check_config(folder: Path) -> None:
+    """Raise a CheckpointError if transformers cannot read a folder's configuration."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return
+    try:
+        AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a validation error of another library, among others
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'config.json'} is not usable: {reason}") from error
+
+
 def _eos_token_ids(path: Path) -> set[int]:
+    """The end tokens that a configuration file names, if it exists."""
     if not path.is_file():
         return set()
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object ({error})") from error
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    value = config.get("eos_token_id")
+    token_ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int for token_id in token_ids):
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them")
+    return set(token_ids)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from treeflash.cli.compare import decision_margin, spacing
+from treeflash.cli.compare import compare, decision_margin, spacing
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import choose, uniforms
 from treeflash.language_model import load
@@ -58,6 +60,16 @@ def test_moving_the_logits_by_a_sampled_margin_is_just_enough(draw, temperature)
 def test_a_token_that_a_filter_dropped_is_as_far_as_from_those_kept():
     sampling = SamplingConfig(temperature=1.0, top_k=1)
     assert decision_margin(LOGITS, (1, 2), sampling, 0.5) >= 0.25
+
+
+def test_a_text_that_is_a_part_of_the_plain_one_is_not_equal(scripted):
+    stream = scripted("Some text.").stream("hi", budget=5)
+    generation = stream.run()
+    assert compare(generation, stream).equal
+    shorter = replace(generation, token_ids=generation.token_ids[:-1])
+    comparison = compare(shorter, stream)
+    assert (comparison.equal, comparison.explained) == (False, False)
+    assert comparison.first_difference == len(shorter.token_ids)
 
 
 def test_logits_of_a_stream_are_those_that_chose_the_plain_tokens(tiny_pair):

@@ -32,12 +32,12 @@ def parser() -> Parser:
     [
         (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
         (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
-        (MemoryError(), 2, "error: out of memory; shorter texts"),
-        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; shorter texts"),
+        (MemoryError(), 2, "error: out of memory; try shorter texts"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; try shorter texts"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             2,
-            "error: out of memory; shorter",
+            "error: out of memory; try shorter texts, smaller draft trees (--budget)",
         ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

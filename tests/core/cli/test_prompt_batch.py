@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -63,7 +66,7 @@ def asked(model, number: int) -> str:
     return model.tokenizer.decode(model.backend.prompts[number])
 
 
-def test_a_line_per_turn_and_the_conversation_goes_on(run, files, scripted):
+def test_a_line_per_turn_and_the_conversation_continues(run, files, scripted):
     model = scripted(*ANSWERS)
     code, err = run(model)
     assert code == 0
@@ -90,7 +93,7 @@ def test_finished_turns_are_not_decoded_again(run, files, scripted):
 
 
 @pytest.mark.parametrize("interrupt_at", range(1, 15, 2))
-def test_an_interrupted_run_goes_on_where_it_was(run, files, scripted, interrupt_at):
+def test_an_interrupted_run_resumes(run, files, scripted, interrupt_at):
     whole = scripted(*ANSWERS)
     run(whole)
     reference = [record["text"] for record in records(files[1])]
@@ -129,6 +132,7 @@ def test_a_file_of_something_else_is_left_alone(run, files, scripted):
         "notes without a newline",
         '{"id": 1, "prompt": "a prompt without a newline"}',
         '{"id": 1}\n',
+        '{"id": "a", "turn": 0, "te\n',
         "[]\n",
         "[" * 100000 + "\n",
         '{"id": 1, "turn": 0}\n',
@@ -148,6 +152,12 @@ def test_a_file_of_something_else_is_left_alone(run, files, scripted):
         (["--max-tokens", "9"], "max_tokens 256, not 9"),
         (["--stop", "x"], "stop [], not ['x']"),
         (["--system", "Be brief."], "system None, not Be brief."),
+        (["--method", "ddtree"], "method treeflash, not ddtree"),
+        (["--top-k", "5"], "top_k 0, not 5"),
+        (["--top-p", "0.5"], "top_p 1.0, not 0.5"),
+        (["--min-p", "0.1"], "min_p 0.0, not 0.1"),
+        (["--seed", "3"], "seed 0, not 3"),
+        (["--chat-template-args", "{}"], "template_args None, not {}"),
     ],
 )
 def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, options, message):
@@ -159,7 +169,66 @@ def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, optio
     assert files[1].read_bytes() == before
 
 
-def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_goes_on(run, files, scripted):
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtype", "bfloat16"), ("name", "mlx")], ids=["dtype", "backend"]
+)
+def test_another_type_or_backend_does_not_go_into_the_same_file(run, files, scripted, name, value):
+    run(scripted(*ANSWERS))
+    model = scripted(*ANSWERS)
+    setattr(model.backend, name, value)
+    code, err = run(model)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"not {value}" in err
+
+
+def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkeypatch):
+    model = scripted(*ANSWERS)
+    verify = model.backend.verify
+    second: list[int] = []
+
+    def verify_beside_a_second_run(*args):
+        if not second:
+            second.append(main(["--prompts", str(files[0]), "--output", str(files[1])]))
+        return verify(*args)
+
+    monkeypatch.setattr(model.backend, "verify", verify_beside_a_second_run)
+    code, err = run(model)
+    assert (code, second) == (0, [2])
+    assert "is being written by another process" in err
+    assert [record["text"] for record in records(files[1])] == ANSWERS
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such devices")
+def test_an_output_that_is_no_regular_file_is_refused_before_loading(files, monkeypatch, capsys):
+    monkeypatch.setattr(options, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert main(["--prompts", str(files[0]), "--output", os.devnull]) == 2
+    assert "not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such limits")
+def test_an_output_that_cannot_grow_is_named(files, tiny_pair):
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    args = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "6", *models]
+    code = f"""
+import resource
+from treeflash.generate import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+raise SystemExit(main({args!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: {files[1]} cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(run, files, scripted):
+    files[0].write_bytes(b"\xef\xbb\xbf" + files[0].read_bytes())
+    assert run(scripted(*ANSWERS))[0] == 0
+    assert keys(files[1]) == KEYS
+
+
+def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_continues(run, files, scripted):
     rows = [{"id": "long", "turns": ["x" * 500, "more"]}, {"id": "ok", "prompt": "hi"}]
     files[0].write_text("\n".join(map(json.dumps, rows)))
     code, err = run(scripted(*ANSWERS))
@@ -183,16 +252,16 @@ def test_an_edited_row_is_no_longer_the_one_that_was_answered(run, files, script
     assert files[1].read_bytes() == before
 
 
-def test_a_row_that_failed_is_tried_again_once_it_was_mended(run, files, scripted):
+def test_a_failed_row_is_tried_again_once_it_is_fixed(run, files, scripted):
     files[0].write_text(json.dumps({"id": 1, "prompt": "x" * 500}))
     assert run(scripted(*ANSWERS))[0] == 2
     files[0].write_text(json.dumps({"id": 1, "prompt": "x"}))
     code, err = run(scripted(*ANSWERS), "--max-tokens", "99")
     assert code == 0
     assert "1 of 1 turns decoded, 0 with errors" in err
-    failed, mended = records(files[1])
+    failed, fixed = records(files[1])
     assert "error" in failed
-    assert mended["text"] == ANSWERS[0]
+    assert fixed["text"] == ANSWERS[0]
     assert run(scripted("wrong"), "--max-tokens", "99")[0] == 0
     assert len(records(files[1])) == 2
 

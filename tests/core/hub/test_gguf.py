@@ -19,8 +19,9 @@ from treeflash.hub.gguf import bfloat16_bits, convert_gguf
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 2
 HEAD_DIM = HIDDEN // HEADS
-MERGES = ["Ġ t", "h e", "Ġt he", "Ċ Ċ"]
+MERGES = ["Ġ t", "h e", "Ġt he", "Ċ Ċ", "1 2"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+USER_DEFINED = "<|tool|>"
 LAYER_SHAPES = {
     "attn_norm": (HIDDEN,),
     "attn_q": (HIDDEN, HIDDEN),
@@ -38,7 +39,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
     """Write a tiny random model; return the weights as they can be read back, by GGUF name."""
     rng = np.random.default_rng(0)
     alphabet = sorted(ByteLevel.alphabet())
-    tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in MERGES)]
+    tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in MERGES), USER_DEFINED]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -51,7 +52,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - 1) + [4])
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -175,6 +176,9 @@ def test_converted_tokenizer(tmp_path: Path):
     encoded = tokenizer.encode("<|im_start|> the 12\n\n3<|im_end|>")
     assert encoded.tokens == ["<|im_start|>", "Ġthe", "Ġ", "1", "2", "ĊĊ", "3", "<|im_end|>"]
     assert tokenizer.decode(encoded.ids) == " the 12\n\n3"
+    user_defined = tokenizer.encode(f"1{USER_DEFINED}2")
+    assert user_defined.tokens == ["1", USER_DEFINED, "2"]
+    assert tokenizer.decode(user_defined.ids) == f"1{USER_DEFINED}2"  # it is text, not control
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["pad_token"] == "<|im_end|>"
     assert config["chat_template"].startswith("{% for")

