@@ -60,7 +60,7 @@ def test_json(run, prompts):
         (["--max-tokens", "1"], "too short to score a drafter"),
         (["--raw", "--thinking"], "not allowed with argument --raw"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),
-        (["--drafter", "nowhere/at/all"], "is no folder"),
+        (["--drafter", "nowhere/at/all"], "is not a folder"),
         (["--max-depth"], "unrecognized arguments"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,10 +122,10 @@ class Stream(Iterator[Chunk]):
         For analysis: it runs the whole text anew.
         """
         *context, last = *self.prompt_ids, *token_ids
-        verifier = self._backend.verifier(features=False)
-        if context:
-            verifier.prefill(context, SamplingConfig(), None)
-        logits: NDArray[np.float32] = verifier.logits(DraftTree.root_only(last))[0]
+        with closing(self._backend.verifier(features=False)) as verifier:
+            if context:
+                verifier.prefill(context, SamplingConfig(), None)
+            logits: NDArray[np.float32] = verifier.logits(DraftTree.root_only(last))[0]
         return logits
 
     def run(self) -> Generation:
