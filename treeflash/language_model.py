@@ -33,18 +33,20 @@ from treeflash.text.tokenizer import Tokenizer
 class Options(TypedDict, total=False):
     """Keywords of `LanguageModel.generate` and `LanguageModel.stream`.
 
-    Those that `DecodeConfig` and `SamplingConfig` explain have their defaults, but for two:
+    See `DecodeConfig` and `SamplingConfig` for most of them and their defaults. Two defaults
+    depend on the models:
 
-    - `method`: the best that the loaded drafter can do: `treeflash`, else `ddtree`, else `ar`;
-    - `stop_token_ids`: the target's own.
+    - `method`: the best that the loaded drafter supports: `treeflash`, else `ddtree`, else `ar`;
+    - `stop_token_ids`: the end tokens of the target.
 
     The others:
 
-    - `stop`: strings that end the text, which then ends before them;
+    - `stop`: strings to stop at; the text ends before the first of them;
     - `system`: a system message to put before the prompt;
-    - `raw`: take a text as it is, without the chat template;
-    - `template_args`: more variables for the chat template; where it has a switch
-      `enable_thinking`, that is off by default, because the published drafters were trained so.
+    - `raw`: send a text as it is, without the chat template;
+    - `template_args`: extra variables for the chat template. If it has the variable
+      `enable_thinking`, that is False by default, because the published drafters were trained
+      with thinking off.
     """
 
     method: Method
@@ -69,12 +71,14 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A target, its tokenizer and perhaps a drafter, ready to generate.
+    """A target, its tokenizer and, for drafting, a drafter, ready to generate.
+
+    It may be shared between threads.
 
     Attributes:
         backend: the loaded pair.
         tokenizer: of the target.
-        folder: of the target; None where it came from elsewhere.
+        folder: of the target; None if it was not loaded from one.
         loaded: how the pair was loaded.
         adaptive_budgets: by method, what the budget `auto` has learned so far.
     """
@@ -89,11 +93,11 @@ class LanguageModel:
     _measuring: Lock = field(default_factory=Lock, init=False, compare=False, repr=False)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
-        """Generate the whole text at once; see `stream`."""
+        """Generate the whole text; see `stream`."""
         return self.stream(prompt, **options).run()
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """Generate a text piece by piece, as the target accepts it.
+        """Generate a text chunk by chunk, as the target accepts it.
 
         Args:
             prompt: a text or messages (dicts with `role` and `content`), which go through the
@@ -101,11 +105,11 @@ class LanguageModel:
             **options: see `Options`.
 
         Returns:
-            An iterator of chunks; its `generation()` gives all of them as one result.
+            An iterator of chunks; its `generation()` joins them into one result.
 
         Raises:
-            ConfigError: an option is unknown, makes no sense, or needs what was not loaded.
-            PromptError: the prompt is empty, malformed, too long, or refused by the template.
+            ConfigError: an option is unknown or invalid, or needs a drafter that was not loaded.
+            PromptError: the prompt is empty, malformed, too long, or rejected by the chat template.
             NumericalError: while iterating; a model produced values that are not finite.
         """
         stop = options.get("stop", ())
@@ -127,7 +131,7 @@ class LanguageModel:
         )
 
     def _adaptive_budget(self, config: DecodeConfig) -> AdaptiveBudget | None:
-        """That of a method; the costs are measured once, and shared by methods and threads."""
+        """The budget of a method; costs are measured once, for all methods and threads."""
         if config.budget != AUTO or not config.drafts:
             return None
         with self._measuring:
@@ -144,10 +148,10 @@ class LanguageModel:
         return VerifyCosts.cached(self.backend, self.folder, self.loaded, cache_folder() / "costs")
 
     def decode_config(self, options: Options) -> DecodeConfig:
-        """How these options decode with this pair.
+        """The configuration that these options give with this pair.
 
         Raises:
-            ConfigError: an option is unknown or makes no sense.
+            ConfigError: an option is unknown or invalid.
         """
         config = parse_options(options)
         return replace(
@@ -158,7 +162,7 @@ class LanguageModel:
 
     @property
     def best_method(self) -> Method:
-        """The method to use when none is named."""
+        """The default method."""
         if self.backend.drafter_config is None:
             return "ar"
         return "ddtree" if self.backend.head is None else "treeflash"
@@ -175,24 +179,24 @@ def load(
     kv_bits: int | None = None,
     cuda_graphs: bool = False,
 ) -> LanguageModel:
-    """Load a target and its drafter, fetching what is not there yet.
+    """Load a target and its drafter, fetching them if needed.
 
     Args:
         target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
-        drafter: likewise; None is the published drafter of the target, False loads none, and
-            then only plain decoding works.
-        backend: a registered name; None is the best one installed.
-        device: see `LoadConfig`, like those that follow.
+        drafter: a local folder or a hub id; None is the published drafter of the target. False
+            loads none: only plain decoding works then.
+        backend: name of an installed backend; None is the best one installed.
+        device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
         dtype: `float32`, `bfloat16` or `float16`.
-        draft_bits: quantise the drafter.
-        kv_bits: quantise the target's keys and values.
+        draft_bits: quantise the drafter to so many bits.
+        kv_bits: quantise the target's KV cache to so many bits.
         cuda_graphs: run trees in fixed shapes, on a CUDA device as CUDA graphs.
 
     Raises:
         BackendError: the backend is unknown, not installed, or has no such device.
         CheckpointError: a model is missing or damaged, or the two do not fit.
         UnsupportedModelError: the target's layers cannot run a draft tree.
-        ConfigError: the backend cannot do what was asked.
+        ConfigError: a setting is invalid, or the backend does not support it.
     """
     config = LoadConfig(
         device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, cuda_graphs=cuda_graphs
@@ -218,7 +222,7 @@ def parse_options(options: Options) -> DecodeConfig:
     """Check options before anything is loaded.
 
     Raises:
-        ConfigError: an option is unknown or makes no sense.
+        ConfigError: an option is unknown or invalid.
     """
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise ConfigError(
@@ -226,7 +230,7 @@ def parse_options(options: Options) -> DecodeConfig:
         )
     stop = options.get("stop", ())
     if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-        raise ConfigError(f"stop must be a text, or a list of texts, got {stop!r}")
+        raise ConfigError(f"stop must be a string or a list of strings, got {stop!r}")
     if "" in ((stop,) if isinstance(stop, str) else stop):
         raise ConfigError("a stop string is empty; leave it out")
     _check_kinds(options)
@@ -245,7 +249,7 @@ def _check_kinds(options: Options) -> None:
         raise ConfigError(f"stop_token_ids must be token ids, got {stop_token_ids!r}")
     system = options.get("system")
     if not isinstance(system, str | None):
-        raise ConfigError(f"system must be a text, got {system!r}")
+        raise ConfigError(f"system must be a string, got {system!r}")
     template_args = options.get("template_args")
     if not isinstance(template_args, Mapping | None):
         raise ConfigError(

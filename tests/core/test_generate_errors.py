@@ -52,7 +52,7 @@ def bad_files(folder):
         ("--prompts rows.jsonl --output other.jsonl", "other.jsonl:1 was not written by"),
         ("--prompts bad.jsonl --output out.jsonl", "bad.jsonl:2"),
         ("--prompts missing.jsonl --output out.jsonl", "missing.jsonl cannot be read"),
-        ("--prompts empty.txt --output out.jsonl", "holds no prompts"),
+        ("--prompts empty.txt --output out.jsonl", "has no prompts"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -44,14 +44,14 @@ NAMES = [
 
 
 def prompt_text(model: LanguageModel, prompt, **options) -> str:
-    """Return what a model was given, as text."""
+    """The prompt that a model was given, as text."""
     model.generate(prompt, **options)
     ids = model.backend.prompts[-1]
     return "".join(map(model.tokenizer.token_text, ids))
 
 
 def collect(stream: Iterator[Chunk], chunks: list[Chunk]) -> None:
-    """Keep each chunk as it comes, up to an exception."""
+    """Keep each chunk as it arrives, until an exception."""
     for chunk in stream:
         chunks.append(chunk)
 
@@ -228,11 +228,11 @@ def test_forms_of_a_prompt(scripted):
         ("", {}, "empty"),
         ([], {}, "empty"),
         ("\ud800", {}, "Unicode"),
-        ([1.5], {}, "a prompt is a text"),
-        (b"hi", {}, "a prompt is a text, .*, got bytes"),
-        (None, {}, "a prompt is a text, .*, got NoneType"),
-        ("hi", {"stop": [1]}, "stop must be a text"),
-        ("hi", {"stop": None}, "stop must be a text"),
+        ([1.5], {}, "a prompt is a string"),
+        (b"hi", {}, "a prompt is a string, .*, got bytes"),
+        (None, {}, "a prompt is a string, .*, got NoneType"),
+        ("hi", {"stop": [1]}, "stop must be a string"),
+        ("hi", {"stop": None}, "stop must be a string"),
         ([{"role": "user"}], {}, "message 1 needs"),
         ([{"role": "user", "content": 3}], {}, "message 1 needs"),
         ([300], {}, "vocabulary"),
@@ -247,7 +247,7 @@ def test_forms_of_a_prompt(scripted):
         ("hi", {"budget": 0}, "budget must be"),
         ("hi", {"stop_token_ids": None}, "stop_token_ids must be token ids, got None"),
         ("hi", {"stop_token_ids": ["</s>"]}, "stop_token_ids must be token ids"),
-        ("hi", {"system": 5}, "system must be a text, got 5"),
+        ("hi", {"system": 5}, "system must be a string, got 5"),
         ("hi", {"template_args": [1]}, "template_args must be a mapping"),
         ("hi", {"top_p": 0}, "top-p must be"),
     ],
@@ -316,7 +316,7 @@ def test_load_without_a_drafter_decodes_plainly(tiny_pair):
     assert model.generate("hi", max_tokens=3).method == "ar"
 
 
-def test_load_needs_to_be_told_a_drafter_where_none_is_published(tiny_pair):
+def test_load_requires_a_drafter_if_none_is_published(tiny_pair):
     with pytest.raises(CheckpointError, match="--drafter"):
         load(tiny_pair[0], backend="reference")
 

@@ -1,4 +1,4 @@
-"""Whether drafting changed the text, and what it gained: plain decoding of the same prompt."""
+"""Comparison with plain decoding of the same prompt: equality, margin and speedup."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANTISSA_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 def warm_up(stream: Stream) -> None:
     """Run a stream's method and plain decoding briefly, so that neither pays for being first.
 
-    Not with the budget `auto`, which would learn from it.
+    The budget `auto` is replaced by a fixed one, because it would learn from these runs.
     """
     prompt_ids = stream.prompt_ids[-WARM_UP_PROMPT:]
     config = replace(stream.config, max_tokens=WARM_UP_TOKENS, stop_token_ids=frozenset())
@@ -37,10 +37,10 @@ def warm_up(stream: Stream) -> None:
 
 
 def compare(generation: Generation, stream: Stream) -> Comparison:
-    """Decode the prompt of a finished stream plainly, and compare with what it gave.
+    """Decode the prompt of a finished stream plainly, and compare the results.
 
     Args:
-        generation: of the stream.
+        generation: the result of the stream.
         stream: gives the prompt, the configuration and the loaded pair.
     """
     plain = stream.again(replace(stream.config, method="ar")).run()

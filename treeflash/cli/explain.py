@@ -1,4 +1,4 @@
-"""Draft trees for people to look at: what was proposed, how likely, and what was accepted."""
+"""Drawings of draft trees: proposed tokens, their probabilities, and the accepted path."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _label(tokenizer: Tokenizer, token: int, accepted: bool) -> Text:
 
 
 def _probability(tree: DraftTree, node: int) -> str:
-    """The drafter's, of the whole path to a node; below depth 1 also given the parent."""
+    """The drafter's probability of the path to a node; below depth 1 also that given its parent."""
     path = tree.log_probs[node]
     text = f"{math.exp(path):.1%}"
     if tree.depths[node] > 1:

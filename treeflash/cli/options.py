@@ -1,4 +1,4 @@
-"""What the command lines share: their options, and errors as one line and an exit code."""
+"""What the commands share: options, one-line errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
-READER_GONE = 141  # likewise SIGPIPE
+READER_GONE = 141  # and one that SIGPIPE ended
 
 
 class Main(Protocol):
-    """The main function of a command line."""
+    """The main function of a command."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Run with these arguments, or those of the process, and return the exit code."""
+        """Run with these arguments, or those of the process, and return the exit status."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,12 +38,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m {name}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, so that one line is all there is.
+        """Raise instead of printing the usage, so that the error is a single line.
 
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(f"{message}; --help explains all options")
+        raise ConfigError(f"{message}; see --help")
 
 
 def guarded(main: Main) -> Main:
@@ -57,7 +57,7 @@ def guarded(main: Main) -> Main:
     def run(argv: Sequence[str] | None = None) -> int:
         _open_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a text may not fit the terminal's encoding
+            sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -95,42 +95,53 @@ def _fail(message: str) -> int:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> Any:
-    """Add the options that say which target to load, and where; returns their group."""
+    """Add the options that choose a target and a device; returns their group."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--backend", metavar="NAME", help="cuda, mlx, reference, ... (default: the best installed)"
+        "--backend",
+        metavar="NAME",
+        help="cuda, mlx, reference or another installed backend (default: the best installed)",
     )
     group.add_argument(
-        "--device", help="the backend's name for a device: cuda, cuda:1, cpu, ... (default: best)"
+        "--device",
+        help="a device of the backend, such as cuda, cuda:1, gpu or cpu (default: the fastest)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="(default: the backend's choice)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="number format of the models (default: chosen by the backend)",
+    )
     group.add_argument(
         "--target",
         metavar="FOLDER_OR_ID",
-        help="the model that answers (default: SmolLM2-135M-Instruct)",
+        help="the model to run (default: SmolLM2-135M-Instruct)",
     )
     return group
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what to load and where."""
+    """Add the options that choose a target, a drafter and a device."""
     group = add_device_options(parser)
     group.add_argument(
         "--drafter",
         metavar="FOLDER_OR_ID",
-        help="a TreeFlash or DFlash drafter for it (default: the published one)",
-    )
-    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise the drafter (mlx)")
-    group.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise the target's keys and values (mlx)"
+        help="a TreeFlash or DFlash drafter for the target (default: the published one)",
     )
     group.add_argument(
-        "--cuda-graphs", action="store_true", help="run the target as CUDA graphs (cuda)"
+        "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"
+    )
+    group.add_argument(
+        "--kv-bits", type=int, metavar="N", help="quantise the KV cache to N bits (mlx)"
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="run the target's forward passes as CUDA graphs (cuda)",
     )
 
 
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how to decode; those that are not given stay unset."""
+    """Add the decoding options; those that are not given stay unset."""
     group = parser.add_argument_group("decoding")
 
     def add(flag: str, help: str, default: object = None, **settings: Any) -> None:
@@ -139,17 +150,17 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
 
     add(
         "--method",
-        "how to draft (default: the best that the drafter can do)",
+        "drafting method (default: the best that the drafter supports)",
         choices=METHODS,
     )
     add(
         "--budget",
-        "nodes of a draft tree, the root included, or auto: what is fastest here",
+        "nodes of a draft tree, including the root; auto chooses the fastest size",
         DecodeConfig.budget,
         type=budget,
         metavar="N|auto",
     )
-    add("--top-m", "previous tokens considered per depth", DecodeConfig.top_m, type=int)
+    add("--top-m", "previous-token candidates per depth", DecodeConfig.top_m, type=int)
     add(
         "--top-k-children",
         "children per previous token",
@@ -158,36 +169,54 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-vocab",
-        "tokens that the AR head scores: full, or the likeliest N",
+        "tokens that the AR head scores: the N most probable, or full for all",
         DecodeConfig.head_vocab,
         type=full_or_number,
         metavar="full|N",
     )
     add(
         "--head-rows",
-        "previous tokens after which it scores them: full, the likeliest N, or auto: by the budget",
+        "previous tokens that the AR head conditions on: the N most probable, full for all, or auto "
+        "to follow the budget",
         DecodeConfig.head_rows,
         type=head_rows,
         metavar="full|N|auto",
     )
     add(
         "--draft-temperature",
-        "shapes the trees, never the text",
+        "temperature of the drafter; it shapes the trees, never the text",
         DecodeConfig.draft_temperature,
         type=float,
     )
-    add("--max-tokens", "new tokens at most", DecodeConfig.max_tokens, type=int)
-    add("--temperature", "0 is greedy", SamplingConfig.temperature, type=float)
-    add("--top-k", "keep the K likeliest tokens; 0 is off", SamplingConfig.top_k, type=int)
-    add("--top-p", "keep the likeliest tokens of mass P", SamplingConfig.top_p, type=float)
-    add("--min-p", "drop tokens below P times the best", SamplingConfig.min_p, type=float)
-    add("--seed", "of sampling", SamplingConfig.seed, type=int)
-    add("--stop", "end the text before this string; repeatable", action="append", metavar="TEXT")
-    add("--system", "a system message", metavar="TEXT")
-    add("--raw", "take the prompt as it is, without the chat template", action="store_true")
+    add("--max-tokens", "maximum number of new tokens", DecodeConfig.max_tokens, type=int)
+    add(
+        "--temperature", "sampling temperature; 0 is greedy", SamplingConfig.temperature, type=float
+    )
+    add(
+        "--top-k",
+        "sample from the K most probable tokens; 0 for all",
+        SamplingConfig.top_k,
+        type=int,
+    )
+    add(
+        "--top-p",
+        "sample from the most probable tokens whose probabilities add up to P",
+        SamplingConfig.top_p,
+        type=float,
+    )
+    add(
+        "--min-p",
+        "drop tokens less probable than P times the most probable one",
+        SamplingConfig.min_p,
+        type=float,
+    )
+    add("--seed", "random seed for sampling", SamplingConfig.seed, type=int)
+    add("--stop", "stop before this string; may be repeated", action="append", metavar="TEXT")
+    add("--system", "system message", metavar="TEXT")
+    add("--raw", "send the prompt as plain text, without the chat template", action="store_true")
     add(
         "--chat-template-args",
-        "more variables for the chat template, as a JSON object",
+        "extra variables for the chat template, as a JSON object",
         dest="template_args",
         metavar="JSON",
         type=_json_object,
@@ -207,13 +236,13 @@ def decode_options(args: argparse.Namespace) -> Options:
 
 
 def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
-    """Run with what `add_device_options` added; see `on_some_device`."""
+    """Run with the chosen device; see `on_some_device`."""
     named = args.backend is not None or args.device is not None
     return on_some_device(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
 
 
 def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
-    """Load what the model options say; no drafter where these methods are plain decoding alone."""
+    """Load the chosen models; no drafter if the only method is plain decoding."""
     drafter: str | Literal[False] | None = args.drafter
     if drafter is None and set(methods) == {"ar"}:
         drafter = False
@@ -230,7 +259,7 @@ def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> Langu
 
 
 def budget(text: str) -> int | str:
-    """What `--budget` says, for argparse."""
+    """Parse `--budget`."""
     if text == AUTO:
         return AUTO
     try:
@@ -240,7 +269,7 @@ def budget(text: str) -> int | str:
 
 
 def full_or_number(text: str) -> int | None:
-    """What `--head-vocab` says, for argparse."""
+    """Parse `--head-vocab`."""
     if text == "full":
         return None
     if not text.isdecimal():
@@ -249,7 +278,7 @@ def full_or_number(text: str) -> int | None:
 
 
 def head_rows(text: str) -> int | str | None:
-    """What `--head-rows` says, for argparse."""
+    """Parse `--head-rows`."""
     return AUTO if text == AUTO else full_or_number(text)
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of commands that work through many things."""
+"""The progress bar of long commands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ from rich.progress import (
 
 
 def progress(console: Console, *further: ProgressColumn) -> Progress:
-    """A bar that says what is done, how much of it, and how long the rest takes."""
+    """A bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, *further, TimeRemainingColumn(), console=console)

@@ -1,4 +1,4 @@
-"""Many prompts from a file into a file: one JSON line per turn, resumable at any moment."""
+"""Batches of prompts: read from one file, answered into another, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LINE_START = b'{"id": '
 
 @dataclass
 class Batch:
-    """A file of prompts, and the turns of it that an output file holds already.
+    """A file of prompts, and the turns that its output file already has.
 
     Attributes:
         rows: what to decode.
         output: JSON lines of `id`, `turn` and the generation, or the `error` that prevented it;
-            where a turn has two, the later counts.
+            if a turn has two, the later counts.
         records: finished turns.
-        output_bytes: size of the part of `output` that they take.
+        output_bytes: size of `output` up to the end of the last finished turn.
     """
 
     rows: Sequence[Row]
@@ -43,7 +43,7 @@ class Batch:
 
     @classmethod
     def resume(cls, rows: Sequence[Row], output: Path) -> Batch:
-        """Take up what an earlier run left in `output`, which need not exist yet.
+        """Resume from what an earlier run left in `output`, which need not exist yet.
 
         A last line that an interruption tore, or that holds an interrupted turn, does not count:
         that turn is decoded again.
@@ -58,7 +58,7 @@ class Batch:
         return cls(rows, output, records, sum(size for _, size in found))
 
     def run(self, model: LanguageModel, options: Options, console: Console) -> None:
-        """Decode what is missing, with a progress bar; a turn is on disk as soon as it is done.
+        """Decode the missing turns, with a progress bar; each is on disk as soon as it is done.
 
         A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation;
         the next run tries it again.
@@ -76,7 +76,7 @@ class Batch:
                     bar.advance(task)
 
     def report(self) -> str:
-        """One line: how many turns are there, how many failed, and the block efficiency."""
+        """One line: the numbers of turns decoded and failed, and the block efficiency."""
         records, errors = self._found(), self.errors
         wanted = sum(len(row.turns) for row in self.rows)
         lengths = [n for record in records for n in record.get("accepted_lengths", ())]
@@ -87,23 +87,23 @@ class Batch:
 
     @property
     def errors(self) -> int:
-        """Turns that could not be decoded."""
+        """The number of turns that could not be decoded."""
         return sum("error" in record for record in self._found())
 
     def _found(self) -> list[Record]:
-        """Records of the turns that are wanted; the output may hold others."""
+        """Records of the turns of `rows`; the output may have others."""
         wanted = ((row.id, turn) for row in self.rows for turn in range(len(row.turns)))
         return [self.records[key] for key in wanted if key in self.records]
 
     def _check(self, settings: Record, raw: bool) -> None:
-        # Turns made in different ways do not belong in one file.
+        # Turns decoded with different settings do not belong in one file.
         for record in self.records.values():
             if "error" in record:
                 continue
             for name, value in settings.items():
                 if record.get(name, value) != value:
                     raise ConfigError(
-                        f"{self.output} has turns made with {name} {record[name]}, not {value}; "
+                        f"{self.output} has turns decoded with {name} {record[name]}, not {value}; "
                         "use the same settings, or another --output"
                     )
         if raw:
@@ -133,8 +133,8 @@ class Batch:
                 record = found
             else:
                 raise ConfigError(
-                    f"{self.output} has an answer to another prompt of the id {row.id!r}; give "
-                    "another --output, or the changed row another id"
+                    f"{self.output} has an answer to another prompt with the id {row.id!r}; use "
+                    "another --output, or give the changed row another id"
                 )
             yield record
             if "error" in record:
@@ -174,7 +174,7 @@ def run_batch(
 
 
 def _settings(model: LanguageModel, options: Options) -> Record:
-    """What decides a text, beside its prompt."""
+    """Everything that determines a text besides its prompt."""
     config = model.decode_config(options)
     sampling = config.sampling
     stop = options.get("stop", ())
@@ -206,9 +206,9 @@ def _decode(
     file: OutputFile,
     found: Record | None,
 ) -> None:
-    """Complete a turn's record and write it; where that is interrupted, with what there is.
+    """Complete a turn's record and append it to the output, even if decoding is interrupted.
 
-    What an earlier run found is not written again.
+    An error that is already in the output is not appended again.
     """
     try:
         stream = model.stream(prompt, **options)
@@ -225,7 +225,7 @@ def _decode(
 
 
 def _checked(record: Any) -> Record:
-    """The record, if it is one of ours."""
+    """The record, if this module wrote it."""
     kinds = {"id": str | int, "turn": int, "prompt_digest": str}
     if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
         raise TypeError

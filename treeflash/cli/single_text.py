@@ -1,4 +1,4 @@
-"""One prompt on the command line: its text as it is decoded, then what is known about it."""
+"""Decodes one prompt for the command line: prints the text, the draft trees and the summary."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def run_text(
 
     Args:
         stream: the text, not started.
-        tokenizer: of its target.
-        console: for the summary and the trees, beside standard output.
+        tokenizer: the target's.
+        console: where the summary and the trees go.
         as_json: print one JSON object instead of the text.
         compared: also decode plainly, and compare.
-        explained: how many iterations' trees to draw.
+        explained: number of iterations whose trees are drawn.
     """
     if compared:
         warm_up(stream)
@@ -45,7 +45,7 @@ def run_text(
                 print(chunk.text, end="", flush=True)
                 shown += len(chunk.text)
     except KeyboardInterrupt:
-        pass  # the generation says so, and holds what there is
+        pass  # the generation has what was decoded, and this finish reason
     except Exception:
         if shown:
             print(flush=True)  # the error gets a line of its own

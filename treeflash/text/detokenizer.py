@@ -1,4 +1,4 @@
-"""Incremental detokenising: the text of a growing sequence of token ids, and where it stops."""
+"""Incremental detokenising: text from a growing sequence of token ids, and stop strings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ WINDOW_TOKENS = 8
 class TextStream:
     """Text of a growing sequence of ids, piece by piece.
 
-    The pieces joined are exactly the text of all ids, or, once a stop string is met, the
-    text before it. A piece never ends in part of a character, nor in what may turn out to be
-    the beginning of a stop string. Only a short window of ids is decoded at a time.
+    The pieces joined are exactly the text of all ids or, if a stop string occurs, the text before
+    it. A piece never ends in part of a character, nor in what may turn out to be the beginning of
+    a stop string. Only a short window of ids is decoded at a time.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -23,7 +23,7 @@ class TextStream:
 
         Args:
             tokenizer: Decodes the ids.
-            stop: Strings that end the text; the earliest in the text counts.
+            stop: Strings to stop at; the earliest in the text counts.
 
         Raises:
             ConfigError: A stop string is empty.
@@ -33,16 +33,16 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._window: list[int] = []
-        self._consumed = 0  # characters of the window's text that went into _held or further
-        self._held = ""  # settled characters that wait, as they may begin a stop string
+        self._consumed = 0  # characters of the window's text that moved to _held or were returned
+        self._held = ""  # settled characters that may begin a stop string
         self._pieces: list[str] = []
         self.stopped = False
-        """Whether a stop string was met; further ids are then ignored."""
+        """Whether a stop string occurred; further ids are ignored."""
         self.tokens_used = 0
         """Ids pushed so far, up to and including the one that completed a stop string."""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Append ids and return the text that is now certain."""
+        """Append ids and return the text that is now final."""
         first_new = len(self._pieces)
         for token_id in token_ids:
             if self.stopped:
@@ -53,7 +53,7 @@ class TextStream:
         return "".join(self._pieces[first_new:])
 
     def finish(self) -> str:
-        """Return what was held back: the ids are complete."""
+        """Return the text that was held back; no more ids follow."""
         if self.stopped:
             return ""
         rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
@@ -106,7 +106,7 @@ class TextStream:
         )
 
     def _shrink_window(self, window_text: str) -> None:
-        """Forget the window's older ids where the newer ones alone decode to the same end.
+        """Forget the window's older ids if the newer ones alone decode to the same end.
 
         A cut inside a character garbles at most three bytes, and a cut before a token that
         decoders strip a space from garbles its first character: four equal characters prove

@@ -1,4 +1,4 @@
-"""Output files of JSON lines: one process at a time appends to them and resumes what is there."""
+"""Output files: JSON lines that an interrupted run can resume, written by one process at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def locked(output: Path) -> Iterator[None]:
     """Keep other processes from writing an output file while this one reads and appends to it.
 
-    The hidden lock file beside it stays, but locks nothing once its process has ended.
+    The hidden lock file beside it remains, but locks nothing once its process has ended.
 
     Raises:
         ConfigError: the file is not a regular file, its folder cannot be written, or another
@@ -45,10 +45,10 @@ def locked(output: Path) -> Iterator[None]:
 
 
 class OutputFile:
-    """An output file open for appending, line by line; a line is on disk once it is appended."""
+    """An output file open for appending; a line is handed to the system once it is appended."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Open the file and cut it to a size, which drops what an interruption tore."""
+        """Open the file and cut it to a size, which drops a line that an interruption tore."""
         self.path = path
         # Unbuffered: closing a buffered file after a failure would try to write again, and fail.
         self._file = path.open("ab", buffering=0)
@@ -75,16 +75,16 @@ class OutputFile:
 
 
 def finished_records(output: Path, start: bytes, parse: Callable[[Any], T]) -> list[tuple[T, int]]:
-    """What an earlier run left in an output file, and the size of each line.
+    """The records that an earlier run left in an output file, and the size of each line.
 
     The file is created if it does not exist. A last line without its end, which an interruption
     tore, is left out.
 
     Args:
         output: JSON lines.
-        start: how all of them begin.
-        parse: what to make of a line's JSON; for what a run never writes it raises ValueError,
-            KeyError or TypeError.
+        start: how each line begins.
+        parse: turns a line's JSON into a record; it raises ValueError, KeyError or TypeError for
+            anything that such a run does not write.
 
     Raises:
         ConfigError: the file cannot be written, or another program wrote it.

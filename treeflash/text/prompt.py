@@ -1,4 +1,4 @@
-"""From what a user asks, in one of three forms, to the token ids that are decoded."""
+"""Prompts: a string, messages or token ids, encoded into token ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Message: TypeAlias = Mapping[str, str]
 """One turn of a conversation: `role` and `content`."""
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-"""A text, the messages of a conversation, or token ids."""
+"""A string, the messages of a conversation, or token ids."""
 
-FORMS = "a prompt is a text, a list of messages, or a list of token ids"
+FORMS = "a prompt is a string, a list of messages, or a list of token ids"
 
 
 def encode(
@@ -30,13 +30,13 @@ def encode(
 
     Args:
         tokenizer: the target's.
-        prompt: a text or messages go through the chat template; token ids are taken as they are.
-        system: a system message to put before.
-        raw: take a text as it is, without the chat template.
-        template_args: more variables for the chat template.
+        prompt: a string or messages go through the chat template; token ids are used as they are.
+        system: a system message to put before the prompt.
+        raw: encode a string as it is, without the chat template.
+        template_args: extra variables for the chat template.
 
     Raises:
-        PromptError: the prompt is empty, malformed, or refused by the chat template.
+        PromptError: the prompt is empty, malformed, or rejected by the chat template.
         ConfigError: the other arguments do not fit the prompt's form.
     """
     if isinstance(prompt, str):
@@ -46,8 +46,8 @@ def encode(
         if raw:
             if system is not None or template_args:
                 raise ConfigError(
-                    "a raw prompt goes through no chat template; leave out the system message "
-                    "and the template arguments, or raw"
+                    "a raw prompt does not use the chat template; leave out either raw, or the "
+                    "system message and the template arguments"
                 )
             return tokenizer.encode(prompt)
         return encode(
@@ -61,7 +61,7 @@ def encode(
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
         if raw:
-            raise ConfigError("messages need the chat template; leave out raw, or give a text")
+            raise ConfigError("messages need the chat template; leave out raw, or give a string")
         check_messages(items)
         if system is not None:
             check_unicode(system)
@@ -70,7 +70,9 @@ def encode(
             items.insert(0, {"role": "system", "content": system})
         return tokenizer.chat(items, template_args)
     if system is not None or template_args:
-        raise ConfigError("token ids are taken as they are; they take no system message")
+        raise ConfigError(
+            "token ids are used as they are, with no system message or template arguments"
+        )
     try:
         return [operator.index(item) for item in items]
     except TypeError:
@@ -78,17 +80,17 @@ def encode(
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raise a PromptError unless each is a mapping with the texts `role` and `content`."""
+    """Raise a PromptError unless each is a mapping with strings `role` and `content`."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise PromptError(f"message {number} needs the texts 'role' and 'content'")
+            raise PromptError(f"message {number} needs the strings 'role' and 'content'")
         check_unicode(message["content"])
 
 
 def check_unicode(text: str) -> None:
-    """Refuse lone surrogates, which stand for bytes that are no UTF-8 and cannot be encoded."""
+    """Reject lone surrogates, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Files of many prompts: JSON lines, each one conversation."""
+"""Prompt files: JSON lines, one conversation each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Key: TypeAlias = tuple[str | int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One conversation to be had.
+    """One conversation to answer.
 
     Attributes:
-        id: as given; it names the row in the output.
-        turns: what the user brings, turn by turn: usually one message each.
+        id: as in the file; it identifies the row in the output.
+        turns: the new messages of each turn, usually one from the user.
     """
 
     id: str | int
@@ -31,32 +31,32 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file. Each is a JSON object with `id` and one of these; other keys are free.
+    """The rows of a file: JSON objects with `id` and one of these; other keys are ignored.
 
-    - `turns`: a list of user texts, answered one after the other;
-    - `prompt`: one user text;
-    - `messages`: a conversation so far, dicts with `role` and `content`.
+    - `turns`: a list of user messages as strings, answered one after the other;
+    - `prompt`: one user message as a string;
+    - `messages`: the conversation so far, dicts with `role` and `content`.
 
     Raises:
-        PromptError: names the file and the line that is not such a row, or repeats an id.
+        PromptError: a line is not such a row, or repeats an id; it names the file and the line.
     """
     lines: dict[str | int, int] = {}
     rows = read_json_lines(path, "prompts", _row)
     for number, row in rows:
         if row.id in lines:
             raise PromptError(
-                f"{path}:{number}: the id {row.id!r} was given on line {lines[row.id]} already"
+                f"{path}:{number}: the id {row.id!r} is already used on line {lines[row.id]}"
             )
         lines[row.id] = number
     return [row for _, row in rows]
 
 
 def read_json_lines(path: Path, what: str, parse: Callable[[Any], T]) -> list[tuple[int, T]]:
-    """What `parse` makes of the JSON on each line of a file, with the line's number.
+    """Parse each line of a file as JSON; returns the results with their line numbers.
 
     Raises:
         PromptError: the file cannot be read, is empty, or has a line that is not JSON or that
-            `parse` refuses with a ValueError.
+            `parse` rejects with a ValueError.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -67,18 +67,18 @@ def read_json_lines(path: Path, what: str, parse: Callable[[Any], T]) -> list[tu
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}:{number}: {error}") from None
     if not found:
-        raise PromptError(f"{path} holds no {what}; one JSON object per line is needed")
+        raise PromptError(f"{path} has no {what}; it must have one JSON object per line")
     return found
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that the user named.
+    """The text of a file, without a byte order mark.
 
     Raises:
         PromptError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # less a byte order mark
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -87,10 +87,10 @@ def read_text(path: Path) -> str:
 
 def _row(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise PromptError("a JSON object with an id is needed")
+        raise PromptError("each line must be a JSON object with an id")
     name = value.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise PromptError("the row needs an 'id', a text or a whole number")
+        raise PromptError("the row needs an 'id', a string or an integer")
     check_unicode(str(name))
     given = [key for key in ("turns", "prompt", "messages") if key in value]
     if len(given) != 1:
@@ -98,12 +98,13 @@ def _row(value: Any) -> Row:
     content = value[given[0]]
     if given[0] == "messages":
         if not isinstance(content, list) or not content:
-            raise PromptError("'messages' must be a list, not empty")
+            raise PromptError("'messages' must be a non-empty list")
         check_messages(content)
         return Row(id=name, turns=(tuple(content),))
     turns = [content] if given[0] == "prompt" else content
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
-        raise PromptError(f"'{given[0]}' must be text" + (", one a turn" * (given[0] == "turns")))
+        kind = "a string" if given[0] == "prompt" else "a non-empty list of strings"
+        raise PromptError(f"'{given[0]}' must be {kind}")
     for turn in turns:
         check_unicode(turn)
     return Row(id=name, turns=tuple(({"role": "user", "content": turn},) for turn in turns))

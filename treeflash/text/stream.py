@@ -1,4 +1,4 @@
-"""One text in the making: steps of the decode loop, with their text and where it ends."""
+"""Streams: an iterator of text chunks over the decode loop, and where the text ends."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from treeflash.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What one target forward added to the text.
+    """What one target forward pass added to the text.
 
     Attributes:
-        text: text that is now certain; empty while a character or a possible stop string is open.
-        token_ids: new tokens, without those that a stop string cut off.
-        step: the step of the decode loop, uncut, with its tree but not its table.
+        text: new text that is final; empty while a character or a possible stop string is
+            incomplete.
+        token_ids: new tokens, without those after a stop string.
+        step: the step of the decode loop, with all of its tokens and its tree, but not its table.
         finish_reason: `stop` or `length` in the last chunk, None before.
     """
 
@@ -38,10 +39,10 @@ class Chunk:
 
 
 class Stream(Iterator[Chunk]):
-    """An iterator of chunks that can give the whole generation at any moment.
+    """An iterator of chunks, with the whole generation available at any moment.
 
-    An interruption between or inside two chunks loses nothing of those before: `generation` then
-    gives them, with the finish reason `interrupted`.
+    An interruption loses no chunk that was complete: `generation` then gives them, with the finish
+    reason `interrupted`.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class Stream(Iterator[Chunk]):
         stop: Sequence[str] = (),
         adaptive_budget: AdaptiveBudget | None = None,
     ) -> None:
-        """Check everything; decoding starts with the first chunk.
+        """Check the arguments; decoding starts with the first chunk.
 
         Args:
             backend: a loaded pair.
-            tokenizer: of its target.
+            tokenizer: the target's.
             prompt_ids: the prompt.
             config: how to decode.
-            stop: strings that end the text.
+            stop: strings to stop at.
             adaptive_budget: see `decode`.
 
         Raises:
@@ -80,7 +81,7 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        # A stream keeps its steps, and tables would be most of their memory.
+        # A stream keeps its steps, and tables would take most of the memory.
         step = replace(next(self._steps), table=None)
         before = self._text.tokens_used
         text = self._text.push(step.tokens)
@@ -89,10 +90,10 @@ class Stream(Iterator[Chunk]):
         if finish_reason is not None:
             text += self._text.finish()
         chunk = Chunk(text, step.tokens[:used], step, finish_reason)
-        # The only change of what `generation` reads, so that no interruption can tear it.
+        # The only change to what `generation` reads, so that an interruption leaves it consistent.
         self._chunks.append(chunk)
         if finish_reason is not None:
-            self._steps = iter(())  # a finished text needs its keys and values no more
+            self._steps = iter(())  # a finished text no longer needs its keys and values
         return chunk
 
     @property
@@ -102,11 +103,11 @@ class Stream(Iterator[Chunk]):
 
     @property
     def steps(self) -> list[Step]:
-        """The steps so far; the first is the prefill's."""
+        """The steps so far; the first is the prefill."""
         return [chunk.step for chunk in self._chunks]
 
     def again(self, config: DecodeConfig, prompt_ids: Sequence[int] | None = None) -> Stream:
-        """A new stream of the same pair and stop strings, of this prompt unless another is given.
+        """A new stream with the same pair and stop strings, and the same or another prompt.
 
         Raises:
             PromptError, ConfigError: as for the first.
@@ -135,14 +136,14 @@ class Stream(Iterator[Chunk]):
         return self.generation()
 
     def generation(self) -> Generation:
-        """All chunks so far as one result; `interrupted` where the text is not complete."""
+        """All chunks so far as one result; `interrupted` if the text is not complete."""
         token_ids = [token for chunk in self._chunks for token in chunk.token_ids]
         stats = Stats()
         for step in self.steps:
             stats.add(step)
         stats.cut(len(token_ids))
         if self.finish_reason is None:
-            # Includes what the chunks held back.
+            # Includes text that the chunks held back.
             text = self._tokenizer.decode(token_ids)
         else:
             text = "".join(chunk.text for chunk in self._chunks)
@@ -162,6 +163,6 @@ class Stream(Iterator[Chunk]):
             backend=self._backend.name,
             device=self._backend.device,
             dtype=self._backend.dtype,
-            seed=int(self.config.sampling.seed),  # NumPy's numbers are no JSON
+            seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
             finish_reason=self.finish_reason or "interrupted",
         )

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from treeflash.errors import CheckpointError, PromptError
 
 REPLACEMENT = "\ufffd"
-PRIVATE = "\ue000"  # a character of private use: no template has it
+PRIVATE = "\ue000"  # a private-use character, which no template contains
 
 
 class Tokenizer:
@@ -26,11 +26,11 @@ class Tokenizer:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.stop_token_ids = stop_token_ids
-        """Ids that end a text: of the tokenizer and of both configuration files."""
+        """Ids that end a text, from the tokenizer and both configuration files."""
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        """Ids that `decode` leaves out."""
+        """Ids that `decode` skips."""
         self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
         """Ids of the byte-fallback tokens ``<0x00>`` to ``<0xFF>``, if the tokenizer has any."""
 
@@ -42,7 +42,7 @@ class Tokenizer:
             CheckpointError: The folder has no tokenizer, or a damaged one.
         """
         folder = Path(path)
-        # First, so that a damaged configuration is named as such: transformers reads it as well.
+        # First, because transformers reads the configuration too and would blame the tokenizer.
         stop_token_ids = frozenset[int]().union(
             *(_eos_token_ids(folder / name) for name in ("generation_config.json", "config.json"))
         )
@@ -57,23 +57,23 @@ class Tokenizer:
             _check_config(folder)
             raise CheckpointError(
                 f"{folder} has no usable tokenizer ({_reason(error)}); "
-                "it needs its tokenizer.json or tokenizer.model"
+                "it needs a valid tokenizer.json or tokenizer.model"
             ) from error
         return cls(tokenizer, stop_token_ids | ({tokenizer.eos_token_id} - {None}))
 
     @property
     def size(self) -> int:
-        """Tokens that the tokenizer knows; a model's vocabulary is often padded beyond."""
+        """The number of tokens in the tokenizer; a model's vocabulary is often padded beyond it."""
         return len(self._tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can be used."""
+        """Whether there is a chat template, which `chat` needs."""
         return bool(self._tokenizer.chat_template)
 
     @property
     def knows_thinking(self) -> bool:
-        """Whether the chat template has a switch ``enable_thinking``."""
+        """Whether the chat template has the variable ``enable_thinking``."""
         return "enable_thinking" in str(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
@@ -92,7 +92,7 @@ class Tokenizer:
         return header
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of an answer of the assistant, with the end token that closes it.
+        """Return the ids of an assistant's response, with the end token that closes it.
 
         Raises:
             PromptError: There is no chat template.
@@ -118,15 +118,15 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the ids of a conversation up to the start of the assistant's next answer.
+        """Return the ids of a conversation up to the start of the assistant's next response.
 
         Args:
             messages: Each with ``role`` and ``content``.
-            template_args: More variables for the chat template. ``enable_thinking`` is False
-                unless given here, because the published drafters were trained so.
+            template_args: Extra variables for the chat template. ``enable_thinking`` is False
+                by default, because the published drafters were trained with thinking off.
 
         Raises:
-            PromptError: There is no chat template, or it does not accept the conversation.
+            PromptError: There is no chat template, or it rejects the conversation.
         """
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template; pass --raw to send plain text")
@@ -151,14 +151,14 @@ class Tokenizer:
         return self._ids(str(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out and spaces as they are."""
+        """Return the text of ids, without special tokens and with spaces unchanged."""
         text = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 
     def token_text(self, token_id: int) -> str:
-        """Return one token for display: special tokens by name, part of a character as stored."""
+        """Return one token for display: special tokens by name, partial characters as stored."""
         text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
         if text and REPLACEMENT not in text:
             return text
@@ -166,7 +166,7 @@ class Tokenizer:
 
 
 def _is_not_torch_advice(record: logging.LogRecord) -> bool:
-    """Drop the advice to install torch, of no use to someone who only wants a tokenizer."""
+    """Drop the advice to install torch, which a tokenizer does not need."""
     return "PyTorch was not found" not in record.getMessage()
 
 

@@ -60,7 +60,7 @@ def test_a_byte_order_mark_is_ignored(tmp_path, byte_tokenizer):
 
 
 def test_an_empty_file_is_refused(tmp_path, byte_tokenizer):
-    with pytest.raises(PromptError, match="holds no responses"):
+    with pytest.raises(PromptError, match="has no responses"):
         read_responses(write(tmp_path), byte_tokenizer)
 
 
