@@ -176,8 +176,8 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-rows",
-        "previous tokens that the AR head conditions on: the N most probable, full for all, or auto "
-        "to follow the budget",
+        "previous tokens that the AR head conditions on: the N most probable, full for all, or "
+        "auto to follow the budget",
         DecodeConfig.head_rows,
         type=head_rows,
         metavar="full|N|auto",

@@ -248,7 +248,7 @@ def test_an_edited_row_is_no_longer_the_one_that_was_answered(run, files, script
     before = files[1].read_bytes()
     files[0].write_text(files[0].read_text().replace("three", "four"), encoding="utf-8")
     code, err = run(scripted(*ANSWERS))
-    assert (code, err.splitlines()[-1].count("another prompt of the id 7")) == (2, 1)
+    assert (code, err.splitlines()[-1].count("another prompt with the id 7")) == (2, 1)
     assert files[1].read_bytes() == before
 
 
