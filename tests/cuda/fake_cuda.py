@@ -1,0 +1,209 @@
+"""What CUDA does differently, on a machine without a GPU.
+
+- `use_cuda_strides`: real values on the CPU, in the memory layout of CUDA's attention kernels.
+- `FakeCuda`: tensors without values on `cuda` devices. Mixing devices or dtypes, reading a device
+  tensor with NumPy, and copying between host and device while a graph is captured all raise.
+"""
+
+from contextlib import contextmanager
+from copy import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from treeflash_cuda import backend, target
+from treeflash_cuda.head import ARHead
+
+DEVICE = torch.device("cuda", 0)
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear")}
+
+
+def kernel_output(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
+    """The output of the kernel that CUDA chooses with cuDNN's off: its shape, strides and dtype.
+
+    Args:
+        query: fake, or on the device `meta`, like the others.
+        key: with fewer heads than the query, only the flash kernel takes it.
+        value: as the key.
+        attn_mask: the flash kernel takes none.
+        is_causal: see `scaled_dot_product_attention`.
+        scale: see `scaled_dot_product_attention`.
+
+    Returns:
+        None if no fused kernel can be chosen, so that plain products are.
+    """
+    _check_dtypes(query, key, value, attn_mask)
+    aten = torch.ops.aten
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal, scale=scale)[0]
+    if query.shape[1] != key.shape[1]:
+        return None
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, False, 0.0, is_causal, scale=scale)[0]
+
+
+def use_cuda_strides(monkeypatch):
+    """Return attention's values in the memory layout of CUDA's kernels."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, **settings):
+        out = plain(query, key, value, attn_mask=attn_mask, **settings)
+        layout = kernel_output(*map(_meta, (query, key, value, attn_mask)), **settings)
+        if layout is None:
+            return out
+        return torch.empty_strided(layout.shape, layout.stride(), dtype=out.dtype).copy_(out)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+
+
+def _meta(x):
+    if x is None:
+        return None
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+class FakeCuda(TorchDispatchMode):
+    """A mode in which `cuda` devices exist, though their tensors hold no values.
+
+    What is read on the host is made up: 0 for a scalar, ones for an array.
+
+    Attributes:
+        capturing: whether a graph is being captured.
+    """
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.capturing = False
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._patch_loading(monkeypatch)
+        self._patch_tensors(monkeypatch)
+        self._patch_graphs(monkeypatch)
+
+    def __enter__(self):
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self._check_not_capturing(func)
+            return 0
+        if func.overloadpacket in PRODUCTS:
+            _check_dtypes(*args)
+        out = func(*args, **kwargs)
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if _is_data(x)}
+        if len(devices) > 1:
+            self._check_not_capturing(func)
+        return out
+
+    def _check_not_capturing(self, func):
+        if self.capturing:
+            raise AssertionError(f"{func} moves data between host and device during a capture")
+
+    def _patch_loading(self, monkeypatch):
+        load_model, load_drafter = target._load_model, backend.load_drafter
+
+        def load_fake_model(folder, config, dtype, device):
+            with unset_fake_temporarily():
+                model = load_model(folder, config, dtype, torch.device("cpu"))
+            return model.to(device)
+
+        def load_fake_drafter(folder, owner):
+            real = copy(owner)
+            real.device = torch.device("cpu")
+            with unset_fake_temporarily():
+                model, head = load_drafter(folder, real)
+            model = model.to(owner.device)
+            return model, head and ARHead(head.correction.to(owner.device), model, owner)
+
+        monkeypatch.setattr(target, "_load_model", load_fake_model)
+        monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
+        monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
+        monkeypatch.setattr(backend, "check_trees", lambda backend: None)  # it compares values
+
+    def _patch_tensors(self, monkeypatch):
+        numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy
+        math = F.scaled_dot_product_attention
+
+        def to_numpy(tensor):
+            if not isinstance(tensor, FakeTensor):
+                return numpy(tensor)
+            self._check_not_capturing("numpy")
+            if tensor.device.type != "cpu":
+                raise TypeError(f"{tensor.device} tensors cannot be converted to NumPy")
+            with unset_fake_temporarily():
+                return np.ones(tensor.shape, numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
+
+        def from_numpy(array):
+            with unset_fake_temporarily():
+                real = plain_from_numpy(array)
+            return torch.empty(real.shape, dtype=real.dtype)
+
+        def attention(query, key, value, **settings):
+            out = kernel_output(query, key, value, **settings)
+            return math(query, key, value, **settings) if out is None else out
+
+        monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
+        monkeypatch.setattr(torch, "from_numpy", from_numpy)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+
+    def _patch_graphs(self, monkeypatch):
+        @contextmanager
+        def capture(graph, **_):
+            self.capturing = True
+            try:
+                yield
+            finally:
+                self.capturing = False
+
+        @contextmanager
+        def nothing(*_):
+            yield
+
+        for name, stand_in in {
+            "CUDAGraph": _Graph,
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "graph": capture,
+            "stream": nothing,
+            "device": nothing,
+            "get_device_capability": lambda device: (9, 0),
+            "reset_peak_memory_stats": lambda device: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+class _Graph:
+    def pool(self):
+        return None
+
+    def replay(self):
+        pass
+
+
+class _Stream:
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+
+def _check_dtypes(*args):
+    dtypes = {x.dtype for x in args if isinstance(x, torch.Tensor)}
+    if len(dtypes) > 1:
+        raise RuntimeError(f"expected the same dtype, got {dtypes}")
+
+
+def _is_data(x):
+    # Scalars on the CPU are passed by value.
+    return isinstance(x, torch.Tensor) and (x.dim() > 0 or x.device.type != "cpu")
