@@ -17,6 +17,7 @@ from treeflash.training.interfaces import Response
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import topk
+from treeflash_cuda.training.files import replacing
 
 SHARD_TEXTS = 64
 FORWARD_TOKENS = 2048
@@ -84,9 +85,8 @@ class FeatureStore:
             for n, text in zip(numbers, self._compute(numbers), strict=True)
             for name in NAMES
         }
-        scratch = self._path(shard).with_suffix(".tmp")
-        save_file(tensors, scratch)
-        scratch.rename(self._path(shard))
+        with replacing(self._path(shard)) as scratch:
+            save_file(tensors, scratch)
 
     @property
     def shards(self) -> int:

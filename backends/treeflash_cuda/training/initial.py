@@ -72,7 +72,9 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     if mask_token_id is None:
         mask_token_id = _mask_token(of_target)
     if not 0 <= mask_token_id < target.vocab_size:
-        raise ConfigError(f"mask-token-id must be below the vocabulary of {target.vocab_size}")
+        raise ConfigError(
+            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {mask_token_id}"
+        )
     rope = getattr(of_target, "rope_parameters", None) or {"rope_theta": 10000.0}
     if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
         rope = rope.get("full_attention") or next(iter(rope.values()))

@@ -55,19 +55,25 @@ def train(
     measured = [text.token_ids for text in texts[:MEASURED_TEXTS]]
     drafter, head = initial_drafter(config, settings, model, measured)
     block_size, layer_ids = drafter.config.block_size, drafter.config.target_layer_ids
-    data = fingerprint(
-        [*held_out, *texts],
+    run = Run(
+        output,
+        config,
+        accelerator,
         target=target.name,
-        dtype=str(model.dtype),
-        layers=layer_ids,
-        top_tokens=config.top_tokens,
+        dtype=str(model.dtype).removeprefix("torch."),
+        data=fingerprint(
+            [*held_out, *texts],
+            target=target.name,
+            dtype=str(model.dtype),
+            layers=layer_ids,
+            top_tokens=config.top_tokens,
+        ),
     )
-    run = Run(output, config, data, accelerator)
     if config.freeze_backbone:
         drafter.requires_grad_(False)
     blocks: nn.Module = Blocks(drafter, head, model.embeddings)
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
-    first = run.resume(accelerator)
+    first = run.resume()
 
     model.capture(layer_ids)
     store = FeatureStore(
@@ -116,8 +122,10 @@ def train(
         if last or (step + 1) % config.save_every == 0:
             # In this order: a run that has its last state has its checkpoint too.
             export(accelerator, blocks, settings, run)
-            run.save(accelerator, step + 1)
+            run.save(step + 1)
         yield record
+    if not run.has_checkpoint():  # removed since the last step
+        export(accelerator, blocks, settings, run)
     run.close()
 
 

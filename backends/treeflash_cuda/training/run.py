@@ -1,4 +1,4 @@
-"""The folder of a run: its log, and the state from which it goes on."""
+"""The folder of a run: its configuration, its log, and the state it resumes from."""
 
 from __future__ import annotations
 
@@ -6,138 +6,179 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, is_out_of_memory
 from treeflash.training.config import TrainConfig
+from treeflash_cuda.training.files import writing
+from treeflash_cuda.training.log import Log, Record
+
+CHECKPOINT = ("model.safetensors", "config.json", "README.md")
+DAMAGED = (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError)
+"""What reading a damaged state raises."""
 
 
 class Run:
-    """What is kept of a run, beside the checkpoint that it makes.
+    """What is kept of a run.
 
     Attributes:
-        folder: holds `log.jsonl`, `tensorboard/`, `state/`, and `features/` where they are kept.
-        records: of the log, by what this run and those before it wrote.
+        folder: has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they
+            are cached.
+        identity: what a resumed run must have in common: configuration, target and data.
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, data: str, accelerator: Accelerator
+        self,
+        folder: Path,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        target: str,
+        dtype: str,
+        data: str,
     ) -> None:
         """Open a folder, which need not exist.
 
+        Args:
+            folder: of the run.
+            config: of the run.
+            accelerator: its processes.
+            target: name of the target.
+            dtype: that the target runs in.
+            data: fingerprint of the texts and of the features that they are trained on.
+
         Raises:
-            ConfigError: it holds a run of another configuration or of other data, or a drafter
-                that no run here goes on with.
+            ConfigError: the folder has a run with another configuration or other data, a drafter
+                whose state of training is missing, or a damaged state; or it cannot be written.
         """
         self.folder = folder
-        self.config = config
-        self.identity = {"data": data, "processes": accelerator.num_processes, **asdict(config)}
-        self.records: list[dict[str, Any]] = []
+        self.identity = {
+            **asdict(config),
+            "processes": accelerator.num_processes,
+            "target": target,
+            "dtype": dtype,
+            "data": data,
+        }
+        self._accelerator = accelerator
         self._main = accelerator.is_main_process
-        self._writer: SummaryWriter | None = None
+        self._log: Log | None = None
+        self._state = folder / "state"
         self._check()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def features(self) -> Path | None:
-        """Where features are kept; None where they are not."""
-        if not self.config.cache_gb:
+        """The folder of cached features; None if they are not cached."""
+        if not self.identity["cache_gb"]:
             return None
-        folder = self.folder / "features" / self.identity["data"]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder / "features" / str(self.identity["data"])
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def resume(self, accelerator: Accelerator) -> int:
-        """Load the last state, if there is one; returns the steps that are done."""
-        state = self.folder / "state"
+    def resume(self) -> int:
+        """Load the last state, if there is one; returns the number of steps it has done.
+
+        Raises:
+            ConfigError: the state is damaged.
+        """
         step = 0
-        if state.exists():
-            accelerator.load_state(str(state))
-            step = int(json.loads((state / "run.json").read_text())["step"])
+        if self._state.exists():
+            step = int(self._read_state()["step"])
+            try:
+                self._accelerator.load_state(str(self._state))
+            except DAMAGED as error:
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
+                raise self._damaged(error) from error
         if self._main:
-            self._open_log(step)
+            self._log = Log(self.folder, step)
         return step
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Write a record to the log and to TensorBoard."""
-        self.records.append(record)
-        if self._main:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            assert self._writer is not None
-            for name, value in _scalars(record):
-                self._writer.add_scalar(name, value, record["step"])
+    @property
+    def records(self) -> list[Record]:
+        """The log so far; empty in all processes but the first."""
+        return self._log.records if self._log else []
 
-    def save(self, accelerator: Accelerator, step: int) -> None:
-        """Keep the state after a step, in the place of the one before."""
-        state, scratch = self.folder / "state", self.folder / "state.new"
-        accelerator.save_state(str(scratch), safe_serialization=False)
-        # Each process writes a file of its own, and the folder is renamed under none of them.
-        accelerator.wait_for_everyone()
+    def has_checkpoint(self) -> bool:
+        """Whether the drafter is in the folder."""
+        return all((self.folder / name).exists() for name in CHECKPOINT)
+
+    def log(self, record: Record) -> None:
+        """Write the record of a step."""
+        if self._log:
+            self._log.append(record)
+
+    def save(self, step: int) -> None:
+        """Replace the state by that after `step`.
+
+        Raises:
+            ConfigError: it cannot be written; the one before is kept.
+        """
+        state, scratch = self._state, self.folder / "state.new"
+        with writing(scratch):
+            self._accelerator.save_state(str(scratch), safe_serialization=False)
+        # Each process writes its own file; the folder must not be renamed before all have.
+        self._accelerator.wait_for_everyone()
         if self._main:
-            (scratch / "run.json").write_text(json.dumps({"step": step, **self.identity}))
+            with writing(scratch):
+                (scratch / "run.json").write_text(json.dumps({"step": step, **self.identity}))
             old = self.folder / "state.old"
-            shutil.rmtree(old, ignore_errors=True)  # of a save that was interrupted
+            shutil.rmtree(old, ignore_errors=True)  # left by an interrupted save
             if state.exists():
                 state.rename(old)
             scratch.rename(state)
             shutil.rmtree(old, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Finish what is being written."""
-        if self._writer is not None:
-            self._writer.close()
+        """Close the log."""
+        if self._log:
+            self._log.close()
 
     def _check(self) -> None:
-        state, old = self.folder / "state", self.folder / "state.old"
+        state, old = self._state, self.folder / "state.old"
         if old.exists() and not state.exists() and self._main:
             old.rename(state)  # interrupted between the two renames of `save`
         if not state.exists():
-            # Of an interrupted first save there is its beginning.
+            # An interrupted first save leaves `state.new` alone.
             saving = (self.folder / "state.new").exists()
             if (self.folder / "model.safetensors").exists() and not saving:
                 raise ConfigError(
-                    f"{self.folder} holds a drafter without the state of its training, which would "
-                    "be overwritten; give another --output"
+                    f"{self.folder} has a drafter but not the state of its training, so training "
+                    "cannot be resumed and would overwrite it; give another --output"
                 )
             return
-        found = json.loads((state / "run.json").read_text())
-        mine = json.loads(json.dumps(self.identity))
-        for name, value in mine.items():
-            if found.get(name) != value:
+        found = self._read_state()
+        expected = json.loads(json.dumps(self.identity))
+        for name, value in expected.items():
+            if found.get(name) == value:
+                continue
+            if name == "data":
                 raise ConfigError(
-                    f"{self.folder} holds a run with {name} {found.get(name)}, not {value}; "
-                    "use the same configuration and data, or another --output"
+                    f"{self.folder} has a run on other responses; use the same files, or another "
+                    "--output"
                 )
+            raise ConfigError(
+                f"{self.folder} has a run with {name} {found.get(name)}, not {value}; use the "
+                "same configuration, or another --output"
+            )
 
-    def _open_log(self, step: int) -> None:
-        """Drop records of steps that will be done again."""
-        path = self.folder / "log.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        finished = [json.loads(line) for line in lines if line.endswith("\n")]
-        self.records = [record for record in finished if record["step"] <= step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self._state / "run.json").read_text())
+            if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+                raise ValueError("run.json names no step")
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
+        return found
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader never meets half of one."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    scratch.rename(path)
-
-
-def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    scalars = []
-    for name, value in record.items():
-        if isinstance(value, int | float) and name != "step":
-            scalars.append((f"train/{name}", float(value)))
-    for name, value in record.get("validation", {}).items():
-        if isinstance(value, list):
-            scalars += [(f"validation/{name}/{d}", v) for d, v in enumerate(value, 1)]
-        else:
-            scalars.append((f"validation/{name}", float(value)))
-    return scalars
+    def _damaged(self, error: Exception) -> ConfigError:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return ConfigError(
+            f"{self._state} is damaged, so training cannot be resumed ({reason}); "
+            "give another --output"
+        )

@@ -1,0 +1,180 @@
+"""The folder of a run: what resumes, what is refused, and what a full disk leaves."""
+
+import json
+import resource
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.errors import ConfigError
+from treeflash.testing import require
+from treeflash.testing.models import write_target
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import Response
+
+require("torch")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from treeflash_cuda.training import loop  # noqa: E402
+from treeflash_cuda.training.entry import train  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+VOCAB = 40
+TINY = TrainConfig(
+    layers=2,
+    block_size=5,
+    head_size=48,
+    top_tokens=8,
+    steps=4,
+    sequences=2,
+    anchors=8,
+    validation_sequences=1,
+    validate_every=2,
+    save_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    write_target(folder, "llama", seed=1, vocab_size=VOCAB)
+    return folder
+
+
+def texts(count=8):
+    ids = np.random.default_rng(2).integers(0, VOCAB, (count, 20)).tolist()
+    return [Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids]
+
+
+@pytest.fixture
+def run(target, tmp_path):
+    """Train in a folder, at most for some steps; returns their numbers."""
+
+    def run(stop=None, responses=None, target=target, **changes):
+        done = []
+        config = replace(TINY, **changes)
+        for record in train(target, responses or texts(), tmp_path / "run", config, CPU):
+            if "step" in record:
+                done.append(record["step"])
+            if len(done) == stop:
+                break
+        return done
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+def test_a_save_or_a_line_of_the_log_that_was_cut_short_does_not_matter(run, folder):
+    run(stop=2)
+    shutil.copytree(folder / "state", folder / "state.old")
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert run() == [3, 4]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_checkpoint_is_written_before_the_last_state(run, folder, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "export", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(save_every=4)
+    assert not (folder / "state").exists()
+
+
+def test_a_drafter_without_a_state_is_not_overwritten(run, folder):
+    run(stop=2)
+    (folder / "state").rename(folder / "state.new")  # an interrupted first save
+    assert run(stop=2)
+    shutil.rmtree(folder / "state")
+    before = (folder / "log.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="would overwrite it; give another --output"):
+        run()
+    assert (folder / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
+def test_a_finished_run_restores_a_deleted_file_of_its_checkpoint(name, run, folder):
+    run()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    assert run() == []
+    assert (folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "has a run with steps 4, not 7"),
+        ({"layers": 1}, "has a run with layers 2, not 1"),
+        ({"init": "random"}, "has a run with init target, not random"),
+        ({"top_tokens": 4}, "has a run with top_tokens 8, not 4"),
+        ({"responses": texts(9)}, "has a run on other responses; use the same files"),
+    ],
+)
+def test_a_run_does_not_resume_with_what_changed(changes, message, run, folder):
+    run(stop=2)
+    with pytest.raises(ConfigError, match=message):
+        run(**changes)
+
+
+def test_a_run_does_not_resume_with_another_target(run, target, tmp_path):
+    run(stop=2)
+    shutil.copytree(target, tmp_path / "other")
+    with pytest.raises(ConfigError, match=f"has a run with target {target.name}, not other"):
+        run(target=tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
+@pytest.mark.parametrize("name", ["run.json", "pytorch_model.bin", "optimizer.bin"])
+def test_a_damaged_state_is_named(name, content, run, folder):
+    run(stop=2)
+    path = folder / "state" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="state is damaged, so training cannot be resumed"):
+        run()
+
+
+def test_a_half_written_state_is_named(run, folder):
+    run(stop=2)
+    path = folder / "state" / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError, match="state is damaged"):
+        run()
+
+
+@pytest.mark.parametrize("cache_gb", [0.0, 1.0])
+@pytest.mark.parametrize("size", [10, 500, 40_000, 120_000, 200_000])
+def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder):
+    """No file may be larger than `size`, as a stand-in for a disk without space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"run/.* cannot be written") as caught:
+            run(cache_gb=cache_gb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert run(cache_gb=cache_gb)[-1] == 4
+
+
+def test_tensorboard_shows_each_step_once(run, folder):
+    run(stop=3)  # beyond the state after step 2
+    run()
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(record["step"], pytest.approx(record["loss"])) for record in log]
+    assert [event.step for event in events.Scalars("validation/chain_corrected")] == [2, 4]
+    assert len(events.Scalars("validation/kl_marginal/4")) == 2
