@@ -1,11 +1,12 @@
-"""Try every causal model type of transformers, tiny and random, and print which can branch.
+"""Try every causal model type of transformers with a tiny random model, and print which can branch.
 
     python tests/cuda/families.py [model_type ...]
 
-A type is `verified` when a random tree, after a prefix longer than any sliding window, has the
-logits of its paths run as plain text, and those of transformers' own attention; `refused` when
-loading or the probe raises an error that says why. `not tried` means that this script's generic
-configuration does not make such a model.
+A type is `verified` if a random tree, after a prefix longer than any sliding window, has the
+logits of its paths run as plain text, and those of transformers' own attention; `refused` if
+loading or the probe raises an error that says why. It is `not tried` if this script's
+configuration does not make such a model, or if that model lacks a kind of layer that the type's
+default configuration has.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ PREFIX = 24
 TOLERANCE = 1e-4
 LAYERS = 4
 
-# Keys of configurations, and values that make a small model; a type ignores what it does not know.
+SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+# Small values for keys of configurations; a type ignores the keys that it does not know.
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -48,7 +51,6 @@ SMALL: dict[str, Any] = {
     "sliding_window": WINDOW,
     "use_sliding_window": True,
     "max_window_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -61,20 +63,24 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Settings of single types.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2},
+}
 
 
 def main(names: list[str]) -> None:
-    """Print a line per model type, and the totals."""
+    """Print a line for each model type, and the totals."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     outcomes: dict[str, list[str]] = {}
     for name in names or model_types():
-        outcome, why = attempt(name)
+        outcome, reason = attempt(name)
         outcomes.setdefault(outcome, []).append(name)
-        print(f"{name:24} {outcome:10} {why}", flush=True)
-    for outcome, of_it in sorted(outcomes.items()):
-        print(f"\n{outcome}: {len(of_it)}\n  {', '.join(of_it)}")
+        print(f"{name:24} {outcome:10} {reason}", flush=True)
+    for outcome, types in sorted(outcomes.items()):
+        print(f"\n{outcome}: {len(types)}\n  {', '.join(types)}")
 
 
 def model_types() -> list[str]:
@@ -85,11 +91,13 @@ def model_types() -> list[str]:
 
 
 def attempt(name: str) -> tuple[str, str]:
-    """(verified, refused or not tried; how exactly or why)."""
+    """The outcome (`verified`, `refused` or `not tried`), and the difference or the reason."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = write(Path(folder), name)
-            expected = plain_logits(model)
+            lacking = missing_layers(name, configuration(name))
+            if lacking:
+                return "not tried", f"the tiny model lacks {', '.join(sorted(lacking))}"
+            expected = plain_logits(write(Path(folder), name))
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
@@ -102,7 +110,7 @@ def attempt(name: str) -> tuple[str, str]:
             return "refused", str(error)[:100]
         except TreeflashError as error:
             return "not tried", str(error)[:100]
-        except Exception as error:  # what `check_trees` makes a refusal of
+        except Exception as error:  # the load probe turns these into refusals
             return "refused", f"probe: {type(error).__name__}: {str(error)[:80]}"
     if error > TOLERANCE:
         return "refused", f"probe: differs by {error:.1e}"
@@ -111,9 +119,7 @@ def attempt(name: str) -> tuple[str, str]:
 
 def write(folder: Path, name: str) -> Any:
     """Save a random model of that type, and load it again as transformers does."""
-    kind = CONFIG_MAPPING[name]
-    text = kind.sub_configs.get("text_config")
-    config = kind(text_config=SMALL) if text else configure(kind)
+    config = configuration(name)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 10_000_000:
@@ -131,12 +137,46 @@ def write(folder: Path, name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def configure(kind: Any) -> Any:
-    """A small configuration; layer types are left to the type where it has other ones."""
+def configuration(name: str) -> Any:
+    """A small configuration with the kinds of layers that the type's default one has."""
+    kind = CONFIG_MAPPING[name]
+    small = SMALL | OVERRIDES.get(name, {})
+    if "text_config" in kind.sub_configs:
+        return kind(text_config=small | {"layer_types": layer_types(name)})
     try:
-        return kind(**SMALL)
-    except Exception:
-        return kind(**{key: value for key, value in SMALL.items() if key != "layer_types"})
+        return kind(**small, layer_types=layer_types(name))
+    except Exception:  # the type has kinds of its own, which it does not call `layer_types`
+        return kind(**small)
+
+
+def layer_types(name: str) -> list[str]:
+    """The kinds of layers of the type's default configuration, by turns."""
+    own = getattr(CONFIG_MAPPING[name]().get_text_config(), "layer_types", None) or []
+    kinds = list(dict.fromkeys(own))
+    if set(kinds) <= set(SLIDING):
+        return SLIDING
+    return [kinds[i % len(kinds)] for i in range(max(LAYERS, len(kinds)))]
+
+
+def missing_layers(name: str, config: Any) -> set[str]:
+    """Kinds of layers that the type's default configuration has, and this one lacks."""
+    return default_layer_kinds(name) - layer_kinds(config)
+
+
+def default_layer_kinds(name: str) -> set[str]:
+    """The kinds in the model of the default configuration; empty if transformers has none."""
+    try:
+        return layer_kinds(CONFIG_MAPPING[name]())
+    except (AttributeError, TypeError):  # a default configuration that makes no model
+        return set()
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """The classes of the modules that a configuration makes, and its names for its layers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = getattr(config.get_text_config(), "layer_types", None) or ()
+    return {type(module).__name__ for module in model.modules()} | set(names)
 
 
 def tokens() -> list[int]:
