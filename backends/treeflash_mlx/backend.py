@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from treeflash.decoding import interfaces
 from treeflash.decoding.probe import check_trees
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
+from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.cache import release_freed_memory
 from treeflash_mlx.drafter import Drafter, DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
@@ -42,8 +44,7 @@ class MlxBackend:
 
     def verifier(self, *, features: bool) -> Verifier:
         """See `Backend.verifier`."""
-        config = self.drafter_config if features else None
-        return Verifier(self.target, config.target_layer_ids if config else ())
+        return Verifier(self.target, self.drafter_model if features else None)
 
     def drafter(self) -> Drafter:
         """See `Backend.drafter`."""
@@ -58,19 +59,32 @@ class MlxBackend:
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """See `Loader`. MLX has one default device for the process, and a named one becomes it."""
     if config.cuda_graphs:
-        raise ConfigError("--cuda-graphs is of the cuda backend; leave it out")
+        raise ConfigError("only the cuda backend has --cuda-graphs; leave it out")
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     model = Target(target, dtype, config.kv_bits)
+    if not on_cpu and model.dtype == mx.float32:
+        warn_of_tf32()
     if drafter is None:
         backend = MlxBackend(model, None, None)
-        # What a model computes when it is first called belongs to the thread that calls it.
+        # Some models make arrays at their first call, and only the thread that does can evaluate
+        # them.
         backend.verifier(features=False).prefill([0], SamplingConfig(), None)
     else:
         backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
         check_trees(backend)
     release_freed_memory()
     return backend
+
+
+def warn_of_tf32() -> None:
+    """Say so if float32 on a GPU may be less than float32."""
+    if TF32_MAY_BE_ON:
+        warnings.warn(
+            "MLX was imported before treeflash_mlx and may compute in TF32, where drafting can "
+            "change tokens; set MLX_ENABLE_TF32=0 in the environment",
+            stacklevel=3,
+        )
 
 
 def choose_device(name: str | None) -> bool:

@@ -41,9 +41,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, h, bias=bias)
         self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        # No parameter: wavelengths stay float32 in a half model.
+        # Not a parameter: it stays float32 if the model is cast to half precision.
         self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
-        mx.eval(self._wavelengths)  # by the thread that loads: another could not any more
+        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
 
     def __call__(
         self, x: mx.array, context: mx.array, cache: KeyValues, start: int, mask: mx.array | None
@@ -52,16 +52,17 @@ class Attention(nn.Module):
 
         Args:
             x: (S, hidden_size) the block, normalised.
-            context: (n, hidden_size) of the n positions before it; they enter the cache.
+            context: (n, hidden_size) projected features of the n positions before it, whose
+                keys and values enter the cache.
             cache: keys and values of the positions before those.
             start: the block's first position.
-            mask: (S, start + S) bool, or None where all is seen.
+            mask: (S, start + S) bool, or None if the block attends to everything.
         """
         rows = mx.concatenate([context, x])
         first = start - context.shape[0]
         q = self._rotate(self.q_norm(self._heads(self.q_proj(x))), start)
         k = self._rotate(self.k_norm(self._heads(self.k_proj(rows))), first)
-        # The block's own rows are scratch: the next context is written over them.
+        # The block's keys and values are scratch: the next context overwrites them.
         cache.put(first, [k, self._heads(self.v_proj(rows))])
         keys, values = cache.until(start + x.shape[0])
         out = mx.fast.scaled_dot_product_attention(
@@ -99,7 +100,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(i, h, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., hidden_size) to the same."""
+        """(..., hidden_size) to (..., hidden_size)."""
         y: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
@@ -136,18 +137,22 @@ class DrafterModel(nn.Module):
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(h, config.rms_norm_eps)
 
+    def project(self, features: mx.array) -> mx.array:
+        """(n, hidden_size) context from (n, layers * hidden_size) outputs of the target layers."""
+        context: mx.array = self.hidden_norm(self.fc(features))
+        return context
+
     def __call__(
-        self, x: mx.array, features: mx.array, caches: list[KeyValues], start: int
+        self, x: mx.array, context: mx.array, caches: list[KeyValues], start: int
     ) -> mx.array:
         """(S, hidden_size) outputs of the last layer, not normalised.
 
         Args:
             x: (S, hidden_size) embeddings of the root and the masks.
-            features: (n, ...) of the n positions before the block.
+            context: (n, hidden_size) projected features of the n positions before the block.
             caches: per layer.
             start: the root's position.
         """
-        context = self.hidden_norm(self.fc(features))
         for layer, cache, mask in zip(
             self.layers, caches, self._masks(start, x.shape[0]), strict=True
         ):
@@ -162,7 +167,7 @@ class DrafterModel(nn.Module):
 
 
 def _mask(start: int, n: int, window: int | None, causal: bool) -> mx.array | None:
-    """What a block sees; a window reaches fewer than `window` positions to each side."""
+    """A block's attention mask; a window reaches fewer than `window` positions to each side."""
     if window is not None and window >= start + n:
         window = None
     if window is None and not causal:
@@ -173,7 +178,7 @@ def _mask(start: int, n: int, window: int | None, causal: bool) -> mx.array | No
 
 
 class Drafter:
-    """`treeflash.decoding.interfaces.Drafter` in MLX."""
+    """`treeflash.decoding.interfaces.Drafter` in MLX; its features are projected context."""
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
         """Start a text."""
@@ -184,28 +189,27 @@ class Drafter:
         self.waiting: list[mx.array] = []
 
     def extend(self, features: mx.array) -> None:
-        """See `Drafter.extend`; the next draft projects them, all at once."""
+        """See `Drafter.extend`; the next draft computes their keys and values."""
         self.waiting.append(features)
 
     def draft(self, features: mx.array, root: int) -> Block:
         """See `Drafter.draft`."""
         config = self.model.config
-        if self.waiting:
-            features = mx.concatenate([*self.waiting, features])
-            self.waiting.clear()
-        self.length += features.shape[0]
+        context = mx.concatenate([*self.waiting, features])
+        self.waiting.clear()
+        self.length += context.shape[0]
         tokens = mx.array([root] + [config.mask_token_id] * (config.block_size - 1))
         x = self.target.embed(tokens)
         if config.input_scale != 1:
             x = x * config.input_scale
-        return Block(root, self.model(x, features, self.caches, self.length))
+        return Block(root, self.model(x, context, self.caches, self.length))
 
     def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""
         k = min(k, self.target.vocab_size)
         logits = self.target.output_head(self.model.norm(block.hidden[1:]))
         tokens, log_probs = top_log_probs(logits, k, temperature)
-        # Token ids are exact in float32, and one array is one read.
+        # Token ids are exact in float32, and one array needs one read from the device.
         read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
         return TransitionTable.from_marginals(read[0].astype(np.int32), read[1])
 

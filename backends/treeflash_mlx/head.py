@@ -109,7 +109,7 @@ class ARHead:
             children, log_probs = top_log_probs(logits, k, temperature)
             children = vocab[children]
             log_probs = log_probs + logsumexp(marginal)[depth]
-        # Token ids are exact in float32, and one array is one read.
+        # Token ids are exact in float32, and one array needs one read from the device.
         parts = (m + kept, previous, children.reshape(-1), log_probs.reshape(-1))
         read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts]))
         sizes = np.cumsum([part.size for part in parts[:-1]])

@@ -82,7 +82,8 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
             ranked = _best(probs, min(shortlist, probs.shape[-1]))
             covered = (ranked.sum(-1, keepdims=True) >= wanted).all()
         before = ranked.cumsum(-1) - ranked
-        last = (before < wanted).sum(-1, keepdims=True) - 1
+        # One token is always kept: in float32 a tiny top-p is 0.
+        last = mx.maximum((before < wanted).sum(-1, keepdims=True), 1) - 1
         probs = mx.where(probs >= mx.take_along_axis(ranked, last, axis=-1), probs, 0)
     if sampling.min_p > 0:
         probs = mx.where(probs >= sampling.min_p * probs.max(-1, keepdims=True), probs, 0)

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from treeflash.drafters.folder import read_config
@@ -50,7 +51,7 @@ class Target:
         Raises:
             CheckpointError: it is damaged, or its weights do not fit its configuration.
             UnsupportedModelError: mlx-lm does not know the model, or it cannot run draft trees.
-            ConfigError: its keys and values cannot be quantised.
+            ConfigError: its keys and values cannot be quantised, or its dtype does not work.
         """
         config = read_config(folder)
         self.family = str(config.get("model_type"))
@@ -58,10 +59,11 @@ class Target:
             (config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config
         )
         self.model = _load(folder, config, dtype)
+        self._check_experts()
         self.layers: Sequence[nn.Module] = self.model.layers
         self.windows = self._windows()
         self.hooks = TreeHooks()
-        self.hooks.follow(self.model)
+        self.hooks.hook_ropes(self.model)
         self.vocab_size, widths = self._shapes()
         self.kv_bits = kv_bits
         self.group_size = GROUP_SIZES[0]
@@ -159,11 +161,22 @@ class Target:
         Returns:
             (n, vocab) logits; (n, len(layer_ids) * hidden_size) features, None of no layer.
         """
-        with self.hooks.running(tree, capture=bool(layer_ids)) as outputs:
+        with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
             logits = self.model(token_ids[None], cache=cache)[0]
         if not layer_ids:
             return logits, None
         return logits, mx.concatenate([outputs[i][0] for i in layer_ids], axis=-1)
+
+    def _check_experts(self) -> None:
+        """Refuse what MLX refuses only when it evaluates a pass."""
+        if (
+            mx.default_device().type == mx.cpu
+            and self.dtype != mx.float32
+            and any(isinstance(module, SwitchLinear) for module in self.model.modules())
+        ):
+            raise ConfigError(
+                "MLX runs a mixture of experts on a CPU in float32 only; pass --dtype float32"
+            )
 
     def _windows(self) -> list[int | None]:
         """The window of each cache that the model wants."""

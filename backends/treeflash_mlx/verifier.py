@@ -11,24 +11,32 @@ from numpy.typing import NDArray
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.cache import release_freed_memory
+from treeflash_mlx.drafter import DrafterModel
 from treeflash_mlx.sampler import choose
 from treeflash_mlx.target import Target
 from treeflash_mlx.tree_hooks import TreePass
 
 PREFILL_CHUNK = 512
-RELEASE_INTERVAL = 256  # tokens
+"""Prompt tokens per forward pass."""
+RELEASE_INTERVAL = 256
+"""Committed tokens between two releases of freed memory."""
 
 
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in MLX."""
 
-    def __init__(self, target: Target, layer_ids: tuple[int, ...]) -> None:
-        """Start a text; `layer_ids` are the layers whose outputs are the features, if any."""
+    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
+        """Start a text.
+
+        Args:
+            target: the loaded model.
+            drafter: projects the outputs of its target layers to features; None for no features.
+        """
         self.target = target
-        self.layer_ids = layer_ids
+        self.drafter = drafter
         self.cache = target.new_cache()
         self.length = 0
-        self.features: mx.array | None = None
+        self.outputs: mx.array | None = None
 
     def prefill(
         self,
@@ -39,20 +47,20 @@ class Verifier:
         """See `TreeVerifier.prefill`."""
         tokens = mx.array(list(token_ids), mx.int32)
         last = len(token_ids) - 1
-        parts = []
+        features = []
         for first in range(0, last, PREFILL_CHUNK):
-            # The last token goes alone, so that no other has its logits computed.
-            parts.append(self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])[1])
-            mx.eval([cache.state for cache in self.cache], parts[-1:])
+            # The last token has a pass of its own: no other needs logits.
+            _, part = self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])
+            mx.eval([cache.state for cache in self.cache], part)
+            features.append(part)
             if first:
                 release_freed_memory()
-        logits, features = self._prefill(tokens[last:])
-        parts.append(features)
+        logits, part = self._prefill(tokens[last:])
+        features.append(part)
         chosen = choose(logits, sampling, uniforms)
-        kept = [part for part in parts if part is not None]
-        if not kept:
+        if self.drafter is None:
             return int(chosen[0]), None
-        whole = mx.concatenate(kept)
+        whole = mx.concatenate(features)
         mx.async_eval(whole)
         return int(chosen[0]), whole
 
@@ -63,15 +71,17 @@ class Verifier:
         uniforms: NDArray[np.float64] | None,
     ) -> NDArray[np.int32]:
         """See `TreeVerifier.verify`."""
-        return choose(self._run(tree), sampling, uniforms)
+        return choose(self._tree_logits(tree), sampling, uniforms)
 
     def commit(self, path: NDArray[np.int32]) -> mx.array | None:
         """See `TreeVerifier.commit`."""
         for cache in self.cache:
             cache.commit(self.length, path)
         before, self.length = self.length, self.length + len(path)
-        features = None if self.features is None else self.features[mx.array(path)]
-        # The device moves the rows while Python writes down the next draft.
+        features = None
+        if self.drafter is not None and self.outputs is not None:
+            features = self.drafter.project(self.outputs[mx.array(path)])
+        # The device moves the rows while Python builds the next draft.
         mx.async_eval([cache.state for cache in self.cache], features)
         if before // RELEASE_INTERVAL != self.length // RELEASE_INTERVAL:
             release_freed_memory()
@@ -79,36 +89,38 @@ class Verifier:
 
     def logits(self, tree: DraftTree) -> NDArray[np.float32]:
         """See `TreeVerifier.logits`."""
-        return np.array(self._run(tree).astype(mx.float32))
+        return np.array(self._tree_logits(tree).astype(mx.float32))
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TreeVerifier.keys_values`."""
-        self._forget()
+        self._drop_tree()
         return np.array(
             mx.stack([mx.stack(cache.read())[:, 0].astype(mx.float32) for cache in self.cache])
         )
 
     def close(self) -> None:
         """See `TreeVerifier.close`."""
-        self.cache, self.features = self.target.new_cache(), None
+        self.cache, self.outputs = self.target.new_cache(), None
 
-    def _forget(self) -> None:
+    def _drop_tree(self) -> None:
         """Drop the rows of a tree that was not committed."""
         for cache in self.cache:
             cache.offset = self.length
 
     def _prefill(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
-        self._forget()
-        logits, features = self.target.forward(tokens, self.cache, self.layer_ids)
+        """(n, vocab) logits and (n, hidden_size) features of the next tokens."""
+        logits, outputs = self._forward(tokens, None)
         self.length += tokens.shape[0]
-        return logits, features
+        # Projected at once: the outputs of five layers take five times the memory.
+        if self.drafter is None or outputs is None:
+            return logits, None
+        return logits, self.drafter.project(outputs)
 
-    def _run(self, tree: DraftTree) -> mx.array:
-        self._forget()
-        logits, self.features = self.target.forward(
-            mx.array(tree.tokens),
-            self.cache,
-            self.layer_ids,
-            TreePass.of(tree, self.length),
-        )
+    def _tree_logits(self, tree: DraftTree) -> mx.array:
+        logits, self.outputs = self._forward(mx.array(tree.tokens), TreePass.of(tree, self.length))
         return logits
+
+    def _forward(self, tokens: mx.array, tree: TreePass | None) -> tuple[mx.array, mx.array | None]:
+        self._drop_tree()
+        layer_ids = self.drafter.config.target_layer_ids if self.drafter is not None else ()
+        return self.target.forward(tokens, self.cache, layer_ids, tree)

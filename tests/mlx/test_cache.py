@@ -27,7 +27,7 @@ def test_a_commit_keeps_the_rows_of_the_path_alone(rng, path, quantised):
     cache = QuantisedTreeCache(hooks, None, 8, 32) if quantised else TreeCache(hooks, None)
     keys, values = (mx.array(rng.normal(size=(1, 2, START + 5, 32)), mx.float32) for _ in "kv")
     cache.update_and_fetch(keys[:, :, :START], values[:, :, :START])
-    with hooks.running(TreePass.of(TREE, START), capture=False):
+    with hooks.forward_pass(TreePass.of(TREE, START), capture=False):
         cache.update_and_fetch(keys[:, :, START:], values[:, :, START:])
     cache.commit(START, np.array(path, np.int32))
     rows = mx.array([0, 1, 2, *(START + node for node in path)])

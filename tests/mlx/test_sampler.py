@@ -83,3 +83,14 @@ def test_top_prefers_the_lower_of_equals():
     logits = np.zeros((2, 3000), np.float32)
     logits[:, [2900, 7, 1500]] = 1
     np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), 3)), [[7, 1500, 2900]] * 2)
+
+
+def test_a_top_p_next_to_zero_keeps_one_token(rng):
+    """It is 0 in float32; the most probable token stays, whatever the number."""
+    logits = rng.normal(0, 2, (20, 1000)).astype(np.float32)
+    config = SamplingConfig(temperature=1.0, top_p=1e-300)
+    chosen = choose(mx.array(logits), config, rng.random(20))
+    np.testing.assert_array_equal(chosen, logits.argmax(-1))
+    probs, covered = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
+    assert covered.item()
+    np.testing.assert_array_equal((np.array(probs) > 0).sum(-1), 1)

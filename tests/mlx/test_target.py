@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,9 +26,11 @@ from mlx import nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
+from treeflash_mlx import backend as backend_module  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
 from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
+from treeflash_mlx.verifier import PREFILL_CHUNK  # noqa: E402
 
 GREEDY = SamplingConfig()
 VERIFIED = (
@@ -174,8 +179,8 @@ def test_two_models_at_once(families, tmp_path, pair):
     assert "rotate" not in str(type(untouched.layers[0].self_attn.rope).__call__)
 
 
-def test_features_are_the_layers_outputs(pair):
-    """In the order that the drafter asks for, with nothing kept when nobody asks."""
+def test_features_are_the_projected_outputs_of_the_layers(pair):
+    """In the order that the drafter asks for; without a drafter none are kept."""
     backend = load(*pair, LoadConfig())
     model = backend.target.model
     x = model.model.embed_tokens(mx.array([[3, 1, 4, 1]]))
@@ -185,7 +190,8 @@ def test_features_are_the_layers_outputs(pair):
         if i in backend.drafter_config.target_layer_ids:
             expected.append(x[0])
     _, features = backend.verifier(features=True).prefill([3, 1, 4, 1], GREEDY, None)
-    assert mx.allclose(features, mx.concatenate(expected, axis=-1), atol=1e-4)
+    expected = backend.drafter_model.project(mx.concatenate(expected, axis=-1))
+    assert mx.allclose(features, expected, atol=1e-4)
     silent = backend.verifier(features=False)
     assert silent.prefill([3, 1, 4, 1], GREEDY, None)[1] is None
     silent.verify(DraftTree.root_only(1), GREEDY, None)
@@ -202,6 +208,27 @@ def test_long_prefill_is_chunked(pair, rng):
     assert chosen == again
     assert mx.allclose(features, mx.concatenate([first, second]), atol=1e-4)
     np.testing.assert_allclose(whole.keys_values(), halves.keys_values(), atol=1e-4)
+
+
+def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatch):
+    """Outputs of the target layers are never held for the whole prompt."""
+    backend = load(*pair, LoadConfig())
+    fc, call, projected = backend.drafter_model.fc, nn.Linear.__call__, []
+
+    def record(self, x):
+        if self is fc:
+            projected.append(x.shape[0])
+        return call(self, x)
+
+    monkeypatch.setattr(nn.Linear, "__call__", record)
+    verifier, drafter = backend.verifier(features=True), backend.drafter()
+    root, features = verifier.prefill(rng.integers(0, 64, 1500).tolist(), GREEDY, None)
+    assert sum(projected) == 1500
+    assert max(projected) <= PREFILL_CHUNK
+    assert features.shape == (1500, 128)
+    drafter.extend(features[:1000])
+    drafter.draft(features[1000:], root)
+    assert sum(projected) == 1500
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -299,3 +326,37 @@ def test_shortlist_logits_are_those_of_the_whole_vocabulary(families, tmp_path, 
     tokens = mx.array([5, 0, 90])
     expected = target.output_head(hidden)[:, tokens]
     assert mx.allclose(target.shortlist_logits(hidden, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_experts_in_half_precision_on_a_cpu_are_one_clear_line(families, tmp_path, dtype):
+    families.write(tmp_path, "qwen3_moe")
+    with pytest.raises(ConfigError, match=r"in float32 only; pass --dtype float32") as caught:
+        load(tmp_path, None, LoadConfig(device="cpu", dtype=dtype))
+    assert "\n" not in str(caught.value)
+    assert load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).dtype == "float32"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_tf32_that_cannot_be_turned_off_any_more_is_said(monkeypatch, recwarn, late):
+    monkeypatch.setattr(backend_module, "TF32_MAY_BE_ON", late)
+    backend_module.warn_of_tf32()
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == late
+    assert all("MLX_ENABLE_TF32=0" in message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("before", "set_by_user", "late"),
+    [("", False, False), ("import mlx.core, ", False, True), ("import mlx.core, ", True, False)],
+)
+def test_whether_tf32_may_be_on(before, set_by_user, late):
+    """MLX reads the variable once, perhaps before the backend is imported."""
+    program = f"{before or 'import '}treeflash_mlx; print(treeflash_mlx.TF32_MAY_BE_ON)"
+    env = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    if set_by_user:
+        env["MLX_ENABLE_TF32"] = "0"
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(late)
