@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
-import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from treeflash.cli.options import (
     Parser,
@@ -26,12 +20,12 @@ from treeflash.cli.options import (
     load_model,
 )
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
+from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation.records import MEAN, Record, compute_records
-from treeflash.evaluation.report import check_report, write_report
+from treeflash.evaluation.publish import check_files, publish
+from treeflash.evaluation.records import MEAN, compute_records
 from treeflash.evaluation.run import Case, Evaluation, cases, encode_rows
-from treeflash.evaluation.tables import Table, tables
-from treeflash.language_model import LanguageModel, Options, parse_options
+from treeflash.language_model import Options, parse_options
 from treeflash.text.prompt_file import Row, read_rows
 
 DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
@@ -48,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     options = _options(args)
     rows = _rows(args)
-    _check_outputs(args)
+    check_files(args.json, args.report, args.prompts)
     model = load_model(args, {case.method for case in options})
     configs = {case: model.decode_config(own) for case, own in options.items()}
     if args.methods is None and model.backend.head is None:
@@ -60,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation.run(model.backend, sets, configs, console)
     finally:
         if evaluation.samples:
-            _publish(compute_records(evaluation.samples, args.seed), model, args)
+            records = compute_records(evaluation.samples, args.seed)
+            publish(records, _settings(args, model.backend), args.json, args.report)
     if not evaluation.samples:
         raise PromptError("every text ended with its first token, so nothing was drafted")
     return 0
@@ -167,25 +162,9 @@ def _rows(args: argparse.Namespace) -> dict[str, list[Row]]:
     return found
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Check before the work that the files can be written."""
-    for path in (args.json, args.report):
-        if path is None:
-            continue
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"{path} cannot be written")
-        if path.resolve() in {prompts.resolve() for prompts in args.prompts}:
-            raise ConfigError(f"{path} is a file of prompts; choose another file")
-    if args.report is not None:
-        check_report(args.report)
-
-
-def _publish(
-    records: dict[str, list[Record]], model: LanguageModel, args: argparse.Namespace
-) -> None:
-    """Print the tables and write the files; a failure of one does not prevent the others."""
-    backend = model.backend
-    settings: dict[str, Any] = {
+def _settings(args: argparse.Namespace, backend: Backend) -> dict[str, Any]:
+    """The settings that the files record."""
+    return {
         "date": datetime.date.today().isoformat(),
         "backend": backend.name,
         "device": backend.device,
@@ -198,42 +177,6 @@ def _publish(
         "temperature": args.temperature,
         "seed": args.seed,
     }
-    with ExitStack() as outputs:
-        if args.report is not None:
-            given = {key.replace("_", " "): value for key, value in settings.items()}
-            title = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
-            outputs.callback(
-                _written, args.report, lambda: write_report(args.report, records, title)
-            )
-        if args.json is not None:
-            text = json.dumps(settings | records, indent=2) + "\n"
-            outputs.callback(_written, args.json, lambda: args.json.write_text(text, "utf-8"))
-        _print(tables(records))
-
-
-def _written(path: Path, write: Callable[[], object]) -> None:
-    """Write a file; an error names it."""
-    try:
-        write()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _print(found: Sequence[Table]) -> None:
-    # Not to standard output directly: if its reader is gone, rich exits with status 1.
-    text = io.StringIO()
-    console = Console(file=text, highlight=False)
-    for table in found:
-        shown = RichTable(
-            title=table.title, caption=table.note, box=box.SIMPLE, padding=(0, 1, 0, 0)
-        )
-        shown.title_justify = shown.caption_justify = "left"
-        for name, *cells in zip(table.columns, *table.rows, strict=True):
-            shown.add_column(name, min_width=max(map(len, cells)))
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-    print(text.getvalue(), end="", flush=True)
 
 
 if __name__ == "__main__":
