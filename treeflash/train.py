@@ -20,43 +20,43 @@ from treeflash.training.config import TrainConfig, read_train_config
 from treeflash.training.responses import read_responses
 from treeflash.training.trainers import trainer
 
-EXPLAINED = {
+HELP = {
     "init": "target, random, or the folder of a drafter, which keeps its shape",
-    "layers": "of the drafter",
-    "block_size": "the root and what is drafted after it",
-    "head": "swiglu, linear or none",
-    "head_size": "inner width of the head",
-    "target_layer_ids": "layers of the target that the drafter reads",
-    "mask_token_id": "stands for what is to be drafted",
-    "freeze_backbone": "train the head alone",
+    "layers": "number of drafter layers",
+    "block_size": "the root and the tokens drafted after it",
+    "head": "AR head: swiglu, linear or none",
+    "head_size": "inner size of the AR head",
+    "target_layer_ids": "target layers whose outputs the drafter reads",
+    "mask_token_id": "token that marks the positions to draft",
+    "freeze_backbone": "train only the AR head",
     "loss": "kl or ce",
-    "marginal_weight": "of the loss without the previous token",
-    "corrected_weight": "of the loss with it",
-    "gamma": "depth d counts exp(-(d - 1) / gamma)",
-    "top_tokens": "of the target's distribution that kl tells apart",
-    "negatives": "random tokens for the rest of the vocabulary; 0 takes all of it",
-    "steps": "of the optimiser",
-    "sequences": "in a forward",
-    "anchors": "roots in a sequence",
-    "accumulation": "forwards in a step",
-    "max_length": "longer texts are cut",
-    "learning_rate": "the highest",
-    "warmup": "share of the steps",
-    "weight_decay": "of AdamW",
-    "clip": "highest norm of the gradient",
-    "seed": "of everything random",
-    "validation_sequences": "held out",
-    "validate_every": "steps",
-    "save_every": "steps",
-    "cache_gb": "disk for the target's features; 0 runs it anew each time",
+    "marginal_weight": "weight of the loss without the previous token",
+    "corrected_weight": "weight of the loss with the previous token",
+    "gamma": "weight depth d by exp(-(d - 1) / gamma)",
+    "top_tokens": "tokens of the target's distribution that kl compares one by one",
+    "negatives": "estimate the softmax from N random tokens; 0 uses the whole vocabulary",
+    "steps": "optimiser steps",
+    "sequences": "texts per forward pass and process",
+    "anchors": "roots per text",
+    "accumulation": "forward passes per step",
+    "max_length": "truncate longer texts",
+    "learning_rate": "peak learning rate",
+    "warmup": "fraction of steps used for warm-up",
+    "weight_decay": "weight decay of AdamW",
+    "clip": "maximum gradient norm",
+    "seed": "random seed",
+    "validation_sequences": "responses held out for validation",
+    "validate_every": "steps between validations",
+    "save_every": "steps between saved states",
+    "cache_gb": "disk space for cached target features; 0 recomputes them",
 }
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, and return the exit code."""
+    """Parse the command line, train, and return the exit status."""
     args = _parser().parse_args(argv)
-    # Of the processes that `accelerate launch` starts, one speaks.
+    # Of the processes that `accelerate launch` starts, only the first prints.
     quiet = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     names = {field.name for field in fields(TrainConfig)}
@@ -74,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _show(records, config, console)
     except KeyboardInterrupt:
-        last = f"the last state in {args.output}" if (args.output / "state").exists() else "nothing"
-        console.print(f"interrupted; the same command goes on from {last}")
+        if (args.output / "state").exists():
+            console.print("interrupted; run the same command again to resume from the last state")
+        else:
+            console.print("interrupted before the first checkpoint; rerunning starts over")
         return INTERRUPTED
     console.print(f"{args.output}: trained; pass it as --drafter")
     return 0
@@ -98,14 +100,14 @@ def _show(records: Iterator[dict[str, Any]], config: TrainConfig, console: Conso
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.train", "Train a drafter for a target on its own answers.")
+    parser = Parser("treeflash.train", "Train a drafter on the responses of its target.")
     parser.add_argument(
         "--responses",
         type=Path,
         nargs="+",
         required=True,
         metavar="FILE.jsonl",
-        help="of treeflash.distill, or conversations with messages",
+        help="files of treeflash.distill, or JSON lines of messages that end with the assistant's",
     )
     parser.add_argument(
         "--validation",
@@ -113,20 +115,22 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE.jsonl",
-        help="of the same kind, to validate on (default: --validation-sequences of the responses)",
+        help="responses to validate on (default: --validation-sequences of --responses)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="of the checkpoint, the log and the state that an interrupted run goes on from",
+        help="folder for the checkpoint, the log, and the state to resume from",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="the options below")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="file with the options below"
+    )
     group = parser.add_argument_group("training")
     for field in fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
-        shown = EXPLAINED[field.name]
+        shown = HELP[field.name]
         if field.default is not None:
             shown += f" (default: {field.default})"
         if field.type == "bool":

@@ -1,4 +1,4 @@
-"""How a drafter is trained. Frozen, keyword-only, checked once."""
+"""The configuration of a training run, from a TOML file and the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from treeflash.text.prompt_file import read_text
 
 LOSSES = ("kl", "ce")
 NEW = ("target", "random")
-"""What a new drafter is made from; any other `init` is the folder of one that there is."""
+"""How to initialise a new drafter; any other `init` is the folder of an existing one."""
 SEEDS = 2**63
 SHAPE = {
     "layers": "num_hidden_layers",
@@ -23,8 +23,8 @@ SHAPE = {
     "target_layer_ids": "target_layer_ids",
     "mask_token_id": "mask_token_id",
 }
-"""Options that say what a new drafter looks like, and what a `DrafterConfig` calls them."""
-AT_LEAST = {
+"""Options that define the shape of a new drafter, and their names in `DrafterConfig`."""
+MINIMUM = {
     "layers": 1,
     "block_size": 2,
     "top_tokens": 1,
@@ -43,40 +43,42 @@ AT_LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The drafter, its loss, its optimiser, and the upkeep of a run.
+    """The drafter, its loss, its optimiser, and how often to validate and save.
 
     Attributes:
-        init: what to start from: `target` copies the target's last layers, `random` nothing, and
-            a folder is a DFlash or TreeFlash checkpoint, which then says the shape.
-        layers: of the drafter.
-        block_size: S: the root and S - 1 masks.
+        init: where to start: `target` copies the target's last layers, `random` starts from
+            random weights, and a folder is a DFlash or TreeFlash checkpoint, whose shape is kept.
+        layers: number of drafter layers.
+        block_size: S, the root and S - 1 masks.
         head: name of the AR head, or `none`.
-        head_size: I, the inner width of the head; None is that of the target's MLP.
-        target_layer_ids: whose outputs are the context features; None spreads one for each
-            drafter layer, the last where the copied layers begin.
+        head_size: I, the inner size of the head; None is that of the target's MLP.
+        target_layer_ids: target layers whose outputs are the context features; None spreads as
+            many as the drafter has layers, the last of them just below the copied layers.
         mask_token_id: None is the target's padding or end token.
-        freeze_backbone: train the head alone.
-        loss: `kl` is forward KL from the target's distribution, `ce` cross-entropy to its token.
-        marginal_weight: of the loss of the prediction that knows no previous token.
-        corrected_weight: of the loss of the AR head's prediction.
-        gamma: position weights are exp(-(d - 1) / gamma) at depth d (DFlash).
-        top_tokens: of the target's distribution that `kl` tells apart; the rest is one more.
-        negatives: random tokens that stand for the rest of the vocabulary in the normaliser, next
-            to all that are among the target's best in the batch; 0 takes the whole vocabulary.
-        steps: of the optimiser.
-        sequences: in a forward, for each process.
-        anchors: positions of a sequence that play the root, anew in every epoch.
-        accumulation: forwards in a step.
-        max_length: longer texts are cut.
-        learning_rate: the highest, after warm-up; a cosine leads to 0.
-        warmup: share of the steps.
+        freeze_backbone: train only the head.
+        loss: `kl` is the forward KL divergence from the target's distribution, `ce` the
+            cross-entropy of the text's token.
+        marginal_weight: weight of the loss without the previous token.
+        corrected_weight: weight of the loss with the previous token, which the AR head adds.
+        gamma: depth d has weight exp(-(d - 1) / gamma) (DFlash).
+        top_tokens: tokens of the target's distribution that `kl` compares one by one; the rest
+            counts as one more.
+        negatives: size of the random sample of the vocabulary that estimates the softmax
+            normaliser, beside the target's top tokens in the batch; 0 uses the whole vocabulary.
+        steps: optimiser steps.
+        sequences: texts per forward pass and process.
+        anchors: positions of a text that play the root, drawn anew for every forward pass.
+        accumulation: forward passes per step.
+        max_length: longer texts are truncated.
+        learning_rate: peak learning rate, after warm-up; a cosine decays it to 0.
+        warmup: fraction of the steps used for warm-up.
         weight_decay: of AdamW.
-        clip: highest norm of the gradient.
-        seed: of everything that is random.
-        validation_sequences: held out of training.
-        validate_every: steps.
-        save_every: steps between states that a run can go on from.
-        cache_gb: disk for the target's features, so that it runs once a text; 0 for none.
+        clip: maximum norm of the gradient.
+        seed: random seed for everything.
+        validation_sequences: responses held out for validation.
+        validate_every: steps between validations.
+        save_every: steps between states that a run can resume from.
+        cache_gb: disk space for cached features of the target; 0 recomputes them in every epoch.
     """
 
     init: str = "target"
@@ -109,9 +111,9 @@ class TrainConfig:
     cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{_flag(name)} must be {least} or more")
+        for name, minimum in MINIMUM.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{_flag(name)} must be {minimum} or more")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -134,16 +136,16 @@ class TrainConfig:
             raise ConfigError("warmup must be at least 0 and below 1")
         if self.freeze_backbone and (self.head == "none" or self.init in NEW):
             raise ConfigError(
-                "freeze-backbone trains the head of a checkpoint alone; "
+                "freeze-backbone trains only the head of a checkpoint; "
                 "it needs a head, and a folder as init"
             )
 
 
 def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a TOML file, and what was changed on the command line.
+    """Read the configuration from a TOML file, overridden by `changes`.
 
     Raises:
-        ConfigError: an option is unknown, has a wrong type, or makes no sense.
+        ConfigError: an option is unknown, has the wrong type, or is out of range.
         CheckpointError: `init` names a folder without a drafter.
         PromptError: the file cannot be read.
     """
@@ -152,7 +154,7 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
         try:
             values = tomllib.loads(read_text(path))
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from error
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
     known = {field.name: str(field.type) for field in fields(TrainConfig)}
     for name, value in values.items():
         if name not in known:

@@ -1,4 +1,4 @@
-"""What a backend that can train implements, beside the interfaces that decoding needs."""
+"""What a backend that can train implements, in addition to the interfaces for decoding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from treeflash.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt that the target is to answer for training data.
+    """A prompt for the target to answer.
 
     Attributes:
         prompt_ids: at least one token.
-        sampling: how to choose; the answer is the one that plain decoding gives.
-        max_tokens: new tokens at most.
+        sampling: how to choose tokens; the response equals that of plain decoding.
+        max_tokens: maximum number of new tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -28,11 +28,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A prompt and what the target answered.
+    """A prompt and the target's response.
 
     Attributes:
-        prompt_ids: through the chat template, up to the answer.
-        response_ids: the answer, with its end token where the target ended it.
+        prompt_ids: the prompt after the chat template, up to the response.
+        response_ids: the response, with its end token if the target ended it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,15 +40,15 @@ class Response:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The whole text."""
+        """Prompt and response."""
         return self.prompt_ids + self.response_ids
 
     def __len__(self) -> int:
-        """Tokens of the whole text."""
+        """Number of tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
-    def cut(self, length: int) -> Response:
-        """The first `length` tokens."""
+    def truncate(self, length: int) -> Response:
+        """Truncate the response so that prompt and response have `length` tokens."""
         kept = max(0, length - len(self.prompt_ids))
         return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:kept])
 
@@ -71,10 +71,10 @@ class Responder(Protocol):
     def respond(
         self, requests: Sequence[Request], stop_token_ids: frozenset[int], slots: int
     ) -> Iterator[tuple[int, list[int]]]:
-        """Answer all requests in their order, as many as `slots` at a time.
+        """Answer all requests in order, up to `slots` at the same time.
 
         Yields:
-            The index of a request and its new tokens, the stop token included, as they finish.
+            The index of each request and its new tokens, stop token included, as it finishes.
 
         Raises:
             NumericalError: the logits are not finite.
@@ -96,21 +96,23 @@ class Trainer(Protocol):
         load: LoadConfig,
         held_out: Sequence[Response] = (),
     ) -> Iterator[dict[str, Any]]:
-        """Train a drafter, or go on where an earlier run of this configuration stopped.
+        """Train a drafter, or resume a run of the same configuration.
 
         Args:
             target: its folder.
-            responses: what to learn from.
-            output: the folder of the checkpoint, its model card, the log and the state.
-            config: of the training.
-            load: where, and in which precision the target and the arithmetic of training run.
-            held_out: what to validate on; other answers to its prompts are left out of
-                `responses`. Where there is none, `validation_sequences` of those are held out.
+            responses: the training data.
+            output: folder for the checkpoint, its model card, the log and the state.
+            config: of the run.
+            load: device, and the precision of the target and of mixed-precision training.
+            held_out: validation data; other responses to its prompts are removed from
+                `responses`. If empty, `validation_sequences` of `responses` are held out.
 
         Yields:
-            What the log holds: a record of each step, and of each validation.
+            A record for each step, as in the log; before the first step, the progress of the
+            feature cache.
 
         Raises:
-            ConfigError: the configuration does not fit the target, or what `output` holds.
+            ConfigError: the configuration does not fit the target or the run in `output`, or
+                `output` cannot be written.
             NumericalError: the loss is not finite.
         """

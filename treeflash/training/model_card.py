@@ -1,4 +1,4 @@
-"""The model card of a drafter that was trained here."""
+"""The model card of a trained drafter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from treeflash.training.config import NEW, SHAPE
 CARD = """\
 # TreeFlash drafter
 
-{layers} layers, hidden size {hidden}, block size {block}, head {head}; context features of the
-target's layers {layer_ids}. Made by `python -m treeflash.train` of treeflash {version}.
+{layers} layers, hidden size {hidden}, block size {block}, head {head}; context features from
+target layers {layer_ids}. Trained with `python -m treeflash.train`, treeflash {version}.
 
 ## Training
 
-After {step} of {steps} steps; data {data}.
+After {step} of {steps} steps; data fingerprint {data}.
 
 | option | value |
 | --- | --- |
@@ -31,15 +31,15 @@ After {step} of {steps} steps; data {data}.
 def model_card(
     settings: Mapping[str, Any], identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The text of a `README.md`.
+    """The text of the checkpoint's `README.md`.
 
     Args:
         settings: the drafter's `config.json`.
-        identity: data and configuration of the run.
-        records: of its log.
+        identity: configuration, target and data of the run.
+        records: the log of the run.
     """
-    # A drafter that was started from has its own shape.
-    left_out = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
+    # The shape of an existing drafter is its own, not that of the options.
+    omitted = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
     validations = [record["validation"] for record in records if "validation" in record]
     return CARD.format(
         layers=settings["num_hidden_layers"],
@@ -51,8 +51,8 @@ def model_card(
         step=records[-1]["step"] if records else 0,
         steps=identity["steps"],
         data=identity["data"],
-        options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k not in left_out),
-        metrics=_table(validations[-1]) if validations else "None was held out.",
+        options="\n".join(f"| {k} | {v} |" for k, v in identity.items() if k not in omitted),
+        metrics=_table(validations[-1]) if validations else "No responses were held out.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers of a target, which drafters learn from: JSON lines, its own or another engine's."""
+"""Files of responses to train on: JSON lines from treeflash.distill or from another engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from treeflash.training.interfaces import Response
 
 
 def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
-    """The answers of a file. Each line is a JSON object of one of two forms; other keys are free.
+    """Read a file of JSON objects, one per line, in one of two forms; other keys are ignored.
 
     - `prompt_ids` and `response_ids`: token ids, as `treeflash.distill` writes them;
-    - `messages`: a conversation whose last message is the assistant's, as other engines write it.
-      Its chat template is applied, and the target's end token closes the answer.
+    - `messages`: a conversation that ends with the assistant's message, as other engines write
+      it. The chat template is applied, and the target's end token is appended.
 
     Raises:
-        PromptError: names the file and the line that is not of these forms.
+        PromptError: a line has neither form; names the file and the line.
     """
     found = read_json_lines(path, "responses", lambda value: _response(value, tokenizer))
     return [response for _, response in found]
@@ -28,7 +28,7 @@ def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
 
 def _response(value: Any, tokenizer: Tokenizer) -> Response:
     if not isinstance(value, dict):
-        raise PromptError("a JSON object is needed")
+        raise PromptError("the line must be a JSON object")
     if "messages" in value:
         return _conversation(value["messages"], tokenizer)
     return Response(
@@ -39,10 +39,10 @@ def _response(value: Any, tokenizer: Tokenizer) -> Response:
 
 def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
     if not isinstance(messages, list) or not messages:
-        raise PromptError("'messages' must be a list, not empty")
+        raise PromptError("'messages' must be a non-empty list")
     check_messages(messages)
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-        raise PromptError("the last message must be an answer of the assistant, not empty")
+        raise PromptError("the last message must be a non-empty one of the assistant")
     prompt = tokenizer.chat(messages[:-1])
     answer = tokenizer.answer(messages[-1]["content"])
     return Response(prompt_ids=tuple(prompt), response_ids=tuple(answer))
@@ -55,6 +55,6 @@ def _token_ids(value: Any) -> tuple[int, ...]:
         or not all(type(token) is int and token >= 0 for token in value)
     ):
         raise PromptError(
-            "the response needs 'messages', or 'prompt_ids' and 'response_ids', lists of token ids"
+            "the line needs 'messages', or 'prompt_ids' and 'response_ids' as lists of token ids"
         )
     return tuple(value)

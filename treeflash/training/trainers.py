@@ -1,4 +1,4 @@
-"""Trainers by name: backends that can train register an entry point for it."""
+"""Trainers by name, which backends that can train register as entry points."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ GROUP = "treeflash.trainers"
 
 
 def trainer(name: str | None) -> Trainer:
-    """The entry point of a backend that can train; None is the first installed.
+    """The trainer of a backend; None is the first that is installed.
 
     Raises:
-        BackendError: no backend has that name, it cannot train, or its framework is missing.
+        BackendError: the backend is unknown, cannot train, or its framework is not installed.
     """
     entries = available(GROUP)
     if name is None:

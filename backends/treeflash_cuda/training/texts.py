@@ -19,7 +19,7 @@ def usable(responses: Sequence[Response], config: TrainConfig, target: Target) -
         ConfigError: there are none, or they have tokens that the target does not know.
     """
     limit = min(config.max_length, target.max_positions)
-    texts = [response.cut(limit) for response in responses]
+    texts = [response.truncate(limit) for response in responses]
     texts = [text for text in texts if len(text.response_ids) > 1]
     if not texts:
         raise ConfigError("no response has two tokens or more within max-length; raise it")

@@ -32,7 +32,7 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
         ("steps = 'many'", "steps must be int, got 'many'"),
         ("steps = true", "steps must be int, got True"),
         ("freeze_backbone = 1", "freeze_backbone must be bool"),
-        ("steps =", "is not TOML"),
+        ("steps =", "is not valid TOML"),
         ("steps = 0", "steps must be 1 or more"),
         ("block_size = 1", "block-size must be 2 or more"),
         ("learning_rate = nan", "learning-rate must be a finite number"),
@@ -48,18 +48,18 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
         ("freeze_backbone = true", "needs a head, and a folder as init"),
     ],
 )
-def test_what_is_wrong_is_named(text, message, tmp_path):
+def test_an_invalid_option_is_named(text, message, tmp_path):
     path = tmp_path / "train.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_train_config(path, {})
 
 
-def test_a_drafter_that_training_starts_from_keeps_its_shape(tmp_path):
+def test_an_existing_drafter_keeps_its_shape(tmp_path):
     write_target(tmp_path / "target", "llama", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, block_size=6, layers=2)
     init = {"init": str(tmp_path / "drafter")}
-    # Only what is given and differs is refused: a file can serve for both.
+    # Equal values are accepted, so that one file can serve both runs.
     assert read_train_config(None, init).init == init["init"]
     assert read_train_config(None, {**init, "layers": 2, "target_layer_ids": (0, 2)}).layers == 2
     for name, value in (("layers", 5), ("block_size", 16), ("target_layer_ids", (1,))):
@@ -69,7 +69,7 @@ def test_a_drafter_that_training_starts_from_keeps_its_shape(tmp_path):
         read_train_config(None, {"init": str(tmp_path)})
 
 
-def test_a_head_is_kept_unless_another_is_asked_for(tmp_path):
+def test_an_existing_head_is_kept_unless_another_is_given(tmp_path):
     write_target(tmp_path / "target", "llama", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2, head="linear")
     write_drafter(tmp_path / "dflash", tmp_path / "target", seed=2, format="dflash")
@@ -79,8 +79,8 @@ def test_a_head_is_kept_unless_another_is_asked_for(tmp_path):
     assert read_train_config(None, {"init": str(tmp_path / "dflash")}).head == "swiglu"
 
 
-def test_every_option_is_explained_and_reaches_the_configuration(tmp_path, capsys):
-    assert train.EXPLAINED.keys() == TrainConfig.__dataclass_fields__.keys()
+def test_every_option_has_a_help_text_and_reaches_the_configuration(tmp_path, capsys):
+    assert train.HELP.keys() == TrainConfig.__dataclass_fields__.keys()
     responses = tmp_path / "responses.jsonl"
     responses.write_text(json.dumps({"prompt_ids": [1], "response_ids": [2]}))
     arguments = ["--responses", str(responses), "--output", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""Reading answers, the target's own or another engine's."""
+"""Reading files of responses."""
 
 import json
 
@@ -16,7 +16,7 @@ def write(tmp_path, *records):
     return path
 
 
-def test_token_ids_are_taken_as_they_are(tmp_path, byte_tokenizer):
+def test_token_ids_are_used_unchanged(tmp_path, byte_tokenizer):
     path = write(tmp_path, {"id": 1, "prompt_ids": [3, 4], "response_ids": [5], "more": "free"})
     (response,) = read_responses(path, byte_tokenizer)
     assert response == Response(prompt_ids=(3, 4), response_ids=(5,))
@@ -36,18 +36,18 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path, byte_tokenizer)
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([], "a JSON object is needed"),
-        ({}, "'messages', or 'prompt_ids' and 'response_ids'"),
-        ({"prompt_ids": [1], "response_ids": []}, "lists of token ids"),
-        ({"prompt_ids": [1], "response_ids": [True]}, "lists of token ids"),
-        ({"prompt_ids": [1], "response_ids": ["a"]}, "lists of token ids"),
-        ({"prompt_ids": [-1], "response_ids": [2]}, "lists of token ids"),
-        ({"messages": "hi"}, "must be a list"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "answer of the assistant"),
-        ({"messages": [{"role": "assistant", "content": ""}]}, "not empty"),
+        ([], "must be a JSON object"),
+        ({}, "needs 'messages', or 'prompt_ids' and 'response_ids'"),
+        ({"prompt_ids": [1], "response_ids": []}, "as lists of token ids"),
+        ({"prompt_ids": [1], "response_ids": [True]}, "as lists of token ids"),
+        ({"prompt_ids": [1], "response_ids": ["a"]}, "as lists of token ids"),
+        ({"prompt_ids": [-1], "response_ids": [2]}, "as lists of token ids"),
+        ({"messages": "hi"}, "must be a non-empty list"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "non-empty one of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "non-empty one"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(record, message, tmp_path, byte_tokenizer):
+def test_an_invalid_line_is_named(record, message, tmp_path, byte_tokenizer):
     good = {"prompt_ids": [1], "response_ids": [2]}
     with pytest.raises(PromptError, match=r"responses\.jsonl:2: .*" + message):
         read_responses(write(tmp_path, good, record), byte_tokenizer)
@@ -64,8 +64,8 @@ def test_an_empty_file_is_refused(tmp_path, byte_tokenizer):
         read_responses(write(tmp_path), byte_tokenizer)
 
 
-def test_cutting_keeps_the_prompt():
+def test_truncation_keeps_the_prompt():
     response = Response(prompt_ids=(1, 2), response_ids=(3, 4, 5))
-    assert response.cut(4).response_ids == (3, 4)
-    assert response.cut(9) == response
-    assert response.cut(1).response_ids == ()
+    assert response.truncate(4).response_ids == (3, 4)
+    assert response.truncate(9) == response
+    assert response.truncate(1).response_ids == ()
