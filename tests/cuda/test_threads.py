@@ -1,0 +1,50 @@
+"""Threads that share one model get the texts that each would get alone."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+
+require("torch")
+
+from treeflash_cuda.backend import load  # noqa: E402
+
+THREADS, TEXTS = 4, 12
+
+
+@pytest.fixture(params=[False, True], ids=["", "static shapes"])
+def backend(request, tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    config = LoadConfig(device="cpu", dtype="float32", cuda_graphs=request.param)
+    return load(tmp_path / "target", tmp_path / "drafter", config)
+
+
+@pytest.fixture
+def frequent_switches():
+    """Threads that give way far more often than by default."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("frequent_switches")
+def test_texts_of_threads_are_those_of_one(backend):
+    random = np.random.default_rng(3)
+    prompts = [random.integers(0, 40, random.integers(3, 9)).tolist() for _ in range(TEXTS)]
+    methods = ["ar", "treeflash", "ddtree"]
+
+    def text(n):
+        config = DecodeConfig(method=methods[n % 3], budget=8, max_tokens=24)
+        return [token for step in decode(backend, prompts[n], config) for token in step.tokens]
+
+    alone = [text(n) for n in range(TEXTS)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert list(threads.map(text, range(TEXTS))) == alone
