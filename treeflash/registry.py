@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import platform
 import sys
 from collections.abc import Callable
@@ -77,14 +78,21 @@ def check_device(load: Loader, device: str) -> None:
 def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
     """Run with a configuration; on the CPU if there is no other device and the user named none.
 
+    Running on the CPU is logged as a warning, which Python prints to standard error by default.
+
     Raises:
         BackendError: there is no such device, and the user named it.
     """
     try:
         return run(config)
-    except BackendError:
+    except BackendError as error:
         if named:
             raise
+        logging.getLogger(__name__).warning(
+            "%s; running on the CPU in %s",
+            str(error).partition(";")[0],
+            config.dtype or "float32, slower than on a GPU",
+        )
         return run(replace(config, device="cpu"))
 
 

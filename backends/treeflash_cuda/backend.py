@@ -93,7 +93,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
 def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
     """A target that runs draft trees; see `Target.prepare`. Raises what `Loader` does."""
     device = choose_device(config.device)
-    # cuDNN's attention builds a plan for every number of keys that it meets, which is every one.
+    # cuDNN's attention builds a plan for every new number of keys, and each step has a new one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
@@ -104,7 +104,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None is the first CUDA device.
+    """The device with a name; None is the first CUDA device.
 
     Raises:
         BackendError: there is no such device.

@@ -1,4 +1,4 @@
-"""Sampling on a CPU: filters keep few tokens, which NumPy handles row by row."""
+"""Sampling on a CPU: filters keep few tokens, so NumPy handles rows one by one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from treeflash_cuda.gpu_sampler import invert
 from treeflash_cuda.topk import topk_lower_bound
 
 ROWS = 4
-"""Rows that are computed together: their numbers stay in the caches, and are few enough for the
-allocator to keep their memory."""
+"""Rows computed together: few enough to stay in the CPU's caches and in the allocator's pool."""
 
 
 def sample(
@@ -45,9 +44,9 @@ def _sample_row(
     Args:
         probs: (vocab,).
         uniform: in [0, 1).
-        top_k: fewer than vocab; 0 for all.
+        top_k: less than vocab; 0 is off.
         top_p: see `SamplingConfig`.
-        min_p: likewise.
+        min_p: see `SamplingConfig`.
     """
     best = probs.max()
     edge = min_p * best
@@ -55,12 +54,12 @@ def _sample_row(
         floor = topk_lower_bound(probs, top_k)
     else:
         total = probs.sum()
-        # Tokens below an equal share of what top-p may drop can all be dropped.
+        # Top-p drops every token below an equal share of the mass that it drops.
         floor = min(max(edge, (1 - top_p) * total / len(probs)), best)
     tokens = np.flatnonzero(probs >= floor)
     kept = probs[tokens]
     if top_k:
-        # What ties with the last of these is kept as well.
+        # Ties with the k-th token are kept as well.
         inside = kept >= np.partition(kept, -top_k)[-top_k]
         tokens, kept = tokens[inside], kept[inside]
         total = kept.sum(dtype=np.float64)
@@ -71,7 +70,7 @@ def _sample_row(
         edge = max(edge, ranked[max(np.count_nonzero(before < wanted), 1) - 1])
     inside = kept >= edge
     mass = kept[inside].cumsum(dtype=np.float64)
-    # A share of the whole may round up to it.
+    # The product may round up to the whole mass.
     place = min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(mass) - 1)
     chosen: np.int64 = tokens[inside][place]
     return chosen

@@ -1,4 +1,4 @@
-"""Sampling all rows at once, with few reads from the device."""
+"""Sampling on a GPU: all rows at once, with few reads from the device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from treeflash_cuda.cache import upload
 from treeflash_cuda.topk import topk
 
 SHORTLIST = 64
-"""Tokens among which the edge of a nucleus is looked for first."""
+"""Most probable tokens that are searched first for the end of a nucleus."""
 BLOCK = 256
-"""Tokens that are summed first, to find the one that is chosen."""
+"""Tokens summed together in the first step of inverting a cumulative distribution."""
 
 
 def sample(
@@ -50,8 +50,8 @@ def sample(
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     """(n,) the first token whose cumulative mass exceeds a share of the total.
 
-    Sums are in double precision: near-ties must fall the same way whether a row is computed alone
-    or among the nodes of a tree. To do that for few numbers, whole blocks are summed first.
+    Sums are in float64: near-ties must fall the same way whether a row is computed alone or among
+    the nodes of a tree. Summing blocks first keeps the float64 arithmetic short.
 
     Args:
         probs: (n, vocab).
@@ -65,7 +65,7 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     before = F.pad(mass, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
     cumulative = before + inside.cumsum(-1, dtype=torch.float64)
-    # The block's sum and this one may differ in the last digit: stay inside.
+    # The two sums of a block may differ in the last digit: stay inside the block.
     below = cumulative[:, -1:] * (1 - torch.finfo(torch.float64).eps)
     wanted = torch.maximum(torch.minimum(wanted, below), before)
     within = torch.searchsorted(cumulative, wanted, right=True)
@@ -75,12 +75,12 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
 def _sample(
     logits: Tensor, sampling: SamplingConfig, uniforms: Tensor, shortlist: int
 ) -> tuple[Tensor, Tensor]:
-    """(n,) tokens, and (n,) whether the nucleus lay within the shortlist."""
+    """(n,) tokens, and (n,) whether the shortlist contained the nucleus."""
     probs = torch.softmax(logits.float() / sampling.temperature, -1)
     covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
     ranked = None
     if 0 < sampling.top_k < probs.shape[-1]:
-        # What ties with the last of these is kept as well.
+        # Ties with the k-th token are kept as well.
         ranked = topk(probs, sampling.top_k)[0]
         probs = torch.where(probs >= ranked[:, -1:], probs, 0)
     if sampling.top_p < 1:
@@ -95,13 +95,13 @@ def _sample(
 
 
 def _nucleus_edge(ranked: Tensor, wanted: Tensor) -> Tensor:
-    """(n, 1) the smallest probability kept by top-p.
+    """(n, 1) the smallest probability that top-p keeps.
 
     Args:
         ranked: (n, k) largest probabilities of each row, largest first.
         wanted: (n, 1) the mass to keep.
     """
     mass = ranked.cumsum(-1, dtype=torch.float64)
-    # At least the best one; a row that is not finite has none, and is reported by the caller.
+    # Keep at least the best token; the caller reports rows that are not finite.
     last = ((mass - ranked) < wanted).sum(-1, keepdim=True).clamp(min=1) - 1
     return ranked.gather(-1, last)

@@ -1,4 +1,4 @@
-"""The target's choices."""
+"""Choosing the target's tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from treeflash.errors import NumericalError
 from treeflash_cuda import cpu_sampler, gpu_sampler
 
 BLOCK = 256
-"""Tokens that are reduced first, to find the best one."""
+"""Tokens reduced together in the first step of an argmax."""
 
 
 def choose(
     logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.int32]:
-    """What `treeflash.decoding.sampling.choose` defines, with one read from a GPU.
+    """Choose a token per row, as `treeflash.decoding.sampling.choose` does.
 
-    A second one where a nucleus is wider than the sampler's shortlist.
+    It reads once from a GPU, and once more if a nucleus is larger than the sampler's shortlist.
 
     Args:
         logits: (n, vocab).
@@ -45,10 +45,11 @@ def choose(
 
 
 def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) the best token of each row, the first of equal ones, and whether all are finite."""
+    """(n,) the best token of each row, the first one in a tie, and whether all are finite."""
     n, vocab = logits.shape
     block = math.gcd(vocab, BLOCK)
-    # A maximum is found several times as fast as its place, so first of blocks.
-    best, number = logits.view(n, -1, block).amax(-1).max(-1)
-    inside = logits.view(n, -1, block)[torch.arange(n, device=logits.device), number]
-    return number * block + inside.argmax(-1), best.isfinite().all()
+    blocks = logits.view(n, -1, block)
+    # A maximum is several times as fast as an argmax: search only the block with the maximum.
+    best, best_block = blocks.amax(-1).max(-1)
+    candidates = blocks[torch.arange(n, device=logits.device), best_block]
+    return best_block * block + candidates.argmax(-1), best.isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from treeflash import registry
+from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.reference.backend import load as load_reference
 
@@ -137,3 +139,42 @@ def test_best(
     platform(monkeypatch, system, machine)
     install(monkeypatch, *frameworks)
     assert registry.best() == expected
+
+
+FALLBACK = """
+from treeflash.config import LoadConfig
+from treeflash.errors import BackendError
+from treeflash.registry import on_some_device
+
+def run(config):
+    if config.device is None:
+        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
+    return config.device
+
+print(on_some_device(run, LoadConfig(dtype={dtype!r}), named=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "described"),
+    [(None, "float32, slower than on a GPU"), ("bfloat16", "bfloat16")],
+)
+def test_running_on_the_cpu_for_want_of_a_device_is_one_line(
+    dtype: str | None, described: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK.format(dtype=dtype)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "cpu\n"
+    assert done.stderr == (f"no CUDA device is available; running on the CPU in {described}\n")
+
+
+def test_a_device_that_the_user_named_is_not_replaced() -> None:
+    def run(config: LoadConfig) -> None:
+        raise BackendError("no CUDA device is available")
+
+    with pytest.raises(BackendError):
+        registry.on_some_device(run, LoadConfig(), named=True)
