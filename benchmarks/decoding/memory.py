@@ -20,9 +20,8 @@ from treeflash.text.prompt_file import read_rows
 TEXT_TOKENS = 1000
 
 
-@guarded
-def main(argv=None) -> int:
-    """Measure, print, write."""
+def parser() -> Parser:
+    """The command line."""
     options = Parser(__doc__.splitlines()[0])
     options.add_argument(
         "prompts", type=Path, metavar="FILE.jsonl", help="its first prompt is used"
@@ -31,7 +30,13 @@ def main(argv=None) -> int:
         "--texts", type=at_least_one, default=10, help="number of texts (default: 10)"
     )
     add_model_options(options)
-    args = options.parse_args(argv)
+    return options
+
+
+@guarded
+def main(argv=None) -> int:
+    """Measure, print, write."""
+    args = parser().parse_args(argv)
     model = load_model(args)
     rows: list[dict] = []
     first = tokens = 0

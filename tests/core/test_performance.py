@@ -46,6 +46,14 @@ def test_every_measurement_has_results_and_mlx_gets_no_device_of_torch(module, f
         assert ("cuda:1" in command) == (name not in performance.ON_MLX)
 
 
+def test_every_measurement_has_a_module_that_takes_its_options(module):
+    performance = module("performance")
+    args = performance.parser().parse_args(["a.jsonl", "--device", "cpu"])
+    for name, *options in performance.commands(args, Path("random"), Path("4bit")).values():
+        script = module("peers.__main__" if name == "peers" else name)
+        script.parser().parse_args(options)
+
+
 def test_auto_is_compared_with_the_fastest_fixed_budget(module):
     methods = module("decoding.methods")
 
