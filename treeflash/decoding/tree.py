@@ -43,6 +43,19 @@ class DraftTree:
         order = np.arange(len(tokens), dtype=np.int32)
         return cls(tokens, order - 1, order, log_probs)
 
+    @classmethod
+    def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
+        """The tree of this shape, every path as probable as any other.
+
+        Args:
+            tokens: (n,) the root first.
+            parents: (n,) as in `DraftTree`.
+        """
+        depths = np.zeros(len(parents), np.int32)
+        for node in range(1, len(parents)):
+            depths[node] = depths[parents[node]] + 1
+        return cls(tokens, parents, depths, np.zeros(len(parents)))
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -149,10 +149,4 @@ def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:
     Its tokens differ: a single token would take the same experts of a mixture at every node.
     """
     tokens = np.random.default_rng(nodes).integers(0, vocab_size, nodes).astype(np.int32)
-    order = np.arange(nodes, dtype=np.int32)
-    parents = (order - 1) // 4
-    parents[0] = -1
-    depths = np.zeros(nodes, np.int32)
-    for node in order[1:]:
-        depths[node] = depths[parents[node]] + 1
-    return DraftTree(tokens, parents, depths, np.zeros(nodes))
+    return DraftTree.from_parents(tokens, (np.arange(nodes, dtype=np.int32) - 1) // 4)
