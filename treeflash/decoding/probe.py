@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,37 +76,40 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
         The worst leaf's root mean square difference, relative to the logits' standard deviation.
     """
     prefix, tree = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
-    verifier = backend.verifier(features=False)
-    verifier.prefill(prefix, GREEDY, None)
-    branched = verifier.logits(tree)
+    with closing(backend.verifier(features=False)) as verifier:
+        verifier.prefill(prefix, GREEDY, None)
+        branched = verifier.logits(tree)
     worst = 0.0
     for leaf in sorted(set(range(len(tree))) - set(tree.parents.tolist())):
         path = np.flatnonzero(tree.ancestor_mask()[leaf])
-        alone = backend.verifier(features=False)
-        alone.prefill(prefix + tree.tokens[path[:-1]].tolist(), GREEDY, None)
-        plain = alone.logits(DraftTree.root_only(int(tree.tokens[leaf])))
+        with closing(backend.verifier(features=False)) as alone:
+            alone.prefill(prefix + tree.tokens[path[:-1]].tolist(), GREEDY, None)
+            plain = alone.logits(DraftTree.root_only(int(tree.tokens[leaf])))
         worst = max(worst, _difference(branched[leaf], plain[0]))
     return worst
 
 
 def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[float, float]:
-    """The same for a large tree's last leaf, and for a token after that leaf's path was committed.
+    """The same for a large tree's last leaf, and for a tree after that leaf's path was committed.
 
     Both texts are prefilled in the same chunks, which keeps a mixture's near-ties alike.
     """
     length = max(1, min(LARGE_PREFIX, backend.max_positions - len(LARGE_PARENTS)))
     prefix, tree = _prefix_and_tree(backend, rng, length, LARGE_PARENTS)
     path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
-    branched, plain = (backend.verifier(features=False) for _ in range(2))
-    branched.prefill(prefix, GREEDY, None)
-    on_tree = branched.logits(tree)[-1]
-    branched.commit(path)
-    plain.prefill(prefix, GREEDY, None)
-    plain.prefill(tree.tokens[path[:-1]].tolist(), GREEDY, None)
-    alone = plain.logits(DraftTree.root_only(int(tree.tokens[-1])))[0]
-    plain.commit(np.zeros(1, np.int32))
     _, following = _prefix_and_tree(backend, rng, 0, PARENTS)
-    after = zip(branched.logits(following), plain.logits(following), strict=True)
+    with closing(backend.verifier(features=False)) as branched:
+        branched.prefill(prefix, GREEDY, None)
+        on_tree = branched.logits(tree)[-1]
+        branched.commit(path)
+        after_tree = branched.logits(following)
+    with closing(backend.verifier(features=False)) as plain:
+        plain.prefill(prefix, GREEDY, None)
+        plain.prefill(tree.tokens[path[:-1]].tolist(), GREEDY, None)
+        alone = plain.logits(DraftTree.root_only(int(tree.tokens[-1])))[0]
+        plain.commit(np.zeros(1, np.int32))
+        after_text = plain.logits(following)
+    after = zip(after_tree, after_text, strict=True)
     return _difference(on_tree, alone), max(_difference(*rows) for rows in after)
 
 

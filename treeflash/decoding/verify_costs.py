@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.interfaces import Backend, TreeVerifier
 from treeflash.decoding.tree import DraftTree
 
 TIMED = (1, 5, 8, 12, 16, 32, 64, 128, 256)
@@ -63,31 +64,8 @@ class VerifyCosts:
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
         """Time the backend's target on bushy trees of arbitrary tokens."""
-
-        def timed(size: int) -> float:
-            tree = _bushy_tree(size, backend.vocab_size)
-            before = time.perf_counter()
-            verifier.verify(tree, greedy, None)
-            return time.perf_counter() - before
-
-        verifier = backend.verifier(features=False)
-        greedy = SamplingConfig()
-        verifier.prefill(list(range(min(PROMPT_TOKENS, backend.vocab_size))), greedy, None)
-        # The first forward pass of a size also compiles and allocates: the best time counts, and no
-        # size is given up because of its first.
-        best: dict[int, float] = {}
-        for size in TIMED:
-            best[size] = timed(size)
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                best[size] = min(best[size], timed(size))
-            if best[size] > MAX_RELATIVE_COST * best[1]:
-                break
-        started = time.perf_counter()
-        for number in range(1, ROUNDS[1]):
-            if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
-                break
-            for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
-                best[size] = min(best[size], timed(size))
+        with closing(backend.verifier(features=False)) as verifier:
+            best = _best_seconds(verifier, backend.vocab_size)
         sizes = [size for size in SIZES if size <= max(best)]
         line = np.interp(sizes, list(best), list(best.values())).tolist()
         pairs = zip(sizes, line, strict=True)
@@ -141,6 +119,35 @@ class VerifyCosts:
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.
             self.seconds[size] *= 1 + MEMORY * (change if size == nodes else change / 2)
+
+
+def _best_seconds(verifier: TreeVerifier, vocab_size: int) -> dict[int, float]:
+    """The shortest forward pass over trees of each of `TIMED` sizes that may pay."""
+
+    def timed(size: int) -> float:
+        tree = _bushy_tree(size, vocab_size)
+        before = time.perf_counter()
+        verifier.verify(tree, greedy, None)
+        return time.perf_counter() - before
+
+    greedy = SamplingConfig()
+    verifier.prefill(list(range(min(PROMPT_TOKENS, vocab_size))), greedy, None)
+    # The first forward pass of a size also compiles and allocates: the best time counts, and no
+    # size is given up because of its first.
+    best: dict[int, float] = {}
+    for size in TIMED:
+        best[size] = timed(size)
+        if best[size] > MAX_RELATIVE_COST * best[1]:
+            best[size] = min(best[size], timed(size))
+        if best[size] > MAX_RELATIVE_COST * best[1]:
+            break
+    started = time.perf_counter()
+    for number in range(1, ROUNDS[1]):
+        if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
+            break
+        for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
+            best[size] = min(best[size], timed(size))
+    return best
 
 
 def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:

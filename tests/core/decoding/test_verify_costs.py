@@ -76,6 +76,9 @@ class Timed:
     def prefill(self, token_ids, sampling, uniforms):
         pass
 
+    def close(self):
+        pass
+
     def verify(self, tree, sampling, uniforms):
         first = len(tree) not in self.verified
         self.verified.append(len(tree))
