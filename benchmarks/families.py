@@ -1,10 +1,10 @@
-"""Which model families run draft trees, by backend: a Markdown table made from tiny random models.
+"""Which model types run draft trees, by backend: a Markdown table made from tiny random models.
 
     python benchmarks/families.py > docs/families.md
 
-It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which say what `verified` means. A
-dash stands for a type that a framework does not have, or that the scripts' generic configuration
-does not make; a recurrent one, say.
+It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which define the outcomes. A dash
+stands for a type that a framework does not have, or that the script cannot make a tiny model of
+with all of the type's kinds of layers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent / "tests"
 FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
 OUTCOMES = ("verified", "refused")
+INTRODUCTION = """\
+Made by `python benchmarks/families.py` in float32 on a CPU, with a tiny random model of each type
+that has every kind of layer that the type has.
+
+- *verified*: the logits on a draft tree are those of its paths run as plain text.
+- *refused*: loading a drafter for such a target prints an error that says why.
+- a dash: the framework lacks the type, or no such tiny model could be made.
+
+"""
 
 
 def outcomes(backend: str) -> dict[str, str]:
-    """Outcome by model type, of the types that could be tried."""
+    """The outcome of each model type that could be tried."""
     run = subprocess.run(
         [sys.executable, TESTS / backend / "families.py"],
         stdout=subprocess.PIPE,
@@ -39,7 +48,7 @@ def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     found = {backend: outcomes(backend) for backend in FRAMEWORKS}
     print("# Model families\n")
-    print("Made by `python benchmarks/families.py` from tiny random models, in float32 on a CPU.\n")
+    print(INTRODUCTION)
     for backend, framework in FRAMEWORKS.items():
         counts = {o: list(found[backend].values()).count(o) for o in OUTCOMES}
         print(

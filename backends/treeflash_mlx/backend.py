@@ -57,7 +57,7 @@ class MlxBackend:
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
-    """See `Loader`. MLX has one default device for the process, and a named one becomes it."""
+    """See `Loader`. MLX has one default device for the whole process; naming a device sets it."""
     if config.cuda_graphs:
         raise ConfigError("only the cuda backend has --cuda-graphs; leave it out")
     on_cpu = choose_device(config.device)
@@ -78,7 +78,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
 
 
 def warn_of_tf32() -> None:
-    """Say so if float32 on a GPU may be less than float32."""
+    """Warn if a GPU may round float32 products to TF32."""
     if TF32_MAY_BE_ON:
         warnings.warn(
             "MLX was imported before treeflash_mlx and may compute in TF32, where drafting can "
@@ -108,7 +108,7 @@ def choose_device(name: str | None) -> bool:
 def load_drafter(
     folder: Path, target: Target, bits: int | None
 ) -> tuple[DrafterModel, ARHead | None]:
-    """Read a drafter, check that it belongs to the target, and quantise it if asked."""
+    """Read a drafter, check that it fits the target, and quantise it to `bits` if given."""
     if bits not in (None, *BITS):
         raise ConfigError(f"draft-bits must be one of {BITS}, got {bits}")
     target.check_drafting()

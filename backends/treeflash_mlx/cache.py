@@ -1,4 +1,4 @@
-"""Keys and values of committed positions, and of a tree not yet committed."""
+"""Keys and values of committed positions, and of a tree that is not committed yet."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ STEP = 256
 
 
 def release_freed_memory() -> None:
-    """Let MLX give back what was freed on a GPU: it keeps all, and sizes change all the time."""
+    """Return freed GPU memory to the system; MLX keeps it, and the sizes needed keep changing."""
     if mx.default_device().type == mx.gpu:
         mx.clear_cache()
 
 
 class KeyValues:
-    """Arrays of (1, heads, rows, width) each, with room for more rows; the room grows by steps."""
+    """Arrays of shape (1, heads, rows, width) with room for more rows, which grows by steps."""
 
     def __init__(self) -> None:
-        """Start empty; what is put first fixes the number of arrays and their shapes."""
+        """Start empty; the first `put` fixes the number of arrays and their shapes."""
         self.arrays: list[mx.array] = []
 
     def put(self, first: int, new: Sequence[mx.array]) -> None:
-        """Write rows from `first` on, over those that are there."""
+        """Write rows from `first` on, over the rows that are there."""
         stop = first + new[0].shape[2]
         if not self.arrays or stop > self.arrays[0].shape[2]:
             self._grow(-(-stop // STEP) * STEP, new)
@@ -51,10 +51,10 @@ class KeyValues:
 
 
 class TreeCache:
-    """The cache of one layer, as mlx-lm's models use it; it never rotates and never trims.
+    """The cache of one layer, with the interface of mlx-lm's caches; it never rotates or trims.
 
-    A layer with a sliding window keeps all positions: which of them a branch still sees depends
-    on the branch, and a mask says it.
+    A layer with a sliding window keeps all positions: which of them are in the window depends on
+    the branch of the tree, and the mask tells.
     """
 
     def __init__(self, hooks: TreeHooks, window: int | None) -> None:
@@ -62,7 +62,7 @@ class TreeCache:
 
         Args:
             hooks: the hooks of the model.
-            window: the layer's, in positions; None where it sees all.
+            window: the layer's sliding window, in positions; None if it attends to everything.
         """
         self.hooks = hooks
         self.window = window
@@ -73,10 +73,10 @@ class TreeCache:
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """What n new rows see of themselves and of those before, in the forms mlx-lm takes."""
+        """The attention mask of n new rows, in a form that mlx-lm takes."""
         window = window_size or self.window
         if window is not None and window >= self.offset + n:
-            window = None  # it reaches back to the start
+            window = None  # the window reaches back to the start
         if self.hooks.tree is not None:
             return self.hooks.tree.mask(self.offset, window)
         if window is None and n == 1:
@@ -87,19 +87,19 @@ class TreeCache:
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append (1, heads, n, width) keys and values; returns all that there are now."""
+        """Append (1, heads, n, width) keys and values; returns those of all positions."""
         self._append([keys, values])
         return self.keys_and_values()
 
     def keys_and_values(self) -> Any:
-        """All that there are, in the form that mlx-lm attends to."""
+        """The keys and values of all positions, in the form that mlx-lm attends to."""
         return tuple(self.rows.until(self.offset))
 
     def commit(self, start: int, path: NDArray[np.int32]) -> None:
-        """Keep those rows of the tree appended last, after the first `start` rows."""
+        """Keep the rows of a path of the tree appended last, after the first `start` rows."""
         if self.latest and path[-1] != len(path) - 1:
-            # From the rows as they were appended: reading them out of the storage would force a
-            # copy of it before it is written.
+            # Taken from the rows as they were appended: reading the storage before writing to it
+            # would force a copy.
             index = mx.array(path)
             self.rows.put(start, [mx.take(rows, index, axis=2) for rows in self.latest])
         self.offset = start + len(path)
@@ -110,7 +110,7 @@ class TreeCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """What is to be evaluated."""
+        """The arrays to evaluate."""
         return self.rows.arrays
 
     def _append(self, new: Sequence[mx.array]) -> None:
@@ -120,10 +120,10 @@ class TreeCache:
 
 
 class QuantisedTreeCache(TreeCache):
-    """The same in fewer bits. That it has `bits` makes mlx-lm attend to the quantised arrays."""
+    """A `TreeCache` in fewer bits. Its attribute `bits` tells mlx-lm that it is quantised."""
 
     def __init__(self, hooks: TreeHooks, window: int | None, bits: int, group_size: int) -> None:
-        """See `TreeCache`; bits and group size as in `mx.quantize`."""
+        """See `TreeCache`, and `mx.quantize` for the bits and the group size."""
         super().__init__(hooks, window)
         self.bits = bits
         self.group_size = group_size

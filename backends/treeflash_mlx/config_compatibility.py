@@ -1,19 +1,19 @@
-"""Settings of a target, spelt in every way that mlx-lm's models read them."""
+"""Settings of a target under all the names that mlx-lm's models read them by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Settings that transformers 5 moved into `rope_parameters`, under their names before.
+# Settings that transformers 5 moved into `rope_parameters`, and their earlier names.
 MOVED = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "original_max_position_embeddings": ("original_max_position_embeddings",),
 }
-# What the base of sliding layers was called before it went there.
+# Earlier names of the rotary base of sliding layers.
 SLIDING_THETA = ("rope_local_base_freq", "swa_rope_theta")
-# Other settings that transformers 5 saves under another name, by mlx-lm's.
+# mlx-lm's names of other settings, and those that transformers 5 saves them under.
 RENAMED = {
     "num_experts": "num_local_experts",
     "sliding_window_pattern": "_sliding_window_pattern",
@@ -22,17 +22,17 @@ TEXT_CONFIGS = ("text_config", "language_config")
 
 
 def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries to add to a `config.json` so that it has both spellings of its settings.
+    """The entries to add to a `config.json` so that it has both the old and the new settings.
 
     transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
     files have `rope_theta` and `rope_scaling`. Most models of mlx-lm know one of the two, and
-    silently fall back to a default where they do not find it. What a file says is not changed.
+    silently use a default if they do not find it. Existing entries stay as they are.
     """
     added: dict[str, Any] = {}
     if config.get("rope_parameters"):
-        added = _old_spelling(config["rope_parameters"])
+        added = _old_settings(config["rope_parameters"])
     elif "rope_theta" in config or config.get("rope_scaling"):
-        added["rope_parameters"] = _new_spelling(config)
+        added["rope_parameters"] = _new_settings(config)
     added |= {ours: config.get(theirs) for ours, theirs in RENAMED.items()}
     added = {
         key: value for key, value in added.items() if value is not None and config.get(key) is None
@@ -43,7 +43,7 @@ def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _old_spelling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _old_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     added: dict[str, Any] = {}
     by_layer = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     if by_layer:
@@ -58,7 +58,7 @@ def _old_spelling(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _new_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
+def _new_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}

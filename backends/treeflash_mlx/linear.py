@@ -1,4 +1,4 @@
-"""Linear layers of two vectors."""
+"""Linear layers of two concatenated vectors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mlx import nn
 
 
 class PairLinear(nn.Module):
-    """A linear layer of a vector and another that is shared by many of the first kind."""
+    """A linear layer of two concatenated vectors, of which many rows share the second."""
 
     def __init__(self, size: int, out: int, bias: bool) -> None:
-        """Make it; both vectors have `size` elements."""
+        """Make the two halves; both vectors have `size` elements."""
         super().__init__()
-        # The product with a concatenation is a sum.
+        # A product with a concatenation is the sum of two products.
         self.of_own = nn.Linear(size, out, bias=False)
         self.of_shared = nn.Linear(size, out, bias=bias)
 
@@ -31,17 +31,17 @@ class PairLinear(nn.Module):
 
 
 def split_pairs(module: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """A checkpoint's tensors, with those of the pairs in a module cut as the pairs hold them.
+    """A checkpoint's tensors, with the weights of the pairs in a module split in two.
 
     Args:
-        module: that the tensors are for.
+        module: the module to load.
         tensors: by name; a pair has an (out, 2 * size) weight, and perhaps an (out,) bias.
     """
     tensors = dict(tensors)
     for name, child in module.named_modules():
         if isinstance(child, PairLinear):
             of_own, of_shared = mx.split(tensors.pop(f"{name}.weight"), 2, -1)
-            # Halves of rows, left where they are, would be copied in every product.
+            # A strided half of a matrix would be copied in every product.
             tensors[f"{name}.of_own.weight"] = mx.contiguous(of_own)
             tensors[f"{name}.of_shared.weight"] = mx.contiguous(of_shared)
             if f"{name}.bias" in tensors:

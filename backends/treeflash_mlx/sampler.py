@@ -1,4 +1,4 @@
-"""The target's choices, made on the device."""
+"""Choosing the target's tokens on the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ SHORTLIST = 256
 def choose(
     logits: mx.array, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.int32]:
-    """What `treeflash.decoding.sampling.choose` defines, with one read from the device.
+    """The tokens that `treeflash.decoding.sampling.choose` defines, with one read from the device.
 
-    A second one where a nucleus is wider than the shortlist.
-
-    On a CPU in float64, like the definition. A GPU has no float64: a number that falls within
-    float32 rounding of a boundary between two tokens may there choose the other one.
+    A nucleus that is wider than the shortlist takes a second read. A CPU computes in float64, as
+    the definition does. A GPU has no float64: a uniform number within float32 rounding of the
+    boundary between two tokens may choose the other one.
 
     Args:
         logits: (n, vocab).
@@ -69,11 +68,11 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
     Args:
         probs: (n, vocab), the largest of a row being 1.
         sampling: the filters.
-        shortlist: tokens among which the edge of a nucleus is looked for.
+        shortlist: tokens among which to look for the edge of a nucleus.
     """
     ranked, covered = None, mx.array(True)
     if 0 < sampling.top_k < probs.shape[-1]:
-        # What ties with the last of these is kept as well.
+        # Tokens that tie with the last of these are kept too.
         ranked = _best(probs, sampling.top_k)
         probs = mx.where(probs >= ranked[:, -1:], probs, 0)
     if sampling.top_p < 1:
@@ -91,15 +90,15 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
 
 
 def _best(probs: mx.array, k: int) -> mx.array:
-    """(n, k) the largest of each row, largest first."""
+    """(n, k) largest probabilities of each row, largest first."""
     return mx.take_along_axis(probs, top_indices(probs, k), axis=-1)
 
 
 def _invert(probs: mx.array, uniforms: mx.array) -> mx.array:
     """(n,) the first token whose cumulative mass exceeds a share of the total.
 
-    Dropped tokens are left out, for a parallel sum may rise a little on them; and the share stays
-    below the whole, for a number next to 1 becomes 1 in float32.
+    Dropped tokens are skipped, since a parallel sum may rise a little on them. The share stays
+    below the total, since a number next to 1 becomes 1 in float32.
     """
     cumulative = mx.where(probs > 0, probs.cumsum(-1), 0)
     total = cumulative.max(-1, keepdims=True)

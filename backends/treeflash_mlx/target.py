@@ -1,4 +1,4 @@
-"""The target: a model of mlx-lm, unmodified, and what drafting needs of it."""
+"""The target: an unmodified mlx-lm model, and what drafting needs from it."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Target:
 
         Args:
             folder: with `config.json` and `model*.safetensors`.
-            dtype: for all floating-point parameters; None leaves them as they are.
+            dtype: of all floating-point parameters; None leaves them as they are.
             kv_bits: of keys and values; None keeps them as they are.
 
         Raises:
             CheckpointError: it is damaged, or its weights do not fit its configuration.
-            UnsupportedModelError: mlx-lm does not know the model, or it cannot run draft trees.
+            UnsupportedModelError: mlx-lm lacks the model type, or it cannot run draft trees.
             ConfigError: its keys and values cannot be quantised, or its dtype does not work.
         """
         config = read_config(folder)
@@ -76,10 +76,10 @@ class Target:
         )
 
     def check_drafting(self) -> None:
-        """See that a drafter can work with this model, as far as no probe would tell.
+        """Check what a drafter needs of this model and the load probe would not notice.
 
         Raises:
-            UnsupportedModelError: no embedding was found, or columns of a tree would count.
+            UnsupportedModelError: it has no embedding table, or scales queries by column.
         """
         if self.embedding is None:
             raise UnsupportedModelError(
@@ -87,7 +87,7 @@ class Target:
                 "--method ar decodes without one"
             )
         if (self.config.get("rope_parameters") or {}).get("llama_4_scaling_beta"):
-            # It shows only thousands of tokens out, where no probe looks.
+            # The difference shows only after thousands of tokens, where no probe looks.
             raise UnsupportedModelError(
                 f"mlx-lm's {self.family} scales queries by column instead of position, which is "
                 "wrong in a draft tree; --method ar still works"
@@ -126,7 +126,7 @@ class Target:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         dtype: mx.Dtype = next(
             x.dtype
             for _, x in tree_flatten(self.model.parameters())
@@ -150,16 +150,16 @@ class Target:
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """Write down a pass of n tokens; the cache then holds them too.
+        """Build a forward pass of n tokens and append them to the cache.
 
         Args:
             token_ids: (n,).
             cache: of the text.
-            layer_ids: captured layers whose outputs to return.
-            tree: the tree that the tokens form; None where they continue the text.
+            layer_ids: the captured layers whose outputs to return.
+            tree: the tree that the tokens form; None if they continue the text.
 
         Returns:
-            (n, vocab) logits; (n, len(layer_ids) * hidden_size) features, None of no layer.
+            (n, vocab) logits; (n, len(layer_ids) * hidden_size) outputs, None without layers.
         """
         with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
             logits = self.model(token_ids[None], cache=cache)[0]
@@ -179,7 +179,7 @@ class Target:
             )
 
     def _windows(self) -> list[int | None]:
-        """The window of each cache that the model wants."""
+        """The sliding window of each cache that the model asks for, in positions."""
         windows: list[int | None] = []
         for cache in make_prompt_cache(self.model):
             kind = type(cache)
@@ -190,12 +190,12 @@ class Target:
                 )
             windows.append(cache.max_size if kind is RotatingKVCache else None)
         if self.family == "mistral" and "layer_types" not in self.config:
-            # mlx-lm runs Mistral as Llama and forgets that all of its layers slide.
+            # mlx-lm runs Mistral as Llama, without the sliding window of its layers.
             windows = [self.config.get("sliding_window")] * len(windows)
         return windows
 
     def _shapes(self) -> tuple[int, set[int]]:
-        """The vocabulary and the widths of keys and values, of a pass that is never run."""
+        """The vocabulary size and the widths of keys and values, from a pass never evaluated."""
         cache = [TreeCache(self.hooks, window) for window in self.windows]
         try:
             logits, _ = self.forward(mx.array([0]), cache, ())
@@ -207,14 +207,14 @@ class Target:
         return logits.shape[-1], {rows.shape[-1] for layer in cache for rows in layer.read()}
 
     def _check_kv_bits(self, widths: set[int]) -> None:
-        """Find the group size to quantise keys and values by, and see that the model can."""
+        """Find the group size for keys and values, and check that the model can attend to them."""
         if self.kv_bits not in KV_BITS:
             raise ConfigError(f"kv-bits must be one of {KV_BITS}, got {self.kv_bits}")
         sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         if not sizes:
             raise ConfigError(
-                f"kv-bits needs heads whose width is a multiple of {GROUP_SIZES[-1]}, "
-                f"{self.family} has {sorted(widths)}; leave --kv-bits out"
+                f"quantised keys and values need heads whose width is a multiple of "
+                f"{GROUP_SIZES[-1]}, {self.family} has {sorted(widths)}; leave --kv-bits out"
             )
         self.group_size = sizes[0]
         try:
@@ -226,7 +226,7 @@ class Target:
             ) from error
 
     def _find(self, names: Collection[str], kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
-        """The module nearest to the root that has one of the names, and a row per token."""
+        """The module nearest to the root with one of the names and a row for each token."""
         found = [
             (path.count("."), path, module)
             for path, module in self.model.named_modules()
@@ -239,7 +239,7 @@ class Target:
 
 def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     if not list(folder.glob("model*.safetensors")):
-        raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other files")
+        raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other format")
     try:
         model, _ = load_model(folder, lazy=True, model_config=compatible_settings(config))
         if dtype is not None:
@@ -250,7 +250,7 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn
             raise UnsupportedModelError(
                 f"mlx-lm has no model type {config.get('model_type')!r}; try --backend cuda"
             ) from error
-        # mlx-lm lists what it misses over many lines.
+        # mlx-lm lists missing parameters over many lines.
         reason = shorten(str(error) or type(error).__name__, 300)
         raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
     return model

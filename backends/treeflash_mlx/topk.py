@@ -12,16 +12,16 @@ BLOCK = 256
 def top_indices(logits: mx.array, k: int) -> mx.array:
     """The k largest entries of each row, largest first.
 
-    They lie in the k blocks of highest maxima, so only those are sorted: many times as fast as
-    partitioning the rows, which on Metal is sorting them.
+    They lie in the k blocks with the highest maxima, so only those are sorted. This is many times
+    faster than partitioning the rows, which Metal implements by sorting them.
 
     Args:
         logits: (n, vocab).
         k: at most vocab.
 
     Returns:
-        (n, k) int32 columns; of equal entries the lower column first, but that of entries equal
-        to the last one any may be left out.
+        (n, k) int32 columns; equal entries are in order of their columns, but any of those equal
+        to the last one may be left out.
     """
     n, vocab = logits.shape
     size = 2 ** round(math.log2(vocab / k) / 2)  # sorts the fewest block maxima and entries
@@ -67,10 +67,10 @@ def log_softmax(logits: mx.array) -> mx.array:
 
 
 def logsumexp(x: mx.array) -> mx.array:
-    """(n, 1) of (n, vocab), summed in blocks.
+    """(n, 1) log-sum-exp of (n, vocab) rows, summed in blocks.
 
-    `mx.logsumexp` adds a vocabulary one by one on a CPU, which costs some 1e-4 nats: enough to
-    order the nodes of a tree differently than another backend.
+    On a CPU `mx.logsumexp` adds the entries one by one, with an error of about 1e-4 nats: enough
+    to order the nodes of a tree differently from another backend.
     """
     count = x.shape[1] // BLOCK
     highest = x.max(-1, keepdims=True)

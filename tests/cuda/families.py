@@ -63,9 +63,30 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LATENT = {  # keys and values from a small latent vector; only part of a head is rotated
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+}
+LATENT_TYPES = (
+    *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+    *("sarvam_mla", "youtu"),
+)
+RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)}
+CONVOLUTIONAL = {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)}
 # Settings of single types.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(LATENT_TYPES, LATENT),
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 32},
+    "granitemoehybrid": {**RECURRENT, "mamba_n_heads": 4, "mamba_d_head": 32},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2},
+    "kimi_linear": LATENT | RECURRENT,
+    "lfm2": CONVOLUTIONAL,
+    "lfm2_moe": CONVOLUTIONAL,
 }
 
 
@@ -140,13 +161,13 @@ def write(folder: Path, name: str) -> Any:
 def configuration(name: str) -> Any:
     """A small configuration with the kinds of layers that the type's default one has."""
     kind = CONFIG_MAPPING[name]
-    small = SMALL | OVERRIDES.get(name, {})
+    small = SMALL | {"layer_types": layer_types(name)} | OVERRIDES.get(name, {})
     if "text_config" in kind.sub_configs:
-        return kind(text_config=small | {"layer_types": layer_types(name)})
+        return kind(text_config=small)
     try:
-        return kind(**small, layer_types=layer_types(name))
-    except Exception:  # the type has kinds of its own, which it does not call `layer_types`
         return kind(**small)
+    except Exception:  # the type has kinds of its own, which it does not call `layer_types`
+        return kind(**{key: value for key, value in small.items() if key != "layer_types"})
 
 
 def layer_types(name: str) -> list[str]:
