@@ -1,4 +1,4 @@
-"""A run: what it starts from, what an interruption leaves, and what comes out."""
+"""A training run: its initial drafter, its interruption, and its result."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ def responses(target):
 
 
 def run(target, responses, output, config, steps=None):
-    """Records of the steps; stop as an interruption would, after `steps` of them."""
+    """The records of the steps; stops after `steps` of them, as an interruption would."""
     records = []
     for record in train(target, responses, output, config, CPU):
         if "step" in record:
@@ -88,7 +88,7 @@ def run(target, responses, output, config, steps=None):
 def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, responses, tmp_path):
     whole = run(target, responses, tmp_path / "whole", config)
     assert [record["step"] for record in whole] == [1, 2, 3, 4, 5, 6]
-    for steps in (3, 2):  # beyond the states after steps 2 and 4
+    for steps in (3, 2):  # past the states after steps 2 and 4
         run(target, responses, tmp_path / "parts", config, steps)
     resumed = run(target, responses, tmp_path / "parts", config)
     assert resumed[0]["step"] == 5
@@ -124,7 +124,7 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
     assert alone.pop("seconds") > 0
     assert beside == alone
     assert len(alone["validation"]["kl_marginal"]) == TINY.block_size - 1
-    with pytest.raises(ConfigError, match="leave nothing to train on beside 24"):
+    with pytest.raises(ConfigError, match="leave nothing to train on after 24 are held out"):
         list(train(target, responses, tmp_path / "none", config, CPU, responses))
 
 
@@ -137,16 +137,18 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
         ({"mask_token_id": 40}, "mask-token-id must be from 0 to 39, got 40"),
         ({"mask_token_id": -1}, "mask-token-id must be from 0 to 39, got -1"),
         ({"head": "cubic"}, "unknown head 'cubic'; choose one of swiglu, linear, none"),
-        ({"max_length": 4}, "no response has two tokens"),
+        ({"max_length": 4}, "no response has two or more tokens"),
         ({"validation_sequences": 99}, "leave nothing to train on"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, message, target, responses, tmp_path):
+def test_options_that_do_not_fit_the_target_are_named(
+    changes, message, target, responses, tmp_path
+):
     with pytest.raises(ConfigError, match=message):
         run(target, responses, tmp_path, replace(TINY, **changes))
 
 
-def test_a_target_is_no_drafter_to_start_from(target, responses, tmp_path):
+def test_a_target_is_not_an_initial_drafter(target, responses, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         run(target, responses, tmp_path, replace(TINY, init=str(target)))
 
@@ -157,10 +159,10 @@ def test_responses_of_another_vocabulary_are_refused(target, tmp_path):
         run(target, foreign, tmp_path, TINY)
 
 
-def test_copied_layers_see_what_they_saw_in_the_target(target, responses, tmp_path):
-    """A drafter of the target's last layers, before training, on features of the layer below.
+def test_copied_layers_compute_what_they_did_in_the_target(target, responses, tmp_path):
+    """An untrained drafter has the target's last layers, and reads the layer below them.
 
-    Its first layer gets the target's own keys and values of the context then.
+    Its first layer then has the target's keys and values of the context.
     """
     run(target, responses, tmp_path, replace(TINY, learning_rate=1e-12), 2)
     tensors, source = read_tensors(tmp_path), read_tensors(target)
@@ -177,7 +179,7 @@ def test_copied_layers_see_what_they_saw_in_the_target(target, responses, tmp_pa
 
 
 @pytest.mark.parametrize("head", ["swiglu", "linear", "none"])
-def test_what_comes_out_loads_and_decodes_losslessly(head, target, responses, tmp_path):
+def test_a_trained_drafter_loads_and_decodes_losslessly(head, target, responses, tmp_path):
     run(target, responses, tmp_path, replace(TINY, head=head))
     card = (tmp_path / "README.md").read_text()
     assert "After 6 of 6 steps" in card
@@ -197,7 +199,7 @@ def test_what_comes_out_loads_and_decodes_losslessly(head, target, responses, tm
         assert plain == drafted
 
 
-def test_a_frozen_backbone_stays_as_it_is(target, responses, tmp_path):
+def test_a_frozen_backbone_does_not_change(target, responses, tmp_path):
     write_drafter(tmp_path / "dflash", target, format="dflash", seed=2, block_size=5)
     config = replace(TINY, init=str(tmp_path / "dflash"), freeze_backbone=True, steps=12)
     records = run(target, responses, tmp_path / "out", config)
@@ -210,7 +212,7 @@ def test_a_frozen_backbone_stays_as_it_is(target, responses, tmp_path):
     assert sum(validation["kl_corrected"]) < sum(validation["kl_marginal"])
 
 
-def test_training_goes_on_from_a_treeflash_checkpoint(target, responses, tmp_path):
+def test_training_starts_from_a_treeflash_checkpoint(target, responses, tmp_path):
     first = run(target, responses, tmp_path / "first", replace(TINY, steps=40))
     config = replace(TINY, init=str(tmp_path / "first"), seed=1)
     second = run(target, responses, tmp_path / "second", config)

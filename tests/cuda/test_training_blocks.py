@@ -92,7 +92,7 @@ def test_blocks_are_what_the_drafter_drafts(backend):
                 correction = head.correction(embedded, normed[depth - 1 : depth], None)[0]
                 near(marginal[predicted], normed[depth - 1])
                 near(corrected[predicted], model.norm(block.hidden[depth] + correction))
-                assert [part[predicted] for part in batch.places()] == [row, anchor + depth]
+                assert [part[predicted] for part in batch.predicted()] == [row, anchor + depth]
                 predicted += 1
     assert predicted == len(marginal) == len(corrected)
 

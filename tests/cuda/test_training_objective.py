@@ -13,7 +13,7 @@ require("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from treeflash_cuda.training.blocks import Batch  # noqa: E402
-from treeflash_cuda.training.losses import Output  # noqa: E402
+from treeflash_cuda.training.losses import LMHead  # noqa: E402
 from treeflash_cuda.training.objective import objective  # noqa: E402
 
 VOCAB, HIDDEN, LENGTH, DEPTHS = 20, 6, 12, 3
@@ -75,7 +75,7 @@ def expected_loss(batch, log_probs, config):
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 def test_the_loss_is_the_weighted_mean_over_depths(loss, batch, predictions):
     config = replace(CONFIG, loss=loss)
-    output = Output(nn.Linear(HIDDEN, VOCAB))
+    output = LMHead(nn.Linear(HIDDEN, VOCAB))
     total, parts = objective(predictions, batch, output, config, torch.Generator())
     marginal, corrected = (
         expected_loss(batch, output.logits(hidden).log_softmax(-1), config)
@@ -90,7 +90,7 @@ def test_the_loss_is_the_weighted_mean_over_depths(loss, batch, predictions):
 
 def test_without_a_head_the_marginal_loss_is_all(batch, predictions):
     predictions.corrected = None
-    output = Output(nn.Linear(HIDDEN, VOCAB))
+    output = LMHead(nn.Linear(HIDDEN, VOCAB))
     total, parts = objective(predictions, batch, output, CONFIG, torch.Generator())
     assert parts.keys() == {"marginal", "loss"}
     assert float(total) == parts["marginal"]

@@ -32,7 +32,7 @@ class PartlyRight(nn.Module):
         self.returned = []
 
     def forward(self, batch):
-        tokens = batch.tokens[batch.places()]
+        tokens = batch.tokens[batch.predicted()]
         both = []
         for share in (0.5, 0.8):
             wrong = torch.rand(len(tokens)) > share
@@ -62,15 +62,15 @@ def validation(tmp_path):
 
 @pytest.mark.parametrize("kind", ["marginal", "corrected"])
 def test_means_by_depth_and_the_chain_of_best_tokens(kind, validation):
-    blocks = PartlyRight(validation.output.weight)
+    blocks = PartlyRight(validation.lm_head.weight)
     measured = validation.measure(blocks)
     kl = [[] for _ in range(DEPTHS)]
     hits = [[] for _ in range(DEPTHS)]
     lengths = []
     for batch, both in zip(validation.batches, blocks.returned, strict=True):
         hidden = both[kind == "corrected"]
-        best = validation.output.logits(hidden).argmax(-1).tolist()
-        divergences = divergence(validation.output, hidden, batch.target_rows(), None).tolist()
+        best = validation.lm_head.logits(hidden).argmax(-1).tolist()
+        divergences = divergence(validation.lm_head, hidden, batch.target_rows(), None).tolist()
         index = 0
         for row, anchors in enumerate(batch.valid.tolist()):
             for column, depths in enumerate(anchors):

@@ -1,4 +1,4 @@
-"""Which texts and which anchors train when: a function of the seed and the step alone."""
+"""The texts and anchors of each forward pass: a function of the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from treeflash.training.interfaces import Response
 from treeflash_cuda.training.blocks import GROUP, Batch
 from treeflash_cuda.training.features import FeatureStore, TextFeatures
 
-BATCHES_BETWEEN_SORTS = 16
-"""Batches of texts that are sorted by length together: enough to be padded little."""
+BATCHES_PER_SORT = 16
+"""Texts are sorted by length within this many batches: enough to keep padding small."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The texts of every forward of a run.
+    """The texts of every forward pass of a run.
 
     Attributes:
-        lengths: of the texts, in tokens.
-        batch: texts of a forward, of all processes together.
-        seed: of shuffling.
+        lengths: lengths of the texts in tokens.
+        batch: texts per forward pass, over all processes.
+        seed: of the shuffles.
     """
 
     lengths: Sequence[int]
@@ -33,20 +33,20 @@ class Plan:
     seed: int
 
     def __getitem__(self, forward: int) -> NDArray[np.int64]:
-        """(batch,) numbers of texts; forwards count from 0 through all epochs."""
-        # Each epoch drops its incomplete last batch, whose texts an epoch later are others.
-        an_epoch = max(1, len(self.lengths) // self.batch)
-        epoch, index = divmod(forward, an_epoch)
+        """(batch,) numbers of the texts; forward passes count from 0 through all epochs."""
+        # Each epoch drops its incomplete last batch, which has other texts in every epoch.
+        per_epoch = max(1, len(self.lengths) // self.batch)
+        epoch, index = divmod(forward, per_epoch)
         return self._epoch(epoch)[index]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """(forwards, batch): shuffled texts, similar lengths together."""
+        """(forward passes, batch): shuffled texts, similar lengths together."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.lengths))
         if len(order) < self.batch:
             return np.resize(order, (1, self.batch))
         order = order[: len(order) // self.batch * self.batch]
-        window = BATCHES_BETWEEN_SORTS * self.batch
+        window = BATCHES_PER_SORT * self.batch
         lengths = np.asarray(self.lengths)
         parts = [order[i : i + window] for i in range(0, len(order), window)]
         order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
@@ -54,7 +54,7 @@ class Plan:
 
 
 def choose_anchors(text: Response, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Up to `count` positions of the response, in order, each with a token after it."""
+    """Up to `count` positions of the response in ascending order, each with a token after it."""
     first, end = len(text.prompt_ids), len(text) - 1
     positions = np.arange(first, end)
     if len(positions) > count:
@@ -68,34 +68,34 @@ def make_batch(
     anchors: Sequence[NDArray[np.int64]],
     block_size: int,
 ) -> Batch:
-    """Pad texts to one length, and anchors to one number; padding has nothing to predict.
+    """Pad the texts to one length and the anchors to one number; padding predicts nothing.
 
     The batch is on the CPU.
     """
-    length, most = max(map(len, texts)), -(-max(map(len, anchors)) // GROUP) * GROUP
+    length, count = max(map(len, texts)), -(-max(map(len, anchors)) // GROUP) * GROUP
     rows, k = len(texts), features[0].top_tokens.shape[1]
     width = features[0].features.shape[1]
     tokens = torch.zeros(rows, length, dtype=torch.long)
     context = torch.zeros(rows, length, width, dtype=features[0].features.dtype)
     top_tokens = torch.zeros(rows, length, k, dtype=torch.long)
     top_log_probs = torch.zeros(rows, length, k)
-    places = torch.zeros(rows, most, dtype=torch.long)
-    ends = torch.zeros(rows, most, dtype=torch.long)
+    positions = torch.zeros(rows, count, dtype=torch.long)
+    ends = torch.zeros(rows, count, dtype=torch.long)
     for row, (text, part, chosen) in enumerate(zip(texts, features, anchors, strict=True)):
         first, end = len(text.prompt_ids) - 1, len(text) - 1
         tokens[row, : len(text)] = torch.tensor(text.token_ids)
         context[row, : len(text)] = part.features
         top_tokens[row, first:end] = part.top_tokens
         top_log_probs[row, first:end] = part.top_log_probs.float()
-        places[row, : len(chosen)] = torch.from_numpy(chosen)
+        positions[row, : len(chosen)] = torch.from_numpy(chosen)
         ends[row, : len(chosen)] = end
     depth = torch.arange(1, block_size)
-    valid = places[:, :, None] + depth <= ends[:, :, None]
-    return Batch(tokens, context, places, valid, top_tokens, top_log_probs)
+    valid = positions[:, :, None] + depth <= ends[:, :, None]
+    return Batch(tokens, context, positions, valid, top_tokens, top_log_probs)
 
 
 class Batches:
-    """The batches of one process of a run, by the number of the forward."""
+    """The batches of one process, by the number of the forward pass."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Batches:
         )
 
     def __getitem__(self, forward: int) -> Batch:
-        """The batch of a forward, counted from 0 through all epochs."""
+        """The batch of a forward pass, counted from 0 through all epochs."""
         first = self.process * self.config.sequences
         numbers = self.plan[forward][first : first + self.config.sequences].tolist()
         texts = [self.store.texts[n] for n in numbers]

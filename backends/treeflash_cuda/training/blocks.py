@@ -1,4 +1,4 @@
-"""Many blocks of many texts in one forward: what a drafter computes while it is trained."""
+"""The drafter in training: many blocks of many texts in one forward pass."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.training.losses import TargetRows
 
 GROUP = 8
-"""Anchors whose blocks are keys together: no block sees another, so a few waste less than all."""
+"""Anchors whose blocks share a row of keys. No block sees another: small groups waste little."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts, and positions of them that play the root.
+    """Texts, and the positions that play the root.
 
     Attributes:
         tokens: (rows, length) padded with 0.
         features: (rows, length, layers * hidden_size) context features.
         anchors: (rows, A) positions, A a multiple of `GROUP`.
-        valid: (rows, A, S - 1) bool, whether the text has a token at depth d = index + 1.
-        top_tokens: (rows, length, K) the target's best tokens after each position.
+        valid: (rows, A, S - 1) bool, whether the text has a token at depth index + 1.
+        top_tokens: (rows, length, K) the target's top tokens after each position.
         top_log_probs: (rows, length, K) nats.
     """
 
@@ -38,31 +38,31 @@ class Batch:
     top_log_probs: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The batch on a device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """(n,) rows and (n,) positions of all tokens to predict, anchor by anchor."""
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """(n,) rows and (n,) positions of the tokens to predict, anchor by anchor."""
         depth = torch.arange(1, self.valid.shape[2] + 1, device=self.anchors.device)
         rows = torch.arange(len(self.tokens), device=self.anchors.device)[:, None, None]
         positions = self.anchors[:, :, None] + depth
         return rows.expand_as(self.valid)[self.valid], positions[self.valid]
 
     def target_rows(self) -> TargetRows:
-        """The target's distributions of those tokens."""
-        row, position = self.places()
+        """The target's distributions of the tokens to predict."""
+        row, position = self.predicted()
         return TargetRows(self.top_tokens[row, position - 1], self.top_log_probs[row, position - 1])
 
 
 class Blocks(nn.Module):
-    """A drafter and its head, as one module."""
+    """A drafter and its AR head as one module."""
 
     def __init__(self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor) -> None:
-        """Join them with the target's input table, which is not trained."""
+        """Add the target's embeddings, which are not trained."""
         super().__init__()
         self.model = model
         self.ar_approximation = head
-        self.embeddings = [embeddings]  # in a list: no buffer, so neither moved nor saved
+        self.embeddings = [embeddings]  # in a list, so that it is neither moved nor saved
 
     def hidden(self, batch: Batch) -> Tensor:
         """(rows, A, S, hidden_size) outputs of the last layer."""
@@ -83,17 +83,17 @@ class Blocks(nn.Module):
         return x.unflatten(1, (anchors, size))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What goes into the target's head for each of the n tokens to predict.
+        """The inputs of the target's output head for the n tokens to predict.
 
         Returns:
-            (n, hidden_size) twice, without and with the previous token; the second None for a
-            drafter without AR head. `Batch.places` says which token each row predicts.
+            (n, hidden_size) without and (n, hidden_size) with the previous token; the latter is
+            None if the drafter has no AR head. `Batch.predicted` gives the token of each row.
         """
         hidden = self.hidden(batch)[:, :, 1:][batch.valid]
         normed = self.model.norm(hidden)
         if self.ar_approximation is None:
             return normed, None
-        row, position = batch.places()
+        row, position = batch.predicted()
         embedded = F.embedding(batch.tokens[row, position - 1], self.embeddings[0])
         correction = self.ar_approximation(embedded, normed, None)
         return normed, self.model.norm(hidden + correction)

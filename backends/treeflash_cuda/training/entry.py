@@ -1,4 +1,4 @@
-"""The entry point of training in PyTorch."""
+"""The entry point for training in PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
             raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
-    choose_device(load.device)  # says now, not at the first record, that there is none
-    from treeflash_cuda.training import loop  # only here, for what it needs
+    choose_device(load.device)  # fail now, not at the first record
+    from treeflash_cuda.training import loop  # needs the packages above
 
     return loop.train(target, responses, output, config, load, held_out)

@@ -1,4 +1,4 @@
-"""What training needs of the target: context features and its best tokens, kept on disk."""
+"""What training needs from the target: context features and top tokens, cached on disk."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from treeflash_cuda.training.files import replacing
 
 SHARD_TEXTS = 64
 FORWARD_TOKENS = 2048
-"""Tokens that run in one forward at most, padding included."""
+"""Maximum number of tokens in one forward pass, padding included."""
 OUTPUT_ROWS = 1024
-"""Rows of logits held at a time."""
+"""Maximum number of rows of logits in memory."""
 NAMES = ("features", "top_tokens", "top_log_probs")
 
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """Of one text, on the CPU.
+    """The features of one text, on the CPU.
 
     Attributes:
         features: (length, layers * hidden_size).
-        top_tokens: (response, K) int32 best tokens; row i is for token i of the response.
+        top_tokens: (response, K) int32; row i predicts token i of the response.
         top_log_probs: (response, K) float16 nats.
     """
 
@@ -43,10 +43,10 @@ class TextFeatures:
 
 
 class FeatureStore:
-    """Features of texts by number, computed by the target when first asked for.
+    """The features of texts by number, computed by the target when they are first needed.
 
-    Texts are kept in shards of consecutive numbers. What would go beyond the bound is computed
-    anew each time.
+    They are cached in shards of consecutive texts. Texts beyond the size limit are computed anew
+    each time.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FeatureStore:
         folder: Path | None,
         max_bytes: float,
     ) -> None:
-        """Take the texts; the target captures `layer_ids`; `folder` None keeps nothing."""
+        """Take the texts and a target that captures `layer_ids`; no `folder` means no cache."""
         self.target = target
         self.layer_ids = layer_ids
         self.texts = texts
@@ -67,14 +67,14 @@ class FeatureStore:
         self.max_bytes = max_bytes
 
     def get(self, numbers: Sequence[int]) -> list[TextFeatures]:
-        """The features of some texts, those that are not kept computed together."""
+        """The features of some texts; those that are not cached are computed together."""
         found = {n: self._read(n) for n in numbers}
         missing = [n for n in numbers if found[n] is None]
         found |= dict(zip(missing, self._compute(missing), strict=True))
         return [text for n in numbers if (text := found[n]) is not None]
 
     def fill(self, shard: int) -> None:
-        """Compute and keep a shard, if it is not there and there is room."""
+        """Compute and cache a shard, unless it is cached or the cache is full."""
         if self.folder is None or self._path(shard).exists():
             return
         if sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) > self.max_bytes:
@@ -90,7 +90,7 @@ class FeatureStore:
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         return -(-len(self.texts) // SHARD_TEXTS)
 
     def _path(self, shard: int) -> Path:
@@ -104,7 +104,7 @@ class FeatureStore:
             return TextFeatures(*(file.get_tensor(f"{number}.{name}") for name in NAMES))
 
     def _compute(self, numbers: Sequence[int]) -> list[TextFeatures]:
-        """Run the target over texts of similar length together."""
+        """Run the target on texts of similar length together."""
         done: dict[int, TextFeatures] = {}
         left = sorted(numbers, key=lambda n: len(self.texts[n]))
         while left:
@@ -151,7 +151,7 @@ class FeatureStore:
 
 
 def fingerprint(texts: Sequence[Response], **settings: object) -> str:
-    """A name for what a folder of features was computed from."""
+    """A name for the texts and settings that features were computed from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for text in texts:
         digest.update(json.dumps(text.token_ids).encode())

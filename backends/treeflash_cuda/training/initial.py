@@ -1,4 +1,4 @@
-"""What a drafter starts from: a checkpoint, the target's last layers, or nothing."""
+"""The initial drafter: a checkpoint, the target's last layers, or random weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from treeflash_cuda.drafter import DrafterModel
 from treeflash_cuda.head import HEADS, SwiGLU
 from treeflash_cuda.target import Target
 
-SPREAD = 0.02
+RANDOM_STD = 0.02
 """Standard deviation of random weights."""
 
 
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """The `config.json` of the drafter that a run makes, in the published TreeFlash format.
+    """The `config.json` of the drafter to train, in the published TreeFlash format.
 
     Raises:
         ConfigError: the configuration does not fit the target.
         CheckpointError: `init` names a folder without a drafter.
     """
     if config.init not in NEW:
-        drafter_config(Path(config.init))  # says what is wrong with it
+        drafter_config(Path(config.init))  # raises if it is unusable
         settings = read_config(Path(config.init))
         head = None if config.head == "none" else config.head
     else:
@@ -53,29 +53,30 @@ def _check_head(config: TrainConfig) -> None:
 
 
 def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
-    of_target, depth = target.config, len(target.layers)
+    target_config, depth = target.config, len(target.layers)
     if config.layers >= depth:
         raise ConfigError(f"layers must be below the target's {depth}, got {config.layers}")
     layer_ids = config.target_layer_ids
     if layer_ids is None:
         spread = default_target_layer_ids(depth, config.layers) if depth > 4 else (0,)
-        # The copied layers then see of the text what they saw in the target.
+        # The last one is the input of the first copied layer in the target.
         layer_ids = (*spread[:-1], depth - config.layers - 1)
         layer_ids = tuple(sorted({i for i in layer_ids if i < depth - config.layers}))
     if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
         raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
-    heads = int(of_target.num_attention_heads)
+    heads = int(target_config.num_attention_heads)
+    head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
     first = target.layers[0]
     attention = getattr(first, "self_attn", None)
     bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
-        mask_token_id = _mask_token(of_target)
+        mask_token_id = _mask_token(target_config)
     if not 0 <= mask_token_id < target.vocab_size:
         raise ConfigError(
             f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {mask_token_id}"
         )
-    rope = getattr(of_target, "rope_parameters", None) or {"rope_theta": 10000.0}
+    rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
     if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
         rope = rope.get("full_attention") or next(iter(rope.values()))
     return {
@@ -87,17 +88,19 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
             "target_layer_ids": list(layer_ids),
         },
         "dtype": "bfloat16",
-        "head_dim": int(getattr(of_target, "head_dim", None) or of_target.hidden_size // heads),
+        "head_dim": int(
+            getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
+        ),
         "hidden_act": "silu",
-        "hidden_size": int(of_target.hidden_size),
-        "intermediate_size": int(of_target.intermediate_size),
+        "hidden_size": int(target_config.hidden_size),
+        "intermediate_size": int(target_config.intermediate_size),
         "layer_types": ["full_attention"] * config.layers,
-        "max_position_embeddings": int(of_target.max_position_embeddings),
+        "max_position_embeddings": int(target_config.max_position_embeddings),
         "num_attention_heads": heads,
         "num_hidden_layers": config.layers,
-        "num_key_value_heads": int(getattr(of_target, "num_key_value_heads", None) or heads),
+        "num_key_value_heads": int(getattr(target_config, "num_key_value_heads", None) or heads),
         "num_target_layers": depth,
-        "rms_norm_eps": float(getattr(of_target, "rms_norm_eps", 1e-6)),
+        "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", 1e-6)),
         "rope_parameters": {"rope_type": "default", **rope},
         "tie_word_embeddings": False,
         "vocab_size": target.vocab_size,
@@ -122,11 +125,11 @@ def initial_drafter(
     Args:
         config: of the training.
         settings: from `drafter_settings`.
-        target: that it drafts for.
-        texts: a few, by which the scale of the target's queries and keys is measured.
+        target: the model to draft for.
+        texts: a few texts to measure the scale of the target's queries and keys.
 
     Raises:
-        ConfigError: the target's layers cannot be copied, or the head has another size.
+        ConfigError: the target's layers cannot be copied, or the head has a different size.
     """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
@@ -151,7 +154,7 @@ def initial_drafter(
         head = HEADS[parsed.head](parsed, size)
         head.apply(_randomise)
         nn.init.ones_(head.norm.weight)
-        # Nothing is corrected at first, so that training starts at the one-shot drafter.
+        # The correction is 0 at first, so that training starts at the one-shot drafter.
         nn.init.zeros_(head.d.weight)
     if head is not None:
         head = head.to(target.device)
@@ -160,18 +163,18 @@ def initial_drafter(
 
 def _randomise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=SPREAD)
+        nn.init.normal_(module.weight, std=RANDOM_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
 def _copy_layers(model: DrafterModel, target: Target, texts: Sequence[Sequence[int]]) -> None:
-    """Make the drafter's layers those of the target's end.
+    """Copy the target's last layers into the drafter.
 
-    Context and block come to a layer through different norms, so the target's own is folded into
-    the projections; the per-head norms that the target may not have get the scale that its
-    queries and keys have on `texts`. Of the features the deepest is passed on.
+    Context and block reach a layer through different norms, so the target's norm is folded into
+    the projections. If the target has no per-head norms, the drafter's get the scale of the
+    target's queries and keys on `texts`. `fc` passes on the features of the deepest layer.
     """
     count = len(model.layers)
     sources = list(target.layers)[-count:]
@@ -204,7 +207,7 @@ def _copy_linear(own: nn.Linear, theirs: nn.Module, scale: Tensor | None) -> Non
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:
-    """(hidden_size,) what a norm multiplies with, however its family stores it."""
+    """(hidden_size,) the factors of a norm, however its family stores them."""
     ones = torch.ones_like(norm.weight)
     return norm(ones[None])[0].float().cpu()
 
@@ -212,7 +215,7 @@ def _norm_scale(norm: nn.Module) -> Tensor:
 def _scales(
     target: Target, layers: Sequence[Any], texts: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weights of the drafter's q and k norms for each layer."""
+    """The weights of the drafter's query and key norms, layer by layer."""
     outputs: dict[tuple[int, str], list[Tensor]] = {}
 
     def keep(n: int, name: str) -> Callable[..., None]:

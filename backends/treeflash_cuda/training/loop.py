@@ -23,7 +23,7 @@ from treeflash_cuda.training.blocks import Blocks
 from treeflash_cuda.training.export import export
 from treeflash_cuda.training.features import FeatureStore, fingerprint
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter
-from treeflash_cuda.training.losses import Output
+from treeflash_cuda.training.losses import LMHead
 from treeflash_cuda.training.objective import objective
 from treeflash_cuda.training.optimizer import learning_rate, make_optimizer
 from treeflash_cuda.training.run import Run
@@ -31,7 +31,7 @@ from treeflash_cuda.training.texts import split, usable
 from treeflash_cuda.training.validation import Validation
 
 MEASURED_TEXTS = 8
-"""Texts by which the target's queries and keys are measured for a drafter made from it."""
+"""Texts that measure the scale of the target's queries and keys, for `init` target."""
 
 
 def train(
@@ -84,14 +84,14 @@ def train(
         if process == accelerator.process_index:
             store.fill(shard)
         if process == accelerator.num_processes - 1:
-            accelerator.wait_for_everyone()  # often: none waits longer than its own shard takes
+            accelerator.wait_for_everyone()  # often, so that no process waits for long
         yield {"shard": shard + 1, "shards": store.shards}
     accelerator.wait_for_everyone()
     batches = Batches(
         store, config, block_size, accelerator.process_index, accelerator.num_processes
     )
     validation = Validation(model, layer_ids, held_out, block_size, config)
-    of_target = Output(model.lm_head)
+    lm_head = LMHead(model.lm_head)
 
     for step in range(first, config.steps):
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def train(
         for forward in range(step * config.accumulation, (step + 1) * config.accumulation):
             random = torch.Generator().manual_seed(config.seed + forward)
             with accelerator.accumulate(blocks):
-                loss, parts = objective(blocks, batches[forward], of_target, config, random)
+                loss, parts = objective(blocks, batches[forward], lm_head, config, random)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(blocks.parameters(), config.clip)
@@ -120,7 +120,7 @@ def train(
             record["validation"] = validation.measure(blocks)
         run.log(record)
         if last or (step + 1) % config.save_every == 0:
-            # In this order: a run that has its last state has its checkpoint too.
+            # In this order, so that a run with its last state also has its checkpoint.
             export(accelerator, blocks, settings, run)
             run.save(step + 1)
         yield record
@@ -130,11 +130,11 @@ def train(
 
 
 def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
-    """The processes and precision of a run, as `accelerate launch` set them or alone."""
+    """The processes and precision of a run; one process unless `accelerate launch` started it."""
     on_cpu = load.device == "cpu"
     device = choose_device(load.device)
     if load.device not in (None, "cuda", "cpu"):
-        torch.cuda.set_device(device)  # where accelerate puts what it prepares
+        torch.cuda.set_device(device)  # accelerate prepares modules on the current device
     return Accelerator(
         cpu=on_cpu,
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(load.dtype or "", "no"),

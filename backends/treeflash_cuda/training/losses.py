@@ -1,4 +1,4 @@
-"""How far a drafter's prediction is from the target's, over the vocabulary or a part of it."""
+"""The divergence of a drafter's predictions from the target's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_REST = 1e-6
-"""Floor of the probability of what is not told apart, for its logarithm."""
+MINIMUM_REST = 1e-6
+"""Lower bound of the probability of the remaining tokens, for its logarithm."""
 
 
 @dataclass(frozen=True, eq=False)
 class TargetRows:
-    """The target's distribution at n positions: its best tokens; the rest counts as one more.
+    """The target's distribution at n positions: its top tokens; the rest counts as one more.
 
     Attributes:
         tokens: (n, K).
@@ -28,12 +28,13 @@ class TargetRows:
 
 @dataclass(frozen=True, eq=False)
 class Shortlist:
-    """A part of the vocabulary that stands for all of it.
+    """A part of the vocabulary that represents all of it.
 
     Attributes:
-        tokens: (v,) those that matter, and a random sample of the others.
-        log_weights: (v,) 0, and for the sample the log of how many others each stands for.
-        index: (vocab,) where in `tokens` a token is; -1 for those left out.
+        tokens: (v,) the tokens to score, then a random sample of the others.
+        log_weights: (v,) 0 for the former; for the sample, the log of the number of tokens that
+            each represents.
+        index: (vocab,) the index of a token in `tokens`; -1 if it is not there.
     """
 
     tokens: Tensor
@@ -41,29 +42,29 @@ class Shortlist:
     index: Tensor
 
 
-class Output:
-    """The target's output head: logits of all tokens, or of some."""
+class LMHead:
+    """The target's output head: logits of the vocabulary, or of a shortlist."""
 
     def __init__(self, head: nn.Module) -> None:
-        """Take a linear layer."""
+        """Take the weights of a linear layer."""
         self.weight: Tensor = head.weight.detach()
         bias = getattr(head, "bias", None)
         self.bias: Tensor | None = None if bias is None else bias.detach()
 
     def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
-        """(n, v) float32 from (n, hidden_size); those of a shortlist with its log weights."""
+        """(n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
         weight, bias = self.weight, self.bias
         if shortlist is not None:
             weight = weight[shortlist.tokens]
-            of_tokens = 0 if bias is None else bias[shortlist.tokens]
-            bias = (shortlist.log_weights + of_tokens).to(weight.dtype)
+            token_bias = 0 if bias is None else bias[shortlist.tokens]
+            bias = (shortlist.log_weights + token_bias).to(weight.dtype)
         return F.linear(hidden.to(weight.dtype), weight, bias).float()
 
 
 def make_shortlist(
     wanted: Tensor, vocab_size: int, negatives: int, generator: torch.Generator
 ) -> Shortlist | None:
-    """All wanted tokens, and a uniform sample of the others; None where that is everything.
+    """All wanted tokens and a uniform sample of the others; None if that is the vocabulary.
 
     Args:
         wanted: token ids, in any shape.
@@ -77,7 +78,7 @@ def make_shortlist(
     others = torch.nonzero(index < 0)[:, 0]
     if negatives >= len(others):
         return None
-    # With replacement: simple, unbiased, and a token drawn twice counts twice.
+    # With replacement: simple and unbiased, as a token drawn twice counts twice.
     drawn = others[torch.randint(len(others), (negatives,), generator=generator)]
     tokens = torch.cat([kept, drawn])
     index[tokens] = torch.arange(len(tokens))
@@ -88,23 +89,24 @@ def make_shortlist(
 
 
 def divergence(
-    output: Output, hidden: Tensor, rows: TargetRows, shortlist: Shortlist | None
+    lm_head: LMHead, hidden: Tensor, rows: TargetRows, shortlist: Shortlist | None
 ) -> Tensor:
-    """(n,) forward KL in nats, from the target to the drafter; cross-entropy where K = 1 is sure.
+    """(n,) forward KL divergence in nats of the drafter from the target.
 
-    The normaliser over a shortlist is unbiased: a sampled token counts for those it stands for
+    With one token of probability 1 per row, this is the cross-entropy. The normaliser over a
+    shortlist is unbiased, as each sampled token is weighted by the number of tokens it represents
     (sampled softmax, Bengio and Senecal 2008).
 
     Args:
-        output: the target's head.
-        hidden: (n, hidden_size) normalised.
-        rows: of the target, n.
-        shortlist: holds all of `rows.tokens`; None is the whole vocabulary.
+        lm_head: of the target.
+        hidden: (n, hidden_size) after the final norm.
+        rows: the target's distribution at the n positions.
+        shortlist: contains all of `rows.tokens`; None is the whole vocabulary.
     """
     index = rows.tokens if shortlist is None else shortlist.index[rows.tokens]
-    told = output.logits(hidden, shortlist).log_softmax(-1).gather(-1, index)
+    log_q = lm_head.logits(hidden, shortlist).log_softmax(-1).gather(-1, index)
     p = rows.log_probs.exp()
     rest_p = (1 - p.sum(-1)).clamp_min(0)
-    rest_q = (1 - told.exp().sum(-1)).clamp_min(LEAST_REST)
+    rest_q = (1 - log_q.exp().sum(-1)).clamp_min(MINIMUM_REST)
     rest = torch.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
-    return (p * (rows.log_probs - told)).sum(-1) + rest
+    return (p * (rows.log_probs - log_q)).sum(-1) + rest

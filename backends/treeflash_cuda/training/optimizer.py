@@ -1,4 +1,4 @@
-"""The optimiser of a run and its schedule."""
+"""The optimiser and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from treeflash.training.config import TrainConfig
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; norms and biases do not decay."""
-    trained = [p for p in blocks.parameters() if p.requires_grad]
+    """AdamW without weight decay for norms and biases."""
+    trainable = [p for p in blocks.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
         betas=(0.9, 0.95),
@@ -24,9 +24,9 @@ def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to 0 after the last step."""
-    warm = max(1, round(config.warmup * config.steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, config.steps - warm)
-    return config.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    """Linear warm-up, then cosine decay that reaches 0 after the last step."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2

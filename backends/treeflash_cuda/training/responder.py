@@ -1,7 +1,7 @@
-"""The target answering many prompts at once: data for training, not speculative decoding.
+"""The target's responses to many prompts at once, as training data.
 
-Continuous batching: a text that ends gives its slot to the next prompt. Only its throughput
-matters, so it has neither drafter nor trees; what it chooses is what plain decoding chooses.
+Continuous batching: a text that ends gives its slot to the next prompt. Only throughput matters,
+so there is neither a drafter nor a tree; the tokens are those of plain decoding.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from treeflash_cuda.target import Target
 from treeflash_cuda.training.slot_cache import SlotCache
 
 REFILL = 16
-"""One slot of so many must be free before prompts take them: running several at once pays."""
+"""Refill once one of this many slots is free: prefilling several prompts together is faster."""
 PREFILL_TOKENS = 8192
-"""Prompt tokens that run in one forward at most, padding included."""
+"""Maximum number of prompt tokens in one forward pass, padding included."""
 
 
 class Responder:
@@ -51,29 +51,29 @@ class Responder:
         slots = min(slots, len(waiting))
         capacity = max(len(r.prompt_ids) + r.max_tokens for r in requests)
         cache = SlotCache(len(self.model.layers), slots, capacity, self.model.device)
-        # Chat templates begin every prompt with the same words: they are run once.
+        # Chat templates start all prompts with the same tokens, which are run once.
         prefix = _common_prefix([request.prompt_ids[:-1] for request in requests])
         if prefix:
             self._prefill(cache, [prefix])
             cache.share(len(prefix))
-        answers: list[_Answer | None] = []
-        while waiting or any(answers):
-            if REFILL * answers.count(None) >= len(answers):
-                # In order of age: neighbours, which attend together, are similar in length.
-                cache.keep({slot: a.position for slot, a in enumerate(answers) if a})
-                answers = [answer for answer in answers if answer]
-                new = [waiting.popleft() for _ in range(min(slots - len(answers), len(waiting)))]
-                answers += [_Answer(index, requests[index]) for index in new]
-                # All tokens but the last, which the next step takes.
+        texts: list[_Text | None] = []
+        while waiting or any(texts):
+            if REFILL * texts.count(None) >= len(texts):
+                # In order of age, so that neighbours, which attend together, have similar lengths.
+                cache.keep({slot: a.position for slot, a in enumerate(texts) if a})
+                texts = [text for text in texts if text]
+                new = [waiting.popleft() for _ in range(min(slots - len(texts), len(waiting)))]
+                texts += [_Text(index, requests[index]) for index in new]
+                # All tokens but the last, which the next step runs.
                 self._prefill(cache, [requests[i].prompt_ids[len(prefix) : -1] for i in new])
-            self._step(cache, answers)
-            for slot, answer in enumerate(answers):
-                if answer is not None and answer.ended(stop_token_ids):
-                    yield answer.index, answer.tokens
-                    answers[slot] = None
+            self._step(cache, texts)
+            for slot, text in enumerate(texts):
+                if text is not None and text.ended(stop_token_ids):
+                    yield text.index, text.tokens
+                    texts[slot] = None
 
     def _prefill(self, cache: SlotCache, prompts: Sequence[Sequence[int]]) -> None:
-        """Run the tokens of prompts that follow the prefix, each into a new slot."""
+        """Run the tokens of prompts after the prefix, each in a new slot."""
         device = self.model.device
         rows = max(1, PREFILL_TOKENS // (1 + max(map(len, prompts), default=0)))
         for first in range(0, len(prompts), rows):
@@ -87,7 +87,7 @@ class Responder:
                 for row, prompt in zip(tokens, part, strict=True):
                     row[: len(prompt)] = prompt
                 positions = torch.arange(cache.prefix, cache.prefix + width, device=device)
-                # What follows a shorter prompt is written over before anything sees it.
+                # Padding after a shorter prompt is overwritten before it is visible.
                 self._forward(
                     torch.from_numpy(tokens).to(device),
                     positions.expand(len(part), -1),
@@ -96,18 +96,18 @@ class Responder:
                 )
         cache.prompts = None
 
-    def _step(self, cache: SlotCache, answers: list[_Answer | None]) -> None:
-        """Choose one more token for every answer."""
+    def _step(self, cache: SlotCache, texts: list[_Text | None]) -> None:
+        """Choose one more token for every response."""
         device = self.model.device
-        live = {slot: answer for slot, answer in enumerate(answers) if answer is not None}
-        newest = torch.tensor([a.newest if a else 0 for a in answers], device=device)
-        context = cache.look([a.position + 1 if a else 0 for a in answers])
+        live = {slot: text for slot, text in enumerate(texts) if text is not None}
+        newest = torch.tensor([a.newest if a else 0 for a in texts], device=device)
+        context = cache.context([a.position + 1 if a else 0 for a in texts])
         hidden = self._forward(newest[:, None], cache.positions[:, None], context, cache)[:, 0]
         cache.positions += 1
-        # What is chosen in the same way is chosen together; seeds only tell the draws apart.
+        # Responses with equal settings are sampled together; seeds only change the uniforms.
         groups: dict[SamplingConfig, list[int]] = {}
-        for slot, answer in live.items():
-            groups.setdefault(replace(answer.request.sampling, seed=0), []).append(slot)
+        for slot, text in live.items():
+            groups.setdefault(replace(text.request.sampling, seed=0), []).append(slot)
         for sampling, group in groups.items():
             draws = None
             if not sampling.greedy:
@@ -123,7 +123,7 @@ class Responder:
         context: Context,
         cache: SlotCache,
     ) -> Tensor:
-        """(rows, n, hidden_size) before the output head."""
+        """(rows, n, hidden_size) inputs of the output head."""
         with attention_context(context):
             output = self.model.model.get_decoder()(
                 input_ids=tokens,
@@ -135,8 +135,8 @@ class Responder:
         return hidden
 
 
-class _Answer:
-    """A request at work."""
+class _Text:
+    """A request in progress."""
 
     def __init__(self, index: int, request: Request) -> None:
         self.index = index
@@ -149,11 +149,11 @@ class _Answer:
 
     @property
     def position(self) -> int:
-        """Of the newest token."""
+        """Position of the newest token."""
         return len(self.request.prompt_ids) + len(self.tokens) - 1
 
     def draw(self) -> np.ndarray:
-        """(1,) the random number that decides the next token."""
+        """(1,) the uniform that samples the next token."""
         return uniforms(self.request.sampling.seed, np.array([self.position + 1], np.int32))
 
     def ended(self, stop_token_ids: frozenset[int]) -> bool:
@@ -161,7 +161,7 @@ class _Answer:
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    # All others lie between the least and the greatest.
+    # All prompts lie between the first and the last in lexicographic order.
     first, last = min(prompts), max(prompts)
     differing = (n for n, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) == 2)
     return first[: next(differing, len(first))]

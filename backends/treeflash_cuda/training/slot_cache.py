@@ -1,4 +1,4 @@
-"""Keys and values of many texts that take one token each in a forward."""
+"""Keys and values of many texts that each run one token per forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Cache
 from treeflash_cuda.training.slot_attention import SlotContext
 
 CHUNK = 128
-"""Columns that lie together: longer chunks take fewer calls, shorter ones waste less at ends."""
+"""Columns per chunk: longer chunks need fewer calls, shorter ones waste less at the ends."""
 
 
 class SlotCache(Cache):
@@ -21,10 +21,10 @@ class SlotCache(Cache):
     Attributes:
         storage: (layers, 2, chunks, slots, kv_heads, CHUNK, head_dim); None until the first
             forward.
-        positions: (taken,) where the next token of each text goes, in the first slots.
-        prefix: length of what all texts begin with, in every slot.
-        prompts: slots whose prompts are being run; None while all texts take one token.
-        chunks: that such a forward looks at.
+        positions: (taken,) position of the next token of each text, in the first slots.
+        prefix: length of the common prefix of all texts, which every slot has.
+        prompts: slots whose prompts are being run; None while every text runs one token.
+        chunks: number of chunks that such a forward pass attends to.
     """
 
     def __init__(self, layers: int, slots: int, capacity: int, device: torch.device) -> None:
@@ -38,33 +38,33 @@ class SlotCache(Cache):
         self.chunks = 0
 
     def share(self, length: int) -> None:
-        """Give all slots the first positions of the first one, a prefix of all texts; empty it."""
+        """Copy the first positions of the first slot, a common prefix, to all; empty the slots."""
         assert self.storage is not None
         chunks = slice(_chunks(length))
         self.storage[:, :, chunks, 1:] = self.storage[:, :, chunks, :1]
         self.prefix, self.positions = length, self.positions[:0]
 
     def append(self, lengths: Sequence[int]) -> None:
-        """Take slots for prompts that have as many tokens beyond the prefix."""
+        """Take slots for prompts with these numbers of tokens after the prefix."""
         new = torch.tensor(lengths, device=self.positions.device) + self.prefix
         self.positions = torch.cat([self.positions, new])
 
     def keep(self, lengths: dict[int, int]) -> None:
-        """Close the gaps between the texts of some slots, in ascending order; given by length."""
+        """Keep the texts of some slots, given with their lengths in ascending order; close gaps."""
         assert self.storage is not None or not lengths
         for slot, (old, length) in enumerate(lengths.items()):
             if slot != old:
-                # One by one: together they would need as much memory again.
+                # One by one, as together they would need a second copy.
                 chunks = slice(_chunks(length))
                 self.storage[:, :, chunks, slot] = self.storage[:, :, chunks, old]
         self.positions = self.positions[list(lengths)]
 
-    def look(self, lengths: Sequence[int]) -> SlotContext:
-        """Prepare a forward of one token each.
+    def context(self, lengths: Sequence[int]) -> SlotContext:
+        """Prepare a forward pass of one token per text.
 
         Args:
-            lengths: (taken,) of the texts, that token included; 0 for one that has ended, whose
-                slot takes part all the same.
+            lengths: (taken,) of the texts, that token included; 0 for a text that has ended,
+                whose slot still takes part.
         """
         columns = max(lengths)
         self.chunks = _chunks(columns)
@@ -78,7 +78,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by a layer with the keys and values of its forward."""
+        """Store the keys and values of a layer's forward pass; returns what it attends to."""
         if self.storage is None:
             heads, head_dim = key_states.shape[1], key_states.shape[3]
             self.storage = key_states.new_zeros(*self.shape, heads, CHUNK, head_dim)
@@ -99,15 +99,15 @@ class SlotCache(Cache):
         return keys[: self.chunks, : len(rows)], values[: self.chunks, : len(rows)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns before the forward, as far as a model that is given positions cares."""
+        """0: the model is given positions, so it needs no length."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Likewise."""
+        """0: the model is given positions, so it needs no offset."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Columns that a forward sees, and the first of them."""
+        """Number of columns that a forward pass attends to, and the first of them."""
         columns = self.chunks * CHUNK if self.prompts is None else self.prefix + query_length
         return columns, 0
 

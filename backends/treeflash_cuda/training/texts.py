@@ -1,4 +1,4 @@
-"""Which responses a run learns from, and which it holds out."""
+"""The responses to train on and those to validate on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from treeflash_cuda.target import Target
 
 
 def usable(responses: Sequence[Response], config: TrainConfig, target: Target) -> list[Response]:
-    """The texts that have something to predict after cutting.
+    """The responses that have a token to predict after truncation.
 
     Raises:
-        ConfigError: there are none, or they have tokens that the target does not know.
+        ConfigError: there are none, or they have tokens outside the target's vocabulary.
     """
     limit = min(config.max_length, target.max_positions)
     texts = [response.truncate(limit) for response in responses]
     texts = [text for text in texts if len(text.response_ids) > 1]
     if not texts:
-        raise ConfigError("no response has two tokens or more within max-length; raise it")
+        raise ConfigError("no response has two or more tokens within max-length; raise it")
     if max(max(text.token_ids) for text in texts) >= target.vocab_size:
         raise ConfigError(
             "the responses have token ids outside the target's vocabulary; "
@@ -34,11 +34,11 @@ def usable(responses: Sequence[Response], config: TrainConfig, target: Target) -
 def split(
     texts: Sequence[Response], given: Sequence[Response], config: TrainConfig
 ) -> tuple[list[Response], list[Response]]:
-    """Texts to validate on and texts to train on; one prompt's answers stay together.
+    """Split into validation texts and training texts; responses to one prompt stay together.
 
     Args:
-        texts: to train on.
-        given: to validate on; where there are none, some of `texts`.
+        texts: training data.
+        given: validation data; if empty, some of `texts` are held out.
         config: how many, and the seed.
 
     Raises:
@@ -59,7 +59,7 @@ def split(
         chosen.extend(groups[prompts[n]])
     if not rest:
         raise ConfigError(
-            f"{len(texts)} responses leave nothing to train on beside {len(held_out)} to "
-            "validate; give more, or fewer to validate"
+            f"{len(texts)} responses leave nothing to train on after {len(held_out)} are held "
+            "out; give more responses, or hold out fewer"
         )
     return held_out, rest

@@ -1,4 +1,4 @@
-"""How well a drafter predicts texts that it was not trained on."""
+"""Metrics of a drafter on held-out texts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from treeflash_cuda.target import Target
 from treeflash_cuda.training.batches import choose_anchors, make_batch
 from treeflash_cuda.training.blocks import Batch
 from treeflash_cuda.training.features import FeatureStore
-from treeflash_cuda.training.losses import Output, divergence
+from treeflash_cuda.training.losses import LMHead, divergence
 
 ANCHORS = 16
-"""Of each text."""
+"""Anchors per text."""
 
 
 class Validation:
-    """Held-out texts, with the same anchors every time."""
+    """Held-out texts, always with the same anchors."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class Validation:
         block_size: int,
         config: TrainConfig,
     ) -> None:
-        """Run the target over the texts, once; what it says stays on the CPU."""
-        self.output = Output(target.lm_head)
+        """Run the target on the texts once; its features are kept on the CPU."""
+        self.lm_head = LMHead(target.lm_head)
         self.batches: list[Batch] = []
         random = np.random.default_rng(config.seed)
         texts = sorted(texts, key=len)
@@ -51,26 +51,26 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, blocks: nn.Module) -> dict[str, Any]:
-        """Means by depth, and what they amount to.
+        """The metrics of the drafter.
 
         Returns:
-            For `marginal` and, with a head, `corrected`: `kl_*` nats by depth; `top1_*`, how
-            often the best token is the text's, by depth; `chain_*`, the block efficiency of the
-            chain of best tokens.
+            For `marginal` and, with a head, `corrected`: `kl_*`, the mean divergence in nats by
+            depth; `top1_*`, how often the top token is the text's, by depth; `chain_*`, the block
+            efficiency of the chain of top tokens.
         """
         sums: dict[str, Tensor] = {}
         anchors = 0
-        for batch in (batch.to(self.output.weight.device) for batch in self.batches):
+        for batch in (batch.to(self.lm_head.weight.device) for batch in self.batches):
             marginal, corrected = blocks(batch)
             rows = batch.target_rows()
-            truth = batch.tokens[batch.places()]
+            truth = batch.tokens[batch.predicted()]
             some = batch.valid.any(2).sum()
             anchors += int(some)
             for name, hidden in (("marginal", marginal), ("corrected", corrected)):
                 if hidden is None:
                     continue
-                kl = divergence(self.output, hidden, rows, None)
-                hit = self.output.logits(hidden).argmax(-1) == truth
+                kl = divergence(self.lm_head, hidden, rows, None)
+                hit = self.lm_head.logits(hidden).argmax(-1) == truth
                 for key, value in ((f"kl_{name}", kl), (f"top1_{name}", hit.float())):
                     table = torch.zeros(batch.valid.shape, device=value.device)
                     table[batch.valid] = value
