@@ -1,4 +1,7 @@
-"""How many nodes to verify, and whether to draft at all: what brings the most tokens a second."""
+"""The budget `auto`: the tree size that maximises expected tokens per second.
+
+It also turns drafting off while it does not pay.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,10 @@ class AdaptiveBudget:
 
     Attributes:
         costs: of the target's forward.
-        expected: by depth, probabilities of the children of accepted nodes, summed; older ones
-            fade.
-        accepted: by depth, how many of those children were accepted; likewise.
-        tokens: of drafted iterations, summed; likewise.
-        seconds: likewise.
+        expected: by depth, probabilities of the children of accepted nodes, a running sum.
+        accepted: by depth, how many of those children were accepted, a running sum.
+        tokens: of drafted iterations, a running sum.
+        seconds: of those iterations, a running sum.
         balance: tokens that drafting brought beyond what plain decoding would have in its time.
         rest: iterations until the next draft.
         next_rest: how long the next rest will be.

@@ -30,7 +30,7 @@ Phase: TypeAlias = Literal["prefill", "draft", "tree", "verify", "commit"]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one target forward brought: the prefill first, then one step an iteration.
+    """The result of one target forward pass: the prefill first, then one step per iteration.
 
     Attributes:
         tokens: newly committed tokens; ends at a stop token or at the limit.

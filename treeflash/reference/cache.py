@@ -28,7 +28,7 @@ class Cache:
         Args:
             layer: index.
             k: (kv_heads, n, head_dim).
-            v: likewise.
+            v: (kv_heads, n, head_dim).
         """
         self.pending[layer] = (k, v)
         keys, values = self.committed[layer]

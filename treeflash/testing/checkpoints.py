@@ -84,8 +84,10 @@ class CheckpointTests:
         assert_close(logits_of(models.tested), logits_of(models.reference))
 
     @pytest.mark.parametrize("absent", ["rope_theta", "rope_parameters"])
-    def test_rope_spellings(self, load: Loader, tmp_path: Path, family: str, absent: str) -> None:
-        """A folder has one spelling or the other; a loader that misses it answers nonsense."""
+    def test_rope_settings_in_either_form(
+        self, load: Loader, tmp_path: Path, family: str, absent: str
+    ) -> None:
+        """A folder has one form or the other; a loader that misses it answers nonsense."""
         target, drafter = write_pair(tmp_path, family)
         both = load(target, drafter, LOAD)
         edit_config(target, lambda config: config.pop(absent))
@@ -95,7 +97,7 @@ class CheckpointTests:
         assert one.drafter_config == both.drafter_config
 
     @pytest.mark.parametrize(
-        "spell",
+        "rewrite",
         [
             lambda config: config.update(config.pop("treeflash_config")),
             lambda config: config["dflash_config"].update(block_size=config.pop("block_size")),
@@ -103,13 +105,13 @@ class CheckpointTests:
         ],
         ids=["head at top level", "block size inside", "layer types"],
     )
-    def test_spellings_of_drafter_configs(
-        self, load: Loader, tmp_path: Path, spell: Callable[[Config], object]
+    def test_forms_of_drafter_configs(
+        self, load: Loader, tmp_path: Path, rewrite: Callable[[Config], object]
     ) -> None:
         target, drafter = write_pair(tmp_path, self.families[0])
         prompt = settled_prompt(Pair.load(load, target, drafter).reference)
         expected = transitions(load(target, drafter, LOAD), prompt, 16, 16)
-        edit_config(drafter, spell)
+        edit_config(drafter, rewrite)
         assert_equal_tables(transitions(load(target, drafter, LOAD), prompt, 16, 16), expected)
 
     def test_target_alone(self, load: Loader, pair: PairMaker) -> None:
