@@ -88,9 +88,7 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
             "target_layer_ids": list(layer_ids),
         },
         "dtype": "bfloat16",
-        "head_dim": int(
-            getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
-        ),
+        "head_dim": int(head_dim),
         "hidden_act": "silu",
         "hidden_size": int(target_config.hidden_size),
         "intermediate_size": int(target_config.intermediate_size),
