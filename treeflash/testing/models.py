@@ -167,7 +167,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def _attention(head_dim: int) -> dict[str, Any]:
-    """What targets and drafters say alike; the rotary base in both spellings in use."""
+    """Settings that targets and drafters share; the rotary base in both forms in use."""
     return {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

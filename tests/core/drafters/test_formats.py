@@ -79,7 +79,7 @@ class TestConfig:
             "neutral scaling",
         ],
     )
-    def test_spellings_mean_the_same(self, folder: Path, spell: Edit) -> None:
+    def test_both_forms_mean_the_same(self, folder: Path, spell: Edit) -> None:
         expected = drafter_config(folder)
         edit_config(folder, spell)
         assert drafter_config(folder) == expected
