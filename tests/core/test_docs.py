@@ -73,3 +73,12 @@ def test_the_architecture_names_classes_and_methods_as_they_are():
     found = set(re.findall(r"\b([A-Z]\w+\.[a-z]\w*)\b", page))
     assert found, "no method was found"
     assert found <= known, f"docs/architecture.md names {sorted(found - known)}"
+
+
+def test_the_readme_counts_the_families_of_the_list():
+    families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    counts = re.findall(r"^- `(?:cuda|mlx)`, .*: (\d+) verified", families, flags=re.MULTILINE)
+    rows = re.findall(r"^\| \S+ \| (\S+) \| (\S+) \|$", families, flags=re.MULTILINE)
+    assert counts == [str(column.count("verified")) for column in zip(*rows, strict=True)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) model types of", readme) == counts
