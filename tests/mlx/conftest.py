@@ -1,4 +1,4 @@
-"""What the tests of the MLX backend share."""
+"""Fixtures of the MLX backend's tests."""
 
 import importlib.util
 import sys
@@ -26,7 +26,7 @@ def families():
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """Folders of a tiny Qwen3 and of a TreeFlash drafter for it, 64 wide so that they quantise."""
+    """Folders of a tiny Qwen3 and a TreeFlash drafter for it, wide enough to be quantised."""
     folder = tmp_path_factory.mktemp("pair")
     target, drafter = folder / "target", folder / "drafter"
     write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
@@ -36,5 +36,5 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def rng():
-    """A fresh generator of fixed seed."""
+    """A random generator with a fixed seed."""
     return np.random.default_rng(0)

@@ -26,7 +26,7 @@ YARN = {
 
 
 def blocks(backend, tokens, root):
-    """The drafter's block after some tokens, given in two parts, and its drafter."""
+    """A drafter and its block after tokens that it was given in two parts."""
     verifier, drafter = backend.verifier(features=True), backend.drafter()
     _, first = verifier.prefill(tokens[:7], GREEDY, None)
     drafter.draft(first, tokens[7])
@@ -69,8 +69,8 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_every_method_gives_the_text_of_plain_decoding(families, tmp_path, sampling):
-    """On a target with sliding windows, and a text many windows long."""
+def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
+    """On a target with sliding windows, in a text of many windows."""
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     families.write(target, "gemma3_text")
     write_drafter(drafter, target, seed=2)
@@ -85,7 +85,7 @@ def test_every_method_gives_the_text_of_plain_decoding(families, tmp_path, sampl
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_drafter(pair, bits):
-    """Another tree perhaps, but the same text."""
+    """The trees may differ from plain drafting; the text does not."""
     backend = load(*pair, LoadConfig(draft_bits=bits))
     assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
     assert isinstance(backend.head.correction.ug.of_own, nn.QuantizedLinear)
@@ -97,7 +97,7 @@ def test_quantised_drafter(pair, bits):
     assert texts[0] == texts[1]
 
 
-def test_bits_that_do_not_exist(pair):
+def test_impossible_draft_bits_are_refused(pair):
     with pytest.raises(ConfigError, match="draft-bits must be one of"):
         load(*pair, LoadConfig(draft_bits=7))
 

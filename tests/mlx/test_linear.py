@@ -23,7 +23,7 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_pair_is_the_layer_of_the_concatenation(rng, bias, bits):
+def test_a_pair_equals_a_linear_layer_of_the_concatenation(rng, bias, bits):
     """Quantised too: a group of weights never spans both halves."""
     layer, layers = nn.Linear(2 * SIZE, OUT, bias), Layers(bias)
     tensors = {f"pair.{name}": tensor for name, tensor in layer.parameters().items()}

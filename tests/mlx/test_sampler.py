@@ -26,7 +26,7 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_chooses_as_defined(rng, options):
+def test_choices_follow_the_definition(rng, options):
     config = SamplingConfig(**{"temperature": 1.0, **options})
     logits = rng.normal(0, 2, (300, 501)).astype(np.float32)
     logits[:, ::3] = logits[:, :1]  # ties, at the edge of some filters
@@ -37,8 +37,8 @@ def test_chooses_as_defined(rng, options):
     assert chosen.dtype == np.int32
 
 
-def test_number_next_to_one_keeps_to_the_filter_in_float32(rng):
-    """Rounded to float32 it is 1, and nothing exceeds the whole."""
+def test_a_uniform_number_next_to_one_chooses_a_kept_token_in_float32(rng):
+    """It is 1 in float32, and no cumulative mass exceeds the total."""
     logits = rng.normal(0, 2, (50, 1000)).astype(np.float32)
     config = SamplingConfig(temperature=1.0, top_k=5)
     probs, _ = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
@@ -51,14 +51,14 @@ def test_number_next_to_one_keeps_to_the_filter_in_float32(rng):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(rng, bad, temperature):
+def test_logits_that_are_not_finite_are_an_error(rng, bad, temperature):
     logits = rng.normal(size=(3, 40)).astype(np.float32)
     logits[1, 7] = bad
     with pytest.raises(NumericalError, match="not finite"):
         choose(mx.array(logits), SamplingConfig(temperature=temperature), np.full(3, 0.5))
 
 
-def test_excluded_tokens_are_allowed(rng):
+def test_logits_of_minus_infinity_are_never_chosen(rng):
     logits = rng.normal(size=(2, 40)).astype(np.float32)
     logits[:, 5:] = -np.inf
     config = SamplingConfig(temperature=1.0)
@@ -67,7 +67,7 @@ def test_excluded_tokens_are_allowed(rng):
 
 @pytest.mark.parametrize("vocab", [5, 129, 2048, 5000])
 @pytest.mark.parametrize("k", [1, 5])
-def test_top_is_what_sorting_gives(rng, vocab, k):
+def test_top_indices_equal_sorting(rng, vocab, k):
     logits = rng.normal(size=(30, vocab)).astype(np.float32)
     expected = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), k)), expected)
@@ -79,7 +79,7 @@ def test_top_is_what_sorting_gives(rng, vocab, k):
     np.testing.assert_allclose(np.array(log_probs), expected_log_probs, atol=1e-5)
 
 
-def test_top_prefers_the_lower_of_equals():
+def test_equal_entries_are_in_order_of_their_columns():
     logits = np.zeros((2, 3000), np.float32)
     logits[:, [2900, 7, 1500]] = 1
     np.testing.assert_array_equal(np.array(top_indices(mx.array(logits), 3)), [[7, 1500, 2900]] * 2)

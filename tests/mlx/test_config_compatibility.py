@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+from mlx import nn  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
+
+THETA = 12345.0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi", "gpt_neox", "glm4"],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_theta"])
+def test_old_and_new_rope_settings_give_the_same_base(families, tmp_path, family, old):
+    """What transformers 5 saves, and what older files hold, give the same rotary base."""
+    saved = AutoConfig.for_model(family)
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = {"rope_theta": THETA, "partial_rotary_factor": 0.5}
+    config |= dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64)
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"head_dim": 16}
+    config.pop("rope_parameters")
+    if old:
+        config |= {"rotary_emb_base": THETA, "rotary_pct": 0.5, **rope}
+    else:
+        config["rope_parameters"] = {"rope_type": "default", **rope}
+    name = "llama" if family == "mistral" else family
+    module = __import__(f"mlx_lm.models.{name}", fromlist=["Model"])
+    model = module.Model(module.ModelArgs.from_dict({**config, **compatible_settings(config)}))
+    bases = [m.base for _, m in model.named_modules() if isinstance(m, nn.RoPE)]
+    assert bases == [THETA]
+
+
+def test_rope_settings_by_layer_type():
+    config = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    added = compatible_settings(config)
+    assert added["rope_theta"] == 1e6
+    assert added["rope_local_base_freq"] == 1e4
+    assert added["rope_scaling"]["type"] == added["rope_scaling"]["rope_type"] == "linear"
+    assert "rope_parameters" not in added
+
+
+def test_existing_settings_stay_as_they_are():
+    config = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    assert not {"rope_theta", "rope_scaling", "rope_parameters"} & set(compatible_settings(config))
+    inner = compatible_settings({"text_config": {"rope_theta": 5.0, "x": 1}})["text_config"]
+    assert inner == {
+        "rope_theta": 5.0,
+        "x": 1,
+        "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"},
+    }
