@@ -1,5 +1,8 @@
 """What the tests of both backends share."""
 
+import subprocess
+from collections.abc import Callable, Sequence
+
 import pytest
 
 
@@ -9,3 +12,25 @@ def smollm2():
     from treeflash.hub.models import resolve_target
 
     return resolve_target(None)
+
+
+@pytest.fixture
+def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProcess[str]]:
+    """Run a command that starts others; at a timeout all of them are killed, in any session."""
+
+    def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        import psutil
+
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except BaseException:
+                launcher = psutil.Process(process.pid)
+                for started in [*launcher.children(recursive=True), launcher]:
+                    started.kill()
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run

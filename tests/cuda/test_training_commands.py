@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
 
 require("torch")
 
+import psutil  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
 VOCAB = len(SPECIAL) + 256
@@ -121,7 +123,7 @@ fsdp_config:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_one_drafter(kind, target, responses, tmp_path):
+def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_processes):
     """Twice the sequences in one process give the same."""
     config = tmp_path / "train.toml"
     # All positions are anchors: chosen ones would differ, as each process chooses its own.
@@ -144,7 +146,7 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path):
 
     together = tmp_path / "together"
     command = [sys.executable, "-m", *launchers[kind], "-m", "treeflash.train", *start(together)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = run_processes(command, 120)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = tmp_path / "alone"
     assert train.main(start(alone, "--sequences", "8")) == 0
@@ -161,3 +163,31 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path):
     assert validation == pytest.approx(expected[-1]["validation"]["kl_corrected"], rel=1e-2)
     shapes = [{n: t.shape for n, t in read_tensors(f).items()} for f in (alone, together)]
     assert shapes[0] == shapes[1]
+
+
+def test_processes_that_hang_are_all_killed(run_processes, tmp_path, monkeypatch):
+    """Even those in a session of their own, as launchers start them."""
+    started = tmp_path / "started"
+    code = f"""
+import os, pathlib, subprocess, sys, time
+worker = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(worker, start_new_session=True)
+file = pathlib.Path({str(started)!r})
+file.with_suffix(".new").write_text(f"{{os.getpid()}} {{child.pid}}")
+file.with_suffix(".new").rename(file)
+time.sleep(600)
+"""
+    found: list[psutil.Process] = []
+
+    def hang(process, timeout):
+        while not started.exists():
+            time.sleep(0.05)
+        found.extend(psutil.Process(int(pid)) for pid in started.read_text().split())
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", hang)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_processes([sys.executable, "-c", code], 60)
+    assert len(found) == 2
+    _, alive = psutil.wait_procs(found, timeout=10)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
