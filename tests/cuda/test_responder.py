@@ -1,4 +1,4 @@
-"""Answers to many prompts at once are those that plain decoding gives to each."""
+"""Responses to many prompts at once equal those of plain decoding, prompt by prompt."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ SMALL = {
 @pytest.mark.parametrize("slots", [1, 3, 20])
 @pytest.mark.parametrize("prefix", [(), (7, 30, 5, 11)])
 @pytest.mark.parametrize("chunk", [3, slot_cache.CHUNK])
-def test_answers_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, monkeypatch):
+def test_responses_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(slot_cache, "CHUNK", chunk)
     write_target(tmp_path, family, seed=1, vocab_size=40)
     random = np.random.default_rng(2)
@@ -53,8 +53,8 @@ def test_answers_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, mo
         )
         for n, length in enumerate([1, 9, 4, 17, 2, 2, 30, 6])
     ]
-    answers = dict(responder(tmp_path, CPU).respond(requests, STOP, slots))
-    assert answers.keys() == set(range(len(requests)))
+    responses = dict(responder(tmp_path, CPU).respond(requests, STOP, slots))
+    assert responses.keys() == set(range(len(requests)))
     backend = load(tmp_path, None, CPU)
     lengths = set()
     for n, request in enumerate(requests):
@@ -65,7 +65,7 @@ def test_answers_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, mo
             sampling=request.sampling,
         )
         expected = [t for step in decode(backend, request.prompt_ids, config) for t in step.tokens]
-        assert answers[n] == expected, n
+        assert responses[n] == expected, n
         lengths.add(len(expected))
     assert len(lengths) > 1, "slots were never freed at different times"
 
@@ -77,30 +77,30 @@ def test_answers_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, mo
         ("CohereConfig", {"logit_scale": 0.0625}),
     ],
 )
-def test_a_model_that_scales_its_logits_is_sampled_as_it_is(kind, settings, tmp_path):
+def test_scaled_logits_are_sampled_as_the_model_scales_them(kind, settings, tmp_path):
     write_config(tmp_path, kind, **settings)
     requests = [
         Request(prompt_ids=(5, 9, n), sampling=replace(SAMPLINGS[1], seed=n), max_tokens=8)
         for n in range(4, 12)
     ]
-    answers = dict(responder(tmp_path, CPU).respond(requests, STOP, 8))
+    responses = dict(responder(tmp_path, CPU).respond(requests, STOP, 8))
     backend = load(tmp_path, None, CPU)
     for n, request in enumerate(requests):
         config = DecodeConfig(
             method="ar", max_tokens=8, stop_token_ids=STOP, sampling=request.sampling
         )
         expected = [t for step in decode(backend, request.prompt_ids, config) for t in step.tokens]
-        assert answers[n] == expected, n
+        assert responses[n] == expected, n
 
 
-def test_a_model_that_bends_its_logits_is_refused(tmp_path):
+def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     write_config(tmp_path, "NanoChatConfig", final_logit_softcapping=0.5)
     with pytest.raises(UnsupportedModelError, match=r"do more than multiply .* cannot be trained"):
         responder(tmp_path, CPU)
 
 
 def write_config(folder, kind, **settings):
-    """A tiny random model of a family that scales its logits."""
+    """Write a tiny random model of a family that scales its logits."""
     torch.manual_seed(1)
     config = getattr(transformers, kind)(**SMALL, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -110,6 +110,6 @@ def write_config(folder, kind, **settings):
     model.save_pretrained(folder)
 
 
-def test_nothing_to_answer(tmp_path):
+def test_no_requests_give_no_responses(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     assert list(responder(tmp_path, CPU).respond([], STOP, 4)) == []

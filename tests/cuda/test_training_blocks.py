@@ -1,4 +1,4 @@
-"""What is trained is what decodes: many blocks in one forward against one draft at a time."""
+"""Training computes what decoding does: many blocks in one pass equal one draft at a time."""
 
 from dataclasses import replace
 
@@ -51,8 +51,8 @@ def backend(request, tmp_path):
 
 
 @torch.no_grad()
-def test_features_of_a_target_in_half_precision_are_taken(tmp_path):
-    """Drafters are trained in float32, whatever the target runs in."""
+def test_features_of_a_target_in_half_precision_are_accepted(tmp_path):
+    """Drafters are trained in float32, also if the target runs in half precision."""
     write_target(tmp_path / "target", "llama", seed=1, vocab_size=40)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
@@ -67,7 +67,7 @@ def test_features_of_a_target_in_half_precision_are_taken(tmp_path):
 
 
 @torch.no_grad()
-def test_blocks_are_what_the_drafter_drafts(backend):
+def test_blocks_equal_the_drafts_of_the_drafter(backend):
     model, head = backend.drafter_model, backend.head
     size = model.config.block_size
     layer_ids = model.config.target_layer_ids
@@ -97,7 +97,7 @@ def test_blocks_are_what_the_drafter_drafts(backend):
     assert predicted == len(marginal) == len(corrected)
 
 
-def test_features_and_best_tokens_are_the_targets(backend, tmp_path):
+def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
     layer_ids = backend.drafter_config.target_layer_ids
     folder = tmp_path / "features"
     folder.mkdir()
@@ -122,7 +122,7 @@ def test_features_and_best_tokens_are_the_targets(backend, tmp_path):
         assert (computed.top_log_probs.float().exp().sum(-1) <= 1.01).all()
 
 
-def test_beyond_its_bound_nothing_is_kept(backend, tmp_path):
+def test_nothing_is_cached_beyond_the_size_limit(backend, tmp_path):
     layer_ids = backend.drafter_config.target_layer_ids
     store = FeatureStore(backend.target, layer_ids, texts(), TOP, tmp_path, -1)
     store.fill(0)

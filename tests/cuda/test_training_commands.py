@@ -1,4 +1,4 @@
-"""The command lines, as a new user meets them: from prompts to a drafter that drafts."""
+"""The command lines as a user runs them: from prompts to a trained drafter."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
     write_target(folder, "llama", seed=3, vocab_size=VOCAB)
     edit_config(folder, lambda config: config.pop("eos_token_id"))
-    # Sure of itself, so that there is something to predict in what it samples.
+    # Sharpen the distribution, so that its samples are predictable.
     tensors = read_tensors(folder)
     tensors["lm_head.weight"] *= 6
     save(folder, read_config(folder), tensors)
@@ -71,7 +71,7 @@ def responses(target, prompts, tmp_path_factory):
 
 
 def efficiency(target, drafter, prompts, **settings):
-    """Block efficiency on prompts that nobody trained on."""
+    """Block efficiency on held-out prompts."""
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     lengths = []
     for prompt in prompts:
@@ -124,9 +124,9 @@ fsdp_config:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_processes):
-    """Twice the sequences in one process give the same."""
+    """One process with twice the sequences gives the same result."""
     config = tmp_path / "train.toml"
-    # All positions are anchors: chosen ones would differ, as each process chooses its own.
+    # All positions are anchors, as each process samples its own.
     config.write_text(SMALL.replace("anchors = 16", "anchors = 99") + "steps = 4\nsave_every = 2\n")
     launch = tmp_path / "accelerate.yaml"
     launch.write_text(FSDP)
@@ -157,7 +157,7 @@ def test_two_processes_train_one_drafter(kind, target, responses, tmp_path, run_
         for folder in (alone, together)
     )
     for left, right in zip(expected, found, strict=True):
-        # Of the whole batch: the mean of both processes' gradients.
+        # The norm of the mean of both processes' gradients.
         assert right["gradient_norm"] == pytest.approx(left["gradient_norm"], rel=1e-3)
     validation = found[-1]["validation"]["kl_corrected"]
     assert validation == pytest.approx(expected[-1]["validation"]["kl_corrected"], rel=1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,37 @@ def train(
         drafter.requires_grad_(False)
     blocks: nn.Module = Blocks(drafter, head, model.embeddings)
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
-    first = run.resume()
-
     model.capture(layer_ids)
-    store = FeatureStore(
-        model, layer_ids, texts, config.top_tokens, run.features(), config.cache_gb * 1e9
-    )
-    for shard in range(store.shards if run.features() else 0):
+    with closing(run):
+        first = run.resume()
+        store = FeatureStore(
+            model, layer_ids, texts, config.top_tokens, run.features(), config.cache_gb * 1e9
+        )
+        if run.features():
+            yield from fill_cache(store, accelerator)
+        batches = Batches(
+            store, config, block_size, accelerator.process_index, accelerator.num_processes
+        )
+        validation = Validation(model, layer_ids, held_out, block_size, config)
+        lm_head = LMHead(model.lm_head)
+        for step in range(first, config.steps):
+            record = take_step(step, blocks, optimizer, batches, lm_head, config, accelerator)
+            last = step + 1 == config.steps
+            if held_out and (last or (step + 1) % config.validate_every == 0):
+                record["validation"] = validation.measure(blocks)
+            run.log(record)
+            if last or (step + 1) % config.save_every == 0:
+                # In this order, so that a run with its last state also has its checkpoint.
+                export(accelerator, blocks, settings, run)
+                run.save(step + 1)
+            yield record
+        if not run.has_checkpoint():  # deleted after the run had finished
+            export(accelerator, blocks, settings, run)
+
+
+def fill_cache(store: FeatureStore, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """Compute the features of all texts, shared out over the processes; yields the progress."""
+    for shard in range(store.shards):
         process = shard % accelerator.num_processes
         if process == accelerator.process_index:
             store.fill(shard)
@@ -87,46 +112,45 @@ def train(
             accelerator.wait_for_everyone()  # often, so that no process waits for long
         yield {"shard": shard + 1, "shards": store.shards}
     accelerator.wait_for_everyone()
-    batches = Batches(
-        store, config, block_size, accelerator.process_index, accelerator.num_processes
-    )
-    validation = Validation(model, layer_ids, held_out, block_size, config)
-    lm_head = LMHead(model.lm_head)
 
-    for step in range(first, config.steps):
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        record: dict[str, Any] = {"step": step + 1, "learning_rate": learning_rate(step, config)}
-        for forward in range(step * config.accumulation, (step + 1) * config.accumulation):
-            random = torch.Generator().manual_seed(config.seed + forward)
-            with accelerator.accumulate(blocks):
-                loss, parts = objective(blocks, batches[forward], lm_head, config, random)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(blocks.parameters(), config.clip)
-                    record["gradient_norm"] = float(norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, value in parts.items():
-                record[name] = record.get(name, 0.0) + value / config.accumulation
-        if not math.isfinite(record["loss"]):
-            raise NumericalError(
-                f"the loss of step {step + 1} is not finite; try a lower learning rate"
-            )
-        record["seconds"] = time.perf_counter() - started
-        last = step + 1 == config.steps
-        if held_out and (last or (step + 1) % config.validate_every == 0):
-            record["validation"] = validation.measure(blocks)
-        run.log(record)
-        if last or (step + 1) % config.save_every == 0:
-            # In this order, so that a run with its last state also has its checkpoint.
-            export(accelerator, blocks, settings, run)
-            run.save(step + 1)
-        yield record
-    if not run.has_checkpoint():  # removed since the last step
-        export(accelerator, blocks, settings, run)
-    run.close()
+
+def take_step(
+    step: int,
+    blocks: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    lm_head: LMHead,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Take one optimiser step; returns its record.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    started = time.perf_counter()
+    rate = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    record: dict[str, Any] = {"step": step + 1, "learning_rate": rate}
+    for forward in range(step * config.accumulation, (step + 1) * config.accumulation):
+        random = torch.Generator().manual_seed(config.seed + forward)
+        with accelerator.accumulate(blocks):
+            loss, parts = objective(blocks, batches[forward], lm_head, config, random)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(blocks.parameters(), config.clip)
+                record["gradient_norm"] = float(norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in parts.items():
+            record[name] = record.get(name, 0.0) + value / config.accumulation
+    if not math.isfinite(record["loss"]):
+        raise NumericalError(
+            f"the loss of step {step + 1} is not finite; try a lower learning rate"
+        )
+    record["seconds"] = time.perf_counter() - started
+    return record
 
 
 def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
