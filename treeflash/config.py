@@ -1,4 +1,4 @@
-"""What a user chooses: how to sample and how to decode. Frozen, keyword-only, checked once."""
+"""Settings for sampling, decoding and loading: frozen, keyword-only, checked when made."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ Budget = int | Literal["auto"]
 HeadRows = int | Literal["auto"] | None
 AUTO: Literal["auto"] = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_BUDGET = 1024
+"""Nodes; a forward pass over more would cost far more than it could gain, and run out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the target chooses a token from its logits.
 
-    The filters apply in this order, each to what the one before it left: temperature, top-k,
-    top-p, min-p.
+    The temperature applies first, then the filters, each to the tokens that the previous one kept:
+    top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 is greedy (the filters and the seed are then without effect).
+        temperature: 0 is greedy (the filters and the seed then have no effect).
         top_k: keep the `top_k` most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens until their mass reaches `top_p`.
         min_p: keep tokens at least `min_p` times as probable as the best one.
-        seed: together with a token's absolute position it fixes the random number that decides
-            that token, so a seed gives the same text with every method and budget.
+        seed: together with a token's absolute position it determines the random number that
+            chooses the token, so a seed gives the same text with every method and budget.
     """
 
     temperature: float = 0.0
@@ -75,19 +77,19 @@ class DecodeConfig:
     (docs/performance.md).
 
     Attributes:
-        method: `ar` decodes plainly; `dflash` verifies the chain of the drafter's best tokens;
-            `ddtree` a tree of its marginals; `treeflash` a tree of the AR head's predictions;
-            `treeflash-chain` that head's best chain.
-        budget: nodes of a draft tree, the root included; `auto` takes in every iteration what
-            brings the most tokens a second here, or drafts nothing.
+        method: `ar` decodes without drafting; `dflash` verifies the chain of the drafter's best
+            tokens, `ddtree` a tree of its marginals, `treeflash` a tree of the AR head's
+            predictions, `treeflash-chain` the AR head's best chain.
+        budget: nodes of a draft tree including the root, at most 1024; `auto` chooses the size
+            that maximises expected tokens per second in every iteration, or turns drafting off.
         top_m: previous-token candidates kept per depth (M).
         top_k_children: children kept per depth and previous token (K).
-        head_vocab: tokens that the AR head scores, the likeliest of a block; None is all.
-        head_rows: previous tokens after which it scores them, the likeliest of a block; None is
-            all M of every depth, `auto` as many as a tree of the budget can use.
-        draft_temperature: divides the drafter's logits; it shapes the tree, never the output.
-        max_tokens: new tokens at most.
-        stop_token_ids: tokens that end the text; the one met is part of the output.
+        head_vocab: how many tokens the AR head scores, the most probable of a block; None is all.
+        head_rows: after how many previous tokens it scores them, the most probable of a block;
+            None is all M at every depth, `auto` as many as a tree of this budget can use.
+        draft_temperature: divides the drafter's logits; it changes the tree, never the output.
+        max_tokens: the most new tokens.
+        stop_token_ids: tokens that end the text; the one generated is part of the output.
         sampling: how the target chooses.
     """
 
@@ -108,8 +110,8 @@ class DecodeConfig:
             f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}",
         )
         _check(
-            self.budget == AUTO or _is_whole(self.budget, 1),
-            "budget must be auto, or 1 or more",
+            self.budget == AUTO or (_is_whole(self.budget, 1) and self.budget <= MAX_BUDGET),
+            f"budget must be auto, or from 1 to {MAX_BUDGET} nodes",
             self,
         )
         _check(_is_whole(self.top_m, 1), "top-m must be 1 or more", self)
@@ -149,13 +151,13 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where and how a backend loads its models; what a backend cannot do it refuses.
+    """Where and how a backend loads its models; it refuses settings that it does not support.
 
     Attributes:
         device: the backend's own name for a device (`cuda:1`, `cpu`, `gpu`); None is its best.
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
-        draft_bits: quantise the drafter to so many bits; None leaves it as it is.
-        kv_bits: keep the target's keys and values in so many bits; None keeps `dtype`.
+        draft_bits: bits per weight of the quantised drafter; None does not quantise it.
+        kv_bits: bits per number of the target's keys and values; None keeps `dtype`.
         cuda_graphs: run trees in fixed shapes and, on a CUDA device, as CUDA graphs.
     """
 
@@ -175,23 +177,30 @@ class LoadConfig:
             self.dtype in (None, *DTYPES),
             f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}",
         )
+        for name in ("draft_bits", "kv_bits"):
+            bits = getattr(self, name)
+            _check(
+                bits is None or _is_whole(bits, 1),
+                f"{name.replace('_', '-')} must be 1 or more",
+                self,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """The shape of a drafter, as its checkpoint states it.
+    """The shape of a drafter, from its checkpoint.
 
     Attributes:
         block_size: S: the root and S - 1 masks; the drafter proposes S - 1 depths.
-        mask_token_id: the token that stands for "to be drafted".
+        mask_token_id: fills the positions to be drafted.
         target_layer_ids: target layers whose outputs are the context features, in order.
-        num_target_layers: layers of the target that it was trained for; None where unstated.
-        vocab_size: the target's vocabulary; None where unstated.
+        num_target_layers: depth of the target that it was trained for; None if not given.
+        vocab_size: the target's vocabulary size; None if not given.
         head: name of the AR head (`swiglu`, `linear`), or None for a plain DFlash drafter.
         inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
-        rope_scale: factor on the rotary cosines and sines; 1 but for YaRN.
-        sliding_windows: per layer, the width of its window in positions, or None for all.
-        causal: per layer, whether a position sees only itself and those before it.
+        rope_scale: factor on the rotary cosines and sines; 1 except for YaRN.
+        sliding_windows: per layer, the width of its window in positions, or None.
+        causal: per layer, whether a position attends only to itself and earlier ones.
         input_scale: factor on the target's embeddings at the drafter's input.
     """
 
@@ -221,12 +230,12 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole(value: object, least: int) -> bool:
-    """Whether it is a whole number, of Python or NumPy, and no smaller."""
+    """Whether `value` is an integer, Python's or NumPy's, of at least `least`."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def _is_temperature(value: float) -> bool:
-    """Whether logits divided by it stay finite and apart."""
+    """Whether logits divided by `value` stay finite and distinct."""
     return 1e-6 <= value <= 1e6
 
 

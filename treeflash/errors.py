@@ -1,4 +1,4 @@
-"""The errors a user can meet: each says what is wrong and how to mend it, in one line."""
+"""The errors that users meet: each says in one line what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class TreeflashError(Exception):
 
 
 class ConfigError(TreeflashError, ValueError):
-    """A setting, or a combination of settings, that makes no sense."""
+    """A setting, or a combination of settings, is invalid."""
 
 
 class BackendError(TreeflashError):
@@ -20,15 +20,15 @@ class CheckpointError(TreeflashError):
 
 
 class UnsupportedModelError(TreeflashError):
-    """A target whose layers cannot run a draft tree."""
+    """A target's layers cannot run a draft tree."""
 
 
 class PromptError(TreeflashError, ValueError):
-    """A prompt that cannot be decoded: empty, too long, or with unknown tokens."""
+    """A prompt cannot be decoded: it is empty, too long, or has unknown tokens."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, or a framework's own error, says that memory ran out."""
+    """Whether an error of Python or of a framework says that memory ran out."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)

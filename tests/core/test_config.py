@@ -35,8 +35,9 @@ BAD_DECODE = [
         {"method": "beam"},
         "unknown method 'beam'; choose one of ar, dflash, ddtree, treeflash, treeflash-chain",
     ),
-    ({"budget": 0}, "budget must be auto, or 1 or more, got 0"),
-    ({"budget": True}, "budget must be auto, or 1 or more, got True"),
+    ({"budget": 0}, "budget must be auto, or from 1 to 1024 nodes, got 0"),
+    ({"budget": 100_000}, "budget must be auto, or from 1 to 1024 nodes, got 100000"),
+    ({"budget": True}, "budget must be auto, or from 1 to 1024 nodes, got True"),
     ({"head_vocab": "full"}, "head-vocab must be 1 or more, got 'full'"),
     ({"max_tokens": "16"}, "max-tokens must be 1 or more, got '16'"),
     ({"top_m": 0}, "top-m must be 1 or more, got 0"),
@@ -71,9 +72,26 @@ def test_bad_dtype() -> None:
     assert str(caught.value) == "unknown dtype 'int4'; choose one of float32, bfloat16, float16"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": 0}, "device must be the name of a device, such as cpu or cuda:1, got 0"),
+        ({"device": ""}, "device must be the name of a device, such as cpu or cuda:1, got ''"),
+        ({"draft_bits": 0}, "draft-bits must be 1 or more, got 0"),
+        ({"kv_bits": "8"}, "kv-bits must be 1 or more, got '8'"),
+    ],
+    ids=str,
+)
+def test_bad_loading(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoadConfig(**settings)
+    assert str(caught.value) == message
+
+
 def test_edges_are_allowed() -> None:
     SamplingConfig(temperature=0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     SamplingConfig(temperature=1e-6, top_k=10**9, top_p=1e-9, min_p=1.0, seed=2**64 - 1)
+    DecodeConfig(budget=1024)
     DecodeConfig(budget=1, top_m=1, top_k_children=1, draft_temperature=1e-3, max_tokens=1)
     for dtype in (None, *DTYPES):
         assert LoadConfig(dtype=dtype).dtype == dtype

@@ -24,8 +24,8 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--budget 0 hi", "budget must be auto, or 1 or more, got 0"),
-        ("--budget=-1 hi", "budget must be auto, or 1 or more"),
+        ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
+        ("--budget=-1 hi", "budget must be auto, or from 1 to 1024 nodes"),
         ("--budget many hi", "neither auto nor a number of nodes: many"),
         ("--temperature hot hi", "invalid float value"),
         ("--method magic hi", "invalid choice"),

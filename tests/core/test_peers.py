@@ -158,7 +158,7 @@ def test_environment_is_made_once(module, tmp_path):
     [
         (["--systems", "vllm"], "--systems has no 'vllm'; choose from transformers, dflash,"),
         (["--backends", "metal"], "--backends has no 'metal'; choose from cuda, mlx"),
-        (["--budgets", "16,many"], "budget must be auto, or 1 or more, got 'many'"),
+        (["--budgets", "16,many"], "budget must be auto, or from 1 to 1024 nodes, got 'many'"),
     ],
 )
 def test_bad_options(module, capsys, options, message):

@@ -131,5 +131,5 @@ def test_a_text_without_a_shared_budget_measures_its_own_costs(backend):
 
 @pytest.mark.parametrize("budget", [0, -1, "all", 2.5])
 def test_other_budgets_are_refused(budget):
-    with pytest.raises(ConfigError, match="budget must be auto, or 1 or more"):
+    with pytest.raises(ConfigError, match="budget must be auto, or from 1 to 1024"):
         DecodeConfig(budget=budget)
