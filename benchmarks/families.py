@@ -26,7 +26,6 @@ that has every kind of layer that the type has.
 - *verified*: the logits on a draft tree are those of its paths run as plain text.
 - *refused*: loading a drafter for such a target prints an error that says why.
 - a dash: the framework lacks the type, or no such tiny model could be made.
-
 """
 
 
