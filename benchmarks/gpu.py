@@ -48,7 +48,7 @@ from benchmarks.random_pair import (
     write_drafter,
     write_target,
 )
-from treeflash.cli.options import guarded
+from treeflash.cli.exit_status import guarded
 from treeflash.config import DTYPES, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.statistics import PHASES

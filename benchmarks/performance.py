@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.common import Parser, at_least_one, fast_mlx
 from benchmarks.page import blocks, render
-from treeflash.cli.options import guarded
+from treeflash.cli.exit_status import guarded
 from treeflash.config import DTYPES
 from treeflash.decoding.verify_costs import SIZES
 from treeflash.drafters.folder import read_tensors

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.options import INTERRUPTED, Parser, add_device_options, guarded, with_device
+from treeflash.cli.exit_status import INTERRUPTED, guarded
+from treeflash.cli.options import Parser, add_device_options, with_device
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_target
 from treeflash.text.output_file import locked

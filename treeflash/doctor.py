@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.options import Parser, add_model_options, guarded, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import Parser, add_model_options, load_model
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.checks import Diagnosis, diagnose

@@ -11,14 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from treeflash.cli.options import (
-    Parser,
-    add_model_options,
-    full_or_number,
-    guarded,
-    head_rows,
-    load_model,
-)
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import Parser, add_model_options, full_or_number, head_rows, load_model
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError

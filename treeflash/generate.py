@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from treeflash.cli.exit_status import guarded
 from treeflash.cli.options import (
     Parser,
     add_decode_options,
     add_model_options,
     decode_options,
-    guarded,
     load_model,
 )
 from treeflash.cli.prompt_batch import run_batch

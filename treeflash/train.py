@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from treeflash.cli.options import INTERRUPTED, Parser, add_device_options, guarded, with_device
+from treeflash.cli.exit_status import INTERRUPTED, guarded
+from treeflash.cli.options import Parser, add_device_options, with_device
 from treeflash.cli.progress import progress
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from benchmarks.random_pair import (
     write_drafter,
     write_target,
 )
-from treeflash.cli.options import guarded
+from treeflash.cli.exit_status import guarded
 from treeflash.config import DTYPES, LoadConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.registry import loader

@@ -33,7 +33,8 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from treeflash.cli.options import add_model_options, guarded, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.statistics import PHASES

@@ -18,7 +18,8 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.common import Parser, at_least_one, show, write_json
-from treeflash.cli.options import add_model_options, guarded, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import SamplingConfig
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import Parser, at_least_one, show, write_json
-from treeflash.cli.options import add_model_options, guarded, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import add_model_options, load_model
 from treeflash.text.prompt import encode
 from treeflash.text.prompt_file import read_rows
 

@@ -20,7 +20,8 @@ from rich.progress import track
 
 from benchmarks.common import Parser, at_least_one, mean_row, show, write_json
 from benchmarks.decoding.forced_text import ForcedText
-from treeflash.cli.options import add_model_options, budget, guarded, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import add_model_options, budget, load_model
 from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.decoding.statistics import mean
 from treeflash.errors import ConfigError

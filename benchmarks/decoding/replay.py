@@ -24,7 +24,8 @@ from rich.progress import track
 
 from benchmarks.common import Parser, at_least_one, mean_row, numbers, show, write_json
 from benchmarks.decoding.forced_text import force
-from treeflash.cli.options import add_model_options, full_or_number, guarded, head_rows, load_model
+from treeflash.cli.exit_status import guarded
+from treeflash.cli.options import add_model_options, full_or_number, head_rows, load_model
 from treeflash.config import AUTO, DecodeConfig, HeadRows, SamplingConfig
 from treeflash.decoding.acceptance import accept
 from treeflash.decoding.interfaces import Backend, Block, Drafter

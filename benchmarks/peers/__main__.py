@@ -37,7 +37,7 @@ from benchmarks.common import Parser, at_least_one, machine, output_file, show, 
 from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.figures import Record, draw, rows
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
-from treeflash.cli.options import guarded
+from treeflash.cli.exit_status import guarded
 from treeflash.config import DTYPES, Budget, DecodeConfig
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 
-from treeflash.cli.options import BAD_INPUT, INTERRUPTED
+from treeflash.cli.exit_status import BAD_INPUT, INTERRUPTED
 from treeflash.cli.progress import progress
 from treeflash.decoding.statistics import mean
 from treeflash.errors import ConfigError, PromptError

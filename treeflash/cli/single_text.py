@@ -8,8 +8,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from treeflash.cli.compare import compare, warm_up
+from treeflash.cli.exit_status import INTERRUPTED
 from treeflash.cli.explain import explain
-from treeflash.cli.options import INTERRUPTED
 from treeflash.cli.summary import summarise
 from treeflash.text.stream import Stream
 from treeflash.text.tokenizer import Tokenizer

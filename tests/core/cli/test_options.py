@@ -1,4 +1,4 @@
-"""What command lines share: options, one-line errors, exit codes."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from treeflash.cli.options import (
     add_decode_options,
     add_model_options,
     decode_options,
-    guarded,
     load_model,
 )
-from treeflash.errors import CheckpointError, ConfigError
+from treeflash.errors import ConfigError
 
 
 @pytest.fixture
@@ -25,48 +24,6 @@ def parser() -> Parser:
     add_model_options(parser)
     add_decode_options(parser)
     return parser
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
-        (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
-        (MemoryError(), 2, "error: out of memory; try shorter texts"),
-        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; try shorter texts"),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            2,
-            "error: out of memory; try shorter texts, smaller draft trees (--budget)",
-        ),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_errors_become_one_line_and_a_code(capsys, error, code, line):
-    @guarded
-    def main(argv=None):
-        raise error
-
-    assert main([]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(line)
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("error", [IndexError, RuntimeError])
-def test_a_fault_of_the_program_stays_one(error):
-    @guarded
-    def main(argv=None):
-        raise error
-
-    with pytest.raises(error):
-        main([])
-
-
-def test_success_keeps_its_code(capsys):
-    assert guarded(lambda argv=None: 1)([]) == 1
-    assert capsys.readouterr().err == ""
 
 
 def test_only_given_options_are_set(parser):
