@@ -7,7 +7,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import FIRST_REST, LONGEST_REST, AdaptiveBudget
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
 
@@ -109,6 +109,39 @@ def test_drafting_comes_back_when_it_pays():
     verified = [iterate(budget, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
     assert all(verified[-100:])
     assert budget.next_rest == FIRST_REST
+
+
+def test_nodes_must_pay_at_the_rate_that_drafting_has_reached():
+    """A node that brings half a token in 0.2 s pays at one token a second, but not at three."""
+    budget, tree = AdaptiveBudget(costs(0.2)), fan(3, 0.5)
+    assert len(budget.cut(tree)) == 3
+    budget.tokens, budget.seconds = 30.0, 10.0
+    assert len(budget.cut(tree)) == 1
+    budget.tokens, budget.seconds = 1.0, 10.0  # plain decoding is always possible
+    assert len(budget.cut(fan(3, 0.15))) == 1
+
+
+def test_the_first_drafted_iteration_says_nothing_about_the_rate():
+    budget = AdaptiveBudget(costs(0.1))
+    seconds = {"draft": 5.0, "verify": 1.1}
+    budget.observe(chain(0.5), path(2), seconds, first=True)
+    assert (budget.tokens, budget.seconds, budget.balance) == (0, 0, 0)
+    assert budget.accepted == {1: 1.0}
+    budget.observe(chain(0.5), path(2), seconds)
+    assert (budget.tokens, budget.seconds) == (2, pytest.approx(6.1))
+
+
+def test_an_outlier_counts_as_the_longest_plausible_forward_pass():
+    budget = AdaptiveBudget(costs(0.1))
+    budget.observe(chain(0.5), path(2), {"draft": 0.5, "verify": 1000.0})
+    assert budget.seconds == pytest.approx(0.5 + OUTLIER_FACTOR * 1.1)
+
+
+def test_probabilities_of_children_are_those_after_their_parent():
+    budget = AdaptiveBudget(costs(0.1))
+    budget.observe(chain(0.5, 0.5, 0.25), path(3), {"draft": 0.0, "verify": 1.0})
+    assert budget.expected == {1: pytest.approx(0.5), 2: pytest.approx(0.5), 3: pytest.approx(0.25)}
+    assert budget.accepted == {1: 1, 2: 1, 3: 0}
 
 
 @pytest.fixture

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step, decode
 from treeflash.decoding.statistics import Stats
+from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.samplings import SAMPLINGS
@@ -84,3 +87,37 @@ def test_the_models_limit(tmp_path: Path) -> None:
         steps = list(decode(backend, PROMPT, DecodeConfig(method=method)))
         assert tokens_of(steps) == tokens_of(plain)
         assert steps[-1].finish_reason == "length"
+
+
+class EverySecond(AdaptiveBudget):
+    """Drafts in every second iteration, whole trees."""
+
+    def begin(self) -> bool:
+        self.rest = 1 - self.rest
+        return self.rest == 0
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        return tree
+
+
+def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Backend) -> None:
+    """Lost ones would change no token, but every later draft would lack context."""
+    drafters = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(reference, name)
+
+        def drafter(self) -> Any:
+            drafters.append(reference.drafter())
+            return drafters[-1]
+
+    config = DecodeConfig(method="ddtree", budget="auto", max_tokens=24)
+    budget = EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))
+    committed, lengths = len(PROMPT) - 1, []
+    for step in decode(cast(Backend, Recorded()), PROMPT, config, budget):
+        if step.table is not None:
+            lengths.append((drafters[0].keys_values().shape[3], committed))
+        committed += len(step.tokens)
+    assert len(lengths) > 3
+    assert all(known == root for known, root in lengths)

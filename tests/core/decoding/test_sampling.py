@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -267,3 +268,19 @@ class TestChoose:
         logits = np.array([[0, 1, 2], row, [0, 1, 2]], np.float32)
         with pytest.raises(NumericalError, match=r"not finite \(NaN or infinity\).*float32"):
             choose(logits, sampling, np.full(3, 0.5))
+
+
+def test_top_p_keeps_no_token_beyond_the_mass_that_it_names() -> None:
+    """Probabilities of exactly a half and two quarters: the first alone reaches one half."""
+    sampling = SamplingConfig(temperature=1 / math.log(2), top_p=0.5)
+    logits = np.array([[1, 0, 0]], np.float32)
+    assert filtered_probs(logits, replace(sampling, top_p=1.0)).tolist() == [[0.5, 0.25, 0.25]]
+    assert filtered_probs(logits, sampling).tolist() == [[0.5, 0, 0]]
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-9])
+def test_the_smallest_top_p_keeps_one_token(top_p: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 100)).astype(np.float32)
+    kept = filtered_probs(logits, SamplingConfig(temperature=1, top_p=top_p)) > 0
+    assert kept.sum(-1).tolist() == [1] * 5
+    np.testing.assert_array_equal(kept.argmax(-1), logits.argmax(-1))
