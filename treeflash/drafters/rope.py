@@ -1,4 +1,4 @@
-"""Rotary frequencies of a drafter, computed once for all backends."""
+"""A drafter's rotary frequencies, computed once for all backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treeflash.errors import CheckpointError
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a `config.json`, whichever way it spells them.
+    """The rotary settings of a `config.json`, under whichever keys it holds them.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
@@ -40,16 +40,16 @@ def inverse_frequencies(
         (head_dim // 2,) float64 radians per position, and the factor (1 except for YaRN).
 
     Raises:
-        CheckpointError: another type, or a missing setting.
+        CheckpointError: another type, or a setting that is missing or not a number above 0.
     """
-    base = float(parameters["rope_theta"])
+    base = _positive(parameters, "rope_theta")
     plain = base ** -(np.arange(0, head_dim, 2) / head_dim)
     kind = parameters["rope_type"]
     try:
         if kind == "default":
             return plain, 1.0
         if kind == "linear":
-            return plain / parameters["factor"], 1.0
+            return plain / _positive(parameters, "factor"), 1.0
         if kind == "llama3":
             return _llama3(plain, parameters), 1.0
         if kind == "yarn":
@@ -61,12 +61,19 @@ def inverse_frequencies(
     )
 
 
+def _positive(parameters: Mapping[str, Any], key: str) -> float:
+    value = parameters[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} in config.json must be a number above 0, got {value!r}")
+    return float(value)
+
+
 def _llama3(plain: NDArray[np.float64], p: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between mixed."""
+    """Long wavelengths are stretched by `factor`, short ones kept, the others interpolated."""
     turns = p["original_max_position_embeddings"] * plain / (2 * math.pi)
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     kept: NDArray[np.float64] = np.clip((turns - low) / (high - low), 0, 1)
-    return kept * plain + (1 - kept) * plain / float(p["factor"])
+    return kept * plain + (1 - kept) * plain / _positive(p, "factor")
 
 
 def _yarn(
@@ -84,7 +91,7 @@ def _yarn(
     low, high = max(low, 0), min(high, head_dim - 1)
     span = high - low if high > low else 0.001
     stretched = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
-    factor = float(p["factor"])
+    factor = _positive(p, "factor")
 
     def attention_scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -231,3 +232,25 @@ def test_a_missing_original_length_is_named() -> None:
     settings = {"rope_type": "yarn", "factor": 4.0}
     with pytest.raises(CheckpointError, match="original_max_position_embeddings"):
         inverse_frequencies(rope_parameters({"rope_scaling": settings}), 8)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "10000", None, True])
+def test_a_base_that_is_not_a_number_above_0(value: object) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"rope_theta in config\.json must be a number above 0"
+    ):
+        inverse_frequencies({"rope_type": "default", "rope_theta": value}, 8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_a_factor_of_0(kind: str) -> None:
+    settings = {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "factor": 0,
+        "original_max_position_embeddings": 128,
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+    }
+    with pytest.raises(CheckpointError, match=r"factor in config\.json must be a number above 0"):
+        inverse_frequencies(settings, 8)
