@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="0 is greedy; several are assigned to the prompts in turn (default: 0)",
     )
     for name, kind, text in (
-        ("top_p", float, "sample from the most likely tokens of total probability P"),
+        ("top_p", float, "sample from the most probable tokens whose probabilities add up to this"),
         ("max_tokens", int, "maximum length of a response"),
         ("max_prompt_tokens", int, "skip longer prompts"),
         ("slots", int, "prompts answered at the same time"),

@@ -17,6 +17,15 @@ LOSSES = ("kl", "ce")
 NEW = ("target", "random")
 """How to initialise a new drafter; any other `init` is the folder of an existing one."""
 SEEDS = 2**63
+KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "a string"),
+    "int": (int, "an integer"),
+    "int | None": (int, "an integer"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "tuple[int, ...] | None": (tuple, "a list of integers"),
+}
+"""The types of options in a TOML file, and their names."""
 SHAPE = {
     "layers": "num_hidden_layers",
     "block_size": "block_size",
@@ -162,7 +171,7 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
         if isinstance(value, list):
             values[name] = value = tuple(value)
         if not _fits(value, known[name]):
-            raise ConfigError(f"{path}: {name} must be {known[name]}, got {value!r}")
+            raise ConfigError(f"{path}: {name} must be {KINDS[known[name]][1]}, got {value!r}")
     given = {**values, **changes}
     config = TrainConfig(**given)
     if config.init not in NEW:
@@ -179,18 +188,10 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
 
 
 def _fits(value: Any, kind: str) -> bool:
-    kinds = {
-        "str": str,
-        "int": int,
-        "int | None": int,
-        "float": int | float,
-        "bool": bool,
-        "tuple[int, ...] | None": tuple,
-    }
     if isinstance(value, tuple):
         return "tuple" in kind and all(type(part) is int for part in value)
     is_bool = isinstance(value, bool)
-    return isinstance(value, kinds[kind]) and (is_bool == (kind == "bool"))
+    return isinstance(value, KINDS[kind][0]) and (is_bool == (kind == "bool"))
 
 
 def _flag(name: str) -> str:
