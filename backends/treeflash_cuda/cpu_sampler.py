@@ -66,8 +66,8 @@ def _sample_row(
     if top_p < 1:
         ranked = np.sort(kept)[::-1]
         before = ranked.cumsum(dtype=np.float64) - ranked
-        wanted = top_p * float(total)  # float32 would round a small mass to 0
-        edge = max(edge, ranked[max(np.count_nonzero(before < wanted), 1) - 1])
+        # At least the best token, even if the mass to keep rounds to 0.
+        edge = max(edge, ranked[max(np.count_nonzero(before < top_p * total), 1) - 1])
     inside = kept >= edge
     mass = kept[inside].cumsum(dtype=np.float64)
     # The product may round up to the whole mass.

@@ -1,11 +1,13 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
+import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_target
+from treeflash.testing.models import edit_config, write_drafter, write_target
 
 require("torch")
 
@@ -86,6 +88,24 @@ def test_recurrent_families_are_refused_by_name(family, tmp_path):
     AutoModelForCausalLM.from_config(RECURRENT[family]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=family):
         load(tmp_path, None, CPU)
+
+
+def test_layers_that_attend_in_chunks_are_refused(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    layers = {"layer_types": ["chunked_attention", "full_attention"] * 2}
+    edit_config(tmp_path, lambda config: config.update(layers))
+    with pytest.raises(UnsupportedModelError, match="llama has chunked_attention layers"):
+        load(tmp_path, None, CPU)
+
+
+def test_a_pair_is_probed_at_load(tmp_path, monkeypatch):
+    """What `check_trees` raises, loading raises."""
+    write_target(tmp_path / "target", "llama", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    ancestors = DraftTree.ancestor_mask
+    monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: np.tril(ancestors(tree) | True))
+    with pytest.raises(UnsupportedModelError, match="other logits on a draft tree"):
+        load(tmp_path / "target", tmp_path / "drafter", CPU)
 
 
 def test_a_missing_target_tensor_is_named(tmp_path):

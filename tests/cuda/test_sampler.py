@@ -81,6 +81,44 @@ def test_the_ends_of_the_distribution(uniform):
     assert choose(logits, sampling, np.array([uniform])).tolist() == [1 if uniform == 0 else 2]
 
 
+def test_the_first_of_equal_logits_is_the_best():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
+    assert choose(logits, SamplingConfig(), None).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("sample", [choose, gpu_sampler.sample], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("top_p", [1e-300, 5e-324])
+def test_the_smallest_top_p_keeps_the_best_token(sample, top_p):
+    logits, uniforms = rows(300, 1.0)
+    sampling = SamplingConfig(temperature=1.0, top_p=top_p)
+    chosen = sample(torch.from_numpy(logits), sampling, uniforms)
+    assert chosen.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("probs", "uniform", "token"),
+    [
+        ([0.25, 0.25, 0.5], 0.25, 1),  # exactly between two tokens
+        ([0.0, 0.0, 1.0], 0.0, 2),  # tokens that filters removed are never drawn
+        ([0.0, 0.5, 0.0, 0.5], 0.5, 3),
+    ],
+)
+def test_a_token_is_drawn_if_the_cumulative_mass_exceeds_the_share(probs, uniform, token):
+    drawn = gpu_sampler.invert(torch.tensor([probs]), torch.tensor([[uniform]], dtype=torch.double))
+    assert drawn.tolist() == [token]
+
+
+def test_mass_is_summed_in_double_precision():
+    """In float32 the tail of the first block would be lost beside its first token."""
+    probs = torch.full((1, 512), 0.0)
+    probs[0, :256], probs[0, 0], probs[0, 256] = 2.0**-33, 0.5, 0.5
+    cumulative = probs[0].double().cumsum(0)
+    uniform = (0.5 + 2.0**-26) / cumulative[-1]
+    expected = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    assert 0 < expected < 256
+    assert gpu_sampler.invert(probs, uniform[None, None]).tolist() == [expected]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
 def test_logits_that_are_not_finite_raise(bad, sampling):

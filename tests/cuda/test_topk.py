@@ -25,3 +25,12 @@ def test_topk(size, k):
 def test_largest(k):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(k))
     assert torch.equal(largest(x, k), x.topk(k).indices.sort().values)
+
+
+@pytest.mark.parametrize("k", [1, 64])
+def test_largest_counts_nan_as_largest(k):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(k))
+    x[[5, 700]] = torch.nan
+    assert len(largest(x, k)) == k
+    assert {5, 700} & set(largest(x, k).tolist())
+    assert largest(torch.full((1000,), torch.nan), k).shape == (k,)

@@ -1,0 +1,85 @@
+"""The drafter against the reference, and the memory that its features take."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import require
+from treeflash.testing.models import edit_config, write_drafter, write_target
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda import verifier as verifier_module  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+
+CPU = LoadConfig(device="cpu", dtype="float32")
+PROMPT = [3, 4, 5, 6, 7, 8, 9]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    return tmp_path / "target", tmp_path / "drafter"
+
+
+def log_probs(backend):
+    """What the drafter predicts after a prompt; and its context's keys and values."""
+    root, features = backend.verifier(features=True).prefill(PROMPT, SamplingConfig(), None)
+    drafter = backend.drafter()
+    return drafter.log_probs(drafter.draft(features, root)), drafter.keys_values()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.update(input_embedding_scale=2.5),
+        lambda config: config.update(rope_parameters=YARN),
+    ],
+    ids=["scaled embeddings", "scaled rotations"],
+)
+def test_scales_of_the_configuration_are_applied(folders, edit):
+    plain, _ = log_probs(load(*folders, CPU))
+    edit_config(folders[1], edit)
+    actual, expected = log_probs(load(*folders, CPU)), log_probs(load_reference(*folders, CPU))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.abs(actual[0] - plain).max() > 1e-2
+
+
+def test_frequencies_stay_in_float32(folders):
+    exact = load(*folders, CPU).drafter_model.rotary.inv_freq
+    half = load(*folders, LoadConfig(device="cpu", dtype="bfloat16")).drafter_model
+    assert half.fc.weight.dtype == torch.bfloat16
+    assert torch.equal(half.rotary.inv_freq, exact)
+    assert half.rotary.inv_freq.dtype == torch.float32
+
+
+def test_long_prompts_are_projected_chunk_by_chunk(folders, monkeypatch):
+    """Outputs of several layers are larger than what is made of them."""
+    backend = load(*folders, CPU)
+    prompt = np.random.default_rng(3).integers(0, 24, 50).tolist()
+    _, whole = backend.verifier(features=True).prefill(prompt, SamplingConfig(), None)
+    monkeypatch.setattr(verifier_module, "FIRST_CHUNK", 16)
+    monkeypatch.setattr(verifier_module, "NEXT_CHUNK", 8)
+    rows = []
+    backend.drafter_model.fc.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    _, features = backend.verifier(features=True).prefill(prompt, SamplingConfig(), None)
+    assert rows == [16, 8, 8, 8, 8, 2]
+    assert features.shape == (50, 32)
+    torch.testing.assert_close(features, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_waiting_features_are_projected(folders):
+    backend = load(*folders, CPU)
+    verifier, drafter = backend.verifier(features=True), backend.drafter()
+    drafter.extend(verifier.prefill(PROMPT, SamplingConfig(), None)[1])
+    assert [features.shape for features in drafter.waiting] == [(len(PROMPT), 32)]
