@@ -1,4 +1,4 @@
-"""A model that says what a test wants, fast, and a tiny real pair for the reference backend."""
+"""A fast scripted model, and a tiny real pair for the reference backend."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OTHER = 5
 
 
 class ScriptedBackend:
-    """A target that says a script, and a drafter that knows it, but for every fifth position.
+    """A target that generates scripts, and a drafter that is wrong at every fifth position.
 
-    The texts are decoded in turn: the first says the first script, the last one is repeated.
+    Each text gets the next script; the last script is repeated.
     `differ_at` makes verified trees, unlike plain decoding, give another token there;
     Its logits are 4 for the script's token, and less by `margin` for the other one there.
     `interrupt_at` raises KeyboardInterrupt in that call of `verify`, counted over all texts.
@@ -132,11 +132,11 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
-    """Make a model that says these texts, one after the other, each with an end token."""
+    """Make a model that generates these texts, one after the other, each with an end token."""
 
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
-        # Measuring costs would take texts; here every size costs the same.
+        # Measuring costs would use up scripts; here every size costs the same.
         adaptive_budgets = {
             method: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for method in METHODS
         }
@@ -168,7 +168,7 @@ def module(monkeypatch):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Let the command line load a given model."""
+    """Make the command line load a given model."""
 
     def use(model):
         monkeypatch.setattr(options, "load", lambda *args, **kwargs: model)

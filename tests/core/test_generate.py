@@ -25,7 +25,7 @@ NAMES = {
 
 
 def asked(model) -> str:
-    """What the model was asked last, without the template's special tokens."""
+    """The last prompt of the model, without special tokens."""
     return model.tokenizer.decode(model.backend.prompts[-1])
 
 
@@ -41,7 +41,7 @@ def test_the_text_goes_to_stdout_and_one_summary_to_stderr(use, run, scripted):
     assert err.count("block efficiency") == 1
 
 
-def test_json_is_all_there_is_on_stdout(use, run, scripted):
+def test_stdout_has_only_the_json(use, run, scripted):
     use(scripted(TEXT))
     code, out, err = run("hi", "--json", "--explain")
     values = json.loads(out)
@@ -167,7 +167,7 @@ def test_prompt_from_standard_input(use, run, scripted, monkeypatch):
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_without_a_prompt_there_is_a_sample(use, run, scripted, monkeypatch, closed):
+def test_the_default_prompt_is_a_sample(use, run, scripted, monkeypatch, closed):
     model = use(scripted(TEXT))
     with Path(os.devnull).open() as null:
         monkeypatch.setattr(sys, "stdin", None if closed else null)
@@ -238,7 +238,7 @@ def test_sigint_ends_a_process_with_its_summary(tiny_pair):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
-def test_a_reader_that_goes_away_is_no_error(tiny_pair):
+def test_a_closed_pipe_is_not_an_error(tiny_pair):
     process = subprocess.Popen(
         command_line(tiny_pair, "--json", "--max-tokens", "2", "hi"),
         stdout=subprocess.PIPE,
@@ -253,7 +253,7 @@ def test_a_reader_that_goes_away_is_no_error(tiny_pair):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="descriptors differ on Windows")
 @pytest.mark.parametrize("closed", [1, 2])
-def test_a_closed_standard_stream_is_no_error(tiny_pair, closed):
+def test_a_closed_standard_stream_is_not_an_error(tiny_pair, closed):
     process = subprocess.run(
         command_line(tiny_pair, "--max-tokens", "2", "hi"),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Bad input to `python -m treeflash.generate`: one line that says what to do, and exit code 2."""
+"""Invalid input to `python -m treeflash.generate`: a one-line error and exit status 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = "Some text."
 
 
 def bad_files(folder):
-    """Write what the command lines below name."""
+    """Write the files that the command lines below name."""
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "empty.txt").write_text("\n")
     (folder / "rows.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
@@ -26,6 +26,7 @@ def bad_files(folder):
     [
         ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
         ("--budget=-1 hi", "budget must be auto, or from 1 to 1024 nodes"),
+        ("--budget 100000 hi", "budget must be auto, or from 1 to 1024 nodes, got 100000"),
         ("--budget many hi", "neither auto nor a number of nodes: many"),
         ("--temperature hot hi", "invalid float value"),
         ("--method magic hi", "invalid choice"),
@@ -55,7 +56,7 @@ def bad_files(folder):
         ("--prompts empty.txt --output out.jsonl", "has no prompts"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
+def test_invalid_input_prints_one_line_and_exits_with_2(
     use, run, scripted, tmp_path, monkeypatch, args, message
 ):
     use(scripted(TEXT))
@@ -70,7 +71,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("prompt", ["", "x" * 500, "\udce9"])
-def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
+def test_invalid_prompts_print_one_line(use, run, scripted, prompt):
     use(scripted(TEXT))
     code, out, err = run(prompt)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -83,7 +84,7 @@ def test_bad_prompts_are_one_line_too(use, run, scripted, prompt):
         (RuntimeError("CUDA out of memory"), "out of memory; try shorter texts"),
     ],
 )
-def test_an_error_inside_a_text_has_a_line_of_its_own(
+def test_an_error_while_decoding_is_on_its_own_line(
     use, run, scripted, monkeypatch, error, message
 ):
     model = use(scripted(TEXT))
@@ -103,7 +104,7 @@ def test_an_error_inside_a_text_has_a_line_of_its_own(
     assert TEXT.startswith(out[:-1])
 
 
-def test_a_method_that_was_not_loaded_is_named(use, run, scripted):
+def test_a_method_that_the_drafter_lacks_is_rejected(use, run, scripted):
     use(scripted(TEXT, head=False))
     code, _, err = run("hi", "--method", "treeflash")
     assert (code, err.count("\n")) == (2, 1)
@@ -111,7 +112,7 @@ def test_a_method_that_was_not_loaded_is_named(use, run, scripted):
 
 
 @pytest.mark.parametrize("content", [b"", b"   \n", b"caf\xe9"])
-def test_piped_input_that_is_no_prompt(run, monkeypatch, content):
+def test_empty_or_undecodable_piped_input(run, monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
     code, _, err = run()
     assert (code, err.count("\n")) == (2, 1)
@@ -131,7 +132,7 @@ def test_piped_input_that_is_no_prompt(run, monkeypatch, content):
         (["--drafter", "/no/where"], "is not a folder"),
     ],
 )
-def test_bad_models_are_one_line(run, tiny_pair, args, message):
+def test_invalid_models_print_one_line(run, tiny_pair, args, message):
     target, drafter = map(str, tiny_pair)
     models = ["--backend", "reference", "--target", target, "--drafter", drafter]
     code, out, err = run("hi", *models, *args)

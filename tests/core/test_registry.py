@@ -83,7 +83,7 @@ def test_duplicate_names(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def test_one_entry_seen_twice_is_no_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source tree on the path beside its installation lists everything twice."""
     register(monkeypatch, REFERENCE, REFERENCE)
     assert registry.loader("reference") is load_reference

@@ -7,7 +7,15 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
-from treeflash.config import AUTO, DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import (
+    AUTO,
+    DTYPES,
+    MAX_BUDGET,
+    METHODS,
+    DecodeConfig,
+    LoadConfig,
+    SamplingConfig,
+)
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel, Options, load, parse_options
 from treeflash.registry import on_some_device
@@ -92,7 +100,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--budget",
-        "nodes of a draft tree, including the root; auto chooses the fastest size",
+        f"nodes of a draft tree including the root, at most {MAX_BUDGET}; auto chooses the fastest size",
         DecodeConfig.budget,
         type=budget,
         metavar="N|auto",
@@ -164,7 +172,7 @@ def decode_options(args: argparse.Namespace) -> Options:
     """The decoding options that were given.
 
     Raises:
-        ConfigError: one makes no sense.
+        ConfigError: an option is invalid.
     """
     names = Options.__annotations__.keys()
     options = cast(Options, {key: value for key, value in vars(args).items() if key in names})

@@ -36,7 +36,7 @@ def test_errors_become_one_line_and_a_code(capsys, error, code, line):
 
 
 @pytest.mark.parametrize("error", [IndexError, RuntimeError])
-def test_a_fault_of_the_program_stays_one(error):
+def test_other_exceptions_are_not_caught(error):
     @guarded
     def main(argv=None):
         raise error

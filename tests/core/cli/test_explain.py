@@ -54,7 +54,7 @@ def test_a_root_alone(draw):
     assert draw("r", [-1], [1], [0])[0] == "iteration 3: 1 node, 0 accepted + bonus"
 
 
-def test_a_large_tree_keeps_the_likeliest_nodes_and_the_accepted_path(draw):
+def test_a_large_tree_keeps_the_most_probable_nodes_and_the_accepted_path(draw):
     n = 60
     probs = [1.0, *np.linspace(0.9, 0.02, n - 2), 0.01]
     lines = draw(
@@ -67,10 +67,10 @@ def test_a_large_tree_keeps_the_likeliest_nodes_and_the_accepted_path(draw):
     assert "✓ 'q'  1.0% (50.0% after its parent)" in text
 
 
-def test_where_a_stop_cut_the_path_there_is_no_bonus(draw):
+def test_no_bonus_if_the_text_ended_on_the_path(draw):
     lines = draw("rab", [-1, 0, 1], [1, 0.5, 0.4], [0, 1, 2], bonus="")
     assert lines[-1].strip() == "└── (the text ended on this path)"
 
 
-def test_square_brackets_are_no_markup(draw):
+def test_square_brackets_are_not_markup(draw):
     assert "'['" in "".join(draw("r[", [-1, 0], [1, 0.5], [0]))

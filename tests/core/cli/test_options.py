@@ -93,7 +93,7 @@ def test_the_parser_raises_a_configuration_error(parser, args, message):
         "--stop=",
     ],
 )
-def test_values_without_sense_are_refused_before_loading(parser, args):
+def test_invalid_values_are_rejected_before_loading(parser, args):
     with pytest.raises(ConfigError, match=args.split("=")[0].split()[0].strip("-")):
         decode_options(parser.parse_args(args.split()))
 
@@ -108,7 +108,7 @@ def test_values_without_sense_are_refused_before_loading(parser, args):
         (["--drafter", "d"], [], "d"),
     ],
 )
-def test_plain_decoding_loads_no_drafter_unless_told(parser, monkeypatch, args, methods, drafter):
+def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, methods, drafter):
     calls = []
     monkeypatch.setattr(options, "load", lambda *args, **kwargs: calls.append((args, kwargs)))
     given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
@@ -129,7 +129,7 @@ def test_help_names_the_defaults(parser):
         assert default in text
 
 
-def test_the_parser_is_an_ordinary_one(parser):
+def test_help_exits_with_0(parser):
     assert isinstance(parser, argparse.ArgumentParser)
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["--help"])

@@ -1,4 +1,4 @@
-"""Many prompts from a file into a file."""
+"""Batches of prompts, from file to file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEYS = [("a", 0), ("a", 1), (7, 0), ("c", 0)]
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of prompts, and where the output goes."""
+    """The paths of a prompt file and of the output."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     return prompts, tmp_path / "out.jsonl"
@@ -36,7 +36,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def run(files, monkeypatch, capsys):
-    """Run the batch with a model: exit code and standard error."""
+    """Run the batch with a model: exit status and standard error."""
 
     def run(model, *args: str) -> tuple[int, str]:
         monkeypatch.setattr(options, "load", lambda *a, **k: model)
@@ -57,12 +57,12 @@ def records(path) -> list[dict]:
 
 
 def keys(path) -> list[tuple]:
-    """Which turns an output file holds."""
+    """The turns in an output file."""
     return [(record["id"], record["turn"]) for record in records(path)]
 
 
 def asked(model, number: int) -> str:
-    """What the model was asked in one of its texts."""
+    """One of the model's prompts, as text."""
     return model.tokenizer.decode(model.backend.prompts[number])
 
 
@@ -160,7 +160,7 @@ def test_a_file_of_something_else_is_left_alone(run, files, scripted):
         (["--chat-template-args", "{}"], "template_args None, not {}"),
     ],
 )
-def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, options, message):
+def test_other_settings_are_rejected_for_the_same_file(run, files, scripted, options, message):
     run(scripted(*ANSWERS))
     before = files[1].read_bytes()
     code, err = run(scripted(*ANSWERS), *options)
@@ -172,7 +172,7 @@ def test_other_settings_do_not_go_into_the_same_file(run, files, scripted, optio
 @pytest.mark.parametrize(
     ("name", "value"), [("dtype", "bfloat16"), ("name", "mlx")], ids=["dtype", "backend"]
 )
-def test_another_type_or_backend_does_not_go_into_the_same_file(run, files, scripted, name, value):
+def test_another_dtype_or_backend_is_rejected_for_the_same_file(run, files, scripted, name, value):
     run(scripted(*ANSWERS))
     model = scripted(*ANSWERS)
     setattr(model.backend, name, value)
@@ -198,14 +198,14 @@ def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkey
     assert [record["text"] for record in records(files[1])] == ANSWERS
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it has no such devices")
-def test_an_output_that_is_no_regular_file_is_refused_before_loading(files, monkeypatch, capsys):
+@pytest.mark.skipif(sys.platform == "win32", reason="no such devices on Windows")
+def test_an_output_must_be_a_regular_file(files, monkeypatch, capsys):
     monkeypatch.setattr(options, "load", lambda *a, **k: pytest.fail("loaded"))
     assert main(["--prompts", str(files[0]), "--output", os.devnull]) == 2
     assert "not a regular file" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it has no such limits")
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits on Windows")
 def test_an_output_that_cannot_grow_is_named(files, tiny_pair):
     target, drafter = map(str, tiny_pair)
     models = ["--backend", "reference", "--target", target, "--drafter", drafter]
@@ -243,7 +243,7 @@ def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_continues(run, 
     assert len(records(files[1])) == 2
 
 
-def test_an_edited_row_is_no_longer_the_one_that_was_answered(run, files, scripted):
+def test_an_edited_row_with_the_same_id_is_rejected(run, files, scripted):
     run(scripted(*ANSWERS))
     before = files[1].read_bytes()
     files[0].write_text(files[0].read_text().replace("three", "four"), encoding="utf-8")
