@@ -100,7 +100,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--budget",
-        f"nodes of a draft tree including the root, at most {MAX_BUDGET}; auto chooses the fastest size",
+        f"nodes of a draft tree with its root, at most {MAX_BUDGET}; auto chooses the fastest size",
         DecodeConfig.budget,
         type=budget,
         metavar="N|auto",
