@@ -79,21 +79,19 @@ class PackedPairLinear(nn.Module):
         return self.of_own(own) + take(self.of_shared(shared), rows)
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(PackedLinear):
     """Packed layers that read the same input, computed as one product."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         """Fuse layers with the same input size."""
-        super().__init__()
         biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
         bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
+        super().__init__(torch.cat([x.weight for x in linears]), bias)
         self.sizes = [len(x.weight) for x in linears]
-        self.product = PackedLinear(torch.cat([x.weight for x in linears]), bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., in) to the (..., out) of each layer."""
-        outputs: tuple[Tensor, ...] = self.product(x).split(self.sizes, -1)
-        return outputs
+        return super().forward(x).split(self.sizes, -1)
 
 
 class FusedPart(nn.Module):
@@ -113,10 +111,11 @@ class FusedPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        fused = self.fused
         by, outputs = getattr(x, "fused_outputs", (None, ()))
-        if by is not self.fused:
-            outputs = self.fused(x)
-            x.fused_outputs = self.fused, outputs
+        if by is not fused:
+            outputs = fused(x)
+            x.fused_outputs = fused, outputs
         output: Tensor = outputs[self.part]
         return output
 

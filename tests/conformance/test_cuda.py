@@ -1,4 +1,4 @@
-"""The PyTorch backend, on the processor and in float32."""
+"""The PyTorch backend, on a CPU and in float32."""
 
 from dataclasses import replace
 
@@ -19,8 +19,8 @@ class TestConformance(BackendSuite):
         )
 
 
-class TestFixedShapes(BackendSuite):
-    """What a GPU captures as graphs, run as it is."""
+class TestStaticShapes(BackendSuite):
+    """The forward passes that a GPU captures as graphs, run without capturing."""
 
     @pytest.fixture
     def load(self):

@@ -73,6 +73,23 @@ def test_a_text_leaves_its_storage_to_the_next(backend):
     assert again.cache.forwards[2, 512] is made
 
 
+def test_a_text_that_is_closed_twice_leaves_one_storage(backend):
+    backend.cache_pool.spare.clear()
+    text = started(backend, [3, 4, 5])
+    text.close()
+    text.close()
+    assert len(backend.cache_pool.spare) == 1
+
+
+def test_a_text_that_was_decoded_leaves_its_storage(backend):
+    backend.cache_pool.spare.clear()
+    steps = decode(backend, [3, 4, 5], DecodeConfig(budget=8, max_tokens=20))
+    next(steps)
+    assert not backend.cache_pool.spare
+    steps.close()
+    assert len(backend.cache_pool.spare) == 1
+
+
 def test_a_short_text_in_a_long_ones_storage_looks_at_few_columns(backend):
     long = started(backend, [1] * 700)
     long.logits(chain(6, 7))
