@@ -58,7 +58,7 @@ class TreeHooks:
     """What the hooks and the caches of one model need to know about a forward pass.
 
     MLX evaluates a pass after Python has built it, so this matters only while the model is being
-    called. Each thread sees its own pass: several may build theirs at the same time. Outside
+    called. Each thread has its own pass: several may build theirs at the same time. Outside
     `forward_pass` a hooked model computes what it did before.
     """
 
@@ -135,7 +135,7 @@ def is_rope(module: nn.Module) -> bool:
 def _subclass(module: nn.Module, call: Callable[..., Any]) -> None:
     """Route the calls of one module, and of no other, through `call(base_call, module, ...)`.
 
-    The module gets a class of its own. Its parameters and its place in the tree of modules stay,
+    The module gets its own class. Its parameters and its place in the tree of modules stay,
     so loading, quantising and saving work as before.
     """
     cls = type(module)

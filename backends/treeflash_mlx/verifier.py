@@ -49,7 +49,7 @@ class Verifier:
         last = len(token_ids) - 1
         features = []
         for first in range(0, last, PREFILL_CHUNK):
-            # The last token has a pass of its own: no other needs logits.
+            # The last token has a separate pass: only it needs logits.
             _, part = self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])
             mx.eval([cache.state for cache in self.cache], part)
             features.append(part)

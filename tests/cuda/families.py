@@ -144,7 +144,7 @@ def write(folder: Path, name: str) -> Any:
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 10_000_000:
-        raise ValueError("this type has sizes of its own and came out large")
+        raise ValueError("the settings of this type do not make it small")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def configuration(name: str) -> Any:
         return kind(text_config=small)
     try:
         return kind(**small)
-    except Exception:  # the type has kinds of its own, which it does not call `layer_types`
+    except Exception:  # the type names its kinds of layers otherwise
         return kind(**{key: value for key, value in small.items() if key != "layer_types"})
 
 

@@ -92,7 +92,7 @@ def test_threads_that_share_a_model_decode_as_one_does(pair, method):
 
 
 def run_in_thread(function):
-    """What a function returns in a thread of its own."""
+    """Call a function in a new thread; returns its result."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
