@@ -1,4 +1,4 @@
-"""The walk that keeps what the target agrees with, and nothing else."""
+"""Acceptance: the path of a tree on which the drafter and the target agree."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Acceptance:
 def accept(tree: DraftTree, chosen: NDArray[np.int32]) -> Acceptance:
     """Follow the target's choices through the tree (TreeFlash, section 3; SpecInfer).
 
-    Each choice is the target's own, made at its true prefix, and the tree was fixed before: the
-    tokens returned are distributed exactly as plain decoding's, at every temperature.
+    The target chose each token after its true prefix, and the tree was fixed before: the tokens
+    returned have exactly the distribution of plain decoding, at every temperature.
 
     Args:
         tree: the verified tree.

@@ -1,4 +1,4 @@
-"""Random numbers keyed by position, and the sampler that every backend must agree with."""
+"""Random numbers keyed by position, and the sampler that defines every backend's choices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def choose(
     sampling: SamplingConfig,
     uniforms: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int32]:
-    """The target's token for each row of logits: the definition that backends are held to.
+    """The target's token for each row of logits: the definition that backends must match.
 
     Sampling inverts the cumulative distribution of the filtered probabilities in the order of
     token ids: the first token whose cumulative mass exceeds `u` times the total.

@@ -1,4 +1,4 @@
-"""Draft trees: what the target is asked to check in one forward pass."""
+"""Draft trees: the proposed tokens that the target verifies in one forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DraftTree:
     Attributes:
         tokens: (n,) int32; tokens[0] is the root, the newest committed token.
         parents: (n,) int32; parents[0] == -1 and parents[i] < i.
-        depths: (n,) int32; distance from the root, which stands at depth 0.
+        depths: (n,) int32; distance from the root, whose depth is 0.
         log_probs: (n,) float64; the drafter's log probability of the path to each node, nats.
     """
 
@@ -28,7 +28,7 @@ class DraftTree:
 
     @classmethod
     def root_only(cls, root: int) -> DraftTree:
-        """The tree of plain decoding: the root and nothing drafted."""
+        """The tree of plain decoding: the root alone."""
         zero = np.zeros(1, np.int32)
         return cls(np.array([root], np.int32), zero - 1, zero, np.zeros(1))
 
@@ -60,7 +60,7 @@ class DraftTree:
         return len(self.tokens)
 
     def first(self, nodes: int) -> DraftTree:
-        """The tree of the first nodes: of the best, where the builder put them first."""
+        """The tree of the first nodes: the best ones, since `build_tree` puts them first."""
         return DraftTree(
             self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes], self.log_probs[:nodes]
         )
@@ -71,11 +71,11 @@ class DraftTree:
         return bool(self.depths[-1] == len(self) - 1)
 
     def positions(self, start: int) -> NDArray[np.int32]:
-        """(n,) int32 absolute positions, where `start` is the root's."""
+        """(n,) int32 absolute positions; `start` is the root's."""
         return self.depths + np.int32(start)
 
     def ancestor_mask(self) -> NDArray[np.bool_]:
-        """(n, n) bool; [i, j] says whether node i sees node j: an ancestor, or itself."""
+        """(n, n) bool; [i, j] tells whether node i attends to node j: an ancestor, or itself."""
         mask = np.eye(len(self), dtype=np.bool_)
         for depth in range(1, int(self.depths.max()) + 1):
             nodes = np.flatnonzero(self.depths == depth)
@@ -102,9 +102,9 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     ranks among siblings, the lexicographically smaller first.
 
     Args:
-        table: what may follow what.
+        table: the candidate children.
         root: the root's token id.
-        budget: nodes at most, the root included; fewer where the table allows fewer.
+        budget: the most nodes, including the root; the table may allow fewer.
     """
     room = budget - 1
     if room == 0:

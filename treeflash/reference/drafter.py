@@ -53,7 +53,7 @@ class DrafterModel:
 
     def logits(self, hidden: Array) -> Array:
         """The target's output head over last-layer outputs."""
-        return self.normed("norm", hidden) @ self.target.output.T
+        return self.target.output_head(self.normed("norm", hidden))
 
 
 class Drafter:
@@ -73,7 +73,7 @@ class Drafter:
         tokens[0] = root
         positions = start + np.arange(config.block_size, dtype=np.int32)
         keys = np.arange(start + config.block_size, dtype=np.int32)
-        x = self.model.target.embeddings[tokens] * np.float32(config.input_scale)
+        x = self.model.target.embed(tokens) * np.float32(config.input_scale)
         for n in range(config.num_hidden_layers):
             mask = visible(positions, keys, config.sliding_windows[n], config.causal[n])
             layer = f"layers.{n}."
@@ -102,12 +102,16 @@ class Drafter:
 
     def extend(self, features: Array) -> None:
         """See `Drafter.extend`: positions are projected to keys and values once, for all blocks."""
-        context = self.model.normed("hidden_norm", self._linear("fc", features))
+        context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
             k, v = self._keys_values(f"layers.{n}.", context, rows + self.cache.length)
             self.cache.attend(n, k, v)
         self.cache.commit(rows)
+
+    def _project(self, features: Array) -> Array:
+        """(n, hidden_size) context of n positions."""
+        return self.model.normed("hidden_norm", self._linear("fc", features))
 
     def _keys_values(
         self, layer: str, x: Array, positions: NDArray[np.int32]

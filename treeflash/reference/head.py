@@ -82,7 +82,7 @@ class ARHead:
     def _correct(self, hidden: Array, previous: NDArray[np.int32]) -> Array:
         """(D, M, hidden_size) corrected outputs; hidden is (D, hidden_size), previous (D, M)."""
         tensors = self.model.head_tensors
-        embedded = self.model.target.embeddings[previous]
+        embedded = self.model.target.embed(previous)
         embedded = rms_norm(embedded, tensors["norm.weight"], NORM_EPS)
         normed = np.broadcast_to(self.model.normed("norm", hidden)[:, None], embedded.shape)
         return hidden[:, None] + self.correction(tensors, np.concatenate([embedded, normed], -1))

@@ -1,4 +1,4 @@
-"""The few operations that a transformer is made of, in float32."""
+"""The operations of a transformer, in float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def silu(x: Array) -> Array:
 
 
 def softmax(x: Array) -> Array:
-    """Over the last axis; a row may have -inf entries, not only such."""
+    """Over the last axis; a row may have -inf entries, but not only them."""
     exps = np.exp(x - x.max(-1, keepdims=True))
     normalised: Array = exps / exps.sum(-1, keepdims=True)
     return normalised
@@ -60,7 +60,7 @@ def attention(q: Array, k: Array, v: Array, mask: NDArray[np.bool_]) -> Array:
         q: (heads, n, head_dim).
         k: (kv_heads, m, head_dim).
         v: (kv_heads, m, head_dim).
-        mask: (n, m), True where a query sees a key.
+        mask: (n, m) bool; True if a query attends to a key.
 
     Returns:
         (n, heads * head_dim).
@@ -75,13 +75,13 @@ def attention(q: Array, k: Array, v: Array, mask: NDArray[np.bool_]) -> Array:
 def visible(
     queries: NDArray[np.int32], keys: NDArray[np.int32], window: int | None, causal: bool
 ) -> NDArray[np.bool_]:
-    """(n, m) whether a query position may see a key position.
+    """(n, m) bool; whether a query position attends to a key position.
 
     Args:
         queries: (n,) positions.
         keys: (m,) positions.
-        window: a query sees fewer than `window` positions to each side; None is all.
-        causal: whether it sees only itself and what is before it.
+        window: a query attends to fewer than `window` positions on each side; None is all.
+        causal: whether it attends only to itself and earlier positions.
     """
     distance = queries[:, None] - keys[None, :]
     seen = np.ones(distance.shape, np.bool_)

@@ -25,13 +25,13 @@ class Target:
 
         Raises:
             CheckpointError: it is damaged or lacks a tensor.
-            UnsupportedModelError: another family, or a variant of one that is not known here.
+            UnsupportedModelError: another family, or a variant of one that is not supported.
         """
         config = read_config(folder)
         family = config.get("model_type")
         if family not in FAMILIES or config.get("hidden_act", "silu") != "silu":
             raise UnsupportedModelError(
-                f"the reference backend knows {', '.join(FAMILIES)}, not {family!r}; "
+                f"the reference backend supports {', '.join(FAMILIES)}, not {family!r}; "
                 "use --backend cuda or --backend mlx"
             )
         self.folder = folder
@@ -41,9 +41,9 @@ class Target:
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
         self.embeddings = self._weight("model.embed_tokens.weight")
-        self.output = self.embeddings
+        self.lm_head = self.embeddings
         if not config.get("tie_word_embeddings", False):
-            self.output = self._weight("lm_head.weight")
+            self.lm_head = self._weight("lm_head.weight")
 
     def _configure(self, config: dict[str, Any]) -> None:
         self.hidden_size = int(config["hidden_size"])
@@ -60,8 +60,18 @@ class Target:
         self.inv_freq = tuple(frequencies.tolist())
         self.windows = sliding_windows(config, self.layers)
 
+    def embed(self, token_ids: NDArray[np.int32]) -> Array:
+        """(..., hidden_size) embeddings of (...) tokens."""
+        rows: Array = self.embeddings[token_ids]
+        return rows
+
+    def output_head(self, hidden: Array) -> Array:
+        """(..., vocab) logits of (..., hidden_size) normalised hidden states."""
+        logits: Array = hidden @ self.lm_head.T
+        return logits
+
     def new_cache(self) -> Cache:
-        """An empty cache for a text."""
+        """An empty cache for a new text."""
         return Cache(self.layers, self.kv_heads, self.head_dim)
 
     def forward(
@@ -76,15 +86,15 @@ class Target:
         Args:
             token_ids: (n,).
             positions: (n,) absolute.
-            mask: (n, n) whether a token sees another; all see the committed positions.
-            cache: holds their keys and values afterwards, not committed.
+            mask: (n, n) bool; whether a token attends to another. All attend to the committed ones.
+            cache: holds the tokens' keys and values afterwards, uncommitted.
 
         Returns:
             (n, vocab) logits, and each layer's output, (n, hidden_size).
         """
         keys = np.concatenate([np.arange(cache.length), positions])
         seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
-        x = self.embeddings[token_ids]
+        x = self.embed(token_ids)
         outputs = []
         for n, window in enumerate(self.windows):
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
@@ -95,7 +105,7 @@ class Target:
             x = x + self._feed_forward(layer + "mlp.", y)
             outputs.append(x)
         hidden = rms_norm(x, self._weight("model.norm.weight"), self.eps)
-        return hidden @ self.output.T, outputs
+        return self.output_head(hidden), outputs
 
     def _attend(
         self,
@@ -149,10 +159,10 @@ class Target:
 
 
 def sliding_windows(config: dict[str, Any], layers: int) -> list[int | None]:
-    """Each layer's window in positions, None for all; where files are silent, as transformers.
+    """Each layer's window in positions, or None; the defaults are those of transformers.
 
-    Mistral slides in every layer unless told not to; the Qwen families only where they are told
-    to, and of those Qwen2 and Qwen3 from layer `max_window_layers` on.
+    Mistral has a window in every layer unless `sliding_window` is null. The Qwen families have one
+    only if `use_sliding_window` is set, Qwen2 and Qwen3 from layer `max_window_layers` on.
     """
     family = config["model_type"]
     window = config.get("sliding_window", 4096)

@@ -1,4 +1,4 @@
-"""The target at work on one text."""
+"""The target, decoding one text."""
 
 from __future__ import annotations
 

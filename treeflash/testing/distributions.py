@@ -40,6 +40,18 @@ class DistributionTests:
             assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT
 
 
+    def test_the_smallest_top_p_is_greedy(self, pair: PairMaker) -> None:
+        """It keeps one token, although float32 has no number as small."""
+        verifier = pair(target={"vocab_size": VOCAB}).tested.verifier(features=False)
+        verifier.prefill(PROMPT, GREEDY, None)
+        tree = DraftTree.root_only(3)
+        best = verifier.verify(tree, GREEDY, None)
+        for top_p in (1e-300, 1e-45, 1e-9):
+            sampling = SamplingConfig(temperature=TEMPERATURE, top_p=top_p)
+            chosen = verifier.verify(tree, sampling, np.array([0.999]))
+            np.testing.assert_array_equal(chosen, best)
+
+
 def marginals_of(backend: Backend) -> list[NDArray[np.float64]]:
     """Exact distributions of the three tokens after the prompt, from the whole tree of texts."""
     texts = [text for depth in range(3) for text in product(range(VOCAB), repeat=depth)]

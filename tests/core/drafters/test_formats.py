@@ -108,7 +108,7 @@ class TestConfig:
         assert getattr(drafter_config(folder), field) == value
 
     def test_sliding_layers(self, folder: Path) -> None:
-        """They are causal unless the file says otherwise, as the published code has it."""
+        """They are causal unless the file says otherwise, as in the published code."""
         sliding = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
         edit_config(folder, lambda c: c.update(sliding))
         config = drafter_config(folder)

@@ -36,7 +36,7 @@ class DrafterModel:
         return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
 
     def logits(self, hidden):
-        return self.norm("norm", hidden) @ self.target.output.T
+        return self.norm("norm", hidden) @ self.target.lm_head.T
 
 
 class Drafter:

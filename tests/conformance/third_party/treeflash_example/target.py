@@ -18,7 +18,7 @@ class Target:
         self.weights = Weights(folder, read_tensors(folder))
         self.embeddings = self.weights["model.embed_tokens.weight"]
         tied = config["tie_word_embeddings"]
-        self.output = self.embeddings if tied else self.weights["lm_head.weight"]
+        self.lm_head = self.embeddings if tied else self.weights["lm_head.weight"]
         self.hidden_size, self.vocab_size = config["hidden_size"], config["vocab_size"]
         self.max_positions = config["max_position_embeddings"]
         self.kv_shape = 2, config["num_key_value_heads"], 0, config["head_dim"]
@@ -37,7 +37,7 @@ class Target:
         ]
 
     def logits(self, x):
-        return rms_norm(x, self.weights["model.norm.weight"], self.eps) @ self.output.T
+        return rms_norm(x, self.weights["model.norm.weight"], self.eps) @ self.lm_head.T
 
 
 class Verifier:
