@@ -39,7 +39,6 @@ class DistributionTests:
             assert expected.min() >= 5
             assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT
 
-
     def test_the_smallest_top_p_is_greedy(self, pair: PairMaker) -> None:
         """It keeps one token, although float32 has no number as small."""
         verifier = pair(target={"vocab_size": VOCAB}).tested.verifier(features=False)
