@@ -47,7 +47,7 @@ class SamplingConfig:
             "temperature must be 0 (greedy), or from 1e-6 to 1e6",
             self,
         )
-        _check(_is_whole(self.top_k, 0), "top-k must be 0 (off) or more", self)
+        _check(is_whole(self.top_k, 0), "top-k must be 0 (off) or more", self)
         _check(
             _is_number(self.top_p) and 0 < self.top_p <= 1,
             "top-p must be above 0 and at most 1",
@@ -57,7 +57,7 @@ class SamplingConfig:
             _is_number(self.min_p) and 0 <= self.min_p <= 1, "min-p must be between 0 and 1", self
         )
         _check(
-            _is_whole(self.seed, 0) and self.seed < 2**64,
+            is_whole(self.seed, 0) and self.seed < 2**64,
             "seed must be between 0 and 2**64 - 1",
             self,
         )
@@ -66,6 +66,49 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the target takes its most probable token."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """Changes of the target's logits that depend on the text so far, made before sampling.
+
+    Attributes:
+        repetition: divides positive logits, and multiplies negative ones, of tokens that occur in
+            the prompt or the generated text (Keskar et al. 2019).
+        presence: is subtracted from the logits of tokens that were generated.
+        frequency: is subtracted from them as many times as they were generated.
+        logit_bias: pairs of a token id and what is added to its logit.
+    """
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(
+            _is_number(self.repetition) and 0 < self.repetition < float("inf"),
+            "repetition penalty must be above 0",
+            self,
+        )
+        for name in ("presence", "frequency"):
+            _check(
+                _is_number(getattr(self, name)) and abs(getattr(self, name)) < float("inf"),
+                f"{name} penalty must be a finite number",
+                self,
+            )
+        tokens = [token for token, _ in self.logit_bias]
+        _check(
+            len(set(tokens)) == len(tokens)
+            and all(is_whole(token, 0) and _is_number(bias) for token, bias in self.logit_bias),
+            "logit_bias must give one number per token id",
+            self,
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether they change anything."""
+        return self != Penalties()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +134,9 @@ class DecodeConfig:
         max_tokens: the most new tokens.
         stop_token_ids: tokens that end the text; the one generated is part of the output.
         sampling: how the target chooses.
+        penalties: what the text so far adds to the target's logits.
+        log_probs: how many of the best tokens' log probabilities to report with each token, beside
+            its own; None reports none.
     """
 
     method: Method = "treeflash"
@@ -103,6 +149,8 @@ class DecodeConfig:
     max_tokens: int = 256
     stop_token_ids: frozenset[int] = frozenset()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    penalties: Penalties = field(default_factory=Penalties)
+    log_probs: int | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -110,19 +158,19 @@ class DecodeConfig:
             f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}",
         )
         _check(
-            self.budget == AUTO or (_is_whole(self.budget, 1) and self.budget <= MAX_BUDGET),
+            self.budget == AUTO or (is_whole(self.budget, 1) and self.budget <= MAX_BUDGET),
             f"budget must be auto, or from 1 to {MAX_BUDGET} nodes",
             self,
         )
-        _check(_is_whole(self.top_m, 1), "top-m must be 1 or more", self)
-        _check(_is_whole(self.top_k_children, 1), "top-k-children must be 1 or more", self)
+        _check(is_whole(self.top_m, 1), "top-m must be 1 or more", self)
+        _check(is_whole(self.top_k_children, 1), "top-k-children must be 1 or more", self)
         _check(
-            self.head_vocab is None or _is_whole(self.head_vocab, 1),
+            self.head_vocab is None or is_whole(self.head_vocab, 1),
             "head-vocab must be 1 or more",
             self,
         )
         _check(
-            self.head_rows in (None, AUTO) or _is_whole(self.head_rows, 1),
+            self.head_rows in (None, AUTO) or is_whole(self.head_rows, 1),
             "head-rows must be auto, or 1 or more",
             self,
         )
@@ -131,7 +179,12 @@ class DecodeConfig:
             "draft-temperature must be from 1e-6 to 1e6",
             self,
         )
-        _check(_is_whole(self.max_tokens, 1), "max-tokens must be 1 or more", self)
+        _check(is_whole(self.max_tokens, 1), "max-tokens must be 1 or more", self)
+        _check(
+            self.log_probs is None or is_whole(self.log_probs, 0),
+            "log_probs must be 0 or more, or None",
+            self,
+        )
 
     @property
     def drafts(self) -> bool:
@@ -180,7 +233,7 @@ class LoadConfig:
         for name in ("draft_bits", "kv_bits"):
             bits = getattr(self, name)
             _check(
-                bits is None or _is_whole(bits, 1),
+                bits is None or is_whole(bits, 1),
                 f"{name.replace('_', '-')} must be 1 or more",
                 self,
             )
@@ -229,7 +282,7 @@ def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
-def _is_whole(value: object, least: int) -> bool:
+def is_whole(value: object, least: int) -> bool:
     """Whether `value` is an integer, Python's or NumPy's, of at least `least`."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 

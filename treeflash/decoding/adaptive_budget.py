@@ -1,11 +1,11 @@
-"""The budget `auto`: the tree size that maximises expected tokens per second.
+"""The budget `auto`: the tree sizes that maximise expected tokens per second.
 
 It also turns drafting off while it does not pay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +15,36 @@ from numpy.typing import NDArray
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts
 
-MEMORY = 0.07
-"""Weight of the newest iteration in what is learned."""
+SMOOTHING = 0.07
+"""Weight of the newest iteration in running sums."""
 PRIOR_WEIGHT = 2.0
 """Nodes' worth of trust in the drafter's own probabilities."""
-LOSS, GAIN = -2.0, 8.0
-"""Bounds of the balance, tokens: drafting rests at the lower one."""
-FIRST_REST, LONGEST_REST = 16, 256
-"""Iterations of a rest: doubled from one to the next while drafting does not pay."""
+LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
+"""Bounds of the balance, tokens per text: drafting pauses at the lower one."""
+FIRST_PAUSE, LONGEST_PAUSE = 16, 256
+"""Iterations of a pause: doubled from one to the next while drafting does not pay."""
+
+
+@dataclass
+class Throughput:
+    """What was measured with about the same number of texts at once.
+
+    Attributes:
+        tokens: of drafted iterations, a running sum.
+        seconds: of those iterations, a running sum.
+        balance: tokens per text that drafting brought beyond what plain decoding would have
+            brought in the same time.
+        pause: iterations until the next draft.
+        next_pause: length of the next pause, iterations.
+        nodes: of the last drafted trees, on average.
+    """
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    balance: float = 0.0
+    pause: int = 0
+    next_pause: int = FIRST_PAUSE
+    nodes: float | None = None
 
 
 @dataclass
@@ -30,61 +52,81 @@ class AdaptiveBudget:
     """What was learned about one pair and method; it outlives a text and never changes the output.
 
     A tree's first n nodes are expected to bring the sum of their probabilities (the root's is 1),
-    corrected by how often a draft of their depth was accepted, where the one before it was. The
-    best size is the one with the highest expected tokens - rate * seconds, where `rate` is the
-    tokens a second that decoding brings on the whole: repeated, this finds the sizes with the
-    highest rate (Dinkelbach 1967).
+    corrected by how often a draft of their depth was accepted if the one before it was. The best
+    sizes are those with the highest expected tokens - rate * seconds, where `rate` is the tokens
+    per second of decoding as a whole: repeated, this finds the sizes with the highest rate
+    (Dinkelbach 1967). With several texts, the nodes of all trees are ranked together and cut once.
 
     Attributes:
-        costs: of the target's forward.
-        expected: by depth, probabilities of the children of accepted nodes, a running sum.
-        accepted: by depth, how many of those children were accepted, a running sum.
-        tokens: of drafted iterations, a running sum.
-        seconds: of those iterations, a running sum.
-        balance: tokens that drafting brought beyond what plain decoding would have in its time.
-        rest: iterations until the next draft.
-        next_rest: how long the next rest will be.
-        nodes: of the last drafted tree.
+        costs: of the target's forward pass.
+        expected: by depth, the running sum of the probabilities of the children of accepted nodes.
+        accepted: by depth, the running count of those children that were accepted.
+        throughput: by number of texts, rounded up to a power of two.
     """
 
     costs: VerifyCosts
     expected: dict[int, float] = field(default_factory=dict)
     accepted: dict[int, float] = field(default_factory=dict)
-    tokens: float = 0.0
-    seconds: float = 0.0
-    balance: float = 0.0
-    rest: int = 0
-    next_rest: int = FIRST_REST
-    nodes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nodes = self.largest
+    throughput: dict[int, Throughput] = field(default_factory=dict)
 
     @property
     def largest(self) -> int:
+        """The most nodes that any tree can have."""
+        return self.costs.largest
+
+    def of(self, texts: int) -> Throughput:
+        """What was measured with about that many texts."""
+        return self.throughput.setdefault(1 << (texts - 1).bit_length(), Throughput())
+
+    def begin(self, texts: int = 1) -> bool:
+        """Begin an iteration of so many texts; returns whether it should draft."""
+        now = self.of(texts)
+        now.pause -= now.pause > 0
+        return now.pause == 0
+
+    def built(self, texts: int = 1) -> int:
         """Nodes that a tree is built with before it is cut."""
-        return max(self.costs.seconds)
+        return max(self.largest // texts, min(self.largest, 32))
 
-    def begin(self) -> bool:
-        """Begin an iteration; returns whether it should draft."""
-        self.rest -= self.rest > 0
-        return self.rest == 0
+    def nodes(self, texts: int = 1) -> int:
+        """Nodes that a tree is expected to be cut to."""
+        found = self.of(texts).nodes
+        return self.built(texts) if found is None else max(round(found), 1)
 
-    def cut(self, tree: DraftTree) -> DraftTree:
-        """The first nodes of a tree, as many as pay."""
-        gains = np.exp(tree.log_probs) * self._corrections(tree.depths)
-        expected = np.cumsum(gains)
-        rate = 1 / self.costs.seconds[1]  # of plain decoding, which is always possible
-        if self.seconds:
-            rate = max(rate, self.tokens / self.seconds)
-        sizes = [*(size for size in self.costs.seconds if size < len(tree)), len(tree)]
-        worth = expected[np.array(sizes) - 1] - rate * self.costs.of(sizes)
-        return tree.first(sizes[int(np.argmax(worth))])
+    def cut(
+        self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
+    ) -> list[int]:
+        """How many first nodes of each tree pay.
+
+        Args:
+            trees: of all texts that are verified together.
+            lengths: committed positions of each text.
+            other_rows: further rows of the same forward pass.
+        """
+        gains = [np.exp(tree.log_probs) * self._corrections(tree.depths) for tree in trees]
+        # A tree is cut to a prefix: no node ranks above those before it, and no root is left out.
+        ranks = [np.minimum.accumulate(gain) for gain in gains]
+        for rank in ranks:
+            rank[0] = np.inf
+        owners = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
+        order = np.argsort(-np.concatenate(ranks), kind="stable")
+        expected = np.cumsum(np.concatenate(gains)[order])
+        reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
+        if len(trees) == 1 and not other_rows:
+            # Hardware has steps: only sizes whose costs are known.
+            sizes = np.array([*(n for n in self.costs.seconds if n < len(order)), len(order)])
+        else:
+            sizes = np.arange(len(trees), len(order) + 1)
+        costs = self.costs.of(sizes + other_rows, reads[sizes - 1], len(trees))
+        worth = expected[sizes - 1] - self._rate(len(trees), lengths) * costs
+        kept = order[: sizes[int(np.argmax(worth))]]
+        return [int(n) for n in np.bincount(owners[kept], minlength=len(trees))]
 
     def observe(
         self,
-        tree: DraftTree,
-        path: NDArray[np.int32],
+        trees: Sequence[DraftTree],
+        paths: Sequence[NDArray[np.int32]],
+        lengths: Sequence[int],
         seconds: Mapping[Any, float],
         *,
         first: bool = False,
@@ -92,36 +134,56 @@ class AdaptiveBudget:
         """Learn from an iteration.
 
         Args:
-            tree: that was verified; the root alone where nothing was drafted.
-            path: (a,) its accepted nodes.
-            seconds: by phase.
-            first: whether it is the first drafted one of a text. It also reads the prompt, and
-                perhaps compiles kernels: what it took says nothing about those that follow.
+            trees: that were verified together; the roots alone if nothing was drafted.
+            paths: (a,) accepted nodes of each.
+            lengths: committed positions of each text before that.
+            seconds: by phase, of the whole iteration.
+            first: whether a text drafted for the first time. That also reads its prompt, and
+                perhaps compiles kernels: the time taken says nothing about later iterations.
         """
-        longest = OUTLIER_FACTOR * float(self.costs.of([len(tree)])[0])
+        texts = len(trees)
+        rows = sum(len(tree) for tree in trees)
+        reads = float(np.dot([len(tree) for tree in trees], lengths))
+        longest = OUTLIER_FACTOR * float(self.costs.of([rows], [reads], texts)[0])
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
-        self.costs.observe(len(tree), seconds["verify"])
+        self.costs.observe(rows, reads, texts, seconds["verify"])
         if "draft" not in seconds:
             return
-        self.nodes = len(tree)
+        now = self.of(texts)
+        now.nodes = rows / texts
+        for tree, path in zip(trees, paths, strict=True):
+            self._observe_depths(tree, path)
+        if first:
+            return
+        tokens = sum(len(path) for path in paths)
+        now.tokens = (1 - SMOOTHING) * now.tokens + tokens
+        now.seconds = (1 - SMOOTHING) * now.seconds + all_s
+        gained = (tokens - all_s * self._plain_rate(texts, lengths)) / texts
+        now.balance = min(now.balance + gained, HIGHEST_BALANCE)
+        if now.balance <= LOWEST_BALANCE:
+            now.pause, now.balance = now.next_pause, LOWEST_BALANCE / 2
+            now.next_pause = min(2 * now.next_pause, LONGEST_PAUSE)
+        elif now.balance > 0:
+            now.next_pause = FIRST_PAUSE
+
+    def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):
             children = tree.parents == parent
             if not children.any():
                 break
             mass = float(np.exp(tree.log_probs[children] - tree.log_probs[parent]).sum())
-            self.expected[depth] = (1 - MEMORY) * self.expected.get(depth, 0.0) + mass
             hit = float(depth < len(path))
-            self.accepted[depth] = (1 - MEMORY) * self.accepted.get(depth, 0.0) + hit
-        if first:
-            return
-        self.tokens = (1 - MEMORY) * self.tokens + len(path)
-        self.seconds = (1 - MEMORY) * self.seconds + all_s
-        self.balance = min(self.balance + len(path) - all_s / self.costs.seconds[1], GAIN)
-        if self.balance <= LOSS:
-            self.rest, self.balance = self.next_rest, LOSS / 2
-            self.next_rest = min(2 * self.next_rest, LONGEST_REST)
-        elif self.balance > 0:
-            self.next_rest = FIRST_REST
+            self.expected[depth] = (1 - SMOOTHING) * self.expected.get(depth, 0.0) + mass
+            self.accepted[depth] = (1 - SMOOTHING) * self.accepted.get(depth, 0.0) + hit
+
+    def _plain_rate(self, texts: int, lengths: Sequence[int]) -> float:
+        """Tokens per second of plain decoding, which is always possible."""
+        return texts / float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
+
+    def _rate(self, texts: int, lengths: Sequence[int]) -> float:
+        now = self.of(texts)
+        plain = self._plain_rate(texts, lengths)
+        return max(plain, now.tokens / now.seconds) if now.seconds else plain
 
     def _corrections(self, depths: NDArray[np.int32]) -> NDArray[np.float64]:
         """(n,) factors on the probabilities of nodes: those of all depths on the way to them."""

@@ -1,140 +1,156 @@
 """What a backend implements: a target that verifies trees, a drafter, and its AR head.
 
-NumPy arrays and plain Python cross this boundary. `Features` and `Block` are handles on device
-data that the core carries from one call to the next and never looks into.
+NumPy arrays and plain Python cross this boundary. `TextState` and `Block` are handles on device
+data that the core passes back and never looks into.
 
-A text is decoded by one `TreeVerifier` and one `Drafter`, which hold its state; the weights
-belong to the `Backend` and are shared by all texts.
+Each role takes a list with one entry per text, and returns one. A backend that handles one text at
+a time inherits from the classes of `treeflash.decoding.one_by_one`. A call that raises has changed
+no text: it can be repeated with fewer of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
+from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.decoding.choices import Choice, Chosen
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-
-Features: TypeAlias = Any
-"""Context features of consecutive positions, on the device: outputs of the target layers that the
-drafter reads, or what it makes of them."""
 
 Block: TypeAlias = Any
 """A drafted block: the drafter's hidden states of S positions and the root, on the device."""
 
 
-class TreeVerifier(Protocol):
-    """The target, at work on one text. Starts empty; `length` positions are committed."""
+class TextState(Protocol):
+    """The state of one text on the device: keys and values of its committed positions.
+
+    It holds the target's and, if it was opened for drafting, the drafter's, with those features of
+    committed positions that the drafter has not read yet.
+    """
 
     @property
     def length(self) -> int:
         """Committed positions, 0 .. length - 1. The next root stands at position `length`."""
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        sampling: SamplingConfig,
-        uniforms: NDArray[np.float64] | None,
-    ) -> tuple[int, Features]:
-        """Run the target over more tokens of the text, commit them, choose what follows.
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the state holds, bytes."""
+
+    def fork(self, length: int, capacity: int) -> TextState:
+        """A new state with a copy of the first `length` positions.
 
         Args:
-            token_ids: at least one; they take positions length, length + 1, ...
-            sampling: how to choose.
-            uniforms: (1,) in [0, 1), for the token that follows; None when greedy.
-
-        Returns:
-            The token chosen after the last one, and the features of all of them; None for the
-            features of a verifier made without.
-
-        Raises:
-            NumericalError: the logits are not finite.
+            length: at most the length of this state.
+            capacity: positions that the new state can hold.
         """
 
-    def verify(
-        self,
-        tree: DraftTree,
-        sampling: SamplingConfig,
-        uniforms: NDArray[np.float64] | None,
-    ) -> NDArray[np.int32]:
-        """Run the target over a tree in one forward pass and choose a token at every node.
-
-        Node i stands at position length + depths[i] and sees the committed positions, its
-        ancestors and itself. Nothing is committed; a second call replaces the first.
-
-        Args:
-            tree: n nodes.
-            sampling: how to choose.
-            uniforms: (n,) in [0, 1), for the token that follows each node; None when greedy.
-
-        Returns:
-            (n,) int32; what `treeflash.decoding.sampling.choose` gives for the target's logits.
-
-        Raises:
-            NumericalError: the logits are not finite.
-        """
-
-    def commit(self, path: NDArray[np.int32]) -> Features:
-        """Keep the nodes of a path of the tree verified last, and drop the others.
-
-        Args:
-            path: (a,) int32 node indices, 0 first, each the parent of the next.
-
-        Returns:
-            The features of those a positions; None from a verifier made without.
-        """
-
-    def logits(self, tree: DraftTree) -> NDArray[np.float32]:
-        """Like `verify`, but (n, vocab) raw logits: for tests and analysis, not for decoding."""
-
-    def keys_values(self) -> NDArray[np.float32]:
-        """The committed keys and values, for tests: (layers, 2, kv_heads, length, head_dim)."""
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on."""
 
     def close(self) -> None:
-        """Release what the text holds; the verifier must not be used afterwards.
+        """Give the memory back; the state cannot be used any more. Closing twice is harmless."""
 
-        The decode loop calls it when a text ends, however it ends. A second call does nothing.
+    def keys_values(self) -> NDArray[np.float32]:
+        """The target's committed keys and values, for tests.
+
+        (layers, 2, kv_heads, length, head_dim).
         """
+
+    def drafter_keys_values(self) -> NDArray[np.float32]:
+        """The same of the drafter; of the positions that it has read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Extension:
+    """Run the target over more tokens of a text and commit them.
+
+    Attributes:
+        state: of the text.
+        token_ids: at least one; they take positions length, length + 1, ...
+        choice: how to choose the token after the last one; None if it is not needed.
+    """
+
+    state: TextState
+    token_ids: Sequence[int]
+    choice: Choice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """Run the target over a draft tree and choose a token at every node.
+
+    Node i stands at position length + depths[i] and sees the committed positions, its ancestors
+    and itself. Nothing is committed; a second verification replaces the first.
+
+    Attributes:
+        state: of the text.
+        tree: n nodes.
+        choice: for n nodes.
+    """
+
+    state: TextState
+    tree: DraftTree
+    choice: Choice
+
+
+class TreeVerifier(Protocol):
+    """The target."""
+
+    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
+        """One forward pass over the tokens and trees of several texts, each text once.
+
+        Returns:
+            Per text: what `treeflash.decoding.choices.choose` gives for the target's logits, at the
+            last token of an extension and at every node of a tree; None if there was no choice.
+
+        Raises:
+            NumericalError: logits are not finite.
+        """
+
+    def commit(self, paths: Sequence[tuple[TextState, NDArray[np.int32]]]) -> None:
+        """Keep a path of the tree that was verified last, per text, and drop its other nodes.
+
+        Args:
+            paths: states, and (a,) int32 node indices, 0 first, each the parent of the next.
+        """
+
+    def logits(self, trees: Sequence[tuple[TextState, DraftTree]]) -> list[NDArray[np.float32]]:
+        """(n, vocab) logits at the nodes of each tree: for tests and analysis, not for decoding."""
 
 
 class Drafter(Protocol):
-    """The one-shot drafter, at work on one text."""
+    """The one-shot drafter."""
 
-    def draft(self, features: Features, root: int) -> Block:
-        """Take in newly committed positions, then propose a block after them.
+    def draft(self, roots: Sequence[tuple[TextState, int]]) -> list[Block]:
+        """Read the features of newly committed positions, then propose a block after them.
 
         Args:
-            features: of the positions committed since the last call, as the verifier gave them;
-                those of earlier ones went through `extend`.
-            root: the token at the next position; it opens the block, S - 1 masks follow.
+            roots: states opened for drafting, and the token at the next position of each; it opens
+                the block, and S - 1 masks follow.
 
         Returns:
-            Hidden states of the block. They are valid until the next call.
+            Hidden states of the blocks, valid until the next call.
         """
 
-    def extend(self, features: Features) -> None:
-        """Take in newly committed positions without proposing anything after them.
-
-        Args:
-            features: of the positions committed since the last call, this or `draft`.
-        """
-
-    def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
+    def marginals(
+        self, blocks: Sequence[Block], k: int, temperature: float
+    ) -> list[TransitionTable]:
         """The `k` most probable tokens of each depth, whatever was drafted before (DDTree).
 
         Args:
-            block: from `draft`.
-            k: children; the whole vocabulary where that is smaller.
+            blocks: from one call of `draft`.
+            k: children; the whole vocabulary if that is smaller.
             temperature: divides the logits.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """Like `marginals`, but every token's, in nats and at temperature 1.
+        """Log probabilities of all tokens, in nats and at temperature 1.
 
         For tests and analysis, not for decoding.
 
@@ -145,45 +161,42 @@ class Drafter(Protocol):
             (S - 1, vocab); row i is depth i + 1.
         """
 
-    def keys_values(self) -> NDArray[np.float32]:
-        """The context's keys and values, for tests: (layers, 2, kv_heads, length, head_dim)."""
-
 
 class ARHead(Protocol):
     """The head that conditions a block on previous tokens. It has no state."""
 
     def transitions(
         self,
-        block: Block,
+        blocks: Sequence[Block],
         m: int,
         k: int,
         temperature: float,
         *,
         shortlist: int | None = None,
         rows: int | None = None,
-    ) -> TransitionTable:
+    ) -> list[TransitionTable]:
         """The `k` most probable tokens of each depth after each of `m` previous tokens.
 
         The previous tokens of depth d >= 2 are the `m` of highest marginal logit at depth d - 1,
         best first; depth 1 has the root alone (TreeFlash, section 3).
 
         Args:
-            block: from `Drafter.draft`.
-            m: previous-token candidates; the whole vocabulary where that is smaller.
-            k: children; the whole vocabulary where that is smaller.
+            blocks: from one call of `Drafter.draft`.
+            m: previous-token candidates; the whole vocabulary if that is smaller.
+            k: children; the whole vocabulary if that is smaller.
             temperature: divides the logits, after the head.
             shortlist: score only that many tokens, those most probable by their marginal at any
-                depth; ties by token id. Previous tokens and children are then of the shortlist,
-                and the rest of the vocabulary keeps the probability that the depth's marginal
-                gives it. None, or the whole vocabulary, is the published head.
-            rows: score the children of only that many previous tokens, those of the highest
-                marginal log probability over all depths; the root's are always scored. What
-                follows a token is drafted about as often as its marginal says, so a tree of n
-                nodes has little use for many more than n. None is the published head: all.
+                depth of the text's block; ties by token id. Previous tokens and children are then
+                of the shortlist, and the rest of the vocabulary keeps the probability that the
+                depth's marginal gives it. None, or the whole vocabulary, is the published head.
+            rows: score the children of only that many previous tokens of each text, those of the
+                highest marginal log probability over all depths; the root's are always scored. A
+                token is drafted about as often as its marginal says, so a tree of n nodes has
+                little use for many more rows than n. None is the published head: all.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Like `transitions`, but every token's, after one given previous token at each depth.
+        """Log probabilities of all tokens after one given previous token at each depth.
 
         In nats and at temperature 1; for tests and analysis, not for decoding.
 
@@ -212,14 +225,29 @@ class Backend(Protocol):
     """Positions that the target was made for."""
     drafter_config: DrafterConfig | None
     """None when no drafter was loaded: only plain decoding works then."""
-    head: ARHead | None
-    """None when the drafter has no AR head."""
 
-    def verifier(self, *, features: bool) -> TreeVerifier:
-        """A verifier for a new text; `features` says whether a drafter will need them."""
+    @property
+    def verifier(self) -> TreeVerifier:
+        """The target."""
 
-    def drafter(self) -> Drafter:
-        """A drafter for a new text. Only where `drafter_config` is not None."""
+    @property
+    def drafter(self) -> Drafter | None:
+        """None when no drafter was loaded."""
+
+    @property
+    def head(self) -> ARHead | None:
+        """None when the drafter has no AR head."""
+
+    def open(self, capacity: int, *, drafts: bool) -> TextState:
+        """The empty state of a new text.
+
+        Args:
+            capacity: positions that it can hold, those of the tree under verification included.
+            drafts: whether it will be drafted for; only with a drafter.
+        """
+
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """Device memory that such a state will hold, bytes."""
 
     def memory_bytes(self) -> int:
         """The most memory that the device has held for this process, bytes; 0 if unknown."""

@@ -1,29 +1,25 @@
-"""The decode loop: the only one, for every method and every backend."""
+"""The decode loop: the only one, for every method and every backend. It calls none of them.
+
+The loop of one text is a generator. It yields what it needs and is sent the outcome; it yields a
+`Step` whenever tokens are committed. `treeflash.decoding.scheduler` runs the loops of many texts.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.acceptance import accept
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Backend, Block, Drafter, TreeVerifier
-from treeflash.decoding.sampling import uniforms
+from treeflash.decoding.choices import Choice, Chosen, LogProbs
+from treeflash.decoding.constraints import Constraint, constrain, prune
+from treeflash.decoding.penalties import PenaltyState
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
-from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import ConfigError, PromptError
-
-ROWS_OF_A_NODE, FEWEST_ROWS = 4, 32
-"""Of the AR head, for a tree: in the mean block efficiency stays within 1.5 % of all rows' with 8
-nodes, and within 1 % with more (docs/performance.md)."""
 
 Phase: TypeAlias = Literal["prefill", "draft", "tree", "verify", "commit"]
 
@@ -34,168 +30,162 @@ class Step:
 
     Attributes:
         tokens: newly committed tokens; ends at a stop token or at the limit.
-        seconds: time spent, by phase.
+        seconds: wall time by phase; of the whole batch if several texts run together.
         tree: the tree that was verified; None for the prefill.
         path: (a,) node indices of the accepted path, before any stop cut it; None for the prefill.
         finish_reason: `stop` or `length` in the last step, None before.
         table: what the tree was built from; None for the prefill and in plain decoding.
+        log_probs: of `tokens`, if the configuration asks for them.
+        cached_tokens: prompt tokens that came from a prefix cache; 0 after the prefill.
     """
 
     tokens: tuple[int, ...]
-    seconds: dict[Phase, float]
+    seconds: dict[Phase, float] = field(default_factory=dict)
     tree: DraftTree | None = None
     path: NDArray[np.int32] | None = None
     finish_reason: str | None = None
     table: TransitionTable | None = None
+    log_probs: LogProbs | None = None
+    cached_tokens: int = 0
 
 
-def decode(
-    backend: Backend,
+@dataclass(frozen=True, eq=False)
+class Extend:
+    """Commit these tokens and choose the next one; the outcome is a `Chosen` of one token."""
+
+    token_ids: Sequence[int]
+    choice: Choice
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """Draft after this root; the outcome is `Drafted`, or None if drafting does not pay now."""
+
+    root: int
+
+
+@dataclass(frozen=True, eq=False)
+class Drafted:
+    """The outcome of a draft.
+
+    Attributes:
+        table: what may follow what.
+        nodes: how large a tree to build from it.
+    """
+
+    table: TransitionTable
+    nodes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Cut this tree to its first nodes, as many as pay; the outcome is how many."""
+
+    tree: DraftTree
+
+
+@dataclass(frozen=True, eq=False)
+class Verify:
+    """Verify this tree; the outcome is a `Chosen` of a token per node."""
+
+    tree: DraftTree
+    choice: Choice
+
+
+@dataclass(frozen=True, eq=False)
+class Commit:
+    """Commit this path of the tree verified last; the outcome is None."""
+
+    path: NDArray[np.int32]
+
+
+Need: TypeAlias = Extend | Draft | Cut | Verify | Commit
+Loop: TypeAlias = Generator[Need | Step, Any, None]
+
+
+def decode_loop(
     prompt_ids: Sequence[int],
     config: DecodeConfig,
-    adaptive_budget: AdaptiveBudget | None = None,
-) -> Iterator[Step]:
-    """Decode one text step by step. Closing the iterator early loses nothing already yielded.
+    limit: int,
+    vocab_size: int,
+    *,
+    constraint: Constraint | None = None,
+    cached_tokens: int = 0,
+) -> Loop:
+    """Decode one text.
 
     Args:
-        backend: a loaded pair.
-        prompt_ids: the prompt, at least one token.
-        config: method, budget, limits, sampling.
-        adaptive_budget: for the budget `auto`; it keeps learning and may be shared by texts of the
-            same pair and method. None measures a new one, which takes about a second. It never
-            changes a token.
-
-    Raises:
-        PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-        ConfigError: the method needs a drafter, or a head, that was not loaded.
-        NumericalError: a model produced values that are not finite.
+        prompt_ids: the prompt.
+        config: how to decode.
+        limit: new tokens at most.
+        vocab_size: of the target.
+        constraint: of the generated tokens, none of which it has seen.
+        cached_tokens: how many tokens of the prompt are committed already; fewer than all.
     """
-    check(backend, prompt_ids, config)
-    limit = min(config.max_tokens, backend.max_positions - len(prompt_ids))
-    if config.budget != AUTO or not config.drafts:
-        adaptive_budget = None
-    elif adaptive_budget is None:
-        adaptive_budget = AdaptiveBudget(VerifyCosts.measure(backend))
-    return _decode(backend, prompt_ids, config, limit, adaptive_budget)
+    penalties = PenaltyState(config.penalties, prompt_ids)
 
-
-def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
-    """Raise the error that decoding this prompt in this way would meet, if any."""
-    if config.drafts and backend.drafter_config is None:
-        raise ConfigError(
-            f"method {config.method} needs a drafter and none was loaded; pass --drafter, "
-            "or --method ar"
-        )
-    if config.uses_head and backend.head is None:
-        raise ConfigError(
-            f"method {config.method} needs a TreeFlash drafter, and this one has no AR head; "
-            "use --method ddtree or --method dflash"
-        )
-    if not len(prompt_ids):
-        raise PromptError("the prompt is empty; give at least one token")
-    if len(prompt_ids) >= backend.max_positions:
-        raise PromptError(
-            f"the prompt has {len(prompt_ids)} tokens and the target's limit is "
-            f"{backend.max_positions}, new tokens included; shorten the prompt"
-        )
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < backend.vocab_size:
-        raise PromptError(
-            f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
-            "was it encoded with another model's tokenizer?"
+    def choice(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> Choice:
+        """How to choose at the nodes of a tree whose root is the newest emitted token."""
+        return replace(
+            Choice.at(config.sampling, tree.positions(len(prompt_ids) + emitted)),
+            edits=penalties.edits(tree),
+            allowed=allowed,
+            log_probs=config.log_probs,
         )
 
-
-def _decode(
-    backend: Backend,
-    prompt_ids: Sequence[int],
-    config: DecodeConfig,
-    limit: int,
-    adaptive_budget: AdaptiveBudget | None,
-) -> Iterator[Step]:
-    with closing(backend.verifier(features=config.drafts)) as verifier:
-        yield from _steps(backend, verifier, prompt_ids, config, limit, adaptive_budget)
-
-
-def _steps(
-    backend: Backend,
-    verifier: TreeVerifier,
-    prompt_ids: Sequence[int],
-    config: DecodeConfig,
-    limit: int,
-    adaptive_budget: AdaptiveBudget | None,
-) -> Iterator[Step]:
-    sampling = config.sampling
-    clock = _Clock()
-    drafter = backend.drafter() if config.drafts else None
-    root, features = verifier.prefill(
-        prompt_ids, sampling, _draws(config, np.array([len(prompt_ids)], np.int32))
+    emitted = 0
+    allowed = None if constraint is None else constraint.allowed()[None]
+    tree = DraftTree.root_only(prompt_ids[-1])
+    chosen: Chosen = yield Extend(prompt_ids[cached_tokens:], choice(tree, emitted, allowed))
+    tokens, finish_reason = _until_stop((int(chosen.tokens[0]),), config, limit)
+    yield Step(
+        tokens,
+        finish_reason=finish_reason,
+        log_probs=chosen.log_probs,
+        cached_tokens=cached_tokens,
     )
-    clock.mark("prefill")
-    tokens, finish_reason = _cut((root,), config, limit)
-    emitted, first = len(tokens), True
-    yield Step(tokens, clock.seconds, finish_reason=finish_reason)
-
     while finish_reason is None:
-        clock = _Clock()
-        tree = DraftTree.root_only(root)
-        table: TransitionTable | None = None
-        # Each node that is accepted brings a token, and so does the last node's choice. What lies
-        # deeper could not be emitted, and would stand beyond the last position.
-        deepest = limit - emitted - 1
-        if drafter is None or not deepest:
-            pass
-        elif adaptive_budget is not None and not adaptive_budget.begin():
-            drafter.extend(features)
-        else:
-            if config.budget != AUTO:
-                expected = built = config.budget
-            else:
-                assert adaptive_budget is not None
-                expected, built = adaptive_budget.nodes, adaptive_budget.largest
-            block = drafter.draft(features, root)
-            table = propose(backend, drafter, block, config, expected).until(deepest)
-            clock.mark("draft")
-            tree = (build_chain if config.drafts_chain else build_tree)(table, root, built)
-            if adaptive_budget is not None:
-                tree = adaptive_budget.cut(tree)
-            clock.mark("tree")
-        draws = _draws(config, tree.positions(verifier.length + 1))
-        chosen = verifier.verify(tree, sampling, draws)
-        clock.mark("verify")
-        accepted = accept(tree, chosen)
-        features = verifier.commit(accepted.path)
-        root = accepted.tokens[-1]
-        clock.mark("commit")
-        if adaptive_budget is not None:
-            adaptive_budget.observe(tree, accepted.path, clock.seconds, first=first)
-            first = first and table is None
-        tokens, finish_reason = _cut(accepted.tokens, config, limit - emitted)
         emitted += len(tokens)
-        yield Step(tokens, clock.seconds, tree, accepted.path, finish_reason, table)
-
-
-def propose(
-    backend: Backend, drafter: Drafter, block: Block, config: DecodeConfig, nodes: int
-) -> TransitionTable:
-    """The table that a method builds its chain, or its tree of about so many nodes, from."""
-    k, temperature = config.top_k_children, config.draft_temperature
-    if config.uses_head:
-        assert backend.head is not None
-        # A chain takes the first row of each depth.
-        m, rows = (1, None) if config.drafts_chain else (config.top_m, config.head_rows)
-        if rows == AUTO:
-            rows = max(ROWS_OF_A_NODE * nodes, FEWEST_ROWS)
-        return backend.head.transitions(
-            block, m, k, temperature, shortlist=config.head_vocab, rows=rows
+        penalties.add(tokens)
+        if constraint is not None:
+            for token in tokens:
+                constraint.advance(token)
+        tree, table, allowed = DraftTree.root_only(tokens[-1]), None, None
+        # Each accepted node brings a token, and so does the last node's choice. What lies deeper
+        # could not be emitted, and would stand beyond the last position.
+        deepest = limit - emitted - 1
+        drafted: Drafted | None = None
+        if config.drafts and deepest:
+            drafted = yield Draft(tokens[-1])
+        if drafted is not None:
+            table = drafted.table.until(deepest)
+            if constraint is not None:
+                table = prune(table, constraint.allowed(), vocab_size)
+            build = build_chain if config.drafts_chain else build_tree
+            tree = build(table, tokens[-1], drafted.nodes)
+        if constraint is not None:
+            tree, allowed = constrain(tree, constraint)
+        if table is not None and config.budget == AUTO:
+            nodes: int = yield Cut(tree)
+            tree, allowed = tree.first(nodes), None if allowed is None else allowed[:nodes]
+        chosen = yield Verify(tree, choice(tree, emitted, allowed))
+        accepted = accept(tree, chosen.tokens)
+        yield Commit(accepted.path)
+        tokens, finish_reason = _until_stop(accepted.tokens, config, limit - emitted)
+        log_probs = chosen.log_probs
+        if log_probs is not None:
+            log_probs = log_probs.rows(accepted.path[: len(tokens)])
+        yield Step(
+            tokens,
+            tree=tree,
+            path=accepted.path,
+            finish_reason=finish_reason,
+            table=table,
+            log_probs=log_probs,
         )
-    return drafter.marginals(block, 1 if config.drafts_chain else k, temperature)
 
 
-def _draws(config: DecodeConfig, positions: NDArray[np.int32]) -> NDArray[np.float64] | None:
-    return None if config.sampling.greedy else uniforms(config.sampling.seed, positions)
-
-
-def _cut(
+def _until_stop(
     tokens: tuple[int, ...], config: DecodeConfig, room: int
 ) -> tuple[tuple[int, ...], str | None]:
     """The tokens, `room` at most, up to the first stop token; and what ends the text, if any."""
@@ -203,16 +193,3 @@ def _cut(
         if token in config.stop_token_ids:
             return tokens[: i + 1], "stop"
     return tokens, "length" if len(tokens) == room else None
-
-
-@dataclass
-class _Clock:
-    """Splits elapsed time into phases."""
-
-    seconds: dict[Phase, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def mark(self, phase: Phase) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = now - self.last
-        self.last = now

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import SamplingConfig
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError, is_out_of_memory
 
@@ -19,10 +18,14 @@ PARENTS = np.array([-1, 0, 1, 2, 0, 4, 1], np.int32)
 LARGE_PARENTS = ((np.arange(40) - 1) // 2).astype(np.int32)
 LARGE_PREFIX = 16
 ATTEMPTS = 8
-# Of the differences, by dtype.
 TOLERANCES = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
+"""Of the same computation by other kernels, by dtype: root mean square over standard deviation."""
+LIMITS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}
+"""Of the differences on and after a tree, as shares of the difference that another context makes.
+
+Rounding reaches 1e-5 in float32 and 0.2 in bfloat16 (SmolLM2), a wrong row or position 0.5 or more.
+"""
 FRAMEWORKS = {"numpy", "torch", "mlx"}
-GREEDY = SamplingConfig()
 
 
 def check_trees(backend: Backend, seed: int = 0) -> None:
@@ -44,8 +47,9 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     least = np.full(3, np.inf)
     try:
         for _ in range(ATTEMPTS):
-            found = np.array([tree_difference(backend, rng), *commit_differences(backend, rng)])
-            if (found <= TOLERANCES[backend.dtype]).all():
+            *differences, context = commit_differences(backend, rng)
+            found = np.array([tree_difference(backend, rng), *differences]) / context
+            if (found <= LIMITS[backend.dtype]).all():
                 return
             least = np.minimum(least, found)
     except TreeflashError:
@@ -57,10 +61,11 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
             f"the {backend.name} backend cannot run this target on a draft tree ({error}); "
             "--method ar still works"
         ) from error
-    where = "after" if least[:2].max() <= TOLERANCES[backend.dtype] else "on"
+    where = "after" if least[:2].max() <= LIMITS[backend.dtype] else "on"
     raise UnsupportedModelError(
         f"this target gives other logits {where} a draft tree than on plain text (they differ by "
-        f"{least.max():.1%}), so drafting would change its output; --method ar still works"
+        f"{least.max():.0%} of what another context changes), so drafting would change its output; "
+        "--method ar still works"
     )
 
 
@@ -76,41 +81,53 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
         The worst leaf's root mean square difference, relative to the logits' standard deviation.
     """
     prefix, tree = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
-    with closing(backend.verifier(features=False)) as verifier:
-        verifier.prefill(prefix, GREEDY, None)
-        branched = verifier.logits(tree)
+    with TextSession(backend) as text:
+        text.extend(prefix)
+        branched = text.logits(tree)
     worst = 0.0
     for leaf in sorted(set(range(len(tree))) - set(tree.parents.tolist())):
         path = np.flatnonzero(tree.ancestor_mask()[leaf])
-        with closing(backend.verifier(features=False)) as alone:
-            alone.prefill(prefix + tree.tokens[path[:-1]].tolist(), GREEDY, None)
+        with TextSession(backend) as alone:
+            alone.extend(prefix + tree.tokens[path[:-1]].tolist())
             plain = alone.logits(DraftTree.root_only(int(tree.tokens[leaf])))
         worst = max(worst, _difference(branched[leaf], plain[0]))
     return worst
 
 
-def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[float, float]:
+def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[float, float, float]:
     """The same for a large tree's last leaf, and for a tree after that leaf's path was committed.
 
-    Both texts are prefilled in the same chunks, which keeps a mixture's near-ties alike.
+    The large tree is run together with another text. Both texts are prefilled in the same chunks,
+    which keeps a mixture's near-ties alike. The third number is the difference that other tokens in
+    the place of the path make.
     """
     length = max(1, min(LARGE_PREFIX, backend.max_positions - len(LARGE_PARENTS)))
     prefix, tree = _prefix_and_tree(backend, rng, length, LARGE_PARENTS)
     path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
     _, following = _prefix_and_tree(backend, rng, 0, PARENTS)
-    with closing(backend.verifier(features=False)) as branched:
-        branched.prefill(prefix, GREEDY, None)
-        on_tree = branched.logits(tree)[-1]
+    with TextSession(backend) as branched, TextSession(backend) as other:
+        branched.extend(prefix)
+        other.extend(prefix[:1])
+        # Another text in the same pass must make no difference.
+        texts = [(other.state, following), (branched.state, tree)]
+        on_tree = backend.verifier.logits(texts)[1][-1]
         branched.commit(path)
         after_tree = branched.logits(following)
-    with closing(backend.verifier(features=False)) as plain:
-        plain.prefill(prefix, GREEDY, None)
-        plain.prefill(tree.tokens[path[:-1]].tolist(), GREEDY, None)
+    with TextSession(backend) as plain:
+        plain.extend(prefix)
+        plain.extend(tree.tokens[path[:-1]].tolist())
         alone = plain.logits(DraftTree.root_only(int(tree.tokens[-1])))[0]
         plain.commit(np.zeros(1, np.int32))
         after_text = plain.logits(following)
-    after = zip(after_tree, after_text, strict=True)
-    return _difference(on_tree, alone), max(_difference(*rows) for rows in after)
+    others, _ = _prefix_and_tree(backend, rng, len(path), PARENTS)
+    with TextSession(backend) as other:
+        other.extend(prefix + others)
+        after_others = other.logits(following)
+    return (
+        _difference(on_tree, alone),
+        _difference(after_tree, after_text),
+        _difference(after_others, after_text),
+    )
 
 
 def _prefix_and_tree(

@@ -33,15 +33,19 @@ class DraftTree:
         return cls(np.array([root], np.int32), zero - 1, zero, np.zeros(1))
 
     @classmethod
-    def chain(cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float64]) -> DraftTree:
+    def chain(
+        cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float64] | None = None
+    ) -> DraftTree:
         """The tree in which each token follows the one before it.
 
         Args:
             tokens: (n,) the root first.
-            log_probs: (n,) of the path to each node, nats.
+            log_probs: (n,) of the path to each node, nats; None for tokens that are certain.
         """
         order = np.arange(len(tokens), dtype=np.int32)
-        return cls(tokens, order - 1, order, log_probs)
+        return cls(
+            tokens, order - 1, order, np.zeros(len(tokens)) if log_probs is None else log_probs
+        )
 
     @classmethod
     def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
@@ -65,6 +69,17 @@ class DraftTree:
             self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes], self.log_probs[:nodes]
         )
 
+    def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
+        """The tree of some nodes, in ascending order, the parent of each among them."""
+        number = np.full(len(self) + 1, -1, np.int32)  # the root's parent is -1, the last entry
+        number[nodes] = np.arange(len(nodes))
+        return DraftTree(
+            self.tokens[nodes],
+            number[self.parents[nodes]],
+            self.depths[nodes],
+            self.log_probs[nodes],
+        )
+
     @property
     def is_chain(self) -> bool:
         """Whether no node has two children."""
@@ -76,6 +91,8 @@ class DraftTree:
 
     def ancestor_mask(self) -> NDArray[np.bool_]:
         """(n, n) bool; [i, j] tells whether node i attends to node j: an ancestor, or itself."""
+        if self.is_chain:
+            return np.tri(len(self), dtype=np.bool_)
         mask = np.eye(len(self), dtype=np.bool_)
         for depth in range(1, int(self.depths.max()) + 1):
             nodes = np.flatnonzero(self.depths == depth)

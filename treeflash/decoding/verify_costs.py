@@ -9,8 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.decoding.interfaces import Backend, TreeVerifier
+from treeflash.config import LoadConfig
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 
 TIMED = (1, 5, 8, 12, 16, 32, 64, 128, 256)
@@ -32,8 +32,8 @@ ROUNDS = 2, 8
 """The fewest and the most rounds of timing."""
 ENOUGH_S = 0.2
 """No further round begins once the rounds after the first have taken so many seconds."""
-PROMPT_TOKENS = 16
-MEMORY = 0.1
+PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 256
+SMOOTHING = 0.1
 """Weight of the newest measurement in the running mean of its size."""
 OUTLIER_FACTOR = 2.0
 """A forward pass that takes longer than this many times the expected was disturbed: it counts as
@@ -46,13 +46,19 @@ class VerifyCosts:
     """Seconds of a forward pass by tree size, updated from the forward passes of decoded texts.
 
     Attributes:
-        seconds: by number of nodes, ascending, 1 first; all are finite and above 0.
+        seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
+            above 0.
+        read_s: further seconds for each row and committed position that it reads.
+        factors: how many times as long passes over several texts take as one over a single tree of
+            as many rows; by number of texts, rounded up to a power of two.
 
     Raises:
         ValueError: `seconds` is not like that.
     """
 
     seconds: dict[int, float]
+    read_s: float = 0.0
+    factors: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes, seconds = list(self.seconds), list(self.seconds.values())
@@ -60,18 +66,50 @@ class VerifyCosts:
             raise ValueError(f"tree sizes must ascend from 1, got {sizes}")
         if not all(0 < x < math.inf for x in seconds):
             raise ValueError(f"seconds must be finite and above 0, got {seconds}")
+        if not 0 <= self.read_s < math.inf:
+            raise ValueError(f"read_s must be finite and 0 or more, got {self.read_s}")
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
         """Time the backend's target on bushy trees of arbitrary tokens."""
-        with closing(backend.verifier(features=False)) as verifier:
-            best = _best_seconds(verifier, backend.vocab_size)
+
+        def timed(size: int) -> float:
+            tree = _bushy_tree(size, backend.vocab_size)
+            before = time.perf_counter()
+            text.verify(tree)
+            return time.perf_counter() - before
+
+        prompt = [token % backend.vocab_size for token in range(LONG_PROMPT_TOKENS)]
+        text = TextSession(backend, capacity=LONG_PROMPT_TOKENS + max(TIMED))
+        text.extend(prompt[:PROMPT_TOKENS])
+        # The first forward pass of a size also compiles and allocates: the best time counts, and no
+        # size is given up because of its first.
+        best: dict[int, float] = {}
+        for size in TIMED:
+            best[size] = timed(size)
+            if best[size] > MAX_RELATIVE_COST * best[1]:
+                best[size] = min(best[size], timed(size))
+            if best[size] > MAX_RELATIVE_COST * best[1]:
+                break
+        started = time.perf_counter()
+        for number in range(1, ROUNDS[1]):
+            if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
+                break
+            for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
+                best[size] = min(best[size], timed(size))
         sizes = [size for size in SIZES if size <= max(best)]
         line = np.interp(sizes, list(best), list(best.values())).tolist()
         pairs = zip(sizes, line, strict=True)
-        return cls(
-            {size: seconds for size, seconds in pairs if seconds <= MAX_RELATIVE_COST * best[1]}
-        )
+        limit = MAX_RELATIVE_COST * best[1]
+        costs = {size: seconds for size, seconds in pairs if seconds <= limit}
+        rows = max(size for size in best if size in costs)
+        longer_s = 0.0
+        if backend.max_positions >= LONG_PROMPT_TOKENS:
+            text.extend(prompt[PROMPT_TOKENS:])
+            longer_s = min(timed(rows) for _ in range(ROUNDS[0])) - best[rows]
+        text.close()
+        reads = rows * (LONG_PROMPT_TOKENS - PROMPT_TOKENS)
+        return cls(costs, max(longer_s, 0.0) / reads)
 
     @classmethod
     def cached(
@@ -95,59 +133,59 @@ class VerifyCosts:
         file = folder / f"{digest.hexdigest()[:16]}.json"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            return cls({int(size): float(seconds) for size, seconds in found.items()})
-        except (OSError, ValueError, TypeError, AttributeError):  # missing, torn, or not ours
+            seconds = {int(size): float(cost) for size, cost in found["seconds"].items()}
+            return cls(seconds, float(found["read_s"]))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # missing or torn
             costs = cls.measure(backend)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{time.monotonic_ns()}")
-            scratch.write_text(json.dumps(costs.seconds), encoding="utf-8")
+            measured = {"seconds": costs.seconds, "read_s": costs.read_s}
+            scratch.write_text(json.dumps(measured), encoding="utf-8")
             scratch.replace(file)
         except OSError:
             pass  # a read-only home: the next process measures again
         return costs
 
-    def of(self, nodes: Sequence[int]) -> NDArray[np.float64]:
-        """(n,) seconds of forward passes over trees of n sizes, none above the largest known."""
-        found = np.interp(nodes, list(self.seconds), list(self.seconds.values()))
-        return np.asarray(found, np.float64)
+    @property
+    def largest(self) -> int:
+        """The most nodes that a tree can pay for."""
+        return max(self.seconds)
 
-    def observe(self, nodes: int, seconds: float) -> None:
-        """Take in a decoded text's forward pass: contexts grow, and machines change speed."""
-        ratio = seconds / float(self.of([nodes])[0])
-        change = min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR) - 1
+    def of(
+        self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], texts: int = 1
+    ) -> NDArray[np.float64]:
+        """(n,) seconds of n forward passes.
+
+        Args:
+            rows: (n,) nodes of all trees together.
+            reads: (n,) the sum over rows of the committed positions that each reads.
+            texts: trees in a pass.
+        """
+        sizes, seconds = list(self.seconds), list(self.seconds.values())
+        found = np.interp(rows, sizes, seconds)
+        # Beyond the largest size the last slope continues.
+        if len(sizes) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+            found += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
+        found = found + self.read_s * np.asarray(reads, np.float64)
+        return np.asarray(found * self.factors.get(_rounded(texts), 1.0), np.float64)
+
+    def observe(self, rows: int, reads: float, texts: int, seconds: float) -> None:
+        """Take in a forward pass of decoding; machines change their speed."""
+        ratio = seconds / float(self.of([rows], [reads], texts)[0])
+        change = SMOOTHING * (min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR) - 1)
+        if texts > 1:
+            number = _rounded(texts)
+            self.factors[number] = self.factors.get(number, 1.0) * (1 + change)
+            return
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.
-            self.seconds[size] *= 1 + MEMORY * (change if size == nodes else change / 2)
+            self.seconds[size] *= 1 + (change if size == rows else change / 2)
 
 
-def _best_seconds(verifier: TreeVerifier, vocab_size: int) -> dict[int, float]:
-    """The shortest forward pass over trees of each of `TIMED` sizes that may pay."""
-
-    def timed(size: int) -> float:
-        tree = _bushy_tree(size, vocab_size)
-        before = time.perf_counter()
-        verifier.verify(tree, greedy, None)
-        return time.perf_counter() - before
-
-    greedy = SamplingConfig()
-    verifier.prefill(list(range(min(PROMPT_TOKENS, vocab_size))), greedy, None)
-    # The first forward pass of a size also compiles and allocates: the best time counts, and no
-    # size is given up because of its first.
-    best: dict[int, float] = {}
-    for size in TIMED:
-        best[size] = timed(size)
-        if best[size] > MAX_RELATIVE_COST * best[1]:
-            best[size] = min(best[size], timed(size))
-        if best[size] > MAX_RELATIVE_COST * best[1]:
-            break
-    started = time.perf_counter()
-    for number in range(1, ROUNDS[1]):
-        if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH_S:
-            break
-        for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
-            best[size] = min(best[size], timed(size))
-    return best
+def _rounded(texts: int) -> int:
+    return 1 << (texts - 1).bit_length()
 
 
 def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:

@@ -9,8 +9,10 @@ from treeflash.config import LoadConfig
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
-from treeflash.reference.drafter import Drafter, DrafterModel
+from treeflash.reference.drafter import Drafter
+from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.head import ARHead
+from treeflash.reference.state import State
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import Verifier
 
@@ -30,17 +32,21 @@ class ReferenceBackend:
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions
         self.drafter_config = drafter.config if drafter else None
+        self.verifier = Verifier(target)
+        self.drafter = Drafter(drafter) if drafter else None
         self.head = ARHead(drafter) if drafter and drafter.config.head else None
 
-    def verifier(self, *, features: bool) -> Verifier:
-        """See `Backend.verifier`."""
-        config = self.drafter_config if features else None
-        return Verifier(self.target, config.target_layer_ids if config else ())
+    def open(self, capacity: int, *, drafts: bool) -> State:
+        """See `Backend.open`."""
+        return State(self.target, self.drafter_model if drafts else None, capacity)
 
-    def drafter(self) -> Drafter:
-        """See `Backend.drafter`."""
-        assert self.drafter_model is not None
-        return Drafter(self.drafter_model)
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """See `Backend.state_nbytes`."""
+        target = self.target
+        numbers = 2 * target.layers * target.kv_heads * target.head_dim
+        if drafts and (config := self.drafter_config):
+            numbers += 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return 4 * capacity * numbers
 
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""

@@ -22,6 +22,11 @@ class Cache:
         """Committed positions."""
         return self.committed[0][0].shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the committed keys and values, bytes."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.committed)
+
     def attend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Hold a block's keys and values, and return them after the committed ones.
 
@@ -40,6 +45,14 @@ class Cache:
             (np.concatenate([keys, k[:, rows]], 1), np.concatenate([values, v[:, rows]], 1))
             for (keys, values), (k, v) in zip(self.committed, self.pending, strict=True)
         ]
+
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on."""
+        self.committed = [(k[:, :length], v[:, :length]) for k, v in self.committed]
+
+    def copy_from(self, other: Cache, length: int) -> None:
+        """Take over the first positions of another cache."""
+        self.committed = [(k[:, :length].copy(), v[:, :length].copy()) for k, v in other.committed]
 
     def keys_values(self) -> Array:
         """(layers, 2, kv_heads, length, head_dim)."""

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig
+from treeflash.decoding.one_by_one import OneByOneDrafter
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.cache import Cache
+from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
     attention,
     log_softmax,
-    rms_norm,
     rotate,
     silu,
     top,
     visible,
 )
-from treeflash.reference.target import Target
+from treeflash.reference.state import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,44 +31,21 @@ class Block:
     hidden: Array
 
 
-@dataclass(frozen=True, eq=False)
-class DrafterModel:
-    """A drafter's tensors, with the target that it drafts for.
-
-    Attributes:
-        config: the drafter's shape.
-        tensors: of the backbone, by canonical name.
-        head_tensors: of the AR head, by name without `ar_approximation.`.
-        target: gives the embeddings and the output head.
-    """
-
-    config: DrafterConfig
-    tensors: dict[str, Array]
-    head_tensors: dict[str, Array]
-    target: Target
-
-    def normed(self, name: str, x: Array) -> Array:
-        """RMS-normalise with the weights of that name."""
-        return rms_norm(x, self.tensors[name + ".weight"], self.config.rms_norm_eps)
-
-    def logits(self, hidden: Array) -> Array:
-        """The target's output head over last-layer outputs."""
-        return self.target.output_head(self.normed("norm", hidden))
-
-
-class Drafter:
+class Drafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy."""
 
     def __init__(self, model: DrafterModel) -> None:
-        """Start a text."""
-        config = model.config
+        """Hold the weights."""
         self.model = model
-        self.cache = Cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
-    def draft(self, features: Array, root: int) -> Block:
+    def draft_one(self, state: State, root: int) -> Block:
         """See `Drafter.draft`."""
-        self.extend(features)
-        config, start = self.model.config, self.cache.length
+        cache = state.drafter
+        assert cache is not None
+        if len(state.features):
+            self._read(cache, state.features)
+            state.features = state.features[:0]
+        config, start = self.model.config, cache.length
         tokens = np.full(config.block_size, config.mask_token_id)
         tokens[0] = root
         positions = start + np.arange(config.block_size, dtype=np.int32)
@@ -79,7 +56,7 @@ class Drafter:
             layer = f"layers.{n}."
             y = self.model.normed(layer + "input_layernorm", x)
             q = self._heads(layer, "q", y, positions)
-            k, v = self.cache.attend(n, *self._keys_values(layer, y, positions))
+            k, v = cache.attend(n, *self._keys_values(layer, y, positions))
             x = x + self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask))
             y = self.model.normed(layer + "post_attention_layernorm", x)
             gate = silu(self._linear(layer + "mlp.gate_proj", y))
@@ -87,7 +64,7 @@ class Drafter:
             x = x + self._linear(layer + "mlp.down_proj", gate * up)
         return Block(root, x)
 
-    def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
+    def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""
         tokens, log_probs = top(self.model.logits(block.hidden[1:]) / temperature, k)
         return TransitionTable.from_marginals(tokens, log_probs)
@@ -96,18 +73,14 @@ class Drafter:
         """See `Drafter.log_probs`."""
         return log_softmax(self.model.logits(block.hidden[1:]))
 
-    def keys_values(self) -> Array:
-        """See `Drafter.keys_values`."""
-        return self.cache.keys_values()
-
-    def extend(self, features: Array) -> None:
-        """See `Drafter.extend`: positions are projected to keys and values once, for all blocks."""
+    def _read(self, cache: Cache, features: Array) -> None:
+        """Project positions to keys and values, once for all blocks."""
         context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
-            k, v = self._keys_values(f"layers.{n}.", context, rows + self.cache.length)
-            self.cache.attend(n, k, v)
-        self.cache.commit(rows)
+            k, v = self._keys_values(f"layers.{n}.", context, rows + cache.length)
+            cache.attend(n, k, v)
+        cache.commit(rows)
 
     def _project(self, features: Array) -> Array:
         """(n, hidden_size) context of n positions."""

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.one_by_one import OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.reference.drafter import Block, DrafterModel
+from treeflash.reference.drafter import Block
+from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import Array, log_softmax, rms_norm, silu, top
 
 NORM_EPS = 1e-6
@@ -35,7 +37,7 @@ HEADS: dict[str | None, Callable[[Mapping[str, Array], Array], Array]] = {
 """By the name that a checkpoint's `ar_approximation` gives."""
 
 
-class ARHead:
+class ARHead(OneByOneHead):
     """`treeflash.decoding.interfaces.ARHead` in NumPy: h' = h + correction([embedding; u])."""
 
     def __init__(self, model: DrafterModel) -> None:
@@ -43,15 +45,15 @@ class ARHead:
         self.model = model
         self.correction = HEADS[model.config.head]
 
-    def transitions(
+    def transitions_one(
         self,
         block: Block,
         m: int,
         k: int,
         temperature: float,
         *,
-        shortlist: int | None = None,
-        rows: int | None = None,
+        shortlist: int | None,
+        rows: int | None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden[1:]
