@@ -1,24 +1,17 @@
 """Backends that are broken on purpose, each in one way, each caught by a test with a name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from suite_runs import run_suite
 
-from treeflash.decoding.sampling import choose
+from treeflash.decoding.interfaces import Verification
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.reference.backend import load as load_reference
 from treeflash.reference.head import ARHead
 from treeflash.reference.verifier import Verifier
-
-MODULE = """
-import pytest
-from treeflash.testing import BackendSuite
-
-class TestConformance(BackendSuite):
-    @pytest.fixture
-    def load(self, loader):
-        return loader
-"""
 
 
 class LeakyTree(DraftTree):
@@ -34,9 +27,9 @@ class ColumnTree(DraftTree):
 class TwistedVerifier(Verifier):
     tree_class: type[DraftTree]
 
-    def logits(self, tree):
-        return super().logits(
-            self.tree_class(tree.tokens, tree.parents, tree.depths, tree.log_probs)
+    def forward(self, state, tree):
+        return super().forward(
+            state, self.tree_class(tree.tokens, tree.parents, tree.depths, tree.log_probs)
         )
 
 
@@ -55,41 +48,48 @@ class PositionIsColumn(TwistedVerifier):
 class StaleRow(Verifier):
     """The cache keeps the tree's first rows instead of the accepted ones."""
 
-    def commit(self, path):
-        return self._commit(rows_cached=np.arange(len(path)), rows_returned=path)
+    def commit_one(self, state, path):
+        self._commit(state, rows_cached=np.arange(len(path)), rows_read=path)
 
-    def _commit(self, rows_cached, rows_returned):
-        committed = self.cache.committed
-        features = super().commit(rows_returned)
-        self.cache.committed = committed
-        self.cache.commit(rows_cached)
-        return features
+    def _commit(self, state, rows_cached, rows_read):
+        committed = state.cache.committed
+        super().commit_one(state, rows_read)
+        state.cache.committed = committed
+        state.cache.commit(rows_cached)
 
 
 class StaleFeatures(StaleRow):
     """The drafter gets the tree's first rows instead of the accepted ones."""
 
-    def commit(self, path):
-        return self._commit(rows_cached=path, rows_returned=np.arange(len(path)))
+    def commit_one(self, state, path):
+        self._commit(state, rows_cached=path, rows_read=np.arange(len(path)))
 
 
 class WrongBonus(Verifier):
     """A leaf gets the choice of its parent."""
 
-    def verify(self, tree, sampling, uniforms):
-        chosen = super().verify(tree, sampling, uniforms)
-        leaves = np.setdiff1d(np.arange(1, len(tree)), tree.parents)
-        chosen[leaves] = chosen[tree.parents[leaves]]
-        return chosen
+    def run(self, work):
+        found = super().run(work)
+        for item, chosen in zip(work, found, strict=True):
+            if isinstance(item, Verification):
+                tree = item.tree
+                leaves = np.setdiff1d(np.arange(1, len(tree)), tree.parents)
+                chosen.tokens[leaves] = chosen.tokens[tree.parents[leaves]]
+        return found
 
 
 class PositionBlindSampler(Verifier):
     """One random number for the whole tree."""
 
-    def verify(self, tree, sampling, uniforms):
-        if uniforms is not None:
-            uniforms = np.full_like(uniforms, uniforms[0])
-        return choose(self.logits(tree), sampling, uniforms)
+    def run(self, work):
+        def blind(item):
+            draws = item.choice and item.choice.uniforms
+            if draws is None:
+                return item
+            uniforms = np.full_like(draws, draws[0])
+            return replace(item, choice=replace(item.choice, uniforms=uniforms))
+
+        return super().run([blind(item) for item in work])
 
 
 class PreviousOffByOne(ARHead):
@@ -119,35 +119,10 @@ class RootBeforeAll(ARHead):
 class BrokenBackend(ReferenceBackend):
     def __init__(self, backend, part):
         super().__init__(backend.target, backend.drafter_model)
-        self.part = part
         if issubclass(part, ARHead):
             self.head = part(self.drafter_model)
-
-    def verifier(self, *, features):
-        sound = super().verifier(features=features)
-        if issubclass(self.part, ARHead):
-            return sound
-        return self.part(sound.target, sound.layer_ids)
-
-
-class Run:
-    """A plugin that provides the loader, and notes which tests passed and which failed, how."""
-
-    def __init__(self, loader):
-        self.sound_or_broken = loader
-        self.passed = set()
-        self.failed = {}
-
-    @pytest.fixture
-    def loader(self):
-        return self.sound_or_broken
-
-    def pytest_runtest_logreport(self, report):
-        name = report.nodeid.split("::")[-1].split("[")[0]
-        if report.failed:
-            self.failed[name] = report.longrepr.reprcrash.message
-        elif report.when == "call":
-            self.passed.add(name)
+        else:
+            self.verifier = part(self.target)
 
 
 BROKEN = {
@@ -161,18 +136,6 @@ BROKEN = {
     SwappedChunks: "test_transitions_match_reference",
     RootBeforeAll: "test_log_probs_match_reference",
 }
-
-
-def run_suite(folder, loader, *names):
-    module = folder / "test_generated.py"
-    module.write_text(MODULE)
-    settings = folder / "pytest.ini"
-    settings.write_text("[pytest]\naddopts = -q -p no:cacheprovider --import-mode=importlib\n")
-    run = Run(loader)
-    options = ["-c", str(settings), f"--rootdir={folder}", f"--basetemp={folder / 'tmp'}"]
-    tests = [f"{module}::TestConformance::{name}" for name in names]
-    pytest.main([*options, *tests], plugins=[run])
-    return run
 
 
 @pytest.mark.parametrize(("part", "name"), BROKEN.items(), ids=[part.__name__ for part in BROKEN])

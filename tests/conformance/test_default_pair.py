@@ -7,8 +7,9 @@ whose probabilities differ by less than the frameworks' rounding may change plac
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
@@ -94,9 +95,9 @@ def test_logits_of_the_same_folder_are_close(pair):
     prompt_ids = tokenizer.chat([{"role": "user", "content": PROMPTS[0]}])
     logits = []
     for backend in (cuda, mlx):
-        verifier = backend.verifier(features=False)
-        verifier.prefill(prompt_ids[:-1], SamplingConfig(), None)
-        logits.append(verifier.logits(DraftTree.root_only(prompt_ids[-1])))
+        text = TextSession(backend)
+        text.extend(prompt_ids[:-1])
+        logits.append(text.logits(DraftTree.root_only(prompt_ids[-1])))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import BackendSuite, require, write_drafter, write_target
 
@@ -43,7 +44,7 @@ class TestCudaGraphs(BackendSuite):
 @pytest.mark.device
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8, top_p=0.9)])
 def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
-    """Beyond the first storage's end too."""
+    """Beyond the columns that attention covers at least too."""
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     found = []
@@ -53,10 +54,10 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
         tokens = [token for step in decode(backend, [3, 4, 5], config) for token in step.tokens]
         assert len(tokens) == 600
-        verifier = backend.verifier(features=False)
-        verifier.prefill([3, 4, 5] * 200, SamplingConfig(), None)
+        text = TextSession(backend)
+        text.extend([3, 4, 5] * 200)
         tree = DraftTree.chain(np.arange(6, dtype=np.int32), np.zeros(6))
-        found.append(verifier.logits(tree))
+        found.append(text.logits(tree))
     np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
 
 

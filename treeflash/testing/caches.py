@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import assert_close, assert_equal_tables
 from treeflash.testing.pairs import PairMaker
-from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import path_to, random_tokens, random_tree
 
 ROUNDS = 12
@@ -23,12 +23,12 @@ class CacheTests:
         text = CommittedText(backend, seed=5)
         for _ in range(ROUNDS):
             text.commit_random_path()
-        fresh = backend.verifier(features=False)
-        fresh.prefill(text.tokens, GREEDY, None)
-        assert text.verifier.length == fresh.length == len(text.tokens)
-        assert_close(text.verifier.keys_values(), fresh.keys_values())
+        fresh = TextSession(backend)
+        fresh.extend(text.tokens)
+        assert text.length == fresh.length == len(text.tokens)
+        assert_close(text.state.keys_values(), fresh.state.keys_values())
         root = DraftTree.root_only(text.root)
-        assert_close(text.verifier.logits(root), fresh.logits(root))
+        assert_close(text.logits(root), fresh.logits(root))
 
     def test_drafter_cache_equals_prefill(self, pair: PairMaker, family: str) -> None:
         check_drafter_cache(pair(family).tested)
@@ -43,30 +43,30 @@ class CacheTests:
                 text.commit_random_path()
         tested, reference = texts
         assert tested.tokens == reference.tokens
-        assert_close(tested.verifier.keys_values(), reference.verifier.keys_values())
-        assert_close(tested.drafter.keys_values(), reference.drafter.keys_values())
+        assert_close(tested.state.keys_values(), reference.state.keys_values())
+        assert_close(tested.state.drafter_keys_values(), reference.state.drafter_keys_values())
 
     def test_verifying_again_replaces_the_tree(self, pair: PairMaker) -> None:
         backend = pair().tested
         rng = np.random.default_rng(7)
         once, twice = CommittedText(backend, seed=8), CommittedText(backend, seed=8)
         tree = random_tree(rng, once.root, 20, backend.vocab_size)
-        twice.verifier.verify(random_tree(rng, once.root, 33, backend.vocab_size), GREEDY, None)
+        twice.verify(random_tree(rng, once.root, 33, backend.vocab_size))
         path = path_to(tree, len(tree) - 1)
         for text in (once, twice):
-            text.verifier.verify(tree, GREEDY, None)
-            text.verifier.commit(path)
-        assert_close(twice.verifier.keys_values(), once.verifier.keys_values())
+            text.verify(tree)
+            text.commit(path)
+        assert_close(twice.state.keys_values(), once.state.keys_values())
 
     def test_a_tree_that_is_not_committed_leaves_no_trace(self, pair: PairMaker) -> None:
         backend = pair().tested
         never, verified = CommittedText(backend, seed=12), CommittedText(backend, seed=12)
         tree = random_tree(np.random.default_rng(13), verified.root, 20, backend.vocab_size)
-        verified.verifier.verify(tree, GREEDY, None)
-        assert_close(verified.verifier.keys_values(), never.verifier.keys_values())
+        verified.verify(tree)
+        assert_close(verified.state.keys_values(), never.state.keys_values())
         for text in (never, verified):
-            text.verifier.prefill([3, 4, 5], GREEDY, None)
-        assert_close(verified.verifier.keys_values(), never.verifier.keys_values())
+            text.extend([3, 4, 5])
+        assert_close(verified.state.keys_values(), never.state.keys_values())
 
     def test_two_texts_do_not_disturb_each_other(self, pair: PairMaker) -> None:
         backend = pair().tested
@@ -79,19 +79,18 @@ class CacheTests:
             for _ in range(ROUNDS):
                 alone.commit_random_path()
             assert together.tokens == alone.tokens
-            assert_close(together.verifier.keys_values(), alone.verifier.keys_values())
-            assert_close(together.drafter.keys_values(), alone.drafter.keys_values())
+            assert_close(together.state.keys_values(), alone.state.keys_values())
+            assert_close(together.state.drafter_keys_values(), alone.state.drafter_keys_values())
 
-    def test_a_verifier_without_features_gives_none(self, pair: PairMaker) -> None:
-        verifier = pair().tested.verifier(features=False)
-        root, features = verifier.prefill([1, 2, 3], GREEDY, None)
-        assert features is None
-        verifier.verify(DraftTree.root_only(root), GREEDY, None)
-        assert verifier.commit(np.zeros(1, np.int32)) is None
-        assert verifier.length == 4
+    def test_a_text_that_is_not_drafted_for(self, pair: PairMaker) -> None:
+        text = TextSession(pair().tested)
+        root = text.extend([1, 2, 3])
+        text.verify(DraftTree.root_only(root))
+        text.commit(np.zeros(1, np.int32))
+        assert text.length == 4
 
 
-class CommittedText:
+class CommittedText(TextSession):
     """A text that grows by random paths of random trees, whatever the target would choose.
 
     Attributes:
@@ -102,36 +101,39 @@ class CommittedText:
 
     def __init__(self, backend: Backend, *, seed: int) -> None:
         """Start with a random prompt."""
+        super().__init__(backend, drafts=True)
         self.rng = np.random.default_rng(seed)
-        self.vocab_size = backend.vocab_size
-        self.verifier = backend.verifier(features=True)
-        self.drafter = backend.drafter()
-        self.tokens = random_tokens(self.rng, self.vocab_size, int(self.rng.integers(1, 9)))
-        _, features = self.verifier.prefill(self.tokens, GREEDY, None)
-        self._draft(features)
+        self.tokens = random_tokens(self.rng, backend.vocab_size, int(self.rng.integers(1, 9)))
+        self.extend(self.tokens)
+        self._draft()
 
     def commit_random_path(self) -> None:
         """Verify a random tree, commit a path of it, and draft."""
-        tree = random_tree(self.rng, self.root, int(self.rng.integers(1, 40)), self.vocab_size)
+        nodes = int(self.rng.integers(1, 40))
+        tree = random_tree(self.rng, self.root, nodes, self.backend.vocab_size)
         path = path_to(tree, int(self.rng.integers(len(tree))))
-        self.verifier.verify(tree, GREEDY, None)
-        features = self.verifier.commit(path)
+        self.verify(tree)
+        self.commit(path)
         self.tokens += tree.tokens[path].tolist()
-        self._draft(features)
+        self._draft()
 
-    def _draft(self, features: object) -> None:
-        (self.root,) = random_tokens(self.rng, self.vocab_size, 1)
-        block = self.drafter.draft(features, self.root)
-        self.table: TransitionTable = self.drafter.marginals(block, self.vocab_size, 1.0)
+    def _draft(self) -> None:
+        assert self.backend.drafter is not None
+        (self.root,) = random_tokens(self.rng, self.backend.vocab_size, 1)
+        block = self.draft(self.root)
+        self.table: TransitionTable
+        (self.table,) = self.backend.drafter.marginals([block], self.backend.vocab_size, 1.0)
 
 
 def check_drafter_cache(backend: Backend) -> None:
     """Compare a drafter that followed random commits with one that starts after them."""
+    assert backend.drafter is not None
     text = CommittedText(backend, seed=11)
     for _ in range(ROUNDS):
         text.commit_random_path()
-    _, features = backend.verifier(features=True).prefill(text.tokens, GREEDY, None)
-    fresh = backend.drafter()
-    block = fresh.draft(features, text.root)
-    assert_close(text.drafter.keys_values(), fresh.keys_values())
-    assert_equal_tables(text.table, fresh.marginals(block, backend.vocab_size, 1.0))
+    fresh = TextSession(backend, drafts=True)
+    fresh.extend(text.tokens)
+    block = fresh.draft(text.root)
+    assert_close(text.state.drafter_keys_values(), fresh.state.drafter_keys_values())
+    (table,) = backend.drafter.marginals([block], backend.vocab_size, 1.0)
+    assert_equal_tables(text.table, table)

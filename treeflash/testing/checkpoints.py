@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend, Loader
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
@@ -20,7 +21,6 @@ from treeflash.testing.comparisons import assert_close, assert_equal_tables, tok
 from treeflash.testing.generations import check_generation, prompt_of
 from treeflash.testing.models import edit_config, save, write_drafter, write_target
 from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, Pair, PairMaker
-from treeflash.testing.samplings import GREEDY
 from treeflash.testing.transitions import (
     check_transitions,
     marginals,
@@ -146,6 +146,6 @@ def write_pair(folder: Path, family: str, *, vocab_size: int = 24) -> tuple[Path
 
 def logits_of(backend: Backend) -> NDArray[np.float32]:
     """Logits after a prompt that is long enough for positions to matter."""
-    verifier = backend.verifier(features=False)
-    verifier.prefill(prompt_of(backend, 0) * 3, GREEDY, None)
-    return verifier.logits(DraftTree.root_only(1))
+    text = TextSession(backend)
+    text.extend(prompt_of(backend, 0) * 3)
+    return text.logits(DraftTree.root_only(1))

@@ -6,9 +6,9 @@ import numpy as np
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
 from treeflash.testing.comparisons import LONG_TOLERANCE, assert_close, tokens_of
 from treeflash.testing.pairs import PairMaker
-from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import path_to, random_tokens, random_tree
 
 # Ends shortly before, at, and after multiples of 256, with commits of a few tokens in between.
@@ -22,44 +22,53 @@ class ContextTests:
         models = pair(family)
         rng = np.random.default_rng(12)
         vocab_size = models.reference.vocab_size
-        verifiers = [backend.verifier(features=True) for backend in models.both]
-        drafters = [backend.drafter() for backend in models.both]
+        texts = [TextSession(backend, drafts=True, capacity=4096) for backend in models.both]
         for piece in PIECES:
             tokens = random_tokens(rng, vocab_size, piece)
             (root,) = random_tokens(rng, vocab_size, 1)
             tree = random_tree(rng, root, 20, vocab_size)
             path = path_to(tree, int(rng.integers(len(tree))))
             logits = []
-            for verifier, drafter in zip(verifiers, drafters, strict=True):
-                _, features = verifier.prefill(tokens, GREEDY, None)
-                drafter.draft(features, root)
-                logits.append(verifier.logits(tree))
-                drafter.draft(verifier.commit(path), root)
+            for text in texts:
+                text.extend(tokens)
+                text.draft(root)
+                logits.append(text.logits(tree))
+                text.commit(path)
+                text.draft(root)
             assert_close(*logits, tolerance=LONG_TOLERANCE)
-        assert verifiers[0].length == verifiers[1].length > 2300
-        assert_close(*(verifier.keys_values() for verifier in verifiers), tolerance=LONG_TOLERANCE)
-        assert_close(*(drafter.keys_values() for drafter in drafters), tolerance=LONG_TOLERANCE)
+        assert texts[0].length == texts[1].length > 2300
+        assert_close(*(text.state.keys_values() for text in texts), tolerance=LONG_TOLERANCE)
+        assert_close(
+            *(text.state.drafter_keys_values() for text in texts), tolerance=LONG_TOLERANCE
+        )
 
     def test_pieces_equal_one_prefill(self, pair: PairMaker, family: str) -> None:
         backend = pair(family).tested
         tokens = random_tokens(np.random.default_rng(13), backend.vocab_size, 300)
-        whole = backend.verifier(features=True)
-        pieces = backend.verifier(features=True)
-        drafters = [backend.drafter() for _ in range(3)]
-        expected, features = whole.prefill(tokens, GREEDY, None)
-        blocks = [drafters[0].draft(features, expected)]
-        for first, last in ((0, 1), (1, 30), (30, 257), (257, 300)):
-            chosen, features = pieces.prefill(tokens[first:last], GREEDY, None)
-            block = drafters[1].draft(features, chosen)
-            if last < 300:
-                drafters[2].extend(features)
-        blocks += [block, drafters[2].draft(features, chosen)]
-        assert chosen == expected
-        for other, block in zip(drafters[1:], blocks[1:], strict=True):
-            assert_close(other.log_probs(block), drafters[0].log_probs(blocks[0]))
-            assert_close(other.keys_values(), drafters[0].keys_values())
-        assert pieces.length == whole.length == 300
-        assert_close(pieces.keys_values(), whole.keys_values())
+        assert backend.drafter is not None
+        whole = TextSession(backend, drafts=True)
+        expected = whole.extend(tokens)
+        log_probs = backend.drafter.log_probs(whole.draft(expected))
+        for drafts_each in (True, False):  # the drafter reads the pieces one by one, or together
+            pieces = TextSession(backend, drafts=True)
+            for first, last in ((0, 1), (1, 30), (30, 257), (257, 300)):
+                chosen = pieces.extend(tokens[first:last])
+                if drafts_each or last == 300:
+                    block = pieces.draft(chosen)
+            assert chosen == expected
+            assert_close(backend.drafter.log_probs(block), log_probs)
+            assert pieces.length == whole.length == 300
+            assert_close(pieces.state.keys_values(), whole.state.keys_values())
+            assert_close(pieces.state.drafter_keys_values(), whole.state.drafter_keys_values())
+
+    def test_a_draft_can_be_repeated(self, pair: PairMaker) -> None:
+        """Of two texts drafted together, one may fail later; both are then drafted anew."""
+        backend = pair().tested
+        assert backend.drafter is not None
+        text = TextSession(backend, drafts=True)
+        root = text.extend(random_tokens(np.random.default_rng(16), backend.vocab_size, 30))
+        drafts = [backend.drafter.log_probs(text.draft(root)) for _ in range(2)]
+        assert_close(*drafts)
 
     def test_trees_larger_than_the_text(self, pair: PairMaker) -> None:
         """Storage must have room for the whole tree, though little of it is ever committed."""
@@ -67,13 +76,13 @@ class ContextTests:
         rng = np.random.default_rng(15)
         tree = random_tree(rng, 3, 1100, models.reference.vocab_size)
         tokens = random_tokens(rng, models.reference.vocab_size, 5)
-        verifiers = [backend.verifier(features=False) for backend in models.both]
-        for verifier in verifiers:
-            verifier.prefill(tokens, GREEDY, None)
-        assert_close(*(verifier.logits(tree) for verifier in verifiers))
-        for verifier in verifiers:
-            verifier.commit(path_to(tree, len(tree) - 1))
-        assert_close(*(verifier.keys_values() for verifier in verifiers))
+        texts = [TextSession(backend, capacity=1200) for backend in models.both]
+        for text in texts:
+            text.extend(tokens)
+        assert_close(*(text.logits(tree) for text in texts))
+        for text in texts:
+            text.commit(path_to(tree, len(tree) - 1))
+        assert_close(*(text.state.keys_values() for text in texts))
 
     def test_long_texts_equal_plain_decoding(self, pair: PairMaker) -> None:
         backend = pair().tested

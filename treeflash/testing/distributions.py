@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import PairMaker
-from treeflash.testing.samplings import GREEDY
 
 VOCAB = 6
 SEEDS = range(400)
@@ -41,13 +41,13 @@ class DistributionTests:
 
     def test_the_smallest_top_p_is_greedy(self, pair: PairMaker) -> None:
         """It keeps one token, although float32 has no number as small."""
-        verifier = pair(target={"vocab_size": VOCAB}).tested.verifier(features=False)
-        verifier.prefill(PROMPT, GREEDY, None)
+        text = TextSession(pair(target={"vocab_size": VOCAB}).tested)
+        text.extend(PROMPT)
         tree = DraftTree.root_only(3)
-        best = verifier.verify(tree, GREEDY, None)
+        best = text.verify(tree)
         for top_p in (1e-300, 1e-45, 1e-9):
             sampling = SamplingConfig(temperature=TEMPERATURE, top_p=top_p)
-            chosen = verifier.verify(tree, sampling, np.array([0.999]))
+            chosen = text.verify(tree, sampling, np.array([0.999]))
             np.testing.assert_array_equal(chosen, best)
 
 
@@ -61,9 +61,9 @@ def marginals_of(backend: Backend) -> list[NDArray[np.float64]]:
         np.array([len(text) for text in texts], np.int32),
         np.zeros(len(texts)),
     )
-    verifier = backend.verifier(features=False)
-    verifier.prefill(PROMPT[:-1], GREEDY, None)
-    probs = np.exp(verifier.logits(tree).astype(np.float64) / TEMPERATURE)
+    with TextSession(backend) as state:
+        state.extend(PROMPT[:-1])
+        probs = np.exp(state.logits(tree).astype(np.float64) / TEMPERATURE)
     probs /= probs.sum(-1, keepdims=True)
     reached = np.ones(len(texts))
     marginals = [np.zeros(VOCAB) for _ in range(3)]

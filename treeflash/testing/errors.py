@@ -12,13 +12,14 @@ import pytest
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Loader
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.testing.checkpoints import write_pair
 from treeflash.testing.models import Tensors, edit_config, save, write_target
 from treeflash.testing.pairs import LOAD, TARGET_SEED, PairMaker
-from treeflash.testing.samplings import GREEDY, SAMPLINGS
+from treeflash.testing.samplings import SAMPLINGS
 
 MISFITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hidden size": (lambda config: config.update(hidden_size=64), "hidden size is 64.* is 32"),
@@ -112,12 +113,12 @@ class ErrorTests:
         # Among so many tokens, one that is broken is not met before the tree.
         write_target(tmp_path, self.families[0], seed=TARGET_SEED, vocab_size=4096)
         edit_tensors(tmp_path, lambda tensors: tensors["model.embed_tokens.weight"][7].fill(np.nan))
-        verifier = load(tmp_path, None, LOAD).verifier(features=False)
-        verifier.prefill([1, 2, 3], GREEDY, None)
+        text = TextSession(load(tmp_path, None, LOAD))
+        text.extend([1, 2, 3])
         tokens, order = np.array([4, 5, 7], np.int32), np.arange(3, dtype=np.int32)
         tree = DraftTree(tokens, order - 1, order, np.zeros(3))
         with pytest.raises(NumericalError, match="not finite"):
-            verifier.verify(tree, sampling, None if sampling.greedy else np.full(3, 0.5))
+            text.verify(tree, sampling, None if sampling.greedy else np.full(3, 0.5))
 
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash", "treeflash-chain"])
     @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "infinity"])

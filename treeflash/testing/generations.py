@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
+from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.loop import Step
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.testing.comparisons import assert_equal_steps, tokens_of
 from treeflash.testing.margins import settled_generation

@@ -31,11 +31,13 @@ class LogProbTests:
     def test_tables_are_the_best_of_log_probs(self, pair: PairMaker, head: str) -> None:
         backend = pair(drafter={"head": head}).tested
         assert backend.head is not None
-        drafter, block, root = draft(backend, prompt_of(backend))
-        marginals = drafter.marginals(block, K, 1.0)
-        assert_best(drafter.log_probs(block), marginals.tokens[:, 0], marginals.log_probs[:, 0])
-        candidates = drafter.marginals(block, M, 1.0).tokens[:-1, 0]
-        table = backend.head.transitions(block, M, K, 1.0)
+        assert backend.drafter is not None
+        block, root = draft(backend, prompt_of(backend))
+        (best,) = backend.drafter.marginals([block], K, 1.0)
+        assert_best(backend.drafter.log_probs(block), best.tokens[:, 0], best.log_probs[:, 0])
+        (best,) = backend.drafter.marginals([block], M, 1.0)
+        candidates = best.tokens[:-1, 0]
+        (table,) = backend.head.transitions([block], M, K, 1.0)
         for m in range(M):
             previous = np.concatenate([[root], candidates[:, m]]).astype(np.int32)
             rows = backend.head.log_probs(block, previous)
@@ -54,8 +56,9 @@ def assert_best(
 def log_probs(backend: Backend, prompt: list[int]) -> NDArray[np.float32]:
     """(2, S - 1, vocab) of the drafter and of the head, the latter after arbitrary tokens."""
     assert backend.head is not None
-    drafter, block, root = draft(backend, prompt)
-    marginals = drafter.log_probs(block)
+    assert backend.drafter is not None
+    block, root = draft(backend, prompt)
+    marginals = backend.drafter.log_probs(block)
     others = random_tokens(np.random.default_rng(1), backend.vocab_size, len(marginals) - 1)
     previous = np.array([root, *others], np.int32)
     return np.stack([marginals, backend.head.log_probs(block, previous)])

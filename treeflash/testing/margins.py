@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step, decode, propose
+from treeflash.decoding.loop import Step
+from treeflash.decoding.proposals import propose
 from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
 from treeflash.testing.texts import random_tokens
@@ -74,31 +77,27 @@ def is_settled_table(table: TransitionTable) -> bool:
 def _is_settled(
     reference: Backend, prompt: Sequence[int], config: DecodeConfig, steps: Sequence[Step]
 ) -> bool:
-    verifier = reference.verifier(features=config.drafts)
-    drafter = reference.drafter() if config.drafts else None
+    text = TextSession(reference, drafts=config.drafts)
     # The last token of the prompt is run as a tree of one node: its logits are then seen too.
     if prompt[:-1]:
-        _, features = verifier.prefill(prompt[:-1], SamplingConfig(), None)
-        if drafter:
-            drafter.extend(features)
-    features = None
+        text.extend(prompt[:-1])
     first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32)
     verified = [(step.tree, step.path) for step in steps if step.tree is not None]
     for tree, path in [first, *verified]:
         assert path is not None
-        if drafter and features is not None:
+        if config.drafts and tree is not first[0]:
             root = int(tree.tokens[0])
             assert isinstance(config.budget, int)
-            block = drafter.draft(features, root)
-            table = propose(reference, drafter, block, config, config.budget)
+            block = text.draft(root)
+            (table,) = propose(reference, [block], [config], [config.budget])
             if not _is_settled_tree(table, root, config):
                 return False
         draws = None
         if not config.sampling.greedy:
-            draws = uniforms(config.sampling.seed, tree.positions(verifier.length + 1))[path]
-        if not is_settled_choice(verifier.logits(tree)[path], config.sampling, draws):
+            draws = uniforms(config.sampling.seed, tree.positions(text.length + 1))[path]
+        if not is_settled_choice(text.logits(tree)[path], config.sampling, draws):
             return False
-        features = verifier.commit(path)
+        text.commit(path)
     return True
 
 

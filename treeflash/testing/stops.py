@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from treeflash.config import DecodeConfig
+from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.loop import Step
 from treeflash.testing.comparisons import assert_equal_steps, tokens_of
 from treeflash.testing.generations import check_generation, prompt_of
 from treeflash.testing.margins import settled_generation

@@ -16,6 +16,7 @@ from treeflash.testing.generations import GenerationTests
 from treeflash.testing.log_probs import LogProbTests
 from treeflash.testing.masks import MaskTests
 from treeflash.testing.pairs import PairMaker, Pairs
+from treeflash.testing.schedules import ScheduleTests
 from treeflash.testing.stops import StopTests
 from treeflash.testing.transitions import TransitionTests
 from treeflash.testing.trees import TreeTests
@@ -31,6 +32,7 @@ class BackendSuite(
     CacheTests,
     ContextTests,
     GenerationTests,
+    ScheduleTests,
     StopTests,
     DistributionTests,
     CheckpointTests,

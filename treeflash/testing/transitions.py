@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treeflash.decoding.interfaces import Backend, Block, Drafter
+from treeflash.decoding.interfaces import Backend, Block
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.testing.comparisons import assert_equal_tables
 from treeflash.testing.margins import MARGIN, is_settled_table
 from treeflash.testing.pairs import Pair, PairMaker
-from treeflash.testing.samplings import GREEDY
 from treeflash.testing.texts import random_tokens
 
 SIZES = (1, 4, 16, 100)  # the last is larger than the vocabulary
@@ -121,23 +121,26 @@ def transitions(
 ) -> TransitionTable:
     """What the AR head predicts after a prompt."""
     assert backend.head is not None
-    _, block, _ = draft(backend, prompt)
-    return backend.head.transitions(block, m, k, temperature, shortlist=shortlist, rows=rows)
+    block, _ = draft(backend, prompt)
+    (table,) = backend.head.transitions([block], m, k, temperature, shortlist=shortlist, rows=rows)
+    return table
 
 
 def marginals(
     backend: Backend, prompt: list[int], k: int, temperature: float = 1.0
 ) -> TransitionTable:
     """What the drafter predicts after a prompt."""
-    drafter, block, _ = draft(backend, prompt)
-    return drafter.marginals(block, k, temperature)
+    assert backend.drafter is not None
+    block, _ = draft(backend, prompt)
+    (table,) = backend.drafter.marginals([block], k, temperature)
+    return table
 
 
-def draft(backend: Backend, prompt: list[int]) -> tuple[Drafter, Block, int]:
-    """A drafter, its block after a prompt, and the block's root: the target's greedy choice."""
-    root, features = backend.verifier(features=True).prefill(prompt, GREEDY, None)
-    drafter = backend.drafter()
-    return drafter, drafter.draft(features, root), root
+def draft(backend: Backend, prompt: list[int]) -> tuple[Block, int]:
+    """The block after a prompt, and its root: the target's greedy choice."""
+    text = TextSession(backend, drafts=True)
+    root = text.extend(prompt)
+    return text.draft(root), root
 
 
 def settled_prompt(

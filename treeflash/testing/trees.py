@@ -7,13 +7,13 @@ import pytest
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.acceptance import accept
-from treeflash.decoding.interfaces import TreeVerifier
 from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.testing.comparisons import assert_equal_trees
 from treeflash.testing.margins import is_settled_choice
 from treeflash.testing.pairs import PairMaker
-from treeflash.testing.samplings import GREEDY, SAMPLINGS
+from treeflash.testing.samplings import SAMPLINGS
 from treeflash.testing.texts import random_tokens, random_tree
 from treeflash.testing.transitions import settled_prompt, transitions
 
@@ -41,9 +41,9 @@ class TreeTests:
         rng = np.random.default_rng(1)
         vocab_size = models.reference.vocab_size
         prompt = random_tokens(rng, vocab_size, PROMPT)
-        tested, reference = (backend.verifier(features=False) for backend in models.both)
-        for verifier in (tested, reference):
-            verifier.prefill(prompt, GREEDY, None)
+        tested, reference = (TextSession(backend) for backend in models.both)
+        for text in (tested, reference):
+            text.extend(prompt)
         compared = 0
         for _ in range(30):
             tree = random_tree(rng, 3, NODES, vocab_size)
@@ -61,23 +61,19 @@ class TreeTests:
 
     def test_drafts_of_the_target_itself_are_accepted_whole(self, pair: PairMaker) -> None:
         models = pair()
-        verifier = models.tested.verifier(features=False)
-        root, _ = verifier.prefill([1, 2, 3], GREEDY, None)
-        text = continuation(models.reference.verifier(features=False), [1, 2, 3], 9)
+        tested = TextSession(models.tested)
+        root = tested.extend([1, 2, 3])
+        text = continuation(TextSession(models.reference), [1, 2, 3], 9)
         assert text[0] == root
-        order = np.arange(8, dtype=np.int32)
-        chain = DraftTree(np.array(text[:8], np.int32), order - 1, order, np.zeros(8))
-        accepted = accept(chain, verifier.verify(chain, GREEDY, None))
-        assert accepted.path.tolist() == order.tolist()
+        chain = DraftTree.chain(np.array(text[:8], np.int32))
+        accepted = accept(chain, tested.verify(chain))
+        assert accepted.path.tolist() == list(range(8))
         assert accepted.tokens == tuple(text[1:])
 
 
-def continuation(verifier: TreeVerifier, prompt: list[int], length: int) -> list[int]:
-    """The first tokens that the target greedily appends to a prompt, one forward each."""
-    text: list[int] = []
-    pieces = prompt
-    for _ in range(length):
-        token, _ = verifier.prefill(pieces, GREEDY, None)
-        text.append(token)
-        pieces = [token]
-    return text
+def continuation(text: TextSession, prompt: list[int], length: int) -> list[int]:
+    """The first tokens that the target greedily appends to a prompt, one forward pass each."""
+    tokens = [text.extend(prompt)]
+    while len(tokens) < length:
+        tokens.append(text.extend(tokens[-1:]))
+    return tokens

@@ -2,6 +2,7 @@
 
 from treeflash.errors import BackendError, ConfigError
 from treeflash_example.drafter import Drafter, DrafterModel, Head
+from treeflash_example.state import State
 from treeflash_example.target import Target, Verifier
 
 
@@ -10,15 +11,18 @@ class ExampleBackend:
 
     def __init__(self, target, drafter):
         self.target, self.model = target, drafter
+        self.verifier = Verifier(target, drafter.config.target_layer_ids if drafter else ())
+        self.drafter = Drafter(drafter) if drafter else None
         self.vocab_size, self.max_positions = target.vocab_size, target.max_positions
         self.drafter_config = drafter.config if drafter else None
         self.head = Head(drafter) if drafter and drafter.config.head else None
 
-    def verifier(self, *, features):
-        return Verifier(self.target, self.drafter_config.target_layer_ids if features else ())
+    def open(self, capacity, *, drafts):
+        return State(self.target.new_cache(), self.model.new_cache() if drafts else None)
 
-    def drafter(self):
-        return Drafter(self.model)
+    def state_nbytes(self, capacity, *, drafts):
+        caches = [self.target.new_cache(), self.model.new_cache() if drafts else []]
+        return sum(4 * capacity * 2 * x.shape[1] * x.shape[3] for cache in caches for x in cache)
 
     def memory_bytes(self):
         return 0

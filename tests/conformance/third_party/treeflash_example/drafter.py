@@ -1,7 +1,8 @@
-"""A DFlash drafter at work on one text, and the TreeFlash head."""
+"""A DFlash drafter, and the TreeFlash head."""
 
 import numpy as np
 
+from treeflash.decoding.one_by_one import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors
@@ -32,6 +33,10 @@ class DrafterModel:
             Layer(self.weights, f"layers.{n}.", **shape) for n in range(config.num_hidden_layers)
         ]
 
+    def new_cache(self):
+        shape = 2, self.config.num_key_value_heads, 0, self.config.head_dim
+        return [np.zeros(shape, np.float32) for _ in self.layers]
+
     def norm(self, name, x):
         return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
 
@@ -39,26 +44,26 @@ class DrafterModel:
         return self.norm("norm", hidden) @ self.target.lm_head.T
 
 
-class Drafter:
+class Drafter(OneByOneDrafter):
     def __init__(self, model):
         self.model = model
-        config = model.config
-        empty = np.zeros((2, config.num_key_value_heads, 0, config.head_dim), np.float32)
-        self.cache = [empty for _ in model.layers]
 
-    def extend(self, features):
-        model = self.model
+    def read(self, state):
+        """Keys and values of the positions committed since the last draft."""
+        model, features = self.model, np.concatenate(state.features)
+        state.features = []
         context = model.norm("hidden_norm", features @ model.weights["fc.weight"].T)
-        positions = self.cache[0].shape[2] + np.arange(len(context))
-        self.cache = [
+        positions = state.drafter_cache[0].shape[2] + np.arange(len(context))
+        state.drafter_cache = [
             np.concatenate([cached, layer.keys_values(context, positions)], 2)
-            for layer, cached in zip(model.layers, self.cache, strict=True)
+            for layer, cached in zip(model.layers, state.drafter_cache, strict=True)
         ]
 
-    def draft(self, features, root):
-        self.extend(features)
+    def draft_one(self, state, root):
+        if state.features:
+            self.read(state)
         model, config = self.model, self.model.config
-        start = self.cache[0].shape[2]
+        start = state.length
         tokens = np.array([root] + [config.mask_token_id] * (config.block_size - 1))
         x = model.target.embeddings[tokens] * np.float32(config.input_scale)
         positions = start + np.arange(config.block_size)
@@ -66,25 +71,22 @@ class Drafter:
         for n, layer in enumerate(model.layers):
             window = config.sliding_windows[n] or np.inf
             mask = (np.abs(distance) < window) & ((distance >= 0) | (not config.causal[n]))
-            x, _ = layer(x, positions, self.cache[n], mask)
+            x, _ = layer(x, positions, state.drafter_cache[n], mask)
         return root, x
 
-    def marginals(self, block, k, temperature):
+    def marginals_one(self, block, k, temperature):
         _, hidden = block
         return TransitionTable.from_marginals(*top(self.model.logits(hidden[1:]) / temperature, k))
 
     def log_probs(self, block):
         return log_softmax(self.model.logits(block[1][1:]))
 
-    def keys_values(self):
-        return np.stack(self.cache)
 
-
-class Head:
+class Head(OneByOneHead):
     def __init__(self, model):
         self.model = model
 
-    def transitions(self, block, m, k, temperature, *, shortlist=None, rows=None):
+    def transitions_one(self, block, m, k, temperature, *, shortlist, rows):
         root, hidden = block[0], block[1][1:]
         marginal = log_softmax(self.model.logits(hidden) / temperature)
         vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])

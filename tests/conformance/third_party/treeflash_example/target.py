@@ -1,8 +1,8 @@
-"""A Llama target, and what it does for one text."""
+"""A Llama target."""
 
 import numpy as np
 
-from treeflash.decoding.sampling import choose
+from treeflash.decoding.one_by_one import OneByOneVerifier
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
 from treeflash_example.layer import Layer, Weights, rms_norm
@@ -36,51 +36,33 @@ class Target:
             for n in range(config["num_hidden_layers"])
         ]
 
+    def new_cache(self):
+        return [np.zeros(self.kv_shape, np.float32) for _ in self.layers]
+
     def logits(self, x):
         return rms_norm(x, self.weights["model.norm.weight"], self.eps) @ self.lm_head.T
 
 
-class Verifier:
+class Verifier(OneByOneVerifier):
     def __init__(self, target, layer_ids):
         self.target, self.layer_ids = target, layer_ids
-        self.cache = [np.zeros(target.kv_shape, np.float32) for _ in target.layers]
 
-    @property
-    def length(self):
-        return self.cache[0].shape[2]
-
-    def prefill(self, token_ids, sampling, uniforms):
-        rows = np.arange(len(token_ids))
-        logits = self._run(np.array(token_ids), rows, rows[:, None] >= rows)
-        return int(choose(logits[-1:], sampling, uniforms)[0]), self.commit(rows)
-
-    def verify(self, tree, sampling, uniforms):
-        return choose(self.logits(tree), sampling, uniforms)
-
-    def logits(self, tree):
-        return self._run(tree.tokens, tree.depths, tree.ancestor_mask())
-
-    def commit(self, path):
-        self.cache = [
-            np.concatenate([old, new[:, :, path]], 2)
-            for old, new in zip(self.cache, self.pending, strict=True)
-        ]
-        if not self.layer_ids:
-            return None
-        return np.concatenate([self.outputs[n][path] for n in self.layer_ids], -1)
-
-    def keys_values(self):
-        return np.stack(self.cache)
-
-    def close(self):
-        self.cache = self.pending = self.outputs = ()
-
-    def _run(self, tokens, depths, mask):
-        x, positions = self.target.embeddings[tokens], self.length + depths
-        mask = np.concatenate([np.ones((len(tokens), self.length), np.bool_), mask], 1)
-        self.pending, self.outputs = [], []
-        for layer, cached in zip(self.target.layers, self.cache, strict=True):
+    def forward(self, state, tree):
+        x, positions = self.target.embeddings[tree.tokens], tree.positions(state.length)
+        mask = np.ones((len(tree), state.length), np.bool_)
+        mask = np.concatenate([mask, tree.ancestor_mask()], 1)
+        state.pending, state.outputs = [], []
+        for layer, cached in zip(self.target.layers, state.cache, strict=True):
             x, keys_values = layer(x, positions, cached, mask)
-            self.pending.append(keys_values)
-            self.outputs.append(x)
+            state.pending.append(keys_values)
+            state.outputs.append(x)
         return self.target.logits(x)
+
+    def commit_one(self, state, path):
+        state.cache = [
+            np.concatenate([old, new[:, :, path]], 2)
+            for old, new in zip(state.cache, state.pending, strict=True)
+        ]
+        if state.drafter_cache is not None:
+            outputs = [state.outputs[n][path] for n in self.layer_ids]
+            state.features.append(np.concatenate(outputs, -1))
