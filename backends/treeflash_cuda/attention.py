@@ -36,6 +36,9 @@ MaskFunction: TypeAlias = Callable[..., Tensor]
 class Context(Protocol):
     """What one forward pass of a model tells its attention layers."""
 
+    positions: Tensor
+    """(n,) absolute positions of the new tokens."""
+
     def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor | None:
         """The additive mask of the layers with this mask function; None if none is needed."""
 

@@ -13,10 +13,13 @@ from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.decoding.probe import check_trees
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
-from treeflash_cuda.drafter import Drafter, DrafterModel
-from treeflash_cuda.graphs import CachePool, StaticVerifier
+from treeflash_cuda.arena import Arena, StaticArena
+from treeflash_cuda.drafter import Drafter
+from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.graphs import StaticForwards
 from treeflash_cuda.head import HEADS, ARHead
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
+from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
@@ -31,12 +34,14 @@ class CudaBackend:
         target: Target,
         drafter: DrafterModel | None,
         head: ARHead | None,
-        cache_pool: CachePool | None,
+        static: StaticForwards | None,
     ) -> None:
-        """Hold a target and a drafter for it; with a pool, trees run with static shapes."""
+        """Hold a target and a drafter for it; single trees run with static shapes if given."""
         self.target = target
-        self.cache_pool = cache_pool
         self.drafter_model = drafter
+        self.drafter_arena = Arena(len(drafter.layers)) if drafter else None
+        self.verifier = Verifier(target, drafter, static)
+        self.drafter = Drafter(drafter, target) if drafter else None
         self.head = head
         self.device = str(target.device)
         self.device_name = device_name(target.device)
@@ -45,17 +50,20 @@ class CudaBackend:
         self.max_positions = target.max_positions
         self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
 
-    def verifier(self, *, features: bool) -> Verifier:
-        """See `Backend.verifier`."""
-        drafter = self.drafter_model if features else None
-        if self.cache_pool is not None:
-            return StaticVerifier(self.cache_pool, drafter)
-        return Verifier(self.target, drafter)
+    def open(self, capacity: int, *, drafts: bool) -> State:
+        """See `Backend.open`."""
+        config = self.drafter_config if drafts else None
+        arena = self.drafter_arena if drafts else None
+        return State(self.target.arena, arena, capacity, config.block_size if config else 0)
 
-    def drafter(self) -> Drafter:
-        """See `Backend.drafter`."""
-        assert self.drafter_model is not None
-        return Drafter(self.drafter_model, self.target)
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """See `Backend.state_nbytes`."""
+        nbytes = self.target.arena.nbytes(capacity)
+        if drafts and (config := self.drafter_config):
+            heads = config.num_hidden_layers * config.num_key_value_heads
+            column = 2 * heads * config.head_dim * self.target.dtype.itemsize
+            nbytes += (capacity + config.block_size) * column
+        return nbytes
 
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""
@@ -74,16 +82,19 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = load_target(target, config, pack=True)
-    cache_pool = CachePool(model) if config.cuda_graphs else None
+    static = None
+    if config.cuda_graphs:
+        model.arena = StaticArena(len(model.layers), model.arena.column_nbytes)
+        static = StaticForwards(model)
     if drafter is None:
-        return CudaBackend(model, None, None, cache_pool)
+        return CudaBackend(model, None, None, static)
     drafter_model, head = load_drafter(drafter, model)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
         pack_linears(head.correction)
     model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head, cache_pool)
+    backend = CudaBackend(model, drafter_model, head, static)
     check_trees(backend)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # weights are first made in float32

@@ -1,7 +1,8 @@
-"""Keys and values in preallocated storage, committed in place."""
+"""Keys and values of texts in their regions of an arena, committed in place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from treeflash.errors import UnsupportedModelError
-
-INITIAL_CAPACITY = 512
+from treeflash_cuda.arena import Arena, Region
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -21,97 +21,144 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """int32 tensors of several arrays, in one copy."""
+    if not arrays:
+        return []
+    flat = np.concatenate([np.asarray(array, np.int32).ravel() for array in arrays])
+    parts = upload(flat, device).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
 class KeyValues:
-    """Keys and values of all layers in one tensor: committed positions, then one block.
+    """Keys and values of all layers of one text: committed positions, then one block.
 
     Attributes:
-        storage: (layers, 2, kv_heads, capacity, head_dim); None before the first block.
+        arena: gives the region.
+        capacity: columns.
+        region: None before the first block, and after the text is closed.
         length: committed positions.
     """
 
-    def __init__(self, layers: int) -> None:
-        """Start empty."""
-        self.layers = layers
-        self.storage: Tensor | None = None
+    def __init__(self, arena: Arena, capacity: int) -> None:
+        """Start empty; the region is taken with the first block."""
+        self.arena = arena
+        self.capacity = capacity
+        self.region: Region | None = None
         self.length = 0
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a block after the committed positions; return views of both together.
+    @property
+    def storage(self) -> Tensor:
+        """(layers, 2, kv_heads, capacity, head_dim)."""
+        assert self.region is not None
+        return self.region.storage
 
-        Args:
-            layer: index.
-            k: (1, kv_heads, n, head_dim).
-            v: (1, kv_heads, n, head_dim).
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it holds, bytes."""
+        return 0 if self.region is None else self.storage.nbytes
 
-        Returns:
-            Keys and values, (1, kv_heads, length + n, head_dim) each.
+    def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
 
         Raises:
             UnsupportedModelError: the layers' keys and values differ in shape.
         """
-        end = self.length + k.shape[2]
-        if self.storage is None:
-            self.storage = k.new_zeros(self.layers, 2, k.shape[1], INITIAL_CAPACITY, k.shape[3])
-        if k.shape != v.shape or k.shape[1::2] != self.storage.shape[2::2]:
+        if self.region is None:
+            self.region = self.arena.take(self.capacity, k)
+        storage, end = self.storage, first + k.shape[2]
+        if k.shape != v.shape or k.shape[1::2] != storage.shape[2::2]:
             raise UnsupportedModelError(
                 "the target's layers have keys and values of different shapes, which the cuda "
                 "backend's cache does not support"
             )
-        storage = self.reserve(end)
-        storage[layer, 0, :, self.length : end] = k[0]
-        storage[layer, 1, :, self.length : end] = v[0]
+        assert end <= storage.shape[3], "the text has outgrown its capacity"
+        storage[layer, 0, :, first:end] = k[0]
+        storage[layer, 1, :, first:end] = v[0]
+
+    def until(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of the first columns of a layer, (1, kv_heads, end, head_dim) each."""
+        storage = self.storage
         return storage[layer, 0, None, :, :end], storage[layer, 1, None, :, :end]
 
-    def commit(self, rows: NDArray[np.int32]) -> None:
-        """Keep these rows of the block, in this order; rows already in place are not moved."""
-        assert self.storage is not None
-        first, end = self.length, self.length + len(rows)
-        if not np.array_equal(rows, np.arange(len(rows))):
-            index = upload(rows.astype(np.int64) + first, self.storage.device)
-            self.storage[:, :, :, first:end] = self.storage.index_select(3, index)
+    def gather(self, columns: Tensor) -> Tensor:
+        """(layers, 2, kv_heads, n, head_dim) a copy of n columns."""
+        return self.storage.index_select(3, columns)
+
+    def commit(self, count: int, kept: Tensor | None = None) -> None:
+        """Keep so many rows of the block: the first ones, or others that `gather` copied."""
+        first, end = self.length, self.length + count
+        if kept is not None:
+            self.storage[:, :, :, first:end] = kept
         self.length = end
+
+    def copy_from(self, other: KeyValues, length: int) -> None:
+        """Take over the first committed positions of another text, as many as it has."""
+        length = min(length, other.length)
+        if length:
+            self.region = self.arena.take(self.capacity, other.until(0, 1)[0])
+            self.storage[:, :, :, :length] = other.storage[:, :, :, :length]
+        self.length = length
 
     def read(self) -> NDArray[np.float32]:
         """The committed part, (layers, 2, kv_heads, length, head_dim)."""
-        assert self.storage is not None
         committed: NDArray[np.float32] = self.storage[:, :, :, : self.length].float().cpu().numpy()
         return committed
 
-    def reserve(self, end: int) -> Tensor:
-        """The storage; if it has fewer than `end` columns, it grows to a power of two.
-
-        It grows between blocks or in a block's first layer, so only committed columns are copied.
-        """
-        old = self.storage
-        assert old is not None
-        if end > old.shape[3]:
-            self.storage = old.new_zeros(*old.shape[:3], 1 << (end - 1).bit_length(), old.shape[4])
-            self.storage[:, :, :, : self.length] = old[:, :, :, : self.length]
-        return self.storage
+    def close(self) -> None:
+        """Give the region back."""
+        if self.region is not None:
+            self.arena.give_back(self.region)
+        self.region, self.length = None, 0
 
 
 class TreeCache(Cache):
-    """The storage as transformers' models see it."""
+    """The caches of the texts of one forward pass, as transformers' models see them.
 
-    def __init__(self, layers: int) -> None:
-        """Start empty."""
+    Attributes:
+        texts: in the order of their rows.
+        rows: how many rows each has.
+        layer: that was updated last.
+    """
+
+    def __init__(self, texts: Sequence[KeyValues], rows: Sequence[int]) -> None:
+        """Describe one forward pass."""
         super().__init__(layers=[])
-        self.key_values = KeyValues(layers)
+        self.texts = texts
+        self.rows = rows
+        self.layer = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by a layer with its block's keys and values."""
-        return self.key_values.update(layer_idx, key_states, value_states)
+        """Called by a layer with the keys and values of all rows.
+
+        Returns:
+            For one text, views of its columns. For several the arguments: `PackedContext` reads
+            each text's own columns.
+        """
+        self.layer = layer_idx
+        parts = zip(
+            self.texts,
+            key_states.split(list(self.rows), 2),
+            value_states.split(list(self.rows), 2),
+            strict=True,
+        )
+        for text, k, v in parts:
+            text.write(layer_idx, text.length, k, v)
+        if len(self.texts) > 1:
+            return key_states, value_states
+        (text,) = self.texts
+        return text.until(layer_idx, text.length + self.rows[0])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed positions."""
-        return self.key_values.length
+        """Committed positions; models are given the positions of all rows."""
+        return max(text.length for text in self.texts)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The column of a block's first row."""
-        return self.key_values.length
+        """The column of the first row."""
+        return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The columns of the mask for a block of `query_length` rows, and the first of them."""
-        return self.key_values.length + query_length, 0
+        """The columns of the mask for `query_length` rows, and the first of them."""
+        return self.get_seq_length() + query_length, 0

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import KeyValues
+from treeflash_cuda.cache import KeyValues, upload
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import top_log_probs
 
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kind: TypeAlias = tuple[int | None, bool]
+"""A layer's window, and whether it is causal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,192 +36,76 @@ class Block:
     hidden: Tensor
 
 
-class Rotary(nn.Module):
-    """Cosines and sines of positions, from frequencies in float32 whatever the model's dtype."""
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """A text in a draft.
 
-    inv_freq: Tensor
+    Attributes:
+        cache: its keys and values.
+        context: how many positions are new to the drafter.
+        masks: of the block, by kind of layer.
+    """
 
-    def __init__(self, config: DrafterConfig) -> None:
-        """Read the frequencies from the configuration."""
-        super().__init__()
-        self.scale = config.rope_scale
-        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        """Follow the model to its device, but not to its dtype."""
-        self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
-        return self
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(..., n, head_dim) each, from (..., n) positions."""
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of (..., n, head_dim); element i is paired with i + head_dim / 2."""
-    cos, sin = rotation
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its weight, which stays float32 in mixed-precision training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) to (..., size)."""
-        return super().forward(x.to(self.weight.dtype))
-
-
-class Attention(nn.Module):
-    """Queries from the block; keys and values from the context and the block."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
-        super().__init__()
-        self.head_dim = config.head_dim
-        h, bias = config.hidden_size, config.attention_bias
-        q, kv = (
-            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(h, q, bias)
-        self.k_proj = nn.Linear(h, kv, bias)
-        self.v_proj = nn.Linear(h, kv, bias)
-        self.o_proj = nn.Linear(q, h, bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-
-    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(batch, heads, n, head_dim) from (batch, n, hidden_size)."""
-        return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rotation)
-
-    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(batch, kv_heads, n, head_dim) each, of context and block."""
-        keys = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), rotation)
-        return keys, self._heads(self.v_proj(x)).transpose(1, 2)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden_size) to (..., hidden_size)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer, Qwen3's."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make the parts."""
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
-        """(batch, n, hidden_size) to (batch, n, hidden_size).
-
-        Args:
-            x: (batch, n, hidden_size) the block.
-            context: (batch, c, hidden_size) projected features of the positions before it.
-            rotation: of the context's positions and then the block's.
-            attend: queries of the block, and keys and values of context and block, to
-                (batch, n, heads, head_dim).
-        """
-        y = self.input_layernorm(x)
-        attention, n = self.self_attn, x.shape[1]
-        block_rotation = rotation[0][..., -n:, :], rotation[1][..., -n:, :]
-        keys_values = attention.keys_values(torch.cat([context, y], 1), rotation)
-        out = attend(attention.queries(y, block_rotation), *keys_values)
-        x = x + attention.o_proj(out.flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class DrafterModel(nn.Module):
-    """A drafter's weights, under their names in checkpoints."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make the layers; the weights are loaded afterwards."""
-        super().__init__()
-        self.config = config
-        h = config.hidden_size
-        self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
-        self.hidden_norm = RMSNorm(h, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(h, config.rms_norm_eps)
-        self.rotary = Rotary(config)
-
-    def project(self, features: Tensor) -> Tensor:
-        """(..., hidden_size) context, from (..., layers * hidden_size) outputs of the target."""
-        context: Tensor = self.hidden_norm(self.fc(features))
-        return context
+    cache: KeyValues
+    context: int
+    masks: dict[Kind, Tensor | None]
 
 
 class Drafter:
-    """`treeflash.decoding.interfaces.Drafter` in PyTorch; its features are projected context."""
+    """`treeflash.decoding.interfaces.Drafter` in PyTorch."""
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
-        """Start a text."""
+        """Hold the models."""
         self.model = model
         self.target = target
-        self.cache = KeyValues(model.config.num_hidden_layers)
-        self.waiting: list[Tensor] = []
-
-    def extend(self, features: Tensor) -> None:
-        """See `Drafter.extend`; the next draft computes their keys and values."""
-        self.waiting.append(features)
 
     @torch.inference_mode()
-    def draft(self, features: Tensor, root: int) -> Block:
-        """See `Drafter.draft`."""
-        context = torch.cat([*self.waiting, features])[None]
-        self.waiting.clear()
-        config, first = self.model.config, self.cache.length
-        device, size = self.target.device, config.block_size
-        tokens = torch.full((size,), config.mask_token_id, device=device)
-        tokens[0] = root
-        x = self.target.embed(tokens)[None]
+    def draft(self, roots: Sequence[tuple[Any, int]]) -> list[Block]:
+        """See `Drafter.draft`; the rows of all texts follow one another."""
+        config, device = self.model.config, self.target.device
+        size, groups = config.block_size, config.num_attention_heads // config.num_key_value_heads
+        kinds = list(zip(config.sliding_windows, config.causal, strict=True))
+        tokens = torch.full((len(roots), size), config.mask_token_id, device=device)
+        tokens[:, 0] = upload(np.array([root for _, root in roots]), device)
+        x = self.target.embed(tokens.flatten())[None]
         if config.input_scale != 1:
             x = x * config.input_scale
-        start = first + context.shape[1]
-        rotation = self.model.rotary(torch.arange(first, start + size, device=device), x.dtype)
-        kinds = list(zip(config.sliding_windows, config.causal, strict=True))
-        groups = config.num_attention_heads // config.num_key_value_heads
-        masks = {
-            kind: group_mask(block_mask(start, size, *kind, x.dtype, device), groups)
-            for kind in set(kinds)
-        }
+        parts = [part for state, _ in roots for part in state.context]
+        context = torch.cat([x[0, :0], *parts])[None]  # a draft may follow another at once
+        texts, known, drafted = [], [], []
+        for state, _ in roots:
+            first, start = state.drafter.length, state.length
+            masks = {
+                kind: group_mask(block_mask(start, size, *kind, x.dtype, device), groups)
+                for kind in set(kinds)
+            }
+            texts.append(_Text(state.drafter, start - first, masks))
+            known.append(torch.arange(first, start, device=device))
+            drafted.append(torch.arange(start, start + size, device=device))
+        rotation = self.model.rotary(torch.cat(known + drafted), x.dtype)
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
-            x = layer(x, context, rotation, functools.partial(self._attend, n, masks[kind]))
-        # The block's keys and values are scratch: the next context overwrites them.
-        self.cache.commit(np.arange(context.shape[1], dtype=np.int32))
-        return Block(root, x[0])
+            x = layer(x, context, rotation, functools.partial(self._attend, texts, n, kind))
+        for text, (state, _) in zip(texts, roots, strict=True):
+            # The block's keys and values are scratch: the next context overwrites them.
+            text.cache.length += text.context
+            state.context = []
+        hidden = x[0].split(size)
+        return [Block(root, part) for (_, root), part in zip(roots, hidden, strict=True)]
 
     @torch.inference_mode()
-    def marginals(self, block: Block, k: int, temperature: float) -> TransitionTable:
+    def marginals(
+        self, blocks: Sequence[Block], k: int, temperature: float
+    ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
-        logits = self.target.output_head(self.model.norm(block.hidden[1:]))
+        logits = self.target.output_head(self.model.norm(drafted(blocks)))
         tokens, log_probs = top_log_probs(logits, k, temperature)
         # One read from the device for both.
         read = torch.cat([tokens, log_probs.view(torch.int32)], 1).cpu().numpy()
         k = tokens.shape[1]
-        return TransitionTable.from_marginals(read[:, :k], read[:, k:].view(np.float32))
+        return [
+            TransitionTable.from_marginals(part[:, :k], part[:, k:].view(np.float32))
+            for part in np.split(read, len(blocks))
+        ]
 
     @torch.inference_mode()
     def log_probs(self, block: Block) -> NDArray[np.float32]:
@@ -229,14 +113,38 @@ class Drafter:
         logits = self.target.output_head(self.model.norm(block.hidden[1:]))
         return logits.float().log_softmax(-1).cpu().numpy()
 
-    def keys_values(self) -> NDArray[np.float32]:
-        """See `Drafter.keys_values`."""
-        return self.cache.read()
+    def _attend(
+        self, texts: Sequence[_Text], layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Attention of each text's block over everything before it and itself.
 
-    def _attend(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a block over everything before it and itself."""
-        k, v = self.cache.update(layer, k, v)
-        return grouped_attention(q, k, v, mask, self.model.config.head_dim**-0.5)
+        Args:
+            texts: in the order of their rows.
+            layer: index.
+            kind: of the layer.
+            q: (1, heads, texts * S, head_dim).
+            k: (1, kv_heads, c + texts * S, head_dim), the new context of all texts first.
+            v: (1, kv_heads, c + texts * S, head_dim).
+        """
+        size = self.model.config.block_size
+        sizes = [text.context for text in texts] + [size] * len(texts)
+        keys, values = k.split(sizes, 2), v.split(sizes, 2)
+        out = []
+        for i, (text, queries) in enumerate(zip(texts, q.split(size, 2), strict=True)):
+            first, block = text.cache.length, i + len(texts)
+            start = first + text.context
+            text.cache.write(layer, first, keys[i], values[i])
+            text.cache.write(layer, start, keys[block], values[block])
+            seen = text.cache.until(layer, start + size)
+            scale = self.model.config.head_dim**-0.5
+            out.append(grouped_attention(queries, *seen, text.masks[kind], scale))
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def drafted(blocks: Sequence[Block]) -> Tensor:
+    """(blocks * (S - 1), hidden_size) outputs without those of the roots."""
+    hidden = [block.hidden[1:] for block in blocks]
+    return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
 
 def block_mask(

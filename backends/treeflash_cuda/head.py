@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,8 @@ from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
-from treeflash_cuda.drafter import Block, DrafterModel, RMSNorm
+from treeflash_cuda.drafter import Block, drafted
+from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
 from treeflash_cuda.linear import PairLinear, RowIndex, take
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import divide_by_temperature, largest, top_log_probs, topk
@@ -76,53 +80,46 @@ class ARHead:
     @torch.inference_mode()
     def transitions(
         self,
-        block: Block,
+        blocks: Sequence[Block],
         m: int,
         k: int,
         temperature: float,
         *,
         shortlist: int | None = None,
         rows: int | None = None,
-    ) -> TransitionTable:
-        """See `ARHead.transitions`."""
-        hidden = block.hidden[1:]
+    ) -> list[TransitionTable]:
+        """See `ARHead.transitions`; the products of all texts are computed together."""
+        hidden = drafted(blocks)
+        depths = len(hidden) // len(blocks)
         normed = self.model.norm(hidden)
         logits = self.target.output_head(normed)
-        marginal = divide_by_temperature(logits, temperature).log_softmax(-1)
-        vocab = None
-        if shortlist is not None and shortlist < self.target.vocab_size:
-            vocab = largest(marginal.amax(0), shortlist)
-            marginal = marginal.index_select(1, vocab)
-        m = min(m, marginal.shape[1])
-        weights, previous = (x.flatten() for x in topk(marginal[:-1], m))
-        kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
-        previous = previous[kept]
-        if vocab is not None:
-            previous = vocab[previous]
-        root = previous.new_full((1,), block.root)
-        # Places among all D * M rows: the root's, and the kept ones of the deeper depths.
-        places = torch.cat([torch.zeros_like(root), m + kept])
-        depth = places // m
-        corrected = self._correct(hidden, normed, torch.cat([root, previous]), depth)
-        if vocab is None:
-            logits = self.target.output_head(corrected)
-            tokens, log_probs = top_log_probs(logits, k, temperature)
-        else:
-            logits = self.target.shortlist_logits(corrected, vocab)
-            best, log_probs = top_log_probs(logits, k, temperature)
-            tokens = vocab[best].int()
-            log_probs += marginal.logsumexp(-1)[depth, None]
-        ids = torch.cat([places[1:], previous]).int()
-        read = torch.cat([ids, tokens.flatten(), log_probs.view(torch.int32).flatten()])
-        ids_, tokens_, log_probs_ = np.split(
-            read.cpu().numpy(), np.cumsum([ids.numel(), tokens.numel()])
-        )
-        return TransitionTable.from_rows(
-            *np.split(ids_, 2),
-            tokens_.reshape(tokens.shape),
-            log_probs_.view(np.float32).reshape(tokens.shape),
-            (len(hidden), m),
-        )
+        marginals = divide_by_temperature(logits, temperature).log_softmax(-1)
+        texts = [
+            _Candidates.of(block.root, part, m, shortlist, rows)
+            for block, part in zip(blocks, marginals.split(depths), strict=True)
+        ]
+        index = [text.depth + i * depths for i, text in enumerate(texts)]
+        previous = [text.previous for text in texts]
+        corrected = self._correct(hidden, normed, _cat(previous), _cat(index))
+        parts = corrected.split([len(text.previous) for text in texts])
+        read = _cat([self._children(*x, k, temperature) for x in zip(texts, parts, strict=True)])
+        numbers = read.cpu().numpy()
+        tables = []
+        for text in texts:
+            n, width = len(text.previous), min(k, text.vocab_size)
+            own, numbers = np.split(numbers, [2 * n * (1 + width)])
+            ids, tokens, log_probs = np.split(own, [2 * n, (2 + width) * n])
+            places, previous_ids = np.split(ids, 2)
+            tables.append(
+                TransitionTable.from_rows(
+                    places[1:],
+                    previous_ids[1:],
+                    tokens.reshape(n, width),
+                    log_probs.view(np.float32).reshape(n, width),
+                    (depths, text.m),
+                )
+            )
+        return tables
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -143,3 +140,73 @@ class ARHead:
         """
         embedded = self.target.embed(previous)
         return self.model.norm(take(hidden, rows) + self.correction(embedded, normed, rows))
+
+    def _children(self, text: _Candidates, corrected: Tensor, k: int, temperature: float) -> Tensor:
+        """The numbers of a text's table, as int32 for one read from the device.
+
+        Places and previous tokens of its n rows, (n, k) children, (n, k) log probabilities.
+        """
+        if text.vocab is None:
+            logits = self.target.output_head(corrected)
+            tokens, log_probs = top_log_probs(logits, k, temperature)
+        else:
+            logits = self.target.shortlist_logits(corrected, text.vocab)
+            best, log_probs = top_log_probs(logits, k, temperature)
+            tokens = text.vocab[best].int()
+            log_probs += text.mass[text.depth, None]
+        ids = torch.cat([text.places, text.previous]).int()
+        return torch.cat([ids, tokens.flatten(), log_probs.view(torch.int32).flatten()])
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """The rows of one text's table: the root's, and those of previous tokens that are scored.
+
+    Attributes:
+        places: (n,) among all D * m rows, ascending.
+        previous: (n,) tokens, the root first.
+        depth: (n,) of the rows, from 0.
+        m: rows per depth, whether scored or not.
+        vocab: (v,) tokens of the shortlist, ascending; None for the whole vocabulary.
+        mass: (D,) log of the probability that the marginals give to the shortlist.
+        vocab_size: tokens that children are chosen from.
+    """
+
+    places: Tensor
+    previous: Tensor
+    depth: Tensor
+    m: int
+    vocab: Tensor | None
+    mass: Tensor
+    vocab_size: int
+
+    @classmethod
+    def of(
+        cls, root: int, marginal: Tensor, m: int, shortlist: int | None, rows: int | None
+    ) -> _Candidates:
+        """Choose them by the (D, vocab) marginal log probabilities of a block."""
+        vocab = None
+        if shortlist is not None and shortlist < marginal.shape[1]:
+            vocab = largest(marginal.amax(0), shortlist)
+            marginal = marginal.index_select(1, vocab)
+        m = min(m, marginal.shape[1])
+        weights, previous = (x.flatten() for x in topk(marginal[:-1], m))
+        kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
+        previous = previous[kept]
+        if vocab is not None:
+            previous = vocab[previous]
+        first = previous.new_full((1,), root)
+        places = torch.cat([torch.zeros_like(first), m + kept])
+        return cls(
+            places,
+            torch.cat([first, previous]),
+            places // m,
+            m,
+            vocab,
+            marginal.logsumexp(-1),
+            marginal.shape[1],
+        )
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

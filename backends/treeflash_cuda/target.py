@@ -17,14 +17,15 @@ from transformers.utils import logging
 from treeflash.decoding.probe import TOLERANCES
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
+from treeflash_cuda.arena import Arena
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
     AttentionContext,
-    BlockContext,
+    Context,
     attention_context,
     capture_output,
 )
-from treeflash_cuda.cache import TreeCache
+from treeflash_cuda.cache import KeyValues, TreeCache
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
 
 CHECKED_TOKENS = 16
@@ -65,6 +66,7 @@ class Target:
         self.vocab_size = len(self.embeddings)
         self.max_positions = _max_positions(self.config)
         self.scale = 1.0
+        self.arena = Arena(len(self.layers))
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -88,7 +90,10 @@ class Target:
                 fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.lm_head = self.model.get_output_embeddings()
-            actual, _ = self.forward(tokens, context, self.new_cache(), last_only=True)
+            text = KeyValues(self.arena, CHECKED_TOKENS)
+            cache = TreeCache([text], [CHECKED_TOKENS])
+            actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
+            text.close()
         difference = float((actual - expected).float().std() / expected.float().std())
         if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
             raise UnsupportedModelError(
@@ -153,12 +158,13 @@ class Target:
         weight = take(self.lm_head_weight, tokens)
         return F.linear(hidden, weight, None if bias is None else bias[tokens])
 
-    def new_cache(self) -> TreeCache:
-        """An empty cache for a text."""
-        return TreeCache(len(self.layers))
-
     def forward(
-        self, token_ids: Tensor, context: BlockContext, cache: TreeCache, last_only: bool
+        self,
+        token_ids: Tensor,
+        context: Context,
+        cache: TreeCache,
+        *,
+        logits_to_keep: int | Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run n tokens after the committed ones.
 
@@ -166,17 +172,18 @@ class Target:
             token_ids: (n,).
             context: their positions, and what they see.
             cache: holds their keys and values afterwards, uncommitted.
-            last_only: compute the logits of the last token only.
+            logits_to_keep: rows whose logits to compute: so many of the last, 0 for all, or an
+                index.
 
         Returns:
-            (n or 1, vocab) logits; (n, hidden_size) outputs of the captured layers, by index.
+            Logits of those rows; (n, hidden_size) outputs of the captured layers, by index.
         """
         with attention_context(context) as outputs:
             output = self.model(
                 input_ids=token_ids[None],
                 position_ids=context.positions[None],
                 use_cache=True,
-                logits_to_keep=1 if last_only else 0,
+                logits_to_keep=logits_to_keep,
                 **{self.cache_argument: cache},
             )
         return output.logits[0], {i: hidden[0] for i, hidden in outputs.items()}

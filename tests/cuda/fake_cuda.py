@@ -7,6 +7,7 @@
 
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,6 +67,21 @@ def _meta(x):
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
+@dataclass
+class Transfers:
+    """Copies between host and device."""
+
+    uploads: int = 0
+    reads: int = 0
+
+    def add(self, to):
+        """Count one to this type of device."""
+        if to == "cpu":
+            self.reads += 1
+        else:
+            self.uploads += 1
+
+
 class FakeCuda(TorchDispatchMode):
     """A mode in which `cuda` devices exist, though their tensors hold no values.
 
@@ -73,11 +89,13 @@ class FakeCuda(TorchDispatchMode):
 
     Attributes:
         capturing: whether a graph is being captured.
+        count: copies between host and device.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.capturing = False
+        self.count = Transfers()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
         self._patch_tensors(monkeypatch)
@@ -95,6 +113,7 @@ class FakeCuda(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             self._check_not_capturing(func)
+            self.count.add("cpu")
             return 0
         if func.overloadpacket in PRODUCTS:
             _check_dtypes(*args)
@@ -102,7 +121,14 @@ class FakeCuda(TorchDispatchMode):
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if _is_data(x)}
         if len(devices) > 1:
             self._check_not_capturing(func)
+            self.count.add(out.device.type)
         return out
+
+    @contextmanager
+    def transfers(self):
+        """Count the copies between host and device that are made inside."""
+        self.count = Transfers()
+        yield self.count
 
     def _check_not_capturing(self, func):
         if self.capturing:
@@ -177,6 +203,7 @@ class FakeCuda(TorchDispatchMode):
             "stream": nothing,
             "device": nothing,
             "get_device_capability": lambda device: (9, 0),
+            "get_device_name": lambda device: "fake",
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)

@@ -24,8 +24,8 @@ from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
-from treeflash.config import SamplingConfig
 from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError
 
@@ -213,9 +213,9 @@ def plain_logits(model: Any) -> np.ndarray:
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:
     """From transformers' own logits, relative to their spread."""
-    verifier = backend.verifier(features=False)
-    verifier.prefill(tokens()[:-1], SamplingConfig(), None)
-    logits = verifier.logits(DraftTree.root_only(tokens()[-1]))[0]
+    with TextSession(backend) as text:
+        text.extend(tokens()[:-1])
+        logits = text.logits(DraftTree.root_only(tokens()[-1]))[0]
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
@@ -67,9 +68,9 @@ def test_models_that_mix_windows_match_the_reference(tmp_path):
     tree = DraftTree(np.arange(8, dtype=np.int32), parents, depths, np.zeros(8))
     logits = []
     for backend in (load(tmp_path, None, CPU), load_reference(tmp_path, None, CPU)):
-        verifier = backend.verifier(features=False)
-        verifier.prefill(list(range(10)), SamplingConfig(), None)
-        logits.append(verifier.logits(tree))
+        text = TextSession(backend)
+        text.extend(range(10))
+        logits.append(text.logits(tree))
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 

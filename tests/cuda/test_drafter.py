@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
+from treeflash.decoding.text_session import TextSession
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
@@ -33,9 +34,9 @@ def folders(tmp_path):
 
 def log_probs(backend):
     """What the drafter predicts after a prompt; and its context's keys and values."""
-    root, features = backend.verifier(features=True).prefill(PROMPT, SamplingConfig(), None)
-    drafter = backend.drafter()
-    return drafter.log_probs(drafter.draft(features, root)), drafter.keys_values()
+    text = TextSession(backend, drafts=True)
+    block = text.draft(text.extend(PROMPT))
+    return backend.drafter.log_probs(block), text.state.drafter_keys_values()
 
 
 @pytest.mark.parametrize(
@@ -67,19 +68,22 @@ def test_long_prompts_are_projected_chunk_by_chunk(folders, monkeypatch):
     """Outputs of several layers are larger than what is made of them."""
     backend = load(*folders, CPU)
     prompt = np.random.default_rng(3).integers(0, 24, 50).tolist()
-    _, whole = backend.verifier(features=True).prefill(prompt, SamplingConfig(), None)
+    whole = TextSession(backend, drafts=True)
+    whole.extend(prompt)
     monkeypatch.setattr(verifier_module, "FIRST_CHUNK", 16)
     monkeypatch.setattr(verifier_module, "NEXT_CHUNK", 8)
     rows = []
     backend.drafter_model.fc.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    _, features = backend.verifier(features=True).prefill(prompt, SamplingConfig(), None)
+    text = TextSession(backend, drafts=True)
+    text.extend(prompt)
     assert rows == [16, 8, 8, 8, 8, 2]
+    features = torch.cat(text.state.context)
     assert features.shape == (50, 32)
-    torch.testing.assert_close(features, whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features, *whole.state.context, atol=1e-5, rtol=1e-4)
 
 
 def test_waiting_features_are_projected(folders):
     backend = load(*folders, CPU)
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    drafter.extend(verifier.prefill(PROMPT, SamplingConfig(), None)[1])
-    assert [features.shape for features in drafter.waiting] == [(len(PROMPT), 32)]
+    text = TextSession(backend, drafts=True)
+    text.extend(PROMPT)
+    assert [features.shape for features in text.state.context] == [(len(PROMPT), 32)]

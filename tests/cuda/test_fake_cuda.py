@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.decoding.choices import Choice, LogitEdits
+from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -90,58 +93,174 @@ def test_moving_data_during_a_capture_raises(cuda, move):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
     assert backend.device == "cuda:0"
-    root, features = verifier.prefill(PROMPT, SAMPLINGS[0], None)
-    assert features.shape == (len(PROMPT), 32)
+    text = TextSession(backend, drafts=True)
+    root = text.extend(PROMPT)
+    check_context(text, len(PROMPT))
     for path in ([0, 1, 3], [0, 2], [0]):  # a gather, and rows that are in place
-        block = drafter.draft(features, root)
+        block = text.draft(root)
         assert (block.hidden.device, block.hidden.dtype) == (DEVICE, backend.target.dtype)
-        assert verifier.verify(tree(), SAMPLINGS[0], None).shape == (6,)
-        features = verifier.commit(np.array(path, np.int32))
-        assert (features.device, len(features)) == (DEVICE, len(path))
-    drafter.extend(features)
-    drafter.draft(features, root)
-    assert verifier.keys_values().shape[3] == verifier.length == len(PROMPT) + 6
-    verifier.close()
+        assert text.verify(tree()).shape == (6,)
+        text.commit(np.array(path, np.int32))
+        check_context(text, len(path))
+    text.draft(root)
+    text.draft(root)
+    assert text.state.keys_values().shape[3] == text.length == len(PROMPT) + 6
+    assert text.state.drafter_keys_values().shape[3] == text.length
+    text.close()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs):
+    backend = load(*folders[family], LoadConfig(dtype=dtype, cuda_graphs=graphs))
+    states = [backend.open(200, drafts=True) for _ in range(3)]
+    extensions = [Extension(x, PROMPT[: n + 2], Choice()) for n, x in enumerate(states)]
+    assert [chosen.tokens.shape for chosen in backend.verifier.run(extensions)] == [(1,)] * 3
+    assert [state.length for state in states] == [2, 3, 4]
+    blocks = backend.drafter.draft([(state, 1) for state in states])
+    assert {(block.hidden.device, block.hidden.dtype) for block in blocks} == {
+        (DEVICE, backend.target.dtype)
+    }
+    assert len(backend.drafter.marginals(blocks, 8, 0.7)) == 3
+    assert len(backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)) == 3
+    joined = backend.open(200, drafts=True)
+    work = [
+        Verification(states[0], tree(), Choice()),
+        Extension(joined, PROMPT, None),
+        *(Verification(state, tree(), Choice()) for state in states[1:]),
+    ]
+    found = backend.verifier.run(work)
+    assert [None if chosen is None else len(chosen.tokens) for chosen in found] == [6, None, 6, 6]
+    paths = [[0, 1, 3], [0], [0, 2]]
+    backend.verifier.commit(
+        [(state, np.array(x, np.int32)) for state, x in zip(states, paths, strict=True)]
+    )
+    assert [state.length for state in [*states, joined]] == [5, 4, 6, len(PROMPT)]
+    fork = states[0].fork(4, 100)
+    states[1].truncate(2)
+    states[2].close()
+    states[2].close()
+    texts = [joined, fork, states[0], states[1]]
+    backend.drafter.draft([(state, 1) for state in texts])
+    logits = backend.verifier.logits([(state, tree()) for state in texts])
+    assert [part.shape for part in logits] == [(6, 40)] * 4
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(backend):
-    verifier = backend.verifier(features=True)
-    _, features = verifier.prefill([3] * 4000, SAMPLINGS[0], None)
-    assert features.shape == (4000, 32)
+    text = TextSession(backend, drafts=True, capacity=4001)
+    text.extend([3] * 4000)
+    check_context(text, 4000)
 
 
 @pytest.mark.parametrize("shortlist", [None, 16])
 @pytest.mark.parametrize("rows", [None, 7])
 def test_tables(backend, shortlist, rows):
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    root, features = verifier.prefill(PROMPT, SAMPLINGS[0], None)
-    block = drafter.draft(features, root)
-    table = backend.head.transitions(block, 4, 8, 0.7, shortlist=shortlist, rows=rows)
-    assert table.tokens.shape == (5, 4, 8)
-    assert drafter.marginals(block, 8, 0.7).tokens.shape == (5, 1, 8)
-    assert drafter.log_probs(block).shape == (5, 40)
-    assert backend.head.log_probs(block, np.ones(5, np.int32)).shape == (5, 40)
+    states = [TextSession(backend, drafts=True).state for _ in range(2)]
+    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    blocks = backend.drafter.draft([(state, 3) for state in states])
+    for table in backend.head.transitions(blocks, 4, 8, 0.7, shortlist=shortlist, rows=rows):
+        assert table.tokens.shape == (5, 4, 8)
+    for table in backend.drafter.marginals(blocks, 8, 0.7):
+        assert table.tokens.shape == (5, 1, 8)
+    assert backend.drafter.log_probs(blocks[1]).shape == (5, 40)
+    assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices(backend, sampling):
-    verifier = backend.verifier(features=False)
-    verifier.prefill(PROMPT, sampling, np.array([0.5]))
-    chosen = verifier.verify(tree(), sampling, np.full(6, 0.5))
+    text = TextSession(backend)
+    text.extend(PROMPT, sampling, np.array([0.5]))
+    chosen = text.verify(tree(), sampling, np.full(6, 0.5))
     assert chosen.dtype == np.int32
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
+def test_choices_with_edits_masks_and_log_probs(backend, sampling):
+    states = started(backend, 4)
+    everything = choice(sampling, edits=edits(), allowed=allowed(), log_probs=3)
+    choices = [everything, choice(sampling, log_probs=0), choice(sampling), everything]
+    work = [Verification(state, tree(), x) for state, x in zip(states, choices, strict=True)]
+    for chosen, x in zip(backend.verifier.run(work), choices, strict=True):
+        assert chosen.tokens.dtype == np.int32
+        assert (chosen.log_probs is None) == (x.log_probs is None)
+        if x.log_probs is not None:
+            assert chosen.log_probs.chosen.shape == (6,)
+            assert chosen.log_probs.tokens.shape == (6, x.log_probs)
+            assert chosen.log_probs.values.dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trees_are_captured(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype, cuda_graphs=True))
-    verifier = backend.verifier(features=True)
-    root, features = verifier.prefill(PROMPT, SAMPLINGS[0], None)
-    backend.drafter().draft(features, root)
+    text = TextSession(backend, drafts=True)
+    text.draft(text.extend(PROMPT))
     for _ in range(2):  # captured, then replayed
-        verifier.verify(tree(), SAMPLINGS[0], None)
-        verifier.commit(np.array([0, 2], np.int32))
-    (forward,) = verifier.cache.forwards.values()
+        text.verify(tree())
+        text.commit(np.array([0, 2], np.int32))
+    (forward,) = text.state.key_values.region.static_forwards.values()
     assert forward.graph is not None
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_transfers_of_an_iteration(cuda, backend, texts):
+    """Uploads and reads wait for the device, so an iteration has few, whatever its texts."""
+    states = started(backend, texts)
+    with cuda.transfers() as draft:
+        blocks = backend.drafter.draft([(state, 1) for state in states])
+    assert (draft.uploads, draft.reads) == (1, 0)  # the roots
+    with cuda.transfers() as tables:
+        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
+    assert (tables.uploads, tables.reads) == (0, 1)
+    with cuda.transfers() as tables:
+        backend.drafter.marginals(blocks, 8, 0.7)
+    assert (tables.uploads, tables.reads) == (0, 1)
+    with cuda.transfers() as verify:
+        backend.verifier.run([Verification(state, tree(), Choice()) for state in states])
+    assert (verify.uploads, verify.reads) == (1, 1)  # the trees; the tokens
+    with cuda.transfers() as commit:
+        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+    assert (commit.uploads, commit.reads) == (1, 0)  # which rows to keep
+    with cuda.transfers() as extend:
+        backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    assert (extend.uploads, extend.reads) == (2, 0)  # the tokens; the rows for the drafter
+
+
+def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
+    states = started(backend, 3)
+    plain = [Verification(state, tree(), choice(SAMPLINGS[1])) for state in states]
+    everything = choice(SAMPLINGS[1], edits=edits(), allowed=allowed(), log_probs=3)
+    edited = [Verification(state, tree(), everything) for state in states]
+    with cuda.transfers() as without:
+        backend.verifier.run(plain)
+    with cuda.transfers() as all_kinds:
+        backend.verifier.run(edited)
+    assert (without.uploads, without.reads) == (2, 1)  # the trees, the random numbers; the tokens
+    # Further: edits and masks, the tokens again; log probabilities.
+    assert (all_kinds.uploads, all_kinds.reads) == (4, 2)
+
+
+def check_context(text, positions):
+    (context,) = [torch.cat(text.state.context)]
+    assert (context.device, context.shape) == (DEVICE, (positions, 32))
+
+
+def started(backend, count):
+    states = [backend.open(200, drafts=True) for _ in range(count)]
+    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    return states
+
+
+def choice(sampling, **features):
+    return Choice(sampling, None if sampling.greedy else np.full(6, 0.5), **features)
+
+
+def edits():
+    rows, tokens = np.array([0, 2, 5]), np.array([3, 39, 3])
+    return LogitEdits(rows, tokens, np.full(3, 1.3, np.float32), np.ones(3, np.float32))
+
+
+def allowed():
+    return np.full((6, 2), 0xFF, np.uint32)

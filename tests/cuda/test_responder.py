@@ -17,7 +17,6 @@ require("torch")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.training import slot_cache  # noqa: E402
 from treeflash_cuda.training.entry import responder  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
@@ -40,9 +39,7 @@ SMALL = {
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mistral"])
 @pytest.mark.parametrize("slots", [1, 3, 20])
 @pytest.mark.parametrize("prefix", [(), (7, 30, 5, 11)])
-@pytest.mark.parametrize("chunk", [3, slot_cache.CHUNK])
-def test_responses_equal_plain_decoding(family, slots, prefix, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(slot_cache, "CHUNK", chunk)
+def test_responses_equal_plain_decoding(family, slots, prefix, tmp_path):
     write_target(tmp_path, family, seed=1, vocab_size=40)
     random = np.random.default_rng(2)
     requests = [

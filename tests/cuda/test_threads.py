@@ -1,6 +1,5 @@
 """Threads that share one model get the texts that each would get alone."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,15 +23,6 @@ def backend(request, tmp_path):
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     config = LoadConfig(device="cpu", dtype="float32", cuda_graphs=request.param)
     return load(tmp_path / "target", tmp_path / "drafter", config)
-
-
-@pytest.fixture
-def frequent_switches():
-    """Threads that give way far more often than by default."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("frequent_switches")

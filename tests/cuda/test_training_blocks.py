@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
+from treeflash.decoding.text_session import TextSession
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.training.interfaces import Response
@@ -81,9 +82,9 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
     predicted = 0
     for row, text in enumerate(store.texts):
         for column, anchor in enumerate(anchors[row].tolist()):
-            verifier, drafter = backend.verifier(features=True), backend.drafter()
-            _, features = verifier.prefill(text.token_ids[:anchor], SamplingConfig(), None)
-            block = drafter.draft(features, text.token_ids[anchor])
+            with TextSession(backend, drafts=True) as drafted:
+                drafted.extend(text.token_ids[:anchor])
+                block = drafted.draft(text.token_ids[anchor])
             near(hidden[row, column], block.hidden)
             normed = model.norm(block.hidden[1:])
             for depth in range(1, min(size, len(text) - anchor)):
@@ -106,18 +107,17 @@ def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
     store.fill(0)
     assert [path.name for path in folder.iterdir()] == ["00000.safetensors"]
     for text, computed, kept in zip(store.texts, fresh, store.get(range(3)), strict=True):
-        verifier = backend.verifier(features=True)
-        _, projected = verifier.prefill(text.token_ids, SamplingConfig(), None)
-        outputs = [verifier.outputs[i] for i in backend.drafter_config.target_layer_ids]
+        decoded = TextSession(backend, drafts=True)
+        decoded.extend(text.token_ids)
+        (projected,) = decoded.state.context
+        outputs = [decoded.state.outputs[i] for i in backend.drafter_config.target_layer_ids]
         near(computed.features, torch.cat(outputs, -1))
         near(backend.drafter_model.project(computed.features), projected)
         assert torch.equal(kept.features, computed.features)
         assert torch.equal(kept.top_tokens, computed.top_tokens)
         assert computed.top_tokens.shape == (len(text.response_ids), TOP)
         first = len(text.prompt_ids)
-        chosen, _ = backend.verifier(features=False).prefill(
-            text.token_ids[: first + 1], SamplingConfig(), None
-        )
+        chosen = TextSession(backend).extend(text.token_ids[: first + 1])
         assert computed.top_tokens[1, 0] == chosen
         assert (computed.top_log_probs.float().exp().sum(-1) <= 1.01).all()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.drafter import DrafterModel
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.training.losses import TargetRows
 
 GROUP = 8

@@ -10,16 +10,16 @@ from typing import Any
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
-from treeflash_cuda.backend import choose_device, load_target
-from treeflash_cuda.training.responder import Responder
+from treeflash.training.interfaces import Responder, Response
+from treeflash.training.responder import BackendResponder
+from treeflash_cuda.backend import CudaBackend, choose_device, load_target
 
 
 def responder(target: Path, config: LoadConfig) -> Responder:
-    """See `Trainer.responder`."""
+    """See `Trainer.responder`; a target that cannot be trained for is refused."""
     model = load_target(target, config, pack=True)
     model.find_scale()
-    return Responder(target.name, model)
+    return BackendResponder(target.name, CudaBackend(model, None, None, None))
 
 
 def train(

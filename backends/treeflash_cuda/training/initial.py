@@ -16,7 +16,7 @@ from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
-from treeflash_cuda.drafter import DrafterModel
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.head import HEADS, SwiGLU
 from treeflash_cuda.target import Target
 

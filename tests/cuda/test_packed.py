@@ -1,0 +1,114 @@
+"""Several texts in one forward pass: each attends as it does alone."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.choices import Choice
+from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.texts import random_tokens, random_tree
+
+require("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from treeflash_cuda.arena import Arena  # noqa: E402
+from treeflash_cuda.attention import AttentionContext  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.cache import KeyValues, TreeCache  # noqa: E402
+from treeflash_cuda.packed import PackedContext  # noqa: E402
+
+VOCAB = 40
+
+
+@pytest.fixture(params=["qwen3", "mistral", "qwen3_moe"])  # mistral has a sliding window
+def backend(request, tmp_path):
+    write_target(tmp_path / "target", request.param, seed=1, vocab_size=VOCAB)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    return load(tmp_path / "target", tmp_path / "drafter", LoadConfig(device="cpu"))
+
+
+def test_rows_of_all_texts_are_one_sequence_without_padding(backend):
+    rows = []
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
+    texts = [TextSession(backend) for _ in range(3)]
+    work = [Extension(text.state, [3] * n, None) for n, text in enumerate(texts, 2)]
+    backend.verifier.run(work)
+    assert [tuple(shape[:2]) for shape in rows] == [(1, 2 + 3 + 4)]
+
+
+def test_trees_and_new_tokens_of_texts_are_as_alone(backend):
+    rng = np.random.default_rng(4)
+    prompts = [random_tokens(rng, VOCAB, n) for n in (1, 12, 5)]
+    trees = [random_tree(rng, 7, n, VOCAB) for n in (9, 1, 20)]
+    new = random_tokens(rng, VOCAB, 15)
+    together, alone = ([TextSession(backend, drafts=True) for _ in range(4)] for _ in range(2))
+    for texts in (together, alone):
+        for text, prompt in zip(texts, prompts, strict=False):
+            text.extend(prompt)
+    choice = Choice(log_probs=VOCAB)
+
+    def work(texts):
+        verify = [
+            Verification(x.state, tree, choice) for x, tree in zip(texts, trees, strict=False)
+        ]
+        return [verify[0], Extension(texts[3].state, new, choice), *verify[1:]]
+
+    batch = backend.verifier.run(work(together))
+    single = [chosen for item in work(alone) for chosen in backend.verifier.run([item])]
+    for mine, theirs in zip(batch, single, strict=True):
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+        np.testing.assert_allclose(mine.log_probs.values, theirs.log_probs.values, atol=1e-5)
+    for mine, theirs in zip(together, alone, strict=True):
+        mine_kv, theirs_kv = mine.state.keys_values(), theirs.state.keys_values()
+        np.testing.assert_allclose(mine_kv, theirs_kv, atol=1e-5)
+
+
+def test_a_failed_call_changes_no_text(backend, monkeypatch):
+    """Whatever fails after the forward pass: the call can be repeated."""
+    texts, fresh = ([TextSession(backend, drafts=True) for _ in range(2)] for _ in range(2))
+    tree = DraftTree.from_parents(np.arange(4, dtype=np.int32), np.array([-1, 0, 0, 2], np.int32))
+
+    def extend(texts):
+        backend.verifier.run([Extension(text.state, [3, 4, 5], None) for text in texts])
+
+    def commit(texts):
+        path = np.array([0, 2, 3], np.int32)
+        backend.verifier.commit([(text.state, path) for text in texts])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    for call in (extend, commit):
+        if call is commit:
+            for group in (texts, fresh):
+                backend.verifier.logits([(text.state, tree) for text in group])
+        with monkeypatch.context() as broken:
+            broken.setattr(backend.drafter_model, "project", fail)
+            with pytest.raises(RuntimeError):
+                call(texts)
+        call(texts)
+        call(fresh)
+    for mine, theirs in zip(texts, fresh, strict=True):
+        assert mine.length == theirs.length == 6
+        assert (mine.state.keys_values() == theirs.state.keys_values()).all()
+        assert torch.equal(torch.cat(mine.state.context), torch.cat(theirs.state.context))
+
+
+@torch.inference_mode()
+def test_a_layer_that_changes_its_mask_is_refused():
+    texts = [KeyValues(Arena(1), 10) for _ in range(2)]
+    cache = TreeCache(texts, [1, 1])
+    contexts = [AttentionContext(0, torch.arange(1), None) for _ in texts]
+    context = PackedContext(contexts, cache)
+    x = torch.zeros(1, 2, 2, 4)
+    cache.update(x, x, 0)
+    mask = context.mask(lambda b, h, q, k: k <= q, torch.float32)
+    assert context.attend(nn.Identity(), x, x, x, mask, 1.0).shape == (1, 2, 2, 4)
+    with pytest.raises(UnsupportedModelError, match="Identity changes its mask"):
+        context.attend(nn.Identity(), x, x, x, mask + 1, 1.0)
