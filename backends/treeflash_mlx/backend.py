@@ -6,18 +6,24 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
-from treeflash.config import DrafterConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import interfaces
-from treeflash.decoding.probe import check_trees
+from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.decoding.interfaces import Extension
+from treeflash.decoding.probe import TOLERANCES, check_trees
+from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON
-from treeflash_mlx.cache import release_freed_memory
-from treeflash_mlx.drafter import Drafter, DrafterModel
+from treeflash_mlx.cache import KeyValues, release_freed_memory
+from treeflash_mlx.drafter import Drafter
+from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.head import HEADS, ARHead
 from treeflash_mlx.linear import split_pairs
+from treeflash_mlx.state import State
+from treeflash_mlx.storage import columns_for
 from treeflash_mlx.target import Target
 from treeflash_mlx.verifier import Verifier
 
@@ -34,7 +40,9 @@ class MlxBackend:
         """Hold a target, and a drafter for it."""
         self.target = target
         self.drafter_model = drafter
-        self.head: interfaces.ARHead | None = head
+        self.verifier = Verifier(target, drafter)
+        self.drafter = Drafter(drafter, target) if drafter else None
+        self.head = head
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
         self.device_name = str(mx.device_info()["device_name"])
         self.dtype = str(target.dtype).removeprefix("mlx.core.")
@@ -42,14 +50,24 @@ class MlxBackend:
         self.max_positions = target.max_positions
         self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
 
-    def verifier(self, *, features: bool) -> Verifier:
-        """See `Backend.verifier`."""
-        return Verifier(self.target, self.drafter_model if features else None)
+    def open(self, capacity: int, *, drafts: bool) -> State:
+        """See `Backend.open`."""
+        drafter = None
+        if drafts and (config := self.drafter_config):
+            drafter = KeyValues(config.num_hidden_layers, capacity + config.block_size)
+        return State(self.target.new_key_values(capacity), drafter)
 
-    def drafter(self) -> Drafter:
-        """See `Backend.drafter`."""
-        assert self.drafter_model is not None
-        return Drafter(self.drafter_model, self.target)
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """See `Backend.state_nbytes`.
+
+        Texts that run together have rows of the same size, that of the largest.
+        """
+        nbytes = columns_for(capacity) * self.target.column_nbytes
+        if drafts and (config := self.drafter_config):
+            heads = config.num_hidden_layers * config.num_key_value_heads
+            column = 2 * heads * config.head_dim * self.target.dtype.size
+            nbytes += columns_for(capacity + config.block_size) * column
+        return nbytes
 
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""
@@ -67,14 +85,40 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         warn_of_tf32()
     if drafter is None:
         backend = MlxBackend(model, None, None)
-        # Some models make arrays at their first call, and only the thread that does can evaluate
-        # them.
-        backend.verifier(features=False).prefill([0], SamplingConfig(), None)
+        model.batches = runs_batches(backend)
     else:
         backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
+        model.batches = runs_batches(backend)
         check_trees(backend)
     release_freed_memory()
     return backend
+
+
+def runs_batches(backend: MlxBackend) -> bool:
+    """Whether texts of different lengths have the same logits in one pass as alone.
+
+    Some models of mlx-lm take masks or offsets of one text only; their texts are run one by one.
+    It is also the first call: some models make arrays then, which only this thread can evaluate.
+    """
+    texts = [TextSession(backend, capacity=32) for _ in range(2)]
+    states, tree = [text.state for text in texts], DraftTree.root_only(0)
+    prompts = [0, 1], [i % 3 for i in range(12)]
+    try:
+        for state, prompt in zip(states, prompts, strict=True):
+            backend.verifier.run([Extension(state, prompt, None)])
+        alone = [text.logits(tree) for text in texts]
+        backend.target.batches = True
+        together = backend.verifier.logits([(state, tree) for state in states])
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    finally:
+        for text in texts:
+            text.close()
+    with np.errstate(invalid="ignore"):  # NaN is not an error yet
+        errors = [
+            np.sqrt(np.mean((x - y) ** 2)) / y.std() for x, y in zip(together, alone, strict=True)
+        ]
+    return bool(np.max(errors) <= TOLERANCES[backend.dtype])
 
 
 def warn_of_tf32() -> None:

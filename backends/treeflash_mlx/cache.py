@@ -1,8 +1,9 @@
-"""Keys and values of committed positions, and of a tree that is not committed yet."""
+"""Keys and values of texts, and what mlx-lm's layers see of them in one forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +11,8 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from treeflash_mlx.tree_hooks import TreeHooks
-
-STEP = 256
+from treeflash_mlx.storage import Storage, columns_for
+from treeflash_mlx.tree_hooks import TreePass
 
 
 def release_freed_memory() -> None:
@@ -21,64 +21,131 @@ def release_freed_memory() -> None:
         mx.clear_cache()
 
 
+@dataclass(frozen=True)
+class Quantisation:
+    """How keys and values are quantised; see `mx.quantize`."""
+
+    bits: int
+    group_size: int
+
+
 class KeyValues:
-    """Arrays of shape (1, heads, rows, width) with room for more rows, which grows by steps."""
+    """Keys and values of all layers of one text: committed positions, then one tree.
 
-    def __init__(self) -> None:
-        """Start empty; the first `put` fixes the number of arrays and their shapes."""
-        self.arrays: list[mx.array] = []
+    Attributes:
+        layers: how many.
+        capacity: positions.
+        quantisation: None if keys and values are not quantised.
+        storage: shared by texts that run together; None before the first pass, and after the text
+            is closed.
+        row: of the text in it.
+        length: committed positions.
+    """
 
-    def put(self, first: int, new: Sequence[mx.array]) -> None:
-        """Write rows from `first` on, over the rows that are there."""
-        stop = first + new[0].shape[2]
-        if not self.arrays or stop > self.arrays[0].shape[2]:
-            self._grow(-(-stop // STEP) * STEP, new)
-        for array, rows in zip(self.arrays, new, strict=True):
-            array[:, :, first:stop] = rows
+    def __init__(
+        self, layers: int, capacity: int, quantisation: Quantisation | None = None
+    ) -> None:
+        """Start empty."""
+        self.layers = layers
+        self.capacity = capacity
+        self.quantisation = quantisation
+        self.storage: Storage | None = None
+        self.row = 0
+        self.length = 0
 
-    def until(self, stop: int) -> list[mx.array]:
-        """The rows before `stop`."""
-        return [array[:, :, :stop] for array in self.arrays]
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it holds, bytes: its share of the storage."""
+        if self.storage is None:
+            return 0
+        return self.storage.nbytes // (self.storage.texts - self.storage.left)
 
-    def _grow(self, capacity: int, like: Sequence[mx.array]) -> None:
-        held = self.arrays[0].shape[2] if self.arrays else 0
-        room = [mx.zeros((*x.shape[:2], capacity - held, x.shape[3]), x.dtype) for x in like]
-        self.arrays = (
-            [mx.concatenate([a, b], 2) for a, b in zip(self.arrays, room, strict=True)]
-            if held
-            else room
-        )
+    def until(self, length: int) -> list[list[mx.array]]:
+        """Per layer, the first columns as arrays of shape (1, heads, length, width)."""
+        if self.storage is None or not length:
+            return [[] for _ in range(self.layers)]
+        row = slice(self.row, self.row + 1)
+        return [[x[row, :, :length] for x in arrays] for arrays in self.storage.layers]
+
+    def copy(self, length: int, capacity: int) -> KeyValues:
+        """A new text with the first committed positions of this one, as many as it has."""
+        new = KeyValues(self.layers, capacity, self.quantisation)
+        new.length = min(length, self.length)
+        new.move(Storage.copy([self.until(new.length)], columns_for(capacity)), 0)
+        return new
+
+    def move(self, storage: Storage | None, row: int) -> None:
+        """Leave the storage for another that has a copy in a row; None for no other."""
+        if self.storage is not None:
+            self.storage.left += 1
+        self.storage, self.row = storage, row
+
+    def read(self) -> NDArray[np.float32]:
+        """The committed part, (layers, 2, heads, length, width)."""
+        layers = self.until(self.length)
+        if self.quantisation is not None:
+            bits, size = self.quantisation.bits, self.quantisation.group_size
+            layers = [
+                [mx.dequantize(*parts, size, bits) for parts in (arrays[:3], arrays[3:])]
+                for arrays in layers
+            ]
+        return np.array(mx.stack([mx.stack(pair)[:, 0].astype(mx.float32) for pair in layers]))
+
+    def close(self) -> None:
+        """Leave the storage; its memory is freed when the last text has left."""
+        self.move(None, 0)
+
+
+def share_storage(texts: Sequence[KeyValues]) -> Storage:
+    """The storage of exactly these texts; they are copied to a new one if there is none."""
+    storage = texts[0].storage
+    if (
+        storage is None
+        or storage.texts != len(texts)
+        or any(text.storage is not storage for text in texts)
+    ):
+        columns = max(columns_for(text.capacity) for text in texts)
+        storage = Storage.copy([text.until(text.length) for text in texts], columns)
+        for row, text in enumerate(texts):
+            text.move(storage, row)
+        release_freed_memory()
+    return storage
 
 
 class TreeCache:
-    """The cache of one layer, with the interface of mlx-lm's caches; it never rotates or trims.
+    """One layer in one forward pass, with the interface of mlx-lm's caches; it never rotates.
 
     A layer with a sliding window keeps all positions: which of them are in the window depends on
     the branch of the tree, and the mask tells.
     """
 
-    def __init__(self, hooks: TreeHooks, window: int | None) -> None:
-        """Start empty.
+    def __init__(
+        self, storage: Storage, layer: int, window: int | None, start: int, tree: TreePass | None
+    ) -> None:
+        """Describe the pass.
 
         Args:
-            hooks: the hooks of the model.
+            storage: of the texts of the pass.
+            layer: index.
             window: the layer's sliding window, in positions; None if it attends to everything.
+            start: committed positions, for one text.
+            tree: None for one text that continues without branches.
         """
-        self.hooks = hooks
+        self.storage = storage
+        self.layer = layer
         self.window = window
-        self.offset = 0
-        self.rows = KeyValues()
-        self.latest: Sequence[mx.array] = ()
+        self.offset = start
+        self.tree = tree
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """The attention mask of n new rows, in a form that mlx-lm takes."""
         window = window_size or self.window
+        if self.tree is not None:
+            return self.tree.mask(window)
         if window is not None and window >= self.offset + n:
             window = None  # the window reaches back to the start
-        if self.hooks.tree is not None:
-            return self.hooks.tree.mask(self.offset, window)
         if window is None and n == 1:
             return None
         if window is None and not return_array:
@@ -87,62 +154,33 @@ class TreeCache:
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append (1, heads, n, width) keys and values; returns those of all positions."""
-        self._append([keys, values])
-        return self.keys_and_values()
+        """Append (texts, heads, n, width) keys and values.
 
-    def keys_and_values(self) -> Any:
-        """The keys and values of all positions, in the form that mlx-lm attends to."""
-        return tuple(self.rows.until(self.offset))
+        Returns:
+            Those of all positions, in the form that mlx-lm attends to.
+        """
+        return tuple(self._append([keys, values]))
 
-    def commit(self, start: int, path: NDArray[np.int32]) -> None:
-        """Keep the rows of a path of the tree appended last, after the first `start` rows."""
-        if self.latest and path[-1] != len(path) - 1:
-            # Taken from the rows as they were appended: reading the storage before writing to it
-            # would force a copy.
-            index = mx.array(path)
-            self.rows.put(start, [mx.take(rows, index, axis=2) for rows in self.latest])
-        self.offset = start + len(path)
-
-    def read(self) -> list[mx.array]:
-        """The keys and the values, (1, heads, offset, width) each."""
-        return list(self.keys_and_values())
-
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays to evaluate."""
-        return self.rows.arrays
-
-    def _append(self, new: Sequence[mx.array]) -> None:
-        self.rows.put(self.offset, new)
-        self.latest = new if self.hooks.tree is not None else ()
+    def _append(self, new: Sequence[mx.array]) -> list[mx.array]:
+        index = None if self.tree is None else self.tree.index
+        self.storage.write(self.layer, new, self.offset, index)
+        self.storage.latest[self.layer] = new if self.tree is not None else ()
         self.offset += new[0].shape[2]
+        stop = self.offset if self.tree is None else self.tree.columns
+        return self.storage.until(self.layer, stop)
 
 
 class QuantisedTreeCache(TreeCache):
     """A `TreeCache` in fewer bits. Its attribute `bits` tells mlx-lm that it is quantised."""
 
-    def __init__(self, hooks: TreeHooks, window: int | None, bits: int, group_size: int) -> None:
-        """See `TreeCache`, and `mx.quantize` for the bits and the group size."""
-        super().__init__(hooks, window)
-        self.bits = bits
-        self.group_size = group_size
+    def __init__(self, quantisation: Quantisation, *args: Any) -> None:
+        """See `TreeCache`."""
+        super().__init__(*args)
+        self.bits = quantisation.bits
+        self.group_size = quantisation.group_size
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """See `TreeCache`."""
-        self._append(
-            [part for x in (keys, values) for part in mx.quantize(x, self.group_size, self.bits)]
-        )
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> Any:
-        """Quantised values, scales and biases of the keys, and of the values."""
-        parts = self.rows.until(self.offset)
+        """See `TreeCache`; quantised values, scales and biases of the keys, and of the values."""
+        new = [part for x in (keys, values) for part in mx.quantize(x, self.group_size, self.bits)]
+        parts = self._append(new)
         return tuple(parts[:3]), tuple(parts[3:])
-
-    def read(self) -> list[mx.array]:
-        """See `TreeCache`."""
-        return [
-            mx.dequantize(values, scales, biases, self.group_size, self.bits)
-            for values, scales, biases in self.keys_and_values()
-        ]

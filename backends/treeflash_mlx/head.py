@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 from mlx import nn
@@ -9,7 +11,8 @@ from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
-from treeflash_mlx.drafter import Block, DrafterModel
+from treeflash_mlx.drafter import Block, drafted
+from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.linear import PairLinear
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, logsumexp, top_indices, top_log_probs
@@ -76,51 +79,63 @@ class ARHead:
 
     def transitions(
         self,
-        block: Block,
+        blocks: Sequence[Block],
         m: int,
         k: int,
         temperature: float,
         *,
         shortlist: int | None = None,
         rows: int | None = None,
-    ) -> TransitionTable:
-        """See `ARHead.transitions`."""
-        vocab_size = self.target.vocab_size
+    ) -> list[TransitionTable]:
+        """See `ARHead.transitions`; all texts are computed together."""
+        vocab_size, texts = self.target.vocab_size, len(blocks)
         size = min(shortlist or vocab_size, vocab_size)
         m, k = min(m, size), min(k, size)
-        hidden = block.hidden[1:]
+        hidden = drafted(blocks)
+        depths = len(hidden) // texts
         normed = self.model.norm(hidden)
         marginal = log_softmax(self.target.output_head(normed).astype(mx.float32) / temperature)
+        marginal = marginal.reshape(texts, depths, -1)
         vocab = None
         if size < vocab_size:
-            vocab = mx.sort(top_indices(marginal.max(0, keepdims=True), size)[0])
-            marginal = marginal[:, vocab]
-        kept, previous = _scored_rows(marginal[:-1], m, rows)
+            vocab = mx.sort(top_indices(marginal.max(1), size))
+            marginal = mx.take_along_axis(marginal, vocab[:, None], 2)
+        kept, previous = _scored_rows(marginal[:, :-1], m, rows)
         if vocab is not None:
-            previous = vocab[previous]
+            previous = mx.take_along_axis(vocab, previous, 1)
         # Of the D * M rows: the root's, and those kept of the M at each further depth.
-        depth = mx.concatenate([mx.zeros(1, mx.int32), kept // m + 1])
-        after = mx.concatenate([mx.array([block.root], mx.int32), previous])
-        corrected = self._correct(hidden, normed, after, depth)
+        depth = mx.concatenate([mx.zeros((texts, 1), mx.int32), kept // m + 1], 1)
+        roots = mx.array([[block.root] for block in blocks], mx.int32)
+        after = mx.concatenate([roots, previous], 1).reshape(-1)
+        index = (depth + depths * mx.arange(texts)[:, None]).reshape(-1)
+        corrected = self._correct(hidden, normed, after, index)
         if vocab is None:
-            children, log_probs = top_log_probs(self.target.output_head(corrected), k, temperature)
-        else:
-            logits = self.target.shortlist_logits(corrected, vocab)
+            logits = self.target.output_head(corrected)
             children, log_probs = top_log_probs(logits, k, temperature)
-            children = vocab[children]
-            log_probs = log_probs + logsumexp(marginal)[depth]
+        else:
+            own = corrected.reshape(texts, -1, corrected.shape[-1])
+            logits = self.target.shortlist_logits(own, vocab).reshape(-1, size)
+            children, log_probs = top_log_probs(logits, k, temperature)
+            children = mx.take_along_axis(vocab, children.reshape(texts, -1), 1)
+            mass = logsumexp(marginal.reshape(-1, size))
+            log_probs = log_probs + mass[index]
         # Token ids are exact in float32, and one array needs one read from the device.
-        parts = (m + kept, previous, children.reshape(-1), log_probs.reshape(-1))
-        read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts]))
-        sizes = np.cumsum([part.size for part in parts[:-1]])
-        places, previous_, tokens, log_probs_ = np.split(read, sizes)
-        return TransitionTable.from_rows(
-            places.astype(np.int32),
-            previous_.astype(np.int32),
-            tokens.astype(np.int32).reshape(children.shape),
-            log_probs_.reshape(children.shape),
-            (hidden.shape[0], m),
-        )
+        parts = [part.reshape(texts, -1) for part in (m + kept, previous, children, log_probs)]
+        read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts], 1))
+        sizes = np.cumsum([part.shape[1] for part in parts[:-1]])
+        tables = []
+        for numbers in read:
+            places, previous_, tokens, log_probs_ = np.split(numbers, sizes)
+            tables.append(
+                TransitionTable.from_rows(
+                    places.astype(np.int32),
+                    previous_.astype(np.int32),
+                    tokens.astype(np.int32).reshape(-1, k),
+                    log_probs_.reshape(-1, k),
+                    (depths, m),
+                )
+            )
+        return tables
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `ARHead.log_probs`."""
@@ -149,16 +164,19 @@ def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array
     """The previous tokens whose children are scored.
 
     Args:
-        marginal: (D - 1, vocab) log probabilities.
+        marginal: (texts, D - 1, vocab) log probabilities.
         m: the tokens of each depth to choose from.
-        rows: how many to keep, those of the highest log probability; None keeps all.
+        rows: how many of each text to keep, those of the highest log probability; None keeps all.
 
     Returns:
-        (r,) indices into the (D - 1) * m tokens, ascending, and (r,) the tokens.
+        (texts, r) indices into the (D - 1) * m tokens of a text, ascending, and (texts, r) the
+        tokens.
     """
-    if not len(marginal):  # a block of two; MLX before 0.32.4 crashes when it sorts nothing
-        return mx.zeros(0, mx.int32), mx.zeros(0, mx.int32)
-    best = top_indices(marginal, m)
-    weights = mx.take_along_axis(marginal, best, 1).reshape(-1)
-    kept = mx.sort(mx.argsort(-weights)[:rows]).astype(mx.int32)
-    return kept, best.reshape(-1)[kept]
+    texts, depths, vocab = marginal.shape
+    if not depths:  # a block of two; MLX before 0.32.4 crashes when it sorts nothing
+        return mx.zeros((texts, 0), mx.int32), mx.zeros((texts, 0), mx.int32)
+    flat = marginal.reshape(-1, vocab)
+    best = top_indices(flat, m)
+    weights = mx.take_along_axis(flat, best, 1).reshape(texts, -1)
+    kept = mx.sort(mx.argsort(-weights)[:, :rows]).astype(mx.int32)
+    return kept, mx.take_along_axis(best.reshape(texts, -1), kept, 1)

@@ -17,7 +17,13 @@ from mlx_lm.utils import load_model
 
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
-from treeflash_mlx.cache import QuantisedTreeCache, TreeCache
+from treeflash_mlx.cache import (
+    KeyValues,
+    Quantisation,
+    QuantisedTreeCache,
+    TreeCache,
+    share_storage,
+)
 from treeflash_mlx.config_compatibility import TEXT_CONFIGS, compatible_settings
 from treeflash_mlx.tree_hooks import TreeHooks, TreePass
 
@@ -64,11 +70,12 @@ class Target:
         self.windows = self._windows()
         self.hooks = TreeHooks()
         self.hooks.hook_ropes(self.model)
-        self.vocab_size, widths = self._shapes()
-        self.kv_bits = kv_bits
-        self.group_size = GROUP_SIZES[0]
+        self.quantisation: Quantisation | None = None
+        self.vocab_size, widths, self.column_nbytes = self._shapes()
         if kv_bits is not None:
-            self._check_kv_bits(widths)
+            self.quantisation = self._quantisation(kv_bits, widths)
+            _, _, self.column_nbytes = self._shapes()
+        self.batches = False
         self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
         self.lm_head = self._find(OUTPUT_HEADS, (nn.Linear, nn.QuantizedLinear))
         self.max_positions = int(
@@ -112,7 +119,7 @@ class Target:
         return logits
 
     def shortlist_logits(self, hidden: mx.array, tokens: mx.array) -> mx.array:
-        """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
+        """(..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids."""
         module = self.embedding if self.lm_head is None else self.lm_head
         assert module is not None
         weight = module.weight[tokens]
@@ -121,8 +128,8 @@ class Target:
             weight = mx.dequantize(
                 weight, module.scales[tokens], biases, module.group_size, module.bits, module.mode
             )
-        logits: mx.array = hidden @ weight.astype(hidden.dtype).T
-        return logits + module["bias"][tokens] if "bias" in module else logits
+        logits: mx.array = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
+        return logits + module["bias"][tokens][..., None, :] if "bias" in module else logits
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -134,38 +141,44 @@ class Target:
         )
         return dtype
 
-    def new_cache(self) -> list[TreeCache]:
-        """An empty cache for a text."""
-        if self.kv_bits is None:
-            return [TreeCache(self.hooks, window) for window in self.windows]
-        return [
-            QuantisedTreeCache(self.hooks, window, self.kv_bits, self.group_size)
-            for window in self.windows
-        ]
+    def new_key_values(self, capacity: int) -> KeyValues:
+        """Those of a new text."""
+        return KeyValues(len(self.windows), capacity, self.quantisation)
 
     def forward(
         self,
         token_ids: mx.array,
-        cache: list[TreeCache],
+        texts: Sequence[KeyValues],
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """Build a forward pass of n tokens and append them to the cache.
+        """Build a forward pass of n tokens of each text, and write their keys and values.
 
         Args:
-            token_ids: (n,).
-            cache: of the text.
+            token_ids: (texts, n).
+            texts: those of one storage, by row.
             layer_ids: the captured layers whose outputs to return.
-            tree: the tree that the tokens form; None if they continue the text.
+            tree: the trees that the tokens form; None if they continue one text.
 
         Returns:
-            (n, vocab) logits; (n, len(layer_ids) * hidden_size) outputs, None without layers.
+            (texts, n, vocab) logits; (texts, n, len(layer_ids) * hidden_size) outputs, None without
+            layers.
         """
+        storage = share_storage(texts)
+        caches = [
+            self._cache(storage, layer, window, texts[0].length, tree)
+            for layer, window in enumerate(self.windows)
+        ]
         with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
-            logits = self.model(token_ids[None], cache=cache)[0]
+            logits = self.model(token_ids, cache=caches)
         if not layer_ids:
             return logits, None
-        return logits, mx.concatenate([outputs[i][0] for i in layer_ids], axis=-1)
+        return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)
+
+    def _cache(self, *args: Any) -> TreeCache:
+        if self.quantisation is None:
+            return TreeCache(*args)
+        return QuantisedTreeCache(self.quantisation, *args)
 
     def _check_experts(self) -> None:
         """Refuse what MLX refuses only when it evaluates a pass."""
@@ -194,36 +207,40 @@ class Target:
             windows = [self.config.get("sliding_window")] * len(windows)
         return windows
 
-    def _shapes(self) -> tuple[int, set[int]]:
-        """The vocabulary size and the widths of keys and values, from a pass never evaluated."""
-        cache = [TreeCache(self.hooks, window) for window in self.windows]
+    def _shapes(self) -> tuple[int, set[int], int]:
+        """What a pass that is never evaluated shows.
+
+        Returns:
+            The vocabulary size, the widths of keys and values, and the bytes of a position's.
+        """
+        text = self.new_key_values(1)
         try:
-            logits, _ = self.forward(mx.array([0]), cache, ())
+            logits, _ = self.forward(mx.array([[0]]), [text], ())
         except (AttributeError, IndexError, TypeError, ValueError) as error:
+            if self.quantisation is not None:
+                raise ConfigError(
+                    f"{self.family} models cannot attend to quantised keys and values ({error}); "
+                    "leave --kv-bits out"
+                ) from error
             raise UnsupportedModelError(
                 f"mlx-lm's {self.family} cannot work with a cache that branches ({error}); "
                 "choose another target"
             ) from error
-        return logits.shape[-1], {rows.shape[-1] for layer in cache for rows in layer.read()}
+        assert text.storage is not None
+        widths = {x.shape[-1] for arrays in text.storage.layers for x in arrays}
+        return logits.shape[-1], widths, text.storage.nbytes // text.storage.columns
 
-    def _check_kv_bits(self, widths: set[int]) -> None:
-        """Find the group size for keys and values, and check that the model can attend to them."""
-        if self.kv_bits not in KV_BITS:
-            raise ConfigError(f"kv-bits must be one of {KV_BITS}, got {self.kv_bits}")
+    def _quantisation(self, bits: int, widths: set[int]) -> Quantisation:
+        """The group size for keys and values of these widths."""
+        if bits not in KV_BITS:
+            raise ConfigError(f"kv-bits must be one of {KV_BITS}, got {bits}")
         sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         if not sizes:
             raise ConfigError(
                 f"quantised keys and values need heads whose width is a multiple of "
                 f"{GROUP_SIZES[-1]}, {self.family} has {sorted(widths)}; leave --kv-bits out"
             )
-        self.group_size = sizes[0]
-        try:
-            self.forward(mx.array([0]), self.new_cache(), ())
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{self.family} models cannot attend to quantised keys and values ({error}); "
-                "leave --kv-bits out"
-            ) from error
+        return Quantisation(bits, sizes[0])
 
     def _find(self, names: Collection[str], kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
         """The module nearest to the root with one of the names and a row for each token."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from treeflash.decoding.tree import DraftTree
@@ -17,38 +18,77 @@ from treeflash.decoding.tree import DraftTree
 
 @dataclass(frozen=True, eq=False)
 class TreePass:
-    """A draft tree after the committed positions 0 .. start - 1.
+    """Draft trees of one or more texts, each after the committed positions of its text.
+
+    The rows of a text are as many as the largest tree has nodes. Those that its own tree does not
+    fill repeat the root, and nothing depends on them.
 
     Attributes:
-        positions: (n,) int32 absolute positions of the nodes.
-        ancestors: (n, n) bool; whether a node attends to another.
+        columns: keys that the largest text has, those of its tree included.
+        positions: (texts, n) int32 absolute positions of the nodes.
+        keys: (texts, columns) int32 absolute positions of the keys.
+        visible: (texts, n, columns) bool; whether a node attends to a key.
+        index: (texts, 1, n, 1) int32 columns that the nodes are written to; None for one text,
+            whose nodes are written after one another.
     """
 
+    columns: int
     positions: mx.array
-    ancestors: mx.array
+    keys: mx.array
+    visible: mx.array
+    index: mx.array | None
 
     @classmethod
-    def of(cls, tree: DraftTree, start: int) -> TreePass | None:
-        """The pass of a tree; None for a chain, which is a plain causal continuation."""
-        if tree.is_chain:
-            return None
-        return cls(mx.array(tree.positions(start)), mx.array(tree.ancestor_mask()))
+    def of(cls, trees: Sequence[DraftTree], starts: Sequence[int], spare: int) -> TreePass | None:
+        """The pass of the trees of several texts; None for one chain, which continues a text.
 
-    def mask(self, start: int, window: int | None) -> mx.array:
-        """(n, start + n) bool attention mask of the nodes, within a sliding window if there is one.
+        Args:
+            trees: of each text.
+            starts: its committed positions.
+            spare: a column for what is written by rows without a node.
+        """
+        if len(trees) == 1 and trees[0].is_chain:
+            return None
+        texts, n = len(trees), max(len(tree) for tree in trees)
+        columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
+        positions, index = np.zeros((2, texts, n), np.int32)
+        keys = np.zeros((texts, columns), np.int32)
+        visible = np.zeros((texts, n, columns), np.bool_)
+        for i, (tree, start) in enumerate(zip(trees, starts, strict=True)):
+            size, stop = len(tree), start + len(tree)
+            positions[i] = start
+            positions[i, :size] = tree.positions(start)
+            index[i] = spare
+            index[i, :size] = np.arange(start, stop)
+            keys[i, :start] = np.arange(start)
+            keys[i, start:stop] = positions[i, :size]
+            visible[i, :, :start] = True
+            visible[i, :size, start:stop] = tree.ancestor_mask()
+            visible[i, size:, start] = True
+        return cls(
+            columns,
+            mx.array(positions),
+            mx.array(keys),
+            mx.array(visible),
+            mx.array(index[:, None, :, None]) if texts > 1 else None,
+        )
+
+    def mask(self, window: int | None) -> mx.array:
+        """The attention mask, bool, within a sliding window if there is one.
 
         Whether a node lies in a window depends on its position, not on its column.
+
+        Returns:
+            (n, columns) for one text, (texts, 1, n, columns) for several.
         """
-        n = self.positions.shape[0]
-        mask = mx.concatenate([mx.ones((n, start), mx.bool_), self.ancestors], 1)
-        if window is not None:
-            keys = mx.concatenate([mx.arange(start, dtype=mx.int32), self.positions])
-            mask &= self.positions[:, None] - keys < window
-        return mask
+        mask = self.visible
+        if window is not None and window < self.columns:
+            mask = mask & (self.positions[:, :, None] - self.keys[:, None] < window)
+        return mask[0] if self.index is None else mask[:, None]
 
 
 class _ForwardPass(threading.local):
-    """The forward pass that a thread is building: its tree, and where captured outputs go."""
+    """The forward pass that a thread is building: its trees, and where captured outputs go."""
 
     tree: TreePass | None = None
     outputs: dict[int, mx.array] | None = None
@@ -69,7 +109,7 @@ class TreeHooks:
 
     @property
     def tree(self) -> TreePass | None:
-        """The tree that this thread's pass verifies; None for a plain causal pass."""
+        """The trees that this thread's pass verifies; None for a plain causal pass."""
         return self._pass.tree
 
     @contextmanager
@@ -83,7 +123,7 @@ class TreeHooks:
             capture: whether to keep the outputs of the captured layers.
 
         Yields:
-            Those outputs, filled during the call: (1, n, hidden_size) by layer index.
+            Those outputs, filled during the call: (texts, n, hidden_size) by layer index.
         """
         outputs: dict[int, mx.array] = {}
         self._pass.tree, self._pass.outputs = tree, outputs if capture else None
@@ -113,9 +153,13 @@ class TreeHooks:
     ) -> mx.array:
         if self.tree is None:
             return base(rope, x, *args, **kwargs)
-        # A rope has one offset per batch entry: (1, heads, n, d) becomes (n, heads, 1, d).
+        # A rope has one offset per batch entry: (texts, heads, n, d) becomes (texts * n, heads, 1,
+        # d). Heads are made of rows, so that nothing is copied.
+        texts, heads, n, width = x.shape
         kwargs.pop("offset", None)
-        return base(rope, x.swapaxes(0, 2), self.tree.positions, *args[1:], **kwargs).swapaxes(0, 2)
+        nodes = x.swapaxes(1, 2).reshape(texts * n, heads, 1, width)
+        rotated = base(rope, nodes, self.tree.positions.reshape(-1), *args[1:], **kwargs)
+        return rotated.reshape(texts, n, heads, -1).swapaxes(1, 2)
 
     def _keep(self, i: int, output: Any) -> Any:
         if self._pass.outputs is not None:  # some layers return a tuple that starts with it

@@ -1,126 +1,186 @@
-"""The target at work on one text."""
+"""The target over the trees and new tokens of several texts, and commits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import SamplingConfig
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.interfaces import Extension, Verification
 from treeflash.decoding.tree import DraftTree
-from treeflash_mlx.cache import release_freed_memory
-from treeflash_mlx.drafter import DrafterModel
-from treeflash_mlx.sampler import choose
+from treeflash_mlx.cache import release_freed_memory, share_storage
+from treeflash_mlx.choices import choose
+from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.state import State
 from treeflash_mlx.target import Target
 from treeflash_mlx.tree_hooks import TreePass
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass."""
 RELEASE_INTERVAL = 256
-"""Committed tokens between two releases of freed memory."""
+"""Committed tokens of a text between two releases of freed memory."""
+
+Path: TypeAlias = tuple[State, NDArray[np.int32]]
+"""A text, and the nodes to commit."""
 
 
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in MLX."""
 
     def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
-        """Start a text.
+        """Hold the models.
 
         Args:
-            target: the loaded model.
+            target: the model.
             drafter: projects the outputs of its target layers to features; None for no features.
         """
         self.target = target
         self.drafter = drafter
-        self.cache = target.new_cache()
-        self.length = 0
-        self.outputs: mx.array | None = None
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        sampling: SamplingConfig,
-        uniforms: NDArray[np.float64] | None,
-    ) -> tuple[int, mx.array | None]:
-        """See `TreeVerifier.prefill`."""
-        tokens = mx.array(list(token_ids), mx.int32)
-        last = len(token_ids) - 1
-        features = []
-        for first in range(0, last, PREFILL_CHUNK):
-            # The last token has a separate pass: only it needs logits.
-            _, part = self._prefill(tokens[first : min(first + PREFILL_CHUNK, last)])
-            mx.eval([cache.state for cache in self.cache], part)
-            features.append(part)
+    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
+        """See `TreeVerifier.run`.
+
+        Trees, and new tokens that are no more than the largest tree, are one pass. Longer ones
+        would pad it, and are run alone.
+        """
+        states: list[Any] = [item.state for item in work]
+        lengths = [state.length for state in states]
+        try:
+            logits, ends = self._run(work)
+            chosen = choose(logits, [item.choice for item in work])
+        except Exception:
+            for state, length in zip(states, lengths, strict=True):
+                state.truncate(length)
+            raise
+        self._commit(ends)
+        return chosen
+
+    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
+        """See `TreeVerifier.commit`."""
+        self._commit(paths)
+
+    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
+        """See `TreeVerifier.logits`."""
+        return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
+
+    def _run(
+        self, work: Sequence[Extension | Verification]
+    ) -> tuple[list[mx.array | None], list[Path]]:
+        """Run everything.
+
+        Returns:
+            Logits at the nodes of each tree and the last of new tokens, None if they are not
+            wanted; and what is to be committed of new tokens.
+        """
+        longest = max((len(x.tree) for x in work if isinstance(x, Verification)), default=0)
+        logits: list[mx.array | None] = [None] * len(work)
+        batch: list[tuple[int, State, DraftTree]] = []
+        ends: list[Path] = []
+        for i, item in enumerate(work):
+            state: Any = item.state
+            if isinstance(item, Verification):
+                batch.append((i, state, item.tree))
+                continue
+            token_ids = item.token_ids
+            together = len(token_ids) <= longest
+            if not together:
+                # The last token has a pass of its own: no other needs logits.
+                end = len(token_ids) - (item.choice is not None)
+                self._prefill(state, token_ids[:end])
+                token_ids = token_ids[end:]
+            if token_ids:
+                chain = DraftTree.chain(np.array(token_ids, np.int32))
+                ends.append((state, np.arange(len(chain), dtype=np.int32)))
+                if together:
+                    batch.append((i, state, chain))
+                else:
+                    (logits[i],) = self._forward([(state, chain)])
+        parts = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
+        for (i, _, _), part in zip(batch, parts, strict=True):
+            item = work[i]
+            if isinstance(item, Verification):
+                logits[i] = part
+            elif item.choice is not None:
+                logits[i] = part[-1:]
+        return logits, ends
+
+    def _prefill(self, state: State, token_ids: Sequence[int]) -> None:
+        """Commit new tokens chunk by chunk."""
+        for first in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = DraftTree.chain(np.array(token_ids[first : first + PREFILL_CHUNK], np.int32))
+            self._forward([(state, chunk)])
+            # Projected at once: the outputs of five layers take five times the memory.
+            self._keep([(state, np.arange(len(chunk), dtype=np.int32))])
+            mx.eval(_arrays(state))
             if first:
                 release_freed_memory()
-        logits, part = self._prefill(tokens[last:])
-        features.append(part)
-        chosen = choose(logits, sampling, uniforms)
-        if self.drafter is None:
-            return int(chosen[0]), None
-        whole = mx.concatenate(features)
-        mx.async_eval(whole)
-        return int(chosen[0]), whole
 
-    def verify(
-        self,
-        tree: DraftTree,
-        sampling: SamplingConfig,
-        uniforms: NDArray[np.float64] | None,
-    ) -> NDArray[np.int32]:
-        """See `TreeVerifier.verify`."""
-        return choose(self._tree_logits(tree), sampling, uniforms)
-
-    def commit(self, path: NDArray[np.int32]) -> mx.array | None:
-        """See `TreeVerifier.commit`."""
-        for cache in self.cache:
-            cache.commit(self.length, path)
-        before, self.length = self.length, self.length + len(path)
-        features = None
-        if self.drafter is not None and self.outputs is not None:
-            features = self.drafter.project(self.outputs[mx.array(path)])
-        # The device moves the rows while Python builds the next draft.
-        mx.async_eval([cache.state for cache in self.cache], features)
-        if before // RELEASE_INTERVAL != self.length // RELEASE_INTERVAL:
-            release_freed_memory()
-        return features
-
-    def logits(self, tree: DraftTree) -> NDArray[np.float32]:
-        """See `TreeVerifier.logits`."""
-        return np.array(self._tree_logits(tree).astype(mx.float32))
-
-    def keys_values(self) -> NDArray[np.float32]:
-        """See `TreeVerifier.keys_values`."""
-        self._drop_tree()
-        return np.array(
-            mx.stack([mx.stack(cache.read())[:, 0].astype(mx.float32) for cache in self.cache])
+    def _forward(self, texts: Sequence[tuple[State, DraftTree]]) -> list[mx.array]:
+        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can."""
+        if len(texts) > 1 and not self.target.batches:
+            return [part for text in texts for part in self._forward([text])]
+        storage = share_storage([state.key_values for state, _ in texts])
+        by_row = sorted(texts, key=lambda text: text[0].key_values.row)
+        trees = [tree for _, tree in by_row]
+        rows = max(len(tree) for tree in trees)
+        token_ids = np.array(
+            [[*tree.tokens, *tree.tokens[:1].repeat(rows - len(tree))] for tree in trees]
         )
+        logits, outputs = self.target.forward(
+            mx.array(token_ids, mx.int32),
+            [state.key_values for state, _ in by_row],
+            self.drafter.config.target_layer_ids if self.drafter is not None else (),
+            TreePass.of(trees, [state.length for state, _ in by_row], storage.columns - 1),
+        )
+        if outputs is not None:
+            outputs = outputs.reshape(-1, outputs.shape[-1])
+        for row, (state, _) in enumerate(by_row):
+            state.outputs, state.first_row = outputs, row * rows
+        return [logits[state.key_values.row, : len(tree)] for state, tree in texts]
 
-    def close(self) -> None:
-        """See `TreeVerifier.close`."""
-        self.cache, self.outputs = self.target.new_cache(), None
+    def _commit(self, paths: Sequence[Path]) -> None:
+        lengths = [state.length for state, _ in paths]
+        self._keep(paths)
+        # The device moves the rows while Python builds the next drafts.
+        mx.async_eval([_arrays(state) for state, _ in paths])
+        if any(
+            length // RELEASE_INTERVAL != state.length // RELEASE_INTERVAL
+            for length, (state, _) in zip(lengths, paths, strict=True)
+        ):
+            release_freed_memory()
 
-    def _drop_tree(self) -> None:
-        """Drop the rows of a tree that was not committed."""
-        for cache in self.cache:
-            cache.offset = self.length
+    def _keep(self, paths: Sequence[Path]) -> None:
+        """Commit paths of the latest passes, and project their features."""
+        # Texts that were run together share a storage and the outputs of a forward pass.
+        texts = [state.key_values for state, _ in paths]
+        for storage in {id(text.storage): text.storage for text in texts}.values():
+            assert storage is not None
+            storage.keep(
+                {
+                    text.row: (text.length, path)
+                    for text, (_, path) in zip(texts, paths, strict=True)
+                    if text.storage is storage
+                }
+            )
+        for text, (_, path) in zip(texts, paths, strict=True):
+            text.length += len(path)
+        drafted = [(state, path) for state, path in paths if state.drafter is not None]
+        for outputs in {id(state.outputs): state.outputs for state, _ in drafted}.values():
+            assert self.drafter is not None
+            assert outputs is not None
+            own = [(state, path) for state, path in drafted if state.outputs is outputs]
+            rows = np.concatenate([path + state.first_row for state, path in own])
+            context = self.drafter.project(outputs[mx.array(rows)])
+            ends = np.cumsum([len(path) for _, path in own])[:-1].tolist()
+            for (state, _), part in zip(own, mx.split(context, ends), strict=True):
+                state.context.append(part)
 
-    def _prefill(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
-        """(n, vocab) logits and (n, hidden_size) features of the next tokens."""
-        logits, outputs = self._forward(tokens, None)
-        self.length += tokens.shape[0]
-        # Projected at once: the outputs of five layers take five times the memory.
-        if self.drafter is None or outputs is None:
-            return logits, None
-        return logits, self.drafter.project(outputs)
 
-    def _tree_logits(self, tree: DraftTree) -> mx.array:
-        logits, self.outputs = self._forward(mx.array(tree.tokens), TreePass.of(tree, self.length))
-        return logits
-
-    def _forward(self, tokens: mx.array, tree: TreePass | None) -> tuple[mx.array, mx.array | None]:
-        self._drop_tree()
-        layer_ids = self.drafter.config.target_layer_ids if self.drafter is not None else ()
-        return self.target.forward(tokens, self.cache, layer_ids, tree)
+def _arrays(state: State) -> list[Any]:
+    """What a commit changes."""
+    storage = state.key_values.storage
+    return [storage.layers if storage else [], state.context]

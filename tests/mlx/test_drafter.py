@@ -3,6 +3,7 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
@@ -25,13 +26,13 @@ YARN = {
 }
 
 
-def blocks(backend, tokens, root):
-    """A drafter and its block after tokens that it was given in two parts."""
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    _, first = verifier.prefill(tokens[:7], GREEDY, None)
-    drafter.draft(first, tokens[7])
-    _, second = verifier.prefill(tokens[7:], GREEDY, None)
-    return drafter, drafter.draft(second, root)
+def drafted(backend, tokens, root):
+    """A text whose drafter was given its tokens in two parts, and the block after them."""
+    text = TextSession(backend, drafts=True)
+    text.extend(tokens[:7])
+    text.draft(tokens[7])
+    text.extend(tokens[7:])
+    return text, text.draft(root)
 
 
 @pytest.mark.parametrize("block_size", [2, 6])
@@ -50,17 +51,20 @@ def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, 
         load_reference(target, drafter, LoadConfig()),
     )
     tokens = list(range(12))
-    (drafter_a, a), (drafter_b, b) = blocks(ours, tokens, 3), blocks(theirs, tokens, 3)
-    np.testing.assert_allclose(np.array(a.hidden), b.hidden, atol=1e-4)
-    np.testing.assert_allclose(drafter_a.keys_values(), drafter_b.keys_values(), atol=1e-4)
+    (text_a, a), (text_b, b) = drafted(ours, tokens, 3), drafted(theirs, tokens, 3)
+    np.testing.assert_allclose(ours.drafter.log_probs(a), theirs.drafter.log_probs(b), atol=1e-4)
+    np.testing.assert_allclose(
+        text_a.state.drafter_keys_values(), text_b.state.drafter_keys_values(), atol=1e-4
+    )
     for k in (1, 5, 100):
-        assert_same(drafter_a.marginals(a, k, 0.7), drafter_b.marginals(b, k, 0.7))
+        assert_same(ours.drafter.marginals([a], k, 0.7), theirs.drafter.marginals([b], k, 0.7))
         for m in (1, 4, 100):
-            table = ours.head.transitions(a, m, k, 0.7)
-            assert_same(table, theirs.head.transitions(b, m, k, 0.7))
+            table = ours.head.transitions([a], m, k, 0.7)
+            assert_same(table, theirs.head.transitions([b], m, k, 0.7))
 
 
-def assert_same(a, b):
+def assert_same(ours, theirs):
+    (a,), (b,) = ours, theirs
     finite = np.isfinite(b.log_probs)
     np.testing.assert_array_equal(np.isfinite(a.log_probs), finite)
     np.testing.assert_array_equal(a.next_row[finite], b.next_row[finite])

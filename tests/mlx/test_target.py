@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import (
     UnsupportedModelError,
@@ -20,7 +21,6 @@ from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
 from treeflash_mlx.verifier import PREFILL_CHUNK  # noqa: E402
 
-GREEDY = SamplingConfig()
 VERIFIED = (
     "llama",
     "qwen2_moe",
@@ -46,25 +46,30 @@ def a_tree(*parents: int) -> DraftTree:
     return DraftTree(tokens, np.array(parents, np.int32), depths, np.zeros(len(parents)))
 
 
+def features_of(text: TextSession) -> np.ndarray:
+    """The projected features that the drafter has not read yet."""
+    return np.array(mx.concatenate(text.state.context))
+
+
 @pytest.mark.parametrize("family", VERIFIED)
 def test_family_branches_and_commits(families, tmp_path, rng, family):
     """Trees after every sliding window; commits of any path equal a fresh prefill."""
     assert families.attempt(family)[0] == "verified"
     families.write(tmp_path, family)
     backend = MlxBackend(Target(tmp_path, mx.float32, None), None, None)
-    verifier = backend.verifier(features=False)
+    text = TextSession(backend)
     tokens = rng.integers(0, 96, 20).tolist()
-    verifier.prefill(tokens, GREEDY, None)
+    text.extend(tokens)
     for path in ([0, 4, 5], [0, 1, 2, 3], [0], [0, 1, 6]):
         tree = a_tree(-1, 0, 1, 2, 0, 4, 1)
-        verifier.verify(tree, GREEDY, None)
-        verifier.commit(np.array(path, np.int32))
+        text.verify(tree)
+        text.commit(np.array(path, np.int32))
         tokens += tree.tokens[path].tolist()
-    fresh = backend.verifier(features=False)
-    fresh.prefill(tokens, GREEDY, None)
-    assert verifier.length == fresh.length == len(tokens)
+    fresh = TextSession(backend)
+    fresh.extend(tokens)
+    assert text.length == fresh.length == len(tokens)
     probe = a_tree(-1, 0, 0)
-    np.testing.assert_allclose(verifier.logits(probe), fresh.logits(probe), atol=2e-4)
+    np.testing.assert_allclose(text.logits(probe), fresh.logits(probe), atol=2e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "granitemoehybrid", "gear", "gpt2"])
@@ -80,11 +85,11 @@ def test_family_that_cannot_branch_is_refused(families, tmp_path, family):
 def test_family_that_fails_the_probe_still_decodes_plainly(families, tmp_path):
     families.write(tmp_path, "gpt2")
     backend = load(tmp_path, None, LoadConfig())
-    verifier = backend.verifier(features=False)
-    root, _ = verifier.prefill([1, 2, 3], GREEDY, None)
-    verifier.verify(DraftTree.root_only(root), GREEDY, None)
-    verifier.commit(np.zeros(1, np.int32))
-    assert verifier.length == 4
+    text = TextSession(backend)
+    root = text.extend([1, 2, 3])
+    text.verify(DraftTree.root_only(root))
+    text.commit(np.zeros(1, np.int32))
+    assert text.length == 4
 
 
 def test_hooks_leave_the_parameters_alone(pair):
@@ -102,15 +107,17 @@ def test_two_models_at_once(families, tmp_path, pair):
     untouched, _ = load_model(pair[0])
     before = untouched(mx.array([[1, 2, 3]]))
     a, b = load(*pair, LoadConfig()), load(*pair, LoadConfig())
-    verifiers = [backend.verifier(features=True) for backend in (a, b, a)]
-    for verifier in verifiers:
-        verifier.prefill([5, 6, 7], GREEDY, None)
+    texts = [TextSession(backend, drafts=True) for backend in (a, b, a)]
+    for text in texts:
+        text.extend([5, 6, 7])
     tree = a_tree(-1, 0, 0, 1)
-    logits = [verifier.logits(tree) for verifier in verifiers]
-    features = [v.commit(np.array([0, 1, 3], np.int32)) for v in verifiers]
+    logits = [text.logits(tree) for text in texts]
+    for text in texts:
+        text.commit(np.array([0, 1, 3], np.int32))
+    features = [features_of(text) for text in texts]
     for other in (1, 2):
         np.testing.assert_array_equal(logits[0], logits[other])
-        np.testing.assert_array_equal(np.array(features[0]), np.array(features[other]))
+        np.testing.assert_array_equal(features[0], features[other])
     assert mx.array_equal(untouched(mx.array([[1, 2, 3]])), before)
     assert "rotate" not in str(type(untouched.layers[0].self_attn.rope).__call__)
 
@@ -125,25 +132,26 @@ def test_features_are_the_projected_outputs_of_the_layers(pair):
         x = layer(x, "causal", None)
         if i in backend.drafter_config.target_layer_ids:
             expected.append(x[0])
-    _, features = backend.verifier(features=True).prefill([3, 1, 4, 1], GREEDY, None)
+    text = TextSession(backend, drafts=True)
+    text.extend([3, 1, 4, 1])
     expected = backend.drafter_model.project(mx.concatenate(expected, axis=-1))
-    assert mx.allclose(features, expected, atol=1e-4)
-    silent = backend.verifier(features=False)
-    assert silent.prefill([3, 1, 4, 1], GREEDY, None)[1] is None
-    silent.verify(DraftTree.root_only(1), GREEDY, None)
-    assert silent.commit(np.zeros(1, np.int32)) is None
+    np.testing.assert_allclose(features_of(text), np.array(expected), atol=1e-4)
+    silent = TextSession(backend)
+    silent.extend([3, 1, 4, 1])
+    silent.verify(DraftTree.root_only(1))
+    silent.commit(np.zeros(1, np.int32))
+    assert silent.state.context == []
 
 
 def test_long_prefill_is_chunked(pair, rng):
     backend = load(*pair, LoadConfig())
     tokens = rng.integers(0, 64, 1100).tolist()
-    whole, halves = backend.verifier(features=True), backend.verifier(features=True)
-    chosen, features = whole.prefill(tokens, GREEDY, None)
-    first = halves.prefill(tokens[:700], GREEDY, None)[1]
-    again, second = halves.prefill(tokens[700:], GREEDY, None)
-    assert chosen == again
-    assert mx.allclose(features, mx.concatenate([first, second]), atol=1e-4)
-    np.testing.assert_allclose(whole.keys_values(), halves.keys_values(), atol=1e-4)
+    whole, halves = (TextSession(backend, drafts=True, capacity=2048) for _ in range(2))
+    chosen = whole.extend(tokens)
+    halves.extend(tokens[:700])
+    assert halves.extend(tokens[700:]) == chosen
+    np.testing.assert_allclose(features_of(whole), features_of(halves), atol=1e-4)
+    np.testing.assert_allclose(whole.state.keys_values(), halves.state.keys_values(), atol=1e-4)
 
 
 def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatch):
@@ -157,13 +165,12 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatc
         return call(self, x)
 
     monkeypatch.setattr(nn.Linear, "__call__", record)
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    root, features = verifier.prefill(rng.integers(0, 64, 1500).tolist(), GREEDY, None)
+    text = TextSession(backend, drafts=True, capacity=2048)
+    root = text.extend(rng.integers(0, 64, 1500).tolist())
     assert sum(projected) == 1500
     assert max(projected) <= PREFILL_CHUNK
-    assert features.shape == (1500, 128)
-    drafter.extend(features[:1000])
-    drafter.draft(features[1000:], root)
+    assert features_of(text).shape == (1500, 128)
+    text.draft(root)
     assert sum(projected) == 1500
 
 
@@ -173,14 +180,15 @@ def test_quantised_keys_and_values(pair, rng):
     tree = a_tree(-1, 0, 0, 1, 2)
     caches = []
     for backend in (exact, rounded):
-        verifier = backend.verifier(features=False)
-        verifier.prefill(tokens, GREEDY, None)
-        verifier.verify(tree, GREEDY, None)
-        verifier.commit(np.array([0, 2, 4], np.int32))
-        caches.append(verifier.keys_values())
+        text = TextSession(backend)
+        text.extend(tokens)
+        text.verify(tree)
+        text.commit(np.array([0, 2, 4], np.int32))
+        caches.append(text.state.keys_values())
     assert caches[0].shape == caches[1].shape
     assert 0 < np.abs(caches[0] - caches[1]).max() < 0.15
-    assert rounded.verifier(features=False).cache[0].bits == 8
+    assert rounded.target.quantisation.bits == 8
+    assert rounded.state_nbytes(1000, drafts=False) < exact.state_nbytes(1000, drafts=False) / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -1,0 +1,135 @@
+"""The weights of a one-shot drafter (DFlash, arXiv 2602.06036)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+from mlx import nn
+
+from treeflash.config import DrafterConfig
+
+Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+class Attention(nn.Module):
+    """Queries from the blocks; keys and values from the context and the blocks."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the projections."""
+        super().__init__()
+        self.head_dim, self.rope_scale = config.head_dim, config.rope_scale
+        h, bias = config.hidden_size, config.attention_bias
+        q, kv = (
+            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(h, q, bias=bias)
+        self.k_proj = nn.Linear(h, kv, bias=bias)
+        self.v_proj = nn.Linear(h, kv, bias=bias)
+        self.o_proj = nn.Linear(q, h, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        # Not a parameter: it stays float32 if the model is cast to half precision.
+        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
+        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+
+    def queries(self, x: mx.array, positions: mx.array) -> mx.array:
+        """(1, heads, n, head_dim) of n rows."""
+        return self._rotate(self.q_norm(self._heads(self.q_proj(x))), positions)
+
+    def keys_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """(1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
+        keys = self._rotate(self.k_norm(self._heads(self.k_proj(x))), positions)
+        return keys, self._heads(self.v_proj(x)).swapaxes(0, 2)
+
+    def _heads(self, x: mx.array) -> mx.array:
+        """(n, heads, 1, head_dim)."""
+        return x.reshape(x.shape[0], -1, 1, self.head_dim)
+
+    def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
+        """(1, heads, n, head_dim): a rope has one offset per batch entry, which is a row here."""
+        rotated = mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=positions,
+            freqs=self._wavelengths,
+        ).swapaxes(0, 2)
+        return rotated if self.rope_scale == 1 else rotated * self.rope_scale
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the projections."""
+        super().__init__()
+        h, i = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(h, i, bias=False)
+        self.up_proj = nn.Linear(h, i, bias=False)
+        self.down_proj = nn.Linear(i, h, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., hidden_size) to (..., hidden_size)."""
+        y: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make its parts."""
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: mx.array,
+        contexts: Sequence[mx.array],
+        positions: tuple[mx.array, mx.array],
+        attend: Attend,
+    ) -> mx.array:
+        """(texts * S, hidden_size) to (texts * S, hidden_size).
+
+        Args:
+            x: (texts * S, hidden_size) the blocks.
+            contexts: per text, (n, hidden_size) projected features of the positions before it.
+            positions: (texts * S,) of the blocks; and of each text's context and block in turn.
+            attend: queries of the blocks, and keys and values of each text's context and block in
+                turn, to (texts * S, heads * head_dim).
+        """
+        y, (of_blocks, of_rows) = self.input_layernorm(x), positions
+        blocks = mx.split(y, len(contexts)) if len(contexts) > 1 else [y]
+        pairs = zip(contexts, blocks, strict=True)
+        rows = mx.concatenate([part for pair in pairs for part in pair])
+        attention = self.self_attn
+        queries = attention.queries(y, of_blocks)
+        out = attend(queries, *attention.keys_values(rows, of_rows))
+        x = x + attention.o_proj(out)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DrafterModel(nn.Module):
+    """The parameters of a drafter without its AR head, named as in a checkpoint."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make its parts."""
+        super().__init__()
+        self.config = config
+        h = config.hidden_size
+        self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
+        self.hidden_norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(h, config.rms_norm_eps)
+
+    def project(self, features: mx.array) -> mx.array:
+        """(n, hidden_size) context from (n, layers * hidden_size) outputs of the target layers."""
+        context: mx.array = self.hidden_norm(self.fc(features))
+        return context
