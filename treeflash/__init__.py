@@ -16,8 +16,9 @@ if sys.argv[:1] == ["-m"] and any(arg.startswith("treeflash.") for arg in sys.or
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.errors import TreeflashError
 from treeflash.language_model import LanguageModel, load
-from treeflash.text.generation import Generation
-from treeflash.text.stream import Chunk, Stream
+from treeflash.text.assembler import Chunk
+from treeflash.text.generation import Generation, TokenLogProb
+from treeflash.text.stream import Stream
 
 __all__ = [
     "Chunk",
@@ -26,6 +27,7 @@ __all__ = [
     "LanguageModel",
     "SamplingConfig",
     "Stream",
+    "TokenLogProb",
     "TreeflashError",
     "__version__",
     "load",

@@ -12,14 +12,22 @@ from typing import Any
 from rich.console import Console
 
 from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import Parser, add_model_options, full_or_number, head_rows, load_model
+from treeflash.cli.options import (
+    Parser,
+    add_model_options,
+    add_parallel_option,
+    full_or_number,
+    head_rows,
+    load_model,
+)
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.publish import check_files, publish
 from treeflash.evaluation.records import MEAN, compute_records
 from treeflash.evaluation.run import Case, Evaluation, cases, encode_rows
-from treeflash.language_model import Options, parse_options
+from treeflash.text.many_texts import AUTO_BYTES, AUTO_TEXTS
+from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt_file import Row, read_rows
 
 DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation = Evaluation()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        evaluation.run(model.backend, sets, configs, console)
+        evaluation.run(model.backend, sets, configs, console, args.parallel)
     finally:
         if evaluation.samples:
             records = compute_records(evaluation.samples, args.seed)
@@ -104,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="full|N|auto",
         help="number of previous tokens that it scores them after, full: all, or auto: by the "
         f"budget (default: {rows})",
+    )
+    add_parallel_option(
+        parser,
+        1,
+        "texts to decode at once, which is faster and in float32 gives the same results; auto: up "
+        f"to {AUTO_TEXTS}, fewer if their keys and values would take more than "
+        f"{AUTO_BYTES >> 30} GiB (default: 1)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument(

@@ -15,14 +15,18 @@ from treeflash.cli.options import (
     Parser,
     add_decode_options,
     add_model_options,
+    add_parallel_option,
     decode_options,
     load_model,
 )
 from treeflash.cli.prompt_batch import run_batch
 from treeflash.cli.prompt_source import read_prompt
 from treeflash.cli.single_text import run_text
+from treeflash.config import AUTO
 from treeflash.errors import ConfigError
-from treeflash.language_model import LanguageModel, Options
+from treeflash.language_model import LanguageModel
+from treeflash.text.many_texts import AUTO_BYTES, AUTO_TEXTS
+from treeflash.text.options import Options
 
 EXPLAINED = 3
 
@@ -40,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = partial(_load, args, options, console)
     if args.prompts is not None or args.output is not None:
         _check_batch(args)
-        return run_batch(args.prompts, args.output, options, load, console)
+        return run_batch(args.prompts, args.output, options, args.parallel or AUTO, load, console)
+    if args.parallel is not None:
+        raise ConfigError("--parallel is for --prompts; leave it out for a single prompt")
     prompt = read_prompt(args.prompt, args.prompt_file, console)
     model = load()
     return run_text(
@@ -74,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.jsonl",
         help="write one line per turn of --prompts; turns already in the file are skipped",
+    )
+    add_parallel_option(
+        parser,
+        None,
+        f"conversations of --prompts to answer at once; auto: up to {AUTO_TEXTS}, fewer if their "
+        f"keys and values would take more than {AUTO_BYTES >> 30} GiB (default: auto)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"

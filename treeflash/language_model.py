@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
-from treeflash.config import (
-    AUTO,
-    Budget,
-    DecodeConfig,
-    HeadRows,
-    LoadConfig,
-    Method,
-    SamplingConfig,
-)
+from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, is_whole
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target
 from treeflash.registry import best, check_device, loader, on_some_device
+from treeflash.text.assembler import Assembler
 from treeflash.text.generation import Generation
+from treeflash.text.many_texts import ManyTexts, Parallel
+from treeflash.text.options import Options, parse_options, stop_strings
 from treeflash.text.prompt import Prompt, encode
 from treeflash.text.stream import Stream
 from treeflash.text.tokenizer import Tokenizer
-
-
-class Options(TypedDict, total=False):
-    """Keywords of `LanguageModel.generate` and `LanguageModel.stream`.
-
-    See `DecodeConfig` and `SamplingConfig` for most of them and their defaults. Two defaults
-    depend on the models:
-
-    - `method`: the best that the loaded drafter supports: `treeflash`, else `ddtree`, else `ar`;
-    - `stop_token_ids`: the end tokens of the target.
-
-    The others:
-
-    - `stop`: strings to stop at; the text ends before the first of them;
-    - `system`: a system message to put before the prompt;
-    - `raw`: send a text as it is, without the chat template;
-    - `template_args`: extra variables for the chat template. If it has the variable
-      `enable_thinking`, that is False by default, because the published drafters were trained
-      with thinking off.
-    """
-
-    method: Method
-    budget: Budget
-    top_m: int
-    top_k_children: int
-    head_vocab: int | None
-    head_rows: HeadRows
-    draft_temperature: float
-    max_tokens: int
-    stop_token_ids: Collection[int]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    stop: str | Sequence[str]
-    system: str | None
-    raw: bool
-    template_args: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -112,22 +67,88 @@ class LanguageModel:
             PromptError: the prompt is empty, malformed, too long, or rejected by the chat template.
             NumericalError: while iterating; a model produced values that are not finite.
         """
-        stop = options.get("stop", ())
         config = self.decode_config(options)
-        prompt_ids = encode(
+        return Stream(
+            self.backend,
+            self.tokenizer,
+            self._encode(prompt, options),
+            config,
+            stop_strings(options),
+            self._adaptive_budget(config),
+        )
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        n: int = 1,
+        parallel: Parallel = AUTO,
+        **options: Unpack[Options],
+    ) -> Iterator[tuple[int, Generation]]:
+        """Generate many texts at once. In float32 each is the text that it would be alone.
+
+        Args:
+            prompts: each as for `stream`.
+            n: answers to each prompt, which is run once for those that are decoded together; they
+                have the seeds `seed`, `seed + 1`, ...
+            parallel: texts to decode at once; `auto` is up to 16, fewer if their keys and values
+                would take more than 4 GiB.
+            **options: see `Options`; the same for all.
+
+        Returns:
+            An iterator of the index of a prompt and an answer to it, in the order in which they
+            end. If decoding a text fails, the error is raised after all other texts.
+
+        Raises:
+            ConfigError, PromptError, NumericalError: see `stream`. The first two come before
+                anything is decoded; a PromptError says which prompt it is.
+        """
+        if not is_whole(n, 1):
+            raise ConfigError(f"n must be 1 or more, got {n!r}")
+        if isinstance(prompts, str):
+            raise PromptError("prompts must be a list of prompts, got a single string")
+        config, stop = self.decode_config(options), stop_strings(options)
+        seeds = range(config.sampling.seed, config.sampling.seed + n)
+        samplings = [replace(config.sampling, seed=seed) for seed in seeds]
+        configs = [replace(config, sampling=sampling) for sampling in samplings]
+        texts = self.many_texts(parallel, config)
+        numbers: dict[Assembler, int] = {}
+        for number, prompt in enumerate(prompts):
+            try:
+                ids = self._encode(prompt, options)
+                group = [Assembler(self.backend, self.tokenizer, ids, x, stop) for x in configs]
+                texts.submit(group)
+            except PromptError as error:
+                raise PromptError(f"prompt {number}: {error}") from None
+            numbers |= dict.fromkeys(group, number)
+        return _run(texts, numbers)
+
+    def many_texts(self, parallel: Parallel, config: DecodeConfig) -> ManyTexts:
+        """No texts yet, to be decoded together with this configuration.
+
+        Raises:
+            ConfigError: `parallel` is below 1.
+        """
+        self._adaptive_budget(config)
+        return ManyTexts(self.backend, parallel, self.adaptive_budgets)
+
+    def assembler(self, prompt: Prompt, options: Options) -> Assembler:
+        """A text for `ManyTexts.submit`; raises what `stream` does."""
+        return Assembler(
+            self.backend,
+            self.tokenizer,
+            self._encode(prompt, options),
+            self.decode_config(options),
+            stop_strings(options),
+        )
+
+    def _encode(self, prompt: Prompt, options: Options) -> list[int]:
+        return encode(
             self.tokenizer,
             prompt,
             system=options.get("system"),
             raw=options.get("raw", False),
             template_args=options.get("template_args"),
-        )
-        return Stream(
-            self.backend,
-            self.tokenizer,
-            prompt_ids,
-            config,
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            self._adaptive_budget(config),
         )
 
     def _adaptive_budget(self, config: DecodeConfig) -> AdaptiveBudget | None:
@@ -218,45 +239,18 @@ def load(
     return LanguageModel(pair, tokenizer, target_folder, config)
 
 
-def parse_options(options: Options) -> DecodeConfig:
-    """Check options before anything is loaded.
-
-    Raises:
-        ConfigError: an option is unknown or invalid.
-    """
-    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
-        raise ConfigError(
-            f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}"
-        )
-    stop = options.get("stop", ())
-    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-        raise ConfigError(f"stop must be a string or a list of strings, got {stop!r}")
-    if "" in ((stop,) if isinstance(stop, str) else stop):
-        raise ConfigError("a stop string is empty; leave it out")
-    _check_kinds(options)
-    given = {key: value for key, value in options.items() if key != "stop_token_ids"}
-    return DecodeConfig(
-        **_pick(given, DecodeConfig), sampling=SamplingConfig(**_pick(given, SamplingConfig))
-    )
-
-
-def _check_kinds(options: Options) -> None:
-    """Check the options that no configuration checks."""
-    stop_token_ids = options.get("stop_token_ids", ())
-    if not isinstance(stop_token_ids, Collection) or not all(
-        isinstance(token_id, Integral) for token_id in stop_token_ids
-    ):
-        raise ConfigError(f"stop_token_ids must be token ids, got {stop_token_ids!r}")
-    system = options.get("system")
-    if not isinstance(system, str | None):
-        raise ConfigError(f"system must be a string, got {system!r}")
-    template_args = options.get("template_args")
-    if not isinstance(template_args, Mapping | None):
-        raise ConfigError(
-            f"template_args must be a mapping of names to values, got {template_args!r}"
-        )
-
-
-def _pick(options: Mapping[str, object], kind: type) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {key: value for key, value in options.items() if key in names}
+def _run(texts: ManyTexts, numbers: dict[Assembler, int]) -> Iterator[tuple[int, Generation]]:
+    """See `LanguageModel.generate_many`."""
+    failure: Exception | None = None
+    try:
+        while texts.busy:
+            for text, error in texts.step():
+                if error is None:
+                    yield numbers[text], text.generation()
+                elif failure is None:
+                    failure = error
+                    failure.add_note(f"while decoding prompt {numbers[text]}")
+        if failure is not None:
+            raise failure
+    finally:
+        texts.close()

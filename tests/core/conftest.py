@@ -13,6 +13,8 @@ import pytest
 from treeflash.cli import options
 from treeflash.config import METHODS
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.interfaces import Verification
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.generate import main
@@ -23,6 +25,28 @@ from treeflash.text.tokenizer import Tokenizer
 
 DEPTHS, CHILDREN = 4, 3
 OTHER = 5
+
+
+class ScriptedText:
+    """The state of a scripted text: its script, its prompt, and how much of it is committed."""
+
+    nbytes = 0
+
+    def __init__(self, script: Sequence[int], prompt: Sequence[int] = (), length: int = 0) -> None:
+        self.script = script
+        self.prompt = list(prompt)
+        self.length = length
+
+    def token(self, position: int) -> int:
+        index = position - len(self.prompt)
+        return self.script[index] if index < len(self.script) else END
+
+    def fork(self, length: int, capacity: int) -> ScriptedText:
+        assert length <= len(self.prompt)
+        return ScriptedText(self.script, self.prompt[:length], length)
+
+    def close(self) -> None:
+        pass
 
 
 class ScriptedBackend:
@@ -50,76 +74,86 @@ class ScriptedBackend:
     ) -> None:
         self.scripts = list(scripts)
         self.drafter_config = SimpleNamespace(block_size=DEPTHS + 1) if drafter else None
+        self.verifier = self
+        self.drafter = self if drafter else None
         self.head = self if drafter and head else None
         self.differ_at = differ_at
         self.interrupt_at = interrupt_at
         self.margin = margin
         self.verified = 0
+        self.opened = 0
         self.prompts: list[list[int]] = []
 
-    def verifier(self, *, features: bool) -> ScriptedBackend:
-        return self
+    def open(self, capacity: int, *, drafts: bool) -> ScriptedText:
+        self.opened += 1
+        return ScriptedText(self.scripts[min(self.opened, len(self.scripts)) - 1])
 
-    def drafter(self) -> ScriptedBackend:
-        return self
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        return 0
 
     def memory_bytes(self) -> int:
         return 0
 
-    def token(self, position: int) -> int:
-        index = position - len(self.prompts[-1])
-        return self.script[index] if index < len(self.script) else END
+    def run(self, work):
+        return [
+            self.verify(item.state, item.tree)
+            if isinstance(item, Verification)
+            else self.extend(item.state, item.token_ids)
+            for item in work
+        ]
 
-    def prefill(self, token_ids, sampling, uniforms):
-        self.script = self.scripts[min(len(self.prompts), len(self.scripts) - 1)]
-        self.prompts.append(list(token_ids))
-        self.length = len(token_ids)
-        return self.token(self.length), None
+    def extend(self, text, token_ids):
+        if not text.prompt:
+            self.prompts.append(text.prompt)
+        text.prompt += token_ids
+        text.length += len(token_ids)
+        return Chosen(np.array([text.token(text.length)], np.int32))
 
-    def verify(self, tree, sampling, uniforms):
+    def verify(self, text, tree):
         self.verified += 1
         if self.verified == self.interrupt_at:
             raise KeyboardInterrupt
-        positions = [self.length + 1 + int(depth) for depth in tree.depths]
-        chosen = [self.token(position) for position in positions]
+        positions = [text.length + 1 + int(depth) for depth in tree.depths]
+        chosen = [text.token(position) for position in positions]
         if self.differ_at is not None and len(tree) > 1:
-            odd = len(self.prompts[-1]) + self.differ_at
+            odd = len(text.prompt) + self.differ_at
             chosen = [OTHER if p == odd else t for p, t in zip(positions, chosen, strict=True)]
-        return np.array(chosen, np.int32)
+        return Chosen(np.array(chosen, np.int32))
 
-    def logits(self, tree):
+    def logits(self, trees):
+        return [self.logits_of(text, tree) for text, tree in trees]
+
+    def logits_of(self, text, tree):
         # Of a text that was run anew, whose own prompt is the prompt and what follows it.
         logits = np.zeros((len(tree), self.vocab_size), np.float32)
         first = len(self.prompts[-2])
         for row, depth in enumerate(tree.depths):
-            index = self.length + 1 + int(depth) - first
+            index = text.length + 1 + int(depth) - first
             logits[row, OTHER] = 4 - self.margin
-            logits[row, self.script[index] if index < len(self.script) else END] = 4
+            logits[row, text.script[index] if index < len(text.script) else END] = 4
         return logits
 
-    def commit(self, path):
-        self.length += len(path)
+    def commit(self, paths):
+        for text, path in paths:
+            text.length += len(path)
 
-    def close(self):
-        pass
+    def draft(self, roots):
+        return [text for text, _ in roots]
 
-    def extend(self, features):
-        pass
+    def marginals(self, blocks, k, temperature):
+        return [self.table(text, k) for text in blocks]
 
-    def draft(self, features, root):
-        return self.length
+    def transitions(self, blocks, m, k, temperature, *, shortlist, rows):
+        return self.marginals(blocks, k, temperature)
 
-    def marginals(self, block, k, temperature):
+    def table(self, text, k):
         tokens = np.empty((DEPTHS, CHILDREN), np.int32)
         for depth in range(DEPTHS):
-            position = block + depth + 1
-            first = 7 if position % 5 == 0 else self.token(position)
+            position = text.length + depth + 1
+            first = 7 if position % 5 == 0 else text.token(position)
             tokens[depth] = [first, 8 + first % 2, 10 + first % 2]
         log_probs = np.log(np.tile(np.float32([0.6, 0.3, 0.1]), (DEPTHS, 1)))
         return TransitionTable.from_marginals(tokens[:, :k], log_probs[:, :k])
-
-    def transitions(self, block, m, k, temperature, *, shortlist, rows):
-        return self.marginals(block, k, temperature)
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,16 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     assert "4/4" in err
 
 
+def test_the_figures_do_not_depend_on_how_many_texts_are_decoded_at_once(use, run, model, tmp_path):
+    use(model)
+    found = []
+    for n, parallel in enumerate(("1", "3", "auto")):
+        path = tmp_path / f"{n}.json"
+        assert run("--budgets", "4", "--parallel", parallel, "--json", str(path))[0] == 0
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    assert found[0] == found[1] == found[2]
+
+
 def test_temperature_and_seed_reach_the_target(use, run, model, tmp_path):
     use(model)
     path = tmp_path / "out.json"
@@ -126,15 +136,15 @@ def test_an_early_end_keeps_what_was_measured(
 ):
     pytest.importorskip("matplotlib")
     use(model)
-    made, verifier = [], model.backend.verifier
+    made, opened = [], model.backend.open
 
-    def interrupted(**settings):
+    def interrupted(capacity, **settings):
         made.append(settings)
         if len(made) == 8:  # two methods and the depths: in the third prompt
             raise error
-        return verifier(**settings)
+        return opened(capacity, **settings)
 
-    monkeypatch.setattr(model.backend, "verifier", interrupted)
+    monkeypatch.setattr(model.backend, "open", interrupted)
     path, report = tmp_path / "out.json", tmp_path / "out.png"
     done, out, err = run(
         "--methods",
@@ -157,10 +167,10 @@ def test_an_early_end_keeps_what_was_measured(
 def test_an_end_before_the_first_prompt_overwrites_nothing(use, run, model, tmp_path, monkeypatch):
     use(model)
 
-    def interrupted(**settings):
+    def interrupted(capacity, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.backend, "verifier", interrupted)
+    monkeypatch.setattr(model.backend, "open", interrupted)
     path = tmp_path / "out.json"
     path.write_text("before", encoding="utf-8")
     assert run("--json", str(path))[0] == 130

@@ -28,17 +28,22 @@ LAYERS = [
     {"evaluation", "diagnosis", "training"},
     {"generate", "evaluate", "doctor", "distill", "train"},
 ]
-# The same inside `decoding`: data types, interfaces, budget, loop.
+# The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
     {"transitions"},
     {"tree"},
     {"acceptance", "sampling"},
-    {"interfaces"},
+    {"choices"},
+    {"constraints", "interfaces", "penalties"},
+    {"text_session", "one_by_one", "prefix_cache", "proposals", "requests"},
     {"probe", "verify_costs"},
-    {"adaptive_budget"},
-    {"loop"},
-    {"statistics"},
+    {"adaptive_budget", "loop"},
+    {"running_text", "statistics"},
+    {"iteration"},
+    {"scheduler"},
+    {"decode_text"},
 ]
+DATA_TYPES = {"transitions", "tree", "acceptance", "sampling", "choices", "interfaces"}
 # The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.
 DRAFTERS = [
     {"folder", "rope"},
@@ -52,7 +57,8 @@ FOR_BACKENDS = {
     "errors",
     "config",
     "drafters",
-    *(f"decoding.{name}" for name in set().union(*DECODING[:4], {"probe"})),
+    *(f"decoding.{name}" for name in DATA_TYPES),
+    *(f"decoding.{name}" for name in ("one_by_one", "text_session", "probe")),
 }
 # What its modules for training may import.
 FOR_TRAINING = FOR_BACKENDS | {"training"}

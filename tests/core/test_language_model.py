@@ -81,12 +81,14 @@ def test_a_stream_keeps_trees_but_no_tables(scripted):
 def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
     model = load(*tiny_pair, backend="reference")
     made = []
-    verifier = model.backend.verifier
-    monkeypatch.setattr(
-        type(model.backend),
-        "verifier",
-        lambda _, **settings: (text := verifier(**settings), made.append(weakref.ref(text)))[0],
-    )
+    opened = model.backend.open
+
+    def noted(capacity, **settings):
+        state = opened(capacity, **settings)
+        made.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(type(model.backend), "open", lambda _, *args, **kw: noted(*args, **kw))
     stream = model.stream("hi", budget=5, max_tokens=6)
     next(stream)
     assert made[0]() is not None

@@ -17,8 +17,10 @@ from treeflash.config import (
     SamplingConfig,
 )
 from treeflash.errors import ConfigError
-from treeflash.language_model import LanguageModel, Options, load, parse_options
+from treeflash.language_model import LanguageModel, load
 from treeflash.registry import on_some_device
+from treeflash.text.many_texts import Parallel
+from treeflash.text.options import Options, parse_options
 
 T = TypeVar("T")
 
@@ -168,6 +170,13 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parallel_option(
+    parser: argparse.ArgumentParser, default: Parallel | None, help: str
+) -> None:
+    """Add the option of how many texts to decode at once."""
+    parser.add_argument("--parallel", type=_parallel, default=default, metavar="N|auto", help=help)
+
+
 def decode_options(args: argparse.Namespace) -> Options:
     """The decoding options that were given.
 
@@ -211,6 +220,14 @@ def budget(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
+
+
+def _parallel(text: str) -> Parallel:
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"neither auto nor a number of texts: {text}")
+    return int(text)
 
 
 def full_or_number(text: str) -> int | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,14 +15,34 @@ from rich.console import Console
 from treeflash.cli.exit_status import BAD_INPUT, INTERRUPTED
 from treeflash.cli.progress import progress
 from treeflash.decoding.statistics import mean
-from treeflash.errors import ConfigError, PromptError
-from treeflash.language_model import LanguageModel, Options
+from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
+from treeflash.language_model import LanguageModel
+from treeflash.text.assembler import Assembler
+from treeflash.text.many_texts import ManyTexts, Parallel
+from treeflash.text.options import Options
 from treeflash.text.output_file import OutputFile, finished_records, locked
 from treeflash.text.prompt import Message, Prompt
 from treeflash.text.prompt_file import Key, Row, read_rows
 
 Record: TypeAlias = dict[str, Any]
 LINE_START = b'{"id": '
+INTERRUPTED_TURN = "interrupted"
+"""The finish reason of a turn that the next run decodes again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A turn to decode.
+
+    Attributes:
+        key: of its record.
+        prompt: the conversation up to its answer.
+        settings: of the record.
+    """
+
+    key: Key
+    prompt: Prompt
+    settings: Record
 
 
 @dataclass
@@ -45,35 +66,39 @@ class Batch:
     def resume(cls, rows: Sequence[Row], output: Path) -> Batch:
         """Resume from what an earlier run left in `output`, which need not exist yet.
 
-        A last line that an interruption tore, or that holds an interrupted turn, does not count:
-        that turn is decoded again.
+        A last line that an interruption tore, and last lines that hold interrupted turns, do not
+        count: those turns are decoded again.
 
         Raises:
             ConfigError: the file cannot be written, or another program wrote it.
         """
         found = finished_records(output, LINE_START, _checked)
-        if found and found[-1][0].get("finish_reason") == "interrupted":
+        while found and found[-1][0].get("finish_reason") == INTERRUPTED_TURN:
             found.pop()
         records = {(record["id"], record["turn"]): record for record, _ in found}
         return cls(rows, output, records, sum(size for _, size in found))
 
-    def run(self, model: LanguageModel, options: Options, console: Console) -> None:
+    def run(
+        self, model: LanguageModel, options: Options, parallel: Parallel, console: Console
+    ) -> None:
         """Decode the missing turns, with a progress bar; each is on disk as soon as it is done.
 
-        A turn whose prompt cannot be decoded is recorded as an error, and ends its conversation;
-        the next run tries it again.
+        Several conversations are decoded at once, each turn by turn. A turn that cannot be decoded
+        is recorded as an error, and ends its conversation; the next run tries it again. If the run
+        is interrupted, the texts so far of unfinished turns are recorded as interrupted.
 
         Raises:
-            ConfigError: the output holds turns of other settings or prompts, or a row needs the
-                chat template.
+            ConfigError: the output holds turns of other settings or prompts, a row needs the
+                chat template, or `parallel` is below 1.
         """
         settings = _settings(model, options)
         self._check(settings, raw=bool(options.get("raw")))
+        texts = model.many_texts(parallel, model.decode_config(options))
         with OutputFile(self.output, self.output_bytes) as file, progress(console) as bar:
             task = bar.add_task("turns", total=sum(len(row.turns) for row in self.rows))
-            for row in self.rows:
-                for _ in self._converse(row, model, options, settings, file):
-                    bar.advance(task)
+            advance = partial(bar.advance, task)
+            conversations = (self._converse(row, options, settings, advance) for row in self.rows)
+            self._decode(conversations, texts, partial(model.assembler, options=options), file)
 
     def report(self) -> str:
         """One line: the numbers of turns decoded and failed, and the block efficiency."""
@@ -115,37 +140,84 @@ class Batch:
                     )
 
     def _converse(
-        self, row: Row, model: LanguageModel, options: Options, settings: Record, file: OutputFile
-    ) -> Iterator[Record]:
-        """Records of a row's turns, decoded now or before."""
+        self, row: Row, options: Options, settings: Record, advance: Callable[[], None]
+    ) -> Iterator[Turn]:
+        """The turns of a row that are missing; each must be in `records` before the next."""
         messages: list[Message] = []
-        for turn, new in enumerate(row.turns):
+        for number, new in enumerate(row.turns):
             messages += new
             prompt: Prompt = new[0]["content"] if options.get("raw") else messages
             digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-            found = self.records.get((row.id, turn))
+            key = row.id, number
+            found = self.records.get(key)
             if found is None or "error" in found:
-                record = Record(id=row.id, turn=turn)
-                own = settings | {"prompt_digest": digest}
-                _decode(record, model, prompt, options, own, file, found)
-                self.records[row.id, turn] = record
-            elif found["prompt_digest"] == digest:
-                record = found
-            else:
+                yield Turn(key, prompt, settings | {"prompt_digest": digest})
+            elif found["prompt_digest"] != digest:
                 raise ConfigError(
                     f"{self.output} has an answer to another prompt with the id {row.id!r}; use "
                     "another --output, or give the changed row another id"
                 )
-            yield record
-            if "error" in record:
+            advance()
+            if "error" in self.records[key]:
                 return
-            messages.append({"role": "assistant", "content": record["text"]})
+            messages.append({"role": "assistant", "content": self.records[key]["text"]})
+
+    def _decode(
+        self,
+        conversations: Iterator[Iterator[Turn]],
+        texts: ManyTexts,
+        assembler: Callable[[Prompt], Assembler],
+        file: OutputFile,
+    ) -> None:
+        """Decode all turns, those of several conversations at once, in the order of the rows."""
+        running: dict[Assembler, tuple[Turn, Iterator[Turn]]] = {}
+
+        def resume(conversation: Iterator[Turn]) -> None:
+            """Submit the conversation's next turn that can be decoded, if there is one."""
+            for turn in conversation:
+                try:
+                    text = assembler(turn.prompt)
+                    texts.submit([text])
+                except PromptError as error:
+                    self._record(turn, {"error": str(error)}, file)
+                else:
+                    running[text] = turn, conversation
+                    return
+
+        try:
+            while True:
+                while texts.has_room and (conversation := next(conversations, None)):
+                    resume(conversation)
+                if not texts.busy:
+                    return
+                for text, error in texts.step():
+                    turn, conversation = running[text]
+                    self._record(turn, _outcome(text, error), file)
+                    del running[text]
+                    resume(conversation)
+        except KeyboardInterrupt:
+            # Interrupted turns come last: only there does the next run drop them.
+            for text in sorted(running, key=lambda text: text.finish_reason is None):
+                if text.chunks:
+                    self._record(running[text][0], text.generation().to_dict(), file)
+            raise
+        finally:
+            texts.close()
+
+    def _record(self, turn: Turn, outcome: Record, file: OutputFile) -> None:
+        """Append a turn to the output, unless it is an error that is already there."""
+        record = Record(id=turn.key[0], turn=turn.key[1]) | outcome | turn.settings
+        if record != self.records.get(turn.key):
+            file.append(json.dumps(record, ensure_ascii=False))
+        if record.get("finish_reason") != INTERRUPTED_TURN:
+            self.records[turn.key] = record
 
 
 def run_batch(
     prompts: Path,
     output: Path,
     options: Options,
+    parallel: Parallel,
     load: Callable[[], LanguageModel],
     console: Console,
 ) -> int:
@@ -155,6 +227,7 @@ def run_batch(
         prompts: see `treeflash.text.prompt_file.read_rows`.
         output: see `Batch`.
         options: how to decode.
+        parallel: how many conversations to decode at once.
         load: gives the model, once both files are known to be usable.
         console: for the progress bar and the report.
     """
@@ -165,7 +238,7 @@ def run_batch(
         batch = Batch.resume(rows, output)
         model = load()
         try:
-            batch.run(model, options, console)
+            batch.run(model, options, parallel, console)
         except KeyboardInterrupt:
             console.print(f"interrupted; {batch.report()}; run the same command again to resume")
             return INTERRUPTED
@@ -197,31 +270,13 @@ def _settings(model: LanguageModel, options: Options) -> Record:
     }
 
 
-def _decode(
-    record: Record,
-    model: LanguageModel,
-    prompt: Prompt,
-    options: Options,
-    settings: Record,
-    file: OutputFile,
-    found: Record | None,
-) -> None:
-    """Complete a turn's record and append it to the output, even if decoding is interrupted.
-
-    An error that is already in the output is not appended again.
-    """
-    try:
-        stream = model.stream(prompt, **options)
-    except PromptError as error:
-        record |= {"error": str(error)} | settings
-        if record != found:
-            file.append(json.dumps(record, ensure_ascii=False))
-        return
-    try:
-        stream.run()
-    finally:
-        record |= stream.generation().to_dict() | settings
-        file.append(json.dumps(record, ensure_ascii=False))
+def _outcome(text: Assembler, error: Exception | None) -> Record:
+    """What the record of a turn says about its text."""
+    if error is None:
+        return text.generation().to_dict()
+    if isinstance(error, TreeflashError) or is_out_of_memory(error):
+        return {"error": str(error)}
+    raise error
 
 
 def _checked(record: Any) -> Record:

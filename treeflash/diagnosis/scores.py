@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
-from treeflash.decoding.interfaces import ARHead, Backend, Block, Drafter
+from treeflash.decoding.interfaces import ARHead, Backend, Block
+from treeflash.decoding.text_session import TextSession
 from treeflash.errors import NumericalError, PromptError
 
 STRIDE = 4  # tokens from one root to the next: neighbouring blocks are nearly the same
@@ -119,11 +119,12 @@ def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None)
         PromptError: the texts are too short.
         NumericalError: a model produced values that are not finite.
     """
+    assert backend.drafter is not None
     rows: dict[str, list[NDArray[np.float64]]] = {}
     numbers: list[int] = []
     for number, text in enumerate(texts):
-        for tokens, drafter, block in _blocks(backend, text):
-            marginal = drafter.log_probs(block)
+        for tokens, block in _blocks(backend, text):
+            marginal = backend.drafter.log_probs(block)
             tables = {"marginal": (marginal, 1), "earlier": (marginal, 0), "later": (marginal, 2)}
             if head is not None:
                 previous = np.resize(np.array(tokens, np.int32), len(marginal))
@@ -152,15 +153,15 @@ def by_depth(values: NDArray[np.float64]) -> list[float]:
     return means
 
 
-def _blocks(backend: Backend, text: Text) -> Iterator[tuple[Sequence[int], Drafter, Block]]:
-    """The target's tokens from each root on, the drafter, and its block."""
-    with closing(backend.verifier(features=True)) as verifier:
-        drafter = backend.drafter()
-        unseen = text.prompt_ids
+def _blocks(backend: Backend, text: Text) -> Iterator[tuple[Sequence[int], Block]]:
+    """The target's tokens from each root on, and the drafter's block."""
+    unseen = text.prompt_ids
+    capacity = len(text.prompt_ids) + len(text.answer_ids)
+    with TextSession(backend, drafts=True, capacity=capacity) as state:
         for start in range(0, len(text.answer_ids) - 1, STRIDE):
-            _, features = verifier.prefill(unseen, SamplingConfig(), None)
+            state.extend(unseen)
             tokens = text.answer_ids[start:]
-            yield tokens, drafter, drafter.draft(features, tokens[0])
+            yield tokens, state.draft(tokens[0])
             unseen = tokens[:STRIDE]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import SamplingConfig
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 
 Source: TypeAlias = Literal["marginal", "corrected"]
@@ -72,28 +71,27 @@ def measure_depth_metrics(
     assert backend.drafter_config is not None
     depths = backend.drafter_config.block_size - 1
     metrics = DepthMetrics(np.zeros(depths, np.int64))
-    with closing(backend.verifier(features=True)) as verifier:
-        drafter = backend.drafter()
-        _, features = verifier.prefill(prompt_ids, SamplingConfig(), None)
-        text = np.array(text_ids, np.int32)
-        for start in range(0, len(text) - 1, min(STRIDE, depths)):
-            # The text may end within the block: the last depths are then not compared.
-            previous, following = text[start:-1][:depths], text[start + 1 :][:depths]
-            n = len(previous)
-            target = _probabilities(
-                verifier.logits(DraftTree.chain(previous, np.zeros(n))), temperature
-            )
-            block = drafter.draft(features, int(previous[0]))
-            drafted = {"marginal": drafter.log_probs(block)}
-            if backend.head is not None:
-                padded = np.pad(previous, (0, depths - n), mode="edge")
-                drafted["corrected"] = backend.head.log_probs(block, padded)
-            metrics.anchors[:n] += 1
-            for source in SOURCES:
-                if source in drafted:
-                    sums = metrics.sums.setdefault(source, np.zeros((depths, len(METRICS))))
-                    sums[:n] += _metrics(target, drafted[source][:n], following)
-            features = verifier.commit(np.arange(min(STRIDE, n), dtype=np.int32))
+    assert backend.drafter is not None
+    state = TextSession(backend, drafts=True, capacity=len(prompt_ids) + len(text_ids) + depths)
+    state.extend(prompt_ids)
+    text = np.array(text_ids, np.int32)
+    for start in range(0, len(text) - 1, min(STRIDE, depths)):
+        # The text may end within the block: the last depths are then not compared.
+        previous, following = text[start:-1][:depths], text[start + 1 :][:depths]
+        n = len(previous)
+        target = _probabilities(state.logits(DraftTree.chain(previous)), temperature)
+        block = state.draft(int(previous[0]))
+        drafted = {"marginal": backend.drafter.log_probs(block)}
+        if backend.head is not None:
+            padded = np.pad(previous, (0, depths - n), mode="edge")
+            drafted["corrected"] = backend.head.log_probs(block, padded)
+        metrics.anchors[:n] += 1
+        for source in SOURCES:
+            if source in drafted:
+                sums = metrics.sums.setdefault(source, np.zeros((depths, len(METRICS))))
+                sums[:n] += _metrics(target, drafted[source][:n], following)
+        state.commit(np.arange(min(STRIDE, n), dtype=np.int32))
+    state.close()
     return metrics
 
 

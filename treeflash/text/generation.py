@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from treeflash.config import Budget
@@ -44,6 +44,24 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogProb:
+    """How probable a new token was: natural logarithms of the target's probabilities.
+
+    They are those at temperature 1, before penalties, biases and filters.
+
+    Attributes:
+        token_id: the new token.
+        log_prob: its log probability.
+        top: the most probable tokens and their log probabilities, best first; as many as were
+            asked for.
+    """
+
+    token_id: int
+    log_prob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """What was generated, how, and what it cost.
 
@@ -58,12 +76,14 @@ class Generation:
         accepted_lengths: tokens committed by each iteration.
         histogram: iterations by accepted length, shortest first.
         block_efficiency: the mean of `accepted_lengths`; 0 if there was no iteration.
-        tokens_per_s: tokens of the iterations divided by `decode_s`.
+        tokens_per_s: tokens of the iterations divided by `decode_s`; a text that shares its
+            iterations with others has its own tokens, but the time of all.
         prefill_s: seconds until the first token was chosen.
         decode_s: seconds of the iterations.
         seconds: the same time by phase: prefill, draft, tree, verify, commit.
         finish_reason: `stop` (a stop token or string), `length` (the limit), or `interrupted`.
         compare: with plain decoding, if that was asked for.
+        log_probs: of the new tokens, if they were asked for.
     """
 
     text: str
@@ -84,6 +104,7 @@ class Generation:
     seed: int
     finish_reason: str
     compare: Comparison | None = None
+    log_probs: list[TokenLogProb] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object with the names that scripts rely on."""
@@ -106,4 +127,6 @@ class Generation:
         values = {name: getattr(self, name) for name in names}
         if self.compare is not None:
             values["compare"] = self.compare.to_dict()
+        if self.log_probs is not None:
+            values["log_probs"] = [asdict(token) for token in self.log_probs]
         return values

@@ -1,41 +1,22 @@
-"""Streams: an iterator of text chunks over the decode loop, and where the text ends."""
+"""Streams: an iterator of text chunks over the decode loop of one text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, DecodeConfig, SamplingConfig
+from treeflash.config import DecodeConfig
+from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step, decode
-from treeflash.decoding.statistics import Stats
+from treeflash.decoding.loop import Step
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.text.detokenizer import TextStream
+from treeflash.text.assembler import Assembler, Chunk
 from treeflash.text.generation import Generation
 from treeflash.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """What one target forward pass added to the text.
-
-    Attributes:
-        text: new text that is final; empty while a character or a possible stop string is
-            incomplete.
-        token_ids: new tokens, without those after a stop string.
-        step: the step of the decode loop, with all of its tokens and its tree, but not its table.
-        finish_reason: `stop` or `length` in the last chunk, None before.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    step: Step
-    finish_reason: str | None
 
 
 class Stream(Iterator[Chunk]):
@@ -68,43 +49,37 @@ class Stream(Iterator[Chunk]):
             PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
             ConfigError: the method needs what was not loaded, or a stop string is empty.
         """
-        self.prompt_ids = tuple(prompt_ids)
-        self.config = config
-        self._backend = backend
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._text = TextStream(tokenizer, stop)
+        self._text = Assembler(backend, tokenizer, prompt_ids, config, stop)
         self._adaptive_budget = adaptive_budget
         self._steps = decode(backend, prompt_ids, config, adaptive_budget)
-        self._chunks: list[Chunk] = []
 
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        # A stream keeps its steps, and tables would take most of the memory.
-        step = replace(next(self._steps), table=None)
-        before = self._text.tokens_used
-        text = self._text.push(step.tokens)
-        used = self._text.tokens_used - before
-        finish_reason = "stop" if self._text.stopped else step.finish_reason
-        if finish_reason is not None:
-            text += self._text.finish()
-        chunk = Chunk(text, step.tokens[:used], step, finish_reason)
-        # The only change to what `generation` reads, so that an interruption leaves it consistent.
-        self._chunks.append(chunk)
-        if finish_reason is not None:
+        chunk = self._text.add(next(self._steps))
+        if chunk.finish_reason is not None:
             self._steps = iter(())  # a finished text no longer needs its keys and values
         return chunk
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt."""
+        return self._text.prompt_ids
+
+    @property
+    def config(self) -> DecodeConfig:
+        """How the text is decoded."""
+        return self._text.config
+
+    @property
     def finish_reason(self) -> str | None:
         """`stop` or `length` once the text is complete, None before."""
-        return self._chunks[-1].finish_reason if self._chunks else None
+        return self._text.finish_reason
 
     @property
     def steps(self) -> list[Step]:
         """The steps so far; the first is the prefill."""
-        return [chunk.step for chunk in self._chunks]
+        return [chunk.step for chunk in self._text.chunks]
 
     def again(self, config: DecodeConfig, prompt_ids: Sequence[int] | None = None) -> Stream:
         """A new stream with the same pair and stop strings, and the same or another prompt.
@@ -112,10 +87,9 @@ class Stream(Iterator[Chunk]):
         Raises:
             PromptError, ConfigError: as for the first.
         """
-        ids = self.prompt_ids if prompt_ids is None else prompt_ids
-        return Stream(
-            self._backend, self._tokenizer, ids, config, self._stop, self._adaptive_budget
-        )
+        own = self._text
+        ids = own.prompt_ids if prompt_ids is None else prompt_ids
+        return Stream(own.backend, own.tokenizer, ids, config, own.stop, self._adaptive_budget)
 
     def logits_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """(vocab,) raw logits of the target after the prompt and some new tokens, without drafting.
@@ -123,10 +97,10 @@ class Stream(Iterator[Chunk]):
         For analysis: it runs the whole text anew.
         """
         *context, last = *self.prompt_ids, *token_ids
-        with closing(self._backend.verifier(features=False)) as verifier:
+        with TextSession(self._text.backend, capacity=len(context) + 1) as text:
             if context:
-                verifier.prefill(context, SamplingConfig(), None)
-            logits: NDArray[np.float32] = verifier.logits(DraftTree.root_only(last))[0]
+                text.extend(context)
+            logits: NDArray[np.float32] = text.logits(DraftTree.root_only(last))[0]
         return logits
 
     def run(self) -> Generation:
@@ -137,32 +111,4 @@ class Stream(Iterator[Chunk]):
 
     def generation(self) -> Generation:
         """All chunks so far as one result; `interrupted` if the text is not complete."""
-        token_ids = [token for chunk in self._chunks for token in chunk.token_ids]
-        stats = Stats()
-        for step in self.steps:
-            stats.add(step)
-        stats.cut(len(token_ids))
-        if self.finish_reason is None:
-            # Includes text that the chunks held back.
-            text = self._tokenizer.decode(token_ids)
-        else:
-            text = "".join(chunk.text for chunk in self._chunks)
-        return Generation(
-            text=text,
-            token_ids=token_ids,
-            prompt_tokens=len(self.prompt_ids),
-            accepted_lengths=stats.accepted_lengths,
-            histogram=stats.histogram,
-            block_efficiency=stats.block_efficiency,
-            tokens_per_s=stats.tokens_per_s,
-            prefill_s=stats.prefill_s,
-            decode_s=stats.decode_s,
-            seconds=stats.seconds,
-            method=self.config.method,
-            budget=AUTO if self.config.budget == AUTO else int(self.config.budget),
-            backend=self._backend.name,
-            device=self._backend.device,
-            dtype=self._backend.dtype,
-            seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
-            finish_reason=self.finish_reason or "interrupted",
-        )
+        return self._text.generation()

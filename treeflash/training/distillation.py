@@ -22,8 +22,6 @@ from treeflash.training.provenance import check_settings, provenance
 
 Record: TypeAlias = dict[str, Any]
 LINE_START = b'{"id":'
-BATCHES_PER_SORT = 8
-"""Prompts are sorted by length within this many batches of `slots`: few enough to stay mixed."""
 SETTINGS = {"target", "backend", "dtype", "top_p", "max_tokens", "temperature", "seed"}
 NAMED = 5
 """Skipped prompts that the report names."""
@@ -124,7 +122,6 @@ class Distillation:
                 numbers = [n for n, row in enumerate(self.rows) if turn < len(row.turns)]
                 requests = self._requests(numbers, turn, responder, tokenizer, config)
                 bar.update(task, advance=len(numbers) - len(requests))
-                requests = _sorted(requests, BATCHES_PER_SORT * config.slots)
                 responses = responder.respond(
                     [request for _, request in requests], tokenizer.stop_token_ids, config.slots
                 )
@@ -240,9 +237,3 @@ def _checked(record: Any) -> Record:
     if not record.keys() >= SETTINGS:
         raise KeyError
     return dict(record)
-
-
-def _sorted(requests: list[tuple[int, Request]], size: int) -> list[tuple[int, Request]]:
-    """The requests, longest prompts first within parts of `size`, to keep padding small."""
-    parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-    return [x for part in parts for x in sorted(part, key=lambda x: -len(x[1].prompt_ids))]

@@ -1,15 +1,17 @@
-"""The budget `auto`: the size that pays, drafting that rests, and what is learned."""
+"""The budget `auto`: the size that pays, drafting that pauses, and what is learned."""
 
 import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.decoding.adaptive_budget import FIRST_REST, LONGEST_REST, AdaptiveBudget
+from treeflash.decoding.adaptive_budget import FIRST_PAUSE, LONGEST_PAUSE, AdaptiveBudget
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
+
+LENGTH = 100
 
 
 def chain(*probabilities):
@@ -37,67 +39,74 @@ def path(length):
 
 
 def iterate(budget, tree, accepted, draft_s=0.0):
-    """One iteration of the loop; returns the number of nodes that were verified."""
+    """One iteration of one text; returns the number of nodes that were verified."""
     if not budget.begin():
-        budget.observe(DraftTree.root_only(0), path(1), {"verify": budget.costs.seconds[1]})
+        seconds = {"verify": budget.costs.seconds[1]}
+        budget.observe([DraftTree.root_only(0)], [path(1)], [LENGTH], seconds)
         return 0
-    cut = budget.cut(tree)
-    seconds = {"draft": draft_s, "verify": budget.costs.seconds[len(cut)]}
-    budget.observe(cut, path(min(accepted, len(cut))), seconds)
-    return len(cut)
+    nodes = cut(budget, tree)
+    seconds = {"draft": draft_s, "verify": budget.costs.seconds[nodes]}
+    budget.observe([tree.first(nodes)], [path(min(accepted, nodes))], [LENGTH], seconds)
+    return nodes
+
+
+def cut(budget, tree):
+    """How many nodes of a single text's tree pay."""
+    (nodes,) = budget.cut([tree], [LENGTH])
+    return nodes
 
 
 @pytest.mark.parametrize(("slope", "nodes"), [(0.0, 64), (0.005, 64), (0.02, 1), (1.0, 1)])
 def test_nodes_pay_while_they_bring_more_than_they_cost(slope, nodes):
-    assert len(AdaptiveBudget(costs(slope)).cut(fan(64, 0.01))) == nodes
+    assert cut(AdaptiveBudget(costs(slope)), fan(64, 0.01)) == nodes
 
 
 def test_sure_nodes_are_verified_and_doubtful_ones_are_not():
     tree = chain(*[0.99] * 7, *[0.01] * 40)
-    assert len(AdaptiveBudget(costs(0.05)).cut(tree)) == 8
+    assert cut(AdaptiveBudget(costs(0.05)), tree) == 8
 
 
 def test_a_staircase_is_climbed_to_its_edges():
     steps = {size: 1.0 if size <= 8 else 2.0 if size <= 32 else 9.0 for size in SIZES}
-    assert len(AdaptiveBudget(VerifyCosts(steps)).cut(fan(64, 1 / 64))) == 8
-    assert len(AdaptiveBudget(VerifyCosts(steps)).cut(fan(64, 1 / 20))) == 32
+    assert cut(AdaptiveBudget(VerifyCosts(steps)), fan(64, 1 / 64)) == 8
+    assert cut(AdaptiveBudget(VerifyCosts(steps)), fan(64, 1 / 20)) == 32
 
 
 def test_a_tree_that_ends_between_two_sizes_may_stay_whole():
-    assert len(AdaptiveBudget(costs(0.05)).cut(chain(*[0.99] * 9))) == 10
+    assert cut(AdaptiveBudget(costs(0.05)), chain(*[0.99] * 9)) == 10
 
 
 def test_small_trees_stay_whole():
-    assert len(AdaptiveBudget(costs(0.0)).cut(chain(0.9, 0.9))) == 3
-    assert len(AdaptiveBudget(costs(0.0)).cut(DraftTree.root_only(3))) == 1
+    assert cut(AdaptiveBudget(costs(0.0)), chain(0.9, 0.9)) == 3
+    assert cut(AdaptiveBudget(costs(0.0)), DraftTree.root_only(3)) == 1
 
 
 def test_what_the_drafter_is_too_sure_of_is_believed_less():
     tree = chain(*[0.9] * 15)
     budget = AdaptiveBudget(costs(0.1))
-    before = len(budget.cut(tree))
+    before = cut(budget, tree)
     for _ in range(30):
         iterate(budget, tree, accepted=2)
-    assert len(budget.cut(tree)) < before
+    assert cut(budget, tree) < before
 
 
 def test_what_it_is_too_unsure_of_is_believed_more():
     tree = chain(*[0.3] * 15)
     budget = AdaptiveBudget(costs(0.02))
-    before = len(budget.cut(tree))
+    before = cut(budget, tree)
     for _ in range(30):
         iterate(budget, tree, accepted=16)
-    assert len(budget.cut(tree)) > before
+    assert cut(budget, tree) > before
 
 
-def test_drafting_rests_longer_and_longer_where_it_never_pays():
+def test_drafting_pauses_longer_and_longer_if_it_never_pays():
     budget = AdaptiveBudget(costs(0.02))
     verified = [iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4) for _ in range(2000)]
-    rests = "".join("d" if nodes else "-" for nodes in verified).split("d")
-    lengths = [len(rest) for rest in rests if rest]
-    assert lengths[0] == FIRST_REST - 1
+    pauses = "".join("d" if nodes else "-" for nodes in verified).split("d")
+    lengths = [len(pause) for pause in pauses if pause]
+    assert lengths[0] == FIRST_PAUSE - 1
     assert lengths == sorted(lengths[:-1]) + lengths[-1:]
-    assert max(lengths) == LONGEST_REST - 1
+    assert max(lengths) == LONGEST_PAUSE - 1
     # What it costs: the drafts, each 0.4 of a plain iteration and a little more.
     assert sum(nodes > 0 for nodes in verified) < 2000 * 0.03 / 0.5
 
@@ -108,40 +117,82 @@ def test_drafting_comes_back_when_it_pays():
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
     verified = [iterate(budget, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
     assert all(verified[-100:])
-    assert budget.next_rest == FIRST_REST
+    assert budget.of(1).next_pause == FIRST_PAUSE
+
+
+def observe(budget, tree, length, seconds, **options):
+    """One text's iteration in which so many nodes were accepted."""
+    budget.observe([tree], [path(length)], [LENGTH], seconds, **options)
 
 
 def test_nodes_must_pay_at_the_rate_that_drafting_has_reached():
     """A node that brings half a token in 0.2 s pays at one token a second, but not at three."""
     budget, tree = AdaptiveBudget(costs(0.2)), fan(3, 0.5)
-    assert len(budget.cut(tree)) == 3
-    budget.tokens, budget.seconds = 30.0, 10.0
-    assert len(budget.cut(tree)) == 1
-    budget.tokens, budget.seconds = 1.0, 10.0  # plain decoding is always possible
-    assert len(budget.cut(fan(3, 0.15))) == 1
+    assert cut(budget, tree) == 3
+    budget.of(1).tokens, budget.of(1).seconds = 30.0, 10.0
+    assert cut(budget, tree) == 1
+    budget.of(1).tokens, budget.of(1).seconds = 1.0, 10.0  # plain decoding is always possible
+    assert cut(budget, fan(3, 0.15)) == 1
 
 
 def test_the_first_drafted_iteration_says_nothing_about_the_rate():
     budget = AdaptiveBudget(costs(0.1))
     seconds = {"draft": 5.0, "verify": 1.1}
-    budget.observe(chain(0.5), path(2), seconds, first=True)
-    assert (budget.tokens, budget.seconds, budget.balance) == (0, 0, 0)
+    observe(budget, chain(0.5), 2, seconds, first=True)
+    now = budget.of(1)
+    assert (now.tokens, now.seconds, now.balance) == (0, 0, 0)
     assert budget.accepted == {1: 1.0}
-    budget.observe(chain(0.5), path(2), seconds)
-    assert (budget.tokens, budget.seconds) == (2, pytest.approx(6.1))
+    observe(budget, chain(0.5), 2, seconds)
+    assert (now.tokens, now.seconds) == (2, pytest.approx(6.1))
 
 
 def test_an_outlier_counts_as_the_longest_plausible_forward_pass():
     budget = AdaptiveBudget(costs(0.1))
-    budget.observe(chain(0.5), path(2), {"draft": 0.5, "verify": 1000.0})
-    assert budget.seconds == pytest.approx(0.5 + OUTLIER_FACTOR * 1.1)
+    observe(budget, chain(0.5), 2, {"draft": 0.5, "verify": 1000.0})
+    assert budget.of(1).seconds == pytest.approx(0.5 + OUTLIER_FACTOR * 1.1)
 
 
 def test_probabilities_of_children_are_those_after_their_parent():
     budget = AdaptiveBudget(costs(0.1))
-    budget.observe(chain(0.5, 0.5, 0.25), path(3), {"draft": 0.0, "verify": 1.0})
+    observe(budget, chain(0.5, 0.5, 0.25), 3, {"draft": 0.0, "verify": 1.0})
     assert budget.expected == {1: pytest.approx(0.5), 2: pytest.approx(0.5), 3: pytest.approx(0.25)}
     assert budget.accepted == {1: 1, 2: 1, 3: 0}
+
+
+def test_the_trees_of_several_texts_are_cut_together():
+    """Nodes are ranked whichever tree they are of, and cut where the next costs too much."""
+    budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))
+    trees = [chain(0.99, 0.99, 0.99, 0.01), chain(0.02, 0.9), fan(4, 0.05)]
+    assert budget.cut(trees, [LENGTH] * 3) == [4, 1, 1]
+
+
+def test_no_root_is_cut_and_every_cut_tree_is_a_prefix():
+    budget = AdaptiveBudget(costs(10.0))
+    assert budget.cut([chain(0.99, 0.99), fan(5, 0.2)], [LENGTH, 3]) == [1, 1]
+    # A correction that makes a deep node likelier than the one before it does not reorder.
+    budget = AdaptiveBudget(costs(0.0))
+    budget.expected, budget.accepted = {1: 50.0, 2: 0.0}, {1: 5.0, 2: 50.0}
+    assert budget.cut([chain(0.5, 0.9), chain(0.4, 0.9)], [LENGTH] * 2) == [3, 3]
+
+
+def test_nodes_of_long_texts_cost_more():
+    budget = AdaptiveBudget(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}, read_s=1e-4))
+    assert budget.cut([chain(0.3), chain(0.3)], [10, 10_000]) == [2, 1]
+
+
+def test_other_rows_of_the_pass_move_the_cut_to_where_rows_cost_more():
+    steps = VerifyCosts({size: 1.0 if size <= 32 else 1.0 + 0.2 * (size - 32) for size in SIZES})
+    assert AdaptiveBudget(steps).cut([fan(16, 0.05)], [LENGTH]) == [16]
+    assert AdaptiveBudget(steps).cut([fan(16, 0.05)], [LENGTH], other_rows=40) == [1]
+
+
+def test_what_was_learned_with_few_texts_does_not_bind_many():
+    budget = AdaptiveBudget(costs(0.02))
+    for _ in range(100):
+        iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
+    assert budget.of(1).next_pause > FIRST_PAUSE
+    assert budget.begin(8)
+    assert budget.of(8).next_pause == budget.of(5).next_pause == FIRST_PAUSE
 
 
 @pytest.fixture

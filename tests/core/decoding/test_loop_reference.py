@@ -11,8 +11,9 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.decode_text import decode
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step, decode
+from treeflash.decoding.loop import Step
 from treeflash.decoding.statistics import Stats
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
@@ -92,32 +93,36 @@ def test_the_models_limit(tmp_path: Path) -> None:
 class EverySecond(AdaptiveBudget):
     """Drafts in every second iteration, whole trees."""
 
-    def begin(self) -> bool:
-        self.rest = 1 - self.rest
-        return self.rest == 0
+    drafts = False
 
-    def cut(self, tree: DraftTree) -> DraftTree:
-        return tree
+    def begin(self, texts: int = 1) -> bool:
+        self.drafts = not self.drafts
+        return self.drafts
+
+    def cut(
+        self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
+    ) -> list[int]:
+        return [len(tree) for tree in trees]
 
 
 def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Backend) -> None:
     """Lost ones would change no token, but every later draft would lack context."""
-    drafters = []
+    states = []
 
     class Recorded:
         def __getattr__(self, name: str) -> Any:
             return getattr(reference, name)
 
-        def drafter(self) -> Any:
-            drafters.append(reference.drafter())
-            return drafters[-1]
+        def open(self, capacity: int, *, drafts: bool) -> Any:
+            states.append(reference.open(capacity, drafts=drafts))
+            return states[-1]
 
     config = DecodeConfig(method="ddtree", budget="auto", max_tokens=24)
     budget = EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))
     committed, lengths = len(PROMPT) - 1, []
     for step in decode(cast(Backend, Recorded()), PROMPT, config, budget):
-        if step.table is not None:
-            lengths.append((drafters[0].keys_values().shape[3], committed))
+        if step.table is not None and step.finish_reason is None:
+            lengths.append((states[0].drafter.length, committed))
         committed += len(step.tokens)
     assert len(lengths) > 3
     assert all(known == root for known, root in lengths)

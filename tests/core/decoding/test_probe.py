@@ -7,7 +7,6 @@ import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees, tree_difference
-from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.reference import numerics
 from treeflash.reference.backend import ReferenceBackend, load
@@ -22,76 +21,86 @@ def backend(tmp_path):
 
 
 class SiblingLeak(Verifier):
-    def logits(self, tree):
+    def forward(self, state, tree):
         causal = np.tri(len(tree), dtype=np.bool_)
-        return self._forward(tree.tokens, tree.positions(self.length), causal)
+        logits, state.outputs = self.target.forward(
+            tree.tokens, tree.positions(state.length), causal, state.cache
+        )
+        return logits
 
 
 class PositionIsColumn(Verifier):
-    def logits(self, tree):
-        positions = self.length + np.arange(len(tree), dtype=np.int32)
-        return self._forward(tree.tokens, positions, tree.ancestor_mask())
+    def forward(self, state, tree):
+        positions = state.length + np.arange(len(tree), dtype=np.int32)
+        logits, state.outputs = self.target.forward(
+            tree.tokens, positions, tree.ancestor_mask(), state.cache
+        )
+        return logits
 
 
 class LeakInLargeTrees(Verifier):
     """As if a kernel for more than 8 rows ignored the mask."""
 
-    def logits(self, tree):
-        return SiblingLeak.logits(self, tree) if len(tree) > 8 else super().logits(tree)
+    def forward(self, state, tree):
+        broken = SiblingLeak if len(tree) > 8 else Verifier
+        return broken.forward(self, state, tree)
 
 
 class ColumnsInLargeTrees(Verifier):
-    def logits(self, tree):
-        return PositionIsColumn.logits(self, tree) if len(tree) > 8 else super().logits(tree)
+    def forward(self, state, tree):
+        broken = PositionIsColumn if len(tree) > 8 else Verifier
+        return broken.forward(self, state, tree)
 
 
 class CommitsFirstRows(Verifier):
     """The cache keeps the tree's first rows instead of the accepted ones."""
 
-    def commit(self, path):
-        return super().commit(np.arange(len(path), dtype=np.int32))
+    def commit_one(self, state, path):
+        super().commit_one(state, np.arange(len(path), dtype=np.int32))
 
 
 class CommitsWholeTree(Verifier):
-    def commit(self, path):
-        rows = len(self.cache.pending[0][0][0])
-        return super().commit(np.arange(rows, dtype=np.int32))
+    def commit_one(self, state, path):
+        rows = len(state.cache.pending[0][0][0])
+        super().commit_one(state, np.arange(rows, dtype=np.int32))
 
 
 class ForgetsLastRow(Verifier):
-    def commit(self, path):
+    def commit_one(self, state, path):
         whole = path[-1] == len(path) - 1  # a prompt
-        return super().commit(path if whole else path[:-1])
+        super().commit_one(state, path if whole else path[:-1])
 
 
 class PositionCountsRejected(Verifier):
     """After a commit, positions count every row that was run, accepted or not."""
 
-    rejected = 0
+    def forward(self, state, tree):
+        positions = tree.positions(state.length + getattr(state, "rejected", 0))
+        logits, state.outputs = self.target.forward(
+            tree.tokens, positions, tree.ancestor_mask(), state.cache
+        )
+        return logits
 
-    def logits(self, tree):
-        positions = tree.positions(self.length + self.rejected)
-        return self._forward(tree.tokens, positions, tree.ancestor_mask())
-
-    def commit(self, path):
-        self.rejected += len(self.cache.pending[0][0][0]) - len(path)
-        return super().commit(path)
+    def commit_one(self, state, path):
+        rejected = len(state.cache.pending[0][0][0]) - len(path)
+        state.rejected = getattr(state, "rejected", 0) + rejected
+        super().commit_one(state, path)
 
 
 class Crash(Verifier):
-    def logits(self, tree: DraftTree):
-        if len(tree) > 1:
+    def logits(self, trees):
+        if any(len(tree) > 1 for _, tree in trees):
             raise IndexError("two rows at once")
-        return super().logits(tree)
+        return super().logits(trees)
 
 
 class NotFinite(Verifier):
-    def logits(self, tree: DraftTree):
+    def logits(self, trees):
         raise NumericalError("overflow")
 
 
 def broken(backend: ReferenceBackend, verifier: type[Verifier]) -> ReferenceBackend:
-    backend.verifier = lambda *, features: verifier(backend.target, ())
+    backend.verifier = verifier(backend.target)
     return backend
 
 
@@ -133,9 +142,12 @@ def test_a_target_of_few_positions_passes(tmp_path):
 
 
 class WrongMask(Verifier):
-    def logits(self, tree):
+    def forward(self, state, tree):
         mask = tree.ancestor_mask()[:, :-1] if len(tree) > 1 else tree.ancestor_mask()
-        return self._forward(tree.tokens, tree.positions(self.length), mask)
+        logits, state.outputs = self.target.forward(
+            tree.tokens, tree.positions(state.length), mask, state.cache
+        )
+        return logits
 
 
 def test_an_error_of_the_backend_is_not_one_of_the_model(backend):

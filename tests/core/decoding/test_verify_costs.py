@@ -2,12 +2,22 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.decoding import verify_costs
-from treeflash.decoding.verify_costs import MEMORY, SIZES, VerifyCosts
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.interfaces import Extension
+from treeflash.decoding.verify_costs import (
+    LONG_PROMPT_TOKENS,
+    PROMPT_TOKENS,
+    SIZES,
+    SMOOTHING,
+    VerifyCosts,
+)
 from treeflash.reference.backend import load
 from treeflash.testing.models import edit_config
 
@@ -22,27 +32,27 @@ def linear_costs(slope):
 def test_costs_follow_measurements_but_not_outliers():
     found = linear_costs(0.1)
     for _ in range(100):
-        found.observe(8, 3.4)
+        found.observe(8, 0, 1, 3.4)
     assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
     assert found.seconds[4] > 1.3
     before = found.seconds[8]
-    found.observe(8, 1000.0)
+    found.observe(8, 0, 1, 1000.0)
     assert found.seconds[8] < 1.2 * before
 
 
-def test_a_size_between_two_known_ones_changes_both():
+def test_a_size_between_two_known_ones_changes_them():
     found = linear_costs(0.1)
-    assert found.of([10]) == pytest.approx([1.9])
+    assert found.of([10], [0]) == pytest.approx([1.9])
     for _ in range(200):
-        found.observe(10, 3.8)
-    assert found.of([10]) == pytest.approx([3.8], rel=0.01)
+        found.observe(10, 0, 1, 3.8)
+    assert found.of([10], [0]) == pytest.approx([3.8], rel=0.01)
 
 
 def test_other_sizes_change_half_as_much():
     found = linear_costs(0.0)
-    found.observe(8, 1.5)
-    assert found.seconds[8] == pytest.approx(1 + 0.5 * MEMORY)
-    assert found.seconds[16] == found.seconds[1] == pytest.approx(1 + 0.25 * MEMORY)
+    found.observe(8, 0, 1, 1.5)
+    assert found.seconds[8] == pytest.approx(1 + 0.5 * SMOOTHING)
+    assert found.seconds[16] == found.seconds[1] == pytest.approx(1 + 0.25 * SMOOTHING)
 
 
 @pytest.mark.parametrize(
@@ -63,26 +73,30 @@ class Timed:
 
     name, device, device_name, dtype, vocab_size = "timed", "gpu:0", "Card A", "float32", 100
 
+    max_positions = LONG_PROMPT_TOKENS - 1  # too few to see what long texts cost
+
     def __init__(self, monkeypatch, seconds, first=1.5):
+        self.verifier = self
         self.seconds = seconds
         self.first = first
         self.now = 0.0
         self.verified = []
         monkeypatch.setattr(verify_costs.time, "perf_counter", lambda: self.now)
 
-    def verifier(self, *, features):
-        return self
+    def open(self, capacity, *, drafts):
+        self.length = 0
+        return SimpleNamespace(close=lambda: None)
 
-    def prefill(self, token_ids, sampling, uniforms):
-        pass
-
-    def close(self):
-        pass
-
-    def verify(self, tree, sampling, uniforms):
-        first = len(tree) not in self.verified
-        self.verified.append(len(tree))
-        self.now += self.seconds(len(tree)) * (self.first if first else 1)
+    def run(self, work):
+        (item,) = work
+        if isinstance(item, Extension):
+            self.length += len(item.token_ids)
+        else:
+            rows = len(item.tree)
+            first = rows not in self.verified
+            self.verified.append(rows)
+            self.now += self.seconds(rows) * (self.first if first else 1)
+        return [Chosen(np.zeros(1, np.int32))]
 
 
 def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
@@ -106,6 +120,28 @@ def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
 def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
     assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+
+
+def test_rows_cost_more_after_a_long_text(monkeypatch):
+    timed = Timed(monkeypatch, lambda rows: 0.01 + 1e-6 * rows * (timed.length - PROMPT_TOKENS))
+    assert VerifyCosts.measure(timed).read_s == 0
+    timed.max_positions = LONG_PROMPT_TOKENS
+    found = VerifyCosts.measure(timed)
+    assert found.read_s == pytest.approx(1e-6)
+    assert found.seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+    assert found.of([8, 8], [0, 8 * 100]) == pytest.approx([0.01, 0.0108])
+
+
+def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
+    assert VerifyCosts({1: 1.0, 2: 1.5, 4: 2.5}).of([3, 10], [0, 0]) == pytest.approx([2.0, 5.5])
+
+
+def test_several_texts_have_a_factor_of_their_own():
+    found = linear_costs(0.1)
+    for _ in range(200):
+        found.observe(8, 0, 3, 2 * 1.7)
+    assert found.of([8], [0], 4) == pytest.approx([2 * 1.7], rel=0.01)  # 3 and 4 are alike
+    assert found.of([8], [0], 2) == found.of([8], [0]) == pytest.approx([1.7])
 
 
 def test_costs_are_measured_on_a_target(backend):
@@ -170,7 +206,20 @@ def test_costs_belong_to_the_targets_weights(measured, target):
 
 @pytest.mark.parametrize(
     "content",
-    ["torn", "", "[]", "3", "{}", '{"1": 0}', '{"1": null}', '{"1": NaN}', '{"8": 1}', '{"x": 1}'],
+    [
+        "torn",
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"1": 1}',
+        '{"seconds": {"1": 1}}',
+        *(
+            f'{{"seconds": {seconds}, "read_s": 0}}'
+            for seconds in ("3", '{"1": 0}', '{"1": null}', '{"1": NaN}', '{"8": 1}', '{"x": 1}')
+        ),
+        *(f'{{"seconds": {{"1": 1}}, "read_s": {cost}}}' for cost in ("-1", "NaN", "null")),
+    ],
 )
 def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, content):
     def damage(timed):
@@ -179,7 +228,7 @@ def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, conten
 
     assert measured(damage)
     (file,) = (tmp_path / "costs").iterdir()
-    assert json.loads(file.read_text(encoding="utf-8"))["1"] == pytest.approx(0.02)
+    assert json.loads(file.read_text(encoding="utf-8"))["seconds"]["1"] == pytest.approx(0.02)
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, target, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.interfaces import Extension
 from treeflash.diagnosis.checks import diagnose, mask_candidates, write_changed
 from treeflash.diagnosis.finding import Trial, judge
 from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
@@ -49,6 +51,17 @@ class Head:
 
 
 @dataclass
+class MadeUpText:
+    """Its length is all that the pair knows of it."""
+
+    length: int = 0
+    nbytes: int = 0
+
+    def close(self):
+        pass
+
+
+@dataclass
 class MadeUp:
     """A pair as its folder says; the other fields say what the drafter was made for."""
 
@@ -67,30 +80,34 @@ class MadeUp:
         if max(self.drafter_config.target_layer_ids) > 2:
             raise CheckpointError("the target has no such layer")
 
-    def verifier(self, *, features):
-        self.length = 0
-        return self
+        self.verifier = self.drafter = self
 
-    def drafter(self):
-        return self
+    def open(self, capacity, *, drafts):
+        return MadeUpText()
 
-    def close(self):
-        pass
+    def state_nbytes(self, capacity, *, drafts):
+        return 0
 
-    def prefill(self, token_ids, sampling, uniforms):
-        self.prompt = self.prompt if self.length else list(token_ids)
-        self.length += len(token_ids)
-        return token_at(self.length), None
+    def run(self, work):
+        return [self.extend(x) if isinstance(x, Extension) else self.verify(x) for x in work]
 
-    def verify(self, tree, sampling, uniforms):
-        return np.array([token_at(self.length + 1)], np.int32)
+    def extend(self, work):
+        text = work.state
+        self.prompt = self.prompt if text.length else list(work.token_ids)
+        text.length += len(work.token_ids)
+        return Chosen(np.array([token_at(text.length)], np.int32))
 
-    def commit(self, path):
-        self.length += len(path)
+    def verify(self, work):
+        return Chosen(np.array([token_at(work.state.length + 1)], np.int32))
 
-    def draft(self, features, root):
-        assert root == token_at(self.length)
-        return self.length
+    def commit(self, paths):
+        for text, path in paths:
+            text.length += len(path)
+
+    def draft(self, roots):
+        ((text, root),) = roots
+        assert root == token_at(text.length)
+        return [text.length]
 
     def log_probs(self, block):
         fits = (
@@ -208,7 +225,7 @@ def test_measure(folder):
     pair = MadeUp(folder, head=Head())
     answer = [token_at(position) for position in range(2, 12)]
     answer[4] = COMMON  # at depth 4 of the first block, the root of the second
-    pair.draft = lambda features, root: pair.length
+    pair.draft = lambda roots: [text.length for text, _ in roots]
     found = measure(pair, [Text([5], answer[:1]), Text([5, 6], answer)], pair.head)
     np.testing.assert_array_equal(
         found.marginal.hits,

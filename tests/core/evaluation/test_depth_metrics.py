@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import treeflash
-from treeflash.config import SamplingConfig
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.evaluation.depth_metrics import BEST, DepthMetrics, measure_depth_metrics
 
@@ -26,21 +27,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def expected(backend, prompt, text, temperature):
-    """Figures of every anchor and depth by source, from verifiers and drafters made anew."""
+    """Figures of every anchor and depth by source, from texts opened anew."""
     found = {}
     for start in range(0, len(text) - 1, 4):
         before = [*prompt, *text[:start]]
-        verifier, drafter = backend.verifier(features=True), backend.drafter()
-        _, features = verifier.prefill(before, SamplingConfig(), None)
-        block = drafter.draft(features, text[start])
+        whole = TextSession(backend, drafts=True)
+        whole.extend(before)
+        block = whole.draft(text[start])
         known = [*text[start : start + DEPTHS], *[text[-1]] * DEPTHS][:DEPTHS]
         drafted = {
-            "marginal": drafter.log_probs(block),
+            "marginal": backend.drafter.log_probs(block),
             "corrected": backend.head.log_probs(block, np.array(known, np.int32)),
         }
         for depth in range(1, min(DEPTHS, len(text) - 1 - start) + 1):
-            alone = backend.verifier(features=False)
-            alone.prefill([*before, *text[start : start + depth - 1]], SamplingConfig(), None)
+            alone = TextSession(backend)
+            alone.extend([*before, *text[start : start + depth - 1]])
             logits = alone.logits(DraftTree.root_only(text[start + depth - 1]))[0]
             target = softmax(logits / temperature)
             for source, log_probs in drafted.items():
@@ -86,28 +87,23 @@ class Oracle:
     drafter_config = SimpleNamespace(block_size=4)
 
     def __init__(self, logits: np.ndarray) -> None:
-        self.table, self.head = logits, self
+        self.table = logits
+        self.verifier = self.drafter = self.head = self
 
-    def verifier(self, features):
-        return self
+    def open(self, capacity, *, drafts):
+        return SimpleNamespace(close=lambda: None)
 
-    def drafter(self):
-        return self
+    def run(self, work):
+        return [Chosen(np.zeros(1, np.int32))]
 
-    def close(self):
+    def logits(self, trees):
+        return [self.table[tree.tokens] for _, tree in trees]
+
+    def commit(self, paths):
         pass
 
-    def prefill(self, token_ids, sampling, uniforms):
-        return 0, None
-
-    def logits(self, tree):
-        return self.table[tree.tokens]
-
-    def commit(self, path):
-        return None
-
-    def draft(self, features, root):
-        return root
+    def draft(self, roots):
+        return [root for _, root in roots]
 
     def log_probs(self, block, previous=None):
         if previous is None:

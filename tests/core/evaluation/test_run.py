@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import treeflash
+from treeflash.decoding.interfaces import Extension
 from treeflash.errors import ConfigError, PromptError
+from treeflash.evaluation import run as evaluation_run
 from treeflash.evaluation.bootstrap import interval, resamples
 from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
 from treeflash.evaluation.records import compute_records
-from treeflash.evaluation.run import Case, Evaluation, Run, Sample, cases, encode_rows, measure
+from treeflash.evaluation.run import Case, Evaluation, Run, Sample, cases, encode_rows
 from treeflash.text.prompt_file import Row
 
 CASES = cases(["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"], [4, 16])
@@ -34,10 +37,16 @@ def configs(model):
     }
 
 
-def run(backend, sets, configs) -> Evaluation:
+def run(backend, sets, configs, parallel=1) -> Evaluation:
     evaluation = Evaluation()
-    evaluation.run(backend, sets, configs, Console(file=io.StringIO()))
+    evaluation.run(backend, sets, configs, Console(file=io.StringIO()), parallel)
     return evaluation
+
+
+def measure(backend, prompt_ids, configs) -> Sample:
+    """The sample of a single prompt."""
+    (sample,) = run(backend, {"a": [prompt_ids]}, configs).samples["a"]
+    return sample
 
 
 def test_cases_are_those_that_differ():
@@ -68,6 +77,34 @@ def test_runs_equal_generations(model, configs):
         assert row["block_efficiency"] == pytest.approx(sum(pooled) / len(pooled))
         assert row["low"] <= row["block_efficiency"] <= row["high"]
         assert (row["prompts"], row["tokens"]) == (3, 60)
+
+
+def test_texts_decoded_together_give_the_same_records(model, configs):
+    stop = frozenset(model.generate(PROMPTS[1], max_tokens=7).token_ids[-1:])
+    configs = {case: replace(config, stop_token_ids=stop) for case, config in configs.items()}
+    sets = {"a": PROMPTS, "b": PROMPTS[::-1], "c": [[9, 9], [8, 1]]}
+    one = run(model.backend, sets, configs)
+    lengths = {own.runs[CASES[0]].tokens for samples in one.samples.values() for own in samples}
+    assert len(lengths) > 1, "texts never ended at different times"
+    records = compute_records(one.samples, 5)
+    for parallel in (2, 7, "auto"):
+        assert compute_records(run(model.backend, sets, configs, parallel).samples, 5) == records
+
+
+def test_cases_of_a_prompt_that_run_together_share_its_prefill(model, configs, monkeypatch):
+    extended = []
+    run_target = type(model.backend.verifier).run
+
+    def noted(self, work):
+        extended.extend(len(x.token_ids) for x in work if isinstance(x, Extension))
+        return run_target(self, work)
+
+    monkeypatch.setattr(type(model.backend.verifier), "run", noted)
+    drafting = {case: config for case, config in configs.items() if config.drafts}
+    prompt = {"a": [list(range(4, 30))]}
+    monkeypatch.setattr(evaluation_run, "measure_depth_metrics", lambda *_: None)
+    run(model.backend, prompt, drafting, parallel=len(drafting))
+    assert sorted(extended) == [1] * (len(drafting) - 1) + [26]
 
 
 def test_every_iteration_but_the_cut_last_has_a_reason(model, configs):
@@ -103,16 +140,16 @@ def test_depth_metrics_compare_with_the_distribution_that_was_sampled_from(model
 
 
 def test_an_interruption_keeps_finished_prompts(model, configs, monkeypatch):
-    verifier = model.backend.verifier
+    opened = model.backend.open
     calls = [0]
 
-    def interrupted(**settings):
+    def interrupted(capacity, **settings):
         calls[0] += 1
         if calls[0] == 2 * (len(CASES) + 1):  # in the depth metrics of the second prompt
             raise KeyboardInterrupt
-        return verifier(**settings)
+        return opened(capacity, **settings)
 
-    monkeypatch.setattr(model.backend, "verifier", interrupted)
+    monkeypatch.setattr(model.backend, "open", interrupted)
     evaluation = Evaluation()
     with pytest.raises(KeyboardInterrupt):
         evaluation.run(model.backend, {"a": PROMPTS}, configs, Console(file=io.StringIO()))

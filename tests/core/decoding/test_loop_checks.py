@@ -1,0 +1,99 @@
+"""What is refused before decoding, and errors in its middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fake_models import (
+    DRAFTING,
+    PROMPT,
+    SCRIPT,
+    config_of,
+    run,
+    scripted,
+    tokens_of,
+)
+
+from treeflash.config import Method
+from treeflash.decoding.decode_text import decode
+from treeflash.decoding.requests import check
+from treeflash.errors import ConfigError, NumericalError, PromptError
+
+
+class TestChecks:
+    """All of them come before the iterator is asked for its first step."""
+
+    @pytest.mark.parametrize("method", DRAFTING)
+    def test_no_drafter(self, method: Method) -> None:
+        backend = scripted(SCRIPT)
+        backend.drafter_config = backend.head = None
+        with pytest.raises(ConfigError) as caught:
+            decode(backend, PROMPT, config_of(method=method))
+        assert str(caught.value) == (
+            f"method {method} needs a drafter and none was loaded; pass --drafter, or --method ar"
+        )
+
+    @pytest.mark.parametrize("method", ["treeflash", "treeflash-chain"])
+    def test_no_head(self, method: Method) -> None:
+        backend = scripted(SCRIPT)
+        backend.head = None
+        with pytest.raises(ConfigError) as caught:
+            decode(backend, PROMPT, config_of(method=method))
+        assert str(caught.value) == (
+            f"method {method} needs a TreeFlash drafter, and this one has no AR head; "
+            "use --method ddtree or --method dflash"
+        )
+
+    def test_what_works_with_less(self) -> None:
+        backend = scripted(SCRIPT)
+        backend.head = None
+        for method in ("ar", "dflash", "ddtree"):
+            assert tokens_of(run(backend, method=method, max_tokens=9)) == SCRIPT[4:13]
+        backend.drafter_config = None
+        assert tokens_of(run(backend, method="ar", max_tokens=9)) == SCRIPT[4:13]
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ([], "the prompt is empty; give at least one token"),
+            (
+                [1] * 20,
+                "the prompt has 20 tokens and the target's limit is 20, new tokens included; "
+                "shorten the prompt",
+            ),
+            (
+                [1] * 21,
+                "the prompt has 21 tokens and the target's limit is 20, new tokens included; "
+                "shorten the prompt",
+            ),
+            *(
+                (
+                    prompt,
+                    "the prompt has token ids outside the target's vocabulary of 100; "
+                    "was it encoded with another model's tokenizer?",
+                )
+                for prompt in ([5, 100], [-1, 5])
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("entry", [decode, check])
+    def test_bad_prompts(
+        self, entry: Callable[..., object], prompt: list[int], message: str
+    ) -> None:
+        with pytest.raises(PromptError) as caught:
+            entry(scripted(SCRIPT, max_positions=20), prompt, config_of())
+        assert str(caught.value) == message
+
+    def test_a_prompt_of_one_token_and_of_extreme_ids(self) -> None:
+        assert tokens_of(run(scripted(SCRIPT), [99], max_tokens=3)) == SCRIPT[1:4]
+        assert tokens_of(run(scripted(SCRIPT), [0, 99], max_tokens=3)) == SCRIPT[2:5]
+
+    def test_damaged_target(self) -> None:
+        backend = scripted(SCRIPT)
+        backend.logits = lambda text: np.full(100, np.nan if len(text) > 5 else 1)
+        steps = decode(backend, PROMPT, config_of())
+        assert next(steps).tokens == (0,)
+        with pytest.raises(NumericalError, match="not finite"):
+            next(steps)

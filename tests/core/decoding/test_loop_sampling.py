@@ -1,0 +1,109 @@
+"""Sampled texts have the target's distribution, and a seed gives one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from fake_models import (
+    BUDGETS,
+    CHI_SQUARE_LIMIT,
+    DRAFTING,
+    SAMPLINGS,
+    FakeBackend,
+    run,
+    tokens_of,
+)
+
+from treeflash.config import METHODS, Method, SamplingConfig
+from treeflash.decoding.sampling import uniforms
+from treeflash.decoding.transitions import TransitionTable
+
+VOCAB = 6
+BIGRAMS = np.random.default_rng(11).normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)
+TEMPERATURE = 1.3
+
+
+def bigram_backend() -> FakeBackend:
+    """A target whose next token depends on the last alone, and drafts that are half right."""
+    noise = np.random.default_rng(12).normal(0, 1, (VOCAB, VOCAB))
+    logits = BIGRAMS + noise
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    def propose(text: Sequence[int], m: int, k: int) -> TransitionTable:
+        previous = np.tile(np.arange(min(m, VOCAB), dtype=np.int32), (3, 1))
+        first = np.full((1, previous.shape[1]), text[-1], np.int32)
+        rows = log_probs[np.concatenate([first, previous])]
+        tokens = np.argsort(-rows, -1)[..., : min(k, VOCAB)].astype(np.int32)
+        best = np.take_along_axis(rows, tokens, -1).astype(np.float32)
+        if m == 1:
+            return TransitionTable.from_marginals(tokens[:, 0], best[:, 0])
+        return TransitionTable.from_candidates(previous, tokens, best)
+
+    return FakeBackend(lambda text: BIGRAMS[text[-1]], propose, VOCAB)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+    @pytest.mark.parametrize("method", DRAFTING)
+    def test_every_budget_equals_plain_decoding(
+        self, method: Method, sampling: SamplingConfig
+    ) -> None:
+        expected = tokens_of(
+            run(bigram_backend(), [1, 2], method="ar", sampling=sampling, max_tokens=40)
+        )
+        for budget in BUDGETS:
+            steps = run(
+                bigram_backend(),
+                [1, 2],
+                method=method,
+                budget=budget,
+                sampling=sampling,
+                max_tokens=40,
+            )
+            assert tokens_of(steps) == expected
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_each_node_draws_the_number_of_the_position_after_it(self, method: Method) -> None:
+        backend = bigram_backend()
+        sampling = SamplingConfig(temperature=1, seed=77)
+        run(backend, [1, 2, 3], method=method, sampling=sampling, max_tokens=20)
+        assert backend.verifier.draws[0][0] == 3  # the first new token's position
+        for position, number in backend.verifier.draws:
+            assert number == uniforms(77, np.array([position], np.int32))[0]
+
+    def test_seeds_give_different_texts(self) -> None:
+        texts = {
+            tuple(
+                tokens_of(
+                    run(
+                        bigram_backend(),
+                        [1],
+                        sampling=SamplingConfig(temperature=1, seed=seed),
+                        max_tokens=12,
+                    )
+                )
+            )
+            for seed in range(20)
+        }
+        assert len(texts) == 20
+
+    @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
+    def test_tree_decoding_has_the_targets_distribution(self, method: Method) -> None:
+        """Pairs of tokens that come from trees, over seeds, against the exact probabilities."""
+        draws, backend = 4000, bigram_backend()
+        counts = np.zeros((VOCAB, VOCAB))
+        accepted = 0
+        for seed in range(draws):
+            sampling = SamplingConfig(temperature=TEMPERATURE, seed=seed)
+            steps = run(backend, [2], method=method, budget=12, sampling=sampling, max_tokens=3)
+            _, second, third = tokens_of(steps)
+            counts[second, third] += 1
+            accepted += len(steps[1].path) - 1
+        assert accepted > draws / 4
+        probs = np.exp(BIGRAMS.astype(np.float64) / TEMPERATURE)
+        probs /= probs.sum(-1, keepdims=True)
+        expected = draws * (probs[2] @ probs)[:, None] * probs
+        assert expected.min() >= 5
+        assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT

@@ -1,0 +1,72 @@
+"""States that are kept: which one is found, and which one falls out."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from treeflash.decoding.prefix_cache import PrefixCache
+
+
+@dataclass(eq=False)
+class State:
+    nbytes: int = 10
+    closed: bool = False
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def cache():
+    return PrefixCache(30)
+
+
+def test_the_longest_common_prefix_is_found(cache):
+    short, long = State(), State()
+    cache.put("pair", [1, 2, 9], short)
+    cache.put("pair", [1, 2, 3, 4], long)
+    assert cache.find("pair", [1, 2, 3, 7, 8]) == (long, 3)
+    assert cache.find("pair", [1, 2, 9, 9]) == (short, 3)
+    assert cache.find("pair", [1, 2, 3]) == (long, 3)
+    assert cache.find("pair", [2, 1]) is None
+    assert cache.find("pair", []) is None
+
+
+def test_keys_do_not_share(cache):
+    cache.put(("pair", "salt"), [1, 2], State())
+    assert cache.find(("pair", "other"), [1, 2]) is None
+
+
+def test_the_least_recently_used_falls_out(cache):
+    states = [State() for _ in range(4)]
+    for n, state in enumerate(states[:3]):
+        cache.put("pair", [n, n], state)
+    cache.find("pair", [0, 5])
+    cache.put("pair", [3, 3], states[3])
+    assert [state.closed for state in states] == [False, True, False, False]
+    assert (len(cache), cache.nbytes) == (3, 30)
+
+
+def test_a_state_that_is_larger_than_the_cache_is_closed_at_once(cache):
+    state = State(nbytes=31)
+    cache.put("pair", [1], state)
+    assert state.closed
+    assert len(cache) == 0
+
+
+def test_a_longer_state_replaces_its_prefixes(cache):
+    old, other, new = State(), State(), State()
+    cache.put("pair", [1, 2], old)
+    cache.put("other", [1, 2], other)
+    cache.put("pair", [1, 2, 3], new)
+    assert old.closed
+    assert not other.closed
+    assert cache.find("pair", [1, 2]) == (new, 2)
+
+
+def test_closing_closes_all(cache):
+    states = [State(0), State()]
+    for n, state in enumerate(states):
+        cache.put("pair", [n], state)
+    cache.close()
+    assert all(state.closed for state in states)
