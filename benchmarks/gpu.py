@@ -49,16 +49,16 @@ from benchmarks.random_pair import (
     write_target,
 )
 from treeflash.cli.exit_status import guarded
-from treeflash.config import DTYPES, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import DTYPES, DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.decoding.statistics import PHASES
+from treeflash.decoding.text_session import TextSession
 from treeflash.errors import ConfigError
 from treeflash.registry import loader
 
 BUDGETS = (16, 64)
 HEADS = ((None, None), (1024, None), (1024, 128), (256, 128))  # head_vocab, head_rows
 WARM_UP = 3  # iterations
-GREEDY = SamplingConfig()
 
 
 def parser() -> Parser:
@@ -131,18 +131,16 @@ def verify_rows(backend: Any, shape: dict[str, Any], bandwidth: float, args: Any
     """Time of a target forward pass by context and nodes."""
     rows = []
     for context in args.contexts:
-        verifier = backend.verifier(features=True)
+        text = TextSession(backend, drafts=True, capacity=context + max(args.sizes))
         if context:
-            verifier.prefill(random_prompt(backend.vocab_size, context), GREEDY, None)
+            text.extend(random_prompt(backend.vocab_size, context))
         limit_ms = 1000 * read_bytes(backend, shape, context) / bandwidth
         for size in args.sizes:
             tree = random_tree(backend.vocab_size, size)
-            verify_ms = median_ms(
-                lambda v=verifier, t=tree: v.verify(t, GREEDY, None), args.repeats
-            )
+            verify_ms = median_ms(lambda v=text, t=tree: v.verify(t), args.repeats)
             row = {"context": context, "nodes": len(tree), "verify_ms": verify_ms}
             rows.append(row | {"limit_ms": limit_ms, "of_limit": limit_ms / verify_ms})
-        verifier.close()
+        text.close()
     return rows
 
 
@@ -168,26 +166,23 @@ def iteration_rows(backend: Any, context: int, repeats: int) -> list[dict]:
 def part_rows(backend: Any, context: int, repeats: int) -> list[dict]:
     """Time of the parts of a draft."""
     prompt = random_prompt(backend.vocab_size, max(1, context))
-    verifier = backend.verifier(features=True)
-    root, features = verifier.prefill(prompt, GREEDY, None)
-    drafter, device = backend.drafter(), backend.target.device
-    drafter.draft(features, root)
-    newest = features[-1:]
-    block = drafter.draft(newest, root)
-    head = backend.head
+    text = TextSession(backend, drafts=True, capacity=len(prompt) + 1)
+    root = text.extend(prompt)
+    drafter, head, device = backend.drafter, backend.head, backend.target.device
+    blocks = [text.draft(root)]
 
     def draft() -> None:
-        drafter.draft(newest, root)
+        text.draft(root)
         wait(device)
 
-    parts = {"marginals": lambda: drafter.marginals(block, TOP_K, 1.0)}
+    parts = {"marginals": lambda: drafter.marginals(blocks, TOP_K, 1.0)}
     for vocab, rows in HEADS:
         parts[f"head, {vocab or 'all'} tokens after {rows or 'all'}"] = lambda n=vocab, r=rows: (
-            head.transitions(block, TOP_M, TOP_K, 1.0, shortlist=n, rows=r)
+            head.transitions(blocks, TOP_M, TOP_K, 1.0, shortlist=n, rows=r)
         )
     parts["drafter"] = draft  # last: a block is valid until the next one
     found = [{"part": name, "ms": median_ms(part, repeats)} for name, part in parts.items()]
-    verifier.close()
+    text.close()
     return found
 
 

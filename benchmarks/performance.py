@@ -5,7 +5,8 @@ r"""Measure everything that docs/performance.md shows, in one run, and update th
 
 The measurements run one after the other, each in its own process, and write their results beside
 the page as JSON. `--only NAME,...` repeats some of them; `--only ''` renders the page from the
-existing results. Nothing else should run on the machine meanwhile.
+existing results. Nothing else should run on the machine meanwhile. The page shows the section on
+throughput once that was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.common import Parser, at_least_one, fast_mlx
 from benchmarks.page import blocks, render
+from benchmarks.throughput import section
 from treeflash.cli.exit_status import guarded
 from treeflash.config import DTYPES
 from treeflash.decoding.verify_costs import SIZES
@@ -36,7 +38,9 @@ PAGE = DOCS / "performance.md"
 RESULTS = DOCS / "performance"
 BUDGETS = "4,8,16,32,64,auto"
 QUANTISED_TARGET = "SmolLM2-135M-Instruct-4bit"
-ON_MLX = ("head-mlx", "iteration-mlx", "quantised")
+ON_MLX = ("head-mlx", "iteration-mlx", "quantised", "throughput-mlx")
+THROUGHPUT = ("throughput", "throughput-mlx")
+"""Measurements that the page can do without."""
 MOST_NODES = 64  # of a forward pass on MLX
 
 
@@ -126,6 +130,14 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
         ],
         "iteration-mlx": [*mlx, "--parts", "phases,verify"],
         "quantised": [*mlx, "--parts", "verify", "--target", str(quantised)],
+        "throughput": [
+            *["throughput", *sets, *pair, *short, "--limit", str(args.some)],
+            *["--plot", str(RESULTS / "throughput.png")],
+        ],
+        "throughput-mlx": [
+            *["throughput", *sets, "--backend", "mlx", "--dtype", mlx_dtype, *short],
+            *["--limit", str(args.few), "--concurrency", "1,2,4,8"],
+        ],
     }
 
 
@@ -146,6 +158,15 @@ def write_quantised_target(folder: Path) -> None:
     """Write the default target in 4 bits, as mlx-lm converts it."""
     command = [sys.executable, "-m", "mlx_lm", "convert", "-q", "--mlx-path", folder]
     subprocess.run([*command, "--hf-path", resolve_target(None)], check=True)
+
+
+def write_page(found: dict[str, Any]) -> None:
+    """Update the page from results, by name."""
+    page, shown = PAGE.read_text(encoding="utf-8"), blocks(found)
+    if "throughput" in found:
+        page = section.with_section(page)
+        shown |= section.blocks(found)
+    PAGE.write_text(render(page, shown), encoding="utf-8")
 
 
 @guarded
@@ -170,15 +191,16 @@ def main(argv=None) -> int:
             print(f"== {name}: python -m benchmarks.{module} {' '.join(options)}", flush=True)
             command = [sys.executable, "-m", f"benchmarks.{module}", *options]
             variables = os.environ | (fast_mlx() if name in ON_MLX else {})
-            results = ["--json", RESULTS / f"{name}.json"]
-            code = subprocess.run([*command, *results], env=variables).returncode
+            json_file = ["--json", RESULTS / f"{name}.json"]
+            code = subprocess.run([*command, *json_file], env=variables).returncode
             if code:
                 return code
-    missing = [name for name in runs if not (RESULTS / f"{name}.json").exists()]
+    results = {name: RESULTS / f"{name}.json" for name in runs}
+    missing = [name for name in runs if name not in THROUGHPUT and not results[name].exists()]
     if missing:
         raise ConfigError(f"the page also needs {', '.join(missing)}; omit --only")
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in runs}
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), blocks(found)), encoding="utf-8")
+    found = {name: json.loads(file.read_text()) for name, file in results.items() if file.exists()}
+    write_page(found)
     return 0
 
 

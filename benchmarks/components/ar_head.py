@@ -23,8 +23,9 @@ from benchmarks.random_pair import (
     write_target,
 )
 from treeflash.cli.exit_status import guarded
-from treeflash.config import DTYPES, LoadConfig, SamplingConfig
+from treeflash.config import DTYPES, LoadConfig
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.text_session import TextSession
 from treeflash.registry import loader
 
 LAYERS = 4
@@ -54,16 +55,17 @@ def parser() -> Parser:
 
 def rows(backend: Backend, repeats: int) -> list[dict]:
     """One row for each setting of the head."""
-    verifier, drafter, head = backend.verifier(features=True), backend.drafter(), backend.head
+    drafter, head = backend.drafter, backend.head
+    assert drafter is not None
     assert head is not None
-    root, features = verifier.prefill(random_prompt(backend.vocab_size, 16), SamplingConfig(), None)
-    block = drafter.draft(features, root)
-    marginals_ms = median_ms(lambda: drafter.marginals(block, TOP_K, 1.0), repeats)
+    text = TextSession(backend, drafts=True)
+    blocks = [text.draft(text.extend(random_prompt(backend.vocab_size, 16)))]
+    marginals_ms = median_ms(lambda: drafter.marginals(blocks, TOP_K, 1.0), repeats)
     found = []
     for vocab, previous in HEADS:
         sizes = {"shortlist": vocab, "rows": previous}
         scored = {name: None if size == "full" else size for name, size in sizes.items()}
-        ms = median_ms(lambda s=scored: head.transitions(block, TOP_M, TOP_K, 1.0, **s), repeats)
+        ms = median_ms(lambda s=scored: head.transitions(blocks, TOP_M, TOP_K, 1.0, **s), repeats)
         found.append({"backend": backend.name, "vocab": vocab, "rows": previous, "ms": ms})
     full_ms = found[0]["ms"]
     for row in found:

@@ -38,6 +38,7 @@ from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.statistics import PHASES
+from treeflash.decoding.text_session import TextSession
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode
@@ -136,13 +137,12 @@ def verify_rows(model: LanguageModel, args: Any) -> list[dict]:
     backend, rng = model.backend, np.random.default_rng(0)
     rows = []
     for context in args.contexts:
-        verifier = backend.verifier(features=False)
-        verifier.prefill(rng.integers(0, backend.vocab_size, context).tolist(), GREEDY, None)
         trees = [random_tree(backend.vocab_size, size) for size in args.sizes]
-        calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None) for tree in trees]
-        for size, verify_ms in zip(args.sizes, alternate(calls, args.repeats), strict=True):
-            rows.append({"context": context, "nodes": size, "verify_ms": verify_ms})
-        verifier.close()
+        with TextSession(backend, capacity=context + max(args.sizes)) as text:
+            text.extend(rng.integers(0, backend.vocab_size, context).tolist())
+            calls = [lambda v=text, t=tree: v.verify(t) for tree in trees]
+            for size, verify_ms in zip(args.sizes, alternate(calls, args.repeats), strict=True):
+                rows.append({"context": context, "nodes": size, "verify_ms": verify_ms})
     return rows
 
 
@@ -157,18 +157,17 @@ def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) 
         for ids in prompts:
             steps = list(decode(backend, ids, config))
             half = len(steps) // 2
-            verifier = backend.verifier(features=False)
-            text = [token for step in steps[:half] for token in step.tokens]
-            verifier.prefill([*ids, *text[:-1]], GREEDY, None)
+            written = [token for step in steps[:half] for token in step.tokens]
             tree = steps[half].tree
             draws = np.random.default_rng(0).random(len(tree))
-            calls = [lambda v=verifier, t=tree: v.verify(t, GREEDY, None)] + [
-                lambda v=verifier, t=tree, s=sampling, u=draws: v.verify(t, s, u)
-                for sampling in SAMPLINGS.values()
-            ]
             draft_ms = 1000 * median(s.seconds.get("draft", 0.0) for s in steps[1:])
-            times.append([draft_ms + ms for ms in alternate(calls, repeats)])
-            verifier.close()
+            with TextSession(backend, capacity=len(ids) + TOKENS + budget) as text:
+                text.extend([*ids, *written[:-1]])
+                calls = [lambda v=text, t=tree: v.verify(t)] + [
+                    lambda v=text, t=tree, s=sampling, u=draws: v.verify(t, s, u)
+                    for sampling in SAMPLINGS.values()
+                ]
+                times.append([draft_ms + ms for ms in alternate(calls, repeats)])
         greedy, *others = (median(own) for own in zip(*times, strict=True))
         for name, ms in zip(SAMPLINGS, others, strict=True):
             rows.append({"sampling": name, "budget": budget, "of_greedy": ms / greedy})
@@ -179,12 +178,17 @@ def prefill_rows(model: LanguageModel, contexts: list[int], repeats: int) -> lis
     """Time of a prefill, relative to the framework's own forward pass as it loads the model."""
     backend, rng = model.backend, np.random.default_rng(0)
     own = framework_forward(model)
+
+    def prefill(ids: list[int]) -> None:
+        with TextSession(backend, drafts=backend.drafter is not None, capacity=len(ids)) as text:
+            text.extend(ids)
+
     rows = []
     for length in contexts:
         ids = rng.integers(0, backend.vocab_size, length).tolist()
         mine_ms, own_ms = alternate(
             [
-                lambda ids=ids: backend.verifier(features=True).prefill(ids, GREEDY, None),
+                lambda ids=ids: prefill(ids),
                 lambda ids=ids: own(ids),
             ],
             repeats,

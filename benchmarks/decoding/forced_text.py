@@ -7,14 +7,22 @@ its choices are replaced by the tokens of the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import SamplingConfig
-from treeflash.decoding.interfaces import Backend, Features, TreeVerifier
+from treeflash.decoding.choices import Chosen
+from treeflash.decoding.interfaces import (
+    Backend,
+    Extension,
+    TextState,
+    TreeVerifier,
+    Verification,
+)
 from treeflash.decoding.tree import DraftTree
 
 
@@ -48,38 +56,36 @@ class ForcedText:
         """Wrap a loaded pair."""
         self.backend = backend
         self.text: Sequence[int] = ()
+        self._prompt_lengths: MutableMapping[TextState, int] = WeakKeyDictionary()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def verifier(self, *, features: bool) -> _Verifier:
+    @property
+    def verifier(self) -> _Verifier:
         """See `Backend.verifier`."""
-        return _Verifier(self.backend.verifier(features=features), self.text)
+        return _Verifier(self.backend.verifier, self.text, self._prompt_lengths)
 
 
+@dataclass(frozen=True, eq=False)
 class _Verifier:
     """A verifier whose choices after the prompt are those of the text."""
 
-    def __init__(self, verifier: TreeVerifier, text: Sequence[int]) -> None:
-        self.verifier = verifier
-        self.text = text
-        self.prompt_length = 0
+    verifier: TreeVerifier
+    text: Sequence[int]
+    prompt_lengths: MutableMapping[TextState, int]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.verifier, name)
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        sampling: SamplingConfig,
-        uniforms: NDArray[np.float64] | None,
-    ) -> tuple[int, Features]:
-        self.prompt_length = len(token_ids)
-        return self.verifier.prefill(token_ids, sampling, uniforms)
-
-    def verify(
-        self, tree: DraftTree, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
-    ) -> NDArray[np.int32]:
-        root = self.verifier.length - self.prompt_length
-        chosen = self.verifier.verify(tree, sampling, uniforms)
-        return force(tree, self.text[root + 1 :], chosen)
+    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
+        found = []
+        for item, chosen in zip(work, self.verifier.run(work), strict=True):
+            if isinstance(item, Extension):
+                self.prompt_lengths[item.state] = item.state.length
+            elif chosen is not None:
+                root = item.state.length - self.prompt_lengths[item.state]
+                forced = force(item.tree, self.text[root + 1 :], chosen.tokens)
+                chosen = replace(chosen, tokens=forced)
+            found.append(chosen)
+        return found

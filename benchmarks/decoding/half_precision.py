@@ -20,7 +20,7 @@ from rich.progress import track
 from benchmarks.common import Parser, at_least_one, show, write_json
 from treeflash.cli.exit_status import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.config import SamplingConfig
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode
@@ -66,9 +66,10 @@ def compare(model: LanguageModel, prompt_ids: list[int], max_tokens: int, budget
 
 def top_two(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
     """The top two logits after some tokens."""
-    verifier = model.backend.verifier(features=False)
-    verifier.prefill(tokens[:-1], SamplingConfig(), None)
-    logits = np.sort(verifier.logits(DraftTree.root_only(tokens[-1]))[0])
+    with TextSession(model.backend, capacity=len(tokens)) as text:
+        if len(tokens) > 1:
+            text.extend(tokens[:-1])
+        logits = np.sort(text.logits(DraftTree.root_only(tokens[-1]))[0])
     return float(logits[-1]), float(logits[-2])
 
 

@@ -26,18 +26,18 @@ from benchmarks.common import Parser, at_least_one, mean_row, numbers, show, wri
 from benchmarks.decoding.forced_text import force
 from treeflash.cli.exit_status import guarded
 from treeflash.cli.options import add_model_options, full_or_number, head_rows, load_model
-from treeflash.config import AUTO, DecodeConfig, HeadRows, SamplingConfig
+from treeflash.config import AUTO, DecodeConfig, HeadRows
 from treeflash.decoding.acceptance import accept
-from treeflash.decoding.interfaces import Backend, Block, Drafter
-from treeflash.decoding.loop import propose
+from treeflash.decoding.interfaces import Backend, Block
+from treeflash.decoding.proposals import propose
 from treeflash.decoding.statistics import mean
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode
 from treeflash.text.prompt_file import read_rows
 
-GREEDY = SamplingConfig()
 HEADS = "full:full,2048:full,1024:full,512:full,256:full,1024:128,1024:64,1024:32,1024:auto"
 
 
@@ -102,7 +102,7 @@ def parser() -> Parser:
 
 
 def draft(
-    backend: Backend, drafter: Drafter, block: Block, root: int, head: Head, budgets: list[int]
+    backend: Backend, block: Block, root: int, head: Head, budgets: list[int]
 ) -> dict[int, tuple[DraftTree, float]]:
     """The tree of each budget and the seconds taken to make its table."""
     config = DecodeConfig(method="treeflash", head_vocab=head.vocab, head_rows=head.rows)
@@ -110,7 +110,7 @@ def draft(
     # A prefix of a tree is the tree of a smaller budget, unless the table depends on the budget.
     for budget in budgets if head.rows == AUTO else [max(budgets)]:
         before = time.perf_counter()
-        table = propose(backend, drafter, block, config, budget)
+        (table,) = propose(backend, [block], [config], [budget])
         seconds = time.perf_counter() - before
         tree = build_tree(table, root, budget)
         sizes = [budget] if head.rows == AUTO else budgets
@@ -128,17 +128,17 @@ def reached(tree: DraftTree, following: list[int]) -> int:
 def replay(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int], Replay]:
     """Write one text and replay every head and budget on it; empty for a text of one token."""
     backend = model.backend
-    verifier, drafter = backend.verifier(features=True), backend.drafter()
-    root, features = verifier.prefill(encode(model.tokenizer, prompt), GREEDY, None)
+    ids = encode(model.tokenizer, prompt)
+    text = TextSession(backend, drafts=True, capacity=len(ids) + args.max_tokens)
+    root = text.extend(ids)
     tokens, drafts = [root], []
     while len(tokens) < args.max_tokens and root not in model.tokenizer.stop_token_ids:
-        block = drafter.draft(features, root)
-        drafts.append(
-            [draft(backend, drafter, block, root, head, args.budgets) for head in args.heads]
-        )
-        root = int(verifier.verify(DraftTree.root_only(root), GREEDY, None)[0])
-        features = verifier.commit(np.zeros(1, np.int32))
+        block = text.draft(root)
+        drafts.append([draft(backend, block, root, head, args.budgets) for head in args.heads])
+        root = int(text.verify(DraftTree.root_only(root))[0])
+        text.commit(np.zeros(1, np.int32))
         tokens.append(root)
+    text.close()
     found: dict[tuple[Head, int], Replay] = {}
     for i, head in enumerate(args.heads if drafts else []):
         for budget in args.budgets:
