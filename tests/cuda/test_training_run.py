@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import shutil
 from dataclasses import replace
 
@@ -156,8 +157,10 @@ def test_a_half_written_state_is_named(run, folder):
 
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
 @pytest.mark.parametrize("size", [10, 500, 40_000, 120_000, 200_000])
-def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder):
+def test_a_full_disk_is_one_clear_error(size, cache_gb, run, folder, monkeypatch):
     """No file may be larger than `size`, as a stand-in for a disk without space."""
+    # Python would leave modules' bytecode that the limit has cut off.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -222,7 +222,9 @@ from treeflash.generate import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 raise SystemExit(main({args!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # -B: Python would leave modules' bytecode that the limit has cut off.
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"error: {files[1]} cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
