@@ -2,8 +2,8 @@
 
 import json
 import resource
-import sys
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
