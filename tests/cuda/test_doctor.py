@@ -95,8 +95,7 @@ def diagnosis(target, tokenizer, drafter):
     def run(prompting=Prompting(), wrap=lambda drafter: drafter):  # noqa: B008
         def load(folder):
             backend = load_cuda(target, folder, CPU)
-            sound = backend.drafter
-            backend.drafter = lambda: wrap(sound())
+            backend.drafter = wrap(backend.drafter)
             return backend
 
         return diagnose(
@@ -142,8 +141,11 @@ class Wrapped:
     def __init__(self, drafter):
         self.drafter = drafter
 
-    def draft(self, features, root):
-        return self.drafter.draft(features, root)
+    def draft(self, roots):
+        return self.drafter.draft(roots)
+
+    def marginals(self, blocks, k, temperature):
+        return self.drafter.marginals(blocks, k, temperature)
 
     def log_probs(self, block):
         return self.change(self.drafter.log_probs(block))
