@@ -17,6 +17,11 @@ import torch  # noqa: E402
 from fake_cuda import DEVICE, FakeCuda  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(),
+    reason="needs a build of PyTorch with CUDA, as PyPI has it for Linux, but no GPU",
+)
+
 FAMILIES = ("qwen3", "llama", "mistral", "qwen2", "qwen3_moe")
 DTYPES = ("bfloat16", "float32")
 SAMPLINGS = (
