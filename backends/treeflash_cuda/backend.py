@@ -17,8 +17,10 @@ from treeflash_cuda.arena import Arena, StaticArena
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import StaticForwards
-from treeflash_cuda.head import HEADS, ARHead
+from treeflash_cuda.head import ARHead
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
+from treeflash_cuda.output_stage import OwnVocabulary
+from treeflash_cuda.scores import make_module
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
@@ -92,7 +94,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
-        pack_linears(head.correction)
+        pack_linears(head.module)
     model.capture(drafter_model.config.target_layer_ids)
     backend = CudaBackend(model, drafter_model, head, static)
     check_trees(backend)
@@ -159,9 +161,10 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | N
         model = DrafterModel(config)
     model.load_state_dict(tensors.backbone)
     model = model.to(target.dtype).eval()
+    model.own = OwnVocabulary(tensors.vocabulary, target)
     if config.head is None:
         return model, None
     with torch.device(target.device):
-        correction = HEADS[config.head](config, tensors.head_size)
-    correction.load_state_dict(tensors.head)
-    return model, ARHead(correction.to(target.dtype).eval(), model, target)
+        module = make_module(config, tensors.head_size, target.vocab_size)
+    module.load_state_dict(tensors.head)
+    return model, ARHead(module.to(target.dtype).eval(), model, target)

@@ -16,6 +16,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import KeyValues, upload
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.output_stage import OutputStage
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import top_log_probs
 
@@ -28,8 +29,8 @@ class Block:
     """A drafted block.
 
     Attributes:
-        root: token id of the first position.
-        hidden: (S, hidden_size) outputs of the last layer.
+        root: token id of the first slot.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
     """
 
     root: int
@@ -58,6 +59,7 @@ class Drafter:
         """Hold the models."""
         self.model = model
         self.target = target
+        self.output = OutputStage(model.config, model.own, target)
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]]) -> list[Block]:
@@ -67,7 +69,7 @@ class Drafter:
         kinds = list(zip(config.sliding_windows, config.causal, strict=True))
         tokens = torch.full((len(roots), size), config.mask_token_id, device=device)
         tokens[:, 0] = upload(np.array([root for _, root in roots]), device)
-        x = self.target.embed(tokens.flatten())[None]
+        x = self.output.embed(tokens.flatten())[None]
         if config.input_scale != 1:
             x = x * config.input_scale
         parts = [part for state, _ in roots for part in state.context]
@@ -76,7 +78,10 @@ class Drafter:
         for state, _ in roots:
             first, start = state.drafter.length, state.length
             masks = {
-                kind: group_mask(block_mask(start, size, *kind, x.dtype, device), groups)
+                kind: group_mask(
+                    block_mask(start, size, *kind, x.dtype, device, config.window_from_root),
+                    groups,
+                )
                 for kind in set(kinds)
             }
             texts.append(_Text(state.drafter, start - first, masks))
@@ -90,15 +95,17 @@ class Drafter:
             text.cache.length += text.context
             state.context = []
         hidden = x[0].split(size)
-        return [Block(root, part) for (_, root), part in zip(roots, hidden, strict=True)]
+        first = config.first_slot
+        return [Block(root, part[first:]) for (_, root), part in zip(roots, hidden, strict=True)]
 
     @torch.inference_mode()
     def marginals(
         self, blocks: Sequence[Block], k: int, temperature: float
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
-        logits = self.target.output_head(self.model.norm(drafted(blocks)))
+        logits = self.output.logits(self.model.norm(drafted(blocks)))
         tokens, log_probs = top_log_probs(logits, k, temperature)
+        tokens = self.output.to_target(tokens)
         # One read from the device for both.
         read = torch.cat([tokens, log_probs.view(torch.int32)], 1).cpu().numpy()
         k = tokens.shape[1]
@@ -110,8 +117,8 @@ class Drafter:
     @torch.inference_mode()
     def log_probs(self, block: Block) -> NDArray[np.float32]:
         """See `Drafter.log_probs`."""
-        logits = self.target.output_head(self.model.norm(block.hidden[1:]))
-        return logits.float().log_softmax(-1).cpu().numpy()
+        log_probs = self.output.logits(self.model.norm(block.hidden)).float().log_softmax(-1)
+        return self.output.over_target_vocabulary(log_probs).cpu().numpy()
 
     def _attend(
         self, texts: Sequence[_Text], layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor
@@ -142,8 +149,8 @@ class Drafter:
 
 
 def drafted(blocks: Sequence[Block]) -> Tensor:
-    """(blocks * (S - 1), hidden_size) outputs without those of the roots."""
-    hidden = [block.hidden[1:] for block in blocks]
+    """(blocks * D, hidden_size) outputs of all blocks."""
+    hidden = [block.hidden for block in blocks]
     return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
 
@@ -154,13 +161,17 @@ def block_mask(
     causal: bool,
     dtype: torch.dtype,
     device: torch.device,
+    from_root: bool = False,
 ) -> Tensor | None:
-    """(size, start + size) additive mask of a block at `start`; None if everything is visible."""
+    """(size, start + size) additive mask of a block at `start`; None if everything is visible.
+
+    The window is around each slot, or before the root.
+    """
     if window is None and not causal:
         return None
     keys = torch.arange(start + size, device=device)
     distance = keys[start:, None] - keys
     visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
-        visible = visible & (distance.abs() < window)
+        visible = visible & (keys >= start - window if from_root else distance.abs() < window)
     return additive_mask(visible, dtype)

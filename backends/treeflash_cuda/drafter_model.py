@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from treeflash.config import DrafterConfig
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Convolve: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Rotary(nn.Module):
@@ -99,6 +100,44 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Convolution(nn.Module):
+    """DFlash2's convolutions along a block, before and after a sublayer.
+
+    A tap looks so many slots back, never beyond the block. Its coefficients are the sum of a
+    constant and of a linear function of the sublayer's normed input that groups of channels share.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the kernels."""
+        super().__init__()
+        h, taps = config.hidden_size, config.conv_kernel_size
+        self.block_size, self.group_size = config.block_size, config.conv_group_size
+        self.base_kernel = nn.Parameter(torch.empty(2, taps, h))
+        outputs = 2 * taps * h // self.group_size
+        self.kernel_projection = nn.Linear(h, outputs, bias=False)
+
+    def forward(self, y: Tensor) -> tuple[Convolve, Convolve]:
+        """Both convolutions, from the (batch, n, hidden_size) normed input of the sublayer."""
+        sides, taps, h = self.base_kernel.shape
+        groups = self.kernel_projection(y).unflatten(-1, (sides, taps, h // self.group_size))
+        kernels = self.base_kernel + groups.repeat_interleave(self.group_size, -1)
+
+        def convolution(side: int) -> Convolve:
+            def convolve(x: Tensor) -> Tensor:
+                blocks = x.unflatten(1, (-1, self.block_size))
+                shifted = [F.pad(blocks, (0, 0, tap, -tap)).flatten(1, 2) for tap in range(taps)]
+                return sum(kernels[..., side, tap, :] * shifted[tap] for tap in range(taps))
+
+            return convolve
+
+        return convolution(0), convolution(1)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The convolution of a drafter without convolutions."""
+    return x
+
+
 class Layer(nn.Module):
     """A pre-norm transformer layer, Qwen3's."""
 
@@ -109,6 +148,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        convolves = config.conv_kernel_size > 0
+        self.attention_conv = Convolution(config) if convolves else None
+        self.mlp_conv = Convolution(config) if convolves else None
 
     def forward(
         self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
@@ -123,16 +165,26 @@ class Layer(nn.Module):
                 (batch, n, heads, head_dim).
         """
         y = self.input_layernorm(x)
+        before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
+        y = before(y)
         attention, n = self.self_attn, x.shape[1]
         block_rotation = rotation[0][..., -n:, :], rotation[1][..., -n:, :]
         keys_values = attention.keys_values(torch.cat([context, y], 1), rotation)
         out = attend(attention.queries(y, block_rotation), *keys_values)
-        x = x + attention.o_proj(out.flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + after(attention.o_proj(out.flatten(2)))
+        y = self.post_attention_layernorm(x)
+        before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
+        return x + after(self.mlp(before(y)))
 
 
 class DrafterModel(nn.Module):
-    """A drafter's weights, under their names in checkpoints."""
+    """A drafter's weights, under their names in checkpoints.
+
+    Attributes:
+        own: the `OwnVocabulary` of a drafter that was loaded.
+    """
+
+    own: nn.Module
 
     def __init__(self, config: DrafterConfig) -> None:
         """Make the layers; the weights are loaded afterwards."""

@@ -127,7 +127,7 @@ class Target:
             )
 
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Return these layers' outputs from every forward pass from now on."""
+        """Return these layers' outputs from every forward pass from now on; -1: the embeddings'."""
 
         def keep(layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -135,8 +135,14 @@ class Target:
 
             return hook
 
+        def keep_input(_: nn.Module, args: Any, kwargs: Any) -> None:
+            capture_output(-1, args[0] if args else kwargs["hidden_states"])
+
         for layer_id in layer_ids:
-            self.layers[layer_id].register_forward_hook(keep(layer_id))
+            if layer_id == -1:
+                self.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+            else:
+                self.layers[layer_id].register_forward_hook(keep(layer_id))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(..., hidden_size) rows of the input table."""

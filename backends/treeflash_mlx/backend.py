@@ -14,7 +14,7 @@ from treeflash.decoding.interfaces import Extension
 from treeflash.decoding.probe import TOLERANCES, check_trees
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.cache import KeyValues, release_freed_memory
@@ -163,6 +163,7 @@ def load_drafter(
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
+    refuse_extensions(tensors.config, "the mlx backend", tensors.vocabulary)
     config = tensors.config
     target.capture(config.target_layer_ids)
     model = DrafterModel(config)

@@ -11,6 +11,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.reference.backend import load as load_reference
 from treeflash.reference.head import ARHead
+from treeflash.reference.scores import Corrected, scores_of
 from treeflash.reference.verifier import Verifier
 
 
@@ -92,18 +93,23 @@ class PositionBlindSampler(Verifier):
         return super().run([blind(item) for item in work])
 
 
+class OffByOneScores(Corrected):
+    def score(self, hidden, logits, previous, tokens):
+        return super().score(hidden, logits, np.roll(previous, 1, axis=0), tokens)
+
+
 class PreviousOffByOne(ARHead):
     """A depth is given the previous-token candidates of the depth before it."""
 
-    def _correct(self, hidden, previous):
-        return super()._correct(hidden, np.roll(previous, 1, axis=0))
+    def __init__(self, model, scores):
+        super().__init__(model, OffByOneScores(model))
 
 
 class SwappedChunks(ARHead):
     """Gate and up are taken for each other."""
 
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, scores):
+        super().__init__(model, scores)
         for name in ("ug.weight", "ug.bias"):
             tensor = model.head_tensors[name]
             model.head_tensors[name] = np.concatenate(np.split(tensor, 2)[::-1])
@@ -120,7 +126,7 @@ class BrokenBackend(ReferenceBackend):
     def __init__(self, backend, part):
         super().__init__(backend.target, backend.drafter_model)
         if issubclass(part, ARHead):
-            self.head = part(self.drafter_model)
+            self.head = part(self.drafter_model, scores_of(self.drafter_model))
         else:
             self.verifier = part(self.target)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from treeflash.testing import BackendSuite, require
+from treeflash.testing import DIALECTS, BackendSuite, require
 
 require("torch")
 
@@ -12,6 +12,8 @@ from treeflash_cuda.backend import load as load_cuda  # noqa: E402
 
 
 class TestConformance(BackendSuite):
+    dialects = tuple(DIALECTS)
+
     @pytest.fixture
     def load(self):
         return lambda target, drafter, config: load_cuda(
@@ -21,6 +23,8 @@ class TestConformance(BackendSuite):
 
 class TestStaticShapes(BackendSuite):
     """The forward passes that a GPU captures as graphs, run without capturing."""
+
+    dialects = tuple(DIALECTS)
 
     @pytest.fixture
     def load(self):

@@ -3,10 +3,12 @@
 import pytest
 
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing import BackendSuite
+from treeflash.testing import DIALECTS, BackendSuite
 
 
 class TestConformance(BackendSuite):
+    dialects = tuple(DIALECTS)
+
     @pytest.fixture
     def load(self):
         return load_reference

@@ -73,7 +73,9 @@ class ScriptedBackend:
         margin: float = 1.0,
     ) -> None:
         self.scripts = list(scripts)
-        self.drafter_config = SimpleNamespace(block_size=DEPTHS + 1) if drafter else None
+        self.drafter_config = (
+            SimpleNamespace(block_size=DEPTHS + 1, depths=DEPTHS) if drafter else None
+        )
         self.verifier = self
         self.drafter = self if drafter else None
         self.head = self if drafter and head else None

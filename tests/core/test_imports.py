@@ -26,7 +26,7 @@ LAYERS = [
     {"language_model"},
     {"cli"},
     {"evaluation", "diagnosis", "training"},
-    {"generate", "evaluate", "doctor", "distill", "train"},
+    {"convert", "generate", "evaluate", "doctor", "distill", "train"},
 ]
 # The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
@@ -47,10 +47,13 @@ DATA_TYPES = {"transitions", "tree", "acceptance", "sampling", "choices", "inter
 # The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.
 DRAFTERS = [
     {"folder", "rope"},
+    {"backbone"},
     {"dflash"},
-    {"treeflash"},
+    {"dflash2", "markov", "treeflash"},
+    {"deepspec", "specforge", "speculators"},
     {"formats"},
     {"loading"},
+    {"conversion"},
 ]
 # What a backend may import besides its own modules.
 FOR_BACKENDS = {

@@ -148,7 +148,7 @@ class FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 model, head = load_drafter(folder, real)
             model = model.to(owner.device)
-            return model, head and ARHead(head.correction.to(owner.device), model, owner)
+            return model, head and ARHead(head.module.to(owner.device), model, owner)
 
         monkeypatch.setattr(target, "_load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)

@@ -61,7 +61,7 @@ def test_features_of_a_target_in_half_precision_are_accepted(tmp_path):
     store = FeatureStore(backend.target, model.config.target_layer_ids, texts(), TOP, None, 0)
     anchors = [choose_anchors(text, 9, np.random.default_rng(1)) for text in store.texts]
     batch = make_batch(store.texts, store.get(range(3)), anchors, model.config.block_size)
-    blocks = Blocks(model, backend.head.correction, backend.target.embeddings)
+    blocks = Blocks(model, backend.head.module, backend.target.embeddings)
     rounded = blocks.hidden(replace(batch, features=batch.features.bfloat16()))
     exact = blocks.hidden(batch)
     assert 0 < (rounded - exact).std() < 0.05 * exact.std()
@@ -76,7 +76,7 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
     random = np.random.default_rng(1)
     anchors = [choose_anchors(text, 9, random) for text in store.texts]
     batch = make_batch(store.texts, store.get(range(3)), anchors, size)
-    blocks = Blocks(model, head.correction, backend.target.embeddings)
+    blocks = Blocks(model, head.module, backend.target.embeddings)
     hidden = blocks.hidden(batch)
     marginal, corrected = blocks(batch)
     predicted = 0
@@ -85,14 +85,14 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
             with TextSession(backend, drafts=True) as drafted:
                 drafted.extend(text.token_ids[:anchor])
                 block = drafted.draft(text.token_ids[anchor])
-            near(hidden[row, column], block.hidden)
-            normed = model.norm(block.hidden[1:])
+            near(hidden[row, column, 1:], block.hidden)
+            normed = model.norm(block.hidden)
             for depth in range(1, min(size, len(text) - anchor)):
                 previous = torch.tensor([text.token_ids[anchor + depth - 1]])
                 embedded = F.embedding(previous, backend.target.embeddings)
-                correction = head.correction(embedded, normed[depth - 1 : depth], None)[0]
+                correction = head.module(embedded, normed[depth - 1 : depth], None)[0]
                 near(marginal[predicted], normed[depth - 1])
-                near(corrected[predicted], model.norm(block.hidden[depth] + correction))
+                near(corrected[predicted], model.norm(block.hidden[depth - 1] + correction))
                 assert [part[predicted] for part in batch.predicted()] == [row, anchor + depth]
                 predicted += 1
     assert predicted == len(marginal) == len(corrected)

@@ -24,7 +24,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
 Block: TypeAlias = Any
-"""A drafted block: the drafter's hidden states of S positions and the root, on the device."""
+"""A drafted block: the root, and the drafter's hidden states of D depths, on the device."""
 
 
 class TextState(Protocol):
@@ -158,12 +158,18 @@ class Drafter(Protocol):
             block: from `draft`.
 
         Returns:
-            (S - 1, vocab); row i is depth i + 1.
+            (D, vocab); row i is depth i + 1. Tokens that cannot be drafted have -inf.
         """
 
 
 class ARHead(Protocol):
-    """The head that conditions a block on previous tokens. It has no state."""
+    """The conditional head: it conditions a block on previous tokens. It has no state.
+
+    A drafter's format decides which it is: TreeFlash's, the selector of DFlash2, or a Markov head
+    of DSpark. Its log probabilities are those of the whole vocabulary. A head that scores a few
+    candidates of a depth (a selector) gives the others nothing; its rows keep the probability that
+    the depth's marginal gives to the candidates, so that paths of all rows can be compared.
+    """
 
     def transitions(
         self,
@@ -202,11 +208,11 @@ class ARHead(Protocol):
 
         Args:
             block: from `Drafter.draft`.
-            previous: (S - 1,) int32; previous[i] is the token before depth i + 1, so that
+            previous: (D,) int32; previous[i] is the token before depth i + 1, so that
                 previous[0] is the root.
 
         Returns:
-            (S - 1, vocab); row i is depth i + 1.
+            (D, vocab); row i is depth i + 1. Tokens that cannot be drafted have -inf.
         """
 
 

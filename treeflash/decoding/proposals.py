@@ -48,12 +48,12 @@ def _tables(
     k, temperature = config.top_k_children, config.draft_temperature
     if config.uses_head:
         assert backend.head is not None
-        # A chain takes the first row of each depth.
-        m, rows = (1, None) if config.drafts_chain else (config.top_m, config.head_rows)
+        rows = config.head_rows
         if rows == AUTO:
-            rows = max(ROWS_PER_NODE * nodes, FEWEST_ROWS)
+            # The token that a chain continues from may be improbable by its marginal.
+            rows = None if config.drafts_chain else max(ROWS_PER_NODE * nodes, FEWEST_ROWS)
         return backend.head.transitions(
-            blocks, m, k, temperature, shortlist=config.head_vocab, rows=rows
+            blocks, config.top_m, k, temperature, shortlist=config.head_vocab, rows=rows
         )
     assert backend.drafter is not None
     return backend.drafter.marginals(blocks, 1 if config.drafts_chain else k, temperature)

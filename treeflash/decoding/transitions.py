@@ -23,7 +23,7 @@ NOT_FINITE = (
 class TransitionTable:
     """Candidate children for every depth and previous-token candidate (TreeFlash, section 3).
 
-    `D` depths (block size - 1), `M` rows (previous tokens), `K` children per row. Index 0 of the
+    `D` depths, `M` rows (previous tokens), `K` children per row. Index 0 of the
     first axis is depth 1. Depth 1 has one valid row, row 0: its previous token is the root.
 
     Attributes:
@@ -136,7 +136,7 @@ class TransitionTable:
 
     @property
     def depths(self) -> int:
-        """Depths that the table covers: the drafter's block size less one, or fewer."""
+        """Depths that the table covers: the drafter's, or fewer."""
         return len(self.tokens)
 
 

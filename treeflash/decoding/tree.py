@@ -101,13 +101,21 @@ class DraftTree:
 
 
 def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
-    """The chain of the first child of the first row at each depth, at most `budget` nodes."""
-    n = min(budget, table.depths + 1)
-    steps = table.log_probs[: n - 1, 0, 0].astype(np.float64)
-    return DraftTree.chain(
-        np.concatenate([[root], table.tokens[: n - 1, 0, 0]]).astype(np.int32),
-        np.concatenate([[0.0], np.cumsum(steps)]),
-    )
+    """The chain of the best child after each token, at most `budget` nodes.
+
+    It follows `next_row` from the root, and ends where that leads nowhere.
+    """
+    tokens, steps, row = [root], [0.0], 0
+    for depth in range(min(budget - 1, table.depths)):
+        step = float(table.log_probs[depth, row, 0])
+        if step == -np.inf:
+            break
+        tokens.append(int(table.tokens[depth, row, 0]))
+        steps.append(step)
+        row = int(table.next_row[depth, row, 0])
+        if row < 0:
+            break
+    return DraftTree.chain(np.array(tokens, np.int32), np.cumsum(steps))
 
 
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:

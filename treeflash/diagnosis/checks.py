@@ -23,6 +23,7 @@ from treeflash.diagnosis.scores import (
     measure,
 )
 from treeflash.drafters.folder import read_config, weight_files
+from treeflash.drafters.formats import unknown_keys, with_settings
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message
@@ -136,8 +137,17 @@ def diagnose(
     return Diagnosis(
         marginal=by_depth(scores.marginal.hits),
         corrected=by_depth(scores.corrected.hits) if scores.corrected else None,
-        findings=[check_depths(scores), *judge(trials)],
+        findings=[check_depths(scores), *judge(trials), *check_keys(folder)],
     )
+
+
+def check_keys(folder: Path) -> list[Finding]:
+    """Lists the keys of a drafter's configuration that were ignored; nothing if there are none."""
+    ignored = unknown_keys(read_config(folder))
+    if not ignored:
+        return []
+    message = f"config.json has keys that are not known and were ignored: {', '.join(ignored)}"
+    return [Finding(check="config keys", ok=True, message=message)]
 
 
 def check_depths(scores: DrafterScores) -> Finding:
@@ -160,8 +170,7 @@ def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict
 
 def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> None:
     """Write a copy of a drafter's folder with other settings and links to its weights."""
-    config = read_config(folder)
-    config["dflash_config"] = {**(config.get("dflash_config") or {}), **settings}
+    config = with_settings(read_config(folder), settings)
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in weight_files(folder):
         (copy / file.name).symlink_to(file.resolve())

@@ -32,8 +32,8 @@ class TokenScores:
     """Scores of the target's tokens; nan beyond the end of a text.
 
     Attributes:
-        log_probs: (blocks, S - 1) log probability of the target's token, nats.
-        hits: (blocks, S - 1) 1 if it is the most probable token, else 0.
+        log_probs: (blocks, D) log probability of the target's token, nats.
+        hits: (blocks, D) 1 if it is the most probable token, else 0.
     """
 
     log_probs: NDArray[np.float64]
@@ -166,7 +166,7 @@ def _blocks(backend: Backend, text: Text) -> Iterator[tuple[Sequence[int], Block
 
 
 def _score(table: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """(2, S - 1) log probabilities and hits of (S - 1, vocab) rows; row i scores token i."""
+    """(2, D) log probabilities and hits of (D, vocab) rows; row i scores token i."""
     if np.isnan(table).any():
         raise NumericalError("the drafter's output is not a number (NaN): its weights are damaged")
     count = min(len(table), len(tokens))

@@ -1,4 +1,4 @@
-"""DFlash (arXiv 2602.06036): a Qwen3-like backbone that fills in a block of mask tokens."""
+"""DFlash (arXiv 2602.06036), as z-lab publishes it: slot k of a block of masks predicts token k."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from treeflash.config import DrafterConfig
-from treeflash.drafters.rope import inverse_frequencies, rope_parameters
+from treeflash.drafters.backbone import NEUTRAL, backbone_config, default_target_layer_ids, refuse
 
 SECTIONS = ("dflash_config", "treeflash_config")
 """Where a `config.json` may hold a drafter's own settings; the top level is searched last."""
-LAYER_TYPES = ("full_attention", "sliding_attention")
+KEYS = frozenset(
+    [
+        "block_size",
+        "causal",
+        "dflash_config",
+        "final_logit_softcapping",
+        "input_embedding_scale",
+        "is_causal",
+        "mask_token_id",
+        "num_target_layers",
+        "output_multiplier",
+        "projector_type",
+        "swa_window_size",
+        "target_layer_ids",
+    ]
+)
+NOT_DFLASH: dict[str, tuple[Any, ...]] = {
+    "markov_rank": (None, 0),
+    "selector_top_k": (None,),
+    "projector_type": (None, "dflash"),
+}
+"""Keys of other formats, with the values that mean nothing."""
 
 
 def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -19,107 +40,34 @@ def setting(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return next((section[key] for section in (*sections, config) if key in section), default)
 
 
-def parse_config(config: Mapping[str, Any], *, head: str | None = None) -> DrafterConfig:
-    """The drafter that a DFlash configuration describes.
+def parse_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that a DFlash configuration describes; raises what `backbone_config` does."""
+    for section in (config, *(dict(config.get(name) or {}) for name in SECTIONS)):
+        refuse(section, NOT_DFLASH)
+    return parse_backbone(config)
 
-    Args:
-        config: the content of `config.json`.
-        head: name of the AR head, if the format has one.
 
-    Raises:
-        KeyError: a setting is missing.
-        TypeError: a setting has the wrong type.
-        ValueError: a setting has a value that is not supported.
-        CheckpointError: the rotary settings are not supported.
-    """
-    for key, neutral in (("output_multiplier", 1.0), ("final_logit_softcapping", None)):
-        if setting(config, key, neutral) != neutral:
-            raise ValueError(f"{key} is not supported")
+def parse_backbone(config: Mapping[str, Any], **settings: Any) -> DrafterConfig:
+    """The same for the formats that build on DFlash, with further fields of `DrafterConfig`."""
+    for name in SECTIONS:
+        refuse(dict(config.get(name) or {}), NEUTRAL)
     layers = int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
-    hidden_size = int(config["hidden_size"])
-    head_dim = int(config.get("head_dim") or hidden_size // heads)
     target_layers = config.get("num_target_layers")
     layer_ids = setting(config, "target_layer_ids")
     if layer_ids is None:
         layer_ids = default_target_layer_ids(int(config["num_target_layers"]), layers)
-    block_size = int(setting(config, "block_size", 16))
-    if block_size < 2:
-        raise ValueError(f"block_size must be 2 or more, got {block_size}")
-    mask_token_id = setting(config, "mask_token_id")
-    if mask_token_id is None:
-        raise KeyError("mask_token_id")
-    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_dim)
-    sliding = _sliding_layers(config, layers)
-    window = int(config["sliding_window"]) if any(sliding) else None
     # The published code makes sliding layers causal unless the checkpoint says otherwise.
-    causal = config.get("is_causal")
-    return DrafterConfig(
-        hidden_size=hidden_size,
-        intermediate_size=int(config["intermediate_size"]),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        attention_bias=bool(config.get("attention_bias", False)),
-        block_size=block_size,
-        mask_token_id=int(mask_token_id),
+    causal = setting(config, "is_causal", setting(config, "causal"))
+    softcap = setting(config, "final_logit_softcapping")
+    return backbone_config(
+        config,
+        block_size=int(setting(config, "block_size", 16)),
+        mask_token_id=setting(config, "mask_token_id"),
+        causal=None if causal is None else bool(causal),
         target_layer_ids=tuple(int(i) for i in layer_ids),
         num_target_layers=None if target_layers is None else int(target_layers),
-        vocab_size=None if config.get("vocab_size") is None else int(config["vocab_size"]),
-        head=head,
-        inv_freq=tuple(inv_freq.tolist()),
-        rope_scale=rope_scale,
-        sliding_windows=tuple(window if slides else None for slides in sliding),
-        causal=tuple(slides if causal is None else bool(causal) for slides in sliding),
         input_scale=float(setting(config, "input_embedding_scale", 1.0)),
+        output_multiplier=float(setting(config, "output_multiplier", 1.0)),
+        softcap=float(softcap) if softcap and softcap > 0 else None,
+        **settings,
     )
-
-
-def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> tuple[int, ...]:
-    """The target layers that DFlash takes features from if a checkpoint names none."""
-    if num_hidden_layers == 1:
-        return (num_target_layers // 2,)
-    step = (num_target_layers - 4) / (num_hidden_layers - 1)
-    return tuple(round(1 + i * step) for i in range(num_hidden_layers))
-
-
-def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a backbone's tensors, by canonical name."""
-    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (h, len(config.target_layer_ids) * h),
-        "hidden_norm.weight": (h,),
-        "norm.weight": (h,),
-    }
-    for n in range(config.num_hidden_layers):
-        layer = f"layers.{n}."
-        for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
-            if config.attention_bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-        shapes |= {
-            f"{layer}self_attn.q_norm.weight": (d,),
-            f"{layer}self_attn.k_norm.weight": (d,),
-            f"{layer}mlp.gate_proj.weight": (i, h),
-            f"{layer}mlp.up_proj.weight": (i, h),
-            f"{layer}mlp.down_proj.weight": (h, i),
-            f"{layer}input_layernorm.weight": (h,),
-            f"{layer}post_attention_layernorm.weight": (h,),
-        }
-    return shapes
-
-
-def _sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Per layer, whether its attention has a sliding window."""
-    kinds = config.get("layer_types") or ["full_attention"] * layers
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")
-    for kind in kinds:
-        if kind not in LAYER_TYPES:
-            raise ValueError(
-                f"layer type {kind!r} is not supported; known types are {', '.join(LAYER_TYPES)}"
-            )
-    return tuple(kind == "sliding_attention" for kind in kinds)

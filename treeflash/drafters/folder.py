@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from treeflash.errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32", "F64")
+INTEGERS = {"d2t": "I64", "t2d": "BOOL"}
+"""Tensors that map the tokens of a drafter's own vocabulary, by stored name."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a folder's tensors, by name, read from the headers of its files.
 
     Raises:
-        CheckpointError: a file is damaged, or holds a type that is not floating point.
+        CheckpointError: a file is damaged, or a tensor is not of floating point.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
@@ -58,43 +60,45 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safetensors.safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     tensor = file.get_slice(name)
-                    check_dtype(path, tensor.get_dtype())
+                    check_dtype(path, name, tensor.get_dtype())
                     shapes[name] = tuple(tensor.get_shape())
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
     return shapes
 
 
-def read_tensors(folder: Path) -> dict[str, NDArray[np.float32]]:
+def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
     """All tensors of a folder as float32, by stored name; raises what `read_file` does."""
-    tensors: dict[str, NDArray[np.float32]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     for path in weight_files(folder):
         tensors |= read_file(path)
     return tensors
 
 
-def read_file(path: Path) -> dict[str, NDArray[np.float32]]:
-    """All tensors of a safetensors file as float32, by stored name.
+def read_file(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file as float32, or as in `INTEGERS`, by stored name.
 
     Raises:
-        CheckpointError: the file is damaged, or holds a type that is not floating point.
+        CheckpointError: the file is damaged, or a tensor is not of floating point.
     """
     try:
         parts = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return {name: _float32(path, part).reshape(part["shape"]) for name, part in parts}
+    return {name: _numbers(path, name, part).reshape(part["shape"]) for name, part in parts}
 
 
-def check_dtype(path: Path, dtype: str) -> None:
+def check_dtype(path: Path, name: str, dtype: str) -> None:
     """Raise a CheckpointError for tensors that are quantised or not numbers."""
-    if dtype not in FLOATS:
+    if dtype not in FLOATS and dtype != INTEGERS.get(name):
         raise CheckpointError(f"{path} holds tensors of type {dtype}; floating point is needed")
 
 
-def _float32(path: Path, part: Mapping[str, Any]) -> NDArray[np.float32]:
+def _numbers(path: Path, name: str, part: Mapping[str, Any]) -> NDArray[Any]:
     data, dtype = part["data"], part["dtype"]
-    check_dtype(path, dtype)
+    check_dtype(path, name, dtype)
+    if name in INTEGERS:
+        return np.frombuffer(data, "?" if dtype == "BOOL" else "<i8")
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)

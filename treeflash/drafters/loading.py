@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from treeflash.config import DrafterConfig
+from treeflash.drafters import dflash2, markov
 from treeflash.drafters.folder import stored_shapes, weight_files
-from treeflash.drafters.formats import canonical_name, drafter_config, drafter_shapes
-from treeflash.drafters.treeflash import HEAD_PREFIX, head_size
-from treeflash.errors import CheckpointError
+from treeflash.drafters.formats import (
+    canonical_name,
+    drafter_config,
+    drafter_shapes,
+    optional_shapes,
+)
+from treeflash.drafters.speculators import IGNORED
+from treeflash.drafters.treeflash import HEAD_PREFIX, HEADS, head_size
+from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
+HEAD_PREFIXES = (HEAD_PREFIX, dflash2.HEAD_PREFIX, markov.HEAD_PREFIX)
+"""Of the tensors of heads; a confidence head keeps its own."""
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +32,46 @@ class DrafterTensors(Generic[Tensor]):
 
     Attributes:
         config: its shape.
-        backbone: its tensors without those of the AR head, by canonical name.
-        head: the tensors of the AR head, by name without `ar_approximation.`; empty if there is
-            none.
-        head_size: I, the inner width of the AR head; 0 if there is none.
+        backbone: the tensors of its layers and norms, by canonical name.
+        head: the tensors of the conditional head, by name without a prefix such as
+            `ar_approximation.`; empty if there is none.
+        head_size: I, the inner width of a TreeFlash head; 0 for others.
+        vocabulary: those of `embed_tokens.weight`, `lm_head.weight` and `d2t` that it has.
     """
 
     config: DrafterConfig
     backbone: dict[str, Tensor]
     head: dict[str, Tensor]
     head_size: int
+    vocabulary: dict[str, Tensor]
+
+
+def refuse_extensions(
+    config: DrafterConfig, user: str, vocabulary: Collection[str] = VOCABULARY
+) -> None:
+    """For a backend, or training, that knows DFlash and TreeFlash alone.
+
+    Args:
+        config: of a drafter.
+        user: named in the error, such as `the mlx backend`.
+        vocabulary: its own tensors of `VOCABULARY`; all that it may have, if they are not known.
+
+    Raises:
+        UnsupportedModelError: names the first thing that DFlash and TreeFlash do not have.
+    """
+    extensions = {
+        f"the head {config.head!r}": config.head not in (None, *HEADS),
+        "convolutions": config.conv_kernel_size,
+        "a first token predicted by the root's slot": config.first_slot == 0,
+        "windows measured from the root": config.window_from_root and any(config.sliding_windows),
+        "a factor on its logits": config.output_multiplier != 1,
+        "a softcap": config.softcap is not None,
+        "features of the embeddings": -1 in config.target_layer_ids,
+        "embeddings or an output head of its own": config.own_vocabulary and vocabulary,
+    }
+    for name, present in extensions.items():
+        if present:
+            raise UnsupportedModelError(f"{user} does not support a drafter with {name}")
 
 
 def load_tensors(
@@ -62,17 +102,19 @@ def load_tensors(
         num_hidden_layers=num_hidden_layers,
     )
     shapes = {canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
-    check_shapes(folder, config, shapes)
-    backbone: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
+    check_shapes(folder, config, shapes, vocab_size)
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
     for path in weight_files(folder):
         for stored, tensor in read(path).items():
             name = canonical_name(stored)
-            if name.startswith(HEAD_PREFIX):
-                head[name.removeprefix(HEAD_PREFIX)] = tensor
-            else:
-                backbone[name] = tensor
-    return DrafterTensors(config=config, backbone=backbone, head=head, head_size=head_size(shapes))
+            prefix = next((p for p in HEAD_PREFIXES if name.startswith(p)), "")
+            if prefix or name.startswith(markov.CONFIDENCE_PREFIX):
+                parts["head"][name.removeprefix(prefix)] = tensor
+            elif name in VOCABULARY:
+                parts["vocabulary"][name] = tensor
+            elif name not in IGNORED:
+                parts["backbone"][name] = tensor
+    return DrafterTensors(config=config, head_size=head_size(shapes), **parts)
 
 
 def check_pair(
@@ -91,7 +133,7 @@ def check_pair(
             f"it was trained for a target of {config.num_target_layers} layers, "
             f"this one has {num_hidden_layers}"
         )
-    elif not all(0 <= i < num_hidden_layers for i in config.target_layer_ids):
+    elif not all(-1 <= i < num_hidden_layers for i in config.target_layer_ids):
         problem = (
             f"it reads target layers {list(config.target_layer_ids)}, "
             f"the target has {num_hidden_layers}"
@@ -101,7 +143,10 @@ def check_pair(
 
 
 def check_shapes(
-    folder: Path, config: DrafterConfig, shapes: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    config: DrafterConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    vocab_size: int | None = None,
 ) -> None:
     """Compare the tensors that a folder holds with those that its configuration asks for.
 
@@ -109,19 +154,23 @@ def check_shapes(
         folder: named in the error.
         config: of the drafter.
         shapes: of the stored tensors, by canonical name.
+        vocab_size: of the target, if the configuration does not give it.
 
     Raises:
         CheckpointError: names the first missing, misshapen or unexpected tensor.
     """
-    expected = drafter_shapes(config, head_size(shapes))
+    needed = drafter_shapes(config, head_size(shapes), vocab_size=vocab_size)
+    expected = needed | optional_shapes(config, vocab_size)
     for name, shape in expected.items():
+        if name not in needed and name not in shapes:
+            continue
         if name not in shapes:
             raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
         if shapes[name] != shape:
             raise CheckpointError(
                 f"{folder}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}"
             )
-    if extra := sorted(set(shapes) - set(expected)):
+    if extra := sorted(set(shapes) - set(expected) - IGNORED):
         raise CheckpointError(
             f"{folder} holds an unexpected tensor for its configuration: {extra[0]}"
         )

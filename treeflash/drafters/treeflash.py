@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from treeflash.drafters.dflash import setting
+from treeflash.config import DrafterConfig
+from treeflash.drafters.backbone import refuse
+from treeflash.drafters.dflash import NOT_DFLASH, SECTIONS, parse_backbone, setting
 
 HEADS = ("swiglu", "linear")
 HEAD_PREFIX = "ar_approximation."
-BACKBONE_PREFIX = "model."
+KEYS = frozenset({"ar_approximation", "candidate_tokens", "treeflash_config"})
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def parse_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that a configuration describes; raises what `backbone_config` does."""
+    for section in (config, *(dict(config.get(name) or {}) for name in SECTIONS)):
+        refuse(section, NOT_DFLASH)
+    return parse_backbone(config, head=head_name(config))
 
 
 def head_name(config: Mapping[str, Any]) -> str | None:

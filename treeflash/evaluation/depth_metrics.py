@@ -31,7 +31,7 @@ class DepthMetrics:
     """Metrics by depth, summed over anchors: positions of texts that served as the root.
 
     Attributes:
-        anchors: (D,) number of anchors by depth; D is the block size minus one.
+        anchors: (D,) number of anchors by depth.
         sums: (D, len(METRICS)) by source; without an AR head there is no `corrected`.
     """
 
@@ -69,7 +69,7 @@ def measure_depth_metrics(
         temperature: of the target's distribution; 0 counts as 1, so that it is a distribution.
     """
     assert backend.drafter_config is not None
-    depths = backend.drafter_config.block_size - 1
+    depths = backend.drafter_config.depths
     metrics = DepthMetrics(np.zeros(depths, np.int64))
     assert backend.drafter is not None
     state = TextSession(backend, drafts=True, capacity=len(prompt_ids) + len(text_ids) + depths)

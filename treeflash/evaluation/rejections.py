@@ -12,12 +12,11 @@ Reason: TypeAlias = Literal["candidate", "child", "budget_limit", "block"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
-def rejection_reason(step: Step, *, chain: bool) -> Reason | None:
+def rejection_reason(step: Step) -> Reason | None:
     """The reason why the bonus token of an iteration was not drafted.
 
     Args:
         step: a step of the decode loop, with its table.
-        chain: whether the method drafts a chain, which uses the first row of each depth.
 
     Returns:
         - `block`: the accepted path reached the last depth;
@@ -35,10 +34,9 @@ def rejection_reason(step: Step, *, chain: bool) -> Reason | None:
     if len(accepted) == step.table.depths:
         return None if step.finish_reason == "length" else "block"
     row = 0
-    if not chain:
-        for depth, token in enumerate(accepted):
-            (rank,) = np.flatnonzero(step.table.tokens[depth, row] == token)[:1]
-            row = int(step.table.next_row[depth, row, rank])
+    for depth, token in enumerate(accepted):
+        (rank,) = np.flatnonzero(step.table.tokens[depth, row] == token)[:1]
+        row = int(step.table.next_row[depth, row, rank])
     if row < 0:
         return "candidate"
     children = step.table.tokens[len(accepted), row]

@@ -125,7 +125,7 @@ class _Text:
         """Count a step."""
         self.stats.add(step)
         self.token_ids.extend(step.tokens)
-        reason = rejection_reason(step, chain=self.config.drafts_chain)
+        reason = rejection_reason(step)
         if reason is not None:
             self.rejections[reason] += 1
 

@@ -35,13 +35,15 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 HUB_REACHABLE_S = 5.0
 
-# Target (last part of its name, lower case) to drafter. A TreeFlash drafter serves every method,
-# and so is preferred to a DFlash one.
+# Target (last part of its name, lower case) to drafter. One with a conditional head serves every
+# method, and so is preferred to a DFlash one.
 PUBLISHED_DRAFTERS = {
     "smollm2-135m-instruct": BUNDLED_DRAFTER,
     "qwen3-4b": "peerrh/treeflash-qwen3-4b",
     "qwen3-8b": "peerrh/treeflash-qwen3-8b",
     "qwen3-coder-30b-a3b-instruct": "peerrh/treeflash-qwen3-coder-30b-a3b",
+    "qwen3-14b": "deepseek-ai/dspark_qwen3_14b_block7",
+    "minicpm5-2b": "openbmb/MiniCPM5-2B-DSpark",
     "llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
     "meta-llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
 }

@@ -12,6 +12,7 @@ from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.head import ARHead
+from treeflash.reference.scores import scores_of
 from treeflash.reference.state import State
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import Verifier
@@ -34,7 +35,7 @@ class ReferenceBackend:
         self.drafter_config = drafter.config if drafter else None
         self.verifier = Verifier(target)
         self.drafter = Drafter(drafter) if drafter else None
-        self.head = ARHead(drafter) if drafter and drafter.config.head else None
+        self.head = ARHead(drafter, scores_of(drafter)) if drafter and drafter.config.head else None
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         """See `Backend.open`."""
@@ -83,4 +84,4 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         vocab_size=target.vocab_size,
         num_hidden_layers=target.layers,
     )
-    return DrafterModel(tensors.config, tensors.backbone, tensors.head, target)
+    return DrafterModel(tensors.config, tensors.backbone, tensors.head, tensors.vocabulary, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
     attention,
+    block_visible,
     log_softmax,
     rotate,
     silu,
@@ -25,7 +27,12 @@ from treeflash.reference.state import State
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block: the root's token id, and (S, hidden_size) outputs of the last layer."""
+    """A drafted block.
+
+    Attributes:
+        root: token id of the first slot.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
+    """
 
     root: int
     hidden: Array
@@ -50,28 +57,33 @@ class Drafter(OneByOneDrafter):
         tokens[0] = root
         positions = start + np.arange(config.block_size, dtype=np.int32)
         keys = np.arange(start + config.block_size, dtype=np.int32)
-        x = self.model.target.embed(tokens) * np.float32(config.input_scale)
+        x = self.model.embed(tokens) * np.float32(config.input_scale)
         for n in range(config.num_hidden_layers):
-            mask = visible(positions, keys, config.sliding_windows[n], config.causal[n])
+            seen = block_visible if config.window_from_root else visible
+            mask = seen(positions, keys, config.sliding_windows[n], config.causal[n])
             layer = f"layers.{n}."
             y = self.model.normed(layer + "input_layernorm", x)
+            before, after = self._convolutions(layer + "attention_conv", y)
+            y = before(y)
             q = self._heads(layer, "q", y, positions)
             k, v = cache.attend(n, *self._keys_values(layer, y, positions))
-            x = x + self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask))
+            x = x + after(self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask)))
             y = self.model.normed(layer + "post_attention_layernorm", x)
+            before, after = self._convolutions(layer + "mlp_conv", y)
+            y = before(y)
             gate = silu(self._linear(layer + "mlp.gate_proj", y))
             up = self._linear(layer + "mlp.up_proj", y)
-            x = x + self._linear(layer + "mlp.down_proj", gate * up)
-        return Block(root, x)
+            x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
+        return Block(root, x[config.first_slot :])
 
     def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""
-        tokens, log_probs = top(self.model.logits(block.hidden[1:]) / temperature, k)
-        return TransitionTable.from_marginals(tokens, log_probs)
+        tokens, log_probs = top(self.model.logits(block.hidden) / temperature, k)
+        return TransitionTable.from_marginals(self.model.token_ids[tokens], log_probs)
 
     def log_probs(self, block: Block) -> Array:
         """See `Drafter.log_probs`."""
-        return log_softmax(self.model.logits(block.hidden[1:]))
+        return self.model.over_target_vocabulary(log_softmax(self.model.logits(block.hidden)))
 
     def _read(self, cache: Cache, features: Array) -> None:
         """Project positions to keys and values, once for all blocks."""
@@ -81,6 +93,26 @@ class Drafter(OneByOneDrafter):
             k, v = self._keys_values(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
+
+    def _convolutions(self, name: str, y: Array) -> list[Callable[[Array], Array]]:
+        """The convolutions before and after a sublayer, whose normed input is `y`."""
+        config, tensors = self.model.config, self.model.tensors
+        taps = config.conv_kernel_size
+        if not taps:
+            return [lambda x: x] * 2
+        groups = self._linear(name + ".kernel_projection", y).reshape(len(y), 2, taps, -1)
+        kernels = tensors[name + ".base_kernel"] + groups.repeat(config.conv_group_size, -1)
+
+        def convolution(side: int) -> Callable[[Array], Array]:
+            def convolve(x: Array) -> Array:
+                out = np.zeros_like(x)
+                for tap in range(taps):  # a tap looks so many slots back
+                    out[tap:] += kernels[tap:, side, tap] * x[: len(x) - tap]
+                return out
+
+            return convolve
+
+        return [convolution(0), convolution(1)]
 
     def _project(self, features: Array) -> Array:
         """(n, hidden_size) context of n positions."""

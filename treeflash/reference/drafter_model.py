@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
 from treeflash.reference.cache import Cache
@@ -17,19 +23,29 @@ class DrafterModel:
     Attributes:
         config: the drafter's shape.
         tensors: of the backbone, by canonical name.
-        head_tensors: of the AR head, by name without `ar_approximation.`.
-        target: gives the embeddings and the output head.
+        head_tensors: of the conditional head, by name without a prefix.
+        vocabulary: its own embeddings, output head and token map, as far as it has them.
+        target: gives those that it does not have.
     """
 
     config: DrafterConfig
     tensors: dict[str, Array]
     head_tensors: dict[str, Array]
+    vocabulary: Mapping[str, NDArray[Any]]
     target: Target
 
     @property
     def feature_size(self) -> int:
         """Width of the features of a position."""
         return len(self.config.target_layer_ids) * self.config.hidden_size
+
+    @cached_property
+    def token_ids(self) -> NDArray[np.int32]:
+        """(Vd,) the target's ids of the tokens that the drafter can propose."""
+        offsets = self.vocabulary.get("d2t")
+        if offsets is None:
+            return np.arange(self.target.vocab_size, dtype=np.int32)
+        return np.asarray(np.arange(len(offsets)) + offsets, np.int32)
 
     def new_cache(self) -> Cache:
         """An empty cache for a text."""
@@ -40,6 +56,32 @@ class DrafterModel:
         """RMS-normalise with the weights of that name."""
         return rms_norm(x, self.tensors[name + ".weight"], self.config.rms_norm_eps)
 
+    def embed(self, token_ids: NDArray[np.int32]) -> Array:
+        """(..., hidden_size) embeddings of (...) tokens."""
+        own = self.vocabulary.get("embed_tokens.weight")
+        if own is None:
+            return self.target.embed(token_ids)
+        rows: Array = own[token_ids]
+        return rows
+
     def logits(self, hidden: Array) -> Array:
-        """The target's output head over last-layer outputs."""
-        return self.target.output_head(self.normed("norm", hidden))
+        """(..., Vd) logits of last-layer outputs."""
+        return self.output(self.normed("norm", hidden))
+
+    def output(self, normed: Array) -> Array:
+        """(..., Vd) logits of normalised outputs: the head, then the factor, then the softcap."""
+        own = self.vocabulary.get("lm_head.weight")
+        logits = self.target.output_head(normed) if own is None else normed @ own.T
+        logits = logits * np.float32(self.config.output_multiplier)
+        if (cap := self.config.softcap) is not None:
+            logits = np.float32(cap) * np.tanh(logits / np.float32(cap))
+        return logits
+
+    def over_target_vocabulary(self, log_probs: Array) -> Array:
+        """(..., vocab) from (..., Vd); tokens that it cannot propose have -inf."""
+        if "d2t" not in self.vocabulary:
+            return log_probs
+        shape = (*log_probs.shape[:-1], self.target.vocab_size)
+        wide = np.full(shape, -np.inf, np.float32)
+        wide[..., self.token_ids] = log_probs
+        return wide

@@ -1,8 +1,6 @@
-"""The head that makes a block autoregressive, approximately (TreeFlash, section 3)."""
+"""The conditional head: a block's tables, from the scores of whichever head the drafter has."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,39 +9,17 @@ from treeflash.decoding.one_by_one import OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block
 from treeflash.reference.drafter_model import DrafterModel
-from treeflash.reference.numerics import Array, log_softmax, rms_norm, silu, top
-
-NORM_EPS = 1e-6
-
-
-def swiglu(tensors: Mapping[str, Array], x: Array) -> Array:
-    """D(silu(G(x)) * U(x)); x is (..., 2 * hidden_size)."""
-    up_gate = x @ tensors["ug.weight"].T + tensors["ug.bias"]
-    up, gate = np.split(up_gate, 2, -1)
-    correction: Array = (up * silu(gate)) @ tensors["d.weight"].T
-    return correction
-
-
-def linear(tensors: Mapping[str, Array], x: Array) -> Array:
-    """D(x), the ablation of the paper; x is (..., 2 * hidden_size)."""
-    correction: Array = x @ tensors["d.weight"].T
-    return correction
-
-
-HEADS: dict[str | None, Callable[[Mapping[str, Array], Array], Array]] = {
-    "swiglu": swiglu,
-    "linear": linear,
-}
-"""By the name that a checkpoint's `ar_approximation` gives."""
+from treeflash.reference.numerics import Array, log_softmax, top
+from treeflash.reference.scores import Scores
 
 
 class ARHead(OneByOneHead):
-    """`treeflash.decoding.interfaces.ARHead` in NumPy: h' = h + correction([embedding; u])."""
+    """`treeflash.decoding.interfaces.ARHead` in NumPy."""
 
-    def __init__(self, model: DrafterModel) -> None:
-        """Take the `ar_approximation` tensors of a drafter."""
+    def __init__(self, model: DrafterModel, scores: Scores) -> None:
+        """Use the scores of a drafter's head."""
         self.model = model
-        self.correction = HEADS[model.config.head]
+        self.scores = scores
 
     def transitions_one(
         self,
@@ -56,35 +32,44 @@ class ARHead(OneByOneHead):
         rows: int | None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
-        hidden = block.hidden[1:]
-        marginal = log_softmax(self.model.logits(hidden) / np.float32(temperature))
-        vocab = np.arange(marginal.shape[1], dtype=np.int32)
-        if shortlist is not None:
-            vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
-            vocab = vocab.astype(np.int32)
-        marginal = marginal[:, vocab]
-        best, weights = top(marginal[:-1], m)
-        previous = vocab[best]
+        hidden = block.hidden
+        raw = self.model.logits(hidden)
+        marginal = log_softmax(raw / np.float32(temperature))
+        vocab = self._support(marginal, shortlist)
+        marginal = np.take_along_axis(marginal, vocab, -1)
+        best, _ = top(marginal[:-1], m)
+        weights = np.take_along_axis(marginal[:-1], best, -1)
+        previous = self.model.token_ids[np.take_along_axis(vocab[:-1], best, -1)]
         first = np.full((1, previous.shape[1]), block.root, np.int32)
-        corrected = self._correct(hidden, np.concatenate([first, previous]))
-        logits = self.model.logits(corrected)[..., vocab] / np.float32(temperature)
-        children, log_probs = top(logits, k)
-        if shortlist is not None:
+        before = np.concatenate([first, previous])
+        scores = self.scores.score(hidden, raw, before, vocab) / np.float32(temperature)
+        best, log_probs = top(scores, k)
+        children = np.take_along_axis(vocab[:, None], best, -1)
+        if vocab.shape[1] < raw.shape[1]:
             log_probs = log_probs + np.log(np.exp(marginal).sum(-1))[:, None, None]
         if rows is not None:
             order = np.argsort(-weights, axis=None, kind="stable")
             previous.flat[order[rows:]] = -1
-        return TransitionTable.from_candidates(previous, vocab[children], log_probs)
+        return TransitionTable.from_candidates(previous, self.model.token_ids[children], log_probs)
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> Array:
         """See `ARHead.log_probs`."""
-        corrected = self._correct(block.hidden[1:], previous[:, None])[:, 0]
-        return log_softmax(self.model.logits(corrected))
+        logits = self.model.logits(block.hidden)
+        vocab = self._support(logits, None)
+        scores = self.scores.score(block.hidden, logits, previous[:, None], vocab)[:, 0]
+        scores = log_softmax(scores)
+        if vocab.shape[1] < logits.shape[1]:
+            marginal = np.take_along_axis(log_softmax(logits), vocab, -1)
+            scores = scores + np.log(np.exp(marginal).sum(-1, keepdims=True))
+        wide = np.full(logits.shape, -np.inf, np.float32)
+        np.put_along_axis(wide, vocab, scores, -1)
+        return self.model.over_target_vocabulary(wide)
 
-    def _correct(self, hidden: Array, previous: NDArray[np.int32]) -> Array:
-        """(D, M, hidden_size) corrected outputs; hidden is (D, hidden_size), previous (D, M)."""
-        tensors = self.model.head_tensors
-        embedded = self.model.target.embed(previous)
-        embedded = rms_norm(embedded, tensors["norm.weight"], NORM_EPS)
-        normed = np.broadcast_to(self.model.normed("norm", hidden)[:, None], embedded.shape)
-        return hidden[:, None] + self.correction(tensors, np.concatenate([embedded, normed], -1))
+    def _support(self, marginal: Array, shortlist: int | None) -> NDArray[np.int32]:
+        """(D, v) tokens of the drafter's vocabulary that are scored at each depth, ascending."""
+        if self.scores.candidates is not None:
+            best = np.argsort(-marginal, axis=-1, kind="stable")[:, : self.scores.candidates]
+        else:
+            best = np.argsort(-marginal.max(0), kind="stable")[None, :shortlist]
+            best = best.repeat(len(marginal), 0)
+        return np.sort(best, -1).astype(np.int32)

@@ -92,6 +92,21 @@ def visible(
     return seen
 
 
+def block_visible(
+    queries: NDArray[np.int32], keys: NDArray[np.int32], window: int | None, causal: bool
+) -> NDArray[np.bool_]:
+    """`visible` with a window before the first query: all queries see the same context."""
+    seen = visible(queries, keys, None, causal)
+    if window is not None:
+        seen &= keys >= queries[0] - window
+    return seen
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x))."""
+    return np.asarray(1 / (1 + np.exp(-x)), np.float32)
+
+
 def top(logits: Array, k: int) -> tuple[NDArray[np.int32], Array]:
     """The `k` largest of each row, largest first, ties by index; and their log probabilities."""
     order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]

@@ -16,7 +16,8 @@ class State:
         cache: the target's.
         drafter: the drafter's; None if the text is not drafted for.
         features: (length - drafter.length, ...) of the positions that the drafter has not read.
-        outputs: (n, hidden_size) of each layer, for the tree or tokens that were run last.
+        outputs: (n, hidden_size) of the embeddings and of each layer, for the tree or tokens that
+            were run last.
     """
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:

@@ -90,12 +90,12 @@ class Target:
             cache: holds the tokens' keys and values afterwards, uncommitted.
 
         Returns:
-            (n, vocab) logits, and each layer's output, (n, hidden_size).
+            (n, vocab) logits, and (n, hidden_size) outputs of the embeddings and of each layer.
         """
         keys = np.concatenate([np.arange(cache.length), positions])
         seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
         x = self.embed(token_ids)
-        outputs = []
+        outputs = [x]
         for n, window in enumerate(self.windows):
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
             layer = f"model.layers.{n}."

@@ -32,5 +32,5 @@ class Verifier(OneByOneVerifier):
         state.cache.commit(path)
         if state.drafter_model is not None:
             layers = state.drafter_model.config.target_layer_ids
-            features = np.concatenate([state.outputs[i][path] for i in layers], -1)
+            features = np.concatenate([state.outputs[i + 1][path] for i in layers], -1)
             state.features = np.concatenate([state.features, features])

@@ -18,8 +18,17 @@ import pytest
 
 pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in iter_modules(__path__)))
 
+from treeflash.testing.dialects import DIALECTS, write_dialect  # noqa: E402
 from treeflash.testing.models import FAMILIES, write_drafter, write_target  # noqa: E402
 from treeflash.testing.require import require  # noqa: E402
 from treeflash.testing.suite import BackendSuite  # noqa: E402
 
-__all__ = ["FAMILIES", "BackendSuite", "require", "write_drafter", "write_target"]
+__all__ = [
+    "DIALECTS",
+    "FAMILIES",
+    "BackendSuite",
+    "require",
+    "write_dialect",
+    "write_drafter",
+    "write_target",
+]

@@ -54,7 +54,7 @@ def assert_best(
 
 
 def log_probs(backend: Backend, prompt: list[int]) -> NDArray[np.float32]:
-    """(2, S - 1, vocab) of the drafter and of the head, the latter after arbitrary tokens."""
+    """(2, D, vocab) of the drafter and of the head, the latter after arbitrary tokens."""
     assert backend.head is not None
     assert backend.drafter is not None
     block, root = draft(backend, prompt)

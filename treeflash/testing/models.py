@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from treeflash.drafters.folder import read_config
 
-Tensors = dict[str, NDArray[np.float32]]
+Tensors = dict[str, NDArray[Any]]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -184,15 +184,15 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
     family = config["model_type"]
     # A direction that all embeddings share, and that the output head reads with a weight for each
     # token, makes some tokens popular with target and drafter alike: drafts then get accepted.
-    shared = _normal(rng, h, scale=1.0)
-    popularity = _normal(rng, vocab_size, 1, scale=1.0)
-    embeddings = _normal(rng, vocab_size, h, scale=0.7) + shared
+    shared = normal(rng, h, scale=1.0)
+    popularity = normal(rng, vocab_size, 1, scale=1.0)
+    embeddings = normal(rng, vocab_size, h, scale=0.7) + shared
     tensors = {
         "model.embed_tokens.weight": embeddings,
         "model.norm.weight": _norm(rng, h),
     }
     if not config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = _normal(rng, vocab_size, h, scale=0.2) + (
+        tensors["lm_head.weight"] = normal(rng, vocab_size, h, scale=0.2) + (
             np.float32(2 / h) * popularity * shared
         )
     for n in range(config["num_hidden_layers"]):
@@ -205,7 +205,7 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
             norms=family.startswith("qwen3"),
         )
         if family == "qwen3_moe":
-            tensors[layer + "mlp.gate.weight"] = _normal(rng, EXPERTS, h)
+            tensors[layer + "mlp.gate.weight"] = normal(rng, EXPERTS, h)
             for expert in range(EXPERTS):
                 width = config["moe_intermediate_size"]
                 tensors |= _mlp_tensors(rng, f"{layer}mlp.experts.{expert}.", h, width)
@@ -217,7 +217,7 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
 def _drafter_tensors(rng: np.random.Generator, config: Mapping[str, Any], features: int) -> Tensors:
     h = config["hidden_size"]
     tensors = {
-        "fc.weight": _normal(rng, h, features),
+        "fc.weight": normal(rng, h, features),
         "hidden_norm.weight": _norm(rng, h),
         "norm.weight": _norm(rng, h),
     }
@@ -235,9 +235,9 @@ def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
     up_gate = np.block([[identity, nothing], [nothing, nothing]])
     bias = np.repeat(np.array([0, 1], np.float32), h)
     return {
-        "ar_approximation.ug.weight": up_gate + _normal(rng, 2 * h, 2 * h, scale=0.1),
-        "ar_approximation.ug.bias": bias + _normal(rng, 2 * h),
-        "ar_approximation.d.weight": 2 * identity + _normal(rng, h, h),
+        "ar_approximation.ug.weight": up_gate + normal(rng, 2 * h, 2 * h, scale=0.1),
+        "ar_approximation.ug.bias": bias + normal(rng, 2 * h),
+        "ar_approximation.d.weight": 2 * identity + normal(rng, h, h),
         "ar_approximation.norm.weight": _norm(rng, h),
     }
 
@@ -245,7 +245,7 @@ def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
 def _linear_tensors(rng: np.random.Generator, h: int) -> Tensors:
     identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
     return {
-        "ar_approximation.d.weight": np.hstack([2 * identity, nothing]) + _normal(rng, h, 2 * h),
+        "ar_approximation.d.weight": np.hstack([2 * identity, nothing]) + normal(rng, h, 2 * h),
         "ar_approximation.norm.weight": _norm(rng, h),
     }
 
@@ -263,11 +263,11 @@ def _attention_tensors(
         f"{layer}post_attention_layernorm.weight": _norm(rng, h),
     }
     for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
-        tensors[f"{layer}self_attn.{name}_proj.weight"] = _normal(
+        tensors[f"{layer}self_attn.{name}_proj.weight"] = normal(
             rng, rows, columns, scale=OUTWARD if name == "o" else INWARD
         )
         if name in biases:
-            tensors[f"{layer}self_attn.{name}_proj.bias"] = _normal(rng, rows)
+            tensors[f"{layer}self_attn.{name}_proj.bias"] = normal(rng, rows)
         if norms and name in "qk":
             tensors[f"{layer}self_attn.{name}_norm.weight"] = _norm(rng, d)
     return tensors
@@ -275,15 +275,16 @@ def _attention_tensors(
 
 def _mlp_tensors(rng: np.random.Generator, layer: str, h: int, width: int) -> Tensors:
     return {
-        f"{layer}gate_proj.weight": _normal(rng, width, h),
-        f"{layer}up_proj.weight": _normal(rng, width, h),
-        f"{layer}down_proj.weight": _normal(rng, h, width, scale=OUTWARD),
+        f"{layer}gate_proj.weight": normal(rng, width, h),
+        f"{layer}up_proj.weight": normal(rng, width, h),
+        f"{layer}down_proj.weight": normal(rng, h, width, scale=OUTWARD),
     }
 
 
-def _normal(rng: np.random.Generator, *shape: int, scale: float = INWARD) -> NDArray[np.float32]:
+def normal(rng: np.random.Generator, *shape: int, scale: float = INWARD) -> NDArray[np.float32]:
+    """Weights."""
     return rng.normal(0.0, scale, shape).astype(np.float32)
 
 
 def _norm(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    return 1 + _normal(rng, size, scale=0.1)
+    return 1 + normal(rng, size, scale=0.1)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.reference import backend as reference
+from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import write_drafter, write_target
 
 LOAD = LoadConfig(dtype="float32")
@@ -56,7 +57,10 @@ class PairMaker(Protocol):
         target: Mapping[str, Any] | None = None,
         drafter: Mapping[str, Any] | None = None,
     ) -> Pair:
-        """A pair of a family, the suite's first by default; further options as in `models`."""
+        """A pair of a family, the suite's first by default.
+
+        Further options are those of `write_target`, and of `write_drafter` or `write_dialect`.
+        """
 
 
 class Pairs:
@@ -76,8 +80,7 @@ class Pairs:
         if key not in self.made:
             folder = self.folder / str(len(self.made))
             write_target(folder / "target", family, seed=TARGET_SEED, **(target or {}))
-            write_drafter(
-                folder / "drafter", folder / "target", seed=DRAFTER_SEED, **(drafter or {})
-            )
+            write = write_dialect if drafter and "dialect" in drafter else write_drafter
+            write(folder / "drafter", folder / "target", seed=DRAFTER_SEED, **(drafter or {}))
             self.made[key] = Pair.load(self.loader, folder / "target", folder / "drafter")
         return self.made[key]

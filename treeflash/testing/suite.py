@@ -11,6 +11,7 @@ from treeflash.testing.caches import CacheTests
 from treeflash.testing.checkpoints import CheckpointTests
 from treeflash.testing.contexts import ContextTests
 from treeflash.testing.distributions import DistributionTests
+from treeflash.testing.drafters import DrafterTests
 from treeflash.testing.errors import ErrorTests
 from treeflash.testing.generations import GenerationTests
 from treeflash.testing.log_probs import LogProbTests
@@ -36,6 +37,7 @@ class BackendSuite(
     StopTests,
     DistributionTests,
     CheckpointTests,
+    DrafterTests,
     ErrorTests,
 ):
     """Inherit, name the class `Test...`, and override the fixture `load`.
@@ -43,9 +45,12 @@ class BackendSuite(
     Attributes:
         families: model families that the backend can load as targets, out of `FAMILIES`; most
             tests use the first one.
+        dialects: published formats of drafters, besides plain DFlash and TreeFlash, that the
+            backend can load, out of `DIALECTS`; it must refuse the others.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")
+    dialects: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture
     def load(self) -> Loader:
@@ -69,7 +74,11 @@ class BackendSuite(
         )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run tests that take a `family` for each of the backend's."""
-        if "family" in metafunc.fixturenames:
-            assert metafunc.cls is not None
-            metafunc.parametrize("family", metafunc.cls.families)
+        """Run tests that take a `family` or a `dialect` for each of the backend's."""
+        assert metafunc.cls is not None
+        for name, values in (
+            ("family", metafunc.cls.families),
+            ("dialect", metafunc.cls.dialects),
+        ):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values)

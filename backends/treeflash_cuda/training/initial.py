@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeflash.drafters.dflash import default_target_layer_ids
+from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.formats import drafter_config, parse_drafter_config
+from treeflash.drafters.loading import refuse_extensions
 from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
+from treeflash_cuda.corrections import CORRECTIONS, SwiGLU
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.head import HEADS, SwiGLU
 from treeflash_cuda.target import Target
 
 RANDOM_STD = 0.02
@@ -32,7 +33,7 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         CheckpointError: `init` names a folder without a drafter.
     """
     if config.init not in NEW:
-        drafter_config(Path(config.init))  # raises if it is unusable
+        refuse_extensions(drafter_config(Path(config.init)), "training")
         settings = read_config(Path(config.init))
         head = None if config.head == "none" else config.head
     else:
@@ -48,8 +49,10 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
 
 
 def _check_head(config: TrainConfig) -> None:
-    if config.head != "none" and config.head not in HEADS:
-        raise ConfigError(f"unknown head {config.head!r}; choose one of {', '.join(HEADS)}, none")
+    if config.head != "none" and config.head not in CORRECTIONS:
+        raise ConfigError(
+            f"unknown head {config.head!r}; choose one of {', '.join(CORRECTIONS)}, none"
+        )
 
 
 def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
@@ -139,9 +142,9 @@ def initial_drafter(
             _copy_layers(model, target, texts)
     else:
         model, old = load_drafter(Path(config.init), target)
-        if old is not None and old.correction.name == parsed.head:
-            head = old.correction.float()
-            size = old.correction.d.weight.shape[1]
+        if old is not None and old.module.name == parsed.head:
+            head = old.module.float()
+            size = old.module.d.weight.shape[1]
             if parsed.head == SwiGLU.name and config.head_size not in (None, size):
                 raise ConfigError(
                     f"the head in {config.init} has head-size {size}, not {config.head_size}; "
@@ -149,7 +152,7 @@ def initial_drafter(
                 )
     if parsed.head is not None and head is None:
         size = config.head_size or parsed.intermediate_size
-        head = HEADS[parsed.head](parsed, size)
+        head = CORRECTIONS[parsed.head](parsed, size)
         head.apply(_randomise)
         nn.init.ones_(head.norm.weight)
         # The correction is 0 at first, so that training starts at the one-shot drafter.

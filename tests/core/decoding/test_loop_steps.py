@@ -106,7 +106,7 @@ class TestSteps:
             backend.propose = spy
             backend.head = FakeHead(spy)
             run(backend, method=method, top_m=7, top_k_children=2, max_tokens=3)
-        assert asked == [(1, 1), (1, 2), (7, 2), (1, 2)]
+        assert asked == [(1, 1), (1, 2), (7, 2), (7, 2)]
 
     @pytest.mark.parametrize(
         ("settings", "rows"),

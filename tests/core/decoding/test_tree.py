@@ -195,23 +195,23 @@ def test_root_only() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_chain_is_the_first_child_of_the_first_row(
-    shape: tuple[int, int, int], budget: int
-) -> None:
+def test_chain_is_the_best_child_after_each_token(shape: tuple[int, int, int], budget: int) -> None:
     table = random_table("dead-ends", shape, 3)
     chain = build_chain(table, ROOT, budget)
-    n = min(budget, shape[0] + 1)
-    tokens, log_probs, total = [ROOT], [0.0], 0.0
-    for depth in range(n - 1):
-        total += float(table.log_probs[depth, 0, 0])
-        tokens.append(int(table.tokens[depth, 0, 0]))
+    tokens, log_probs, total, row = [ROOT], [0.0], 0.0, 0
+    for depth in range(min(budget, shape[0] + 1) - 1):
+        if row < 0 or table.log_probs[depth, row, 0] == -np.inf:
+            break
+        total += float(table.log_probs[depth, row, 0])
+        tokens.append(int(table.tokens[depth, row, 0]))
+        row = int(table.next_row[depth, row, 0])
         log_probs.append(total)
     assert_same_tree(
         chain,
         DraftTree(
             np.array(tokens, np.int32),
-            np.arange(-1, n - 1, dtype=np.int32),
-            np.arange(n, dtype=np.int32),
+            np.arange(-1, len(tokens) - 1, dtype=np.int32),
+            np.arange(len(tokens), dtype=np.int32),
             np.array(log_probs),
         ),
     )

@@ -11,12 +11,13 @@ import pytest
 
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension
-from treeflash.diagnosis.checks import diagnose, mask_candidates, write_changed
+from treeflash.diagnosis.checks import check_keys, diagnose, mask_candidates, write_changed
 from treeflash.diagnosis.finding import Trial, judge
 from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
 from treeflash.drafters.folder import read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, NumericalError, PromptError
+from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.chat import Prompting
 
@@ -309,3 +310,25 @@ def test_changed_folder(folder, tmp_path):
     assert drafter_config(tmp_path).target_layer_ids == (1, 2)
     assert drafter_config(folder).mask_token_id == 2
     assert read_tensors(tmp_path).keys() == read_tensors(folder).keys()
+
+
+def test_changed_settings_of_speculators_are_written_in_their_format(tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=0)
+    write_dialect(tmp_path / "drafter", tmp_path / "target", "speculators-dspark", seed=1)
+    (tmp_path / "changed").mkdir()
+    settings = {"target_layer_ids": [1, 3], "mask_token_id": 5}
+    write_changed(tmp_path / "drafter", tmp_path / "changed", settings)
+    changed = drafter_config(tmp_path / "changed")
+    assert changed.target_layer_ids == (1, 3)
+    assert changed.mask_token_id == 5
+
+
+def test_keys_that_are_ignored_are_listed(tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=0)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=1)
+    assert check_keys(tmp_path / "drafter") == []
+    edit_config(tmp_path / "drafter", lambda c: c.update(mrope_section=[1, 2]))
+    edit_config(tmp_path / "drafter", lambda c: c["dflash_config"].update(novelty=1))
+    (finding,) = check_keys(tmp_path / "drafter")
+    assert finding.ok
+    assert finding.message.endswith("were ignored: dflash_config.novelty, mrope_section")

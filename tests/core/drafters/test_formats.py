@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treeflash.drafters.dflash import default_target_layer_ids
+from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError
 from treeflash.testing.models import edit_config
@@ -95,6 +95,10 @@ class TestConfig:
             (lambda c: c.pop("num_target_layers"), "num_target_layers", None),
             (lambda c: c.update(attention_bias=True), "attention_bias", True),
             (lambda c: c.update(input_embedding_scale=2.5), "input_scale", 2.5),
+            (lambda c: c["dflash_config"].update(output_multiplier=0.5), "output_multiplier", 0.5),
+            (lambda c: c.update(final_logit_softcapping=30.0), "softcap", 30.0),
+            (lambda c: c.update(final_logit_softcapping=0), "softcap", None),
+            (lambda c: c["dflash_config"].update(causal=True), "causal", (True, True)),
             (lambda c: c["treeflash_config"].update(ar_approximation=None), "head", None),
             (lambda c: c.pop("treeflash_config"), "head", None),
             (lambda c: c["dflash_config"].update(mask_token_id=0), "mask_token_id", 0),
@@ -191,10 +195,28 @@ class TestBadConfigs:
                 "layer type 'chunked_attention' is not supported; known types are "
                 "full_attention, sliding_attention",
             ),
-            (lambda c: c.update(output_multiplier=2.0), "output_multiplier is not supported"),
             (
-                lambda c: c["dflash_config"].update(final_logit_softcapping=30.0),
-                "final_logit_softcapping is not supported",
+                lambda c: c.update(attention_sink_bias=True),
+                "attention_sink_bias = True is not supported",
+            ),
+            (lambda c: c["dflash_config"].update(use_swa=True), "use_swa = True is not supported"),
+            (lambda c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
+            (lambda c: c.update(markov_rank=256), "markov_rank = 256 is not supported"),
+            (
+                lambda c: c["dflash_config"].update(projector_type="domino"),
+                "projector_type = 'domino' is not supported",
+            ),
+            (
+                lambda c: c.update(architectures=["K3DSparkModel"]),
+                "the layout K3DSparkModel (DSpark for Kimi K3) is not supported",
+            ),
+            (
+                lambda c: c.update(dspark_block_size=5),
+                "the layout of DeepSeek-V4's DSpark is not supported",
+            ),
+            (
+                lambda c: c.update(speculators_model_type="eagle3", transformer_layer_config={}),
+                "speculators of type 'eagle3' are not supported; known are dflash, dflash2, dspark",
             ),
         ],
     )

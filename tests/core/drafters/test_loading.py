@@ -44,7 +44,7 @@ class TestPairs:
                 "it was trained for a target of 5 layers, this one has 4",
             ),
             ({"target_layer_ids": (0, 4)}, "it reads target layers [0, 4], the target has 4"),
-            ({"target_layer_ids": (-1, 2)}, "it reads target layers [-1, 2], the target has 4"),
+            ({"target_layer_ids": (-2, 2)}, "it reads target layers [-2, 2], the target has 4"),
         ],
         ids=str,
     )

@@ -84,7 +84,7 @@ def test_without_a_head_nothing_is_corrected(tiny_pair, model):
 class Oracle:
     """A target whose next token depends on the last one alone, and a drafter that knows it."""
 
-    drafter_config = SimpleNamespace(block_size=4)
+    drafter_config = SimpleNamespace(block_size=4, depths=3)
 
     def __init__(self, logits: np.ndarray) -> None:
         self.table = logits

@@ -49,47 +49,28 @@ def step(*tokens: int, accepted: int | None = None, table=TABLE, finish_reason=N
         ((1, 4, 7, 1), "block"),
     ],
 )
-def test_reasons_of_a_tree(tokens, reason):
-    assert rejection_reason(step(*tokens), chain=False) == reason
-
-
-@pytest.mark.parametrize(
-    ("tokens", "reason"),
-    [
-        ((2,), "budget_limit"),
-        ((8,), "child"),
-        ((1, 5), "budget_limit"),
-        ((1, 6), "child"),
-        # A chain takes the first row of depth 3 whatever it took before.
-        ((1, 4, 8), "budget_limit"),
-        ((1, 4, 7, 1), "block"),
-    ],
-)
-def test_a_chain_takes_first_rows(tokens, reason):
-    assert rejection_reason(step(*tokens), chain=True) == reason
+def test_reasons(tokens, reason):
+    assert rejection_reason(step(*tokens)) == reason
 
 
 def test_marginals_have_every_parent():
     tokens = np.array([[1, 2], [3, 4]], np.int32)
     table = TransitionTable.from_marginals(tokens, np.log(np.full((2, 2), 0.5, np.float32)))
-    assert rejection_reason(step(2, 4, table=table), chain=False) == "budget_limit"
-    assert rejection_reason(step(2, 5, table=table), chain=False) == "child"
-    assert rejection_reason(step(2, 4, 1, table=table), chain=False) == "block"
+    assert rejection_reason(step(2, 4, table=table)) == "budget_limit"
+    assert rejection_reason(step(2, 5, table=table)) == "child"
+    assert rejection_reason(step(2, 4, 1, table=table)) == "block"
 
 
 def test_nothing_is_rejected_if_nothing_was_drafted():
-    assert rejection_reason(Step((1,), {}), chain=False) is None
-    assert rejection_reason(step(1, table=None), chain=False) is None
+    assert rejection_reason(Step((1,), {})) is None
+    assert rejection_reason(step(1, table=None)) is None
 
 
 def test_nothing_is_rejected_if_the_text_ended_before():
-    assert rejection_reason(step(1, 4, accepted=2), chain=False) is None
+    assert rejection_reason(step(1, 4, accepted=2)) is None
 
 
 def test_nothing_is_rejected_if_the_limit_kept_the_tree_from_going_deeper():
     cut = TABLE.until(2)
-    assert rejection_reason(step(1, 4, 7, table=cut, finish_reason="length"), chain=False) is None
-    assert (
-        rejection_reason(step(1, 5, table=cut, finish_reason="length"), chain=False)
-        == "budget_limit"
-    )
+    assert rejection_reason(step(1, 4, 7, table=cut, finish_reason="length")) is None
+    assert rejection_reason(step(1, 5, table=cut, finish_reason="length")) == "budget_limit"

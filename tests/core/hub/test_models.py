@@ -259,6 +259,7 @@ def test_hub_download_takes_neither_pickles_nor_code(
     [
         ("Qwen/Qwen3-4B", "peerrh/treeflash-qwen3-4b"),
         ("qwen/qwen3-8b", "peerrh/treeflash-qwen3-8b"),
+        ("Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7"),
         ("/data/models/Qwen3-Coder-30B-A3B-Instruct/", "peerrh/treeflash-qwen3-coder-30b-a3b"),
         ("mlx-community/Qwen3-4B-4bit", "peerrh/treeflash-qwen3-4b"),
         ("Qwen/Qwen3-4B-MLX-4bit", "peerrh/treeflash-qwen3-4b"),

@@ -5,7 +5,7 @@ import numpy as np
 from treeflash.decoding.one_by_one import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.folder import read_file
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash_example.layer import Layer, log_softmax, rms_norm, silu
 
 
@@ -18,6 +18,7 @@ class DrafterModel:
             vocab_size=target.vocab_size,
             num_hidden_layers=len(target.layers),
         )
+        refuse_extensions(tensors.config, "the example", tensors.vocabulary)
         self.config = config = tensors.config
         self.target = target
         self.weights, self.head_weights = tensors.backbone, tensors.head
@@ -91,7 +92,8 @@ class Head(OneByOneHead):
         marginal = log_softmax(self.model.logits(hidden) / temperature)
         vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
         marginal = marginal[:, vocab]
-        best, weights = top(marginal[:-1], m)
+        best, _ = top(marginal[:-1], m)
+        weights = np.take_along_axis(marginal[:-1], best, -1)
         previous = vocab[best]
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
         tokens, log_probs = top(self.logits(hidden, before)[..., vocab] / temperature, k)

@@ -1,0 +1,117 @@
+"""Conversion between formats: exact round trips, equal drafts, and refusals by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treeflash.convert import main
+from treeflash.drafters.conversion import convert
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.formats import drafter_config
+from treeflash.errors import ConfigError
+from treeflash.testing.comparisons import assert_equal_tables
+from treeflash.testing.dialects import write_dialect
+from treeflash.testing.models import edit_config
+from treeflash.testing.pairs import LOAD, load_reference
+from treeflash.testing.transitions import marginals, transitions
+
+PROMPT = [3, 4, 5, 6]
+
+
+@pytest.fixture
+def published(dflash_folder: Path) -> Path:
+    edit_config(dflash_folder, lambda c: c.update(architectures=["DFlashDraftModel"]))
+    return dflash_folder
+
+
+def test_speculators_and_back_is_exact(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "there", "speculators", target="Qwen/Qwen3-4B")
+    convert(tmp_path / "there", tmp_path / "back", "dflash")
+    assert read_config(tmp_path / "back") == read_config(published)
+    before, after = read_tensors(published), read_tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+    verifier = read_config(tmp_path / "there")["speculators_config"]["verifier"]
+    assert verifier["name_or_path"] == "Qwen/Qwen3-4B"
+
+
+def test_speculators_drafts_the_same(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "there", "speculators", target="target")
+    assert drafter_config(tmp_path / "there").target_layer_ids == (0, 2)
+    tables = [
+        marginals(load_reference(tmp_path / "target", folder, LOAD), PROMPT, 8)
+        for folder in (published, tmp_path / "there")
+    ]
+    assert_equal_tables(*tables)
+
+
+def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "headed", "treeflash")
+    backend = load_reference(tmp_path / "target", tmp_path / "headed", LOAD)
+    assert backend.drafter_config is not None
+    assert backend.drafter_config.head == "linear"
+    plain = marginals(load_reference(tmp_path / "target", published, LOAD), PROMPT, 4)
+    table = transitions(backend, PROMPT, 2, 4)
+    for row in range(2):
+        first = 0 if row == 0 else 1  # depth 1 has one row
+        np.testing.assert_array_equal(table.tokens[first:, row], plain.tokens[first:, 0])
+        np.testing.assert_allclose(
+            table.log_probs[first:, row], plain.log_probs[first:, 0], atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda c: c.update(final_logit_softcapping=30.0), "a softcap"),
+        (lambda c: c.update(output_multiplier=0.5), "a factor on its logits"),
+        (lambda c: c.update(input_embedding_scale=2.0), "a factor on its embeddings"),
+        (lambda c: c.update(is_causal=True), "causal full attention"),
+        (
+            lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4),
+            "sliding windows",
+        ),
+    ],
+)
+def test_what_speculators_cannot_express(
+    published: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    edit_config(published, edit)
+    expected = f"^speculators cannot express {re.escape(problem)} as this drafter has$"
+    with pytest.raises(ConfigError, match=expected):
+        convert(published, tmp_path / "there", "speculators", target="target")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
+    message = "^speculators is converted from DFlash drafters, this one is TreeFlash$"
+    with pytest.raises(ConfigError, match=message):
+        convert(folder, tmp_path / "there", "speculators", target="target")
+
+
+def test_a_vocabulary_is_not_dropped(folder: Path, tmp_path: Path) -> None:
+    write_dialect(tmp_path / "own", tmp_path / "target", "speculators-dflash", seed=1)
+    with pytest.raises(ConfigError, match=r"^dflash cannot express a vocabulary of its own"):
+        convert(tmp_path / "own", tmp_path / "there", "dflash")
+
+
+def test_nothing_is_overwritten(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exists and is not an empty folder$"):
+        convert(published, tmp_path, "treeflash")
+
+
+def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "there"
+    assert main([str(published), str(output), "--to", "treeflash"]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert main([str(published), str(tmp_path / "other"), "--to", "speculators"]) == 2
+    error = capsys.readouterr().err
+    assert "pass --target" in error
+    assert error.count("\n") == 1

@@ -1,0 +1,148 @@
+"""Small checkpoints in published formats, against what the published code computes from them.
+
+The folders lie outside this repository; `TREEFLASH_DRAFTER_FIXTURES` names the one that holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import build_chain
+from treeflash.registry import loader
+
+ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
+FOLDERS = sorted(p.parent for p in ROOT.glob("*/expected.json") if p.parent.name != "target")
+TOLERANCE = 1e-4
+BACKENDS = ("reference", "cuda")
+pytestmark = pytest.mark.skipif(
+    "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
+    reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
+)
+
+
+class Published:
+    """A pair, and what the published code computes."""
+
+    def __init__(self, backend: str, folder: Path) -> None:
+        self.expected = json.loads((folder / "expected.json").read_text())
+        self.texts = json.loads((ROOT / "target/expected.json").read_text())["texts"]
+        load = loader(backend)
+        self.backend = load(ROOT / "target", folder, LoadConfig(device="cpu", dtype="float32"))
+        self.blocks = self.expected.get("texts") or self.expected.get("blocks")
+        self.first_slot = self.backend.drafter_config.first_slot
+
+    def block(self, case: dict[str, Any]) -> Any:
+        """The block after a context that the published code drafted after too."""
+        text = self.texts[case["text"]]
+        tokens = [*text["prompt"], *text["greedy"]]
+        text = TextSession(self.backend, drafts=True)
+        text.extend(tokens[: case["context_length"]])
+        assert tokens[case["context_length"]] == case["root"]
+        return text.draft(case["root"])
+
+
+@pytest.fixture(
+    params=[(b, f) for b in BACKENDS for f in FOLDERS], ids=lambda x: f"{x[0]}-{x[1].name}"
+)
+def published(request: pytest.FixtureRequest) -> Published:
+    backend, folder = request.param
+    if backend == "cuda":
+        pytest.importorskip("torch")
+    return Published(backend, folder)
+
+
+def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_marginals(published: Published) -> None:
+    for case in published.blocks:
+        actual = published.backend.drafter.log_probs(published.block(case))
+        logits = np.array(case.get("base_logits", case.get("logits")))
+        expected = log_softmax(logits[len(logits) - len(actual) :])
+        kept = np.isfinite(actual)
+        assert (kept.sum(-1) == expected.shape[-1]).all()
+        np.testing.assert_allclose(actual[kept].reshape(expected.shape), expected, atol=TOLERANCE)
+
+
+def given_rows(case: dict[str, Any], first_slot: int) -> list[tuple[int, int, Any]]:
+    """Depth, previous token and logits after it."""
+    rows = [(c["depth"], c["previous"], c["logits"]) for c in case.get("conditional", ())]
+    for step in case.get("steps", ()):
+        rows.append((step["slot"] + 1 - first_slot, step["previous"], step["logits"]))
+    for given in case.get("given", ()):
+        first = given["first_slot"] + 1 - first_slot
+        pairs = zip(given["previous"], given["logits"], strict=True)
+        rows += [(first + i, *pair) for i, pair in enumerate(pairs)]
+    return rows
+
+
+def test_conditional_scores(published: Published) -> None:
+    head, config = published.backend.head, published.backend.drafter_config
+    if head is None:
+        pytest.skip("marginals alone")
+    compared = 0
+    for case in published.blocks:
+        block = published.block(case)
+        for depth, previous, logits in given_rows(case, published.first_slot):
+            actual = head.log_probs(block, np.full(config.depths, previous, np.int32))[depth - 1]
+            expected = log_softmax(np.array(logits))
+            np.testing.assert_allclose(actual[np.isfinite(actual)], expected, atol=TOLERANCE)
+            compared += 1
+        for slot, row in enumerate(case.get("selector", ())):
+            mass = log_softmax(np.array(case["logits"])[slot])[row["candidates"]]
+            for after in row["after"]:
+                previous = np.full(config.depths, after["previous"], np.int32)
+                actual = head.log_probs(block, previous)[slot]
+                assert set(np.flatnonzero(np.isfinite(actual))) == set(row["candidates"])
+                expected = log_softmax(np.array(after["scores"])) + np.log(np.exp(mass).sum())
+                np.testing.assert_allclose(actual[row["candidates"]], expected, atol=TOLERANCE)
+                compared += 1
+    assert compared
+
+
+def test_greedy_drafts(published: Published) -> None:
+    backend = published.backend
+    for case in published.blocks:
+        block = published.block(case)
+        if backend.head is None:
+            (table,) = backend.drafter.marginals([block], 1, 1.0)
+        else:
+            (table,) = backend.head.transitions([block], 16, 4, 1.0)
+        chain = build_chain(table, case["root"], 100)
+        assert chain.tokens[1:].tolist() == case["draft"]
+
+
+def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
+    backend = published.backend
+    chain = "dflash" if backend.head is None else "treeflash-chain"
+    if "generation" not in published.blocks[0]:
+        pytest.skip("the published code has no loop")
+    chains = trees = 0
+    for case in published.blocks:
+        expected = case["generation"]
+        prompt = published.texts[case["text"]]["prompt"]
+        config = DecodeConfig(method=chain, budget=100, max_tokens=len(expected["tokens"]))
+        prefill, *steps = decode(backend, prompt, config)
+        assert [*prefill.tokens, *(t for s in steps for t in s.tokens)] == expected["tokens"]
+        lengths = [len(step.tokens) for step in steps]
+        # The published loops may go past the limit, in their last iteration or by one more.
+        assert lengths[:-1] == expected["acceptance_lengths"][: len(lengths) - 1]
+        assert len(expected["acceptance_lengths"]) - len(lengths) in (0, 1)
+        chains += len(steps)
+        if backend.head is not None:
+            tree = replace(config, method="treeflash", budget=32)
+            trees += len(list(decode(backend, prompt, tree))) - 1
+    assert trees <= chains

@@ -1,0 +1,184 @@
+"""The Qwen3-like backbone that all formats share: its settings, and the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from treeflash.config import DrafterConfig
+from treeflash.drafters.rope import inverse_frequencies, rope_parameters
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+KEYS = frozenset(
+    [
+        "attention_bias",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "vocab_size",
+    ]
+)
+"""What `backbone_config` reads."""
+INERT_KEYS = frozenset(
+    [
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_window_layers",
+        "model_type",
+        "num_anchors",
+        "num_target_layers",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",
+    ]
+)
+"""What configurations hold without any effect on a drafter's forward pass."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_mode": (None, "gqa"),
+    "attention_sink_bias": (None, False),
+    "hidden_act": (None, "silu"),
+    "is_neox_style": (None, True),
+    "log_snr_embed": (None, False),
+    "mlp_bias": (None, False),
+    "quantization_config": (None,),
+    "rope_is_neox_style": (None, True),
+    "use_swa": (None, False),
+}
+"""Keys that change the forward pass in ways that no backend computes, with harmless values."""
+
+
+def refuse(settings: Mapping[str, Any], neutral: Mapping[str, Collection[Any]] = NEUTRAL) -> None:
+    """Raise a ValueError for the first setting whose value is not supported."""
+    for key, harmless in neutral.items():
+        if key in settings and settings[key] not in harmless:
+            raise ValueError(f"{key} = {settings[key]!r} is not supported")
+
+
+def backbone_config(
+    config: Mapping[str, Any],
+    *,
+    block_size: int,
+    mask_token_id: int | None,
+    causal: bool | None = None,
+    **settings: Any,
+) -> DrafterConfig:
+    """A drafter from the settings of its layers and from those of its format.
+
+    Args:
+        config: the section of `config.json` that describes the layers.
+        block_size: slots of a block.
+        mask_token_id: None if the format's section does not have it.
+        causal: whether all layers are causal inside a block, or None if sliding ones alone are.
+        settings: further fields of `DrafterConfig`.
+
+    Raises:
+        KeyError: a setting is missing.
+        TypeError: a setting has the wrong type.
+        ValueError: a setting has a value that is not supported.
+        CheckpointError: the rotary settings are not supported.
+    """
+    refuse(config)
+    layers = int(config["num_hidden_layers"])
+    heads = int(config["num_attention_heads"])
+    hidden_size = int(config["hidden_size"])
+    head_dim = int(config.get("head_dim") or hidden_size // heads)
+    if block_size < 2:
+        raise ValueError(f"block_size must be 2 or more, got {block_size}")
+    if mask_token_id is None:
+        raise KeyError("mask_token_id")
+    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_dim)
+    sliding = _sliding_layers(config, layers)
+    window = int(config["sliding_window"]) if any(sliding) else None
+    vocab_size = config.get("vocab_size")
+    return DrafterConfig(
+        hidden_size=hidden_size,
+        intermediate_size=int(config["intermediate_size"]),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        rms_norm_eps=float(config["rms_norm_eps"]),
+        attention_bias=bool(config.get("attention_bias", False)),
+        block_size=block_size,
+        mask_token_id=int(mask_token_id),
+        vocab_size=None if vocab_size is None else int(vocab_size),
+        inv_freq=tuple(inv_freq.tolist()),
+        rope_scale=rope_scale,
+        sliding_windows=tuple(window if slides else None for slides in sliding),
+        causal=tuple(slides if causal is None else causal for slides in sliding),
+        **settings,
+    )
+
+
+def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a backbone's tensors, by canonical name."""
+    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (h, len(config.target_layer_ids) * h),
+        "hidden_norm.weight": (h,),
+        "norm.weight": (h,),
+    }
+    for n in range(config.num_hidden_layers):
+        layer = f"layers.{n}."
+        for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
+            if config.attention_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        shapes |= {
+            f"{layer}self_attn.q_norm.weight": (d,),
+            f"{layer}self_attn.k_norm.weight": (d,),
+            f"{layer}mlp.gate_proj.weight": (i, h),
+            f"{layer}mlp.up_proj.weight": (i, h),
+            f"{layer}mlp.down_proj.weight": (h, i),
+            f"{layer}input_layernorm.weight": (h,),
+            f"{layer}post_attention_layernorm.weight": (h,),
+        }
+        if taps := config.conv_kernel_size:
+            groups = h // config.conv_group_size
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"{layer}{name}.base_kernel"] = (2, taps, h)
+                shapes[f"{layer}{name}.kernel_projection.weight"] = (2 * taps * groups, h)
+    return shapes
+
+
+def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> tuple[int, ...]:
+    """The target layers that DFlash takes features from if a checkpoint names none."""
+    if num_hidden_layers == 1:
+        return (num_target_layers // 2,)
+    step = (num_target_layers - 4) / (num_hidden_layers - 1)
+    return tuple(round(1 + i * step) for i in range(num_hidden_layers))
+
+
+def _sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Per layer, whether its attention has a sliding window."""
+    kinds = config.get("layer_types") or ["full_attention"] * layers
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")
+    for kind in kinds:
+        if kind not in LAYER_TYPES:
+            raise ValueError(
+                f"layer type {kind!r} is not supported; known types are {', '.join(LAYER_TYPES)}"
+            )
+    return tuple(kind == "sliding_attention" for kind in kinds)

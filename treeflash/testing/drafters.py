@@ -1,0 +1,83 @@
+"""Drafters of every published dialect: tables, generations, and refusals by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding.interfaces import Loader
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing.comparisons import assert_close, assert_equal_tables
+from treeflash.testing.dialects import DIALECTS, write_dialect
+from treeflash.testing.generations import DRAFTING, check_generation
+from treeflash.testing.models import write_target
+from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, PairMaker
+from treeflash.testing.texts import random_tokens
+from treeflash.testing.transitions import draft, marginals, transitions
+
+SAMPLED = SamplingConfig(temperature=1.0, seed=3)
+
+
+class DrafterTests:
+    """Mixin of `BackendSuite`."""
+
+    dialects: ClassVar[tuple[str, ...]]
+    families: ClassVar[tuple[str, ...]]
+
+    def test_tables_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(2), models.reference.vocab_size, 9)
+        for k, temperature in ((4, 1.0), (100, 0.7)):
+            assert_equal_tables(
+                *(marginals(backend, prompt, k, temperature) for backend in models.both)
+            )
+        if models.reference.head is None:
+            assert models.tested.head is None
+            return
+        for m, k, shortlist, rows in ((3, 4, None, None), (100, 100, None, None), (4, 4, 8, 6)):
+            assert_equal_tables(
+                *(
+                    transitions(backend, prompt, m, k, 0.7, shortlist, rows)
+                    for backend in models.both
+                )
+            )
+
+    def test_log_probs_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(1), models.reference.vocab_size, 5)
+        found = []
+        for backend in models.both:
+            assert backend.drafter is not None
+            assert backend.drafter_config is not None
+            block, root = draft(backend, prompt)
+            found.append([backend.drafter.log_probs(block)])
+            depths = backend.drafter_config.depths
+            assert found[-1][0].shape == (depths, backend.vocab_size)
+            if backend.head is not None:
+                previous = np.array([root, *range(2, depths + 1)], np.int32)
+                found[-1].append(backend.head.log_probs(block, previous))
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual, expected)
+
+    @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "seeded"])
+    def test_generations_with_a_dialect_match_reference(
+        self, pair: PairMaker, dialect: str, sampling: SamplingConfig
+    ) -> None:
+        """Step by step; and the tokens are those of plain decoding."""
+        models = pair(drafter={"dialect": dialect})
+        for method in DRAFTING if models.reference.head else DRAFTING[:2]:
+            check_generation(
+                models,
+                DecodeConfig(method=method, budget=24, sampling=sampling, max_tokens=12),
+            )
+
+    def test_other_dialects_are_refused(self, load: Loader, tmp_path: Path) -> None:
+        write_target(tmp_path / "target", self.families[0], seed=TARGET_SEED)
+        for dialect in DIALECTS.keys() - set(self.dialects):
+            write_dialect(tmp_path / dialect, tmp_path / "target", dialect, seed=DRAFTER_SEED)
+            with pytest.raises(UnsupportedModelError, match="does not support a drafter with"):
+                load(tmp_path / "target", tmp_path / dialect, LOAD)
