@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts
+from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts, power_of_two
 
 SMOOTHING = 0.07
 """Weight of the newest iteration in running sums."""
@@ -76,7 +76,7 @@ class AdaptiveBudget:
 
     def of(self, texts: int) -> Throughput:
         """What was measured with about that many texts."""
-        return self.throughput.setdefault(1 << (texts - 1).bit_length(), Throughput())
+        return self.throughput.setdefault(power_of_two(texts), Throughput())
 
     def begin(self, texts: int = 1) -> bool:
         """Begin an iteration of so many texts; returns whether it should draft."""

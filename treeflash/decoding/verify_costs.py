@@ -169,14 +169,14 @@ class VerifyCosts:
             slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
             found += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
         found = found + self.read_s * np.asarray(reads, np.float64)
-        return np.asarray(found * self.factors.get(_rounded(texts), 1.0), np.float64)
+        return np.asarray(found * self.factors.get(power_of_two(texts), 1.0), np.float64)
 
     def observe(self, rows: int, reads: float, texts: int, seconds: float) -> None:
         """Take in a forward pass of decoding; machines change their speed."""
         ratio = seconds / float(self.of([rows], [reads], texts)[0])
         change = SMOOTHING * (min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR) - 1)
         if texts > 1:
-            number = _rounded(texts)
+            number = power_of_two(texts)
             self.factors[number] = self.factors.get(number, 1.0) * (1 + change)
             return
         for size in self.seconds:
@@ -184,7 +184,8 @@ class VerifyCosts:
             self.seconds[size] *= 1 + (change if size == rows else change / 2)
 
 
-def _rounded(texts: int) -> int:
+def power_of_two(texts: int) -> int:
+    """The number of texts rounded up to a power of two, by which measurements are kept."""
     return 1 << (texts - 1).bit_length()
 
 
