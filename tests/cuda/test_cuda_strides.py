@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from treeflash.testing import BackendSuite, require
+from treeflash.testing import DIALECTS, BackendSuite, require
 
 require("torch")
 
@@ -15,6 +15,8 @@ from treeflash_cuda.backend import load as load_cuda  # noqa: E402
 
 
 class TestConformance(BackendSuite):
+    dialects = tuple(DIALECTS)
+
     @pytest.fixture(autouse=True)
     def _strides(self, monkeypatch):
         use_cuda_strides(monkeypatch)
