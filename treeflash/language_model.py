@@ -9,8 +9,10 @@ from threading import Lock
 from typing import Literal, Unpack
 
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, is_whole
+from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target
@@ -131,6 +133,13 @@ class LanguageModel:
         """
         self._adaptive_budget(config)
         return ManyTexts(self.backend, parallel, self.adaptive_budgets)
+
+    def scheduler(self, config: SchedulerConfig, prefix_cache: PrefixCache | None) -> Scheduler:
+        """A scheduler without texts; costs for the budget `auto` are measured now, if needed."""
+        self._adaptive_budget(self.decode_config({}))
+        return Scheduler(
+            self.backend, config, budgets=self.adaptive_budgets, prefix_cache=prefix_cache
+        )
 
     def assembler(self, prompt: Prompt, options: Options) -> Assembler:
         """A text for `ManyTexts.submit`; raises what `stream` does."""

@@ -121,6 +121,16 @@ class Scheduler:
             leaders.setdefault(request.config.drafts, tickets[-1])
         return tickets
 
+    def check(self, request: Request) -> None:
+        """Raise what `submit` would raise. Any thread may call it, if the budgets are there."""
+        check(self.backend, request.prompt_ids, request.config)
+        limit = self.config.max_bytes
+        if limit is not None and (needed := self.needed_bytes(request)) > limit:
+            raise ConfigError(
+                f"this text needs {needed} bytes for its state and the limit is {limit}; shorten "
+                "the prompt or lower --max-tokens"
+            )
+
     def needed_bytes(self, request: Request) -> int:
         """Device memory that the state of a text may take, bytes."""
         return self.backend.state_nbytes(self._capacity(request), drafts=request.config.drafts)
@@ -153,13 +163,7 @@ class Scheduler:
         return events
 
     def _submit(self, request: Request, leader: Ticket | None) -> Ticket:
-        check(self.backend, request.prompt_ids, request.config)
-        limit = self.config.max_bytes
-        if limit is not None and (needed := self.needed_bytes(request)) > limit:
-            raise ConfigError(
-                f"this text needs {needed} bytes for its state and the limit is {limit}; shorten "
-                "the prompt or lower --max-tokens"
-            )
+        self.check(request)
         self._tickets += 1
         self._waiting.append(_Waiting(Ticket(self._tickets), request, leader))
         return Ticket(self._tickets)

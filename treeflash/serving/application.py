@@ -1,0 +1,70 @@
+"""The application: endpoints, middleware, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from treeflash.errors import TreeflashError
+from treeflash.serving import chat, completions, models
+from treeflash.serving.errors import BAD_REQUEST, APIError
+from treeflash.serving.guard import Guard
+from treeflash.serving.service import Service
+from treeflash.serving.streaming import reported
+
+
+def application(service: Service) -> FastAPI:
+    """The server's application; its engine must have been started."""
+    app = FastAPI(title="treeflash", docs_url=None, redoc_url=None)
+    for module in (chat, completions, models):
+        app.include_router(module.router(service))
+    app.add_middleware(Guard, settings=service.settings)
+    if service.settings.cors_origins:  # added last, it comes first: it also answers for errors
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    for kind in (APIError, TreeflashError, Exception):
+        app.add_exception_handler(kind, _failed)
+    return app
+
+
+def _response(error: APIError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+def _failed(request: Request, error: Exception) -> JSONResponse:
+    return _response(reported(error))
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """No such path, no such method, or a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _response(APIError(error.status_code, message, headers=error.headers))
+
+
+def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Name the field that is wrong."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    kind = first["type"]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return _response(APIError(BAD_REQUEST, f"the body is not JSON: {reason}"))
+    where = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(where) or None
+    if kind == "extra_forbidden":
+        message = f"{param} is not supported by this server; leave it out"
+    elif param is None:
+        message = f"the body is not a valid request: {first['msg']}"
+    else:
+        message = f"{param}: {first['msg']}"
+    return _response(APIError(BAD_REQUEST, message, param=param))

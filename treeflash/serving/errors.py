@@ -1,0 +1,84 @@
+"""Errors that clients see, in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
+
+BAD_REQUEST = 400
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class APIError(Exception):
+    """A request cannot be answered.
+
+    Attributes:
+        status: of HTTP.
+        message: what is wrong and what to do about it.
+        param: the field of the request that is wrong, if it is one.
+        code: a name for programs.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe the error."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name for this kind of error."""
+        return TYPES.get(self.status, "invalid_request_error")
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's servers send it."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def api_error(error: Exception) -> APIError:
+    """How an error that decoding raised is told to the client."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, PromptError | ConfigError):
+        return APIError(BAD_REQUEST, str(error))
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return APIError(504, "the answer took longer than this server allows", code="timeout")
+    if is_out_of_memory(error):
+        return APIError(503, "the device is out of memory; send the request again", code="memory")
+    if isinstance(error, TreeflashError):
+        return APIError(500, str(error))
+    return APIError(500, "the server failed; its log says why", code="internal_error")
