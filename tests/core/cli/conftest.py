@@ -1,0 +1,38 @@
+"""A prompt file and a run over it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from batch_files import ROWS
+
+from treeflash.cli import options
+from treeflash.generate import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The paths of a prompt file and of the output."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return prompts, tmp_path / "out.jsonl"
+
+
+@pytest.fixture
+def run(files, monkeypatch, capsys):
+    """Run the batch with a model: exit status and standard error.
+
+    Unless arguments say otherwise, one conversation at a time, so that the order is known.
+    """
+
+    def run(model, *args: str) -> tuple[int, str]:
+        monkeypatch.setattr(options, "load", lambda *a, **k: model)
+        capsys.readouterr()
+        paths = ["--prompts", str(files[0]), "--output", str(files[1])]
+        code = main([*paths, "--parallel", "1", *args])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return code, err
+
+    return run

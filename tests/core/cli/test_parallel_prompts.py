@@ -1,0 +1,158 @@
+"""Many conversations at once, from file to file."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from batch_files import ANSWERS, KEYS, keys, records
+
+from treeflash.cli import options
+from treeflash.errors import NumericalError
+from treeflash.generate import main
+
+MANY = [
+    {"id": "long", "turns": ["first", "x" * 6000, "never asked"]},
+    {"id": "talk", "turns": ["one", "two", "three"]},
+    *({"id": n, "prompt": "word " * n} for n in range(1, 6)),
+    {"id": "last", "turns": ["one", "four"]},
+]
+MANY_KEYS = {("long", 0), ("long", 1), ("last", 0), ("last", 1)}
+MANY_KEYS |= {("talk", turn) for turn in range(3)} | {(n, 0) for n in range(1, 6)}
+
+
+@pytest.fixture
+def many(files, tiny_pair):
+    """A process that answers `MANY` with several options; started with its further arguments."""
+    files[0].write_text("\n".join(map(json.dumps, MANY)))
+    paths = ["--prompts", str(files[0]), "--output", str(files[1])]
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    options = ["--max-tokens", "30", "--temperature", "1", "--stop", "a", "--stop", "Q"]
+
+    def arguments(*args: str) -> list[str]:
+        return [*paths, *models, *options, *args]
+
+    return arguments
+
+
+def answers(path) -> dict[tuple, tuple]:
+    """What the output says about each turn, apart from times."""
+    return {
+        (r["id"], r["turn"]): (r.get("text"), r.get("token_ids"), r.get("error"))
+        for r in records(path)
+        if r.get("finish_reason") != "interrupted"
+    }
+
+
+def test_the_texts_are_the_same_however_many_are_decoded_at_once(files, many, capsys):
+    found = []
+    for parallel in ("1", "2", "3", "auto"):
+        assert main(many("--budget", "6", "--parallel", parallel)) == 2
+        assert len(keys(files[1])) == len(MANY_KEYS)
+        found.append(answers(files[1]))
+        order = [turn for name, turn in keys(files[1]) if name == "talk"]
+        assert order == [0, 1, 2]
+        files[1].unlink()
+    assert found[0].keys() == MANY_KEYS
+    assert all(other == found[0] for other in found)
+    assert "limit" in found[0]["long", 1][2]
+    ends = [record[0] for record in found[0].values() if record[0] is not None]
+    assert len({len(text) for text in ends}) > 2, "no text ended before the others"
+    assert "11 of 13 turns decoded, 1 with errors" in capsys.readouterr().err
+
+
+def test_conversations_are_decoded_together(run, files, scripted, monkeypatch):
+    model = scripted(*ANSWERS)
+    together = []
+    run_target = model.backend.run
+
+    def noted(work):
+        together.append(len(work))
+        return run_target(work)
+
+    monkeypatch.setattr(model.backend, "run", noted)
+    for parallel, most in (("1", 1), ("2", 2), ("auto", 3)):
+        together.clear()
+        files[1].unlink(missing_ok=True)
+        assert run(model, "--parallel", parallel)[0] == 0
+        assert max(together) == most
+
+
+@pytest.mark.parametrize("interrupt_at", range(1, 15, 2))
+@pytest.mark.parametrize("parallel", ["2", "auto"])
+def test_an_interrupted_run_of_several_conversations_resumes(
+    run, files, scripted, interrupt_at, parallel
+):
+    same = ["Eins, zwei, drei."]  # the next text gets it, whichever turn that is
+    assert run(scripted(*same, interrupt_at=interrupt_at), "--parallel", parallel)[0] == 130
+    found = records(files[1])
+    unfinished = [record["finish_reason"] == "interrupted" for record in found]
+    assert unfinished == sorted(unfinished)
+    assert any(unfinished)
+    for record in found:
+        assert same[0].startswith(record["text"])
+        assert 1 + sum(record["accepted_lengths"]) == len(record["token_ids"])
+    finished = len(found) - sum(unfinished)
+
+    model = scripted(*same)
+    assert run(model, "--parallel", parallel)[0] == 0
+    assert len(model.backend.prompts) == len(KEYS) - finished
+    assert sorted(map(str, keys(files[1]))) == sorted(map(str, KEYS))
+    assert [record["text"] for record in records(files[1])] == same * len(KEYS)
+    assert all(record["finish_reason"] == "stop" for record in records(files[1]))
+
+
+def test_an_error_in_the_middle_ends_only_its_conversation(run, files, scripted, monkeypatch):
+    model = scripted(*ANSWERS)
+    verify = model.backend.verify
+
+    def verify_or_fail(text, tree):
+        if "three" in model.tokenizer.decode(text.prompt) and text.length > len(text.prompt) + 2:
+            raise NumericalError("values are not finite")
+        return verify(text, tree)
+
+    monkeypatch.setattr(model.backend, "verify", verify_or_fail)
+    code, err = run(model, "--parallel", "3")
+    assert (code, "3 of 4 turns decoded, 1 with errors" in err) == (2, True)
+    (failed,) = [record for record in records(files[1]) if "error" in record]
+    assert (failed["id"], failed["error"]) == (7, "values are not finite")
+    assert "text" not in failed
+    monkeypatch.undo()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process on Windows")
+def test_sigint_loses_no_finished_text_and_resumes(files, many):
+    command = [sys.executable, "-m", "treeflash.generate", *many("--parallel", "3")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (files[1].exists() and files[1].stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    kept = answers(files[1])
+    assert kept
+    assert main(many("--parallel", "3")) == 2
+    whole = answers(files[1])
+    assert whole.keys() == MANY_KEYS
+    assert kept.items() <= whole.items()
+    files[1].unlink()
+    assert main(many("--parallel", "1")) == 2
+    assert answers(files[1]) == whole
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_bad_number_of_conversations_is_one_line(run, scripted, value):
+    code, err = run(scripted(*ANSWERS), f"--parallel={value}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"neither auto nor a number of texts: {value}" in err
+
+
+def test_parallel_is_for_many_prompts(monkeypatch, capsys):
+    monkeypatch.setattr(options, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert main(["--parallel", "2", "hi"]) == 2
+    assert "--parallel is for --prompts" in capsys.readouterr().err
