@@ -54,13 +54,25 @@ class ARHead:
         index = [text.depth + i * depths for i, text in enumerate(texts)]
         previous = [text.previous for text in texts]
         queries = self.scores.queries(hidden, normed, _cat(previous), _cat(index))
-        parts = queries.split([len(text.previous) for text in texts])
-        each = zip(texts, parts, logits.split(depths), strict=True)
+        sizes = [len(text.previous) for text in texts]
+        confidence = self.scores.confidence(normed, _cat(previous), _cat(index))
+        none = [None] * len(texts)
+        each = zip(
+            texts,
+            queries.split(sizes),
+            logits.split(depths),
+            none if confidence is None else confidence.split(sizes),
+            strict=True,
+        )
         read = _cat([self._children(*x, k, temperature) for x in each])
         numbers = read.cpu().numpy()
         tables = []
         for text in texts:
             n, width = len(text.previous), min(k, text.vocab_size)
+            confidences = None
+            if confidence is not None:
+                confidences, numbers = np.split(numbers, [n])
+                confidences = confidences.view(np.float32)
             own, numbers = np.split(numbers, [2 * n * (1 + width)])
             ids, tokens, log_probs = np.split(own, [2 * n, (2 + width) * n])
             places, previous_ids = np.split(ids, 2)
@@ -71,6 +83,7 @@ class ARHead:
                     tokens.reshape(n, width),
                     log_probs.view(np.float32).reshape(n, width),
                     (depths, text.m),
+                    confidences,
                 )
             )
         return tables
@@ -122,11 +135,18 @@ class ARHead:
         )
 
     def _children(
-        self, text: _Candidates, queries: Tensor, logits: Tensor, k: int, temperature: float
+        self,
+        text: _Candidates,
+        queries: Tensor,
+        logits: Tensor,
+        confidence: Tensor | None,
+        k: int,
+        temperature: float,
     ) -> Tensor:
         """The numbers of a text's table, as int32 for one read from the device.
 
-        Places and previous tokens of its n rows, (n, k) children, (n, k) log probabilities.
+        The confidence in each row if the head says, places and previous tokens of its n rows,
+        (n, k) children, (n, k) log probabilities.
         """
         scores = self.scores.score(queries, logits, text.depth, text.vocab)
         tokens, log_probs = top_log_probs(scores, k, temperature)
@@ -138,7 +158,10 @@ class ARHead:
             log_probs += text.mass[text.depth, None]
         tokens = self.output.to_target(tokens)
         ids = torch.cat([text.places, text.previous]).int()
-        return torch.cat([ids, tokens.flatten(), log_probs.view(torch.int32).flatten()])
+        parts = [ids, tokens.flatten(), log_probs.view(torch.int32).flatten()]
+        if confidence is not None:
+            parts.insert(0, confidence.view(torch.int32))
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True, eq=False)

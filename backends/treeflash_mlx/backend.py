@@ -14,14 +14,16 @@ from treeflash.decoding.interfaces import Extension
 from treeflash.decoding.probe import TOLERANCES, check_trees
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.loading import load_tensors, refuse_extensions
+from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.cache import KeyValues, release_freed_memory
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.head import HEADS, ARHead
+from treeflash_mlx.head import ARHead
 from treeflash_mlx.linear import split_pairs
+from treeflash_mlx.output_stage import OwnVocabulary
+from treeflash_mlx.scores import make_module
 from treeflash_mlx.state import State
 from treeflash_mlx.storage import columns_for
 from treeflash_mlx.target import Target
@@ -163,16 +165,17 @@ def load_drafter(
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    refuse_extensions(tensors.config, "the mlx backend", tensors.vocabulary)
     config = tensors.config
     target.capture(config.target_layer_ids)
     model = DrafterModel(config)
     _fill(model, tensors.backbone, target.dtype, bits)
+    model.own = OwnVocabulary(tensors.vocabulary, target)
+    _quantise(model.own, bits)
     if config.head is None:
         return model, None
-    correction = HEADS[config.head](config, tensors.head_size)
-    _fill(correction, split_pairs(correction, tensors.head), target.dtype, bits)
-    return model, ARHead(correction, model, target)
+    module = make_module(config, tensors.head_size, target.vocab_size)
+    _fill(module, split_pairs(module, tensors.head), target.dtype, bits)
+    return model, ARHead(module, model, target)
 
 
 def read_file(path: Path) -> dict[str, mx.array]:
@@ -186,6 +189,11 @@ def _fill(
 ) -> None:
     module.load_weights(list(tensors.items()))
     module.set_dtype(dtype)
+    _quantise(module, bits)
+
+
+def _quantise(module: nn.Module, bits: int | None) -> None:
+    """Quantise what can be, if a number of bits is given, and make the parameters."""
     if bits is not None:
         nn.quantize(
             module,

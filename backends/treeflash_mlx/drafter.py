@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.cache import share_storage
 from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.output_stage import OutputStage
 from treeflash_mlx.storage import Storage
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, top_log_probs
@@ -24,7 +25,12 @@ Kind: TypeAlias = tuple[int | None, bool]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block: the root's token id, and (S, hidden_size) outputs of the last layer."""
+    """A drafted block.
+
+    Attributes:
+        root: token id of the first slot.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
+    """
 
     root: int
     hidden: mx.array
@@ -53,7 +59,7 @@ class Drafter:
     def __init__(self, model: DrafterModel, target: Target) -> None:
         """Hold the models."""
         self.model = model
-        self.target = target
+        self.output = OutputStage(model.config, model.own, target)
 
     def draft(self, roots: Sequence[tuple[Any, int]]) -> list[Block]:
         """See `Drafter.draft`; the rows of all texts follow one another."""
@@ -61,13 +67,15 @@ class Drafter:
         size = config.block_size
         kinds = list(zip(config.sliding_windows, config.causal, strict=True))
         masks = [config.mask_token_id] * (size - 1)
-        x = self.target.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
+        x = self.output.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
         if config.input_scale != 1:
             x = x * config.input_scale
         texts, contexts = [], []
         for state, _ in roots:
             start = state.length
-            masks_ = {kind: block_mask(start, size, *kind) for kind in set(kinds)}
+            masks_ = {
+                kind: block_mask(start, size, *kind, config.window_from_root) for kind in set(kinds)
+            }
             storage = share_storage([state.drafter])
             texts.append(_Text(storage, state.drafter.length, start, masks_))
             # There may be nothing new, as after a fork at what the drafter has read.
@@ -83,15 +91,16 @@ class Drafter:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
         hidden = mx.split(x, len(roots)) if len(roots) > 1 else [x]
-        return [Block(root, part) for (_, root), part in zip(roots, hidden, strict=True)]
+        first = config.first_slot
+        return [Block(root, part[first:]) for (_, root), part in zip(roots, hidden, strict=True)]
 
     def marginals(
         self, blocks: Sequence[Block], k: int, temperature: float
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
-        k = min(k, self.target.vocab_size)
-        logits = self.target.output_head(self.model.norm(drafted(blocks)))
-        tokens, log_probs = top_log_probs(logits, k, temperature)
+        logits = self.output.logits(self.model.norm(drafted(blocks)))
+        tokens, log_probs = top_log_probs(logits, min(k, logits.shape[1]), temperature)
+        tokens = self.output.to_target(tokens)
         # Token ids are exact in float32, and one array needs one read from the device.
         read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
         return [
@@ -101,7 +110,8 @@ class Drafter:
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
         """See `Drafter.log_probs`."""
-        return np.array(log_softmax(self.target.output_head(self.model.norm(block.hidden[1:]))))
+        log_probs = log_softmax(self.output.logits(self.model.norm(block.hidden)))
+        return np.array(self.output.over_target_vocabulary(log_probs))
 
     def _attend(
         self,
@@ -143,20 +153,25 @@ class Drafter:
 
 
 def drafted(blocks: Sequence[Block]) -> mx.array:
-    """(blocks * (S - 1), hidden_size) outputs without those of the roots."""
-    hidden = [block.hidden[1:] for block in blocks]
+    """(blocks * D, hidden_size) outputs of all blocks."""
+    hidden = [block.hidden for block in blocks]
     return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
 
 
-def block_mask(start: int, size: int, window: int | None, causal: bool) -> mx.array | None:
-    """(size, start + size) mask of a block; None if all is visible.
+def block_mask(
+    start: int, size: int, window: int | None, causal: bool, from_root: bool = False
+) -> mx.array | None:
+    """(size, start + size) mask of a block at `start`; None if everything is visible.
 
-    A window reaches fewer than `window` positions to each side.
+    The window is around each slot, or before the root.
     """
     if window is not None and window >= start + size:
         window = None
     if window is None and not causal:
         return None
-    distance = mx.arange(start, start + size)[:, None] - mx.arange(start + size)
+    keys = mx.arange(start + size)
+    distance = keys[start:, None] - keys
     mask = distance >= 0 if causal else mx.ones(distance.shape, mx.bool_)
-    return mask if window is None else mask & (mx.abs(distance) < window)
+    if window is None:
+        return mask
+    return mask & (keys >= start - window if from_root else mx.abs(distance) < window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx import nn
@@ -11,6 +11,7 @@ from mlx import nn
 from treeflash.config import DrafterConfig
 
 Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
+Convolve: TypeAlias = Callable[[mx.array], mx.array]
 
 
 class Attention(nn.Module):
@@ -78,8 +79,49 @@ class MLP(nn.Module):
         return y
 
 
+class Convolution(nn.Module):
+    """DFlash2's convolutions along a block, before and after a sublayer.
+
+    A tap looks so many slots back, never beyond the block. Its coefficients are the sum of a
+    constant and of a linear function of the sublayer's normed input that groups of channels share.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        """Make the kernels."""
+        super().__init__()
+        h, taps = config.hidden_size, config.conv_kernel_size
+        self.block_size, self.group_size = config.block_size, config.conv_group_size
+        self.base_kernel = mx.zeros((2, taps, h))
+        outputs = 2 * taps * h // self.group_size
+        self.kernel_projection = nn.Linear(h, outputs, bias=False)
+
+    def __call__(self, y: mx.array) -> tuple[Convolve, Convolve]:
+        """Both convolutions, from the (texts * S, hidden_size) normed input of the sublayer."""
+        sides, taps, h = self.base_kernel.shape
+        groups = self.kernel_projection(y).reshape(-1, sides, taps, h // self.group_size)
+        kernels = self.base_kernel + mx.repeat(groups, self.group_size, -1)
+
+        def convolution(side: int) -> Convolve:
+            def convolve(x: mx.array) -> mx.array:
+                blocks, size = x.reshape(-1, self.block_size, h), self.block_size
+                out = kernels[:, side, 0] * x
+                for tap in range(1, taps):
+                    shifted = mx.pad(blocks, [(0, 0), (tap, 0), (0, 0)])[:, :size]
+                    out = out + kernels[:, side, tap] * shifted.reshape(-1, h)
+                return out
+
+            return convolve
+
+        return convolution(0), convolution(1)
+
+
+def unchanged(x: mx.array) -> mx.array:
+    """The convolution of a drafter without convolutions."""
+    return x
+
+
 class Layer(nn.Module):
-    """A pre-norm transformer layer."""
+    """A pre-norm transformer layer, Qwen3's."""
 
     def __init__(self, config: DrafterConfig) -> None:
         """Make its parts."""
@@ -88,6 +130,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        convolves = config.conv_kernel_size > 0
+        self.attention_conv = Convolution(config) if convolves else None
+        self.mlp_conv = Convolution(config) if convolves else None
 
     def __call__(
         self,
@@ -106,18 +151,28 @@ class Layer(nn.Module):
                 turn, to (texts * S, heads * head_dim).
         """
         y, (of_blocks, of_rows) = self.input_layernorm(x), positions
+        before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
+        y = before(y)
         blocks = mx.split(y, len(contexts)) if len(contexts) > 1 else [y]
         pairs = zip(contexts, blocks, strict=True)
         rows = mx.concatenate([part for pair in pairs for part in pair])
         attention = self.self_attn
         queries = attention.queries(y, of_blocks)
         out = attend(queries, *attention.keys_values(rows, of_rows))
-        x = x + attention.o_proj(out)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + after(attention.o_proj(out))
+        y = self.post_attention_layernorm(x)
+        before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
+        return x + after(self.mlp(before(y)))
 
 
 class DrafterModel(nn.Module):
-    """The parameters of a drafter without its AR head, named as in a checkpoint."""
+    """A drafter's weights, under their names in checkpoints.
+
+    Attributes:
+        own: the `OwnVocabulary` of a drafter that was loaded.
+    """
+
+    own: Any
 
     def __init__(self, config: DrafterConfig) -> None:
         """Make its parts."""

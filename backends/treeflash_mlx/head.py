@@ -1,4 +1,4 @@
-"""The head that makes a block autoregressive, approximately (TreeFlash, section 3)."""
+"""The conditional head: a block's tables, from the scores of whichever head the drafter has."""
 
 from __future__ import annotations
 
@@ -9,73 +9,24 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, drafted
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.linear import PairLinear
+from treeflash_mlx.output_stage import OutputStage
+from treeflash_mlx.scores import of_rows, scores_of
 from treeflash_mlx.target import Target
 from treeflash_mlx.topk import log_softmax, logsumexp, top_indices, top_log_probs
-
-NORM_EPS = 1e-6
-
-
-class SwiGLU(nn.Module):
-    """The correction of a hidden state by a previous token: D(silu(G(x)) * U(x))."""
-
-    name = "swiglu"
-
-    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
-        """Make the projections; `inner_size` is I."""
-        super().__init__()
-        h = config.hidden_size
-        self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.ug = PairLinear(h, 2 * inner_size, bias=True)
-        self.d = nn.Linear(inner_size, h, bias=False)
-
-    def __call__(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
-        """(n, hidden_size) corrections.
-
-        Args:
-            embedded: (n, hidden_size) embeddings of the previous tokens.
-            normed: (D, hidden_size) u = norm(h).
-            rows: (n,) the row of `normed` that each corrects.
-        """
-        up, gate = mx.split(self.ug(self.norm(embedded), normed, rows), 2, -1)
-        correction: mx.array = self.d(nn.silu(gate) * up)
-        return correction
-
-
-class Linear(nn.Module):
-    """The ablation of the paper: D(x), linear in the previous token and the hidden state."""
-
-    name = "linear"
-
-    def __init__(self, config: DrafterConfig, inner_size: int) -> None:
-        """Make the projection, which has no inner size."""
-        super().__init__()
-        h = config.hidden_size
-        self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.d = PairLinear(h, h, bias=False)
-
-    def __call__(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
-        """See `SwiGLU.__call__`."""
-        correction: mx.array = self.d(self.norm(embedded), normed, rows)
-        return correction
-
-
-HEADS = {head.name: head for head in (SwiGLU, Linear)}
-"""By the name that a checkpoint's `ar_approximation` gives."""
 
 
 class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in MLX."""
 
-    def __init__(self, correction: SwiGLU | Linear, model: DrafterModel, target: Target) -> None:
-        """Join the head's weights with the drafter's norm and the target's embeddings."""
-        self.correction = correction
+    def __init__(self, module: nn.Module, model: DrafterModel, target: Target) -> None:
+        """Use the weights of a head with those of its drafter and target."""
+        self.module = module
         self.model = model
-        self.target = target
+        self.output = OutputStage(model.config, model.own, target)
+        self.scores = scores_of(module, model, self.output)
 
     def transitions(
         self,
@@ -88,44 +39,45 @@ class ARHead:
         rows: int | None = None,
     ) -> list[TransitionTable]:
         """See `ARHead.transitions`; all texts are computed together."""
-        vocab_size, texts = self.target.vocab_size, len(blocks)
-        size = min(shortlist or vocab_size, vocab_size)
-        m, k = min(m, size), min(k, size)
-        hidden = drafted(blocks)
+        texts, hidden = len(blocks), drafted(blocks)
         depths = len(hidden) // texts
         normed = self.model.norm(hidden)
-        marginal = log_softmax(self.target.output_head(normed).astype(mx.float32) / temperature)
-        marginal = marginal.reshape(texts, depths, -1)
-        vocab = None
-        if size < vocab_size:
-            vocab = mx.sort(top_indices(marginal.max(1), size))
-            marginal = mx.take_along_axis(marginal, vocab[:, None], 2)
+        logits = self.output.logits(normed)
+        marginal = log_softmax(logits.astype(mx.float32) / temperature)
+        logits, marginal = (x.reshape(texts, depths, -1) for x in (logits, marginal))
+        vocab = self._vocab(marginal, shortlist)
+        if vocab is not None:
+            marginal = mx.take_along_axis(marginal, vocab, 2)
+        size = marginal.shape[-1]
+        m, k = min(m, size), min(k, size)
         kept, previous = _scored_rows(marginal[:, :-1], m, rows)
         if vocab is not None:
-            previous = mx.take_along_axis(vocab, previous, 1)
+            lists = of_rows(vocab, kept // m) if vocab.shape[1] > 1 else vocab
+            previous = mx.take_along_axis(lists, previous[..., None], 2)[..., 0]
+        previous = self.output.to_target(previous)
         # Of the D * M rows: the root's, and those kept of the M at each further depth.
         depth = mx.concatenate([mx.zeros((texts, 1), mx.int32), kept // m + 1], 1)
         roots = mx.array([[block.root] for block in blocks], mx.int32)
         after = mx.concatenate([roots, previous], 1).reshape(-1)
         index = (depth + depths * mx.arange(texts)[:, None]).reshape(-1)
-        corrected = self._correct(hidden, normed, after, index)
-        if vocab is None:
-            logits = self.target.output_head(corrected)
-            children, log_probs = top_log_probs(logits, k, temperature)
-        else:
-            own = corrected.reshape(texts, -1, corrected.shape[-1])
-            logits = self.target.shortlist_logits(own, vocab).reshape(-1, size)
-            children, log_probs = top_log_probs(logits, k, temperature)
-            children = mx.take_along_axis(vocab, children.reshape(texts, -1), 1)
-            mass = logsumexp(marginal.reshape(-1, size))
-            log_probs = log_probs + mass[index]
+        queries = self.scores.queries(hidden, normed, after, index).reshape(*depth.shape, -1)
+        scores = self.scores.score(queries, logits, depth, vocab)
+        children, log_probs = top_log_probs(scores.reshape(-1, size), k, temperature)
+        if vocab is not None:
+            lists = of_rows(vocab, depth) if vocab.shape[1] > 1 else vocab
+            children = mx.take_along_axis(lists, children.reshape(*depth.shape, k), 2)
+            log_probs = log_probs + logsumexp(marginal.reshape(-1, size))[index]
+        children = self.output.to_target(children)
         # Token ids are exact in float32, and one array needs one read from the device.
         parts = [part.reshape(texts, -1) for part in (m + kept, previous, children, log_probs)]
+        confidence = self.scores.confidence(normed, after, index)
+        if confidence is not None:
+            parts.append(confidence.reshape(texts, -1))
         read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts], 1))
         sizes = np.cumsum([part.shape[1] for part in parts[:-1]])
         tables = []
         for numbers in read:
-            places, previous_, tokens, log_probs_ = np.split(numbers, sizes)
+            places, previous_, tokens, log_probs_, *confidences = np.split(numbers, sizes)
             tables.append(
                 TransitionTable.from_rows(
                     places.astype(np.int32),
@@ -133,31 +85,45 @@ class ARHead:
                     tokens.astype(np.int32).reshape(-1, k),
                     log_probs_.reshape(-1, k),
                     (depths, m),
+                    *confidences,
                 )
             )
         return tables
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `ARHead.log_probs`."""
-        hidden = block.hidden[1:]
-        normed, rows = self.model.norm(hidden), mx.arange(hidden.shape[0])
-        corrected = self._correct(hidden, normed, mx.array(previous), rows)
-        return np.array(log_softmax(self.target.output_head(corrected)))
+        hidden, rows = block.hidden, mx.arange(len(block.hidden))
+        normed = self.model.norm(hidden)
+        logits = self.output.logits(normed)
+        queries = self.scores.queries(hidden, normed, mx.array(previous), rows)
+        vocab = self._vocab(logits[None], None)
+        scores = self.scores.score(queries[None], logits[None], rows[None], vocab)
+        log_probs = log_softmax(scores[0])
+        if vocab is not None:
+            marginal = log_softmax(logits)
+            mass = logsumexp(mx.take_along_axis(marginal, vocab[0], 1))
+            nothing = mx.full(marginal.shape, -mx.inf)
+            log_probs = mx.put_along_axis(nothing, vocab[0], log_probs + mass, 1)
+        return np.array(self.output.over_target_vocabulary(log_probs))
 
-    def _correct(
-        self, hidden: mx.array, normed: mx.array, previous: mx.array, rows: mx.array
-    ) -> mx.array:
-        """(n, hidden_size) for the target's head.
+    def _vocab(self, marginal: mx.array, shortlist: int | None) -> mx.array | None:
+        """The tokens that are scored, of the drafter's vocabulary.
 
         Args:
-            hidden: (D, hidden_size) outputs.
-            normed: (D, hidden_size) the same, normalised.
-            previous: (n,) tokens.
-            rows: (n,) the output that each corrects.
+            marginal: (texts, D, Vd), in the order of the marginal probabilities.
+            shortlist: as in `transitions`.
+
+        Returns:
+            (texts, D, v) candidates of each depth, or (texts, 1, v) of the text, ascending; None
+            for all.
         """
-        correction = self.correction(self.target.embed(previous), normed, rows)
-        corrected: mx.array = self.model.norm(hidden[rows] + correction)
-        return corrected
+        texts, depths, vocab_size = marginal.shape
+        if (candidates := self.scores.candidates) is not None:
+            best = top_indices(marginal.reshape(-1, vocab_size), min(candidates, vocab_size))
+            return mx.sort(best.reshape(texts, depths, -1))
+        if shortlist is not None and shortlist < vocab_size:
+            return mx.sort(top_indices(marginal.max(1), shortlist))[:, None]
+        return None
 
 
 def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array, mx.array]:

@@ -101,7 +101,7 @@ class Target:
             )
 
     def capture(self, layer_ids: Collection[int]) -> None:
-        """Hook those layers, so that a forward pass can return their outputs."""
+        """Hook those layers, so that a forward pass can return their outputs; -1: embeddings."""
         self.hooks.capture(self.layers, layer_ids)
 
     def embed(self, token_ids: mx.array) -> mx.array:
@@ -118,18 +118,12 @@ class Target:
         )
         return logits
 
-    def shortlist_logits(self, hidden: mx.array, tokens: mx.array) -> mx.array:
-        """(..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids."""
+    @property
+    def output_module(self) -> nn.Module:
+        """The module that holds the weights of the output head."""
         module = self.embedding if self.lm_head is None else self.lm_head
         assert module is not None
-        weight = module.weight[tokens]
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            biases = None if module.biases is None else module.biases[tokens]
-            weight = mx.dequantize(
-                weight, module.scales[tokens], biases, module.group_size, module.bits, module.mode
-            )
-        logits: mx.array = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
-        return logits + module["bias"][tokens][..., None, :] if "bias" in module else logits
+        return module
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -252,6 +246,24 @@ class Target:
             and module.weight.shape[0] >= self.vocab_size
         ]
         return min(found, key=lambda item: item[:2])[2] if found else None
+
+
+def shortlist_logits(module: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
+    """(..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids.
+
+    Args:
+        module: a linear layer or an embedding, quantised or not.
+        hidden: the inputs of the output head.
+        tokens: the rows of the module's weight.
+    """
+    weight = module.weight[tokens]
+    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        biases = None if module.biases is None else module.biases[tokens]
+        weight = mx.dequantize(
+            weight, module.scales[tokens], biases, module.group_size, module.bits, module.mode
+        )
+    logits: mx.array = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
+    return logits + module["bias"][tokens][..., None, :] if "bias" in module else logits
 
 
 def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:

@@ -138,14 +138,9 @@ class TreeHooks:
             _subclass(module, self._rotate)
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
-        """Let a forward pass keep the outputs of these layers."""
+        """Let a forward pass keep the outputs of these layers; -1: those of the embeddings."""
         for i in set(layer_ids) - self._captured:
-            _subclass(
-                layers[i],
-                lambda base, layer, *args, i=i, **kwargs: self._keep(
-                    i, base(layer, *args, **kwargs)
-                ),
-            )
+            _subclass(layers[max(i, 0)], self._keep_input if i == -1 else self._keeping(i))
             self._captured.add(i)
 
     def _rotate(
@@ -161,10 +156,24 @@ class TreeHooks:
         rotated = base(rope, nodes, self.tree.positions.reshape(-1), *args[1:], **kwargs)
         return rotated.reshape(texts, n, heads, -1).swapaxes(1, 2)
 
-    def _keep(self, i: int, output: Any) -> Any:
-        if self._pass.outputs is not None:  # some layers return a tuple that starts with it
-            self._pass.outputs[i] = output[0] if isinstance(output, tuple) else output
-        return output
+    def _keeping(self, i: int) -> Callable[..., Any]:
+        """The call of a layer whose output is kept."""
+
+        def call(base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = base(layer, *args, **kwargs)
+            if self._pass.outputs is not None:  # some layers return a tuple that starts with it
+                self._pass.outputs[i] = output[0] if isinstance(output, tuple) else output
+            return output
+
+        return call
+
+    def _keep_input(
+        self, base: Callable[..., Any], layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The call of the first layer, whose input is kept."""
+        if self._pass.outputs is not None:
+            self._pass.outputs[-1] = x
+        return base(layer, x, *args, **kwargs)
 
 
 def is_rope(module: nn.Module) -> bool:

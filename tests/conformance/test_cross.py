@@ -7,8 +7,9 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.testing import require, write_drafter, write_target
+from treeflash.testing import DIALECTS, require, write_drafter, write_target
 from treeflash.testing.comparisons import assert_equal_steps
+from treeflash.testing.dialects import write_dialect
 from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 from treeflash.testing.samplings import SAMPLINGS
 from treeflash.testing.texts import random_tokens
@@ -33,6 +34,10 @@ def backends(request, tmp_path_factory):
     else:
         write_target(target, request.param, seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
     write_drafter(drafter, target, seed=DRAFTER_SEED)
+    return load_both(target, drafter)
+
+
+def load_both(target, drafter):
     return (
         load_cuda(target, drafter, LoadConfig(device="cpu", dtype="float32")),
         load_mlx(target, drafter, LoadConfig(dtype="float32")),
@@ -52,6 +57,21 @@ def test_iterations_are_identical(backends, method, sampling):
         accepted += [len(step.path) for step in cuda if step.path is not None]
     if method in ("ddtree", "treeflash"):
         assert max(accepted) >= 2
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
+    write_dialect(drafter, target, dialect, seed=DRAFTER_SEED)
+    cuda, mlx = load_both(target, drafter)
+    prompt = random_tokens(np.random.default_rng(1), VOCAB_SIZE, 9)
+    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["all"]):
+        for method in METHODS[1:3] if cuda.head is None else METHODS[1:]:
+            config = DecodeConfig(method=method, budget=24, max_tokens=16, sampling=sampling)
+            assert_equal_steps(
+                list(decode(mlx, prompt, config)), list(decode(cuda, prompt, config))
+            )
 
 
 def write_gemma3(folder):

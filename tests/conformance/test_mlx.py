@@ -2,7 +2,7 @@
 
 import pytest
 
-from treeflash.testing import BackendSuite, require
+from treeflash.testing import DIALECTS, BackendSuite, require
 
 require("mlx_lm")
 
@@ -10,6 +10,8 @@ from treeflash_mlx.backend import load as load_mlx  # noqa: E402
 
 
 class TestConformance(BackendSuite):
+    dialects = tuple(DIALECTS)
+
     @pytest.fixture
     def load(self):
         return load_mlx

@@ -92,8 +92,8 @@ def test_quantised_drafter(pair, bits):
     """The trees may differ from plain drafting; the text does not."""
     backend = load(*pair, LoadConfig(draft_bits=bits))
     assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    assert isinstance(backend.head.correction.ug.of_own, nn.QuantizedLinear)
-    assert isinstance(backend.head.correction.ug.of_shared, nn.QuantizedLinear)
+    assert isinstance(backend.head.module.ug.of_own, nn.QuantizedLinear)
+    assert isinstance(backend.head.module.ug.of_shared, nn.QuantizedLinear)
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)

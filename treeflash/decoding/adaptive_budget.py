@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,16 @@ SMOOTHING = 0.07
 """Weight of the newest iteration in running sums."""
 PRIOR_WEIGHT = 2.0
 """Nodes' worth of trust in the drafter's own probabilities."""
+CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+"""Where levels of confidence end; more of them near 1, as drafters say that they are surer than
+they are."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
 """Bounds of the balance, tokens per text: drafting pauses at the lower one."""
 FIRST_PAUSE, LONGEST_PAUSE = 16, 256
 """Iterations of a pause: doubled from one to the next while drafting does not pay."""
+
+Key: TypeAlias = int | tuple[int, int]
+"""A depth, or a depth and a level of confidence."""
 
 
 @dataclass
@@ -52,21 +58,24 @@ class AdaptiveBudget:
     """What was learned about one pair and method; it outlives a text and never changes the output.
 
     A tree's first n nodes are expected to bring the sum of their probabilities (the root's is 1),
-    corrected by how often a draft of their depth was accepted if the one before it was. The best
-    sizes are those with the highest expected tokens - rate * seconds, where `rate` is the tokens
-    per second of decoding as a whole: repeated, this finds the sizes with the highest rate
-    (Dinkelbach 1967). With several texts, the nodes of all trees are ranked together and cut once.
+    corrected by how often a draft of their depth was accepted if the one before it was. A drafter
+    that says how confident it is is not believed: drafts of each level of confidence are counted
+    too, and corrected on their own as far as enough were seen. The best sizes are those with the
+    highest expected tokens - rate * seconds, where `rate` is the tokens per second of decoding as a
+    whole: repeated, this finds the sizes with the highest rate (Dinkelbach 1967). With several
+    texts, the nodes of all trees are ranked together and cut once.
 
     Attributes:
         costs: of the target's forward pass.
-        expected: by depth, the running sum of the probabilities of the children of accepted nodes.
-        accepted: by depth, the running count of those children that were accepted.
+        expected: by depth, and by depth and level of confidence: the running sum of the
+            probabilities of the children of accepted nodes.
+        accepted: the running count of those children that were accepted.
         throughput: by number of texts, rounded up to a power of two.
     """
 
     costs: VerifyCosts
-    expected: dict[int, float] = field(default_factory=dict)
-    accepted: dict[int, float] = field(default_factory=dict)
+    expected: dict[Key, float] = field(default_factory=dict)
+    accepted: dict[Key, float] = field(default_factory=dict)
     throughput: dict[int, Throughput] = field(default_factory=dict)
 
     @property
@@ -103,7 +112,7 @@ class AdaptiveBudget:
             lengths: committed positions of each text.
             other_rows: further rows of the same forward pass.
         """
-        gains = [np.exp(tree.log_probs) * self._corrections(tree.depths) for tree in trees]
+        gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
         # A tree is cut to a prefix: no node ranks above those before it, and no root is left out.
         ranks = [np.minimum.accumulate(gain) for gain in gains]
         for rank in ranks:
@@ -168,13 +177,17 @@ class AdaptiveBudget:
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):
-            children = tree.parents == parent
-            if not children.any():
+            children = np.flatnonzero(tree.parents == parent)
+            if not len(children):
                 break
             mass = float(np.exp(tree.log_probs[children] - tree.log_probs[parent]).sum())
             hit = float(depth < len(path))
-            self.expected[depth] = (1 - SMOOTHING) * self.expected.get(depth, 0.0) + mass
-            self.accepted[depth] = (1 - SMOOTHING) * self.accepted.get(depth, 0.0) + hit
+            keys: list[Key] = [depth]
+            if tree.confidences is not None:
+                keys.append((depth, int(_level(tree.confidences[children[0]]))))
+            for key in keys:
+                self.expected[key] = (1 - SMOOTHING) * self.expected.get(key, 0.0) + mass
+                self.accepted[key] = (1 - SMOOTHING) * self.accepted.get(key, 0.0) + hit
 
     def _plain_rate(self, texts: int, lengths: Sequence[int]) -> float:
         """Tokens per second of plain decoding, which is always possible."""
@@ -185,10 +198,28 @@ class AdaptiveBudget:
         plain = self._plain_rate(texts, lengths)
         return max(plain, now.tokens / now.seconds) if now.seconds else plain
 
-    def _corrections(self, depths: NDArray[np.int32]) -> NDArray[np.float64]:
-        """(n,) factors on the probabilities of nodes: those of all depths on the way to them."""
-        factors = np.ones(int(depths.max()) + 1)
-        for depth in range(1, len(factors)):
-            accepted, expected = self.accepted.get(depth, 0.0), self.expected.get(depth, 0.0)
-            factors[depth] = (accepted + PRIOR_WEIGHT) / (expected + PRIOR_WEIGHT)
-        return np.asarray(np.cumprod(factors)[depths], np.float64)
+    def _corrections(self, tree: DraftTree) -> NDArray[np.float64]:
+        """(n,) factors on the probabilities of nodes: those of all nodes on the way to them."""
+        depths = range(int(tree.depths.max()) + 1)
+        factors = np.array([self._factor(depth, 1.0) if depth else 1.0 for depth in depths])
+        corrections: NDArray[np.float64] = np.cumprod(factors)[tree.depths]
+        if tree.confidences is None:
+            return corrections
+        levels = _level(tree.confidences)
+        for depth in depths[1:]:
+            nodes = np.flatnonzero(tree.depths == depth)
+            of_levels = np.array(
+                [self._factor((depth, i), factors[depth]) for i in range(len(CONFIDENCES) + 1)]
+            )
+            corrections[nodes] = corrections[tree.parents[nodes]] * of_levels[levels[nodes]]
+        return corrections
+
+    def _factor(self, key: Key, prior: float) -> float:
+        """How many of the drafts that were expected to be accepted were; `prior` before any."""
+        accepted, expected = self.accepted.get(key, 0.0), self.expected.get(key, 0.0)
+        return (accepted + PRIOR_WEIGHT * prior) / (expected + PRIOR_WEIGHT)
+
+
+def _level(confidence: Any) -> Any:
+    """The level of a confidence, or of many."""
+    return np.searchsorted(CONFIDENCES, confidence, "right")

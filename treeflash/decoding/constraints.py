@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) 
     tokens, next_row = table.tokens.copy(), table.next_row.copy()
     for array in (tokens, log_probs, next_row):
         array[0, 0] = array[0, 0, order]
-    return TransitionTable(tokens, log_probs, next_row)
+    return replace(table, tokens=tokens, log_probs=log_probs, next_row=next_row)
 
 
 def constrain(tree: DraftTree, constraint: Constraint) -> tuple[DraftTree, NDArray[np.uint32]]:

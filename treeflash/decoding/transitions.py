@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ class TransitionTable:
             parent would be sorted before it.
         next_row: (D, M, K) int32; the row of the next depth whose previous token is this child,
             or -1 if there is none: the child is then always a leaf.
+        confidences: (D, M) float32, 0 to 1; how much of a row the drafter expects to be right, as
+            it says itself; None if it does not say. Not calibrated, and no part of `log_probs`.
 
     Raises:
         NumericalError: a log probability is NaN or infinity.
@@ -43,6 +46,7 @@ class TransitionTable:
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float32]
     next_row: NDArray[np.int32]
+    confidences: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shapes = [x.shape for x in (self.tokens, self.log_probs, self.next_row)]
@@ -76,6 +80,7 @@ class TransitionTable:
         previous: NDArray[np.int32],
         tokens: NDArray[np.int32],
         log_probs: NDArray[np.float32],
+        confidences: NDArray[np.float32] | None = None,
     ) -> TransitionTable:
         """The table of an AR head.
 
@@ -85,6 +90,7 @@ class TransitionTable:
             tokens: (D, M, K) int32 children, 0 or more; rows that were not scored are ignored, and
                 so are the rows of depth 1 after the first.
             log_probs: (D, M, K) float32 log probabilities of the children.
+            confidences: (D, M) float32 of the rows, if the head says.
         """
         log_probs = log_probs.copy()
         log_probs[0, 1:] = -np.inf
@@ -92,7 +98,7 @@ class TransitionTable:
         next_row = np.full(tokens.shape, -1, np.int32)
         if previous.size:
             next_row[:-1] = _positions(previous, tokens[:-1])
-        return cls(tokens, log_probs, next_row)
+        return cls(tokens, log_probs, next_row, confidences)
 
     @classmethod
     def from_rows(
@@ -102,6 +108,7 @@ class TransitionTable:
         tokens: NDArray[np.int32],
         log_probs: NDArray[np.float32],
         shape: tuple[int, int],
+        confidences: NDArray[np.float32] | None = None,
     ) -> TransitionTable:
         """The table of an AR head that scored the root's row and n others.
 
@@ -111,6 +118,7 @@ class TransitionTable:
             tokens: (1 + n, K) int32 children, those of the root first.
             log_probs: (1 + n, K) float32 log probabilities of the children.
             shape: (D, M).
+            confidences: (1 + n,) float32 of the rows, if the head says.
         """
         depths, m = shape
         every_previous = np.full(depths * m, -1, np.int32)
@@ -120,11 +128,49 @@ class TransitionTable:
         every_token[scored] = tokens
         every_log_prob = np.full(every_token.shape, -np.inf, np.float32)
         every_log_prob[scored] = log_probs
+        every_confidence = None
+        if confidences is not None:
+            every_confidence = np.ones(shape, np.float32)
+            every_confidence.ravel()[scored] = confidences
         return cls.from_candidates(
             every_previous.reshape(shape)[1:],
             every_token.reshape(depths, m, -1),
             every_log_prob.reshape(depths, m, -1),
+            every_confidence,
         )
+
+    @classmethod
+    def from_paths(
+        cls,
+        tokens: Sequence[NDArray[np.int32]],
+        log_probs: Sequence[NDArray[np.float32]],
+        kept: Sequence[NDArray[np.int64]],
+        confidences: Sequence[NDArray[np.float32]] | None = None,
+    ) -> TransitionTable:
+        """The table of a recurrent head, in which each row follows one path and not one token.
+
+        Args:
+            tokens: by depth, (n, K) int32 children of n paths; at depth 1 of the root alone.
+            log_probs: by depth, (n, K) float32 log probabilities of the children.
+            kept: by depth, (n',) indices into the n * K children: those that are the rows of the
+                next depth, in order. Not used at the last depth.
+            confidences: by depth, (n,) float32 of the rows, if the head says.
+        """
+        depths, k = len(tokens), tokens[0].shape[1]
+        m = max(len(rows) for rows in tokens)
+        table_tokens = np.zeros((depths, m, k), np.int32)
+        table_log_probs = np.full((depths, m, k), -np.inf, np.float32)
+        next_row = np.full((depths, m, k), -1, np.int32)
+        table_confidences = None if confidences is None else np.ones((depths, m), np.float32)
+        for depth, rows in enumerate(tokens):
+            n = len(rows)
+            table_tokens[depth, :n] = rows
+            table_log_probs[depth, :n] = log_probs[depth]
+            if depth + 1 < depths:
+                next_row[depth].reshape(-1)[kept[depth]] = np.arange(len(kept[depth]))
+            if confidences is not None and table_confidences is not None:
+                table_confidences[depth, :n] = confidences[depth]
+        return cls(table_tokens, table_log_probs, next_row, table_confidences)
 
     def until(self, depth: int) -> TransitionTable:
         """The table of the first `depth` depths (1 or more), or all of it if it has no more."""
@@ -132,7 +178,8 @@ class TransitionTable:
             return self
         next_row = self.next_row[:depth].copy()
         next_row[-1] = -1
-        return TransitionTable(self.tokens[:depth], self.log_probs[:depth], next_row)
+        confidences = None if self.confidences is None else self.confidences[:depth]
+        return TransitionTable(self.tokens[:depth], self.log_probs[:depth], next_row, confidences)
 
     @property
     def depths(self) -> int:

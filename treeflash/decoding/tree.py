@@ -19,12 +19,15 @@ class DraftTree:
         parents: (n,) int32; parents[0] == -1 and parents[i] < i.
         depths: (n,) int32; distance from the root, whose depth is 0.
         log_probs: (n,) float64; the drafter's log probability of the path to each node, nats.
+        confidences: (n,) float32; of the row of the table that each node is a child of, 1 for the
+            root; None if the drafter does not say.
     """
 
     tokens: NDArray[np.int32]
     parents: NDArray[np.int32]
     depths: NDArray[np.int32]
     log_probs: NDArray[np.float64]
+    confidences: NDArray[np.float32] | None = None
 
     @classmethod
     def root_only(cls, root: int) -> DraftTree:
@@ -34,18 +37,22 @@ class DraftTree:
 
     @classmethod
     def chain(
-        cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float64] | None = None
+        cls,
+        tokens: NDArray[np.int32],
+        log_probs: NDArray[np.float64] | None = None,
+        confidences: NDArray[np.float32] | None = None,
     ) -> DraftTree:
         """The tree in which each token follows the one before it.
 
         Args:
             tokens: (n,) the root first.
             log_probs: (n,) of the path to each node, nats; None for tokens that are certain.
+            confidences: (n,) as in `DraftTree`.
         """
         order = np.arange(len(tokens), dtype=np.int32)
-        return cls(
-            tokens, order - 1, order, np.zeros(len(tokens)) if log_probs is None else log_probs
-        )
+        if log_probs is None:
+            log_probs = np.zeros(len(tokens))
+        return cls(tokens, order - 1, order, log_probs, confidences)
 
     @classmethod
     def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
@@ -66,7 +73,11 @@ class DraftTree:
     def first(self, nodes: int) -> DraftTree:
         """The tree of the first nodes: the best ones, since `build_tree` puts them first."""
         return DraftTree(
-            self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes], self.log_probs[:nodes]
+            self.tokens[:nodes],
+            self.parents[:nodes],
+            self.depths[:nodes],
+            self.log_probs[:nodes],
+            None if self.confidences is None else self.confidences[:nodes],
         )
 
     def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
@@ -78,6 +89,7 @@ class DraftTree:
             number[self.parents[nodes]],
             self.depths[nodes],
             self.log_probs[nodes],
+            None if self.confidences is None else self.confidences[nodes],
         )
 
     @property
@@ -105,17 +117,22 @@ def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
 
     It follows `next_row` from the root, and ends where that leads nowhere.
     """
-    tokens, steps, row = [root], [0.0], 0
+    tokens, steps, rows, row = [root], [0.0], [], 0
     for depth in range(min(budget - 1, table.depths)):
         step = float(table.log_probs[depth, row, 0])
         if step == -np.inf:
             break
         tokens.append(int(table.tokens[depth, row, 0]))
         steps.append(step)
+        rows.append(row)
         row = int(table.next_row[depth, row, 0])
         if row < 0:
             break
-    return DraftTree.chain(np.array(tokens, np.int32), np.cumsum(steps))
+    confidences = None
+    if table.confidences is not None:
+        confidences = np.ones(len(tokens), np.float32)
+        confidences[1:] = table.confidences[np.arange(len(rows)), rows]
+    return DraftTree.chain(np.array(tokens, np.int32), np.cumsum(steps), confidences)
 
 
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
@@ -143,6 +160,10 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     number = np.zeros(len(log_probs) + 1, np.int32)
     number[order] = np.arange(1, len(order) + 1)
     parents = np.concatenate([level.parents for level in levels])[order]
+    confidences = None
+    if table.confidences is not None:
+        of_levels = [table.confidences[d, level.rows] for d, level in enumerate(levels)]
+        confidences = np.concatenate([[1], np.concatenate(of_levels)[order]]).astype(np.float32)
     return DraftTree(
         np.concatenate([[root], np.concatenate([level.tokens for level in levels])[order]]).astype(
             np.int32
@@ -152,6 +173,7 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
             [[0], np.repeat(np.arange(1, len(levels) + 1), [len(x.tokens) for x in levels])[order]]
         ).astype(np.int32),
         np.concatenate([[0.0], log_probs[order]]),
+        confidences,
     )
 
 
@@ -159,12 +181,14 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
 class _Level:
     """Candidates of one depth, in lexicographic order of their rank paths; (c,) each.
 
-    Parents number the candidates of all levels so far; -1 is the root.
+    Parents number the candidates of all levels so far; -1 is the root. Rows are those of the table
+    that the candidates are children of.
     """
 
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float64]
     parents: NDArray[np.int64]
+    rows: NDArray[np.int64]
     ranks: NDArray[np.int64]
 
 
@@ -192,7 +216,7 @@ def _levels(table: TransitionTable, room: int) -> list[_Level]:
             kept, paths = kept[inside], paths[inside]
         node, rank = np.divmod(kept, width)
         row = rows[node]
-        levels.append(_Level(table.tokens[depth, row, rank], paths, parents[node], rank))
+        levels.append(_Level(table.tokens[depth, row, rank], paths, parents[node], row, rank))
         next_row = table.next_row[depth, row, rank]
         inner = np.flatnonzero(next_row >= 0)
         rows, log_probs, parents = next_row[inner], paths[inner], first + inner

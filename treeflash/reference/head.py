@@ -50,7 +50,10 @@ class ARHead(OneByOneHead):
         if rows is not None:
             order = np.argsort(-weights, axis=None, kind="stable")
             previous.flat[order[rows:]] = -1
-        return TransitionTable.from_candidates(previous, self.model.token_ids[children], log_probs)
+        confidences = self.scores.confidence(hidden, before)
+        return TransitionTable.from_candidates(
+            previous, self.model.token_ids[children], log_probs, confidences
+        )
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> Array:
         """See `ARHead.log_probs`."""

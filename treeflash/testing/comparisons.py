@@ -34,6 +34,10 @@ def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> N
     np.testing.assert_array_equal(actual.tokens[exists], expected.tokens[exists])
     np.testing.assert_array_equal(actual.next_row[exists], expected.next_row[exists])
     assert_close(actual.log_probs, expected.log_probs)
+    assert (actual.confidences is None) == (expected.confidences is None)
+    if actual.confidences is not None and expected.confidences is not None:
+        scored = exists.any(-1)
+        assert_close(actual.confidences[scored], expected.confidences[scored])
 
 
 def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
@@ -42,6 +46,9 @@ def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
     np.testing.assert_array_equal(actual.parents, expected.parents)
     np.testing.assert_array_equal(actual.depths, expected.depths)
     assert_close(actual.log_probs, expected.log_probs)
+    assert (actual.confidences is None) == (expected.confidences is None)
+    if actual.confidences is not None and expected.confidences is not None:
+        assert_close(actual.confidences, expected.confidences)
 
 
 def assert_trees_equal_but_for_ties(

@@ -10,6 +10,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding.interfaces import Loader
+from treeflash.decoding.text_session import TextSession
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing.comparisons import assert_close, assert_equal_tables
 from treeflash.testing.dialects import DIALECTS, write_dialect
@@ -45,6 +46,28 @@ class DrafterTests:
                     for backend in models.both
                 )
             )
+
+    def test_tables_of_several_texts_with_a_dialect_are_those_of_each(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter is not None
+        rng = np.random.default_rng(4)
+        texts = [TextSession(backend, drafts=True) for _ in range(3)]
+        roots = [text.extend(random_tokens(rng, backend.vocab_size, 6)) for text in texts]
+        states = [(text.state, root) for text, root in zip(texts, roots, strict=True)]
+        together = backend.drafter.draft(states)
+        alone = [backend.drafter.draft([state])[0] for state in states]
+        tables = backend.drafter.marginals(together, 4, 1.0)
+        for table, block in zip(tables, alone, strict=True):
+            assert_equal_tables(table, backend.drafter.marginals([block], 4, 1.0)[0])
+        if backend.head is None:
+            return
+        for shortlist in (None, 8):
+            tables = backend.head.transitions(together, 3, 4, 1.0, shortlist=shortlist)
+            for table, block in zip(tables, alone, strict=True):
+                (own,) = backend.head.transitions([block], 3, 4, 1.0, shortlist=shortlist)
+                assert_equal_tables(table, own)
 
     def test_log_probs_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
         models = pair(drafter={"dialect": dialect})

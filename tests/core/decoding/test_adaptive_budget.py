@@ -1,5 +1,7 @@
 """The budget `auto`: the size that pays, drafting that pauses, and what is learned."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -157,6 +159,47 @@ def test_probabilities_of_children_are_those_after_their_parent():
     observe(budget, chain(0.5, 0.5, 0.25), 3, {"draft": 0.0, "verify": 1.0})
     assert budget.expected == {1: pytest.approx(0.5), 2: pytest.approx(0.5), 3: pytest.approx(0.25)}
     assert budget.accepted == {1: 1, 2: 1, 3: 0}
+
+
+def confident(*confidences):
+    """A chain of even chances whose rows the drafter is so confident of."""
+    tree = chain(*[0.5] * len(confidences))
+    return replace(tree, confidences=np.array([1, *confidences], np.float32))
+
+
+def learned(low, high):
+    """A budget after drafts of low and of high confidence, of which so many nodes were accepted."""
+    budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))
+    for _ in range(30):
+        for confidence, length in ((0.1, low), (0.99, high)):
+            observe(budget, confident(confidence), length, {"draft": 0.0, "verify": 0.75})
+    return budget
+
+
+def test_confidence_is_not_believed_before_it_was_observed():
+    budget = learned(1, 1)
+    budget.expected.clear()
+    budget.accepted.clear()
+    sizes = [budget.cut([confident(x), confident(y)], [LENGTH] * 2) for x, y in ((0, 1), (1, 0))]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (2, 1)])
+def test_levels_of_confidence_count_as_often_as_their_drafts_were_accepted(low, high):
+    """Whether or not the drafter is right to be more confident."""
+    trees = [confident(0.1), confident(0.99)]
+    assert learned(low, high).cut(trees, [LENGTH] * 2) == [low, high]
+
+
+def test_levels_of_confidence_multiply_along_a_path():
+    budget = learned(1, 2)
+    sure, doubtful, mixed = (
+        budget._corrections(confident(*row)) for row in ((0.99, 0.99), (0.1, 0.99), (0.99, 0.1))
+    )
+    assert sure[1] == mixed[1] > doubtful[1]
+    # Nothing is known of depth 2.
+    assert sure[2] == sure[1]
+    assert doubtful[2] == doubtful[1]
 
 
 def test_the_trees_of_several_texts_are_cut_together():

@@ -58,9 +58,22 @@ def test_rows_that_were_not_scored_are_absent() -> None:
     table = TransitionTable.from_rows(places, previous, tokens, log_probs, (3, 2))
     absent = [-np.inf, -np.inf]
     assert table.log_probs.tolist() == [[[-1, -2], absent], [absent, [-3, -4]], [[-5, -6], absent]]
+    assert table.confidences is None
     assert table.next_row[0, 0].tolist() == [-1, 1]  # nothing follows 5
     assert table.next_row[1, 1].tolist() == [0, -1]
     assert table.tokens[1, 1].tolist() == [7, 8]
+
+
+def test_confidences_stay_with_their_rows() -> None:
+    tokens, log_probs = np.array([[5, 6], [7, 8]], np.int32), np.full((2, 2), -1, np.float32)
+    places, previous = np.array([3], np.int32), np.array([6], np.int32)
+    confidences = np.array([0.75, 0.25], np.float32)
+    table = TransitionTable.from_rows(places, previous, tokens, log_probs, (2, 2), confidences)
+    assert table.confidences is not None
+    assert table.confidences.tolist() == [[0.75, 1], [1, 0.25]]
+    cut = table.until(1)
+    assert cut.confidences is not None
+    assert cut.confidences.tolist() == [[0.75, 1]]
 
 
 def test_a_block_of_two_has_the_roots_row_alone() -> None:

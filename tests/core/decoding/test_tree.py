@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import product
 
@@ -131,6 +132,27 @@ def test_smaller_trees_open_larger_ones() -> None:
         small = build_tree(table, ROOT, budget)
         assert small.tokens.tolist() == large.tokens[:budget].tolist()
         assert small.parents.tolist() == large.parents[:budget].tolist()
+
+
+def test_nodes_have_the_confidence_of_the_row_that_they_are_of() -> None:
+    table = random_table("smooth", (4, 3, 3), 7)
+    known = np.random.default_rng(8).random((4, 3)).astype(np.float32)
+    table = replace(table, confidences=known)
+    tree = build_tree(table, 0, 20)
+    assert tree.confidences is not None
+    assert tree.confidences[0] == 1
+    rows = {0: 0}
+    for node in range(1, len(tree)):
+        depth, row = tree.depths[node] - 1, rows[int(tree.parents[node])]
+        assert tree.confidences[node] == known[depth, row]
+        (rank,) = np.flatnonzero(table.tokens[depth, row] == tree.tokens[node])[:1]
+        rows[node] = int(table.next_row[depth, row, rank])
+    for part in (tree.first(5), tree.subset(np.arange(5))):
+        assert part.confidences is not None
+        assert part.confidences.tolist() == tree.confidences[:5].tolist()
+    chain = build_chain(table, 0, 3)
+    assert chain.confidences is not None
+    assert chain.confidences[:2].tolist() == [1, known[0, 0]]
 
 
 def test_equal_probabilities_go_by_rank_path() -> None:

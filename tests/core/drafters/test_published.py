@@ -24,7 +24,8 @@ from treeflash.registry import loader
 ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
 FOLDERS = sorted(p.parent for p in ROOT.glob("*/expected.json") if p.parent.name != "target")
 TOLERANCE = 1e-4
-BACKENDS = ("reference", "cuda")
+BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
+"""And the package that each needs."""
 pytestmark = pytest.mark.skipif(
     "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
     reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
@@ -57,8 +58,7 @@ class Published:
 )
 def published(request: pytest.FixtureRequest) -> Published:
     backend, folder = request.param
-    if backend == "cuda":
-        pytest.importorskip("torch")
+    pytest.importorskip(BACKENDS[backend])
     return Published(backend, folder)
 
 
