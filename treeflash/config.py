@@ -251,7 +251,7 @@ class DrafterConfig:
         num_target_layers: depth of the target that it was trained for; None if not given.
         vocab_size: the target's vocabulary size; None if not given.
         head: name of the conditional head: `swiglu` or `linear` (TreeFlash), `selector` (DFlash2),
-            `vanilla` or `gated` (DSpark); None for a drafter of marginals alone.
+            `vanilla`, `gated` or `rnn` (DSpark), `domino`; None for a drafter of marginals alone.
         inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
         rope_scale: factor on the rotary cosines and sines; 1 except for YaRN.
         sliding_windows: per layer, the width of its window in positions, or None.
@@ -267,7 +267,10 @@ class DrafterConfig:
         softcap: bound of the drafter's logits after the factor, by a hyperbolic tangent.
         own_vocabulary: whether the folder may hold embeddings and an output head.
         draft_vocab_size: tokens that the drafter can propose, if fewer than the target's.
-        head_rank: inner width of the heads `selector`, `vanilla` and `gated`.
+        head_rank: inner width of the heads of DFlash2, DSpark and Domino.
+        head_state_size: width of the state of the heads `rnn` and `domino`, which depend on all
+            tokens of a path; 0 for the others.
+        head_from_depth: the first depth that the head `domino` corrects.
         selector_top_k: candidates of a slot that the head `selector` scores.
         confidence_head: whether the head also predicts how much of its rows is right.
         confidence_with_markov: whether it reads the previous token too.
@@ -301,6 +304,8 @@ class DrafterConfig:
     own_vocabulary: bool = False
     draft_vocab_size: int | None = None
     head_rank: int = 0
+    head_state_size: int = 0
+    head_from_depth: int = 1
     selector_top_k: int = 0
     confidence_head: bool = False
     confidence_with_markov: bool = False

@@ -15,7 +15,8 @@ from treeflash.cli.options import Parser, add_model_options, load_model
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.checks import Diagnosis, diagnose
-from treeflash.hub.models import resolve_drafter, resolve_target
+from treeflash.drafters.folder import read_config
+from treeflash.hub.models import resolve_drafter, resolve_target, training_of
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message
 from treeflash.text.prompt_file import read_rows
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
     # From here on by folder, so that hub ids are resolved once, not at every load.
     folder = resolve_drafter(args.drafter, args.target)
+    trained = training_of(args.drafter, args.target)
     args.target = str(resolve_target(args.target))
 
     def load(drafter: Path) -> Backend:
@@ -54,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder,
             Tokenizer.from_folder(args.target),
             prompts,
-            prompting=Prompting(raw=args.raw, thinking=args.thinking),
+            prompting=Prompting(raw=args.raw, thinking=args.thinking or trained.thinking),
             max_tokens=args.max_tokens,
+            target_config=read_config(Path(args.target)),
         )
     print(json.dumps(diagnosis.to_dict()) if args.json else _report(diagnosis))
     return 0 if diagnosis.ok else PROBLEM
@@ -81,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument(
         "--raw", action="store_true", help="check for prompts without the chat template"
     )
-    way.add_argument("--thinking", action="store_true", help="check for prompts with thinking on")
+    way.add_argument(
+        "--thinking",
+        action="store_true",
+        help="check for prompts with thinking on (default: as the drafter was trained)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
     return parser

@@ -24,9 +24,11 @@ from treeflash.cli.prompt_source import read_prompt
 from treeflash.cli.single_text import run_text
 from treeflash.config import AUTO
 from treeflash.errors import ConfigError
+from treeflash.hub.models import training_of
 from treeflash.language_model import LanguageModel
 from treeflash.text.many_texts import AUTO_BYTES, AUTO_TEXTS
 from treeflash.text.options import Options
+from treeflash.text.tokenizer import Tokenizer
 
 EXPLAINED = 3
 
@@ -129,13 +131,28 @@ def _check_batch(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, options: Options, console: Console) -> LanguageModel:
     model = load_model(args, [options["method"]] if "method" in options else [])
-    thinking = (options.get("template_args") or {}).get("enable_thinking")
-    if thinking and model.tokenizer.knows_thinking:
-        console.print(
-            "note: thinking is on; the published drafters were trained with it off, "
-            "and draft less well with it on"
-        )
+    if options.get("method") != "ar":
+        _note_training(args, options, model.tokenizer, console)
     return model
+
+
+def _note_training(
+    args: argparse.Namespace, options: Options, tokenizer: Tokenizer, console: Console
+) -> None:
+    """Say where the prompts are not like those that a published drafter was trained on."""
+    trained = training_of(args.drafter, args.target)
+    thinking = (options.get("template_args") or {}).get("enable_thinking", trained.thinking)
+    if tokenizer.knows_thinking and bool(thinking) != trained.thinking:
+        on, off = ("on", "off") if thinking else ("off", "on")
+        console.print(
+            f"note: thinking is {on}; the drafter was trained with it {off}, "
+            f"and drafts less well with it {on}"
+        )
+    if trained.system and not options.get("system") and not options.get("raw"):
+        console.print(
+            "note: the drafter was trained with the system message "
+            f"{trained.system!r}; it drafts better if --system gives that"
+        )
 
 
 if __name__ == "__main__":

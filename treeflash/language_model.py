@@ -15,7 +15,7 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target
+from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target, training_of
 from treeflash.registry import best, check_device, loader, on_some_device
 from treeflash.text.assembler import Assembler
 from treeflash.text.generation import Generation
@@ -213,8 +213,8 @@ def load(
 
     Args:
         target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
-        drafter: a local folder or a hub id; None is the published drafter of the target. False
-            loads none: only plain decoding works then.
+        drafter: a local folder or a hub id; `auto` or None is the published drafter of the target.
+            False loads none: only plain decoding works then.
         backend: name of an installed backend; None is the best one installed.
         device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
         dtype: `float32`, `bfloat16` or `float16`.
@@ -236,10 +236,12 @@ def load(
         check_device(load_pair, device)
     name = None if target is None else str(target)
     target_folder = resolve_target(name)
-    drafter_folder = None
+    drafter_folder, thinking = None, False
     if drafter is not False:
-        drafter_folder = resolve_drafter(None if drafter is None else str(drafter), name)
-    tokenizer = Tokenizer.from_folder(target_folder)
+        drafter_name = None if drafter is None else str(drafter)
+        drafter_folder = resolve_drafter(drafter_name, name)
+        thinking = training_of(drafter_name, name).thinking
+    tokenizer = Tokenizer.from_folder(target_folder, thinking=thinking)
     pair = on_some_device(
         lambda config: load_pair(target_folder, drafter_folder, config),
         config,

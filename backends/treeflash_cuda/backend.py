@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -18,12 +19,15 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import StaticForwards
 from treeflash_cuda.head import ARHead
+from treeflash_cuda.head_weights import make_module
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.output_stage import OwnVocabulary
-from treeflash_cuda.scores import make_module
+from treeflash_cuda.recurrent import RecurrentHead
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
+
+Head: TypeAlias = ARHead | RecurrentHead
 
 
 class CudaBackend:
@@ -35,7 +39,7 @@ class CudaBackend:
         self,
         target: Target,
         drafter: DrafterModel | None,
-        head: ARHead | None,
+        head: Head | None,
         static: StaticForwards | None,
     ) -> None:
         """Hold a target and a drafter for it; single trees run with static shapes if given."""
@@ -147,7 +151,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | None]:
+def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | None]:
     """Read a drafter and check that it belongs to the target."""
     tensors = load_tensors(
         folder,
@@ -167,4 +171,5 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, ARHead | N
     with torch.device(target.device):
         module = make_module(config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head)
-    return model, ARHead(module.to(target.dtype).eval(), model, target)
+    kind = RecurrentHead if config.head_state_size else ARHead
+    return model, kind(module.to(target.dtype).eval(), model, target)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
-from treeflash_cuda.corrections import CORRECTIONS
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights
 from treeflash_cuda.linear import RowIndex, take
 from treeflash_cuda.output_stage import OutputStage
 
@@ -77,18 +77,6 @@ class Corrected:
         return None
 
 
-class SelectorWeights(nn.Module):
-    """The tensors of a selector, under their names in checkpoints."""
-
-    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
-        """Make them."""
-        super().__init__()
-        rank = config.head_rank
-        self.predecessor_codebook = nn.Parameter(torch.empty(vocab_size, rank))
-        self.successor_codebook = nn.Parameter(torch.empty(vocab_size, rank))
-        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
-
-
 class Selector:
     """DFlash2: U(b) + <A[a] * W u, B[b]> for the candidates b of a slot."""
 
@@ -108,27 +96,11 @@ class Selector:
         own = take(tokens, rows)
         keys = self.module.successor_codebook[own]
         terms = (keys.float() @ queries.float()[:, :, None])[..., 0]
-        return terms + take(logits, rows).gather(1, own).float()
+        return terms + take(logits.gather(1, tokens), rows).float()
 
     def confidence(self, normed: Tensor, previous: Tensor, rows: RowIndex) -> Tensor | None:
         """See `Scores.confidence`."""
         return None
-
-
-class MarkovWeights(nn.Module):
-    """The tensors of a Markov head and its confidence head, under their names in checkpoints."""
-
-    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
-        """Make them."""
-        super().__init__()
-        h, rank = config.hidden_size, config.head_rank
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Embedding(config.draft_vocab_size or vocab_size, rank)
-        if config.head == "gated":
-            self.gate_proj = nn.Linear(h + rank, rank)
-        if config.confidence_head:
-            width = h + rank if config.confidence_with_markov else h
-            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width, 1)})
 
 
 class Markov:
@@ -165,14 +137,6 @@ class Markov:
             x = torch.cat([x, self.module.markov_w1(previous)], -1)
         logits: Tensor = self.module.confidence_head["proj"](x)
         return logits[:, 0].float().sigmoid()
-
-
-def make_module(config: DrafterConfig, head_size: int, vocab_size: int) -> nn.Module:
-    """The weights of a drafter's head, to be loaded; `vocab_size` is the target's."""
-    if config.head in CORRECTIONS:
-        return CORRECTIONS[config.head](config, head_size)
-    weights = SelectorWeights if config.head == "selector" else MarkovWeights
-    return weights(config, vocab_size)
 
 
 def scores_of(module: Any, model: DrafterModel, output: OutputStage) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -21,14 +22,16 @@ from treeflash_mlx.cache import KeyValues, release_freed_memory
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.head import ARHead
+from treeflash_mlx.head_weights import make_module
 from treeflash_mlx.linear import split_pairs
 from treeflash_mlx.output_stage import OwnVocabulary
-from treeflash_mlx.scores import make_module
+from treeflash_mlx.recurrent import RecurrentHead
 from treeflash_mlx.state import State
 from treeflash_mlx.storage import columns_for
 from treeflash_mlx.target import Target
 from treeflash_mlx.verifier import Verifier
 
+Head: TypeAlias = ARHead | RecurrentHead
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
 
@@ -38,7 +41,7 @@ class MlxBackend:
 
     name = "mlx"
 
-    def __init__(self, target: Target, drafter: DrafterModel | None, head: ARHead | None) -> None:
+    def __init__(self, target: Target, drafter: DrafterModel | None, head: Head | None) -> None:
         """Hold a target, and a drafter for it."""
         self.target = target
         self.drafter_model = drafter
@@ -153,7 +156,7 @@ def choose_device(name: str | None) -> bool:
 
 def load_drafter(
     folder: Path, target: Target, bits: int | None
-) -> tuple[DrafterModel, ARHead | None]:
+) -> tuple[DrafterModel, Head | None]:
     """Read a drafter, check that it fits the target, and quantise it to `bits` if given."""
     if bits not in (None, *BITS):
         raise ConfigError(f"draft-bits must be one of {BITS}, got {bits}")
@@ -175,7 +178,8 @@ def load_drafter(
         return model, None
     module = make_module(config, tensors.head_size, target.vocab_size)
     _fill(module, split_pairs(module, tensors.head), target.dtype, bits)
-    return model, ARHead(module, model, target)
+    kind = RecurrentHead if config.head_state_size else ARHead
+    return model, kind(module, model, target)
 
 
 def read_file(path: Path) -> dict[str, mx.array]:

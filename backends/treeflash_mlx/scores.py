@@ -12,8 +12,8 @@ import mlx.core as mx
 from mlx import nn
 
 from treeflash.config import DrafterConfig
-from treeflash_mlx.corrections import CORRECTIONS
 from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.head_weights import MarkovWeights, SelectorWeights
 from treeflash_mlx.output_stage import OutputStage
 
 
@@ -84,18 +84,6 @@ class Corrected:
         return None
 
 
-class SelectorWeights(nn.Module):
-    """The tensors of a selector, under their names in checkpoints."""
-
-    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
-        """Make them."""
-        super().__init__()
-        rank = config.head_rank
-        self.predecessor_codebook = mx.zeros((vocab_size, rank))
-        self.successor_codebook = mx.zeros((vocab_size, rank))
-        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
-
-
 class Selector:
     """DFlash2: U(b) + <A[a] * W u, B[b]> for the candidates b of a slot."""
 
@@ -125,22 +113,6 @@ class Selector:
     def confidence(self, normed: mx.array, previous: mx.array, rows: mx.array) -> mx.array | None:
         """See `Scores.confidence`."""
         return None
-
-
-class MarkovWeights(nn.Module):
-    """The tensors of a Markov head and its confidence head, under their names in checkpoints."""
-
-    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
-        """Make them."""
-        super().__init__()
-        h, rank = config.hidden_size, config.head_rank
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Embedding(config.draft_vocab_size or vocab_size, rank)
-        if config.head == "gated":
-            self.gate_proj = nn.Linear(h + rank, rank)
-        if config.confidence_head:
-            width = h + rank if config.confidence_with_markov else h
-            self.confidence_head = {"proj": nn.Linear(width, 1)}
 
 
 class Markov:
@@ -183,14 +155,6 @@ class Markov:
             x = mx.concatenate([x, self.module.markov_w1(previous)], -1)
         logits = self.module.confidence_head["proj"](x)
         return mx.sigmoid(logits[:, 0].astype(mx.float32))
-
-
-def make_module(config: DrafterConfig, head_size: int, vocab_size: int) -> nn.Module:
-    """The weights of a drafter's head, to be loaded; `vocab_size` is the target's."""
-    if config.head in CORRECTIONS:
-        return CORRECTIONS[config.head](config, head_size)
-    weights = SelectorWeights if config.head == "selector" else MarkovWeights
-    return weights(config, vocab_size)
 
 
 def scores_of(module: Any, model: DrafterModel, output: OutputStage) -> Scores:

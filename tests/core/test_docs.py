@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from treeflash.hub.published import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md")]
@@ -82,3 +84,13 @@ def test_the_readme_counts_the_families_of_the_list():
     assert counts == [str(column.count("verified")) for column in zip(*rows, strict=True)]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"(\d+) model types of", readme) == counts
+
+
+def test_the_drafters_of_the_table_are_documented():
+    page = (ROOT / "docs" / "drafters.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("| ")]
+    names = [drafter.name for drafters in PUBLISHED_DRAFTERS.values() for drafter in drafters]
+    for name in names:
+        if name != BUNDLED_DRAFTER:
+            found = rf"(?:^|[ ,]){re.escape(name)}(?:,|$| \|)"
+            assert any(re.search(found, row) for row in rows), name

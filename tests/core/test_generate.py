@@ -189,6 +189,15 @@ def test_options_reach_the_decoder(use, run, scripted):
     assert "note: thinking is on" not in run("hi")[2]
 
 
+def test_the_system_message_of_a_drafters_training_is_pointed_out(use, run, scripted):
+    use(scripted(TEXT))
+    drafter = ("--drafter", "deepseek-ai/dspark_qwen3_4b_block7")
+    note = "note: the drafter was trained with the system message 'You are a helpful assistant.'"
+    assert note in run("hi", *drafter)[2]
+    assert note not in run("hi", *drafter, "--system", "Be.")[2]
+    assert note not in run("hi", *drafter, "--method", "ar")[2]
+
+
 def test_a_text_may_not_fit_the_encoding_of_stdout(use, scripted, monkeypatch):
     use(scripted(TEXT))
     raw = io.BytesIO()

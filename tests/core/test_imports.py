@@ -49,7 +49,7 @@ DRAFTERS = [
     {"folder", "rope"},
     {"backbone"},
     {"dflash"},
-    {"dflash2", "markov", "treeflash"},
+    {"dflash2", "domino", "markov", "treeflash"},
     {"deepspec", "specforge", "speculators"},
     {"formats"},
     {"loading"},

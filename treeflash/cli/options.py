@@ -72,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drafter",
         metavar="FOLDER_OR_ID",
-        help="a TreeFlash or DFlash drafter for the target (default: the published one)",
+        help="a drafter for the target, or auto for the published one (default: auto)",
     )
     group.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"

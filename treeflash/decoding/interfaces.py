@@ -163,12 +163,13 @@ class Drafter(Protocol):
 
 
 class ARHead(Protocol):
-    """The conditional head: it conditions a block on previous tokens. It has no state.
+    """The conditional head: it conditions a block on previous tokens, and keeps no state.
 
-    A drafter's format decides which it is: TreeFlash's, the selector of DFlash2, or a Markov head
-    of DSpark. Its log probabilities are those of the whole vocabulary. A head that scores a few
-    candidates of a depth (a selector) gives the others nothing; its rows keep the probability that
-    the depth's marginal gives to the candidates, so that paths of all rows can be compared.
+    A drafter's format decides which it is: TreeFlash's, the selector of DFlash2, a Markov head of
+    DSpark, or a recurrent one (DSpark's `rnn`, Domino). Its log probabilities are those of the
+    whole vocabulary. A head that scores a few candidates of a depth (a selector) gives the others
+    nothing; its rows keep the probability that the depth's marginal gives to the candidates, so
+    that paths of all rows can be compared.
     """
 
     def transitions(
@@ -186,6 +187,10 @@ class ARHead(Protocol):
         The previous tokens of depth d >= 2 are the `m` of highest marginal logit at depth d - 1,
         best first; depth 1 has the root alone (TreeFlash, section 3).
 
+        A recurrent head depends on all tokens before: a row of its table stands for one path. It
+        expands the root, and at each further depth the `m` most probable paths so far, the chain of
+        the best child after each token first.
+
         Args:
             blocks: from one call of `Drafter.draft`.
             m: previous-token candidates; the whole vocabulary if that is smaller.
@@ -198,11 +203,14 @@ class ARHead(Protocol):
             rows: score the children of only that many previous tokens of each text, those of the
                 highest marginal log probability over all depths; the root's are always scored. A
                 token is drafted about as often as its marginal says, so a tree of n nodes has
-                little use for many more rows than n. None is the published head: all.
+                little use for many more rows than n. None is the published head: all. A recurrent
+                head expands at most so many paths at each depth.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log probabilities of all tokens after one given previous token at each depth.
+
+        A recurrent head takes them for one path.
 
         In nats and at temperature 1; for tests and analysis, not for decoding.
 

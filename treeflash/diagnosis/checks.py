@@ -23,7 +23,7 @@ from treeflash.diagnosis.scores import (
     measure,
 )
 from treeflash.drafters.folder import read_config, weight_files
-from treeflash.drafters.formats import unknown_keys, with_settings
+from treeflash.drafters.formats import SPECULATORS, format_of, unknown_keys, with_settings
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message
@@ -70,6 +70,7 @@ def diagnose(
     *,
     prompting: Prompting,
     max_tokens: int = 64,
+    target_config: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
     """Run all checks on a pair. This loads the pair about ten times, one after the other.
 
@@ -80,6 +81,7 @@ def diagnose(
         prompts: conversations; the drafter is scored on the target's greedy answers to them.
         prompting: how they are given to the target.
         max_tokens: maximum length of an answer.
+        target_config: of the target; None if it is not known.
 
     Raises:
         PromptError: a prompt cannot be decoded, or the answers are too short.
@@ -110,7 +112,8 @@ def diagnose(
                 for depth, shifted in rows.items()
             },
             least=SAME_TEXTS,
-            advice="row i must predict depth i, with the root in row 0: fix training or export",
+            advice="row i must predict depth i, with the root in row 0 (speculators: "
+            "sample_from_anchor says whether the root's row predicts): fix training or export",
         ),
         Trial(
             check="prompting",
@@ -134,20 +137,63 @@ def diagnose(
             advice="set it in the drafter's config.json",
         ),
     ]
+    own = read_config(folder)
+    if any(config.sliding_windows):
+        causal = next(
+            c for c, w in zip(config.causal, config.sliding_windows, strict=True) if w is not None
+        )
+        trials.append(
+            Trial(
+                check="causal block",
+                gains={f"is_causal {not causal}": change(is_causal=not causal)},
+                least=SAME_TEXTS,
+                advice="whether sliding layers are causal inside a block; set it in the drafter's "
+                "config.json (speculators: sliding_window_non_causal, the opposite)",
+            )
+        )
+    if str((target_config or {}).get("model_type")).startswith("gemma") and (
+        format_of(own) is not SPECULATORS
+    ):
+        scale = 1.0 if config.input_scale != 1 else config.hidden_size**0.5
+        trials.append(
+            Trial(
+                check="embedding scale",
+                gains={f"input_embedding_scale {scale:g}": change(input_embedding_scale=scale)},
+                least=SAME_TEXTS,
+                advice="drafters of scaled embeddings are published both ways; set it in the "
+                "drafter's config.json",
+            )
+        )
     return Diagnosis(
         marginal=by_depth(scores.marginal.hits),
         corrected=by_depth(scores.corrected.hits) if scores.corrected else None,
-        findings=[check_depths(scores), *judge(trials), *check_keys(folder)],
+        findings=[
+            check_depths(scores),
+            *judge(trials),
+            *check_keys(own),
+            *check_precision(target_config or {}),
+        ],
     )
 
 
-def check_keys(folder: Path) -> list[Finding]:
+def check_keys(config: Mapping[str, Any]) -> list[Finding]:
     """Lists the keys of a drafter's configuration that were ignored; nothing if there are none."""
-    ignored = unknown_keys(read_config(folder))
+    ignored = unknown_keys(config)
     if not ignored:
         return []
     message = f"config.json has keys that are not known and were ignored: {', '.join(ignored)}"
     return [Finding(check="config keys", ok=True, message=message)]
+
+
+def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
+    """Says that a target is quantised, as published drafters read features of one that is not."""
+    if not any(target_config.get(key) for key in ("quantization", "quantization_config")):
+        return []
+    message = (
+        "the target is quantised; a drafter that was trained on its source precision may be "
+        "accepted less often, which only a run with that target shows"
+    )
+    return [Finding(check="precision", ok=True, message=message)]
 
 
 def check_depths(scores: DrafterScores) -> Finding:

@@ -13,6 +13,7 @@ from treeflash.drafters import (
     deepspec,
     dflash,
     dflash2,
+    domino,
     markov,
     specforge,
     speculators,
@@ -23,7 +24,6 @@ from treeflash.errors import CheckpointError
 
 REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
-    "DominoDraftModel": "SpecForge's Domino",
     "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
     "Lfm2DSparkDraftModel": "DSpark for LFM2",
@@ -58,6 +58,7 @@ DEEPSPEC = Format(name="DeepSpec", parse=deepspec.parse_config, keys=dflash.KEYS
 SPECFORGE = Format(
     name="SpecForge DSpark", parse=specforge.parse_config, keys=dflash.KEYS | specforge.KEYS
 )
+DOMINO = Format(name="SpecForge Domino", parse=domino.parse_config, keys=dflash.KEYS | domino.KEYS)
 SPECULATORS = Format(name="speculators", parse=speculators.parse_config, keys=speculators.KEYS)
 
 
@@ -75,8 +76,10 @@ def format_of(config: Mapping[str, Any]) -> Format:
     if any(key.startswith("dspark_") for key in config):
         raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
     projector = dflash.setting(config, "projector_type")
-    if projector not in (None, "dflash", "dspark"):
+    if projector not in (None, "dflash", "dspark", "domino"):
         raise ValueError(f"projector_type = {projector!r} is not supported")
+    if projector == "domino" or architecture == "DominoDraftModel":
+        return DOMINO
     if projector == "dspark" or architecture == "DSparkDraftModel":
         return SPECFORGE
     if architecture == "Qwen3DSparkModel":
@@ -126,7 +129,13 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with another `mask_token_id` or `target_layer_ids`, in its own format."""
+    """A configuration with other settings, in its own format.
+
+    Args:
+        config: of a drafter.
+        settings: any of `mask_token_id`, `target_layer_ids`, `is_causal` (of sliding layers) and
+            `input_embedding_scale`, which speculators lacks.
+    """
     changed = dict(config)
     if format_of(config) is not SPECULATORS:
         changed["dflash_config"] = {**(config.get("dflash_config") or {}), **settings}
@@ -134,6 +143,8 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     given = dict(settings)
     if layer_ids := given.pop("target_layer_ids", None):
         given["aux_hidden_state_layer_ids"] = [i + 1 for i in layer_ids]
+    if "is_causal" in given:
+        given["sliding_window_non_causal"] = not given.pop("is_causal")
     return changed | given
 
 
@@ -152,6 +163,8 @@ def drafter_shapes(
         head = dflash2.head_shapes(config.hidden_size, rows, config.head_rank)
     elif config.head in markov.HEADS:
         head = markov.head_shapes(config, rows)
+    elif config.head == "domino":
+        head = domino.head_shapes(config, rows)
     else:
         head = treeflash.head_shapes(config.head, config.hidden_size, head_size)
     shapes = backbone.backbone_shapes(config) | head

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from treeflash.config import DrafterConfig
-from treeflash.drafters import dflash2, markov
+from treeflash.drafters import dflash2, domino, markov
 from treeflash.drafters.folder import stored_shapes, weight_files
 from treeflash.drafters.formats import (
     canonical_name,
@@ -22,7 +22,7 @@ from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
 HEAD_PREFIXES = (HEAD_PREFIX, dflash2.HEAD_PREFIX, markov.HEAD_PREFIX)
-"""Of the tensors of heads; a confidence head keeps its own."""
+"""Of the tensors of heads, which are read without them."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 
 
@@ -108,7 +108,7 @@ def load_tensors(
         for stored, tensor in read(path).items():
             name = canonical_name(stored)
             prefix = next((p for p in HEAD_PREFIXES if name.startswith(p)), "")
-            if prefix or name.startswith(markov.CONFIDENCE_PREFIX):
+            if prefix or name.startswith((markov.CONFIDENCE_PREFIX, *domino.PREFIXES)):
                 parts["head"][name.removeprefix(prefix)] = tensor
             elif name in VOCABULARY:
                 parts["vocabulary"][name] = tensor

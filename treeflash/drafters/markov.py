@@ -1,4 +1,7 @@
-"""Markov heads (DSpark): a bias on a slot's logits that depends on the token before it."""
+"""Markov heads (DSpark): a bias on a slot's logits that depends on the token before it.
+
+That of the head `rnn` depends on all tokens of the block before it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from treeflash.drafters.dflash import setting
 
 HEAD_PREFIX = "markov_head."
 CONFIDENCE_PREFIX = "confidence_head."
-HEADS = ("vanilla", "gated")
+HEADS = ("vanilla", "gated", "rnn")
 KEYS = frozenset(
     [
         "confidence_head_alpha",
@@ -41,6 +44,7 @@ def head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "head": head,
         "head_rank": rank,
+        "head_state_size": rank if head == "rnn" else 0,
         "confidence_head": confidence,
         "confidence_with_markov": given["confidence_head_with_markov"] is not False,
     }
@@ -55,6 +59,8 @@ def head_shapes(config: DrafterConfig, vocab_size: int) -> dict[str, tuple[int, 
     }
     if config.head == "gated":
         shapes |= {"gate_proj.weight": (r, h + r), "gate_proj.bias": (r,)}
+    if config.head == "rnn":
+        shapes |= {"joint_proj.weight": (3 * r, 2 * r + h), "joint_proj.bias": (3 * r,)}
     shapes = {HEAD_PREFIX + name: shape for name, shape in shapes.items()}
     if config.confidence_head:
         width = h + r if config.confidence_with_markov else h

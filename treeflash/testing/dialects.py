@@ -51,6 +51,23 @@ def _specforge(config: Config, tensors: Tensors, rng: np.random.Generator) -> No
     config["dflash_config"] |= {"projector_type": "dspark", "attention_mode": "gqa", **head}
 
 
+def _domino(config: Config, tensors: Tensors, rng: np.random.Generator) -> None:
+    """Fill-in slots, and a first depth that the head leaves alone."""
+    h, states = config["hidden_size"], 6
+    config["architectures"] = ["DominoDraftModel"]
+    config["dflash_config"] |= {
+        "projector_type": "domino",
+        "emb_dim": RANK,
+        "gru_hidden_dim": states,
+        "pure_draft_prefix_len": 1,
+        "shift_label": False,
+    }
+    tensors["prefix_gru.weight_ih_l0"] = normal(rng, 3 * states, h, scale=0.5)
+    tensors["prefix_gru.weight_hh_l0"] = normal(rng, 3 * states, states, scale=0.7)
+    tensors["embed_proj.0.weight"] = normal(rng, RANK, h + states, scale=0.5)
+    tensors["embed_proj.2.weight"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
+
+
 def _speculators(
     kind: str, head: str | None, *, reduced: bool
 ) -> Callable[[Config, Tensors, np.random.Generator], None]:
@@ -91,8 +108,10 @@ DIALECTS: dict[str, Callable[[Config, Tensors, np.random.Generator], None]] = {
     "dflash2": _dflash2,
     "deepspec": _deepspec("vanilla"),
     "deepspec-gated": _deepspec("gated"),
+    "deepspec-rnn": _deepspec("rnn"),
     "deepspec-dflash": _deepspec(None),
     "specforge": _specforge,
+    "specforge-domino": _domino,
     "speculators-dflash": _speculators("dflash", None, reduced=True),
     "speculators-dflash2": _speculators("dflash2", None, reduced=False),
     "speculators-dspark": _speculators("dspark", "gated", reduced=True),
@@ -145,6 +164,9 @@ def _markov(
     if head == "gated":
         tensors["markov_head.gate_proj.weight"] = normal(rng, RANK, h + RANK)
         tensors["markov_head.gate_proj.bias"] = normal(rng, RANK)
+    if head == "rnn":
+        tensors["markov_head.joint_proj.weight"] = normal(rng, 3 * RANK, 2 * RANK + h, scale=0.5)
+        tensors["markov_head.joint_proj.bias"] = normal(rng, 3 * RANK)
     tensors["confidence_head.proj.weight"] = normal(rng, 1, h + RANK)
     tensors["confidence_head.proj.bias"] = normal(rng, 1)
     return {"markov_rank": RANK, "markov_head_type": head, "enable_confidence_head": True}

@@ -11,8 +11,9 @@ import pytest
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding.interfaces import Loader
 from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import build_chain, build_tree
 from treeflash.errors import UnsupportedModelError
-from treeflash.testing.comparisons import assert_close, assert_equal_tables
+from treeflash.testing.comparisons import TOLERANCE, assert_close, assert_equal_tables, paths
 from treeflash.testing.dialects import DIALECTS, write_dialect
 from treeflash.testing.generations import DRAFTING, check_generation
 from treeflash.testing.models import write_target
@@ -85,6 +86,27 @@ class DrafterTests:
                 found[-1].append(backend.head.log_probs(block, previous))
         for actual, expected in zip(*found, strict=True):
             assert_close(actual, expected)
+
+    def test_tables_of_a_dialect_are_its_log_probs(self, pair: PairMaker, dialect: str) -> None:
+        """Each child's, after the tokens of its own path."""
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter_config is not None
+        if backend.head is None:
+            return
+        prompt = random_tokens(np.random.default_rng(3), backend.vocab_size, 5)
+        block, root = draft(backend, prompt)
+        (table,) = backend.head.transitions([block], 8, 4, 1.0)
+        depths, chain = backend.drafter_config.depths, build_chain(table, root, 24)
+        for tree in (build_tree(table, root, 24), chain):
+            for node, path in enumerate(paths(tree)[1:], 1):
+                before = np.resize(np.array(path[:-1], np.int32), depths)
+                row = backend.head.log_probs(block, before)[len(path) - 2]
+                step = tree.log_probs[node] - tree.log_probs[tree.parents[node]]
+                assert step == pytest.approx(row[path[-1]], abs=TOLERANCE)
+        if backend.drafter_config.head_state_size:  # else a row may be missing
+            assert len(chain) == depths + 1
+            (narrow,) = backend.head.transitions([block], 1, 1, 1.0)
+            assert build_chain(narrow, root, 24).tokens.tolist() == chain.tokens.tolist()
 
     @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "seeded"])
     def test_generations_with_a_dialect_match_reference(

@@ -28,8 +28,8 @@ class Options(TypedDict, total=False):
     - `system`: a system message to put before the prompt;
     - `raw`: send a text as it is, without the chat template;
     - `template_args`: extra variables for the chat template. If it has the variable
-      `enable_thinking`, that is False by default, because the published drafters were trained
-      with thinking off.
+      `enable_thinking`, that is by default as in the drafter's training: False for all but few
+      (`treeflash/hub/published.py`).
     """
 
     method: Method

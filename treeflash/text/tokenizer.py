@@ -20,9 +20,13 @@ PRIVATE = "\ue000"  # a private-use character, which no template contains
 class Tokenizer:
     """A model folder's tokenizer, chat template and end tokens."""
 
-    def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_token_ids: frozenset[int], *, thinking: bool = False
+    ) -> None:
         """Wrap a transformers tokenizer; `from_folder` is the usual way to get one."""
         self._tokenizer = tokenizer
+        self.thinking = thinking
+        """Whether thinking is on in a conversation that does not say."""
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.stop_token_ids = stop_token_ids
@@ -35,8 +39,12 @@ class Tokenizer:
         """Ids of the byte-fallback tokens ``<0x00>`` to ``<0xFF>``, if the tokenizer has any."""
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:
         """Load the tokenizer of a local model folder; no code from the folder is run.
+
+        Args:
+            path: The folder.
+            thinking: Whether thinking is on in a conversation that does not say.
 
         Raises:
             CheckpointError: The folder has no tokenizer, or a damaged one.
@@ -59,7 +67,8 @@ class Tokenizer:
                 f"{folder} has no usable tokenizer ({_reason(error)}); "
                 "it needs a valid tokenizer.json or tokenizer.model"
             ) from error
-        return cls(tokenizer, stop_token_ids | ({tokenizer.eos_token_id} - {None}))
+        stop_token_ids |= {tokenizer.eos_token_id} - {None}
+        return cls(tokenizer, stop_token_ids, thinking=thinking)
 
     @property
     def size(self) -> int:
@@ -122,15 +131,15 @@ class Tokenizer:
 
         Args:
             messages: Each with ``role`` and ``content``.
-            template_args: Extra variables for the chat template. ``enable_thinking`` is False
-                by default, because the published drafters were trained with thinking off.
+            template_args: Extra variables for the chat template. ``enable_thinking`` is
+                ``thinking`` by default.
 
         Raises:
             PromptError: There is no chat template, or it rejects the conversation.
         """
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template; pass --raw to send plain text")
-        variables = {"enable_thinking": False} if self.knows_thinking else {}
+        variables = {"enable_thinking": self.thinking} if self.knows_thinking else {}
         own = inspect.signature(self._tokenizer.apply_chat_template).parameters
         settings = own.keys() - {"tools", "documents"}  # these two reach the template
         if taken := sorted(settings & (template_args or {}).keys()):

@@ -76,6 +76,22 @@ def test_confidences_stay_with_their_rows() -> None:
     assert cut.confidences.tolist() == [[0.75, 1]]
 
 
+def test_rows_that_follow_paths() -> None:
+    """The same token after 4 and after 7 has rows of its own."""
+    tokens = [np.array(x, np.int32) for x in ([[4, 7]], [[1, 2], [1, 3]], [[5, 6], [6, 5]])]
+    log_probs = [np.full(x.shape, -1, np.float32) for x in tokens]
+    kept = [np.array([0, 1]), np.array([2, 0]), np.array([0])]
+    confidences = [np.array(x, np.float32) for x in ([0.5], [0.25, 0.125], [0, 1])]
+    table = TransitionTable.from_paths(tokens, log_probs, kept, confidences)
+    assert table.next_row[0].tolist() == [[0, 1], [-1, -1]]
+    assert table.next_row[1].tolist() == [[1, -1], [0, -1]]
+    assert (table.next_row[2] == -1).all()
+    assert table.log_probs[0].tolist() == [[-1, -1], [-np.inf, -np.inf]]
+    assert table.tokens[2].tolist() == [[5, 6], [6, 5]]
+    assert table.confidences is not None
+    assert table.confidences.tolist() == [[0.5, 1], [0.25, 0.125], [0, 1]]
+
+
 def test_a_block_of_two_has_the_roots_row_alone() -> None:
     nothing = np.zeros(0, np.int32)
     table = TransitionTable.from_rows(

@@ -11,12 +11,19 @@ import pytest
 
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension
-from treeflash.diagnosis.checks import check_keys, diagnose, mask_candidates, write_changed
+from treeflash.diagnosis.checks import (
+    check_keys,
+    check_precision,
+    diagnose,
+    mask_candidates,
+    write_changed,
+)
 from treeflash.diagnosis.finding import Trial, judge
 from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
-from treeflash.drafters.folder import read_tensors
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, NumericalError, PromptError
+from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.chat import Prompting
@@ -69,6 +76,8 @@ class MadeUp:
     folder: Path
     layers: tuple[int, ...] = (1, 2)
     mask: int = 2
+    causal: bool | None = None
+    scale: float | None = None
     prompts: tuple[list[int], ...] | None = None
     late: int = 0  # depths that each row is late by
     depths: int = DEPTHS
@@ -114,6 +123,8 @@ class MadeUp:
         fits = (
             self.drafter_config.target_layer_ids == self.layers
             and self.drafter_config.mask_token_id == self.mask
+            and self.causal in (None, self.drafter_config.causal[0])
+            and self.scale in (None, self.drafter_config.input_scale)
             and (self.prompts is None or self.prompt in self.prompts)
         )
         return rows_at(block - self.late, self.depths, 0.7 if fits else 0.2)
@@ -132,7 +143,7 @@ def folder(tmp_path_factory):
 def problems(folder, byte_tokenizer):
     """The problems of a made-up pair, by check."""
 
-    def problems(prompting=Prompting(), **made_for):  # noqa: B008
+    def problems(prompting=Prompting(), folder=folder, target=None, **made_for):  # noqa: B008
         diagnosis = diagnose(
             lambda folder: MadeUp(folder, **made_for),
             folder,
@@ -140,6 +151,7 @@ def problems(folder, byte_tokenizer):
             PROMPTS,
             prompting=prompting,
             max_tokens=20,
+            target_config=target,
         )
         found = {f.check: f.message for f in diagnosis.findings if not f.ok}
         assert diagnosis.ok == (not found)
@@ -161,6 +173,39 @@ def test_layers_off_by_one(problems):
 
 def test_layers_that_the_target_lacks_are_not_tried(problems):
     assert problems(layers=(2, 3)) == {}
+
+
+@pytest.fixture
+def sliding(folder, tmp_path):
+    """The folder of a drafter whose first layer has a window."""
+    write_changed(folder, tmp_path, {})
+    layers = ["sliding_attention", "full_attention"]
+    edit_config(tmp_path, lambda c: c.update(layer_types=layers, sliding_window=4))
+    return tmp_path
+
+
+def test_causal_block(problems, sliding):
+    assert problems(folder=sliding, causal=True) == {}
+    found = problems(folder=sliding, causal=False)
+    assert found.keys() == {"causal block"}
+    assert found["causal block"].startswith("is_causal False: the target's tokens are 3.")
+
+
+def test_embedding_scale(problems):
+    """It is in doubt for targets that scale their embeddings."""
+    gemma = {"model_type": "gemma4_text"}
+    assert problems(scale=1.0, target=gemma) == {}
+    found = problems(scale=32**0.5, target=gemma)
+    assert found.keys() == {"embedding scale"}
+    assert found["embedding scale"].startswith("input_embedding_scale 5.65685: the target's")
+    assert problems(scale=32**0.5, target={"model_type": "qwen3"}) == {}
+
+
+def test_a_quantised_target_is_pointed_out():
+    (finding,) = check_precision({"quantization": {"bits": 4}})
+    assert finding.ok
+    assert "the target is quantised" in finding.message
+    assert check_precision({"quantization_config": None}) == []
 
 
 def test_mask_token(problems):
@@ -188,6 +233,11 @@ def test_block_offset(problems, late, depth):
             Prompting(thinking=True),
             Prompting(),
             "with the chat template, thinking off: the target's",
+        ),
+        (
+            Prompting(),
+            Prompting(system=DEEPSPEC_SYSTEM),
+            "with the chat template, thinking off, the system message 'You are a helpful assist",
         ),
         (Prompting(), Prompting(raw=True), "without the chat template: the target's"),
         (Prompting(raw=True), Prompting(), "with the chat template, thinking off: the target's"),
@@ -326,9 +376,9 @@ def test_changed_settings_of_speculators_are_written_in_their_format(tmp_path):
 def test_keys_that_are_ignored_are_listed(tmp_path):
     write_target(tmp_path / "target", "qwen3", seed=0)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=1)
-    assert check_keys(tmp_path / "drafter") == []
+    assert check_keys(read_config(tmp_path / "drafter")) == []
     edit_config(tmp_path / "drafter", lambda c: c.update(mrope_section=[1, 2]))
     edit_config(tmp_path / "drafter", lambda c: c["dflash_config"].update(novelty=1))
-    (finding,) = check_keys(tmp_path / "drafter")
+    (finding,) = check_keys(read_config(tmp_path / "drafter"))
     assert finding.ok
     assert finding.message.endswith("were ignored: dflash_config.novelty, mrope_section")

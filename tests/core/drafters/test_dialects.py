@@ -24,8 +24,10 @@ MEANINGS = {
     "dflash2": ("DFlash2", "selector", 1, (0, 2)),
     "deepspec": ("DeepSpec", "vanilla", 0, (-1, 2)),
     "deepspec-gated": ("DeepSpec", "gated", 0, (-1, 2)),
+    "deepspec-rnn": ("DeepSpec", "rnn", 0, (-1, 2)),
     "deepspec-dflash": ("DeepSpec", None, 0, (-1, 2)),
     "specforge": ("SpecForge DSpark", "vanilla", 0, (0, 2)),
+    "specforge-domino": ("SpecForge Domino", "domino", 1, (0, 2)),
     "speculators-dflash": ("speculators", None, 1, (0, 2)),
     "speculators-dflash2": ("speculators", "selector", 1, (0, 2)),
     "speculators-dspark": ("speculators", "gated", 0, (0, 2)),
@@ -64,7 +66,8 @@ def test_meaning(write: Callable[[str], Path], dialect: str) -> None:
     assert config.first_slot == first_slot
     assert config.depths == 6 - first_slot
     assert config.target_layer_ids == layers
-    assert config.confidence_head == (head in ("vanilla", "gated"))
+    assert config.confidence_head == (head in ("vanilla", "gated", "rnn"))
+    assert (config.head_state_size > 0) == (head in ("rnn", "domino"))
     assert unknown_keys(read_config(folder)) == []
     load_tensors(folder, read_file, **TARGET)
 
@@ -167,7 +170,7 @@ class TestSlotsOfSpeculators:
         ("speculators-dflash", {"aux_hidden_state_layer_ids": None}, "lacks 'aux_hidden_state"),
         ("speculators-dflash", {"target_hidden_size": 64}, "target_hidden_size unlike"),
         ("speculators-dflash2", {"draft_vocab_size": 16}, "DFlash2 with a vocabulary of its own"),
-        ("deepspec", {"markov_head_type": "rnn"}, "Markov head 'rnn' is not supported"),
+        ("deepspec", {"markov_head_type": "lstm"}, "Markov head 'lstm' is not supported"),
         ("deepspec", {"markov_rank": 0}, "a confidence head without a Markov head"),
         ("deepspec", {"target_layer_ids": ...}, "lacks 'target_layer_ids'"),
         ("deepspec", {"draft_vocab_size": 16}, "draft_vocab_size = 16 is not supported"),
@@ -185,6 +188,26 @@ def test_a_selector_has_whole_groups(write: Callable[[str], Path]) -> None:
     folder = write("dflash2")
     edit_config(folder, lambda c: c["dflash_config"].update(conv_group_size=5))
     with pytest.raises(CheckpointError, match="hidden_size 32 is not a multiple of"):
+        drafter_config(folder)
+
+
+@pytest.mark.parametrize(("shift", "prefix", "first_slot"), [(True, 0, 0), (False, 2, 1)])
+def test_slots_of_domino(
+    write: Callable[[str], Path], shift: bool, prefix: int, first_slot: int
+) -> None:
+    folder = write("specforge-domino")
+    settings = {"shift_label": shift, "pure_draft_prefix_len": prefix}
+    edit_config(folder, lambda c: c["dflash_config"].update(settings))
+    config = drafter_config(folder)
+    assert config.first_slot == first_slot
+    assert config.head_from_depth == 1 + prefix
+
+
+@pytest.mark.parametrize("key", ["emb_dim", "gru_hidden_dim"])
+def test_domino_needs_its_sizes(write: Callable[[str], Path], key: str) -> None:
+    folder = write("specforge-domino")
+    edit_config(folder, lambda c: c["dflash_config"].pop(key))
+    with pytest.raises(CheckpointError, match=f"lacks '{key}'"):
         drafter_config(folder)
 
 

@@ -203,8 +203,8 @@ class TestBadConfigs:
             (lambda c: c.update(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
             (lambda c: c.update(markov_rank=256), "markov_rank = 256 is not supported"),
             (
-                lambda c: c["dflash_config"].update(projector_type="domino"),
-                "projector_type = 'domino' is not supported",
+                lambda c: c["dflash_config"].update(projector_type="hydra"),
+                "projector_type = 'hydra' is not supported",
             ),
             (
                 lambda c: c.update(architectures=["K3DSparkModel"]),

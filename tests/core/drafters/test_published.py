@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("*/expected.json") if p.parent.name
 TOLERANCE = 1e-4
 BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
 """And the package that each needs."""
+Given: TypeAlias = tuple[NDArray[np.int32], int, list[float]]
 pytestmark = pytest.mark.skipif(
     "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
     reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
@@ -41,7 +43,6 @@ class Published:
         load = loader(backend)
         self.backend = load(ROOT / "target", folder, LoadConfig(device="cpu", dtype="float32"))
         self.blocks = self.expected.get("texts") or self.expected.get("blocks")
-        self.first_slot = self.backend.drafter_config.first_slot
 
     def block(self, case: dict[str, Any]) -> Any:
         """The block after a context that the published code drafted after too."""
@@ -77,16 +78,27 @@ def test_marginals(published: Published) -> None:
         np.testing.assert_allclose(actual[kept].reshape(expected.shape), expected, atol=TOLERANCE)
 
 
-def given_rows(case: dict[str, Any], first_slot: int) -> list[tuple[int, int, Any]]:
-    """Depth, previous token and logits after it."""
-    rows = [(c["depth"], c["previous"], c["logits"]) for c in case.get("conditional", ())]
-    for step in case.get("steps", ()):
-        rows.append((step["slot"] + 1 - first_slot, step["previous"], step["logits"]))
+def given_rows(case: dict[str, Any], first_slot: int, depths: int) -> Iterator[Given]:
+    """Tokens before each depth, a depth, and the published logits after them."""
+
+    def path(previous: list[int], logits: list[list[float]], first: int) -> Iterator[Given]:
+        for i, row in enumerate(logits):
+            yield np.resize(np.array(previous, np.int32), depths), first + i, row
+
+    for given in case.get("conditional", ()):
+        yield np.full(depths, given["previous"], np.int32), given["depth"], given["logits"]
+    if case.get("draft_logits"):
+        yield from path([case["root"], *case["draft"][:-1]], case["draft_logits"], 1)
+    if steps := case.get("steps"):
+        logits = [step["logits"] for step in steps]
+        first = steps[0]["slot"] + 1 - first_slot
+        yield from path([step["previous"] for step in steps], logits, first)
     for given in case.get("given", ()):
         first = given["first_slot"] + 1 - first_slot
-        pairs = zip(given["previous"], given["logits"], strict=True)
-        rows += [(first + i, *pair) for i, pair in enumerate(pairs)]
-    return rows
+        yield from path(given["previous"], given["logits"], first)
+    for given in case.get("paths", ()):
+        rows = given["logits"][-depths:]
+        yield from path(given["previous"][-depths:], rows, 1)
 
 
 def test_conditional_scores(published: Published) -> None:
@@ -96,8 +108,8 @@ def test_conditional_scores(published: Published) -> None:
     compared = 0
     for case in published.blocks:
         block = published.block(case)
-        for depth, previous, logits in given_rows(case, published.first_slot):
-            actual = head.log_probs(block, np.full(config.depths, previous, np.int32))[depth - 1]
+        for previous, depth, logits in given_rows(case, config.first_slot, config.depths):
+            actual = head.log_probs(block, previous)[depth - 1]
             expected = log_softmax(np.array(logits))
             np.testing.assert_allclose(actual[np.isfinite(actual)], expected, atol=TOLERANCE)
             compared += 1
@@ -123,6 +135,12 @@ def test_greedy_drafts(published: Published) -> None:
             (table,) = backend.head.transitions([block], 16, 4, 1.0)
         chain = build_chain(table, case["root"], 100)
         assert chain.tokens[1:].tolist() == case["draft"]
+        steps = [step.get("confidence_logit") for step in case.get("steps", ())]
+        confidences = case.get("draft_confidence_logits") or steps
+        if confidences and confidences[0] is not None:
+            expected = 1 / (1 + np.exp(-np.array(confidences)))
+            assert chain.confidences is not None
+            np.testing.assert_allclose(chain.confidences[1:], expected, atol=TOLERANCE)
 
 
 def test_accepted_lengths_of_the_published_loop(published: Published) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
 import zipfile
@@ -13,6 +14,12 @@ import pytest
 
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models
+from treeflash.hub.published import (
+    BUNDLED_DRAFTER,
+    DEEPSPEC_SYSTEM,
+    PUBLISHED_DRAFTERS,
+    PublishedDrafter,
+)
 
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -270,6 +277,29 @@ def test_hub_download_takes_neither_pickles_nor_code(
 )
 def test_published_drafters(target: str, drafter: str | None):
     assert models.published_drafter(target) == drafter
+
+
+def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(models, "_resolve", lambda name: tmp_path / name)
+    for drafter in ("auto", None):
+        folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
+        assert folder == tmp_path / "deepseek-ai/dspark_qwen3_14b_block7"
+        assert models.training_of(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
+
+
+@pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
+def test_an_unknown_drafter_was_trained_as_most_are(name: str):
+    assert models.training_of(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
+    assert not models.training_of(name, None).thinking
+
+
+def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
+    names = [drafter.name for drafters in PUBLISHED_DRAFTERS.values() for drafter in drafters]
+    ids = [name for name in names if name != BUNDLED_DRAFTER]
+    assert all(re.fullmatch(r"[\w-]+/[\w.-]+", name) for name in ids)
+    for drafters in PUBLISHED_DRAFTERS.values():
+        assert len({drafter.name for drafter in drafters}) == len(drafters)
+    assert all(target == target.lower() for target in PUBLISHED_DRAFTERS)
 
 
 @pytest.mark.parametrize("target", [None, models.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])

@@ -1,0 +1,76 @@
+"""The weights of conditional heads, under their names in checkpoints."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx import nn
+
+from treeflash.config import DrafterConfig
+from treeflash_mlx.corrections import CORRECTIONS
+
+
+class SelectorWeights(nn.Module):
+    """The tensors of a selector, under their names in checkpoints."""
+
+    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
+        """Make them."""
+        super().__init__()
+        rank = config.head_rank
+        self.predecessor_codebook = mx.zeros((vocab_size, rank))
+        self.successor_codebook = mx.zeros((vocab_size, rank))
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+
+
+class MarkovWeights(nn.Module):
+    """The tensors of a Markov head and its confidence head, under their names in checkpoints."""
+
+    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
+        """Make them."""
+        super().__init__()
+        h, rank = config.hidden_size, config.head_rank
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Embedding(config.draft_vocab_size or vocab_size, rank)
+        if config.head == "gated":
+            self.gate_proj = nn.Linear(h + rank, rank)
+        if config.head == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + h, 3 * rank)
+        if config.confidence_head:
+            width = h + rank if config.confidence_with_markov else h
+            self.confidence_head = {"proj": nn.Linear(width, 1)}
+
+
+class GRU(nn.Module):
+    """The tensors of a GRU without biases, under PyTorch's names."""
+
+    def __init__(self, size: int, state_size: int) -> None:
+        """Make them."""
+        super().__init__()
+        self.weight_ih_l0 = mx.zeros((3 * state_size, size))
+        self.weight_hh_l0 = mx.zeros((3 * state_size, state_size))
+
+
+class DominoWeights(nn.Module):
+    """The tensors of a Domino head, under their names in checkpoints."""
+
+    def __init__(self, config: DrafterConfig, vocab_size: int) -> None:
+        """Make them."""
+        super().__init__()
+        h, rank, g = config.hidden_size, config.head_rank, config.head_state_size
+        self.prefix_gru = GRU(h, g)
+        # The last one is no linear layer here: its rows are taken for some tokens alone.
+        self.embed_proj = [
+            nn.Linear(h + g, rank, bias=False),
+            nn.SiLU(),
+            nn.Embedding(vocab_size, rank),
+        ]
+
+
+def make_module(config: DrafterConfig, head_size: int, vocab_size: int) -> nn.Module:
+    """The weights of a drafter's head, to be loaded; `vocab_size` is the target's."""
+    if config.head in CORRECTIONS:
+        return CORRECTIONS[config.head](config, head_size)
+    if config.head == "selector":
+        return SelectorWeights(config, vocab_size)
+    if config.head == "domino":
+        return DominoWeights(config, vocab_size)
+    return MarkovWeights(config, vocab_size)
