@@ -13,7 +13,7 @@ from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.training.config import TrainConfig
+from treeflash.training.config import TrainConfig, trained_head_name
 from treeflash.training.interfaces import Request, Response
 
 require("torch")
@@ -81,9 +81,11 @@ def run(target, responses, output, config, steps=None):
         TINY,
         replace(TINY, init="random", head="none"),
         replace(TINY, head="linear", accumulation=2, negatives=8, cache_gb=1.0),
-        replace(TINY, loss="ce"),
+        replace(TINY, loss="0.1 ce + 0.9 tv", position_weights="prefix-product", on_policy=0.5),
+        replace(TINY, loss="lk", head="markov", negatives=8),
+        replace(TINY, head="selector"),
     ],
-    ids=["target", "random-dflash", "linear-shortlist", "ce"],
+    ids=["target", "random-dflash", "linear-shortlist", "on-policy", "markov", "selector"],
 )
 def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, responses, tmp_path):
     whole = run(target, responses, tmp_path / "whole", config)
@@ -136,7 +138,6 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
         ({"target_layer_ids": ()}, "target-layer-ids must be from 0 to 3"),
         ({"mask_token_id": 40}, "mask-token-id must be from 0 to 39, got 40"),
         ({"mask_token_id": -1}, "mask-token-id must be from 0 to 39, got -1"),
-        ({"head": "cubic"}, "unknown head 'cubic'; choose one of swiglu, linear, none"),
         ({"max_length": 4}, "no response has two or more tokens"),
         ({"validation_sequences": 99}, "leave nothing to train on"),
     ],
@@ -178,7 +179,7 @@ def test_copied_layers_compute_what_they_did_in_the_target(target, responses, tm
     np.testing.assert_allclose(tensors["ar_approximation.d.weight"], 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["swiglu", "linear", "none"])
+@pytest.mark.parametrize("head", ["swiglu", "linear", "markov", "selector", "none"])
 def test_a_trained_drafter_loads_and_decodes_losslessly(head, target, responses, tmp_path):
     run(target, responses, tmp_path, replace(TINY, head=head))
     card = (tmp_path / "README.md").read_text()
@@ -187,7 +188,7 @@ def test_a_trained_drafter_loads_and_decodes_losslessly(head, target, responses,
     prompt = responses[0].prompt_ids
     for loader in (load, load_reference):
         backend = loader(target, tmp_path, CPU if loader is load else LoadConfig())
-        assert backend.drafter_config.head == (None if head == "none" else head)
+        assert trained_head_name(backend.drafter_config.head) == head
         plain, drafted = (
             [
                 token
@@ -222,3 +223,16 @@ def test_training_starts_from_a_treeflash_checkpoint(target, responses, tmp_path
     assert second[0]["loss"] < first[0]["loss"] / 2
     with pytest.raises(ConfigError, match=r"has head-size \d+, not 3; leave it out"):
         run(target, responses, tmp_path / "third", replace(config, head_size=3))
+
+
+@pytest.mark.parametrize("head", ["markov", "selector"])
+def test_training_continues_from_a_drafter_with_another_head(head, target, responses, tmp_path):
+    run(target, responses, tmp_path / "first", replace(TINY, head=head, steps=40))
+    config = replace(TINY, head_size=None, head=head, init=str(tmp_path / "first"), seed=1)
+    second = run(target, responses, tmp_path / "second", config)
+    first = run(target, responses, tmp_path / "fresh", replace(TINY, head=head, seed=1))
+    assert second[0]["loss"] < 0.8 * first[0]["loss"]
+    with pytest.raises(ConfigError, match=r"has head-size 48, not 3; leave it out"):
+        run(target, responses, tmp_path / "third", replace(config, head_size=3))
+    with pytest.raises(ConfigError, match=f"has the head {head}, and its layers cannot serve"):
+        run(target, responses, tmp_path / "third", replace(config, head="swiglu"))

@@ -1,6 +1,8 @@
 """Training computes what decoding does: many blocks in one pass equal one draft at a time."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,16 +11,21 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.text_session import TextSession
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.training.config import TrainConfig
 from treeflash.training.interfaces import Response
 
 require("torch")
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from treeflash_cuda.backend import load, load_target  # noqa: E402
+from treeflash_cuda.training.batch import Drafts  # noqa: E402
 from treeflash_cuda.training.batches import choose_anchors, make_batch  # noqa: E402
 from treeflash_cuda.training.blocks import Blocks  # noqa: E402
 from treeflash_cuda.training.features import FeatureStore  # noqa: E402
+from treeflash_cuda.training.initial import initial_drafter  # noqa: E402
+from treeflash_cuda.training.lm_head import LMHead, make_shortlist  # noqa: E402
+from treeflash_cuda.training.settings import drafter_settings  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOP = 5
@@ -33,15 +40,34 @@ def texts(vocab_size=40):
     return [Response(prompt_ids=ids(p), response_ids=ids(r)) for p, r in [(3, 20), (11, 7), (1, 2)]]
 
 
+def save_drafter(target, folder, head):
+    """A drafter with this head and random weights."""
+    config = TrainConfig(init="random", layers=2, block_size=4, head=head, head_size=6)
+    model = load_target(target, CPU, pack=False)
+    settings = drafter_settings(config, model)
+    drafter, module = initial_drafter(config, settings, model, [])
+    blocks = Blocks(drafter, module, model.embeddings, LMHead(model.lm_head))
+    for parameter in blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(blocks.state_dict(), folder / "model.safetensors")
+
+
 def near(found, expected):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture(params=["full", "sliding", "causal", "scaled", "mistral"])
+@pytest.fixture(
+    params=["full", "sliding", "causal", "scaled", "mistral", "none", "markov", "selector"]
+)
 def backend(request, tmp_path):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     family = "mistral" if request.param == "mistral" else "llama"
     write_target(target, family, seed=1, vocab_size=40)
+    if request.param in ("none", "markov", "selector"):
+        save_drafter(target, drafter, request.param)
+        return load(target, drafter, CPU)
     window = 6 if request.param == "sliding" else None
     write_drafter(drafter, target, seed=2, sliding_window=window)
     if request.param == "causal":
@@ -60,42 +86,104 @@ def test_features_of_a_target_in_half_precision_are_accepted(tmp_path):
     model = backend.drafter_model
     store = FeatureStore(backend.target, model.config.target_layer_ids, texts(), TOP, None, 0)
     anchors = [choose_anchors(text, 9, np.random.default_rng(1)) for text in store.texts]
-    batch = make_batch(store.texts, store.get(range(3)), anchors, model.config.block_size)
-    blocks = Blocks(model, backend.head.module, backend.target.embeddings)
+    batch = make_batch(store.texts, store.get(range(3)), anchors, model.config.depths)
+    blocks = made(backend)
     rounded = blocks.hidden(replace(batch, features=batch.features.bfloat16()))
     exact = blocks.hidden(batch)
     assert 0 < (rounded - exact).std() < 0.05 * exact.std()
 
 
+def made(backend):
+    target = backend.target
+    module = None if backend.head is None else backend.head.module
+    head = SimpleNamespace(weight=target.lm_head_weight)  # the layer itself is packed
+    return Blocks(backend.drafter_model, module, target.embeddings, LMHead(head))
+
+
+def make_batch_of(backend, seed=1, top_tokens=TOP):
+    """Three texts with random anchors; the texts, the anchors, and the batch."""
+    config = backend.drafter_config
+    store = FeatureStore(backend.target, config.target_layer_ids, texts(), top_tokens, None, 0)
+    random = np.random.default_rng(seed)
+    anchors = [choose_anchors(text, 9, random) for text in store.texts]
+    return (
+        store.texts,
+        anchors,
+        make_batch(store.texts, store.get(range(3)), anchors, config.depths),
+    )
+
+
 @torch.no_grad()
 def test_blocks_equal_the_drafts_of_the_drafter(backend):
-    model, head = backend.drafter_model, backend.head
-    size = model.config.block_size
-    layer_ids = model.config.target_layer_ids
-    store = FeatureStore(backend.target, layer_ids, texts(), TOP, None, 0)
-    random = np.random.default_rng(1)
-    anchors = [choose_anchors(text, 9, random) for text in store.texts]
-    batch = make_batch(store.texts, store.get(range(3)), anchors, size)
-    blocks = Blocks(model, head.module, backend.target.embeddings)
+    all_texts, anchors, batch = make_batch_of(backend)
+    blocks = made(backend)
     hidden = blocks.hidden(batch)
-    marginal, corrected = blocks(batch)
+    rows = batch.target_rows()
+    every = torch.arange(40).expand(len(rows.next), -1)
+    predictions = blocks(batch, every)
     predicted = 0
-    for row, text in enumerate(store.texts):
+    for row, text in enumerate(all_texts):
         for column, anchor in enumerate(anchors[row].tolist()):
             with TextSession(backend, drafts=True) as drafted:
                 drafted.extend(text.token_ids[:anchor])
                 block = drafted.draft(text.token_ids[anchor])
-            near(hidden[row, column, 1:], block.hidden)
-            normed = model.norm(block.hidden)
-            for depth in range(1, min(size, len(text) - anchor)):
-                previous = torch.tensor([text.token_ids[anchor + depth - 1]])
-                embedded = F.embedding(previous, backend.target.embeddings)
-                correction = head.module(embedded, normed[depth - 1 : depth], None)[0]
-                near(marginal[predicted], normed[depth - 1])
-                near(corrected[predicted], model.norm(block.hidden[depth - 1] + correction))
-                assert [part[predicted] for part in batch.predicted()] == [row, anchor + depth]
+            near(hidden[row, column], block.hidden)
+            known = text.token_ids[anchor : anchor + backend.drafter_config.depths]
+            previous = np.zeros(backend.drafter_config.depths, np.int32)
+            previous[: len(known)] = known
+            expected = [backend.drafter.log_probs(block)]
+            if backend.head is not None:
+                expected.append(backend.head.log_probs(block, previous))
+            for depth in range(1, min(len(block.hidden), len(text) - 1 - anchor) + 1):
+                for prediction, log_probs in zip(predictions, expected, strict=False):
+                    own = torch.from_numpy(log_probs[depth - 1])
+                    assert float(prediction.best[predicted]) == pytest.approx(float(own.max()))
+                    scored = own.isfinite()  # a selector's candidates alone
+                    assert scored.sum() > 1
+                    near(prediction.log_probs[predicted][scored], own[scored])
+                assert rows.next[predicted] == text.token_ids[anchor + depth]
                 predicted += 1
-    assert predicted == len(marginal) == len(corrected)
+    assert predicted == len(rows.next) == len(predictions[0].best)
+
+
+@torch.no_grad()
+def test_a_shortlist_of_everything_changes_nothing(backend):
+    """But for the order of its tokens, and of those that represent the rest."""
+    _, _, batch = make_batch_of(backend)
+    blocks, wanted = made(backend), batch.target_rows().wanted()
+    missing = 40 - len(wanted.unique())
+    shortlist = make_shortlist(wanted, 40, missing - 1, torch.Generator().manual_seed(1))
+    everything = replace(
+        shortlist,
+        tokens=torch.arange(40),
+        wanted=40,
+        log_weights=torch.zeros(40),
+        index=torch.arange(40),
+    )
+    both = blocks(batch, wanted, everything), blocks(batch, wanted)
+    for found, expected in zip(*both, strict=True):
+        if expected is not None:
+            near(found.log_probs, expected.log_probs)
+    assert blocks(batch, wanted, shortlist)[0].log_probs.shape == wanted.shape
+
+
+@torch.no_grad()
+def test_a_drafted_block_follows_its_own_best_tokens(backend):
+    """Each token is the best one after the drafted token before it, not after the text's."""
+    _, _, batch = make_batch_of(backend)
+    blocks = made(backend)
+    drafts = blocks(batch)
+    chain = torch.cat([batch.tokens.gather(1, batch.anchors)[:, :, None], drafts], 2)
+    columns = torch.arange(batch.anchors.shape[1])
+    no_scores = torch.zeros(*drafts.shape, TOP)
+    own = replace(
+        batch,
+        valid=torch.ones_like(batch.valid),
+        drafts=Drafts(columns, chain[:, :, 1:], no_scores.long(), no_scores),
+    )
+    every = torch.arange(40).expand(drafts.numel(), -1)
+    *_, last = (part for part in blocks(own, every) if part is not None)
+    assert torch.equal(last.log_probs.argmax(-1), drafts.flatten())
 
 
 def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):

@@ -54,8 +54,8 @@ def forwards(monkeypatch):
     """The loss and a random number of every forward pass, in order."""
     found = []
 
-    def recorded(blocks, batch, output, config, generator):
-        loss, parts = objective(blocks, batch, output, config, generator)
+    def recorded(blocks, batch, vocab_size, config, generator):
+        loss, parts = objective(blocks, batch, vocab_size, config, generator)
         found.append((parts["loss"], float(torch.rand((), generator=generator))))
         return loss, parts
 

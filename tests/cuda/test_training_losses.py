@@ -1,4 +1,6 @@
-"""The loss against its definition, and the shortlist against the whole vocabulary."""
+"""Each loss against its definition token by token, and its gradient against finite differences."""
+
+import math
 
 import pytest
 
@@ -7,89 +9,107 @@ from treeflash.testing import require
 require("torch")
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 from treeflash_cuda.training.losses import (  # noqa: E402
-    LMHead,
+    LK_DECAY,
+    LOSSES,
+    Outcomes,
     TargetRows,
-    divergence,
-    make_shortlist,
+    forward_kl,
+    mixture,
+    reverse_kl,
 )
 
-VOCAB, HIDDEN, ROWS = 60, 8, 5
+VOCAB, ROWS, TOP = 12, 4, 5
 
 
 @pytest.fixture
 def case():
+    """The target's log probabilities, the drafter's logits, and the text's tokens."""
     torch.manual_seed(0)
-    head = nn.Linear(HIDDEN, VOCAB)
-    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
-    target = (2 * torch.randn(ROWS, VOCAB)).log_softmax(-1)
-    return LMHead(head), hidden, target
+    target = (2 * torch.randn(ROWS, VOCAB, dtype=torch.float64)).log_softmax(-1)
+    logits = torch.randn(ROWS, VOCAB, dtype=torch.float64)
+    return target, logits, torch.tensor([3, 0, 11, 7])
 
 
-def rows(target, k):
+def outcomes(target, logits, text, k):
     best, tokens = target.topk(k)
-    return TargetRows(tokens, best)
+    rows = TargetRows(tokens, best, text)
+    return Outcomes.of(rows, logits.log_softmax(-1).gather(1, rows.wanted()))
 
 
-def test_with_all_tokens_it_is_the_kl_divergence(case):
-    output, hidden, target = case
-    q = output.logits(hidden).log_softmax(-1)
-    expected = (target.exp() * (target - q)).sum(-1)
-    found = divergence(output, hidden, rows(target, VOCAB), None)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+def coarse(log_probs, tokens):
+    """The probabilities of some tokens, and of all others together."""
+    probs = [math.exp(log_probs[token]) for token in tokens]
+    others = [t for t in range(VOCAB) if t not in tokens]
+    return [*probs, sum(math.exp(log_probs[t]) for t in others)]
 
 
-def test_the_rest_counts_as_one_more(case):
-    output, hidden, target = case
-    top = rows(target, 4)
-    p, q = target.exp(), output.logits(hidden).softmax(-1)
-    coarse = torch.zeros(ROWS)
-    for row, tokens in enumerate(top.tokens):
-        other = torch.ones(VOCAB, dtype=torch.bool)
-        other[tokens] = False
-        coarse[row] = (p[row, tokens] * (p[row, tokens] / q[row, tokens]).log()).sum() + (
-            p[row, other].sum() * (p[row, other].sum() / q[row, other].sum()).log()
+def slow(name, target, logits, text, k):
+    """A loss by loops over the outcomes of each row."""
+    found = []
+    for row in range(ROWS):
+        tokens = target[row].topk(k).indices.tolist()
+        log_q = logits[row].log_softmax(-1).tolist()
+        p, q = coarse(target[row].tolist(), tokens), coarse(log_q, tokens)
+        pairs = [(a, b) for a, b in zip(p, q, strict=True) if a > 1e-12]
+        kl = sum(a * math.log(a / b) for a, b in pairs)
+        overlap = sum(map(min, p, q))
+        share = math.exp(-LK_DECAY * overlap)
+        found.append(
+            {
+                "kl": kl,
+                "reverse": sum(b * math.log(b / a) for a, b in pairs),
+                "ce": -log_q[text[row]],
+                "tv": 1 - overlap,
+                "lk": share * kl + (1 - share) * (1 - overlap),
+            }[name]
         )
-    torch.testing.assert_close(divergence(output, hidden, top, None), coarse)
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def test_one_certain_token_is_cross_entropy(case):
-    output, hidden, _ = case
-    tokens = torch.arange(ROWS)[:, None]
-    found = divergence(output, hidden, TargetRows(tokens, torch.zeros(ROWS, 1)), None)
-    expected = nn.functional.cross_entropy(output.logits(hidden), tokens[:, 0], reduction="none")
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("name", [*LOSSES, "reverse"])
+@pytest.mark.parametrize("k", [TOP, VOCAB])
+def test_a_loss_is_what_its_definition_says(name, k, case):
+    function = reverse_kl if name == "reverse" else LOSSES[name]
+    found = function(outcomes(*case, k))
+    # All of the vocabulary leaves a rest that is 0, which is bounded for its logarithm.
+    torch.testing.assert_close(found, slow(name, *case, k), atol=3e-5, rtol=1e-6)
 
 
-def test_a_shortlist_has_all_wanted_tokens(case):
-    wanted = torch.tensor([[3, 9], [9, 50]])
-    shortlist = make_shortlist(wanted, VOCAB, 20, torch.Generator().manual_seed(1))
-    assert set(shortlist.tokens[:3].tolist()) == {3, 9, 50}
-    assert not set(shortlist.tokens[3:].tolist()) & {3, 9, 50}
-    assert torch.equal(shortlist.tokens[shortlist.index[wanted]], wanted)
-    weights = shortlist.log_weights.exp()
-    assert weights.sum().item() == pytest.approx(VOCAB, rel=1e-5)
-    assert make_shortlist(wanted, VOCAB, VOCAB, torch.Generator()) is None
+@pytest.mark.parametrize("name", [*LOSSES, "reverse"])
+def test_a_gradient_agrees_with_finite_differences(name, case):
+    target, logits, text = case
+
+    def loss(changed):
+        made = outcomes(target, changed, text, TOP)
+        if name == "reverse":
+            return reverse_kl(made).sum()
+        if name == "lk":  # its mixture is fixed while the gradient is taken
+            share = torch.exp(-LK_DECAY * outcomes(target, logits, text, TOP).acceptance())
+            tv = LOSSES["tv"](made)
+            return (share * forward_kl(made) + (1 - share) * tv).sum()
+        return LOSSES[name](made).sum()
+
+    leaf = logits.clone().requires_grad_()
+    function = reverse_kl if name == "reverse" else LOSSES[name]
+    (found,) = torch.autograd.grad(function(outcomes(target, leaf, text, TOP)).sum(), leaf)
+    step = 1e-6
+    for row, column in [(0, 3), (1, 0), (2, 5), (3, 7), (3, 1)]:
+        shift = torch.zeros_like(logits)
+        shift[row, column] = step
+        slope = (loss(logits + shift) - loss(logits - shift)) / (2 * step)
+        assert float(found[row, column]) == pytest.approx(float(slope), abs=1e-7)
+    assert found.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(case, k):
-    output, hidden, target = case
-    top = rows(target, k)
-    (full,) = torch.autograd.grad(divergence(output, hidden, top, None).sum(), hidden)
-    generator = torch.Generator().manual_seed(2)
+def test_a_mixture_is_the_weighted_sum(case):
+    made = outcomes(*case, TOP)
+    expected = 0.1 * LOSSES["ce"](made) + 0.9 * LOSSES["tv"](made)
+    torch.testing.assert_close(mixture({"ce": 0.1, "tv": 0.9}, made), expected)
 
-    def mean_gradient(negatives, draws):
-        total = torch.zeros_like(full)
-        for _ in range(draws):
-            shortlist = make_shortlist(top.tokens, VOCAB, negatives, generator)
-            loss = divergence(output, hidden, top, shortlist).sum()
-            total += torch.autograd.grad(loss, hidden)[0]
-        return total / draws
 
-    # The normaliser is unbiased, and its logarithm the less biased the more negatives there are.
-    scale = full.norm()
-    one = (mean_gradient(30, 1) - full).norm() / scale
-    assert (mean_gradient(30, 1500) - full).norm() / scale < 0.02
-    assert one > 0.02, "a single draw is as close, so the average shows nothing"
+def test_acceptance_is_what_total_variation_leaves(case):
+    target, logits, _ = case
+    found = outcomes(*case, VOCAB).acceptance()
+    overlap = torch.minimum(target.exp(), logits.softmax(-1)).sum(-1)
+    torch.testing.assert_close(found, overlap, atol=1e-5, rtol=1e-5)

@@ -15,30 +15,32 @@ require("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from treeflash_cuda.backend import load_target  # noqa: E402
-from treeflash_cuda.training.losses import divergence  # noqa: E402
+from treeflash_cuda.training.blocks import Prediction  # noqa: E402
+from treeflash_cuda.training.losses import Outcomes, forward_kl  # noqa: E402
 from treeflash_cuda.training.validation import Validation  # noqa: E402
 
 LAYER_IDS = (0, 2)
-DEPTHS = 4
+DEPTHS, VOCAB = 4, 40
 LENGTHS = [(3, 12), (5, 7), (1, 2)]
 
 
 class PartlyRight(nn.Module):
-    """A drafter that is usually right: the hidden state is the output weight of the token."""
+    """A drafter that is usually right."""
 
-    def __init__(self, weight):
+    def __init__(self):
         super().__init__()
-        self.weight = weight
         self.returned = []
 
-    def forward(self, batch):
-        tokens = batch.tokens[batch.predicted()]
+    def forward(self, batch, wanted):
+        tokens = batch.block_tokens()[batch.valid]
         both = []
         for share in (0.5, 0.8):
             wrong = torch.rand(len(tokens)) > share
-            both.append(100 * self.weight[torch.where(wrong, 7, tokens)])
+            logits = torch.randn(len(tokens), VOCAB)
+            logits[torch.arange(len(tokens)), torch.where(wrong, 7, tokens)] += 9
+            both.append(logits.log_softmax(-1))
         self.returned.append(both)
-        return tuple(both)
+        return tuple(Prediction(full.gather(1, wanted), full.amax(-1)) for full in both)
 
 
 @pytest.fixture
@@ -57,20 +59,24 @@ def validation(tmp_path):
         for p, r in LENGTHS
     ]
     config = TrainConfig(sequences=2, top_tokens=8)
-    return Validation(target, LAYER_IDS, texts, DEPTHS + 1, config)
+    return Validation(target, LAYER_IDS, texts, DEPTHS, config)
 
 
 @pytest.mark.parametrize("kind", ["marginal", "corrected"])
 def test_means_by_depth_and_the_chain_of_best_tokens(kind, validation):
-    blocks = PartlyRight(validation.lm_head.weight)
+    blocks = PartlyRight()
     measured = validation.measure(blocks)
     kl = [[] for _ in range(DEPTHS)]
     hits = [[] for _ in range(DEPTHS)]
+    acceptance = [[] for _ in range(DEPTHS)]
     lengths = []
     for batch, both in zip(validation.batches, blocks.returned, strict=True):
-        hidden = both[kind == "corrected"]
-        best = validation.lm_head.logits(hidden).argmax(-1).tolist()
-        divergences = divergence(validation.lm_head, hidden, batch.target_rows(), None).tolist()
+        full = both[kind == "corrected"]
+        best = full.argmax(-1).tolist()
+        rows = batch.target_rows()
+        outcomes = Outcomes.of(rows, full.gather(1, rows.wanted()))
+        divergences = forward_kl(outcomes).tolist()
+        overlaps = outcomes.acceptance().tolist()
         index = 0
         for row, anchors in enumerate(batch.valid.tolist()):
             for column, depths in enumerate(anchors):
@@ -79,6 +85,7 @@ def test_means_by_depth_and_the_chain_of_best_tokens(kind, validation):
                     right.append(best[index] == int(batch.tokens[row, anchor + d + 1]))
                     hits[d].append(right[-1])
                     kl[d].append(divergences[index])
+                    acceptance[d].append(overlaps[index])
                     index += 1
                 if depths[0]:  # else this anchor is padding
                     lengths.append([*right, False].index(False))
@@ -88,4 +95,7 @@ def test_means_by_depth_and_the_chain_of_best_tokens(kind, validation):
     assert measured[f"top1_{kind}"] == pytest.approx([fmean(values) for values in hits], abs=1e-4)
     assert measured[f"kl_{kind}"] == pytest.approx(
         [fmean(values) for values in kl], abs=1e-4, rel=1e-3
+    )
+    assert measured[f"acceptance_{kind}"] == pytest.approx(
+        [fmean(values) for values in acceptance], abs=1e-4
     )

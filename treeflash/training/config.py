@@ -12,8 +12,10 @@ from typing import Any
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import ConfigError
 from treeflash.text.prompt_file import read_text
+from treeflash.training.loss_mixture import parse_loss
 
-LOSSES = ("kl", "ce")
+HEADS = ("swiglu", "linear", "markov", "selector", "none")
+POSITION_WEIGHTS = ("exponential", "prefix-product")
 NEW = ("target", "random")
 """How to initialise a new drafter; any other `init` is the folder of an existing one."""
 SEEDS = 2**63
@@ -59,18 +61,23 @@ class TrainConfig:
             random weights, and a folder is a DFlash or TreeFlash checkpoint, whose shape is kept.
         layers: number of drafter layers.
         block_size: S, the root and S - 1 masks.
-        head: name of the AR head, or `none`.
-        head_size: I, the inner size of the head; None is that of the target's MLP.
+        head: the conditional head, one of `HEADS`: TreeFlash's `swiglu` or `linear`, DSpark's
+            `markov`, DFlash2's `selector`, or `none`.
+        head_size: inner size of `swiglu`, by default that of the target's MLP; the rank of `markov`
+            and `selector`, by default 256.
         target_layer_ids: target layers whose outputs are the context features; None spreads as
             many as the drafter has layers, the last of them just below the copied layers.
         mask_token_id: None is the target's padding or end token.
         freeze_backbone: train only the head.
-        loss: `kl` is the forward KL divergence from the target's distribution, `ce` the
-            cross-entropy of the text's token.
+        loss: a weighted sum of losses such as `0.1 ce + 0.9 tv`; see `parse_loss`.
         marginal_weight: weight of the loss without the previous token.
         corrected_weight: weight of the loss with the previous token, which the AR head adds.
-        gamma: depth d has weight exp(-(d - 1) / gamma) (DFlash).
-        top_tokens: tokens of the target's distribution that `kl` compares one by one; the rest
+        position_weights: `exponential` gives depth d the weight exp(-(d - 1) / gamma) (DFlash);
+            `prefix-product` weights it by how much the accepted length depends on it (D-PACE).
+        gamma: of the exponential weights, in tokens.
+        on_policy: share of the anchors whose blocks the drafter drafts itself, and the target then
+            scores (Draft-OPD).
+        top_tokens: tokens of the target's distribution that losses compare one by one; the rest
             counts as one more.
         negatives: size of the random sample of the vocabulary that estimates the softmax
             normaliser, beside the target's top tokens in the batch; 0 uses the whole vocabulary.
@@ -101,7 +108,9 @@ class TrainConfig:
     loss: str = "kl"
     marginal_weight: float = 0.5
     corrected_weight: float = 1.0
+    position_weights: str = "exponential"
     gamma: float = 7.0
+    on_policy: float = 0.0
     top_tokens: int = 32
     negatives: int = 0
     steps: int = 10_000
@@ -133,14 +142,20 @@ class TrainConfig:
             raise ConfigError("marginal-weight and corrected-weight must not both be 0")
         if self.head_size is not None and self.head_size < 1:
             raise ConfigError("head-size must be 1 or more")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        for name, known in (("head", HEADS), ("position_weights", POSITION_WEIGHTS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(
+                    f"unknown {_flag(name)} {value!r}; choose one of {', '.join(known)}"
+                )
+        parse_loss(self.loss)
         for name in ("gamma", "learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be above 0")
         for name in ("marginal_weight", "corrected_weight", "weight_decay", "cache_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must be 0 or more")
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError("on-policy must be from 0 to 1")
         if not 0 <= self.warmup < 1:
             raise ConfigError("warmup must be at least 0 and below 1")
         if self.freeze_backbone and (self.head == "none" or self.init in NEW):
@@ -183,8 +198,13 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
                     f"{getattr(drafter, attribute)}, not {getattr(config, name)}; leave it out"
                 )
         if drafter.head is not None and "head" not in given:
-            config = replace(config, head=drafter.head)
+            config = replace(config, head=trained_head_name(drafter.head))
     return config
+
+
+def trained_head_name(head: str | None) -> str:
+    """The name in `TrainConfig.head` of a head in a checkpoint."""
+    return {None: "none", "vanilla": "markov"}.get(head, str(head))
 
 
 def _fits(value: Any, kind: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import treeflash
+from treeflash.drafters.formats import parse_drafter_config
 from treeflash.training.config import NEW, SHAPE
 
 CARD = """\
@@ -40,13 +41,14 @@ def model_card(
     """
     # The shape of an existing drafter is its own, not that of the options.
     omitted = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
+    drafter = parse_drafter_config(settings)
     validations = [record["validation"] for record in records if "validation" in record]
     return CARD.format(
-        layers=settings["num_hidden_layers"],
-        hidden=settings["hidden_size"],
-        block=settings["block_size"],
-        head=settings["treeflash_config"]["ar_approximation"] or "none",
-        layer_ids=", ".join(map(str, settings["dflash_config"]["target_layer_ids"])),
+        layers=drafter.num_hidden_layers,
+        hidden=drafter.hidden_size,
+        block=drafter.block_size,
+        head=drafter.head or "none",
+        layer_ids=", ".join(map(str, drafter.target_layer_ids)),
         version=treeflash.__version__,
         step=records[-1]["step"] if records else 0,
         steps=identity["steps"],

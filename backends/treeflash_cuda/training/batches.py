@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treeflash.training.config import TrainConfig
 from treeflash.training.interfaces import Response
-from treeflash_cuda.training.blocks import GROUP, Batch
+from treeflash_cuda.training.batch import Batch
+from treeflash_cuda.training.block_attention import GROUP
 from treeflash_cuda.training.features import FeatureStore, TextFeatures
 
 BATCHES_PER_SORT = 16
@@ -66,32 +68,46 @@ def make_batch(
     texts: Sequence[Response],
     features: Sequence[TextFeatures],
     anchors: Sequence[NDArray[np.int64]],
-    block_size: int,
+    depths: int,
+    device: torch.device | None = None,
 ) -> Batch:
     """Pad the texts to one length and the anchors to one number; padding predicts nothing.
 
-    The batch is on the CPU.
+    Args:
+        texts: the rows.
+        features: of the texts, on any device.
+        anchors: of the texts.
+        depths: D, tokens that a block predicts.
+        device: of the batch; None is the CPU.
     """
     length, count = max(map(len, texts)), -(-max(map(len, anchors)) // GROUP) * GROUP
     rows, k = len(texts), features[0].top_tokens.shape[1]
     width = features[0].features.shape[1]
     tokens = torch.zeros(rows, length, dtype=torch.long)
-    context = torch.zeros(rows, length, width, dtype=features[0].features.dtype)
-    top_tokens = torch.zeros(rows, length, k, dtype=torch.long)
-    top_log_probs = torch.zeros(rows, length, k)
+    # What is large is copied text by text to where it is needed.
+    context = torch.zeros(rows, length, width, dtype=features[0].features.dtype, device=device)
+    top_tokens = torch.zeros(rows, length, k, dtype=torch.long, device=device)
+    top_log_probs = torch.zeros(rows, length, k, device=device)
     positions = torch.zeros(rows, count, dtype=torch.long)
     ends = torch.zeros(rows, count, dtype=torch.long)
     for row, (text, part, chosen) in enumerate(zip(texts, features, anchors, strict=True)):
         first, end = len(text.prompt_ids) - 1, len(text) - 1
         tokens[row, : len(text)] = torch.tensor(text.token_ids)
-        context[row, : len(text)] = part.features
+        context[row, : len(text)] = _copyable(part.features, context)
         top_tokens[row, first:end] = part.top_tokens
-        top_log_probs[row, first:end] = part.top_log_probs.float()
+        top_log_probs[row, first:end] = part.top_log_probs
         positions[row, : len(chosen)] = torch.from_numpy(chosen)
         ends[row, : len(chosen)] = end
-    depth = torch.arange(1, block_size)
+    depth = torch.arange(1, depths + 1)
     valid = positions[:, :, None] + depth <= ends[:, :, None]
-    return Batch(tokens, context, positions, valid, top_tokens, top_log_probs)
+    small = (tensor.to(device) for tensor in (positions, valid))
+    return Batch(tokens.to(device), context, *small, top_tokens, top_log_probs)
+
+
+def _copyable(source: Tensor, destination: Tensor) -> Tensor:
+    """The source in pinned memory if it is to be copied to a GPU: pageable copies are slow."""
+    crosses = destination.device.type == "cuda" and source.device.type == "cpu"
+    return source.pin_memory() if crosses else source
 
 
 class Batches:
@@ -101,14 +117,14 @@ class Batches:
         self,
         store: FeatureStore,
         config: TrainConfig,
-        block_size: int,
+        depths: int,
         process: int,
         processes: int,
     ) -> None:
         """Plan the run."""
         self.store = store
         self.config = config
-        self.block_size = block_size
+        self.depths = depths
         self.process = process
         self.plan = Plan(
             [len(text) for text in store.texts], config.sequences * processes, config.seed
@@ -124,5 +140,6 @@ class Batches:
             texts,
             self.store.get(numbers),
             [choose_anchors(text, self.config.anchors, random) for text in texts],
-            self.block_size,
-        ).to(self.store.target.device)
+            self.depths,
+            self.store.target.device,
+        )

@@ -29,7 +29,7 @@ NAMES = ("features", "top_tokens", "top_log_probs")
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """The features of one text, on the CPU.
+    """The features of one text; on the CPU if they were cached, else on the target's device.
 
     Attributes:
         features: (length, layers * hidden_size).
@@ -81,7 +81,7 @@ class FeatureStore:
             return
         numbers = range(len(self.texts))[shard * SHARD_TEXTS : (shard + 1) * SHARD_TEXTS]
         tensors = {
-            f"{n}.{name}": getattr(text, name).contiguous()
+            f"{n}.{name}": getattr(text, name).cpu().contiguous()
             for n, text in zip(numbers, self._compute(numbers), strict=True)
             for name in NAMES
         }
@@ -132,22 +132,28 @@ class FeatureStore:
         results = []
         for row, text in enumerate(texts):
             first, end = len(text.prompt_ids) - 1, len(text) - 1
-            best, tokens_ = self._top(output.last_hidden_state[row, first:end])
-            results.append(
-                TextFeatures(
-                    features[row, : len(text)].cpu(), tokens_.int().cpu(), best.half().cpu()
-                )
-            )
+            hidden = output.last_hidden_state[row, first:end]
+            best, top_tokens = top_log_probs(self.target, hidden, self.top_tokens)
+            # A copy: a view would keep the padding of all texts.
+            own = features[row, : len(text)].clone()
+            results.append(TextFeatures(own, top_tokens.int(), best.half()))
         return results
 
-    def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, K) log probabilities and tokens."""
-        parts = []
-        for chunk in hidden.split(OUTPUT_ROWS):
-            logits = self.target.logits(chunk).float()
-            best, tokens = topk(logits, self.top_tokens)
-            parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
-        return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+def top_log_probs(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(n, k) log probabilities and tokens that the target finds most probable.
+
+    Args:
+        target: the model.
+        hidden: (n, hidden_size) outputs of its decoder.
+        k: number of tokens.
+    """
+    parts = []
+    for chunk in hidden.split(OUTPUT_ROWS):
+        logits = target.logits(chunk).float()
+        best, tokens = topk(logits, k)
+        parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
+    return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
 
 
 def fingerprint(texts: Sequence[Response], **settings: object) -> str:

@@ -9,113 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeflash.drafters.backbone import default_target_layer_ids
-from treeflash.drafters.folder import read_config
-from treeflash.drafters.formats import drafter_config, parse_drafter_config
-from treeflash.drafters.loading import refuse_extensions
+from treeflash.drafters.formats import parse_drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
-from treeflash_cuda.corrections import CORRECTIONS, SwiGLU
-from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.corrections import Linear, SwiGLU
+from treeflash_cuda.drafter_model import Convolution, DrafterModel
+from treeflash_cuda.scores import MarkovWeights, SelectorWeights, make_module
 from treeflash_cuda.target import Target
 
 RANDOM_STD = 0.02
 """Standard deviation of random weights."""
-
-
-def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """The `config.json` of the drafter to train, in the published TreeFlash format.
-
-    Raises:
-        ConfigError: the configuration does not fit the target.
-        CheckpointError: `init` names a folder without a drafter.
-    """
-    if config.init not in NEW:
-        refuse_extensions(drafter_config(Path(config.init)), "training")
-        settings = read_config(Path(config.init))
-        head = None if config.head == "none" else config.head
-    else:
-        settings, head = _new_settings(config, target), config.head
-    _check_head(config)
-    candidates = dict(settings.get("treeflash_config") or {}).get("candidate_tokens", 16)
-    settings["architectures"] = ["TreeFlashDraftModel" if head else "DFlashDraftModel"]
-    settings["treeflash_config"] = {
-        "ar_approximation": None if head == "none" else head,
-        "candidate_tokens": candidates,
-    }
-    return settings
-
-
-def _check_head(config: TrainConfig) -> None:
-    if config.head != "none" and config.head not in CORRECTIONS:
-        raise ConfigError(
-            f"unknown head {config.head!r}; choose one of {', '.join(CORRECTIONS)}, none"
-        )
-
-
-def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
-    target_config, depth = target.config, len(target.layers)
-    if config.layers >= depth:
-        raise ConfigError(f"layers must be below the target's {depth}, got {config.layers}")
-    layer_ids = config.target_layer_ids
-    if layer_ids is None:
-        spread = default_target_layer_ids(depth, config.layers) if depth > 4 else (0,)
-        # The last one is the input of the first copied layer in the target.
-        layer_ids = (*spread[:-1], depth - config.layers - 1)
-        layer_ids = tuple(sorted({i for i in layer_ids if i < depth - config.layers}))
-    if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
-        raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
-    heads = int(target_config.num_attention_heads)
-    head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
-    first = target.layers[0]
-    attention = getattr(first, "self_attn", None)
-    bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
-    mask_token_id = config.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = _mask_token(target_config)
-    if not 0 <= mask_token_id < target.vocab_size:
-        raise ConfigError(
-            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {mask_token_id}"
-        )
-    rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
-    if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
-        rope = rope.get("full_attention") or next(iter(rope.values()))
-    return {
-        "model_type": "qwen3",
-        "attention_bias": bias,
-        "block_size": config.block_size,
-        "dflash_config": {
-            "mask_token_id": mask_token_id,
-            "target_layer_ids": list(layer_ids),
-        },
-        "dtype": "bfloat16",
-        "head_dim": int(head_dim),
-        "hidden_act": "silu",
-        "hidden_size": int(target_config.hidden_size),
-        "intermediate_size": int(target_config.intermediate_size),
-        "layer_types": ["full_attention"] * config.layers,
-        "max_position_embeddings": int(target_config.max_position_embeddings),
-        "num_attention_heads": heads,
-        "num_hidden_layers": config.layers,
-        "num_key_value_heads": int(getattr(target_config, "num_key_value_heads", None) or heads),
-        "num_target_layers": depth,
-        "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", 1e-6)),
-        "rope_parameters": {"rope_type": "default", **rope},
-        "tie_word_embeddings": False,
-        "vocab_size": target.vocab_size,
-    }
-
-
-def _mask_token(config: Any) -> int:
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(config, name, None)
-        if isinstance(value, list):
-            value = value[0]
-        if value is not None:
-            return int(value)
-    return 0
 
 
 def initial_drafter(
@@ -138,28 +43,36 @@ def initial_drafter(
     if config.init in NEW:
         model = DrafterModel(parsed)
         model.apply(_randomise)
+        model.apply(_neutralise)
         if config.init == "target":
             _copy_layers(model, target, texts)
     else:
         model, old = load_drafter(Path(config.init), target)
-        if old is not None and old.module.name == parsed.head:
+        if old is not None and model.config.head == parsed.head:
             head = old.module.float()
-            size = old.module.d.weight.shape[1]
-            if parsed.head == SwiGLU.name and config.head_size not in (None, size):
+            size = _head_size(head)
+            if size is not None and config.head_size not in (None, size):
                 raise ConfigError(
                     f"the head in {config.init} has head-size {size}, not {config.head_size}; "
                     "leave it out"
                 )
     if parsed.head is not None and head is None:
         size = config.head_size or parsed.intermediate_size
-        head = CORRECTIONS[parsed.head](parsed, size)
+        head = make_module(parsed, size, target.vocab_size)
         head.apply(_randomise)
-        nn.init.ones_(head.norm.weight)
-        # The correction is 0 at first, so that training starts at the one-shot drafter.
-        nn.init.zeros_(head.d.weight)
+        head.apply(_neutralise)
     if head is not None:
         head = head.to(target.device)
     return model.float().to(target.device), head
+
+
+def _head_size(head: Any) -> int | None:
+    """The inner size of a head, if it has one."""
+    if isinstance(head, MarkovWeights):
+        return int(head.markov_w1.embedding_dim)
+    if isinstance(head, SelectorWeights):
+        return int(head.predecessor_codebook.shape[1])
+    return int(head.d.in_features) if isinstance(head, SwiGLU) else None
 
 
 def _randomise(module: nn.Module) -> None:
@@ -167,6 +80,23 @@ def _randomise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=RANDOM_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _neutralise(module: nn.Module) -> None:
+    """Let a head or a convolution change nothing at first: training starts at plain DFlash."""
+    if isinstance(module, SwiGLU | Linear):
+        nn.init.ones_(module.norm.weight)
+        nn.init.zeros_(module.d.weight)
+    elif isinstance(module, MarkovWeights):
+        nn.init.zeros_(module.markov_w2.weight)
+    elif isinstance(module, SelectorWeights):
+        nn.init.normal_(module.predecessor_codebook)
+        nn.init.zeros_(module.successor_codebook)
+    elif isinstance(module, Convolution):
+        nn.init.zeros_(module.base_kernel)
+        nn.init.ones_(module.base_kernel[:, 0])
+        nn.init.zeros_(module.kernel_projection.weight)
 
 
 @torch.no_grad()

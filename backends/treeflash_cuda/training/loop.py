@@ -19,15 +19,18 @@ from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
 from treeflash.training.interfaces import Response
 from treeflash_cuda.backend import choose_device, load_target
+from treeflash_cuda.target import Target
 from treeflash_cuda.training.batches import Batches
 from treeflash_cuda.training.blocks import Blocks
 from treeflash_cuda.training.export import export
 from treeflash_cuda.training.features import FeatureStore, fingerprint
-from treeflash_cuda.training.initial import drafter_settings, initial_drafter
-from treeflash_cuda.training.losses import LMHead
+from treeflash_cuda.training.initial import initial_drafter
+from treeflash_cuda.training.lm_head import LMHead
 from treeflash_cuda.training.objective import objective
+from treeflash_cuda.training.on_policy import with_drafts
 from treeflash_cuda.training.optimizer import learning_rate, make_optimizer
 from treeflash_cuda.training.run import Run
+from treeflash_cuda.training.settings import drafter_settings
 from treeflash_cuda.training.texts import split, usable
 from treeflash_cuda.training.validation import Validation
 
@@ -55,7 +58,7 @@ def train(
     held_out, texts = split(usable(responses, config, model), given, config)
     measured = [text.token_ids for text in texts[:MEASURED_TEXTS]]
     drafter, head = initial_drafter(config, settings, model, measured)
-    block_size, layer_ids = drafter.config.block_size, drafter.config.target_layer_ids
+    depths, layer_ids = drafter.config.depths, drafter.config.target_layer_ids
     run = Run(
         output,
         config,
@@ -72,7 +75,7 @@ def train(
     )
     if config.freeze_backbone:
         drafter.requires_grad_(False)
-    blocks: nn.Module = Blocks(drafter, head, model.embeddings)
+    blocks: nn.Module = Blocks(drafter, head, model.embeddings, LMHead(model.lm_head))
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
     model.capture(layer_ids)
     with closing(run):
@@ -83,12 +86,11 @@ def train(
         if run.features():
             yield from fill_cache(store, accelerator)
         batches = Batches(
-            store, config, block_size, accelerator.process_index, accelerator.num_processes
+            store, config, depths, accelerator.process_index, accelerator.num_processes
         )
-        validation = Validation(model, layer_ids, held_out, block_size, config)
-        lm_head = LMHead(model.lm_head)
+        validation = Validation(model, layer_ids, held_out, depths, config)
         for step in range(first, config.steps):
-            record = take_step(step, blocks, optimizer, batches, lm_head, config, accelerator)
+            record = take_step(step, blocks, optimizer, batches, model, config, accelerator)
             last = step + 1 == config.steps
             if held_out and (last or (step + 1) % config.validate_every == 0):
                 record["validation"] = validation.measure(blocks)
@@ -119,7 +121,7 @@ def take_step(
     blocks: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
-    lm_head: LMHead,
+    target: Target,
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -136,7 +138,8 @@ def take_step(
     for forward in range(step * config.accumulation, (step + 1) * config.accumulation):
         random = torch.Generator().manual_seed(config.seed + forward)
         with accelerator.accumulate(blocks):
-            loss, parts = objective(blocks, batches[forward], lm_head, config, random)
+            batch = with_drafts(batches[forward], blocks, target, config.on_policy, random)
+            loss, parts = objective(blocks, batch, target.vocab_size, config, random)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(blocks.parameters(), config.clip)

@@ -1,16 +1,17 @@
-"""The divergence of a drafter's predictions from the target's."""
+"""How far a drafter's predictions are from the target's, token by token, in nats."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 MINIMUM_REST = 1e-6
 """Lower bound of the probability of the remaining tokens, for its logarithm."""
+LK_DECAY = 3.0
+"""How fast LK moves from KL to total variation as acceptance grows (the paper's eta)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,93 +21,94 @@ class TargetRows:
     Attributes:
         tokens: (n, K).
         log_probs: (n, K) nats.
+        next: (n,) the token that the text has there.
     """
 
     tokens: Tensor
     log_probs: Tensor
+    next: Tensor
+
+    def wanted(self) -> Tensor:
+        """(n, K + 1) the tokens whose log probabilities the losses need; the text's is last."""
+        return torch.cat([self.tokens, self.next[:, None]], 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Shortlist:
-    """A part of the vocabulary that represents all of it.
+class Outcomes:
+    """Both distributions over K + 1 outcomes: the target's top tokens, and any other token.
 
     Attributes:
-        tokens: (v,) the tokens to score, then a random sample of the others.
-        log_weights: (v,) 0 for the former; for the sample, the log of the number of tokens that
-            each represents.
-        index: (vocab,) the index of a token in `tokens`; -1 if it is not there.
+        p: (n, K + 1) the target's.
+        q: (n, K + 1) the drafter's.
+        log_p: (n, K + 1) nats.
+        log_q: (n, K + 1) nats.
+        log_next: (n,) the drafter's log probability of the text's token.
     """
 
-    tokens: Tensor
-    log_weights: Tensor
-    index: Tensor
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    log_next: Tensor
+
+    @classmethod
+    def of(cls, rows: TargetRows, log_probs: Tensor) -> Outcomes:
+        """Compare the target with the drafter's (n, K + 1) log probabilities of `wanted`."""
+        p, log_p = _with_rest(rows.log_probs)
+        q, log_q = _with_rest(log_probs[:, :-1])
+        return cls(p, q, log_p, log_q, log_probs[:, -1])
+
+    def acceptance(self) -> Tensor:
+        """(n,) the probability that speculative sampling accepts the drafter's sample."""
+        return 1 - total_variation(self)
 
 
-class LMHead:
-    """The target's output head: logits of the vocabulary, or of a shortlist."""
-
-    def __init__(self, head: nn.Module) -> None:
-        """Take the weights of a linear layer."""
-        self.weight: Tensor = head.weight.detach()
-        bias = getattr(head, "bias", None)
-        self.bias: Tensor | None = None if bias is None else bias.detach()
-
-    def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
-        """(n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
-        weight, bias = self.weight, self.bias
-        if shortlist is not None:
-            weight = weight[shortlist.tokens]
-            token_bias = 0 if bias is None else bias[shortlist.tokens]
-            bias = (shortlist.log_weights + token_bias).to(weight.dtype)
-        return F.linear(hidden.to(weight.dtype), weight, bias).float()
+def forward_kl(outcomes: Outcomes) -> Tensor:
+    """(n,) KL(target || drafter)."""
+    return (outcomes.p * (outcomes.log_p - outcomes.log_q)).sum(-1)
 
 
-def make_shortlist(
-    wanted: Tensor, vocab_size: int, negatives: int, generator: torch.Generator
-) -> Shortlist | None:
-    """All wanted tokens and a uniform sample of the others; None if that is the vocabulary.
+def reverse_kl(outcomes: Outcomes) -> Tensor:
+    """(n,) KL(drafter || target)."""
+    return (outcomes.q * (outcomes.log_q - outcomes.log_p)).sum(-1)
 
-    Args:
-        wanted: token ids, in any shape.
-        vocab_size: of the target.
-        negatives: size of the sample.
-        generator: on the CPU, so that a run is the same on every device.
+
+def cross_entropy(outcomes: Outcomes) -> Tensor:
+    """(n,) minus the log probability of the text's token."""
+    return -outcomes.log_next
+
+
+def total_variation(outcomes: Outcomes) -> Tensor:
+    """(n,) half the sum of absolute differences: 1 minus the probability of acceptance."""
+    return (outcomes.p - outcomes.q).abs().sum(-1) / 2
+
+
+def lk(outcomes: Outcomes) -> Tensor:
+    """(n,) KL where acceptance is low, and total variation where it is high.
+
+    Total variation is what decoding loses, but its gradient vanishes while the distributions hardly
+    overlap (arXiv 2602.23881, the hybrid loss).
     """
-    index = torch.full((vocab_size,), -1, dtype=torch.long)
-    index[wanted.flatten().cpu()] = 0
-    kept = torch.nonzero(index == 0)[:, 0]
-    others = torch.nonzero(index < 0)[:, 0]
-    if negatives >= len(others):
-        return None
-    # With replacement: simple and unbiased, as a token drawn twice counts twice.
-    drawn = others[torch.randint(len(others), (negatives,), generator=generator)]
-    tokens = torch.cat([kept, drawn])
-    index[tokens] = torch.arange(len(tokens))
-    weights = torch.zeros(len(tokens))
-    weights[len(kept) :] = math.log(len(others) / negatives)
-    device = wanted.device
-    return Shortlist(tokens.to(device), weights.to(device), index.to(device))
+    share = torch.exp(-LK_DECAY * outcomes.acceptance().detach())
+    return share * forward_kl(outcomes) + (1 - share) * total_variation(outcomes)
 
 
-def divergence(
-    lm_head: LMHead, hidden: Tensor, rows: TargetRows, shortlist: Shortlist | None
-) -> Tensor:
-    """(n,) forward KL divergence in nats of the drafter from the target.
+LOSSES: dict[str, Callable[[Outcomes], Tensor]] = {
+    "kl": forward_kl,
+    "ce": cross_entropy,
+    "tv": total_variation,
+    "lk": lk,
+}
 
-    With one token of probability 1 per row, this is the cross-entropy. The normaliser over a
-    shortlist is unbiased, as each sampled token is weighted by the number of tokens it represents
-    (sampled softmax, Bengio and Senecal 2008).
 
-    Args:
-        lm_head: of the target.
-        hidden: (n, hidden_size) after the final norm.
-        rows: the target's distribution at the n positions.
-        shortlist: contains all of `rows.tokens`; None is the whole vocabulary.
-    """
-    index = rows.tokens if shortlist is None else shortlist.index[rows.tokens]
-    log_q = lm_head.logits(hidden, shortlist).log_softmax(-1).gather(-1, index)
-    p = rows.log_probs.exp()
-    rest_p = (1 - p.sum(-1)).clamp_min(0)
-    rest_q = (1 - log_q.exp().sum(-1)).clamp_min(MINIMUM_REST)
-    rest = torch.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
-    return (p * (rows.log_probs - log_q)).sum(-1) + rest
+def mixture(weights: Mapping[str, float], outcomes: Outcomes) -> Tensor:
+    """(n,) the weighted sum of losses."""
+    return torch.stack([weight * LOSSES[name](outcomes) for name, weight in weights.items()]).sum(0)
+
+
+def _with_rest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and their logarithms, with the probability of all other tokens added."""
+    probs = log_probs.exp()
+    rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
+    log_rest = rest.clamp_min(MINIMUM_REST).log()
+    return torch.cat([probs, rest], -1), torch.cat([log_probs, log_rest], -1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from treeflash.training.config import TrainConfig
 from treeflash.training.interfaces import Response
 from treeflash_cuda.target import Target
+from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.batches import choose_anchors, make_batch
-from treeflash_cuda.training.blocks import Batch
 from treeflash_cuda.training.features import FeatureStore
-from treeflash_cuda.training.losses import LMHead, divergence
+from treeflash_cuda.training.losses import Outcomes, forward_kl
 
 ANCHORS = 16
 """Anchors per text."""
@@ -29,49 +29,51 @@ class Validation:
         target: Target,
         layer_ids: Sequence[int],
         texts: Sequence[Response],
-        block_size: int,
+        depths: int,
         config: TrainConfig,
     ) -> None:
         """Run the target on the texts once; its features are kept on the CPU."""
-        self.lm_head = LMHead(target.lm_head)
+        self.device = target.device
         self.batches: list[Batch] = []
         random = np.random.default_rng(config.seed)
         texts = sorted(texts, key=len)
         store = FeatureStore(target, layer_ids, texts, config.top_tokens, None, 0)
         for first in range(0, len(texts), config.sequences):
             part = range(len(texts))[first : first + config.sequences]
-            self.batches.append(
-                make_batch(
-                    [texts[n] for n in part],
-                    store.get(part),
-                    [choose_anchors(texts[n], ANCHORS, random) for n in part],
-                    block_size,
-                )
+            batch = make_batch(
+                [texts[n] for n in part],
+                store.get(part),
+                [choose_anchors(texts[n], ANCHORS, random) for n in part],
+                depths,
             )
+            self.batches.append(batch.pin() if self.device.type == "cuda" else batch)
 
     @torch.no_grad()
     def measure(self, blocks: nn.Module) -> dict[str, Any]:
         """The metrics of the drafter.
 
         Returns:
-            For `marginal` and, with a head, `corrected`: `kl_*`, the mean divergence in nats by
-            depth; `top1_*`, how often the top token is the text's, by depth; `chain_*`, the block
-            efficiency of the chain of top tokens.
+            For `marginal` and, with a head, `corrected`: `kl_*`, the mean KL divergence in nats by
+            depth; `acceptance_*`, the mean overlap of the distributions by depth; `top1_*`, how
+            often the top token is the text's, by depth; `chain_*`, the block efficiency of the
+            chain of top tokens.
         """
         sums: dict[str, Tensor] = {}
         anchors = 0
-        for batch in (batch.to(self.lm_head.weight.device) for batch in self.batches):
-            marginal, corrected = blocks(batch)
+        for batch in (batch.to(self.device) for batch in self.batches):
             rows = batch.target_rows()
-            truth = batch.tokens[batch.predicted()]
-            some = batch.valid.any(2).sum()
-            anchors += int(some)
-            for name, hidden in (("marginal", marginal), ("corrected", corrected)):
-                if hidden is None:
+            marginal, corrected = blocks(batch, rows.wanted())
+            anchors += int(batch.valid.any(2).sum())
+            for name, prediction in (("marginal", marginal), ("corrected", corrected)):
+                if prediction is None:
                     continue
-                kl = divergence(self.lm_head, hidden, rows, None)
-                hit = self.lm_head.logits(hidden).argmax(-1) == truth
-                for key, value in ((f"kl_{name}", kl), (f"top1_{name}", hit.float())):
+                outcomes = Outcomes.of(rows, prediction.log_probs)
+                measured = {
+                    f"kl_{name}": forward_kl(outcomes),
+                    f"acceptance_{name}": outcomes.acceptance(),
+                    f"top1_{name}": (outcomes.log_next >= prediction.best).float(),
+                }
+                for key, value in measured.items():
                     table = torch.zeros(batch.valid.shape, device=value.device)
                     table[batch.valid] = value
                     sums[key] = sums.get(key, torch.zeros(())) + table.sum((0, 1)).cpu()

@@ -8,6 +8,7 @@ from treeflash import train
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig, read_train_config
+from treeflash.training.loss_mixture import parse_loss
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
@@ -43,6 +44,13 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
         ("head_size = 0", "head-size must be 1 or more"),
         ("target_layer_ids = ['a']", "target_layer_ids must be a list of integers, got"),
         ("loss = 'l2'", "unknown loss 'l2'"),
+        ("loss = '0.1 ce + kl + ce'", "names ce twice"),
+        ("loss = '0 kl'", "weight of kl must be a number above 0, got '0'"),
+        ("loss = 'a kl'", "weight of kl must be a number above 0, got 'a'"),
+        ("loss = 'kl +'", "unknown loss ''; choose one of kl, ce, tv, lk, or a sum"),
+        ("position_weights = 'flat'", "unknown position-weights 'flat'; choose one of exponential"),
+        ("head = 'cubic'", "unknown head 'cubic'; choose one of swiglu, linear, markov"),
+        ("on_policy = 1.5", "on-policy must be from 0 to 1"),
         ("gamma = 0", "gamma must be above 0"),
         ("warmup = 1", "warmup must be"),
         ("freeze_backbone = true", "needs a head, and a folder as init"),
@@ -86,3 +94,15 @@ def test_every_option_has_a_help_text_and_reaches_the_configuration(tmp_path, ca
     arguments = ["--responses", str(responses), "--output", str(tmp_path / "out")]
     assert train.main([*arguments, "--target-layer-ids", "1", "2", "--gamma", "-1"]) == 2
     assert "gamma must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("kl", {"kl": 1}),
+        ("0.1 ce + 0.9 tv", {"ce": 0.1, "tv": 0.9}),
+        ("lk+2 kl", {"lk": 1, "kl": 2}),
+    ],
+)
+def test_a_loss_is_a_weighted_sum(text, weights):
+    assert parse_loss(text) == weights

@@ -1,0 +1,37 @@
+"""FlexAttention's mask sees what the mask by groups sees."""
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda.training.block_attention import (  # noqa: E402
+    GROUP,
+    FlexBlockAttention,
+    GroupedAttention,
+    block_attention,
+)
+
+SIZE, LENGTH, HEAD_DIM = 4, 37, 16
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (6, False), (None, True), (6, True)])
+def test_both_attend_alike(window, causal):
+    torch.manual_seed(0)
+    anchors = torch.randint(2, LENGTH, (2, 2 * GROUP)).sort().values
+    slots = anchors.shape[1] * SIZE
+    q = torch.randn(2, 6, slots, HEAD_DIM)
+    k, v = torch.randn(2, 2, 2, LENGTH + slots, HEAD_DIM)
+    arguments = (anchors, SIZE, LENGTH, window, causal)
+    expected = GroupedAttention(*arguments)(q, k, v)
+    found = FlexBlockAttention(*arguments, compiled=False)(q, k, v)
+    assert found.shape == expected.shape == (2, slots, 6, HEAD_DIM)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cpu_has_no_use_for_flex_attention():
+    made = block_attention(torch.zeros(1, GROUP, dtype=torch.long), SIZE, LENGTH, None, False)
+    assert isinstance(made, GroupedAttention)

@@ -1,0 +1,83 @@
+"""The shortlist against the whole vocabulary, and chunks against all rows at once."""
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from treeflash_cuda.training import lm_head as module  # noqa: E402
+from treeflash_cuda.training.lm_head import LMHead, in_chunks, make_shortlist  # noqa: E402
+from treeflash_cuda.training.losses import Outcomes, TargetRows, forward_kl  # noqa: E402
+
+VOCAB, HIDDEN, ROWS = 60, 8, 5
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCAB)
+    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    target = (2 * torch.randn(ROWS, VOCAB)).log_softmax(-1)
+    return LMHead(head), hidden, target
+
+
+def test_a_shortlist_has_all_wanted_tokens():
+    wanted = torch.tensor([[3, 9], [9, 50]])
+    shortlist = make_shortlist(wanted, VOCAB, 20, torch.Generator().manual_seed(1))
+    assert shortlist.wanted == 3
+    assert set(shortlist.tokens[:3].tolist()) == {3, 9, 50}
+    assert not set(shortlist.tokens[3:].tolist()) & {3, 9, 50}
+    assert torch.equal(shortlist.tokens[shortlist.index[wanted]], wanted)
+    weights = shortlist.log_weights.exp()
+    assert weights.sum().item() == pytest.approx(VOCAB, rel=1e-5)
+    assert make_shortlist(wanted, VOCAB, VOCAB, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(case, k):
+    head, hidden, target = case
+    best, tokens = target.topk(k)
+    rows = TargetRows(tokens, best, tokens[:, 0])
+
+    def gradient(shortlist):
+        index = rows.wanted() if shortlist is None else shortlist.index[rows.wanted()]
+        log_probs = head.logits(hidden, shortlist).log_softmax(-1).gather(1, index)
+        loss = forward_kl(Outcomes.of(rows, log_probs)).sum()
+        return torch.autograd.grad(loss, hidden)[0]
+
+    full = gradient(None)
+    generator = torch.Generator().manual_seed(2)
+
+    def mean_gradient(negatives, draws):
+        made = (make_shortlist(rows.wanted(), VOCAB, negatives, generator) for _ in range(draws))
+        return sum(map(gradient, made)) / draws
+
+    # The normaliser is unbiased, and its logarithm the less biased the more negatives there are.
+    scale = full.norm()
+    one = (mean_gradient(30, 1) - full).norm() / scale
+    assert (mean_gradient(30, 1500) - full).norm() / scale < 0.02
+    assert one > 0.02, "a single draw is as close, so the average shows nothing"
+
+
+def test_chunks_give_the_same_values_and_gradients(case, monkeypatch):
+    head, hidden, _ = case
+    widths = []
+
+    def predict(rows):
+        logits = head.logits(rows)
+        widths.append(len(rows))
+        return logits.log_softmax(-1)[:, :3], logits.detach().amax(-1)
+
+    results = []
+    for limit in (10**6, 2 * VOCAB):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", limit)
+        values, best = in_chunks(predict, (hidden,), VOCAB)
+        (gradient,) = torch.autograd.grad(values.square().sum(), hidden)
+        results.append((values, best, gradient))
+    torch.testing.assert_close(*results)
+    # Forward at once; then forward and, for the gradient, once more, two rows at a time.
+    assert widths[:4] == [5, 2, 2, 1]
+    assert sorted(widths[4:]) == [1, 2, 2]
