@@ -39,8 +39,14 @@ class Context(Protocol):
     positions: Tensor
     """(n,) absolute positions of the new tokens."""
 
-    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask of the layers with this mask function; None if none is needed."""
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
+        """The additive mask of the layers with this mask function; None if none is needed.
+
+        Args:
+            function: of the layers.
+            dtype: of the mask.
+            window: the width of the window that the model gives for these layers, if it does.
+        """
 
     def attend(
         self,
@@ -94,9 +100,11 @@ def capture_output(layer_id: int, output: Tensor) -> None:
     _FORWARD_PASS.get().outputs[layer_id] = output
 
 
-def attention_mask(*, mask_function: MaskFunction, dtype: torch.dtype, **_: Any) -> Any:
+def attention_mask(
+    *, mask_function: MaskFunction, dtype: torch.dtype, local_size: int | None = None, **_: Any
+) -> Any:
     """The mask that transformers passes to the layers with this mask function."""
-    return _FORWARD_PASS.get().context.mask(mask_function, dtype)
+    return _FORWARD_PASS.get().context.mask(mask_function, dtype, local_size)
 
 
 def attention(
@@ -222,7 +230,7 @@ class AttentionContext(BlockContext):
         """See `BlockContext.is_whole_text`."""
         return self.ancestors is None and self.committed == 0
 
-    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """(1, 1, n, committed + n) additive; None if each token sees everything before it."""
         is_causal = function is causal_mask_function
         if is_causal and (len(self.positions) == 1 or self.is_whole_text):
@@ -264,7 +272,13 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     """
     batch, heads, n, head_dim = q.shape
     queries = q.reshape(batch, k.shape[1], heads // k.shape[1] * n, head_dim)
-    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    if q.device.type == "cuda" and head_dim % ALIGNMENT == 0:
+        # cuDNN's attention builds a plan for every new number of keys, and each step has a new one.
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = None if mask is None else mask.expand(*queries.shape[:3], k.shape[2])
+        out = kernel(queries, k, v, bias, False, scale=scale)[0]
+    else:
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
     # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
     return out.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 

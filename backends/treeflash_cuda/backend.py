@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +16,7 @@ from treeflash.decoding.probe import check_trees
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.arena import Arena, StaticArena
+from treeflash_cuda.attention_kernels import flash_kernels
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import StaticForwards
@@ -110,13 +112,14 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
 def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
     """A target that runs draft trees; see `Target.prepare`. Raises what `Loader` does."""
     device = choose_device(config.device)
-    # cuDNN's attention builds a plan for every new number of keys, and each step has a new one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model = Target(folder, device, dtype)
     model.prepare(pack=pack)
+    model.kernels, reason = flash_kernels(device, model.dtype, model.config)
+    if reason:
+        warnings.warn(f"attention over long texts will be slow: {reason}", stacklevel=2)
     return model
 
 

@@ -52,7 +52,7 @@ class StaticContext(BlockContext):
         self.ancestors = ancestors
         self.columns = columns
 
-    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor:
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """(1, 1, n, columns) additive."""
         columns = torch.arange(self.columns, device=self.slots.device)
         keys = columns.index_copy(0, self.slots, self.positions)

@@ -30,10 +30,10 @@ class PackedContext:
         self.cache = cache
         self.positions = torch.cat([text.positions for text in texts])
 
-    def mask(self, function: MaskFunction, dtype: torch.dtype) -> Tensor:
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """A tensor that stands for the masks of all texts, which it carries."""
         placeholder = self.positions.new_zeros(1, 1, 1, 1)
-        placeholder.texts = [text.mask(function, dtype) for text in self.texts]  # type: ignore[attr-defined]
+        placeholder.texts = [text.mask(function, dtype, window) for text in self.texts]  # type: ignore[attr-defined]
         return placeholder
 
     def attend(

@@ -25,7 +25,9 @@ from treeflash_cuda.attention import (
     attention_context,
     capture_output,
 )
+from treeflash_cuda.attention_kernels import Kernels
 from treeflash_cuda.cache import KeyValues, TreeCache
+from treeflash_cuda.cascade import CascadeContext
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
 
 CHECKED_TOKENS = 16
@@ -43,6 +45,7 @@ class Target:
         lm_head_weight: (vocab, hidden_size) its weight.
         max_positions: positions of the model; fewer if later ones would change earlier ones.
         scale: factor of the model on its output head's logits; `find_scale` finds it.
+        kernels: for attention in parts; None computes it as a whole, with a mask.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -66,6 +69,7 @@ class Target:
         self.vocab_size = len(self.embeddings)
         self.max_positions = _max_positions(self.config)
         self.scale = 1.0
+        self.kernels: Kernels | None = None
         self.arena = Arena(len(self.layers))
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
@@ -163,6 +167,14 @@ class Target:
         bias = getattr(self.lm_head, "bias", None)
         weight = take(self.lm_head_weight, tokens)
         return F.linear(hidden, weight, None if bias is None else bias[tokens])
+
+    def context(
+        self, committed: int, positions: Tensor, ancestors: Tensor | None
+    ) -> AttentionContext:
+        """What a block of tokens sees; see `AttentionContext`."""
+        if self.kernels is None:
+            return AttentionContext(committed, positions, ancestors)
+        return CascadeContext(committed, positions, ancestors, self.kernels)
 
     def forward(
         self,

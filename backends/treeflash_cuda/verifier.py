@@ -13,7 +13,6 @@ from torch import Tensor
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension, Verification
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.cache import TreeCache, upload_all
 from treeflash_cuda.choices import choose
 from treeflash_cuda.drafter_model import DrafterModel
@@ -124,7 +123,7 @@ class Verifier:
             token_ids.append(next(uploaded).long())
             positions = next(uploaded).long()
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
-            texts.append(AttentionContext(state.length, positions, ancestors))
+            texts.append(self.target.context(state.length, positions, ancestors))
         cache = TreeCache([state.key_values for state, _ in rows], sizes)
         context = PackedContext(texts, cache) if others else texts[0]
         everything = len(kept) == ends[-1]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +20,12 @@ from treeflash_cuda import backend, target
 from treeflash_cuda.head import ARHead
 
 DEVICE = torch.device("cuda", 0)
+SCALARS = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero")}
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear")}
 
 
 def kernel_output(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
-    """The output of the kernel that CUDA chooses with cuDNN's off: its shape, strides and dtype.
+    """The output of the kernel that CUDA chooses without cuDNN's: its shape, strides and dtype.
 
     Args:
         query: fake, or on the device `meta`, like the others.
@@ -111,9 +113,10 @@ class FakeCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self._check_not_capturing(func)
-            self.count.add("cpu")
+        if func.overloadpacket in SCALARS:
+            if args[0].device.type != "cpu":
+                self._check_not_capturing(func)
+                self.count.add("cpu")
             return 0
         if func.overloadpacket in PRODUCTS:
             _check_dtypes(*args)
@@ -207,6 +210,8 @@ class FakeCuda(TorchDispatchMode):
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        # It asks the driver.
+        monkeypatch.setattr(varlen, "_cudnn_decode_disabled", lambda device: True)
 
 
 class _Graph:

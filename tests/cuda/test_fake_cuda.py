@@ -17,10 +17,13 @@ import torch  # noqa: E402
 from fake_cuda import DEVICE, FakeCuda  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.cuda.is_built(),
-    reason="needs a build of PyTorch with CUDA, as PyPI has it for Linux, but no GPU",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.backends.cuda.is_built(),
+        reason="needs a build of PyTorch with CUDA, as PyPI has it for Linux, but no GPU",
+    ),
+    pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda"),
+]
 
 FAMILIES = ("qwen3", "llama", "mistral", "qwen2", "qwen3_moe")
 DTYPES = ("bfloat16", "float32")
@@ -99,6 +102,7 @@ def test_moving_data_during_a_capture_raises(cuda, move):
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
     assert backend.device == "cuda:0"
+    assert (backend.target.kernels is None) == (dtype == "float32")
     text = TextSession(backend, drafts=True)
     root = text.extend(PROMPT)
     check_context(text, len(PROMPT))

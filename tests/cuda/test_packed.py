@@ -108,7 +108,7 @@ def test_a_layer_that_changes_its_mask_is_refused():
     context = PackedContext(contexts, cache)
     x = torch.zeros(1, 2, 2, 4)
     cache.update(x, x, 0)
-    mask = context.mask(lambda b, h, q, k: k <= q, torch.float32)
+    mask = context.mask(lambda b, h, q, k: k <= q, torch.float32, None)
     assert context.attend(nn.Identity(), x, x, x, mask, 1.0).shape == (1, 2, 2, 4)
     with pytest.raises(UnsupportedModelError, match="Identity changes its mask"):
         context.attend(nn.Identity(), x, x, x, mask + 1, 1.0)
