@@ -172,7 +172,7 @@ def learned(low, high):
     budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))
     for _ in range(30):
         for confidence, length in ((0.1, low), (0.99, high)):
-            observe(budget, confident(confidence), length, {"draft": 0.0, "verify": 0.75})
+            observe(budget, confident(confidence), length, {"draft": 0.0, "verify": 1.0})
     return budget
 
 
