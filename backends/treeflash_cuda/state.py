@@ -7,11 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treeflash.decoding.one_by_one import WithoutRecurrence
 from treeflash_cuda.arena import Arena
 from treeflash_cuda.cache import KeyValues
 
 
-class State:
+class State(WithoutRecurrence):
     """`treeflash.decoding.interfaces.TextState` in PyTorch.
 
     Attributes:

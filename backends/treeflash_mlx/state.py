@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.one_by_one import WithoutRecurrence
 from treeflash_mlx.cache import KeyValues
 
 
-class State:
+class State(WithoutRecurrence):
     """`treeflash.decoding.interfaces.TextState` in MLX.
 
     Attributes:

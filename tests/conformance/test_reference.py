@@ -3,10 +3,11 @@
 import pytest
 
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing import DIALECTS, BackendSuite
+from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite
 
 
 class TestConformance(BackendSuite):
+    hybrids = HYBRID_FAMILIES
     dialects = tuple(DIALECTS)
 
     @pytest.fixture

@@ -15,6 +15,7 @@ from treeflash.config import METHODS
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Verification
+from treeflash.decoding.one_by_one import WithoutRecurrence
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.generate import main
@@ -27,10 +28,11 @@ DEPTHS, CHILDREN = 4, 3
 OTHER = 5
 
 
-class ScriptedText:
+class ScriptedText(WithoutRecurrence):
     """The state of a scripted text: its script, its prompt, and how much of it is committed."""
 
     nbytes = 0
+    length = 0
 
     def __init__(self, script: Sequence[int], prompt: Sequence[int] = (), length: int = 0) -> None:
         self.script = script

@@ -31,7 +31,7 @@ LAYERS = [
 # The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
     {"transitions"},
-    {"tree"},
+    {"tree", "recurrence", "snapshots"},
     {"acceptance", "sampling"},
     {"choices"},
     {"constraints", "interfaces", "penalties"},
@@ -43,7 +43,10 @@ DECODING = [
     {"scheduler"},
     {"decode_text"},
 ]
-DATA_TYPES = {"transitions", "tree", "acceptance", "sampling", "choices", "interfaces"}
+DATA_TYPES = {
+    *("transitions", "tree", "recurrence", "snapshots"),
+    *("acceptance", "sampling", "choices", "interfaces"),
+}
 # The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.
 DRAFTERS = [
     {"folder", "rope"},

@@ -43,10 +43,14 @@ class FakeText:
     tree: DraftTree | None = None
     closed: bool = False
     nbytes = 0
+    needs_snapshots = False
 
     @property
     def length(self) -> int:
         return len(self.text)
+
+    def restorable(self, length: int) -> int:
+        return min(length, self.length)
 
     def close(self) -> None:
         self.closed = True

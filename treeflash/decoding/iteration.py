@@ -101,7 +101,7 @@ class Iteration:
         room = self.prefill_tokens[0 if self._needing(Verify) else 1]
         chunks = {}
         for text in self._needing(Extend):
-            size = min(len(text.needed(Extend).token_ids) - text.extended, room)
+            size = min(text.extension, room)
             if size:
                 chunks[text.ticket] = size
                 room -= size
@@ -129,6 +129,8 @@ class Iteration:
                 text.resume(chosen)
                 continue
             text.extended += chunks[text.ticket]
+            if text.shared and text.extended == len(text.needed(Extend).token_ids) - 1:
+                text.state.snapshot()
             if chosen is not None:
                 extended.append((text, chosen))
         return extended

@@ -1,4 +1,4 @@
-"""Base classes of backends that handle one text at a time: they run a list entry by entry."""
+"""Base classes of small backends: they run a list of texts entry by entry."""
 
 from __future__ import annotations
 
@@ -13,6 +13,28 @@ from treeflash.decoding.choices import Chosen, choose
 from treeflash.decoding.interfaces import Block, Extension, TextState, Verification
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
+
+
+class WithoutRecurrence(ABC):
+    """The part of a `TextState` that concerns recurrent layers, for targets that have none."""
+
+    needs_snapshots = False
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """See `TextState.length`."""
+
+    def snapshot(self) -> None:  # noqa: B027 (nothing to keep)
+        """See `TextState.snapshot`."""
+
+    def restorable(self, length: int) -> int:
+        """See `TextState.restorable`."""
+        return min(length, self.length)
+
+    def states(self) -> list[NDArray[np.float32]]:
+        """See `TextState.states`."""
+        return []
 
 
 class OneByOneVerifier(ABC):

@@ -41,7 +41,7 @@ class PrefixCache:
         return len(self._entries)
 
     def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[TextState, int] | None:
-        """The state that shares the longest prefix with these tokens, and the prefix's length.
+        """The state that can be forked at the longest common prefix, and the prefix's length.
 
         Args:
             key: what a state depends on beside its tokens: the loaded pair, whether it was opened
@@ -55,7 +55,7 @@ class PrefixCache:
         best: _Entry | None = None
         longest = 0
         for entry in self._entries:
-            if entry.key == key and (length := common_prefix(entry.tokens, wanted)) > longest:
+            if entry.key == key and (length := _shared(entry, wanted)) > longest:
                 best, longest = entry, length
         if best is None:
             return None
@@ -73,7 +73,7 @@ class PrefixCache:
         """
         new = _Entry(key, np.array(tokens, np.int32), state)
         for entry in [entry for entry in self._entries if entry.key == key]:
-            if common_prefix(entry.tokens, new.tokens) == len(entry.tokens):
+            if _shared(new, entry.tokens) >= _shared(entry, entry.tokens):
                 self._drop(entry)  # the new state can do all that it could
         self._entries.append(new)
         self.shrink(self.max_bytes)
@@ -90,6 +90,11 @@ class PrefixCache:
     def _drop(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         entry.state.close()
+
+
+def _shared(entry: _Entry, tokens: NDArray[np.int32]) -> int:
+    """The longest prefix of these tokens that the entry can be forked at."""
+    return entry.state.restorable(common_prefix(entry.tokens, tokens))
 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NewType, TypeVar
 
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.interfaces import TextState
-from treeflash.decoding.loop import Loop, Need, Phase, Step
+from treeflash.decoding.loop import Extend, Loop, Need, Phase, Step
 from treeflash.decoding.requests import Request
 
 Ticket = NewType("Ticket", int)
@@ -30,6 +30,7 @@ class RunningText:
         need: what the loop waits for; None when the text is finished.
         extended: tokens of the need `Extend` that are committed already.
         has_drafted: whether a tree was drafted for it.
+        shared: whether texts that begin alike may fork its state.
         seconds: by phase, since the last step.
         events: steps, and the error that ended the text, not handed out yet.
     """
@@ -42,6 +43,7 @@ class RunningText:
     need: Need | None = None
     extended: int = 0
     has_drafted: bool = False
+    shared: bool = False
     seconds: dict[Phase, float] = field(default_factory=dict)
     events: list[Step | Exception] = field(default_factory=list)
 
@@ -54,6 +56,16 @@ class RunningText:
     def adapts(self) -> bool:
         """Whether its trees have the size that pays."""
         return self.config.drafts and self.config.budget == AUTO
+
+    @property
+    def extension(self) -> int:
+        """Tokens of the need `Extend` to run next at most: all, or those before a snapshot.
+
+        The last token of a prompt is always run by the text itself, so that one before it is where
+        texts with the same prompt fork.
+        """
+        rest = len(self.needed(Extend).token_ids) - self.extended
+        return rest - 1 if rest > 1 and self.shared and self.state.needs_snapshots else rest
 
     def needed(self, kind: type[N]) -> N:
         """What the loop waits for, which is of that kind."""

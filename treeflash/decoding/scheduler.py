@@ -195,11 +195,12 @@ class Scheduler:
 
     def _start(self, waiting: _Waiting, leader: RunningText | None) -> None:
         request = waiting.request
-        found = None if leader is None else (leader.state, len(request.prompt_ids))
-        if found is None and self.prefix_cache is not None:
-            found = self.prefix_cache.find(self._key(request), request.prompt_ids)
         # At least one token is run: what follows the prompt is chosen from its output.
-        cached = 0 if found is None else min(found[1], len(request.prompt_ids) - 1)
+        known = request.prompt_ids[:-1]
+        found = None if leader is None else (leader.state, leader.state.restorable(len(known)))
+        if found is None and self.prefix_cache is not None:
+            found = self.prefix_cache.find(self._key(request), known)
+        cached = 0 if found is None else found[1]
         capacity = self._capacity(request)
         if found is not None and cached:
             state = found[0].fork(cached, capacity)
@@ -214,6 +215,8 @@ class Scheduler:
             cached_tokens=cached,
         )
         text = RunningText(waiting.ticket, request, state, loop, list(request.prompt_ids))
+        followed = any(other.leader == waiting.ticket for other in self._waiting)
+        text.shared = followed or self.prefix_cache is not None
         self._running.append(text)
         text.resume(None)
 
@@ -223,9 +226,10 @@ class Scheduler:
         try:
             if keep and self.prefix_cache is not None:
                 # A stop may have cut off the tokens of the last positions.
-                length = min(text.state.length, len(text.tokens))
-                state = text.state.fork(length, length)  # without the room for further tokens
-                self.prefix_cache.put(self._key(text.request), text.tokens[:length], state)
+                length = text.state.restorable(len(text.tokens))
+                if length:
+                    state = text.state.fork(length, length)  # without the room for further tokens
+                    self.prefix_cache.put(self._key(text.request), text.tokens[:length], state)
         finally:
             text.close()
 

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.snapshots import MOST
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
@@ -45,10 +46,12 @@ class ReferenceBackend:
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         """See `Backend.state_nbytes`."""
         target = self.target
-        numbers = 2 * target.layers * target.kv_heads * target.head_dim
+        attending = target.layers - len(target.recurrent)
+        numbers = 2 * attending * target.kv_heads * target.head_dim
         if drafts and (config := self.drafter_config):
             numbers += 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return 4 * capacity * numbers
+        states = sum(layer.start.nbytes for layer in target.recurrent.values())
+        return 4 * capacity * numbers + (1 + MOST) * states
 
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""

@@ -53,7 +53,9 @@ def rotate(
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attention(q: Array, k: Array, v: Array, mask: NDArray[np.bool_]) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, mask: NDArray[np.bool_], scale: float | None = None
+) -> Array:
     """Grouped-query attention.
 
     Args:
@@ -61,13 +63,14 @@ def attention(q: Array, k: Array, v: Array, mask: NDArray[np.bool_]) -> Array:
         k: (kv_heads, m, head_dim).
         v: (kv_heads, m, head_dim).
         mask: (n, m) bool; True if a query attends to a key.
+        scale: factor on the scores; None is 1 / sqrt(head_dim).
 
     Returns:
         (n, heads * head_dim).
     """
     heads, n, head_dim = q.shape
     grouped = q.reshape(len(k), -1, n, head_dim)
-    scores = grouped @ k[:, None].swapaxes(-1, -2) / np.float32(np.sqrt(head_dim))
+    scores = grouped @ k[:, None].swapaxes(-1, -2) * np.float32(scale or head_dim**-0.5)
     out = softmax(np.where(mask, scores, -np.inf)) @ v[:, None]
     return out.reshape(heads, n, head_dim).swapaxes(0, 1).reshape(n, -1)
 

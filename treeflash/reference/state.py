@@ -41,6 +41,19 @@ class State:
         drafter = self.drafter.nbytes if self.drafter else 0
         return self.cache.nbytes + drafter + self.features.nbytes
 
+    @property
+    def needs_snapshots(self) -> bool:
+        """See `TextState.needs_snapshots`."""
+        return bool(self.target.recurrent)
+
+    def snapshot(self) -> None:
+        """See `TextState.snapshot`."""
+        self.cache.snapshot()
+
+    def restorable(self, length: int) -> int:
+        """See `TextState.restorable`."""
+        return self.cache.restorable(length)
+
     def fork(self, length: int, capacity: int) -> State:
         """See `TextState.fork`."""
         new = State(self.target, self.drafter_model, capacity)
@@ -65,6 +78,10 @@ class State:
     def keys_values(self) -> Array:
         """See `TextState.keys_values`."""
         return self.cache.keys_values()
+
+    def states(self) -> list[Array]:
+        """See `TextState.states`."""
+        return self.cache.read_states()
 
     def drafter_keys_values(self) -> Array:
         """See `TextState.drafter_keys_values`."""

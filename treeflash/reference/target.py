@@ -1,4 +1,4 @@
-"""A decoder-only transformer in NumPy: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE."""
+"""A decoder-only model in NumPy: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5, Granite 4."""
 
 from __future__ import annotations
 
@@ -12,9 +12,23 @@ from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.rope import inverse_frequencies, rope_parameters
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.reference.cache import Cache
-from treeflash.reference.numerics import Array, attention, rms_norm, rotate, silu, softmax
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+from treeflash.reference.families import (
+    FAMILIES,
+    is_supported,
+    plain_weights,
+    recurrent_layers,
+    text_config,
+)
+from treeflash.reference.numerics import (
+    Array,
+    attention,
+    rms_norm,
+    rotate,
+    sigmoid,
+    silu,
+    softmax,
+)
+from treeflash.reference.recurrence import GatedDeltaNet, Mamba2, run
 
 
 class Target:
@@ -27,15 +41,14 @@ class Target:
             CheckpointError: it is damaged or lacks a tensor.
             UnsupportedModelError: another family, or a variant of one that is not supported.
         """
-        config = read_config(folder)
-        family = config.get("model_type")
-        if family not in FAMILIES or config.get("hidden_act", "silu") != "silu":
+        config = text_config(read_config(folder))
+        if not is_supported(config):
             raise UnsupportedModelError(
-                f"the reference backend supports {', '.join(FAMILIES)}, not {family!r}; "
-                "use --backend cuda or --backend mlx"
+                f"the reference backend supports {', '.join(FAMILIES)}, not "
+                f"{config['model_type']!r}; use --backend cuda or --backend mlx"
             )
         self.folder = folder
-        self.weights = read_tensors(folder)
+        self.weights = plain_weights(config, read_tensors(folder))
         try:
             self._configure(config)
         except KeyError as error:
@@ -56,9 +69,18 @@ class Target:
         self.eps = float(config["rms_norm_eps"])
         self.experts_per_token = int(config.get("num_experts_per_tok") or 0)
         self.norm_topk_prob = bool(config.get("norm_topk_prob", False))
-        frequencies, self.rope_scale = inverse_frequencies(rope_parameters(config), self.head_dim)
+        self.score_scale = float(config.get("attention_multiplier") or self.head_dim**-0.5)
+        rope = rope_parameters(config)
+        rotated = int(self.head_dim * rope.get("partial_rotary_factor", 1))
+        frequencies, self.rope_scale = inverse_frequencies(rope, rotated)
         self.inv_freq = tuple(frequencies.tolist())
         self.windows = sliding_windows(config, self.layers)
+        kind = GatedDeltaNet if config["model_type"] == "qwen3_5" else Mamba2
+        self.recurrent = {
+            n: kind(config, self.weights, f"model.layers.{n}.")
+            for n, recurrent in enumerate(recurrent_layers(config, self.layers))
+            if recurrent
+        }
 
     def embed(self, token_ids: NDArray[np.int32]) -> Array:
         """(..., hidden_size) embeddings of (...) tokens."""
@@ -72,7 +94,8 @@ class Target:
 
     def new_cache(self) -> Cache:
         """An empty cache for a new text."""
-        return Cache(self.layers, self.kv_heads, self.head_dim)
+        start = {n: layer.start for n, layer in self.recurrent.items()}
+        return Cache(self.layers, self.kv_heads, self.head_dim, start)
 
     def forward(
         self,
@@ -93,6 +116,7 @@ class Target:
             (n, vocab) logits, and (n, hidden_size) outputs of the embeddings and of each layer.
         """
         keys = np.concatenate([np.arange(cache.length), positions])
+        parents = nearest_ancestors(mask)
         seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
         x = self.embed(token_ids)
         outputs = [x]
@@ -100,7 +124,11 @@ class Target:
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
             layer = f"model.layers.{n}."
             y = rms_norm(x, self._weight(layer + "input_layernorm.weight"), self.eps)
-            x = x + self._attend(n, y, positions, inside, cache)
+            if n in self.recurrent:
+                mixed, cache.node_states[n] = run(self.recurrent[n], y, parents, cache.states[n])
+                x = x + mixed
+            else:
+                x = x + self._attend(n, y, positions, inside, cache)
             y = rms_norm(x, self._weight(layer + "post_attention_layernorm.weight"), self.eps)
             x = x + self._feed_forward(layer + "mlp.", y)
             outputs.append(x)
@@ -117,16 +145,28 @@ class Target:
     ) -> Array:
         layer = f"model.layers.{n}.self_attn."
 
-        def heads(name: str, count: int) -> Array:
-            y = self._linear(f"{layer}{name}_proj", x).reshape(len(x), count, self.head_dim)
+        def heads(name: str, y: Array) -> Array:
+            y = y.reshape(len(x), -1, self.head_dim)
             if f"{layer}{name}_norm.weight" in self.weights:
                 y = rms_norm(y, self.weights[f"{layer}{name}_norm.weight"], self.eps)
             return y.swapaxes(0, 1)
 
-        q = rotate(heads("q", self.heads), positions, self.inv_freq, self.rope_scale)
-        k = rotate(heads("k", self.kv_heads), positions, self.inv_freq, self.rope_scale)
-        keys, values = cache.attend(n, k, heads("v", self.kv_heads))
-        return self._linear(layer + "o_proj", attention(q, keys, values, mask))
+        q, k, v = (self._linear(f"{layer}{name}_proj", x) for name in "qkv")
+        gate = None
+        if q.shape[1] > self.heads * self.head_dim:  # Qwen3.5 gates what its heads return
+            q, gate = np.split(q.reshape(len(x), self.heads, -1), 2, -1)
+        queries = self._rotate(heads("q", q), positions)
+        keys, values = cache.attend(n, self._rotate(heads("k", k), positions), heads("v", v))
+        out = attention(queries, keys, values, mask, self.score_scale)
+        if gate is not None:
+            out = out * sigmoid(gate.reshape(out.shape))
+        return self._linear(layer + "o_proj", out)
+
+    def _rotate(self, x: Array, positions: NDArray[np.int32]) -> Array:
+        """Rotate the first channels of each head, as many as there are frequencies for."""
+        rotated, kept = np.split(x, [2 * len(self.inv_freq)], -1)
+        rotated = rotate(rotated, positions, self.inv_freq, self.rope_scale)
+        return np.concatenate([rotated, kept], -1)
 
     def _feed_forward(self, layer: str, x: Array) -> Array:
         if layer + "gate.weight" not in self.weights:
@@ -156,6 +196,13 @@ class Target:
             return self.weights[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}") from None
+
+
+def nearest_ancestors(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """(n,) int32 parents of the nodes that an ancestor mask describes."""
+    order = np.arange(len(mask), dtype=np.int32)
+    parents: NDArray[np.int32] = np.where(mask & (order < order[:, None]), order, -1).max(-1)
+    return parents
 
 
 def sliding_windows(config: dict[str, Any], layers: int) -> list[int | None]:

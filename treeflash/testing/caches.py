@@ -8,7 +8,11 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.testing.comparisons import assert_close, assert_equal_tables
+from treeflash.testing.comparisons import (
+    assert_close,
+    assert_equal_states,
+    assert_equal_tables,
+)
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.texts import path_to, random_tokens, random_tree
 
@@ -26,7 +30,7 @@ class CacheTests:
         fresh = TextSession(backend)
         fresh.extend(text.tokens)
         assert text.length == fresh.length == len(text.tokens)
-        assert_close(text.state.keys_values(), fresh.state.keys_values())
+        assert_equal_states(text.state, fresh.state)
         root = DraftTree.root_only(text.root)
         assert_close(text.logits(root), fresh.logits(root))
 
@@ -43,11 +47,11 @@ class CacheTests:
                 text.commit_random_path()
         tested, reference = texts
         assert tested.tokens == reference.tokens
-        assert_close(tested.state.keys_values(), reference.state.keys_values())
+        assert_equal_states(tested.state, reference.state)
         assert_close(tested.state.drafter_keys_values(), reference.state.drafter_keys_values())
 
-    def test_verifying_again_replaces_the_tree(self, pair: PairMaker) -> None:
-        backend = pair().tested
+    def test_verifying_again_replaces_the_tree(self, pair: PairMaker, representative: str) -> None:
+        backend = pair(representative).tested
         rng = np.random.default_rng(7)
         once, twice = CommittedText(backend, seed=8), CommittedText(backend, seed=8)
         tree = random_tree(rng, once.root, 20, backend.vocab_size)
@@ -56,20 +60,24 @@ class CacheTests:
         for text in (once, twice):
             text.verify(tree)
             text.commit(path)
-        assert_close(twice.state.keys_values(), once.state.keys_values())
+        assert_equal_states(twice.state, once.state)
 
-    def test_a_tree_that_is_not_committed_leaves_no_trace(self, pair: PairMaker) -> None:
-        backend = pair().tested
+    def test_a_tree_that_is_not_committed_leaves_no_trace(
+        self, pair: PairMaker, representative: str
+    ) -> None:
+        backend = pair(representative).tested
         never, verified = CommittedText(backend, seed=12), CommittedText(backend, seed=12)
         tree = random_tree(np.random.default_rng(13), verified.root, 20, backend.vocab_size)
         verified.verify(tree)
-        assert_close(verified.state.keys_values(), never.state.keys_values())
+        assert_equal_states(verified.state, never.state)
         for text in (never, verified):
             text.extend([3, 4, 5])
-        assert_close(verified.state.keys_values(), never.state.keys_values())
+        assert_equal_states(verified.state, never.state)
 
-    def test_two_texts_do_not_disturb_each_other(self, pair: PairMaker) -> None:
-        backend = pair().tested
+    def test_two_texts_do_not_disturb_each_other(
+        self, pair: PairMaker, representative: str
+    ) -> None:
+        backend = pair(representative).tested
         first, second = CommittedText(backend, seed=9), CommittedText(backend, seed=10)
         for _ in range(ROUNDS):
             first.commit_random_path()
@@ -79,7 +87,7 @@ class CacheTests:
             for _ in range(ROUNDS):
                 alone.commit_random_path()
             assert together.tokens == alone.tokens
-            assert_close(together.state.keys_values(), alone.state.keys_values())
+            assert_equal_states(together.state, alone.state)
             assert_close(together.state.drafter_keys_values(), alone.state.drafter_keys_values())
 
     def test_a_text_that_is_not_drafted_for(self, pair: PairMaker) -> None:

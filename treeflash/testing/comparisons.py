@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.interfaces import TextState
 from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -23,6 +24,15 @@ def assert_close(
 ) -> None:
     """Types and shapes equal, values within a tolerance."""
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, strict=True)
+
+
+def assert_equal_states(
+    actual: TextState, expected: TextState, *, tolerance: float = TOLERANCE
+) -> None:
+    """The target's keys, values and recurrent states of two texts."""
+    assert_close(actual.keys_values(), expected.keys_values(), tolerance=tolerance)
+    for mine, theirs in zip(actual.states(), expected.states(), strict=True):
+        assert_close(mine, theirs, tolerance=tolerance)
 
 
 def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.testing.models import Tensors, normal, save, write_drafter
+from treeflash.testing.models import save, write_drafter
+from treeflash.testing.weights import Tensors, normal
 
 Config = dict[str, Any]
 RANK, CANDIDATES, DRAFT_VOCAB_SIZE = 8, 5, 16

@@ -17,9 +17,10 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.testing.checkpoints import write_pair
-from treeflash.testing.models import Tensors, edit_config, save, write_target
+from treeflash.testing.models import edit_config, save, write_target
 from treeflash.testing.pairs import LOAD, TARGET_SEED, PairMaker
 from treeflash.testing.samplings import SAMPLINGS
+from treeflash.testing.weights import Tensors
 
 MISFITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hidden size": (lambda config: config.update(hidden_size=64), "hidden size is 64.* is 32"),

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treeflash.drafters.folder import read_config
-
-Tensors = dict[str, NDArray[Any]]
+from treeflash.testing.hybrids import HYBRIDS, text_settings
+from treeflash.testing.weights import INWARD, OUTWARD, Tensors, norm, normal
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -21,13 +20,14 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
 FAMILIES = tuple(ARCHITECTURES)
+HYBRID_FAMILIES = tuple(HYBRIDS)
+"""Those with recurrent layers: gated delta nets and Mamba-2."""
 ROPE_THETA = 1000.0  # not the 10000 that a loader may fall back to unnoticed
 EXPERTS = 4
-INWARD, OUTWARD = 0.2, 0.08
-"""Standard deviations of weights in general, and of those that write to the residual stream: these
-are smaller, so that the newest token still shows at the last layer and texts do not get stuck."""
 
 
 def write_target(
@@ -82,7 +82,10 @@ def write_target(
             "mlp_only_layers": [],
         }
     rng = np.random.default_rng(seed)
-    save(folder, config, _target_tensors(rng, config))
+    tensors = _target_tensors(rng, config)
+    if family in HYBRIDS:
+        config = HYBRIDS[family](config, tensors, rng)
+    save(folder, config, tensors)
 
 
 def write_drafter(
@@ -112,7 +115,7 @@ def write_drafter(
         sliding_window: of the first layer; None lets every layer attend to everything.
         sharded: whether to spread the tensors over two files.
     """
-    target = read_config(target_folder)
+    target = text_settings(read_config(target_folder))
     hidden_size, vocab_size = target["hidden_size"], target["vocab_size"]
     ids = {} if target_layer_ids is None else {"target_layer_ids": list(target_layer_ids)}
     config: dict[str, Any] = {
@@ -189,7 +192,7 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
     embeddings = normal(rng, vocab_size, h, scale=0.7) + shared
     tensors = {
         "model.embed_tokens.weight": embeddings,
-        "model.norm.weight": _norm(rng, h),
+        "model.norm.weight": norm(rng, h),
     }
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = normal(rng, vocab_size, h, scale=0.2) + (
@@ -218,8 +221,8 @@ def _drafter_tensors(rng: np.random.Generator, config: Mapping[str, Any], featur
     h = config["hidden_size"]
     tensors = {
         "fc.weight": normal(rng, h, features),
-        "hidden_norm.weight": _norm(rng, h),
-        "norm.weight": _norm(rng, h),
+        "hidden_norm.weight": norm(rng, h),
+        "norm.weight": norm(rng, h),
     }
     for n in range(config["num_hidden_layers"]):
         layer = f"layers.{n}."
@@ -238,7 +241,7 @@ def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
         "ar_approximation.ug.weight": up_gate + normal(rng, 2 * h, 2 * h, scale=0.1),
         "ar_approximation.ug.bias": bias + normal(rng, 2 * h),
         "ar_approximation.d.weight": 2 * identity + normal(rng, h, h),
-        "ar_approximation.norm.weight": _norm(rng, h),
+        "ar_approximation.norm.weight": norm(rng, h),
     }
 
 
@@ -246,7 +249,7 @@ def _linear_tensors(rng: np.random.Generator, h: int) -> Tensors:
     identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
     return {
         "ar_approximation.d.weight": np.hstack([2 * identity, nothing]) + normal(rng, h, 2 * h),
-        "ar_approximation.norm.weight": _norm(rng, h),
+        "ar_approximation.norm.weight": norm(rng, h),
     }
 
 
@@ -259,8 +262,8 @@ def _attention_tensors(
     h, d = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     tensors = {
-        f"{layer}input_layernorm.weight": _norm(rng, h),
-        f"{layer}post_attention_layernorm.weight": _norm(rng, h),
+        f"{layer}input_layernorm.weight": norm(rng, h),
+        f"{layer}post_attention_layernorm.weight": norm(rng, h),
     }
     for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
         tensors[f"{layer}self_attn.{name}_proj.weight"] = normal(
@@ -269,7 +272,7 @@ def _attention_tensors(
         if name in biases:
             tensors[f"{layer}self_attn.{name}_proj.bias"] = normal(rng, rows)
         if norms and name in "qk":
-            tensors[f"{layer}self_attn.{name}_norm.weight"] = _norm(rng, d)
+            tensors[f"{layer}self_attn.{name}_norm.weight"] = norm(rng, d)
     return tensors
 
 
@@ -279,12 +282,3 @@ def _mlp_tensors(rng: np.random.Generator, layer: str, h: int, width: int) -> Te
         f"{layer}up_proj.weight": normal(rng, width, h),
         f"{layer}down_proj.weight": normal(rng, h, width, scale=OUTWARD),
     }
-
-
-def normal(rng: np.random.Generator, *shape: int, scale: float = INWARD) -> NDArray[np.float32]:
-    """Weights."""
-    return rng.normal(0.0, scale, shape).astype(np.float32)
-
-
-def _norm(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    return 1 + normal(rng, size, scale=0.1)

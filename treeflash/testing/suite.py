@@ -17,6 +17,7 @@ from treeflash.testing.generations import GenerationTests
 from treeflash.testing.log_probs import LogProbTests
 from treeflash.testing.masks import MaskTests
 from treeflash.testing.pairs import PairMaker, Pairs
+from treeflash.testing.recurrence import RecurrenceTests
 from treeflash.testing.schedules import ScheduleTests
 from treeflash.testing.stops import StopTests
 from treeflash.testing.transitions import TransitionTests
@@ -31,6 +32,7 @@ class BackendSuite(
     TreeTests,
     MaskTests,
     CacheTests,
+    RecurrenceTests,
     ContextTests,
     GenerationTests,
     ScheduleTests,
@@ -45,11 +47,13 @@ class BackendSuite(
     Attributes:
         families: model families that the backend can load as targets, out of `FAMILIES`; most
             tests use the first one.
+        hybrids: families with recurrent layers that it can load, out of `HYBRID_FAMILIES`.
         dialects: published formats of drafters, besides plain DFlash and TreeFlash, that the
             backend can load, out of `DIALECTS`; it must refuse the others.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")
+    hybrids: ClassVar[tuple[str, ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture
@@ -74,11 +78,17 @@ class BackendSuite(
         )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run tests that take a `family` or a `dialect` for each of the backend's."""
-        assert metafunc.cls is not None
+        """Run tests that take a `family`, a `hybrid` or a `dialect` for each of the backend's.
+
+        Those that take a `representative` run for the first family and for the hybrids.
+        """
+        suite = metafunc.cls
+        assert suite is not None
         for name, values in (
-            ("family", metafunc.cls.families),
-            ("dialect", metafunc.cls.dialects),
+            ("family", suite.families + suite.hybrids),
+            ("representative", suite.families[:1] + suite.hybrids),
+            ("hybrid", suite.hybrids),
+            ("dialect", suite.dialects),
         ):
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values)

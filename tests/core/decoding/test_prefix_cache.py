@@ -11,6 +11,12 @@ from treeflash.decoding.prefix_cache import PrefixCache
 class State:
     nbytes: int = 10
     closed: bool = False
+    snapshots: tuple[int, ...] | None = None
+
+    def restorable(self, length):
+        if self.snapshots is None:
+            return length
+        return max((n for n in self.snapshots if n <= length), default=0)
 
     def close(self):
         self.closed = True
@@ -70,3 +76,21 @@ def test_closing_closes_all(cache):
         cache.put("pair", [n], state)
     cache.close()
     assert all(state.closed for state in states)
+
+
+def test_a_state_with_snapshots_is_found_where_it_can_be_forked(cache):
+    state = State(snapshots=(2, 5))
+    cache.put("pair", [1, 2, 3, 4, 5], state)
+    assert cache.find("pair", [1, 2, 3, 4, 5, 6]) == (state, 5)
+    assert cache.find("pair", [1, 2, 3, 4, 9]) == (state, 2)
+    assert cache.find("pair", [1, 9]) is None
+
+
+def test_a_longer_state_without_a_snapshot_keeps_its_prefixes(cache):
+    old, new, other = State(snapshots=(2,)), State(snapshots=(4,)), State(snapshots=(2, 4))
+    cache.put("pair", [1, 2], old)
+    cache.put("pair", [1, 2, 3, 4], new)
+    assert not old.closed
+    cache.put("pair", [1, 2, 3, 4], other)
+    assert old.closed
+    assert new.closed

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from treeflash.decoding.one_by_one import WithoutRecurrence
 
-class State:
+
+class State(WithoutRecurrence):
     """Keys and values by layer, and the features that the drafter has not read yet."""
 
     def __init__(self, cache, drafter_cache, features=()):
