@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.config import DrafterConfig
-from treeflash_cuda.scores import MarkovWeights, SelectorWeights
+from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights
 from treeflash_cuda.topk import topk
 from treeflash_cuda.training.lm_head import LMHead, Shortlist
 

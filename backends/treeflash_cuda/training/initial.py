@@ -16,7 +16,7 @@ from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.corrections import Linear, SwiGLU
 from treeflash_cuda.drafter_model import Convolution, DrafterModel
-from treeflash_cuda.scores import MarkovWeights, SelectorWeights, make_module
+from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights, make_module
 from treeflash_cuda.target import Target
 
 RANDOM_STD = 0.02
