@@ -30,8 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=FORMATS,
         required=True,
-        help="treeflash: a DFlash drafter with a head that changes nothing, to train; "
-        "speculators: a DFlash drafter for vLLM; dflash: a speculators drafter as z-lab's",
+        help="treeflash: a DFlash drafter with a head that changes nothing, to train; speculators: "
+        "a DFlash, DFlash2 or DSpark drafter for vLLM; dflash, deepspec: a speculators drafter as "
+        "z-lab's or DeepSpec's",
     )
     parser.add_argument("--target", help="the target's name, which speculators needs")
     return parser

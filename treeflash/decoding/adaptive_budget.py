@@ -57,7 +57,7 @@ class Throughput:
 class AdaptiveBudget:
     """What was learned about one pair and method; it outlives a text and never changes the output.
 
-    A tree's first n nodes are expected to bring the sum of their probabilities (the root's is 1),
+    The nodes of a tree are expected to bring the sum of their probabilities (the root's is 1),
     corrected by how often a draft of their depth was accepted if the one before it was. A drafter
     that says how confident it is is not believed: drafts of each level of confidence are counted
     too, and corrected on their own as far as enough were seen. The best sizes are those with the
@@ -104,8 +104,8 @@ class AdaptiveBudget:
 
     def cut(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
-    ) -> list[int]:
-        """How many first nodes of each tree pay.
+    ) -> list[NDArray[np.int64]]:
+        """The nodes of each tree that pay, ascending; the root and every node's parent among them.
 
         Args:
             trees: of all texts that are verified together.
@@ -113,11 +113,9 @@ class AdaptiveBudget:
             other_rows: further rows of the same forward pass.
         """
         gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
-        # A tree is cut to a prefix: no node ranks above those before it, and no root is left out.
-        ranks = [np.minimum.accumulate(gain) for gain in gains]
-        for rank in ranks:
-            rank[0] = np.inf
-        owners = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
+        ranks = [_ranks(tree, gain) for tree, gain in zip(trees, gains, strict=True)]
+        sizes_of_trees = [len(tree) for tree in trees]
+        owners = np.repeat(np.arange(len(trees)), sizes_of_trees)
         order = np.argsort(-np.concatenate(ranks), kind="stable")
         expected = np.cumsum(np.concatenate(gains)[order])
         reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
@@ -128,8 +126,10 @@ class AdaptiveBudget:
             sizes = np.arange(len(trees), len(order) + 1)
         costs = self.costs.of(sizes + other_rows, reads[sizes - 1], len(trees))
         worth = expected[sizes - 1] - self._rate(len(trees), lengths) * costs
-        kept = order[: sizes[int(np.argmax(worth))]]
-        return [int(n) for n in np.bincount(owners[kept], minlength=len(trees))]
+        kept = np.zeros(len(order), np.bool_)
+        kept[order[: sizes[int(np.argmax(worth))]]] = True
+        parts = np.split(kept, np.cumsum(sizes_of_trees)[:-1])
+        return [np.flatnonzero(part) for part in parts]
 
     def observe(
         self,
@@ -218,6 +218,16 @@ class AdaptiveBudget:
         """How many of the drafts that were expected to be accepted were; `prior` before any."""
         accepted, expected = self.accepted.get(key, 0.0), self.expected.get(key, 0.0)
         return (accepted + PRIOR_WEIGHT * prior) / (expected + PRIOR_WEIGHT)
+
+
+def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) by which nodes are chosen: none ranks above its parent, and the root above all."""
+    ranks = gains.copy()
+    ranks[0] = np.inf
+    for depth in range(1, int(tree.depths.max()) + 1):
+        nodes = np.flatnonzero(tree.depths == depth)
+        ranks[nodes] = np.minimum(ranks[nodes], ranks[tree.parents[nodes]])
+    return ranks
 
 
 def _level(confidence: Any) -> Any:

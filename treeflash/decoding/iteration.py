@@ -90,11 +90,11 @@ class Iteration:
             texts = [text for text in cutting if text.config.method == method]
             started = time.perf_counter()
             trees = [text.needed(Cut).tree for text in texts]
-            sizes = self.budget(method).cut(trees, [text.state.length for text in texts], rows)
-            rows += sum(sizes)
-            for text, size in zip(texts, sizes, strict=True):
+            kept = self.budget(method).cut(trees, [text.state.length for text in texts], rows)
+            rows += sum(map(len, kept))
+            for text, nodes in zip(texts, kept, strict=True):
                 text.spend("tree", started)
-                text.resume(size, "tree")
+                text.resume(nodes, "tree")
 
     def _chunks(self) -> dict[Ticket, int]:
         """How many prompt tokens to run, by text: as many as there is room for, in order."""

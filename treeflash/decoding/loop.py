@@ -79,7 +79,7 @@ class Drafted:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Cut this tree to its first nodes, as many as pay; the outcome is how many."""
+    """Cut this tree to the nodes that pay; the outcome is (n,) those nodes, as in `subset`."""
 
     tree: DraftTree
 
@@ -166,8 +166,8 @@ def decode_loop(
         if constraint is not None:
             tree, allowed = constrain(tree, constraint)
         if table is not None and config.budget == AUTO:
-            nodes: int = yield Cut(tree)
-            tree, allowed = tree.first(nodes), None if allowed is None else allowed[:nodes]
+            nodes: NDArray[np.int64] = yield Cut(tree)
+            tree, allowed = tree.subset(nodes), None if allowed is None else allowed[nodes]
         chosen = yield Verify(tree, choice(tree, emitted, allowed))
         accepted = accept(tree, chosen.tokens)
         yield Commit(accepted.path)

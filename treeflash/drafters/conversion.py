@@ -15,9 +15,13 @@ import safetensors
 from numpy.typing import NDArray
 
 from treeflash.config import DrafterConfig
+from treeflash.drafters import dflash2, markov
 from treeflash.drafters.folder import check_dtype, read_config, stored_shapes, weight_files
 from treeflash.drafters.formats import (
+    DEEPSPEC,
     DFLASH,
+    DFLASH2,
+    SPECFORGE,
     SPECULATORS,
     canonical_name,
     drafter_config,
@@ -32,7 +36,25 @@ from treeflash.errors import CheckpointError, ConfigError
 Config = dict[str, Any]
 Tensors = dict[str, dict[str, Any]]
 """By name: `dtype`, `shape` and `data`, as a safetensors file holds them."""
-FORMATS = ("treeflash", "speculators", "dflash")
+SOURCES = {
+    "treeflash": (DFLASH,),
+    "speculators": (DFLASH, DFLASH2, DEEPSPEC, SPECFORGE),
+    "dflash": (SPECULATORS,),
+    "deepspec": (SPECULATORS,),
+}
+"""What each is converted from."""
+FORMATS = tuple(SOURCES)
+HEADS = {
+    "speculators": ("selector", *markov.HEADS),
+    "dflash": ("selector",),
+    "deepspec": markov.HEADS,
+}
+"""Conditional heads that each has."""
+ARCHITECTURES = {
+    "dflash": "DFlashDraftModel",
+    "dflash2": "DFlash2DraftModel",
+    "dspark": "DSparkDraftModel",
+}
 
 
 def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -> None:
@@ -41,8 +63,9 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
     Args:
         folder: of the drafter.
         output: a folder that does not exist, or is empty.
-        to: one of `FORMATS`: `treeflash` adds a head that changes nothing to a DFlash drafter,
-            `speculators` and `dflash` (z-lab's) convert DFlash drafters into each other.
+        to: one of `FORMATS`: `treeflash` adds a head that changes nothing to a DFlash drafter;
+            `speculators` takes z-lab's DFlash and DFlash2, DeepSpec's DSpark and DFlash, and
+            SpecForge's DSpark; `dflash` (z-lab's DFlash and DFlash2) and `deepspec` lead back.
         target: name of the target, which `speculators` needs.
 
     Raises:
@@ -55,11 +78,10 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
         raise ConfigError(f"{output} exists and is not an empty folder")
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
-    wanted = SPECULATORS if to == "dflash" else DFLASH
-    if source is not wanted:
-        raise ConfigError(
-            f"{to} is converted from {wanted.name} drafters, this one is {source.name}"
-        )
+    wanted = SOURCES[to]
+    if source not in wanted:
+        names = " or ".join(each.name for each in wanted)
+        raise ConfigError(f"{to} is converted from {names} drafters, this one is {source.name}")
     _refuse_what_differs(parsed, to)
     shapes = {canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
     check_shapes(folder, parsed, shapes)
@@ -68,11 +90,13 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
         config, tensors = _with_head(config, tensors)
     elif to == "speculators":
         config = _to_speculators(config, parsed, target)
+    elif to == "deepspec":
+        config = _to_deepspec(config, parsed)
     else:
         own = set(tensors) & {"embed_tokens.weight", "lm_head.weight"}
         if own:
             raise ConfigError(f"dflash cannot express the drafter's own {min(own)}")
-        config = _to_dflash(config)
+        config = _to_dflash(config, parsed)
     parse_drafter_config(config)
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
@@ -81,14 +105,17 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
 
 
 def _refuse_what_differs(config: DrafterConfig, to: str) -> None:
+    """Raise a ConfigError that names the first thing that the other format has not."""
     if to == "treeflash":
         return
+    next_token = config.first_slot == 0
     differing: dict[str, object] = {
-        "heads": config.head,
+        "heads": config.head not in (None, *HEADS[to]),
         "a vocabulary of its own": config.draft_vocab_size,
         "sliding windows": any(config.sliding_windows),
         "causal full attention": any(config.causal),
-        "a first token predicted by the root's slot": config.first_slot == 0,
+        "a first token predicted by the root's slot": to == "dflash" and next_token,
+        "a root's slot that predicts nothing": to == "deepspec" and not next_token,
         "a factor on its embeddings": config.input_scale != 1,
         "a factor on its logits": config.output_multiplier != 1,
         "a softcap": config.softcap is not None,
@@ -115,36 +142,69 @@ def _to_speculators(config: Config, parsed: DrafterConfig, target: str | None) -
     if not target:
         raise ConfigError("speculators names the target in its configuration; pass --target")
     own = {"architectures", "auto_map", "block_size", "dflash_config", "target_layer_ids"}
+    own |= {"mask_token_id", *markov.KEYS, *dflash2.KEYS}
     layers = {key: value for key, value in config.items() if key not in own}
+    kind = {None: "dflash", "selector": "dflash2"}.get(parsed.head, "dspark")
     return {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [ARCHITECTURES[kind]],
         "aux_hidden_state_layer_ids": [i + 1 for i in parsed.target_layer_ids],
         "block_size": parsed.block_size,
         "draft_vocab_size": parsed.vocab_size,
         "mask_token_id": parsed.mask_token_id,
-        "sample_from_anchor": False,
+        "sample_from_anchor": parsed.first_slot == 0,
+        **_head_settings(parsed),
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": parsed.block_size - 1}
-            ],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": parsed.depths}],
             "verifier": {"architectures": [], "name_or_path": target},
         },
-        "speculators_model_type": "dflash",
+        "speculators_model_type": kind,
         "transformer_layer_config": layers,
     }
 
 
-def _to_dflash(config: Mapping[str, Any]) -> Config:
+def _head_settings(parsed: DrafterConfig) -> Config:
+    """The settings of a head, under the names that all formats give them."""
+    if parsed.head == "selector":
+        return {
+            "conv_kernel_size": parsed.conv_kernel_size,
+            "conv_group_size": parsed.conv_group_size,
+            "selector_rank": parsed.head_rank,
+            "selector_top_k": parsed.selector_top_k,
+        }
+    if parsed.head is None:
+        return {}
+    return {
+        "markov_rank": parsed.head_rank,
+        "markov_head_type": parsed.head,
+        "enable_confidence_head": parsed.confidence_head,
+        "confidence_head_with_markov": parsed.confidence_with_markov,
+    }
+
+
+def _to_dflash(config: Mapping[str, Any], parsed: DrafterConfig) -> Config:
+    kind = "dflash" if parsed.head is None else "dflash2"
     return {
         **config["transformer_layer_config"],
-        "architectures": ["DFlashDraftModel"],
-        "block_size": config.get("block_size", 8),
+        "architectures": [ARCHITECTURES[kind]],
+        "block_size": parsed.block_size,
         "dflash_config": {
-            "mask_token_id": config["mask_token_id"],
-            "target_layer_ids": [i - 1 for i in config["aux_hidden_state_layer_ids"]],
+            "mask_token_id": parsed.mask_token_id,
+            "target_layer_ids": list(parsed.target_layer_ids),
+            **_head_settings(parsed),
         },
+    }
+
+
+def _to_deepspec(config: Mapping[str, Any], parsed: DrafterConfig) -> Config:
+    return {
+        **config["transformer_layer_config"],
+        "architectures": ["Qwen3DSparkModel"],
+        "block_size": parsed.block_size,
+        "mask_token_id": parsed.mask_token_id,
+        "target_layer_ids": list(parsed.target_layer_ids),
+        **(_head_settings(parsed) or {"markov_rank": 0}),
     }
 
 

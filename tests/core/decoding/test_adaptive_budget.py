@@ -54,8 +54,13 @@ def iterate(budget, tree, accepted, draft_s=0.0):
 
 def cut(budget, tree):
     """How many nodes of a single text's tree pay."""
-    (nodes,) = budget.cut([tree], [LENGTH])
+    (nodes,) = sizes(budget, [tree], [LENGTH])
     return nodes
+
+
+def sizes(budget, trees, lengths, **options):
+    """How many nodes of each tree pay."""
+    return [len(nodes) for nodes in budget.cut(trees, lengths, **options)]
 
 
 @pytest.mark.parametrize(("slope", "nodes"), [(0.0, 64), (0.005, 64), (0.02, 1), (1.0, 1)])
@@ -180,15 +185,15 @@ def test_confidence_is_not_believed_before_it_was_observed():
     budget = learned(1, 1)
     budget.expected.clear()
     budget.accepted.clear()
-    sizes = [budget.cut([confident(x), confident(y)], [LENGTH] * 2) for x, y in ((0, 1), (1, 0))]
-    assert sizes[0] == sizes[1]
+    first, second = (sizes(budget, [confident(x), confident(1 - x)], [LENGTH] * 2) for x in (0, 1))
+    assert first == second
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 2), (2, 1)])
 def test_levels_of_confidence_count_as_often_as_their_drafts_were_accepted(low, high):
     """Whether or not the drafter is right to be more confident."""
     trees = [confident(0.1), confident(0.99)]
-    assert learned(low, high).cut(trees, [LENGTH] * 2) == [low, high]
+    assert sizes(learned(low, high), trees, [LENGTH] * 2) == [low, high]
 
 
 def test_levels_of_confidence_multiply_along_a_path():
@@ -206,27 +211,44 @@ def test_the_trees_of_several_texts_are_cut_together():
     """Nodes are ranked whichever tree they are of, and cut where the next costs too much."""
     budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))
     trees = [chain(0.99, 0.99, 0.99, 0.01), chain(0.02, 0.9), fan(4, 0.05)]
-    assert budget.cut(trees, [LENGTH] * 3) == [4, 1, 1]
+    assert sizes(budget, trees, [LENGTH] * 3) == [4, 1, 1]
 
 
-def test_no_root_is_cut_and_every_cut_tree_is_a_prefix():
+def test_no_root_is_cut():
     budget = AdaptiveBudget(costs(10.0))
-    assert budget.cut([chain(0.99, 0.99), fan(5, 0.2)], [LENGTH, 3]) == [1, 1]
-    # A correction that makes a deep node likelier than the one before it does not reorder.
+    assert sizes(budget, [chain(0.99, 0.99), fan(5, 0.2)], [LENGTH, 3]) == [1, 1]
+
+
+def test_no_node_is_kept_without_its_parent():
+    """A correction that makes a deep node likelier than the one before it does not reorder."""
     budget = AdaptiveBudget(costs(0.0))
     budget.expected, budget.accepted = {1: 50.0, 2: 0.0}, {1: 5.0, 2: 50.0}
-    assert budget.cut([chain(0.5, 0.9), chain(0.4, 0.9)], [LENGTH] * 2) == [3, 3]
+    assert sizes(budget, [chain(0.5, 0.9), chain(0.4, 0.9)], [LENGTH] * 2) == [3, 3]
+
+
+def test_corrections_choose_the_nodes_of_a_tree():
+    """A node two deep that the drafter ranks last, and that experience ranks above its siblings."""
+    parents = np.array([-1, 0, 0, 0, 1], np.int32)
+    shares = np.array([1, 0.4, 0.2, 0.1, 0.05])
+    tree = DraftTree.from_parents(np.arange(5, dtype=np.int32), parents)
+    tree = replace(tree, log_probs=np.log(shares))
+    budget = AdaptiveBudget(VerifyCosts({1: 1.0, 2: 1.01, 3: 1.02, 4: 9.0}))
+    (nodes,) = budget.cut([tree], [LENGTH])
+    assert nodes.tolist() == [0, 1, 2]
+    budget.expected, budget.accepted = {2: 0.5}, {2: 50.0}
+    (nodes,) = budget.cut([tree], [LENGTH])
+    assert nodes.tolist() == [0, 1, 4]
 
 
 def test_nodes_of_long_texts_cost_more():
     budget = AdaptiveBudget(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}, read_s=1e-4))
-    assert budget.cut([chain(0.3), chain(0.3)], [10, 10_000]) == [2, 1]
+    assert sizes(budget, [chain(0.3), chain(0.3)], [10, 10_000]) == [2, 1]
 
 
 def test_other_rows_of_the_pass_move_the_cut_to_where_rows_cost_more():
     steps = VerifyCosts({size: 1.0 if size <= 32 else 1.0 + 0.2 * (size - 32) for size in SIZES})
-    assert AdaptiveBudget(steps).cut([fan(16, 0.05)], [LENGTH]) == [16]
-    assert AdaptiveBudget(steps).cut([fan(16, 0.05)], [LENGTH], other_rows=40) == [1]
+    assert sizes(AdaptiveBudget(steps), [fan(16, 0.05)], [LENGTH]) == [16]
+    assert sizes(AdaptiveBudget(steps), [fan(16, 0.05)], [LENGTH], other_rows=40) == [1]
 
 
 def test_what_was_learned_with_few_texts_does_not_bind_many():

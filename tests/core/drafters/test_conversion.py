@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,58 @@ def test_speculators_drafts_the_same(published: Path, tmp_path: Path) -> None:
     assert_equal_tables(*tables)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "back"),
+    [
+        ("deepspec", "deepspec"),
+        ("deepspec-gated", "deepspec"),
+        ("deepspec-rnn", "deepspec"),
+        ("deepspec-dflash", "deepspec"),
+        ("specforge", "deepspec"),
+        ("dflash2", "dflash"),
+    ],
+)
+def test_heads_to_speculators_and_back(
+    folder: Path, tmp_path: Path, dialect: str, back: str
+) -> None:
+    """The same tables there, and the same drafter back."""
+    origin = tmp_path / "origin"
+    write_dialect(origin, tmp_path / "target", dialect, seed=1)
+    if dialect == "dflash2":
+        edit_config(origin, lambda c: c.update(layer_types=None, is_causal=None))
+    convert(origin, tmp_path / "there", "speculators", target="target")
+    convert(tmp_path / "there", tmp_path / "back", back)
+    parsed, again = drafter_config(origin), drafter_config(tmp_path / "back")
+    assert again == replace(parsed, own_vocabulary=again.own_vocabulary)
+    before, after = read_tensors(origin), read_tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+    pairs = [
+        load_reference(tmp_path / "target", where, LOAD) for where in (origin, tmp_path / "there")
+    ]
+    assert_equal_tables(*(marginals(pair, PROMPT, 8) for pair in pairs))
+    if parsed.head is not None:
+        assert_equal_tables(*(transitions(pair, PROMPT, 3, 4) for pair in pairs))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "to", "problem"),
+    [
+        ("dflash2", "speculators", "sliding windows"),
+        ("speculators-dspark", "dflash", "heads"),
+        ("speculators-dspark", "deepspec", "a vocabulary of its own"),
+        ("speculators-dflash2", "deepspec", "heads"),
+    ],
+)
+def test_heads_that_cannot_be_expressed(
+    folder: Path, tmp_path: Path, dialect: str, to: str, problem: str
+) -> None:
+    write_dialect(tmp_path / "origin", tmp_path / "target", dialect, seed=1)
+    with pytest.raises(ConfigError, match=f"^{to} cannot express {problem} as this drafter has$"):
+        convert(tmp_path / "origin", tmp_path / "there", to, target="target")
+
+
 def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
     convert(published, tmp_path / "headed", "treeflash")
     backend = load_reference(tmp_path / "target", tmp_path / "headed", LOAD)
@@ -91,7 +144,9 @@ def test_what_speculators_cannot_express(
 
 
 def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
-    message = "^speculators is converted from DFlash drafters, this one is TreeFlash$"
+    message = (
+        "^speculators is converted from DFlash or DFlash2 or .* drafters, this one is TreeFlash$"
+    )
     with pytest.raises(ConfigError, match=message):
         convert(folder, tmp_path / "there", "speculators", target="target")
 
