@@ -6,7 +6,8 @@ from treeflash.decoding import decode
 from treeflash.decoding.text_session import TextSession
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing import require
+from treeflash.testing import dialects, require
+from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import edit_config, write_drafter, write_target
 
 require("mlx.core")
@@ -97,6 +98,33 @@ def test_quantised_drafter(pair, bits):
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
+        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "dialect", ["dflash2", "deepspec-gated", "deepspec-rnn", "specforge-domino"]
+)
+def test_quantised_heads(tmp_path, monkeypatch, dialect):
+    monkeypatch.setattr(dialects, "RANK", 64)  # wide enough to be quantised
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
+    write_dialect(drafter, target, dialect, seed=2)
+    backend = load(target, drafter, LoadConfig(draft_bits=8))
+    parts = [module for _, module in backend.head.module.named_modules()]
+    assert any(isinstance(x, nn.QuantizedLinear | nn.QuantizedEmbedding) for x in parts)
+    exact = load(target, drafter, LoadConfig())
+    blocks = [drafted(each, list(range(12)), 3)[1] for each in (backend, exact)]
+    previous = np.arange(len(blocks[0].hidden), dtype=np.int32)
+    log_probs = [
+        each.head.log_probs(block, previous)
+        for each, block in zip((backend, exact), blocks, strict=True)
+    ]
+    both = np.isfinite(log_probs[0]) & np.isfinite(log_probs[1])
+    assert np.corrcoef(log_probs[0][both], log_probs[1][both])[0, 1] > 0.95
+    texts = []
+    for method in ("ar", "treeflash"):
+        config = DecodeConfig(method=method, max_tokens=20, budget=16, head_vocab=32)
         texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
     assert texts[0] == texts[1]
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.config import DecodeConfig, Method, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Loader
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import build_chain, build_tree
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import UnsupportedModelError
-from treeflash.testing.comparisons import TOLERANCE, assert_close, assert_equal_tables, paths
+from treeflash.testing.comparisons import (
+    TOLERANCE,
+    assert_close,
+    assert_equal_tables,
+    paths,
+    tokens_of,
+)
 from treeflash.testing.dialects import DIALECTS, write_dialect
 from treeflash.testing.generations import DRAFTING, check_generation
 from treeflash.testing.models import write_target
@@ -21,6 +30,7 @@ from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, PairMaker
 from treeflash.testing.texts import random_tokens
 from treeflash.testing.transitions import draft, marginals, transitions
 
+LONG: dict[str, Any] = {"max_tokens": 30, "budget": "auto"}
 SAMPLED = SamplingConfig(temperature=1.0, seed=3)
 
 
@@ -119,6 +129,23 @@ class DrafterTests:
                 models,
                 DecodeConfig(method=method, budget=24, sampling=sampling, max_tokens=12),
             )
+
+    def test_budget_auto_with_a_dialect_equals_plain_decoding(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        """With the corrections that it learns, by depth and by confidence."""
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(5), models.tested.vocab_size, 6)
+        budget = AdaptiveBudget(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
+        method: Method = "ddtree" if models.tested.head is None else "treeflash"
+        steps = list(decode(models.tested, prompt, DecodeConfig(method=method, **LONG), budget))
+        assert tokens_of(steps) == tokens_of(
+            list(decode(models.tested, prompt, DecodeConfig(method="ar", **LONG)))
+        )
+        config = models.tested.drafter_config
+        assert config is not None
+        by_level = any(isinstance(key, tuple) for key in budget.expected)
+        assert by_level == config.confidence_head
 
     def test_other_dialects_are_refused(self, load: Loader, tmp_path: Path) -> None:
         write_target(tmp_path / "target", self.families[0], seed=TARGET_SEED)
