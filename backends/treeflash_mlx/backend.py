@@ -13,6 +13,7 @@ from mlx import nn
 from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.decoding.interfaces import Extension
 from treeflash.decoding.probe import TOLERANCES, check_trees
+from treeflash.decoding.snapshots import MOST
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
@@ -68,6 +69,7 @@ class MlxBackend:
         Texts that run together have rows of the same size, that of the largest.
         """
         nbytes = columns_for(capacity) * self.target.column_nbytes
+        nbytes += (1 + MOST) * self.target.states_nbytes
         if drafts and (config := self.drafter_config):
             heads = config.num_hidden_layers * config.num_key_value_heads
             column = 2 * heads * config.head_dim * self.target.dtype.size

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
+from treeflash_mlx.recurrent_cache import Row, arrays_of, row_of
 from treeflash_mlx.storage import Storage, columns_for
 from treeflash_mlx.tree_hooks import TreePass
 
@@ -34,6 +35,8 @@ class KeyValues:
 
     Attributes:
         layers: how many.
+        recurrent: how many states each recurrent layer has.
+        keys_first: whether matrix states are (key_dim, value_dim).
         capacity: positions.
         quantisation: None if keys and values are not quantised.
         storage: shared by texts that run together; None before the first pass, and after the text
@@ -43,10 +46,18 @@ class KeyValues:
     """
 
     def __init__(
-        self, layers: int, capacity: int, quantisation: Quantisation | None = None
+        self,
+        layers: int,
+        capacity: int,
+        quantisation: Quantisation | None = None,
+        *,
+        recurrent: Sequence[int] = (),
+        keys_first: bool = False,
     ) -> None:
         """Start empty."""
         self.layers = layers
+        self.recurrent = recurrent
+        self.keys_first = keys_first
         self.capacity = capacity
         self.quantisation = quantisation
         self.storage: Storage | None = None
@@ -67,12 +78,42 @@ class KeyValues:
         row = slice(self.row, self.row + 1)
         return [[x[row, :, :length] for x in arrays] for arrays in self.storage.layers]
 
-    def copy(self, length: int, capacity: int) -> KeyValues:
-        """A new text with the first committed positions of this one, as many as it has."""
-        new = KeyValues(self.layers, capacity, self.quantisation)
+    def states(self) -> Row:
+        """Those of the recurrent layers; a commit makes new ones and leaves these as they are."""
+        if self.storage is None:
+            return self.no_states()
+        return row_of(self.storage.states.layers, self.row, self.storage.texts)
+
+    def no_states(self) -> Row:
+        """Those of a new text."""
+        return [[None] * size for size in self.recurrent]
+
+    def copy(self, length: int, capacity: int, states: Row | None = None) -> KeyValues:
+        """A new text with the first committed positions of this one, as many as it has.
+
+        Args:
+            length: of the new text.
+            capacity: of the new text.
+            states: of the recurrent layers after so many positions; None if there are none.
+        """
+        new = KeyValues(
+            self.layers,
+            capacity,
+            self.quantisation,
+            recurrent=self.recurrent,
+            keys_first=self.keys_first,
+        )
         new.length = min(length, self.length)
-        new.move(Storage.copy([self.until(new.length)], columns_for(capacity)), 0)
+        columns = columns_for(capacity)
+        new.move(Storage.copy([self.until(new.length)], [states or []], columns), 0)
         return new
+
+    def truncate(self, length: int, states: Row | None = None) -> None:
+        """Drop the positions from `length` on; see `copy`."""
+        if length < self.length:
+            self.length = length
+            if states and self.storage is not None:
+                self.storage.states.replace(self.row, self.storage.texts, states)
 
     def move(self, storage: Storage | None, row: int) -> None:
         """Leave the storage for another that has a copy in a row; None for no other."""
@@ -83,6 +124,8 @@ class KeyValues:
     def read(self) -> NDArray[np.float32]:
         """The committed part, (layers, 2, heads, length, width)."""
         layers = self.until(self.length)
+        if not layers:
+            return np.zeros((0, 2, 0, self.length, 0), np.float32)
         if self.quantisation is not None:
             bits, size = self.quantisation.bits, self.quantisation.group_size
             layers = [
@@ -90,6 +133,15 @@ class KeyValues:
                 for arrays in layers
             ]
         return np.array(mx.stack([mx.stack(pair)[:, 0].astype(mx.float32) for pair in layers]))
+
+    def read_states(self) -> list[NDArray[np.float32]]:
+        """The states of recurrent layers, as `TextState.states` describes them."""
+        found = []
+        for state in arrays_of(self.states()):
+            if state.ndim == 4 and not self.keys_first:
+                state = state.swapaxes(2, 3)
+            found.append(np.array(state[0].astype(mx.float32)))
+        return found
 
     def close(self) -> None:
         """Leave the storage; its memory is freed when the last text has left."""
@@ -105,7 +157,8 @@ def share_storage(texts: Sequence[KeyValues]) -> Storage:
         or any(text.storage is not storage for text in texts)
     ):
         columns = max(columns_for(text.capacity) for text in texts)
-        storage = Storage.copy([text.until(text.length) for text in texts], columns)
+        rows = [text.until(text.length) for text in texts]
+        storage = Storage.copy(rows, [text.states() for text in texts], columns)
         for row, text in enumerate(texts):
             text.move(storage, row)
         release_freed_memory()

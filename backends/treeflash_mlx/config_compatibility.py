@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from treeflash_mlx.hybrid_compatibility import hybrid_settings
+
 # Settings that transformers 5 moved into `rope_parameters`, and their earlier names.
 MOVED = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
@@ -22,11 +24,12 @@ TEXT_CONFIGS = ("text_config", "language_config")
 
 
 def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries to add to a `config.json` so that it has both the old and the new settings.
+    """The entries to add to a `config.json` so that it has all that mlx-lm reads.
 
     transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
     files have `rope_theta` and `rope_scaling`. Most models of mlx-lm know one of the two, and
-    silently use a default if they do not find it. Existing entries stay as they are.
+    silently use a default if they do not find it. Existing entries stay as they are, but for
+    those of `hybrid_settings`.
     """
     added: dict[str, Any] = {}
     if config.get("rope_parameters"):
@@ -37,6 +40,7 @@ def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     added = {
         key: value for key, value in added.items() if value is not None and config.get(key) is None
     }
+    added |= hybrid_settings(config)
     for key in TEXT_CONFIGS:
         if isinstance(config.get(key), Mapping):
             added[key] = {**config[key], **compatible_settings(config[key])}

@@ -6,21 +6,23 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.one_by_one import WithoutRecurrence
+from treeflash.decoding.snapshots import Snapshots
 from treeflash_mlx.cache import KeyValues
+from treeflash_mlx.recurrent_cache import Row, arrays_of
 
 
-class State(WithoutRecurrence):
+class State:
     """`treeflash.decoding.interfaces.TextState` in MLX.
 
     Attributes:
-        key_values: the target's.
+        key_values: the target's, and the states of its recurrent layers.
         drafter: the drafter's keys and values; None if the text is not drafted for.
         context: (n, hidden_size) each; projected features of positions that the drafter has not
             read yet, in order.
         outputs: (rows, layers * hidden_size) of the captured layers, in the forward pass that ran
             the text last.
         first_row: of the text in that pass.
+        snapshots: of the states of recurrent layers.
     """
 
     def __init__(self, key_values: KeyValues, drafter: KeyValues | None) -> None:
@@ -30,6 +32,7 @@ class State(WithoutRecurrence):
         self.context: list[mx.array] = []
         self.outputs: mx.array | None = None
         self.first_row = 0
+        self.snapshots: Snapshots[Row] = Snapshots()
 
     @property
     def length(self) -> int:
@@ -39,8 +42,31 @@ class State(WithoutRecurrence):
     @property
     def nbytes(self) -> int:
         """See `TextState.nbytes`."""
+        parts = [*self.context, *(x for states in self.snapshots for x in arrays_of(states))]
         drafter = self.drafter.nbytes if self.drafter else 0
-        return self.key_values.nbytes + drafter + sum(part.nbytes for part in self.context)
+        return self.key_values.nbytes + drafter + sum(part.nbytes for part in parts)
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """See `TextState.needs_snapshots`."""
+        return bool(self.key_values.recurrent)
+
+    def snapshot(self) -> None:
+        """See `TextState.snapshot`."""
+        if self.needs_snapshots:
+            # Copied now: rows of a batch would keep those of other texts.
+            states = [
+                [None if x is None else mx.contiguous(x) for x in layer]
+                for layer in self.key_values.states()
+            ]
+            mx.eval(arrays_of(states))
+            self.snapshots.take(self.length, states)
+
+    def restorable(self, length: int) -> int:
+        """See `TextState.restorable`."""
+        if not self.needs_snapshots or length >= self.length:
+            return min(length, self.length)
+        return self.snapshots.longest(length)
 
     def fork(self, length: int, capacity: int) -> State:
         """See `TextState.fork`."""
@@ -48,7 +74,8 @@ class State(WithoutRecurrence):
         if self.drafter:
             block = self.drafter.capacity - self.key_values.capacity
             drafter = self.drafter.copy(length, capacity + block)
-        new = State(self.key_values.copy(length, capacity), drafter)
+        new = State(self.key_values.copy(length, capacity, self._states_at(length)), drafter)
+        new.snapshots = self.snapshots.until(length)
         if self.drafter:
             new.context = [mx.contiguous(part) for part in self._context_until(length)]
             mx.eval(new.context)
@@ -56,7 +83,12 @@ class State(WithoutRecurrence):
 
     def truncate(self, length: int) -> None:
         """See `TextState.truncate`."""
-        self.key_values.length = min(self.length, length)
+        self.restore(length, self._states_at(length))
+
+    def restore(self, length: int, states: Row) -> None:
+        """Go back to a length at which the recurrent layers had these states."""
+        self.key_values.truncate(length, states)
+        self.snapshots.truncate(length)
         if self.drafter:
             self.context = self._context_until(length)
             self.drafter.length = min(self.drafter.length, length)
@@ -66,16 +98,26 @@ class State(WithoutRecurrence):
         self.key_values.close()
         if self.drafter:
             self.drafter.close()
-        self.context, self.outputs = [], None
+        self.context, self.outputs, self.snapshots = [], None, Snapshots()
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TextState.keys_values`."""
         return self.key_values.read()
 
+    def states(self) -> list[NDArray[np.float32]]:
+        """See `TextState.states`."""
+        return self.key_values.read_states()
+
     def drafter_keys_values(self) -> NDArray[np.float32]:
         """See `TextState.drafter_keys_values`."""
         assert self.drafter is not None
         return self.drafter.read()
+
+    def _states_at(self, length: int) -> Row:
+        """The states of recurrent layers after so many positions; zeros are not kept."""
+        if length >= self.length or not self.needs_snapshots:
+            return self.key_values.states()
+        return self.snapshots.at(length) if length else self.key_values.no_states()
 
     def _context_until(self, length: int) -> list[mx.array]:
         """The context of positions below `length`."""

@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash_mlx.recurrent_cache import RecurrentStates, Row
+
 STEP = 256
 
 
@@ -26,25 +28,30 @@ class Storage:
         layers: per layer, arrays of shape (texts, heads, columns, width): the keys and the values,
             or the three parts of both if they are quantised; none before the first pass.
         latest: per layer, (texts, heads, n, width) as the latest pass wrote them.
+        states: of the recurrent layers.
     """
 
-    def __init__(self, layers: int, texts: int, columns: int) -> None:
+    def __init__(self, layers: int, texts: int, columns: int, states: RecurrentStates) -> None:
         """Start without arrays; the first pass makes them."""
         self.texts = texts
         self.left = 0
         self.columns = columns
         self.layers: list[list[mx.array]] = [[] for _ in range(layers)]
         self.latest: list[Sequence[mx.array]] = [()] * layers
+        self.states = states
 
     @classmethod
-    def copy(cls, texts: Sequence[Sequence[Sequence[mx.array]]], columns: int) -> Storage:
+    def copy(
+        cls, texts: Sequence[Sequence[Sequence[mx.array]]], states: Sequence[Row], columns: int
+    ) -> Storage:
         """Copy texts into the rows of a new storage.
 
         Args:
             texts: per text and layer, arrays of shape (1, heads, n, width); none if it is empty.
+            states: of their recurrent layers, per text.
             columns: of the storage.
         """
-        new = cls(len(texts[0]), len(texts), columns)
+        new = cls(len(texts[0]), len(texts), columns, RecurrentStates.copy(states))
         for layer, arrays in enumerate(new.layers):
             parts = [text[layer] for text in texts]
             for i, x in enumerate(next((part for part in parts if part), ())):
@@ -60,6 +67,11 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Of all rows, bytes."""
+        return self.columns_nbytes + self.states.nbytes
+
+    @property
+    def columns_nbytes(self) -> int:
+        """Of the keys and values of all rows, bytes."""
         return sum(array.nbytes for arrays in self.layers for array in arrays)
 
     def write(
@@ -90,11 +102,16 @@ class Storage:
         return [array[:, :, :stop] for array in self.layers[layer]]
 
     def keep(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
-        """Move the rows of paths that the latest pass ran to where their texts continue.
+        """Keep paths that the latest pass ran.
 
         Args:
             paths: by row, the first column to write, and the nodes to keep, ascending.
         """
+        self._move(paths)
+        self.states.commit({row: path for row, (_, path) in paths.items()}, self.texts)
+
+    def _move(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
+        """Move the keys and values of paths to where their texts continue."""
         if all(path[-1] == len(path) - 1 for _, path in paths.values()):
             return  # they are there already
         # Taken from the rows as they were written: reading the storage before writing to it would

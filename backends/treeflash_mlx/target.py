@@ -9,12 +9,15 @@ from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model
+from mlx_lm.utils import _get_classes, load_model
 
+from treeflash.decoding.recurrence import refusal
+from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash_mlx.cache import (
@@ -24,7 +27,12 @@ from treeflash_mlx.cache import (
     TreeCache,
     share_storage,
 )
+from treeflash_mlx.cache_layout import CacheLayout
 from treeflash_mlx.config_compatibility import TEXT_CONFIGS, compatible_settings
+from treeflash_mlx.hybrid_compatibility import TEXT_TYPES, WEIGHTS
+from treeflash_mlx.recurrence import Solver
+from treeflash_mlx.recurrent_cache import RecurrentCache
+from treeflash_mlx.solvers import choose_solver, solve_by_rounds
 from treeflash_mlx.tree_hooks import TreeHooks, TreePass
 
 EMBEDDINGS = (
@@ -41,6 +49,7 @@ OUTPUT_HEADS = ("lm_head", "output", "embed_out")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 KV_BITS = (4, 8)
 GROUP_SIZES = (64, 32)
+SIBLINGS = DraftTree.from_parents(np.zeros(3, np.int32), np.array([-1, 0, 0], np.int32))
 
 
 class Target:
@@ -67,15 +76,21 @@ class Target:
         self.model = _load(folder, config, dtype)
         self._check_experts()
         self.layers: Sequence[nn.Module] = self.model.layers
-        self.windows = self._windows()
+        self.layout = CacheLayout(self.family, make_prompt_cache(self.model))
+        if self.family == "mistral" and "layer_types" not in self.config:
+            # mlx-lm runs Mistral as Llama, without the sliding window of its layers.
+            windows = self.layout.windows
+            windows[:] = [self.config.get("sliding_window")] * len(windows)
         self.hooks = TreeHooks()
         self.hooks.hook_ropes(self.model)
+        self.keys_first = "recurrent_gla" in self.hooks.hook_recurrences(self.model)
         self.quantisation: Quantisation | None = None
-        self.vocab_size, widths, self.column_nbytes = self._shapes()
+        self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._shapes()
         if kv_bits is not None:
             self.quantisation = self._quantisation(kv_bits, widths)
-            _, _, self.column_nbytes = self._shapes()
+            _, _, self.column_nbytes, _ = self._shapes()
         self.batches = False
+        self.solve: Solver | None = solve_by_rounds if self.layout.sizes else None
         self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
         self.lm_head = self._find(OUTPUT_HEADS, (nn.Linear, nn.QuantizedLinear))
         self.max_positions = int(
@@ -86,8 +101,13 @@ class Target:
         """Check what a drafter needs of this model and the load probe would not notice.
 
         Raises:
-            UnsupportedModelError: it has no embedding table, or scales queries by column.
+            UnsupportedModelError: it has no embedding table, scales queries by column, or has
+                recurrent layers that no hook has seen.
         """
+        if self.solve is not None:
+            self.solve = choose_solver()
+        if not self._runs_trees():
+            raise UnsupportedModelError(refusal(self.family))
         if self.embedding is None:
             raise UnsupportedModelError(
                 f"no embedding table was found in the {self.family} model, and a drafter needs it; "
@@ -137,7 +157,13 @@ class Target:
 
     def new_key_values(self, capacity: int) -> KeyValues:
         """Those of a new text."""
-        return KeyValues(len(self.windows), capacity, self.quantisation)
+        return KeyValues(
+            len(self.layout.windows),
+            capacity,
+            self.quantisation,
+            recurrent=self.layout.sizes,
+            keys_first=self.keys_first,
+        )
 
     def forward(
         self,
@@ -159,10 +185,13 @@ class Target:
             layers.
         """
         storage = share_storage(texts)
-        caches = [
-            self._cache(storage, layer, window, texts[0].length, tree)
-            for layer, window in enumerate(self.windows)
-        ]
+        start = texts[0].length
+        caches = self.layout.make(
+            lambda i: self._cache(storage, i, self.layout.windows[i], start, tree),
+            lambda i: RecurrentCache(
+                storage.states, i, None if tree is None else tree.paths, self.hooks.reads
+            ),
+        )
         with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
             logits = self.model(token_ids, cache=caches)
         if not layer_ids:
@@ -185,27 +214,22 @@ class Target:
                 "MLX runs a mixture of experts on a CPU in float32 only; pass --dtype float32"
             )
 
-    def _windows(self) -> list[int | None]:
-        """The sliding window of each cache that the model asks for, in positions."""
-        windows: list[int | None] = []
-        for cache in make_prompt_cache(self.model):
-            kind = type(cache)
-            if kind not in (KVCache, RotatingKVCache) or (kind is RotatingKVCache and cache.keep):
-                raise UnsupportedModelError(
-                    f"{self.family} models keep a state other than plain keys and values "
-                    f"({kind.__name__}), which a draft tree cannot branch; choose another target"
-                )
-            windows.append(cache.max_size if kind is RotatingKVCache else None)
-        if self.family == "mistral" and "layer_types" not in self.config:
-            # mlx-lm runs Mistral as Llama, without the sliding window of its layers.
-            windows = [self.config.get("sliding_window")] * len(windows)
-        return windows
+    def _runs_trees(self) -> bool:
+        """Whether hooks see every state, in a pass over a tree that is never evaluated."""
+        if not self.layout.sizes:
+            return True
+        text = self.new_key_values(len(SIBLINGS))
+        tree = TreePass.of([SIBLINGS], [0], 0, solve=self.solve)
+        self.forward(mx.zeros((1, len(SIBLINGS)), mx.int32), [text], (), tree)
+        assert text.storage is not None
+        return text.storage.states.is_complete
 
-    def _shapes(self) -> tuple[int, set[int], int]:
+    def _shapes(self) -> tuple[int, set[int], int, int]:
         """What a pass that is never evaluated shows.
 
         Returns:
-            The vocabulary size, the widths of keys and values, and the bytes of a position's.
+            The vocabulary size, the widths of keys and values, the bytes of those of a position,
+            and the bytes of the states of a text.
         """
         text = self.new_key_values(1)
         try:
@@ -220,9 +244,14 @@ class Target:
                 f"mlx-lm's {self.family} cannot work with a cache that branches ({error}); "
                 "choose another target"
             ) from error
-        assert text.storage is not None
-        widths = {x.shape[-1] for arrays in text.storage.layers for x in arrays}
-        return logits.shape[-1], widths, text.storage.nbytes // text.storage.columns
+        storage = text.storage
+        assert storage is not None
+        if not storage.states.is_complete:
+            raise UnsupportedModelError(refusal(self.family))
+        storage.keep({0: (0, np.zeros(1, np.int32))})
+        widths = {x.shape[-1] for arrays in storage.layers for x in arrays}
+        column = storage.columns_nbytes // storage.columns
+        return logits.shape[-1], widths, column, storage.states.nbytes
 
     def _quantisation(self, bits: int, widths: set[int]) -> Quantisation:
         """The group size for keys and values of these widths."""
@@ -270,7 +299,10 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn
     if not list(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other format")
     try:
-        model, _ = load_model(folder, lazy=True, model_config=compatible_settings(config))
+        settings = compatible_settings(config)
+        if (family := config.get("model_type")) in TEXT_TYPES:
+            settings["model_type"] = TEXT_TYPES[family]
+        model, _ = load_model(folder, lazy=True, model_config=settings, get_model_classes=_classes)
         if dtype is not None:
             model.set_dtype(dtype)
         mx.eval(model.parameters())
@@ -283,3 +315,19 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn
         reason = shorten(str(error) or type(error).__name__, 300)
         raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
     return model
+
+
+def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """The classes of a model and its arguments; the model's reads weights by all their names."""
+    model, arguments = _get_classes(config)
+    names = WEIGHTS.get(config["model_type"])
+    if names is None:
+        return model, arguments
+
+    class Renamed(model):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            for theirs, ours in names.items():
+                weights = {name.replace(theirs, ours): x for name, x in weights.items()}
+            return super().sanitize(weights)
+
+    return Renamed, arguments

@@ -14,6 +14,9 @@ import numpy as np
 from mlx import nn
 
 from treeflash.decoding.tree import DraftTree
+from treeflash_mlx.hybrid_hooks import convolve_nodes, is_short_convolution, rebind
+from treeflash_mlx.recurrence import NodePaths, Solver
+from treeflash_mlx.recurrent_cache import RecurrentCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class TreePass:
         visible: (texts, n, columns) bool; whether a node attends to a key.
         index: (texts, 1, n, 1) int32 columns that the nodes are written to; None for one text,
             whose nodes are written after one another.
+        paths: for recurrent layers; None if each text goes on by one token, which is a step of
+            the model's own.
     """
 
     columns: int
@@ -37,17 +42,26 @@ class TreePass:
     keys: mx.array
     visible: mx.array
     index: mx.array | None
+    paths: NodePaths | None
 
     @classmethod
-    def of(cls, trees: Sequence[DraftTree], starts: Sequence[int], spare: int) -> TreePass | None:
-        """The pass of the trees of several texts; None for one chain, which continues a text.
+    def of(
+        cls,
+        trees: Sequence[DraftTree],
+        starts: Sequence[int],
+        spare: int,
+        *,
+        solve: Solver | None = None,
+    ) -> TreePass | None:
+        """The pass of the trees of several texts; None for tokens that all continue one text.
 
         Args:
             trees: of each text.
             starts: its committed positions.
             spare: a column for what is written by rows without a node.
+            solve: for recurrent layers, if there are any and a part of a chain may be committed.
         """
-        if len(trees) == 1 and trees[0].is_chain:
+        if len(trees) == 1 and (len(trees[0]) == 1 or (trees[0].is_chain and solve is None)):
             return None
         texts, n = len(trees), max(len(tree) for tree in trees)
         columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
@@ -71,6 +85,7 @@ class TreePass:
             mx.array(keys),
             mx.array(visible),
             mx.array(index[:, None, :, None]) if texts > 1 else None,
+            NodePaths(trees, n, solve) if solve is not None and n > 1 else None,
         )
 
     def mask(self, window: int | None) -> mx.array:
@@ -92,6 +107,7 @@ class _ForwardPass(threading.local):
 
     tree: TreePass | None = None
     outputs: dict[int, mx.array] | None = None
+    recurrent_cache: RecurrentCache | None = None
 
 
 class TreeHooks:
@@ -112,6 +128,15 @@ class TreeHooks:
         """The trees that this thread's pass verifies; None for a plain causal pass."""
         return self._pass.tree
 
+    @property
+    def paths(self) -> NodePaths | None:
+        """The paths of those trees; None if recurrent layers run as in a plain pass."""
+        return None if self.tree is None else self.tree.paths
+
+    def reads(self, cache: RecurrentCache) -> None:
+        """A recurrent layer reads its states: the next short convolutions are its own."""
+        self._pass.recurrent_cache = cache
+
     @contextmanager
     def forward_pass(
         self, tree: TreePass | None, *, capture: bool
@@ -130,12 +155,22 @@ class TreeHooks:
         try:
             yield outputs
         finally:
-            self._pass.tree, self._pass.outputs = None, None
+            self._pass.tree, self._pass.outputs, self._pass.recurrent_cache = None, None, None
 
     def hook_ropes(self, model: nn.Module) -> None:
         """Make the rotary modules of a model rotate each node by its own position."""
         for module in {id(m): m for _, m in model.named_modules() if is_rope(m)}.values():
             _subclass(module, self._rotate)
+
+    def hook_recurrences(self, model: nn.Module) -> set[str]:
+        """Make the recurrent layers of a model run trees; returns what `rebind` found."""
+        found: set[str] = set()
+        for module in {id(m): m for _, m in model.named_modules()}.values():
+            if is_short_convolution(module):
+                _subclass(module, self._convolve)
+            else:
+                found |= rebind(module, lambda: self.paths)
+        return found
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Let a forward pass keep the outputs of these layers; -1: those of the embeddings."""
@@ -174,6 +209,16 @@ class TreeHooks:
         if self._pass.outputs is not None:
             self._pass.outputs[-1] = x
         return base(layer, x, *args, **kwargs)
+
+    def _convolve(
+        self, base: Callable[..., mx.array], module: nn.Module, inputs: mx.array
+    ) -> mx.array:
+        if self.paths is None:
+            return base(module, inputs)
+        cache = self._pass.recurrent_cache
+        assert cache is not None, "a convolution came before its layer's states were read"
+        cache.inputs.append(inputs)
+        return convolve_nodes(base, module, inputs, self.paths)
 
 
 def is_rope(module: nn.Module) -> bool:

@@ -47,14 +47,14 @@ class Verifier:
         Trees, and new tokens that are no more than the largest tree, are one pass. Longer ones
         would pad it, and are run alone.
         """
-        states: list[Any] = [item.state for item in work]
-        lengths = [state.length for state in states]
+        states: list[Any] = [item.state for item in work if isinstance(item, Extension)]
+        before = [(state, state.length, state.key_values.states()) for state in states]
         try:
             logits, ends = self._run(work)
             chosen = choose(logits, [item.choice for item in work])
         except Exception:
-            for state, length in zip(states, lengths, strict=True):
-                state.truncate(length)
+            for state, length, recurrent in before:  # chunks may have been committed
+                state.restore(length, recurrent)
             raise
         self._commit(ends)
         return chosen
@@ -98,7 +98,7 @@ class Verifier:
                 if together:
                     batch.append((i, state, chain))
                 else:
-                    (logits[i],) = self._forward([(state, chain)])
+                    (logits[i],) = self._forward([(state, chain)], new=True)
         parts = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
         for (i, _, _), part in zip(batch, parts, strict=True):
             item = work[i]
@@ -112,15 +112,22 @@ class Verifier:
         """Commit new tokens chunk by chunk."""
         for first in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = DraftTree.chain(np.array(token_ids[first : first + PREFILL_CHUNK], np.int32))
-            self._forward([(state, chunk)])
+            self._forward([(state, chunk)], new=True)
             # Projected at once: the outputs of five layers take five times the memory.
             self._keep([(state, np.arange(len(chunk), dtype=np.int32))])
             mx.eval(_arrays(state))
             if first:
                 release_freed_memory()
 
-    def _forward(self, texts: Sequence[tuple[State, DraftTree]]) -> list[mx.array]:
-        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can."""
+    def _forward(
+        self, texts: Sequence[tuple[State, DraftTree]], *, new: bool = False
+    ) -> list[mx.array]:
+        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can.
+
+        Args:
+            texts: states and trees.
+            new: whether they are chains of new tokens, which will all be committed.
+        """
         if len(texts) > 1 and not self.target.batches:
             return [part for text in texts for part in self._forward([text])]
         storage = share_storage([state.key_values for state, _ in texts])
@@ -134,7 +141,12 @@ class Verifier:
             mx.array(token_ids, mx.int32),
             [state.key_values for state, _ in by_row],
             self.drafter.config.target_layer_ids if self.drafter is not None else (),
-            TreePass.of(trees, [state.length for state, _ in by_row], storage.columns - 1),
+            TreePass.of(
+                trees,
+                [state.length for state, _ in by_row],
+                storage.columns - 1,
+                solve=None if new else self.target.solve,
+            ),
         )
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
@@ -183,4 +195,4 @@ class Verifier:
 def _arrays(state: State) -> list[Any]:
     """What a commit changes."""
     storage = state.key_values.storage
-    return [storage.layers if storage else [], state.context]
+    return [storage and [storage.layers, storage.states.arrays], state.context]

@@ -3,6 +3,7 @@
 import pytest
 
 from treeflash.testing import DIALECTS, BackendSuite, require
+from treeflash.testing.models import HYBRID_FAMILIES
 
 require("mlx_lm")
 
@@ -11,6 +12,7 @@ from treeflash_mlx.backend import load as load_mlx  # noqa: E402
 
 class TestConformance(BackendSuite):
     dialects = tuple(DIALECTS)
+    hybrids = HYBRID_FAMILIES
 
     @pytest.fixture
     def load(self):

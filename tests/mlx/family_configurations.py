@@ -121,6 +121,13 @@ GEMMA4_ROPE = {
     **ROPE_BY_LAYER,
     "full_attention": {**ROPE, "rope_type": "proportional", "partial_rotary_factor": 0.25},
 }
+KDA = {
+    "num_heads": 4,
+    "head_dim": 16,
+    "short_conv_kernel_size": 4,
+    "kda_layers": [1, 3],
+    "full_attn_layers": [2, 4],
+}
 # Settings of single types: those that no other type has, and names that mean something else.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "afm7": {"hidden_dim": 64, "num_layers": 4, "num_kv_reuse_layers": 2},
@@ -174,6 +181,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "use_mixed_mlp_moe": True,
         "use_cla": True,
         "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 2.0},
+    },
+    "kimi_k3": {
+        "linear_attn_config": KDA,
+        "num_key_value_heads": 4,
+        "hidden_act": "situ",
+        "activation_situ_beta": 1.0,
+        "activation_situ_linear_beta": 1.0,
+        "attn_res_block_size": 2,
+    },
+    "kimi_linear": {
+        "linear_attn_config": KDA,
+        "num_key_value_heads": 4,
+        "model_max_length": 512,
+        "moe_router_activation_func": "sigmoid",
     },
     "lfm2": {
         "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
@@ -246,6 +267,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"model_type": "qwen3"},
     "qwen3_vl_moe": {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv7": dict.fromkeys(
+        ("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 8
+    ),
     "spark2_5": {"rope_parameters": ROPE_BY_LAYER, "hidden_act": "gelu"},
     "stablelm": {"qk_layernorm": True},
     "step3p5": {

@@ -1,0 +1,294 @@
+"""Targets with recurrent layers, of every model type of mlx-lm that has hooks."""
+
+import itertools
+import json
+
+import mlx_lm.models.gated_delta
+import numpy as np
+import pytest
+
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.decoding.choices import Choice
+from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.folder import read_config
+from treeflash.errors import NumericalError, UnsupportedModelError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter
+from treeflash.testing.texts import path_to, random_tokens, random_tree
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+from treeflash_mlx import hybrid_hooks, recurrence, recurrent_cache, solvers, tree_hooks  # noqa: E402
+from treeflash_mlx import verifier as verifier_module  # noqa: E402
+from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
+from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
+from treeflash_mlx.recurrence import NodePaths, Written  # noqa: E402
+from treeflash_mlx.target import Target  # noqa: E402
+
+# One per kind of layer: gates by head and by channel, Mamba-2, fixed decays, convolutions alone.
+KINDS = ("qwen3_5", "kimi_linear", "granitemoehybrid", "bailing_hybrid", "lfm2")
+TYPES = (
+    *KINDS,
+    "qwen3_5_moe",
+    "qwen3_next",
+    "olmo_hybrid",
+    "kimi_k3",
+    "bailing_moe_v3",
+    "bailing_moe_linear",
+    "mamba2",
+    "nemotron_h",
+    "falcon_h1",
+    "plamo2",
+    "lfm2_moe",
+    "gear",
+)
+PROMPT = [5, 17, 3, 30, 8]
+VOCAB = 32  # so few that a random drafter is right at times
+SHAPE = {
+    "hidden_size": 64,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def pair_of(families, tmp_path_factory):
+    """Folders of a random target of a type and of a drafter for it, each made once."""
+    made = {}
+
+    def pair(name, **settings):
+        key = name, *settings.items()
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
+                patch.setattr(families, "FIELDS", families.FIELDS | sizes)
+                families.write(folder / "target", name)
+            # Types call the sizes of a target by different names.
+            (folder / "config.json").write_text(json.dumps(SHAPE))
+            write_drafter(folder / "drafter", folder, seed=3)
+            made[key] = folder / "target", folder / "drafter"
+        return made[key]
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def backend_of(pair_of):
+    """Those pairs loaded, each once."""
+    loaded = {}
+
+    def backend(name):
+        if name not in loaded:
+            loaded[name] = load(*pair_of(name), LoadConfig())
+        return loaded[name]
+
+    return backend
+
+
+def text_of(backend, length, **settings):
+    config = DecodeConfig(max_tokens=length, **settings)
+    steps = list(decode(backend, PROMPT, config))
+    return [token for step in steps for token in step.tokens], len(steps)
+
+
+def plain_model(folder):
+    """The model as mlx-lm loads it, without hooks."""
+    return load_model(folder, model_config=compatible_settings(read_config(folder)))[0]
+
+
+def mlx_lm_text(folder, length):
+    """What mlx-lm itself generates, greedily."""
+    steps = generate_step(mx.array(PROMPT), plain_model(folder), max_tokens=length)
+    return [int(token) for token, _ in itertools.islice(steps, length)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_equals_that_of_mlx_lm(backend_of, pair_of, name):
+    text, steps = text_of(backend_of(name), 100, method="treeflash", budget=64)
+    assert text == mlx_lm_text(pair_of(name)[0], 100)
+    assert len(text) / steps > 1.3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", TYPES)
+def test_every_method_equals_mlx_lm_and_plain_decoding(backend_of, pair_of, name):
+    backend, expected = backend_of(name), mlx_lm_text(pair_of(name)[0], 200)
+    seeded = SamplingConfig(temperature=0.9, seed=7)
+    plain = text_of(backend, 200, method="ar", sampling=seeded)[0]
+    for method, budget in itertools.product(METHODS, (16, 64)):
+        text, steps = text_of(backend, 200, method=method, budget=budget)
+        assert text == expected, (method, budget)
+        drafted = text_of(backend, 200, method=method, budget=budget, sampling=seeded)[0]
+        assert drafted == plain, (method, budget)
+        if (method, budget) == ("treeflash", 64):
+            assert len(text) / steps > 1.3
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, name):
+    """Passes that nobody commits leave nothing behind; texts join and leave a batch."""
+    families.write(tmp_path, name)
+    target = Target(tmp_path, mx.float32, None)
+    target.check_drafting()
+    backend = MlxBackend(target, None, None)
+    target.batches = True
+    lengths = (1, 20, 7)
+    tokens = [random_tokens(rng, target.vocab_size, length) for length in lengths]
+    texts = [TextSession(backend) for _ in lengths]
+    for text, prompt in zip(texts, tokens, strict=True):
+        text.extend(prompt)
+    for members in ((0, 1, 2), (1,), (0, 2), (2, 1, 0)):
+        sizes = rng.choice((1, 2, 9, 30), len(members))
+        trees = [random_tree(rng, 1, int(n), target.vocab_size) for n in sizes]
+        states = [texts[i].state for i in members]
+        texts[members[0]].logits(random_tree(rng, 2, 5, target.vocab_size))
+        texts[members[0]].logits(DraftTree.root_only(3))
+        backend.verifier.logits(list(zip(states, trees, strict=True)))
+        for i, tree in zip(members, trees, strict=True):  # one by one, from the same pass
+            path = path_to(tree, int(rng.integers(len(tree))))
+            backend.verifier.commit([(texts[i].state, path)])
+            tokens[i] += tree.tokens[path].tolist()
+    for text, prompt in zip(texts, tokens, strict=True):
+        fresh = TextSession(backend)
+        fresh.extend(prompt)
+        assert text.length == fresh.length == len(prompt)
+        for mine, theirs in zip(text.state.states(), fresh.state.states(), strict=True):
+            assert mine.shape == theirs.shape
+            np.testing.assert_allclose(mine, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
+        probe = DraftTree.root_only(2)
+        expected = fresh.logits(probe)
+        np.testing.assert_allclose(text.logits(probe), expected, atol=1e-3 * expected.std())
+
+
+def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of, monkeypatch):
+    """A chunk of the prompt was committed before it failed."""
+    backend = backend_of("qwen3_5")
+    texts = [TextSession(backend) for _ in range(2)]
+    for text in texts:
+        text.extend(PROMPT)
+    before = [text.state.states() for text in texts]
+
+    def fail(*args):
+        raise NumericalError("logits are not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verifier_module, "choose", fail)
+        work = [
+            Verification(texts[0].state, DraftTree.root_only(1), Choice()),
+            Extension(texts[1].state, [1, 2, 3, 4], Choice()),
+        ]
+        with pytest.raises(NumericalError):
+            backend.verifier.run(work)
+    for text, states in zip(texts, before, strict=True):
+        assert text.length == len(PROMPT)
+        for mine, theirs in zip(text.state.states(), states, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_nothing_of_mlx_lm_is_patched(backend_of, pair_of):
+    original = mlx_lm.models.gated_delta.gated_delta_update
+    hooked = backend_of("qwen3_5").target.model
+    plain = plain_model(pair_of("qwen3_5")[0])
+    module = type(plain.layers[0].linear_attn)
+    assert type(hooked.layers[0].linear_attn) is not module
+    assert module.__call__.__globals__["gated_delta_update"] is original
+    tokens = mx.array([PROMPT])
+    assert mx.array_equal(plain(tokens), hooked(tokens))
+
+
+def test_memory_of_the_states_is_counted(backend_of):
+    backend = backend_of("granitemoehybrid")
+    with TextSession(backend, capacity=100) as text:
+        text.extend(PROMPT)
+        states = sum(state.nbytes for state in text.state.states())
+        assert backend.target.states_nbytes == states > 0
+        assert text.state.nbytes <= backend.state_nbytes(100, drafts=False)
+        before = text.state.nbytes
+        text.state.snapshot()
+        assert text.state.nbytes == before + states
+
+
+def windows_by_column(paths, kernel):
+    rows = np.arange(paths.rows)[:, None] + np.arange(kernel)
+    return mx.array(np.broadcast_to(rows, (paths.texts, *rows.shape)).astype(np.int32))
+
+
+class CausalPaths(NodePaths):
+    def __init__(self, trees, rows, solve):
+        super().__init__(trees, rows, solve)
+        self.ancestors = mx.broadcast_to(mx.tri(rows, dtype=mx.bool_), self.ancestors.shape)
+
+
+def one_round_less(system, targets, depth):
+    return ROUNDS(system, targets, depth - 1)
+
+
+def without_decay(written, state, nodes, kept):
+    still = Written(
+        written.values, written.keys, mx.zeros_like(written.log_decays), written.keys_first
+    )
+    return AFTER(still, state, nodes, kept)
+
+
+def whole_block(written, state, nodes, kept):
+    nodes = mx.arange(written.keys.shape[2])[None]
+    return AFTER(written, state, nodes, mx.ones(nodes.shape, mx.bool_))
+
+
+def without_own_decay(queries, keys, values, log_decays, *args):
+    outputs, written = RUN_TREE(queries, keys, values, mx.zeros_like(log_decays), *args)
+    return outputs, Written(written.values, keys, log_decays)
+
+
+def last_columns(path, kernel):
+    return np.arange(kernel - 1, dtype=np.int32) + len(path)
+
+
+def chains_as_text(trees, *args, solve):
+    return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve)
+
+
+ROUNDS = solvers.solve_by_rounds
+AFTER, RUN_TREE, TREE_PASS = Written.after, recurrence.run_tree, tree_hooks.TreePass.of
+BROKEN = {
+    "convolution by column": (NodePaths, "windows", windows_by_column),
+    "causal mask": (tree_hooks, "NodePaths", CausalPaths),
+    "pass without decay": (hybrid_hooks, "run_tree", without_own_decay),
+    "commit without decay": (Written, "after", without_decay),
+    "commit of the whole block": (Written, "after", whole_block),
+    "tail of the last columns": (recurrent_cache, "convolution_tail", last_columns),
+    "one round too few": (solvers, "solve_by_rounds", one_round_less),
+    "chains run as text": (tree_hooks.TreePass, "of", chains_as_text),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_recurrence_is_refused_at_load(pair_of, monkeypatch, broken, name):
+    monkeypatch.setattr(*BROKEN[broken])
+    with pytest.raises(UnsupportedModelError):
+        load(*pair_of(name), LoadConfig())
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "rwkv7", "baichuan_m1"])
+def test_a_recurrence_without_hooks_is_refused_with_the_reason(pair_of, name):
+    with pytest.raises(UnsupportedModelError, match=f"^{name} models cannot run a draft tree: "):
+        load(*pair_of(name), LoadConfig())
+    backend = load(pair_of(name)[0], None, LoadConfig())
+    assert text_of(backend, 12, method="ar")[0] == mlx_lm_text(pair_of(name)[0], 12)
+
+
+def test_the_keys_and_values_of_a_hybrid_can_be_quantised(pair_of):
+    """Those of its attention layers; states stay as they are."""
+    backend = load(*pair_of("qwen3_5", head_dim=32), LoadConfig(kv_bits=8))
+    plain = text_of(backend, 30, method="ar")[0]
+    assert text_of(backend, 30, method="treeflash", budget=16)[0] == plain
