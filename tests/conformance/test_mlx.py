@@ -2,8 +2,7 @@
 
 import pytest
 
-from treeflash.testing import DIALECTS, BackendSuite, require
-from treeflash.testing.models import HYBRID_FAMILIES
+from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("mlx_lm")
 

@@ -3,7 +3,8 @@
     python tests/mlx/families.py [model_type ...]
 
 A type is `verified` if a random tree, after a prefix longer than any sliding window, has the
-logits of its paths run as plain text; `refused` if loading it raises an error that says why. It is
+logits of its paths run as plain text, and so do trees after commits if it has recurrent layers;
+`refused` if loading it raises an error that says why. It is
 `not tried` if `family_configurations.py` has no configuration that makes such a model, or if that
 model lacks a kind of layer that the type has.
 """
@@ -31,7 +32,7 @@ from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.config_compatibility import compatible_settings
 from treeflash_mlx.target import Target
 
-from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.errors import TreeflashError, UnsupportedModelError
 
 PREFIX = 24
@@ -70,8 +71,9 @@ def attempt(name: str) -> tuple[str, str]:
         try:
             target = Target(Path(folder), mx.float32, None)
             target.check_drafting()
-            difference = tree_difference(
-                MlxBackend(target, None, None), np.random.default_rng(0), PREFIX
+            backend, rng = MlxBackend(target, None, None), np.random.default_rng(0)
+            difference = max(
+                tree_difference(backend, rng, PREFIX), state_difference(backend, rng, PREFIX)
             )
         except UnsupportedModelError as error:
             return "refused", str(error)
