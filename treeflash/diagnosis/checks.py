@@ -12,6 +12,7 @@ from typing import Any
 
 from treeflash.config import DrafterConfig
 from treeflash.decoding.interfaces import Backend
+from treeflash.diagnosis.doubtful_settings import doubtful_settings
 from treeflash.diagnosis.finding import Finding, Trial, judge
 from treeflash.diagnosis.scores import (
     DrafterScores,
@@ -23,7 +24,7 @@ from treeflash.diagnosis.scores import (
     measure,
 )
 from treeflash.drafters.folder import read_config, weight_files
-from treeflash.drafters.formats import SPECULATORS, format_of, unknown_keys, with_settings
+from treeflash.drafters.formats import unknown_keys, with_settings
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.chat import Prompting
 from treeflash.text.prompt import Message
@@ -101,7 +102,7 @@ def diagnose(
                 return None
         return scores.gain_of(changed.marginal)
 
-    layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
+    own, target = read_config(folder), target_config or {}
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
     rows = {"i - 1": scores.earlier, "i + 1": scores.later}
     trials = [
@@ -121,49 +122,16 @@ def diagnose(
             least=OTHER_TEXTS,
             advice="prompt this way, or use a drafter trained for your way of prompting",
         ),
-        Trial(
-            check="target layers",
-            gains={f"target_layer_ids {ids}": change(target_layer_ids=ids) for ids in layers},
-            least=SAME_TEXTS,
-            advice="set it in the drafter's config.json",
-        ),
-        Trial(
-            check="mask token",
-            gains={
-                f"mask_token_id {token_id} ({name})": change(mask_token_id=token_id)
-                for token_id, name in masks.items()
-            },
-            least=SAME_TEXTS,
-            advice="set it in the drafter's config.json",
+        *(
+            Trial(
+                check=setting.check,
+                gains={name: change(**changed) for name, changed in setting.others.items()},
+                least=SAME_TEXTS,
+                advice=setting.advice,
+            )
+            for setting in doubtful_settings(config, own, target, masks)
         ),
     ]
-    own = read_config(folder)
-    if any(config.sliding_windows):
-        causal = next(
-            c for c, w in zip(config.causal, config.sliding_windows, strict=True) if w is not None
-        )
-        trials.append(
-            Trial(
-                check="causal block",
-                gains={f"is_causal {not causal}": change(is_causal=not causal)},
-                least=SAME_TEXTS,
-                advice="whether sliding layers are causal inside a block; set it in the drafter's "
-                "config.json (speculators: sliding_window_non_causal, the opposite)",
-            )
-        )
-    if str((target_config or {}).get("model_type")).startswith("gemma") and (
-        format_of(own) is not SPECULATORS
-    ):
-        scale = 1.0 if config.input_scale != 1 else config.hidden_size**0.5
-        trials.append(
-            Trial(
-                check="embedding scale",
-                gains={f"input_embedding_scale {scale:g}": change(input_embedding_scale=scale)},
-                least=SAME_TEXTS,
-                advice="drafters of scaled embeddings are published both ways; set it in the "
-                "drafter's config.json",
-            )
-        )
     return Diagnosis(
         marginal=by_depth(scores.marginal.hits),
         corrected=by_depth(scores.corrected.hits) if scores.corrected else None,
@@ -171,7 +139,7 @@ def diagnose(
             check_depths(scores),
             *judge(trials),
             *check_keys(own),
-            *check_precision(target_config or {}),
+            *check_precision(target),
         ],
     )
 

@@ -106,9 +106,12 @@ def drafter_config(folder: Path) -> DrafterConfig:
     try:
         return parse_drafter_config(config)
     except KeyError as error:
-        raise CheckpointError(
-            f"{path} lacks {error}; is it a DFlash or TreeFlash drafter?"
-        ) from error
+        # A configuration of no other format passes for one of DFlash.
+        name = format_of(config).name
+        hint = f"{name} drafters need it: set it as this one was trained"
+        if name in (DFLASH.name, TREEFLASH.name):
+            hint = "is it a DFlash or TreeFlash drafter?"
+        raise CheckpointError(f"{path} lacks {error}; {hint}") from error
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} is not valid: {error}") from error
 

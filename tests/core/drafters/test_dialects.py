@@ -166,7 +166,11 @@ class TestSlotsOfSpeculators:
 @pytest.mark.parametrize(
     ("dialect", "settings", "problem"),
     [
-        ("speculators-dflash", {"mask_token_id": None}, "lacks 'mask_token_id'"),
+        (
+            "speculators-dflash",
+            {"mask_token_id": None},
+            "lacks 'mask_token_id'; speculators drafters need it: set it as this one was trained$",
+        ),
         ("speculators-dflash", {"aux_hidden_state_layer_ids": None}, "lacks 'aux_hidden_state"),
         ("speculators-dflash", {"target_hidden_size": 64}, "target_hidden_size unlike"),
         ("speculators-dflash2", {"draft_vocab_size": 16}, "DFlash2 with a vocabulary of its own"),
