@@ -13,9 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from treeflash import language_model
 from treeflash.config import METHODS
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import ConfigError, PromptError
+from treeflash.hub.published import PublishedDrafter
 from treeflash.language_model import LanguageModel, load
 from treeflash.text.stream import Chunk
 
@@ -49,6 +51,15 @@ def collect(stream: Iterator[Chunk], chunks: list[Chunk]) -> None:
     """Keep each chunk as it arrives, until an exception."""
     for chunk in stream:
         chunks.append(chunk)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_thinking_is_by_default_as_the_drafter_was_trained(tiny_pair, monkeypatch, thinking):
+    trained = PublishedDrafter(name="some/drafter", thinking=thinking)
+    monkeypatch.setattr(language_model, "training_of", lambda drafter, target: trained)
+    assert load(*tiny_pair, backend="reference").tokenizer.thinking == thinking
+    target, _ = tiny_pair
+    assert not load(target, False, backend="reference").tokenizer.thinking
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, target
-from treeflash_cuda.head import ARHead
 
 DEVICE = torch.device("cuda", 0)
 SCALARS = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero")}
@@ -151,7 +150,7 @@ class FakeCuda(TorchDispatchMode):
             with unset_fake_temporarily():
                 model, head = load_drafter(folder, real)
             model = model.to(owner.device)
-            return model, head and ARHead(head.module.to(owner.device), model, owner)
+            return model, head and type(head)(head.module.to(owner.device), model, owner)
 
         monkeypatch.setattr(target, "_load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)

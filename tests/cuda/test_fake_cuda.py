@@ -8,13 +8,16 @@ from treeflash.decoding.choices import Choice, LogitEdits
 from treeflash.decoding.interfaces import Extension, Verification
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.dialects import write_dialect
+from treeflash.testing.models import save, write_drafter, write_target
 
 require("torch")
 
 import torch  # noqa: E402
 from fake_cuda import DEVICE, FakeCuda  # noqa: E402
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
 pytestmark = [
@@ -175,6 +178,31 @@ def test_tables(backend, shortlist, rows):
         assert table.tokens.shape == (5, 1, 8)
     assert backend.drafter.log_probs(blocks[1]).shape == (5, 40)
     assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dialect", ["dflash2", "specforge", "deepspec-rnn", "specforge-domino"])
+def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
+    target, _ = folders["qwen3"]
+    with unset_fake_temporarily():
+        write_dialect(tmp_path, target, dialect, seed=2)
+        tensors = read_tensors(tmp_path)
+        for name in ("embed_tokens.weight", "lm_head.weight"):  # the target's will do
+            tensors.pop(name, None)
+        save(tmp_path, read_config(tmp_path), tensors)
+    backend = load(target, tmp_path, LoadConfig(dtype=dtype))
+    states = [TextSession(backend, drafts=True).state for _ in range(2)]
+    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    blocks = backend.drafter.draft([(state, 3) for state in states])
+    depths = backend.drafter_config.depths
+    for shortlist in (None, 16):
+        with cuda.transfers() as count:
+            tables = backend.head.transitions(blocks, 4, 4, 0.7, shortlist=shortlist, rows=7)
+        assert [table.tokens.shape for table in tables] == [(depths, 4, 4)] * 2
+        # A recurrent head goes text by text.
+        assert count.uploads == 0
+        assert count.reads == (2 if backend.drafter_config.head_state_size else 1)
+    assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])

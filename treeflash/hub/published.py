@@ -75,6 +75,25 @@ PUBLISHED_DRAFTERS: dict[str, tuple[PublishedDrafter, ...]] = {
     ),
     "gemma-4-26b-a4b-it": (PublishedDrafter(name="z-lab/gemma-4-26B-A4B-it-DFlash"),),
     "gemma-4-12b-it": (PublishedDrafter(name="z-lab/gemma4-12B-it-DFlash"),),
+    **{
+        # Trained with thinking on, unlike all others.
+        f"qwen3.5-{size.lower()}": (
+            PublishedDrafter(name=f"z-lab/Qwen3.5-{size}-DFlash", thinking=True),
+        )
+        for size in ("4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
+    },
+    "qwen3.6-27b": (PublishedDrafter(name="z-lab/Qwen3.6-27B-DFlash"),),
+    "qwen3.6-35b-a3b": (
+        PublishedDrafter(name="incoai/Qwen3.6-35B-A3B-DFlash2"),
+        PublishedDrafter(name="RedHatAI/Qwen3.6-35B-A3B-speculator.dspark"),
+        PublishedDrafter(name="z-lab/Qwen3.6-35B-A3B-DFlash"),
+    ),
+    "qwen3.8-27b": (
+        PublishedDrafter(name="z-lab/Qwen3.8-27B-DFlash2"),
+        PublishedDrafter(name="RadixArk/Qwen3.8-27B-DSpark"),
+        PublishedDrafter(name="RedHatAI/Qwen3.8-27B-speculator.dspark"),
+    ),
+    "qwen3-coder-next": (PublishedDrafter(name="z-lab/Qwen3-Coder-Next-DFlash"),),
     "gpt-oss-20b": (PublishedDrafter(name="z-lab/gpt-oss-20b-DFlash"),),
     "gpt-oss-120b": (PublishedDrafter(name="z-lab/gpt-oss-120b-DFlash"),),
 }

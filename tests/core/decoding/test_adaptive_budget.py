@@ -220,10 +220,11 @@ def test_no_root_is_cut():
 
 
 def test_no_node_is_kept_without_its_parent():
-    """A correction that makes a deep node likelier than the one before it does not reorder."""
-    budget = AdaptiveBudget(costs(0.0))
-    budget.expected, budget.accepted = {1: 50.0, 2: 0.0}, {1: 5.0, 2: 50.0}
-    assert sizes(budget, [chain(0.5, 0.9), chain(0.4, 0.9)], [LENGTH] * 2) == [3, 3]
+    """Though its correction makes it likelier than its parent."""
+    budget = AdaptiveBudget(VerifyCosts({1: 1.0, 2: 1.01, 3: 9.0}))
+    budget.expected, budget.accepted = {1: 50.0, 2: 0.5}, {1: 5.0, 2: 50.0}
+    (nodes,) = budget.cut([chain(0.5, 0.9)], [LENGTH])
+    assert nodes.tolist() == [0, 1]
 
 
 def test_corrections_choose_the_nodes_of_a_tree():

@@ -287,6 +287,11 @@ def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert models.training_of(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
 
 
+@pytest.mark.parametrize("drafter", [None, "auto", "z-lab/qwen3.5-4B-dflash"])
+def test_thinking_follows_the_training_of_the_drafter(drafter: str | None):
+    assert models.training_of(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
+
+
 @pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
 def test_an_unknown_drafter_was_trained_as_most_are(name: str):
     assert models.training_of(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)

@@ -56,6 +56,14 @@ def test_thinking_is_off_unless_asked_for(tmp_path: Path):
     assert "<think>" in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": True}))
 
 
+def test_thinking_may_be_on_by_default(tmp_path: Path):
+    folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
+    tokenizer = Tokenizer.from_folder(folder, thinking=True)
+    messages = [{"role": "user", "content": "hi"}]
+    assert "<think>" in tokenizer.decode(tokenizer.chat(messages))
+    assert "<think>" not in tokenizer.decode(tokenizer.chat(messages, {"enable_thinking": False}))
+
+
 def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
     folder = save_folder(tmp_path, byte_level(), chat_template=THINKING_TEMPLATE)
     tokenizer = Tokenizer.from_folder(folder)
