@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from treeflash_mlx.recurrent_cache import Row, arrays_of, row_of
+from treeflash_mlx.recurrent_states import Row, arrays_of, row_of
 from treeflash_mlx.storage import Storage, columns_for
 from treeflash_mlx.tree_hooks import TreePass
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.ssm import compute_dt
 
-from treeflash_mlx.recurrence import NodePaths, Written, run_tree
+from treeflash_mlx.recurrence import NodePaths, Writes, run_tree
 
 
 def gated_delta_update(
@@ -33,7 +33,7 @@ def gated_delta_update(
     use_kernel: bool = True,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
-) -> tuple[mx.array, Written]:
+) -> tuple[mx.array, Writes]:
     """The gated delta rule, with a gate per head or per key channel.
 
     Args:
@@ -85,7 +85,7 @@ def ssm_update(
     time_step_limit: tuple[float, float] = (0.001, 100.0),
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
-) -> tuple[mx.array, Written]:
+) -> tuple[mx.array, Writes]:
     """Mamba-2.
 
     Args:
@@ -126,7 +126,7 @@ def recurrent_gla(
     scale: float,
     h: mx.array | None = None,
     mask: mx.array | None = None,
-) -> tuple[mx.array, Written]:
+) -> tuple[mx.array, Writes]:
     """Lightning attention: a fixed decay per head.
 
     Args:
@@ -152,11 +152,11 @@ def recurrent_gla(
         state if h is None else state.swapaxes(2, 3),
         paths,
     )
-    written = Written(written.values, written.keys, written.log_decays, keys_first=True)
+    written = Writes(written.values, written.keys, written.log_decays, keys_first=True)
     return outputs.astype(q.dtype), written
 
 
-FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Written]]] = {
+FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes]]] = {
     f.__name__: f for f in (gated_delta_update, ssm_update, recurrent_gla)
 }
 

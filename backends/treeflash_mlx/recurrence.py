@@ -57,7 +57,7 @@ class NodePaths:
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class Writes:
     """What the nodes of a pass write into matrix states, each on the state after its parent.
 
     Attributes:
@@ -108,14 +108,14 @@ def run_tree(
     state: mx.array,
     paths: NodePaths,
     betas: mx.array | None = None,
-) -> tuple[mx.array, Written]:
+) -> tuple[mx.array, Writes]:
     """The outputs of a recurrent layer at all nodes; nothing is written to the state.
 
     Args:
         queries: (texts, heads, n, key_dim) float32.
         keys: the same shape.
         values: (texts, heads, n, value_dim) float32.
-        log_decays: as in `Written`.
+        log_decays: as in `Writes`.
         state: (texts, heads, value_dim, key_dim) float32.
         paths: of the nodes.
         betas: (texts, heads, n, 1) float32 of the delta rule; None for linear attention.
@@ -130,7 +130,7 @@ def run_tree(
         targets = betas * (values - (decays * keys) @ state.swapaxes(2, 3))
         values = paths.solve(betas * products(keys), targets, paths.depth)
     outputs = (decays * queries) @ state.swapaxes(2, 3) + products(queries) @ values
-    return outputs, Written(values, keys, log_decays)
+    return outputs, Writes(values, keys, log_decays)
 
 
 def path_products(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.snapshots import Snapshots
 from treeflash_mlx.cache import KeyValues
-from treeflash_mlx.recurrent_cache import Row, arrays_of
+from treeflash_mlx.recurrent_states import Row, arrays_of
 
 
 class State:

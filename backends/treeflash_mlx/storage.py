@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash_mlx.recurrent_cache import RecurrentStates, Row
+from treeflash_mlx.recurrent_states import RecurrentStates, Row
 
 STEP = 256
 

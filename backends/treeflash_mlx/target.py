@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -14,12 +13,11 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes, load_model
 
 from treeflash.decoding.recurrence import refusal
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
-from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash_mlx.cache import (
     KeyValues,
     Quantisation,
@@ -28,10 +26,10 @@ from treeflash_mlx.cache import (
     share_storage,
 )
 from treeflash_mlx.cache_layout import CacheLayout
-from treeflash_mlx.config_compatibility import TEXT_CONFIGS, compatible_settings
-from treeflash_mlx.hybrid_compatibility import TEXT_TYPES, WEIGHTS
+from treeflash_mlx.config_compatibility import TEXT_CONFIGS
+from treeflash_mlx.loading import load_model
 from treeflash_mlx.recurrence import Solver
-from treeflash_mlx.recurrent_cache import RecurrentCache
+from treeflash_mlx.recurrent_states import RecurrentCache
 from treeflash_mlx.solvers import choose_solver, solve_by_rounds
 from treeflash_mlx.tree_hooks import TreeHooks, TreePass
 
@@ -73,7 +71,7 @@ class Target:
         self.config: Mapping[str, Any] = next(
             (config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config
         )
-        self.model = _load(folder, config, dtype)
+        self.model = load_model(folder, config, dtype)
         self._check_experts()
         self.layers: Sequence[nn.Module] = self.model.layers
         self.layout = CacheLayout(self.family, make_prompt_cache(self.model))
@@ -83,7 +81,7 @@ class Target:
             windows[:] = [self.config.get("sliding_window")] * len(windows)
         self.hooks = TreeHooks()
         self.hooks.hook_ropes(self.model)
-        self.keys_first = "recurrent_gla" in self.hooks.hook_recurrences(self.model)
+        self.keys_first = "recurrent_gla" in self.hooks.hook_recurrent_layers(self.model)
         self.quantisation: Quantisation | None = None
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._shapes()
         if kv_bits is not None:
@@ -293,41 +291,3 @@ def shortlist_logits(module: nn.Module, hidden: mx.array, tokens: mx.array) -> m
         )
     logits: mx.array = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
     return logits + module["bias"][tokens][..., None, :] if "bias" in module else logits
-
-
-def _load(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
-    if not list(folder.glob("model*.safetensors")):
-        raise CheckpointError(f"{folder} has no model*.safetensors; mlx-lm reads no other format")
-    try:
-        settings = compatible_settings(config)
-        if (family := config.get("model_type")) in TEXT_TYPES:
-            settings["model_type"] = TEXT_TYPES[family]
-        model, _ = load_model(folder, lazy=True, model_config=settings, get_model_classes=_classes)
-        if dtype is not None:
-            model.set_dtype(dtype)
-        mx.eval(model.parameters())
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error.__cause__, ImportError):
-            raise UnsupportedModelError(
-                f"mlx-lm has no model type {config.get('model_type')!r}; try --backend cuda"
-            ) from error
-        # mlx-lm lists missing parameters over many lines.
-        reason = shorten(str(error) or type(error).__name__, 300)
-        raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
-    return model
-
-
-def _classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """The classes of a model and its arguments; the model's reads weights by all their names."""
-    model, arguments = _get_classes(config)
-    names = WEIGHTS.get(config["model_type"])
-    if names is None:
-        return model, arguments
-
-    class Renamed(model):
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            for theirs, ours in names.items():
-                weights = {name.replace(theirs, ours): x for name, x in weights.items()}
-            return super().sanitize(weights)
-
-    return Renamed, arguments

@@ -16,7 +16,7 @@ from mlx import nn
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.hybrid_hooks import convolve_nodes, is_short_convolution, rebind
 from treeflash_mlx.recurrence import NodePaths, Solver
-from treeflash_mlx.recurrent_cache import RecurrentCache
+from treeflash_mlx.recurrent_states import RecurrentCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ class TreeHooks:
         for module in {id(m): m for _, m in model.named_modules() if is_rope(m)}.values():
             _subclass(module, self._rotate)
 
-    def hook_recurrences(self, model: nn.Module) -> set[str]:
+    def hook_recurrent_layers(self, model: nn.Module) -> set[str]:
         """Make the recurrent layers of a model run trees; returns what `rebind` found."""
         found: set[str] = set()
         for module in {id(m): m for _, m in model.named_modules()}.values():

@@ -17,9 +17,10 @@ All times are medians; the things compared take turns.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -64,12 +65,12 @@ def parser() -> Parser:
 
 
 @guarded
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table."""
     import mlx.core as mx
     from treeflash_mlx.backend import load
 
-    options = parser().parse_args()
+    options = parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         write_target(Path(folder))
         backend = load(Path(folder), None, LoadConfig(dtype="float32"))
@@ -111,6 +112,7 @@ def main() -> None:
     show("Milliseconds, by nodes", rows)
     if options.json:
         write_json(options.json, {"recurrence": rows})
+    return 0
 
 
 def write_target(folder: Path) -> None:
@@ -139,7 +141,7 @@ def prefill(backend: Any, text: TextSession, chunk: DraftTree) -> None:
 def mixer(backend: Any, text: TextSession, tree: DraftTree, *, new: bool) -> Callable[[], None]:
     """A call of the first recurrent layer's mixer in such a pass."""
     import mlx.core as mx
-    from treeflash_mlx.recurrent_cache import RecurrentCache
+    from treeflash_mlx.recurrent_states import RecurrentCache
     from treeflash_mlx.tree_hooks import TreePass
 
     target = backend.target
@@ -180,4 +182,4 @@ def turns(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, float
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 
 require("mlx.core")
@@ -63,3 +64,31 @@ def test_existing_settings_stay_as_they_are():
         "x": 1,
         "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"},
     }
+
+
+FULL, LINEAR = "full_attention", "linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "interval"),
+    [([LINEAR, LINEAR, FULL] * 2, 3), ([LINEAR] * 4, 5), ([FULL] * 2, 1), ([LINEAR, FULL], 2)],
+)
+def test_the_interval_of_attention_follows_from_the_types_of_layers(kinds, interval):
+    for name in ("qwen3_next", "qwen3_5_text"):
+        config = {"model_type": name, "layer_types": kinds, "full_attention_interval": 9}
+        assert compatible_settings(config)["full_attention_interval"] == interval
+    outer = {"model_type": "qwen3_5", "text_config": config}
+    assert compatible_settings(outer)["text_config"]["full_attention_interval"] == interval
+
+
+def test_layers_in_an_order_that_mlx_lm_lacks_are_refused():
+    config = {"model_type": "qwen3_next", "layer_types": [LINEAR, FULL, FULL]}
+    with pytest.raises(UnsupportedModelError, match="every n-th layer"):
+        compatible_settings(config)
+
+
+def test_types_of_layers_and_sizes_have_the_names_of_mlx_lm():
+    granite = {"model_type": "granitemoehybrid", "layer_types": [LINEAR, FULL, "mamba"]}
+    assert compatible_settings(granite)["layer_types"] == ["mamba", "attention", "mamba"]
+    lfm2 = {"model_type": "lfm2", "layer_types": ["conv", FULL], "hidden_size": 64}
+    assert compatible_settings(lfm2)["block_dim"] == 64

@@ -25,11 +25,11 @@ require("mlx_lm")
 import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
-from treeflash_mlx import hybrid_hooks, recurrence, recurrent_cache, solvers, tree_hooks  # noqa: E402
+from treeflash_mlx import hybrid_hooks, recurrence, recurrent_states, solvers, tree_hooks  # noqa: E402
 from treeflash_mlx import verifier as verifier_module  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
 from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
-from treeflash_mlx.recurrence import NodePaths, Written  # noqa: E402
+from treeflash_mlx.recurrence import NodePaths, Writes  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
 
 # One per kind of layer: gates by head and by channel, Mamba-2, fixed decays, convolutions alone.
@@ -233,7 +233,7 @@ def one_round_less(system, targets, depth):
 
 
 def without_decay(written, state, nodes, kept):
-    still = Written(
+    still = Writes(
         written.values, written.keys, mx.zeros_like(written.log_decays), written.keys_first
     )
     return AFTER(still, state, nodes, kept)
@@ -246,7 +246,7 @@ def whole_block(written, state, nodes, kept):
 
 def without_own_decay(queries, keys, values, log_decays, *args):
     outputs, written = RUN_TREE(queries, keys, values, mx.zeros_like(log_decays), *args)
-    return outputs, Written(written.values, keys, log_decays)
+    return outputs, Writes(written.values, keys, log_decays)
 
 
 def last_columns(path, kernel):
@@ -258,14 +258,14 @@ def chains_as_text(trees, *args, solve):
 
 
 ROUNDS = solvers.solve_by_rounds
-AFTER, RUN_TREE, TREE_PASS = Written.after, recurrence.run_tree, tree_hooks.TreePass.of
+AFTER, RUN_TREE, TREE_PASS = Writes.after, recurrence.run_tree, tree_hooks.TreePass.of
 BROKEN = {
     "convolution by column": (NodePaths, "windows", windows_by_column),
     "causal mask": (tree_hooks, "NodePaths", CausalPaths),
     "pass without decay": (hybrid_hooks, "run_tree", without_own_decay),
-    "commit without decay": (Written, "after", without_decay),
-    "commit of the whole block": (Written, "after", whole_block),
-    "tail of the last columns": (recurrent_cache, "convolution_tail", last_columns),
+    "commit without decay": (Writes, "after", without_decay),
+    "commit of the whole block": (Writes, "after", whole_block),
+    "tail of the last columns": (recurrent_states, "convolution_tail", last_columns),
     "one round too few": (solvers, "solve_by_rounds", one_round_less),
     "chains run as text": (tree_hooks.TreePass, "of", chains_as_text),
 }
@@ -277,6 +277,37 @@ def test_a_broken_recurrence_is_refused_at_load(pair_of, monkeypatch, broken, na
     monkeypatch.setattr(*BROKEN[broken])
     with pytest.raises(UnsupportedModelError):
         load(*pair_of(name), LoadConfig())
+
+
+def test_files_of_transformers_load(families, tmp_path):
+    """Their text models have types, and OLMo-Hybrid's norms names, that mlx-lm lacks."""
+
+    def logits(folder):
+        target = Target(folder, mx.float32, None)
+        tokens = mx.array([PROMPT])
+        return target.forward(tokens, [target.new_key_values(9)], ())[0]
+
+    def copy(name, model_type, rename):
+        folder = tmp_path / name
+        families.write(folder, name)
+        config, weights = read_config(folder), mx.load(str(folder / "model.safetensors"))
+        (folder / "other").mkdir()
+        config = config.get("text_config", config) | {"model_type": model_type}
+        (folder / "other" / "config.json").write_text(json.dumps(config))
+        weights = {rename(name): x for name, x in weights.items()}
+        mx.save_safetensors(str(folder / "other" / "model.safetensors"), weights, {"format": "mlx"})
+        return folder, folder / "other"
+
+    def published(name):
+        name = name.replace("input_layernorm", "attention_layer_norm")
+        return name.replace("post_attention_layernorm", "feedforward_layer_norm")
+
+    for folders in (
+        copy("qwen3_5", "qwen3_5_text", lambda name: name.removeprefix("language_model.")),
+        copy("olmo_hybrid", "olmo_hybrid", published),
+    ):
+        mine, theirs = map(logits, folders)
+        assert mx.array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "rwkv7", "baichuan_m1"])

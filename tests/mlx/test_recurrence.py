@@ -12,7 +12,7 @@ require("mlx_lm")
 
 import mlx.core as mx  # noqa: E402
 from treeflash_mlx import solvers  # noqa: E402
-from treeflash_mlx.recurrence import NodePaths, Written, run_tree  # noqa: E402
+from treeflash_mlx.recurrence import NodePaths, Writes, run_tree  # noqa: E402
 
 HEADS, KEY_DIM, VALUE_DIM = 3, 16, 8
 SIZES = (40, 7)  # nodes of two texts: the smaller tree is padded
@@ -86,7 +86,7 @@ def test_a_commit_leaves_the_state_of_the_path(rng, rule, keys_first):
     _, written, state = inputs.run()
     if keys_first:
         state = state.swapaxes(2, 3)
-        written = Written(written.values, written.keys, written.log_decays, keys_first=True)
+        written = Writes(written.values, written.keys, written.log_decays, keys_first=True)
     for last in (0, 5, 39):
         path = path_to(inputs.trees[0], last)
         kept = np.zeros((2, len(path)), np.bool_)

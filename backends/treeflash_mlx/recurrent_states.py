@@ -11,7 +11,7 @@ from mlx_lm.models.cache import ArraysCache
 from numpy.typing import NDArray
 
 from treeflash.decoding.recurrence import convolution_tail
-from treeflash_mlx.recurrence import NodePaths, Written
+from treeflash_mlx.recurrence import NodePaths, Writes
 
 Row: TypeAlias = list[list[mx.array | None]]
 """The states of one text: per layer and state, (1, ...); None before its first pass."""
@@ -119,7 +119,7 @@ class RecurrentCache(ArraysCache):
         self._layer = layer
         self._reads = reads
         self.paths = paths
-        self.written: dict[int, mx.array | Written] = {}
+        self.written: dict[int, mx.array | Writes] = {}
         self.inputs: list[mx.array] = []
         states.latest[layer] = self
 
@@ -132,7 +132,7 @@ class RecurrentCache(ArraysCache):
         self._reads(self)
         return self.states[i]
 
-    def __setitem__(self, i: int, value: mx.array | Written) -> None:
+    def __setitem__(self, i: int, value: mx.array | Writes) -> None:
         self.written[i] = value
 
     def make_mask(self, n: int, **_: Any) -> None:
@@ -144,7 +144,7 @@ class RecurrentCache(ArraysCache):
     @property
     def tails(self) -> list[int]:
         """The states that are last inputs of convolutions, in a pass over trees."""
-        return [i for i, value in self.written.items() if not isinstance(value, Written)]
+        return [i for i, value in self.written.items() if not isinstance(value, Writes)]
 
     @property
     def is_complete(self) -> bool:
@@ -181,7 +181,7 @@ class _Commit:
         new = list(states)
         for i in sorted(latest.written):
             value, old = latest.written[i], states[i]
-            if isinstance(value, Written):
+            if isinstance(value, Writes):
                 new[i] = value.after(old, self.nodes, self.kept)
             elif latest.paths is None:
                 new[i] = self._replace(old, value)
