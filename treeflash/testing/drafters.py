@@ -30,7 +30,7 @@ from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, PairMaker
 from treeflash.testing.texts import random_tokens
 from treeflash.testing.transitions import draft, marginals, transitions
 
-LONG: dict[str, Any] = {"max_tokens": 30, "budget": "auto"}
+AUTO: dict[str, Any] = {"max_tokens": 16, "budget": "auto"}
 SAMPLED = SamplingConfig(temperature=1.0, seed=3)
 
 
@@ -138,9 +138,9 @@ class DrafterTests:
         prompt = random_tokens(np.random.default_rng(5), models.tested.vocab_size, 6)
         budget = AdaptiveBudget(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
         method: Method = "ddtree" if models.tested.head is None else "treeflash"
-        steps = list(decode(models.tested, prompt, DecodeConfig(method=method, **LONG), budget))
+        steps = list(decode(models.tested, prompt, DecodeConfig(method=method, **AUTO), budget))
         assert tokens_of(steps) == tokens_of(
-            list(decode(models.tested, prompt, DecodeConfig(method="ar", **LONG)))
+            list(decode(models.tested, prompt, DecodeConfig(method="ar", **AUTO)))
         )
         config = models.tested.drafter_config
         assert config is not None
