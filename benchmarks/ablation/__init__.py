@@ -1,0 +1,1 @@
+"""What each choice in training is worth: one drafter a cell, by block efficiency."""
