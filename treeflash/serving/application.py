@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -14,6 +16,9 @@ from treeflash.serving.errors import BAD_REQUEST, APIError
 from treeflash.serving.guard import Guard
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import reported
+
+TYPES = frozenset({"str", "int", "float", "bool", "constrained-str"})
+"""What pydantic adds to a location for the types of a union."""
 
 
 def application(service: Service) -> FastAPI:
@@ -40,31 +45,36 @@ def _response(error: APIError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-def _failed(request: Request, error: Exception) -> JSONResponse:
+async def _failed(request: Request, error: Exception) -> JSONResponse:
     return _response(reported(error))
 
 
-def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """No such path, no such method, or a body that is not JSON."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _response(APIError(error.status_code, message, headers=error.headers))
 
 
-def _invalid(request: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Name the field that is wrong."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    kind = first["type"]
-    if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
+    # Of a field with several types, each has an error; the one that goes deepest is meant.
+    found = max(error.errors(), key=lambda item: len(item["loc"]))
+    if found["type"] == "json_invalid":
+        reason = found.get("ctx", {}).get("error", "")
         return _response(APIError(BAD_REQUEST, f"the body is not JSON: {reason}"))
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(where) or None
-    if kind == "extra_forbidden":
+    param = ".".join(_path(found["loc"])) or None
+    if found["type"] == "extra_forbidden":
         message = f"{param} is not supported by this server; leave it out"
     elif param is None:
-        message = f"the body is not a valid request: {first['msg']}"
+        message = f"the body is not a valid request: {found['msg']}"
     else:
-        message = f"{param}: {first['msg']}"
+        message = f"{param}: {found['msg']}"
     return _response(APIError(BAD_REQUEST, message, param=param))
+
+
+def _path(location: Sequence[str | int]) -> list[str]:
+    """The names and indices of a field, without the types that pydantic adds to them."""
+    names = [str(part) for part in location[1:]]
+    return [name for name in names if name not in TYPES and "[" not in name]

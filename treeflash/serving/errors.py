@@ -47,8 +47,8 @@ class APIError(Exception):
         """Describe the error."""
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _valid(message)
+        self.param = None if param is None else _valid(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -82,3 +82,8 @@ def api_error(error: Exception) -> APIError:
     if isinstance(error, TreeflashError):
         return APIError(500, str(error))
     return APIError(500, "the server failed; its log says why", code="internal_error")
+
+
+def _valid(text: str) -> str:
+    """The text with lone surrogates, which a request may have, spelled out."""
+    return text.encode(errors="backslashreplace").decode()

@@ -74,7 +74,7 @@ def serve(
     Raises:
         TreeflashError, OSError: the models cannot be loaded, or the port is taken.
     """
-    listening = _bind(host, port)
+    listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s: %(message)s")
     engine = Engine(load, settings, Metrics())
     try:
@@ -82,7 +82,7 @@ def serve(
         app = application(Service(engine, settings, defaults, names))
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(app, log_level=log_level, log_config=None)
+        config = uvicorn.Config(app, log_level=log_level, log_config=None, lifespan="off")
         logger.info("serving %s on http://%s:%d", names[0], shown, port)
         asyncio.run(Server(config, engine).serve([listening]))
     finally:
@@ -91,7 +91,7 @@ def serve(
     return 0
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket with the address, so that a taken port is found before models are loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -48,10 +48,11 @@ class DecodingSchema(Schema):
     top_k: int | None = Field(None, ge=0)
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**64)
-    presence_penalty: FiniteFloat | None = None
-    frequency_penalty: FiniteFloat | None = None
-    repetition_penalty: FiniteFloat | None = Field(None, gt=0)
-    logit_bias: dict[TokenId, FiniteFloat] | None = None
+    # Larger ones than OpenAI's overflow: the logits would not be finite.
+    presence_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
+    frequency_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
+    repetition_penalty: FiniteFloat | None = Field(None, ge=0.01, le=100)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1)

@@ -19,8 +19,7 @@ from treeflash.serving.errors import BAD_REQUEST, APIError
 from treeflash.serving.schemas import DecodingSchema
 from treeflash.serving.settings import Settings
 from treeflash.text.options import Options, stop_strings
-from treeflash.text.prompt import check_unicode
-from treeflash.text.tokenizer import Tokenizer
+from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 MAX_TOKENS = 2048
 """New tokens of an answer if neither the request nor the server says how many."""

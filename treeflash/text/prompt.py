@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from treeflash.errors import ConfigError, PromptError
-from treeflash.text.tokenizer import Tokenizer
+from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 Message: TypeAlias = Mapping[str, str]
 """One turn of a conversation: `role` and `content`."""
@@ -87,11 +87,3 @@ def check_messages(messages: Sequence[Any]) -> None:
         ):
             raise PromptError(f"message {number} needs the strings 'role' and 'content'")
         check_unicode(message["content"])
-
-
-def check_unicode(text: str) -> None:
-    """Reject lone surrogates, which stand for bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None

@@ -135,7 +135,8 @@ class Tokenizer:
                 ``thinking`` by default.
 
         Raises:
-            PromptError: There is no chat template, or it rejects the conversation.
+            PromptError: There is no chat template, or it rejects the conversation; or the text
+                is not valid Unicode.
         """
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template; pass --raw to send plain text")
@@ -157,6 +158,7 @@ class Tokenizer:
             raise PromptError(
                 f"the chat template rejects these messages or arguments: {_reason(error)}"
             ) from error
+        check_unicode(str(text))
         return self._ids(str(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -172,6 +174,14 @@ class Tokenizer:
         if text and REPLACEMENT not in text:
             return text
         return self._tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+
+
+def check_unicode(text: str) -> None:
+    """Reject lone surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
 
 
 def _is_not_torch_advice(record: logging.LogRecord) -> bool:

@@ -1,0 +1,142 @@
+"""A server in a thread of the tests, over a real connection."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import uvicorn
+
+from treeflash.language_model import LanguageModel
+from treeflash.serving.application import application
+from treeflash.serving.engine import Engine
+from treeflash.serving.metrics import Metrics
+from treeflash.serving.run import Server, bind
+from treeflash.serving.service import Service
+from treeflash.serving.settings import Settings
+
+NAME = "tiny"
+MAX_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers.
+
+    Attributes:
+        url: of its root.
+        engine: decodes its requests.
+        client: has that root.
+        server: of uvicorn.
+    """
+
+    url: str
+    engine: Engine
+    client: httpx.Client
+    server: Server
+
+    def post(self, path: str, body: object, **headers: str) -> httpx.Response:
+        return self.client.post(path, json=body, headers=headers)
+
+    def chat(self, content: str = "Hello.", **fields: object) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        return self.post("/v1/chat/completions", {"messages": messages, **fields})
+
+    def complete(self, prompt: object = "Hello.", **fields: object) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": prompt, **fields})
+
+    def frames(self, path: str, **body: object) -> list[dict]:
+        """The events of a stream, which must end with `[DONE]`."""
+        with self.client.stream("POST", path, json={"stream": True, **body}) as response:
+            assert response.status_code == 200, response.read()
+            return list(parse(response))
+
+
+def parse(response: httpx.Response) -> Iterator[dict]:
+    """The events of a stream, which must end with `[DONE]`."""
+    done = False
+    for line in response.iter_lines():
+        if not line or line.startswith(":"):
+            continue
+        assert line.startswith("data: "), line
+        assert not done, "an event follows the last one"
+        if line == "data: [DONE]":
+            done = True
+            continue
+        yield json.loads(line.removeprefix("data: "))
+    assert done, "the stream was cut off"
+
+
+def check_error(response, status, says):
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert says in error["message"], error
+    assert "\n" not in error["message"]
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    """Wait for another thread, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+class Gate:
+    """Lets an engine iterate as often as a test says."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.iterations = 0
+        self.engine = engine
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        step = engine._scheduler.step
+
+        def gated():
+            if not self._open:
+                self._permits.acquire()
+            self.iterations += 1
+            return step()
+
+        engine._scheduler.step = gated
+
+    def allow(self, iterations: int) -> None:
+        """Let it iterate, and wait until it has."""
+        goal = self.iterations + iterations
+        self._permits.release(iterations)
+        wait_until(lambda: self.iterations >= goal)
+
+    def open(self) -> None:
+        """Let it iterate for ever."""
+        self._open = True
+        self._permits.release()
+
+
+@contextmanager
+def serving(
+    model: LanguageModel, defaults: dict | None = None, **settings: object
+) -> Iterator[Running]:
+    """Serve a model on a free port."""
+    engine = Engine(lambda: model, Settings(**settings), Metrics())
+    engine.start()
+    service = Service(engine, engine.settings, defaults or {}, (NAME,))
+    listening = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = Server(uvicorn.Config(application(service), log_config=None, lifespan="off"), engine)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield Running(url, engine, client, server)
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+        engine.stop()

@@ -1,0 +1,197 @@
+"""Each bad request gets an error that names what is wrong, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from servers import check_error
+
+CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+USER = {"role": "user", "content": "Hi"}
+DEEP = "[" * 5000 + "]" * 5000
+
+
+def chat(**fields):
+    return CHAT, {"messages": [USER], "max_tokens": 4, **fields}
+
+
+def text(**fields):
+    return TEXT, {"prompt": "Hi", "max_tokens": 4, **fields}
+
+
+# A request, and what its error must say; the status is 400.
+WRONG = [
+    # Decoding
+    (chat(temperature=-1), "temperature"),
+    (chat(temperature="hot"), "temperature"),
+    (chat(temperature=True), "temperature"),
+    (chat(temperature=1e9), "temperature"),
+    (chat(temperature=1e-9), "temperature"),
+    (chat(temperature=float("nan")), "temperature"),
+    (chat(temperature=float("inf")), "temperature"),
+    (chat(temperature=[1]), "temperature"),
+    (chat(top_p=0), "top_p"),
+    (chat(top_p=1.5), "top_p"),
+    (chat(top_k=-1), "top_k"),
+    (chat(top_k=1.5), "top_k"),
+    (chat(min_p=2), "min_p"),
+    (chat(min_p=-0.1), "min_p"),
+    (chat(max_tokens=0), "max_tokens"),
+    (chat(max_tokens=-5), "max_tokens"),
+    (chat(max_tokens=2.5), "max_tokens"),
+    (chat(max_tokens="4"), "max_tokens"),
+    (chat(max_completion_tokens=4), "max_completion_tokens"),
+    (chat(seed=-1), "seed"),
+    (chat(seed=2**64), "seed"),
+    (chat(seed="a"), "seed"),
+    (chat(n=0), "n:"),
+    (chat(n=1000), "at most 16"),
+    (chat(presence_penalty="x"), "presence_penalty"),
+    (chat(presence_penalty=2.5), "presence_penalty"),
+    (chat(logit_bias={"5": 1e30}), "logit_bias"),
+    (chat(frequency_penalty=float("-inf")), "frequency_penalty"),
+    (chat(repetition_penalty=0), "repetition_penalty"),
+    (chat(logit_bias={"a": 1}), "logit_bias"),
+    (chat(logit_bias={"-1": 1}), "logit_bias"),
+    (chat(logit_bias={"9999": 1}), "vocabulary"),
+    (chat(logit_bias={"5": float("nan")}), "logit_bias"),
+    (chat(logit_bias={"5": "x"}), "logit_bias"),
+    (chat(logit_bias=[1]), "logit_bias"),
+    (chat(stop=""), "stop"),
+    (chat(stop=["a", ""]), "stop"),
+    (chat(stop=["a"] * 17), "stop"),
+    (chat(stop=["a" * 2000]), "stop"),
+    (chat(stop=[1]), "stop"),
+    (chat(method="magic"), "method"),
+    (chat(budget=0), "budget"),
+    (chat(budget=10**6), "budget"),
+    (chat(budget="huge"), "budget"),
+    (chat(stream="yes"), "stream"),
+    (chat(stream_options={"include_usage": True}), "stream_options"),
+    (chat(stream=True, stream_options={"other": True}), "stream_options.other"),
+    (chat(stream=True, stream_options={"include_obfuscation": True}), "include_obfuscation"),
+    (chat(top_logprobs=2), "top_logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (chat(logprobs=3), "logprobs"),
+    # Fields that this server does not have
+    (chat(audio={}), "audio is not supported"),
+    (chat(modalities=["text", "audio"]), "modalities is not supported"),
+    (chat(web_search_options={}), "web_search_options is not supported"),
+    (chat(prediction={}), "prediction is not supported"),
+    (chat(best_of=2), "best_of is not supported"),
+    (text(suffix="x"), "suffix is not supported"),
+    (text(echo=True), "echo"),
+    (text(best_of=2), "best_of"),
+    # Prompts
+    ((CHAT, {}), "messages"),
+    ((CHAT, {"messages": []}), "messages"),
+    ((CHAT, {"messages": "Hi"}), "messages"),
+    ((CHAT, {"messages": [1]}), "messages.0"),
+    ((CHAT, {"messages": [{"role": "user"}]}), "content"),
+    ((CHAT, {"messages": [{"content": "Hi"}]}), "role"),
+    ((CHAT, {"messages": [{"role": "king", "content": "Hi"}]}), "role"),
+    ((CHAT, {"messages": [{"role": "user", "content": 5}]}), "content"),
+    ((CHAT, {"messages": [{**USER, "name": "Ann"}]}), "name is not supported"),
+    ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.type"),
+    ((CHAT, {"messages": [{**USER, "content": "a\ud800b"}]}), "Unicode"),
+    (chat(chat_template_kwargs={"a": "\ud800"}, **{"\ud800": 1}), "unicode"),
+    (text(prompt="\ud800"), "Unicode"),
+    (chat(chat_template_kwargs={"chat_template": "{{ 1 }}"}), "reserved"),
+    (chat(chat_template_kwargs={"tokenize": True}), "reserved"),
+    (chat(chat_template_kwargs=[1]), "chat_template_kwargs"),
+    ((TEXT, {}), "prompt"),
+    (text(prompt=""), "empty"),
+    (text(prompt=[]), "prompt"),
+    (text(prompt=[1.5]), "prompt"),
+    (text(prompt=[-1]), "prompt"),
+    (text(prompt=[10**6]), "vocabulary"),
+    (text(prompt=[10**30]), "vocabulary"),
+    (text(prompt=["a", "b"]), "prompt"),
+    (text(prompt="x" * 600), "600 tokens and the target's limit is 512"),
+    (text(prompt=[5] * 512), "512 tokens and the target's limit is 512"),
+    (text(logprobs=True), "logprobs"),
+    (text(logprobs=50), "logprobs"),
+    ((TOKENIZE, {}), "either prompt or messages"),
+    ((TOKENIZE, {"prompt": "a", "messages": [USER]}), "either prompt or messages"),
+    ((TOKENIZE, {"prompt": 5}), "prompt"),
+]
+RAW = [
+    (b"", "the body"),
+    (b"{", "not JSON"),
+    (b"null", "the body"),
+    (b"[]", "the body"),
+    (b'"text"', "the body"),
+    (b"\xff\xfe", "body"),
+    (b'{"messages": [], }', "not JSON"),
+    (DEEP.encode(), "body"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "body"),
+    (b'{"a": 1, "a": 2}', "messages"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog):
+    """Errors of clients leave no traceback in the log."""
+    with caplog.at_level(logging.INFO):
+        yield
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(("request_", "says"), WRONG, ids=lambda x: None)
+def test_wrong_fields(server, request_, says):
+    path, body = request_
+    content = json.dumps(body).encode()
+    response = server.client.post(
+        path, content=content, headers={"Content-Type": "application/json"}
+    )
+    check_error(response, 400, says)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_another_model(server, path, stream):
+    body = {"messages": [USER]} if path == CHAT else {"prompt": "Hi"}
+    response = server.post(path, {**body, "model": "gpt-5", "stream": stream})
+    check_error(response, 404, "'gpt-5' does not exist; this server has tiny")
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(("content", "says"), RAW, ids=range(len(RAW)))
+def test_bodies_that_are_no_requests(server, content, says):
+    headers = {"Content-Type": "application/json"}
+    check_error(server.client.post(CHAT, content=content, headers=headers), 400, says)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", None])
+def test_content_type(server, kind):
+    """Else a web page of any origin could make the server work."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = server.client.post(CHAT, content=json.dumps({"messages": [USER]}), headers=headers)
+    check_error(response, 415, "Content-Type: application/json")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", CHAT, 405),
+        ("DELETE", "/v1/models/tiny", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/../../etc/passwd", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_paths(server, method, path, status):
+    json = {} if method == "POST" else None
+    check_error(server.client.request(method, path, json=json), status, "")
+
+
+def test_error_before_a_stream_has_a_status(server):
+    check_error(server.chat("x" * 600, stream=True), 400, "shorten the prompt")
+
+
+def test_there_are_enough_bad_inputs():
+    assert len(WRONG) + len(RAW) >= 60

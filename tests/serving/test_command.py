@@ -1,0 +1,198 @@
+"""`python -m treeflash.serve`: options, configuration files, errors, and a whole life."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+from servers import parse, wait_until
+
+from treeflash import serve as command
+from treeflash.serving import run as serving_run
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command: exit status, standard error."""
+
+    def run(*args: object) -> tuple[int, str]:
+        code = command.main([str(arg) for arg in args])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the command would serve."""
+    found = {}
+
+    def serve(load, settings, defaults, names, **where):
+        found.update(where, load=load, settings=settings, defaults=defaults, names=names)
+        return 0
+
+    monkeypatch.setattr(serving_run, "serve", serve)
+    return found
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_defaults(run, told):
+    assert run() == (0, "")
+    assert (told["host"], told["port"]) == ("127.0.0.1", 8000)
+    assert told["settings"] == serving_run.Settings()
+    assert told["defaults"] == {}
+    assert told["names"] == ("SmolLM2-135M-Instruct",)
+
+
+def test_options(run, told, tmp_path):
+    keys = write(tmp_path / "keys", "one\n\n two \n")
+    args = "--temperature 0.7 --budget 16 --max-parallel 3 --prefix-cache-gb 0 --timeout 9.5"
+    args += " --cors-origin https://a.example --cors-origin https://b.example --port 0"
+    assert run(*args.split(), "--api-key-file", keys, "--target", "Qwen/Qwen3-4B") == (0, "")
+    settings = told["settings"]
+    assert told["defaults"] == {"temperature": 0.7, "budget": 16}
+    assert (settings.max_parallel, settings.prefix_cache_gb, settings.timeout) == (3, 0, 9.5)
+    assert settings.api_keys == ("one", "two")
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert told["names"] == ("Qwen/Qwen3-4B",)
+
+
+def test_configuration_file(run, told, tmp_path):
+    file = write(
+        tmp_path / "serve.toml",
+        """
+        port = 9000
+        max_parallel = 4
+        cuda-graphs = true
+        raw = false
+        stop = ["END", "--x"]
+        model_name = ["a", "b"]
+        temperature = 0.5
+        [chat_template_args]
+        enable_thinking = true
+        """,
+    )
+    assert run("--config", file, "--port", 9001) == (0, "")
+    assert told["port"] == 9001
+    assert told["settings"].max_parallel == 4
+    assert told["names"] == ("a", "b")
+    assert told["defaults"] == {
+        "temperature": 0.5,
+        "stop": ["END", "--x"],
+        "template_args": {"enable_thinking": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--port", "70000"], "not a port: 70000"),
+        (["--port", "-1"], "not a port"),
+        (["--max-parallel", "0"], "max_parallel must be 1 or more"),
+        (["--max-memory-gb", "-1"], "max_memory_gb must be above 0"),
+        (["--max-memory-gb", "nan"], "max_memory_gb must be above 0"),
+        (["--prefix-cache-gb", "-1"], "prefix_cache_gb must be 0 or more"),
+        (["--max-queue", "x"], "invalid int value: 'x'"),
+        (["--timeout", "0"], "timeout must be above 0"),
+        (["--keep-alive", "0"], "keep_alive must be above 0"),
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--raw"], "/v1/completions"),
+        (["--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--config", "/no/such/file"], "/no/such/file"),
+        (["--config"], "expected one argument"),
+        (["--host", "no.such.host.example"], "cannot listen on no.such.host.example:8000"),
+        (["--target", "/no/such/folder", "--port", "0"], "/no/such/folder"),
+        (["--nothing"], "--nothing"),
+        (["Hello"], "Hello"),
+    ],
+)
+def test_bad_options(run, args, says):
+    code, err = run(*args)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("port = ", "is not a configuration file"),
+        ("colour = 'red'", "--colour=red"),
+        ("port = 'x'", "not a port: x"),
+        ("config = 'other.toml'", "cannot name another"),
+        ("max_parallel = true", "--max-parallel"),
+    ],
+)
+def test_bad_configuration_files(run, tmp_path, text, says):
+    code, err = run("--config", write(tmp_path / "serve.toml", text))
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+def test_no_keys_in_the_file(run, tmp_path):
+    code, err = run("--api-key-file", write(tmp_path / "keys", "\n \n"))
+    assert code == 2
+    assert "has no API key" in err
+
+
+def test_without_the_extra(run, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run() == (2, "error: the server needs fastapi; pip install 'treeflash[serve]'\n")
+
+
+def test_port_taken(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, err = run("--port", port)
+    assert code == 2
+    assert err == (
+        f"error: cannot listen on 127.0.0.1:{port} (Address already in use); choose another "
+        "--host or --port\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
+    args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0]
+    log = tmp_path / "log"
+    environment = {**os.environ, "TREEFLASH_CACHE": str(tmp_path)}
+    with (
+        log.open("w") as err,
+        subprocess.Popen(
+            [sys.executable, "-m", "treeflash.serve", *map(str, args)], stderr=err, env=environment
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None, 60)
+            url = log.read_text().split(" on ")[1].split()[0]
+            with httpx.Client(base_url=url, timeout=60) as client:
+                wait_until(lambda: is_ready(client))
+                body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True}
+                with client.stream("POST", "/v1/completions", json=body) as response:
+                    frames = parse(response)
+                    next(frames)
+                    process.send_signal(signal.SIGTERM)
+                    *_, last = frames
+            assert last["choices"][0]["finish_reason"] == "length"
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text()
+
+
+def is_ready(client):
+    try:
+        return client.get("/health").json() == {"status": "ok"}
+    except (httpx.TransportError, json.JSONDecodeError):
+        return False

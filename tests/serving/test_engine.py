@@ -1,0 +1,95 @@
+"""The engine's thread: errors of one text and of all, and the end of the server."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from servers import Gate, check_error, parse, serving, wait_until
+
+from treeflash.errors import CheckpointError, NumericalError
+from treeflash.serving.engine import Engine
+from treeflash.serving.metrics import Metrics
+from treeflash.serving.settings import Settings
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make the next forward pass of a server raise an error."""
+
+    def fail(server, error, times=1):
+        verifier = server.engine.model.backend.verifier
+        run, left = type(verifier).run, [times]
+
+        def once(self, work):
+            if left[0]:
+                left[0] -= 1
+                raise error
+            return run(self, work)
+
+        monkeypatch.setattr(type(verifier), "run", once)
+
+    return fail
+
+
+def test_loading_fails():
+    def load():
+        raise CheckpointError("no such model")
+
+    engine = Engine(load, Settings(), Metrics())
+    with pytest.raises(CheckpointError, match="no such model"):
+        engine.start()
+
+
+def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
+    """Frameworks bind streams and thread pools to threads."""
+    threads = []
+
+    def load():
+        threads.append(threading.current_thread())
+        return model
+
+    engine = Engine(load, Settings(), Metrics())
+    engine.start()
+    engine.stop()
+    assert threads == [engine._thread]
+    assert not engine.ready
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (NumericalError("logits are not finite"), 500, "logits are not finite"),
+        (MemoryError("out of memory"), 503, "out of memory"),
+        (KeyError("a fault"), 500, "its log says why"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, says, stream):
+    server = serve()
+    failing(server, error)
+    if stream:
+        body = {"prompt": "A", "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            assert says in response.read().decode()
+    else:
+        check_error(server.complete("A"), status, says)
+    assert server.engine.unfinished == 0
+    assert server.complete("A", max_tokens=3, ignore_eos=True).status_code == 200
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert bool(tracebacks) == isinstance(error, KeyError)
+
+
+def test_the_end_waits_for_running_answers(model):
+    with serving(model) as server:
+        gate = Gate(server.engine)
+        body = {"prompt": "A", "stream": True, "max_tokens": 30, "ignore_eos": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            gate.allow(1)
+            server.server.handle_exit(15, None)
+            assert server.client.get("/health").status_code == 503
+            check_error(server.chat(), 503, "shutting down")
+            gate.open()
+            *_, last = parse(response)
+        assert last["choices"][0]["finish_reason"] == "length"
+        wait_until(lambda: server.server.should_exit)

@@ -1,0 +1,86 @@
+"""Requests made from the OpenAPI document, valid and not: never a status 500, never a hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from servers import serving
+
+schemathesis = pytest.importorskip("schemathesis")
+
+EXAMPLES = int(os.environ.get("TREEFLASH_FUZZ_EXAMPLES", "20"))
+"""For each operation, and each of valid and invalid."""
+OPERATIONS = [
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{name}", "GET"),
+    ("/tokenize", "POST"),
+    ("/health", "GET"),
+    ("/metrics", "GET"),
+]
+MODES = list(schemathesis.GenerationMode)
+
+
+def allows(operation, mode):
+    """What has no body cannot be wrong."""
+    return operation[1] == "POST" or not mode.is_negative
+
+
+def shorten(body):
+    """Let a valid request ask for few tokens."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        if isinstance(body, dict) and isinstance(body.get(name), int):
+            body[name] = min(body[name], 3)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(model):
+    with serving(model, defaults={"max_tokens": 3}, max_choices=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def document(fuzzed):
+    return schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
+
+
+def test_every_operation_is_listed(document):
+    found = {(path, method.upper()) for path, methods in document.items() for method in methods}
+    assert found == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "mode"),
+    [(*operation, mode) for operation in OPERATIONS for mode in MODES if allows(operation, mode)],
+)
+def test_operation(document, fuzzed, caplog, path, method, mode):
+    statuses = set()
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data())
+    def send(data):
+        case = data.draw(document[path][method].as_strategy(generation_mode=mode))
+        shorten(case.body)
+        response = case.call()
+        statuses.add(response.status_code)
+        assert response.status_code in (200, 400, 404, 405, 413, 415), response.text
+        if response.status_code != 200:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    with caplog.at_level(logging.WARNING):
+        send()
+    assert not [record for record in caplog.records if record.exc_info]
+    assert statuses == {200} or mode.is_negative or method == "POST" or "{" in path
+    assert fuzzed.chat(max_tokens=2).status_code == 200
+    assert fuzzed.engine.unfinished == 0

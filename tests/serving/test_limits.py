@@ -1,0 +1,150 @@
+"""Limits on the queue, sizes, times and memory; keep-alive frames; disconnects."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from servers import Gate, check_error, parse, wait_until
+
+FOREVER = {"max_tokens": 400, "ignore_eos": True, "method": "ar"}
+
+
+@pytest.fixture
+def in_background():
+    """Run functions in threads; returns their results."""
+    threads = []
+
+    def start(function):
+        results = []
+        thread = threading.Thread(target=lambda: results.append(function()))
+        thread.start()
+        threads.append(thread)
+        return results
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+def test_full_queue(serve, in_background):
+    server = serve(max_parallel=1, max_queue=2)
+    gate = Gate(server.engine)
+    answers = in_background(lambda: server.chat(n=2, max_tokens=4))
+    wait_until(lambda: server.engine.unfinished == 2)
+    refused = server.chat(n=2)
+    check_error(refused, 429, "2 answers are being generated or waiting, and the limit is 3")
+    assert int(refused.headers["Retry-After"]) >= 1
+    last = in_background(lambda: server.chat(max_tokens=4))
+    wait_until(lambda: server.engine.unfinished == 3)
+    check_error(server.chat(), 429, "try again")
+    gate.open()
+    wait_until(lambda: answers and last)
+    assert answers[0].status_code == last[0].status_code == 200
+    assert server.engine.unfinished == 0
+
+
+def test_body_size(serve):
+    server = serve(max_body_mb=0.001)
+    check_error(server.chat("x" * 2000), 413, "more than 1048 bytes")
+    assert server.chat("x", max_tokens=1).status_code == 200
+
+
+def test_body_that_does_not_arrive(serve):
+    server = serve(body_timeout=0.2)
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=20) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"mess'
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_limit(serve, stream):
+    server = serve(timeout=0.3)
+    gate = Gate(server.engine)
+    if stream:
+        with server.client.stream(
+            "POST", "/v1/completions", json={"prompt": "A", "stream": True}
+        ) as response:
+            assert response.status_code == 200
+            assert '"code":"timeout"' in response.read().decode()
+    else:
+        check_error(server.complete("A"), 504, "longer than this server allows")
+    gate.open()
+    wait_until(lambda: server.engine.unfinished == 0)
+    assert not server.engine._scheduler.busy
+
+
+def test_text_that_needs_too_much_memory(serve):
+    server = serve(max_memory_gb=1e-4)
+    check_error(server.complete("A", max_tokens=500), 400, "bytes for its state and the limit is")
+    assert server.complete("A", max_tokens=2, budget=2).status_code == 200
+
+
+def test_keep_alive(serve):
+    server = serve(keep_alive=0.05)
+    gate = Gate(server.engine)
+    body = {"prompt": "A", "stream": True, "max_tokens": 2}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": ping"
+        assert next(lines) == ""
+        assert next(lines) == ": ping"
+        gate.open()
+        assert "data: [DONE]" in list(lines)
+
+
+def test_disconnect_of_a_stream_ends_it_within_one_iteration(serve):
+    server = serve()
+    gate = Gate(server.engine)
+    body = {"prompt": "A", "stream": True, **FOREVER}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        gate.allow(2)
+        next(response.iter_lines())
+        assert server.engine._scheduler.running == 1
+    wait_until(lambda: not server.engine._commands.empty())
+    gate.allow(1)
+    wait_until(lambda: server.engine.unfinished == 0)
+    assert not server.engine._scheduler.busy
+
+
+def test_disconnect_of_a_whole_answer_ends_it_within_one_iteration(serve):
+    server = serve()
+    gate = Gate(server.engine)
+    with httpx.Client(base_url=server.url) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
+        wait_until(lambda: not server.engine._commands.empty())
+    gate.allow(1)
+    wait_until(lambda: server.engine.unfinished == 0)
+    assert not server.engine._scheduler.busy
+
+
+def test_disconnect_while_waiting(serve, in_background):
+    server = serve(max_parallel=1)
+    gate = Gate(server.engine)
+    first = in_background(lambda: server.complete("A", max_tokens=3))
+    wait_until(lambda: server.engine.unfinished == 1)
+    with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
+    gate.open()
+    wait_until(lambda: first and server.engine.unfinished == 0)
+    assert first[0].status_code == 200
+
+
+def test_a_slow_reader_does_not_hold_up_others(serve):
+    server = serve()
+    body = {"prompt": "A", "stream": True, **FOREVER, "logprobs": 20}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        started = time.perf_counter()
+        wait_until(lambda: server.engine.unfinished == 0)  # nobody has read its answer
+        assert time.perf_counter() > started
+        assert (
+            sum(len(frame["choices"][0]["logprobs"]["tokens"]) for frame in parse(response)) == 400
+        )

@@ -1,0 +1,58 @@
+"""What Prometheus reads adds up."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+from servers import Gate, wait_until
+
+
+def values(server):
+    """Each sample by its name, with its labels if it has any."""
+    return {
+        sample.name.removeprefix("treeflash:") + "".join(sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(server.client.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def test_counts_are_those_of_the_usage(serve):
+    server = serve()
+    usages = [
+        server.complete(prompt, max_tokens=12, ignore_eos=True, budget=6, n=n).json()["usage"]
+        for prompt, n in (("Hello, world", 1), ("Hello, moon", 2))
+    ]
+    found = values(server)
+    assert found["generation_tokens_total"] == sum(u["completion_tokens"] for u in usages) == 36
+    drafts = [usage["draft_tokens_details"] for usage in usages]
+    iterations = sum(d["iterations"] for d in drafts)  # some of which draft nothing
+    assert 0 < found["spec_decode_num_drafts_total"] <= iterations
+    assert found["spec_decode_num_draft_tokens_total"] == sum(d["drafted_tokens"] for d in drafts)
+    accepted = sum(d["accepted_tokens"] for d in drafts)
+    assert found["spec_decode_num_accepted_tokens_total"] == accepted > 0
+    assert found["request_success_totallength"] == 3
+    assert found["prompt_tokens_total"] == 12 + 2 * 11
+    assert found["prefix_cache_hits_total"] > 0
+    assert found["prefix_cache_bytes"] > 0
+    for name, count in (
+        ("time_to_first_token_seconds", 3),
+        ("request_queue_time_seconds", 3),
+        ("inter_token_latency_seconds", 33),
+        ("e2e_request_latency_seconds", 3),
+    ):
+        assert found[f"{name}_count"] == count
+        assert found[f"{name}_sum"] >= 0
+    assert found["e2e_request_latency_seconds_sum"] >= found["time_to_first_token_seconds_sum"] > 0
+    assert found["num_requests_running"] == found["num_requests_waiting"] == 0
+
+
+def test_running_and_waiting(serve):
+    server = serve(max_parallel=1)
+    gate = Gate(server.engine)
+    body = {"prompt": "A", "n": 3, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body):
+        gate.allow(2)
+        wait_until(lambda: values(server)["num_requests_running"] == 1)
+        assert values(server)["num_requests_waiting"] == 2
+        assert values(server)["kv_cache_bytes"] > 0
+    gate.open()
+    wait_until(lambda: values(server)["num_requests_running"] == 0)
