@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from treeflash.errors import PromptError
-from treeflash.text.prompt import Message, check_messages, check_unicode
+from treeflash.text.prompt import Message, check_messages
+from treeflash.text.tokenizer import check_unicode
 
 T = TypeVar("T")
 

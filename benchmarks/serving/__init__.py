@@ -1,0 +1,1 @@
+"""The HTTP server under load, and what HTTP costs."""

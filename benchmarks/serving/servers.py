@@ -1,0 +1,124 @@
+"""A server in a process of its own, and jobs for it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Name three rivers in Europe.",
+    "Count to ten.",
+    "Write a Python function that adds two numbers.",
+    "A farmer has 12 hens and each lays 5 eggs a week. How many eggs are there in 3 weeks?",
+    "Explain what a compiler does.",
+    "What is the capital of Portugal?",
+    "Write a short poem about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question, and how it is to be answered."""
+
+    question: str
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, float]:
+        """As the Python API and the server name them."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+
+    @property
+    def body(self) -> dict[str, object]:
+        """Of a request."""
+        return {"messages": [{"role": "user", "content": self.question}], **self.options}
+
+
+def jobs(count: int, seed: int = 0) -> list[Job]:
+    """Short and long, greedy and sampled."""
+    rng = random.Random(seed)
+    return [
+        Job(QUESTIONS[i % len(QUESTIONS)], rng.randint(4, 48), rng.choice([0.0, 0.8, 1.2]), seed=i)
+        for i in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that answers.
+
+    Attributes:
+        url: of its root.
+        process: its own.
+        log: what it has written.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def server(*options: str) -> Iterator[Server]:
+    """Start a server on a free port; it is ended by a signal, and must then succeed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "treeflash.serve", "--port", "0", *options]
+        with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
+            try:
+                yield Server(_address(log, process), process, log)
+                process.send_signal(signal.SIGTERM)
+                if process.wait(60):
+                    raise RuntimeError(f"the server failed:\n{log.read_text()}")
+            finally:
+                process.kill()
+
+
+def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """Wait until the server is ready; returns where it is."""
+    while True:
+        time.sleep(0.1)
+        if process.poll() is not None:
+            raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+        _, _, rest = log.read_text().partition(" on http://")
+        if not rest:
+            continue
+        url = f"http://{rest.split()[0]}"
+        try:
+            httpx.get(f"{url}/health", timeout=5).raise_for_status()
+        except httpx.HTTPError:
+            continue
+        return url
+
+
+def resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Memory of a process, on Linux."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The median and the 95th percentile, in milliseconds."""
+    ordered = sorted(seconds)
+    return {
+        f"p{p}": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 1)
+        for p in (50, 95)
+    }

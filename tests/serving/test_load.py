@@ -1,0 +1,29 @@
+"""The default pair under load: `tox -e serve-full`, or with TREEFLASH_LOAD_SECONDS another time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECONDS = float(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
+
+
+@pytest.mark.full
+def test_load():
+    command = [sys.executable, "-m", "benchmarks.serving.load", "--seconds", str(SECONDS)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    report = json.loads(done.stdout)
+    assert report["finished"] > SECONDS / 10
+    assert report["different"] == []
+    assert report["requests"]["leave"] > 0
+    assert report["requests"]["wrong"] > 0
+    before, most = report["memory_mib"]
+    assert most <= 1.1 * before
