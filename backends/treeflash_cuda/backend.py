@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from treeflash.config import DrafterConfig, LoadConfig
 from treeflash.decoding.probe import check_trees
+from treeflash.decoding.snapshots import MOST
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.arena import Arena, StaticArena
@@ -62,11 +63,13 @@ class CudaBackend:
         """See `Backend.open`."""
         config = self.drafter_config if drafts else None
         arena = self.drafter_arena if drafts else None
-        return State(self.target.arena, arena, capacity, config.block_size if config else 0)
+        block = config.block_size if config else 0
+        return State(self.target.arena, arena, capacity, block, self.target.transposed)
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         """See `Backend.state_nbytes`."""
         nbytes = self.target.arena.nbytes(capacity)
+        nbytes += (1 + MOST) * self.target.states_nbytes
         if drafts and (config := self.drafter_config):
             heads = config.num_hidden_layers * config.num_key_value_heads
             column = 2 * heads * config.head_dim * self.target.dtype.itemsize
@@ -91,7 +94,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         )
     model = load_target(target, config, pack=True)
     static = None
-    if config.cuda_graphs:
+    if config.cuda_graphs and model.transposed is not None:
+        warnings.warn("models with recurrent layers run without CUDA graphs", stacklevel=2)
+    elif config.cuda_graphs:
         model.arena = StaticArena(len(model.layers), model.arena.column_nbytes)
         static = StaticForwards(model)
     if drafter is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from treeflash.decoding.probe import TOLERANCES
+from treeflash.decoding.recurrence import UNSUPPORTED, refusal
+from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.arena import Arena
@@ -26,14 +29,22 @@ from treeflash_cuda.attention import (
     capture_output,
 )
 from treeflash_cuda.attention_kernels import Kernels
-from treeflash_cuda.cache import KeyValues, TreeCache
+from treeflash_cuda.cache import TreeCache
 from treeflash_cuda.cascade import CascadeContext
+from treeflash_cuda.hybrid_cache import HybridCache
+from treeflash_cuda.hybrid_hooks import MAMBA_2, hook_recurrent_layers
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
+from treeflash_cuda.state import State
 
 CHECKED_TOKENS = 16
 # Other kernels round differently, and in half precision may route a token to other experts.
 TOLERANCE_FACTOR = 5
 TREE_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+UNLIMITED = 1 << 20
+"""Positions of models that have none."""
+STATELESS_LAYERS = {"mlp", "moe"}
+"""Of models in which feed-forward networks are layers of their own."""
 
 
 class Target:
@@ -46,6 +57,9 @@ class Target:
         max_positions: positions of the model; fewer if later ones would change earlier ones.
         scale: factor of the model on its output head's logits; `find_scale` finds it.
         kernels: for attention in parts; None computes it as a whole, with a mask.
+        transposed: recurrent layers whose states have values before keys; None without recurrent
+            layers.
+        states_nbytes: size of a text's recurrent states, bytes.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -58,7 +72,13 @@ class Target:
         config = _read_config(folder)
         refuse_stateful(config)
         self.model = _load_model(folder, config, dtype, device).eval()
-        refuse_foreign_attention(self.model)
+        hooked = hook_recurrent_layers(self.model)
+        refuse_unknown_layers(self.model, hooked)
+        self.transposed: frozenset[int] | None = None
+        if hooked:
+            self.transposed = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
+        self.attention_slots: dict[int, int] = {}
+        self.states_nbytes = 0
         self.config = config.get_text_config()
         self.device = device
         self.dtype: torch.dtype = self.model.dtype
@@ -86,7 +106,7 @@ class Target:
                 the replacement does not.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = AttentionContext.whole_text(len(tokens), self.device)
+        context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
         with torch.inference_mode():
             expected = self.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0]
             self.model.set_attn_implementation(IMPLEMENTATION)
@@ -94,10 +114,20 @@ class Target:
                 fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.lm_head = self.model.get_output_embeddings()
-            text = KeyValues(self.arena, CHECKED_TOKENS)
-            cache = TreeCache([text], [CHECKED_TOKENS])
+            text = State(self.arena, None, CHECKED_TOKENS, transposed=self.transposed)
+            cache = self.new_cache([(text, range(CHECKED_TOKENS))], [None])
             actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
+            if text.recurrent is not None:
+                text.recurrent.go_on(text.recurrent.after(tokens))
+                self.states_nbytes = text.recurrent.nbytes
+                # Recurrent layers need no room in it.
+                layers = len(self.attention_slots)
+                column = self.arena.column_nbytes // self.arena.layers * layers
+                self.arena = Arena(layers, column)
             text.close()
+        if context.layers < len(self.attention_slots):
+            reason = "their attention layers do not support other attention functions"
+            raise UnsupportedModelError(refusal(self.model.config.model_type, reason))
         difference = float((actual - expected).float().std() / expected.float().std())
         if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
             raise UnsupportedModelError(
@@ -176,6 +206,24 @@ class Target:
             return AttentionContext(committed, positions, ancestors)
         return CascadeContext(committed, positions, ancestors, self.kernels)
 
+    def new_cache(
+        self, rows: Sequence[tuple[State, Any]], ancestors: Sequence[Tensor | None]
+    ) -> TreeCache:
+        """The cache of a forward pass.
+
+        Args:
+            rows: texts, and the tree or the next tokens of each.
+            ancestors: of the trees; None for next tokens.
+        """
+        key_values = [state.key_values for state, _ in rows]
+        sizes = [len(tokens) for _, tokens in rows]
+        states = [state.recurrent for state, _ in rows if state.recurrent is not None]
+        if self.transposed is None:
+            return TreeCache(key_values, sizes)
+        trees = [tokens if isinstance(tokens, DraftTree) else None for _, tokens in rows]
+        slots, device = self.attention_slots, self.device
+        return HybridCache(key_values, states, trees, ancestors, sizes, slots, device)
+
     def forward(
         self,
         token_ids: Tensor,
@@ -196,7 +244,8 @@ class Target:
         Returns:
             Logits of those rows; (n, hidden_size) outputs of the captured layers, by index.
         """
-        with attention_context(context) as outputs:
+        running = cache.running() if isinstance(cache, HybridCache) else nullcontext()
+        with attention_context(context) as outputs, running:
             output = self.model(
                 input_ids=token_ids[None],
                 position_ids=context.positions[None],
@@ -207,23 +256,50 @@ class Target:
         return output.logits[0], {i: hidden[0] for i, hidden in outputs.items()}
 
 
+class _CountingContext(AttentionContext):
+    """Counts the attention layers that it serves."""
+
+    layers = 0
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """See `Context.attend`."""
+        self.layers += 1
+        return super().attend(module, query, key, value, mask, scale)
+
+
 def refuse_stateful(config: PreTrainedConfig) -> None:
-    """Raise for layers that keep other state than keys and values, or that attend in chunks."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - TREE_LAYERS
-    if kinds:
+    """Raise for layers whose state is of another kind, or that attend in chunks."""
+    text = config.get_text_config()
+    for name in (config.model_type, text.model_type):
+        if name in UNSUPPORTED:
+            raise UnsupportedModelError(refusal(name))
+    known = TREE_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
+    if kinds := set(getattr(text, "layer_types", None) or ()) - known:
         raise UnsupportedModelError(
-            f"{config.model_type} has {', '.join(sorted(kinds))} layers, which cannot run a "
-            "draft tree"
+            refusal(config.model_type, f"they have {', '.join(sorted(kinds))} layers")
         )
 
 
-def refuse_foreign_attention(model: Any) -> None:
-    """Raise for a model whose attention cannot be replaced."""
-    stateful = getattr(model, "_is_stateful", False)
-    if stateful or not getattr(model, "_supports_attention_backend", False):
+def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
+    """Raise for a model whose attention or recurrence cannot be led over a tree."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if hooked:  # `Target.prepare` checks their attention
+        return
+    if getattr(model, "_is_stateful", False) or kinds & RECURRENT_LAYERS:
+        raise UnsupportedModelError(refusal(model.config.model_type))
+    if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
-            f"{model.config.model_type} models cannot run a draft tree: their layers "
-            + ("keep a recurrent state" if stateful else "do not support other attention functions")
+            refusal(
+                model.config.model_type, "their layers do not support other attention functions"
+            )
         )
 
 
@@ -288,7 +364,7 @@ def _max_positions(config: Any) -> int:
         # transformers picks the frequencies of a whole forward pass by its last position.
         if part.get("rope_type") == "longrope":
             return int(part["original_max_position_embeddings"])
-    return int(config.max_position_embeddings)
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
 def _first_line(error: Exception) -> str:

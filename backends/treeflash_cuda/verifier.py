@@ -13,7 +13,7 @@ from torch import Tensor
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension, Verification
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.cache import TreeCache, upload_all
+from treeflash_cuda.cache import upload_all
 from treeflash_cuda.choices import choose
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import StaticForwards
@@ -49,7 +49,7 @@ class Verifier:
     def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
         """See `TreeVerifier.run`."""
         states: list[Any] = [item.state for item in work]
-        lengths = [state.length for state in states]
+        before = [(state.length, state.recurrent and state.recurrent.committed) for state in states]
         try:
             rows: list[Rows] = [
                 (item.state, item.tree)
@@ -61,8 +61,8 @@ class Verifier:
             chosen = choose(logits, counts, [item.choice for item in work])
             self._commit([(state, _whole(tokens)) for state, tokens in rows if _is_text(tokens)])
         except Exception:
-            for state, length in zip(states, lengths, strict=True):
-                state.truncate(length)
+            for state, (length, recurrent) in zip(states, before, strict=True):
+                state.go_back(length, recurrent)
             raise
         return chosen
 
@@ -124,7 +124,7 @@ class Verifier:
             positions = next(uploaded).long()
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
             texts.append(self.target.context(state.length, positions, ancestors))
-        cache = TreeCache([state.key_values for state, _ in rows], sizes)
+        cache = self.target.new_cache(rows, [text.ancestors for text in texts])
         context = PackedContext(texts, cache) if others else texts[0]
         everything = len(kept) == ends[-1]
         logits, outputs = self.target.forward(
@@ -145,20 +145,26 @@ class Verifier:
         for state, path in paths:
             if state.drafter is not None:
                 passes.setdefault(id(state.outputs), []).append((state, path))
+        recurrent = [(state, path) for state, path in paths if state.recurrent is not None]
+        moved = [(state, path) for state, path in moved if state.key_values.region is not None]
         columns = [state.length + path for state, path in moved]
         rows = [
             np.concatenate([state.first_row + path for state, path in texts])
             for texts in passes.values()
         ]
-        uploaded = iter(upload_all([*columns, *rows], self.target.device))
+        nodes = [path for _, path in recurrent]
+        uploaded = iter(upload_all([*columns, *rows, *nodes], self.target.device))
         kept = {id(state): state.key_values.gather(next(uploaded)) for state, _ in moved}
         context = []
         for texts in passes.values():
             features = self._project(texts[0][0].outputs, next(uploaded))
             parts = features.split([len(path) for _, path in texts])
             context += [(state, part) for (state, _), part in zip(texts, parts, strict=True)]
+        committed = [(state, state.recurrent.after(next(uploaded))) for state, _ in recurrent]
         for state, path in paths:
             state.key_values.commit(len(path), kept.get(id(state)))
+        for state, states in committed:
+            state.recurrent.go_on(states)
         for state, part in context:
             state.context.append(part)
 

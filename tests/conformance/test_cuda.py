@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from treeflash.testing import DIALECTS, BackendSuite, require
+from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("torch")
 
@@ -12,6 +12,7 @@ from treeflash_cuda.backend import load as load_cuda  # noqa: E402
 
 
 class TestConformance(BackendSuite):
+    hybrids = HYBRID_FAMILIES
     dialects = tuple(DIALECTS)
 
     @pytest.fixture

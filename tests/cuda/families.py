@@ -3,10 +3,10 @@
     python tests/cuda/families.py [model_type ...]
 
 A type is `verified` if a random tree, after a prefix longer than any sliding window, has the
-logits of its paths run as plain text, and those of transformers' own attention; `refused` if
-loading or the probe raises an error that says why. It is `not tried` if this script's
-configuration does not make such a model, or if that model lacks a kind of layer that the type's
-default configuration has.
+logits of its paths run as plain text and those of transformers itself, and so has a tree after
+commits if the type has recurrent layers. It is `refused` if loading or the probe raises an error
+that says why, and `not tried` if this script's configuration does not make such a model, or if that
+model lacks a kind of layer that the type's default configuration has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
-from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError
@@ -76,13 +76,65 @@ LATENT_TYPES = (
     *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
     *("sarvam_mla", "youtu"),
 )
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "norm_topk_prob": True,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+MAMBA_2 = {
+    "num_heads": 8,
+    "head_dim": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "expand": 2,
+    "chunk_size": 16,
+}
 RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)}
 CONVOLUTIONAL = {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)}
 # Settings of single types.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(LATENT_TYPES, LATENT),
-    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 32},
-    "granitemoehybrid": {**RECURRENT, "mamba_n_heads": 4, "mamba_d_head": 32},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), DELTA_NET | RECURRENT),
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), DELTA_NET | RECURRENT),
+    "olmo_hybrid": DELTA_NET | RECURRENT | {"linear_allow_neg_eigval": True},
+    "lara_mini": DELTA_NET,
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": MAMBA | RECURRENT | {"shared_intermediate_size": 32},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
+    "mamba2": MAMBA_2,
+    "nemotron_h": MAMBA_2
+    | {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+        "moe_shared_expert_intermediate_size": 32,
+        "head_dim": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2),
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "chunk_size": 16,
+        "adapter_rank": 4,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "use_mem_rope": True,
+    },
+    "bailing_hybrid": LATENT | RECURRENT | {"n_group": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2},
     "kimi_linear": LATENT | RECURRENT,
     "lfm2": CONVOLUTIONAL,
@@ -125,7 +177,9 @@ def attempt(name: str) -> tuple[str, str]:
             target = Target(Path(folder), torch.device("cpu"), torch.float32)
             target.prepare(pack=True)
             backend = CudaBackend(target, None, None, None)
-            error = tree_difference(backend, np.random.default_rng(0), PREFIX)
+            rng = np.random.default_rng(0)
+            error = tree_difference(backend, rng, PREFIX)
+            error = max(error, state_difference(backend, rng, PREFIX))
             error = max(error, difference(backend, expected))
         except UnsupportedModelError as error:
             return "refused", str(error)[:100]
@@ -206,9 +260,18 @@ def tokens() -> list[int]:
 
 
 def plain_logits(model: Any) -> np.ndarray:
-    """The last token's logits by transformers alone."""
+    """The last token's logits by transformers alone; a recurrent model is given it as in decoding.
+
+    Some of them limit the steps of a prompt's tokens, and not those of decoding.
+    """
+    token_ids = torch.tensor([tokens()])
     with torch.inference_mode():
-        return model(torch.tensor([tokens()])).logits[0, -1].numpy()
+        if not getattr(model, "_is_stateful", False):
+            return model(token_ids).logits[0, -1].numpy()
+        before = model(token_ids[:, :-1], use_cache=True)
+        names = [name for name in ("cache", "past_key_values", "cache_params") if name in before]
+        step = {"position_ids": torch.tensor([[PREFIX - 1]]), names[0]: before[names[0]]}
+        return model(token_ids[:, -1:], use_cache=True, **step).logits[0, -1].numpy()
 
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:

@@ -1,0 +1,162 @@
+"""Faults of recurrent layers on trees, each of which the check at load refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
+from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda import hybrid_cache, hybrid_hooks, recurrence, recurrent_states  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.hybrid_cache import HybridCache  # noqa: E402
+from treeflash_cuda.recurrence import Writes  # noqa: E402
+from treeflash_cuda.target import Target  # noqa: E402
+
+DELTA, MAMBA = HYBRID_FAMILIES
+commit = Writes.commit
+new_cache = Target.new_cache
+decays = recurrence._decays
+delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = {}
+    for family in HYBRID_FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        write_target(folder / "target", family, seed=TARGET_SEED)
+        write_drafter(folder / "drafter", folder / "target", seed=DRAFTER_SEED)
+        made[family] = folder / "target", folder / "drafter"
+    return made
+
+
+def windows_by_column(patch):
+    def windows(parents, kernel):
+        return recurrence.np.arange(len(parents))[:, None] + recurrence.np.arange(kernel)
+
+    patch.setattr(hybrid_cache, "convolution_windows", windows)
+
+
+def causal_mask(patch):
+    def causal(ancestors):
+        return torch.ones_like(ancestors).tril()
+
+    patch.setattr(recurrence, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
+
+
+def own_decay_left_out(patch):
+    def without(log_g, ancestors):
+        pairs, _ = decays(log_g, ancestors)
+        _, total = decays(log_g, ancestors & ~torch.eye(len(ancestors), dtype=torch.bool))
+        return pairs, total
+
+    patch.setattr(recurrence, "_decays", without)
+
+
+def queries_not_scaled(patch):
+    def rule(q, *args):
+        return delta_rule(q * q.shape[-1] ** 0.5, *args)
+
+    patch.setattr(hybrid_hooks, "delta_rule", rule)
+
+
+def keys_not_normalised(patch):
+    def rule(q, k, *args):
+        return delta_rule(q, 2 * k, *args)
+
+    patch.setattr(hybrid_hooks, "delta_rule", rule)
+
+
+def no_solve(patch):
+    """What nodes write is not corrected by what their ancestors write."""
+    patch.setattr(torch.linalg, "solve_triangular", lambda system, right, **_: right)
+
+
+def commit_without_decay(patch):
+    def without(self, path):
+        return commit(replace(self, log_g=torch.zeros_like(self.log_g)), path)
+
+    patch.setattr(Writes, "commit", without)
+
+
+def commit_with_own_decay(patch):
+    def shifted(self, path):
+        own = torch.exp(self.log_g)[..., None]
+        return commit(replace(self, k=self.k * own), path)
+
+    patch.setattr(Writes, "commit", shifted)
+
+
+def state_of_the_whole_block(patch):
+    def whole(self, path):
+        return commit(self, torch.arange(self.u.shape[2]))
+
+    patch.setattr(Writes, "commit", whole)
+
+
+def tail_of_the_last_columns(patch):
+    patch.setattr(
+        recurrent_states, "_tail", lambda inputs, path, width: inputs[:, :, -width:].clone()
+    )
+
+
+def chains_run_as_text(patch):
+    def as_text(self, rows, ancestors):
+        plain = [
+            (state, list(tokens.tokens))
+            if isinstance(tokens, DraftTree) and tokens.is_chain and len(tokens) > 1
+            else (state, tokens)
+            for state, tokens in rows
+        ]
+        return new_cache(self, plain, ancestors)
+
+    patch.setattr(Target, "new_cache", as_text)
+
+
+def single_step_in_place(patch):
+    def shared(self, layer_idx, state_idx=0):
+        states = self.blocks[0].states
+        return states.committed.matrices.get((layer_idx, state_idx)) if self.is_step else None
+
+    patch.setattr(HybridCache, "get_recurrent_state", shared)
+
+
+EVERYWHERE = (
+    windows_by_column,
+    causal_mask,
+    own_decay_left_out,
+    commit_without_decay,
+    commit_with_own_decay,
+    state_of_the_whole_block,
+    tail_of_the_last_columns,
+    chains_run_as_text,
+)
+FAULTS = [
+    *((fault, family) for fault in EVERYWHERE for family in HYBRID_FAMILIES),
+    *((fault, DELTA) for fault in (queries_not_scaled, keys_not_normalised, no_solve)),
+    (single_step_in_place, MAMBA),
+]
+
+
+def names(value):
+    return value if isinstance(value, str) else value.__name__
+
+
+@pytest.mark.parametrize(("fault", "family"), FAULTS, ids=names)
+def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
+    fault(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="a draft tree"):
+        load(*pairs[family], LoadConfig(device="cpu", dtype="float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_sound_pairs_load(pairs, family, dtype):
+    load(*pairs[family], LoadConfig(device="cpu", dtype=dtype))
