@@ -4,8 +4,8 @@
 
 The target has the shape of Qwen3.5 (three gated delta nets to one attention layer, heads of 128
 channels), scaled down, with random weights. `tree_ms` is a forward pass over a random tree,
-`chunk_ms` one over as many tokens of a prompt, `commit_ms` the commit of a longest path. With PyTorch,
-`mixer_tree_ms` and `mixer_chunk_ms` are the times of the recurrent layers alone.
+`chunk_ms` one over as many tokens of a prompt, `commit_ms` the commit of a longest path. With
+PyTorch, `mixer_tree_ms` and `mixer_chunk_ms` are the times of the recurrent layers alone.
 """
 
 from __future__ import annotations

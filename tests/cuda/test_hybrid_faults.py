@@ -23,7 +23,7 @@ DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
 new_cache = Target.new_cache
 decays = recurrence._decays
-delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
+delta_rule = recurrence.delta_rule
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,6 @@ def own_decay_left_out(patch):
         return pairs, total
 
     patch.setattr(recurrence, "_decays", without)
-
-
-def queries_not_scaled(patch):
-    def rule(q, *args):
-        return delta_rule(q * q.shape[-1] ** 0.5, *args)
-
-    patch.setattr(hybrid_hooks, "delta_rule", rule)
 
 
 def keys_not_normalised(patch):
@@ -140,7 +133,7 @@ EVERYWHERE = (
 )
 FAULTS = [
     *((fault, family) for fault in EVERYWHERE for family in HYBRID_FAMILIES),
-    *((fault, DELTA) for fault in (queries_not_scaled, keys_not_normalised, no_solve)),
+    *((fault, DELTA) for fault in (keys_not_normalised, no_solve)),
     (single_step_in_place, MAMBA),
 ]
 

@@ -1,5 +1,7 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from treeflash.testing.models import edit_config, write_drafter, write_target
 require("torch")
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, MambaConfig, Qwen3NextConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, MambaConfig, MiniMaxConfig  # noqa: E402
 from treeflash_cuda.backend import choose_device, load  # noqa: E402
 
 CPU = LoadConfig(device="cpu")
@@ -64,37 +66,28 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-RECURRENT = {
-    "qwen3_next": Qwen3NextConfig(
-        **TINY,
-        num_key_value_heads=2,
-        head_dim=16,
-        linear_num_value_heads=2,
-        linear_num_key_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"],
-    ),
-    "mamba": MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2),
-}
 
 
-@pytest.mark.parametrize("family", RECURRENT)
-def test_recurrent_families_are_refused_by_name(family, tmp_path):
-    AutoModelForCausalLM.from_config(RECURRENT[family]).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=family):
+@pytest.mark.parametrize("kind", [MambaConfig, MiniMaxConfig])
+def test_recurrent_families_that_cannot_branch_are_refused_by_name(kind, tmp_path):
+    kind().save_pretrained(tmp_path)
+    expected = f"{kind.model_type} models cannot run a draft tree: their .*"
+    with pytest.raises(UnsupportedModelError, match=expected):
         load(tmp_path, None, CPU)
+
+
+def test_cuda_graphs_are_left_out_for_recurrent_layers(tmp_path):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        backend = load(tmp_path, None, replace(CPU, cuda_graphs=True))
+    assert backend.verifier.static is None
 
 
 def test_layers_that_attend_in_chunks_are_refused(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     layers = {"layer_types": ["chunked_attention", "full_attention"] * 2}
     edit_config(tmp_path, lambda config: config.update(layers))
-    with pytest.raises(UnsupportedModelError, match="llama has chunked_attention layers"):
+    with pytest.raises(UnsupportedModelError, match=r"llama .* have chunked_attention"):
         load(tmp_path, None, CPU)
 
 

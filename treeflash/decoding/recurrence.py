@@ -56,7 +56,7 @@ def refusal(model_type: str, reason: str | None = None) -> str:
         reason: why; None looks it up in `UNSUPPORTED`.
     """
     reason = reason or UNSUPPORTED.get(model_type, "their recurrent layers are of an unknown kind")
-    return f"{model_type} models cannot run a draft tree: {reason}; --method ar still works"
+    return f"{model_type} models cannot run a draft tree: {reason}"
 
 
 def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
