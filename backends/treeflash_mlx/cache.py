@@ -212,13 +212,20 @@ class TreeCache:
         Returns:
             Those of all positions, in the form that mlx-lm attends to.
         """
-        return tuple(self._append([keys, values]))
+        self._append([keys, values])
+        return self.keys_and_values()
 
-    def _append(self, new: Sequence[mx.array]) -> list[mx.array]:
+    def keys_and_values(self) -> Any:
+        """Those of all positions again, for layers that share them."""
+        return tuple(self._until())
+
+    def _append(self, new: Sequence[mx.array]) -> None:
         index = None if self.tree is None else self.tree.index
         self.storage.write(self.layer, new, self.offset, index)
         self.storage.latest[self.layer] = new if self.tree is not None else ()
         self.offset += new[0].shape[2]
+
+    def _until(self) -> list[mx.array]:
         stop = self.offset if self.tree is None else self.tree.columns
         return self.storage.until(self.layer, stop)
 
@@ -235,5 +242,10 @@ class QuantisedTreeCache(TreeCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """See `TreeCache`; quantised values, scales and biases of the keys, and of the values."""
         new = [part for x in (keys, values) for part in mx.quantize(x, self.group_size, self.bits)]
-        parts = self._append(new)
+        self._append(new)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> Any:
+        """See `TreeCache`."""
+        parts = self._until()
         return tuple(parts[:3]), tuple(parts[3:])

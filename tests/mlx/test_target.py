@@ -34,6 +34,7 @@ VERIFIED = (
     "phi3",
     "smollm3",
     "deepseek_v3",
+    "afm7",
 )
 
 
