@@ -4,8 +4,8 @@
 
 The target has the shape of Qwen3.5 (three gated delta nets to one attention layer, heads of 128
 channels), scaled down, with random weights. `tree_ms` is a forward pass over a random tree,
-`chunk_ms` one over as many tokens of a prompt, `commit_ms` the commit of a longest path. With
-PyTorch, `mixer_tree_ms` and `mixer_chunk_ms` are the times of the recurrent layers alone.
+`chunk_ms` one over as many tokens of a prompt, `commit_ms` the commit of a longest path.
+`mixer_tree_ms` and `mixer_chunk_ms` are the times of the recurrent layers alone.
 """
 
 from __future__ import annotations
@@ -62,9 +62,42 @@ def write_target(folder: Path, dtype: str) -> None:
     path.write_text(json.dumps(saved), encoding="utf-8")
 
 
+class _MlxHook:
+    """Times the calls of one module of MLX, and evaluates before and after each."""
+
+    def __init__(self, module: Any, seconds: list[float]) -> None:
+        """Give the module a class of its own."""
+        import mlx.core as mx
+
+        kind = type(module)
+
+        def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            mx.eval(x)
+            start = time.perf_counter()
+            output = kind.__call__(self, x, *args, **kwargs)
+            mx.eval(output)
+            seconds.append(time.perf_counter() - start)
+            return output
+
+        self.module, self.kind = module, kind
+        module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+    def remove(self) -> None:
+        """Give it its class back."""
+        self.module.__class__ = self.kind
+
+
+def synchronise(backend: Backend) -> None:
+    """Wait for what MLX still computes."""
+    if backend.name == "mlx":
+        import mlx.core as mx
+
+        mx.synchronize()
+
+
 @contextmanager
 def mixer_times(backend: Backend) -> Iterator[list[float]]:
-    """Seconds of each call of a recurrent layer; empty for other frameworks than PyTorch."""
+    """Seconds of each call of a recurrent layer."""
     seconds: list[float] = []
     model = getattr(getattr(backend, "target", None), "model", None)
     hooks = []
@@ -79,6 +112,10 @@ def mixer_times(backend: Backend) -> Iterator[list[float]]:
                     lambda *_: seconds.append(time.perf_counter() - started.pop())
                 )
                 hooks += [before, after]
+    elif backend.name == "mlx":
+        for name, module in model.named_modules():
+            if name.endswith("linear_attn"):
+                hooks.append(_MlxHook(module, seconds))
     try:
         yield seconds
     finally:
@@ -102,6 +139,7 @@ def rows(backend: Backend, repeats: int) -> list[dict[str, Any]]:
                 with mixer_times(backend) as mixers:
                     start = time.perf_counter()
                     call(*args)
+                    synchronise(backend)
                     times.setdefault(name, []).append(time.perf_counter() - start)
                 times.setdefault(f"mixer_{name}", []).append(sum(mixers))
 
