@@ -34,15 +34,9 @@ class RecurrentStates:
     @classmethod
     def copy(cls, texts: Sequence[Row]) -> RecurrentStates:
         """The states of texts that did not run together."""
-        if len(texts) == 1:
-            return cls(texts[0])
-        new = cls(
-            [
-                [_stack(parts) for parts in zip(*layer, strict=True)]
-                for layer in zip(*texts, strict=True)
-            ]
-        )
-        mx.eval(new.arrays)
+        layers = zip(*texts, strict=True)
+        new = cls([[_stack(parts) for parts in zip(*layer, strict=True)] for layer in layers])
+        mx.eval(new.arrays)  # now: rows of a batch would keep those of other texts
         return new
 
     @property
@@ -225,7 +219,9 @@ def row_of(layers: Sequence[Sequence[mx.array | None]], row: int, texts: int) ->
     """
     if texts == 1:
         return [list(states) for states in layers]
-    return [[x if x is None else x[row : row + 1] for x in states] for states in layers]
+    return [
+        [x if x is None else mx.contiguous(x[row : row + 1]) for x in states] for states in layers
+    ]
 
 
 def _where(chosen: mx.array, new: mx.array, old: mx.array) -> mx.array:
@@ -236,6 +232,6 @@ def _where(chosen: mx.array, new: mx.array, old: mx.array) -> mx.array:
 def _stack(parts: Sequence[mx.array | None]) -> mx.array | None:
     """(texts, ...) states of texts, with zeros for those that have not been run."""
     known = next((x for x in parts if x is not None), None)
-    if known is None:
-        return None
+    if known is None or len(parts) == 1:
+        return known
     return mx.concatenate([mx.zeros_like(known) if x is None else x for x in parts])

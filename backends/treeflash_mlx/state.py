@@ -54,12 +54,8 @@ class State:
     def snapshot(self) -> None:
         """See `TextState.snapshot`."""
         if self.needs_snapshots:
-            # Copied now: rows of a batch would keep those of other texts.
-            states = [
-                [None if x is None else mx.contiguous(x) for x in layer]
-                for layer in self.key_values.states()
-            ]
-            mx.eval(arrays_of(states))
+            states = self.key_values.states()
+            mx.eval(arrays_of(states))  # now: rows of a batch would keep those of other texts
             self.snapshots.take(self.length, states)
 
     def restorable(self, length: int) -> int:
