@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from treeflash.errors import TreeflashError
-from treeflash.serving import chat, completions, models
+from treeflash.serving import anthropic, chat, completions, models, page, responses
 from treeflash.serving.errors import BAD_REQUEST, APIError
 from treeflash.serving.guard import Guard
 from treeflash.serving.service import Service
@@ -24,8 +24,9 @@ TYPES = frozenset({"str", "int", "float", "bool", "constrained-str"})
 def application(service: Service) -> FastAPI:
     """The server's application; its engine must have been started."""
     app = FastAPI(title="treeflash", docs_url=None, redoc_url=None)
-    for module in (chat, completions, models):
+    for module in (chat, completions, responses, anthropic, models):
         app.include_router(module.router(service))
+    app.include_router(page.router())
     app.add_middleware(Guard, settings=service.settings)
     if service.settings.cors_origins:  # added last, it comes first: it also answers for errors
         app.add_middleware(
@@ -41,29 +42,30 @@ def application(service: Service) -> FastAPI:
     return app
 
 
-def _response(error: APIError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers=error.headers)
-
-
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return _response(reported(error))
+    return reported(error).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """No such path, no such method, or a body that is not JSON."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _response(APIError(error.status_code, message, headers=error.headers))
+    told = APIError(error.status_code, message, headers=error.headers)
+    return told.response(request.url.path)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Name the field that is wrong."""
     assert isinstance(error, RequestValidationError)
+    return _invalid_field(error).response(request.url.path)
+
+
+def _invalid_field(error: RequestValidationError) -> APIError:
     # Of a field with several types, each has an error; the one that goes deepest is meant.
     found = max(error.errors(), key=lambda item: len(item["loc"]))
     if found["type"] == "json_invalid":
         reason = found.get("ctx", {}).get("error", "")
-        return _response(APIError(BAD_REQUEST, f"the body is not JSON: {reason}"))
+        return APIError(BAD_REQUEST, f"the body is not JSON: {reason}")
     param = ".".join(_path(found["loc"])) or None
     if found["type"] == "extra_forbidden":
         message = f"{param} is not supported by this server; leave it out"
@@ -71,7 +73,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         message = f"the body is not a valid request: {found['msg']}"
     else:
         message = f"{param}: {found['msg']}"
-    return _response(APIError(BAD_REQUEST, message, param=param))
+    return APIError(BAD_REQUEST, message, param=param)
 
 
 def _path(location: Sequence[str | int]) -> list[str]:

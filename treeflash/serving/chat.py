@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from treeflash.serving.completion import Completion, Event
+from treeflash.serving.completion import Event
+from treeflash.serving.conversation import Answers, Conversation
 from treeflash.serving.errors import BAD_REQUEST, APIError
 from treeflash.serving.log_probs import token_log_probs
-from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema, Schema
+from treeflash.serving.message_parser import Delta, MessageParser, ToolCall
+from treeflash.serving.messages import Message, templates
+from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema
 from treeflash.serving.service import Service, response_id, usage
 from treeflash.serving.streaming import DONE, CompletionStream, finish, frame
+from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
+from treeflash.serving.tools import Tool, ToolChoice, allowed_tools
 from treeflash.serving.trees import draft_tree
 from treeflash.text.assembler import Assembler
 from treeflash.text.options import Options
 from treeflash.text.tokenizer import Tokenizer
-
-
-class TextPart(Schema):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Schema):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def template(self) -> dict[str, Any]:
-        """As chat templates read it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content}
 
 
 class ChatRequest(DecodingSchema):
@@ -52,6 +35,23 @@ class ChatRequest(DecodingSchema):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     chat_template_kwargs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    tools: list[Tool] | None = Field(None, max_length=256)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    def conversation(self) -> Conversation:
+        """What is to be continued, and how."""
+        tools, must_call = allowed_tools(self.tools, self.tool_choice)
+        return Conversation(
+            messages=templates(self.messages),
+            template_args=self.chat_template_kwargs or {},
+            tools=tools,
+            must_call=must_call,
+            parallel=self.parallel_tool_calls is not False,
+            grammar=answer_grammar(self.response_format, self.structured_outputs),
+        )
 
     def options(self) -> Options:
         """The decoding options that were given."""
@@ -80,10 +80,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
         service.check_model(body.model)
-        messages = [message.template() for message in body.messages]
-        prompt_ids = await service.encode_chat(messages, body.chat_template_kwargs or {})
-        completion = service.submit(http, body, prompt_ids)
-        answer = ChatAnswer(service, body, completion)
+        answers = await body.conversation().start(service, http, body)
+        answer, completion = ChatAnswer(service, body, answers), answers.completion
         if body.stream:
             return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
         await finish(completion, http)
@@ -95,11 +93,12 @@ def router(service: Service) -> APIRouter:
 class ChatAnswer:
     """Formats a completion."""
 
-    def __init__(self, service: Service, body: ChatRequest, completion: Completion) -> None:
+    def __init__(self, service: Service, body: ChatRequest, answers: Answers) -> None:
         """Give the answer a name."""
         self._tokenizer: Tokenizer = service.tokenizer
         self._body = body
-        self._completion = completion
+        self._completion = answers.completion
+        self._parsers = answers.parsers
         self._head = {
             "id": response_id("chatcmpl"),
             "created": int(service.created),
@@ -120,19 +119,29 @@ class ChatAnswer:
         async for event in self._completion:
             if event.iteration == 0:
                 yield self._frame(event, {"role": "assistant", "content": ""})
-            delta = {"content": event.chunk.text} if event.chunk.text else {}
-            yield self._frame(event, delta, **self._details(event))
+            parser = self._parsers[event.index]
+            fields = _delta(parser, parser.feed(event.chunk))
+            yield self._frame(event, fields, **self._details(event))
         options = self._body.stream_options
         if options is not None and options.include_usage:
             yield self._chunk(choices=[], usage=usage(self._completion.usage))
         yield DONE
 
     def _choice(self, index: int, text: Assembler) -> dict[str, Any]:
-        chunks = text.chunks
+        chunks, parser = text.chunks, self._parsers[index]
+        for chunk in chunks:
+            parser.feed(chunk)
+        message: dict[str, Any] = {"role": "assistant", "content": parser.content or None}
+        if not parser.calls:
+            message["content"] = parser.content
+        else:
+            message["tool_calls"] = [_call(call) for call in parser.calls]
+        if parser.reasoning:
+            message["reasoning_content"] = parser.reasoning
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(chunk.text for chunk in chunks)},
-            "finish_reason": text.finish_reason,
+            "message": message,
+            "finish_reason": finish_reason(text.finish_reason, parser),
             "logprobs": {"content": token_log_probs(self._tokenizer, chunks)}
             if self._body.logprobs
             else None,
@@ -140,7 +149,8 @@ class ChatAnswer:
 
     def _details(self, event: Event) -> dict[str, Any]:
         """What was asked for beside the text."""
-        details: dict[str, Any] = {"finish_reason": event.chunk.finish_reason}
+        reason = finish_reason(event.chunk.finish_reason, self._parsers[event.index])
+        details: dict[str, Any] = {"finish_reason": reason}
         if self._body.logprobs:
             content = token_log_probs(self._tokenizer, [event.chunk])
             details["logprobs"] = {"content": content}
@@ -155,3 +165,26 @@ class ChatAnswer:
 
     def _chunk(self, **fields: Any) -> bytes:
         return frame({**self._head, "object": "chat.completion.chunk", **fields})
+
+
+def finish_reason(reason: str | None, parser: MessageParser) -> str | None:
+    """`tool_calls` if a message ended by itself after calls."""
+    return "tool_calls" if reason == "stop" and parser.calls else reason
+
+
+def _delta(parser: MessageParser, deltas: list[Delta]) -> dict[str, Any]:
+    """What a chunk adds to a message, in OpenAI's form."""
+    fields: dict[str, Any] = {}
+    for kind, name in (("content", "content"), ("reasoning", "reasoning_content")):
+        if text := "".join(delta.text for delta in deltas if delta.kind == kind):
+            fields[name] = text
+    calls = [delta.call for delta in deltas if delta.call is not None]
+    if calls:
+        first = len(parser.calls) - len(calls)
+        fields["tool_calls"] = [{"index": first + i, **_call(x)} for i, x in enumerate(calls)]
+    return fields
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

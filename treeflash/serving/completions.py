@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from treeflash.serving.completion import Completion, Event
 from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema, TokenId
 from treeflash.serving.service import Service, response_id, usage
 from treeflash.serving.streaming import DONE, CompletionStream, finish, frame
+from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
 from treeflash.serving.trees import draft_tree
 from treeflash.text.assembler import Assembler, Chunk
 from treeflash.text.options import Options
@@ -27,6 +29,8 @@ class CompletionRequest(DecodingSchema):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def options(self) -> Options:
         """The decoding options that were given."""
@@ -45,7 +49,11 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         prompt = body.prompt
         prompt_ids = await service.encode_text(prompt) if isinstance(prompt, str) else prompt
-        completion = service.submit(http, body, prompt_ids)
+        grammar = answer_grammar(body.response_format, body.structured_outputs)
+        constraint = None
+        if grammar is not None:
+            constraint = await asyncio.to_thread(service.grammars.compile, *grammar)
+        completion = service.submit(http, body, prompt_ids, constraint)
         answer = TextAnswer(service, body, completion)
         if body.stream:
             return CompletionStream(completion, answer.frames(), service.settings.keep_alive)

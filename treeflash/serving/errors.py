@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 
 BAD_REQUEST = 400
@@ -22,6 +24,13 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+ANTHROPIC_TYPES = {
+    "server_error": "api_error",
+    "service_unavailable_error": "overloaded_error",
+}
+"""Anthropic's names, where they differ."""
 
 
 class APIError(Exception):
@@ -67,6 +76,17 @@ class APIError(Exception):
                 "code": self.code,
             }
         }
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """As Anthropic's servers send it."""
+        kind = ANTHROPIC_TYPES.get(self.type, self.type)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """In the form of the API that the path belongs to."""
+        anthropic = path.startswith("/v1/messages")
+        body = self.anthropic_body() if anthropic else self.body()
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 def api_error(error: Exception) -> APIError:

@@ -6,14 +6,14 @@ import asyncio
 import hashlib
 import hmac
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from treeflash.serving import page
 from treeflash.serving.errors import APIError
 from treeflash.serving.settings import Settings
 
-OPEN = frozenset({"/", "/health"})
+OPEN = page.PATHS | {"/health"}
 """Paths that need no key."""
 
 
@@ -41,8 +41,7 @@ class Guard:
             if scope["method"] == "POST":
                 receive = await self._body(headers, receive)
         except APIError as error:
-            response = JSONResponse(error.body(), error.status, headers=error.headers)
-            await response(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

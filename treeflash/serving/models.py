@@ -8,10 +8,12 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
-from treeflash.serving.chat import Message
+from treeflash.serving.conversation import Conversation
 from treeflash.serving.errors import BAD_REQUEST, APIError
+from treeflash.serving.messages import Message, templates
 from treeflash.serving.schemas import Schema
 from treeflash.serving.service import Service
+from treeflash.serving.tools import Tool, allowed_tools
 
 
 class TokenizeRequest(Schema):
@@ -20,6 +22,7 @@ class TokenizeRequest(Schema):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -51,8 +54,12 @@ def router(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise APIError(BAD_REQUEST, "give either prompt or messages", param="prompt")
         if body.messages is not None:
-            messages = [message.template() for message in body.messages]
-            tokens = await service.encode_chat(messages, body.chat_template_kwargs or {})
+            tools, _ = allowed_tools(body.tools, None)
+            tokens = await Conversation(
+                messages=templates(body.messages),
+                template_args=body.chat_template_kwargs or {},
+                tools=tools,
+            ).encode(service)
         else:
             tokens = await service.encode_text(body.prompt or "")
         limit = service.engine.model.backend.max_positions

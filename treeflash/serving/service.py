@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request as HTTPRequest
@@ -16,6 +17,8 @@ from treeflash.decoding.constraints import Constraint
 from treeflash.serving.completion import Completion, Usage
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import BAD_REQUEST, APIError
+from treeflash.serving.grammars import GrammarCompiler
+from treeflash.serving.response_templates import ResponseTemplate
 from treeflash.serving.schemas import DecodingSchema
 from treeflash.serving.settings import Settings
 from treeflash.text.options import Options, stop_strings
@@ -47,6 +50,16 @@ class Service:
     def tokenizer(self) -> Tokenizer:
         """The target's."""
         return self.engine.model.tokenizer
+
+    @cached_property
+    def response_template(self) -> ResponseTemplate | None:
+        """How the model writes reasoning and tool calls, if that is known."""
+        return ResponseTemplate.of(self.engine.model)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes constraints of grammars."""
+        return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
 
     def check_model(self, name: str | None) -> None:
         """Raise an APIError if a request names another model."""

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ class Tokenizer:
     def size(self) -> int:
         """The number of tokens in the tokenizer; a model's vocabulary is often padded beyond it."""
         return len(self._tokenizer)
+
+    @property
+    def transformers(self) -> Any:
+        """The tokenizer of transformers that this one wraps."""
+        return self._tokenizer
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template has the variable ``tools``."""
+        return "tools" in str(self._tokenizer.chat_template)
 
     @property
     def has_chat_template(self) -> bool:
@@ -168,6 +179,11 @@ class Tokenizer:
         )
         return str(text)
 
+    @cached_property
+    def verbatim(self) -> Tokenizer:
+        """The same tokenizer, whose `decode` keeps special tokens."""
+        return _Verbatim(self._tokenizer, self.stop_token_ids)
+
     def token_text(self, token_id: int) -> str:
         """Return one token for display: special tokens by name, partial characters as stored."""
         text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
@@ -182,6 +198,20 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
+
+
+class _Verbatim(Tokenizer):
+    """Special tokens are text."""
+
+    def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
+        super().__init__(tokenizer, stop_token_ids)
+        self.special_token_ids = frozenset()
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
 
 def _is_not_torch_advice(record: logging.LogRecord) -> bool:

@@ -1,0 +1,61 @@
+"""Tiny pairs whose chat and response templates know tools and reasoning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from treeflash.config import METHODS, LoadConfig
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.language_model import LanguageModel
+from treeflash.reference import backend as reference
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
+from treeflash.text.tokenizer import Tokenizer
+
+CHAT_TEMPLATE = (
+    "{% if tools %}<|start|>tools: {{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "<|end|>{% endfor %}<|start|>assistant: "
+    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+)
+FIELDS = {
+    "reasoning_content": {"open": "<think>", "close": "</think>"},
+    "tool_calls": {
+        "open_pattern": r"\s*<call>",
+        "close": "</call>",
+        "repeats": True,
+        "content": "json",
+        "transform": {"type": "function", "function": "{content}"},
+    },
+    "content": {},
+}
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|start|>assistant: ",
+    "fields": FIELDS,
+}
+
+
+def tool_tokenizer(folder: Path, response_template: dict | None = RESPONSE_TEMPLATE) -> Tokenizer:
+    """Write and load the tokenizer."""
+    path = save_tokenizer(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}
+    if response_template is not None:
+        config["response_template"] = response_template
+    path.write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return Tokenizer.from_folder(folder)
+
+
+def tool_model(folder: Path, response_template: dict | None = RESPONSE_TEMPLATE) -> LanguageModel:
+    """Write and load a random pair with that tokenizer."""
+    target, drafter = folder / "target", folder / "drafter"
+    write_target(target, "llama", seed=3, vocab_size=len(SPECIAL) + 256)
+    tokenizer = tool_tokenizer(target, response_template)
+    write_drafter(drafter, target, seed=4)
+    budgets = {m: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for m in METHODS}
+    pair = reference.load(target, drafter, LoadConfig())
+    return LanguageModel(pair, tokenizer, target, adaptive_budgets=budgets)

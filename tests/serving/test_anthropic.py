@@ -1,0 +1,167 @@
+"""`/v1/messages` through the `anthropic` package."""
+
+from __future__ import annotations
+
+import pytest
+from servers import NAME, serving
+from tool_models import tool_model
+
+anthropic = pytest.importorskip("anthropic")
+
+PAINT = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "paint", "description": "Paints.", "input_schema": PAINT}
+HELLO = [{"role": "user", "content": "Hello."}]
+ONE_CALL = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(
+        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0) as client:
+        yield client
+
+
+def test_text_is_that_of_chat_completions(client, server):
+    found = client.messages.create(model=NAME, max_tokens=12, messages=HELLO)
+    chat = server.chat(max_tokens=12).json()
+    (block,) = found.content
+    assert block.text == chat["choices"][0]["message"]["content"]
+    assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 12)
+    usage = found.usage
+    assert usage.input_tokens + usage.cache_read_input_tokens == chat["usage"]["prompt_tokens"]
+
+
+def test_events_build_the_message(client):
+    fields = {"model": NAME, "max_tokens": 9, "messages": HELLO}
+    with client.messages.stream(**fields) as stream:
+        kinds = [event.type for event in stream]
+        found = stream.get_final_message()
+    assert kinds[0] == "message_start"
+    assert [x for x in kinds if x.startswith("message")] == [
+        "message_start",
+        "message_delta",
+        "message_stop",
+    ]
+    assert found.content[0].text == client.messages.create(**fields).content[0].text
+    assert found.usage.output_tokens == 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls(client, stream):
+    fields = {"model": NAME, "max_tokens": 600, "messages": HELLO, **ONE_CALL}
+    if stream:
+        with client.messages.stream(**fields) as events:
+            found = events.get_final_message()
+    else:
+        found = client.messages.create(**fields)
+    (call,) = found.content
+    assert (call.type, call.name, found.stop_reason) == ("tool_use", "paint", "tool_use")
+    assert call.input["colour"] in ("red", "blue")
+
+
+def test_a_conversation_with_calls_continues(client):
+    first = client.messages.create(model=NAME, max_tokens=600, messages=HELLO, **ONE_CALL)
+    (call,) = first.content
+    used = call.model_dump(include={"type", "id", "name", "input"})
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Done.", "is_error": True}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": [result, {"type": "text", "text": "Again."}]},
+    ]
+    counted = client.messages.count_tokens(model=NAME, messages=messages, tools=[TOOL])
+    found = client.messages.create(model=NAME, max_tokens=4, messages=messages, tools=[TOOL])
+    usage = found.usage
+    assert usage.input_tokens + usage.cache_read_input_tokens == counted.input_tokens
+
+
+def test_thinking(client):
+    found = client.messages.create(
+        model=NAME,
+        max_tokens=8,
+        messages=HELLO,
+        thinking={"type": "enabled", "budget_tokens": 4},
+    )
+    (block,) = found.content
+    assert (block.type, bool(block.thinking)) == ("thinking", True)
+
+
+def test_stop_sequences(client):
+    fields = {"model": NAME, "max_tokens": 30, "messages": HELLO}
+    text = client.messages.create(**fields).content[0].text
+    stop = text[5:7]
+    found = client.messages.create(**fields, stop_sequences=["\x00\x01\x02", stop])
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", stop)
+    assert found.content[0].text == text[: text.index(stop)]
+
+
+def test_what_claude_code_sends(client):
+    ephemeral = {"cache_control": {"type": "ephemeral"}}
+    with client.messages.stream(
+        model=NAME,
+        max_tokens=8,
+        system=[{"type": "text", "text": "You are a coding agent.", **ephemeral}],
+        messages=[{"role": "user", "content": [{"type": "text", "text": "Run ls.", **ephemeral}]}],
+        tools=[{**TOOL, **ephemeral}],
+        metadata={"user_id": "user_1"},
+        extra_body={"temperature": 1},
+        extra_query={"beta": "true"},
+    ) as stream:
+        assert stream.get_final_message().usage.output_tokens <= 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0"),
+        ({"container": "c"}, "container"),
+        ({"tool_choice": {"type": "tool", "name": "missing"}, "tools": [TOOL]}, "missing"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}}, "budget_tokens"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "source": {"type": "url", "url": "http://x"}}
+                        ],
+                    }
+                ]
+            },
+            "image",
+        ),
+    ],
+)
+def test_errors_have_the_form_of_anthropic(client, fields, name):
+    body = {"model": NAME, "max_tokens": 9, "messages": HELLO, **fields}
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.post("/v1/messages", body=body, cast_to=object)
+    assert caught.value.body["type"] == "error"
+    assert caught.value.body["error"]["type"] == "invalid_request_error"
+    assert name in caught.value.body["error"]["message"]
+
+
+def test_an_unknown_model(client):
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.create(model="other", max_tokens=9, messages=HELLO)
+
+
+def test_a_failure_ends_the_stream_with_an_error(server, client, monkeypatch):
+    monkeypatch.setattr(server.engine._scheduler, "step", lambda: 1 / 0)
+    with (
+        pytest.raises(anthropic.APIStatusError),
+        client.messages.stream(model=NAME, max_tokens=9, messages=HELLO) as stream,
+    ):
+        stream.until_done()

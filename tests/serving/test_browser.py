@@ -1,0 +1,166 @@
+"""The page in Chromium: chat, draft trees, comparison, sizes, keyboard, and hostile text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.full
+
+CHROMIUM = "/usr/bin/chromium"
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+SCREENSHOTS = os.environ.get("TREEFLASH_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is missing")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open the page of a server; errors and violations of the policy fail the test."""
+    contexts, problems = [], []
+
+    def noted(text):
+        if "status of 4" not in text:  # Chromium notes every refused request
+            problems.append(text)
+
+    def open_page(url, width=1280, height=800, dark=False):
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda x: noted(x.text) if x.type == "error" else None)
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems, problems
+
+
+def shot(page, name):
+    if SCREENSHOTS:
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+
+
+def ask(page, text):
+    page.get_by_label("Message").fill(text)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+
+
+def fake(page, *tokens):
+    """Answer with these tokens, two of each iteration's draft tree accepted."""
+    frames = []
+    for i, text in enumerate(tokens):
+        tree = {"iteration": i, "seconds": 0.01, "tokens": [text]}
+        if i:
+            nodes = [tokens[i - 1], text, " other", HOSTILE, " and", " so", " on", "\n", " or"]
+            parents = [-1, 0, 0, 1, 1, 2, 5, 2, 0]
+            tree |= {"nodes": nodes, "parents": parents, "path": [0, 1]}
+        choice = {"index": 0, "delta": {"content": text}, "draft_tree": tree}
+        frames.append("data: " + json.dumps({"choices": [choice]}) + "\n\n")
+    body = "".join([*frames, "data: [DONE]\n\n"])
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=body, content_type="text/event-stream"),
+    )
+
+
+def test_a_chat(server, open_page):
+    page = open_page(server.url)
+    assert page.locator("#model").inner_text() == "tiny"
+    ask(page, "Name a river.")
+    spans = page.locator(".assistant .token")
+    iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
+    assert iterations == set(range(max(iterations) + 1))
+    assert page.locator("#tree circle").count() >= 1
+    for name in ("tree", "plain"):
+        assert float(page.locator(f"#{name}-speed").inner_text()) > 0
+    assert float(page.locator("#plain-efficiency").inner_text()) == 1
+    assert "gives the same text" in page.locator("#verdict").inner_text()
+    ask(page, "And another.")
+    assert page.locator(".turn.user").count() == 2
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator(".turn").count() == 0
+
+
+def test_hostile_text_is_shown_as_text(server, open_page):
+    page = open_page(server.url)
+    fake(page, "A", HOSTILE, " z")
+    ask(page, HOSTILE)
+    assert page.title() == "treeflash"
+    assert page.locator("#log img, #log script, #tree img").count() == 0
+    assert page.locator(".assistant").inner_text().endswith(f"A{HOSTILE} z")
+
+
+def test_by_keyboard(server, open_page):
+    page = open_page(server.url)
+    fake(page, "The", " Rhine", " flows", " north")
+    page.keyboard.type("Hi")  # the message has the focus
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Send").wait_for()
+    assert "iteration 3" in page.locator("#caption").inner_text()
+    page.get_by_label("Iteration", exact=True).focus()
+    page.keyboard.press("ArrowLeft")
+    assert "iteration 2" in page.locator("#caption").inner_text()
+    assert page.locator(".shown").all_inner_texts() == [" flows"]
+    page.get_by_label("Budget").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#budget-value").inner_text() == "1"
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert {"prompt", "send", "log", "budget", "temperature", "compare", "iteration"} <= reached
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_sizes_and_schemes(server, open_page, width, dark):
+    page = open_page(server.url, width, 740, dark)
+    words = re.findall(r"\S+\s*", "The Rhine is a river of Europe. " * 6)
+    fake(page, *(f"{word} " for word in "".join(words).split()))
+    ask(page, "Which river flows through Cologne?")
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) == 0
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
+    shot(page, f"{width}-{'dark' if dark else 'light'}")
+
+
+def test_stop(server, open_page):
+    page = open_page(server.url)
+    page.locator("#length").evaluate("x => { x.max = x.value = 100000; }")
+    page.get_by_label("Message").fill("Go on.")
+    page.keyboard.press("Enter")
+    page.locator(".token").first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Send").wait_for()
+    assert page.locator(".error").count() <= 1
+
+
+def test_errors_are_told(server, open_page):
+    page = open_page(server.url)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
+    )
+    ask(page, "Hi")
+    assert "the queue is full" in page.locator(".error").inner_text()

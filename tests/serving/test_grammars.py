@@ -1,0 +1,190 @@
+"""Constraints of llguidance: rollback, exact decoding with draft trees, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from treeflash.config import METHODS, DecodeConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.choices import unpack
+from treeflash.serving.errors import APIError
+from treeflash.serving.grammars import Grammar, GrammarCompiler, GrammarConstraint
+from treeflash.testing.tokenizer import SPECIAL
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["Rhine", "Rhône"]},
+        "long": {"type": "boolean"},
+        "depths": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+    },
+    "required": ["name", "long"],
+    "additionalProperties": False,
+}
+LIST = 'start: "[" (item ("," item)*)? "]"\nitem: /[0-9]{1,3}/'
+GBNF = 'root ::= "yes" | "no" ("!" | "?")*'
+WIDE = {"budget": 128, "top_m": 256, "top_k_children": 96}
+"""Trees in which a random drafter is right now and then."""
+GRAMMARS = {
+    "json": Grammar.json(SCHEMA),
+    "regex": Grammar.regex(r"[ab]+/\d{2}"),
+    "choice": Grammar.choice(["Rhein", "Rhône", 'a "quoted" \\ text']),
+    "lark": Grammar.lark(LIST),
+    "gbnf": Grammar.lark_or_gbnf(GBNF),
+    "after": Grammar.json(SCHEMA).after(r"thought[lazy]: /(?s:.*)<\/t>/", lead="thought"),
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(model):
+    return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
+    """Along random texts, beyond end tokens too."""
+    rng, make = np.random.default_rng(0), compiler.compile(GRAMMARS[name], "grammar")
+    vocab_size = model.backend.vocab_size
+    constraint, tokens, ends = make(), [], 0
+    for _ in range(120):
+        if tokens and rng.random() < 0.25:
+            count = int(rng.integers(1, min(len(tokens), 4) + 1))
+            constraint.rollback(count)
+            del tokens[-count:]
+        else:
+            found = np.flatnonzero(unpack(constraint.allowed()[None], vocab_size)[0])
+            end = [token for token in found if token in model.tokenizer.stop_token_ids]
+            token = int(rng.choice(end if end and rng.random() < 0.5 else found))
+            ends += token in model.tokenizer.stop_token_ids
+            constraint.advance(token)
+            tokens.append(token)
+        fresh = make()
+        for token in tokens:
+            fresh.advance(token)
+        np.testing.assert_array_equal(constraint.allowed(), fresh.allowed())
+    assert ends or name in ("json", "after"), "the text never reached the end"
+
+
+def test_answers_do_not_share_a_matcher(compiler):
+    make = compiler.compile(GRAMMARS["choice"], "grammar")
+    first, second = make(), make()
+    before = second.allowed().copy()
+    first.advance(int(np.flatnonzero(unpack(first.allowed()[None], 300)[0])[0]))
+    np.testing.assert_array_equal(second.allowed(), before)
+
+
+def decode(backend, make, config):
+    """Texts of all methods, in one batch with an unconstrained one; and drafted tokens accepted."""
+    scheduler = Scheduler(backend)
+    texts = {}
+    for method in METHODS:
+        one = DecodeConfig(**{**config, "method": method})
+        request = Request(prompt_ids=[5, 6, 7], config=one, constraint=make())
+        texts[scheduler.submit(request)] = []
+    scheduler.submit(Request(prompt_ids=[9, 8], config=DecodeConfig(**config)))
+    accepted = 0
+    while scheduler.busy:
+        for ticket, step in scheduler.step():
+            assert not isinstance(step, Exception), step
+            if ticket in texts:
+                texts[ticket] += step.tokens
+                accepted += 0 if step.path is None else len(step.path) - 1
+    return list(texts.values()), accepted
+
+
+@pytest.mark.parametrize("name", [name for name in GRAMMARS if name != "after"])
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_exact_and_valid(compiler, model, name, temperature):
+    make = compiler.compile(GRAMMARS[name], "grammar")
+    total = finished = 0
+    for seed in range(2):
+        config = {
+            **WIDE,
+            "max_tokens": 60,
+            "stop_token_ids": model.tokenizer.stop_token_ids,
+            "sampling": SamplingConfig(temperature=temperature, seed=seed),
+        }
+        (plain, *others), accepted = decode(model.backend, make, config)
+        assert others == [plain] * len(others)
+        total += accepted
+        text = model.tokenizer.decode(plain)
+        if plain[-1] in model.tokenizer.stop_token_ids:
+            finished += 1
+            check(name, text)
+        else:
+            assert len(plain) == 60
+    assert total, "no drafted token was accepted"
+    assert finished or temperature == 0 or name == "lark"
+
+
+def check(name, text):
+    """Raise unless a text is what its grammar says."""
+    if name == "json":
+        found = json.loads(text)
+        assert found["name"] in ("Rhine", "Rhône")
+        assert isinstance(found["long"], bool)
+        assert found.keys() <= {"name", "long", "depths"}
+    elif name == "choice":
+        assert text in ("Rhein", "Rhône", 'a "quoted" \\ text')
+    else:
+        patterns = {
+            "regex": r"[ab]+/\d{2}",
+            "lark": r"\[(\d{1,3}(,\d{1,3})*)?\]",
+            "gbnf": "yes|no[!?]*",
+        }
+        assert re.fullmatch(patterns[name], text), text
+
+
+def test_without_rollback_texts_differ(compiler, model):
+    """The laws above notice a broken constraint."""
+
+    class Broken(GrammarConstraint):
+        def rollback(self, tokens):
+            pass
+
+    make = compiler.compile(GRAMMARS["json"], "grammar")
+    vocab_size = model.backend.vocab_size
+    config = {
+        **WIDE,
+        "max_tokens": 40,
+        "stop_token_ids": model.tokenizer.stop_token_ids,
+    }
+
+    def equal():
+        (plain, *others), _ = decode(
+            model.backend, lambda: Broken(make()._matcher, vocab_size), config
+        )
+        assert others == [plain] * len(others)
+
+    with pytest.raises(AssertionError):
+        equal()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar.json({"type": "objekt"}),
+        Grammar.json({"type": "string", "format": "no-such-format"}),
+        Grammar.regex("[a-"),
+        Grammar.lark("start: missing"),
+    ],
+    ids=["type", "format", "regex", "lark"],
+)
+def test_invalid_grammars(compiler, grammar):
+    with pytest.raises(APIError, match="the grammar cannot be followed") as caught:
+        compiler.compile(grammar, "response_format")
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+    assert "\n" not in caught.value.message
+
+
+def test_special_tokens_are_not_text(compiler, model):
+    """The target cannot write an end token as a part of a string."""
+    constraint = compiler.compile(Grammar.json({"type": "string"}), "grammar")()
+    for token in model.tokenizer.encode('"'):
+        constraint.advance(token)
+    allowed = unpack(constraint.allowed()[None], model.backend.vocab_size)[0]
+    assert not allowed[: len(SPECIAL)].any()

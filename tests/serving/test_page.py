@@ -1,0 +1,37 @@
+"""The files of the page: their policy, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+
+from treeflash.serving import page
+
+
+@pytest.mark.parametrize("path", sorted(page.PATHS))
+def test_files_need_no_key_and_have_a_policy(serve, path):
+    server = serve(api_keys=("secret",))
+    response = server.client.get(path)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", page.FILES)
+def test_nothing_comes_from_elsewhere_and_no_text_becomes_html(name):
+    text = resources.files(page).joinpath(name).read_text()
+    urls = re.findall(r"https?://[^\"' )]+", text)
+    assert urls in ([], ["http://www.w3.org/2000/svg"])
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+    assert not re.search(r"<script(?![^>]*src=)|\son\w+=|style=", text)
+
+
+def test_the_page_names_its_files():
+    text = resources.files(page).joinpath("index.html").read_text()
+    for name in ("page.css", "chat.js"):
+        assert f'"{name}"' in text

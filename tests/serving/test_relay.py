@@ -1,0 +1,103 @@
+"""Requests that are passed on: the same answers, streams piece by piece, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from treeflash.serving.relay import Relayed, answer, respond
+
+
+def relayed(app):
+    """An application that passes everything on to another."""
+
+    async def pass_on(scope, receive, send):
+        pieces = answer(app, await Relayed.receive(scope, receive))
+        head = await anext(pieces)
+        await respond(head, pieces)(scope, receive, send)
+
+    return pass_on
+
+
+def test_answers_are_the_same():
+    app = FastAPI()
+
+    @app.post("/echo/{name}")
+    async def echo(name: str, request: Request):
+        return {"name": name, "q": request.query_params["q"], "body": await request.json()}
+
+    async def ask(app):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            found = await client.post("/echo/a%20b?q=1", json={"messages": ["é"] * 1000})
+            missing = await client.get("/missing")
+            return found.json(), dict(found.headers), missing.status_code
+
+    assert asyncio.run(ask(relayed(app))) == asyncio.run(ask(app))
+
+
+def test_streams_come_piece_by_piece_and_end_with_the_client():
+    app, ended = FastAPI(), []
+
+    @app.post("/stream")
+    async def stream():
+        async def pieces():
+            try:
+                for i in range(1000):
+                    yield b"%d\n" % i
+                    await asyncio.sleep(0.001)
+            finally:
+                ended.append(True)
+
+        return StreamingResponse(pieces())
+
+    async def run():
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/stream",
+            "raw_path": b"/stream",
+            "query_string": b"",
+            "headers": [],
+            "http_version": "1.1",
+            "scheme": "http",
+            "client": None,
+            "server": None,
+        }
+        pieces = answer(app, Relayed(scope, b"", "-"))
+        status, _ = await anext(pieces)
+        assert status == 200
+        assert [await anext(pieces) for _ in range(3)] == [b"0\n", b"1\n", b"2\n"]
+        await pieces.aclose()
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if ended:
+                return
+        raise AssertionError("the stream went on")
+
+    asyncio.run(run())
+
+
+def test_prompts_of_all_apis():
+    async def prompt(body):
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        names = ("method", "path", "raw_path", "query_string", "headers", "http_version")
+        scope = dict.fromkeys((*names, "scheme", "client", "server", "type"))
+        return (await Relayed.receive(scope, receive)).prompt
+
+    cases = {
+        b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}': "user\na",
+        b'{"instructions": "i", "input": [{"role": "user", "content": "a"}]}': "i\nuser\na",
+        b'{"system": [{"text": "s"}], "messages": []}': "s",
+        b'{"prompt": "p"}': "p",
+        b"[1": "-",
+        b"": "-",
+        b'{"prompt": ' + b"[" * 50 + b"]" * 50 + b"}": "-",
+    }
+    for body, expected in cases.items():
+        assert asyncio.run(prompt(body)) == expected
