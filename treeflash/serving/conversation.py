@@ -114,7 +114,7 @@ class Conversation:
         if not service.tokenizer.knows_thinking:
             return True
         variables = {**(service.defaults.get("template_args") or {}), **self.template_args}
-        return bool(variables.get("enable_thinking"))
+        return bool(variables.get("enable_thinking", service.tokenizer.thinking))
 
 
 @dataclass(frozen=True, eq=False)
