@@ -17,6 +17,9 @@ EXAMPLES = int(os.environ.get("TREEFLASH_FUZZ_EXAMPLES", "20"))
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/responses", "POST"),
+    ("/v1/messages", "POST"),
+    ("/v1/messages/count_tokens", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/tokenize", "POST"),
@@ -33,7 +36,7 @@ def allows(operation, mode):
 
 def shorten(body):
     """Let a valid request ask for few tokens."""
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if isinstance(body, dict) and isinstance(body.get(name), int):
             body[name] = min(body[name], 3)
 
@@ -76,7 +79,8 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
         statuses.add(response.status_code)
         assert response.status_code in (200, 400, 404, 405, 413, 415), response.text
         if response.status_code != 200:
-            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            others = set() if path.startswith("/v1/messages") else {"param", "code"}
+            assert set(response.json()["error"]) == {"message", "type", *others}
 
     with caplog.at_level(logging.WARNING):
         send()

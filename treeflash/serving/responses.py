@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse
 from treeflash.serving.blocks import Block, Blocks, Change
 from treeflash.serving.completion import Usage
 from treeflash.serving.conversation import Answers
+from treeflash.serving.errors import BAD_REQUEST, APIError
 from treeflash.serving.responses_schema import ResponsesRequest
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import CompletionStream, finish, frame, reported
@@ -27,6 +29,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/responses")
     async def responses(body: ResponsesRequest, http: HTTPRequest) -> Response:
         service.check_model(body.model)
+        _check_echo(body)
         conversation = body.conversation(knows_thinking=service.tokenizer.knows_thinking)
         answers = await conversation.start(service, http, body.decoding())
         answer, completion = ResponsesAnswer(service, body, answers), answers.completion
@@ -159,6 +162,14 @@ class ResponsesAnswer:
     def _frame(self, event: str, **fields: Any) -> bytes:
         data = {"type": event, "sequence_number": next(self._numbers), **fields}
         return frame(data, event)
+
+
+def _check_echo(body: ResponsesRequest) -> None:
+    """Raise an APIError if a response could not repeat the request as JSON."""
+    try:
+        json.dumps(body.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise APIError(BAD_REQUEST, f"the body is not valid JSON: {error}") from error
 
 
 def _item_id(block: Block) -> str:
