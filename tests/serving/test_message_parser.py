@@ -74,6 +74,13 @@ def test_a_broken_call_becomes_content(tokenizer, size, end):
     assert parser.content.endswith(end.removeprefix("</call>"))
 
 
+@pytest.mark.parametrize("call", ['{"arguments": {}}', '{"name": "add", "arguments": "a"}', "[1]"])
+def test_what_is_not_a_call_is_content(tokenizer, call):
+    parser, _ = read(tokenizer, f"Hello.<call>{call}</call>", 6)
+    assert parser.content == f"Hello.{call}"
+    assert not parser.calls
+
+
 def test_an_unfinished_call_is_kept(tokenizer):
     parser, _ = read(tokenizer, 'Hello.<call>{"name": "ad', 5, finish="length")
     assert parser.content == 'Hello.{"name": "ad'

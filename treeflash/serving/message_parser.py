@@ -167,9 +167,9 @@ class MessageParser:
             elif kind == "region_chunk" and field == "content":
                 deltas.append(Delta("content", event["text"]))
             elif kind == "region_close" and field == "tool_calls":
-                self._body = ""
                 values = event["value"] if isinstance(event["value"], list) else [event["value"]]
                 deltas += [Delta("call", call=_call(value)) for value in values]
+                self._body = ""
         return deltas
 
     def _keep(self, deltas: list[Delta]) -> list[Delta]:
@@ -189,11 +189,14 @@ def call_id() -> str:
 
 
 def _call(value: Mapping[str, Any]) -> ToolCall:
-    """Raises a ValueError if a call has no name."""
+    """Raises a ValueError if a call has no name, or its arguments are not an object."""
     function = value.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError("a call without a name")
     arguments = function.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(id=call_id(), name=function["name"], arguments=arguments)
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, Mapping):
+        raise ValueError("arguments that are not an object")
+    text = json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(id=call_id(), name=function["name"], arguments=text)

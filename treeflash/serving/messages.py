@@ -44,7 +44,6 @@ class Message(Schema):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
-    name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
@@ -64,7 +63,7 @@ class Message(Schema):
             "role": "system" if self.role == "developer" else self.role,
             "content": content,
         }
-        for name in ("name", "reasoning_content", "tool_call_id"):
+        for name in ("reasoning_content", "tool_call_id"):
             if (value := getattr(self, name)) is not None:
                 found[name] = value
         if self.tool_calls:
