@@ -9,12 +9,14 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.full
 
 STREAMS = 20
+REPLICA = "ray::ServeReplica:treeflash:Replica"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,10 @@ def chat(content, **fields):
 
 
 def replica_pids():
-    from ray.util.state import list_actors
-
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return {actor.pid for actor in actors if "Replica" in str(actor.name)}
+    """Ray names the processes of its actors."""
+    processes = psutil.process_iter(["pid", "cmdline"])
+    names = {process.pid: " ".join(process.info["cmdline"] or ()) for process in processes}
+    return {pid for pid, name in names.items() if name.startswith(REPLICA)}
 
 
 def test_answers(url):
