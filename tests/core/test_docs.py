@@ -13,7 +13,10 @@ from treeflash.hub.published import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/training.md")
+]
 PACKAGES = ("treeflash", "benchmarks")
 
 
