@@ -127,7 +127,8 @@ class DecodeConfig:
             that maximises expected tokens per second in every iteration, or turns drafting off.
         top_m: previous-token candidates kept per depth (M).
         top_k_children: children kept per depth and previous token (K).
-        head_vocab: how many tokens the AR head scores, the most probable of a block; None is all.
+        head_vocab: how many tokens the AR head scores at most, the most probable of a block; small
+            trees need fewer. None is all.
         head_rows: after how many previous tokens it scores them, the most probable of a block;
             None is all M at every depth, `auto` as many as a tree of this budget can use.
         draft_temperature: divides the drafter's logits; it changes the tree, never the output.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.arena import Arena, Region
+from treeflash_cuda.arena import Arena, Region, Slab
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -64,22 +64,36 @@ class KeyValues:
         Raises:
             UnsupportedModelError: the layers' keys and values differ in shape.
         """
+        end = first + k.shape[2]
+        storage = self.reserve(k, v, end)
+        storage[layer, 0, :, first:end] = k[0]
+        storage[layer, 1, :, first:end] = v[0]
+
+    def reserve(self, k: Tensor, v: Tensor, end: int) -> Tensor:
+        """The storage, which can hold such keys and values in its columns before `end`.
+
+        Raises what `write` does.
+        """
         if self.region is None:
             self.region = self.arena.take(self.capacity, k)
-        storage, end = self.storage, first + k.shape[2]
+        storage = self.storage
         if k.shape != v.shape or k.shape[1::2] != storage.shape[2::2]:
             raise UnsupportedModelError(
                 "the target's layers have keys and values of different shapes, which the cuda "
                 "backend's cache does not support"
             )
         assert end <= storage.shape[3], "the text has outgrown its capacity"
-        storage[layer, 0, :, first:end] = k[0]
-        storage[layer, 1, :, first:end] = v[0]
+        return storage
 
     def until(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of the first columns of a layer, (1, kv_heads, end, head_dim) each."""
         storage = self.storage
         return storage[layer, 0, None, :, :end], storage[layer, 1, None, :, :end]
+
+    def layers_until(self, end: int) -> list[tuple[Tensor, Tensor]]:
+        """What `until` returns, of every layer: views that are made at once."""
+        views = self.storage[:, :, None, :, :end].flatten(0, 1).unbind(0)
+        return list(zip(views[::2], views[1::2], strict=True))
 
     def gather(self, columns: Tensor) -> Tensor:
         """(layers, 2, kv_heads, n, head_dim) a copy of n columns."""
@@ -112,6 +126,46 @@ class KeyValues:
         self.region, self.length = None, 0
 
 
+Segment: TypeAlias = tuple[KeyValues, int, int]
+"""Rows of a text that follow one another: the text, their first column, and how many they are."""
+
+
+class PackedRows:
+    """Where the rows of several texts are stored: one copy writes all texts of a slab.
+
+    Attributes:
+        slabs: each with the rows that belong to it, None for all of them, and their columns.
+    """
+
+    def __init__(self, segments: Sequence[Segment], keys: Tensor) -> None:
+        """Reserve the rows' columns.
+
+        Args:
+            segments: that follow one another.
+            keys: (1, kv_heads, rows, head_dim) of a layer.
+        """
+        parts: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
+        row = 0
+        for text, first, n in segments:
+            text.reserve(keys, keys, first + n)
+            assert text.region is not None
+            starts = row, text.region.first + first
+            rows, columns = (torch.arange(i, i + n, device=keys.device) for i in starts)
+            parts.setdefault(text.region.slab, []).append((rows, columns))
+            row += n
+        self.slabs: list[tuple[Slab, Tensor | None, Tensor]] = []
+        for slab, pairs in parts.items():
+            rows, columns = (torch.cat(x) for x in zip(*pairs, strict=True))
+            self.slabs.append((slab, rows if len(parts) > 1 else None, columns))
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the keys and values of all rows, (1, kv_heads, rows, head_dim) each."""
+        for slab, rows, columns in self.slabs:
+            for kind, x in enumerate((k[0], v[0])):
+                own = x if rows is None else x.index_select(1, rows)
+                slab.storage[layer, kind].index_copy_(1, columns, own)
+
+
 class TreeCache(Cache):
     """The caches of the texts of one forward pass, as transformers' models see them.
 
@@ -127,6 +181,8 @@ class TreeCache(Cache):
         self.texts = texts
         self.rows = rows
         self.layer = 0
+        self._packed: PackedRows | None = None
+        self._views: list[list[tuple[Tensor, Tensor]]] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -138,18 +194,23 @@ class TreeCache(Cache):
             each text's own columns.
         """
         self.layer = layer_idx
-        parts = zip(
-            self.texts,
-            key_states.split(list(self.rows), 2),
-            value_states.split(list(self.rows), 2),
-            strict=True,
-        )
-        for text, k, v in parts:
-            text.write(layer_idx, text.length, k, v)
         if len(self.texts) > 1:
+            if self._packed is None:
+                parts = list(zip(self.texts, self.rows, strict=True))
+                self._packed = PackedRows([(x, x.length, n) for x, n in parts], key_states)
+                self._views = [x.layers_until(x.length + n) for x, n in parts]
+            self._packed.write(layer_idx, key_states, value_states)
             return key_states, value_states
         (text,) = self.texts
+        text.write(layer_idx, text.length, key_states, value_states)
         return text.until(layer_idx, text.length + self.rows[0])
+
+    def seen(self) -> list[tuple[Tensor, Tensor]]:
+        """Views of the columns of several texts, those of their rows included.
+
+        (1, kv_heads, length + n, head_dim) keys and values of each, in the layer updated last.
+        """
+        return [layers[self.layer] for layers in self._views]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions; models are given the positions of all rows."""

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.transitions import TransitionTable
-from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import KeyValues, upload
+from treeflash_cuda.attention import additive_mask
+from treeflash_cuda.cache import KeyValues, PackedRows, upload
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.output_stage import OutputStage
+from treeflash_cuda.packed import packed_attention, repeat_rows
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import top_log_probs
 
@@ -30,7 +31,7 @@ class Block:
 
     Attributes:
         root: token id of the first slot.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
     """
 
     root: int
@@ -44,11 +45,13 @@ class _Text:
     Attributes:
         cache: its keys and values.
         context: how many positions are new to the drafter.
+        start: position of the block.
         masks: of the block, by kind of layer.
     """
 
     cache: KeyValues
     context: int
+    start: int
     masks: dict[Kind, Tensor | None]
 
 
@@ -62,7 +65,7 @@ class Drafter:
         self.output = OutputStage(model.config, model.own, target)
 
     @torch.inference_mode()
-    def draft(self, roots: Sequence[tuple[Any, int]]) -> list[Block]:
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """See `Drafter.draft`; the rows of all texts follow one another."""
         config, device = self.model.config, self.target.device
         size, groups = config.block_size, config.num_attention_heads // config.num_key_value_heads
@@ -78,25 +81,26 @@ class Drafter:
         for state, _ in roots:
             first, start = state.drafter.length, state.length
             masks = {
-                kind: group_mask(
+                kind: repeat_rows(
                     block_mask(start, size, *kind, x.dtype, device, config.window_from_root),
                     groups,
                 )
                 for kind in set(kinds)
             }
-            texts.append(_Text(state.drafter, start - first, masks))
+            texts.append(_Text(state.drafter, start - first, start, masks))
             known.append(torch.arange(first, start, device=device))
             drafted.append(torch.arange(start, start + size, device=device))
+        packed: list[PackedRows] = []
         rotation = self.model.rotary(torch.cat(known + drafted), x.dtype)
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
-            x = layer(x, context, rotation, functools.partial(self._attend, texts, n, kind))
+            x = layer(x, context, rotation, functools.partial(self._attend, texts, packed, n, kind))
         for text, (state, _) in zip(texts, roots, strict=True):
             # The block's keys and values are scratch: the next context overwrites them.
             text.cache.length += text.context
             state.context = []
         hidden = x[0].split(size)
-        first = config.first_slot
-        return [Block(root, part[first:]) for (_, root), part in zip(roots, hidden, strict=True)]
+        pairs = zip(roots, hidden, strict=True)
+        return [Block(root, part[config.first_slot :][:depths]) for (_, root), part in pairs]
 
     @torch.inference_mode()
     def marginals(
@@ -121,12 +125,20 @@ class Drafter:
         return self.output.over_target_vocabulary(log_probs).cpu().numpy()
 
     def _attend(
-        self, texts: Sequence[_Text], layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor
+        self,
+        texts: Sequence[_Text],
+        packed: list[PackedRows],
+        layer: int,
+        kind: Kind,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
         """Attention of each text's block over everything before it and itself.
 
         Args:
             texts: in the order of their rows.
+            packed: where the rows are stored; empty in the first layer.
             layer: index.
             kind: of the layer.
             q: (1, heads, texts * S, head_dim).
@@ -134,18 +146,17 @@ class Drafter:
             v: (1, kv_heads, c + texts * S, head_dim).
         """
         size = self.model.config.block_size
-        sizes = [text.context for text in texts] + [size] * len(texts)
-        keys, values = k.split(sizes, 2), v.split(sizes, 2)
-        out = []
-        for i, (text, queries) in enumerate(zip(texts, q.split(size, 2), strict=True)):
-            first, block = text.cache.length, i + len(texts)
-            start = first + text.context
-            text.cache.write(layer, first, keys[i], values[i])
-            text.cache.write(layer, start, keys[block], values[block])
-            seen = text.cache.until(layer, start + size)
-            scale = self.model.config.head_dim**-0.5
-            out.append(grouped_attention(queries, *seen, text.masks[kind], scale))
-        return out[0] if len(out) == 1 else torch.cat(out, 1)
+        if len(texts) == 1:
+            texts[0].cache.write(layer, texts[0].cache.length, k, v)
+        else:
+            if not packed:
+                contexts = [(x.cache, x.cache.length, x.context) for x in texts]
+                blocks = [(x.cache, x.start, size) for x in texts]
+                packed.append(PackedRows([*contexts, *blocks], k))
+            packed[0].write(layer, k, v)
+        seen = [text.cache.until(layer, text.start + size) for text in texts]
+        masks, scale = [text.masks[kind] for text in texts], self.model.config.head_dim**-0.5
+        return packed_attention(q, seen, masks, [size] * len(texts), scale)
 
 
 def drafted(blocks: Sequence[Block]) -> Tensor:

@@ -29,7 +29,7 @@ class Block:
 
     Attributes:
         root: token id of the first slot.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
     """
 
     root: int
@@ -61,7 +61,7 @@ class Drafter:
         self.model = model
         self.output = OutputStage(model.config, model.own, target)
 
-    def draft(self, roots: Sequence[tuple[Any, int]]) -> list[Block]:
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """See `Drafter.draft`; the rows of all texts follow one another."""
         config = self.model.config
         size = config.block_size
@@ -91,8 +91,8 @@ class Drafter:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
         hidden = mx.split(x, len(roots)) if len(roots) > 1 else [x]
-        first = config.first_slot
-        return [Block(root, part[first:]) for (_, root), part in zip(roots, hidden, strict=True)]
+        pairs = zip(roots, hidden, strict=True)
+        return [Block(root, part[config.first_slot :][:depths]) for (_, root), part in pairs]
 
     def marginals(
         self, blocks: Sequence[Block], k: int, temperature: float

@@ -29,7 +29,7 @@ from treeflash.cli.options import add_model_options, full_or_number, head_rows, 
 from treeflash.config import AUTO, DecodeConfig, HeadRows
 from treeflash.decoding.acceptance import accept
 from treeflash.decoding.interfaces import Backend, Block
-from treeflash.decoding.proposals import propose
+from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.statistics import mean
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree, build_tree
@@ -110,7 +110,7 @@ def draft(
     # A prefix of a tree is the tree of a smaller budget, unless the table depends on the budget.
     for budget in budgets if head.rows == AUTO else [max(budgets)]:
         before = time.perf_counter()
-        (table,) = propose(backend, [block], [config], [budget])
+        (table,) = propose(backend, [block], [config], [TreeSize.fixed(budget)])
         seconds = time.perf_counter() - before
         tree = build_tree(table, root, budget)
         sizes = [budget] if head.rows == AUTO else budgets

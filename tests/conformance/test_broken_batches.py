@@ -35,8 +35,8 @@ class SwappedTexts(Verifier):
 class SwappedBlocks(Drafter):
     """Texts get each other's blocks."""
 
-    def draft(self, roots):
-        return super().draft(roots)[::-1]
+    def draft(self, roots, depths=None):
+        return super().draft(roots, depths)[::-1]
 
 
 class StaleRow(Verifier):

@@ -141,7 +141,7 @@ class ScriptedBackend:
         for text, path in paths:
             text.length += len(path)
 
-    def draft(self, roots):
+    def draft(self, roots, depths=None):
         return [text for text, _ in roots]
 
     def marginals(self, blocks, k, temperature):

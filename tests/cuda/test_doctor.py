@@ -141,8 +141,8 @@ class Wrapped:
     def __init__(self, drafter):
         self.drafter = drafter
 
-    def draft(self, roots):
-        return self.drafter.draft(roots)
+    def draft(self, roots, depths=None):
+        return self.drafter.draft(roots, depths)
 
     def marginals(self, blocks, k, temperature):
         return self.drafter.marginals(blocks, k, temperature)

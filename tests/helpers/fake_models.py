@@ -112,7 +112,9 @@ class FakeDrafter:
 
     backend: FakeBackend
 
-    def draft(self, roots: Sequence[tuple[FakeText, int]]) -> list[list[int]]:
+    def draft(
+        self, roots: Sequence[tuple[FakeText, int]], depths: int | None = None
+    ) -> list[list[int]]:
         assert all(text.drafts for text, _ in roots)
         return [[*text.text, root] for text, root in roots]
 

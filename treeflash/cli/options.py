@@ -116,7 +116,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-vocab",
-        "tokens that the AR head scores: the N most probable, or full for all",
+        "tokens that the AR head scores: at most the N most probable, or full for all",
         DecodeConfig.head_vocab,
         type=full_or_number,
         metavar="full|N",

@@ -5,6 +5,7 @@ It also turns drafting off while it does not pay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,6 +25,11 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 they are."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
 """Bounds of the balance, tokens per text: drafting pauses at the lower one."""
+FURTHER_DEPTHS, REACH_DECAY = 1, 0.25
+"""Depths that are drafted beyond those that trees reached; and by how many those become fewer with
+every iteration whose trees are shallower."""
+FEWEST_SPARE = 8
+"""Nodes that a tree is built with beyond twice those that it is expected to keep."""
 FIRST_PAUSE, LONGEST_PAUSE = 16, 256
 """Iterations of a pause: doubled from one to the next while drafting does not pay."""
 
@@ -43,6 +49,7 @@ class Throughput:
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
         nodes: of the last drafted trees, on average.
+        reach: depth that drafted trees reached lately.
     """
 
     tokens: float = 0.0
@@ -51,6 +58,7 @@ class Throughput:
     pause: int = 0
     next_pause: int = FIRST_PAUSE
     nodes: float | None = None
+    reach: float | None = None
 
 
 @dataclass
@@ -95,12 +103,20 @@ class AdaptiveBudget:
 
     def built(self, texts: int = 1) -> int:
         """Nodes that a tree is built with before it is cut."""
-        return max(self.largest // texts, min(self.largest, 32))
+        most = max(self.largest // texts, min(self.largest, 32))
+        # Larger trees would be cut; one that needs them finds them in the next iteration.
+        expected = self.of(texts).nodes
+        return most if expected is None else min(most, 2 * math.ceil(expected) + FEWEST_SPARE)
 
     def nodes(self, texts: int = 1) -> int:
         """Nodes that a tree is expected to be cut to."""
         found = self.of(texts).nodes
         return self.built(texts) if found is None else max(round(found), 1)
+
+    def depths(self, texts: int = 1) -> int | None:
+        """Depths worth drafting, a little beyond those that trees reach; None is all."""
+        reach = self.of(texts).reach
+        return None if reach is None else math.ceil(reach) + FURTHER_DEPTHS
 
     def cut(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
@@ -160,6 +176,8 @@ class AdaptiveBudget:
             return
         now = self.of(texts)
         now.nodes = rows / texts
+        deepest = max(int(tree.depths.max()) for tree in trees)
+        now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
         for tree, path in zip(trees, paths, strict=True):
             self._observe_depths(tree, path)
         if first:

@@ -24,7 +24,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
 Block: TypeAlias = Any
-"""A drafted block: the root, and the drafter's hidden states of D depths, on the device."""
+"""A drafted block: the root, and the drafter's hidden states of its depths, on the device."""
 
 
 class TextState(Protocol):
@@ -156,15 +156,19 @@ class TreeVerifier(Protocol):
 class Drafter(Protocol):
     """The one-shot drafter."""
 
-    def draft(self, roots: Sequence[tuple[TextState, int]]) -> list[Block]:
+    def draft(
+        self, roots: Sequence[tuple[TextState, int]], depths: int | None = None
+    ) -> list[Block]:
         """Read the features of newly committed positions, then propose a block after them.
 
         Args:
             roots: states opened for drafting, and the token at the next position of each; it opens
                 the block, and S - 1 masks follow.
+            depths: how many of the block's D depths are wanted, 1 or more; a small tree has no use
+                for the others. None, or more than there are, is all. It changes no depth's output.
 
         Returns:
-            Hidden states of the blocks, valid until the next call.
+            Hidden states of the blocks' first depths, valid until the next call.
         """
 
     def marginals(

@@ -13,7 +13,7 @@ from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Backend, Extension, Verification
 from treeflash.decoding.loop import Commit, Cut, Draft, Drafted, Extend, Need, Phase, Verify
-from treeflash.decoding.proposals import propose
+from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.running_text import RunningText, Ticket
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, is_out_of_memory
@@ -60,20 +60,21 @@ class Iteration:
         adapting = Counter(text.config.method for text in texts if text.adapts)
         pays = {method: self.budget(method).begin(n) for method, n in adapting.items()}
 
-        def sizes(text: RunningText) -> tuple[int, int]:
-            """The expected number of a tree's nodes, and how many to build it with."""
+        def size_of(text: RunningText) -> TreeSize:
             if not text.adapts:
-                return int(text.config.budget), int(text.config.budget)
+                return TreeSize.fixed(int(text.config.budget))
             budget, n = self.budget(text.config.method), adapting[text.config.method]
-            return budget.nodes(n), budget.built(n)
+            return TreeSize(budget.nodes(n), budget.built(n), budget.depths(n))
 
         def draft(texts: list[RunningText]) -> list[Drafted]:
             assert self.backend.drafter is not None
             roots = [(text.state, text.needed(Draft).root) for text in texts]
-            blocks = self.backend.drafter.draft(roots)
-            expected, built = zip(*map(sizes, texts), strict=True)
-            tables = propose(self.backend, blocks, [text.config for text in texts], expected)
-            return [Drafted(table, size) for table, size in zip(tables, built, strict=True)]
+            sizes = [size_of(text) for text in texts]
+            depths = [size.depths for size in sizes if size.depths is not None]
+            every = len(depths) < len(sizes)
+            blocks = self.backend.drafter.draft(roots, None if every else max(depths))
+            tables = propose(self.backend, blocks, [text.config for text in texts], sizes)
+            return [Drafted(table, size.built) for table, size in zip(tables, sizes, strict=True)]
 
         drafting = [text for text in texts if pays.get(text.config.method) or not text.adapts]
         for text in texts:

@@ -79,16 +79,18 @@ class OneByOneDrafter(ABC):
     """`Drafter` from a draft for one text."""
 
     @abstractmethod
-    def draft_one(self, state: Any, root: int) -> Block:
+    def draft_one(self, state: Any, root: int, depths: int | None) -> Block:
         """See `Drafter.draft`."""
 
     @abstractmethod
     def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""
 
-    def draft(self, roots: Sequence[tuple[TextState, int]]) -> list[Block]:
+    def draft(
+        self, roots: Sequence[tuple[TextState, int]], depths: int | None = None
+    ) -> list[Block]:
         """See `Drafter.draft`."""
-        return [self.draft_one(state, root) for state, root in roots]
+        return [self.draft_one(state, root, depths) for state, root in roots]
 
     def marginals(
         self, blocks: Sequence[Block], k: int, temperature: float

@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.transitions import TransitionTable
 
-ROWS_PER_NODE, FEWEST_ROWS = 4, 32
+ROWS_PER_NODE, FEWEST_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/performance.md)."""
+TOKENS_PER_NODE, FEWEST_TOKENS = 32, 256
+"""Tokens that the AR head scores for a tree, if no fewer are asked for; 256 change the block
+efficiency of 8 nodes by 0.1 %."""
+
+
+@dataclass(frozen=True)
+class TreeSize:
+    """What a tree can use of a draft.
+
+    Attributes:
+        expected: nodes of the tree that is verified.
+        built: nodes of the tree that is built, and perhaps cut.
+        depths: that it is likely to reach; None for all.
+    """
+
+    expected: int
+    built: int
+    depths: int | None
+
+    @classmethod
+    def fixed(cls, nodes: int) -> TreeSize:
+        """Of a tree that is not cut; its deepest node is the last of a chain."""
+        return cls(nodes, nodes, max(nodes - 1, 1))
 
 
 def propose(
-    backend: Backend, blocks: Sequence[Block], configs: Sequence[DecodeConfig], nodes: Sequence[int]
+    backend: Backend,
+    blocks: Sequence[Block],
+    configs: Sequence[DecodeConfig],
+    sizes: Sequence[TreeSize],
 ) -> list[TransitionTable]:
     """The tables that chains or trees are built from.
 
@@ -22,14 +49,14 @@ def propose(
         backend: the loaded pair.
         blocks: of all texts, from one draft.
         configs: of the texts.
-        nodes: that each tree is expected to have.
+        sizes: of the trees.
     """
-    keys = [_key(config, size) for config, size in zip(configs, nodes, strict=True)]
+    keys = [_key(config, size.expected) for config, size in zip(configs, sizes, strict=True)]
     tables: dict[int, TransitionTable] = {}
     for key in dict.fromkeys(keys):
         texts = [i for i, other in enumerate(keys) if other == key]
-        same, size = [blocks[i] for i in texts], max(nodes[i] for i in texts)
-        tables |= zip(texts, _tables(backend, same, configs[texts[0]], size), strict=True)
+        same, of_texts = [blocks[i] for i in texts], [sizes[i] for i in texts]
+        tables |= zip(texts, _tables(backend, same, configs[texts[0]], of_texts), strict=True)
     return [tables[i] for i in range(len(blocks))]
 
 
@@ -38,22 +65,27 @@ def _key(config: DecodeConfig, nodes: int) -> Hashable:
     temperature, k = config.draft_temperature, config.top_k_children
     if not config.uses_head:
         return config.drafts_chain, k, temperature
-    rows = nodes if config.head_rows == AUTO else config.head_rows
-    return config.drafts_chain, k, temperature, config.top_m, config.head_vocab, rows
+    sizes = nodes, config.top_m, config.head_vocab, config.head_rows
+    return config.drafts_chain, k, temperature, *sizes
 
 
 def _tables(
-    backend: Backend, blocks: Sequence[Block], config: DecodeConfig, nodes: int
+    backend: Backend, blocks: Sequence[Block], config: DecodeConfig, sizes: Sequence[TreeSize]
 ) -> list[TransitionTable]:
-    k, temperature = config.top_k_children, config.draft_temperature
+    nodes, temperature = max(size.expected for size in sizes), config.draft_temperature
+    # No node has more children than there are nodes.
+    k = min(config.top_k_children, max(1, *(size.built - 1 for size in sizes)))
     if config.uses_head:
         assert backend.head is not None
         rows = config.head_rows
         if rows == AUTO:
             # The token that a chain continues from may be improbable by its marginal.
             rows = None if config.drafts_chain else max(ROWS_PER_NODE * nodes, FEWEST_ROWS)
+        shortlist = config.head_vocab
+        if shortlist is not None:
+            shortlist = min(shortlist, max(TOKENS_PER_NODE * nodes, FEWEST_TOKENS))
         return backend.head.transitions(
-            blocks, config.top_m, k, temperature, shortlist=config.head_vocab, rows=rows
+            blocks, config.top_m, k, temperature, shortlist=shortlist, rows=rows
         )
     assert backend.drafter is not None
     return backend.drafter.marginals(blocks, 1 if config.drafts_chain else k, temperature)

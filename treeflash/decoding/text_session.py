@@ -73,10 +73,10 @@ class TextSession:
         """Keep a path of the tree that was verified last."""
         self.backend.verifier.commit([(self.state, path)])
 
-    def draft(self, root: int) -> Block:
-        """The drafter's block after `root`, the token at the next position."""
+    def draft(self, root: int, depths: int | None = None) -> Block:
+        """The drafter's block after `root`, the token at the next position; see `Drafter.draft`."""
         assert self.backend.drafter is not None
-        (block,) = self.backend.drafter.draft([(self.state, root)])
+        (block,) = self.backend.drafter.draft([(self.state, root)], depths)
         return block
 
     def close(self) -> None:

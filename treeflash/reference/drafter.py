@@ -31,7 +31,7 @@ class Block:
 
     Attributes:
         root: token id of the first slot.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict.
+        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
     """
 
     root: int
@@ -45,7 +45,7 @@ class Drafter(OneByOneDrafter):
         """Hold the weights."""
         self.model = model
 
-    def draft_one(self, state: State, root: int) -> Block:
+    def draft_one(self, state: State, root: int, depths: int | None) -> Block:
         """See `Drafter.draft`."""
         cache = state.drafter
         assert cache is not None
@@ -74,7 +74,7 @@ class Drafter(OneByOneDrafter):
             gate = silu(self._linear(layer + "mlp.gate_proj", y))
             up = self._linear(layer + "mlp.up_proj", y)
             x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
-        return Block(root, x[config.first_slot :])
+        return Block(root, x[config.first_slot :][:depths])
 
     def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
         """See `Drafter.marginals`."""

@@ -13,6 +13,7 @@ from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Loader
 from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import build_chain, build_tree
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.errors import UnsupportedModelError
@@ -79,6 +80,31 @@ class DrafterTests:
             for table, block in zip(tables, alone, strict=True):
                 (own,) = backend.head.transitions([block], 3, 4, 1.0, shortlist=shortlist)
                 assert_equal_tables(table, own)
+
+    def test_fewer_depths_of_a_dialect_are_the_first_ones(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        """Of one text and of several; a depth's output does not depend on how many are wanted."""
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter is not None
+        rng = np.random.default_rng(6)
+        texts = [TextSession(backend, drafts=True) for _ in range(2)]
+        roots = [text.extend(random_tokens(rng, backend.vocab_size, 6)) for text in texts]
+        states = [(text.state, root) for text, root in zip(texts, roots, strict=True)]
+
+        def tables(depths: int | None) -> list[TransitionTable]:
+            assert backend.drafter is not None
+            blocks = backend.drafter.draft(states, depths)
+            found = backend.drafter.marginals(blocks, 4, 1.0)
+            if backend.head is not None:
+                found += backend.head.transitions(blocks, 3, 4, 1.0)
+            return found
+
+        every = tables(None)
+        for depths in (1, 2, every[0].depths, every[0].depths + 1):
+            for few, whole in zip(tables(depths), every, strict=True):
+                assert few.depths == min(depths, whole.depths)
+                assert_equal_tables(few, whole.until(depths))
 
     def test_log_probs_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
         models = pair(drafter={"dialect": dialect})

@@ -16,7 +16,7 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.proposals import propose
+from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.sampling import choose, uniforms
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
@@ -88,8 +88,9 @@ def _is_settled(
         if config.drafts and tree is not first[0]:
             root = int(tree.tokens[0])
             assert isinstance(config.budget, int)
-            block = text.draft(root)
-            (table,) = propose(reference, [block], [config], [config.budget])
+            size = TreeSize.fixed(config.budget)
+            block = text.draft(root, size.depths)
+            (table,) = propose(reference, [block], [config], [size])
             if not _is_settled_tree(table, root, config):
                 return False
         draws = None

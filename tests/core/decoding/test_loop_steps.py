@@ -111,7 +111,8 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("settings", "rows"),
         [
-            ({"budget": 6}, 32),
+            ({"budget": 3}, 16),
+            ({"budget": 6}, 24),
             ({"budget": 16}, 64),
             ({"budget": 16, "head_rows": 5}, 5),
             ({"budget": 16, "head_rows": None}, None),

@@ -114,7 +114,7 @@ class MadeUp:
         for text, path in paths:
             text.length += len(path)
 
-    def draft(self, roots):
+    def draft(self, roots, depths=None):
         ((text, root),) = roots
         assert root == token_at(text.length)
         return [text.length]

@@ -102,7 +102,7 @@ class Oracle:
     def commit(self, paths):
         pass
 
-    def draft(self, roots):
+    def draft(self, roots, depths=None):
         return [root for _, root in roots]
 
     def log_probs(self, block, previous=None):

@@ -60,7 +60,7 @@ class Drafter(OneByOneDrafter):
             for layer, cached in zip(model.layers, state.drafter_cache, strict=True)
         ]
 
-    def draft_one(self, state, root):
+    def draft_one(self, state, root, depths):
         if state.features:
             self.read(state)
         model, config = self.model, self.model.config
@@ -73,7 +73,7 @@ class Drafter(OneByOneDrafter):
             window = config.sliding_windows[n] or np.inf
             mask = (np.abs(distance) < window) & ((distance >= 0) | (not config.causal[n]))
             x, _ = layer(x, positions, state.drafter_cache[n], mask)
-        return root, x
+        return root, x if depths is None else x[: 1 + depths]
 
     def marginals_one(self, block, k, temperature):
         _, hidden = block
