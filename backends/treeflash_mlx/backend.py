@@ -35,6 +35,8 @@ from treeflash_mlx.verifier import Verifier
 Head: TypeAlias = ARHead | RecurrentHead
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
+STARTS = 4
+"""How often in a forward pass the device is told to start, at most."""
 
 
 class MlxBackend:
@@ -97,6 +99,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
         model.batches = runs_batches(backend)
         check_trees(backend)
+    model.hooks.start_early(model.layers[:: -(-len(model.layers) // STARTS)])
     release_freed_memory()
     return backend
 

@@ -169,11 +169,17 @@ class TreeCache:
     """One layer in one forward pass, with the interface of mlx-lm's caches; it never rotates.
 
     A layer with a sliding window keeps all positions: which of them are in the window depends on
-    the branch of the tree, and the mask tells.
+    the branch of the tree, and the mask tells. It fetches those that any node's window reaches.
     """
 
     def __init__(
-        self, storage: Storage, layer: int, window: int | None, start: int, tree: TreePass | None
+        self,
+        storage: Storage,
+        layer: int,
+        window: int | None,
+        start: int,
+        tree: TreePass | None,
+        first: dict[int, int],
     ) -> None:
         """Describe the pass.
 
@@ -183,34 +189,42 @@ class TreeCache:
             window: the layer's sliding window, in positions; None if it attends to everything.
             start: committed positions, for one text.
             tree: None for one text that continues without branches.
+            first: by window, the first column that such layers fetch: what the mask of one of them
+                leaves out, all of them leave out.
         """
         self.storage = storage
         self.layer = layer
         self.window = window
         self.offset = start
         self.tree = tree
+        self.first = first
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """The attention mask of n new rows, in a form that mlx-lm takes."""
-        window = window_size or self.window
+        window, first = window_size or self.window, 0
+        if self.window is not None and window is not None:
+            # A model's window may be another than its cache's, which only has the size of a ring.
+            start = self.offset if self.tree is None else self.tree.start
+            first = self.first[self.window] = max(start - window + 1, 0)
         if self.tree is not None:
-            return self.tree.mask(window)
-        if window is not None and window >= self.offset + n:
-            window = None  # the window reaches back to the start
+            return self.tree.mask(window, first)
+        before = self.offset - first
+        if window is not None and window >= before + n:
+            window = None  # every node's window reaches back to the first column
         if window is None and n == 1:
             return None
         if window is None and not return_array:
             return "causal"
-        mask: mx.array = create_causal_mask(n, self.offset, window_size=window)
+        mask: mx.array = create_causal_mask(n, before, window_size=window)
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append (texts, heads, n, width) keys and values.
 
         Returns:
-            Those of all positions, in the form that mlx-lm attends to.
+            Those of all positions that the nodes see, in the form that mlx-lm attends to.
         """
         self._append([keys, values])
         return self.keys_and_values()
@@ -227,7 +241,8 @@ class TreeCache:
 
     def _until(self) -> list[mx.array]:
         stop = self.offset if self.tree is None else self.tree.columns
-        return self.storage.until(self.layer, stop)
+        first = 0 if self.window is None else self.first.get(self.window, 0)
+        return self.storage.until(self.layer, stop, first)
 
 
 class QuantisedTreeCache(TreeCache):

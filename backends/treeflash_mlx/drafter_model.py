@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.activations import swiglu
 
 from treeflash.config import DrafterConfig
 
@@ -75,7 +76,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., hidden_size) to (..., hidden_size)."""
-        y: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: mx.array = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

@@ -97,9 +97,9 @@ class Storage:
                 columns = mx.broadcast_to(index, rows.shape)
                 arrays[i] = mx.put_along_axis(arrays[i], columns, rows, 2)
 
-    def until(self, layer: int, stop: int) -> list[mx.array]:
-        """The first columns of a layer, of all texts."""
-        return [array[:, :, :stop] for array in self.layers[layer]]
+    def until(self, layer: int, stop: int, first: int = 0) -> list[mx.array]:
+        """The columns of a layer before `stop`, of all texts."""
+        return [array[:, :, first:stop] for array in self.layers[layer]]
 
     def keep(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
         """Keep paths that the latest pass ran.

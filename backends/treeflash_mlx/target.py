@@ -183,9 +183,9 @@ class Target:
             layers.
         """
         storage = share_storage(texts)
-        start = texts[0].length
+        start, first = texts[0].length, {}
         caches = self.layout.make(
-            lambda i: self._cache(storage, i, self.layout.windows[i], start, tree),
+            lambda i: self._cache(storage, i, self.layout.windows[i], start, tree, first),
             lambda i: RecurrentCache(
                 storage.states, i, None if tree is None else tree.paths, self.hooks.reads
             ),

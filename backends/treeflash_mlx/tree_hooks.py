@@ -27,6 +27,7 @@ class TreePass:
     fill repeat the root, and nothing depends on them.
 
     Attributes:
+        start: committed positions of the shortest text.
         columns: keys that the largest text has, those of its tree included.
         positions: (texts, n) int32 absolute positions of the nodes.
         keys: (texts, columns) int32 absolute positions of the keys.
@@ -37,6 +38,7 @@ class TreePass:
             the model's own.
     """
 
+    start: int
     columns: int
     positions: mx.array
     keys: mx.array
@@ -80,6 +82,7 @@ class TreePass:
             visible[i, :size, start:stop] = tree.ancestor_mask()
             visible[i, size:, start] = True
         return cls(
+            min(starts),
             columns,
             mx.array(positions),
             mx.array(keys),
@@ -88,17 +91,21 @@ class TreePass:
             NodePaths(trees, n, solve) if solve is not None and n > 1 else None,
         )
 
-    def mask(self, window: int | None) -> mx.array:
+    def mask(self, window: int | None, first: int = 0) -> mx.array:
         """The attention mask, bool, within a sliding window if there is one.
 
         Whether a node lies in a window depends on its position, not on its column.
 
+        Args:
+            window: in positions; None for everything.
+            first: column of the mask.
+
         Returns:
-            (n, columns) for one text, (texts, 1, n, columns) for several.
+            (n, columns - first) for one text, (texts, 1, n, columns - first) for several.
         """
-        mask = self.visible
+        mask, keys = self.visible[..., first:], self.keys[:, first:]
         if window is not None and window < self.columns:
-            mask = mask & (self.positions[:, :, None] - self.keys[:, None] < window)
+            mask = mask & (self.positions[:, :, None] - keys[:, None] < window)
         return mask[0] if self.index is None else mask[:, None]
 
 
@@ -177,6 +184,17 @@ class TreeHooks:
         for i in set(layer_ids) - self._captured:
             _subclass(layers[max(i, 0)], self._keep_input if i == -1 else self._keeping(i))
             self._captured.add(i)
+
+    def start_early(self, layers: Sequence[nn.Module]) -> None:
+        """Let the device start on a pass after these layers, while Python builds the others."""
+
+        def call(base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = base(layer, *args, **kwargs)
+            mx.async_eval(output)
+            return output
+
+        for layer in layers:
+            _subclass(layer, call)
 
     def _rotate(
         self, base: Callable[..., mx.array], rope: nn.Module, x: mx.array, *args: Any, **kwargs: Any

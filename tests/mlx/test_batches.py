@@ -21,8 +21,8 @@ require("mlx_lm")
 import mlx.core as mx  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load, runs_batches  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
-from treeflash_mlx.verifier import PREFILL_CHUNK  # noqa: E402
 
+CHUNK = 512
 BITS = pytest.mark.parametrize("kv_bits", [None, 8])
 # In groups of quantised values a rounding difference becomes a step.
 TOLERANCE = {None: 2e-4, 8: 0.05}
@@ -124,12 +124,18 @@ def test_states_after_random_commits_equal_prefills(pair, rng, kv_bits):
         text.assert_as_prefilled(TOLERANCE[kv_bits])
 
 
+@pytest.fixture
+def _short_chunks(monkeypatch):
+    monkeypatch.setattr("treeflash_mlx.verifier.PREFILL_CHUNK", CHUNK)
+
+
+@pytest.mark.usefixtures("_short_chunks")
 def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
     """Tokens no more than the largest tree share its pass; more of them have their own."""
     backend = load(*pair, LoadConfig())
     texts = [Text(backend, rng, 4, capacity=2000) for _ in range(4)]
     tree = texts[0].tree(20)
-    new = [random_tokens(rng, 64, n) for n in (7, 20, PREFILL_CHUNK + 100)]
+    new = [random_tokens(rng, 64, n) for n in (7, 20, CHUNK + 100)]
     choices = [Choice(log_probs=3), None, Choice(log_probs=3)]
     work = [Extension(t.state, ids, c) for t, ids, c in zip(texts[1:], new, choices, strict=True)]
     verification = Verification(texts[0].state, tree, Choice(log_probs=3))
@@ -142,7 +148,7 @@ def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(backend.target, "forward", record)
         chosen = backend.verifier.run([work[0], verification, *work[1:]])
-    assert passes == [(1, PREFILL_CHUNK), (1, 99), (1, 1), (3, 20)]
+    assert passes == [(1, CHUNK), (1, 99), (1, 1), (3, 20)]
     assert chosen[2] is None
     assert texts[0].length == 4
     for text, ids, found in zip(texts[1:], new, (chosen[0], *chosen[2:]), strict=True):
@@ -158,6 +164,7 @@ def test_short_and_long_new_tokens_run_beside_trees(pair, rng, monkeypatch):
     assert chosen[1].tokens.tolist() == texts[0].logits(tree).argmax(-1).tolist()
 
 
+@pytest.mark.usefixtures("_short_chunks")
 def test_a_call_that_fails_changes_no_text(pair, rng):
     backend = load(*pair, LoadConfig())
     texts = [Text(backend, rng, length, capacity=2000) for length in (3, 8, 5)]
@@ -165,7 +172,7 @@ def test_a_call_that_fails_changes_no_text(pair, rng):
     tree = texts[0].tree(9)
     nothing = Choice(allowed=np.zeros((len(tree), 2), np.uint32))
     work = [
-        Extension(texts[1].state, random_tokens(rng, 64, 2 * PREFILL_CHUNK), Choice()),
+        Extension(texts[1].state, random_tokens(rng, 64, 2 * CHUNK), Choice()),
         Extension(texts[2].state, [1, 2, 3], Choice()),
         Verification(texts[0].state, tree, nothing),
     ]

@@ -45,7 +45,7 @@ def test_a_commit_keeps_the_rows_of_the_path_alone(rng, path, quantised):
 def write(texts, keys, values, tree):
     """What a layer does in a forward pass."""
     storage, q = share_storage(texts), texts[0].quantisation
-    args = storage, 0, None, texts[0].length, tree
+    args = storage, 0, None, texts[0].length, tree, {}
     cache = TreeCache(*args) if q is None else QuantisedTreeCache(q, *args)
     return cache.update_and_fetch(keys, values)
 
@@ -100,3 +100,27 @@ def test_a_copy_is_independent(rng):
     text.length = 0
     write([text], *(rows + 1), None)
     np.testing.assert_array_equal(new.read()[0], np.array(rows)[:, 0, :, :5])
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("branches", [False, True])
+def test_layers_with_a_window_fetch_what_it_reaches(rng, nodes, branches):
+    """By the model's window, which may be wider than its cache's."""
+    text = KeyValues(1, 200)
+    keys = mx.array(rng.normal(size=(2, 1, 2, 100 + nodes, 8)), mx.float32)
+    write([text], *keys[:, :, :, :100], None)
+    text.length = 100
+    tree = None
+    if branches:
+        parents = np.maximum(np.arange(nodes, dtype=np.int32) - 2, 0) - (np.arange(nodes) == 0)
+        shape = DraftTree.from_parents(np.arange(nodes, dtype=np.int32), parents.astype(np.int32))
+        tree = TreePass.of([shape], [100], 255)
+    first = {}
+    layers = [TreeCache(text.storage, 0, window, 100, tree, first) for window in (16, None)]
+    mask = layers[0].make_mask(nodes, return_array=True, window_size=17)
+    fetched = [cache.update_and_fetch(*keys[:, :, :, 100:])[0] for cache in layers]
+    assert [x.shape[2] for x in fetched] == [16 + nodes, 100 + nodes]
+    np.testing.assert_array_equal(fetched[0], fetched[1][:, :, 84:])
+    if mask is not None:
+        assert mask.shape[-2:] == (nodes, 16 + nodes)
+        assert mask[0].sum() == 17

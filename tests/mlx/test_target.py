@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
 from treeflash_mlx.target import Target, shortlist_logits  # noqa: E402
-from treeflash_mlx.verifier import PREFILL_CHUNK  # noqa: E402
 
 VERIFIED = (
     "llama",
@@ -150,7 +149,8 @@ def test_features_are_the_projected_outputs_of_the_layers(pair):
     assert silent.state.context == []
 
 
-def test_long_prefill_is_chunked(pair, rng):
+def test_long_prefill_is_chunked(pair, rng, monkeypatch):
+    monkeypatch.setattr("treeflash_mlx.verifier.PREFILL_CHUNK", 512)
     backend = load(*pair, LoadConfig())
     tokens = rng.integers(0, 64, 1100).tolist()
     whole, halves = (TextSession(backend, drafts=True, capacity=2048) for _ in range(2))
@@ -163,6 +163,7 @@ def test_long_prefill_is_chunked(pair, rng):
 
 def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatch):
     """Outputs of the target layers are never held for the whole prompt."""
+    monkeypatch.setattr("treeflash_mlx.verifier.PREFILL_CHUNK", 512)
     backend = load(*pair, LoadConfig())
     fc, call, projected = backend.drafter_model.fc, nn.Linear.__call__, []
 
@@ -175,7 +176,7 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatc
     text = TextSession(backend, drafts=True, capacity=2048)
     root = text.extend(rng.integers(0, 64, 1500).tolist())
     assert sum(projected) == 1500
-    assert max(projected) <= PREFILL_CHUNK
+    assert max(projected) <= 512
     assert features_of(text).shape == (1500, 128)
     text.draft(root)
     assert sum(projected) == 1500

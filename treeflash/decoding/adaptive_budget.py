@@ -141,7 +141,10 @@ class AdaptiveBudget:
         else:
             sizes = np.arange(len(trees), len(order) + 1)
         costs = self.costs.of(sizes + other_rows, reads[sizes - 1], len(trees))
-        worth = expected[sizes - 1] - self._rate(len(trees), lengths) * costs
+        rate = self._rate(len(trees), lengths)
+        if len(trees) > 1 and not self.of(len(trees)).seconds:  # what this pass alone could reach
+            rate = max(rate, float((expected[sizes - 1] / costs).max()))
+        worth = expected[sizes - 1] - rate * costs
         kept = np.zeros(len(order), np.bool_)
         kept[order[: sizes[int(np.argmax(worth))]]] = True
         parts = np.split(kept, np.cumsum(sizes_of_trees)[:-1])

@@ -22,8 +22,8 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 
-TIMED = (1, 5, 8, 12, 16, 32, 64, 128, 256)
-"""Tree sizes that are timed; hardware has steps, and some are known to end at 5, 8, 16 and 32."""
+TIMED = (1, 5, 8, 10, 12, 16, 32, 64, 128, 256)
+"""Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 16 and 32."""
 SIZES = tuple(sorted({*TIMED, 2, 3, 4, 24, 48, 96, 192}))
 """Tree sizes to choose from; those that are not timed are interpolated linearly."""
 MAX_RELATIVE_COST = 4.6
@@ -49,8 +49,8 @@ class VerifyCosts:
         seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
             above 0.
         read_s: further seconds for each row and committed position that it reads.
-        factors: how many times as long passes over several texts take as one over a single tree of
-            as many rows; by number of texts, rounded up to a power of two.
+        texts_s: further seconds of a pass over several texts, whose attention is computed text by
+            text; by number of texts, rounded up to a power of two.
 
     Raises:
         ValueError: `seconds` is not like that.
@@ -58,7 +58,7 @@ class VerifyCosts:
 
     seconds: dict[int, float]
     read_s: float = 0.0
-    factors: dict[int, float] = field(default_factory=dict)
+    texts_s: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes, seconds = list(self.seconds), list(self.seconds.values())
@@ -169,15 +169,20 @@ class VerifyCosts:
             slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
             found += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
         found = found + self.read_s * np.asarray(reads, np.float64)
-        return np.asarray(found * self.factors.get(power_of_two(texts), 1.0), np.float64)
+        # Below what one tree of as many rows takes, if that was measured while others computed.
+        further = found + self.texts_s.get(power_of_two(texts), 0.0)
+        return np.asarray(np.maximum(further, found / OUTLIER_FACTOR), np.float64)
 
     def observe(self, rows: int, reads: float, texts: int, seconds: float) -> None:
         """Take in a forward pass of decoding; machines change their speed."""
-        ratio = seconds / float(self.of([rows], [reads], texts)[0])
-        change = SMOOTHING * (min(max(ratio, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR) - 1)
+        expected = float(self.of([rows], [reads], texts)[0])
+        ratio = min(max(seconds / expected, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
+        change = SMOOTHING * (ratio - 1)
         if texts > 1:
             number = power_of_two(texts)
-            self.factors[number] = self.factors.get(number, 1.0) * (1 + change)
+            weight = SMOOTHING if number in self.texts_s else 1.0
+            known = self.texts_s.get(number, 0.0)
+            self.texts_s[number] = known + weight * (ratio - 1) * expected
             return
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.

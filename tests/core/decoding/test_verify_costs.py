@@ -13,6 +13,7 @@ from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension
 from treeflash.decoding.verify_costs import (
     LONG_PROMPT_TOKENS,
+    OUTLIER_FACTOR,
     PROMPT_TOKENS,
     SIZES,
     SMOOTHING,
@@ -136,12 +137,24 @@ def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
     assert VerifyCosts({1: 1.0, 2: 1.5, 4: 2.5}).of([3, 10], [0, 0]) == pytest.approx([2.0, 5.5])
 
 
-def test_several_texts_have_a_factor_of_their_own():
+def test_several_texts_take_further_time():
+    """The same for every number of rows; 3 and 4 texts are alike."""
     found = linear_costs(0.1)
+    found.observe(8, 0, 3, 1.7 + 0.4)
+    assert found.of([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.4, 1.2 + 0.4])
     for _ in range(200):
-        found.observe(8, 0, 3, 2 * 1.7)
-    assert found.of([8], [0], 4) == pytest.approx([2 * 1.7], rel=0.01)  # 3 and 4 are alike
+        found.observe(8, 0, 3, 1.7 + 0.6)
+    assert found.of([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.6, 1.2 + 0.6], rel=0.01)
     assert found.of([8], [0], 2) == found.of([8], [0]) == pytest.approx([1.7])
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e9])
+def test_an_outlier_of_several_texts_counts_as_the_shortest_or_longest_plausible(seconds):
+    found = linear_costs(0.1)
+    for _ in range(100):
+        found.observe(8, 0, 3, seconds)
+    cost = float(found.of([8], [0], 3)[0])
+    assert 1.7 / OUTLIER_FACTOR <= cost < np.inf
 
 
 def test_costs_are_measured_on_a_target(backend):
