@@ -183,7 +183,8 @@ class Target:
             layers.
         """
         storage = share_storage(texts)
-        start, first = texts[0].length, {}
+        start = texts[0].length
+        first: dict[int, int] = {}
         caches = self.layout.make(
             lambda i: self._cache(storage, i, self.layout.windows[i], start, tree, first),
             lambda i: RecurrentCache(
