@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
@@ -101,8 +103,8 @@ class EverySecond(AdaptiveBudget):
 
     def cut(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
-    ) -> list[int]:
-        return [len(tree) for tree in trees]
+    ) -> list[NDArray[np.int64]]:
+        return [np.arange(len(tree)) for tree in trees]
 
 
 def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Backend) -> None:
