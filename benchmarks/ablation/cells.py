@@ -51,7 +51,7 @@ CELLS = [
     ),
     *(
         Cell(choice="on-policy", value=str(share), changes={"on_policy": share})
-        for share in (0.25, 0.5)
+        for share in (0.5, 1.0)
     ),
     *(Cell(choice="block size", value=str(s), changes={"block_size": s}) for s in (4, 12)),
     *(Cell(choice="layers", value=str(n), changes={"layers": n}) for n in (1, 3)),

@@ -76,7 +76,7 @@ class TrainConfig:
             `prefix-product` weights it by how much the accepted length depends on it (D-PACE).
         gamma: of the exponential weights, in tokens.
         on_policy: share of the anchors whose blocks the drafter drafts itself, and the target then
-            scores (Draft-OPD).
+            scores (Draft-OPD); rounded up to a multiple of 8 anchors.
         top_tokens: tokens of the target's distribution that losses compare one by one; the rest
             counts as one more.
         negatives: size of the random sample of the vocabulary that estimates the softmax
