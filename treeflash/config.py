@@ -212,14 +212,14 @@ class LoadConfig:
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
         draft_bits: bits per weight of the quantised drafter; None does not quantise it.
         kv_bits: bits per number of the target's keys and values; None keeps `dtype`.
-        cuda_graphs: run trees in fixed shapes and, on a CUDA device, as CUDA graphs.
+        cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
     """
 
     device: str | None = None
     dtype: str | None = None
     draft_bits: int | None = None
     kv_bits: int | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _check(

@@ -207,7 +207,7 @@ def load(
     dtype: str | None = None,
     draft_bits: int | None = None,
     kv_bits: int | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching them if needed.
 
@@ -220,7 +220,7 @@ def load(
         dtype: `float32`, `bfloat16` or `float16`.
         draft_bits: quantise the drafter to so many bits.
         kv_bits: quantise the target's KV cache to so many bits.
-        cuda_graphs: run trees in fixed shapes, on a CUDA device as CUDA graphs.
+        cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
 
     Raises:
         BackendError: the backend is unknown, not installed, or has no such device.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from treeflash_cuda.graphs import Store
 
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short texts share an allocation."""
@@ -21,21 +22,25 @@ class Region:
         storage: (layers, 2, kv_heads, capacity, head_dim).
         slab: the allocation that it is part of.
         first: its first column there.
-        static_forwards: forward passes with static shapes that are bound to these addresses.
     """
 
     storage: Tensor
     slab: Slab
     first: int
-    static_forwards: dict[Any, Any] = field(default_factory=dict)
 
 
 class Slab:
-    """One allocation, and which columns of it are free."""
+    """One allocation, and which columns of it are free.
+
+    Attributes:
+        storage: (layers, 2, kv_heads, columns, head_dim).
+        graphs: functions that are bound to its address.
+    """
 
     def __init__(self, storage: Tensor) -> None:
         """Start with every column free."""
         self.storage = storage
+        self.graphs: Store = {}
         self.columns = storage.shape[3]
         self.free = [(0, self.columns)]  # first column and number of columns, ascending
 
@@ -65,7 +70,11 @@ class Slab:
 
 
 class Arena:
-    """Hands out regions. The first keys that are stored fix their shape."""
+    """Hands out regions. The first keys that are stored fix their shape.
+
+    Attributes:
+        least_nbytes: the least that is allocated at once; None is `SLAB_BYTES`.
+    """
 
     def __init__(self, layers: int, column_nbytes: int = 0) -> None:
         """Start without memory.
@@ -76,6 +85,7 @@ class Arena:
         """
         self.layers = layers
         self.column_nbytes = column_nbytes
+        self.least_nbytes: int | None = None
         self.lock = Lock()
         self.slabs: list[Slab] = []
 
@@ -106,53 +116,11 @@ class Arena:
         for slab in self.slabs:
             if region := slab.take(capacity):
                 return region
-        columns = max(capacity, SLAB_BYTES // self.column_nbytes)
+        least = SLAB_BYTES if self.least_nbytes is None else self.least_nbytes
+        columns = max(capacity, least // self.column_nbytes)
         shape = self.layers, 2, like.shape[1], columns, like.shape[3]
         with torch.inference_mode():
             self.slabs.append(Slab(torch.empty(shape, dtype=like.dtype, device=like.device)))
         region = self.slabs[-1].take(capacity)
         assert region is not None
         return region
-
-
-class StaticArena(Arena):
-    """An arena for static shapes: a text leaves its region, with the graphs for it, to the next.
-
-    Capacities are rounded up to powers of two, so that regions have few sizes.
-
-    Attributes:
-        spare: regions that no text uses.
-    """
-
-    def __init__(self, layers: int, column_nbytes: int = 0) -> None:
-        """See `Arena`."""
-        super().__init__(layers, column_nbytes)
-        self.spare: list[Region] = []
-
-    def nbytes(self, capacity: int) -> int:
-        """See `Arena.nbytes`; a region that a larger text left may be larger."""
-        return super().nbytes(_power_of_two(capacity))
-
-    def take(self, capacity: int, like: Tensor) -> Region:
-        """See `Arena.take`; the smallest spare region that is large enough, if there is one."""
-        size = _power_of_two(capacity)
-        with self.lock:
-            fitting = [region for region in self.spare if region.storage.shape[3] >= size]
-            if fitting:
-                region = min(fitting, key=lambda region: region.storage.shape[3])
-                self.spare.remove(region)
-            else:
-                region = self._take(size, like)
-        with torch.inference_mode():
-            region.storage.zero_()  # masked columns take part too, and must not be NaN
-        return region
-
-    def give_back(self, region: Region) -> None:
-        """Keep a region for another text."""
-        with self.lock:
-            self.spare.append(region)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -87,6 +87,7 @@ class PlainKernels:
         columns = torch.arange(len(k), device=k.device)
         first, last = ranges.first[:, None], (ranges.first + ranges.used)[:, None]
         visible = (columns >= first) & (columns < last)
+        v = v.masked_fill(~visible.any(0)[:, None, None], 0)  # unused memory may hold NaN
         return _products(q, k.transpose(0, 1), v.transpose(0, 1), visible[:, None, None], scale)
 
     def masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> State:

@@ -16,11 +16,10 @@ from treeflash.decoding.probe import check_trees
 from treeflash.decoding.snapshots import MOST
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
-from treeflash_cuda.arena import Arena, StaticArena
+from treeflash_cuda.arena import Arena
 from treeflash_cuda.attention_kernels import flash_kernels
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.graphs import StaticForwards
 from treeflash_cuda.head import ARHead
 from treeflash_cuda.head_weights import make_module
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
@@ -33,6 +32,10 @@ from treeflash_cuda.verifier import Verifier
 Head: TypeAlias = ARHead | RecurrentHead
 
 
+SLABS = 64
+"""On a GPU, this fraction of its memory is allocated for keys and values at once."""
+
+
 class CudaBackend:
     """`treeflash.decoding.interfaces.Backend` in PyTorch."""
 
@@ -43,13 +46,12 @@ class CudaBackend:
         target: Target,
         drafter: DrafterModel | None,
         head: Head | None,
-        static: StaticForwards | None,
     ) -> None:
-        """Hold a target and a drafter for it; single trees run with static shapes if given."""
+        """Hold a target and a drafter for it."""
         self.target = target
         self.drafter_model = drafter
         self.drafter_arena = Arena(len(drafter.layers)) if drafter else None
-        self.verifier = Verifier(target, drafter, static)
+        self.verifier = Verifier(target, drafter)
         self.drafter = Drafter(drafter, target) if drafter else None
         self.head = head
         self.device = str(target.device)
@@ -93,21 +95,22 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = load_target(target, config, pack=True)
-    static = None
-    if config.cuda_graphs and model.transposed is not None:
+    model.graphs.enabled = config.cuda_graphs
+    if config.cuda_graphs and model.device.type == "cuda":
+        # Graphs are bound to allocations: a large one serves many texts.
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+        model.arena.least_nbytes = memory // SLABS
+    if model.transposed is not None and model.device.type == "cuda":
         warnings.warn("models with recurrent layers run without CUDA graphs", stacklevel=2)
-    elif config.cuda_graphs:
-        model.arena = StaticArena(len(model.layers), model.arena.column_nbytes)
-        static = StaticForwards(model)
     if drafter is None:
-        return CudaBackend(model, None, None, static)
+        return CudaBackend(model, None, None)
     drafter_model, head = load_drafter(drafter, model)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
         pack_linears(head.module)
     model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head, static)
+    backend = CudaBackend(model, drafter_model, head)
     check_trees(backend)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # weights are first made in float32

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from treeflash.decoding.choices import MASK_BITS, Choice, Chosen, LogProbs, shared_sampling
 from treeflash_cuda.cache import upload_all
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.sampler import choose as sample
 from treeflash_cuda.topk import topk
 
 
 def choose(
-    logits: Tensor, counts: Sequence[int], choices: Sequence[Choice | None]
+    logits: Tensor,
+    counts: Sequence[int],
+    choices: Sequence[Choice | None],
+    graphs: Graphs | None = None,
 ) -> list[Chosen | None]:
     """What `treeflash.decoding.choices.choose` defines, for several texts.
 
@@ -27,6 +31,7 @@ def choose(
         logits: (rows, vocab) of all texts.
         counts: rows of each text.
         choices: of each text; None for a text without rows.
+        graphs: replay the arithmetic; None computes it.
 
     Raises:
         NumericalError: a row's largest logit is not finite.
@@ -43,7 +48,7 @@ def choose(
         else:
             rows = together[0] if len(together) == 1 else torch.cat(together)
         draws = [draw for i in texts if (draw := wanted[i].uniforms) is not None]
-        found = sample(rows, sampling, np.concatenate(draws) if draws else None)
+        found = sample(rows, sampling, np.concatenate(draws) if draws else None, graphs)
         ends = np.cumsum([counts[i] for i in texts])
         tokens |= zip(texts, np.split(found, ends[:-1]), strict=True)
     log_probs = _log_probs(parts, tokens, wanted)

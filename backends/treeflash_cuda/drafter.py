@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from treeflash_cuda.cache import KeyValues, PackedRows, upload
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.output_stage import OutputStage
 from treeflash_cuda.packed import packed_attention, repeat_rows
+from treeflash_cuda.static_drafts import Kind, StaticDrafts
 from treeflash_cuda.target import Target
 from treeflash_cuda.topk import top_log_probs
-
-Kind: TypeAlias = tuple[int | None, bool]
-"""A layer's window, and whether it is causal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +29,12 @@ class Block:
 
     Attributes:
         root: token id of the first slot.
+        token: (1,) the same on the device.
         hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
     """
 
     root: int
+    token: Tensor
     hidden: Tensor
 
 
@@ -63,15 +63,27 @@ class Drafter:
         self.model = model
         self.target = target
         self.output = OutputStage(model.config, model.own, target)
+        self.static = StaticDrafts(model, target, self.output)
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """See `Drafter.draft`; the rows of all texts follow one another."""
+        found = self.static.run(roots) or self._draft(roots)
+        for state, _ in roots:
+            # The block's keys and values are scratch: the next context overwrites them.
+            state.drafter.length, state.context = state.length, []
+        first = self.model.config.first_slot
+        each = zip(roots, *found, strict=True)
+        return [Block(root, token[None], part[first:][:depths]) for (_, root), part, token in each]
+
+    def _draft(self, roots: Sequence[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
+        """(texts, S, hidden_size) blocks, (texts,) roots."""
         config, device = self.model.config, self.target.device
         size, groups = config.block_size, config.num_attention_heads // config.num_key_value_heads
         kinds = list(zip(config.sliding_windows, config.causal, strict=True))
         tokens = torch.full((len(roots), size), config.mask_token_id, device=device)
-        tokens[:, 0] = upload(np.array([root for _, root in roots]), device)
+        root_tokens = upload(np.array([root for _, root in roots]), device)
+        tokens[:, 0] = root_tokens
         x = self.output.embed(tokens.flatten())[None]
         if config.input_scale != 1:
             x = x * config.input_scale
@@ -94,25 +106,24 @@ class Drafter:
         rotation = self.model.rotary(torch.cat(known + drafted), x.dtype)
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
             x = layer(x, context, rotation, functools.partial(self._attend, texts, packed, n, kind))
-        for text, (state, _) in zip(texts, roots, strict=True):
-            # The block's keys and values are scratch: the next context overwrites them.
-            text.cache.length += text.context
-            state.context = []
-        hidden = x[0].split(size)
-        pairs = zip(roots, hidden, strict=True)
-        return [Block(root, part[config.first_slot :][:depths]) for (_, root), part in pairs]
+        return x[0].unflatten(0, (-1, size)), root_tokens
 
     @torch.inference_mode()
     def marginals(
         self, blocks: Sequence[Block], k: int, temperature: float
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
-        logits = self.output.logits(self.model.norm(drafted(blocks)))
-        tokens, log_probs = top_log_probs(logits, k, temperature)
-        tokens = self.output.to_target(tokens)
-        # One read from the device for both.
-        read = torch.cat([tokens, log_probs.view(torch.int32)], 1).cpu().numpy()
-        k = tokens.shape[1]
+
+        def best(hidden: Tensor) -> tuple[Tensor]:
+            logits = self.output.logits(self.model.norm(hidden))
+            tokens, log_probs = top_log_probs(logits, k, temperature)
+            tokens = self.output.to_target(tokens)
+            # One read from the device for both.
+            return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
+
+        (found,) = self.target.graphs.run("marginals", (k, temperature), best, drafted(blocks))
+        read = found.cpu().numpy()
+        k = read.shape[1] // 2
         return [
             TransitionTable.from_marginals(part[:, :k], part[:, k:].view(np.float32))
             for part in np.split(read, len(blocks))

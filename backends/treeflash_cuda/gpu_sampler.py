@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.errors import NumericalError
 from treeflash_cuda.cache import upload
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.topk import topk
 
 SHORTLIST = 64
@@ -21,7 +24,10 @@ BLOCK = 256
 
 
 def sample(
-    logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64]
+    logits: Tensor,
+    sampling: SamplingConfig,
+    uniforms: NDArray[np.float64],
+    graphs: Graphs | None = None,
 ) -> NDArray[np.int64]:
     """(n,) tokens; see `treeflash.decoding.sampling.choose`.
 
@@ -29,14 +35,20 @@ def sample(
         logits: (n, vocab).
         sampling: not greedy.
         uniforms: (n,) in [0, 1).
+        graphs: replay the arithmetic; None computes it.
 
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
     draws = upload(uniforms, logits.device)
-    tokens, covered = _sample(logits, sampling, draws, SHORTLIST)
-    finite = logits.amax(-1).isfinite().all()
-    read = torch.cat([tokens, covered, finite[None]]).cpu().numpy()
+    filters = replace(sampling, seed=0)
+
+    def search(logits: Tensor, draws: Tensor) -> tuple[Tensor]:
+        tokens, covered = _sample(logits, filters, draws, SHORTLIST)
+        return (torch.cat([tokens, covered, logits.amax(-1).isfinite().all()[None]]),)
+
+    graphs = graphs or Graphs(logits.device)
+    read = graphs.run("sampling", filters, search, logits, draws)[0].cpu().numpy()
     if not read[-1]:
         raise NumericalError(NOT_FINITE)
     chosen, narrow = read[: len(logits)], read[len(logits) : -1].astype(np.bool_)

@@ -1,195 +1,144 @@
-"""Forward passes with static shapes, which a GPU captures and replays as CUDA graphs.
+"""Functions of tensors, which a GPU captures once and then replays as CUDA graphs.
 
-A forward pass consists of hundreds of small kernels, which a CPU launches more slowly than a GPU
-runs them. A CUDA graph launches them all at once, but needs shapes and addresses that never change.
-So trees are padded to a power of two, attention covers a power of two of the text's columns through
-a mask, and a text that ends leaves its region, with the graphs captured for it, to the next.
+An iteration consists of thousands of small kernels, which a CPU launches more slowly than a GPU
+runs them. A CUDA graph launches all kernels of a function at once, but with the shapes and
+addresses of its capture: what differs between calls must be in the inputs, which are copied to
+fixed places.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from treeflash.decoding.tree import DraftTree
-from treeflash.errors import UnsupportedModelError, is_out_of_memory
-from treeflash_cuda.attention import BlockContext, MaskFunction, additive_mask, evaluate
-from treeflash_cuda.cache import KeyValues, TreeCache, upload
-from treeflash_cuda.state import State
-from treeflash_cuda.target import Target
+from treeflash.errors import is_out_of_memory
 
-MAX_NODES = 512
-"""Larger trees run without static shapes."""
-LEAST_COLUMNS = 512
-"""That attention covers."""
+MAX_GRAPHS = 64
+"""In one store; the oldest is dropped for a new one."""
 WARM_UP = 3
-"""Forward passes before a capture, in which libraries allocate their workspaces."""
+"""Calls before a capture, in which libraries allocate their workspaces."""
+
+Outputs: TypeAlias = tuple[Any, ...]
+"""Tensors, and what else a function returns, which must be the same at every call."""
 
 
-class StaticContext(BlockContext):
-    """What the nodes of a tree see, as a function of tensors alone.
-
-    Attributes:
-        positions: (n,) absolute positions.
-        slots: (n,) columns of the cache; those before the first slot are committed.
-        ancestors: (n, n) bool, which nodes of the tree each node sees.
-        columns: of the cache that attention covers.
-    """
-
-    def __init__(self, positions: Tensor, slots: Tensor, ancestors: Tensor, columns: int) -> None:
-        """Describe one forward pass."""
-        super().__init__()
-        self.positions = positions
-        self.slots = slots
-        self.ancestors = ancestors
-        self.columns = columns
-
-    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """(1, 1, n, columns) additive."""
-        columns = torch.arange(self.columns, device=self.slots.device)
-        keys = columns.index_copy(0, self.slots, self.positions)
-        visible = (columns < self.slots[0]).repeat(len(self.slots), 1)
-        visible = visible.index_copy(1, self.slots, self.ancestors)
-        visible = visible & evaluate(function, self.positions[:, None], keys[None, :])
-        return additive_mask(visible, dtype)[None, None]
-
-
-class StaticCache(TreeCache):
-    """A text's columns, written where a tensor says.
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A captured function.
 
     Attributes:
-        slots: (n,) columns for the block.
-        columns: how many are returned.
+        graph: its kernels.
+        inputs: where they read.
+        outputs: where they write, until the next replay of any graph.
     """
 
-    def __init__(self, text: KeyValues, slots: Tensor, columns: int) -> None:
-        """Describe one forward pass."""
-        super().__init__([text], [len(slots)])
-        self.storage = text.storage
-        self.slots = slots
-        self.columns = columns
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """See `TreeCache.update`; the first `columns` are returned."""
-        keys, values = self.storage[layer_idx]
-        keys.index_copy_(1, self.slots, key_states[0])
-        values.index_copy_(1, self.slots, value_states[0])
-        return keys[None, :, : self.columns], values[None, :, : self.columns]
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: Outputs
 
 
-class StaticForwards:
-    """Runs single trees with static shapes."""
+Store: TypeAlias = dict[Hashable, Graph]
+"""Graphs by what they depend on besides the inputs."""
 
-    def __init__(self, target: Target) -> None:
-        """Take the target; its texts must have regions of a `StaticArena`."""
-        self.target = target
-        self.capture_lock = Lock()
+
+class Graphs:
+    """Captures and replays the functions of one target and its drafter.
+
+    Attributes:
+        device: of all tensors.
+        enabled: whether functions are captured; only on a CUDA device.
+        store: of functions that depend on nothing but the models.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start without graphs, and disabled."""
+        self.device = device
+        self.enabled = False
+        self.store: Store = {}
+        self._lock = Lock()
+        self._failed: set[str] = set()
+
+    def run(
+        self,
+        name: str,
+        settings: Hashable,
+        function: Callable[..., Outputs],
+        *inputs: Tensor,
+        store: Store | None = None,
+    ) -> Outputs:
+        """The outputs of a function, replayed if that is possible.
+
+        Args:
+            name: of the function, for messages.
+            settings: everything that the function depends on besides its inputs.
+            function: of the inputs alone, without any read from the device.
+            inputs: tensors on the device.
+            store: belongs to what the function reads or writes besides; it must end with it.
+        """
+        if not self.enabled or self.device.type != "cuda" or name in self._failed:
+            return function(*inputs)
+        store = self.store if store is None else store
+        key = name, settings, tuple((x.shape, x.dtype) for x in inputs)
+        with self._lock:
+            if key not in store:
+                captured = self._capture(name, function, inputs)
+                if captured is None:
+                    return function(*inputs)
+                if len(store) >= MAX_GRAPHS:
+                    del store[next(iter(store))]
+                store[key] = captured
+            graph = store[key]
+            for kept, given in zip(graph.inputs, inputs, strict=True):
+                kept.copy_(given)
+            graph.graph.replay()
+            # The next replay overwrites them, and may belong to another text.
+            return tuple(x.clone() if isinstance(x, Tensor) else x for x in graph.outputs)
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
         """The stream of all captures: every stream that is used keeps a workspace."""
-        return torch.cuda.Stream(self.target.device)
+        return torch.cuda.Stream(self.device)
 
-    def run(self, state: State, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]] | None:
-        """Logits and captured layers' outputs; None for a tree that must run without."""
-        region = state.key_values.region
-        n, start = len(tree), state.length
-        nodes = 1 << (n - 1).bit_length()
-        end = start + nodes
-        if region is None or nodes > MAX_NODES or end > region.storage.shape[3]:
-            return None
-        inputs = np.zeros((3 + nodes, nodes), np.int32)
-        inputs[0, :n] = tree.tokens
-        inputs[1] = start
-        inputs[1, :n] = tree.positions(start)
-        inputs[2] = np.arange(start, end)
-        inputs[3:] = np.eye(nodes)  # padding sees itself: softmax over no key would give NaN
-        inputs[3 : 3 + n, :n] = tree.ancestor_mask()
-        # The region may be a longer text's: cover only the columns that this text needs.
-        columns = max(LEAST_COLUMNS, 1 << (end - 1).bit_length())
-        columns = min(columns, region.storage.shape[3])
-        forwards = region.static_forwards
-        if (nodes, columns) not in forwards:
-            forwards[nodes, columns] = StaticForward(self, state.key_values, nodes, columns)
-        logits, outputs = forwards[nodes, columns](upload(inputs, self.target.device))
-        return logits[:n], outputs
+    @cached_property
+    def pool(self) -> Any:
+        """The memory of all graphs, which never run side by side."""
+        return torch.cuda.graph_pool_handle()
 
-
-class StaticForward:
-    """A forward pass of `nodes` rows over a region's first columns; on a GPU a CUDA graph."""
-
-    def __init__(self, static: StaticForwards, text: KeyValues, nodes: int, columns: int) -> None:
-        """Prepare; the graph is captured at the first call."""
-        assert text.region is not None
-        self.static = static
-        self.target = static.target
-        self.text = KeyValues(text.arena, text.capacity)
-        self.text.region = text.region  # it belongs to whichever text has the region
-        self.columns = columns
-        # Tokens, positions, slots, then the ancestor mask.
-        device = static.target.device
-        self.inputs = torch.zeros(3 + nodes, nodes, dtype=torch.int32, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: tuple[Tensor, dict[int, Tensor]]
-
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits and captured layers' outputs; on a GPU valid until the next call."""
-        self.inputs.copy_(inputs)
-        if self.target.device.type != "cuda":
-            return self.run()
-        if self.graph is None:
-            with self.static.capture_lock:
-                self._capture()
-        assert self.graph is not None
-        self.graph.replay()
-        return self.outputs
-
-    def run(self) -> tuple[Tensor, dict[int, Tensor]]:
-        """The forward pass itself, of what lies in `inputs`."""
-        tokens, positions, slots = self.inputs[:3].long()
-        context = StaticContext(positions, slots, self.inputs[3:].bool(), self.columns)
-        return self.target.forward(
-            tokens, context, StaticCache(self.text, slots, self.columns), logits_to_keep=0
-        )
-
-    def _capture(self) -> None:
-        device, stream = self.target.device, self.static.stream
-        assert self.text.region is not None
-        forwards = self.text.region.static_forwards.values()
-        captured = [forward.graph for forward in forwards if forward.graph is not None]
+    def _capture(
+        self, name: str, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
+    ) -> Graph | None:
+        """Capture a function; None, and a warning, if it cannot be captured."""
+        kept = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), garbage_collection_disabled():
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(stream)
-            try:
-                # The forward passes over one region never run side by side, so they share memory.
-                memory = captured[0].pool() if captured else None
+        try:
+            with torch.cuda.device(self.device), garbage_collection_disabled():
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM_UP):
+                        function(*kept)
+                torch.cuda.current_stream().wait_stream(self.stream)
                 # Other threads may go on working meanwhile.
                 with torch.cuda.graph(
-                    graph, pool=memory, stream=stream, capture_error_mode="thread_local"
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
-                    self.outputs = self.run()
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise UnsupportedModelError(
-                    f"{self.target.model.config.model_type} models cannot be captured as a CUDA "
-                    f"graph ({str(error).splitlines()[0]}); leave --cuda-graphs out"
-                ) from error
-        self.graph = graph
+                    outputs = function(*kept)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._failed.add(name)
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
+            return None
+        return Graph(graph, kept, outputs)
 
 
 @contextmanager
@@ -202,3 +151,8 @@ def garbage_collection_disabled() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << (n - 1).bit_length()

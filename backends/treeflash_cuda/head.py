@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, drafted
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.graphs import Outputs
 from treeflash_cuda.linear import take
 from treeflash_cuda.output_stage import OutputStage
 from treeflash_cuda.scores import scores_of
@@ -27,6 +28,7 @@ class ARHead:
         """Use the weights of a head with those of its drafter and target."""
         self.module = module
         self.model = model
+        self.target = target
         self.output = OutputStage(model.config, model.own, target)
         self.scores = scores_of(module, model, self.output)
 
@@ -44,12 +46,69 @@ class ARHead:
         """See `ARHead.transitions`; the products of all texts are computed together."""
         hidden = drafted(blocks)
         depths = len(hidden) // len(blocks)
+        settings = len(blocks), m, k, temperature, shortlist, rows
+
+        def search(hidden: Tensor, roots: Tensor) -> Outputs:
+            return self._search(hidden, roots, m, k, temperature, shortlist, rows)
+
+        roots = _cat([block.token for block in blocks])
+        found, shapes, confident = self.target.graphs.run(
+            "the AR head", settings, search, hidden, roots
+        )
+        numbers = found.cpu().numpy()
+        tables = []
+        for n, width, rows_per_depth in shapes:
+            confidences = None
+            if confident:
+                confidences, numbers = np.split(numbers, [n])
+                confidences = confidences.view(np.float32)
+            own, numbers = np.split(numbers, [2 * n * (1 + width)])
+            ids, tokens, log_probs = np.split(own, [2 * n, (2 + width) * n])
+            places, previous_ids = np.split(ids, 2)
+            tables.append(
+                TransitionTable.from_rows(
+                    places[1:],
+                    previous_ids[1:],
+                    tokens.reshape(n, width),
+                    log_probs.view(np.float32).reshape(n, width),
+                    (depths, rows_per_depth),
+                    confidences,
+                )
+            )
+        return tables
+
+    def _search(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        m: int,
+        k: int,
+        temperature: float,
+        shortlist: int | None,
+        rows: int | None,
+    ) -> Outputs:
+        """The numbers of the tables of all texts.
+
+        Args:
+            hidden: (texts * D, hidden_size) outputs.
+            roots: (texts,).
+            m: see `transitions`.
+            k: see `transitions`.
+            temperature: see `transitions`.
+            shortlist: see `transitions`.
+            rows: see `transitions`.
+
+        Returns:
+            int32 numbers of all texts, see `_children`; per text its rows, children of a row, and
+            rows per depth, scored or not; and whether there are confidences.
+        """
+        depths = len(hidden) // len(roots)
         normed = self.model.norm(hidden)
         logits = self.output.logits(normed)
         marginals = divide_by_temperature(logits, temperature).log_softmax(-1)
         texts = [
-            self._candidates(block.root, part, m, shortlist, rows)
-            for block, part in zip(blocks, marginals.split(depths), strict=True)
+            self._candidates(root, part, m, shortlist, rows)
+            for root, part in zip(roots.split(1), marginals.split(depths), strict=True)
         ]
         index = [text.depth + i * depths for i, text in enumerate(texts)]
         previous = [text.previous for text in texts]
@@ -64,29 +123,9 @@ class ARHead:
             none if confidence is None else confidence.split(sizes),
             strict=True,
         )
-        read = _cat([self._children(*x, k, temperature) for x in each])
-        numbers = read.cpu().numpy()
-        tables = []
-        for text in texts:
-            n, width = len(text.previous), min(k, text.vocab_size)
-            confidences = None
-            if confidence is not None:
-                confidences, numbers = np.split(numbers, [n])
-                confidences = confidences.view(np.float32)
-            own, numbers = np.split(numbers, [2 * n * (1 + width)])
-            ids, tokens, log_probs = np.split(own, [2 * n, (2 + width) * n])
-            places, previous_ids = np.split(ids, 2)
-            tables.append(
-                TransitionTable.from_rows(
-                    places[1:],
-                    previous_ids[1:],
-                    tokens.reshape(n, width),
-                    log_probs.view(np.float32).reshape(n, width),
-                    (depths, text.m),
-                    confidences,
-                )
-            )
-        return tables
+        numbers = _cat([self._children(*x, k, temperature) for x in each])
+        shapes = [(len(x.previous), min(k, x.vocab_size), x.m) for x in texts]
+        return numbers, shapes, confidence is not None
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -106,7 +145,7 @@ class ARHead:
         return self.output.over_target_vocabulary(log_probs).cpu().numpy()
 
     def _candidates(
-        self, root: int, marginal: Tensor, m: int, shortlist: int | None, rows: int | None
+        self, root: Tensor, marginal: Tensor, m: int, shortlist: int | None, rows: int | None
     ) -> _Candidates:
         """Choose the rows of a text by the (D, Vd) marginal log probabilities of its block."""
         vocab = None
@@ -122,7 +161,7 @@ class ARHead:
             previous = vocab[order] if vocab.ndim == 1 else vocab[:-1].gather(1, order)
         kept = weights.argsort(descending=True, stable=True)[:rows].sort().values
         previous = self.output.to_target(previous.flatten()[kept])
-        first = previous.new_full((1,), root)
+        first = root.to(previous.dtype)
         places = torch.cat([torch.zeros_like(first), m + kept])
         return _Candidates(
             places,

@@ -31,6 +31,7 @@ from treeflash_cuda.attention import (
 from treeflash_cuda.attention_kernels import Kernels
 from treeflash_cuda.cache import TreeCache
 from treeflash_cuda.cascade import CascadeContext
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid_cache import HybridCache
 from treeflash_cuda.hybrid_hooks import MAMBA_2, hook_recurrent_layers
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
@@ -60,6 +61,7 @@ class Target:
         transposed: recurrent layers whose states have values before keys; None without recurrent
             layers.
         states_nbytes: size of a text's recurrent states, bytes.
+        graphs: replay forward passes, if they are enabled.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -90,6 +92,7 @@ class Target:
         self.max_positions = _max_positions(self.config)
         self.scale = 1.0
         self.kernels: Kernels | None = None
+        self.graphs = Graphs(device)
         self.arena = Arena(len(self.layers))
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters

@@ -16,9 +16,9 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import upload_all
 from treeflash_cuda.choices import choose
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.graphs import StaticForwards
 from treeflash_cuda.packed import PackedContext
 from treeflash_cuda.state import State
+from treeflash_cuda.static_trees import StaticTrees
 from treeflash_cuda.target import Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
@@ -31,19 +31,16 @@ Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in PyTorch."""
 
-    def __init__(
-        self, target: Target, drafter: DrafterModel | None, static: StaticForwards | None
-    ) -> None:
+    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
         """Hold the models.
 
         Args:
             target: the model.
             drafter: projects the outputs of its target layers to features; None for no features.
-            static: runs single trees with static shapes; None runs none so.
         """
         self.target = target
         self.drafter = drafter
-        self.static = static
+        self.static = StaticTrees(target)
 
     @torch.inference_mode()
     def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
@@ -58,7 +55,8 @@ class Verifier:
                 for item in work
             ]
             logits, counts = self._forward(rows, [item.choice is not None for item in work])
-            chosen = choose(logits, counts, [item.choice for item in work])
+            choices = [item.choice for item in work]
+            chosen = choose(logits, counts, choices, self.target.graphs)
             self._commit([(state, _whole(tokens)) for state, tokens in rows if _is_text(tokens)])
         except Exception:
             for state, (length, recurrent) in zip(states, before, strict=True):
@@ -94,13 +92,9 @@ class Verifier:
             Logits of all nodes of trees and of the last of new tokens, if they are wanted; and how
             many rows of them each text has.
         """
-        (state, tree), *others = rows
-        if not others and self.static is not None and isinstance(tree, DraftTree):
-            static = self.static.run(state, tree)
-            if static is not None:
-                logits, state.outputs = static
-                state.first_row = 0
-                return logits, [len(tree)]
+        trees = [(state, tree) for state, tree in rows if isinstance(tree, DraftTree)]
+        if len(trees) == len(rows) and (found := self.static.run(trees)) is not None:
+            return found
         device = self.target.device
         sizes = [len(tokens) for _, tokens in rows]
         arrays: list[NDArray[Any]] = []
@@ -125,7 +119,7 @@ class Verifier:
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
             texts.append(self.target.context(state.length, positions, ancestors))
         cache = self.target.new_cache(rows, [text.ancestors for text in texts])
-        context = PackedContext(texts, cache) if others else texts[0]
+        context = PackedContext(texts, cache) if len(texts) > 1 else texts[0]
         everything = len(kept) == ends[-1]
         logits, outputs = self.target.forward(
             torch.cat(token_ids),

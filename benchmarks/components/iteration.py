@@ -129,7 +129,7 @@ def choice_ms(model: LanguageModel, nodes: int) -> float | None:
     backend: Any = model.backend
     logits = torch.randn(nodes, backend.vocab_size).to(backend.target.dtype)
     logits = logits.to(backend.target.device)
-    return alternate([lambda: choose(logits, GREEDY, None)], 20)[0]
+    return alternate([lambda: choose(logits, GREEDY, None, backend.target.graphs)], 20)[0]
 
 
 def verify_rows(model: LanguageModel, args: Any) -> list[dict]:

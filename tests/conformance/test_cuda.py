@@ -1,6 +1,6 @@
 """The PyTorch backend, on a CPU and in float32."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -8,6 +8,7 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("torch")
 
+from parts import load_with_parts  # noqa: E402
 from treeflash_cuda.backend import load as load_cuda  # noqa: E402
 
 
@@ -23,12 +24,12 @@ class TestConformance(BackendSuite):
 
 
 class TestStaticShapes(BackendSuite):
-    """The forward passes that a GPU captures as graphs, run without capturing."""
+    """What a GPU computes, by plain products: attention in parts, and what graphs capture."""
 
     dialects = tuple(DIALECTS)
 
     @pytest.fixture
-    def load(self):
-        return lambda target, drafter, config: load_cuda(
-            target, drafter, replace(config, device="cpu", cuda_graphs=True)
+    def load(self, monkeypatch):
+        return lambda target, drafter, config: load_with_parts(
+            monkeypatch, target, drafter, **asdict(replace(config, device="cpu"))
         )

@@ -8,6 +8,7 @@
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -206,6 +207,8 @@ class FakeCuda(TorchDispatchMode):
             "device": nothing,
             "get_device_capability": lambda device: (9, 0),
             "get_device_name": lambda device: "fake",
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=1 << 32),
+            "graph_pool_handle": lambda: None,
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)

@@ -11,7 +11,7 @@ require("torch")
 
 import torch  # noqa: E402
 from treeflash_cuda import arena as arena_module  # noqa: E402
-from treeflash_cuda.arena import Arena, StaticArena  # noqa: E402
+from treeflash_cuda.arena import Arena  # noqa: E402
 
 LIKE = torch.zeros(1, 2, 3, 4)  # keys of a layer
 LAYERS = 3
@@ -82,7 +82,6 @@ def test_slabs_are_given_back_but_for_the_smallest():
     assert arena.take(50, LIKE).slab is arena.slabs[0]
 
 
-@pytest.mark.parametrize("kind", [Arena, StaticArena])
 @settings(
     max_examples=30,
     deadline=None,
@@ -90,9 +89,9 @@ def test_slabs_are_given_back_but_for_the_smallest():
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 10**6))
-def test_regions_never_overlap_move_or_leak(kind, seed):
+def test_regions_never_overlap_move_or_leak(seed):
     rng = np.random.default_rng(seed)
-    arena = kind(LAYERS)
+    arena = Arena(LAYERS)
     held = []
     for number in range(60):
         if held and rng.random() < 0.5:
@@ -108,19 +107,7 @@ def test_regions_never_overlap_move_or_leak(kind, seed):
         assert region.storage.data_ptr() == address
         assert (region.storage == value).all()
         arena.give_back(region)
-    if kind is Arena:
-        assert [slab.is_free for slab in arena.slabs] == [True]
-
-
-def test_static_regions_have_few_sizes_and_are_cleared():
-    arena = StaticArena(LAYERS)
-    region = arena.take(33, LIKE)
-    assert region.storage.shape[3] == 64
-    assert arena.nbytes(33) == 64 * COLUMN
-    region.storage.fill_(torch.nan)
-    arena.give_back(region)
-    assert arena.take(50, LIKE) is region
-    assert (region.storage == 0).all()
+    assert [slab.is_free for slab in arena.slabs] == [True]
 
 
 def test_keys_in_half_precision_take_half():

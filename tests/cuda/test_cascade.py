@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from parts import load_with_parts
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Extension
@@ -22,20 +23,12 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 from treeflash_cuda import attention_kernels  # noqa: E402
-from treeflash_cuda import backend as loading  # noqa: E402
 from treeflash_cuda.attention_kernels import PlainKernels, Ranges, merge  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 from treeflash_cuda.cascade import is_window  # noqa: E402
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
-
-
-def load_with_parts(monkeypatch, *folders, config=CPU):
-    """A backend that computes attention in parts, by plain products."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "flash_kernels", lambda *_: (PlainKernels(), ""))
-        return load(*folders, config)
 
 
 def numbers(*shape, seed=0):
@@ -94,7 +87,7 @@ def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         }
         path.write_text(json.dumps(json.loads(path.read_text()) | windows))
-    backends = load(tmp_path, None, CPU), load_with_parts(monkeypatch, tmp_path, None)
+    backends = load(tmp_path, None, CPU), load_with_parts(monkeypatch, tmp_path)
     rng = np.random.default_rng(3)
     prompts = [random_tokens(rng, VOCAB, n) for n in (12, 3)]
     more = random_tokens(rng, VOCAB, 5)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
 from treeflash.decoding.choices import Choice, LogitEdits
 from treeflash.decoding.interfaces import Extension, Verification
 from treeflash.decoding.text_session import TextSession
@@ -230,15 +231,34 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trees_are_captured(cuda, folders, family, dtype):
-    backend = load(*folders[family], LoadConfig(dtype=dtype, cuda_graphs=True))
-    text = TextSession(backend, drafts=True)
-    text.draft(text.extend(PROMPT))
+@pytest.mark.parametrize("sampling", SAMPLINGS[::3], ids=["greedy", "sampled"])
+def test_an_iteration_is_captured(cuda, folders, family, dtype, sampling):
+    backend = load(*folders[family], LoadConfig(dtype=dtype))
+    states = started(backend, 3)
+    backend.drafter.draft([(state, 1) for state in states])
     for _ in range(2):  # captured, then replayed
-        text.verify(tree())
-        text.commit(np.array([0, 2], np.int32))
-    (forward,) = text.state.key_values.region.static_forwards.values()
-    assert forward.graph is not None
+        work = [Verification(state, tree(), choice(sampling)) for state in states]
+        backend.verifier.run(work)
+        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
+        blocks = backend.drafter.draft([(state, 1) for state in states])
+        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
+        backend.drafter.marginals(blocks, 8, 0.7)
+    slabs = backend.target.arena.slabs, backend.drafter_arena.slabs
+    names = [name for (slab,) in slabs for name, *_ in slab.graphs]
+    names += [name for name, *_ in backend.target.graphs.store]
+    choosing = "argmax" if sampling.greedy else "sampling"
+    others = {"the AR head", "marginals", choosing}
+    assert set(names) == others | ({"the target", "the drafter"} if dtype == "bfloat16" else set())
+
+
+def test_an_iteration_waits_for_the_device_twice(cuda, backend):
+    """For the children, from which the tree is built; and for the chosen tokens."""
+    steps = decode(backend, PROMPT, DecodeConfig(budget=6, max_tokens=30))
+    next(steps)
+    next(steps)
+    with cuda.transfers() as iteration:
+        next(steps)
+    assert iteration.reads == 2
 
 
 @pytest.mark.parametrize("texts", [1, 3])

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
@@ -18,11 +19,13 @@ THREADS, TEXTS = 4, 12
 
 
 @pytest.fixture(params=[False, True], ids=["", "static shapes"])
-def backend(request, tmp_path):
+def backend(request, tmp_path, monkeypatch):
     write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    config = LoadConfig(device="cpu", dtype="float32", cuda_graphs=request.param)
-    return load(tmp_path / "target", tmp_path / "drafter", config)
+    folders = tmp_path / "target", tmp_path / "drafter"
+    if request.param:
+        return load_with_parts(monkeypatch, *folders)
+    return load(*folders, LoadConfig(device="cpu", dtype="float32"))
 
 
 @pytest.mark.usefixtures("frequent_switches")

@@ -81,9 +81,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kv-bits", type=int, metavar="N", help="quantise the KV cache to N bits (mlx)"
     )
     group.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="run the target's forward passes as CUDA graphs (cuda)",
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="do not replay trees and drafts as CUDA graphs (cuda)",
     )
 
 

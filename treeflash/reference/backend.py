@@ -67,8 +67,6 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
         raise ConfigError(
             "the reference backend does not quantise; leave --draft-bits and --kv-bits out"
         )
-    if config.cuda_graphs:
-        raise ConfigError("the reference backend has no CUDA graphs; leave --cuda-graphs out")
     model = Target(target)
     return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
 

@@ -33,7 +33,5 @@ def load(target, drafter, config):
         raise BackendError(f"the example backend runs on cpu, not on {config.device!r}")
     if config.dtype not in (None, "float32") or config.draft_bits or config.kv_bits:
         raise ConfigError("the example backend computes in float32 and does not quantise")
-    if config.cuda_graphs:
-        raise ConfigError("the example backend has no CUDA graphs")
     model = Target(target)
     return ExampleBackend(model, DrafterModel(drafter, model) if drafter else None)
