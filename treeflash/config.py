@@ -213,6 +213,7 @@ class LoadConfig:
         draft_bits: bits per weight of the quantised drafter; None does not quantise it.
         kv_bits: bits per number of the target's keys and values; None keeps `dtype`.
         cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
+        compile: compile the target's layers with `torch.compile`.
     """
 
     device: str | None = None
@@ -220,6 +221,7 @@ class LoadConfig:
     draft_bits: int | None = None
     kv_bits: int | None = None
     cuda_graphs: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _check(

@@ -208,6 +208,7 @@ def load(
     draft_bits: int | None = None,
     kv_bits: int | None = None,
     cuda_graphs: bool = True,
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching them if needed.
 
@@ -221,6 +222,7 @@ def load(
         draft_bits: quantise the drafter to so many bits.
         kv_bits: quantise the target's KV cache to so many bits.
         cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
+        compile: compile the target's layers with `torch.compile`.
 
     Raises:
         BackendError: the backend is unknown, not installed, or has no such device.
@@ -229,7 +231,12 @@ def load(
         ConfigError: a setting is invalid, or the backend does not support it.
     """
     config = LoadConfig(
-        device=device, dtype=dtype, draft_bits=draft_bits, kv_bits=kv_bits, cuda_graphs=cuda_graphs
+        device=device,
+        dtype=dtype,
+        draft_bits=draft_bits,
+        kv_bits=kv_bits,
+        cuda_graphs=cuda_graphs,
+        compile=compile,
     )
     load_pair = loader(best() if backend is None else backend)
     if device is not None:

@@ -95,11 +95,13 @@ def attention_context(context: Context) -> Iterator[dict[int, Tensor]]:
         _FORWARD_PASS.reset(token)
 
 
+@torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
     """Keep a layer's output for the caller of the current forward pass."""
     _FORWARD_PASS.get().outputs[layer_id] = output
 
 
+@torch.compiler.disable
 def attention_mask(
     *, mask_function: MaskFunction, dtype: torch.dtype, local_size: int | None = None, **_: Any
 ) -> Any:
@@ -107,6 +109,7 @@ def attention_mask(
     return _FORWARD_PASS.get().context.mask(mask_function, dtype, local_size)
 
 
+@torch.compiler.disable
 def attention(
     module: nn.Module,
     query: Tensor,

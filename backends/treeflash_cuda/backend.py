@@ -19,7 +19,7 @@ from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.arena import Arena
 from treeflash_cuda.attention_kernels import flash_kernels
 from treeflash_cuda.drafter import Drafter
-from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.drafter_model import DrafterModel, Rotary
 from treeflash_cuda.head import ARHead
 from treeflash_cuda.head_weights import make_module
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
@@ -94,7 +94,10 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         raise ConfigError(
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
-    model = load_target(target, config, pack=True)
+    model = load_target(target, config, pack=not config.compile)
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
     model.graphs.enabled = config.cuda_graphs
     if config.cuda_graphs and model.device.type == "cuda":
         # Graphs are bound to allocations: a large one serves many texts.
@@ -113,7 +116,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     backend = CudaBackend(model, drafter_model, head)
     check_trees(backend)
     if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # weights are first made in float32
+        torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
     return backend
 
 
@@ -172,15 +175,17 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
         num_hidden_layers=len(target.layers),
     )
     config = tensors.config
-    with torch.device(target.device):
+    with torch.device("meta"):  # no memory for weights that are replaced
         model = DrafterModel(config)
-    model.load_state_dict(tensors.backbone)
-    model = model.to(target.dtype).eval()
+    model.load_state_dict(tensors.backbone, assign=True)
+    model.rotary = Rotary(config)
+    model = model.to(target.device, target.dtype).eval()
     model.own = OwnVocabulary(tensors.vocabulary, target)
     if config.head is None:
         return model, None
-    with torch.device(target.device):
+    with torch.device("meta"):
         module = make_module(config, tensors.head_size, target.vocab_size)
-    module.load_state_dict(tensors.head)
+    module.load_state_dict(tensors.head, assign=True)
+    module = module.to(target.device)
     kind = RecurrentHead if config.head_state_size else ARHead
     return model, kind(module.to(target.dtype).eval(), model, target)

@@ -184,6 +184,7 @@ class TreeCache(Cache):
         self._packed: PackedRows | None = None
         self._views: list[list[tuple[Tensor, Tensor]]] = []
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

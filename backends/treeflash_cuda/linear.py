@@ -1,4 +1,4 @@
-"""Linear layers: of two vectors, and with weights packed for the CPU's kernels.
+"""Linear layers: of two vectors, fused, and with weights packed for the CPU's kernels.
 
 For the few rows of a draft tree a matrix product takes as long as reading the weights. In a
 checkpoint's row-major layout they are rearranged at every call, which takes at least as long again.
@@ -84,14 +84,33 @@ class FusedLinear(PackedLinear):
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         """Fuse layers with the same input size."""
-        biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
-        bias = None if all(x.bias is None for x in linears) else torch.cat(biases)
-        super().__init__(torch.cat([x.weight for x in linears]), bias)
+        super().__init__(*concatenated(linears))
         self.sizes = [len(x.weight) for x in linears]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., in) to the (..., out) of each layer."""
         return super().forward(x).split(self.sizes, -1)
+
+
+class JoinedLinear(nn.Module):
+    """The same with weights as they are, for a GPU."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        """Join layers with the same input size."""
+        super().__init__()
+        self.joined, self.bias = concatenated(linears)
+        self.sizes = [len(x.weight) for x in linears]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., in) to the (..., out) of each layer."""
+        return F.linear(x, self.joined, self.bias).split(self.sizes, -1)
+
+
+def concatenated(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of several layers, one below the other."""
+    biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
+    bias = None if all(x.bias is None for x in linears) else torch.cat(biases).detach()
+    return torch.cat([x.weight for x in linears]).detach(), bias
 
 
 class FusedPart(nn.Module):
@@ -102,7 +121,7 @@ class FusedPart(nn.Module):
     it.
     """
 
-    def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
+    def __init__(self, fused: FusedLinear | JoinedLinear, part: int, linear: nn.Linear) -> None:
         """Replace a layer, the part-th of the fused ones."""
         super().__init__()
         self.fused = fused
@@ -143,10 +162,21 @@ def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
     for parent in list(module.modules()):
         for names in sets:
             linears = [getattr(parent, name, None) for name in names]
-            if all(type(x) is nn.Linear and can_pack(x.weight) for x in linears):
-                fused = FusedLinear(linears)
-                for part, name in enumerate(names):
-                    setattr(parent, name, FusedPart(fused, part, linears[part]))
+            if not all(is_plain(x) for x in linears):
+                continue
+            if all(can_pack(x.weight) for x in linears):
+                fused: FusedLinear | JoinedLinear = FusedLinear(linears)
+            elif all(x.weight.device.type == "cuda" for x in linears):
+                fused = JoinedLinear(linears)
+            else:
+                continue
+            for part, name in enumerate(names):
+                setattr(parent, name, FusedPart(fused, part, linears[part]))
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether it is a linear layer whose weights nothing quantises, shards or moves."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:

@@ -38,7 +38,7 @@ class OwnVocabulary(nn.Module):
             for name, tensor in own.items()
         }
         for name, theirs in shared.items():
-            if name in kept and torch.equal(kept[name], theirs):
+            if name in kept and theirs is not None and torch.equal(kept[name], theirs):
                 del kept[name]
         offsets = kept.get("d2t")
         ids = None if offsets is None else offsets + torch.arange(len(offsets)).to(offsets)

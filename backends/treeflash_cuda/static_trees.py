@@ -182,6 +182,7 @@ class StaticCache(TreeCache):
         self.slab = slab
         self.slots = slots
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

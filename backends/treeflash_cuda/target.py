@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.probe import TOLERANCES
 from treeflash.decoding.recurrence import UNSUPPORTED, refusal
@@ -54,7 +54,7 @@ class Target:
     Attributes:
         embeddings: (vocab, hidden_size) the input table, without any scaling by the model.
         lm_head: the output head, hidden_size to vocab.
-        lm_head_weight: (vocab, hidden_size) its weight.
+        lm_head_weight: (vocab, hidden_size) its weight; None if it is quantised.
         max_positions: positions of the model; fewer if later ones would change earlier ones.
         scale: factor of the model on its output head's logits; `find_scale` finds it.
         kernels: for attention in parts; None computes it as a whole, with a mask.
@@ -83,11 +83,13 @@ class Target:
         self.states_nbytes = 0
         self.config = config.get_text_config()
         self.device = device
-        self.dtype: torch.dtype = self.model.dtype
         self.layers = decoder_layers(self.model)
         self.embeddings: Tensor = self.model.get_input_embeddings().weight
+        self.dtype: torch.dtype = self.embeddings.dtype
         self.lm_head: nn.Module = self.model.get_output_embeddings()
-        self.lm_head_weight: Tensor = self.lm_head.weight
+        weight = getattr(self.lm_head, "weight", None)
+        quantised = weight is None or weight.dtype != self.dtype
+        self.lm_head_weight: Tensor | None = None if quantised else weight
         self.vocab_size = len(self.embeddings)
         self.max_positions = _max_positions(self.config)
         self.scale = 1.0
@@ -197,6 +199,8 @@ class Target:
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
+        if self.lm_head_weight is None:
+            return self.output_head(hidden).index_select(-1, tokens)
         bias = getattr(self.lm_head, "bias", None)
         weight = take(self.lm_head_weight, tokens)
         return F.linear(hidden, weight, None if bias is None else bias[tokens])
@@ -330,6 +334,14 @@ def _load_model(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
 ) -> Any:
     weight_files(folder)
+    # A quantised model must not be moved; others would be loaded twice.
+    direct = device.type != "cpu" and is_accelerate_available()
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised and device.type != "cpu" and not direct:
+        raise UnsupportedModelError(
+            f"{folder} has quantised weights, which need the package accelerate: "
+            "pip install accelerate"
+        )
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -341,12 +353,14 @@ def _load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map={"": device} if direct else None,
         )
-        model = model.to(device)
+        if not direct and not quantised:
+            model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({_first_line(error)}); use weights "
-            "that are not quantised"
+            f"{folder} needs a package that is not installed ({_first_line(error)}); install it or "
+            "use weights that are not quantised"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):

@@ -22,7 +22,6 @@ WORDS = {
     "DEAREST": "largest size",
     "DOUBT": "prior weight",
     "HICCUP": "outlier factor",
-    "--compile": "--cuda-graphs",
     "why_lost": "rejection reason",
     "measure_depths": "depth metrics",
     "DepthTotals": "depth metrics",

@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 from treeflash_cuda.linear import (  # noqa: E402
     IN_TARGET,
     FusedPart,
+    JoinedLinear,
     PackedLinear,
     PairLinear,
     can_pack,
@@ -150,3 +151,18 @@ def test_threads_share_fused_layers(attention):
         for x, outputs in zip(inputs, threads.map(run, inputs), strict=True):
             for output, layer in zip(outputs, plain, strict=True):
                 close(output, layer(x))
+
+
+@torch.inference_mode()
+def test_joined_layers_equal_separate_ones(attention):
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(3, 24)
+    for joined, linear in zip(JoinedLinear(linears)(x), linears, strict=True):
+        close(joined, linear(x))
+
+
+def test_layers_that_something_else_runs_are_not_fused(attention):
+    """Accelerate and tensor parallelism replace `forward` on the instance."""
+    attention.k_proj.forward = lambda x: x
+    fuse_linears(attention, IN_TARGET)
+    assert not isinstance(attention.q_proj, FusedPart)

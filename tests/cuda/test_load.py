@@ -1,9 +1,13 @@
 """What the PyTorch backend refuses to load, and how it says so."""
 
+from functools import partialmethod
+
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
@@ -12,7 +16,16 @@ from treeflash.testing.models import edit_config, write_drafter, write_target
 require("torch")
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, MambaConfig, MiniMaxConfig  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    DogeConfig,
+    LlamaConfig,
+    MambaConfig,
+    MiniMaxConfig,
+)
+from treeflash_cuda import target as target_module  # noqa: E402
 from treeflash_cuda.backend import choose_device, load  # noqa: E402
 
 CPU = LoadConfig(device="cpu")
@@ -55,6 +68,70 @@ def test_the_processor_computes_in_float32_by_default(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert load(tmp_path, None, CPU).dtype == "float32"
+
+
+def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
+    write_target(tmp_path / "target", "qwen3", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    # Tracing, but no compiler of C++.
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    texts = []
+    for compiled in (False, True):
+        config = LoadConfig(device="cpu", dtype="float32", compile=compiled)
+        backend = load(tmp_path / "target", tmp_path / "drafter", config)
+        steps = decode(backend, [3, 4, 5], DecodeConfig(budget=8, max_tokens=12))
+        texts.append([token for step in steps for token in step.tokens])
+    assert texts[0] == texts[1]
+
+
+class QuantisedHead(nn.Module):
+    """An output head as quantising packages make them: its weight is of another dtype."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = [linear]
+        self.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
+def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
+    write_target(tmp_path / "target", "qwen3", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    plain, load_model = target_module._load_model, target_module._load_model
+
+    def load_quantised(*args):
+        model = load_model(*args)
+        model.set_output_embeddings(QuantisedHead(model.get_output_embeddings()))
+        return model
+
+    tables = []
+    for loader in (plain, load_quantised):
+        monkeypatch.setattr(target_module, "_load_model", loader)
+        backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
+        assert (backend.target.lm_head_weight is None) == (loader is load_quantised)
+        text = TextSession(backend, drafts=True)
+        blocks = [text.draft(text.extend([3, 4, 5]))]
+        (table,) = backend.head.transitions(blocks, 4, 4, 1.0, shortlist=16, rows=7)
+        tables.append(table.tokens)
+    np.testing.assert_array_equal(*tables)
+
+
+def test_models_are_loaded_straight_to_their_device(tmp_path, monkeypatch):
+    """A quantised model must not be moved, and others would be in memory twice."""
+    write_target(tmp_path, "qwen3", seed=1)
+    given = {}
+
+    def from_pretrained(folder, **settings):
+        given.update(settings)
+        raise OSError("enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    device = torch.device("cuda", 1)
+    with pytest.raises(CheckpointError, match="enough"):
+        target_module._load_model(tmp_path, AutoConfig.from_pretrained(tmp_path), None, device)
+    assert given["device_map"] == {"": device}
 
 
 TINY = {

@@ -86,6 +86,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not replay trees and drafts as CUDA graphs (cuda)",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the target's layers with torch.compile, which takes minutes (cuda)",
+    )
 
 
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +215,7 @@ def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> Langu
         draft_bits=args.draft_bits,
         kv_bits=args.kv_bits,
         cuda_graphs=args.cuda_graphs,
+        compile=args.compile,
     )
 
 

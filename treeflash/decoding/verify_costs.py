@@ -124,7 +124,14 @@ class VerifyCosts:
             folder: where measurements are kept; a folder that cannot be written is not an error.
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
-        key = [backend.name, backend.device_name, backend.dtype, loaded.kv_bits, loaded.cuda_graphs]
+        key = [
+            backend.name,
+            backend.device_name,
+            backend.dtype,
+            loaded.kv_bits,
+            loaded.cuda_graphs,
+            loaded.compile,
+        ]
         threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
         machine = platform.node(), platform.processor(), *threads
         versions = [version(name) for name in FRAMEWORKS if find_spec(name)]

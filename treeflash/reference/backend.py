@@ -60,6 +60,8 @@ class ReferenceBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
     """See `Loader`."""
+    if config.compile:
+        raise ConfigError("only the cuda backend has --compile; leave it out")
     choose_device(config.device)
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")

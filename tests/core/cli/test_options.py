@@ -120,7 +120,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "draft_bits": None,
         "kv_bits": 8,
     }
-    assert calls == [(("t", drafter), keywords | {"cuda_graphs": True})]
+    assert calls == [(("t", drafter), keywords | {"cuda_graphs": True, "compile": False})]
 
 
 def test_help_names_the_defaults(parser):
