@@ -15,8 +15,8 @@ measures the parts of an iteration, not end-to-end speed.
 - `parts`: the drafter's forward pass, its marginals, and the AR head by shortlist size and number
   of previous tokens.
 
-Everything is measured without and with `--cuda-graphs`; on a CPU the flag only fixes the shapes.
-All times are medians, in milliseconds.
+Everything is measured with `--no-cuda-graphs`, and as it is by default; with `--compile`, both with
+compiled layers. `attention` says whether it runs in two parts or, as on a CPU, with a mask. All times are medians, in milliseconds.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def parser() -> Parser:
         default=[0, 1024, 2048, 4096, 8192],
         help="committed positions (default: 0,1024,2048,4096,8192)",
     )
+    options.add_argument("--compile", action="store_true", help="compile the target's layers")
     options.add_argument(
         "--repeats", type=at_least_one, default=20, help="calls per median (default: 20)"
     )
@@ -217,6 +218,7 @@ def main(argv=None) -> int:
             "shape": args.shape,
             "layers": shape["num_hidden_layers"],
             "dtype": args.dtype,
+            "compile": args.compile,
             "copy_gb_per_s": bandwidth / 1e9,
         }
         results: dict[str, list[dict]] = {"verify": [], "iterations": [], "parts": []}
@@ -224,8 +226,14 @@ def main(argv=None) -> int:
             backend: Any = load(
                 target,
                 drafter,
-                LoadConfig(device=str(device), dtype=args.dtype, cuda_graphs=graphs),
+                LoadConfig(
+                    device=str(device),
+                    dtype=args.dtype,
+                    cuda_graphs=graphs,
+                    compile=args.compile,
+                ),
             )
+            about["attention"] = "mask" if backend.target.kernels is None else "two parts"
             about["weights_gb"] = read_bytes(backend, shape, 0) / 1e9
             found = {
                 "verify": verify_rows(backend, shape, bandwidth, args),

@@ -49,14 +49,7 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
     import torch
     from safetensors.torch import save_file
 
-    config = shape | {
-        "model_type": "qwen3",
-        "num_hidden_layers": DRAFTER_LAYERS,
-        "num_target_layers": shape["num_hidden_layers"],
-        "block_size": BLOCK_SIZE,
-        "dflash_config": {"mask_token_id": shape["vocab_size"] - 1},
-        "treeflash_config": {"ar_approximation": "swiglu", "candidate_tokens": TOP_M},
-    }
+    config = drafter_config(shape)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = drafter_shapes(parse_drafter_config(config), shape["intermediate_size"])
@@ -67,6 +60,18 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
     # As at the start of training: a head of random weights would leave most nodes childless.
     tensors["ar_approximation.d.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a drafter for a target."""
+    return shape | {
+        "model_type": "qwen3",
+        "num_hidden_layers": DRAFTER_LAYERS,
+        "num_target_layers": shape["num_hidden_layers"],
+        "block_size": BLOCK_SIZE,
+        "dflash_config": {"mask_token_id": shape["vocab_size"] - 1},
+        "treeflash_config": {"ar_approximation": "swiglu", "candidate_tokens": TOP_M},
+    }
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
