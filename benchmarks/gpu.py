@@ -16,7 +16,8 @@ measures the parts of an iteration, not end-to-end speed.
   of previous tokens.
 
 Everything is measured with `--no-cuda-graphs`, and as it is by default; with `--compile`, both with
-compiled layers. `attention` says whether it runs in two parts or, as on a CPU, with a mask. All times are medians, in milliseconds.
+compiled layers. `attention` says whether it runs in two parts or, as on a CPU, with a mask.
+All times are medians, in milliseconds.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import platform
 import sys
 import warnings
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from treeflash.config import DrafterConfig, LoadConfig
@@ -24,6 +27,8 @@ from treeflash_cuda.head import ARHead
 from treeflash_cuda.head_weights import make_module
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.output_stage import OwnVocabulary
+from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow
+from treeflash_cuda.ranks import ranks
 from treeflash_cuda.recurrent import RecurrentHead
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
@@ -51,7 +56,8 @@ class CudaBackend:
         self.target = target
         self.drafter_model = drafter
         self.drafter_arena = Arena(len(drafter.layers)) if drafter else None
-        self.verifier = Verifier(target, drafter)
+        self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter)
+        self.state_class = LeaderState if target.split else State
         self.drafter = Drafter(drafter, target) if drafter else None
         self.head = head
         self.device = str(target.device)
@@ -66,7 +72,7 @@ class CudaBackend:
         config = self.drafter_config if drafts else None
         arena = self.drafter_arena if drafts else None
         block = config.block_size if config else 0
-        return State(self.target.arena, arena, capacity, block, self.target.transposed)
+        return self.state_class(self.target.arena, arena, capacity, block, self.target.transposed)
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         """See `Backend.state_nbytes`."""
@@ -94,11 +100,17 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         raise ConfigError(
             "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
         )
-    model = load_target(target, config, pack=not config.compile)
+    split = ranks() > 1
+    model = load_target(target, config, pack=not config.compile and not split, split=split)
+    if split:
+        if dist.get_rank() > 0:
+            follow(model)
+            raise SystemExit(0)
+        atexit.register(end)
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    model.graphs.enabled = config.cuda_graphs
+    model.graphs.enabled = config.cuda_graphs and not split
     if config.cuda_graphs and model.device.type == "cuda":
         # Graphs are bound to allocations: a large one serves many texts.
         memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -120,13 +132,13 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     return backend
 
 
-def load_target(folder: Path, config: LoadConfig, *, pack: bool) -> Target:
-    """A target that runs draft trees; see `Target.prepare`. Raises what `Loader` does."""
+def load_target(folder: Path, config: LoadConfig, *, pack: bool, split: bool = False) -> Target:
+    """A target that runs draft trees; see `Target`, `Target.prepare`. Raises what `Loader` does."""
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    model = Target(folder, device, dtype)
+    model = Target(folder, device, dtype, split=split)
     model.prepare(pack=pack)
     model.kernels, reason = flash_kernels(device, model.dtype, model.config)
     if reason:
@@ -150,7 +162,8 @@ def choose_device(name: str | None) -> torch.device:
         raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
     if not torch.cuda.is_available():
         raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
-    index = device.index or 0
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
+    index = own if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise BackendError(
             f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"

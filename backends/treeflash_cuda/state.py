@@ -85,7 +85,7 @@ class State:
     @torch.inference_mode()
     def fork(self, length: int, capacity: int) -> State:
         """See `TextState.fork`."""
-        new = State(*self.arenas, capacity, self.block, self.transposed)
+        new = type(self)(*self.arenas, capacity, self.block, self.transposed)
         if self.recurrent and new.recurrent:
             new.recurrent.committed = self.recurrent.at(length, self.length)
             new.recurrent.snapshots = self.recurrent.snapshots.until(length)

@@ -35,6 +35,7 @@ from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid_cache import HybridCache
 from treeflash_cuda.hybrid_hooks import MAMBA_2, hook_recurrent_layers
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
+from treeflash_cuda.ranks import ranks, whole, whole_output_head
 from treeflash_cuda.state import State
 
 CHECKED_TOKENS = 16
@@ -62,10 +63,19 @@ class Target:
             layers.
         states_nbytes: size of a text's recurrent states, bytes.
         graphs: replay forward passes, if they are enabled.
+        split: whether other processes have parts of the layers.
     """
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Load a folder; `dtype` None is the checkpoint's own.
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype | None, *, split: bool = False
+    ) -> None:
+        """Load a folder.
+
+        Args:
+            folder: of the checkpoint.
+            device: for the weights.
+            dtype: None is the checkpoint's own.
+            split: between the processes of `torchrun`, each of which loads its part.
 
         Raises:
             CheckpointError: the folder is damaged or incomplete.
@@ -73,7 +83,7 @@ class Target:
         """
         config = _read_config(folder)
         refuse_stateful(config)
-        self.model = _load_model(folder, config, dtype, device).eval()
+        self.model = _load_model(folder, config, dtype, device, split).eval()
         hooked = hook_recurrent_layers(self.model)
         refuse_unknown_layers(self.model, hooked)
         self.transposed: frozenset[int] | None = None
@@ -84,9 +94,12 @@ class Target:
         self.config = config.get_text_config()
         self.device = device
         self.layers = decoder_layers(self.model)
-        self.embeddings: Tensor = self.model.get_input_embeddings().weight
+        self.embeddings: Tensor = whole(self.model.get_input_embeddings().weight)
         self.dtype: torch.dtype = self.embeddings.dtype
         self.lm_head: nn.Module = self.model.get_output_embeddings()
+        self.split = split
+        if split:
+            self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
         quantised = weight is None or weight.dtype != self.dtype
         self.lm_head_weight: Tensor | None = None if quantised else weight
@@ -331,7 +344,11 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _load_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    split: bool,
 ) -> Any:
     weight_files(folder)
     # A quantised model must not be moved; others would be loaded twice.
@@ -342,6 +359,11 @@ def _load_model(
             f"{folder} has quantised weights, which need the package accelerate: "
             "pip install accelerate"
         )
+    placement: dict[str, Any] = {"device_map": {"": device}} if direct else {}
+    if split:
+        from transformers.distributed import DistributedConfig
+
+        placement = {"distributed_config": DistributedConfig(tp_size=ranks(), tp_plan="auto")}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -353,9 +375,9 @@ def _load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            device_map={"": device} if direct else None,
+            **placement,
         )
-        if not direct and not quantised:
+        if not placement and not quantised:
             model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(

@@ -140,9 +140,9 @@ class FakeCuda(TorchDispatchMode):
     def _patch_loading(self, monkeypatch):
         load_model, load_drafter = target._load_model, backend.load_drafter
 
-        def load_fake_model(folder, config, dtype, device):
+        def load_fake_model(folder, config, dtype, device, split):
             with unset_fake_temporarily():
-                model = load_model(folder, config, dtype, torch.device("cpu"))
+                model = load_model(folder, config, dtype, torch.device("cpu"), split)
             return model.to(device)
 
         def load_fake_drafter(folder, owner):

@@ -130,7 +130,9 @@ def test_models_are_loaded_straight_to_their_device(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     device = torch.device("cuda", 1)
     with pytest.raises(CheckpointError, match="enough"):
-        target_module._load_model(tmp_path, AutoConfig.from_pretrained(tmp_path), None, device)
+        target_module._load_model(
+            tmp_path, AutoConfig.from_pretrained(tmp_path), None, device, False
+        )
     assert given["device_map"] == {"": device}
 
 
