@@ -6,7 +6,7 @@ from treeflash_cuda.attention_kernels import PlainKernels
 
 from treeflash.config import LoadConfig
 
-SLAB_BYTES = 1 << 18
+SLAB_BYTES = 1 << 20
 """Plain products read a whole slab."""
 
 
