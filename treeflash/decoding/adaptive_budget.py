@@ -48,6 +48,8 @@ class Throughput:
             brought in the same time.
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
+        plain_s: of an iteration of several texts without a draft, a running mean. The costs of
+            single trees do not tell it.
         nodes: of the last drafted trees, on average.
         reach: depth that drafted trees reached lately.
     """
@@ -57,6 +59,7 @@ class Throughput:
     balance: float = 0.0
     pause: int = 0
     next_pause: int = FIRST_PAUSE
+    plain_s: float | None = None
     nodes: float | None = None
     reach: float | None = None
 
@@ -93,7 +96,9 @@ class AdaptiveBudget:
 
     def of(self, texts: int) -> Throughput:
         """What was measured with about that many texts."""
-        return self.throughput.setdefault(power_of_two(texts), Throughput())
+        # Several texts begin with one iteration without a draft, which measures plain decoding.
+        new = Throughput(pause=2 if texts > 1 else 0)
+        return self.throughput.setdefault(power_of_two(texts), new)
 
     def begin(self, texts: int = 1) -> bool:
         """Begin an iteration of so many texts; returns whether it should draft."""
@@ -175,9 +180,12 @@ class AdaptiveBudget:
         longest = OUTLIER_FACTOR * float(self.costs.of([rows], [reads], texts)[0])
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
         self.costs.observe(rows, reads, texts, seconds["verify"])
-        if "draft" not in seconds:
-            return
         now = self.of(texts)
+        if "draft" not in seconds:
+            if texts > 1:
+                known = all_s if now.plain_s is None else now.plain_s
+                now.plain_s = known + SMOOTHING * (all_s - known)
+            return
         now.nodes = rows / texts
         deepest = max(int(tree.depths.max()) for tree in trees)
         now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
@@ -212,7 +220,10 @@ class AdaptiveBudget:
 
     def _plain_rate(self, texts: int, lengths: Sequence[int]) -> float:
         """Tokens per second of plain decoding, which is always possible."""
-        return texts / float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
+        plain_s = self.of(texts).plain_s
+        if plain_s is None:
+            plain_s = float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
+        return texts / plain_s
 
     def _rate(self, texts: int, lengths: Sequence[int]) -> float:
         now = self.of(texts)

@@ -257,8 +257,23 @@ def test_what_was_learned_with_few_texts_does_not_bind_many():
     for _ in range(100):
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
     assert budget.of(1).next_pause > FIRST_PAUSE
-    assert budget.begin(8)
+    assert [budget.begin(8) for _ in range(3)] == [False, True, True]
     assert budget.of(8).next_pause == budget.of(5).next_pause == FIRST_PAUSE
+
+
+def test_several_texts_draft_only_while_that_beats_a_measured_plain_iteration():
+    """The costs of single trees would say 1.0 s, and that drafting pays."""
+    for plain_s, pays in ((0.4, False), (1.0, True)):
+        budget = AdaptiveBudget(VerifyCosts({1: 1.0, 4: 1.0, 8: 1.0}))
+        trees, lengths = [chain(0.5)] * 4, [LENGTH] * 4
+        drafted = 0
+        for _ in range(60):
+            drafts = budget.begin(4)
+            drafted += drafts
+            kept, accepted = (trees, path(1)) if drafts else ([chain()] * 4, path(0))
+            seconds = {"draft": 0.1, "verify": 0.9} if drafts else {"verify": plain_s}
+            budget.observe(kept, [accepted] * 4, lengths, seconds)
+        assert (drafted == 59) == pays
 
 
 @pytest.fixture
