@@ -162,6 +162,7 @@ def test_messages_in_parts_and_of_developers(server):
         {"role": "developer", "content": [{"type": "text", "text": "Be "}]},
         {"role": "user", "content": [{"type": "text", "text": x} for x in ("Hel", "lo.")]},
     ]
+    parts[1]["type"] = "text"  # as lm-eval sends it
     plain = [{"role": "system", "content": "Be "}, {"role": "user", "content": "Hello."}]
     both = [server.post(PATH, {"messages": m, "max_tokens": 8}).json() for m in (parts, plain)]
     assert both[0]["choices"] == both[1]["choices"]
@@ -178,5 +179,5 @@ def test_chat_template_variables(server):
 
 
 def test_max_completion_tokens(server):
-    usage = server.chat(max_completion_tokens=5, ignore_eos=True).json()["usage"]
+    usage = server.chat(max_completion_tokens=5, max_tokens=5, ignore_eos=True).json()["usage"]
     assert usage["completion_tokens"] == 5

@@ -22,7 +22,8 @@ def test_load():
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     report = json.loads(done.stdout)
     assert report["finished"] > SECONDS / 10
-    assert report["different"] == []
+    assert report["different"] == 0
+    assert len(report["not_compared"]) < 12
     assert report["requests"]["leave"] > 0
     assert report["requests"]["wrong"] > 0
     before, most = report["memory_mib"]

@@ -57,10 +57,10 @@ class ChatRequest(DecodingSchema):
         """The decoding options that were given."""
         options = super().options()
         if self.max_completion_tokens is not None:
-            if self.max_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
                 raise APIError(
                     BAD_REQUEST,
-                    "max_tokens and max_completion_tokens mean the same; give one of them",
+                    "max_tokens and max_completion_tokens mean the same, and differ",
                     param="max_tokens",
                 )
             options["max_tokens"] = self.max_completion_tokens

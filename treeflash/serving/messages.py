@@ -47,6 +47,7 @@ class Message(Schema):
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
+    type: Literal["text"] | None = None  # lm-eval sends it
     refusal: None = None
 
     def template(self) -> dict[str, Any]:
