@@ -1,7 +1,9 @@
 """What the tests of both backends share."""
 
+import importlib
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +36,10 @@ def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProc
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of the benchmarks, which lie beside the tests and are not installed."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return lambda name: importlib.import_module(f"benchmarks.{name}")

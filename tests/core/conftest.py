@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,13 +194,6 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
     return target, drafter
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a module of the benchmarks, which lie beside the tests and are not installed."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture

@@ -33,8 +33,12 @@ class TreeSize:
 
     @classmethod
     def fixed(cls, nodes: int) -> TreeSize:
-        """Of a tree that is not cut; its deepest node is the last of a chain."""
-        return cls(nodes, nodes, max(nodes - 1, 1))
+        """Of a tree that is not cut.
+
+        Its deepest node is the last of a chain, at depth nodes - 1. One depth more tells what would
+        have followed it.
+        """
+        return cls(nodes, nodes, nodes)
 
 
 def propose(
@@ -73,8 +77,7 @@ def _tables(
     backend: Backend, blocks: Sequence[Block], config: DecodeConfig, sizes: Sequence[TreeSize]
 ) -> list[TransitionTable]:
     nodes, temperature = max(size.expected for size in sizes), config.draft_temperature
-    # No node has more children than there are nodes.
-    k = min(config.top_k_children, max(1, *(size.built - 1 for size in sizes)))
+    k = config.top_k_children
     if config.uses_head:
         assert backend.head is not None
         rows = config.head_rows

@@ -276,7 +276,7 @@ def test_measure(folder):
     pair = MadeUp(folder, head=Head())
     answer = [token_at(position) for position in range(2, 12)]
     answer[4] = COMMON  # at depth 4 of the first block, the root of the second
-    pair.draft = lambda roots: [text.length for text, _ in roots]
+    pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
     found = measure(pair, [Text([5], answer[:1]), Text([5, 6], answer)], pair.head)
     np.testing.assert_array_equal(
         found.marginal.hits,

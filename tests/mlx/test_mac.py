@@ -3,15 +3,20 @@
 import json
 
 from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.tokenizer import save_tokenizer
 
 require("mlx.core")
 require("mlx_lm")
 
 
-def test_one_command_measures_everything(module, tiny_pair, tmp_path):
-    target, drafter = map(str, tiny_pair)
+def test_one_command_measures_everything(module, tmp_path):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "llama", seed=3, vocab_size=300)
+    save_tokenizer(target)
+    write_drafter(drafter, target, seed=4)
     file = tmp_path / "out.json"
-    options = ["--target", target, "--drafter", drafter, "--json", str(file)]
+    options = ["--target", str(target), "--drafter", str(drafter), "--json", str(file)]
     options += ["--sizes", "1,3", "--contexts", "2,5", "--repeats", "1", "--max-tokens", "4"]
     assert module("mac").main(options) == 0
     found = json.loads(file.read_text())
