@@ -176,7 +176,7 @@ def attempt(name: str) -> tuple[str, str]:
         try:
             target = Target(Path(folder), torch.device("cpu"), torch.float32)
             target.prepare(pack=True)
-            backend = CudaBackend(target, None, None, None)
+            backend = CudaBackend(target, None, None)
             rng = np.random.default_rng(0)
             error = tree_difference(backend, rng, PREFIX)
             error = max(error, state_difference(backend, rng, PREFIX))

@@ -208,7 +208,7 @@ def default_problems(default_target, default_drafter, smollm2):
     def load(folder):
         drafter, head = load_drafter(folder, default_target)
         default_target.capture(drafter.config.target_layer_ids)
-        return CudaBackend(default_target, drafter, head, None)
+        return CudaBackend(default_target, drafter, head)
 
     tokenizer = Tokenizer.from_folder(smollm2)
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:3]]

@@ -19,7 +19,7 @@ def responder(target: Path, config: LoadConfig) -> Responder:
     """See `Trainer.responder`; a target that cannot be trained for is refused."""
     model = load_target(target, config, pack=True)
     model.find_scale()
-    return BackendResponder(target.name, CudaBackend(model, None, None, None))
+    return BackendResponder(target.name, CudaBackend(model, None, None))
 
 
 def train(
