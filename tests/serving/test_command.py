@@ -73,7 +73,7 @@ def test_configuration_file(run, told, tmp_path):
         """
         port = 9000
         max_parallel = 4
-        cuda-graphs = true
+        no-cuda-graphs = true
         raw = false
         stop = ["END", "--x"]
         model_name = ["a", "b"]
