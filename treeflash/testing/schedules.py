@@ -117,7 +117,7 @@ def _random_text(rng: np.random.Generator, vocab_size: int, shared: list[int]) -
             penalties=PENALTIES if rng.random() < 0.3 else Penalties(),
             log_probs=2 if rng.random() < 0.3 else None,
         ),
-        constrained=bool(rng.random() < 0.3),
+        constrained=bool(rng.random() < 0.5),
         joins=joins,
         cancelled=joins + 1 + below(19) if rng.random() < 0.25 else None,
     )
