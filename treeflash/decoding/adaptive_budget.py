@@ -24,7 +24,10 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Where levels of confidence end; more of them near 1, as drafters say that they are surer than
 they are."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
-"""Bounds of the balance, tokens per text: drafting pauses at the lower one."""
+"""Bounds of the balance, tokens: drafting pauses at the lower one."""
+LEAST_ADVANTAGE = 1.05
+"""Drafts of several texts must be so many times as fast as plain decoding. They also make the
+drafter read every prompt, and let texts end at different times, which leaves smaller batches."""
 FURTHER_DEPTHS, REACH_DECAY = 1, 0.25
 """Depths that are drafted beyond those that trees reached; and by how many those become fewer with
 every iteration whose trees are shallower."""
@@ -44,8 +47,8 @@ class Throughput:
     Attributes:
         tokens: of drafted iterations, a running sum.
         seconds: of those iterations, a running sum.
-        balance: tokens per text that drafting brought beyond what plain decoding would have
-            brought in the same time.
+        balance: tokens that drafting brought beyond what plain decoding would have brought in the
+            same time; divided by the square root of the number of texts, as their noise is.
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
         plain_s: of an iteration of several texts without a draft, a running mean. The costs of
@@ -196,7 +199,8 @@ class AdaptiveBudget:
         tokens = sum(len(path) for path in paths)
         now.tokens = (1 - SMOOTHING) * now.tokens + tokens
         now.seconds = (1 - SMOOTHING) * now.seconds + all_s
-        gained = (tokens - all_s * self._plain_rate(texts, lengths)) / texts
+        due = all_s * self._plain_rate(texts, lengths) * (LEAST_ADVANTAGE if texts > 1 else 1)
+        gained = (tokens - due) / math.sqrt(texts)
         now.balance = min(now.balance + gained, HIGHEST_BALANCE)
         if now.balance <= LOWEST_BALANCE:
             now.pause, now.balance = now.next_pause, LOWEST_BALANCE / 2
