@@ -26,10 +26,10 @@ our plain decoding at the same concurrency, `ratio to padded` with transformers'
 
 ![Throughput by concurrency](performance/throughput.png)
 
-What limits drafts of many texts on a CPU: its forward passes are bound by arithmetic from about 16 rows
-on. With 8 texts, an iteration without a draft took 23 ms, and one with trees of 3 to 4 nodes 52 ms, for
-2.2 tokens per text. So drafts break even within an iteration, and lose what lies outside: the drafter
-reads every prompt, and texts end at different times.
+What limits drafts of many texts on a CPU: its forward passes are bound by arithmetic from about 16
+rows on. With 8 texts, an iteration without a draft took 23 ms, and one with trees of 3 to 4 nodes
+52 ms, for 2.2 tokens per text. So drafts break even within an iteration, and lose what lies
+outside: the drafter reads every prompt, and texts end at different times.
 
 Skipped systems:
 
