@@ -3,38 +3,17 @@
 import json
 
 import pytest
+from small_training import ON_CPU, SMALL, write_predictable_target
 
 from treeflash import distill, doctor, evaluate, generate, train
-from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, save, write_target
-from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
 
 require("torch")
-
-ON_CPU = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]
-SMALL = """\
-layers = 2
-block_size = 6
-head_size = 64
-top_tokens = 8
-sequences = 4
-anchors = 16
-learning_rate = 4e-3
-validation_sequences = 4
-gamma = 4.0
-"""
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    write_target(folder, "qwen3_5", seed=3, vocab_size=len(SPECIAL) + 256)
-    edit_config(folder, lambda config: config.pop("eos_token_id"))
-    tensors = read_tensors(folder)
-    tensors["lm_head.weight"] *= 6  # samples that a drafter can predict
-    save(folder, read_config(folder), tensors)
-    return save_tokenizer(folder)
+    return write_predictable_target(tmp_path_factory.mktemp("target"), "qwen3_5")
 
 
 def test_from_prompts_to_drafted_text(target, tmp_path, capsys):

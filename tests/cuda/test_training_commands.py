@@ -7,45 +7,23 @@ import time
 
 import numpy as np
 import pytest
+from small_training import ON_CPU, SMALL, write_predictable_target
 
 from treeflash import distill, train
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.folder import read_tensors
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, save, write_target
-from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
 
 require("torch")
 
 import psutil  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
-VOCAB = len(SPECIAL) + 256
-ON_CPU = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]
-SMALL = """\
-layers = 2
-block_size = 6
-head_size = 64
-top_tokens = 8
-sequences = 4
-anchors = 16
-learning_rate = 4e-3
-validation_sequences = 4
-gamma = 4.0
-"""
-
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    write_target(folder, "llama", seed=3, vocab_size=VOCAB)
-    edit_config(folder, lambda config: config.pop("eos_token_id"))
-    # Sharpen the distribution, so that its samples are predictable.
-    tensors = read_tensors(folder)
-    tensors["lm_head.weight"] *= 6
-    save(folder, read_config(folder), tensors)
-    return save_tokenizer(folder)
+    return write_predictable_target(tmp_path_factory.mktemp("target"), "llama")
 
 
 @pytest.fixture(scope="module")
