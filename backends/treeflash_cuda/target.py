@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.probe import TOLERANCES
-from treeflash.decoding.recurrence import UNSUPPORTED, refusal
+from treeflash.decoding.recurrence import refusal
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.folder import read_config, weight_files
-from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
+from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.arena import Arena
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
     AttentionContext,
     Context,
     attention_context,
-    capture_output,
 )
 from treeflash_cuda.attention_kernels import Kernels
 from treeflash_cuda.cache import TreeCache
@@ -34,19 +29,20 @@ from treeflash_cuda.cascade import CascadeContext
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid_cache import HybridCache
 from treeflash_cuda.hybrid_hooks import MAMBA_2, hook_recurrent_layers
+from treeflash_cuda.layers import (
+    capture_layers,
+    decoder_layers,
+    refuse_stateful,
+    refuse_unknown_layers,
+)
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
-from treeflash_cuda.ranks import ranks, whole, whole_output_head
+from treeflash_cuda.loading import load_model, max_positions, read_model_config
+from treeflash_cuda.ranks import whole, whole_output_head
 from treeflash_cuda.state import State
 
 CHECKED_TOKENS = 16
 # Other kernels round differently, and in half precision may route a token to other experts.
 TOLERANCE_FACTOR = 5
-TREE_LAYERS = {"full_attention", "sliding_attention"}
-RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
-UNLIMITED = 1 << 20
-"""Positions of models that have none."""
-STATELESS_LAYERS = {"mlp", "moe"}
-"""Of models in which feed-forward networks are layers of their own."""
 
 
 class Target:
@@ -81,9 +77,9 @@ class Target:
             CheckpointError: the folder is damaged or incomplete.
             UnsupportedModelError: the model cannot run a draft tree.
         """
-        config = _read_config(folder)
+        config = read_model_config(folder)
         refuse_stateful(config)
-        self.model = _load_model(folder, config, dtype, device, split).eval()
+        self.model = load_model(folder, config, dtype, device, split=split)
         hooked = hook_recurrent_layers(self.model)
         refuse_unknown_layers(self.model, hooked)
         self.transposed: frozenset[int] | None = None
@@ -104,7 +100,7 @@ class Target:
         quantised = weight is None or weight.dtype != self.dtype
         self.lm_head_weight: Tensor | None = None if quantised else weight
         self.vocab_size = len(self.embeddings)
-        self.max_positions = _max_positions(self.config)
+        self.max_positions = max_positions(self.config)
         self.scale = 1.0
         self.kernels: Kernels | None = None
         self.graphs = Graphs(device)
@@ -180,21 +176,7 @@ class Target:
 
     def capture(self, layer_ids: Sequence[int]) -> None:
         """Return these layers' outputs from every forward pass from now on; -1: the embeddings'."""
-
-        def keep(layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                capture_output(layer_id, output[0] if isinstance(output, tuple) else output)
-
-            return hook
-
-        def keep_input(_: nn.Module, args: Any, kwargs: Any) -> None:
-            capture_output(-1, args[0] if args else kwargs["hidden_states"])
-
-        for layer_id in layer_ids:
-            if layer_id == -1:
-                self.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
-            else:
-                self.layers[layer_id].register_forward_hook(keep(layer_id))
+        capture_layers(self.layers, layer_ids)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(..., hidden_size) rows of the input table."""
@@ -293,118 +275,3 @@ class _CountingContext(AttentionContext):
         """See `Context.attend`."""
         self.layers += 1
         return super().attend(module, query, key, value, mask, scale)
-
-
-def refuse_stateful(config: PreTrainedConfig) -> None:
-    """Raise for layers whose state is of another kind, or that attend in chunks."""
-    text = config.get_text_config()
-    for name in (config.model_type, text.model_type):
-        if name in UNSUPPORTED:
-            raise UnsupportedModelError(refusal(name))
-    known = TREE_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
-    if kinds := set(getattr(text, "layer_types", None) or ()) - known:
-        raise UnsupportedModelError(
-            refusal(config.model_type, f"they have {', '.join(sorted(kinds))} layers")
-        )
-
-
-def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
-    """Raise for a model whose attention or recurrence cannot be led over a tree."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if hooked:  # `Target.prepare` checks their attention
-        return
-    if getattr(model, "_is_stateful", False) or kinds & RECURRENT_LAYERS:
-        raise UnsupportedModelError(refusal(model.config.model_type))
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            refusal(
-                model.config.model_type, "their layers do not support other attention functions"
-            )
-        )
-
-
-def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The layers of a decoder-only model, first to last; raise for other models."""
-    layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
-    if not layers:
-        raise UnsupportedModelError(
-            f"{model.config.model_type} models cannot run a draft tree: they have no decoder layers"
-        )
-    return layers
-
-
-def _read_config(folder: Path) -> PreTrainedConfig:
-    read_config(folder)  # its message about a damaged file is clearer
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} is not usable: {_first_line(error)}"
-        ) from error
-
-
-def _load_model(
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    split: bool,
-) -> Any:
-    weight_files(folder)
-    # A quantised model must not be moved; others would be loaded twice.
-    direct = device.type != "cpu" and is_accelerate_available()
-    quantised = getattr(config, "quantization_config", None) is not None
-    if quantised and device.type != "cpu" and not direct:
-        raise UnsupportedModelError(
-            f"{folder} has quantised weights, which need the package accelerate: "
-            "pip install accelerate"
-        )
-    placement: dict[str, Any] = {"device_map": {"": device}} if direct else {}
-    if split:
-        from transformers.distributed import DistributedConfig
-
-        placement = {"distributed_config": DistributedConfig(tp_size=ranks(), tp_plan="auto")}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **placement,
-        )
-        if not placement and not quantised:
-            model = model.to(device)
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({_first_line(error)}); install it or "
-            "use weights that are not quantised"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
-    return model
-
-
-def _max_positions(config: Any) -> int:
-    """Positions of the model; with longrope scaling, those before the frequencies change."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        # transformers picks the frequencies of a whole forward pass by its last position.
-        if part.get("rope_type") == "longrope":
-            return int(part["original_max_position_embeddings"])
-    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

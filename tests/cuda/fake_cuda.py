@@ -138,11 +138,11 @@ class FakeCuda(TorchDispatchMode):
             raise AssertionError(f"{func} moves data between host and device during a capture")
 
     def _patch_loading(self, monkeypatch):
-        load_model, load_drafter = target._load_model, backend.load_drafter
+        load_model, load_drafter = target.load_model, backend.load_drafter
 
-        def load_fake_model(folder, config, dtype, device, split):
+        def load_fake_model(folder, config, dtype, device, *, split):
             with unset_fake_temporarily():
-                model = load_model(folder, config, dtype, torch.device("cpu"), split)
+                model = load_model(folder, config, dtype, torch.device("cpu"), split=split)
             return model.to(device)
 
         def load_fake_drafter(folder, owner):
@@ -153,7 +153,7 @@ class FakeCuda(TorchDispatchMode):
             model = model.to(owner.device)
             return model, head and type(head)(head.module.to(owner.device), model, owner)
 
-        monkeypatch.setattr(target, "_load_model", load_fake_model)
+        monkeypatch.setattr(target, "load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
         monkeypatch.setattr(backend, "check_trees", lambda backend: None)  # it compares values

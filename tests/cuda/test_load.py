@@ -18,15 +18,15 @@ require("torch")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
-    AutoConfig,
     AutoModelForCausalLM,
     DogeConfig,
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
 )
-from treeflash_cuda import target as target_module  # noqa: E402
+from treeflash_cuda import target  # noqa: E402
 from treeflash_cuda.backend import choose_device, load  # noqa: E402
+from treeflash_cuda.loading import load_model, read_model_config  # noqa: E402
 
 CPU = LoadConfig(device="cpu")
 
@@ -99,16 +99,15 @@ class QuantisedHead(nn.Module):
 def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
     write_target(tmp_path / "target", "qwen3", seed=1)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
-    plain, load_model = target_module._load_model, target_module._load_model
 
-    def load_quantised(*args):
-        model = load_model(*args)
+    def load_quantised(*args, **settings):
+        model = load_model(*args, **settings)
         model.set_output_embeddings(QuantisedHead(model.get_output_embeddings()))
         return model
 
     tables = []
-    for loader in (plain, load_quantised):
-        monkeypatch.setattr(target_module, "_load_model", loader)
+    for loader in (load_model, load_quantised):
+        monkeypatch.setattr(target, "load_model", loader)
         backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
         assert (backend.target.lm_head_weight is None) == (loader is load_quantised)
         text = TextSession(backend, drafts=True)
@@ -130,9 +129,7 @@ def test_models_are_loaded_straight_to_their_device(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     device = torch.device("cuda", 1)
     with pytest.raises(CheckpointError, match="enough"):
-        target_module._load_model(
-            tmp_path, AutoConfig.from_pretrained(tmp_path), None, device, False
-        )
+        load_model(tmp_path, read_model_config(tmp_path), None, device)
     assert given["device_map"] == {"": device}
 
 
