@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees
 from treeflash.decoding.snapshots import MOST
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.arena import Arena

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash_cuda.drafter_model import RMSNorm
 from treeflash_cuda.linear import PairLinear, RowIndex
 

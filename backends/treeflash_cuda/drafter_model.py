@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convolve: TypeAlias = Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash_cuda.corrections import CORRECTIONS
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights
 from treeflash_cuda.linear import RowIndex, take

@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Extension
 from treeflash.decoding.probe import TOLERANCES, check_trees
 from treeflash.decoding.snapshots import MOST
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.loading import load_tensors
 from treeflash.errors import BackendError, ConfigError
 from treeflash_mlx import TF32_MAY_BE_ON

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 
 Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
 Convolve: TypeAlias = Callable[[mx.array], mx.array]

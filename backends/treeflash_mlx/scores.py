@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx import nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.head_weights import MarkovWeights, SelectorWeights
 from treeflash_mlx.output_stage import OutputStage

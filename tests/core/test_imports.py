@@ -18,7 +18,7 @@ FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "drafter_config"},
     {"decoding"},
     {"drafters", "hub"},
     {"text"},
@@ -62,6 +62,7 @@ DRAFTERS = [
 FOR_BACKENDS = {
     "errors",
     "config",
+    "drafter_config",
     "drafters",
     *(f"decoding.{name}" for name in DATA_TYPES),
     *(f"decoding.{name}" for name in ("one_by_one", "text_session", "probe")),

@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig, LoadConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.choices import Choice, Chosen
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafter_config import DrafterConfig
 
 Block: TypeAlias = Any
 """A drafted block: the root, and the drafter's hidden states of its depths, on the device."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from treeflash.config import DrafterConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.doubtful_settings import doubtful_settings
 from treeflash.diagnosis.finding import Finding, Trial, judge
@@ -23,6 +22,7 @@ from treeflash.diagnosis.scores import (
     by_depth,
     measure,
 )
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.drafters.formats import unknown_keys, with_settings
 from treeflash.errors import CheckpointError, NumericalError, PromptError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.rope import inverse_frequencies, rope_parameters
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

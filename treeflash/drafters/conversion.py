@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters import dflash2, markov
 from treeflash.drafters.folder import check_dtype, read_config, stored_shapes, weight_files
 from treeflash.drafters.formats import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.backbone import NEUTRAL, backbone_config, default_target_layer_ids, refuse
 
 SECTIONS = ("dflash_config", "treeflash_config")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.dflash import parse_backbone, setting
 
 PREFIXES = ("prefix_gru.", "embed_proj.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters import dflash2, domino, markov
 from treeflash.drafters.folder import stored_shapes, weight_files
 from treeflash.drafters.formats import (

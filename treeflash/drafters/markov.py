@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.dflash import setting
 
 HEAD_PREFIX = "markov_head."

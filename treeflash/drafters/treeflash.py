@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.backbone import refuse
 from treeflash.drafters.dflash import NOT_DFLASH, SECTIONS, parse_backbone, setting
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.reference.cache import Cache
 from treeflash.reference.numerics import Array, rms_norm
 from treeflash.reference.target import Target

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters import dflash2, markov, treeflash
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.training.batch import Batch

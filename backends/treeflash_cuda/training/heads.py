@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights
 from treeflash_cuda.topk import topk
 from treeflash_cuda.training.lm_head import LMHead, Shortlist

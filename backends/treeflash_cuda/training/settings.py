@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters import dflash2
 from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.folder import read_config, stored_shapes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treeflash.config import DrafterConfig
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.folder import read_config, read_file, read_tensors
 from treeflash.drafters.formats import drafter_config, format_of, unknown_keys
 from treeflash.drafters.loading import load_tensors, refuse_extensions
