@@ -13,7 +13,7 @@ from treeflash_cuda.recurrent_states import Committed, RecurrentStates
 
 
 class State:
-    """`treeflash.decoding.interfaces.TextState` in PyTorch.
+    """`treeflash.decoding.text_state.TextState` in PyTorch.
 
     Attributes:
         key_values: the target's.

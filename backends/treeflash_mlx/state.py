@@ -12,7 +12,7 @@ from treeflash_mlx.recurrent_states import Row, arrays_of
 
 
 class State:
-    """`treeflash.decoding.interfaces.TextState` in MLX.
+    """`treeflash.decoding.text_state.TextState` in MLX.
 
     Attributes:
         key_values: the target's, and the states of its recurrent layers.

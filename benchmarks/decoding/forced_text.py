@@ -16,13 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import (
-    Backend,
-    Extension,
-    TextState,
-    TreeVerifier,
-    Verification,
-)
+from treeflash.decoding.interfaces import Backend, Extension, TreeVerifier, Verification
+from treeflash.decoding.text_state import TextState
 from treeflash.decoding.tree import DraftTree
 
 

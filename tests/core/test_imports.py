@@ -31,7 +31,7 @@ LAYERS = [
 # The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
     {"transitions"},
-    {"tree", "recurrence", "snapshots"},
+    {"tree", "recurrence", "snapshots", "text_state"},
     {"acceptance", "sampling"},
     {"choices"},
     {"constraints", "interfaces", "penalties"},
@@ -44,7 +44,7 @@ DECODING = [
     {"decode_text"},
 ]
 DATA_TYPES = {
-    *("transitions", "tree", "recurrence", "snapshots"),
+    *("transitions", "tree", "recurrence", "snapshots", "text_state"),
     *("acceptance", "sampling", "choices", "interfaces"),
 }
 # The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.choices import Chosen, choose
-from treeflash.decoding.interfaces import Block, Extension, TextState, Verification
+from treeflash.decoding.interfaces import Block, Extension, Verification
+from treeflash.decoding.text_state import TextState
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 

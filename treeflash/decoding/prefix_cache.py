@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.interfaces import TextState
+from treeflash.decoding.text_state import TextState
 
 
 @dataclass(eq=False)

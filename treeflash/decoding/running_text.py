@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NewType, TypeVar
 
 from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding.interfaces import TextState
 from treeflash.decoding.loop import Extend, Loop, Need, Phase, Step
 from treeflash.decoding.requests import Request
+from treeflash.decoding.text_state import TextState
 
 Ticket = NewType("Ticket", int)
 """Names a text of a scheduler."""

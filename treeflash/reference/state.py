@@ -10,7 +10,7 @@ from treeflash.reference.target import Target
 
 
 class State:
-    """`treeflash.decoding.interfaces.TextState` in NumPy.
+    """`treeflash.decoding.text_state.TextState` in NumPy.
 
     Attributes:
         cache: the target's.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.interfaces import TextState
 from treeflash.decoding.loop import Step
+from treeflash.decoding.text_state import TextState
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from treeflash.config import METHODS, Budget, DecodeConfig, Method, Penalties
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, Ticket
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Backend, TextState
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.text_state import TextState
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.testing.comparisons import (
