@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from treeflash.decoding.interfaces import Loader
+from treeflash.testing.batches import BatchTests
 from treeflash.testing.caches import CacheTests
 from treeflash.testing.checkpoints import CheckpointTests
 from treeflash.testing.contexts import ContextTests
@@ -36,6 +37,7 @@ class BackendSuite(
     ContextTests,
     GenerationTests,
     ScheduleTests,
+    BatchTests,
     StopTests,
     DistributionTests,
     CheckpointTests,
