@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 import pytest
+from made_up_pairs import VOCAB, Head, MadeUp
 
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import Extension
 from treeflash.diagnosis.checks import (
     check_keys,
     check_precision,
@@ -18,125 +12,14 @@ from treeflash.diagnosis.checks import (
     mask_candidates,
     write_changed,
 )
-from treeflash.diagnosis.finding import Trial, judge
-from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
-from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.chat import Prompting
 
-VOCAB = 259  # of the byte tokenizer
-DEPTHS = 5
-COMMON = 42
 PROMPTS = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
-
-
-def token_at(position):
-    """What the target says there, whatever came before."""
-    return 3 + position * 7 % 200
-
-
-def rows_at(start, depths=DEPTHS, share=0.7):
-    """A block's log probabilities: so much for the true token at some depths, else for COMMON."""
-    rows = np.full((DEPTHS, VOCAB), 0.3 / VOCAB)
-    for depth in range(1, DEPTHS + 1):
-        rows[depth - 1, token_at(start + depth) if depth <= depths else COMMON] += share
-    return np.log(rows).astype(np.float32)
-
-
-@dataclass
-class Head:
-    """A head that drafts at some depths, and notes what it was given."""
-
-    depths: int = DEPTHS
-
-    def log_probs(self, block, previous):
-        self.previous = previous
-        return rows_at(block, self.depths)
-
-
-@dataclass
-class MadeUpText:
-    """Its length is all that the pair knows of it."""
-
-    length: int = 0
-    nbytes: int = 0
-
-    def close(self):
-        pass
-
-
-@dataclass
-class MadeUp:
-    """A pair as its folder says; the other fields say what the drafter was made for."""
-
-    folder: Path
-    layers: tuple[int, ...] = (1, 2)
-    mask: int = 2
-    causal: bool | None = None
-    scale: float | None = None
-    prompts: tuple[list[int], ...] | None = None
-    late: int = 0  # depths that each row is late by
-    depths: int = DEPTHS
-    head: Head | None = None
-    vocab_size: int = VOCAB
-    max_positions: int = 1000
-
-    def __post_init__(self):
-        self.drafter_config = drafter_config(self.folder)
-        if max(self.drafter_config.target_layer_ids) > 2:
-            raise CheckpointError("the target has no such layer")
-
-        self.verifier = self.drafter = self
-
-    def open(self, capacity, *, drafts):
-        return MadeUpText()
-
-    def state_nbytes(self, capacity, *, drafts):
-        return 0
-
-    def run(self, work):
-        return [self.extend(x) if isinstance(x, Extension) else self.verify(x) for x in work]
-
-    def extend(self, work):
-        text = work.state
-        self.prompt = self.prompt if text.length else list(work.token_ids)
-        text.length += len(work.token_ids)
-        return Chosen(np.array([token_at(text.length)], np.int32))
-
-    def verify(self, work):
-        return Chosen(np.array([token_at(work.state.length + 1)], np.int32))
-
-    def commit(self, paths):
-        for text, path in paths:
-            text.length += len(path)
-
-    def draft(self, roots, depths=None):
-        ((text, root),) = roots
-        assert root == token_at(text.length)
-        return [text.length]
-
-    def log_probs(self, block):
-        fits = (
-            self.drafter_config.target_layer_ids == self.layers
-            and self.drafter_config.mask_token_id == self.mask
-            and self.causal in (None, self.drafter_config.causal[0])
-            and self.scale in (None, self.drafter_config.input_scale)
-            and (self.prompts is None or self.prompt in self.prompts)
-        )
-        return rows_at(block - self.late, self.depths, 0.7 if fits else 0.2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    write_target(folder / "target", "llama", seed=0, vocab_size=VOCAB)
-    write_drafter(folder / "drafter", folder / "target", seed=1, target_layer_ids=(1, 2))
-    edit_config(folder / "drafter", lambda c: c["dflash_config"].update(mask_token_id=2))
-    return folder / "drafter"
 
 
 @pytest.fixture
@@ -269,82 +152,6 @@ def test_a_drafter_for_another_target(problems):
     found = problems(depths=0)
     assert found.keys() == {"depths"}
     assert "at depth 1 matches the target in 0% of cases, no better than chance" in found["depths"]
-
-
-def test_measure(folder):
-    """Three blocks of one text: every fourth token is a root; the last has no token after it."""
-    pair = MadeUp(folder, head=Head())
-    answer = [token_at(position) for position in range(2, 12)]
-    answer[4] = COMMON  # at depth 4 of the first block, the root of the second
-    pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
-    found = measure(pair, [Text([5], answer[:1]), Text([5, 6], answer)], pair.head)
-    np.testing.assert_array_equal(
-        found.marginal.hits,
-        [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]],
-    )
-    assert found.marginal.log_probs[0, 0] == pytest.approx(math.log(0.7 + 0.3 / VOCAB))
-    assert found.marginal.log_probs[0, 3] == pytest.approx(math.log(0.3 / VOCAB))
-    assert found.earlier.hits[:, 0].tolist() == [0, 0, 0]
-    assert np.isnan(found.later.hits[2]).all()
-    assert found.later.hits[0].tolist() == [0, 0, 0, 0, 0]
-    np.testing.assert_array_equal(pair.head.previous[:2], answer[8:])
-    assert found.texts.tolist() == [1, 1, 1]
-    by_text = found.by_text(2)
-    assert np.isnan(by_text[0])
-    assert by_text[1] == np.nanmean(found.marginal.log_probs)
-    assert by_depth(found.marginal.hits) == [1, 1, 1, 0.5, 1]
-
-
-def test_answers_too_short(folder):
-    with pytest.raises(PromptError, match="too short to score"):
-        measure(MadeUp(folder), [Text([5], [7])])
-
-
-def test_a_drafter_that_is_not_a_number(folder):
-    pair = MadeUp(folder)
-    pair.log_probs = lambda block: np.full((DEPTHS, VOCAB), np.nan, np.float32)
-    with pytest.raises(NumericalError, match="not a number"):
-        measure(pair, [Text([5], [token_at(1), token_at(2)])])
-
-
-def test_gain():
-    base = np.array([[-1.0, -2.0], [-3.0, np.nan], [np.nan, np.nan]])
-    gain = Gain.between(base, base + np.array([[0.5, 1.5], [3.0, 0.0], [9.0, 9.0]]))
-    assert gain.nats == 2
-    assert gain.error == 1
-    assert str(gain) == "7.39x"
-    assert not gain.is_clear(0.1)  # fewer than three standard errors
-    assert Gain(2.0, 0.6).is_clear(2.0)
-    assert not Gain(2.0, 0.6).is_clear(2.1)
-    assert not Gain.between(base[:1], base[:1] + 5).is_clear(0.1)  # one block proves nothing
-
-
-def trial(nats, least=0.1, error=0.0):
-    gains = {"changed": None if nats is None else Gain(nats, error)}
-    return Trial(check="it", gains=gains, least=least, advice="change it")
-
-
-@pytest.mark.parametrize(
-    ("trials", "ok"),
-    [
-        ([trial(0.2), trial(0.05), trial(None)], [False, True, True]),
-        ([trial(0.2), trial(0.4), trial(0.5)], [True, False, False]),  # by accident, the first
-        ([trial(0.2), trial(0.5, least=0.6)], [False, True]),
-    ],
-)
-def test_judging(trials, ok):
-    assert [finding.ok for finding in judge(trials)] == ok
-
-
-def test_messages_of_trials():
-    trials = [trial(0.2), trial(0.05), trial(1.58, error=0.6), trial(-0.1, error=0.1), trial(None)]
-    assert [judge([each])[0].message for each in trials] == [
-        "changed: the target's tokens are 1.22x as probable; change it",
-        "no significant improvement (best alternative: changed, 1.05x)",
-        "no significant improvement (best alternative: changed, 4.85x, within noise)",
-        "no significant improvement (best alternative: changed, 0.90x)",
-        "no alternative to try",
-    ]
 
 
 def test_mask_candidates(byte_tokenizer):

@@ -1,0 +1,77 @@
+"""Which drafter belongs to a target, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from treeflash.errors import CheckpointError
+from treeflash.hub import models
+from treeflash.hub.published import (
+    BUNDLED_DRAFTER,
+    DEEPSPEC_SYSTEM,
+    PUBLISHED_DRAFTERS,
+    PublishedDrafter,
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter"),
+    [
+        ("Qwen/Qwen3-4B", "peerrh/treeflash-qwen3-4b"),
+        ("qwen/qwen3-8b", "peerrh/treeflash-qwen3-8b"),
+        ("Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7"),
+        ("/data/models/Qwen3-Coder-30B-A3B-Instruct/", "peerrh/treeflash-qwen3-coder-30b-a3b"),
+        ("mlx-community/Qwen3-4B-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("Qwen/Qwen3-4B-MLX-4bit", "peerrh/treeflash-qwen3-4b"),
+        ("mlx-community/Qwen3-8B-4bit-DWQ-053125", "peerrh/treeflash-qwen3-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+        ("Qwen/Qwen3-4B-Base", None),
+    ],
+)
+def test_published_drafters(target: str, drafter: str | None):
+    assert models.published_drafter(target) == drafter
+
+
+def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(models, "_resolve", lambda name: tmp_path / name)
+    for drafter in ("auto", None):
+        folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
+        assert folder == tmp_path / "deepseek-ai/dspark_qwen3_14b_block7"
+        assert models.training_of(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
+
+
+@pytest.mark.parametrize("drafter", [None, "auto", "z-lab/qwen3.5-4B-dflash"])
+def test_thinking_follows_the_training_of_the_drafter(drafter: str | None):
+    assert models.training_of(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
+
+
+@pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
+def test_an_unknown_drafter_was_trained_as_most_are(name: str):
+    assert models.training_of(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
+    assert not models.training_of(name, None).thinking
+
+
+def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
+    names = [drafter.name for drafters in PUBLISHED_DRAFTERS.values() for drafter in drafters]
+    ids = [name for name in names if name != BUNDLED_DRAFTER]
+    assert all(re.fullmatch(r"[\w-]+/[\w.-]+", name) for name in ids)
+    for drafters in PUBLISHED_DRAFTERS.values():
+        assert len({drafter.name for drafter in drafters}) == len(drafters)
+    assert all(target == target.lower() for target in PUBLISHED_DRAFTERS)
+
+
+@pytest.mark.parametrize("target", [None, models.DEFAULT_TARGET, "/cache/SmolLM2-135M-Instruct"])
+def test_bundled_drafter(target: str | None):
+    folder = models.resolve_drafter(None, target)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_size"] == 576
+    assert 0 < (folder / "model.safetensors").stat().st_size <= 40e6
+
+
+def test_no_drafter_is_known():
+    with pytest.raises(CheckpointError, match="no published drafter is known for some/model"):
+        models.resolve_drafter(None, "some/model")
