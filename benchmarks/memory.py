@@ -2,6 +2,8 @@
 
     python -m benchmarks.memory [--shape qwen3-8b] [--context 32768] [--json FILE]
 
+`--kv-bits 8` on CUDA: a layer's keys and values are converted while it attends.
+
 `before` is version 0.1.0 with `--cuda-graphs` at its first release to a GPU: capacities of texts
 were rounded up to powers of two, the drafter was made in float32 on the device, and the target was
 read into the memory of the host first.
@@ -40,7 +42,9 @@ def rows(shape: dict[str, Any], context: int) -> list[dict[str, Any]]:
     drafter = sum(prod(size) for size in tensors.values())
     capacity = context + NEW_TOKENS + TREE
     rounded = 1 << (capacity - 1).bit_length()
-    column = 2 * shape["num_key_value_heads"] * shape["head_dim"] * HALF
+    vectors = 2 * shape["num_key_value_heads"]
+    column = vectors * shape["head_dim"] * HALF
+    quantised = vectors * (shape["head_dim"] + SINGLE)  # a byte a number, and a scale
     layers = shape["num_hidden_layers"]
     features = context * shape["hidden_size"] * HALF
     found = [
@@ -48,6 +52,8 @@ def rows(shape: dict[str, Any], context: int) -> list[dict[str, Any]]:
         ("target's weights on the host while loading", target * HALF, 0),
         ("drafter's weights while loading", drafter * SINGLE, drafter * HALF),
         ("target's keys and values", rounded * layers * column, capacity * layers * column),
+        ("the same, --kv-bits 8", rounded * layers * column, capacity * layers * quantised),
+        ("one layer of them, converted", 0, capacity * column),
         ("drafter's keys and values", *[capacity * DRAFTER_LAYERS * column] * 2),
         ("features that the drafter has not read", features, features),
     ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from treeflash_cuda.graphs import Store
+from treeflash_cuda.quantised import dequantise, quantise
 
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short texts share an allocation."""
@@ -19,7 +20,7 @@ class Region:
     """The columns of one text.
 
     Attributes:
-        storage: (layers, 2, kv_heads, capacity, head_dim).
+        storage: (layers, 2, kv_heads, capacity, head_dim), or `quantise`'s width.
         slab: the allocation that it is part of.
         first: its first column there.
     """
@@ -33,7 +34,7 @@ class Slab:
     """One allocation, and which columns of it are free.
 
     Attributes:
-        storage: (layers, 2, kv_heads, columns, head_dim).
+        storage: (layers, 2, kv_heads, columns, head_dim), or `quantise`'s width.
         graphs: functions that are bound to its address.
     """
 
@@ -74,17 +75,23 @@ class Arena:
 
     Attributes:
         least_nbytes: the least that is allocated at once; None is `SLAB_BYTES`.
+        dtype: that keys and values are read in if they are kept in 8 bits; None keeps them as they
+            are.
     """
 
-    def __init__(self, layers: int, column_nbytes: int = 0) -> None:
+    def __init__(
+        self, layers: int, column_nbytes: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         """Start without memory.
 
         Args:
             layers: of the model.
             column_nbytes: size of a column, if it is known already.
+            dtype: see `dtype`.
         """
         self.layers = layers
         self.column_nbytes = column_nbytes
+        self.dtype = dtype
         self.least_nbytes: int | None = None
         self.lock = Lock()
         self.slabs: list[Slab] = []
@@ -93,12 +100,20 @@ class Arena:
         """Size of a region for so many columns, bytes; 0 before any keys were stored."""
         return capacity * self.column_nbytes
 
+    def stored(self, x: Tensor) -> Tensor:
+        """Keys or values, as they are stored."""
+        return x if self.dtype is None else quantise(x)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Stored keys or values, as they are read."""
+        return x if self.dtype is None else dequantise(x, self.dtype)
+
     def take(self, capacity: int, like: Tensor) -> Region:
         """A region for so many columns.
 
         Args:
             capacity: columns.
-            like: (1, kv_heads, n, head_dim) keys of a layer.
+            like: (1, kv_heads, n, width) stored keys of a layer.
         """
         with self.lock:
             return self._take(capacity, like)

@@ -97,10 +97,8 @@ class CudaBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     """See `Loader`."""
-    if config.draft_bits or config.kv_bits:
-        raise ConfigError(
-            "the cuda backend does not quantise; leave --draft-bits and --kv-bits out"
-        )
+    if config.draft_bits:
+        raise ConfigError("the cuda backend does not quantise drafters; leave --draft-bits out")
     split = ranks() > 1
     model = load_target(target, config, pack=not config.compile and not split, split=split)
     if split:
@@ -112,8 +110,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
         for layer in model.layers:
             layer.compile()
     model.graphs.enabled = config.cuda_graphs and not split
-    if config.cuda_graphs and model.device.type == "cuda":
-        # Graphs are bound to allocations: a large one serves many texts.
+    if config.cuda_graphs and config.kv_bits is None and model.device.type == "cuda":
+        # Graphs are bound to allocations: a large one serves many texts. Of one in 8 bits every
+        # pass would convert all columns.
         memory = torch.cuda.get_device_properties(model.device).total_memory
         model.arena.least_nbytes = memory // SLABS
     if model.transposed is not None and model.device.type == "cuda":
@@ -140,7 +139,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, split: bool = F
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model = Target(folder, device, dtype, split=split)
-    model.prepare(pack=pack)
+    model.prepare(pack=pack, kv_bits=config.kv_bits)
     model.kernels, reason = flash_kernels(device, model.dtype, model.config)
     if reason:
         warnings.warn(f"attention over long texts will be slow: {reason}", stacklevel=2)

@@ -49,7 +49,7 @@ class KeyValues:
 
     @property
     def storage(self) -> Tensor:
-        """(layers, 2, kv_heads, capacity, head_dim)."""
+        """(layers, 2, kv_heads, capacity, head_dim), or `quantise`'s width."""
         assert self.region is not None
         return self.region.storage
 
@@ -65,12 +65,13 @@ class KeyValues:
             UnsupportedModelError: the layers' keys and values differ in shape.
         """
         end = first + k.shape[2]
+        k, v = self.arena.stored(k), self.arena.stored(v)
         storage = self.reserve(k, v, end)
         storage[layer, 0, :, first:end] = k[0]
         storage[layer, 1, :, first:end] = v[0]
 
     def reserve(self, k: Tensor, v: Tensor, end: int) -> Tensor:
-        """The storage, which can hold such keys and values in its columns before `end`.
+        """The storage, which can hold such stored keys and values in its columns before `end`.
 
         Raises what `write` does.
         """
@@ -86,12 +87,12 @@ class KeyValues:
         return storage
 
     def until(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Views of the first columns of a layer, (1, kv_heads, end, head_dim) each."""
-        storage = self.storage
-        return storage[layer, 0, None, :, :end], storage[layer, 1, None, :, :end]
+        """The first columns of a layer, (1, kv_heads, end, head_dim) each: views if they can be."""
+        k, v = self.storage[layer, :, None, :, :end]
+        return self.arena.read(k), self.arena.read(v)
 
     def layers_until(self, end: int) -> list[tuple[Tensor, Tensor]]:
-        """What `until` returns, of every layer: views that are made at once."""
+        """Views of the first columns of every layer as they are stored, made at once."""
         views = self.storage[:, :, None, :, :end].flatten(0, 1).unbind(0)
         return list(zip(views[::2], views[1::2], strict=True))
 
@@ -110,14 +111,15 @@ class KeyValues:
         """Take over the first committed positions of another text, as many as it has."""
         length = min(length, other.length)
         if length:
-            self.region = self.arena.take(self.capacity, other.until(0, 1)[0])
+            self.region = self.arena.take(self.capacity, other.storage[0, :1])
             self.storage[:, :, :, :length] = other.storage[:, :, :, :length]
         self.length = length
 
     def read(self) -> NDArray[np.float32]:
         """The committed part, (layers, 2, kv_heads, length, head_dim)."""
-        committed: NDArray[np.float32] = self.storage[:, :, :, : self.length].float().cpu().numpy()
-        return committed
+        committed = self.arena.read(self.storage[:, :, :, : self.length])
+        read: NDArray[np.float32] = committed.float().cpu().numpy()
+        return read
 
     def close(self) -> None:
         """Give the region back."""
@@ -142,7 +144,7 @@ class PackedRows:
 
         Args:
             segments: that follow one another.
-            keys: (1, kv_heads, rows, head_dim) of a layer.
+            keys: (1, kv_heads, rows, width) of a layer, as they are stored.
         """
         parts: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
         row = 0
@@ -159,7 +161,7 @@ class PackedRows:
             self.slabs.append((slab, rows if len(parts) > 1 else None, columns))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values of all rows, (1, kv_heads, rows, head_dim) each."""
+        """Write the keys and values of all rows, (1, kv_heads, rows, width) each, as stored."""
         for slab, rows, columns in self.slabs:
             for kind, x in enumerate((k[0], v[0])):
                 own = x if rows is None else x.index_select(1, rows)
@@ -196,22 +198,24 @@ class TreeCache(Cache):
         """
         self.layer = layer_idx
         if len(self.texts) > 1:
+            keys, values = map(self.texts[0].arena.stored, (key_states, value_states))
             if self._packed is None:
                 parts = list(zip(self.texts, self.rows, strict=True))
-                self._packed = PackedRows([(x, x.length, n) for x, n in parts], key_states)
+                self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
                 self._views = [x.layers_until(x.length + n) for x, n in parts]
-            self._packed.write(layer_idx, key_states, value_states)
+            self._packed.write(layer_idx, keys, values)
             return key_states, value_states
         (text,) = self.texts
         text.write(layer_idx, text.length, key_states, value_states)
         return text.until(layer_idx, text.length + self.rows[0])
 
     def seen(self) -> list[tuple[Tensor, Tensor]]:
-        """Views of the columns of several texts, those of their rows included.
+        """The columns of several texts, those of their rows included.
 
         (1, kv_heads, length + n, head_dim) keys and values of each, in the layer updated last.
         """
-        return [layers[self.layer] for layers in self._views]
+        read = self.texts[0].arena.read
+        return [(read(k), read(v)) for k, v in (layers[self.layer] for layers in self._views)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions; models are given the positions of all rows."""

@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function
 
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.arena import Region, Slab
+from treeflash_cuda.arena import Arena, Region, Slab
 from treeflash_cuda.attention import MaskFunction
 from treeflash_cuda.cache import TreeCache, upload
 from treeflash_cuda.cascade import TreeAttention, is_window, tree_mask
@@ -84,7 +84,7 @@ class StaticTrees:
         first, length = inputs[3 * rows : 3 * rows + 2 * texts].view(2, texts)
         ancestors = inputs[3 * rows + 2 * texts :].view(texts, nodes, nodes).bool()
         trees = TreeAttention(kernels, first, length, positions.view(texts, nodes))
-        cache = StaticCache(slab, slots)
+        cache = StaticCache(self.target.arena, slab, slots)
         context = StaticContext(trees, positions, ancestors, cache)
         logits, outputs = self.target.forward(tokens, context, cache, logits_to_keep=0)
         return logits, tuple(outputs), *outputs.values()
@@ -172,13 +172,15 @@ class StaticCache(TreeCache):
     """The columns of a slab, written where a tensor says.
 
     Attributes:
+        arena: of the slab.
         slab: of all texts.
         slots: (rows,) the column of each row.
     """
 
-    def __init__(self, slab: Slab, slots: Tensor) -> None:
+    def __init__(self, arena: Arena, slab: Slab, slots: Tensor) -> None:
         """Describe one forward pass."""
         super().__init__([], [])
+        self.arena = arena
         self.slab = slab
         self.slots = slots
 
@@ -186,16 +188,16 @@ class StaticCache(TreeCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `TreeCache.update`; returns the arguments."""
+        """See `TreeCache.update`; returns the arguments, as they are read from the slab."""
         self.layer = layer_idx
-        keys, values = self.slab.storage[layer_idx]
-        keys.index_copy_(1, self.slots, key_states[0])
-        values.index_copy_(1, self.slots, value_states[0])
-        return key_states, value_states
+        new = self.arena.stored(key_states), self.arena.stored(value_states)
+        for kept, x in zip(self.slab.storage[layer_idx], new, strict=True):
+            kept.index_copy_(1, self.slots, x[0])
+        return self.arena.read(new[0]), self.arena.read(new[1])
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """(columns, kv_heads, head_dim) keys and values of the layer that was updated last."""
-        keys, values = self.slab.storage[self.layer]
+        keys, values = map(self.arena.read, self.slab.storage[self.layer])
         return keys.transpose(0, 1), values.transpose(0, 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

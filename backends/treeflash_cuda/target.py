@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treeflash.decoding.probe import TOLERANCES
 from treeflash.decoding.recurrence import refusal
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import UnsupportedModelError
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash_cuda.arena import Arena
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
@@ -24,7 +24,7 @@ from treeflash_cuda.attention import (
     attention_context,
 )
 from treeflash_cuda.attention_kernels import Kernels
-from treeflash_cuda.cache import TreeCache
+from treeflash_cuda.cache import KeyValues, TreeCache
 from treeflash_cuda.cascade import CascadeContext
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid_cache import HybridCache
@@ -37,6 +37,7 @@ from treeflash_cuda.layers import (
 )
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
 from treeflash_cuda.loading import load_model, max_positions, read_model_config
+from treeflash_cuda.quantised import KV_BITS, SCALE_BYTES
 from treeflash_cuda.ranks import whole, whole_output_head
 from treeflash_cuda.state import State
 
@@ -109,13 +110,15 @@ class Target:
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
-    def prepare(self, *, pack: bool) -> None:
+    def prepare(self, *, pack: bool, kv_bits: int | None = None) -> None:
         """Replace the model's attention, and check on a short text that its logits stay the same.
 
         Args:
             pack: pack the weights for the device; the model is then for inference only.
+            kv_bits: of keys and values from then on; None keeps them as they are.
 
         Raises:
+            ConfigError: its keys and values cannot be quantised.
             UnsupportedModelError: the logits differ, so the model computes attention in a way that
                 the replacement does not.
         """
@@ -134,10 +137,7 @@ class Target:
             if text.recurrent is not None:
                 text.recurrent.go_on(text.recurrent.after(tokens))
                 self.states_nbytes = text.recurrent.nbytes
-                # Recurrent layers need no room in it.
-                layers = len(self.attention_slots)
-                column = self.arena.column_nbytes // self.arena.layers * layers
-                self.arena = Arena(layers, column)
+            self.arena = self._arena(text.key_values, kv_bits)
             text.close()
         if context.layers < len(self.attention_slots):
             reason = "their attention layers do not support other attention functions"
@@ -148,6 +148,24 @@ class Target:
                 f"{self.model.config.model_type} models compute attention in a way that the cuda "
                 f"backend does not support (logits differ by {difference:.1%})"
             )
+
+    def _arena(self, text: KeyValues, kv_bits: int | None) -> Arena:
+        """The arena of further texts, by the shape of a first one."""
+        # Recurrent layers need no room in it.
+        layers = self.arena.layers if self.transposed is None else len(self.attention_slots)
+        if text.region is None:
+            return Arena(layers)
+        _, _, heads, _, width = text.storage.shape
+        if kv_bits is None:
+            return Arena(layers, 2 * layers * heads * width * self.dtype.itemsize)
+        if kv_bits != KV_BITS:
+            raise ConfigError(f"the cuda backend has --kv-bits {KV_BITS} alone, got {kv_bits}")
+        if width % SCALE_BYTES:
+            raise ConfigError(
+                f"quantised keys and values need heads whose width is a multiple of {SCALE_BYTES}, "
+                f"{self.model.config.model_type} has {width}; leave --kv-bits out"
+            )
+        return Arena(layers, 2 * layers * heads * (width + SCALE_BYTES), self.dtype)
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.

@@ -123,11 +123,13 @@ def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     text.close()
 
 
+@pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs):
-    backend = load(*folders[family], LoadConfig(dtype=dtype, cuda_graphs=graphs))
+def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs, bits):
+    config = LoadConfig(dtype=dtype, cuda_graphs=graphs, kv_bits=bits)
+    backend = load(*folders[family], config)
     states = [backend.open(200, drafts=True) for _ in range(3)]
     extensions = [Extension(x, PROMPT[: n + 2], Choice()) for n, x in enumerate(states)]
     assert [chosen.tokens.shape for chosen in backend.verifier.run(extensions)] == [(1,)] * 3
@@ -230,10 +232,10 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "bits"), [*[(x, None) for x in FAMILIES], ("mistral", 8)])
 @pytest.mark.parametrize("sampling", SAMPLINGS[::3], ids=["greedy", "sampled"])
-def test_an_iteration_is_captured(cuda, folders, family, dtype, sampling):
-    backend = load(*folders[family], LoadConfig(dtype=dtype))
+def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
+    backend = load(*folders[family], LoadConfig(dtype=dtype, kv_bits=bits))
     states = started(backend, 3)
     backend.drafter.draft([(state, 1) for state in states])
     for _ in range(2):  # captured, then replayed

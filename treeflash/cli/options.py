@@ -78,7 +78,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"
     )
     group.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise the KV cache to N bits (mlx)"
+        "--kv-bits",
+        type=int,
+        metavar="N",
+        help="quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)",
     )
     group.add_argument(
         "--no-cuda-graphs",

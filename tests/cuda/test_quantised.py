@@ -1,0 +1,137 @@
+"""Keys and values in 8 bits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from parts import load_with_parts
+
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.texts import random_tokens
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.quantised import dequantise, quantise  # noqa: E402
+
+VOCAB = 40
+EXACT, ROUNDED = (LoadConfig(device="cpu", dtype="float32", kv_bits=bits) for bits in (None, 8))
+TREE = DraftTree.from_parents(np.array([3, 4, 5, 6, 7], np.int32), np.array([-1, 0, 0, 1, 2]))
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mistral", "qwen3_5"])
+def pair(request, tmp_path_factory):
+    """One of them has windows, one recurrent layers."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", request.param, seed=1, vocab_size=VOCAB)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return folder / "target", folder / "drafter"
+
+
+@pytest.fixture(params=[True, False], ids=["parts", "masks"])
+def backend(request, pair, monkeypatch):
+    if request.param:
+        return load_with_parts(monkeypatch, *pair, kv_bits=8)
+    return load(*pair, ROUNDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_by_half_a_step(dtype):
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0], x[0, 1] = 0, 1000 * x[0, 1]
+    stored = quantise(x)
+    assert (stored.dtype, stored.shape) == (torch.int8, (3, 5, 20))
+    y = dequantise(stored, dtype)
+    assert y.dtype == dtype
+    step = x.abs().amax(-1, keepdim=True).float() / 127
+    # The scale and the product are rounded to the dtype.
+    bound = step / 2 + 2 * torch.finfo(dtype).eps * x.abs().amax(-1, keepdim=True).float()
+    assert ((x.float() - y.float()).abs() <= bound).all()
+    assert (y[0, 0] == 0).all()
+
+
+def test_what_is_not_a_number_stays_so():
+    x = torch.ones(2, 8)
+    x[0, 3] = torch.nan
+    y = dequantise(quantise(x), torch.float32)
+    assert y[0].isnan().all()
+    assert (y[1] == 1).all()
+
+
+def test_logits_and_state_are_near_those_of_floats(pair, backend):
+    tokens = random_tokens(np.random.default_rng(0), VOCAB, 40)
+    caches, logits = [], []
+    for each in (load(*pair, EXACT), backend):
+        text = TextSession(each)
+        text.extend(tokens)
+        logits.append(text.logits(TREE))
+        text.verify(TREE)
+        text.commit(np.array([0, 2, 4], np.int32))
+        caches.append(text.state.keys_values())
+    assert caches[0].shape == caches[1].shape
+    largest = np.abs(caches[0]).max()
+    assert 0 < np.abs(caches[0] - caches[1]).max() < largest / 50
+    difference = np.sqrt(np.mean((logits[0] - logits[1]) ** 2)) / logits[0].std()
+    assert 0 < difference < 0.03
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8, seed=3)])
+def test_trees_give_the_tokens_of_plain_decoding(backend, sampling):
+    """Alone, and several texts in one forward pass."""
+    rng = np.random.default_rng(1)
+    scheduler, expected = Scheduler(backend), {}
+    for n, method in enumerate(("treeflash", "ddtree", "dflash")):
+        prompt = random_tokens(rng, VOCAB, 2 + 9 * n)
+        config = DecodeConfig(method=method, budget=5 + 7 * n, max_tokens=24, sampling=sampling)
+        plain = decode(backend, prompt, replace(config, method="ar"))
+        tokens = [token for step in plain for token in step.tokens]
+        assert tokens == [x for step in decode(backend, prompt, config) for x in step.tokens]
+        expected[scheduler.submit(Request(prompt_ids=prompt, config=config))] = tokens
+    found = {ticket: [] for ticket in expected}
+    while scheduler.busy:
+        for ticket, step in scheduler.step():
+            found[ticket] += step.tokens
+    assert found == expected
+
+
+def test_commits_and_forks_equal_a_prefill(backend):
+    tokens = random_tokens(np.random.default_rng(2), VOCAB, 9)
+    text, fresh = TextSession(backend), TextSession(backend)
+    text.extend(tokens)
+    text.verify(TREE)
+    text.commit(np.array([0, 2, 4], np.int32))
+    fresh.extend([*tokens, *TREE.tokens[[0, 2, 4]]])
+    # Rounding may fall to either side where two computations differ in their last bits.
+    step = np.abs(fresh.state.keys_values()).max() / 127
+    np.testing.assert_allclose(
+        text.state.keys_values(), fresh.state.keys_values(), atol=1.01 * step
+    )
+    fork = text.state.fork(text.length, 50)
+    np.testing.assert_array_equal(fork.keys_values(), text.state.keys_values())
+
+
+def test_a_text_takes_a_byte_a_number_and_its_scales(pair, backend):
+    exact = load(*pair, EXACT)
+    with TextSession(exact) as text, TextSession(backend) as rounded:
+        for each in (text, rounded):
+            each.extend([3, 4, 5])
+        width = text.state.keys_values().shape[-1]
+        sizes = [each.state.key_values.nbytes for each in (text, rounded)]
+    assert sizes[0] * (width + 4) == sizes[1] * 4 * width
+    assert backend.state_nbytes(100, drafts=False) < exact.state_nbytes(100, drafts=False)
+
+
+def test_other_bits_and_widths_are_refused(tmp_path):
+    write_target(tmp_path, "llama", seed=1)
+    with pytest.raises(ConfigError, match="has --kv-bits 8 alone, got 4"):
+        load(tmp_path, None, replace(EXACT, kv_bits=4))
+    write_target(tmp_path / "narrow", "llama", seed=1, hidden_size=24)
+    with pytest.raises(ConfigError, match="multiple of 4, llama has 6"):
+        load(tmp_path / "narrow", None, ROUNDED)
