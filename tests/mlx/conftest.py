@@ -1,6 +1,7 @@
 """Fixtures of the MLX backend's tests."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import numpy as np
 import pytest
 
 from treeflash.testing.models import write_drafter, write_target
+
+VOCAB = 24  # so few that a random drafter is right at times
+SHAPE = {
+    "hidden_size": 64,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +41,28 @@ def pair(tmp_path_factory):
     write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
     write_drafter(drafter, target, seed=2)
     return target, drafter
+
+
+@pytest.fixture(scope="session")
+def hybrid_pair_of(families, tmp_path_factory):
+    """Folders of a random target of a type and of a drafter for it, each made once."""
+    made = {}
+
+    def pair(name, **settings):
+        key = name, *settings.items()
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
+                patch.setattr(families, "FIELDS", families.FIELDS | sizes)
+                families.write(folder / "target", name)
+            # Types call the sizes of a target by different names.
+            (folder / "config.json").write_text(json.dumps(SHAPE))
+            write_drafter(folder / "drafter", folder, seed=3)
+            made[key] = folder / "target", folder / "drafter"
+        return made[key]
+
+    return pair
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter
 from treeflash.testing.texts import path_to, random_tokens, random_tree
 
 require("mlx.core")
@@ -25,11 +24,9 @@ require("mlx_lm")
 import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
-from treeflash_mlx import hybrid_hooks, recurrence, recurrent_states, solvers, tree_hooks  # noqa: E402
 from treeflash_mlx import verifier as verifier_module  # noqa: E402
 from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
 from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
-from treeflash_mlx.recurrence import NodePaths, Writes  # noqa: E402
 from treeflash_mlx.target import Target  # noqa: E402
 
 # One per kind of layer: gates by head and by channel, Mamba-2, fixed decays, convolutions alone.
@@ -50,45 +47,16 @@ TYPES = (
     "gear",
 )
 PROMPT = [5, 17, 3, 22, 8]
-VOCAB = 24  # so few that a random drafter is right at times
-SHAPE = {
-    "hidden_size": 64,
-    "vocab_size": VOCAB,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 512,
-}
 
 
 @pytest.fixture(scope="module")
-def pair_of(families, tmp_path_factory):
-    """Folders of a random target of a type and of a drafter for it, each made once."""
-    made = {}
-
-    def pair(name, **settings):
-        key = name, *settings.items()
-        if key not in made:
-            folder = tmp_path_factory.mktemp(name)
-            with pytest.MonkeyPatch.context() as patch:
-                sizes = dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB) | settings
-                patch.setattr(families, "FIELDS", families.FIELDS | sizes)
-                families.write(folder / "target", name)
-            # Types call the sizes of a target by different names.
-            (folder / "config.json").write_text(json.dumps(SHAPE))
-            write_drafter(folder / "drafter", folder, seed=3)
-            made[key] = folder / "target", folder / "drafter"
-        return made[key]
-
-    return pair
-
-
-@pytest.fixture(scope="module")
-def backend_of(pair_of):
-    """Those pairs loaded, each once."""
+def backend_of(hybrid_pair_of):
+    """The pairs of `hybrid_pair_of`, each loaded once."""
     loaded = {}
 
     def backend(name):
         if name not in loaded:
-            loaded[name] = load(*pair_of(name), LoadConfig())
+            loaded[name] = load(*hybrid_pair_of(name), LoadConfig())
         return loaded[name]
 
     return backend
@@ -112,16 +80,16 @@ def mlx_lm_text(folder, length):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_text_equals_that_of_mlx_lm(backend_of, pair_of, name):
+def test_text_equals_that_of_mlx_lm(backend_of, hybrid_pair_of, name):
     text, steps = text_of(backend_of(name), 100, method="treeflash", budget=64)
-    assert text == mlx_lm_text(pair_of(name)[0], 100)
+    assert text == mlx_lm_text(hybrid_pair_of(name)[0], 100)
     assert len(text) / steps > 1.3
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", TYPES)
-def test_every_method_equals_mlx_lm_and_plain_decoding(backend_of, pair_of, name):
-    backend, expected = backend_of(name), mlx_lm_text(pair_of(name)[0], 200)
+def test_every_method_equals_mlx_lm_and_plain_decoding(backend_of, hybrid_pair_of, name):
+    backend, expected = backend_of(name), mlx_lm_text(hybrid_pair_of(name)[0], 200)
     seeded = SamplingConfig(temperature=0.9, seed=7)
     plain = text_of(backend, 200, method="ar", sampling=seeded)[0]
     for method, budget in itertools.product(METHODS, (16, 64)):
@@ -194,10 +162,10 @@ def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of, monkeypatch
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_nothing_of_mlx_lm_is_patched(backend_of, pair_of):
+def test_nothing_of_mlx_lm_is_patched(backend_of, hybrid_pair_of):
     original = mlx_lm.models.gated_delta.gated_delta_update
     hooked = backend_of("qwen3_5").target.model
-    plain = plain_model(pair_of("qwen3_5")[0])
+    plain = plain_model(hybrid_pair_of("qwen3_5")[0])
     module = type(plain.layers[0].linear_attn)
     assert type(hooked.layers[0].linear_attn) is not module
     assert module.__call__.__globals__["gated_delta_update"] is original
@@ -215,68 +183,6 @@ def test_memory_of_the_states_is_counted(backend_of):
         before = text.state.nbytes
         text.state.snapshot()
         assert text.state.nbytes == before + states
-
-
-def windows_by_column(paths, kernel):
-    rows = np.arange(paths.rows)[:, None] + np.arange(kernel)
-    return mx.array(np.broadcast_to(rows, (paths.texts, *rows.shape)).astype(np.int32))
-
-
-class CausalPaths(NodePaths):
-    def __init__(self, trees, rows, solve):
-        super().__init__(trees, rows, solve)
-        self.ancestors = mx.broadcast_to(mx.tri(rows, dtype=mx.bool_), self.ancestors.shape)
-
-
-def one_round_less(system, targets, depth):
-    return ROUNDS(system, targets, depth - 1)
-
-
-def without_decay(written, state, nodes, kept):
-    still = Writes(
-        written.values, written.keys, mx.zeros_like(written.log_decays), written.keys_first
-    )
-    return AFTER(still, state, nodes, kept)
-
-
-def whole_block(written, state, nodes, kept):
-    nodes = mx.arange(written.keys.shape[2])[None]
-    return AFTER(written, state, nodes, mx.ones(nodes.shape, mx.bool_))
-
-
-def without_own_decay(queries, keys, values, log_decays, *args):
-    outputs, written = RUN_TREE(queries, keys, values, mx.zeros_like(log_decays), *args)
-    return outputs, Writes(written.values, keys, log_decays)
-
-
-def last_columns(path, kernel):
-    return np.arange(kernel - 1, dtype=np.int32) + len(path)
-
-
-def chains_as_text(trees, *args, solve):
-    return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve)
-
-
-ROUNDS = solvers.solve_by_rounds
-AFTER, RUN_TREE, TREE_PASS = Writes.after, recurrence.run_tree, tree_hooks.TreePass.of
-BROKEN = {
-    "convolution by column": (NodePaths, "windows", windows_by_column),
-    "causal mask": (tree_hooks, "NodePaths", CausalPaths),
-    "pass without decay": (hybrid_hooks, "run_tree", without_own_decay),
-    "commit without decay": (Writes, "after", without_decay),
-    "commit of the whole block": (Writes, "after", whole_block),
-    "tail of the last columns": (recurrent_states, "convolution_tail", last_columns),
-    "one round too few": (solvers, "solve_by_rounds", one_round_less),
-    "chains run as text": (tree_hooks.TreePass, "of", chains_as_text),
-}
-
-
-@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid"])
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_recurrence_is_refused_at_load(pair_of, monkeypatch, broken, name):
-    monkeypatch.setattr(*BROKEN[broken])
-    with pytest.raises(UnsupportedModelError):
-        load(*pair_of(name), LoadConfig())
 
 
 def test_files_of_transformers_load(families, tmp_path):
@@ -311,15 +217,15 @@ def test_files_of_transformers_load(families, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma", "rwkv7", "baichuan_m1"])
-def test_a_recurrence_without_hooks_is_refused_with_the_reason(pair_of, name):
+def test_a_recurrence_without_hooks_is_refused_with_the_reason(hybrid_pair_of, name):
     with pytest.raises(UnsupportedModelError, match=f"^{name} models cannot run a draft tree: "):
-        load(*pair_of(name), LoadConfig())
-    backend = load(pair_of(name)[0], None, LoadConfig())
-    assert text_of(backend, 12, method="ar")[0] == mlx_lm_text(pair_of(name)[0], 12)
+        load(*hybrid_pair_of(name), LoadConfig())
+    backend = load(hybrid_pair_of(name)[0], None, LoadConfig())
+    assert text_of(backend, 12, method="ar")[0] == mlx_lm_text(hybrid_pair_of(name)[0], 12)
 
 
-def test_the_keys_and_values_of_a_hybrid_can_be_quantised(pair_of):
+def test_the_keys_and_values_of_a_hybrid_can_be_quantised(hybrid_pair_of):
     """Those of its attention layers; states stay as they are."""
-    backend = load(*pair_of("qwen3_5", head_dim=32), LoadConfig(kv_bits=8))
+    backend = load(*hybrid_pair_of("qwen3_5", head_dim=32), LoadConfig(kv_bits=8))
     plain = text_of(backend, 30, method="ar")[0]
     assert text_of(backend, 30, method="treeflash", budget=16)[0] == plain

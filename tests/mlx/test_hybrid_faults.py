@@ -1,0 +1,78 @@
+"""Faults of recurrent layers on trees, each of which the check at load refuses."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx  # noqa: E402
+from treeflash_mlx import hybrid_hooks, recurrence, recurrent_states, solvers, tree_hooks  # noqa: E402
+from treeflash_mlx.backend import load  # noqa: E402
+from treeflash_mlx.recurrence import NodePaths, Writes  # noqa: E402
+
+
+def windows_by_column(paths, kernel):
+    rows = np.arange(paths.rows)[:, None] + np.arange(kernel)
+    return mx.array(np.broadcast_to(rows, (paths.texts, *rows.shape)).astype(np.int32))
+
+
+class CausalPaths(NodePaths):
+    def __init__(self, trees, rows, solve):
+        super().__init__(trees, rows, solve)
+        self.ancestors = mx.broadcast_to(mx.tri(rows, dtype=mx.bool_), self.ancestors.shape)
+
+
+def one_round_less(system, targets, depth):
+    return ROUNDS(system, targets, depth - 1)
+
+
+def without_decay(written, state, nodes, kept):
+    still = Writes(
+        written.values, written.keys, mx.zeros_like(written.log_decays), written.keys_first
+    )
+    return AFTER(still, state, nodes, kept)
+
+
+def whole_block(written, state, nodes, kept):
+    nodes = mx.arange(written.keys.shape[2])[None]
+    return AFTER(written, state, nodes, mx.ones(nodes.shape, mx.bool_))
+
+
+def without_own_decay(queries, keys, values, log_decays, *args):
+    outputs, written = RUN_TREE(queries, keys, values, mx.zeros_like(log_decays), *args)
+    return outputs, Writes(written.values, keys, log_decays)
+
+
+def last_columns(path, kernel):
+    return np.arange(kernel - 1, dtype=np.int32) + len(path)
+
+
+def chains_as_text(trees, *args, solve):
+    return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve)
+
+
+ROUNDS = solvers.solve_by_rounds
+AFTER, RUN_TREE, TREE_PASS = Writes.after, recurrence.run_tree, tree_hooks.TreePass.of
+BROKEN = {
+    "convolution by column": (NodePaths, "windows", windows_by_column),
+    "causal mask": (tree_hooks, "NodePaths", CausalPaths),
+    "pass without decay": (hybrid_hooks, "run_tree", without_own_decay),
+    "commit without decay": (Writes, "after", without_decay),
+    "commit of the whole block": (Writes, "after", whole_block),
+    "tail of the last columns": (recurrent_states, "convolution_tail", last_columns),
+    "one round too few": (solvers, "solve_by_rounds", one_round_less),
+    "chains run as text": (tree_hooks.TreePass, "of", chains_as_text),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_recurrence_is_refused_at_load(hybrid_pair_of, monkeypatch, broken, name):
+    monkeypatch.setattr(*BROKEN[broken])
+    with pytest.raises(UnsupportedModelError):
+        load(*hybrid_pair_of(name), LoadConfig())
