@@ -12,3 +12,15 @@ def frequent_switches():
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA devices whose tensors hold no values."""
+    import torch
+    from fake_cuda import FakeCuda
+
+    if not torch.backends.cuda.is_built():
+        pytest.skip("needs a build of PyTorch with CUDA, as PyPI has it for Linux, but no GPU")
+    with FakeCuda(monkeypatch) as mode:
+        yield mode
