@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving.overhead --dtype float32
 
-Both decode the same texts with the same options, in turn. It prints a JSON object.
+Both decode the same texts with the same options, in turn, `--rounds` times, and the medians count.
+It prints a JSON object per line.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ import httpx
 import treeflash
 from benchmarks.serving.load import PATH
 from benchmarks.serving.servers import QUESTIONS, Job, server
-
-CLIENTS = (1, 4, 16)
 
 
 async def through_http(url: str, work: Sequence[Job], clients: int) -> float:
@@ -73,35 +72,43 @@ def first_tokens(model: treeflash.LanguageModel, url: str, repeats: int) -> dict
     return {name: round(1000 * value, 1) for name, value in medians.items()}
 
 
+def throughput(
+    model: treeflash.LanguageModel, url: str, work: Sequence[Job], clients: int, rounds: int
+) -> dict[str, float]:
+    """Tokens per second of the scheduler and through HTTP, and the second by the first."""
+    own, http = [], []
+    for _ in range(rounds):
+        own.append(directly(model, work, clients))
+        http.append(asyncio.run(through_http(url, work, clients)))
+    tokens = sum(job.max_tokens for job in work)
+    scheduler, through = (tokens / statistics.median(seconds) for seconds in (own, http))
+    return {
+        "clients": clients,
+        "scheduler_tokens_per_s": round(scheduler, 1),
+        "http_tokens_per_s": round(through, 1),
+        "ratio": round(through / scheduler, 3),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput")
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=20, help="of the first token")
     args = parser.parse_args(argv)
     model = treeflash.load(dtype=args.dtype)
     work = [Job(QUESTIONS[i % len(QUESTIONS)], args.tokens) for i in range(args.texts)]
-    tokens = args.texts * args.tokens
     options = ("--budget", "16", "--prefix-cache-gb", "0")
     with server("--dtype", args.dtype, *options) as running:
         found = first_tokens(model, running.url, args.repeats)
         print(json.dumps({"first_token": found}), flush=True)
-        for clients in CLIENTS:
-            own = tokens / directly(model, work, clients)
-            http = tokens / asyncio.run(through_http(running.url, work, clients))
-            print(
-                json.dumps(
-                    {
-                        "clients": clients,
-                        "scheduler_tokens_per_s": round(own, 1),
-                        "http_tokens_per_s": round(http, 1),
-                        "ratio": round(http / own, 3),
-                    }
-                ),
-                flush=True,
-            )
+        for clients in args.clients:
+            found = throughput(model, running.url, work, clients, args.rounds)
+            print(json.dumps(found), flush=True)
     return 0
 
 

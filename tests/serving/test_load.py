@@ -21,9 +21,9 @@ def test_load():
     )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     report = json.loads(done.stdout)
-    assert report["finished"] > SECONDS / 10
+    assert report["compared"] > SECONDS / 10
     assert report["different"] == 0
-    assert len(report["not_compared"]) < 12
+    assert max(report["rounding"].values()) < 1e-3  # what is larger than that is not rounding
     assert report["requests"]["leave"] > 0
     assert report["requests"]["wrong"] > 0
     before, most = report["memory_mib"]
