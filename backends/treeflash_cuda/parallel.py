@@ -6,6 +6,7 @@ broadcasts what it does, and the other ranks do the same with their parts of the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,9 @@ from treeflash_cuda.ranks import broadcast
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
+
+RELEASE_S = 0.5
+"""Time for the threads of a process group to release the last message, seconds."""
 
 
 class LeaderState(State):
@@ -90,6 +94,7 @@ def follow(target: Target) -> None:
     while True:
         name, *rest = broadcast()
         if name == "end":
+            _leave()
             return
         if name == "open":
             number, capacity = rest
@@ -116,7 +121,14 @@ def end() -> None:
     """On rank 0, end the other ranks."""
     if dist.is_initialized():
         broadcast(("end",))
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    # After a call returned, gloo's threads still release its tensors, for which they need the
+    # interpreter. They abort the process if they find it shutting down.
+    time.sleep(RELEASE_S)
 
 
 def _work(state: State, tokens: Any, wanted: bool) -> Extension | Verification:
