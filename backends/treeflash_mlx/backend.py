@@ -37,7 +37,7 @@ Head: TypeAlias = ARHead | RecurrentHead
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
 STARTS = 4
-"""How often in a forward pass the device is told to start, at most."""
+"""How often a forward pass submits work to the device, at most."""
 
 
 class MlxBackend:

@@ -47,8 +47,8 @@ class Throughput:
     Attributes:
         tokens: of drafted iterations, a running sum.
         seconds: of those iterations, a running sum.
-        balance: tokens that drafting brought beyond what plain decoding would have brought in the
-            same time; divided by the square root of the number of texts, as their noise is.
+        balance: tokens beyond those that plain decoding would have generated in the same time;
+            divided by the square root of the number of texts, as their noise is.
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
         plain_s: of an iteration of several texts without a draft, a running mean. The costs of

@@ -1,4 +1,4 @@
-"""How the target's token is to be chosen at each node, and what was chosen."""
+"""Choices of the target's token at each node, and their results."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def decode_loop(
             for token in tokens:
                 constraint.advance(token)
         tree, table, allowed = DraftTree.root_only(tokens[-1]), None, None
-        # Each accepted node brings a token, and so does the last node's choice. What lies deeper
+        # Each accepted node adds a token, and so does the last node's choice. What lies deeper
         # could not be emitted, and would stand beyond the last position.
         deepest = limit - emitted - 1
         drafted: Drafted | None = None

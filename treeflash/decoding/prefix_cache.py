@@ -98,7 +98,7 @@ def _shared(entry: _Entry, tokens: NDArray[np.int32]) -> int:
 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many first tokens two texts share."""
+    """Length of the common prefix of two texts, tokens."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n

@@ -13,7 +13,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
 
 @dataclass
 class Stats:
-    """What a generation cost and what it brought; grows step by step.
+    """Accepted lengths and times of a generation; grows step by step.
 
     Attributes:
         accepted_lengths: committed tokens of each iteration: accepted draft tokens and the bonus

@@ -44,7 +44,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
     Args:
         path: A GGUF file of architecture ``llama`` with a ``smollm`` byte-level BPE tokenizer.
         folder: An existing folder, written into.
-        progress: Told the bytes of weights written so far and in all.
+        progress: called with the bytes of weights written so far and in all.
 
     Raises:
         CheckpointError: The file is damaged, or holds another kind of model or tokenizer.

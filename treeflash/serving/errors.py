@@ -90,7 +90,7 @@ class APIError(Exception):
 
 
 def api_error(error: Exception) -> APIError:
-    """How an error that decoding raised is told to the client."""
+    """The error that a client gets for one that decoding raised."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, PromptError | ConfigError):

@@ -165,7 +165,7 @@ class GrammarCompiler:
             APIError: the grammar is invalid, or uses what llguidance does not support.
         """
         text = json.dumps({"grammars": grammar.entries})
-        # Errors are told to the client, not printed.
+        # Errors are reported to the client, not printed.
         matcher = llguidance.LLMatcher(self._loaded(), text, log_level=0)
         if matcher.is_error():
             raise _error(matcher.get_error(), param)

@@ -1,4 +1,4 @@
-"""What a server can be told besides how to decode."""
+"""Settings of a server, besides those for decoding."""
 
 from __future__ import annotations
 

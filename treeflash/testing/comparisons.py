@@ -1,4 +1,4 @@
-"""What it means that two backends agree."""
+"""Comparisons of the results of two backends."""
 
 from __future__ import annotations
 
@@ -98,5 +98,5 @@ def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None
 
 
 def tokens_of(steps: Sequence[Step]) -> list[int]:
-    """The text that steps brought."""
+    """The tokens of all steps, in order."""
     return [token for step in steps for token in step.tokens]

@@ -1,4 +1,4 @@
-"""What is wrong is said, by name, instead of decoded."""
+"""Faulty folders and settings are refused by an error that names the fault."""
 
 from __future__ import annotations
 

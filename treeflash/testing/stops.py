@@ -113,7 +113,7 @@ def text_with_new_token_inside_path(backend: Backend) -> tuple[list[int], list[i
 
 
 def middles(steps: list[Step]) -> list[int]:
-    """Indices in the text of accepted tokens that their step brought neither first nor last."""
+    """Indices in the text of tokens that are neither the first nor the last of their step."""
     found: list[int] = []
     start = 0
     for step in steps:

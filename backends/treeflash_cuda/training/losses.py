@@ -1,4 +1,4 @@
-"""How far a drafter's predictions are from the target's, token by token, in nats."""
+"""Losses of a drafter's predictions against the target's, per token, in nats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the loss at each depth of a block counts."""
+"""Weights of the loss at each depth of a block."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class TestSteps:
         ]
         assert [step.finish_reason for step in steps] == [None, None, None, "length"]
 
-    def test_plain_decoding_brings_one_token_a_step(self) -> None:
+    def test_plain_decoding_commits_one_token_a_step(self) -> None:
         steps = run(scripted(SCRIPT), method="ar", max_tokens=4)
         assert [step.tokens for step in steps] == [(14,), (15,), (16,), (17,)]
         assert steps[0].tree is None

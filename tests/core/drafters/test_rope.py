@@ -143,7 +143,7 @@ def test_frequencies(settings: dict[str, Any], scale: float, expected: list[floa
 
 @pytest.mark.parametrize(("settings", "scale", "expected"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
-def test_older_spelling(
+def test_older_format(
     settings: dict[str, Any], scale: float, expected: list[float], type_key: str
 ) -> None:
     """`rope_theta` beside `rope_scaling`, instead of `rope_parameters`."""
@@ -160,7 +160,7 @@ def test_older_spelling(
 
 
 @pytest.mark.parametrize(("settings", "scale", "expected"), CASES.values(), ids=CASES)
-def test_newer_spelling(settings: dict[str, Any], scale: float, expected: list[float]) -> None:
+def test_newer_format(settings: dict[str, Any], scale: float, expected: list[float]) -> None:
     config = {"rope_parameters": settings, "max_position_embeddings": 77}
     actual, actual_scale = inverse_frequencies(rope_parameters(config), 2 * len(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
