@@ -1,6 +1,7 @@
 """Tiny random hybrid targets of transformers: drafted text equals what the framework generates."""
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from treeflash.decoding import decode
 from treeflash.testing import require, write_drafter
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import DRAFTER_SEED
+from treeflash.training.interfaces import Response
 
 require("torch")
 
 import torch  # noqa: E402
+from fitted_drafters import fit_drafter  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.training.features import FeatureStore  # noqa: E402
 
 COMMON = ("qwen3_5", "falcon_h1", "lfm2")
 OTHERS = (
@@ -24,7 +28,10 @@ OTHERS = (
     *("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "lfm2_moe", "lfm3"),
 )
 VOCAB = 24
-PROMPT = 7
+PROMPT = np.random.default_rng(5).integers(3, VOCAB, 7).tolist()
+SAMPLINGS = (SamplingConfig(), SamplingConfig(temperature=1.0, seed=9))
+FLOAT32 = LoadConfig(device="cpu", dtype="float32")
+READ_LAYERS = (0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +43,11 @@ def families():
     return module
 
 
-@pytest.fixture(scope="module")
-def made():
-    return {}
-
-
 @pytest.fixture
-def pair(families, made, name, tmp_path_factory, monkeypatch):
-    """A target of a type as transformers loads it, and the pair as the backend does."""
-    if name not in made:
-        monkeypatch.setitem(families.SMALL, "vocab_size", VOCAB)
-        folder = tmp_path_factory.mktemp(name)
-        model = families.write(folder / "target", name)
-        write_drafter(folder / "drafter", described(folder, model), seed=DRAFTER_SEED)
-        made[name] = (
-            model,
-            load(folder / "target", folder / "drafter", LoadConfig(device="cpu", dtype="float32")),
-        )
-    return made[name]
+def model(families, name, tmp_path, monkeypatch):
+    """A target of a type, as transformers loads it."""
+    monkeypatch.setitem(families.SMALL, "vocab_size", VOCAB)
+    return families.write(tmp_path / "target", name)
 
 
 def described(folder, model):
@@ -71,47 +65,63 @@ def described(folder, model):
     return path.parent
 
 
-def generated(model, prompt, length):
+def generated(model, length):
     """The framework's own greedy text."""
     with torch.inference_mode():
         tokens = model.generate(
-            torch.tensor([prompt]),
+            torch.tensor([PROMPT]),
             max_new_tokens=length,
             min_new_tokens=length,
             do_sample=False,
             pad_token_id=0,
             eos_token_id=None,
         )
-    return tokens[0, len(prompt) :].tolist()
+    return tokens[0, len(PROMPT) :].tolist()
 
 
-def check(pair, length, methods, budgets):
-    model, backend = pair
-    prompt = np.random.default_rng(5).integers(3, VOCAB, PROMPT).tolist()
-    expected = generated(model, prompt, length)
-    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, seed=9)):
-        plain = DecodeConfig(method="ar", max_tokens=length, sampling=sampling)
-        text = tokens_of(list(decode(backend, prompt, plain)))
-        if sampling.greedy:
-            assert text == expected
-        for method in methods:
-            for budget in budgets:
-                config = DecodeConfig(
-                    method=method, budget=budget, max_tokens=length, sampling=sampling
-                )
-                steps = list(decode(backend, prompt, config))
-                assert tokens_of(steps) == text, (method, budget)
-                # Small trees of a random drafter seldom fit a text that repeats itself.
-                if (method, budget) == ("treeflash", max(budgets)):
-                    assert (len(text) - 1) / (len(steps) - 1) > 1.1
+def plain_texts(backend, length):
+    """Those that drafts must give, by the ways to choose tokens."""
+    configs = (DecodeConfig(method="ar", max_tokens=length, sampling=x) for x in SAMPLINGS)
+    return [tokens_of(list(decode(backend, PROMPT, config))) for config in configs]
+
+
+def fit(drafter, backend, texts):
+    """Fit a drafter to texts of the target."""
+    responses = [Response(prompt_ids=tuple(PROMPT), response_ids=tuple(text)) for text in texts]
+    target = backend.target
+    target.capture(READ_LAYERS)
+    store = FeatureStore(target, READ_LAYERS, responses, 1, None, 0)
+    features = [text.features.numpy() for text in store.get(range(len(texts)))]
+    weights = (x.detach().numpy() for x in (target.embeddings, target.lm_head_weight))
+    fit_drafter(drafter, responses, features, *weights, layers=len(target.layers))
+
+
+def check(folder, model, length, methods, budgets):
+    target, drafter = folder / "target", folder / "drafter"
+    plain = load(target, None, FLOAT32)
+    texts = plain_texts(plain, length)
+    assert texts[0] == generated(model, length)
+    options = {"seed": DRAFTER_SEED, "target_layer_ids": READ_LAYERS}
+    write_drafter(drafter, described(folder, model), **options)
+    fit(drafter, plain, texts)
+    backend = load(target, drafter, FLOAT32)
+    for text, sampling in zip(texts, SAMPLINGS, strict=True):
+        for method, budget in itertools.product(methods, budgets):
+            config = DecodeConfig(
+                method=method, budget=budget, max_tokens=length, sampling=sampling
+            )
+            steps = list(decode(backend, PROMPT, config))
+            assert tokens_of(steps) == text, (method, budget)
+            efficiency = (len(text) - 1) / (len(steps) - 1)
+            assert efficiency > 1.3, (method, budget)
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_drafted_text_equals_generate(pair):
-    check(pair, 40, ("treeflash", "dflash"), (16,))
+def test_drafted_text_equals_generate(tmp_path, model):
+    check(tmp_path, model, 40, ("treeflash", "dflash"), (16,))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", COMMON + OTHERS)
-def test_long_drafted_text_equals_generate(pair):
-    check(pair, 200, METHODS[1:], (16, 64))
+def test_long_drafted_text_equals_generate(tmp_path, model):
+    check(tmp_path, model, 200, METHODS[1:], (16, 64))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import mlx_lm.models.gated_delta
 import numpy as np
@@ -17,6 +18,7 @@ from treeflash.drafters.folder import read_config
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.texts import path_to, random_tokens, random_tree
+from treeflash.training.interfaces import Response
 
 require("mlx.core")
 require("mlx_lm")
@@ -86,19 +88,40 @@ def test_text_equals_that_of_mlx_lm(backend_of, hybrid_pair_of, name):
     assert len(text) / steps > 1.3
 
 
+def fit(drafter, target, texts):
+    """Fit a drafter to texts of the target."""
+    require("torch")
+    from fitted_drafters import fit_drafter
+
+    responses = [Response(prompt_ids=tuple(PROMPT), response_ids=tuple(text)) for text in texts]
+    layer_ids = read_config(drafter)["dflash_config"]["target_layer_ids"]
+    target.capture(layer_ids)
+    features = []
+    for response in responses:
+        key_values = target.new_key_values(len(response))
+        tokens = mx.array([response.token_ids])
+        features.append(np.array(target.forward(tokens, [key_values], tuple(layer_ids))[1][0]))
+    weights = (np.array(x.weight) for x in (target.embedding, target.output_module))
+    fit_drafter(drafter, responses, features, *weights, layers=len(target.layers))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", TYPES)
-def test_every_method_equals_mlx_lm_and_plain_decoding(backend_of, hybrid_pair_of, name):
-    backend, expected = backend_of(name), mlx_lm_text(hybrid_pair_of(name)[0], 200)
-    seeded = SamplingConfig(temperature=0.9, seed=7)
-    plain = text_of(backend, 200, method="ar", sampling=seeded)[0]
-    for method, budget in itertools.product(METHODS, (16, 64)):
-        text, steps = text_of(backend, 200, method=method, budget=budget)
-        assert text == expected, (method, budget)
-        drafted = text_of(backend, 200, method=method, budget=budget, sampling=seeded)[0]
-        assert drafted == plain, (method, budget)
-        if (method, budget) == ("treeflash", 64):
-            assert len(text) / steps > 1.2
+def test_every_method_equals_mlx_lm_and_plain_decoding(hybrid_pair_of, tmp_path, name):
+    folder, random_drafter = hybrid_pair_of(name)
+    plain, drafter = load(folder, None, LoadConfig()), tmp_path / "drafter"
+    samplings = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
+    texts = [text_of(plain, 200, method="ar", sampling=x)[0] for x in samplings]
+    assert texts[0] == mlx_lm_text(folder, 200)
+    shutil.copytree(random_drafter, drafter)
+    fit(drafter, plain.target, texts)
+    backend = load(folder, drafter, LoadConfig())
+    for text, sampling in zip(texts, samplings, strict=True):
+        for method, budget in itertools.product(METHODS[1:], (16, 64)):
+            settings = {"method": method, "budget": budget, "sampling": sampling}
+            drafted, steps = text_of(backend, 200, **settings)
+            assert drafted == text, (method, budget)
+            assert (len(text) - 1) / (steps - 1) > 1.3, (method, budget)
 
 
 @pytest.mark.parametrize("name", TYPES)
