@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
@@ -23,7 +25,7 @@ DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
 new_cache = Target.new_cache
 decays = recurrence._decays
-delta_rule = recurrence.delta_rule
+delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,13 @@ def keys_not_normalised(patch):
         return delta_rule(q, 2 * k, *args)
 
     patch.setattr(hybrid_hooks, "delta_rule", rule)
+
+
+def queries_scaled(patch):
+    def rule(q, *args):
+        return linear_rule(2 * q, *args)
+
+    patch.setattr(hybrid_hooks, "linear_rule", rule)
 
 
 def no_solve(patch):
@@ -134,7 +143,7 @@ EVERYWHERE = (
 FAULTS = [
     *((fault, family) for fault in EVERYWHERE for family in HYBRID_FAMILIES),
     *((fault, DELTA) for fault in (keys_not_normalised, no_solve)),
-    (single_step_in_place, MAMBA),
+    *((fault, MAMBA) for fault in (queries_scaled, single_step_in_place)),
 ]
 
 
@@ -153,3 +162,22 @@ def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)
 def test_sound_pairs_load(pairs, family, dtype):
     load(*pairs[family], LoadConfig(device="cpu", dtype=dtype))
+
+
+def test_gated_delta_nets_normalise_the_scale_of_queries_away(pairs, monkeypatch):
+    """A factor on them ends at the norm of the output, but for its epsilon: it is no fault."""
+    backend = load(pairs[DELTA][0], None, LoadConfig(device="cpu", dtype="float32"))
+    tree = DraftTree.from_parents(
+        np.arange(5, 9, dtype=np.int32), np.array([-1, 0, 0, 2], np.int32)
+    )
+    found = []
+    for factor in (1, 5):
+        monkeypatch.setattr(
+            hybrid_hooks,
+            "delta_rule",
+            lambda q, *args, factor=factor: delta_rule(factor * q, *args),
+        )
+        with TextSession(backend) as text:
+            text.extend([3, 4])
+            found.append(text.logits(tree))
+    np.testing.assert_allclose(*found, atol=5e-3 * found[0].std())
