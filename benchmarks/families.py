@@ -26,6 +26,10 @@ that has every kind of layer that the type has.
 - *verified*: the logits on a draft tree are those of its paths run as plain text.
 - *refused*: loading a drafter for such a target prints an error that says why.
 - a dash: the framework lacks the type, or no such tiny model could be made.
+
+Types with latent attention, whose keys and values have different shapes, are refused on `cuda`:
+DeepSeek-V2 and -V3, MiniCPM3, and the hybrids Kimi-Linear (`kimi_linear`) and Ling
+(`bailing_hybrid`), whose recurrent layers alone could run a draft tree.
 """
 
 

@@ -80,8 +80,8 @@ class KeyValues:
         storage = self.storage
         if k.shape != v.shape or k.shape[1::2] != storage.shape[2::2]:
             raise UnsupportedModelError(
-                "the target's layers have keys and values of different shapes, which the cuda "
-                "backend's cache does not support"
+                "their layers have keys and values of different shapes, which the cuda backend's "
+                "cache does not support"
             )
         assert end <= storage.shape[3], "the text has outgrown its capacity"
         return storage

@@ -133,7 +133,12 @@ class Target:
                 self.lm_head = self.model.get_output_embeddings()
             text = State(self.arena, None, CHECKED_TOKENS, transposed=self.transposed)
             cache = self.new_cache([(text, range(CHECKED_TOKENS))], [None])
-            actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
+            try:
+                actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
+            except UnsupportedModelError as error:  # of a layer, which does not know the model
+                raise UnsupportedModelError(
+                    refusal(self.model.config.model_type, str(error))
+                ) from error
             if text.recurrent is not None:
                 text.recurrent.go_on(text.recurrent.after(tokens))
                 self.states_nbytes = text.recurrent.nbytes

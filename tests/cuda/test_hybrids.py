@@ -1,15 +1,14 @@
 """Tiny random hybrid targets of transformers: drafted text equals what the framework generates."""
 
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require, write_drafter
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import DRAFTER_SEED
@@ -17,6 +16,7 @@ from treeflash.training.interfaces import Response
 
 require("torch")
 
+import families  # noqa: E402
 import torch  # noqa: E402
 from fitted_drafters import fit_drafter  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
@@ -34,17 +34,8 @@ FLOAT32 = LoadConfig(device="cpu", dtype="float32")
 READ_LAYERS = (0, 2)
 
 
-@pytest.fixture(scope="module")
-def families():
-    path = Path(__file__).parent / "families.py"
-    spec = importlib.util.spec_from_file_location("cuda_families", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def model(families, name, tmp_path, monkeypatch):
+def model(name, tmp_path, monkeypatch):
     """A target of a type, as transformers loads it."""
     monkeypatch.setitem(families.SMALL, "vocab_size", VOCAB)
     return families.write(tmp_path / "target", name)
@@ -114,6 +105,14 @@ def check(folder, model, length, methods, budgets):
             assert tokens_of(steps) == text, (method, budget)
             efficiency = (len(text) - 1) / (len(steps) - 1)
             assert efficiency > 1.3, (method, budget)
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid"])
+def test_latent_attention_is_refused_by_name(tmp_path, model, name):
+    """The recurrent layers could run trees; those with latent keys and values could not."""
+    reason = "their layers have keys and values of different shapes"
+    with pytest.raises(UnsupportedModelError, match=f"^{name} models cannot .*: {reason}"):
+        load(tmp_path / "target", None, FLOAT32)
 
 
 @pytest.mark.parametrize("name", COMMON)
