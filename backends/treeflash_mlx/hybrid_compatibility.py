@@ -43,7 +43,12 @@ def _interval(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]
 
 def _granite(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     names = {LINEAR: "mamba", FULL: "attention"}
-    return {"layer_types": [names.get(kind, kind) for kind in kinds]}
+    # mlx-lm rotates unless this is "nope"; in a file of transformers nothing says the same.
+    positions = "rope" if config.get("position_embedding_type") == "rope" else "nope"
+    return {
+        "layer_types": [names.get(kind, kind) for kind in kinds],
+        "position_embedding_type": positions,
+    }
 
 
 def _lfm2(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:

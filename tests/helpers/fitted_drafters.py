@@ -31,7 +31,7 @@ from treeflash.training.interfaces import Response
 
 CONFIG = TrainConfig(loss="ce", top_tokens=1)
 LEARNING_RATE = 4e-3
-LOSS = 1.6
+LOSS = 1.2
 """Nats of a token without the one before it: right often enough, and wrong often enough that trees
 are more than chains."""
 MOST_STEPS = 300

@@ -90,5 +90,8 @@ def test_layers_in_an_order_that_mlx_lm_lacks_are_refused():
 def test_types_of_layers_and_sizes_have_the_names_of_mlx_lm():
     granite = {"model_type": "granitemoehybrid", "layer_types": [LINEAR, FULL, "mamba"]}
     assert compatible_settings(granite)["layer_types"] == ["mamba", "attention", "mamba"]
+    assert compatible_settings(granite)["position_embedding_type"] == "nope"
+    rotated = granite | {"position_embedding_type": "rope"}
+    assert compatible_settings(rotated)["position_embedding_type"] == "rope"
     lfm2 = {"model_type": "lfm2", "layer_types": ["conv", FULL], "hidden_size": 64}
     assert compatible_settings(lfm2)["block_dim"] == 64
