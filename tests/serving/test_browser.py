@@ -56,7 +56,7 @@ def open_page(browser):
 
 def shot(page, name):
     if SCREENSHOTS:
-        page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=True)
 
 
 def ask(page, text):

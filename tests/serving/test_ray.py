@@ -50,6 +50,22 @@ def replica_pids():
     return {pid for pid, name in names.items() if name.startswith(REPLICA)}
 
 
+def test_it_grows_with_the_queue():
+    """Ray's configuration: replicas are added by the number of unfinished requests."""
+    from treeflash.serving.ray_app import RayConfig, build
+
+    config = RayConfig(replicas=2, max_replicas=5, target_requests=7, settings={"max_queue": 9})
+    replica = next(iter(build(config)._bound_deployment.init_args))
+    options = replica._bound_deployment
+    scaling = options._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 7
+    assert options.max_ongoing_requests == 16 + 9  # more must wait in the proxy, where they count
+    fixed = build(RayConfig(replicas=3))._bound_deployment.init_args[0]._bound_deployment
+    scaling = fixed._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (3, 3)
+
+
 def test_answers(url):
     body = chat("Name a river.", max_tokens=8)
     whole = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300).json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
@@ -40,6 +40,11 @@ class ChatRequest(DecodingSchema):
     tools: list[Tool] | None = Field(None, max_length=256)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # Of vllm-router too.
+    continue_final_message: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
+    include_reasoning: Literal[True] | None = None
 
     def conversation(self) -> Conversation:
         """What is to be continued, and how."""

@@ -61,6 +61,10 @@ class DecodingSchema(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # names the client's own user, which changes nothing here
+    # vllm-router adds these to every request, at values that change nothing.
+    no_stop_trim: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
 
     def options(self) -> Options:
         """The decoding options that were given."""

@@ -1,0 +1,63 @@
+"""A full disk: what the server writes is its log and, before it starts, the models it fetches."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import wait_until
+
+from treeflash import serve as command
+
+FULL = Path("/dev/full")
+
+
+def test_while_models_are_fetched(capsys, monkeypatch):
+    def load(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(command, "load_model", load)
+    code = command.main(["--port", "0"])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err == "error: [Errno 28] No space left on device: 'model.safetensors'\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", port]
+    environment = {**os.environ, "TREEFLASH_CACHE": str(tmp_path)}
+    url = f"http://127.0.0.1:{port}"
+    with (
+        FULL.open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "treeflash.serve", *map(str, args)], stderr=log, env=environment
+        ) as process,
+    ):
+
+        def ready():
+            assert process.poll() is None, "the server has ended"
+            try:
+                return httpx.get(f"{url}/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, 60)
+            body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 4
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
