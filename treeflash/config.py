@@ -211,6 +211,8 @@ class LoadConfig:
         device: the backend's own name for a device (`cuda:1`, `cpu`, `gpu`); None is its best.
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
         draft_bits: bits per weight of the quantised drafter; None does not quantise it.
+        draft_window: positions before a draft that the drafter sees, beside the first few; None is
+            all.
         kv_bits: bits per number of the target's keys and values; None keeps `dtype`.
         cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
         compile: compile the target's layers with `torch.compile`.
@@ -219,6 +221,7 @@ class LoadConfig:
     device: str | None = None
     dtype: str | None = None
     draft_bits: int | None = None
+    draft_window: int | None = None
     kv_bits: int | None = None
     cuda_graphs: bool = True
     compile: bool = False
@@ -233,10 +236,10 @@ class LoadConfig:
             self.dtype in (None, *DTYPES),
             f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}",
         )
-        for name in ("draft_bits", "kv_bits"):
-            bits = getattr(self, name)
+        for name in ("draft_bits", "draft_window", "kv_bits"):
+            number = getattr(self, name)
             _check(
-                bits is None or is_whole(bits, 1),
+                number is None or is_whole(number, 1),
                 f"{name.replace('_', '-')} must be 1 or more",
                 self,
             )

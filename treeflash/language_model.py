@@ -206,6 +206,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     draft_bits: int | None = None,
+    draft_window: int | None = None,
     kv_bits: int | None = None,
     cuda_graphs: bool = True,
     compile: bool = False,
@@ -220,6 +221,7 @@ def load(
         device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
         dtype: `float32`, `bfloat16` or `float16`.
         draft_bits: quantise the drafter to so many bits.
+        draft_window: the drafter sees only the first few and so many of the latest positions.
         kv_bits: quantise the target's KV cache to so many bits.
         cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
         compile: compile the target's layers with `torch.compile`.
@@ -234,6 +236,7 @@ def load(
         device=device,
         dtype=dtype,
         draft_bits=draft_bits,
+        draft_window=draft_window,
         kv_bits=kv_bits,
         cuda_graphs=cuda_graphs,
         compile=compile,

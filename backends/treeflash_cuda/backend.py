@@ -52,14 +52,16 @@ class CudaBackend:
         target: Target,
         drafter: DrafterModel | None,
         head: Head | None,
+        *,
+        draft_window: int | None = None,
     ) -> None:
-        """Hold a target and a drafter for it."""
+        """Hold a target, and a drafter for it; see `LoadConfig.draft_window`."""
         self.target = target
         self.drafter_model = drafter
         self.drafter_arena = Arena(len(drafter.layers)) if drafter else None
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter)
         self.state_class = LeaderState if target.split else State
-        self.drafter = Drafter(drafter, target) if drafter else None
+        self.drafter = Drafter(drafter, target, draft_window) if drafter else None
         self.head = head
         self.device = str(target.device)
         self.device_name = device_name(target.device)
@@ -125,7 +127,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if head is not None:
         pack_linears(head.module)
     model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head)
+    backend = CudaBackend(model, drafter_model, head, draft_window=config.draft_window)
     check_trees(backend)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.context_window import left_out
 from treeflash_cuda.attention import additive_mask
 from treeflash_cuda.cache import KeyValues, PackedRows, upload
 from treeflash_cuda.drafter_model import DrafterModel
@@ -46,24 +47,27 @@ class _Text:
         cache: its keys and values.
         context: how many positions are new to the drafter.
         start: position of the block.
+        left_out: positions that the block does not see; see `left_out`.
         masks: of the block, by kind of layer.
     """
 
     cache: KeyValues
     context: int
     start: int
+    left_out: tuple[int, int]
     masks: dict[Kind, Tensor | None]
 
 
 class Drafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch."""
 
-    def __init__(self, model: DrafterModel, target: Target) -> None:
-        """Hold the models."""
+    def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
+        """Hold the models; a draft sees so many positions before it, and the first few."""
         self.model = model
+        self.window = window
         self.target = target
         self.output = OutputStage(model.config, model.own, target)
-        self.static = StaticDrafts(model, target, self.output)
+        self.static = StaticDrafts(model, target, self.output, window)
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
@@ -92,14 +96,11 @@ class Drafter:
         texts, known, drafted = [], [], []
         for state, _ in roots:
             first, start = state.drafter.length, state.length
-            masks = {
-                kind: repeat_rows(
-                    block_mask(start, size, *kind, x.dtype, device, config.window_from_root),
-                    groups,
-                )
-                for kind in set(kinds)
-            }
-            texts.append(_Text(state.drafter, start - first, start, masks))
+            gap, masks = left_out(start, self.window), {}
+            for kind in set(kinds):
+                mask = block_mask(start, size, *kind, x.dtype, device, config.window_from_root)
+                masks[kind] = repeat_rows(mask if mask is None else without(mask, gap, 1), groups)
+            texts.append(_Text(state.drafter, start - first, start, gap, masks))
             known.append(torch.arange(first, start, device=device))
             drafted.append(torch.arange(start, start + size, device=device))
         packed: list[PackedRows] = []
@@ -165,7 +166,10 @@ class Drafter:
                 blocks = [(x.cache, x.start, size) for x in texts]
                 packed.append(PackedRows([*contexts, *blocks], k))
             packed[0].write(layer, k, v)
-        seen = [text.cache.until(layer, text.start + size) for text in texts]
+        seen = []
+        for text in texts:
+            keys, values = text.cache.until(layer, text.start + size)
+            seen.append((without(keys, text.left_out, 2), without(values, text.left_out, 2)))
         masks, scale = [text.masks[kind] for text in texts], self.model.config.head_dim**-0.5
         return packed_attention(q, seen, masks, [size] * len(texts), scale)
 
@@ -174,6 +178,15 @@ def drafted(blocks: Sequence[Block]) -> Tensor:
     """(blocks * D, hidden_size) outputs of all blocks."""
     hidden = [block.hidden for block in blocks]
     return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+
+def without(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:
+    """A tensor without the columns of a gap."""
+    first, end = gap
+    if first == end:
+        return x
+    after = x.narrow(axis, end, x.shape[axis] - end)
+    return torch.cat([x.narrow(axis, 0, first), after], axis)
 
 
 def block_mask(

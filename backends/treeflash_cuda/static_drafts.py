@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treeflash.drafters.context_window import SINK
 from treeflash_cuda.arena import Slab
-from treeflash_cuda.attention_kernels import Kernels, Ranges
+from treeflash_cuda.attention_kernels import Kernels, Ranges, merge
 from treeflash_cuda.cache import upload
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import Outputs, power_of_two
@@ -29,8 +30,11 @@ Kind: TypeAlias = tuple[int | None, bool]
 class StaticDrafts:
     """Runs the drafts of several texts."""
 
-    def __init__(self, model: DrafterModel, target: Target, output: OutputStage) -> None:
-        """Hold the models."""
+    def __init__(
+        self, model: DrafterModel, target: Target, output: OutputStage, window: int | None
+    ) -> None:
+        """Hold the models; a draft sees so many positions before it, and the first few."""
+        self.window = window
         self.model = model
         self.target = target
         self.output = output
@@ -107,8 +111,10 @@ class StaticDrafts:
             x = layer(x, context[None], rotation, attend)
         return x[0]
 
-    def _ranges(self, kind: Kind, first: Tensor, start: Tensor, slots: Tensor) -> Ranges:
+    def _ranges(self, kind: Kind, first: Tensor, start: Tensor, slots: Tensor) -> list[Ranges]:
         """What the slots of each text see: one range if that is the same for all, else for each.
+
+        If the context is limited, those of the first positions come before the others.
 
         Args:
             kind: of the layer.
@@ -128,14 +134,19 @@ class StaticDrafts:
             elif window is not None:
                 low = (positions - (window - 1)).clamp(min=0)
                 end = torch.minimum(end, positions + window)
-        return Ranges((first + low).flatten().int(), (end - low).flatten().int())
+        parts = [(low, end)]
+        if self.window is not None:
+            sink = start.clamp(max=SINK).expand_as(low)
+            latest = torch.maximum(low, torch.maximum(sink, start - self.window))
+            parts = [(low, torch.maximum(low, sink)), (latest, end)]
+        return [Ranges((first + i).flatten().int(), (j - i).flatten().int()) for i, j in parts]
 
 
 def _attend(
     kernels: Kernels,
     storage: Tensor,
     columns: Tensor,
-    ranges: Ranges,
+    ranges: Sequence[Ranges],
     texts: int,
     q: Tensor,
     k: Tensor,
@@ -147,7 +158,7 @@ def _attend(
         kernels: for attention.
         storage: (2, kv_heads, columns, head_dim) of the layer.
         columns: (n,) where the new keys and values belong.
-        ranges: of the blocks, or of their slots.
+        ranges: of the blocks, or of their slots; the last ones are not empty.
         texts: how many blocks.
         q: (1, heads, texts * S, head_dim).
         k: (1, kv_heads, n, head_dim).
@@ -159,9 +170,10 @@ def _attend(
     for kept, new in zip(storage, (k, v), strict=True):
         kept.index_copy_(1, columns, new[0])
     keys, values = storage.transpose(1, 2)
-    groups, kv_heads = len(ranges.first), k.shape[1]
+    groups, kv_heads = len(ranges[0].first), k.shape[1]
     size = q.shape[2] // groups
     queries = q[0].unflatten(1, (groups, size)).unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3, 4)
     scale = q.shape[-1] ** -0.5
-    out, _ = kernels.shared(queries.flatten(2, 3), keys, values, ranges, scale)
+    found = [kernels.shared(queries.flatten(2, 3), keys, values, x, scale) for x in ranges]
+    out = found[0][0] if len(found) == 1 else merge(*found)
     return out.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)[None]

@@ -45,12 +45,19 @@ class MlxBackend:
 
     name = "mlx"
 
-    def __init__(self, target: Target, drafter: DrafterModel | None, head: Head | None) -> None:
-        """Hold a target, and a drafter for it."""
+    def __init__(
+        self,
+        target: Target,
+        drafter: DrafterModel | None,
+        head: Head | None,
+        *,
+        draft_window: int | None = None,
+    ) -> None:
+        """Hold a target, and a drafter for it; see `LoadConfig.draft_window`."""
         self.target = target
         self.drafter_model = drafter
         self.verifier = Verifier(target, drafter)
-        self.drafter = Drafter(drafter, target) if drafter else None
+        self.drafter = Drafter(drafter, target, draft_window) if drafter else None
         self.head = head
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
         self.device_name = str(mx.device_info()["device_name"])
@@ -97,7 +104,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         backend = MlxBackend(model, None, None)
         model.batches = runs_batches(backend)
     else:
-        backend = MlxBackend(model, *load_drafter(drafter, model, config.draft_bits))
+        pair = load_drafter(drafter, model, config.draft_bits)
+        backend = MlxBackend(model, *pair, draft_window=config.draft_window)
         model.batches = runs_batches(backend)
         check_trees(backend)
     model.hooks.start_early(model.layers[:: -(-len(model.layers) // STARTS)])

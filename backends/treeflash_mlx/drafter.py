@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.context_window import left_out
 from treeflash_mlx.cache import share_storage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.output_stage import OutputStage
@@ -44,21 +45,24 @@ class _Text:
         storage: its keys and values, and no other text's.
         first: the first position that is new to the drafter.
         start: the block's first position.
+        left_out: positions that the block does not see; see `left_out`.
         masks: of the block, by kind of layer.
     """
 
     storage: Storage
     first: int
     start: int
+    left_out: tuple[int, int]
     masks: dict[Kind, mx.array | None]
 
 
 class Drafter:
     """`treeflash.decoding.interfaces.Drafter` in MLX."""
 
-    def __init__(self, model: DrafterModel, target: Target) -> None:
-        """Hold the models."""
+    def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
+        """Hold the models; a draft sees so many positions before it, and the first few."""
         self.model = model
+        self.window = window
         self.output = OutputStage(model.config, model.own, target)
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
@@ -73,11 +77,12 @@ class Drafter:
         texts, contexts = [], []
         for state, _ in roots:
             start = state.length
-            masks_ = {
-                kind: block_mask(start, size, *kind, config.window_from_root) for kind in set(kinds)
-            }
+            gap, masks_ = left_out(start, self.window), {}
+            for kind in set(kinds):
+                mask = block_mask(start, size, *kind, config.window_from_root)
+                masks_[kind] = mask if mask is None else without(mask, gap, 1)
             storage = share_storage([state.drafter])
-            texts.append(_Text(storage, state.drafter.length, start, masks_))
+            texts.append(_Text(storage, state.drafter.length, start, gap, masks_))
             # There may be nothing new, as after a fork at what the drafter has read.
             parts = state.context or [x[:0]]
             contexts.append(parts[0] if len(parts) == 1 else mx.concatenate(parts))
@@ -144,7 +149,7 @@ class Drafter:
             text.storage.write(layer, [keys[:, :, rows], values[:, :, rows]], text.first)
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * size : (i + 1) * size],
-                *text.storage.until(layer, stop),
+                *(without(x, text.left_out, 2) for x in text.storage.until(layer, stop)),
                 scale=self.model.config.head_dim**-0.5,
                 mask=text.masks[kind],
             )
@@ -156,6 +161,15 @@ def drafted(blocks: Sequence[Block]) -> mx.array:
     """(blocks * D, hidden_size) outputs of all blocks."""
     hidden = [block.hidden for block in blocks]
     return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
+
+
+def without(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
+    """An array without the columns of a gap."""
+    first, end = gap
+    if first == end:
+        return x
+    before, _, after = mx.split(x, [first, end], axis)
+    return mx.concatenate([before, after], axis)
 
 
 def block_mask(

@@ -1,7 +1,10 @@
 """The drafter against the reference, and the memory that its features take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from parts import load_with_parts
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.text_session import TextSession
@@ -87,3 +90,37 @@ def test_waiting_features_are_projected(folders):
     text = TextSession(backend, drafts=True)
     text.extend(PROMPT)
     assert [features.shape for features in text.state.context] == [(len(PROMPT), 32)]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_window_of_the_context_matches_reference(
+    tmp_path, monkeypatch, window, sliding_window, parts
+):
+    """The first few positions and the latest, within the windows of layers that have one."""
+    folders = tmp_path / "target", tmp_path / "drafter"
+    write_target(folders[0], "qwen3", seed=1)
+    write_drafter(folders[1], folders[0], seed=2, sliding_window=sliding_window)
+    config = replace(CPU, draft_window=window)
+    ours = (
+        load_with_parts(monkeypatch, *folders, draft_window=window)
+        if parts
+        else load(*folders, config)
+    )
+    found = []
+    for backend in (ours, load_reference(*folders, config)):
+        texts = [TextSession(backend, drafts=True) for _ in range(3)]
+        roots = []
+        for n, text in enumerate(texts):  # the last one is shorter than what is always seen
+            text.draft(text.extend(PROMPT[: 7 - 3 * n]))
+            roots.append((text.state, text.extend(PROMPT[2 * n :])))
+        blocks = backend.drafter.draft(roots)
+        found.append(np.stack([backend.drafter.log_probs(block) for block in blocks]))
+    np.testing.assert_allclose(*found, atol=1e-4)
+    wide = load_reference(*folders, CPU)
+    text = TextSession(wide, drafts=True)
+    text.extend(PROMPT)
+    block = text.draft(text.extend(PROMPT))
+    differs = np.abs(wide.drafter.log_probs(block) - found[1][0]).max() > 1e-3
+    assert differs == (window < 100)

@@ -73,6 +73,21 @@ def assert_same(ours, theirs):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_window_of_the_context_matches_reference(tmp_path, window, sliding_window):
+    """The first few positions and the latest, within the windows of layers that have one."""
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1)
+    write_drafter(drafter, target, seed=2, sliding_window=sliding_window)
+    config, found = LoadConfig(draft_window=window), []
+    for load_backend in (load, load_reference):
+        backend = load_backend(target, drafter, config)
+        _, block = drafted(backend, list(range(15)), 3)
+        found.append(backend.drafter.log_probs(block))
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
     """On a target with sliding windows, in a text of many windows."""

@@ -16,6 +16,7 @@ from treeflash.config import (
     LoadConfig,
     SamplingConfig,
 )
+from treeflash.drafters.context_window import SINK
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel, load
 from treeflash.registry import on_some_device
@@ -76,6 +77,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"
+    )
+    group.add_argument(
+        "--draft-window",
+        type=int,
+        metavar="N",
+        help=f"the drafter sees only the first {SINK} and the last N tokens (default: all)",
     )
     group.add_argument(
         "--kv-bits",
@@ -216,6 +223,7 @@ def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> Langu
         device=args.device,
         dtype=args.dtype,
         draft_bits=args.draft_bits,
+        draft_window=args.draft_window,
         kv_bits=args.kv_bits,
         cuda_graphs=args.cuda_graphs,
         compile=args.compile,

@@ -28,15 +28,17 @@ class ReferenceBackend:
     device_name = platform.processor() or platform.machine()
     dtype = "float32"
 
-    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
-        """Hold a target, and a drafter for it."""
+    def __init__(
+        self, target: Target, drafter: DrafterModel | None, *, draft_window: int | None = None
+    ) -> None:
+        """Hold a target, and a drafter for it; see `LoadConfig.draft_window`."""
         self.target = target
         self.drafter_model = drafter
         self.vocab_size = target.vocab_size
         self.max_positions = target.max_positions
         self.drafter_config = drafter.config if drafter else None
         self.verifier = Verifier(target)
-        self.drafter = Drafter(drafter) if drafter else None
+        self.drafter = Drafter(drafter, draft_window) if drafter else None
         self.head = head_of(drafter) if drafter and drafter.config.head else None
 
     def open(self, capacity: int, *, drafts: bool) -> State:
@@ -70,7 +72,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
             "the reference backend does not quantise; leave --draft-bits and --kv-bits out"
         )
     model = Target(target)
-    return ReferenceBackend(model, load_drafter(drafter, model) if drafter else None)
+    pair = load_drafter(drafter, model) if drafter else None
+    return ReferenceBackend(model, pair, draft_window=config.draft_window)
 
 
 def head_of(drafter: DrafterModel) -> ARHead | RecurrentHead:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.one_by_one import OneByOneDrafter
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.context_window import left_out
 from treeflash.reference.cache import Cache
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
@@ -41,9 +42,10 @@ class Block:
 class Drafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy."""
 
-    def __init__(self, model: DrafterModel) -> None:
-        """Hold the weights."""
+    def __init__(self, model: DrafterModel, window: int | None) -> None:
+        """Hold the weights; a draft sees so many positions before it, and the first few."""
         self.model = model
+        self.window = window
 
     def draft_one(self, state: State, root: int, depths: int | None) -> Block:
         """See `Drafter.draft`."""
@@ -57,10 +59,12 @@ class Drafter(OneByOneDrafter):
         tokens[0] = root
         positions = start + np.arange(config.block_size, dtype=np.int32)
         keys = np.arange(start + config.block_size, dtype=np.int32)
+        first, end = left_out(start, self.window)
         x = self.model.embed(tokens) * np.float32(config.input_scale)
         for n in range(config.num_hidden_layers):
             seen = block_visible if config.window_from_root else visible
             mask = seen(positions, keys, config.sliding_windows[n], config.causal[n])
+            mask = mask & ((keys < first) | (keys >= end))
             layer = f"layers.{n}."
             y = self.model.normed(layer + "input_layernorm", x)
             before, after = self._convolutions(layer + "attention_conv", y)

@@ -118,6 +118,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "device": "gpu",
         "dtype": None,
         "draft_bits": None,
+        "draft_window": None,
         "kv_bits": 8,
     }
     assert calls == [(("t", drafter), keywords | {"cuda_graphs": True, "compile": False})]

@@ -33,5 +33,7 @@ def load(target, drafter, config):
         raise BackendError(f"the example backend runs on cpu, not on {config.device!r}")
     if config.dtype not in (None, "float32") or config.draft_bits or config.kv_bits:
         raise ConfigError("the example backend computes in float32 and does not quantise")
+    if config.draft_window:
+        raise ConfigError("the example backend has no --draft-window")
     model = Target(target)
     return ExampleBackend(model, DrafterModel(drafter, model) if drafter else None)
