@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,23 @@ from numpy.typing import NDArray
 from treeflash.decoding.snapshots import Snapshots
 from treeflash_mlx.cache import KeyValues
 from treeflash_mlx.recurrent_states import Row, arrays_of
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """A forward pass that was submitted before its turn.
+
+    Attributes:
+        start: committed positions before it.
+        token: that it runs.
+        logits: (1, vocab).
+        outputs: (1, layers * hidden_size) of the captured layers.
+    """
+
+    start: int
+    token: int
+    logits: mx.array
+    outputs: mx.array | None
 
 
 class State:
@@ -22,6 +41,8 @@ class State:
         outputs: (rows, layers * hidden_size) of the captured layers, in the forward pass that ran
             the text last.
         first_row: of the text in that pass.
+        single_until: positions until the end of the last pass over a single node.
+        ahead: the pass after it, if it has been submitted.
         snapshots: of the states of recurrent layers.
     """
 
@@ -32,6 +53,8 @@ class State:
         self.context: list[mx.array] = []
         self.outputs: mx.array | None = None
         self.first_row = 0
+        self.single_until = -1
+        self.ahead: Ahead | None = None
         self.snapshots: Snapshots[Row] = Snapshots()
 
     @property
@@ -84,6 +107,7 @@ class State:
     def restore(self, length: int, states: Row) -> None:
         """Go back to a length at which the recurrent layers had these states."""
         self.key_values.truncate(length, states)
+        self.single_until, self.ahead = -1, None
         self.snapshots.truncate(length)
         if self.drafter:
             self.context = self._context_until(length)
@@ -95,6 +119,7 @@ class State:
         if self.drafter:
             self.drafter.close()
         self.context, self.outputs, self.snapshots = [], None, Snapshots()
+        self.ahead = None
 
     def keys_values(self) -> NDArray[np.float32]:
         """See `TextState.keys_values`."""

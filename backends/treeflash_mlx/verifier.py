@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.sampling import NOT_FINITE
 from treeflash.decoding.tree import DraftTree
+from treeflash.errors import NumericalError
 from treeflash_mlx.cache import release_freed_memory, share_storage
 from treeflash_mlx.choices import choose
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.state import State
+from treeflash_mlx.state import Ahead, State
 from treeflash_mlx.target import Target
 from treeflash_mlx.tree_hooks import TreePass
 
@@ -47,6 +49,9 @@ class Verifier:
         Trees, and new tokens that are no more than the largest tree, are one pass. Longer ones
         would pad it, and are run alone.
         """
+        single = self._run_single(work)
+        if single is not None:
+            return [single]
         states: list[Any] = [item.state for item in work if isinstance(item, Extension)]
         before = [(state, state.length, state.key_values.states()) for state in states]
         try:
@@ -66,6 +71,53 @@ class Verifier:
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """See `TreeVerifier.logits`."""
         return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
+
+    def _run_single(self, work: Sequence[Extension | Verification]) -> Chosen | None:
+        """Plain greedy decoding of a text: the next pass is submitted before this token is read.
+
+        So the device does not wait for Python. Returns None for everything else, and for the first
+        such pass: what follows it is not known yet.
+        """
+        item, *others = work
+        if others or not isinstance(item, Verification) or len(item.tree) > 1:
+            return None
+        state: Any = item.state
+        choice, ahead, start = item.choice, state.ahead, state.length
+        follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
+        plain = (choice.edits, choice.allowed, choice.log_probs) == (None,) * 3
+        if not (follows and plain and choice.sampling.greedy) or state.needs_snapshots:
+            return None
+        if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
+            logits, state.outputs, state.first_row = ahead.logits, ahead.outputs, 0
+        else:
+            (logits,) = self._forward([(state, item.tree)])
+        token = logits.argmax(-1).astype(mx.int32)
+        submitted = self._submit(state, token)
+        finite = mx.isfinite(logits.max(-1)).astype(mx.int32)
+        read = np.array(mx.concatenate([token, finite]))
+        if not read[1]:
+            raise NumericalError(NOT_FINITE)
+        if submitted is not None:
+            state.ahead = Ahead(start + 1, int(read[0]), *submitted)
+        return Chosen(read[:1])
+
+    def _submit(self, state: State, token: mx.array) -> tuple[mx.array, mx.array | None] | None:
+        """Start the pass over the token after the next position, if there is room for it.
+
+        Returns:
+            (1, vocab) logits, and (1, layers * hidden_size) outputs of the captured layers.
+        """
+        text = state.key_values
+        if text.storage is None or text.length + 2 >= text.storage.columns:
+            return None
+        layers = self.drafter.config.target_layer_ids if self.drafter is not None else ()
+        text.length += 1  # as it will be
+        try:
+            logits, outputs = self.target.forward(token[None], [text], layers)
+        finally:
+            text.length -= 1
+        mx.async_eval(logits, outputs)
+        return logits[0], None if outputs is None else outputs[0]
 
     def _run(
         self, work: Sequence[Extension | Verification]
@@ -151,7 +203,7 @@ class Verifier:
         if outputs is not None:
             outputs = outputs.reshape(-1, outputs.shape[-1])
         for row, (state, _) in enumerate(by_row):
-            state.outputs, state.first_row = outputs, row * rows
+            state.outputs, state.first_row, state.ahead = outputs, row * rows, None
         return [logits[state.key_values.row, : len(tree)] for state, tree in texts]
 
     def _commit(self, paths: Sequence[Path]) -> None:
