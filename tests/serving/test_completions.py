@@ -65,3 +65,17 @@ def test_tokenize(server, model):
 def test_health(server):
     response = server.client.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_in_each_chunk(server, path):
+    message = {"role": "user", "content": "Hello."}
+    asked = {"messages": [message]} if "chat" in path else {"prompt": "Hello."}
+    asked |= {"max_tokens": 12, "ignore_eos": True, "temperature": 0}
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    frames = server.frames(path, **asked, stream_options=both)
+    counts = [frame["usage"]["completion_tokens"] for frame in frames]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    frames = server.frames(path, **asked, stream_options={"continuous_usage_stats": True})
+    assert not any("usage" in frame for frame in frames)

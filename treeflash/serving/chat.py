@@ -166,6 +166,8 @@ class ChatAnswer:
 
     def _frame(self, event: Event, delta: dict[str, Any], **details: Any) -> bytes:
         choice = {"index": event.index, "delta": delta, "finish_reason": None, **details}
+        if self._body.usage_in_chunks:
+            return self._chunk(choices=[choice], usage=usage(self._completion.usage))
         return self._chunk(choices=[choice])
 
     def _chunk(self, **fields: Any) -> bytes:

@@ -90,7 +90,10 @@ class TextAnswer:
     async def frames(self) -> AsyncIterator[bytes]:
         """The server-sent events of a stream."""
         async for event in self._completion:
-            yield frame({**self._head, "choices": [self._part(event)]})
+            chunk = {**self._head, "choices": [self._part(event)]}
+            if self._body.usage_in_chunks:
+                chunk["usage"] = usage(self._completion.usage)
+            yield frame(chunk)
         options = self._body.stream_options
         if options is not None and options.include_usage:
             yield frame({**self._head, "choices": [], "usage": usage(self._completion.usage)})

@@ -26,11 +26,13 @@ class StreamOptions(Schema):
 
     Attributes:
         include_usage: send the usage in a last chunk without choices.
+        continuous_usage_stats: with that, each chunk has the usage so far, as vLLM's have.
         include_obfuscation: only False; nothing is padded.
         include_draft_trees: send each iteration's draft tree and accepted path.
     """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
     include_draft_trees: bool | None = None
 
@@ -65,6 +67,12 @@ class DecodingSchema(Schema):
     no_stop_trim: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None
     return_hidden_states: Literal[False] | None = None
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether each chunk of the stream is to have the usage so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     def options(self) -> Options:
         """The decoding options that were given."""
