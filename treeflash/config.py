@@ -211,6 +211,8 @@ class LoadConfig:
         device: the backend's own name for a device (`cuda:1`, `cpu`, `gpu`); None is its best.
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
         draft_bits: bits per weight of the quantised drafter; None does not quantise it.
+        device_map: `auto` puts the target's layers on several devices, as many as it needs; None
+            is one device.
         draft_window: positions before a draft that the drafter sees, beside the first few; None is
             all.
         kv_bits: bits per number of the target's keys and values; None keeps `dtype`.
@@ -221,6 +223,7 @@ class LoadConfig:
     device: str | None = None
     dtype: str | None = None
     draft_bits: int | None = None
+    device_map: Literal["auto"] | None = None
     draft_window: int | None = None
     kv_bits: int | None = None
     cuda_graphs: bool = True
@@ -235,6 +238,10 @@ class LoadConfig:
         _check(
             self.dtype in (None, *DTYPES),
             f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}",
+        )
+        _check(
+            self.device_map in (None, AUTO),
+            f"unknown device map {self.device_map!r}; the only one is {AUTO}",
         )
         for name in ("draft_bits", "draft_window", "kv_bits"):
             number = getattr(self, name)

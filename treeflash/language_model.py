@@ -205,6 +205,7 @@ def load(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    device_map: Literal["auto"] | None = None,
     draft_bits: int | None = None,
     draft_window: int | None = None,
     kv_bits: int | None = None,
@@ -220,6 +221,7 @@ def load(
         backend: name of an installed backend; None is the best one installed.
         device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
         dtype: `float32`, `bfloat16` or `float16`.
+        device_map: `auto` puts the target's layers on several devices.
         draft_bits: quantise the drafter to so many bits.
         draft_window: the drafter sees only the first few and so many of the latest positions.
         kv_bits: quantise the target's KV cache to so many bits.
@@ -235,6 +237,7 @@ def load(
     config = LoadConfig(
         device=device,
         dtype=dtype,
+        device_map=device_map,
         draft_bits=draft_bits,
         draft_window=draft_window,
         kv_bits=kv_bits,

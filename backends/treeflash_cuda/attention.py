@@ -29,6 +29,9 @@ ALIGNMENT = 8
 MANY_QUERIES = 256
 """From this many queries on, copying a mask for every head costs more than grouping saves."""
 
+MASK = "attention_mask"
+"""The argument by which models pass masks to their layers."""
+
 MaskFunction: TypeAlias = Callable[..., Tensor]
 """A layer's (batch, head, query position, key position) -> whether the query sees the key."""
 
@@ -95,6 +98,11 @@ def attention_context(context: Context) -> Iterator[dict[int, Tensor]]:
         _FORWARD_PASS.reset(token)
 
 
+def is_attending() -> bool:
+    """Whether a model is being called in an `attention_context`."""
+    return _FORWARD_PASS.get(None) is not None
+
+
 @torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
     """Keep a layer's output for the caller of the current forward pass."""
@@ -142,15 +150,15 @@ class GroupedMasks:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._made: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self._made: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor | None]] = {}
 
-    def get(self, mask: Tensor | None, groups: int) -> Tensor | None:
-        """See `group_mask`."""
+    def get(self, mask: Tensor | None, groups: int, device: torch.device) -> Tensor | None:
+        """See `group_mask`; on the device of a layer."""
         if mask is None:
             return None
-        key = id(mask), groups
+        key = id(mask), groups, device
         if key not in self._made:  # holding the mask itself keeps its id from being reused
-            self._made[key] = mask, group_mask(mask, groups)
+            self._made[key] = mask, group_mask(mask.to(device), groups)
         return self._made[key][1]
 
 
@@ -202,7 +210,7 @@ class BlockContext:
                 enable_gqa=True,
             )
             return out.transpose(1, 2).contiguous()
-        grouped = self.masks.get(mask, query.shape[1] // key.shape[1])
+        grouped = self.masks.get(mask, query.shape[1] // key.shape[1], query.device)
         return grouped_attention(query, key, value, grouped, scale)
 
 

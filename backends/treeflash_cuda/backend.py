@@ -90,7 +90,8 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         """See `Backend.memory_bytes`."""
         if self.target.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.target.device)
+            parts = {part for part, _ in self.target.spans or [(self.target.device, 0)]}
+            return sum(torch.cuda.max_memory_allocated(part) for part in parts)
         import resource  # POSIX only, and only needed here
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,8 +112,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    model.graphs.enabled = config.cuda_graphs and not split
-    if config.cuda_graphs and config.kv_bits is None and model.device.type == "cuda":
+    # A graph belongs to one device.
+    model.graphs.enabled = config.cuda_graphs and not split and config.device_map is None
+    if model.graphs.enabled and config.kv_bits is None and model.device.type == "cuda":
         # Graphs are bound to allocations: a large one serves many texts. Of one in 8 bits every
         # pass would convert all columns.
         memory = torch.cuda.get_device_properties(model.device).total_memory
@@ -140,9 +142,14 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, split: bool = F
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    model = Target(folder, device, dtype, split=split)
+    if config.device_map is not None and (split or config.device is not None):
+        raise ConfigError("--device-map chooses the devices of one process; leave --device out")
+    model = Target(folder, device, dtype, split=split, device_map=config.device_map)
     model.prepare(pack=pack, kv_bits=config.kv_bits)
-    model.kernels, reason = flash_kernels(device, model.dtype, model.config)
+    for part, _ in model.spans or [(device, len(model.layers))]:
+        model.kernels, reason = flash_kernels(part, model.dtype, model.config)
+        if model.kernels is None:
+            break
     if reason:
         warnings.warn(f"attention over long texts will be slow: {reason}", stacklevel=2)
     return model

@@ -48,15 +48,15 @@ class KeyValues:
         self.length = 0
 
     @property
-    def storage(self) -> Tensor:
-        """(layers, 2, kv_heads, capacity, head_dim), or `quantise`'s width."""
+    def taken(self) -> Region:
+        """Its region."""
         assert self.region is not None
-        return self.region.storage
+        return self.region
 
     @property
     def nbytes(self) -> int:
         """Device memory that it holds, bytes."""
-        return 0 if self.region is None else self.storage.nbytes
+        return 0 if self.region is None else self.region.nbytes
 
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
@@ -66,60 +66,63 @@ class KeyValues:
         """
         end = first + k.shape[2]
         k, v = self.arena.stored(k), self.arena.stored(v)
-        storage = self.reserve(k, v, end)
-        storage[layer, 0, :, first:end] = k[0]
-        storage[layer, 1, :, first:end] = v[0]
+        keys, values = self.reserve(k, v, end).layer(layer)
+        keys[:, first:end] = k[0]
+        values[:, first:end] = v[0]
 
-    def reserve(self, k: Tensor, v: Tensor, end: int) -> Tensor:
-        """The storage, which can hold such stored keys and values in its columns before `end`.
+    def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
+        """The region, which can hold such stored keys and values in its columns before `end`.
 
         Raises what `write` does.
         """
         if self.region is None:
             self.region = self.arena.take(self.capacity, k)
-        storage = self.storage
-        if k.shape != v.shape or k.shape[1::2] != storage.shape[2::2]:
+        region = self.region
+        if k.shape != v.shape or k.shape[1::2] != region.parts[0].shape[2::2]:
             raise UnsupportedModelError(
                 "their layers have keys and values of different shapes, which the cuda backend's "
                 "cache does not support"
             )
-        assert end <= storage.shape[3], "the text has outgrown its capacity"
-        return storage
+        assert end <= region.columns, "the text has outgrown its capacity"
+        return region
 
     def until(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """The first columns of a layer, (1, kv_heads, end, head_dim) each: views if they can be."""
-        k, v = self.storage[layer, :, None, :, :end]
+        k, v = self.taken.layer(layer)[:, None, :, :end]
         return self.arena.read(k), self.arena.read(v)
 
     def layers_until(self, end: int) -> list[tuple[Tensor, Tensor]]:
         """Views of the first columns of every layer as they are stored, made at once."""
-        views = self.storage[:, :, None, :, :end].flatten(0, 1).unbind(0)
+        parts = [x[:, :, None, :, :end].flatten(0, 1).unbind(0) for x in self.taken.parts]
+        views = [view for part in parts for view in part]
         return list(zip(views[::2], views[1::2], strict=True))
 
-    def gather(self, columns: Tensor) -> Tensor:
-        """(layers, 2, kv_heads, n, head_dim) a copy of n columns."""
-        return self.storage.index_select(3, columns)
+    def gather(self, columns: Tensor) -> list[Tensor]:
+        """A copy of n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
+        return [x.index_select(3, columns.to(x.device)) for x in self.taken.parts]
 
-    def commit(self, count: int, kept: Tensor | None = None) -> None:
+    def commit(self, count: int, kept: Sequence[Tensor] | None = None) -> None:
         """Keep so many rows of the block: the first ones, or others that `gather` copied."""
         first, end = self.length, self.length + count
         if kept is not None:
-            self.storage[:, :, :, first:end] = kept
+            for part, rows in zip(self.taken.parts, kept, strict=True):
+                part[:, :, :, first:end] = rows
         self.length = end
 
     def copy_from(self, other: KeyValues, length: int) -> None:
         """Take over the first committed positions of another text, as many as it has."""
         length = min(length, other.length)
         if length:
-            self.region = self.arena.take(self.capacity, other.storage[0, :1])
-            self.storage[:, :, :, :length] = other.storage[:, :, :, :length]
+            parts = other.taken.parts
+            self.region = self.arena.take(self.capacity, parts[0][0, :1])
+            for part, theirs in zip(self.region.parts, parts, strict=True):
+                part[:, :, :, :length] = theirs[:, :, :, :length]
         self.length = length
 
     def read(self) -> NDArray[np.float32]:
         """The committed part, (layers, 2, kv_heads, length, head_dim)."""
-        committed = self.arena.read(self.storage[:, :, :, : self.length])
-        read: NDArray[np.float32] = committed.float().cpu().numpy()
-        return read
+        parts = [self.arena.read(x[:, :, :, : self.length]) for x in self.taken.parts]
+        return np.concatenate([part.float().cpu().numpy() for part in parts])
 
     def close(self) -> None:
         """Give the region back."""
@@ -163,9 +166,9 @@ class PackedRows:
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the keys and values of all rows, (1, kv_heads, rows, width) each, as stored."""
         for slab, rows, columns in self.slabs:
-            for kind, x in enumerate((k[0], v[0])):
-                own = x if rows is None else x.index_select(1, rows)
-                slab.storage[layer, kind].index_copy_(1, columns, own)
+            for kept, x in zip(slab.layer(layer), (k[0], v[0]), strict=True):
+                own = x if rows is None else x.index_select(1, rows.to(x.device))
+                kept.index_copy_(1, columns.to(x.device), own)
 
 
 class TreeCache(Cache):

@@ -92,7 +92,7 @@ class TreeAttention:
         self.length = length
         self.positions = positions
         self.masks = GroupedMasks()
-        self._ranges: dict[int | None, Ranges] = {}
+        self._ranges: dict[tuple[int | None, torch.device], Ranges] = {}
 
     def attend(
         self,
@@ -116,34 +116,34 @@ class TreeAttention:
         Returns:
             (1, t * n, heads, head_dim), contiguous.
         """
-        (t, n), kv_heads = self.positions.shape, own[0].shape[1]
+        (t, n), kv_heads, device = self.positions.shape, own[0].shape[1], query.device
         q = query[0].unflatten(0, (kv_heads, -1))  # (kv_heads, groups, t * n, head_dim)
         by_node = q.permute(2, 0, 1, 3)
         if n == 1:
-            out, _ = self.kernels.shared(by_node, *prefix, self.ranges(window), scale)
+            out, _ = self.kernels.shared(by_node, *prefix, self.ranges(window, device), scale)
             return out.flatten(1, 2)[None].contiguous()
         by_text = q.unflatten(2, (t, n)).permute(2, 0, 1, 3, 4).flatten(2, 3)
         if window is None:
-            state = self.kernels.shared(by_text, *prefix, self.ranges(None), scale)
+            state = self.kernels.shared(by_text, *prefix, self.ranges(None, device), scale)
         else:
-            out, lse = self.kernels.shared(by_node, *prefix, self.ranges(window), scale)
+            out, lse = self.kernels.shared(by_node, *prefix, self.ranges(window, device), scale)
             state = (
                 out.unflatten(0, (t, n)).permute(0, 2, 3, 1, 4).flatten(2, 3),
                 lse.unflatten(0, (t, n)).permute(0, 2, 3, 1).flatten(2, 3),
             )
         k, v = (x[0].unflatten(1, (t, n)).transpose(0, 1) for x in own)
-        grouped = self.masks.get(mask, q.shape[1])
+        grouped = self.masks.get(mask, q.shape[1], device)
         assert grouped is not None
         merged = merge(state, self.kernels.masked(by_text, k, v, grouped, scale))
         nodes = merged.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4)  # (t, n, kv_heads, groups, ...)
         return nodes.flatten(2, 3).flatten(0, 1)[None].contiguous()
 
-    def ranges(self, window: int | None) -> Ranges:
-        """What nodes see of their texts: t ranges without a window, else t * n.
+    def ranges(self, window: int | None, device: torch.device) -> Ranges:
+        """What nodes see of their texts: t ranges without a window, else t * n; on a device.
 
         Single nodes see themselves too, in the column after the committed positions.
         """
-        if window not in self._ranges:
+        if (window, device) not in self._ranges:
             first, length = self.first, self.length
             if window is not None:
                 start = (self.positions - (window - 1)).clamp(min=0)
@@ -151,8 +151,8 @@ class TreeAttention:
                 first = (first[:, None] + start).flatten()
                 length = (length[:, None] - start).flatten()
             used = length + 1 if self.positions.shape[1] == 1 else length
-            self._ranges[window] = Ranges(first.int(), used.int())
-        return self._ranges[window]
+            self._ranges[window, device] = Ranges(first.int().to(device), used.int().to(device))
+        return self._ranges[window, device]
 
 
 def tree_mask(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import is_accelerate_available, logging
 
 from treeflash.drafters.folder import read_config, weight_files
-from treeflash.errors import CheckpointError, UnsupportedModelError, is_out_of_memory
+from treeflash.errors import BackendError, CheckpointError, UnsupportedModelError, is_out_of_memory
 from treeflash_cuda.ranks import ranks
 
 UNLIMITED = 1 << 20
@@ -50,6 +50,7 @@ def load_model(
     device: torch.device,
     *,
     split: bool = False,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """The model of a folder in the Hugging Face format, for inference.
 
@@ -59,6 +60,7 @@ def load_model(
         dtype: of all floating-point parameters; None is the checkpoint's own.
         device: for the weights.
         split: between the processes of `torchrun`, each of which loads its part.
+        device_map: accelerate's, for several devices.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or its weights do not fit its configuration.
@@ -67,6 +69,8 @@ def load_model(
     weight_files(folder)
     # A quantised model must not be moved; others would be loaded twice.
     direct = device.type != "cpu" and is_accelerate_available()
+    if device_map is not None and not is_accelerate_available():
+        raise BackendError("--device-map needs the package accelerate: pip install accelerate")
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised and device.type != "cpu" and not direct:
         raise UnsupportedModelError(
@@ -78,6 +82,8 @@ def load_model(
         from transformers.distributed import DistributedConfig
 
         placement = {"distributed_config": DistributedConfig(tp_size=ranks(), tp_plan="auto")}
+    if device_map is not None:
+        placement = {"device_map": device_map}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -6,6 +6,7 @@ Linear layers see one sequence. Attention runs text by text, each with its own m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class PackedContext:
             type(text) is not AttentionContext or (text.is_whole_text and n > 1)
             for text, n in zip(texts, self.rows, strict=True)
         )
-        self._masks: dict[tuple[int, int], tuple[Tensor | None, list[Tensor | None]]] = {}
+        self._masks: dict[Any, tuple[Tensor | None, list[Tensor | None]]] = {}
         self.positions = torch.cat([text.positions for text in texts])
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
@@ -73,16 +74,23 @@ class PackedContext:
                 [text.attend(module, q, *kv, own, scale) for text, kv, own, q in parts], 1
             )
         groups = query.shape[1] // key.shape[1]
-        grouped = self._grouped(mask, masks, groups)
+        grouped = self._grouped(mask, masks, groups, query.device)
         return packed_attention(query, self.cache.seen(), grouped, self.rows, scale)
 
     def _grouped(
-        self, mask: Tensor | None, masks: Sequence[Tensor | None], groups: int
+        self,
+        mask: Tensor | None,
+        masks: Sequence[Tensor | None],
+        groups: int,
+        device: torch.device,
     ) -> list[Tensor | None]:
-        """(n * groups, m) masks of all texts, made once for all layers."""
-        key = id(mask), groups
+        """(n * groups, m) masks of all texts, made once for all layers of a device."""
+        key = id(mask), groups, device
         if key not in self._masks:  # holding the mask itself keeps its id from being reused
-            self._masks[key] = mask, [repeat_rows(own, groups) for own in masks]
+            self._masks[key] = (
+                mask,
+                [None if own is None else repeat_rows(own.to(device), groups) for own in masks],
+            )
         return self._masks[key][1]
 
 

@@ -106,7 +106,7 @@ class StaticDrafts:
         assert kernels is not None
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
             attend = functools.partial(
-                _attend, kernels, slab.storage[n], columns, ranges[kind], len(roots)
+                _attend, kernels, slab.layer(n), columns, ranges[kind], len(roots)
             )
             x = layer(x, context[None], rotation, attend)
         return x[0]

@@ -191,13 +191,13 @@ class StaticCache(TreeCache):
         """See `TreeCache.update`; returns the arguments, as they are read from the slab."""
         self.layer = layer_idx
         new = self.arena.stored(key_states), self.arena.stored(value_states)
-        for kept, x in zip(self.slab.storage[layer_idx], new, strict=True):
+        for kept, x in zip(self.slab.layer(layer_idx), new, strict=True):
             kept.index_copy_(1, self.slots, x[0])
         return self.arena.read(new[0]), self.arena.read(new[1])
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """(columns, kv_heads, head_dim) keys and values of the layer that was updated last."""
-        keys, values = map(self.arena.read, self.slab.storage[self.layer])
+        keys, values = map(self.arena.read, self.slab.layer(self.layer))
         return keys.transpose(0, 1), values.transpose(0, 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

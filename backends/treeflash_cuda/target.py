@@ -16,7 +16,7 @@ from treeflash.decoding.probe import TOLERANCES
 from treeflash.decoding.recurrence import refusal
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
-from treeflash_cuda.arena import Arena
+from treeflash_cuda.arena import Arena, Span, check_quantisation
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
     AttentionContext,
@@ -24,7 +24,7 @@ from treeflash_cuda.attention import (
     attention_context,
 )
 from treeflash_cuda.attention_kernels import Kernels
-from treeflash_cuda.cache import KeyValues, TreeCache
+from treeflash_cuda.cache import TreeCache
 from treeflash_cuda.cascade import CascadeContext
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid_cache import HybridCache
@@ -37,7 +37,7 @@ from treeflash_cuda.layers import (
 )
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
 from treeflash_cuda.loading import load_model, max_positions, read_model_config
-from treeflash_cuda.quantised import KV_BITS, SCALE_BYTES
+from treeflash_cuda.placement import follow_devices, spans_of
 from treeflash_cuda.ranks import whole, whole_output_head
 from treeflash_cuda.state import State
 
@@ -52,7 +52,7 @@ class Target:
     Attributes:
         embeddings: (vocab, hidden_size) the input table, without any scaling by the model.
         lm_head: the output head, hidden_size to vocab.
-        lm_head_weight: (vocab, hidden_size) its weight; None if it is quantised.
+        lm_head_weight: (vocab, hidden_size) its weight; None if it is quantised, or elsewhere.
         max_positions: positions of the model; fewer if later ones would change earlier ones.
         scale: factor of the model on its output head's logits; `find_scale` finds it.
         kernels: for attention in parts; None computes it as a whole, with a mask.
@@ -61,10 +61,17 @@ class Target:
         states_nbytes: size of a text's recurrent states, bytes.
         graphs: replay forward passes, if they are enabled.
         split: whether other processes have parts of the layers.
+        spans: devices, and how many layers in a row each one has; None for one device.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype | None, *, split: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        split: bool = False,
+        device_map: str | None = None,
     ) -> None:
         """Load a folder.
 
@@ -73,6 +80,7 @@ class Target:
             device: for the weights.
             dtype: None is the checkpoint's own.
             split: between the processes of `torchrun`, each of which loads its part.
+            device_map: places the layers on several devices; see `LoadConfig.device_map`.
 
         Raises:
             CheckpointError: the folder is damaged or incomplete.
@@ -80,7 +88,7 @@ class Target:
         """
         config = read_model_config(folder)
         refuse_stateful(config)
-        self.model = load_model(folder, config, dtype, device, split=split)
+        self.model = load_model(folder, config, dtype, device, split=split, device_map=device_map)
         hooked = hook_recurrent_layers(self.model)
         refuse_unknown_layers(self.model, hooked)
         self.transposed: frozenset[int] | None = None
@@ -91,6 +99,12 @@ class Target:
         self.config = config.get_text_config()
         self.device = device
         self.layers = decoder_layers(self.model)
+        self.spans: list[Span] | None = None
+        if device_map is not None:
+            if self.transposed is not None:
+                raise ConfigError("models with recurrent layers have no --device-map; leave it out")
+            self.spans = spans_of(self.layers)
+            follow_devices(self.model, self.layers, device)
         self.embeddings: Tensor = whole(self.model.get_input_embeddings().weight)
         self.dtype: torch.dtype = self.embeddings.dtype
         self.lm_head: nn.Module = self.model.get_output_embeddings()
@@ -98,14 +112,14 @@ class Target:
         if split:
             self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
-        quantised = weight is None or weight.dtype != self.dtype
+        quantised = weight is None or weight.dtype != self.dtype or weight.device != device
         self.lm_head_weight: Tensor | None = None if quantised else weight
         self.vocab_size = len(self.embeddings)
         self.max_positions = max_positions(self.config)
         self.scale = 1.0
         self.kernels: Kernels | None = None
         self.graphs = Graphs(device)
-        self.arena = Arena(len(self.layers))
+        self.arena = Arena(len(self.layers), spans=self.spans)
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -142,7 +156,12 @@ class Target:
             if text.recurrent is not None:
                 text.recurrent.go_on(text.recurrent.after(tokens))
                 self.states_nbytes = text.recurrent.nbytes
-            self.arena = self._arena(text.key_values, kv_bits)
+            # Recurrent layers need no room in it.
+            layers = self.arena.layers if self.transposed is None else len(self.attention_slots)
+            if kv_bits is not None:
+                check_quantisation(kv_bits, text.key_values.region, self.model.config.model_type)
+            dtype = None if kv_bits is None else self.dtype
+            self.arena = self.arena.resized(layers, text.key_values.region, dtype)
             text.close()
         if context.layers < len(self.attention_slots):
             reason = "their attention layers do not support other attention functions"
@@ -153,24 +172,6 @@ class Target:
                 f"{self.model.config.model_type} models compute attention in a way that the cuda "
                 f"backend does not support (logits differ by {difference:.1%})"
             )
-
-    def _arena(self, text: KeyValues, kv_bits: int | None) -> Arena:
-        """The arena of further texts, by the shape of a first one."""
-        # Recurrent layers need no room in it.
-        layers = self.arena.layers if self.transposed is None else len(self.attention_slots)
-        if text.region is None:
-            return Arena(layers)
-        _, _, heads, _, width = text.storage.shape
-        if kv_bits is None:
-            return Arena(layers, 2 * layers * heads * width * self.dtype.itemsize)
-        if kv_bits != KV_BITS:
-            raise ConfigError(f"the cuda backend has --kv-bits {KV_BITS} alone, got {kv_bits}")
-        if width % SCALE_BYTES:
-            raise ConfigError(
-                f"quantised keys and values need heads whose width is a multiple of {SCALE_BYTES}, "
-                f"{self.model.config.model_type} has {width}; leave --kv-bits out"
-            )
-        return Arena(layers, 2 * layers * heads * (width + SCALE_BYTES), self.dtype)
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.
@@ -278,7 +279,7 @@ class Target:
                 logits_to_keep=logits_to_keep,
                 **{self.cache_argument: cache},
             )
-        return output.logits[0], {i: hidden[0] for i, hidden in outputs.items()}
+        return output.logits[0], {i: x[0].to(self.device) for i, x in outputs.items()}
 
 
 class _CountingContext(AttentionContext):

@@ -93,8 +93,9 @@ class MlxBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """See `Loader`. MLX has one default device for the whole process; naming a device sets it."""
-    if config.compile:
-        raise ConfigError("only the cuda backend has --compile; leave it out")
+    if config.compile or config.device_map:
+        option = "--compile" if config.compile else "--device-map"
+        raise ConfigError(f"only the cuda backend has {option}; leave it out")
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     model = Target(target, dtype, config.kv_bits)

@@ -78,6 +78,7 @@ def test_bad_dtype() -> None:
         ({"device": 0}, "device must be the name of a device, such as cpu or cuda:1, got 0"),
         ({"device": ""}, "device must be the name of a device, such as cpu or cuda:1, got ''"),
         ({"draft_bits": 0}, "draft-bits must be 1 or more, got 0"),
+        ({"device_map": "balanced"}, "unknown device map 'balanced'; the only one is auto"),
         ({"draft_window": 0}, "draft-window must be 1 or more, got 0"),
         ({"kv_bits": "8"}, "kv-bits must be 1 or more, got '8'"),
     ],

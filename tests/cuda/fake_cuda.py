@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, target
 
-DEVICE = torch.device("cuda", 0)
+DEVICE, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 SCALARS = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero")}
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear")}
 
@@ -140,10 +140,18 @@ class FakeCuda(TorchDispatchMode):
     def _patch_loading(self, monkeypatch):
         load_model, load_drafter = target.load_model, backend.load_drafter
 
-        def load_fake_model(folder, config, dtype, device, *, split):
+        def load_fake_model(folder, config, dtype, device, *, split, device_map):
             with unset_fake_temporarily():
                 model = load_model(folder, config, dtype, torch.device("cpu"), split=split)
-            return model.to(device)
+            if device_map is None:
+                return model.to(device)
+            # As accelerate places it on two GPUs.
+            decoder = model.get_decoder()
+            for part in (decoder.embed_tokens, decoder.rotary_emb, *decoder.layers[:2]):
+                part.to(device)
+            for part in (*decoder.layers[2:], decoder.norm, model.get_output_embeddings()):
+                part.to(SECOND)
+            return model
 
         def load_fake_drafter(folder, owner):
             real = copy(owner)

@@ -71,9 +71,9 @@ def test_a_copy_shares_no_memory(arena, length):
     kept = min(length, 4)
     assert copy.length == kept
     if kept:
-        text.storage.zero_()
+        text.taken.storage.zero_()
         np.testing.assert_array_equal(copy.read(), expected(values, range(kept)))
-        assert copy.storage.shape[3] == 30
+        assert copy.taken.storage.shape[3] == 30
 
 
 def test_a_text_holds_memory_from_its_first_block_until_it_is_closed(arena):

@@ -17,7 +17,7 @@ from treeflash.testing.models import save, write_drafter, write_target
 require("torch")
 
 import torch  # noqa: E402
-from fake_cuda import DEVICE  # noqa: E402
+from fake_cuda import DEVICE, SECOND  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 from treeflash_cuda.backend import load  # noqa: E402
 
@@ -116,6 +116,36 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     backend.drafter.draft([(state, 1) for state in texts])
     logits = backend.verifier.logits([(state, tree()) for state in texts])
     assert [part.shape for part in logits] == [(6, 40)] * 4
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
+    config = LoadConfig(dtype=dtype, device_map="auto", kv_bits=bits)
+    backend = load(*folders[family], config)
+    target = backend.target
+    assert target.spans == [(DEVICE, 2), (SECOND, 2)]
+    assert backend.device == "cuda:0"
+    states = started(backend, 3)
+    parts = states[0].key_values.region.parts
+    assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 2)]
+    assert states[0].keys_values().shape[:2] == (4, 2)
+    for texts in (states, states[:1]):
+        blocks = backend.drafter.draft([(state, 1) for state in texts])
+        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
+        backend.drafter.marginals(blocks, 8, 0.7)
+        for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
+            work = [Verification(state, tree(), choice(sampling)) for state in texts]
+            assert [len(x.tokens) for x in backend.verifier.run(work)] == [6] * len(texts)
+        backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in texts])
+        assert {x.device for state in texts for x in state.context} == {DEVICE}
+        single = DraftTree.root_only(3)
+        assert len(backend.verifier.logits([(state, single) for state in texts])) == len(texts)
+        assert states[0].fork(3, 50).keys_values().shape[3] == 3
+    text = TextSession(backend, drafts=True, capacity=3001)
+    text.extend([3] * 3000)
+    check_context(text, 3000)
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(backend):

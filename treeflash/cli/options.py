@@ -76,6 +76,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a drafter for the target, or auto for the published one (default: auto)",
     )
     group.add_argument(
+        "--device-map",
+        choices=[AUTO],
+        help="put the target's layers on as many GPUs as it needs; needs accelerate (cuda)",
+    )
+    group.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"
     )
     group.add_argument(
@@ -222,6 +227,7 @@ def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> Langu
         backend=args.backend,
         device=args.device,
         dtype=args.dtype,
+        device_map=args.device_map,
         draft_bits=args.draft_bits,
         draft_window=args.draft_window,
         kv_bits=args.kv_bits,

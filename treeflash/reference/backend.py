@@ -62,8 +62,9 @@ class ReferenceBackend:
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
     """See `Loader`."""
-    if config.compile:
-        raise ConfigError("only the cuda backend has --compile; leave it out")
+    if config.compile or config.device_map:
+        option = "--compile" if config.compile else "--device-map"
+        raise ConfigError(f"only the cuda backend has {option}; leave it out")
     choose_device(config.device)
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"the reference backend computes in float32 only, not {config.dtype}")

@@ -117,6 +117,7 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "backend": "mlx",
         "device": "gpu",
         "dtype": None,
+        "device_map": None,
         "draft_bits": None,
         "draft_window": None,
         "kv_bits": 8,

@@ -1,0 +1,82 @@
+"""Layers on several devices: their keys and values, and what moves between them.
+
+The devices themselves are fake ones, in `test_fake_cuda.py`; here values are compared.
+"""
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.text_session import TextSession
+from treeflash.errors import ConfigError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.texts import random_tokens
+
+require("torch")
+
+import torch  # noqa: E402
+from treeflash_cuda import backend as backend_module  # noqa: E402
+from treeflash_cuda.arena import Arena  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.placement import follow_devices  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", "mistral", seed=1, vocab_size=40)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return folder / "target", folder / "drafter"
+
+
+def decoded(backend):
+    """Tokens of texts that run together; keys and values of one that was forked."""
+    scheduler, rng = Scheduler(backend), np.random.default_rng(0)
+    found = {}
+    for method in ("treeflash", "ddtree", "ar"):
+        prompt = random_tokens(rng, 40, 12)
+        config = DecodeConfig(method=method, budget=9, max_tokens=20)
+        found[scheduler.submit(Request(prompt_ids=prompt, config=config))] = []
+    while scheduler.busy:
+        for ticket, step in scheduler.step():
+            found[ticket] += step.tokens
+    text = TextSession(backend)
+    text.extend(random_tokens(rng, 40, 9))
+    return list(found.values()), text.state.fork(7, 20).keys_values()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_keys_and_values_in_parts_are_those_in_one(pair, bits):
+    backend = load(*pair, LoadConfig(device="cpu", dtype="float32", kv_bits=bits))
+    expected = decoded(backend)
+    whole, target = backend.target.arena, backend.target
+    spans = [(CPU, 1), (CPU, 2), (CPU, 1)]
+    target.arena = Arena(4, whole.column_nbytes, whole.dtype, spans)
+    follow_devices(target.model, target.layers, CPU)
+    tokens, keys_values = decoded(backend)
+    assert [len(part) for part in target.arena.slabs[0].parts] == [1, 2, 1]
+    assert tokens == expected[0]
+    np.testing.assert_array_equal(keys_values, expected[1])
+
+
+def test_layers_outside_of_gpus_are_refused(pair, monkeypatch):
+    """Accelerate places a model that does not fit on the CPU."""
+    monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
+    with pytest.raises(ConfigError, match="does not fit into the GPUs"):
+        load(*pair, LoadConfig(device_map="auto"))
+
+
+def test_recurrent_layers_are_refused(tmp_path, monkeypatch):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
+    with pytest.raises(ConfigError, match="recurrent layers have no --device-map"):
+        load(tmp_path, None, LoadConfig(device_map="auto"))
+
+
+def test_a_device_beside_the_map_is_refused(pair):
+    with pytest.raises(ConfigError, match="leave --device out"):
+        load(*pair, LoadConfig(device="cpu", device_map="auto"))
