@@ -6,6 +6,7 @@ It also turns drafting off while it does not pay.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -33,6 +34,9 @@ FURTHER_DEPTHS, REACH_DECAY = 1, 0.25
 every iteration whose trees are shallower."""
 FEWEST_SPARE = 8
 """Nodes that a tree is built with beyond twice those that it is expected to keep."""
+FEWEST_PLAIN, MOST_PLAIN = 2, 8
+"""Iterations without a draft that are timed before several texts draft, and that are remembered.
+The one after the prompts were read is slower than the others."""
 FIRST_PAUSE, LONGEST_PAUSE = 16, 256
 """Iterations of a pause: doubled from one to the next while drafting does not pay."""
 
@@ -51,8 +55,6 @@ class Throughput:
             divided by the square root of the number of texts, as their noise is.
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
-        plain_s: of an iteration of several texts without a draft, a running mean. The costs of
-            single trees do not tell it.
         nodes: of the last drafted trees, on average.
         reach: depth that drafted trees reached lately.
     """
@@ -62,7 +64,6 @@ class Throughput:
     balance: float = 0.0
     pause: int = 0
     next_pause: int = FIRST_PAUSE
-    plain_s: float | None = None
     nodes: float | None = None
     reach: float | None = None
 
@@ -85,12 +86,17 @@ class AdaptiveBudget:
             probabilities of the children of accepted nodes.
         accepted: the running count of those children that were accepted.
         throughput: by number of texts, rounded up to a power of two.
+        begun: iterations, by number of texts.
+        plain_s: by number of texts, seconds of the latest iterations without a draft. The costs of
+            single trees do not tell them.
     """
 
     costs: VerifyCosts
     expected: dict[Key, float] = field(default_factory=dict)
     accepted: dict[Key, float] = field(default_factory=dict)
     throughput: dict[int, Throughput] = field(default_factory=dict)
+    begun: dict[int, int] = field(default_factory=dict)
+    plain_s: dict[int, deque[float]] = field(default_factory=dict)
 
     @property
     def largest(self) -> int:
@@ -99,15 +105,15 @@ class AdaptiveBudget:
 
     def of(self, texts: int) -> Throughput:
         """What was measured with about that many texts."""
-        # Several texts begin with one iteration without a draft, which measures plain decoding.
-        new = Throughput(pause=2 if texts > 1 else 0)
-        return self.throughput.setdefault(power_of_two(texts), new)
+        return self.throughput.setdefault(power_of_two(texts), Throughput())
 
     def begin(self, texts: int = 1) -> bool:
         """Begin an iteration of so many texts; returns whether it should draft."""
         now = self.of(texts)
         now.pause -= now.pause > 0
-        return now.pause == 0
+        begun = self.begun.get(texts, 0)
+        self.begun[texts] = begun + 1
+        return now.pause == 0 and (texts == 1 or begun >= FEWEST_PLAIN)
 
     def built(self, texts: int = 1) -> int:
         """Nodes that a tree is built with before it is cut."""
@@ -186,8 +192,7 @@ class AdaptiveBudget:
         now = self.of(texts)
         if "draft" not in seconds:
             if texts > 1:
-                known = all_s if now.plain_s is None else now.plain_s
-                now.plain_s = known + SMOOTHING * (all_s - known)
+                self.plain_s.setdefault(texts, deque(maxlen=MOST_PLAIN)).append(all_s)
             return
         now.nodes = rows / texts
         deepest = max(int(tree.depths.max()) for tree in trees)
@@ -224,10 +229,9 @@ class AdaptiveBudget:
 
     def _plain_rate(self, texts: int, lengths: Sequence[int]) -> float:
         """Tokens per second of plain decoding, which is always possible."""
-        plain_s = self.of(texts).plain_s
-        if plain_s is None:
-            plain_s = float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
-        return texts / plain_s
+        if known := self.plain_s.get(texts):
+            return texts / min(known)  # a disturbance only adds time
+        return texts / float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
 
     def _rate(self, texts: int, lengths: Sequence[int]) -> float:
         now = self.of(texts)
