@@ -109,7 +109,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         backend = MlxBackend(model, *pair, draft_window=config.draft_window)
         model.batches = runs_batches(backend)
         check_trees(backend)
-    model.hooks.start_early(model.layers[:: -(-len(model.layers) // STARTS)])
+    if not on_cpu:  # which would compute while it should build the rest of the pass
+        model.hooks.start_early(model.layers[:: -(-len(model.layers) // STARTS)])
     release_freed_memory()
     return backend
 

@@ -46,12 +46,13 @@ def test_grouped_attention_is_attention_with_repeated_keys():
 
 def test_every_mask_is_grouped_for_itself():
     first, second = masks(2)
+    device = first.device
     grouped = GroupedMasks()
     for mask in (first, second, first):
-        assert torch.equal(grouped.get(mask, 2), group_mask(mask, 2))
-    assert grouped.get(first, 2) is grouped.get(first, 2)
-    assert grouped.get(first, 4).shape[-2] == 4 * first.shape[-2]
-    assert grouped.get(None, 2) is None
+        assert torch.equal(grouped.get(mask, 2, device), group_mask(mask, 2))
+    assert grouped.get(first, 2, device) is grouped.get(first, 2, device)
+    assert grouped.get(first, 4, device).shape[-2] == 4 * first.shape[-2]
+    assert grouped.get(None, 2, device) is None
 
 
 def test_models_that_mix_windows_match_the_reference(tmp_path):

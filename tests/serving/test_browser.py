@@ -85,7 +85,7 @@ def fake(page, *tokens):
 
 def test_a_chat(server, open_page):
     page = open_page(server.url)
-    assert page.locator("#model").inner_text() == "tiny"
+    sync_api.expect(page.locator("#model")).to_have_text("tiny")
     ask(page, "Name a river.")
     spans = page.locator(".assistant .token")
     iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
