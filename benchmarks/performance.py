@@ -121,6 +121,7 @@ def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list
             *["--methods", "treeflash", "--budgets", "auto", "--drafter", str(random_drafter)],
         ],
         "replay": ["decoding.replay", *sets, *pair],
+        "window": ["decoding.window", *sets[:3], *pair, "--max-tokens", "48"],
         "head": ["components.ar_head", "--backend", "cuda", *device],
         "head-mlx": ["components.ar_head", "--backend", "mlx"],
         "memory": ["decoding.memory", sets[0], *pair],

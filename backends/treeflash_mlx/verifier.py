@@ -84,7 +84,7 @@ class Verifier:
         state: Any = item.state
         choice, ahead, start = item.choice, state.ahead, state.length
         follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
-        plain = (choice.edits, choice.allowed, choice.log_probs) == (None,) * 3
+        plain = choice.edits is None and choice.allowed is None and choice.log_probs is None
         if not (follows and plain and choice.sampling.greedy) or state.needs_snapshots:
             return None
         if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):

@@ -5,6 +5,8 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.choices import Choice
+from treeflash.decoding.interfaces import Verification
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
@@ -126,6 +128,19 @@ def test_tokens_are_those_of_drafting(backend, sampling):
         for method, budget in (("ar", 1), ("treeflash", 8))
     ]
     assert found[0] == found[1]
+
+
+def test_a_mask_of_tokens_holds(backend):
+    text = TextSession(backend)
+    token = text.extend([3, 4, 5])
+    for _ in range(3):
+        token = step(text, token)
+    allowed = np.full((1, 2), 0xFFFFFFFF, np.uint32)
+    tree = DraftTree.root_only(token)
+    best = int(text.logits(tree)[0].argmax())
+    allowed[0, best // 32] &= ~np.uint32(1 << best % 32)
+    (chosen,) = backend.verifier.run([Verification(text.state, tree, Choice(allowed=allowed))])
+    assert chosen.tokens[0] == np.argsort(text.logits(tree)[0])[-2]
 
 
 def test_logits_that_are_not_finite_raise(backend):
