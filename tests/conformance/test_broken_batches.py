@@ -183,7 +183,7 @@ def test_broken_batch_fails(tmp_path, monkeypatch, part, name):
         if issubclass(part, Verifier):
             backend.verifier = part(backend.target)
         elif issubclass(part, Drafter):
-            backend.drafter = part(backend.drafter_model)
+            backend.drafter = part(backend.drafter_model, None)
         elif issubclass(part, State):
             model = backend.drafter_model
             backend.open = lambda capacity, *, drafts: part(

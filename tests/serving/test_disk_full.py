@@ -58,6 +58,7 @@ def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
             answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
             assert answer.json()["usage"]["completion_tokens"] == 4
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            # Python ends with 120 if some of its log was left to flush.
+            assert process.wait(30) in (0, 120)
         finally:
             process.kill()
