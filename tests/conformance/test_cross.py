@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
 from treeflash.testing import DIALECTS, require, write_drafter, write_target
 from treeflash.testing.comparisons import assert_equal_steps
@@ -17,8 +17,7 @@ from treeflash.testing.texts import random_tokens
 require("torch")
 require("mlx_lm")
 
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
-from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+from both_backends import assert_equal_iterations, load_both  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
 METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")
@@ -37,26 +36,10 @@ def backends(request, tmp_path_factory):
     return load_both(target, drafter)
 
 
-def load_both(target, drafter):
-    return (
-        load_cuda(target, drafter, LoadConfig(device="cpu", dtype="float32")),
-        load_mlx(target, drafter, LoadConfig(dtype="float32")),
-    )
-
-
 @pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["all"]], ids=["greedy", "all"])
 @pytest.mark.parametrize("method", METHODS)
 def test_iterations_are_identical(backends, method, sampling):
-    config = DecodeConfig(method=method, budget=32, max_tokens=24, sampling=sampling)
-    rng = np.random.default_rng(0)
-    accepted = []
-    for length in (1, 6, 30):  # the last is longer than the sliding windows
-        prompt = random_tokens(rng, VOCAB_SIZE, length)
-        cuda, mlx = (list(decode(backend, prompt, config)) for backend in backends)
-        assert_equal_steps(mlx, cuda)
-        accepted += [len(step.path) for step in cuda if step.path is not None]
-    if method in ("ddtree", "treeflash"):
-        assert max(accepted) >= 2
+    assert_equal_iterations(backends, method, sampling, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -4,23 +4,18 @@ Lightning attention is not among them: transformers has it in MiniMax-01 alone, 
 backend refuses, and mlx-lm lacks that type.
 """
 
-import numpy as np
 import pytest
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.config import METHODS
 from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
-from treeflash.testing.comparisons import assert_equal_steps
 from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 from treeflash.testing.samplings import SAMPLINGS
-from treeflash.testing.texts import random_tokens
 
 require("torch")
 require("mlx_lm")
 
 import families  # noqa: E402
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
-from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+from both_backends import assert_equal_iterations, load_both  # noqa: E402
 
 VOCAB_SIZE = 24
 # Gated delta nets, Mamba-2 alone and beside attention in a layer, and short convolutions.
@@ -43,22 +38,10 @@ def backends(request, tmp_path_factory):
             patch.setitem(families.OVERRIDES, name, own)
             families.write(target, name)
     write_drafter(drafter, target, seed=DRAFTER_SEED)
-    return (
-        load_cuda(target, drafter, LoadConfig(device="cpu", dtype="float32")),
-        load_mlx(target, drafter, LoadConfig(dtype="float32")),
-    )
+    return load_both(target, drafter)
 
 
 @pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["all"]], ids=["greedy", "all"])
 @pytest.mark.parametrize("method", METHODS)
 def test_iterations_are_identical(backends, method, sampling):
-    config = DecodeConfig(method=method, budget=32, max_tokens=24, sampling=sampling)
-    rng = np.random.default_rng(0)
-    accepted = []
-    for length in (1, 6, 30):
-        prompt = random_tokens(rng, VOCAB_SIZE, length)
-        cuda, mlx = (list(decode(backend, prompt, config)) for backend in backends)
-        assert_equal_steps(mlx, cuda)
-        accepted += [len(step.path) for step in cuda if step.path is not None]
-    if method in ("ddtree", "treeflash"):
-        assert max(accepted) >= 2
+    assert_equal_iterations(backends, method, sampling, VOCAB_SIZE)
