@@ -290,6 +290,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
         out = kernel(queries, k, v, bias, False, scale=scale)[0]
     else:
         out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    if n == 1:
+        return out.reshape(batch, 1, heads, head_dim).contiguous()
     # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
     return out.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 

@@ -30,6 +30,15 @@ def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Ten
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+DIFFERENT_SHAPES = (
+    "their layers have keys and values of different shapes, which the cuda backend's cache does "
+    "not support"
+)
+
+Columns: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Views of some columns of every layer, (1, kv_heads, n, width) keys and values each."""
+
+
 class KeyValues:
     """Keys and values of all layers of one text: committed positions, then one block.
 
@@ -66,9 +75,8 @@ class KeyValues:
         """
         end = first + k.shape[2]
         k, v = self.arena.stored(k), self.arena.stored(v)
-        keys, values = self.reserve(k, v, end).layer(layer)
-        keys[:, first:end] = k[0]
-        values[:, first:end] = v[0]
+        for kept, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
+            kept[:, first:end] = x
 
     def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
         """The region, which can hold such stored keys and values in its columns before `end`.
@@ -79,10 +87,7 @@ class KeyValues:
             self.region = self.arena.take(self.capacity, k)
         region = self.region
         if k.shape != v.shape or k.shape[1::2] != region.parts[0].shape[2::2]:
-            raise UnsupportedModelError(
-                "their layers have keys and values of different shapes, which the cuda backend's "
-                "cache does not support"
-            )
+            raise UnsupportedModelError(DIFFERENT_SHAPES)
         assert end <= region.columns, "the text has outgrown its capacity"
         return region
 
@@ -91,9 +96,9 @@ class KeyValues:
         k, v = self.taken.layer(layer)[:, None, :, :end]
         return self.arena.read(k), self.arena.read(v)
 
-    def layers_until(self, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of the first columns of every layer as they are stored, made at once."""
-        parts = [x[:, :, None, :, :end].flatten(0, 1).unbind(0) for x in self.taken.parts]
+    def columns(self, first: int, end: int) -> Columns:
+        """Views of the columns from `first` to `end` as they are stored, made at once."""
+        parts = [x[:, :, None, :, first:end].flatten(0, 1).unbind(0) for x in self.taken.parts]
         views = [view for part in parts for view in part]
         return list(zip(views[::2], views[1::2], strict=True))
 
@@ -187,7 +192,8 @@ class TreeCache(Cache):
         self.rows = rows
         self.layer = 0
         self._packed: PackedRows | None = None
-        self._views: list[list[tuple[Tensor, Tensor]]] = []
+        self._new: Columns = []
+        self._views: list[Columns] = []
 
     @torch.compiler.disable
     def update(
@@ -200,20 +206,27 @@ class TreeCache(Cache):
             each text's own columns.
         """
         self.layer = layer_idx
+        keys, values = map(self.texts[0].arena.stored, (key_states, value_states))
         if len(self.texts) > 1:
-            keys, values = map(self.texts[0].arena.stored, (key_states, value_states))
             if self._packed is None:
                 parts = list(zip(self.texts, self.rows, strict=True))
                 self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
-                self._views = [x.layers_until(x.length + n) for x, n in parts]
+                self._views = [x.columns(0, x.length + n) for x, n in parts]
             self._packed.write(layer_idx, keys, values)
             return key_states, value_states
-        (text,) = self.texts
-        text.write(layer_idx, text.length, key_states, value_states)
-        return text.until(layer_idx, text.length + self.rows[0])
+        if not self._views:
+            (text,), (n,) = self.texts, self.rows
+            text.reserve(keys, values, text.length + n)
+            self._new = text.columns(text.length, text.length + n)
+            self._views = [text.columns(0, text.length + n)]
+        for kept, x in zip(self._new[layer_idx], (keys, values), strict=True):
+            if x.shape != kept.shape:
+                raise UnsupportedModelError(DIFFERENT_SHAPES)
+            kept.copy_(x)
+        return self.seen()[0]
 
     def seen(self) -> list[tuple[Tensor, Tensor]]:
-        """The columns of several texts, those of their rows included.
+        """The columns of the texts, those of their rows included.
 
         (1, kv_heads, length + n, head_dim) keys and values of each, in the layer updated last.
         """

@@ -121,20 +121,22 @@ class FusedPart(nn.Module):
     it.
     """
 
-    def __init__(self, fused: FusedLinear | JoinedLinear, part: int, linear: nn.Linear) -> None:
-        """Replace a layer, the part-th of the fused ones."""
+    def __init__(
+        self, compute: Callable[[Tensor], tuple[Tensor, ...]], part: int, linear: nn.Linear
+    ) -> None:
+        """Replace a layer, the part-th of those whose outputs `compute` returns."""
         super().__init__()
-        self.fused = fused
+        self.compute = compute
         self.part = part
         self.weight = placeholder(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        fused = self.fused
+        compute = self.compute
         by, outputs = getattr(x, "fused_outputs", (None, ()))
-        if by is not fused:
-            outputs = fused(x)
-            x.fused_outputs = fused, outputs
+        if by is not compute:
+            outputs = compute(x)
+            x.fused_outputs = compute, outputs
         output: Tensor = outputs[self.part]
         return output
 
@@ -165,13 +167,14 @@ def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
             if not all(is_plain(x) for x in linears):
                 continue
             if all(can_pack(x.weight) for x in linears):
-                fused: FusedLinear | JoinedLinear = FusedLinear(linears)
+                # A bound method is a plain attribute: nn.Module looks its own children up slowly.
+                compute: Callable[[Tensor], tuple[Tensor, ...]] = FusedLinear(linears).forward
             elif all(x.weight.device.type == "cuda" for x in linears):
-                fused = JoinedLinear(linears)
+                compute = JoinedLinear(linears).forward
             else:
                 continue
             for part, name in enumerate(names):
-                setattr(parent, name, FusedPart(fused, part, linears[part]))
+                setattr(parent, name, FusedPart(compute, part, linears[part]))
 
 
 def is_plain(layer: Any) -> bool:
