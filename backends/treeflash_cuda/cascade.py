@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
-from treeflash_cuda.attention import (
-    AttentionContext,
-    GroupedMasks,
-    MaskFunction,
-    additive_mask,
-    evaluate,
-)
+from treeflash_cuda.attention import AttentionContext, MaskFunction, additive_mask, evaluate
 from treeflash_cuda.attention_kernels import Kernels, Ranges, merge
+from treeflash_cuda.grouped_attention import GroupedMasks
 
 
 class CascadeContext(AttentionContext):

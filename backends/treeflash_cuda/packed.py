@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention import ALIGNMENT, MANY_QUERIES, AttentionContext, MaskFunction
+from treeflash_cuda.attention import MANY_QUERIES, AttentionContext, MaskFunction
 from treeflash_cuda.cache import TreeCache
+from treeflash_cuda.grouped_attention import ALIGNMENT
 
 
 class PackedContext:

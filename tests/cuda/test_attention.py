@@ -16,12 +16,12 @@ require("torch")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from treeflash_cuda.attention import (  # noqa: E402
+from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.grouped_attention import (  # noqa: E402
     GroupedMasks,
     group_mask,
     grouped_attention,
 )
-from treeflash_cuda.backend import load  # noqa: E402
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 

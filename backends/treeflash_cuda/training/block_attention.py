@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
+from treeflash_cuda.attention import additive_mask
+from treeflash_cuda.grouped_attention import group_mask, grouped_attention
 
 GROUP = 8
 """Anchors whose blocks share a row of keys."""
