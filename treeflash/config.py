@@ -131,7 +131,8 @@ class DecodeConfig:
             trees need fewer. None is all.
         head_rows: after how many previous tokens it scores them, the most probable of a block;
             None is all M at every depth, `auto` as many as a tree of this budget can use.
-        draft_temperature: divides the drafter's logits; it changes the tree, never the output.
+        draft_temperature: divides the drafter's logits, and is where the calibration of trees
+            begins; it changes the tree, never the output.
         max_tokens: the most new tokens.
         stop_token_ids: tokens that end the text; the one generated is part of the output.
         sampling: how the target chooses.

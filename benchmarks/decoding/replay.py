@@ -3,7 +3,7 @@
     python -m benchmarks.decoding.replay gsm8k.jsonl --budgets 16,64 --heads full:full,1024:auto
 
 The target writes a text by plain decoding, and at every position the drafter drafts a block, from
-which each setting of the head builds a tree. Replaying a setting then starts at the first position,
+which each setting of the head makes a table. Replaying a setting then starts at the first position,
 accepts what its tree there matches of the text, continues at the position reached, and so on to the
 end. All settings see the same texts and blocks, so differences are due to the settings alone; when
 decoding in half precision, the texts would diverge.
@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,12 +27,14 @@ from benchmarks.common import Parser, at_least_one, mean_row, numbers, show, wri
 from benchmarks.decoding.forced_text import force
 from treeflash.cli.exit_status import guarded
 from treeflash.cli.options import add_model_options, full_or_number, head_rows, load_model
-from treeflash.config import AUTO, DecodeConfig, HeadRows
+from treeflash.config import AUTO, DecodeConfig, HeadRows, Method
 from treeflash.decoding.acceptance import accept
+from treeflash.decoding.calibration import Calibration
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.statistics import mean
 from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
@@ -97,24 +100,32 @@ def parser() -> Parser:
         metavar="VOCAB:ROWS,...",
         help=f"shortlist size and number of previous tokens, each (default: {HEADS})",
     )
+    options.add_argument(
+        "--method",
+        choices=("treeflash", "ddtree"),
+        default="treeflash",
+        help="ddtree does not run the head (default: treeflash)",
+    )
+    options.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="rank nodes by the drafter's own probabilities",
+    )
     add_model_options(options)
     return options
 
 
 def draft(
-    backend: Backend, block: Block, root: int, head: Head, budgets: list[int]
-) -> dict[int, tuple[DraftTree, float]]:
-    """The tree of each budget and the seconds taken to make its table."""
-    config = DecodeConfig(method="treeflash", head_vocab=head.vocab, head_rows=head.rows)
+    backend: Backend, block: Block, method: Method, head: Head, budgets: list[int]
+) -> dict[int, tuple[TransitionTable, float]]:
+    """The table of each budget and the seconds taken to make it."""
+    config = DecodeConfig(method=method, head_vocab=head.vocab, head_rows=head.rows)
     found = {}
-    # A prefix of a tree is the tree of a smaller budget, unless the table depends on the budget.
     for budget in budgets if head.rows == AUTO else [max(budgets)]:
         before = time.perf_counter()
         (table,) = propose(backend, [block], [config], [TreeSize.fixed(budget)])
         seconds = time.perf_counter() - before
-        tree = build_tree(table, root, budget)
-        sizes = [budget] if head.rows == AUTO else budgets
-        found |= {size: (tree.first(size), seconds) for size in sizes}
+        found |= dict.fromkeys([budget] if head.rows == AUTO else budgets, (table, seconds))
     return found
 
 
@@ -123,6 +134,32 @@ def reached(tree: DraftTree, following: list[int]) -> int:
     no_token = np.full(len(tree), -1, np.int32)  # beyond the text nothing is accepted
     chosen = force(tree, following, no_token)
     return min(len(accept(tree, chosen).path), len(following))
+
+
+def walk(
+    tables: Sequence[TransitionTable],
+    tokens: list[int],
+    budget: int,
+    calibration: Calibration | None,
+) -> list[int]:
+    """The accepted lengths of trees along a text.
+
+    Args:
+        tables: after each of its tokens but the last.
+        tokens: of the text.
+        budget: nodes of a tree.
+        calibration: of the tables, None to take them as they are.
+    """
+    lengths, position = [], 0
+    while position < len(tables):
+        table, following = tables[position], tokens[position + 1 :]
+        ranked = table if calibration is None else calibration.correct(table)
+        length = reached(build_tree(ranked, tokens[position], budget), following)
+        if calibration is not None:
+            calibration.observe(table, following[:length])
+        lengths.append(length)
+        position += length
+    return lengths
 
 
 def replay(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int], Replay]:
@@ -134,7 +171,9 @@ def replay(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int
     tokens, drafts = [root], []
     while len(tokens) < args.max_tokens and root not in model.tokenizer.stop_token_ids:
         block = text.draft(root)
-        drafts.append([draft(backend, block, root, head, args.budgets) for head in args.heads])
+        drafts.append(
+            [draft(backend, block, args.method, head, args.budgets) for head in args.heads]
+        )
         root = int(text.verify(DraftTree.root_only(root))[0])
         text.commit(np.zeros(1, np.int32))
         tokens.append(root)
@@ -142,11 +181,9 @@ def replay(model: LanguageModel, prompt: Any, args: Any) -> dict[tuple[Head, int
     found: dict[tuple[Head, int], Replay] = {}
     for i, head in enumerate(args.heads if drafts else []):
         for budget in args.budgets:
-            trees, seconds = zip(*(drafted[i][budget] for drafted in drafts), strict=True)
-            lengths, position = [], 0
-            while position < len(trees):
-                lengths.append(reached(trees[position], tokens[position + 1 :]))
-                position += lengths[-1]
+            tables, seconds = zip(*(drafted[i][budget] for drafted in drafts), strict=True)
+            calibration = None if args.uncalibrated else Calibration(backend.vocab_size)
+            lengths = walk(tables, tokens, budget, calibration)
             found[head, budget] = Replay(lengths, list(seconds))
     return found
 
@@ -178,7 +215,7 @@ def main(argv=None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     model = load_model(args)
-    if model.backend.head is None:
+    if args.method == "treeflash" and model.backend.head is None:
         raise ConfigError("the drafter has no AR head; name a TreeFlash drafter with --drafter")
     rows = measure(model, args)
     backend = model.backend

@@ -20,14 +20,16 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.common import Parser, at_least_one, numbers, show, write_json
-from benchmarks.decoding.replay import reached
+from benchmarks.decoding.replay import walk
 from treeflash.cli.exit_status import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig
+from treeflash.decoding.calibration import Calibration
 from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.statistics import mean
 from treeflash.decoding.text_session import TextSession
-from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode
 from treeflash.text.prompt_file import read_rows
@@ -86,25 +88,21 @@ def replay(model: LanguageModel, ids: list[int], args: Any) -> dict[int | None, 
     text = TextSession(backend, drafts=True, capacity=len(ids) + args.max_tokens)
     root = text.extend(ids)
     tokens: list[int] = [root]
-    trees: dict[int | None, list[DraftTree]] = defaultdict(list)
+    tables: dict[int | None, list[TransitionTable]] = defaultdict(list)
     while len(tokens) < args.max_tokens and root not in model.tokenizer.stop_token_ids:
         for window in args.windows:
             backend.drafter.window = window
             block = text.draft(root)
             (table,) = propose(backend, [block], [config], [TreeSize.fixed(args.budget)])
-            trees[window].append(build_tree(table, root, args.budget))
+            tables[window].append(table)
         root = int(text.verify(DraftTree.root_only(root))[0])
         text.commit(np.zeros(1, np.int32))
         tokens.append(root)
     text.close()
-    found = {}
-    for window, own in trees.items():
-        lengths, position = [], 0
-        while position < len(own):
-            lengths.append(reached(own[position], tokens[position + 1 :]))
-            position += lengths[-1]
-        found[window] = lengths
-    return found
+    return {
+        window: walk(own, tokens, args.budget, Calibration(backend.vocab_size))
+        for window, own in tables.items()
+    }
 
 
 def measure(model: LanguageModel, args: Any) -> list[dict[str, Any]]:

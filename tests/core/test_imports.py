@@ -31,7 +31,7 @@ LAYERS = [
 # The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
     {"transitions"},
-    {"tree", "recurrence", "snapshots", "text_state"},
+    {"tree", "calibration", "recurrence", "snapshots", "text_state"},
     {"acceptance", "sampling"},
     {"choices"},
     {"constraints", "interfaces", "penalties"},

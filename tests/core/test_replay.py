@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -41,15 +40,15 @@ def test_the_target_writes_the_forced_text(method, module, model):
     assert texts(replace(model, backend=forced), method=method, budget=8)[0] == forced.text
 
 
+@pytest.mark.parametrize("method", ["treeflash", "ddtree"])
 @pytest.mark.parametrize("rows", ["auto", None, 4])
-def test_a_replay_accepts_what_decoding_does(rows, module, model):
+def test_a_replay_accepts_what_decoding_does(rows, method, module, model):
     replay = module("decoding.replay")
     head = replay.Head(None, rows)
-    args = Namespace(max_tokens=TOKENS, budgets=[2, 8, 32], heads=[head])
+    args = replay.parser().parse_args(["x", "--budgets", "2,8,32", "--method", method])
+    args.max_tokens, args.heads = TOKENS, [head]
     found = replay.replay(model, PROMPT, args)
     for budget in args.budgets:
-        _, lengths = texts(
-            model, method="treeflash", budget=budget, head_vocab=None, head_rows=rows
-        )
+        _, lengths = texts(model, method=method, budget=budget, head_vocab=None, head_rows=rows)
         assert found[head, budget].lengths == lengths
     assert found[head, 32].lengths != [1] * (TOKENS - 1), "nothing was ever accepted"

@@ -152,7 +152,8 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--draft-temperature",
-        "temperature of the drafter; it shapes the trees, never the text",
+        "temperature of the drafter, which each text then corrects; it shapes the trees, never the "
+        "text",
         DecodeConfig.draft_temperature,
         type=float,
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding.acceptance import accept
+from treeflash.decoding.calibration import Calibration
 from treeflash.decoding.choices import Choice, Chosen, LogProbs
 from treeflash.decoding.constraints import Constraint, constrain, prune
 from treeflash.decoding.penalties import PenaltyState
@@ -34,7 +35,7 @@ class Step:
         tree: the tree that was verified; None for the prefill.
         path: (a,) node indices of the accepted path, before any stop cut it; None for the prefill.
         finish_reason: `stop` or `length` in the last step, None before.
-        table: what the tree was built from; None for the prefill and in plain decoding.
+        table: what the tree was built from, calibrated; None for the prefill and in plain decoding.
         log_probs: of `tokens`, if the configuration asks for them.
         cached_tokens: prompt tokens that came from a prefix cache; 0 after the prefill.
     """
@@ -123,6 +124,9 @@ def decode_loop(
         cached_tokens: how many tokens of the prompt are committed already; fewer than all.
     """
     penalties = PenaltyState(config.penalties, prompt_ids)
+    # A chain is the same at every exponent; a constraint makes the target choose what it would not.
+    calibrated = not config.drafts_chain and constraint is None
+    calibration = Calibration(vocab_size) if calibrated else None
 
     def choice(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> Choice:
         """How to choose at the nodes of a tree whose root is the newest emitted token."""
@@ -159,6 +163,8 @@ def decode_loop(
             drafted = yield Draft(tokens[-1])
         if drafted is not None:
             table = drafted.table.until(deepest)
+            if calibration is not None:
+                table = calibration.correct(table)
             if constraint is not None:
                 table = prune(table, constraint.allowed(), vocab_size)
             build = build_chain if config.drafts_chain else build_tree
@@ -170,6 +176,8 @@ def decode_loop(
             tree, allowed = tree.subset(nodes), None if allowed is None else allowed[nodes]
         chosen = yield Verify(tree, choice(tree, emitted, allowed))
         accepted = accept(tree, chosen.tokens)
+        if calibration is not None and drafted is not None:
+            calibration.observe(drafted.table, accepted.tokens)
         yield Commit(accepted.path)
         tokens, finish_reason = _until_stop(accepted.tokens, config, limit - emitted)
         log_probs = chosen.log_probs

@@ -18,7 +18,8 @@ class DraftTree:
         tokens: (n,) int32; tokens[0] is the root, the newest committed token.
         parents: (n,) int32; parents[0] == -1 and parents[i] < i.
         depths: (n,) int32; distance from the root, whose depth is 0.
-        log_probs: (n,) float64; the drafter's log probability of the path to each node, nats.
+        log_probs: (n,) float64; the drafter's log probability of the path to each node, nats; in
+            decoding, calibrated.
         confidences: (n,) float32; of the row of the table that each node is a child of, 1 for the
             root; None if the drafter does not say.
     """

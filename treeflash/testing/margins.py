@@ -16,7 +16,6 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.proposals import TreeSize, propose
 from treeflash.decoding.sampling import choose, uniforms
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
@@ -77,22 +76,16 @@ def is_settled_table(table: TransitionTable) -> bool:
 def _is_settled(
     reference: Backend, prompt: Sequence[int], config: DecodeConfig, steps: Sequence[Step]
 ) -> bool:
-    text = TextSession(reference, drafts=config.drafts)
+    text = TextSession(reference)
     # The last token of the prompt is run as a tree of one node: its logits are then seen too.
     if prompt[:-1]:
         text.extend(prompt[:-1])
-    first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32)
-    verified = [(step.tree, step.path) for step in steps if step.tree is not None]
-    for tree, path in [first, *verified]:
+    first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32), None
+    verified = [(step.tree, step.path, step.table) for step in steps if step.tree is not None]
+    for tree, path, table in [first, *verified]:
         assert path is not None
-        if config.drafts and tree is not first[0]:
-            root = int(tree.tokens[0])
-            assert isinstance(config.budget, int)
-            size = TreeSize.fixed(config.budget)
-            block = text.draft(root, size.depths)
-            (table,) = propose(reference, [block], [config], [size])
-            if not _is_settled_tree(table, root, config):
-                return False
+        if table is not None and not _is_settled_tree(table, int(tree.tokens[0]), config):
+            return False
         draws = None
         if not config.sampling.greedy:
             draws = uniforms(config.sampling.seed, tree.positions(text.length + 1))[path]

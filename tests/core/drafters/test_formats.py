@@ -214,9 +214,15 @@ class TestBadConfigs:
                 lambda c: c.update(dspark_block_size=5),
                 "the layout of DeepSeek-V4's DSpark is not supported",
             ),
-            (
-                lambda c: c.update(speculators_model_type="eagle3", transformer_layer_config={}),
-                "speculators of type 'eagle3' are not supported; known are dflash, dflash2, dspark",
+            *(
+                (
+                    lambda c, kind=kind: c.update(
+                        speculators_model_type=kind, transformer_layer_config={}
+                    ),
+                    f"speculators of type {kind!r} are not supported; known are dflash, dflash2, "
+                    "dspark",
+                )
+                for kind in ("eagle3", "xpress")
             ),
         ],
     )
