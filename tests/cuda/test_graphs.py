@@ -112,7 +112,7 @@ def test_a_prompt_beside_trees_runs_without_static_shapes(backend, monkeypatch):
     found = settings_of(monkeypatch)
     work = [Verification(first, chain(6, 7), Choice()), Extension(second, [8, 9], Choice())]
     backend.verifier.run(work)
-    assert [name for name, _ in found] == ["argmax"]
+    assert not found
 
 
 @pytest.mark.parametrize(
