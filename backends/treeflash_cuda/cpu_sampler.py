@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import NOT_FINITE
-from treeflash.errors import NumericalError
+from treeflash.decoding.sampling import check_finite
 from treeflash_cuda.gpu_sampler import invert
 from treeflash_cuda.topk import topk_lower_bound
 
@@ -27,17 +24,12 @@ def choose(
         rows = logits.float().numpy()
         # NumPy's argmax takes a fraction of the time of torch's, and finds NaN before all else.
         tokens = rows.argmax(-1)
-        _check(np.isfinite(np.take_along_axis(rows, tokens[:, None], -1)).all())
+        check_finite(np.isfinite(np.take_along_axis(rows, tokens[:, None], -1)).all())
         return tokens
     assert uniforms is not None
-    _check(logits.amax(-1).isfinite().all())
+    check_finite(logits.amax(-1).isfinite().all())
     parts = zip(logits.split(ROWS), torch.from_numpy(uniforms).split(ROWS), strict=True)
     return np.concatenate([_sample(part, sampling, draws) for part, draws in parts])
-
-
-def _check(finite: Any) -> None:
-    if not finite:
-        raise NumericalError(NOT_FINITE)
 
 
 def _sample(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> NDArray[np.int64]:

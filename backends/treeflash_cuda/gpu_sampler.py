@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import NOT_FINITE
-from treeflash.errors import NumericalError
+from treeflash.decoding.sampling import check_finite
 from treeflash_cuda.cache import upload
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.topk import topk
@@ -35,7 +33,7 @@ def choose(
     graphs = graphs or Graphs(logits.device)
     if sampling.greedy:
         read = graphs.run("argmax", None, _argmax, logits)[0].cpu().numpy()
-        _check(read[-1])
+        check_finite(read[-1])
         return read[:-1]
     assert uniforms is not None
     draws = upload(uniforms, logits.device)
@@ -46,7 +44,7 @@ def choose(
         return (torch.cat([tokens, covered, logits.amax(-1).isfinite().all()[None]]),)
 
     read = graphs.run("sampling", filters, search, logits, draws)[0].cpu().numpy()
-    _check(read[-1])
+    check_finite(read[-1])
     chosen, narrow = read[: len(logits)], read[len(logits) : -1].astype(np.bool_)
     if not narrow.all():
         wide = upload(np.flatnonzero(~narrow), logits.device)
@@ -78,11 +76,6 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     wanted = torch.maximum(torch.minimum(wanted, below), before)
     within = torch.searchsorted(cumulative, wanted, right=True)
     return (block * BLOCK + within)[:, 0]
-
-
-def _check(finite: Any) -> None:
-    if not finite:
-        raise NumericalError(NOT_FINITE)
 
 
 def _argmax(logits: Tensor) -> tuple[Tensor]:

@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import NOT_FINITE
-from treeflash.errors import NumericalError
+from treeflash.decoding.sampling import check_finite
 from treeflash_mlx.topk import top_indices
 
 SHORTLIST = 256
@@ -39,8 +38,7 @@ def choose(
         tokens, covered = _sample(logits, best, sampling, uniforms, SHORTLIST)
     flags = mx.stack([finite, covered])
     read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
-    if not read[-2]:
-        raise NumericalError(NOT_FINITE)
+    check_finite(read[-2])
     if not read[-1]:
         tokens, _ = _sample(logits, best, sampling, uniforms, logits.shape[-1])
         return np.array(tokens.astype(mx.int32))

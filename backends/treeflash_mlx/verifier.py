@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.choices import Chosen
 from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.sampling import NOT_FINITE
+from treeflash.decoding.sampling import check_finite
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import NumericalError
 from treeflash_mlx.cache import release_freed_memory, share_storage
 from treeflash_mlx.choices import choose
 from treeflash_mlx.drafter_model import DrafterModel
@@ -95,8 +94,7 @@ class Verifier:
         submitted = self._submit(state, token)
         finite = mx.isfinite(logits.max(-1)).astype(mx.int32)
         read = np.array(mx.concatenate([token, finite]))
-        if not read[1]:
-            raise NumericalError(NOT_FINITE)
+        check_finite(read[1])
         if submitted is not None:
             state.ahead = Ahead(start + 1, int(read[0]), *submitted)
         return Chosen(read[:1])

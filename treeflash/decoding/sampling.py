@@ -14,6 +14,12 @@ NOT_FINITE = (
 )
 
 
+def check_finite(finite: object) -> None:
+    """Raise `NumericalError` unless the largest logit of every row was found to be finite."""
+    if not finite:
+        raise NumericalError(NOT_FINITE)
+
+
 def uniforms(seed: int, positions: NDArray[np.int32]) -> NDArray[np.float64]:
     """The random numbers that decide the tokens at `positions`.
 
@@ -55,8 +61,7 @@ def choose(
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
-    if not np.isfinite(logits.max(-1)).all():
-        raise NumericalError(NOT_FINITE)
+    check_finite(np.isfinite(logits.max(-1)).all())
     if sampling.greedy:
         return np.asarray(np.argmax(logits, -1), np.int32)
     assert uniforms is not None
