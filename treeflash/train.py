@@ -23,7 +23,7 @@ from treeflash.training.trainers import trainer
 
 HELP = {
     "init": "target, random, or the folder of a drafter, which keeps its shape",
-    "layers": "number of drafter layers",
+    "layers": "number of drafter layers; those that an existing drafter lacks are appended",
     "block_size": "the root and the tokens drafted after it",
     "head": "conditional head: swiglu, linear, markov, selector or none",
     "head_size": "inner size of swiglu, rank of markov and selector",

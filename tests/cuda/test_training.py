@@ -9,6 +9,7 @@ import pytest
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
@@ -223,6 +224,21 @@ def test_training_starts_from_a_treeflash_checkpoint(target, responses, tmp_path
     assert second[0]["loss"] < first[0]["loss"] / 2
     with pytest.raises(ConfigError, match=r"has head-size \d+, not 3; leave it out"):
         run(target, responses, tmp_path / "third", replace(config, head_size=3))
+
+
+@pytest.mark.parametrize("head", ["swiglu", "selector"])
+def test_appended_layers_change_nothing_at_first(head, target, responses, tmp_path, monkeypatch):
+    run(target, responses, tmp_path / "first", replace(TINY, head=head, steps=4))
+    config = replace(TINY, head_size=None, head=head, init=str(tmp_path / "first"), steps=4)
+    same = run(target, responses, tmp_path / "same", replace(config, layers=None))
+    deeper = run(target, responses, tmp_path / "deeper", replace(config, layers=4))
+    assert deeper[0]["loss"] == pytest.approx(same[0]["loss"], rel=1e-6)
+    assert deeper[-1]["loss"] != same[-1]["loss"]
+    assert drafter_config(tmp_path / "deeper").num_hidden_layers == 4
+    nested = {"transformer_layer_config": read_config(tmp_path / "first")}
+    monkeypatch.setattr("treeflash_cuda.training.settings.read_config", lambda _: nested)
+    with pytest.raises(ConfigError, match="layers cannot be added to the format"):
+        run(target, responses, tmp_path / "third", replace(config, layers=4))
 
 
 @pytest.mark.parametrize("head", ["markov", "selector"])

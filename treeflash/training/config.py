@@ -16,6 +16,7 @@ from treeflash.training.loss_mixture import parse_loss
 
 HEADS = ("swiglu", "linear", "markov", "selector", "none")
 POSITION_WEIGHTS = ("exponential", "prefix-product")
+DEFAULT_LAYERS = 5
 NEW = ("target", "random")
 """How to initialise a new drafter; any other `init` is the folder of an existing one."""
 SEEDS = 2**63
@@ -59,7 +60,8 @@ class TrainConfig:
     Attributes:
         init: where to start: `target` copies the target's last layers, `random` starts from
             random weights, and a folder is a DFlash or TreeFlash checkpoint, whose shape is kept.
-        layers: number of drafter layers.
+        layers: number of drafter layers; None is 5, or as many as the checkpoint has. Layers that
+            it lacks are appended and change nothing at first.
         block_size: S, the root and S - 1 masks.
         head: the conditional head, one of `HEADS`: TreeFlash's `swiglu` or `linear`, DSpark's
             `markov`, DFlash2's `selector`, or `none`.
@@ -98,7 +100,7 @@ class TrainConfig:
     """
 
     init: str = "target"
-    layers: int = 5
+    layers: int | None = None
     block_size: int = 16
     head: str = "swiglu"
     head_size: int | None = None
@@ -130,7 +132,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, minimum in MINIMUM.items():
-            if getattr(self, name) < minimum:
+            if (value := getattr(self, name)) is not None and value < minimum:
                 raise ConfigError(f"{_flag(name)} must be {minimum} or more")
         for field in fields(self):
             value = getattr(self, field.name)
@@ -192,10 +194,13 @@ def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainCon
     if config.init not in NEW:
         drafter = drafter_config(Path(config.init))
         for name, attribute in SHAPE.items():
-            if name in given and getattr(config, name) != getattr(drafter, attribute):
+            value, own = getattr(config, name), getattr(drafter, attribute)
+            if name == "layers" and value is not None and value > own:
+                continue  # the missing ones are appended
+            if name in given and value != own:
                 raise ConfigError(
                     f"the drafter in {config.init} has {_flag(name)} "
-                    f"{getattr(drafter, attribute)}, not {getattr(config, name)}; leave it out"
+                    f"{own}, not {value}; leave it out"
                 )
         if drafter.head is not None and "head" not in given:
             config = replace(config, head=trained_head_name(drafter.head))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treeflash.drafter_config import DrafterConfig
 from treeflash.drafters.formats import parse_drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import NEW, TrainConfig
@@ -56,6 +57,8 @@ def initial_drafter(
                     f"the head in {config.init} has head-size {size}, not {config.head_size}; "
                     "leave it out"
                 )
+        if parsed.num_hidden_layers > len(model.layers):
+            model = _with_layers(model, parsed)
     if parsed.head is not None and head is None:
         size = config.head_size or parsed.intermediate_size
         head = make_module(parsed, size, target.vocab_size)
@@ -64,6 +67,19 @@ def initial_drafter(
     if head is not None:
         head = head.to(target.device)
     return model.float().to(target.device), head
+
+
+def _with_layers(model: DrafterModel, config: DrafterConfig) -> DrafterModel:
+    """Append copies of the last layer that add nothing to its output at first."""
+    deeper = DrafterModel(config)
+    deeper.own = model.own
+    weights = model.state_dict()
+    for n in range(len(model.layers), config.num_hidden_layers):
+        for name, weight in model.layers[-1].state_dict().items():
+            is_output = name.startswith(("self_attn.o_proj", "mlp.down_proj"))
+            weights[f"layers.{n}.{name}"] = torch.zeros_like(weight) if is_output else weight
+    deeper.load_state_dict(weights)
+    return deeper
 
 
 def _head_size(head: Any) -> int | None:

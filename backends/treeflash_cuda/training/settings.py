@@ -15,7 +15,7 @@ from treeflash.drafters.formats import drafter_config
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.drafters.treeflash import HEADS
 from treeflash.errors import ConfigError
-from treeflash.training.config import NEW, TrainConfig, trained_head_name
+from treeflash.training.config import DEFAULT_LAYERS, NEW, TrainConfig, trained_head_name
 from treeflash_cuda.target import Target
 
 RANK = 256
@@ -34,14 +34,27 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     folder = Path(config.init)
     given = drafter_config(folder)
     _refuse_own_parts(folder, given)
+    settings = _with_layers(read_config(folder), given.num_hidden_layers, config)
     if trained_head_name(given.head) == config.head:
-        return read_config(folder)
+        return settings
     if not {config.head, trained_head_name(given.head)} <= {"none", *HEADS}:
         raise ConfigError(
             f"the drafter in {folder} has the head {trained_head_name(given.head)}, and its layers "
             f"cannot serve the head {config.head}; use another --init"
         )
-    return with_head(read_config(folder), config)
+    return with_head(settings, config)
+
+
+def _with_layers(settings: dict[str, Any], own: int, config: TrainConfig) -> dict[str, Any]:
+    """The configuration of a drafter of `own` layers with as many as training wants."""
+    if config.layers is None or config.layers <= own:
+        return settings
+    if "num_hidden_layers" not in settings:
+        raise ConfigError(f"layers cannot be added to the format of {config.init}; leave it out")
+    settings = {**settings, "num_hidden_layers": config.layers}
+    if kinds := settings.get("layer_types"):
+        settings["layer_types"] = [*kinds, *kinds[-1:] * (config.layers - own)]
+    return settings
 
 
 def _refuse_own_parts(folder: Path, config: DrafterConfig) -> None:
@@ -88,14 +101,15 @@ def with_head(settings: Mapping[str, Any], config: TrainConfig) -> dict[str, Any
 
 def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     target_config, depth = target.config, len(target.layers)
-    if config.layers >= depth:
-        raise ConfigError(f"layers must be below the target's {depth}, got {config.layers}")
+    count = config.layers or DEFAULT_LAYERS
+    if count >= depth:
+        raise ConfigError(f"layers must be below the target's {depth}, got {count}")
     layer_ids = config.target_layer_ids
     if layer_ids is None:
-        spread = default_target_layer_ids(depth, config.layers) if depth > 4 else (0,)
+        spread = default_target_layer_ids(depth, count) if depth > 4 else (0,)
         # The last one is the input of the first copied layer in the target.
-        layer_ids = (*spread[:-1], depth - config.layers - 1)
-        layer_ids = tuple(sorted({i for i in layer_ids if i < depth - config.layers}))
+        layer_ids = (*spread[:-1], depth - count - 1)
+        layer_ids = tuple(sorted({i for i in layer_ids if i < depth - count}))
     if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
         raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
     heads = int(target_config.num_attention_heads)
@@ -126,10 +140,10 @@ def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": int(target_config.hidden_size),
         "intermediate_size": int(target_config.intermediate_size),
-        "layer_types": ["full_attention"] * config.layers,
+        "layer_types": ["full_attention"] * count,
         "max_position_embeddings": int(target_config.max_position_embeddings),
         "num_attention_heads": heads,
-        "num_hidden_layers": config.layers,
+        "num_hidden_layers": count,
         "num_key_value_heads": int(getattr(target_config, "num_key_value_heads", None) or heads),
         "num_target_layers": depth,
         "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", 1e-6)),

@@ -70,9 +70,10 @@ def test_an_existing_drafter_keeps_its_shape(tmp_path):
     # Equal values are accepted, so that one file can serve both runs.
     assert read_train_config(None, init).init == init["init"]
     assert read_train_config(None, {**init, "layers": 2, "target_layer_ids": (0, 2)}).layers == 2
-    for name, value in (("layers", 5), ("block_size", 16), ("target_layer_ids", (1,))):
+    for name, value in (("layers", 1), ("block_size", 16), ("target_layer_ids", (1,))):
         with pytest.raises(ConfigError, match=f"has {name.replace('_', '-')} .*; leave it out"):
             read_train_config(None, {**init, name: value})
+    assert read_train_config(None, {**init, "layers": 5}).layers == 5  # three are appended
     with pytest.raises(CheckpointError):
         read_train_config(None, {"init": str(tmp_path)})
 
