@@ -30,8 +30,8 @@ class SamplingConfig:
         top_k: keep the `top_k` most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens until their mass reaches `top_p`.
         min_p: keep tokens at least `min_p` times as probable as the best one.
-        seed: together with a token's absolute position it determines the random number that
-            chooses the token, so a seed gives the same text with every method and budget.
+        seed: together with a token's absolute position it determines the noise that chooses the
+            token, so a seed gives the same text with every method and budget.
     """
 
     temperature: float = 0.0

@@ -47,8 +47,8 @@ def choose(
             rows = logits  # saves a copy
         else:
             rows = together[0] if len(together) == 1 else torch.cat(together)
-        draws = [draw for i in texts if (draw := wanted[i].uniforms) is not None]
-        found = sample(rows, sampling, np.concatenate(draws) if draws else None, graphs)
+        keys = [own for i in texts if (own := wanted[i].keys) is not None]
+        found = sample(rows, sampling, np.concatenate(keys) if keys else None, graphs)
         ends = np.cumsum([counts[i] for i in texts])
         tokens |= zip(texts, np.split(found, ends[:-1]), strict=True)
     log_probs = _log_probs(parts, tokens, wanted)

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding import gumbel as definition
 from treeflash.decoding.sampling import check_finite
-from treeflash_cuda.gpu_sampler import invert
+from treeflash_cuda.gumbel import gumbel
 from treeflash_cuda.topk import topk_lower_bound
 
 ROWS = 4
@@ -17,7 +18,7 @@ ROWS = 4
 
 
 def choose(
-    logits: Tensor, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
+    logits: Tensor, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
 ) -> NDArray[np.int64]:
     """See `sampler.choose`."""
     if sampling.greedy:
@@ -26,29 +27,33 @@ def choose(
         tokens = rows.argmax(-1)
         check_finite(np.isfinite(np.take_along_axis(rows, tokens[:, None], -1)).all())
         return tokens
-    assert uniforms is not None
+    assert keys is not None
     check_finite(logits.amax(-1).isfinite().all())
-    parts = zip(logits.split(ROWS), torch.from_numpy(uniforms).split(ROWS), strict=True)
-    return np.concatenate([_sample(part, sampling, draws) for part, draws in parts])
+    starts = range(0, len(logits), ROWS)
+    parts = [(logits[i : i + ROWS], sampling, keys[i : i + ROWS]) for i in starts]
+    return np.concatenate([_sample(*part) for part in parts])
 
 
-def _sample(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> NDArray[np.int64]:
-    probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    top_k = sampling.top_k if sampling.top_k < probs.shape[-1] else 0
+def _sample(
+    logits: Tensor, sampling: SamplingConfig, keys: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    scaled = logits.float() / sampling.temperature
+    top_k = sampling.top_k if sampling.top_k < scaled.shape[-1] else 0
     if not top_k and sampling.top_p == 1 and sampling.min_p == 0:
-        return invert(probs, uniforms[:, None]).numpy()
-    rows = zip(probs.numpy(), uniforms.numpy(), strict=True)
+        noise = gumbel(torch.from_numpy(keys.view(np.int32)), scaled.shape[-1])
+        return (scaled - scaled.amax(-1, keepdim=True) + noise).numpy().argmax(-1)
+    rows = zip(torch.softmax(scaled, -1).numpy(), keys, strict=True)
     return np.array([_sample_row(*row, top_k, sampling.top_p, sampling.min_p) for row in rows])
 
 
 def _sample_row(
-    probs: NDArray[np.float32], uniform: float, top_k: int, top_p: float, min_p: float
+    probs: NDArray[np.float32], key: NDArray[np.uint32], top_k: int, top_p: float, min_p: float
 ) -> np.int64:
     """One token.
 
     Args:
         probs: (vocab,).
-        uniform: in [0, 1).
+        key: (2,) of the noise.
         top_k: less than vocab; 0 is off.
         top_p: see `SamplingConfig`.
         min_p: see `SamplingConfig`.
@@ -74,8 +79,7 @@ def _sample_row(
         # At least the best token, even if the mass to keep rounds to 0.
         edge = max(edge, ranked[max(np.count_nonzero(before < top_p * total), 1) - 1])
     inside = kept >= edge
-    mass = kept[inside].cumsum(dtype=np.float64)
-    # The product may round up to the whole mass.
-    place = min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(mass) - 1)
-    chosen: np.int64 = tokens[inside][place]
+    tokens, kept = tokens[inside], kept[inside]
+    noise = definition.gumbel(key[None], tokens.astype(np.int32))[0]
+    chosen: np.int64 = tokens[(np.log(kept) + noise).argmax()]
     return chosen

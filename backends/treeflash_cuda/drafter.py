@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.context_window import left_out
 from treeflash_cuda.attention import additive_mask
@@ -111,18 +112,22 @@ class Drafter:
 
     @torch.inference_mode()
     def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float
+        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
+        uploaded = self.output.upload(noise)
 
-        def best(hidden: Tensor) -> tuple[Tensor]:
+        def best(hidden: Tensor, uploaded: Tensor) -> tuple[Tensor]:
             logits = self.output.logits(self.model.norm(hidden))
+            if (added := self.output.noise(uploaded)) is not None:
+                logits = logits + added
             tokens, log_probs = top_log_probs(logits, k, temperature)
             tokens = self.output.to_target(tokens)
             # One read from the device for both.
             return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
 
-        (found,) = self.target.graphs.run("marginals", (k, temperature), best, drafted(blocks))
+        settings, inputs = (k, temperature), (drafted(blocks), uploaded)
+        (found,) = self.target.graphs.run("marginals", settings, best, *inputs)
         read = found.cpu().numpy()
         k = read.shape[1] // 2
         return [

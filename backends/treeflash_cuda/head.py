@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, drafted
 from treeflash_cuda.drafter_model import DrafterModel
@@ -40,6 +41,7 @@ class ARHead:
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
@@ -48,12 +50,13 @@ class ARHead:
         depths = len(hidden) // len(blocks)
         settings = len(blocks), m, k, temperature, shortlist, rows
 
-        def search(hidden: Tensor, roots: Tensor) -> Outputs:
-            return self._search(hidden, roots, m, k, temperature, shortlist, rows)
+        def search(hidden: Tensor, roots: Tensor, uploaded: Tensor) -> Outputs:
+            added = self.output.noise(uploaded)
+            return self._search(hidden, roots, m, k, temperature, added, shortlist, rows)
 
         roots = _cat([block.token for block in blocks])
         found, shapes, confident = self.target.graphs.run(
-            "the AR head", settings, search, hidden, roots
+            "the AR head", settings, search, hidden, roots, self.output.upload(noise)
         )
         numbers = found.cpu().numpy()
         tables = []
@@ -84,6 +87,7 @@ class ARHead:
         m: int,
         k: int,
         temperature: float,
+        noise: Tensor | None,
         shortlist: int | None,
         rows: int | None,
     ) -> Outputs:
@@ -95,6 +99,7 @@ class ARHead:
             m: see `transitions`.
             k: see `transitions`.
             temperature: see `transitions`.
+            noise: (texts * D, Vd) to add to logits; None for none.
             shortlist: see `transitions`.
             rows: see `transitions`.
 
@@ -105,7 +110,8 @@ class ARHead:
         depths = len(hidden) // len(roots)
         normed = self.model.norm(hidden)
         logits = self.output.logits(normed)
-        marginals = divide_by_temperature(logits, temperature).log_softmax(-1)
+        noisy = logits if noise is None else logits + noise
+        marginals = divide_by_temperature(noisy, temperature).log_softmax(-1)
         texts = [
             self._candidates(root, part, m, shortlist, rows)
             for root, part in zip(roots.split(1), marginals.split(depths), strict=True)
@@ -120,6 +126,7 @@ class ARHead:
             texts,
             queries.split(sizes),
             logits.split(depths),
+            none if noise is None else noise.split(depths),
             none if confidence is None else confidence.split(sizes),
             strict=True,
         )
@@ -178,6 +185,7 @@ class ARHead:
         text: _Candidates,
         queries: Tensor,
         logits: Tensor,
+        noise: Tensor | None,
         confidence: Tensor | None,
         k: int,
         temperature: float,
@@ -188,6 +196,8 @@ class ARHead:
         (n, k) children, (n, k) log probabilities.
         """
         scores = self.scores.score(queries, logits, text.depth, text.vocab)
+        if noise is not None:
+            scores = scores + take(_columns(noise, text.vocab), text.depth)
         tokens, log_probs = top_log_probs(scores, k, temperature)
         if text.vocab is not None:
             shared = text.vocab.ndim == 1
@@ -225,6 +235,13 @@ class _Candidates:
     vocab: Tensor | None
     mass: Tensor
     vocab_size: int
+
+
+def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """(D, v) of (D, Vd): the columns of (v,) tokens, or of (D, v) each depth's own; None is all."""
+    if tokens is None:
+        return x
+    return x.index_select(1, tokens) if tokens.ndim == 1 else x.gather(1, tokens)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.drafter_config import DrafterConfig
+from treeflash_cuda.cache import upload
+from treeflash_cuda.gumbel import gumbel
 from treeflash_cuda.linear import take
 from treeflash_cuda.target import Target
 
@@ -75,6 +79,22 @@ class OutputStage:
         if (cap := self.config.softcap) is not None:
             logits = cap * (logits.float() / cap).tanh()
         return logits
+
+    def upload(self, noise: Noise | None) -> Tensor:
+        """(n, 3) int32 keys of noise and the bits of its scales; no rows for no noise."""
+        if noise is None:
+            return torch.empty((0, 3), dtype=torch.int32, device=self.target.device)
+        numbers = np.column_stack([noise.keys.view(np.int32), noise.scales.view(np.int32)])
+        return upload(numbers, self.target.device)
+
+    def noise(self, uploaded: Tensor) -> Tensor | None:
+        """(n, Vd) to add to logits; None if there is none. See `treeflash.decoding.gumbel`."""
+        if not len(uploaded):
+            return None
+        keys, scales = uploaded[:, :2], uploaded[:, 2:].view(torch.float32)
+        noise = gumbel(keys, self.target.vocab_size) * scales
+        ids = self.own.token_ids
+        return noise if ids is None else noise[:, ids]
 
     def to_target(self, tokens: Tensor) -> Tensor:
         """The target's ids of the drafter's tokens."""

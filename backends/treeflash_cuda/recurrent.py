@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_cuda.drafter import Block, drafted
 from treeflash_cuda.drafter_model import DrafterModel
@@ -119,6 +120,7 @@ class RecurrentHead:
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
@@ -126,6 +128,8 @@ class RecurrentHead:
         normed = self.model.norm(drafted(blocks))
         depths = len(normed) // len(blocks)
         logits = self.output.logits(normed)
+        if (added := self.output.noise(self.output.upload(noise))) is not None:
+            logits = logits + added
         parts = zip(blocks, normed.split(depths), logits.split(depths), strict=True)
         width = m if rows is None else min(m, rows)
         return [

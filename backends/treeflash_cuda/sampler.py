@@ -14,7 +14,7 @@ from treeflash_cuda.graphs import Graphs
 def choose(
     logits: Tensor,
     sampling: SamplingConfig,
-    uniforms: NDArray[np.float64] | None,
+    keys: NDArray[np.uint32] | None,
     graphs: Graphs | None = None,
 ) -> NDArray[np.int32]:
     """Choose a token per row, as `treeflash.decoding.sampling.choose` does.
@@ -24,12 +24,12 @@ def choose(
     Args:
         logits: (n, vocab).
         sampling: temperature and filters.
-        uniforms: (n,) in [0, 1); None when greedy.
+        keys: (n, 2) of the noise; None when greedy.
         graphs: replay the arithmetic; None computes it.
 
     Raises:
         NumericalError: a row's largest logit is not finite.
     """
     if logits.device.type == "cpu":
-        return cpu_sampler.choose(logits, sampling, uniforms).astype(np.int32)
-    return gpu_sampler.choose(logits, sampling, uniforms, graphs).astype(np.int32)
+        return cpu_sampler.choose(logits, sampling, keys).astype(np.int32)
+    return gpu_sampler.choose(logits, sampling, keys, graphs).astype(np.int32)

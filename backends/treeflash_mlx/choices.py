@@ -43,10 +43,10 @@ def choose(
     for texts in groups.values():
         edited = [_edited(rows, choice) for _, rows, choice in texts]
         sampling = texts[0][2].sampling
-        draws = None
+        keys = None
         if not sampling.greedy:
-            draws = np.concatenate([c.uniforms for _, _, c in texts if c.uniforms is not None])
-        tokens = sample(edited[0] if len(edited) == 1 else mx.concatenate(edited), sampling, draws)
+            keys = np.concatenate([c.keys for _, _, c in texts if c.keys is not None])
+        tokens = sample(edited[0] if len(edited) == 1 else mx.concatenate(edited), sampling, keys)
         parts = np.split(tokens, np.cumsum([len(part) for part in edited])[:-1])
         for (i, rows, choice), part in zip(texts, parts, strict=True):
             k = choice.log_probs

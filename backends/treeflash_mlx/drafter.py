@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.context_window import left_out
 from treeflash_mlx.cache import share_storage
@@ -100,10 +101,12 @@ class Drafter:
         return [Block(root, part[config.first_slot :][:depths]) for (_, root), part in pairs]
 
     def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float
+        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
         logits = self.output.logits(self.model.norm(drafted(blocks)))
+        if noise is not None:
+            logits = logits + self.output.noise(noise)
         tokens, log_probs = top_log_probs(logits, min(k, logits.shape[1]), temperature)
         tokens = self.output.to_target(tokens)
         # Token ids are exact in float32, and one array needs one read from the device.

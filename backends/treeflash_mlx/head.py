@@ -9,6 +9,7 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, drafted
 from treeflash_mlx.drafter_model import DrafterModel
@@ -35,6 +36,7 @@ class ARHead:
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
@@ -43,7 +45,9 @@ class ARHead:
         depths = len(hidden) // texts
         normed = self.model.norm(hidden)
         logits = self.output.logits(normed)
-        marginal = log_softmax(logits.astype(mx.float32) / temperature)
+        added = None if noise is None else self.output.noise(noise)
+        noisy = logits.astype(mx.float32) if added is None else logits + added
+        marginal = log_softmax(noisy / temperature)
         logits, marginal = (x.reshape(texts, depths, -1) for x in (logits, marginal))
         vocab = self._vocab(marginal, shortlist)
         if vocab is not None:
@@ -62,6 +66,10 @@ class ARHead:
         index = (depth + depths * mx.arange(texts)[:, None]).reshape(-1)
         queries = self.scores.queries(hidden, normed, after, index).reshape(*depth.shape, -1)
         scores = self.scores.score(queries, logits, depth, vocab)
+        if added is not None:
+            added = added.reshape(logits.shape)
+            added = added if vocab is None else mx.take_along_axis(added, vocab, 2)
+            scores = scores + of_rows(added, depth)
         children, log_probs = top_log_probs(scores.reshape(-1, size), k, temperature)
         if vocab is not None:
             lists = of_rows(vocab, depth) if vocab.shape[1] > 1 else vocab

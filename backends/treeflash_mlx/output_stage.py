@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.drafter_config import DrafterConfig
+from treeflash_mlx.gumbel import gumbel
 from treeflash_mlx.target import Target, shortlist_logits
 
 
@@ -75,6 +77,12 @@ class OutputStage:
         if (cap := self.config.softcap) is not None:
             logits = cap * mx.tanh(logits.astype(mx.float32) / cap)
         return logits
+
+    def noise(self, noise: Noise) -> mx.array:
+        """(n, Vd) to add to logits."""
+        added = gumbel(noise.keys, self.target.vocab_size) * mx.array(noise.scales)[:, None]
+        ids = self.own.token_ids
+        return added if ids is None else added[:, ids]
 
     def to_target(self, tokens: mx.array) -> mx.array:
         """The target's ids of the drafter's tokens."""

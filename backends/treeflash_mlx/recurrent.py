@@ -10,6 +10,7 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.transitions import TransitionTable
 from treeflash_mlx.drafter import Block, drafted
 from treeflash_mlx.drafter_model import DrafterModel
@@ -119,12 +120,15 @@ class RecurrentHead:
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
         """See `ARHead.transitions`; text by text."""
         normed = self.model.norm(drafted(blocks))
         logits = self.output.logits(normed)
+        if noise is not None:
+            logits = logits + self.output.noise(noise)
         parts = zip(
             blocks, mx.split(normed, len(blocks)), mx.split(logits, len(blocks)), strict=True
         )

@@ -8,24 +8,24 @@ from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import check_finite
+from treeflash_mlx.gumbel import gumbel
 from treeflash_mlx.topk import top_indices
 
 SHORTLIST = 256
 
 
 def choose(
-    logits: mx.array, sampling: SamplingConfig, uniforms: NDArray[np.float64] | None
+    logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
 ) -> NDArray[np.int32]:
     """The tokens that `treeflash.decoding.sampling.choose` defines, with one read from the device.
 
     A nucleus that is wider than the shortlist takes a second read. A CPU computes in float64, as
-    the definition does. A GPU has no float64: a uniform number within float32 rounding of the
-    boundary between two tokens may choose the other one.
+    the definition does; a GPU has no float64.
 
     Args:
         logits: (n, vocab).
         sampling: temperature and filters.
-        uniforms: (n,) in [0, 1); None when greedy.
+        keys: (n, 2) of the noise; None when greedy.
 
     Raises:
         NumericalError: a row's largest logit is not finite.
@@ -35,12 +35,12 @@ def choose(
     if sampling.greedy:
         tokens, covered = mx.argmax(logits, axis=-1), mx.array(True)
     else:
-        tokens, covered = _sample(logits, best, sampling, uniforms, SHORTLIST)
+        tokens, covered = _sample(logits, best, sampling, keys, SHORTLIST)
     flags = mx.stack([finite, covered])
     read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
     check_finite(read[-2])
     if not read[-1]:
-        tokens, _ = _sample(logits, best, sampling, uniforms, logits.shape[-1])
+        tokens, _ = _sample(logits, best, sampling, keys, logits.shape[-1])
         return np.array(tokens.astype(mx.int32))
     return read[:-2]
 
@@ -49,15 +49,16 @@ def _sample(
     logits: mx.array,
     best: mx.array,
     sampling: SamplingConfig,
-    uniforms: NDArray[np.float64] | None,
+    keys: NDArray[np.uint32] | None,
     shortlist: int,
 ) -> tuple[mx.array, mx.array]:
     """(n,) tokens, and whether every nucleus lay within the shortlist."""
-    assert uniforms is not None
+    assert keys is not None
     wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
     scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
     probs, covered = _filter(mx.exp(scaled), sampling, shortlist)
-    return _invert(probs, mx.array(uniforms, dtype=wide)[:, None]), covered
+    sums = mx.where(probs > 0, scaled, -mx.inf) + gumbel(keys, logits.shape[-1])
+    return mx.argmax(sums, axis=-1), covered
 
 
 def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[mx.array, mx.array]:
@@ -90,15 +91,3 @@ def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[
 def _best(probs: mx.array, k: int) -> mx.array:
     """(n, k) largest probabilities of each row, largest first."""
     return mx.take_along_axis(probs, top_indices(probs, k), axis=-1)
-
-
-def _invert(probs: mx.array, uniforms: mx.array) -> mx.array:
-    """(n,) the first token whose cumulative mass exceeds a share of the total.
-
-    Dropped tokens are skipped, since a parallel sum may rise a little on them. The share stays
-    below the total, since a number next to 1 becomes 1 in float32.
-    """
-    cumulative = mx.where(probs > 0, probs.cumsum(-1), 0)
-    total = cumulative.max(-1, keepdims=True)
-    below = total * (1 - mx.finfo(probs.dtype).eps)
-    return mx.argmax(cumulative > mx.minimum(uniforms * total, below), axis=-1)

@@ -18,6 +18,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -159,12 +161,14 @@ def sampling_rows(model: LanguageModel, prompts: list[list[int]], repeats: int) 
             half = len(steps) // 2
             written = [token for step in steps[:half] for token in step.tokens]
             tree = steps[half].tree
-            draws = np.random.default_rng(0).random(len(tree))
             draft_ms = 1000 * median(s.seconds.get("draft", 0.0) for s in steps[1:])
             with TextSession(backend, capacity=len(ids) + TOKENS + budget) as text:
                 text.extend([*ids, *written[:-1]])
+                seeds = count()  # the noise of one seed would be kept
                 calls = [lambda v=text, t=tree: v.verify(t)] + [
-                    lambda v=text, t=tree, s=sampling, u=draws: v.verify(t, s, u)
+                    lambda v=text, t=tree, s=sampling, n=seeds: v.verify(
+                        t, replace(s, seed=next(n))
+                    )
                     for sampling in SAMPLINGS.values()
                 ]
                 times.append([draft_ms + ms for ms in alternate(calls, repeats)])

@@ -16,13 +16,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 import treeflash
-from benchmarks.serving.near_ties import Judge, Rounding
+from benchmarks.serving.near_ties import Judge
 from benchmarks.serving.servers import Job, Server, jobs, percentiles, resident_bytes, server
 
 PATH = "/v1/chat/completions"
@@ -128,12 +128,12 @@ class Comparison:
     """Of the answers with the Python API's.
 
     Attributes:
-        rounding: that may decide near-ties.
+        rounding: of logits, nats, which may decide near-ties.
         near_ties: answers that took the other token at near-ties, and the margins there.
         different: answers that cannot be explained.
     """
 
-    rounding: Rounding
+    rounding: float
     near_ties: Counter[str] = field(default_factory=Counter)
     different: list[str] = field(default_factory=list)
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "different": len(compared.different),
         "for_example": compared.different[:3],
         "near_ties": dict(compared.near_ties),
-        "rounding": asdict(compared.rounding),
+        "rounding": compared.rounding,
         "tracebacks": log.count("Traceback"),
         "first_token_ms": percentiles(found.first_token),
         "inter_token_ms": percentiles(found.between),

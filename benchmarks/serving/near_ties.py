@@ -1,14 +1,14 @@
 """Whether rounding explains an answer that is not the Python API's.
 
-A sampled token is the one in whose part of the cumulative distribution the random number lies.
-Float32 sums in another order, as beside other texts, move these parts a little. `Rounding` says by
-how much; where the random number is nearer to the end of a part than that, either token is right.
+Float32 sums in another order, as beside other texts, change logits a little. Where the best two,
+with their noise if they are sampled, are nearer to each other than that, either token is right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +16,11 @@ from numpy.typing import NDArray
 from benchmarks.serving.servers import Job
 from treeflash import LanguageModel
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import filtered_probs, uniforms
+from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding.sampling import noisy_logits
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.text.tokenizer import REPLACEMENT
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """The largest differences between a text's tokens computed one by one and all at once.
-
-    Attributes:
-        logits: of a logit, nats.
-        cumulative: of the cumulative distribution.
-    """
-
-    logits: float = 0.0
-    cumulative: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,19 +29,18 @@ class Judge:
 
     Attributes:
         model: the loaded pair, in float32.
-        rounding: what may decide near-ties.
+        rounding: the largest difference between logits of a text's tokens computed one by one and
+            all at once, nats.
     """
 
     model: LanguageModel
-    rounding: Rounding
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, model: LanguageModel, jobs: Sequence[Job]) -> Judge:
         """Measure the rounding with the texts of these jobs."""
-        exact = cls(model, Rounding())
-        found = [exact._rounding(job) for job in jobs]
-        logits = max(rounding.logits for rounding in found)
-        return cls(model, Rounding(logits, max(rounding.cumulative for rounding in found)))
+        exact = cls(model)
+        return cls(model, max(exact._rounding(job) for job in jobs))
 
     def near_ties(self, job: Job, text: str, tokens: int) -> list[float] | None:
         """The margins of the near-ties at which an answer took the other token.
@@ -66,7 +53,7 @@ class Judge:
             tokens: of the answer.
 
         Returns:
-            In order, each as in `Rounding`; empty if the answer is the Python API's; None if
+            In order, nats; empty if the answer is the Python API's; None if
             near-ties do not explain it.
         """
         prompt, sampling = self._prompt(job), self._sampling(job)
@@ -76,10 +63,11 @@ class Judge:
             found = self._continue(job, prompt, begun)
             if (self.model.tokenizer.decode(found), len(found)) == (text, tokens):
                 return margins
-            draws = self._draws(job, prompt, found)
+            positions = np.arange(len(prompt), len(prompt) + len(found), dtype=np.int32)
             rows = one_by_one(self.model, prompt, found)
+            near = near_best(rows, sampling, positions, self.rounding)
             for i in range(len(begun), len(found)):
-                for token, margin in choices(rows[i], sampling, draws[i], self.rounding).items():
+                for token, margin in near[i].items():
                     other = [*found[:i], token]
                     if token != found[i] and self._begins(text, other):
                         pending.append((other, [*margins, margin]))
@@ -87,24 +75,17 @@ class Judge:
                     break
         return None
 
-    def _rounding(self, job: Job) -> Rounding:
-        prompt, sampling = self._prompt(job), self._sampling(job)
+    def _rounding(self, job: Job) -> float:
+        prompt = self._prompt(job)
         tokens = self._continue(job, prompt, [])
         alone, together = (rows(self.model, prompt, tokens) for rows in (one_by_one, at_once))
-        if sampling.greedy:
-            return Rounding(logits=float(abs(alone - together).max()))
-        difference = cumulative(alone, sampling) - cumulative(together, sampling)
-        return Rounding(cumulative=float(abs(difference).max()))
+        return float(abs(alone - together).max())
 
     def _prompt(self, job: Job) -> list[int]:
         return self.model.tokenizer.chat([{"role": "user", "content": job.question}])
 
     def _sampling(self, job: Job) -> SamplingConfig:
         return self.model.decode_config(job.options).sampling
-
-    def _draws(self, job: Job, prompt: list[int], tokens: list[int]) -> NDArray[np.float64]:
-        positions = np.arange(len(prompt), len(prompt) + len(tokens), dtype=np.int32)
-        return uniforms(job.seed, positions)
 
     def _continue(self, job: Job, prompt: list[int], begun: list[int]) -> list[int]:
         """The tokens of the Python API's answer that begins so."""
@@ -118,35 +99,29 @@ class Judge:
         return text.startswith(self.model.tokenizer.decode(tokens).rstrip(REPLACEMENT))
 
 
-def choices(
-    logits: NDArray[np.float32], sampling: SamplingConfig, uniform: float, rounding: Rounding
-) -> dict[int, float]:
-    """The tokens that may be chosen, and how far each is from being chosen by exact arithmetic.
+def near_best(
+    logits: NDArray[np.float32],
+    sampling: SamplingConfig,
+    positions: NDArray[np.int32],
+    rounding: float,
+) -> list[dict[int, float]]:
+    """The tokens that may be chosen at n positions, and how far each is from the best one.
 
     Args:
-        logits: (vocab,).
+        logits: (n, vocab).
         sampling: temperature and filters.
-        uniform: the random number.
-        rounding: two logits may each be wrong by it, or one cumulative sum.
+        positions: (n,) of the tokens.
+        rounding: each of two logits may be wrong by it.
     """
     if sampling.greedy:
-        behind = logits.max() - logits
-        near = np.flatnonzero(behind <= 2 * rounding.logits)
-        return {int(token): float(behind[token]) for token in near}
-    ends = cumulative(logits[None], sampling)[0]
-    width = rounding.cumulative
-    first, last = np.searchsorted(ends, [uniform - width, uniform + width], side="right")
-    begins = np.concatenate([[0.0], ends])
-    return {
-        token: max(0.0, float(begins[token] - uniform), float(uniform - ends[token]))
-        for token in range(int(first), min(int(last), len(ends) - 1) + 1)
-    }
-
-
-def cumulative(logits: NDArray[np.float32], sampling: SamplingConfig) -> NDArray[np.float64]:
-    """(n, vocab) where each token's part of the distribution ends, of (n, vocab) logits."""
-    sums = filtered_probs(logits, sampling).cumsum(-1)
-    return sums / sums[:, -1:]
+        scores: NDArray[Any] = logits
+    else:
+        scores = noisy_logits(logits, sampling, position_keys(sampling.seed, positions))
+    behind = scores.max(-1, keepdims=True) - scores
+    return [
+        {int(token): float(row[token]) for token in np.flatnonzero(row <= 2 * rounding)}
+        for row in behind
+    ]
 
 
 def one_by_one(

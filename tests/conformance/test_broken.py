@@ -80,15 +80,14 @@ class WrongBonus(Verifier):
 
 
 class PositionBlindSampler(Verifier):
-    """One random number for the whole tree."""
+    """The same noise for the whole tree."""
 
     def run(self, work):
         def blind(item):
-            draws = item.choice and item.choice.uniforms
-            if draws is None:
+            keys = item.choice and item.choice.keys
+            if keys is None:
                 return item
-            uniforms = np.full_like(draws, draws[0])
-            return replace(item, choice=replace(item.choice, uniforms=uniforms))
+            return replace(item, choice=replace(item.choice, keys=np.resize(keys[0], keys.shape)))
 
         return super().run([blind(item) for item in work])
 
@@ -113,6 +112,24 @@ class SwappedChunks(ARHead):
         for name in ("ug.weight", "ug.bias"):
             tensor = model.head_tensors[name]
             model.head_tensors[name] = np.concatenate(np.split(tensor, 2)[::-1])
+
+
+class NoiseOfMarginalsAlone(ARHead):
+    """The scores of the head have no noise."""
+
+    def transitions_one(self, block, m, k, temperature, *, noise, **sizes):
+        found = super().transitions_one(block, m, k, temperature, noise=noise, **sizes)
+        plain = super().transitions_one(block, m, k, temperature, noise=None, **sizes)
+        return replace(found, log_probs=plain.log_probs)
+
+
+class NoiseOfTheDepthBefore(ARHead):
+    """A depth has the noise of the one before it."""
+
+    def transitions_one(self, block, m, k, temperature, *, noise, **sizes):
+        if noise is not None:
+            noise = replace(noise, keys=np.roll(noise.keys, 1, 0))
+        return super().transitions_one(block, m, k, temperature, noise=noise, **sizes)
 
 
 class RootBeforeAll(ARHead):
@@ -140,6 +157,8 @@ BROKEN = {
     PositionBlindSampler: "test_choices_match_reference",
     PreviousOffByOne: "test_transitions_match_reference",
     SwappedChunks: "test_transitions_match_reference",
+    NoiseOfMarginalsAlone: "test_noise_is_added_to_logits",
+    NoiseOfTheDepthBefore: "test_noise_is_added_to_logits",
     RootBeforeAll: "test_log_probs_match_reference",
 }
 

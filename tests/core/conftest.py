@@ -143,10 +143,10 @@ class ScriptedBackend:
     def draft(self, roots, depths=None):
         return [text for text, _ in roots]
 
-    def marginals(self, blocks, k, temperature):
+    def marginals(self, blocks, k, temperature, noise=None):
         return [self.table(text, k) for text in blocks]
 
-    def transitions(self, blocks, m, k, temperature, *, shortlist, rows):
+    def transitions(self, blocks, m, k, temperature, *, noise, shortlist, rows):
         return self.marginals(blocks, k, temperature)
 
     def table(self, text, k):

@@ -30,7 +30,7 @@ LAYERS = [
 ]
 # The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
 DECODING = [
-    {"transitions"},
+    {"transitions", "gumbel"},
     {"tree", "calibration", "recurrence", "snapshots", "text_state"},
     {"acceptance", "sampling"},
     {"choices"},
@@ -45,7 +45,7 @@ DECODING = [
 ]
 DATA_TYPES = {
     *("transitions", "tree", "recurrence", "snapshots", "text_state"),
-    *("acceptance", "sampling", "choices", "interfaces"),
+    *("acceptance", "gumbel", "sampling", "choices", "interfaces"),
 }
 # The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.
 DRAFTERS = [

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from treeflash.decoding import choices as core
 from treeflash.decoding.choices import Choice, LogitEdits
+from treeflash.decoding.gumbel import position_keys
 from treeflash.errors import NumericalError
 from treeflash.testing import require
 from treeflash.testing.samplings import SAMPLINGS
@@ -34,8 +35,9 @@ def random_choice(rng, rows, vocab):
         allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
     if rng.random() < 0.5:
         log_probs = int(rng.integers(vocab + 2))
-    uniforms = None if sampling.greedy else rng.random(rows)
-    return Choice(sampling, uniforms, edits, allowed, log_probs)
+    seed = int(rng.integers(2**32))
+    keys = None if sampling.greedy else position_keys(seed, np.arange(rows, dtype=np.int32))
+    return Choice(sampling, keys, edits, allowed, log_probs)
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

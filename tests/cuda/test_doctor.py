@@ -144,8 +144,8 @@ class Wrapped:
     def draft(self, roots, depths=None):
         return self.drafter.draft(roots, depths)
 
-    def marginals(self, blocks, k, temperature):
-        return self.drafter.marginals(blocks, k, temperature)
+    def marginals(self, blocks, k, temperature, noise=None):
+        return self.drafter.marginals(blocks, k, temperature, noise)
 
     def log_probs(self, block):
         return self.change(self.drafter.log_probs(block))

@@ -1,5 +1,7 @@
 """The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import require
 from treeflash.testing.dialects import write_dialect
 from treeflash.testing.models import save, write_drafter, write_target
+from treeflash.testing.transitions import noise_of_depths
 
 require("torch")
 
@@ -156,13 +159,16 @@ def test_a_long_prompt_is_prefilled_in_chunks(backend):
 
 @pytest.mark.parametrize("shortlist", [None, 16])
 @pytest.mark.parametrize("rows", [None, 7])
-def test_tables(backend, shortlist, rows):
+@pytest.mark.parametrize("scale", [None, 0.8])
+def test_tables(backend, shortlist, rows, scale):
     states = [TextSession(backend, drafts=True).state for _ in range(2)]
     backend.verifier.run([Extension(state, PROMPT, None) for state in states])
     blocks = backend.drafter.draft([(state, 3) for state in states])
-    for table in backend.head.transitions(blocks, 4, 8, 0.7, shortlist=shortlist, rows=rows):
+    noise = None if scale is None else noise_of_depths(backend, scale, 2)
+    options = {"noise": noise, "shortlist": shortlist, "rows": rows}
+    for table in backend.head.transitions(blocks, 4, 8, 0.7, **options):
         assert table.tokens.shape == (5, 4, 8)
-    for table in backend.drafter.marginals(blocks, 8, 0.7):
+    for table in backend.drafter.marginals(blocks, 8, 0.7, noise):
         assert table.tokens.shape == (5, 1, 8)
     assert backend.drafter.log_probs(blocks[1]).shape == (5, 40)
     assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
@@ -183,12 +189,13 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
     backend.verifier.run([Extension(state, PROMPT, None) for state in states])
     blocks = backend.drafter.draft([(state, 3) for state in states])
     depths = backend.drafter_config.depths
-    for shortlist in (None, 16):
+    for shortlist, noise in product((None, 16), (None, noise_of_depths(backend, 0.8, 2))):
+        options = {"noise": noise, "shortlist": shortlist, "rows": 7}
         with cuda.transfers() as count:
-            tables = backend.head.transitions(blocks, 4, 4, 0.7, shortlist=shortlist, rows=7)
+            tables = backend.head.transitions(blocks, 4, 4, 0.7, **options)
         assert [table.tokens.shape for table in tables] == [(depths, 4, 4)] * 2
         # A recurrent head goes text by text.
-        assert count.uploads == 0
+        assert count.uploads == (0 if noise is None else 1)
         assert count.reads == (2 if backend.drafter_config.head_state_size else 1)
     assert backend.head.log_probs(blocks[1], np.ones(depths, np.int32)).shape == (depths, 40)
 
@@ -196,8 +203,8 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices(backend, sampling):
     text = TextSession(backend)
-    text.extend(PROMPT, sampling, np.array([0.5]))
-    chosen = text.verify(tree(), sampling, np.full(6, 0.5))
+    text.extend(PROMPT, sampling)
+    chosen = text.verify(tree(), sampling)
     assert chosen.dtype == np.int32
 
 
@@ -298,7 +305,8 @@ def started(backend, count):
 
 
 def choice(sampling, **features):
-    return Choice(sampling, None if sampling.greedy else np.full(6, 0.5), **features)
+    keys = None if sampling.greedy else np.ones((6, 2), np.uint32)
+    return Choice(sampling, keys, **features)
 
 
 def edits():

@@ -71,10 +71,11 @@ def test_from_prompts_to_a_drafter(target, responses, tmp_path, capsys):
     assert train.main([*options, "--target", str(target), "--steps", "600", *ON_CPU]) == 0
     assert "pass it as --drafter" in capsys.readouterr().err
     fresh = [record["prompt_ids"] for record in records[300:]]
-    tree = efficiency(target, output, fresh, method="treeflash", budget=16)
-    assert tree > 3.8
-    assert tree > efficiency(target, output, fresh, method="ddtree", budget=16)
-    assert efficiency(target, output, fresh, method="dflash", budget=16) > 2.4
+    # With more nodes both trees have nearly everything that the block allows.
+    tree = efficiency(target, output, fresh, method="treeflash", budget=8)
+    assert tree > 5
+    assert tree > efficiency(target, output, fresh, method="ddtree", budget=8)
+    assert efficiency(target, output, fresh, method="dflash", budget=16) > 4
     assert len((output / "log.jsonl").read_text().splitlines()) == 600
     assert list((output / "tensorboard").iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding.choices import Choice, Chosen, choose
 from treeflash.decoding.decode_text import decode
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.interfaces import Backend, Extension, Verification
 from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import TransitionTable
@@ -31,6 +33,8 @@ CHI_SQUARE_LIMIT = 66.62
 
 Logits = Callable[[Sequence[int]], np.ndarray]
 Proposal = Callable[[Sequence[int], int, int], TransitionTable]
+DraftNoise = list[tuple[int, Noise | None]]
+DEPTHS = 5
 
 
 @dataclass
@@ -60,7 +64,7 @@ class FakeText:
 class FakeVerifier:
     """A target that is a function of the text so far."""
 
-    draws: list[tuple[int, float]] = field(default_factory=list)
+    keys: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
         return [
@@ -83,11 +87,11 @@ class FakeVerifier:
         return chosen
 
     def _verify(self, text: FakeText, tree: DraftTree, choice: Choice) -> Chosen:
-        assert (choice.uniforms is None) == choice.sampling.greedy
-        if choice.uniforms is not None:
-            assert choice.uniforms.shape == (len(tree),)
+        assert (choice.keys is None) == choice.sampling.greedy
+        if choice.keys is not None:
+            assert choice.keys.shape == (len(tree), 2)
             following = (tree.positions(text.length) + 1).tolist()
-            self.draws += zip(following, choice.uniforms.tolist(), strict=True)
+            self.keys += zip(following, choice.keys.tolist(), strict=True)
         text.tree = tree
         return choose(self.logits(text, tree), choice)
 
@@ -106,11 +110,18 @@ class FakeVerifier:
         return np.array([text.logits_of(each) for each in texts], np.float32)
 
 
+def noise_of(blocks: Sequence[list[int]], noise: Noise | None) -> DraftNoise:
+    """The position after each block's root, and the noise of what is drafted from there on."""
+    parts = [None] * len(blocks) if noise is None else noise.split(len(blocks))
+    return list(zip(map(len, blocks), parts, strict=True))
+
+
 @dataclass
 class FakeDrafter:
     """Proposes from the committed text and the root."""
 
     backend: FakeBackend
+    noise: DraftNoise = field(default_factory=list)
 
     def draft(
         self, roots: Sequence[tuple[FakeText, int]], depths: int | None = None
@@ -119,9 +130,14 @@ class FakeDrafter:
         return [[*text.text, root] for text, root in roots]
 
     def marginals(
-        self, blocks: Sequence[list[int]], k: int, temperature: float
+        self,
+        blocks: Sequence[list[int]],
+        k: int,
+        temperature: float,
+        noise: Noise | None = None,
     ) -> list[TransitionTable]:
         assert temperature == 0.5
+        self.noise += noise_of(blocks, noise)
         return [self.backend.propose(block, 1, k) for block in blocks]
 
 
@@ -129,6 +145,7 @@ class FakeDrafter:
 class FakeHead:
     propose: Proposal
     rows: list[int | None] = field(default_factory=list)
+    noise: DraftNoise = field(default_factory=list)
 
     def transitions(
         self,
@@ -137,10 +154,12 @@ class FakeHead:
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
         assert temperature == 0.5
+        self.noise += noise_of(blocks, noise)
         self.rows.append(rows)
         return [self.propose(block, m, k) for block in blocks]
 
@@ -155,7 +174,7 @@ class FakeBackend:
     ) -> None:
         self.logits, self.propose = logits, propose
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self.drafter_config: Any = "anything but None"
+        self.drafter_config: Any = SimpleNamespace(depths=DEPTHS)
         self.verifier = FakeVerifier()
         self.drafter = FakeDrafter(self)
         self.head: FakeHead | None = FakeHead(propose)

@@ -3,6 +3,7 @@ import pytest
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding import sampling as definition
+from treeflash.decoding.gumbel import over_vocabulary, position_keys
 from treeflash.errors import NumericalError
 from treeflash.testing import require
 
@@ -10,8 +11,14 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx  # noqa: E402
-from treeflash_mlx.sampler import _filter, _invert, choose  # noqa: E402
+from treeflash_mlx.gumbel import on_device  # noqa: E402
+from treeflash_mlx.sampler import _filter, choose  # noqa: E402
 from treeflash_mlx.topk import top_indices, top_log_probs  # noqa: E402
+
+
+def keys(count):
+    return position_keys(3, np.arange(count, dtype=np.int32))
+
 
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
@@ -30,23 +37,23 @@ def test_choices_follow_the_definition(rng, options):
     config = SamplingConfig(**{"temperature": 1.0, **options})
     logits = rng.normal(0, 2, (300, 501)).astype(np.float32)
     logits[:, ::3] = logits[:, :1]  # ties, at the edge of some filters
-    uniforms = rng.random(300)
-    uniforms[:3] = 0.0, np.nextafter(1.0, 0), 0.5
-    chosen = choose(mx.array(logits), config, uniforms)
-    np.testing.assert_array_equal(chosen, definition.choose(logits, config, uniforms))
+    chosen = choose(mx.array(logits), config, keys(300))
+    np.testing.assert_array_equal(chosen, definition.choose(logits, config, keys(300)))
     assert chosen.dtype == np.int32
 
 
-def test_a_uniform_number_next_to_one_chooses_a_kept_token_in_float32(rng):
-    """It is 1 in float32, and no cumulative mass exceeds the total."""
-    logits = rng.normal(0, 2, (50, 1000)).astype(np.float32)
-    config = SamplingConfig(temperature=1.0, top_k=5)
-    probs, _ = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
-    ones = mx.full((50, 1), np.nextafter(1.0, 0), mx.float32)
-    assert ones[0, 0].item() == 1
-    chosen = np.array(_invert(probs, ones))
-    last = [np.flatnonzero(row)[-1] for row in np.array(probs)]
-    np.testing.assert_array_equal(chosen, last)
+@pytest.mark.parametrize("vocab", [1, 5, 151_936])
+def test_the_noise_of_a_gpu_is_as_defined(vocab):
+    found = np.array(on_device(mx.array(keys(9)), vocab))
+    np.testing.assert_allclose(found, over_vocabulary(keys(9), vocab), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e6])
+def test_extreme_temperatures(rng, temperature):
+    logits = rng.normal(size=(50, 300)).astype(np.float32)
+    config = SamplingConfig(temperature=temperature)
+    chosen = choose(mx.array(logits), config, keys(50))
+    np.testing.assert_array_equal(chosen, definition.choose(logits, config, keys(50)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -55,14 +62,14 @@ def test_logits_that_are_not_finite_are_an_error(rng, bad, temperature):
     logits = rng.normal(size=(3, 40)).astype(np.float32)
     logits[1, 7] = bad
     with pytest.raises(NumericalError, match="not finite"):
-        choose(mx.array(logits), SamplingConfig(temperature=temperature), np.full(3, 0.5))
+        choose(mx.array(logits), SamplingConfig(temperature=temperature), keys(3))
 
 
 def test_logits_of_minus_infinity_are_never_chosen(rng):
     logits = rng.normal(size=(2, 40)).astype(np.float32)
     logits[:, 5:] = -np.inf
     config = SamplingConfig(temperature=1.0)
-    assert choose(mx.array(logits), config, np.array([0.1, 0.99])).max() < 5
+    assert choose(mx.array(logits), config, keys(2)).max() < 5
 
 
 @pytest.mark.parametrize("vocab", [5, 129, 2048, 5000])
@@ -86,10 +93,10 @@ def test_equal_entries_are_in_order_of_their_columns():
 
 
 def test_a_top_p_next_to_zero_keeps_one_token(rng):
-    """It is 0 in float32; the most probable token stays, whatever the number."""
+    """It is 0 in float32; the most probable token stays, whatever the noise."""
     logits = rng.normal(0, 2, (20, 1000)).astype(np.float32)
     config = SamplingConfig(temperature=1.0, top_p=1e-300)
-    chosen = choose(mx.array(logits), config, rng.random(20))
+    chosen = choose(mx.array(logits), config, keys(20))
     np.testing.assert_array_equal(chosen, logits.argmax(-1))
     probs, covered = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
     assert covered.item()

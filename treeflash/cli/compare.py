@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, SamplingConfig
-from treeflash.decoding.sampling import filtered_probs, uniforms
+from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding.sampling import noisy_logits
 from treeflash.text.generation import Comparison, Generation
 from treeflash.text.stream import Stream
 
@@ -54,54 +55,36 @@ def compare(generation: Generation, stream: Stream) -> Comparison:
         return comparison
     logits = stream.logits_after(plain.token_ids[:first])
     sampling = stream.config.sampling
-    draw = None
-    if not sampling.greedy:
-        position = np.array([len(stream.prompt_ids) + first], np.int32)
-        draw = float(uniforms(sampling.seed, position)[0])
-    margin = decision_margin(logits, pairs[first], sampling, draw)
+    margin = decision_margin(logits, pairs[first], sampling, len(stream.prompt_ids) + first)
     rounding = spacing(float(np.abs(logits[list(pairs[first])]).max()), generation.dtype)
     near_tie = generation.dtype != "float32" and margin <= NEAR_TIE * rounding
     return replace(comparison, margin=margin, spacing=rounding, near_tie=near_tie)
 
 
 def decision_margin(
-    logits: NDArray[np.float32],
-    tokens: Sequence[int],
-    sampling: SamplingConfig,
-    draw: float | None,
+    logits: NDArray[np.float32], tokens: Sequence[int], sampling: SamplingConfig, position: int
 ) -> float:
     """How far logits would have to move for each of some tokens to be chosen.
 
-    When greedy it is the distance of their logits from the largest. When sampling it is the shift
-    between the logits below and above the random number in the cumulative distribution, and the
-    distance of a dropped token's logit from those that the filters kept.
+    It is the distance of their logits from the largest, after the noise has been added when
+    sampling; and the distance of a dropped token's logit from those that the filters kept.
 
     Args:
         logits: (vocab,).
         tokens: chosen by different passes.
         sampling: how they were chosen.
-        draw: in [0, 1); None when greedy.
+        position: of the tokens.
     """
-    if draw is None:
+    if sampling.greedy:
         return float(logits.max() - logits[list(tokens)].min())
-    probs = filtered_probs(logits[None], sampling)[0]
-    least_kept = float(logits[probs > 0].min())
-    cumulative = np.append(0.0, probs.cumsum() / probs.sum())
-    margins = []
-    for token in tokens:
-        below, above = cumulative[token], cumulative[token + 1]
-        nearest = min(max(draw, below), above)
-        shift = sampling.temperature * abs(_log_odds(nearest) - _log_odds(draw))
-        margins.append(max(shift, least_kept - float(logits[token])))
-    return max(margins)
+    keys = position_keys(sampling.seed, np.array([position], np.int32))
+    noisy = noisy_logits(logits[None], sampling, keys)[0]
+    least_kept = logits[np.isfinite(noisy)].min()
+    margins = np.where(np.isfinite(noisy), noisy.max() - noisy, least_kept - logits)
+    return float(margins[list(tokens)].max())
 
 
 def spacing(value: float, dtype: str) -> float:
     """The distance between neighbouring numbers of a type around a value."""
     _, exponent = np.frexp(value)
     return float(2.0 ** (int(exponent) - 1 - MANTISSA_BITS[dtype]))
-
-
-def _log_odds(probability: float) -> float:
-    tiny = np.finfo(np.float64).tiny
-    return float(np.log(max(probability, tiny)) - np.log(max(1 - probability, tiny)))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding import sampling as sampler
+from treeflash.decoding.gumbel import position_keys
 
 MASK_BITS = 32
 """Tokens in one word of a bitmask."""
@@ -47,7 +48,7 @@ class Choice:
 
     Attributes:
         sampling: temperature and filters.
-        uniforms: (n,) float64 in [0, 1); None if greedy.
+        keys: (n, 2) of the noise at the position after each node; None if greedy.
         edits: changes of the logits, before everything else; None for none.
         allowed: (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may
             be chosen. It takes effect after the edits. None allows every token.
@@ -56,16 +57,15 @@ class Choice:
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    uniforms: NDArray[np.float64] | None = None
+    keys: NDArray[np.uint32] | None = None
     edits: LogitEdits | None = None
     allowed: NDArray[np.uint32] | None = None
     log_probs: int | None = None
 
     @classmethod
     def at(cls, sampling: SamplingConfig, positions: NDArray[np.int32]) -> Choice:
-        """The choice of the tokens at these positions, with the random numbers of the seed."""
-        draws = None if sampling.greedy else sampler.uniforms(sampling.seed, positions)
-        return cls(sampling, draws)
+        """The choice of the tokens at these positions, with the noise of the seed."""
+        return cls(sampling, None if sampling.greedy else position_keys(sampling.seed, positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ def choose(logits: NDArray[np.float32], choice: Choice) -> Chosen:
     edited = logits if choice.edits is None else choice.edits.apply(logits)
     if choice.allowed is not None:
         edited = np.where(unpack(choice.allowed, logits.shape[-1]), edited, -np.inf)
-    tokens = sampler.choose(edited, choice.sampling, choice.uniforms)
+    tokens = sampler.choose(edited, choice.sampling, choice.keys)
     if choice.log_probs is None:
         return Chosen(tokens)
     log_probs = logits - np.logaddexp.reduce(logits.astype(np.float64), -1, keepdims=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.choices import Choice, Chosen
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.text_state import TextState
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -106,7 +107,7 @@ class Drafter(Protocol):
         """
 
     def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float
+        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
     ) -> list[TransitionTable]:
         """The `k` most probable tokens of each depth, whatever was drafted before (DDTree).
 
@@ -114,6 +115,9 @@ class Drafter(Protocol):
             blocks: from one call of `draft`.
             k: children; the whole vocabulary if that is smaller.
             temperature: divides the logits.
+            noise: added to the logits before, that of the depths of all blocks in order. The most
+                probable tokens are then those that the target is most likely to sample. None adds
+                nothing, as for a target that decodes greedily.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
@@ -146,6 +150,7 @@ class ARHead(Protocol):
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
@@ -163,6 +168,7 @@ class ARHead(Protocol):
             m: previous-token candidates; the whole vocabulary if that is smaller.
             k: children; the whole vocabulary if that is smaller.
             temperature: divides the logits, after the head.
+            noise: added to all logits, of the marginals and of the head; see `Drafter.marginals`.
             shortlist: score only that many tokens, those most probable by their marginal at any
                 depth of the text's block; ties by token id. Previous tokens and children are then
                 of the shortlist, and the rest of the vocabulary keeps the probability that the

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from treeflash.config import Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.choices import Chosen
@@ -68,12 +70,16 @@ class Iteration:
 
         def draft(texts: list[RunningText]) -> list[Drafted]:
             assert self.backend.drafter is not None
+            assert self.backend.drafter_config is not None
             roots = [(text.state, text.needed(Draft).root) for text in texts]
             sizes = [size_of(text) for text in texts]
-            depths = [size.depths for size in sizes if size.depths is not None]
-            every = len(depths) < len(sizes)
-            blocks = self.backend.drafter.draft(roots, None if every else max(depths))
-            tables = propose(self.backend, blocks, [text.config for text in texts], sizes)
+            most = self.backend.drafter_config.depths
+            depths = max(min(size.depths or most, most) for size in sizes)
+            blocks = self.backend.drafter.draft(roots, depths)
+            after_root = np.arange(1, depths + 1, dtype=np.int32)
+            positions = [text.state.length + after_root for text in texts]
+            configs = [text.config for text in texts]
+            tables = propose(self.backend, blocks, configs, sizes, positions)
             return [Drafted(table, size.built) for table, size in zip(tables, sizes, strict=True)]
 
         drafting = [text for text in texts if pays.get(text.config.method) or not text.adapts]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.choices import Chosen, choose
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.interfaces import Block, Extension, Verification
 from treeflash.decoding.text_state import TextState
 from treeflash.decoding.transitions import TransitionTable
@@ -84,8 +85,10 @@ class OneByOneDrafter(ABC):
         """See `Drafter.draft`."""
 
     @abstractmethod
-    def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
-        """See `Drafter.marginals`."""
+    def marginals_one(
+        self, block: Block, k: int, temperature: float, noise: Noise | None
+    ) -> TransitionTable:
+        """See `Drafter.marginals`; the noise is that of the block."""
 
     def draft(
         self, roots: Sequence[tuple[TextState, int]], depths: int | None = None
@@ -94,10 +97,11 @@ class OneByOneDrafter(ABC):
         return [self.draft_one(state, root, depths) for state, root in roots]
 
     def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float
+        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
     ) -> list[TransitionTable]:
         """See `Drafter.marginals`."""
-        return [self.marginals_one(block, k, temperature) for block in blocks]
+        each = zip(blocks, _split(noise, len(blocks)), strict=True)
+        return [self.marginals_one(block, k, temperature, own) for block, own in each]
 
 
 class OneByOneHead(ABC):
@@ -111,10 +115,11 @@ class OneByOneHead(ABC):
         k: int,
         temperature: float,
         *,
+        noise: Noise | None,
         shortlist: int | None,
         rows: int | None,
     ) -> TransitionTable:
-        """See `ARHead.transitions`."""
+        """See `ARHead.transitions`; the noise is that of the block."""
 
     def transitions(
         self,
@@ -123,11 +128,18 @@ class OneByOneHead(ABC):
         k: int,
         temperature: float,
         *,
+        noise: Noise | None = None,
         shortlist: int | None = None,
         rows: int | None = None,
     ) -> list[TransitionTable]:
         """See `ARHead.transitions`."""
         return [
-            self.transitions_one(block, m, k, temperature, shortlist=shortlist, rows=rows)
-            for block in blocks
+            self.transitions_one(
+                block, m, k, temperature, noise=own, shortlist=shortlist, rows=rows
+            )
+            for block, own in zip(blocks, _split(noise, len(blocks)), strict=True)
         ]
+
+
+def _split(noise: Noise | None, blocks: int) -> Sequence[Noise | None]:
+    return [None] * blocks if noise is None else noise.split(blocks)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from treeflash.config import AUTO, DecodeConfig
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.transitions import TransitionTable
 
@@ -46,6 +50,7 @@ def propose(
     blocks: Sequence[Block],
     configs: Sequence[DecodeConfig],
     sizes: Sequence[TreeSize],
+    positions: Sequence[NDArray[np.int32]] = (),
 ) -> list[TransitionTable]:
     """The tables that chains or trees are built from.
 
@@ -54,13 +59,18 @@ def propose(
         blocks: of all texts, from one draft.
         configs: of the texts.
         sizes: of the trees.
+        positions: (D,) of each block's depths; not used if the texts are greedy.
     """
     keys = [_key(config, size.expected) for config, size in zip(configs, sizes, strict=True)]
     tables: dict[int, TransitionTable] = {}
     for key in dict.fromkeys(keys):
         texts = [i for i, other in enumerate(keys) if other == key]
         same, of_texts = [blocks[i] for i in texts], [sizes[i] for i in texts]
-        tables |= zip(texts, _tables(backend, same, configs[texts[0]], of_texts), strict=True)
+        noise = None
+        if not all(configs[i].sampling.greedy for i in texts):
+            noise = Noise.at([(configs[i].sampling, positions[i]) for i in texts])
+        found = _tables(backend, same, configs[texts[0]], of_texts, noise)
+        tables |= zip(texts, found, strict=True)
     return [tables[i] for i in range(len(blocks))]
 
 
@@ -74,7 +84,11 @@ def _key(config: DecodeConfig, nodes: int) -> Hashable:
 
 
 def _tables(
-    backend: Backend, blocks: Sequence[Block], config: DecodeConfig, sizes: Sequence[TreeSize]
+    backend: Backend,
+    blocks: Sequence[Block],
+    config: DecodeConfig,
+    sizes: Sequence[TreeSize],
+    noise: Noise | None,
 ) -> list[TransitionTable]:
     nodes, temperature = max(size.expected for size in sizes), config.draft_temperature
     k = config.top_k_children
@@ -88,7 +102,8 @@ def _tables(
         if shortlist is not None:
             shortlist = min(shortlist, max(TOKENS_PER_NODE * nodes, FEWEST_TOKENS))
         return backend.head.transitions(
-            blocks, config.top_m, k, temperature, shortlist=shortlist, rows=rows
+            blocks, config.top_m, k, temperature, noise=noise, shortlist=shortlist, rows=rows
         )
     assert backend.drafter is not None
-    return backend.drafter.marginals(blocks, 1 if config.drafts_chain else k, temperature)
+    k = 1 if config.drafts_chain else k
+    return backend.drafter.marginals(blocks, k, temperature, noise)

@@ -1,4 +1,4 @@
-"""Random numbers keyed by position, and the sampler that defines every backend's choices."""
+"""The sampler that defines every backend's choices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import SamplingConfig
+from treeflash.decoding.gumbel import over_vocabulary
 from treeflash.errors import NumericalError
 
 NOT_FINITE = (
@@ -20,40 +21,19 @@ def check_finite(finite: object) -> None:
         raise NumericalError(NOT_FINITE)
 
 
-def uniforms(seed: int, positions: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The random numbers that decide the tokens at `positions`.
-
-    A number depends on the seed and the position alone: not on the method, the budget, or what
-    else is drawn. That is what makes a seed's output the same for all of them.
-
-    Args:
-        seed: below 2**64.
-        positions: (n,) int32 absolute positions, 0 or more.
-
-    Returns:
-        (n,) float64 in [0, 1): number `p` of the Philox stream of the seed (Salmon et al. 2011).
-    """
-    # One counter step of NumPy's Philox makes four numbers, so any of them is reached in O(1).
-    first = int(positions.min()) // 4
-    count = int(positions.max()) - 4 * first + 1
-    stream = np.random.Generator(np.random.Philox(key=seed, counter=first)).random(count)
-    return stream[positions - 4 * first]
-
-
 def choose(
     logits: NDArray[np.float32],
     sampling: SamplingConfig,
-    uniforms: NDArray[np.float64] | None = None,
+    keys: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.int32]:
     """The target's token for each row of logits: the definition that backends must match.
 
-    Sampling inverts the cumulative distribution of the filtered probabilities in the order of
-    token ids: the first token whose cumulative mass exceeds `u` times the total.
+    Sampling takes the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
     Args:
         logits: (n, vocab) float32.
         sampling: temperature and filters.
-        uniforms: (n,) in [0, 1); may be None when greedy.
+        keys: (n, 2) of the positions that the tokens will take; may be None when greedy.
 
     Returns:
         (n,) int32 token ids.
@@ -64,11 +44,23 @@ def choose(
     check_finite(np.isfinite(logits.max(-1)).all())
     if sampling.greedy:
         return np.asarray(np.argmax(logits, -1), np.int32)
-    assert uniforms is not None
-    probs = filtered_probs(logits, sampling)
-    cumulative = probs.cumsum(-1)
-    beyond = cumulative > uniforms[:, None] * cumulative[:, -1:]
-    return np.asarray(np.argmax(beyond, -1), np.int32)
+    assert keys is not None
+    return np.asarray(np.argmax(noisy_logits(logits, sampling, keys), -1), np.int32)
+
+
+def noisy_logits(
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32]
+) -> NDArray[np.float64]:
+    """(n, vocab) logits plus noise, of which the largest is sampled; dropped tokens have -inf.
+
+    Args:
+        logits: (n, vocab).
+        sampling: not greedy.
+        keys: (n, 2) as in `choose`.
+    """
+    noise = over_vocabulary(keys, logits.shape[-1]).astype(np.float64)
+    kept = filtered_probs(logits, sampling) > 0
+    return np.where(kept, logits + sampling.temperature * noise, -np.inf)
 
 
 def filtered_probs(logits: NDArray[np.float32], sampling: SamplingConfig) -> NDArray[np.float64]:

@@ -40,26 +40,18 @@ class TextSession:
         """Committed positions."""
         return self.state.length
 
-    def extend(
-        self,
-        token_ids: Sequence[int],
-        sampling: SamplingConfig = GREEDY,
-        uniforms: NDArray[np.float64] | None = None,
-    ) -> int:
+    def extend(self, token_ids: Sequence[int], sampling: SamplingConfig = GREEDY) -> int:
         """Commit tokens; returns the token that the target chooses after them."""
-        work = Extension(self.state, token_ids, Choice(sampling, uniforms))
+        after = np.array([self.length + len(token_ids)], np.int32)
+        work = Extension(self.state, token_ids, Choice.at(sampling, after))
         (chosen,) = self.backend.verifier.run([work])
         assert chosen is not None
         return int(chosen.tokens[-1])
 
-    def verify(
-        self,
-        tree: DraftTree,
-        sampling: SamplingConfig = GREEDY,
-        uniforms: NDArray[np.float64] | None = None,
-    ) -> NDArray[np.int32]:
+    def verify(self, tree: DraftTree, sampling: SamplingConfig = GREEDY) -> NDArray[np.int32]:
         """(n,) int32 the target's tokens at the nodes of a tree."""
-        work = Verification(self.state, tree, Choice(sampling, uniforms))
+        choice = Choice.at(sampling, tree.positions(self.length + 1))
+        work = Verification(self.state, tree, choice)
         (chosen,) = self.backend.verifier.run([work])
         assert chosen is not None
         return chosen.tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.one_by_one import OneByOneDrafter
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.context_window import left_out
@@ -80,9 +81,14 @@ class Drafter(OneByOneDrafter):
             x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
         return Block(root, x[config.first_slot :][:depths])
 
-    def marginals_one(self, block: Block, k: int, temperature: float) -> TransitionTable:
+    def marginals_one(
+        self, block: Block, k: int, temperature: float, noise: Noise | None
+    ) -> TransitionTable:
         """See `Drafter.marginals`."""
-        tokens, log_probs = top(self.model.logits(block.hidden) / temperature, k)
+        logits = self.model.logits(block.hidden)
+        if noise is not None:
+            logits = logits + noise.of(self.model.token_ids)
+        tokens, log_probs = top(logits / temperature, k)
         return TransitionTable.from_marginals(self.model.token_ids[tokens], log_probs)
 
     def log_probs(self, block: Block) -> Array:

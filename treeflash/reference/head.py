@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.one_by_one import OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block
@@ -28,13 +29,15 @@ class ARHead(OneByOneHead):
         k: int,
         temperature: float,
         *,
+        noise: Noise | None,
         shortlist: int | None,
         rows: int | None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
         hidden = block.hidden
         raw = self.model.logits(hidden)
-        marginal = log_softmax(raw / np.float32(temperature))
+        added = np.zeros_like(raw) if noise is None else noise.of(self.model.token_ids)
+        marginal = log_softmax((raw + added) / np.float32(temperature))
         vocab = self._support(marginal, shortlist)
         marginal = np.take_along_axis(marginal, vocab, -1)
         best, _ = top(marginal[:-1], m)
@@ -42,8 +45,9 @@ class ARHead(OneByOneHead):
         previous = self.model.token_ids[np.take_along_axis(vocab[:-1], best, -1)]
         first = np.full((1, previous.shape[1]), block.root, np.int32)
         before = np.concatenate([first, previous])
-        scores = self.scores.score(hidden, raw, before, vocab) / np.float32(temperature)
-        best, log_probs = top(scores, k)
+        scores = self.scores.score(hidden, raw, before, vocab)
+        scores = scores + np.take_along_axis(added, vocab, -1)[:, None]
+        best, log_probs = top(scores / np.float32(temperature), k)
         children = np.take_along_axis(vocab[:, None], best, -1)
         if vocab.shape[1] < raw.shape[1]:
             log_probs = log_probs + np.log(np.exp(marginal).sum(-1))[:, None, None]

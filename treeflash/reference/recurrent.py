@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.one_by_one import OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block
@@ -109,11 +110,14 @@ class RecurrentHead(OneByOneHead):
         k: int,
         temperature: float,
         *,
+        noise: Noise | None,
         shortlist: int | None,
         rows: int | None,
     ) -> TransitionTable:
         """See `ARHead.transitions`."""
         logits = self.model.logits(block.hidden)
+        if noise is not None:
+            logits = logits + noise.of(self.model.token_ids)
         marginal = log_softmax(logits / np.float32(temperature))
         vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
         mass = np.zeros(len(logits), np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.text_state import TextState
@@ -17,6 +18,7 @@ from treeflash.testing.comparisons import assert_close, assert_equal_states, ass
 from treeflash.testing.pairs import PairMaker
 from treeflash.testing.repeated import repeated
 from treeflash.testing.texts import path_to, random_tokens, random_tree
+from treeflash.testing.transitions import noise_of_depths
 
 
 class BatchTests:
@@ -74,17 +76,22 @@ class BatchTests:
         roots = random_tokens(rng, backend.vocab_size, len(texts))
         forks = [text.state.fork(text.length, 400) for text in texts]
 
-        def draft(states: Sequence[TextState], roots: Sequence[int]) -> list[Any]:
+        def draft(
+            states: Sequence[TextState], roots: Sequence[int], noise: Noise | None
+        ) -> list[Any]:
             blocks = drafter.draft(list(zip(states, roots, strict=True)))
-            marginals = drafter.marginals(blocks, 5, 0.8)
-            tables = head.transitions(blocks, 4, 5, 0.8)
-            few = head.transitions(blocks, 4, 5, 0.8, shortlist=12, rows=9)
+            marginals = drafter.marginals(blocks, 5, 0.8, noise)
+            tables = head.transitions(blocks, 4, 5, 0.8, noise=noise)
+            few = head.transitions(blocks, 4, 5, 0.8, noise=noise, shortlist=12, rows=9)
             log_probs = [drafter.log_probs(block) for block in blocks]
             return list(zip(log_probs, marginals, tables, few, strict=True))
 
-        together = draft([text.state for text in texts], roots)
-        for fork, root, (log_probs, *tables) in zip(forks, roots, together, strict=True):
-            ((expected, *expected_tables),) = draft([fork], [root])
+        noise = noise_of_depths(backend, 0.7, len(texts)) if rng.random() < 0.5 else None
+        together = draft([text.state for text in texts], roots, noise)
+        parts = [None] * len(texts) if noise is None else noise.split(len(texts))
+        alone = zip(forks, roots, parts, together, strict=True)
+        for fork, root, part, (log_probs, *tables) in alone:
+            ((expected, *expected_tables),) = draft([fork], [root], part)
             assert_close(log_probs, expected)
             for table, other in zip(tables, expected_tables, strict=True):
                 assert_equal_tables(table, other)

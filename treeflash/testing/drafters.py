@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from treeflash.testing.generations import DRAFTING, check_generation
 from treeflash.testing.models import write_target
 from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, PairMaker
 from treeflash.testing.texts import random_tokens
-from treeflash.testing.transitions import draft, marginals, transitions
+from treeflash.testing.transitions import draft, marginals, noise_of_depths, transitions
 
 AUTO: dict[str, Any] = {"max_tokens": 16, "budget": "auto"}
 SAMPLED = SamplingConfig(temperature=1.0, seed=3)
@@ -44,17 +45,19 @@ class DrafterTests:
     def test_tables_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
         models = pair(drafter={"dialect": dialect})
         prompt = random_tokens(np.random.default_rng(2), models.reference.vocab_size, 9)
-        for k, temperature in ((4, 1.0), (100, 0.7)):
+        noise = noise_of_depths(models.reference, 0.8)
+        for k, temperature, added in ((4, 1.0, None), (100, 0.7, None), (100, 0.7, noise)):
             assert_equal_tables(
-                *(marginals(backend, prompt, k, temperature) for backend in models.both)
+                *(marginals(backend, prompt, k, temperature, added) for backend in models.both)
             )
         if models.reference.head is None:
             assert models.tested.head is None
             return
-        for m, k, shortlist, rows in ((3, 4, None, None), (100, 100, None, None), (4, 4, 8, 6)):
+        sizes = ((3, 4, None, None), (100, 100, None, None), (4, 4, 8, 6))
+        for (m, k, shortlist, rows), added in product(sizes, (None, noise)):
             assert_equal_tables(
                 *(
-                    transitions(backend, prompt, m, k, 0.7, shortlist, rows)
+                    transitions(backend, prompt, m, k, 0.7, shortlist, rows, added)
                     for backend in models.both
                 )
             )

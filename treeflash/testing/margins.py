@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.gumbel import position_keys
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.sampling import choose
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
@@ -49,19 +50,19 @@ def settled_generation(
 
 
 def is_settled_choice(
-    logits: NDArray[np.float32], sampling: SamplingConfig, draws: NDArray[np.float64] | None
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None
 ) -> bool:
     """Whether a little noise on the logits changes none of the tokens chosen from them.
 
     Args:
         logits: (n, vocab).
         sampling: how to choose.
-        draws: (n,) in [0, 1); None when greedy.
+        keys: (n, 2) of the noise; None when greedy.
     """
     rng = np.random.default_rng(0)
-    chosen = choose(logits, sampling, draws)
+    chosen = choose(logits, sampling, keys)
     noisy = (
-        choose(logits + _noise(rng, logits.shape, 4 * MARGIN), sampling, draws) for _ in range(6)
+        choose(logits + _noise(rng, logits.shape, 4 * MARGIN), sampling, keys) for _ in range(6)
     )
     return all(np.array_equal(chosen, tokens) for tokens in noisy)
 
@@ -86,10 +87,10 @@ def _is_settled(
         assert path is not None
         if table is not None and not _is_settled_tree(table, int(tree.tokens[0]), config):
             return False
-        draws = None
+        keys = None
         if not config.sampling.greedy:
-            draws = uniforms(config.sampling.seed, tree.positions(text.length + 1))[path]
-        if not is_settled_choice(text.logits(tree)[path], config.sampling, draws):
+            keys = position_keys(config.sampling.seed, tree.positions(text.length + 1))[path]
+        if not is_settled_choice(text.logits(tree)[path], config.sampling, keys):
             return False
         text.commit(path)
     return True

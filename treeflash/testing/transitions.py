@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from treeflash.config import SamplingConfig
+from treeflash.decoding.gumbel import Noise
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.transitions import TransitionTable
@@ -41,6 +43,21 @@ class TransitionTests:
         assert_equal_tables(
             *(marginals(backend, prompt, 16, temperature) for backend in models.both)
         )
+
+    @pytest.mark.parametrize("scale", [0.5, 2.0])
+    def test_noise_is_added_to_logits(self, pair: PairMaker, scale: float) -> None:
+        """Of the marginals and of the head, before the draft temperature divides them."""
+        models = pair()
+        noise = noise_of_depths(models.reference, scale)
+        prompt = settled_prompt(models.reference, 0.7, noise=noise)
+        assert_equal_tables(*(marginals(x, prompt, 16, 0.7, noise) for x in models.both))
+        for m, k, shortlist in ((100, 100, None), (4, 6, 8)):
+            assert_equal_tables(
+                *(transitions(x, prompt, m, k, 0.7, shortlist, noise=noise) for x in models.both)
+            )
+        plain = marginals(models.tested, prompt, 16, 0.7)
+        noisy = marginals(models.tested, prompt, 16, 0.7, noise)
+        assert (plain.tokens != noisy.tokens).any()
 
     @pytest.mark.parametrize("shortlist", [1, 3, 8, 100])
     def test_transitions_of_a_shortlist_match_reference(
@@ -118,21 +135,28 @@ def transitions(
     temperature: float = 1.0,
     shortlist: int | None = None,
     rows: int | None = None,
+    noise: Noise | None = None,
 ) -> TransitionTable:
     """What the AR head predicts after a prompt."""
     assert backend.head is not None
     block, _ = draft(backend, prompt)
-    (table,) = backend.head.transitions([block], m, k, temperature, shortlist=shortlist, rows=rows)
+    (table,) = backend.head.transitions(
+        [block], m, k, temperature, noise=noise, shortlist=shortlist, rows=rows
+    )
     return table
 
 
 def marginals(
-    backend: Backend, prompt: list[int], k: int, temperature: float = 1.0
+    backend: Backend,
+    prompt: list[int],
+    k: int,
+    temperature: float = 1.0,
+    noise: Noise | None = None,
 ) -> TransitionTable:
     """What the drafter predicts after a prompt."""
     assert backend.drafter is not None
     block, _ = draft(backend, prompt)
-    (table,) = backend.drafter.marginals([block], k, temperature)
+    (table,) = backend.drafter.marginals([block], k, temperature, noise)
     return table
 
 
@@ -143,8 +167,20 @@ def draft(backend: Backend, prompt: list[int]) -> tuple[Block, int]:
     return text.draft(root), root
 
 
+def noise_of_depths(backend: Backend, scale: float, texts: int = 1) -> Noise:
+    """The noise of one block or more, of another seed and scale each."""
+    assert backend.drafter_config is not None
+    depths = np.arange(backend.drafter_config.depths, dtype=np.int32)
+    samplings = [SamplingConfig(temperature=scale * (1 + n), seed=n) for n in range(texts)]
+    return Noise.at([(sampling, depths + 10) for sampling in samplings])
+
+
 def settled_prompt(
-    reference: Backend, temperature: float = 1.0, length: int = 7, rows: int | None = None
+    reference: Backend,
+    temperature: float = 1.0,
+    length: int = 7,
+    rows: int | None = None,
+    noise: Noise | None = None,
 ) -> list[int]:
     """A prompt after which no two children are nearly as probable as each other.
 
@@ -153,13 +189,14 @@ def settled_prompt(
         temperature: of the draft.
         length: of the prompt.
         rows: so many previous tokens are clearly the likeliest of the block.
+        noise: of the draft.
     """
     rng = np.random.default_rng(0)
     everything = reference.vocab_size
     while True:
         prompt = random_tokens(rng, everything, length)
-        table = transitions(reference, prompt, everything, everything, temperature)
-        of_depths = marginals(reference, prompt, everything, temperature)
+        table = transitions(reference, prompt, everything, everything, temperature, noise=noise)
+        of_depths = marginals(reference, prompt, everything, temperature, noise)
         ranked = np.sort(of_depths.log_probs[:-1], axis=None)[::-1]
         settled = rows is None or ranked[rows - 1] - ranked[rows] > MARGIN
         if settled and is_settled_table(table) and is_settled_table(of_depths):

@@ -7,7 +7,8 @@ import pytest
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.acceptance import accept
-from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding.sampling import choose
 from treeflash.decoding.text_session import TextSession
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.testing.comparisons import assert_equal_trees
@@ -47,13 +48,13 @@ class TreeTests:
         compared = 0
         for _ in range(30):
             tree = random_tree(rng, 3, NODES, vocab_size)
-            draws = uniforms(sampling.seed, tree.positions(PROMPT + 1))
+            keys = position_keys(sampling.seed, tree.positions(PROMPT + 1))
             logits = reference.logits(tree)
-            if not is_settled_choice(logits, sampling, draws):
+            if not is_settled_choice(logits, sampling, keys):
                 continue
             compared += 1
-            expected = choose(logits, sampling, draws)
-            chosen = tested.verify(tree, sampling, None if sampling.greedy else draws)
+            expected = choose(logits, sampling, keys)
+            chosen = tested.verify(tree, sampling)
             assert chosen.dtype == np.int32
             np.testing.assert_array_equal(chosen, expected)
             np.testing.assert_array_equal(accept(tree, chosen).path, accept(tree, expected).path)

@@ -9,7 +9,8 @@ import pytest
 
 from treeflash.cli.compare import compare, decision_margin, spacing
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import choose, uniforms
+from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding.sampling import choose
 from treeflash.language_model import load
 
 LOGITS = np.array([1.0, 3.0, 2.75, -1.0], np.float32)
@@ -31,35 +32,31 @@ def test_spacing_is_the_distance_to_the_next_number_of_the_type(value, dtype, ex
 
 
 def test_the_greedy_margin_is_that_of_the_best_two_logits():
-    assert decision_margin(LOGITS, (2, 1), SamplingConfig(), None) == 0.25
+    assert decision_margin(LOGITS, (2, 1), SamplingConfig(), 0) == 0.25
 
 
 def test_the_greedy_margin_counts_the_tokens_that_differ_not_the_best_two():
-    assert decision_margin(LOGITS, (1, 3), SamplingConfig(), None) == 4.0
+    assert decision_margin(LOGITS, (1, 3), SamplingConfig(), 0) == 4.0
 
 
-@pytest.mark.parametrize("draw", [0.02, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("position", range(4))
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_moving_the_logits_by_a_sampled_margin_is_just_enough(draw, temperature):
+def test_moving_a_logit_by_a_sampled_margin_is_just_enough(position, temperature):
     sampling = SamplingConfig(temperature=temperature)
-    ours = int(choose(LOGITS[None], sampling, np.array([draw]))[0])
+    keys = position_keys(sampling.seed, np.array([position], np.int32))
+    ours = int(choose(LOGITS[None], sampling, keys)[0])
     for theirs in {0, 1, 2, 3} - {ours}:
-        margin = decision_margin(LOGITS, (ours, theirs), sampling, draw)
+        margin = decision_margin(LOGITS, (ours, theirs), sampling, position)
         for factor in (0.99, 1.01):
-            # What lies before the boundary between both moves against what lies behind it.
             moved = LOGITS.copy()
-            if theirs > ours:
-                moved[:theirs] -= factor * margin
-            else:
-                moved[: theirs + 1] += factor * margin
-            chosen = int(choose(moved[None], sampling, np.array([draw]))[0])
-            reached = chosen >= theirs if theirs > ours else chosen <= theirs
-            assert reached == (factor > 1)
+            moved[theirs] += factor * margin
+            chosen = int(choose(moved[None], sampling, keys)[0])
+            assert chosen == (theirs if factor > 1 else ours)
 
 
 def test_a_token_that_a_filter_dropped_is_as_far_as_from_those_kept():
     sampling = SamplingConfig(temperature=1.0, top_k=1)
-    assert decision_margin(LOGITS, (1, 2), sampling, 0.5) >= 0.25
+    assert decision_margin(LOGITS, (1, 2), sampling, 0) == 0.25
 
 
 def test_a_text_that_is_a_part_of_the_plain_one_is_not_equal(scripted):
@@ -79,9 +76,8 @@ def test_logits_of_a_stream_are_those_that_chose_the_plain_tokens(tiny_pair):
         tokens = stream.run().token_ids
         sampling = stream.config.sampling
         for n, token in enumerate(tokens):
-            position = np.array([len(stream.prompt_ids) + n], np.int32)
-            draws = None if sampling.greedy else uniforms(sampling.seed, position)
+            position = len(stream.prompt_ids) + n
+            keys = position_keys(sampling.seed, np.array([position], np.int32))
             logits = stream.logits_after(tokens[:n])
-            draw = None if draws is None else float(draws[0])
-            assert choose(logits[None], sampling, draws) == [token]
-            assert decision_margin(logits, (token,), sampling, draw) == 0
+            assert choose(logits[None], sampling, keys) == [token]
+            assert decision_margin(logits, (token,), sampling, position) == 0

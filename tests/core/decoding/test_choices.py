@@ -7,6 +7,7 @@ import pytest
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding.choices import Choice, LogitEdits, choose, unpack
+from treeflash.decoding.gumbel import position_keys
 from treeflash.errors import NumericalError
 
 ROWS, VOCAB = 5, 70  # of three words of a bitmask, the last not full
@@ -62,11 +63,11 @@ def test_bitmasks(rng):
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 def test_masks_take_effect_after_edits(rng, logits, sampling):
     edits, allowed = random_edits(rng), rng.random((ROWS, VOCAB)) < 0.1
-    draws = None if sampling.greedy else rng.random(ROWS)
+    keys = None if sampling.greedy else position_keys(0, np.arange(ROWS, dtype=np.int32))
     slow = edited_slowly(logits, edits)
     slow[~allowed] = -np.inf
-    found = choose(logits, Choice(sampling, draws, edits, pack(allowed)))
-    np.testing.assert_array_equal(found.tokens, choose(slow, Choice(sampling, draws)).tokens)
+    found = choose(logits, Choice(sampling, keys, edits, pack(allowed)))
+    np.testing.assert_array_equal(found.tokens, choose(slow, Choice(sampling, keys)).tokens)
     assert allowed[np.arange(ROWS), found.tokens].all()
     assert found.log_probs is None
 
@@ -82,7 +83,13 @@ def test_log_probs_are_those_of_the_target_alone(rng, logits, count):
     """Whatever the edits, the mask and the temperature."""
     logits[:, 7] = logits[:, 5]  # ties are in the order of token ids
     allowed = rng.random((ROWS, VOCAB)) < 0.5
-    choice = Choice(SAMPLED, rng.random(ROWS), random_edits(rng), pack(allowed), count)
+    choice = Choice(
+        SAMPLED,
+        position_keys(1, np.arange(ROWS, dtype=np.int32)),
+        random_edits(rng),
+        pack(allowed),
+        count,
+    )
     found = choose(logits, choice)
     for row in range(ROWS):
         exact = logits[row].astype(np.float64)

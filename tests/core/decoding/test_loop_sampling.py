@@ -17,7 +17,7 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method, SamplingConfig
-from treeflash.decoding.sampling import uniforms
+from treeflash.decoding.gumbel import position_keys
 from treeflash.decoding.transitions import TransitionTable
 
 VOCAB = 6
@@ -65,13 +65,31 @@ class TestSampling:
             assert tokens_of(steps) == expected
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_each_node_draws_the_number_of_the_position_after_it(self, method: Method) -> None:
+    def test_each_node_has_the_key_of_the_position_after_it(self, method: Method) -> None:
         backend = bigram_backend()
         sampling = SamplingConfig(temperature=1, seed=77)
         run(backend, [1, 2, 3], method=method, sampling=sampling, max_tokens=20)
-        assert backend.verifier.draws[0][0] == 3  # the first new token's position
-        for position, number in backend.verifier.draws:
-            assert number == uniforms(77, np.array([position], np.int32))[0]
+        assert backend.verifier.keys[0][0] == 3  # the first new token's position
+        for position, key in backend.verifier.keys:
+            assert key == position_keys(77, np.array([position], np.int32))[0].tolist()
+
+    @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+    @pytest.mark.parametrize("method", DRAFTING)
+    def test_drafts_have_the_noise_of_the_tokens_that_they_propose(
+        self, method: Method, sampling: SamplingConfig
+    ) -> None:
+        backend = bigram_backend()
+        assert backend.head is not None
+        run(backend, [1, 2, 3], method=method, sampling=sampling, max_tokens=20, budget=3)
+        drafted = [*backend.drafter.noise, *backend.head.noise]
+        assert drafted[0][0] == 4  # after the prompt and the first new token
+        for position, noise in drafted:
+            assert (noise is None) == sampling.greedy
+            if noise is not None:
+                positions = position + np.arange(3, dtype=np.int32)  # three nodes reach no deeper
+                expected = position_keys(sampling.seed, positions)
+                np.testing.assert_array_equal(noise.keys, expected)
+                assert noise.scales.tolist() == [np.float32(sampling.temperature)] * 3
 
     def test_seeds_give_different_texts(self) -> None:
         texts = {

@@ -110,6 +110,25 @@ def test_trees_of_all_texts_are_one_forward_pass(backend):
     assert [len(work) for work in backend.verifier.passes] == [len(PROMPTS)]
 
 
+def test_texts_of_any_temperature_are_drafted_together(backend, monkeypatch):
+    samplings = [SamplingConfig(), SAMPLED, replace(SAMPLED, temperature=1.4, top_k=9, seed=8)]
+    configs = [config_of(sampling=sampling) for sampling in samplings]
+    wanted = [alone(backend, PROMPTS[0], config) for config in configs]
+    assert len(set(map(tuple, wanted))) == 3
+    calls, transitions = [], backend.head.transitions
+
+    def spy(blocks, *args, **options):
+        calls.append(len(blocks))
+        return transitions(blocks, *args, **options)
+
+    monkeypatch.setattr(backend.head, "transitions", spy)
+    scheduler = Scheduler(backend)
+    for config in configs:
+        scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
+    assert list(finish(scheduler).values()) == wanted
+    assert calls[0] == 3
+
+
 def test_cancelled_texts_say_no_more_and_others_continue(backend):
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2))
     tickets = [

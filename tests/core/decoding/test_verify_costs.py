@@ -86,7 +86,7 @@ class Timed:
 
     def open(self, capacity, *, drafts):
         self.length = 0
-        return SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(length=0, close=lambda: None)
 
     def run(self, work):
         (item,) = work

@@ -75,9 +75,10 @@ class Drafter(OneByOneDrafter):
             x, _ = layer(x, positions, state.drafter_cache[n], mask)
         return root, x if depths is None else x[: 1 + depths]
 
-    def marginals_one(self, block, k, temperature):
-        _, hidden = block
-        return TransitionTable.from_marginals(*top(self.model.logits(hidden[1:]) / temperature, k))
+    def marginals_one(self, block, k, temperature, noise):
+        logits = self.model.logits(block[1][1:])
+        logits = logits + added(noise, logits)
+        return TransitionTable.from_marginals(*top(logits / temperature, k))
 
     def log_probs(self, block):
         return log_softmax(self.model.logits(block[1][1:]))
@@ -87,16 +88,19 @@ class Head(OneByOneHead):
     def __init__(self, model):
         self.model = model
 
-    def transitions_one(self, block, m, k, temperature, *, shortlist, rows):
+    def transitions_one(self, block, m, k, temperature, *, noise, shortlist, rows):
         root, hidden = block[0], block[1][1:]
-        marginal = log_softmax(self.model.logits(hidden) / temperature)
+        logits = self.model.logits(hidden)
+        noise = added(noise, logits)
+        marginal = log_softmax((logits + noise) / temperature)
         vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
         marginal = marginal[:, vocab]
         best, _ = top(marginal[:-1], m)
         weights = np.take_along_axis(marginal[:-1], best, -1)
         previous = vocab[best]
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
-        tokens, log_probs = top(self.logits(hidden, before)[..., vocab] / temperature, k)
+        scores = self.logits(hidden, before) + noise[:, None]
+        tokens, log_probs = top(scores[..., vocab] / temperature, k)
         log_probs += np.log(np.exp(marginal).sum(-1))[:, None, None]
         if rows is not None:
             order = np.argsort(-weights, axis=None, kind="stable")
@@ -119,6 +123,13 @@ class Head(OneByOneHead):
             up, gate = np.split(x, 2, -1)
             x = up * silu(gate)
         return model.logits(hidden[:, None] + x @ weights["d.weight"].T)
+
+
+def added(noise, logits):
+    """What is added to (D, vocab) logits."""
+    if noise is None:
+        return np.zeros_like(logits)
+    return noise.of(np.arange(logits.shape[1], dtype=np.int32))
 
 
 def top(logits, k):
