@@ -2,8 +2,7 @@
 
 The target samples a token by adding noise to its logits and taking the largest sum (Gumbel-max). A
 drafter that adds the same noise to its own logits drafts what the target is likely to sample
-(Daliri et al. 2024, arXiv 2408.07978): with a temperature, drafts are accepted nearly as often as
-greedy ones.
+(Daliri et al. 2024, arXiv 2408.07978), so that more of its drafts are accepted.
 """
 
 from __future__ import annotations
