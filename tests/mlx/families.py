@@ -89,6 +89,7 @@ def attempt(name: str) -> tuple[str, str]:
 def write(folder: Path, name: str) -> None:
     """Save a random model of that type, as mlx-lm would convert it."""
     config = configuration(name)
+    mx.random.seed(1)  # some layers draw their biases when they are made
     model = build(name, config)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
@@ -158,9 +159,14 @@ def module_of(name: str) -> Any:
 
 
 def random(rng: np.random.Generator, path: str, x: mx.array) -> mx.array:
-    """Values that make attention sharp; uniform attention would hide wrong positions and masks."""
+    """Values that make attention sharp and decays slow.
+
+    Uniform attention would hide wrong positions and masks, fast decays wrong states.
+    """
     if not mx.issubdtype(x.dtype, mx.floating):
         return x
+    if path.endswith("A_log"):
+        return mx.array(rng.uniform(-3, 0, x.shape), x.dtype)
     if x.ndim < 2:
         return x + mx.array(rng.normal(0, 0.1, x.shape), x.dtype)
     scale = 1.0 if "embed" in path or "wte" in path else 1.5 / np.sqrt(x.shape[-1])

@@ -57,7 +57,7 @@ def test_an_attention_layer_named_after_its_rope_is_not_one(families, tmp_path):
 
 def test_a_thread_does_not_see_the_tree_of_another():
     rope = nn.RoPE(8)
-    x = mx.random.normal((1, 2, 3, 8))
+    x = mx.random.normal((1, 2, 3, 8), key=mx.random.key(0))
     plain = rope(x, offset=5)
     mx.eval(x, plain)  # only this thread can
     hooks = TreeHooks()
