@@ -1,10 +1,16 @@
 """Benchmarks, run from the repository's root: `python -m benchmarks.performance`.
 
-- `decoding`: whole texts: speed and block efficiency of methods, half precision, memory.
-- `components`: the parts of an iteration: phases, trees, the AR head.
-- `peers`: other systems beside treeflash.
-- `throughput`: many texts at once, beside the batched generation of other packages.
-- `gpu`: the parts of an iteration on a GPU, with random weights.
-- `performance`: everything that `docs/performance.md` shows.
-- `families`: the table of model families in `docs/families.md`.
+- `performance` runs `peers`, `decoding` and `throughput` and writes `docs/performance.md`.
+- `decoding.methods`: block efficiency and speed by method, budget and prompt set.
+- `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
+- `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
+- `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
+- `throughput`: many sequences at once, beside the batched generation of other packages.
+- `peers`: other systems with the same weights and prompts, each in its own process.
+- `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
+- `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
+- `mac`: everything that MLX does with a target and a drafter.
+- `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
+- `families`: the table of model types in `docs/families.md`.
+- `smollm2`: how the bundled drafter was trained.
 """

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, medians, random trees, tables, and the machine."""
+"""Shared by the benchmarks: command lines, timing, random trees, tables, and the machine."""
 
 from __future__ import annotations
 
@@ -9,44 +9,74 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from treeflash.decoding.statistics import mean
+from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.text.generation import mean
 
-DEPTHS, CHILDREN = 15, 32  # of a random tree
+Row: TypeAlias = dict[str, Any]
+"""One line of a table: the columns by name."""
+MEAN = "mean"
+"""The name of the mean over prompt sets."""
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
+LOG_WIDTH = 160  # of tables in a file
+TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with `--json FILE` whose errors are one line."""
+    """An argument parser whose errors are one line."""
 
-    def __init__(self, description: str | None) -> None:
-        """Start with `--json`.
+    def __init__(self, doc: str | None, *, json: bool = True) -> None:
+        """Start with `--json FILE`, if the benchmark writes one.
 
         Args:
-            description: for `--help`.
+            doc: the module's docstring, whose first line is the description.
+            json: whether there is `--json`.
         """
-        super().__init__(description=description)
+        super().__init__(description=(doc or "").partition("\n")[0])
+        if json:
+            self.add_argument(
+                "--json", type=output_file, metavar="FILE", help="write the results to this file"
+            )
+
+    def add_prompts(self, *, limit: int, max_tokens: int) -> None:
+        """Add the prompt sets, and the defaults of how much of them to decode."""
         self.add_argument(
-            "--json",
-            type=output_file,
-            metavar="FILE",
-            help="write the results to this file as JSON",
+            "prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets, one per file"
+        )
+        self.add_number("--limit", limit, "prompts per set")
+        self.add_number("--max-tokens", max_tokens, "new tokens per prompt")
+
+    def add_number(self, flag: str, default: int, help: str) -> None:
+        """Add an option that is a positive integer."""
+        self.add_argument(
+            flag, type=integer, default=default, metavar="N", help=f"{help} (default: {default})"
+        )
+
+    def add_numbers(
+        self, flag: str, default: Sequence[int], help: str, *, minimum: int = 1
+    ) -> None:
+        """Add an option that is a comma-separated list of integers."""
+        self.add_argument(
+            flag,
+            type=lambda text: [integer(part, minimum) for part in text.split(",")],
+            default=list(default),
+            metavar="N,...",
+            help=f"{help} (default: {','.join(map(str, default))})",
         )
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -54,76 +84,105 @@ def output_file(name: str) -> Path:
     """A file name for argparse; checks before the work that the file can be written."""
     path = Path(name)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{name} cannot be written")
+        raise argparse.ArgumentTypeError(f"cannot write {name}")
     return path
 
 
-def at_least_one(text: str) -> int:
-    """A positive integer, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer of 1 or more")
+def integer(text: str, minimum: int = 1) -> int:
+    """An integer that is not too small, for argparse."""
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {minimum} or more")
     return int(text)
 
 
-def numbers(text: str) -> list[int]:
-    """Comma-separated integers, for argparse."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a comma-separated list of integers"
-        ) from None
+def names(text: str) -> list[str]:
+    """Comma-separated words, for argparse."""
+    return text.split(",")
 
 
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """The median duration of `repeats` calls, in milliseconds, after a tenth as many to warm up."""
-    times = []
-    for _ in range(repeats + repeats // 10 + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1000 * median(times[-repeats:])
+def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The median milliseconds of each call: all are made in turn, after a round to warm up."""
+    rounds = []
+    for _ in range(repeats + 1):
+        times = []
+        for call in calls:
+            started = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - started))
+        rounds.append(times)
+    return [median(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def random_tree(vocab_size: int, nodes: int) -> DraftTree:
     """A tree built from random marginals."""
     rng = np.random.default_rng(nodes)
-    tokens = rng.integers(0, vocab_size, (DEPTHS, CHILDREN)).astype(np.int32)
-    log_probs = -np.sort(rng.exponential(2, (DEPTHS, CHILDREN))).astype(np.float32)
+    shape = (TREE_DEPTHS, TREE_CHILDREN)
+    tokens = rng.integers(0, vocab_size, shape).astype(np.int32)
+    log_probs = -np.sort(rng.exponential(2, shape)).astype(np.float32)
     return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
+def random_prompt(vocab_size: int, length: int) -> list[int]:
+    """`length` random token ids, the same in every run."""
+    return [int(x) for x in np.random.default_rng(length).integers(0, vocab_size, length)]
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table; the keys of the first row are the columns."""
     table = Table(title=title, title_justify="left")
     for column, value in rows[0].items():
-        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+        justify: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
+        table.add_column(column.replace("_", " "), justify=justify)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console().print(table)
+        table.add_row(*(format_cell(value, digits=3) for value in row.values()))
+    console = Console()
+    Console(width=console.width if console.is_terminal else LOG_WIDTH).print(table)
 
 
-def _cell(value: Any) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
+    """A Markdown table of rows; the keys of the first row are the columns."""
+    cells = [[format_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_cell(value: Any, digits: int = 2) -> str:
+    """A value as tables show it."""
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def mean_row(rows: list[dict], case: dict[str, Any], figures: tuple[str, ...]) -> dict[str, Any]:
-    """The mean row of a case: its figures averaged over sets, its prompts summed."""
-    same = [row for row in rows if case.items() <= row.items()]
-    means = {name: mean(row[name] for row in same) for name in figures}
-    return {"set": "mean", **case, **means, "prompts": sum(row["prompts"] for row in same)}
+def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:
+    """The mean over sets of a case: its figures averaged, its prompts summed.
+
+    Args:
+        rows: of all cases, one for each set.
+        case: the columns that select the rows of one case.
+        figures: the columns to average; a figure that a set lacks has no mean.
+    """
+    selected = [row for row in rows if case.items() <= row.items()]
+    means: Row = {}
+    for figure in figures:
+        values = [row[figure] for row in selected]
+        means[figure] = None if None in values else mean(values)
+    return {"set": MEAN, **case, **means, "prompts": sum(row["prompts"] for row in selected)}
 
 
-def write_json(path: Path | None, benchmark: str, results: dict[str, Any]) -> None:
+def describe(backend: Backend) -> dict[str, str]:
+    """The backend, the device and the dtype of a pair."""
+    device = "cpu" if backend.device == "cpu" else backend.device_name
+    return {"backend": backend.name, "device": device, "dtype": backend.dtype}
+
+
+def write_json(path: Path | None, benchmark: str, results: Row) -> None:
     """Write results and a description of the machine; do nothing without a path."""
     if path is not None:
         record = {"benchmark": benchmark, "machine": machine(), **results}
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Row:
     """Date, hardware and versions."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -131,11 +190,11 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: text for name in PACKAGES if (text := _version(name))},
     }
 
 
-def fast_mlx() -> dict[str, str]:
+def mlx_environment() -> dict[str, str]:
     """Environment variables for a process that runs MLX.
 
     On Linux the MLX wheel has a slow matrix product; OpenBLAS replaces it if installed. Do not

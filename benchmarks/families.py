@@ -1,10 +1,10 @@
 """Which model types run draft trees, by backend: a Markdown table made from tiny random models.
 
-    python benchmarks/families.py > docs/families.md
+    python -m benchmarks.families > docs/families.md
 
 It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which define the outcomes. A dash
-stands for a type that a framework does not have, or that the script cannot make a tiny model of
-with all of the type's kinds of layers.
+stands for a type that a framework lacks, or of which no tiny model with all of the type's kinds of
+layers could be made.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parents[1] / "tests"
 FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
 OUTCOMES = ("verified", "refused")
 INTRODUCTION = """\
-Made by `python benchmarks/families.py` in float32 on a CPU, with a tiny random model of each type
-that has every kind of layer that the type has.
+This table is the output of `python -m benchmarks.families`: float32 on a CPU, one tiny random model
+of each type, with all kinds of layers of the type.
 
-- *verified*: the logits on a draft tree are those of its paths run as plain text.
-- *refused*: loading a drafter for such a target prints an error that says why.
-- a dash: the framework lacks the type, or no such tiny model could be made.
+- *verified*: every path of a draft tree has the same logits as plain text.
+- *refused*: loading a drafter for such a target prints an error with the reason.
+- a dash: the framework lacks the type, or the script cannot make a tiny model of it.
 
-Types with latent attention, whose keys and values have different shapes, are refused on `cuda`:
+`cuda` refuses types with latent attention, because their keys and values have different shapes:
 DeepSeek-V2 and -V3, MiniCPM3, and the hybrids Kimi-Linear (`kimi_linear`) and Ling
-(`bailing_hybrid`), whose recurrent layers alone could run a draft tree.
+(`bailing_hybrid`).
 """
 
 
-def outcomes(backend: str) -> dict[str, str]:
+def run_families(backend: str) -> dict[str, str]:
     """The outcome of each model type that could be tried."""
     run = subprocess.run(
         [sys.executable, TESTS / backend / "families.py"],
@@ -49,18 +49,18 @@ def outcomes(backend: str) -> dict[str, str]:
 def main() -> None:
     """Run both scripts and print the table."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    found = {backend: outcomes(backend) for backend in FRAMEWORKS}
+    outcomes = {backend: run_families(backend) for backend in FRAMEWORKS}
     print("# Model families\n")
     print(INTRODUCTION)
     for backend, framework in FRAMEWORKS.items():
-        counts = {o: list(found[backend].values()).count(o) for o in OUTCOMES}
+        verified, refused = (list(outcomes[backend].values()).count(x) for x in OUTCOMES)
         print(
             f"- `{backend}`, {framework} {version(framework)}: "
-            f"{counts['verified']} verified, {counts['refused']} refused"
+            f"{verified} verified, {refused} refused"
         )
-    print("\n| model type | " + " | ".join(found) + " |\n| --- | --- | --- |")
-    for name in sorted(set().union(*found.values())):
-        print(f"| {name} | " + " | ".join(of.get(name, "-") for of in found.values()) + " |")
+    print("\n| model type | " + " | ".join(outcomes) + " |\n| --- | --- | --- |")
+    for name in sorted(set().union(*outcomes.values())):
+        print(f"| {name} | {' | '.join(x.get(name, '-') for x in outcomes.values())} |")
 
 
 if __name__ == "__main__":

@@ -1,207 +1,281 @@
-r"""Measure everything that docs/performance.md shows, in one run, and update the page.
+r"""Measure everything that docs/performance.md shows, and write its tables, in one go.
 
     python -m benchmarks.performance gsm8k.jsonl math500.jsonl humaneval.jsonl mbpp.jsonl \
         mt_bench.jsonl --device cpu --dtype bfloat16
 
-The measurements run one after the other, each in its own process, and write their results beside
-the page as JSON. `--only NAME,...` repeats some of them; `--only ''` renders the page from the
-existing results. Nothing else should run on the machine meanwhile. The page shows the section on
-throughput once that was measured.
+The sections are measured one after the other, each in its own process, and the results are kept in
+docs/performance/results.json. `--only NAME,...` measures some of them again; `--only ''` writes the
+tables from the results. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from benchmarks.common import Parser, at_least_one, fast_mlx
-from benchmarks.page import blocks, render
-from benchmarks.throughput import section
-from treeflash.cli.exit_status import guarded
+from benchmarks.common import MEAN, Parser, Row, markdown_table, names
+from benchmarks.peers.system import BASELINES
+from treeflash.cli.console import guarded
 from treeflash.config import DTYPES
-from treeflash.decoding.verify_costs import SIZES
-from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError
-from treeflash.hub.models import resolve_drafter, resolve_target
-from treeflash.text.prompt_file import read_rows
+from treeflash.text.prompt import read_rows
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "performance.md"
-RESULTS = DOCS / "performance"
-BUDGETS = "4,8,16,32,64,auto"
-QUANTISED_TARGET = "SmolLM2-135M-Instruct-4bit"
-ON_MLX = ("head-mlx", "iteration-mlx", "quantised", "throughput-mlx")
-THROUGHPUT = ("throughput", "throughput-mlx")
-"""Measurements that the page can do without."""
-MOST_NODES = 64  # of a forward pass on MLX
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "docs" / "performance" / "results.json"
+NOT_MEASURED = "Not measured yet."
 
 
 def parser() -> Parser:
     """The command line."""
-    options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
-    options.add_argument(
-        "--limit",
-        type=at_least_one,
-        default=16,
-        help="prompts per set for goals and budgets (default: 16)",
-    )
-    options.add_argument(
-        "--some", type=at_least_one, default=8, help="prompts per set for random (default: 8)"
-    )
-    options.add_argument(
-        "--few", type=at_least_one, default=2, help="prompts per set for the rest (default: 2)"
-    )
-    options.add_argument(
-        "--max-tokens", type=at_least_one, default=128, help="per prompt, for goals (default: 128)"
-    )
-    options.add_argument(
-        "--few-tokens", type=at_least_one, default=64, help="per prompt, for the rest (default: 64)"
-    )
-    options.add_argument("--device", help="for PyTorch (default: cuda if available)")
+    options = Parser(__doc__, json=False)
+    options.add_prompts(limit=8, max_tokens=64)
+    options.add_number("--few", 4, "prompts per set for all sections but the first")
+    options.add_argument("--budgets", default="8,16,32,64,auto", help="(default: 8,16,32,64,auto)")
+    options.add_numbers("--concurrency", [1, 2, 4, 8, 16, 32], "sequences at once")
+    options.add_number("--memory-tokens", 500, "new tokens of each sequence for memory")
+    options.add_argument("--backend", default="cuda", help="(default: cuda)")
+    options.add_argument("--device", help="(default: the backend's fastest)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
-    options.add_argument("--only", metavar="NAME,...", help="measure only these")
+    options.add_argument("--target", metavar="FOLDER_OR_ID", help="(default: the bundled pair)")
+    options.add_argument("--drafter", metavar="FOLDER_OR_ID", help="(default: the published one)")
+    options.add_argument("--only", type=names, metavar="NAME,...", help="measure only these")
     return options
 
 
-def commands(args: Any, random_drafter: Path, quantised: Path) -> dict[str, list[str]]:
-    """The module and options of each measurement, by the name of its results."""
-    sets = [str(path) for path in args.prompts]
-    device = ["--device", args.device] if args.device else []
-    many = ["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)]
-    short = ["--max-tokens", str(args.few_tokens)]
-    few = ["--limit", str(args.few), *short]
-    torch = [*device, "--dtype", args.dtype]
-    pair = ["--backend", "cuda", *torch]
-    peers, methods = ["peers", *sets, *torch], ["decoding.methods", *sets, *pair]
-    ours = ["--methods", "generate,ar,treeflash"]
-    plot = ["--plot", str(RESULTS / "peers.png")]
-    # Other types are slow on MLX's CPU backend.
-    mlx_dtype = "float32" if sys.platform == "linux" else args.dtype
-    mlx = [
-        *[
-            "components.iteration",
-            sets[0],
-            "--backend",
-            "mlx",
-            "--dtype",
-            mlx_dtype,
-            "--contexts",
-            "64",
-        ],
-        *["--sizes", ",".join(str(size) for size in SIZES if size <= MOST_NODES)],
-        *["--repeats", "3", "--limit", str(args.few)],
+def systems_command(args: Namespace) -> list[str]:
+    """The speed by set of the framework's `generate`, of plain decoding, and of drafting."""
+    return [
+        *["peers", *args.sets, "--backends", args.backend, "--methods", "generate,ar,treeflash"],
+        *["--systems", f"{BASELINES[args.backend]},treeflash", *args.model],
+        *["--limit", str(args.limit), "--max-tokens", str(args.max_tokens)],
     ]
-    return {
-        "goals": [
-            *peers,
-            *many,
-            *ours,
-            "--backends",
-            "cuda",
-            "--systems",
-            "transformers,treeflash",
-        ],
-        "goals-mlx": [*peers, *few, *ours, "--backends", "mlx", "--systems", "mlx-lm,treeflash"],
-        "peers": [*peers, *few, *plot],
-        "budgets": [
-            *[*methods, *short, "--limit", str(args.limit)],
-            *["--methods", "ddtree,treeflash", "--budgets", BUDGETS],
-        ],
-        "random": [
-            *[*methods, *short, "--limit", str(args.some)],
-            *["--methods", "treeflash", "--budgets", "auto", "--drafter", str(random_drafter)],
-        ],
-        "replay": ["decoding.replay", *sets, *pair],
-        "window": ["decoding.window", *sets[:3], *pair, "--max-tokens", "48"],
-        "head": ["components.ar_head", "--backend", "cuda", *device],
-        "head-mlx": ["components.ar_head", "--backend", "mlx"],
-        "memory": ["decoding.memory", sets[0], *pair],
-        "iteration": [
-            *["components.iteration", sets[0], *pair, "--limit", "6"],
-            *["--plot", str(RESULTS / "verify.png")],
-        ],
-        "iteration-mlx": [*mlx, "--parts", "phases,verify"],
-        "quantised": [*mlx, "--parts", "verify", "--target", str(quantised)],
-        "throughput": [
-            *["throughput", *sets, *pair, *short, "--limit", str(args.some)],
-            *["--plot", str(RESULTS / "throughput.png")],
-        ],
-        "throughput-mlx": [
-            *["throughput", *sets, "--backend", "mlx", "--dtype", mlx_dtype, *short],
-            *["--limit", str(args.few), "--concurrency", "1,2,4,8"],
-        ],
-    }
 
 
-def write_random_drafter(folder: Path) -> None:
-    """Write a drafter of random weights in the shape of the published one."""
-    folder.mkdir()
-    published = resolve_drafter(None, None)
-    rng = np.random.default_rng(0)
-    (folder / "config.json").write_bytes((published / "config.json").read_bytes())
-    random = {
-        name: rng.standard_normal(x.shape, np.float32) * 0.02 if x.ndim > 1 else x
-        for name, x in read_tensors(published).items()
-    }
-    save_file(random, folder / "model.safetensors", metadata={"format": "pt"})
+def methods_command(args: Namespace) -> list[str]:
+    """Block efficiency and speed by method and budget."""
+    return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", args.budgets]
 
 
-def write_quantised_target(folder: Path) -> None:
-    """Write the default target in 4 bits, as mlx-lm converts it."""
-    command = [sys.executable, "-m", "mlx_lm", "convert", "-q", "--mlx-path", folder]
-    subprocess.run([*command, "--hf-path", resolve_target(None)], check=True)
+def throughput_command(args: Namespace) -> list[str]:
+    """Throughput by number of sequences."""
+    return [
+        *["throughput", *args.sets, *args.pair, *args.amount],
+        *["--methods", "ar,treeflash,generate,batch_generate"],
+        *["--concurrency", ",".join(map(str, args.concurrency))],
+    ]
 
 
-def write_page(found: dict[str, Any]) -> None:
-    """Update the page from results, by name."""
-    page, shown = PAGE.read_text(encoding="utf-8"), blocks(found)
-    if "throughput" in found:
-        page = section.with_section(page)
-        shown |= section.blocks(found)
-    PAGE.write_text(render(page, shown), encoding="utf-8")
+def iteration_command(args: Namespace) -> list[str]:
+    """The time of an iteration by phase."""
+    return [
+        *["decoding.iteration", *args.sets[:1], *args.pair, *args.amount],
+        *["--parts", "phases"],
+    ]
+
+
+def memory_command(args: Namespace) -> list[str]:
+    """Memory."""
+    tokens = ["--max-tokens", str(args.memory_tokens)]
+    return ["decoding.memory", *args.sets[:1], *args.pair, *tokens]
+
+
+def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
+    """A line for each case, with a column of the figure for each set and their mean."""
+    lines: dict[tuple, Row] = {}
+    for row in rows:
+        columns = {name: row[name] for name in case}
+        line = lines.setdefault(tuple(columns.values()), columns)
+        line[row["set"]] = row[figure]
+    return list(lines.values())
+
+
+def systems_tables(results: Row) -> list[str]:
+    """Tokens per second by set, and the mean ratio to `generate`."""
+    case = ("system", "method", "budget")
+    lines = by_set(results["rows"], case, "tokens_per_s")
+    means = [row for row in results["rows"] if row["set"] == MEAN]
+    for line, row in zip(lines, means, strict=True):
+        line["ratio to generate"] = row["ratio_to_generate"]
+    return [markdown_table(lines)]
+
+
+def methods_tables(results: Row) -> list[str]:
+    """Block efficiency, then speed relative to plain decoding, by method, budget and set."""
+    case = ("method", "budget")
+    means = [row for row in results["rows"] if row["set"] == MEAN]
+    tables = [by_set(results["rows"], case, x) for x in ("block_efficiency", "ratio_to_ar")]
+    for line, row in zip(tables[1], means, strict=True):
+        line["tokens/s"] = row["tokens_per_s"]
+    auto = [
+        {
+            "method": row["method"],
+            "set": row["set"],
+            "fastest fixed budget": row["best"],
+            "auto, relative to it": _change(row["auto_to_best"]),
+            "95 % interval": f"{_change(row['low'])} to {_change(row['high'])}",
+        }
+        for row in results["auto"]
+    ]
+    return [markdown_table(table) for table in (*tables, auto) if table]
+
+
+def throughput_tables(results: Row) -> list[str]:
+    """Tokens per second of each system, by number of sequences."""
+    lines: dict[int, Row] = {}
+    means = [row for row in results["rows"] if row["set"] == MEAN]
+    for row in means:
+        name = f"{row['system']}, {row['method']}"
+        line = lines.setdefault(row["concurrency"], {"sequences": row["concurrency"]})
+        line[f"{name}, tokens/s"] = row["tokens_per_s"]
+        line[f"{name}, first token, s"] = row["first_token_s"]
+        if row["method"] == "treeflash":
+            line |= {
+                "treeflash to ar": row["ratio_to_ar"],
+                "treeflash to generate": row["ratio_to_padded"],
+                "treeflash to one sequence": row["ratio_to_one"],
+            }
+    ratios = [
+        {name: value for name, value in line.items() if "first token" not in name}
+        for line in lines.values()
+    ]
+    waits = [
+        {
+            name: value
+            for name, value in line.items()
+            if "tokens/s" not in name and " to " not in name
+        }
+        for line in lines.values()
+    ]
+    return [markdown_table(ratios), markdown_table(waits)]
+
+
+def iteration_tables(results: Row) -> list[str]:
+    """Milliseconds by phase."""
+    rows = [{name.replace("_", " "): row[name] for name in row} for row in results["phases"]]
+    return [markdown_table(rows)]
+
+
+def memory_tables(results: Row) -> list[str]:
+    """Memory of a sequence, and the peak."""
+    return [markdown_table(results["sequence"]), markdown_table(results["peak"])]
+
+
+class Section(NamedTuple):
+    """A section of the page.
+
+    Attributes:
+        command: the module and the options of its benchmark.
+        tables: its tables, from the benchmark's results.
+    """
+
+    command: Callable[[Namespace], list[str]]
+    tables: Callable[[Row], list[str]]
+
+
+SECTIONS = {
+    "systems": Section(systems_command, systems_tables),
+    "methods": Section(methods_command, methods_tables),
+    "throughput": Section(throughput_command, throughput_tables),
+    "iteration": Section(iteration_command, iteration_tables),
+    "memory": Section(memory_command, memory_tables),
+}
+"""The measured sections, by the name of their block on the page."""
+
+
+def prepare(args: Namespace) -> None:
+    """Add the options that several benchmarks share."""
+    args.sets = [str(path.resolve()) for path in args.prompts]
+    args.model = ["--dtype", args.dtype]
+    for option in ("device", "target", "drafter"):
+        if value := getattr(args, option):
+            args.model += [f"--{option}", value]
+    args.pair = ["--backend", args.backend, *args.model]
+    args.amount = ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)]
+
+
+def measure(command: Sequence[str]) -> Row:
+    """The results of a benchmark, with its command."""
+    shown = " ".join(Path(word).name if word.endswith(".jsonl") else word for word in command)
+    shown = f"python -m benchmarks.{shown}"
+    print(f"== {shown}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "results.json")
+        module, *options = command
+        run = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(file)]
+        code = subprocess.run(run, cwd=ROOT, check=False).returncode
+        if code:
+            raise ConfigError(f"`{shown}` failed with exit status {code}")
+        return {"command": shown, **json.loads(file.read_text(encoding="utf-8"))}
+
+
+def block(section: Section, results: Row | None) -> str:
+    """The tables of a section, with its command and machine."""
+    if results is None:
+        return NOT_MEASURED
+    computer = results["machine"]
+    versions = ", ".join(" ".join(pair) for pair in computer["versions"].items())
+    device = results.get("device", "cpu")
+    processor = f"{computer['cpu']}, {computer['cores']} cores"
+    where = f"{computer['date']}, {processor if device == 'cpu' else device}, {versions}:"
+    return "\n\n".join([*section.tables(results), where, f"```sh\n{results['command']}\n```"])
+
+
+def render(page: str, results: dict[str, Row]) -> str:
+    """The page with new tables.
+
+    Args:
+        page: Markdown with a block `<!-- name -->` ... `<!-- end -->` for each section.
+        results: by section; a section without results has no tables.
+    """
+    for name, section in SECTIONS.items():
+        text = block(section, results.get(name))
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, mark, rest = page.partition(start)
+        if not mark:
+            raise ConfigError(f"the page has no block {name}; add {start.strip()} and {end}")
+        page = f"{before}{start}{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def read_results() -> dict[str, Row]:
+    """The results of earlier runs, by section."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def write_results(results: dict[str, Row]) -> None:
+    """Keep results for the next call."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(x)}" for name, x in results.items()]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _change(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 @guarded
-def main(argv=None) -> int:
-    """Measure, then render the page."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, then write the page."""
     args = parser().parse_args(argv)
+    chosen = list(SECTIONS) if args.only is None else [name for name in args.only if name]
+    if unknown := [name for name in chosen if name not in SECTIONS]:
+        raise ConfigError(f"--only has no {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     for path in args.prompts:
         read_rows(path)  # reports errors before the work
-    RESULTS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        random_drafter, quantised = Path(folder, "random"), Path(folder, QUANTISED_TARGET)
-        runs = commands(args, random_drafter, quantised)
-        wanted = runs if args.only is None else [name for name in args.only.split(",") if name]
-        if unknown := [name for name in wanted if name not in runs]:
-            raise ConfigError(f"--only has no {unknown[0]!r}; choose from {', '.join(runs)}")
-        if "random" in wanted:
-            write_random_drafter(random_drafter)
-        if "quantised" in wanted:
-            write_quantised_target(quantised)
-        for name in wanted:
-            module, *options = runs[name]
-            print(f"== {name}: python -m benchmarks.{module} {' '.join(options)}", flush=True)
-            command = [sys.executable, "-m", f"benchmarks.{module}", *options]
-            variables = os.environ | (fast_mlx() if name in ON_MLX else {})
-            json_file = ["--json", RESULTS / f"{name}.json"]
-            code = subprocess.run([*command, *json_file], env=variables).returncode
-            if code:
-                return code
-    results = {name: RESULTS / f"{name}.json" for name in runs}
-    missing = [name for name in runs if name not in THROUGHPUT and not results[name].exists()]
-    if missing:
-        raise ConfigError(f"the page also needs {', '.join(missing)}; omit --only")
-    found = {name: json.loads(file.read_text()) for name, file in results.items() if file.exists()}
-    write_page(found)
+    prepare(args)
+    results = read_results()
+    for name in chosen:
+        results[name] = measure(SECTIONS[name].command(args))
+        write_results(results)
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(render(page, results), encoding="utf-8")
     return 0
 
 

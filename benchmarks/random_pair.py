@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from treeflash.drafters.formats import drafter_shapes, parse_drafter_config
 
 QWEN3 = {
@@ -45,15 +43,15 @@ def write_target(folder: Path, shape: dict[str, Any], device: Any, dtype: str) -
 
 
 def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) -> None:
-    """Write a drafter of random weights for it, initialised on `device`."""
+    """Write a drafter of random weights for a target of this shape, initialised on `device`."""
     import torch
     from safetensors.torch import save_file
 
     config = drafter_config(shape)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes = drafter_shapes(parse_drafter_config(config), shape["intermediate_size"])
     tensors = {}
+    shapes = drafter_shapes(parse_drafter_config(config), shape["intermediate_size"])
     for name, size in shapes.items():
         tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))
         tensors[name] = (tensor.fill_(1) if len(size) == 1 else tensor.normal_(std=0.02)).cpu()
@@ -63,7 +61,7 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
 
 
 def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a drafter for a target."""
+    """The `config.json` of a drafter for a target of this shape."""
     return shape | {
         "model_type": "qwen3",
         "num_hidden_layers": DRAFTER_LAYERS,
@@ -72,8 +70,3 @@ def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:
         "dflash_config": {"mask_token_id": shape["vocab_size"] - 1},
         "treeflash_config": {"ar_approximation": "swiglu", "candidate_tokens": TOP_M},
     }
-
-
-def random_prompt(vocab_size: int, length: int) -> list[int]:
-    """`length` random token ids."""
-    return np.random.default_rng(length).integers(0, vocab_size, length).tolist()

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"] and any(arg.startswith("treeflash.") for arg in sys.orig_argv):
-    # `python -m treeflash.<command>` is starting, and its imports take seconds: an interruption
-    # meanwhile needs no traceback.
+    # `python -m treeflash.<command>` is starting. Its imports take seconds, and an interruption
+    # during them needs no traceback.
     sys.excepthook = lambda kind, error, traceback: (
         print("interrupted", file=sys.stderr)
         if kind is KeyboardInterrupt
         else sys.__excepthook__(kind, error, traceback)
     )
 
-from treeflash.config import DecodeConfig, SamplingConfig
-from treeflash.errors import TreeflashError
-from treeflash.language_model import LanguageModel, load
-from treeflash.text.assembler import Chunk
-from treeflash.text.generation import Generation, TokenLogProb
-from treeflash.text.stream import Stream
+if TYPE_CHECKING:
+    from treeflash.config import DecodeConfig, SamplingConfig
+    from treeflash.decoding import Request, Scheduler
+    from treeflash.errors import TreeflashError
+    from treeflash.language_model import LanguageModel, load
+    from treeflash.text.generation import Generation, TokenLogProb
+    from treeflash.text.stream import Chunk, Stream
 
 __all__ = [
     "Chunk",
     "DecodeConfig",
     "Generation",
     "LanguageModel",
+    "Request",
     "SamplingConfig",
+    "Scheduler",
     "Stream",
     "TokenLogProb",
     "TreeflashError",
@@ -35,11 +40,26 @@ __all__ = [
 
 __version__: str
 
+_MODULES = {
+    "config": ("DecodeConfig", "SamplingConfig"),
+    "decoding": ("Request", "Scheduler"),
+    "errors": ("TreeflashError",),
+    "language_model": ("LanguageModel", "load"),
+    "text.generation": ("Generation", "TokenLogProb"),
+    "text.stream": ("Chunk", "Stream"),
+}
 
-def __getattr__(name: str) -> str:
-    # Looked up when asked for, so that a source tree that is not installed can be imported.
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `treeflash --help` takes no second, and a source tree that is
+    # not installed, which has no version, can be imported.
     if name == "__version__":
         from importlib.metadata import version
 
         return version("treeflash")
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(import_module(f"treeflash.{module}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,40 +1,45 @@
-"""Write a drafter in another published format: `python -m treeflash.convert`."""
+"""Write a drafter in another published format: `treeflash convert`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import Parser
-from treeflash.drafters.conversion import FORMATS, convert
+from treeflash.cli.console import guarded
+from treeflash.cli.parser import Parser
+from treeflash.drafters.conversion import CONVERSIONS, convert
 from treeflash.hub.models import resolve_drafter
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, convert, and return the exit status."""
-    args = _parser().parse_args(argv)
-    convert(resolve_drafter(args.drafter, None), args.output, args.to, target=args.target)
+    args = make_parser().parse(argv)
+    left_out = convert(
+        resolve_drafter(args.drafter, None), args.output, args.to, target=args.target
+    )
     print(args.output)
+    if left_out is not None:
+        print(f"{args.to} has no AR heads: the {left_out} head was left out", file=sys.stderr)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.convert", "Write a drafter in another published format.")
-    parser.add_argument("drafter", help="folder or Hugging Face id")
-    parser.add_argument("output", type=Path, help="new folder")
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("convert", "Write a drafter in another published format.")
+    parser.add_argument("drafter", help="the drafter: a folder or a Hugging Face id")
+    parser.add_argument("output", type=Path, help="the folder to write, new or empty")
     parser.add_argument(
         "--to",
-        choices=FORMATS,
+        choices=CONVERSIONS,
         required=True,
-        help="treeflash: a DFlash drafter with a head that changes nothing, to train; speculators: "
-        "a DFlash, DFlash2 or DSpark drafter for vLLM; dflash, deepspec: a speculators drafter as "
-        "z-lab's or DeepSpec's",
+        help="treeflash: give a DFlash drafter a head that changes nothing, to train it; "
+        "speculators: convert a DFlash, DFlash2 or DSpark drafter for vLLM; dflash, deepspec: "
+        "convert a speculators drafter to the format of z-lab or DeepSpec; dflash also takes a "
+        "TreeFlash drafter and leaves its AR head out",
     )
-    parser.add_argument("--target", help="the target's name, which speculators needs")
+    parser.add_argument("--target", help="name of the target, which speculators records")
     return parser
 
 

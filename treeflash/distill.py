@@ -1,4 +1,4 @@
-"""Generate a target's responses to train a drafter on: `python -m treeflash.distill`."""
+"""Generate a target's responses to train a drafter on: `treeflash distill`."""
 
 from __future__ import annotations
 
@@ -10,53 +10,46 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.exit_status import INTERRUPTED, guarded
-from treeflash.cli.options import Parser, add_device_options, with_device
+from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.options import add_device_options, load_located
+from treeflash.cli.parser import Parser
 from treeflash.errors import ConfigError
-from treeflash.hub.models import resolve_target
-from treeflash.text.output_file import locked
-from treeflash.text.prompt_file import Row, read_rows
-from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.distillation import Distillation, DistillConfig
-from treeflash.training.mixture import mix
-from treeflash.training.self_prompt import self_prompts
-from treeflash.training.trainers import trainer
+from treeflash.language_model import locate
+from treeflash.text.prompt import Row, read_rows
+from treeflash.training.config import add_options, given_options
+from treeflash.training.distillation import (
+    Distillation,
+    DistillConfig,
+    mix,
+    response_file,
+    self_prompts,
+)
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, let the target answer, and return the exit status."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    config = DistillConfig(
-        temperatures=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_tokens,
-        max_prompt_tokens=args.max_prompt_tokens,
-        slots=args.slots,
-        seed=args.seed,
-    )
-    _check(args)
-    rows = _rows(args) if args.prompts else []
-    with locked(args.output):
-        distillation = Distillation.resume(rows, args.output)  # before the model is loaded
-        train = trainer(args.backend)
-        target = resolve_target(args.target)
-        tokenizer = Tokenizer.from_folder(target)
-        responder = with_device(args, lambda load: train.responder(target, load))
+    config = DistillConfig(**given_options(args, DistillConfig))
+    rows = _rows(args, config.seed)
+    with response_file(args.output) as file:  # before the model is loaded
+        # No drafter: with many prompts at once, plain decoding keeps the device busy.
+        settings = {"device": args.device, "dtype": args.dtype}
+        model = load_located(locate(args.target, False, backend=args.backend, **settings))
+        distillation = Distillation(model, config, file, rows)
         try:
-            distillation.check(responder, config)
+            distillation.check()
             if args.self_prompt:
                 distillation.rows = self_prompts(
-                    responder,
-                    tokenizer,
+                    model,
                     args.self_prompt,
                     args.output.with_suffix(".prompts.jsonl"),
                     console,
-                    slots=args.slots,
-                    seed=args.seed,
+                    slots=config.slots,
+                    seed=config.seed,
                 )
-            distillation.run(responder, tokenizer, config, console)
+            distillation.run(console)
         except KeyboardInterrupt:
             console.print("interrupted; run the same command again to resume")
             return INTERRUPTED
@@ -64,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _rows(args: argparse.Namespace, seed: int) -> list[Row]:
+    """The rows of all files of --prompts, mixed; none for --self-prompt."""
     for name in ("limit", "self_prompt"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")
@@ -72,18 +66,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--weights divide up the --limit of --prompts; give both")
     if args.limit and not args.prompts:
         raise ConfigError("--limit needs --prompts; --self-prompt gives the number itself")
-
-
-def _rows(args: argparse.Namespace) -> list[Row]:
-    """The rows of all files, mixed."""
+    if not args.prompts:
+        return []
     weights = args.weights or [1.0] * len(args.prompts)
     if len(weights) != len(args.prompts) or not all(0 < weight < math.inf for weight in weights):
         raise ConfigError("--weights needs one number above 0 for each file of --prompts")
-    return mix([read_rows(path) for path in args.prompts], weights, args.limit, args.seed)
+    return mix([read_rows(path) for path in args.prompts], weights, args.limit, seed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.distill", "Generate a target's responses to train a drafter on.")
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("distill", "Generate a target's responses to train a drafter on.")
+    parser.add_config_option()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts",
@@ -115,29 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="write one line per response; prompts already answered in the file are skipped",
     )
-    config = DistillConfig()
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=config.temperatures,
-        metavar="T",
-        help="0 is greedy; several are assigned to the prompts in turn (default: 0)",
-    )
-    for name, kind, text in (
-        ("top_p", float, "sample from the most probable tokens whose probabilities add up to this"),
-        ("max_tokens", int, "maximum length of a response"),
-        ("max_prompt_tokens", int, "skip longer prompts"),
-        ("slots", int, "prompts answered at the same time"),
-        ("seed", int, "random seed for mixing and sampling"),
-    ):
-        default = getattr(config, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=default,
-            help=f"{text} (default: {default})",
-        )
+    add_options(parser, DistillConfig)
     add_device_options(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Examine a target and its drafter from the command line: `python -m treeflash.doctor`."""
+"""Diagnose a target and its drafter from the command line: `treeflash doctor`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import Parser, add_model_options, load_model
+from treeflash.cli.console import guarded
+from treeflash.cli.options import add_model_options, locate_model
+from treeflash.cli.parser import Parser
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis.checks import Diagnosis, diagnose
 from treeflash.drafters.folder import read_config
-from treeflash.hub.models import resolve_drafter, resolve_target, training_of
-from treeflash.text.chat import Prompting
-from treeflash.text.prompt import Message
-from treeflash.text.prompt_file import read_rows
+from treeflash.drafters.row_heads import find_row_format
+from treeflash.errors import UnsupportedModelError
+from treeflash.hub.models import drafter_training, resolve_drafter, resolve_target
+from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -38,19 +39,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: no problem found; 1: problems found; 2: invalid input; 130: interrupted.
     """
-    args = _parser().parse_args(argv)
-    prompts = _prompts(args.prompts)
+    args = make_parser().parse(argv)
+    prompts: list[Sequence[Message]] = [[{"role": "user", "content": text}] for text in PROMPTS]
+    if args.prompts is not None:
+        prompts = [row.turns[0] for row in read_rows(args.prompts)]
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
-    # From here on by folder, so that hub ids are resolved once, not at every load.
+    # Folders replace hub ids, which would be resolved at every load.
     folder = resolve_drafter(args.drafter, args.target)
-    trained = training_of(args.drafter, args.target)
+    if find_row_format(folder) is not None:
+        raise UnsupportedModelError(
+            "doctor checks block drafters, not MTP and EAGLE-3 heads; measure this head with "
+            "treeflash evaluate"
+        )
+    trained = drafter_training(args.drafter, args.target)
     args.target = str(resolve_target(args.target))
 
     def load(drafter: Path) -> Backend:
-        return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)})).backend
+        changed = {**vars(args), "drafter": str(drafter)}
+        backend = locate_model(argparse.Namespace(**changed)).load().backend
+        if args.device_map is None:
+            args.device = backend.device  # where the next pairs are loaded without a warning
+        return backend
 
-    console = Console(stderr=True)
-    with console.status("running checks; this loads the pair about ten times"):
+    console = Console(stderr=True, highlight=False)
+    with console.status("loading the pair") as status:
+
+        def report(number: int, total: int, check: str) -> None:
+            line = f"check {number} of {total}: {check}"
+            status.update(line)
+            if not console.is_terminal:
+                console.print(line)
+
         diagnosis = diagnose(
             load,
             folder,
@@ -59,18 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompting=Prompting(raw=args.raw, thinking=args.thinking or trained.thinking),
             max_tokens=args.max_tokens,
             target_config=read_config(Path(args.target)),
+            report=report,
         )
     print(json.dumps(diagnosis.to_dict()) if args.json else _report(diagnosis))
     return 0 if diagnosis.ok else PROBLEM
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.doctor", "Diagnose a target and its drafter.")
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("doctor", "Diagnose a target and its drafter.")
+    parser.add_config_option()
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help="JSON objects with an id, and a prompt, turns (only the first is used) or messages "
+        help="JSON objects with an id, and a prompt, messages, or turns (only the first is used) "
         f"(default: {len(PROMPTS)} built-in prompts)",
     )
     parser.add_argument(
@@ -87,17 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument(
         "--thinking",
         action="store_true",
-        help="check for prompts with thinking on (default: as the drafter was trained)",
+        help="check for prompts with thinking on (default: as in the drafter's training)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
     return parser
-
-
-def _prompts(path: Path | None) -> list[Sequence[Message]]:
-    if path is not None:
-        return [row.turns[0] for row in read_rows(path)]
-    return [[{"role": "user", "content": text}] for text in PROMPTS]
 
 
 def _report(diagnosis: Diagnosis) -> str:

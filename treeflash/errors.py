@@ -1,4 +1,4 @@
-"""The errors that users meet: each says in one line what is wrong and what to do about it."""
+"""Errors whose messages are for users: one line says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class PromptError(TreeflashError, ValueError):
     """A prompt cannot be decoded: it is empty, too long, or has unknown tokens."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python or of a framework says that memory ran out."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)
-    )
-
-
 class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, according to an error of Python or of a framework."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in message or "allocate memory" in message)
+    )

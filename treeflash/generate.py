@@ -1,8 +1,9 @@
-"""Generate text from the command line: `python -m treeflash.generate`."""
+"""Generate text from the command line: `treeflash generate`."""
 
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,27 +11,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import (
-    Parser,
-    add_decode_options,
-    add_model_options,
-    add_parallel_option,
-    decode_options,
-    load_model,
-)
+from treeflash.cli import options as cli
+from treeflash.cli.console import guarded
+from treeflash.cli.parser import Parser
 from treeflash.cli.prompt_batch import run_batch
-from treeflash.cli.prompt_source import read_prompt
-from treeflash.cli.single_text import run_text
-from treeflash.config import AUTO
+from treeflash.cli.single_prompt import read_prompt, run_answers, run_text
+from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError
-from treeflash.hub.models import training_of
+from treeflash.hub.models import drafter_training
 from treeflash.language_model import LanguageModel
-from treeflash.text.many_texts import AUTO_BYTES, AUTO_TEXTS
 from treeflash.text.options import Options
-from treeflash.text.tokenizer import Tokenizer
+from treeflash.text.stream import AUTO_BYTES, AUTO_SEQUENCES
 
-EXPLAINED = 3
+GIB = 1 << 30
+EXPLAINED_ITERATIONS = 3
 
 
 @guarded
@@ -38,22 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, generate, and return the exit status.
 
     0: done; 1: `--compare` found a difference that rounding does not explain; 2: invalid input,
-    even if it is one prompt of many; 130: interrupted.
+    which may be one prompt of many; 130: interrupted.
     """
-    args = _parser().parse_args(argv)
-    options = decode_options(args)
+    args = make_parser().parse(argv)
+    options = cli.decode_options(args)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     load = partial(_load, args, options, console)
     if args.prompts is not None or args.output is not None:
-        _check_batch(args)
-        return run_batch(args.prompts, args.output, options, args.parallel or AUTO, load, console)
-    if args.parallel is not None:
-        raise ConfigError("--parallel is for --prompts; leave it out for a single prompt")
+        if args.prompts is None or args.output is None:
+            raise ConfigError("--prompts and --output must be given together")
+        if extra := next(
+            (f for f in ("compare", "explain", "json", "n") if getattr(args, f)), None
+        ):
+            raise ConfigError(f"--{extra} is for a single prompt; remove it, or --prompts")
+        cache_bytes = int((args.suffix_cache_gb or 0) * GIB)
+        suffix_cache = SuffixCache(cache_bytes) if cache_bytes else None
+        return run_batch(args, options, load, console, suffix_cache=suffix_cache)
+    for name in ("suffix_cache_gb", *(["parallel"] if args.n is None else [])):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} needs --prompts; remove it for a single prompt")
+    if args.n is not None and (args.compare or args.explain):
+        raise ConfigError("--compare and --explain are for a single answer; remove --n")
     prompt = read_prompt(args.prompt, args.prompt_file, console)
+    if options.get("temperature") and "seed" not in options:
+        options["seed"] = secrets.randbits(32)
     model = load()
+    if args.n is not None:
+        return run_answers(
+            model, prompt, options, args.n, console, parallel=args.parallel, as_json=args.json
+        )
     return run_text(
         model.stream(prompt, **options),
-        model.tokenizer,
+        model.names,
         console,
         as_json=args.json,
         compared=args.compare,
@@ -61,11 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("treeflash.generate", "Generate text faster with draft trees, losslessly.")
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("generate", "Generate text faster with draft trees, losslessly.")
+    parser.add_config_option()
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "prompt", nargs="?", help="the prompt (default: standard input if piped, else a sample)"
+        "prompt",
+        nargs="?",
+        help="the prompt, or - for standard input (default: standard input if piped, else a "
+        "sample)",
     )
     source.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file"
@@ -83,11 +99,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="write one line per turn of --prompts; turns already in the file are skipped",
     )
-    add_parallel_option(
+    parser.add_argument(
+        "--n", type=int, metavar="N", help="write N answers, each with its own seed"
+    )
+    cli.add_parallel_option(
         parser,
         None,
-        f"conversations of --prompts to answer at once; auto: up to {AUTO_TEXTS}, fewer if their "
-        f"keys and values would take more than {AUTO_BYTES >> 30} GiB (default: auto)",
+        "conversations of --prompts, or answers of --n, to decode at once; auto: up to "
+        f"{AUTO_SEQUENCES}, fewer if their KV caches would take more than {AUTO_BYTES >> 30} GiB "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--suffix-cache-gb",
+        type=_gibibytes,
+        metavar="GB",
+        help="GiB of memory for finished answers, which further answers to --prompts may copy "
+        "(default: each copies only itself)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
@@ -103,56 +130,54 @@ def _parser() -> argparse.ArgumentParser:
         type=_iterations,
         nargs="?",
         default=0,
-        const=EXPLAINED,
+        const=EXPLAINED_ITERATIONS,
         metavar="N",
-        help=f"draw the draft trees of the first N iterations (N defaults to {EXPLAINED})",
+        help="draw the draft trees of the first N iterations "
+        f"(N defaults to {EXPLAINED_ITERATIONS})",
     )
-    add_decode_options(parser)
-    add_model_options(parser)
+    cli.add_decode_options(parser, note={"seed": "random, or 0 with --prompts"})
+    cli.add_model_options(parser)
     return parser
 
 
 def _iterations(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of iterations; write --explain={EXPLAINED}, "
+            f"{text!r} is not a number of iterations; write --explain={EXPLAINED_ITERATIONS}, "
             "or put the prompt before --explain"
         )
     return int(text)
 
 
-def _check_batch(args: argparse.Namespace) -> None:
-    if args.prompts is None or args.output is None:
-        raise ConfigError("--prompts and --output go together; give both")
-    for flag in ("compare", "explain", "json"):
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag} is for a single prompt; leave it out with --prompts")
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB, 0 or more")
+    return value
 
 
 def _load(args: argparse.Namespace, options: Options, console: Console) -> LanguageModel:
-    model = load_model(args, [options["method"]] if "method" in options else [])
-    if options.get("method") != "ar":
-        _note_training(args, options, model.tokenizer, console)
-    return model
-
-
-def _note_training(
-    args: argparse.Namespace, options: Options, tokenizer: Tokenizer, console: Console
-) -> None:
-    """Say where the prompts are not like those that a published drafter was trained on."""
-    trained = training_of(args.drafter, args.target)
+    """Load the models; prints a note if the drafter was trained on other prompts."""
+    model = cli.load_model(args, [options["method"]] if "method" in options else [])
+    if options.get("method") in ("ar", "suffix") or model.backend.drafter_config is None:
+        return model
+    trained = drafter_training(args.drafter, args.target)
     thinking = (options.get("template_args") or {}).get("enable_thinking", trained.thinking)
-    if tokenizer.knows_thinking and bool(thinking) != trained.thinking:
+    if model.tokenizer.knows_thinking and bool(thinking) != trained.thinking:
         on, off = ("on", "off") if thinking else ("off", "on")
         console.print(
-            f"note: thinking is {on}; the drafter was trained with it {off}, "
-            f"and drafts less well with it {on}"
+            f"note: thinking is {on}, but the drafter was trained with thinking {off}; "
+            "it will draft less well"
         )
     if trained.system and not options.get("system") and not options.get("raw"):
         console.print(
             "note: the drafter was trained with the system message "
-            f"{trained.system!r}; it drafts better if --system gives that"
+            f"{trained.system!r}; it drafts better with this message as --system"
         )
+    return model
 
 
 if __name__ == "__main__":

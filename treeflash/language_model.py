@@ -2,83 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, is_whole
 from treeflash.decoding import Scheduler, SchedulerConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import cache_folder, resolve_drafter, resolve_target, training_of
-from treeflash.registry import best, check_device, loader, on_some_device
-from treeflash.text.assembler import Assembler
+from treeflash.decoding.sampling import Constraint
+from treeflash.decoding.suffix import SuffixCache
+from treeflash.drafters.row_heads import find_row_format
+from treeflash.errors import ConfigError, PromptError, UnsupportedModelError
+from treeflash.hub.models import (
+    SELF,
+    cache_folder,
+    drafter_training,
+    model_name,
+    published_drafter,
+    resolve_drafter,
+    resolve_target,
+)
+from treeflash.registry import check_config, default_backend, fall_back_to_cpu, loader
 from treeflash.text.generation import Generation
-from treeflash.text.many_texts import ManyTexts, Parallel
-from treeflash.text.options import Options, parse_options, stop_strings
+from treeflash.text.options import FORMS, Options, lists_options, parse_options, stop_strings
 from treeflash.text.prompt import Prompt, encode
-from treeflash.text.stream import Stream
+from treeflash.text.stream import Assembler, BatchStream, Parallel, Stream
 from treeflash.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from treeflash.text.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A target, its tokenizer and, for drafting, a drafter, ready to generate.
 
-    It may be shared between threads.
+    Threads may share it.
 
     Attributes:
-        backend: the loaded pair.
-        tokenizer: of the target.
-        folder: of the target; None if it was not loaded from one.
+        folder: the target's folder; None if it was not loaded from one.
         loaded: how the pair was loaded.
-        adaptive_budgets: by method, what the budget `auto` has learned so far.
+        drafter_folder: the drafter's folder; None without a drafter.
+        suffix: whether the default method without a drafter is `suffix`, not `ar`.
+        adaptive_budgets: for each method, what the budget `auto` has learned so far.
     """
 
     backend: Backend
     tokenizer: Tokenizer
     folder: Path | None = None
     loaded: LoadConfig = field(default_factory=LoadConfig)
-    adaptive_budgets: dict[Method, AdaptiveBudget] = field(
-        default_factory=dict, compare=False, repr=False
+    drafter_folder: Path | None = None
+    suffix: bool = False
+    adaptive_budgets: AdaptiveBudgets = field(
+        default_factory=AdaptiveBudgets, compare=False, repr=False
     )
-    _measuring: Lock = field(default_factory=Lock, init=False, compare=False, repr=False)
 
+    @lists_options
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
-        """Generate the whole text; see `stream`."""
-        return self.stream(prompt, **options).run()
-
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """Generate a text chunk by chunk, as the target accepts it.
+        """Generate a whole text.
 
         Args:
-            prompt: a text or messages (dicts with `role` and `content`), which go through the
+            prompt: a string or messages (dicts with `role` and `content`), which go through the
                 chat template, or token ids.
-            **options: see `Options`.
+            **options: the keywords of `treeflash.text.options.Options`.
+
+        Raises:
+            ConfigError: an option is unknown or invalid, or needs a drafter that was not loaded.
+            PromptError: the prompt is empty, malformed, too long, or rejected by the chat template.
+            NumericalError: a model produced values that are not finite.
+        """
+        return self.stream(prompt, **options).run()
+
+    @lists_options
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
         Returns:
             An iterator of chunks; its `generation()` joins them into one result.
 
         Raises:
-            ConfigError: an option is unknown or invalid, or needs a drafter that was not loaded.
-            PromptError: the prompt is empty, malformed, too long, or rejected by the chat template.
-            NumericalError: while iterating; a model produced values that are not finite.
+            ConfigError, PromptError, NumericalError: see `generate`; the last while iterating.
         """
-        config = self.decode_config(options)
-        return Stream(
-            self.backend,
-            self.tokenizer,
-            self._encode(prompt, options),
-            config,
-            stop_strings(options),
-            self._adaptive_budget(config),
-        )
+        assembler = self.assembler(prompt, options)
+        self._measure_costs(assembler.config)
+        return Stream(assembler, self.adaptive_budgets)
 
+    @lists_options
     def generate_many(
         self,
         prompts: Iterable[Prompt],
@@ -87,90 +103,123 @@ class LanguageModel:
         parallel: Parallel = AUTO,
         **options: Unpack[Options],
     ) -> Iterator[tuple[int, Generation]]:
-        """Generate many texts at once. In float32 each is the text that it would be alone.
+        """Generate many texts at once. In float32 each text is the same as if generated alone.
 
         Args:
-            prompts: each as for `stream`.
-            n: answers to each prompt, which is run once for those that are decoded together; they
-                have the seeds `seed`, `seed + 1`, ...
-            parallel: texts to decode at once; `auto` is up to 16, fewer if their keys and values
-                would take more than 4 GiB.
-            **options: see `Options`; the same for all.
+            prompts: each as for `generate`.
+            n: number of answers to each prompt, with the seeds `seed`, `seed + 1`, ...
+            parallel: number of sequences to decode at once; `auto` is up to 16, fewer if their KV
+                caches would take more than 4 GiB.
+            **options: the keywords of `treeflash.text.options.Options`, for all prompts.
 
         Returns:
-            An iterator of the index of a prompt and an answer to it, in the order in which they
-            end. If decoding a text fails, the error is raised after all other texts.
+            An iterator of pairs: the index of a prompt and an answer to it, in the order in which
+            the answers end. If decoding an answer fails, its error is raised after all others.
 
         Raises:
-            ConfigError, PromptError, NumericalError: see `stream`. The first two come before
-                anything is decoded; a PromptError says which prompt it is.
+            ConfigError, PromptError, NumericalError: see `generate`. The first two are raised
+                before anything is decoded; a PromptError names the index of the prompt.
         """
         if not is_whole(n, 1):
             raise ConfigError(f"n must be 1 or more, got {n!r}")
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list of prompts, got a single string")
-        config, stop = self.decode_config(options), stop_strings(options)
-        seeds = range(config.sampling.seed, config.sampling.seed + n)
-        samplings = [replace(config.sampling, seed=seed) for seed in seeds]
-        configs = [replace(config, sampling=sampling) for sampling in samplings]
-        texts = self.many_texts(parallel, config)
+        config = self.decode_config(options)
+        batch = self.batch_stream(parallel, config)
         numbers: dict[Assembler, int] = {}
         for number, prompt in enumerate(prompts):
             try:
-                ids = self._encode(prompt, options)
-                group = [Assembler(self.backend, self.tokenizer, ids, x, stop) for x in configs]
-                texts.submit(group)
+                first = self.assembler(prompt, options)
+                answers = [first]
+                for seed in range(config.sampling.seed + 1, config.sampling.seed + n):
+                    sampling = replace(config.sampling, seed=seed)
+                    answers.append(replace(first, config=replace(config, sampling=sampling)))
+                batch.submit(answers)
             except PromptError as error:
                 raise PromptError(f"prompt {number}: {error}") from None
-            numbers |= dict.fromkeys(group, number)
-        return _run(texts, numbers)
+            numbers |= dict.fromkeys(answers, number)
+        return _run_batch(batch, numbers)
 
-    def many_texts(self, parallel: Parallel, config: DecodeConfig) -> ManyTexts:
-        """No texts yet, to be decoded together with this configuration.
+    def batch_stream(
+        self, parallel: Parallel, config: DecodeConfig, suffix_cache: SuffixCache | None = None
+    ) -> BatchStream:
+        """Start an empty batch; raises a ConfigError if `parallel` is below 1.
 
-        Raises:
-            ConfigError: `parallel` is below 1.
+        With a `suffix_cache`, sequences may copy what earlier ones of the batch wrote.
         """
-        self._adaptive_budget(config)
-        return ManyTexts(self.backend, parallel, self.adaptive_budgets)
+        self._measure_costs(config)
+        return BatchStream(self.backend, parallel, self.adaptive_budgets, suffix_cache)
 
-    def scheduler(self, config: SchedulerConfig, prefix_cache: PrefixCache | None) -> Scheduler:
-        """A scheduler without texts; costs for the budget `auto` are measured now, if needed."""
-        self._adaptive_budget(self.decode_config({}))
+    def scheduler(
+        self,
+        config: SchedulerConfig,
+        prefix_cache: PrefixCache | None,
+        suffix_cache: SuffixCache | None = None,
+    ) -> Scheduler:
+        """Start a scheduler; costs for the budget `auto` are measured now, if not known.
+
+        So is whether the target runs draft trees, as requests may ask for the method `suffix`.
+        """
+        with suppress(UnsupportedModelError):  # raised again for such requests
+            self.backend.check_trees()
+        self._measure_costs(self.decode_config({}))
         return Scheduler(
-            self.backend, config, budgets=self.adaptive_budgets, prefix_cache=prefix_cache
+            self.backend,
+            config,
+            budgets=self.adaptive_budgets,
+            prefix_cache=prefix_cache,
+            suffix_cache=suffix_cache,
         )
 
     def assembler(self, prompt: Prompt, options: Options) -> Assembler:
-        """A text for `ManyTexts.submit`; raises what `stream` does."""
-        return Assembler(
-            self.backend,
-            self.tokenizer,
-            self._encode(prompt, options),
-            self.decode_config(options),
-            stop_strings(options),
-        )
-
-    def _encode(self, prompt: Prompt, options: Options) -> list[int]:
-        return encode(
+        """A sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""
+        config, stop = self.decode_config(options), stop_strings(options)
+        prompt_ids = encode(
             self.tokenizer,
             prompt,
             system=options.get("system"),
             raw=options.get("raw", False),
             template_args=options.get("template_args"),
         )
+        constraint = self._constraint(options)
+        return Assembler(self.backend, self.tokenizer, tuple(prompt_ids), config, stop, constraint)
 
-    def _adaptive_budget(self, config: DecodeConfig) -> AdaptiveBudget | None:
-        """The budget of a method; costs are measured once, for all methods and threads."""
-        if config.budget != AUTO or not config.drafts:
+    def _constraint(self, options: Options) -> Callable[[], Constraint] | None:
+        """A function that makes constraints of texts to the form that options set, if any."""
+        if not FORMS & options.keys():
             return None
-        with self._measuring:
-            if config.method not in self.adaptive_budgets:
-                known = next(iter(self.adaptive_budgets.values()), None)
-                self.adaptive_budgets[config.method] = AdaptiveBudget(
-                    known.costs if known else self._costs()
-                )
-            return self.adaptive_budgets[config.method]
+        if find_spec("llguidance") is None:
+            raise ConfigError("a set form of the text needs llguidance; pip install llguidance")
+        if not self.tokenizer.stop_token_ids:
+            raise ConfigError("a set form of the text needs a target with an end token")
+        from treeflash.text.grammar import Grammar
+
+        if "json_schema" in options:
+            grammar = Grammar.json(options["json_schema"])
+        elif "regex" in options:
+            grammar = Grammar.regex(options["regex"])
+        else:
+            grammar = Grammar.lark_or_gbnf(options["grammar"])
+        return self._grammars.compile(grammar)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from treeflash.text.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.backend.vocab_size)
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The names of the target and the drafter: hub ids, or names of folders."""
+        folders = {"target": self.folder, "drafter": self.drafter_folder}
+        return {k: None if folder is None else model_name(folder) for k, folder in folders.items()}
+
+    def _measure_costs(self, config: DecodeConfig) -> None:
+        """Measure the costs for the budget `auto` now if the configuration needs them."""
+        if config.method == "suffix":
+            self.backend.check_trees()
+        if config.is_adaptive:
+            self.adaptive_budgets.get(config.method, self._costs)
 
     def _costs(self) -> VerifyCosts:
         if self.folder is None:
@@ -178,11 +227,7 @@ class LanguageModel:
         return VerifyCosts.cached(self.backend, self.folder, self.loaded, cache_folder() / "costs")
 
     def decode_config(self, options: Options) -> DecodeConfig:
-        """The configuration that these options give with this pair.
-
-        Raises:
-            ConfigError: an option is unknown or invalid.
-        """
+        """Make a configuration as `parse_options` does, with this pair's defaults."""
         config = parse_options(options)
         return replace(
             config,
@@ -192,9 +237,9 @@ class LanguageModel:
 
     @property
     def best_method(self) -> Method:
-        """The default method."""
+        """The best method that the loaded models support."""
         if self.backend.drafter_config is None:
-            return "ar"
+            return "suffix" if self.suffix else "ar"
         return "ddtree" if self.backend.head is None else "treeflash"
 
 
@@ -211,30 +256,38 @@ def load(
     kv_bits: int | None = None,
     cuda_graphs: bool = True,
     compile: bool = False,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching them if needed.
 
     Args:
         target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
-        drafter: a local folder or a hub id; `auto` or None is the published drafter of the target.
-            False loads none: only plain decoding works then.
-        backend: name of an installed backend; None is the best one installed.
+        drafter: a local folder or a hub id; `auto` or None is the published drafter of the target,
+            or else the MTP head in the target's folder; `self` is that head. If there is neither,
+            the default method is `suffix`, which needs none. False loads no drafter: the default is
+            plain decoding, and `suffix` works.
+        backend: name of an installed backend; None is the best installed backend.
         device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device_map: `auto` puts the target's layers on several devices.
-        draft_bits: quantise the drafter to so many bits.
-        draft_window: the drafter sees only the first few and so many of the latest positions.
-        kv_bits: quantise the target's KV cache to so many bits.
-        cuda_graphs: on a CUDA device, replay trees and drafts as CUDA graphs.
-        compile: compile the target's layers with `torch.compile`.
+        dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
+        device_map: `auto` puts the target's layers on as many devices as they need.
+        draft_bits: quantise the drafter to this number of bits (mlx).
+        draft_window: the drafter sees only the first few and this number of latest positions.
+        kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
+        cuda_graphs: replay trees and drafts as CUDA graphs (cuda).
+        compile: compile the target's layers with `torch.compile` (cuda).
+        adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A
+            drafter of the base model still drafts.
 
     Raises:
-        BackendError: the backend is unknown, not installed, or has no such device.
-        CheckpointError: a model is missing or damaged, or the two do not fit.
-        UnsupportedModelError: the target's layers cannot run a draft tree.
+        BackendError: the backend is unknown or not installed, or does not have the device.
+        CheckpointError: a model is missing or damaged, or target and drafter do not fit.
+        UnsupportedModelError: a drafter was loaded, and the target cannot run a draft tree.
         ConfigError: a setting is invalid, or the backend does not support it.
     """
-    config = LoadConfig(
+    return locate(
+        target,
+        drafter,
+        backend=backend,
         device=device,
         dtype=dtype,
         device_map=device_map,
@@ -243,38 +296,107 @@ def load(
         kv_bits=kv_bits,
         cuda_graphs=cuda_graphs,
         compile=compile,
-    )
-    load_pair = loader(best() if backend is None else backend)
-    if device is not None:
-        check_device(load_pair, device)
+        adapter=None if adapter is None else str(adapter),
+    ).load()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocatedPair:
+    """A target and perhaps a drafter, which are on this machine, and how to load them.
+
+    Attributes:
+        thinking: whether thinking is on in a conversation that does not set it.
+        named: whether the user chose the backend or the device.
+        unknown: whether a drafter was looked for, and none is known for the target.
+    """
+
+    target: Path
+    drafter: Path | None
+    thinking: bool
+    loader: Loader
+    config: LoadConfig
+    named: bool
+    unknown: bool
+
+    def load(self) -> LanguageModel:
+        """Load the models; see `load`."""
+        tokenizer = Tokenizer.from_folder(self.target, thinking=self.thinking)
+        pair = fall_back_to_cpu(
+            lambda config: self.loader(self.target, self.drafter, config),
+            self.config,
+            named=self.named,
+        )
+        return LanguageModel(
+            pair,
+            tokenizer,
+            self.target,
+            self.config,
+            self.drafter,
+            suffix=self.unknown and _can_copy(pair, self.target),
+        )
+
+
+def locate(
+    target: str | Path | None = None,
+    drafter: str | Path | Literal[False] | None = None,
+    *,
+    backend: str | None = None,
+    **settings: Any,
+) -> LocatedPair:
+    """Fetch a target and its drafter if needed, but load neither; see `load`."""
+    config = LoadConfig(**settings)
+    load_pair = loader(default_backend() if backend is None else backend)
+    check_config(load_pair, config)
     name = None if target is None else str(target)
     target_folder = resolve_target(name)
     drafter_folder, thinking = None, False
-    if drafter is not False:
-        drafter_name = None if drafter is None else str(drafter)
+    drafter_name = None if drafter in (None, AUTO) else str(drafter)
+    unknown = drafter_name is None and published_drafter(name) is None
+    if unknown and find_row_format(target_folder) is not None:
+        drafter_name, unknown = SELF, False
+    if drafter is not False and not unknown:
         drafter_folder = resolve_drafter(drafter_name, name)
-        thinking = training_of(drafter_name, name).thinking
-    tokenizer = Tokenizer.from_folder(target_folder, thinking=thinking)
-    pair = on_some_device(
-        lambda config: load_pair(target_folder, drafter_folder, config),
-        config,
-        named=backend is not None or device is not None,
+        thinking = drafter_training(drafter_name, name).thinking
+    return LocatedPair(
+        target=target_folder,
+        drafter=drafter_folder,
+        thinking=thinking,
+        loader=load_pair,
+        config=config,
+        named=backend is not None or config.device is not None,
+        unknown=unknown and drafter is not False,
     )
-    return LanguageModel(pair, tokenizer, target_folder, config)
 
 
-def _run(texts: ManyTexts, numbers: dict[Assembler, int]) -> Iterator[tuple[int, Generation]]:
-    """See `LanguageModel.generate_many`."""
+def _can_copy(backend: Backend, target: Path) -> bool:
+    """Whether a target without a known drafter runs draft trees; says what it is decoded with."""
+    method, reason = "suffix, which copies what the text repeats", ""
+    try:
+        backend.check_trees()
+    except UnsupportedModelError as error:
+        method, reason = "ar, without drafts", f": {error}"
+    logging.getLogger(__name__).warning(
+        "no published drafter is known for %s; the default method is %s%s",
+        model_name(target),
+        method,
+        reason,
+    )
+    return not reason
+
+
+def _run_batch(
+    batch: BatchStream, numbers: dict[Assembler, int]
+) -> Iterator[tuple[int, Generation]]:
     failure: Exception | None = None
     try:
-        while texts.busy:
-            for text, error in texts.step():
+        while batch.busy:
+            for assembler, error in batch.step():
                 if error is None:
-                    yield numbers[text], text.generation()
+                    yield numbers[assembler], assembler.generation()
                 elif failure is None:
                     failure = error
-                    failure.add_note(f"while decoding prompt {numbers[text]}")
+                    failure.add_note(f"while decoding prompt {numbers[assembler]}")
         if failure is not None:
             raise failure
     finally:
-        texts.close()
+        batch.close()

@@ -1,4 +1,4 @@
-"""Backends by name: entry points, imported when they are used."""
+"""Backends by name. Each is an entry point, which is imported when it is used."""
 
 from __future__ import annotations
 
@@ -23,65 +23,57 @@ _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
 def available(group: str = GROUP) -> dict[str, EntryPoint]:
-    """The entry points of a group by name, whether or not their frameworks are installed.
-
-    Raises:
-        BackendError: two packages register the same name.
-    """
-    found: dict[str, EntryPoint] = {}
+    """The entry points of a group, installed or not; a BackendError if two have one name."""
+    entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
-        if entry.name in found and found[entry.name].value != entry.value:
+        first = entries.setdefault(entry.name, entry)
+        if first.value != entry.value:
             raise BackendError(
-                f"backend {entry.name!r} is registered twice, by {found[entry.name].value} and "
+                f"backend {entry.name!r} is registered twice, by {first.value} and "
                 f"{entry.value}; uninstall one of the two packages"
             )
-        found[entry.name] = entry
-    return found
+    return entries
 
 
 def installed(name: str) -> bool:
     """Whether the framework of a backend is installed."""
-    return not _missing(name)
+    return not _missing_packages(name)
 
 
-def _missing(name: str) -> list[str]:
+def _missing_packages(name: str) -> list[str]:
     return [package for package in _FRAMEWORKS.get(name, ()) if find_spec(package) is None]
 
 
-def best() -> str:
-    """The default backend: MLX on Apple Silicon, else the first installed of torch, MLX, NumPy."""
+def default_backend() -> str:
+    """The best installed backend: mlx on Apple Silicon, else the first of cuda, mlx, reference."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     order = ("mlx", "cuda") if apple else ("cuda", "mlx")
     return next((name for name in order if installed(name)), "reference")
 
 
 def loader(name: str) -> Loader:
-    """The entry point of a backend.
-
-    Raises:
-        BackendError: no backend has that name, or its framework is not installed.
-    """
+    """Import the `Loader` of a backend; raises what `load_entry_point` does."""
     return cast(Loader, load_entry_point(name, available()))
 
 
-def check_device(load: Loader, device: str) -> None:
-    """Have a backend reject a device before models are fetched, if it can: see `Loader`.
+def check_config(load: Loader, config: LoadConfig) -> None:
+    """Let a backend refuse settings before models are fetched.
 
-    Raises:
-        BackendError: there is no such device.
+    A module of a `Loader` may have the functions `check_config` and `choose_device`, which raise a
+    ConfigError for settings that the backend lacks, and a BackendError for an unknown device.
     """
-    choose = getattr(inspect.getmodule(load), "choose_device", None)
-    if choose is not None:
-        choose(device)
+    module = inspect.getmodule(load)
+    for name, value in (("choose_device", config.device), ("check_config", config)):
+        check = getattr(module, name, None)
+        if check is not None and value is not None:
+            check(value)
 
 
-def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
-    """Run with a configuration; on the CPU if there is no other device and the user named none.
+def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
+    """Call `run` with a configuration and, if it has no usable device, once more with the CPU.
 
-    Running on the CPU is logged as a warning, which Python prints to standard error by default.
-
-    Raises:
-        BackendError: there is no such device, and the user named it.
+    The fallback is logged as a warning, which Python prints to standard error by default. If the
+    user `named` a backend or a device, the BackendError is raised instead.
     """
     try:
         return run(config)
@@ -97,15 +89,11 @@ def on_some_device(run: Callable[[LoadConfig], T], config: LoadConfig, *, named:
 
 
 def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
-    """Import the entry point of a backend.
-
-    Raises:
-        BackendError: no entry point has that name, or its framework is not installed.
-    """
+    """Import a backend; a BackendError if it is unknown or lacks its framework."""
     if name not in entries:
         raise BackendError(
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
         )
-    if missing := _missing(name):
+    if missing := _missing_packages(name):
         raise BackendError(f"backend {name!r} needs {missing[0]}; pip install 'treeflash[{name}]'")
     return entries[name].load()

@@ -1,49 +1,42 @@
-"""Serve a model over HTTP: `python -m treeflash.serve`."""
+"""Serve a model over HTTP: `treeflash serve`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import (
-    Parser,
-    add_decode_options,
-    add_model_options,
-    decode_options,
-    load_model,
-)
+from treeflash.cli import options as cli
+from treeflash.cli.console import guarded
+from treeflash.cli.parser import Parser
 from treeflash.errors import ConfigError
-from treeflash.serving.options import add_server_options, read_settings, with_config_file
+from treeflash.serving.settings import add_server_options, read_settings
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, load the models, and serve until a signal ends it.
+    """Parse the command line, load the models, and serve until a signal ends the server.
 
-    0: ended by a signal, after the running answers; 2: invalid input, or the port is taken.
+    The exit status is 0 after a signal and the end of the running answers, 2 if the input is
+    invalid or the port is taken.
     """
-    parser = Parser("treeflash.serve", "Serve a model over HTTP, with draft trees, losslessly.")
-    add_server_options(parser)
-    add_decode_options(parser)
-    add_model_options(parser)
-    args = parser.parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
+    args = make_parser().parse(argv)
     settings = read_settings(args)
-    options = decode_options(args)
+    options = cli.decode_options(args)
     if options.pop("raw", False):
-        raise ConfigError("--raw is not for a server; send plain text to /v1/completions")
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ConfigError("--raw is not supported by the server; send text to /v1/completions")
+    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"the server needs {missing[0]}; pip install 'treeflash[serve]'")
-    from treeflash.serving.run import serve
+    from treeflash.serving.application import serve
+
+    methods = [options["method"]] if "method" in options else []
 
     return serve(
-        partial(load_model, args, [options["method"]] if "method" in options else []),
+        lambda: cli.locate_model(args, methods).load(),  # the log tells what happens
         settings,
         options,
         model_names(args),
@@ -53,8 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
+    parser.add_config_option()
+    add_server_options(parser)
+    cli.add_decode_options(parser, cli.SERVER_OPTIONS)
+    cli.add_model_options(parser)
+    return parser
+
+
 def model_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """What clients may call the model: the first name is reported."""
+    """The names by which clients may call the model; responses have the first."""
     if args.model_name:
         return tuple(args.model_name)
     if args.target is None:

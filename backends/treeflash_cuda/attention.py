@@ -1,17 +1,26 @@
-"""Attention of new tokens over a cache, as transformers' models call it.
+"""Attention of new tokens over KV caches, and its masks.
 
 A model builds its masks and computes its attention through two registries of transformers, under
-the name of an implementation. The implementation registered here evaluates each layer's own mask
-function (full attention, a sliding window, ...) and adds what no model knows: the new tokens may
-be a draft tree, in which a token's position is not its column.
+the name of an implementation. The implementation that is registered here evaluates each layer's own
+mask function (full attention, a sliding window, ...) and adds what no model knows: the new tokens
+may be a draft tree, in which a token's position is not its column.
+
+Each forward pass has a `Context`, which makes the masks and computes the attention:
+
+- `AttentionContext`: one sequence, with a mask over all its keys. A GPU's kernel for prompts needs
+  no mask.
+- `PackedContext`: several sequences. Linear layers see their rows as one sequence; attention runs
+  sequence by sequence, each with its own mask and columns.
+- `TreeContext`: trees of one or more sequences, by the operation `tree_attention`. It consists of
+  tensors alone, with shapes that a CUDA graph can have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -21,23 +30,42 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.grouped_attention import GroupedMasks, grouped_attention
+from treeflash_cuda.cache import SlabCache, TreeCache
+from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.operations import Operations, VisibleKeys
 
 # transformers would try to download a kernel for a name that contains "flash".
 IMPLEMENTATION = "draft_tree"
 
-MANY_QUERIES = 256
-"""From this many queries on, copying a mask for every head costs more than grouping saves."""
-
 MASK = "attention_mask"
 """The argument by which models pass masks to their layers."""
+
+ALIGNMENT = 8
+"""Elements: CUDA's attention kernel copies masks whose rows start elsewhere."""
+
+MANY_QUERIES = 256
+"""From this many queries on, copying a mask for every head costs more than grouping saves."""
 
 MaskFunction: TypeAlias = Callable[..., Tensor]
 """A layer's (batch, head, query position, key position) -> whether the query sees the key."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionInputs:
+    """The inputs of one attention layer."""
+
+    module: nn.Module  # the layer, for error messages
+    query: Tensor  # (1, heads, n, head_dim) of the new tokens
+    key: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it
+    value: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it
+    mask: Tensor | None  # the result of `Context.mask` for the layer's mask function
+    scale: float  # factor on the scores
+    softcap: float | None = None  # bound on the scores, of models that have one
+    sinks: Tensor | None = None  # (heads,) of models that have attention sinks
+
+
 class Context(Protocol):
-    """What one forward pass of a model tells its attention layers."""
+    """The masks and the attention of one forward pass."""
 
     positions: Tensor
     """(n,) absolute positions of the new tokens."""
@@ -45,55 +73,29 @@ class Context(Protocol):
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """The additive mask of the layers with this mask function; None if none is needed.
 
-        Args:
-            function: of the layers.
-            dtype: of the mask.
-            window: the width of the window that the model gives for these layers, if it does.
+        `window` is the width of the window that the model gives for these layers, if it does.
         """
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """Attention of one layer.
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """(1, n, heads, head_dim) attention of one layer, contiguous.
 
-        Args:
-            module: the layer, for error messages.
-            query: (batch, heads, n, head_dim).
-            key: as the cache returned it.
-            value: as the cache returned it.
-            mask: what `mask` returned for the layer's mask function.
-            scale: factor on the scores.
-
-        Returns:
-            (batch, n, heads, head_dim), contiguous.
+        Raises:
+            UnsupportedModelError: the layer does not use the mask that `mask` returned.
         """
 
 
-@dataclass(frozen=True, eq=False)
-class _ForwardPass:
-    """One call of a model: its context, and the outputs of layers that are captured during it."""
-
-    context: Context
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-
-
-# A context variable has a value per thread, so that threads can share a model.
-_FORWARD_PASS: ContextVar[_ForwardPass] = ContextVar("forward_pass")
+# The context of a model's call, and the outputs of layers that are captured during it. A context
+# variable has a value per thread, so that threads can share a model.
+_FORWARD_PASS: ContextVar[tuple[Context, dict[int, Tensor]]] = ContextVar("forward_pass")
 
 
 @contextmanager
 def attention_context(context: Context) -> Iterator[dict[int, Tensor]]:
     """Use a context in the model calls inside; yields the outputs of captured layers, by index."""
-    forward_pass = _ForwardPass(context)
-    token = _FORWARD_PASS.set(forward_pass)
+    outputs: dict[int, Tensor] = {}
+    token = _FORWARD_PASS.set((context, outputs))
     try:
-        yield forward_pass.outputs
+        yield outputs
     finally:
         _FORWARD_PASS.reset(token)
 
@@ -106,15 +108,15 @@ def is_attending() -> bool:
 @torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
     """Keep a layer's output for the caller of the current forward pass."""
-    _FORWARD_PASS.get().outputs[layer_id] = output
+    _FORWARD_PASS.get()[1][layer_id] = output
 
 
 @torch.compiler.disable
 def attention_mask(
     *, mask_function: MaskFunction, dtype: torch.dtype, local_size: int | None = None, **_: Any
-) -> Any:
+) -> Tensor | None:
     """The mask that transformers passes to the layers with this mask function."""
-    return _FORWARD_PASS.get().context.mask(mask_function, dtype, local_size)
+    return _FORWARD_PASS.get()[0].mask(mask_function, dtype, local_size)
 
 
 @torch.compiler.disable
@@ -130,7 +132,7 @@ def attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What a model's attention layers call.
+    """The function that a model's attention layers call.
 
     Raises:
         UnsupportedModelError: the layer uses a variant of attention that is not implemented.
@@ -141,93 +143,144 @@ def attention(
             "backend does not support"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    context = _FORWARD_PASS.get().context
-    return context.attend(module, query, key, value, attention_mask, scale), None
+    inputs = AttentionInputs(module, query, key, value, attention_mask, scale)
+    return _FORWARD_PASS.get()[0].attend(inputs), None
 
 
-class BlockContext:
-    """Attention of a block of new tokens over the cache and the block itself.
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
 
-    Attributes:
-        masks: of the layers.
+
+def evaluate(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether query positions see key positions under a layer's mask function; both broadcast."""
+    zero = torch.zeros((), dtype=torch.long, device=queries.device)
+    return function(zero, zero, queries, keys)
+
+
+def is_window(function: MaskFunction, window: int | None) -> bool:
+    """Whether a layer's mask function is a causal window of `window` positions."""
+    if window is None:
+        return False
+    keys = torch.tensor([-window, 1 - window, 0, 1])
+    expected = torch.tensor([False, True, True, False])
+    query = torch.tensor([2 * window])
+    return not bool((evaluate(function, query, query + keys) != expected).any())
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for keys that are visible, -inf for the others."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+def group_mask(mask: Tensor, groups: int) -> Tensor:
+    """(..., n * groups, m) from an (..., n, m) mask: every row once for each head of a group.
+
+    Rows start at multiples of `ALIGNMENT` elements.
     """
+    *batch, n, m = mask.shape
+    padded = mask.new_zeros(*batch, n, groups, -(-m // ALIGNMENT) * ALIGNMENT)
+    padded[..., :m] = mask[..., None, :]
+    return padded.flatten(-3, -2)[..., :m]
+
+
+class GroupedMasks:
+    """The masks of one forward pass as `grouped_attention` takes them, made once for all layers."""
 
     def __init__(self) -> None:
-        """Start a forward pass."""
-        self.masks = GroupedMasks()
+        self._grouped: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    @property
-    def is_whole_text(self) -> bool:
-        """Whether the block is a whole text in order, for which kernels need no mask."""
-        return False
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """See `Context.attend`; key and value are (batch, kv_heads, m, head_dim).
-
-        Raises:
-            UnsupportedModelError: the layer attends without a mask where the block needs one.
-        """
-        n = query.shape[2]
-        causal = mask is None and n > 1
-        if causal and not self.is_whole_text:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} attends without a mask, so it cannot run a draft tree"
-            )
-        # With a mask, only the CPU's kernel shares keys between heads without copying them.
-        if causal or (n >= MANY_QUERIES and query.device.type == "cpu"):
-            out = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=causal,
-                scale=scale,
-                enable_gqa=True,
-            )
-            return out.transpose(1, 2).contiguous()
-        grouped = self.masks.get(mask, query.shape[1] // key.shape[1], query.device)
-        return grouped_attention(query, key, value, grouped, scale)
+    def get(self, mask: Tensor | None, groups: int, device: torch.device) -> Tensor | None:
+        """The result of `group_mask` on the device of a layer."""
+        if mask is None:
+            return None
+        key = id(mask), groups, device
+        if key not in self._grouped:  # holding the mask itself keeps its id from being reused
+            self._grouped[key] = mask, group_mask(mask.to(device), groups)
+        return self._grouped[key][1]
 
 
-class AttentionContext(BlockContext):
-    """A block after `committed` positions: the next tokens of a text, or a draft tree.
+def grouped_attention(
+    query: Tensor,  # (batch, heads, rows, head_dim), sequence by sequence
+    # Keys and values of each sequence, (batch, kv_heads, m, head_dim) each.
+    kv_caches: Sequence[tuple[Tensor, Tensor]],
+    # Of each sequence, as `group_mask` makes them; they broadcast over batch and kv_heads. None if
+    # every key is visible.
+    masks: Sequence[Tensor | None],
+    rows: Sequence[int],  # of each sequence
+    scale: float,  # factor on the scores
+) -> Tensor:
+    """Grouped-query attention of one or more sequences, without repeated keys.
 
-    Attributes:
-        committed: positions before the block.
-        positions: (n,) absolute positions of the block's tokens.
-        ancestors: (n, n) bool, which of the block's tokens each token sees, if the layer's mask
-            function allows it; None for consecutive tokens.
+    The heads of a group become further queries, next to each other, so that the queries of a
+    sequence are a slice, which costs nothing.
+
+    Returns:
+        (batch, rows, heads, head_dim), contiguous.
     """
+    kv_heads, head_dim = kv_caches[0][0].shape[1::2]
+    groups = query.shape[1] // kv_heads
+    queries = query.unflatten(1, (kv_heads, groups)).transpose(2, 3).flatten(2, 3)
+    parts = zip(queries.split([n * groups for n in rows], 2), kv_caches, masks, rows, strict=True)
+    on_cuda = query.device.type == "cuda" and head_dim % ALIGNMENT == 0
+    outputs = []
+    for q, (k, v), mask, n in parts:
+        if on_cuda and (mask is not None or n == 1):
+            # cuDNN's attention builds a plan for every new number of keys: each step has a new one.
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+            bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+            outputs.append(kernel(q, k, v, bias, False, scale=scale)[0])
+        else:
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
+    return output.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3).contiguous()
 
-    def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
-        """Describe one forward pass."""
-        super().__init__()
-        self.committed = committed
-        self.positions = positions
+
+class AttentionContext:
+    """A block after `committed` positions: the next tokens of a sequence, or a draft tree."""
+
+    def __init__(
+        self,
+        committed: int,
+        positions: Tensor,
+        ancestors: Tensor | None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.committed = committed  # positions before the block
+        self.positions = positions  # (n,) absolute positions of the block's tokens
+        # (n, n) bool, which of the block's tokens each token sees, if the layer's mask function
+        # allows it; None for consecutive tokens.
         self.ancestors = ancestors
+        self.kernels = kernels  # for consecutive tokens; None attends with a mask
+        self.masks = GroupedMasks()  # of the layers
+        self._windows: dict[int, tuple[Tensor, int | None]] = {}
 
     @classmethod
-    def whole_text(cls, length: int, device: torch.device) -> AttentionContext:
-        """The context of a text that is run from its beginning."""
+    def whole_sequence(cls, length: int, device: torch.device) -> AttentionContext:
         return cls(0, torch.arange(length, device=device), None)
 
     @property
-    def is_whole_text(self) -> bool:
-        """See `BlockContext.is_whole_text`."""
+    def is_whole_sequence(self) -> bool:
+        """Whether the block is a whole sequence in order, for which kernels need no mask."""
         return self.ancestors is None and self.committed == 0
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the block is a part of a prompt for which there are kernels."""
+        return self.kernels is not None and self.ancestors is None
+
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """(1, 1, n, committed + n) additive; None if each token sees everything before it."""
+        """(1, 1, n, committed + n) additive; None if each token sees everything before it.
+
+        For the kernels a tensor that stands for the layers' window.
+        """
         is_causal = function is causal_mask_function
-        if is_causal and (len(self.positions) == 1 or self.is_whole_text):
+        if self.has_kernel and (is_causal or is_window(function, window)):
+            placeholder = self.positions.new_empty(1, 1, 1, 1)
+            self._windows[id(placeholder)] = placeholder, None if is_causal else window
+            return placeholder
+        if is_causal and (len(self.positions) == 1 or self.is_whole_sequence):
             return None
         n, device = len(self.positions), self.positions.device
         keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
@@ -237,18 +290,131 @@ class AttentionContext(BlockContext):
             visible[:, self.committed :] &= self.ancestors
         return additive_mask(visible, dtype)[None, None]
 
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend with a mask; key and value cover the committed positions and the block.
 
-def evaluate(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
-    """Whether query positions see key positions under a layer's mask function; both broadcast."""
-    zero = torch.zeros((), dtype=torch.long, device=queries.device)
-    return function(zero, zero, queries, keys)
+        Raises:
+            UnsupportedModelError: the layer attends without a mask where the block needs one.
+        """
+        query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+        n, scale = query.shape[2], inputs.scale
+        if self.kernels is not None and id(mask) in self._windows:
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            return self.kernels.causal(q, k, v, self._windows[id(mask)][1], scale)[None]
+        causal = mask is None and n > 1
+        if causal and not self.is_whole_sequence:
+            raise UnsupportedModelError(
+                f"{type(inputs.module).__name__} attends without a mask, so it cannot run a draft "
+                "tree"
+            )
+        # With a mask, only the CPU's kernel shares keys between heads without copying them.
+        if causal or (n >= MANY_QUERIES and query.device.type == "cpu"):
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+            )
+            return output.transpose(1, 2).contiguous()
+        grouped = self.masks.get(mask, query.shape[1] // key.shape[1], query.device)
+        return grouped_attention(query, [(key, value)], [grouped], [n], scale)
 
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 for keys that are visible, -inf for the others."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf"))
+class PackedContext:
+    """`Context` of several sequences."""
+
+    def __init__(self, sequences: Sequence[AttentionContext], cache: TreeCache) -> None:
+        self.sequences = sequences  # the context of each sequence, in the order of their rows
+        self.cache = cache  # of the same sequences
+        self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
+        self.rows = list(cache.rows)  # of each sequence
+        # Whether each sequence attends in its own way, as long parts of prompts do.
+        self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
+            sequence.has_kernel or (sequence.is_whole_sequence and n > 1)
+            for sequence, n in zip(sequences, self.rows, strict=True)
+        )
+        self.masks = GroupedMasks()  # of the layers
+        self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
+
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
+        """A tensor that stands for the masks of all sequences."""
+        placeholder = self.positions.new_zeros(1, 1, 1, 1)
+        masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
+        self._sequence_masks[id(placeholder)] = placeholder, masks
+        return placeholder
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend sequence by sequence; key and value cover the new rows alone."""
+        if id(inputs.mask) not in self._sequence_masks:
+            raise UnsupportedModelError(
+                f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
+                "sequences at once"
+            )
+        query, kv_caches = inputs.query, self.cache.visible_columns()
+        masks = self._sequence_masks[id(inputs.mask)][1]
+        if not self.one_by_one:
+            groups = query.shape[1] // inputs.key.shape[1]
+            grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
+            return grouped_attention(query, kv_caches, grouped, self.rows, inputs.scale)
+        parts = zip(self.sequences, query.split(self.rows, 2), kv_caches, masks, strict=True)
+        outputs = [
+            sequence.attend(replace(inputs, query=q, key=k, value=v, mask=mask))
+            for sequence, q, (k, v), mask in parts
+        ]
+        return torch.cat(outputs, 1)
 
 
-AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
+class TreeContext:
+    """`Context` of t trees of n nodes, in the columns after the sequences that they continue."""
+
+    def __init__(
+        self,
+        operations: Operations,  # for attention
+        cache: SlabCache,  # of the sequences
+        keys: VisibleKeys,  # of the nodes, in layers that attend to all positions
+        positions: Tensor,  # (t * n,) of the nodes
+        max_length: int,  # a bound on the committed positions
+    ) -> None:
+        self.operations = operations
+        self.cache = cache
+        self.positions = positions
+        self.max_length = max_length
+        self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
+        self._keys[None, positions.device] = keys
+        self._windows: dict[int, tuple[Tensor, int | None]] = {}
+
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
+        """A tensor that stands for the layers' window.
+
+        Raises:
+            UnsupportedModelError: a mask function is neither causal nor a window.
+        """
+        is_causal = function is causal_mask_function
+        if not is_causal and not is_window(function, window):
+            raise UnsupportedModelError("a layer's mask is neither causal nor a sliding window")
+        placeholder = self.positions.new_empty(1, 1, 1, 1)
+        self._windows[id(placeholder)] = placeholder, None if is_causal else window
+        return placeholder
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend to the columns of the cache, which has the nodes' keys and values."""
+        if id(inputs.mask) not in self._windows:
+            raise UnsupportedModelError(f"{type(inputs.module).__name__} changes its mask")
+        window = self._windows[id(inputs.mask)][1]
+        output = self.operations.tree_attention(
+            inputs.query[0].transpose(0, 1),
+            *self.cache.stored_columns(),
+            self._visible(window, inputs.query.device),
+            max_length=self.max_length,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            sinks=inputs.sinks,
+        )
+        return output[None]
+
+    def _visible(self, window: int | None, device: torch.device) -> VisibleKeys:
+        """The keys that nodes see in layers with a window, on the device of a layer."""
+        if (window, device) not in self._keys:
+            keys = self._keys[None, self.positions.device]
+            keys = keys if window is None else keys.within(window)
+            values = (getattr(keys, field.name) for field in fields(keys))
+            moved: Any = [x if x is None else x.to(device) for x in values]
+            self._keys[window, device] = VisibleKeys(*moved)
+        return self._keys[window, device]

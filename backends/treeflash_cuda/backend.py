@@ -3,92 +3,84 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.probe import check_trees
-from treeflash.decoding.snapshots import MOST
-from treeflash.drafter_config import DrafterConfig
+from treeflash.decoding.backend_base import BaseBackend, load_pair
 from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
 from treeflash.errors import BackendError, ConfigError
-from treeflash_cuda.arena import Arena
-from treeflash_cuda.attention_kernels import flash_kernels
+from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
-from treeflash_cuda.drafter_model import DrafterModel, Rotary
-from treeflash_cuda.head import ARHead
-from treeflash_cuda.head_weights import make_module
+from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
+from treeflash_cuda.fused_layers import fuse_layers
+from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
+from treeflash_cuda.kernels import flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
-from treeflash_cuda.output_stage import OwnVocabulary
-from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow
-from treeflash_cuda.ranks import ranks
-from treeflash_cuda.recurrent import RecurrentHead
+from treeflash_cuda.operations import Operations, Shapes, load_operations
+from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
+from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.verifier import Verifier
 
-Head: TypeAlias = ARHead | RecurrentHead
+Model: TypeAlias = DrafterModel | RowModel
+Head: TypeAlias = ARHead | RecurrentHead | RowHead
 
 
-SLABS = 64
-"""On a GPU, this fraction of its memory is allocated for keys and values at once."""
-
-
-class CudaBackend:
-    """`treeflash.decoding.interfaces.Backend` in PyTorch."""
+class CudaBackend(BaseBackend):
+    """`treeflash.decoding.interfaces.Backend` in PyTorch; see `LoadConfig.draft_window`."""
 
     name = "cuda"
 
     def __init__(
         self,
         target: Target,
-        drafter: DrafterModel | None,
+        drafter_model: Model | None,
         head: Head | None,
         *,
         draft_window: int | None = None,
     ) -> None:
-        """Hold a target, and a drafter for it; see `LoadConfig.draft_window`."""
-        self.target = target
-        self.drafter_model = drafter
-        self.drafter_arena = Arena(len(drafter.layers)) if drafter else None
-        self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter)
+        super().__init__(target, drafter_model, head)
+        self.drafter_arena = new_drafter_arena(drafter_model, target) if drafter_model else None
+        self.drafter: Drafter | RowDrafter | None = None
+        if isinstance(drafter_model, RowModel):
+            self.drafter = RowDrafter(drafter_model, target)
+        elif drafter_model is not None:
+            self.drafter = Drafter(drafter_model, target, draft_window)
+        if target.device.type == "cuda":
+            reserve_memory(target, self.drafter_arena)
+        self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
-        self.drafter = Drafter(drafter, target, draft_window) if drafter else None
-        self.head = head
         self.device = str(target.device)
         self.device_name = device_name(target.device)
-        self.dtype = str(target.dtype).removeprefix("torch.")
-        self.vocab_size = target.vocab_size
-        self.max_positions = target.max_positions
-        self.drafter_config: DrafterConfig | None = drafter.config if drafter else None
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far; the time of an iteration that captures one is no measurement."""
+        return self.target.graphs.captures
 
     def open(self, capacity: int, *, drafts: bool) -> State:
-        """See `Backend.open`."""
         config = self.drafter_config if drafts else None
         arena = self.drafter_arena if drafts else None
-        block = config.block_size if config else 0
-        return self.state_class(self.target.arena, arena, capacity, block, self.target.transposed)
-
-    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
-        """See `Backend.state_nbytes`."""
-        nbytes = self.target.arena.nbytes(capacity)
-        nbytes += (1 + MOST) * self.target.states_nbytes
-        if drafts and (config := self.drafter_config):
-            heads = config.num_hidden_layers * config.num_key_value_heads
-            column = 2 * heads * config.head_dim * self.target.dtype.itemsize
-            nbytes += (capacity + config.block_size) * column
-        return nbytes
+        block = config.scratch_rows if config else 0
+        recurrent = self.target.new_recurrent_states()
+        return self.state_class(self.target.arena, arena, capacity, block, recurrent)
 
     def memory_bytes(self) -> int:
-        """See `Backend.memory_bytes`."""
         if self.target.device.type == "cuda":
             parts = {part for part, _ in self.target.spans or [(self.target.device, 0)]}
             return sum(torch.cuda.max_memory_allocated(part) for part in parts)
@@ -98,12 +90,31 @@ class CudaBackend:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def new_drafter_arena(model: Model, target: Target) -> Arena:
+    """An arena for the keys and values of a drafter."""
+    make = RowArena if isinstance(model, RowModel) else Arena
+    config, arena = model.config, make(len(model.layers))
+    shape = 1, config.num_key_value_heads, 0, config.head_dim
+    arena.set_shape(torch.empty(shape, dtype=target.dtype, device=target.device))
+    return arena
+
+
+def reserve_memory(target: Target, drafter: Arena | None) -> None:
+    """Let each arena allocate its part of the GPU's memory at once: columns for equal positions."""
+    devices = [device for device, _ in target.spans or [(target.device, 0)]]
+    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    arenas = [target.arena, drafter] if drafter is not None else [target.arena]
+    column_nbytes = sum(arena.column_nbytes for arena in arenas)
+    for arena in arenas:
+        share = arena.column_nbytes / max(column_nbytes, 1)
+        arena.reserved_nbytes = int(FREE_MEMORY_SHARE * free * share)
+
+
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
-    """See `Loader`."""
-    if config.draft_bits:
-        raise ConfigError("the cuda backend does not quantise drafters; leave --draft-bits out")
-    split = ranks() > 1
-    model = load_target(target, config, pack=not config.compile and not split, split=split)
+    check_config(config)
+    processes = process_count()
+    split = processes > 1
+    model = load_target(target, config, pack=not config.compile and not split, processes=processes)
     if split:
         if dist.get_rank() > 0:
             follow(model)
@@ -114,45 +125,90 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             layer.compile()
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and not split and config.device_map is None
-    if model.graphs.enabled and config.kv_bits is None and model.device.type == "cuda":
-        # Graphs are bound to allocations: a large one serves many texts. Of one in 8 bits every
-        # pass would convert all columns.
-        memory = torch.cuda.get_device_properties(model.device).total_memory
-        model.arena.least_nbytes = memory // SLABS
-    if model.transposed is not None and model.device.type == "cuda":
+    if model.is_hybrid and model.device.type == "cuda":
         warnings.warn("models with recurrent layers run without CUDA graphs", stacklevel=2)
-    if drafter is None:
-        return CudaBackend(model, None, None)
-    drafter_model, head = load_drafter(drafter, model)
-    fuse_linears(drafter_model, IN_DRAFTER)
-    pack_linears(drafter_model)
-    if head is not None:
-        pack_linears(head.module)
-    model.capture(drafter_model.config.target_layer_ids)
-    backend = CudaBackend(model, drafter_model, head, draft_window=config.draft_window)
-    check_trees(backend)
-    if model.device.type == "cuda":
+
+    def load_packed_drafter(folder: Path) -> tuple[Model, Head | None]:
+        if (rows := load_row_head(folder, model)) is not None:
+            refuse_window(config)
+            model.capture(rows.config.target_layer_ids)
+            return rows, RowHead(rows, model)
+        drafter_model, head = load_drafter(folder, model)
+        fuse_linears(drafter_model, IN_DRAFTER)
+        pack_linears(drafter_model)
+        if head is not None:
+            pack_linears(head.module)
+        model.capture(drafter_model.config.target_layer_ids)
+        return drafter_model, head
+
+    make_backend = functools.partial(CudaBackend, model, draft_window=config.draft_window)
+    backend = load_pair(make_backend, drafter, load_packed_drafter)
+    if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
     return backend
 
 
-def load_target(folder: Path, config: LoadConfig, *, pack: bool, split: bool = False) -> Target:
-    """A target that runs draft trees; see `Target`, `Target.prepare`. Raises what `Loader` does."""
+def check_config(config: LoadConfig) -> None:
+    """Raise a ConfigError for numbers of bits that this backend lacks."""
+    if config.draft_bits:
+        raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
+    if config.kv_bits not in (None, KV_BITS):
+        raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
+
+
+def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
+    """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if device.type == "cuda":
+        # Products that are split would otherwise add their parts in half precision.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    if config.device_map is not None and (split or config.device is not None):
-        raise ConfigError("--device-map chooses the devices of one process; leave --device out")
-    model = Target(folder, device, dtype, split=split, device_map=config.device_map)
-    model.prepare(pack=pack, kv_bits=config.kv_bits)
+    kv_bits, device_map = config.kv_bits, config.device_map
+    if device_map is not None and processes > 1:
+        raise ConfigError("device_map does not work under torchrun; remove one of them")
+    if device_map is not None and config.device is not None:
+        raise ConfigError("device_map chooses the devices itself; remove device")
+    model = Target(
+        folder,
+        device,
+        dtype,
+        pack=pack,
+        kv_bits=kv_bits,
+        processes=processes,
+        device_map=device_map,
+        adapter=Path(config.adapter) if config.adapter else None,
+    )
+    model.operations = load_target_operations(model)
+    if pack and model.operations is not None:
+        fuse_layers(model.model, model.operations)
     for part, _ in model.spans or [(device, len(model.layers))]:
         model.kernels, reason = flash_kernels(part, model.dtype, model.config)
         if model.kernels is None:
             break
     if reason:
-        warnings.warn(f"attention over long texts will be slow: {reason}", stacklevel=2)
+        warnings.warn(f"prompts will be slow: {reason}", stacklevel=2)
     return model
+
+
+def load_target_operations(target: Target) -> Operations | None:
+    """The operations of the target and its drafter on a GPU; None on a CPU, which uses masks."""
+    if target.device.type != "cuda":
+        return None
+    config = target.config
+    heads, hidden_size = config.num_attention_heads, config.hidden_size
+    shapes = Shapes(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
+        hidden_size=hidden_size,
+    )
+    operations = load_operations(shapes, target.device, target.dtype)
+    for line in operations.fallbacks:
+        warnings.warn(line, stacklevel=2)
+    return operations
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -170,9 +226,9 @@ def choose_device(name: str | None) -> torch.device:
     if device.type != "cuda":
         raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
     if not torch.cuda.is_available():
-        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
-    own = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
-    index = own if device.index is None else device.index
+        raise BackendError("no CUDA device is available; use device cpu to run on the CPU")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
+    index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise BackendError(
             f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
@@ -187,27 +243,48 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | None]:
-    """Read a drafter and check that it belongs to the target."""
-    tensors = load_tensors(
+def load_row_head(folder: Path, target: Target) -> RowModel | None:
+    """Read the row head of a folder; None if it has none. See `load_row_tensors`."""
+    if (row_format := find_row_format(folder)) is None:
+        return None
+    vocab_size, hidden_size = target.embeddings.shape
+    tensors = load_row_tensors(
         folder,
-        load_file,
-        hidden_size=target.embeddings.shape[1],
-        vocab_size=target.vocab_size,
+        row_format,
+        read_tensors,
+        lambda parts: torch.stack(list(parts)),
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),
     )
+    return RowModel.from_tensors(tensors, target)
+
+
+def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Some tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | None]:
+    """Read a drafter and check that it belongs to the target."""
+    (vocab_size, hidden_size), layers = target.embeddings.shape, len(target.layers)
+    tensors = load_tensors(
+        folder, load_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
+    )
     config = tensors.config
+    own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
     with torch.device("meta"):  # no memory for weights that are replaced
-        model = DrafterModel(config)
+        model = DrafterModel(config, own)
     model.load_state_dict(tensors.backbone, assign=True)
     model.rotary = Rotary(config)
     model = model.to(target.device, target.dtype).eval()
-    model.own = OwnVocabulary(tensors.vocabulary, target)
     if config.head is None:
         return model, None
     with torch.device("meta"):
-        module = make_module(config, tensors.head_size, target.vocab_size)
+        module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
-    module = module.to(target.device)
-    kind = RecurrentHead if config.head_state_size else ARHead
-    return model, kind(module.to(target.dtype).eval(), model, target)
+    module = module.to(target.device, target.dtype).eval()
+    if isinstance(module, RecurrentCell):
+        return model, RecurrentHead(module, model, target)
+    return model, ARHead(module, model, target)

@@ -1,8 +1,14 @@
-"""Keys and values of texts in their regions of an arena, committed in place."""
+"""The KV caches of sequences: regions of an arena, committed in place.
+
+Keys and values may be stored in 8 bits. Everything that moves columns (commits, forks, batches)
+moves bytes and does not depend on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,60 +17,231 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
-from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.arena import Arena, Region, Slab
+from treeflash.errors import ConfigError, UnsupportedModelError
 
+KV_BITS = 8
+MAX_INT8 = 127
+SCALE_BYTES = 4
+"""A float32, which must begin at a multiple of its size: so must the head's width."""
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device without waiting for the copy."""
-    host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+SLAB_BYTES = 64 << 20
+"""The least that is allocated at once, so that short sequences share an allocation."""
 
-
-def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """int32 tensors of several arrays, in one copy."""
-    if not arrays:
-        return []
-    flat = np.concatenate([np.asarray(array, np.int32).ravel() for array in arrays])
-    parts = upload(flat, device).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
+FREE_MEMORY_SHARE = 0.5
+"""Share of a GPU's memory, as it is free after loading, that is allocated at once for keys and
+values, so that all sequences lie in one allocation. The rest is for activations and graphs."""
 
 DIFFERENT_SHAPES = (
     "their layers have keys and values of different shapes, which the cuda backend's cache does "
     "not support"
 )
 
+Span: TypeAlias = tuple[torch.device, int]
+"""A device, and its number of consecutive layers."""
+
 Columns: TypeAlias = list[tuple[Tensor, Tensor]]
 """Views of some columns of every layer, (1, kv_heads, n, width) keys and values each."""
 
 
-class KeyValues:
-    """Keys and values of all layers of one text: committed positions, then one block.
+def quantise(x: Tensor) -> Tensor:
+    """(..., head_dim + 4) int8 from (..., head_dim) keys or values."""
+    least = torch.finfo(x.dtype).tiny
+    scale = (x.abs().amax(-1, keepdim=True) / MAX_INT8).clamp(min=least).float()
+    numbers = (x.float() / scale).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
+    return torch.cat([numbers, scale.view(torch.int8)], -1)
 
-    Attributes:
-        arena: gives the region.
-        capacity: columns.
-        region: None before the first block, and after the text is closed.
-        length: committed positions.
-    """
 
-    def __init__(self, arena: Arena, capacity: int) -> None:
-        """Start empty; the region is taken with the first block."""
-        self.arena = arena
-        self.capacity = capacity
-        self.region: Region | None = None
-        self.length = 0
+def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., head_dim) keys or values of a dtype, from the result of `quantise`."""
+    numbers, scale = x.split([x.shape[-1] - SCALE_BYTES, SCALE_BYTES], -1)
+    # One kernel reads bytes and writes floats.
+    return numbers * scale.view(torch.float32).to(dtype)
+
+
+def check_quantisation(like: Region | None, family: str) -> None:
+    """Raise a ConfigError if keys and values like these cannot be stored in `KV_BITS` bits."""
+    if like is not None and (width := like.parts[0].shape[4]) % SCALE_BYTES:
+        raise ConfigError(
+            f"kv_bits needs attention heads whose width is a multiple of {SCALE_BYTES}, but "
+            f"{family} has heads of width {width}; remove kv_bits"
+        )
+
+
+class KVStorage:
+    """Keys and values of all layers."""
+
+    # (layers, 2, kv_heads, columns, head_dim) each, or `quantise`'s width; one for each device that
+    # has layers, in the order of the layers.
+    parts: Sequence[Tensor]
+
+    def gather(self, columns: Tensor) -> list[Tensor]:
+        """A copy of n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
+        return [x.index_select(3, columns.to(x.device)) for x in self.parts]
+
+    def write(self, columns: Tensor, copies: Sequence[Tensor]) -> None:
+        """Write what `gather` copied to n columns."""
+        for part, copy in zip(self.parts, copies, strict=True):
+            part.index_copy_(3, columns.to(part.device), copy)
+
+    @property
+    def storage(self) -> Tensor:
+        """The only part of a model on one device."""
+        (part,) = self.parts
+        return part
+
+    def layer(self, n: int) -> Tensor:
+        """(2, kv_heads, columns, head_dim) of a layer."""
+        for part in self.parts:
+            if n < len(part):
+                return part[n]
+            n -= len(part)
+        raise IndexError("there is no such layer")
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0].shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(eq=False)
+class Region(KVStorage):
+    """The columns of one sequence."""
+
+    parts: Sequence[Tensor]
+    slab: Slab  # the allocation that contains the columns
+    first: int  # the first of the columns in the slab
+
+
+class Slab(KVStorage):
+    """One allocation on each device."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+        self.free = [(0, self.columns)]  # first column and size of every gap, ascending
+
+    @property
+    def is_free(self) -> bool:
+        return self.free == [(0, self.columns)]
+
+    def take(self, capacity: int) -> Region | None:
+        """A region in the first gap that is large enough."""
+        for i, (first, size) in enumerate(self.free):
+            if size >= capacity:
+                rest = [(first + capacity, size - capacity)] if size > capacity else []
+                self.free[i : i + 1] = rest
+                return Region([x.narrow(3, first, capacity) for x in self.parts], self, first)
+        return None
+
+    def give_back(self, region: Region) -> None:
+        gaps: list[tuple[int, int]] = []
+        for first, size in sorted([*self.free, (region.first, region.columns)]):
+            if gaps and sum(gaps[-1]) == first:
+                gaps[-1] = gaps[-1][0], gaps[-1][1] + size
+            else:
+                gaps.append((first, size))
+        self.free = gaps
+
+
+class Arena:
+    """Hands out regions. The first keys that are stored fix their shape."""
+
+    def __init__(
+        self,
+        layers: int,
+        column_nbytes: int = 0,
+        dtype: torch.dtype | None = None,
+        spans: Sequence[Span] | None = None,
+    ) -> None:
+        self.layers = layers  # of the model
+        self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
+        self.dtype = dtype  # of keys and values in 8 bits; None stores them unquantised
+        self.spans = spans  # devices and their numbers of layers; None for one device
+        # Keys as they are stored, (1, kv_heads, any, width); None as long as they are unknown.
+        self.like: Tensor | None = None
+        # Bytes of the first slab, which is then kept for ever; None allocates `SLAB_BYTES`.
+        self.reserved_nbytes: int | None = None
+        self.lock = Lock()
+        self.slabs: list[Slab] = []
+
+    def resized(self, layers: int, like: Region | None, dtype: torch.dtype | None) -> Arena:
+        """An empty arena for `layers` layers with keys shaped like `like`; see `Arena.dtype`."""
+        if like is None:
+            return Arena(layers)
+        keys = like.parts[0][0, :1]
+        arena = Arena(layers, dtype=dtype, spans=self.spans)
+        arena.set_shape(arena.encode(keys[:, :, :1]))
+        return arena
+
+    def set_shape(self, like: Tensor) -> None:
+        """Fix the shape of stored keys, (1, kv_heads, n, width)."""
+        _, heads, _, width = like.shape
+        self.like = like.new_empty(1, heads, 0, width)
+        self.column_nbytes = 2 * self.layers * heads * width * like.element_size()
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """The empty cache of a sequence."""
+        return KVCache(self, capacity)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Keys or values in the format in which they are stored."""
+        return x if self.dtype is None else quantise(x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Keys or values from the format in which they are stored."""
+        return x if self.dtype is None else dequantise(x, self.dtype)
+
+    def take(self, capacity: int, like: Tensor) -> Region:
+        """A region of `capacity` columns for stored keys like these (1, kv_heads, n, width)."""
+        with self.lock:
+            self.set_shape(like)
+            for slab in self.slabs:
+                if region := slab.take(capacity):
+                    return region
+            reserved = None if self.slabs else self.reserved_nbytes
+            least = SLAB_BYTES if reserved is None else reserved
+            columns = max(capacity, least // self.column_nbytes)
+            shape = 2, like.shape[1], columns, like.shape[3]
+            spans = self.spans or [(like.device, self.layers)]
+            with torch.inference_mode():
+                parts = [torch.empty((n, *shape), dtype=like.dtype, device=x) for x, n in spans]
+            self.slabs.append(Slab(parts))
+            region = self.slabs[-1].take(capacity)
+            assert region is not None
+            return region
+
+    def give_back(self, region: Region) -> None:
+        """Take a region back; of the slabs that are free afterwards one is kept.
+
+        That is the reserved one, or the smallest one.
+        """
+        with self.lock:
+            region.slab.give_back(region)
+            free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
+            if self.reserved_nbytes is not None:
+                free = [self.slabs[0], *(slab for slab in free if slab is not self.slabs[0])]
+            for slab in free[1:]:
+                self.slabs.remove(slab)
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Keys and values of all layers of one sequence: committed positions, then one block."""
+
+    arena: Arena  # gives the region
+    capacity: int  # columns
+    region: Region | None = None  # None before the first block, and after the sequence is closed
+    length: int = 0  # committed positions
 
     @property
     def taken(self) -> Region:
-        """Its region."""
         assert self.region is not None
         return self.region
 
     @property
     def nbytes(self) -> int:
-        """Device memory that it holds, bytes."""
         return 0 if self.region is None else self.region.nbytes
 
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
@@ -74,123 +251,112 @@ class KeyValues:
             UnsupportedModelError: the layers' keys and values differ in shape.
         """
         end = first + k.shape[2]
-        k, v = self.arena.stored(k), self.arena.stored(v)
-        for kept, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
-            kept[:, first:end] = x
+        k, v = self.arena.encode(k), self.arena.encode(v)
+        for storage, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
+            storage[:, first:end] = x
+
+    def allocate(self) -> Region:
+        """The region, in an arena whose shape is known."""
+        if self.region is None:
+            assert self.arena.like is not None
+            self.region = self.arena.take(self.capacity, self.arena.like)
+        return self.region
 
     def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
-        """The region, which can hold such stored keys and values in its columns before `end`.
+        """The region, which can hold stored keys and values like `k` and `v` before column `end`.
 
-        Raises what `write` does.
+        Raises:
+            UnsupportedModelError: the layers' keys and values differ in shape.
         """
         if self.region is None:
             self.region = self.arena.take(self.capacity, k)
         region = self.region
         if k.shape != v.shape or k.shape[1::2] != region.parts[0].shape[2::2]:
             raise UnsupportedModelError(DIFFERENT_SHAPES)
-        assert end <= region.columns, "the text has outgrown its capacity"
+        assert end <= region.columns, "the sequence has outgrown its capacity"
         return region
 
-    def until(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """The first columns of a layer, (1, kv_heads, end, head_dim) each: views if they can be."""
+    def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """The columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
+
+        They are views unless they are stored in 8 bits.
+        """
         k, v = self.taken.layer(layer)[:, None, :, :end]
-        return self.arena.read(k), self.arena.read(v)
+        return self.arena.decode(k), self.arena.decode(v)
 
     def columns(self, first: int, end: int) -> Columns:
-        """Views of the columns from `first` to `end` as they are stored, made at once."""
+        """Views of the stored columns from `first` to `end`, made for all layers at once."""
         parts = [x[:, :, None, :, first:end].flatten(0, 1).unbind(0) for x in self.taken.parts]
         views = [view for part in parts for view in part]
         return list(zip(views[::2], views[1::2], strict=True))
 
-    def gather(self, columns: Tensor) -> list[Tensor]:
-        """A copy of n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
-        return [x.index_select(3, columns.to(x.device)) for x in self.taken.parts]
+    def commit(self, count: int) -> None:
+        """Commit the first `count` rows of the block."""
+        self.length += count
 
-    def commit(self, count: int, kept: Sequence[Tensor] | None = None) -> None:
-        """Keep so many rows of the block: the first ones, or others that `gather` copied."""
-        first, end = self.length, self.length + count
-        if kept is not None:
-            for part, rows in zip(self.taken.parts, kept, strict=True):
-                part[:, :, :, first:end] = rows
-        self.length = end
-
-    def copy_from(self, other: KeyValues, length: int) -> None:
-        """Take over the first committed positions of another text, as many as it has."""
+    def copy_from(self, other: KVCache, length: int) -> None:
+        """Copy the committed positions of another sequence, at most `length`."""
         length = min(length, other.length)
         if length:
             parts = other.taken.parts
             self.region = self.arena.take(self.capacity, parts[0][0, :1])
-            for part, theirs in zip(self.region.parts, parts, strict=True):
-                part[:, :, :, :length] = theirs[:, :, :, :length]
+            for storage, part in zip(self.region.parts, parts, strict=True):
+                storage[:, :, :, :length] = part[:, :, :, :length]
         self.length = length
 
+    def truncate(self, length: int) -> None:
+        self.length = min(self.length, length)
+
     def read(self) -> NDArray[np.float32]:
-        """The committed part, (layers, 2, kv_heads, length, head_dim)."""
-        parts = [self.arena.read(x[:, :, :, : self.length]) for x in self.taken.parts]
+        """(layers, 2, kv_heads, length, head_dim) of the committed positions."""
+        parts = [self.arena.decode(x[:, :, :, : self.length]) for x in self.taken.parts]
         return np.concatenate([part.float().cpu().numpy() for part in parts])
 
     def close(self) -> None:
-        """Give the region back."""
         if self.region is not None:
             self.arena.give_back(self.region)
         self.region, self.length = None, 0
 
 
-Segment: TypeAlias = tuple[KeyValues, int, int]
-"""Rows of a text that follow one another: the text, their first column, and how many they are."""
+Segment: TypeAlias = tuple[KVCache, int, int]
+"""Consecutive rows of a sequence: its cache, the first column, and the number of rows."""
 
 
 class PackedRows:
-    """Where the rows of several texts are stored: one copy writes all texts of a slab.
-
-    Attributes:
-        slabs: each with the rows that belong to it, None for all of them, and their columns.
-    """
+    """The columns of the rows of several sequences: one copy writes all sequences of a slab."""
 
     def __init__(self, segments: Sequence[Segment], keys: Tensor) -> None:
-        """Reserve the rows' columns.
-
-        Args:
-            segments: that follow one another.
-            keys: (1, kv_heads, rows, width) of a layer, as they are stored.
-        """
+        """Reserve the columns for stored (1, kv_heads, rows, width) keys of a layer."""
         parts: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
         row = 0
-        for text, first, n in segments:
-            text.reserve(keys, keys, first + n)
-            assert text.region is not None
-            starts = row, text.region.first + first
+        for sequence, first, n in segments:
+            region = sequence.reserve(keys, keys, first + n)
+            starts = row, region.first + first
             rows, columns = (torch.arange(i, i + n, device=keys.device) for i in starts)
-            parts.setdefault(text.region.slab, []).append((rows, columns))
+            parts.setdefault(region.slab, []).append((rows, columns))
             row += n
+        # Each with the indices of its rows, None for all of them, and their columns.
         self.slabs: list[tuple[Slab, Tensor | None, Tensor]] = []
         for slab, pairs in parts.items():
             rows, columns = (torch.cat(x) for x in zip(*pairs, strict=True))
             self.slabs.append((slab, rows if len(parts) > 1 else None, columns))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values of all rows, (1, kv_heads, rows, width) each, as stored."""
+        """Write the stored keys and values of all rows, (1, kv_heads, rows, width) each."""
         for slab, rows, columns in self.slabs:
-            for kept, x in zip(slab.layer(layer), (k[0], v[0]), strict=True):
-                own = x if rows is None else x.index_select(1, rows.to(x.device))
-                kept.index_copy_(1, columns.to(x.device), own)
+            for storage, x in zip(slab.layer(layer), (k[0], v[0]), strict=True):
+                selected = x if rows is None else x.index_select(1, rows.to(x.device))
+                storage.index_copy_(1, columns.to(x.device), selected)
 
 
 class TreeCache(Cache):
-    """The caches of the texts of one forward pass, as transformers' models see them.
+    """The caches of the sequences of one forward pass, as transformers' models see them."""
 
-    Attributes:
-        texts: in the order of their rows.
-        rows: how many rows each has.
-        layer: that was updated last.
-    """
-
-    def __init__(self, texts: Sequence[KeyValues], rows: Sequence[int]) -> None:
-        """Describe one forward pass."""
+    def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
         super().__init__(layers=[])
-        self.texts = texts
-        self.rows = rows
-        self.layer = 0
+        self.sequences = sequences  # in the order of their rows
+        self.rows = rows  # number of rows of each sequence
+        self.layer = 0  # the one that was updated last
         self._packed: PackedRows | None = None
         self._new: Columns = []
         self._views: list[Columns] = []
@@ -199,48 +365,72 @@ class TreeCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by a layer with the keys and values of all rows.
+        """Store the keys and values of all rows; layers call it.
 
-        Returns:
-            For one text, views of its columns. For several the arguments: `PackedContext` reads
-            each text's own columns.
+        Returns views of the columns of a single sequence. For several sequences it returns its
+        arguments: `PackedContext` reads the columns of each.
         """
         self.layer = layer_idx
-        keys, values = map(self.texts[0].arena.stored, (key_states, value_states))
-        if len(self.texts) > 1:
+        keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
+        if len(self.sequences) > 1:
             if self._packed is None:
-                parts = list(zip(self.texts, self.rows, strict=True))
+                parts = list(zip(self.sequences, self.rows, strict=True))
                 self._packed = PackedRows([(x, x.length, n) for x, n in parts], keys)
                 self._views = [x.columns(0, x.length + n) for x, n in parts]
             self._packed.write(layer_idx, keys, values)
             return key_states, value_states
         if not self._views:
-            (text,), (n,) = self.texts, self.rows
-            text.reserve(keys, values, text.length + n)
-            self._new = text.columns(text.length, text.length + n)
-            self._views = [text.columns(0, text.length + n)]
-        for kept, x in zip(self._new[layer_idx], (keys, values), strict=True):
-            if x.shape != kept.shape:
+            (sequence,), (n,) = self.sequences, self.rows
+            sequence.reserve(keys, values, sequence.length + n)
+            self._new = sequence.columns(sequence.length, sequence.length + n)
+            self._views = [sequence.columns(0, sequence.length + n)]
+        for storage, x in zip(self._new[layer_idx], (keys, values), strict=True):
+            if x.shape != storage.shape:
                 raise UnsupportedModelError(DIFFERENT_SHAPES)
-            kept.copy_(x)
-        return self.seen()[0]
+            storage.copy_(x)
+        return self.visible_columns()[0]
 
-    def seen(self) -> list[tuple[Tensor, Tensor]]:
-        """The columns of the texts, those of their rows included.
-
-        (1, kv_heads, length + n, head_dim) keys and values of each, in the layer updated last.
-        """
-        read = self.texts[0].arena.read
-        return [(read(k), read(v)) for k, v in (layers[self.layer] for layers in self._views)]
+    def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
+        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`."""
+        decode = self.sequences[0].arena.decode
+        return [(decode(k), decode(v)) for k, v in (views[self.layer] for views in self._views)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions; models are given the positions of all rows."""
-        return max(text.length for text in self.texts)
+        return max(sequence.length for sequence in self.sequences)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The column of the first row."""
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The columns of the mask for `query_length` rows, and the first of them."""
+        """The number of columns of the mask for `query_length` rows, and the first column."""
         return self.get_seq_length() + query_length, 0
+
+
+class SlabCache(TreeCache):
+    """The columns of a slab; a tensor says which of them are written, as CUDA graphs need it."""
+
+    def __init__(self, slab: Slab, encode: Callable[[Tensor], Tensor], slots: Tensor) -> None:
+        super().__init__([], [])
+        self.slab = slab  # of all sequences
+        self.encode = encode  # see `Arena.encode`
+        self.slots = slots  # (rows,) int64 the column of each row
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of all rows, and return them."""
+        self.layer = layer_idx
+        for storage, x in zip(self.slab.layer(layer_idx), (key_states, value_states), strict=True):
+            storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
+        return key_states, value_states
+
+    def stored_columns(self) -> tuple[Tensor, Tensor]:
+        """(kv_heads, columns, width) stored keys and values of the layer that was updated last."""
+        keys, values = self.slab.layer(self.layer)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: committed positions are tensors, and models are given the positions of all rows."""
+        return 0

@@ -1,217 +1,423 @@
-"""The one-shot drafter (DFlash, arXiv 2602.06036)."""
+"""The one-shot drafter (DFlash, arXiv 2602.06036), and its embeddings and logits."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from treeflash.decoding.gumbel import Noise
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.context_window import left_out
-from treeflash_cuda.attention import additive_mask
-from treeflash_cuda.cache import KeyValues, PackedRows, upload
-from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.output_stage import OutputStage
-from treeflash_cuda.packed import packed_attention, repeat_rows
-from treeflash_cuda.static_drafts import Kind, StaticDrafts
+from treeflash.drafters.config import SINK, DrafterConfig, window_gap
+from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
+from treeflash_cuda.cache import PackedRows, Slab
+from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
+from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_two
+from treeflash_cuda.linear import token_products
+from treeflash_cuda.numerics import gumbel, top_log_probs, upload, upload_all
+from treeflash_cuda.operations import Operations, VisibleKeys
+from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.topk import top_log_probs
+
+MAX_CONTEXT = 64
+"""More new positions for each sequence, as after prompts, run without a graph."""
+
+Kind: TypeAlias = tuple[int | None, bool]
+"""The kind of a layer: its window, and whether it is causal."""
+
+
+class DrafterEnds(Protocol):
+    """What the model of any drafter has at its input and its output."""
+
+    @property
+    def config(self) -> DrafterConfig: ...
+
+    @property
+    def norm(self) -> nn.Module: ...
+
+    @property
+    def own(self) -> OwnVocabulary: ...
+
+
+class OutputStage:
+    """From tokens to embeddings and from hidden states to logits, for a drafter and its head."""
+
+    def __init__(self, model: DrafterEnds, target: Target) -> None:
+        self.config = model.config  # of the drafter
+        self.norm = model.norm  # the final norm, to apply before `logits`
+        self._own = model.own
+        self._target = target
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(..., hidden_size) rows of the input table, from (...) tokens of the target."""
+        embeddings = self._own.embeddings
+        return self._target.embed(tokens) if embeddings is None else F.embedding(tokens, embeddings)
+
+    def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(n, Vd) logits of normalised outputs, or (n, v) of some of the drafter's tokens.
+
+        These are (v,) tokens for all rows, or (b, v) for each of b equal parts of the rows.
+        """
+        lm_head = self._own.lm_head
+        if lm_head is not None:
+            logits = token_products(normed, lm_head, tokens)
+        elif tokens is None:
+            logits = self._target.output_head(normed)
+        else:
+            logits = self._target.shortlist_logits(normed, tokens)
+        if self.config.output_multiplier != 1:
+            logits = logits.float() * self.config.output_multiplier
+        if (cap := self.config.softcap) is not None:
+            logits = cap * (logits.float() / cap).tanh()
+        return logits
+
+    def upload(self, noise: Noise | None) -> Tensor:
+        """(n, 3) int32 keys of noise and the bits of its scales; (0, 3) without noise."""
+        if noise is None:
+            return torch.empty((0, 3), dtype=torch.int32, device=self._target.device)
+        numbers = np.column_stack([noise.keys.view(np.int32), noise.scales.view(np.int32)])
+        return upload(numbers, self._target.device)
+
+    def noise(self, uploaded: Tensor) -> Tensor | None:
+        """(n, Vd) noise to add to logits, from the result of `upload`; None without noise."""
+        if not len(uploaded):
+            return None
+        keys, scales = uploaded[:, :2], uploaded[:, 2:].view(torch.float32)
+        noise = gumbel(keys, self._target.vocab_size) * scales
+        ids = self._own.token_ids
+        return noise if ids is None else noise[:, ids]
+
+    def to_target(self, tokens: Tensor) -> Tensor:
+        """The target's ids of the drafter's tokens."""
+        ids = self._own.token_ids
+        return tokens if ids is None else ids[tokens].to(tokens.dtype)
+
+    def over_target_vocabulary(self, log_probs: Tensor) -> Tensor:
+        """(n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
+        ids = self._own.token_ids
+        if ids is None:
+            return log_probs
+        wide = log_probs.new_full((len(log_probs), self._target.vocab_size), -torch.inf)
+        return wide.index_copy(1, ids, log_probs)
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block.
+    """A drafted block."""
 
-    Attributes:
-        root: token id of the first slot.
-        token: (1,) the same on the device.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
-    """
-
-    root: int
-    token: Tensor
-    hidden: Tensor
+    root: int  # token id of the first slot
+    token: Tensor  # (1,) the root on the device
+    hidden: Tensor  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
+    all_hidden: Tensor  # the outputs at the slots of all depths
+    slots: Tensor  # (S, hidden_size) outputs of the last layer at all slots
+    before: int  # token id before the root
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
-    """A text in a draft.
+class BlockBatch:
+    """Blocks as the functions of tables take them.
 
-    Attributes:
-        cache: its keys and values.
-        context: how many positions are new to the drafter.
-        start: position of the block.
-        left_out: positions that the block does not see; see `left_out`.
-        masks: of the block, by kind of layer.
+    For CUDA graphs it has all depths, and a power of two of blocks.
     """
 
-    cache: KeyValues
-    context: int
-    start: int
-    left_out: tuple[int, int]
-    masks: dict[Kind, Tensor | None]
+    hidden: Tensor  # (blocks * D, hidden_size) outputs of all blocks
+    roots: Tensor  # (blocks,)
+    noise: Tensor  # (blocks * D, 3) as `OutputStage.upload` returns it; (0, 3) without noise
+    depths: int  # D
+
+    @classmethod
+    def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs) -> BlockBatch:
+        """Join blocks, with the noise of their wanted depths."""
+        wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
+        roots, depths = [block.token for block in blocks], wanted
+        if graphs.is_capturing:
+            parts = [block.all_hidden for block in blocks]
+            extra, depths = power_of_two(len(blocks)) - len(blocks), len(parts[0])
+            parts, roots = parts + extra * parts[:1], roots + extra * roots[:1]
+            if len(noise):
+                by_block = noise.unflatten(0, (len(blocks), wanted))
+                padded = F.pad(by_block, (0, 0, 0, depths - wanted, 0, extra))
+                noise = padded.flatten(0, 1)
+        return cls(concatenate(parts), concatenate(roots), noise, depths)
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after another; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class DraftAttention(Protocol):
+    """The attention of the blocks of a draft."""
+
+    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the blocks over all positions before them and themselves.
+
+        The (1, heads, t * S, head_dim) queries belong to the blocks. The (1, kv_heads, c + t *
+        S, head_dim) keys and values, of the new context of all sequences and then of the blocks,
+        are written to the drafter's KV cache first.
+
+        Returns:
+            (1, t * S, heads, head_dim).
+        """
+
+
+class MaskedDrafts:
+    """Each sequence attends for itself, with a mask where its block does not see everything."""
+
+    def __init__(self, config: DrafterConfig, states: Sequence[State], window: int | None) -> None:
+        self.config = config
+        caches = [(state.drafter, state.length) for state in states]
+        # The KV cache of each sequence, and the position of its root.
+        self.sequences = [(cache, start) for cache, start in caches if cache is not None]
+        # The positions that each block does not see; see `window_gap`.
+        self.gaps = [window_gap(state.length, window) for state in states]
+        self._masks: dict[Kind, list[Tensor | None]] = {}
+        self._packed: PackedRows | None = None  # the columns of the rows of several sequences
+
+    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = self.config.block_size
+        if len(self.sequences) == 1:
+            cache, _ = self.sequences[0]
+            cache.write(layer, cache.length, k, v)
+        else:
+            if self._packed is None:
+                contexts = [(x, x.length, start - x.length) for x, start in self.sequences]
+                blocks = [(cache, start, size) for cache, start in self.sequences]
+                self._packed = PackedRows([*contexts, *blocks], k)
+            self._packed.write(layer, k, v)
+        kv_caches = []
+        for (cache, start), gap in zip(self.sequences, self.gaps, strict=True):
+            keys, values = cache.first_columns(layer, start + size)
+            kv_caches.append((cut_gap(keys, gap, 2), cut_gap(values, gap, 2)))
+        if kind not in self._masks:
+            pairs = zip(self.sequences, self.gaps, strict=True)
+            self._masks[kind] = [self._mask(start, kind, gap, q) for (_, start), gap in pairs]
+        sizes, scale = [size] * len(kv_caches), self.config.head_dim**-0.5
+        return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
+
+    def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
+        """The grouped mask of a block at position `start`; None if everything is visible.
+
+        It has the dtype and the device of the query.
+        """
+        config, (window, causal) = self.config, kind
+        if window is None and not causal:
+            return None
+        keys = torch.arange(start + config.block_size, device=query.device)
+        distance = keys[start:, None] - keys
+        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            from_root = keys >= start - window
+            visible = visible & (from_root if config.window_from_root else distance.abs() < window)
+        mask = cut_gap(additive_mask(visible, query.dtype), gap, 1)
+        return group_mask(mask, config.num_attention_heads // config.num_key_value_heads)
+
+
+@dataclass(frozen=True, eq=False)
+class SlabDrafts:
+    """The sequences of one slab attend by the operation `tree_attention`: a function of tensors."""
+
+    operations: Operations
+    config: DrafterConfig
+    window: int | None  # positions that a block sees besides the first few; None for all
+    slab: Slab  # of the drafter's KV caches
+    columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
+    first: Tensor  # (t,) int32 column of each sequence's first position
+    start: Tensor  # (t,) int32 position of each root
+    max_length: int  # a bound on the positions of the blocks
+    _keys: dict[Kind, VisibleKeys] = field(default_factory=dict)
+
+    def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.slab.layer(layer)
+        for part, new in ((keys, k), (values, v)):
+            part.index_copy_(1, self.columns, new[0])
+        if kind not in self._keys:
+            self._keys[kind] = self._visible(kind)
+        out = self.operations.tree_attention(
+            q[0].transpose(0, 1),
+            keys,
+            values,
+            self._keys[kind],
+            max_length=self.max_length,
+            scale=self.config.head_dim**-0.5,
+        )
+        return out[None]
+
+    def _visible(self, kind: Kind) -> VisibleKeys:
+        """The keys that the slots of the blocks see in a kind of layer."""
+        window, causal = kind
+        slots = torch.arange(self.config.block_size, dtype=torch.int32, device=self.start.device)
+        start = self.start[:, None]
+        positions = start + slots
+        end = positions + 1 if causal else (start + len(slots)).expand_as(positions)
+        low = torch.zeros_like(positions)
+        if window is not None and self.config.window_from_root:
+            low = (start - window).clamp(min=0).expand_as(positions)
+        elif window is not None:
+            low = (positions - (window - 1)).clamp(min=0)
+            end = torch.minimum(end, positions + window)
+        sink = None
+        if self.window is not None:
+            sink = self.start.clamp(max=SINK)
+            low = torch.maximum(low, start - self.window)
+        paths = positions.new_empty(*positions.shape, 0)
+        return VisibleKeys(self.first, self.start + len(slots), low, end, paths, sink)
 
 
 class Drafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch."""
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
-        """Hold the models; a draft sees so many positions before it, and the first few."""
         self.model = model
-        self.window = window
+        self.window = window  # positions that a block sees besides the first few; None for all
         self.target = target
-        self.output = OutputStage(model.config, model.own, target)
-        self.static = StaticDrafts(model, target, self.output, window)
+        self.output = OutputStage(model, target)  # embeds tokens, and computes logits
+        # The first positions are outside of the windows of a layer, but not of the draft's window.
+        self._has_slab_pass = target.operations is not None and (
+            window is None or not any(model.config.sliding_windows)
+        )
 
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
-        """See `Drafter.draft`; the rows of all texts follow one another."""
-        found = self.static.run(roots) or self._draft(roots)
+        """Draft for all sequences of a slab in one pass: their rows follow one another."""
+        passes: dict[Slab | None, list[int]] = {}
+        for i, (state, _) in enumerate(roots):
+            slab = state.drafter.allocate().slab if self._has_slab_pass else None
+            passes.setdefault(slab, []).append(i)
+        first, blocks = self.model.config.first_slot, {}
+        for slab, members in passes.items():
+            part = [roots[i] for i in members]
+            for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
+                state, root = roots[i]
+                parts = hidden[first:][:depths], hidden[first:], hidden
+                blocks[i] = Block(root, token[None], *parts, state.tokens[-1])
         for state, _ in roots:
             # The block's keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
-        first = self.model.config.first_slot
-        each = zip(roots, *found, strict=True)
-        return [Block(root, token[None], part[first:][:depths]) for (_, root), part, token in each]
+        return [blocks[i] for i in range(len(roots))]
 
-    def _draft(self, roots: Sequence[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        """(texts, S, hidden_size) blocks, (texts,) roots."""
-        config, device = self.model.config, self.target.device
-        size, groups = config.block_size, config.num_attention_heads // config.num_key_value_heads
-        kinds = list(zip(config.sliding_windows, config.causal, strict=True))
-        tokens = torch.full((len(roots), size), config.mask_token_id, device=device)
-        root_tokens = upload(np.array([root for _, root in roots]), device)
-        tokens[:, 0] = root_tokens
-        x = self.output.embed(tokens.flatten())[None]
-        if config.input_scale != 1:
-            x = x * config.input_scale
-        parts = [part for state, _ in roots for part in state.context]
-        context = torch.cat([x[0, :0], *parts])[None]  # a draft may follow another at once
-        texts, known, drafted = [], [], []
-        for state, _ in roots:
-            first, start = state.drafter.length, state.length
-            gap, masks = left_out(start, self.window), {}
-            for kind in set(kinds):
-                mask = block_mask(start, size, *kind, x.dtype, device, config.window_from_root)
-                masks[kind] = repeat_rows(mask if mask is None else without(mask, gap, 1), groups)
-            texts.append(_Text(state.drafter, start - first, start, gap, masks))
-            known.append(torch.arange(first, start, device=device))
-            drafted.append(torch.arange(start, start + size, device=device))
-        packed: list[PackedRows] = []
-        rotation = self.model.rotary(torch.cat(known + drafted), x.dtype)
-        for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
-            x = layer(x, context, rotation, functools.partial(self._attend, texts, packed, n, kind))
-        return x[0].unflatten(0, (-1, size)), root_tokens
+    def _draft(
+        self, roots: Sequence[tuple[State, int]], slab: Slab | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sequences, S, hidden_size) blocks, and (sequences,) roots.
+
+        For CUDA graphs the number of sequences, the number of new positions, and the length of the
+        longest sequence are rounded up to powers of two.
+        """
+        graphs, size = self.target.graphs, self.model.config.block_size
+        states, order = [state for state, _ in roots], [*range(len(roots))]
+        caches = [state.drafter for state in states if state.drafter is not None]
+        pairs = zip(caches, states, strict=True)
+        new = [np.arange(cache.length, state.length) for cache, state in pairs]
+        firsts = [0 if slab is None else cache.allocate().first for cache in caches]
+        longest = max(state.length for state in states) + size
+        parts = [part for state in states for part in state.context]
+        positions, first = np.concatenate(new), np.repeat(firsts, [len(x) for x in new])
+        captured = slab is not None and graphs.is_capturing
+        captured = captured and len(positions) <= MAX_CONTEXT * len(roots)
+        if captured:
+            # Further rows are copies of the last one, and further sequences of the first one: they
+            # write the same keys and values to the same columns.
+            order += [0] * (power_of_two(len(roots)) - len(roots))
+            longest = max(power_of_two(longest), MIN_LENGTH)
+            if extra := power_of_two(len(positions)) - len(positions) if parts else 0:
+                parts.append(parts[-1][-1:].expand(extra, -1))
+                positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
+        sequences = [(roots[i][1], states[i].length, firsts[i]) for i in order]
+        numbers = *np.array(sequences).T, positions, first + positions
+        uploaded = upload_all(numbers, self.target.device)
+        if not parts:  # a draft may follow another at once
+            parts = [self.output.embed(uploaded[3])]
+
+        def draft(*inputs: Tensor) -> Outputs:
+            tokens, start, first, positions, columns, context = inputs
+            if slab is None:
+                attention: DraftAttention = MaskedDrafts(self.model.config, states, self.window)
+            else:
+                assert self.target.operations is not None
+                columns = torch.cat([columns, block_positions(first + start, size)])
+                options = self.target.operations, self.model.config, self.window
+                attention = SlabDrafts(*options, slab, columns.long(), first, start, longest)
+            return (self._blocks(tokens, start, positions, context, attention),)
+
+        settings = slab, len(order), longest
+        inputs = *uploaded, torch.cat(parts)
+        (hidden,) = graphs.run("the drafter", settings, draft, *inputs, capture=captured)
+        return hidden.unflatten(0, (-1, size))[: len(roots)], uploaded[0][: len(roots)]
+
+    def _blocks(
+        self,
+        tokens: Tensor,  # (t,) roots
+        start: Tensor,  # (t,) their positions
+        positions: Tensor,  # (c,) committed positions that the drafter has not read
+        context: Tensor,  # (c, hidden_size) their features
+        attention: DraftAttention,
+    ) -> Tensor:
+        """(t * S, hidden_size) outputs of the blocks."""
+        config = self.model.config
+        x = embed_blocks(self.output, tokens[:, None])
+        positions = torch.cat([positions, block_positions(start, config.block_size)])
+        rotation = self.model.rotary(positions, x.dtype)
+        for n, (layer, kind) in enumerate(zip(self.model.layers, layer_kinds(config), strict=True)):
+            x = layer(x, context[None], rotation, functools.partial(attention.attend, n, kind))
+        return x[0]
 
     @torch.inference_mode()
-    def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
-    ) -> list[TransitionTable]:
-        """See `Drafter.marginals`."""
-        uploaded = self.output.upload(noise)
+    def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
 
-        def best(hidden: Tensor, uploaded: Tensor) -> tuple[Tensor]:
-            logits = self.output.logits(self.model.norm(hidden))
+        def search(hidden: Tensor, uploaded: Tensor) -> tuple[Tensor]:
+            logits = self.output.logits(self.output.norm(hidden))
             if (added := self.output.noise(uploaded)) is not None:
                 logits = logits + added
-            tokens, log_probs = top_log_probs(logits, k, temperature)
+            tokens, log_probs = top_log_probs(logits, options.k, options.temperature)
             tokens = self.output.to_target(tokens)
             # One read from the device for both.
             return (torch.cat([tokens, log_probs.view(torch.int32)], 1),)
 
-        settings, inputs = (k, temperature), (drafted(blocks), uploaded)
-        (found,) = self.target.graphs.run("marginals", settings, best, *inputs)
-        read = found.cpu().numpy()
-        k = read.shape[1] // 2
+        graphs, settings = self.target.graphs, (options.k, options.temperature)
+        batch = BlockBatch.join(blocks, self.output.upload(options.noise), graphs)
+        (numbers,) = graphs.run("marginals", settings, search, batch.hidden, batch.noise)
+        rows = numbers.unflatten(0, (-1, batch.depths)).cpu().numpy()
+        k = rows.shape[2] // 2
         return [
             TransitionTable.from_marginals(part[:, :k], part[:, k:].view(np.float32))
-            for part in np.split(read, len(blocks))
+            for part in rows[: len(blocks), : len(blocks[0].hidden)]
         ]
 
     @torch.inference_mode()
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """See `Drafter.log_probs`."""
-        log_probs = self.output.logits(self.model.norm(block.hidden)).float().log_softmax(-1)
+        log_probs = self.output.logits(self.output.norm(block.hidden)).float().log_softmax(-1)
         return self.output.over_target_vocabulary(log_probs).cpu().numpy()
 
-    def _attend(
-        self,
-        texts: Sequence[_Text],
-        packed: list[PackedRows],
-        layer: int,
-        kind: Kind,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> Tensor:
-        """Attention of each text's block over everything before it and itself.
 
-        Args:
-            texts: in the order of their rows.
-            packed: where the rows are stored; empty in the first layer.
-            layer: index.
-            kind: of the layer.
-            q: (1, heads, texts * S, head_dim).
-            k: (1, kv_heads, c + texts * S, head_dim), the new context of all texts first.
-            v: (1, kv_heads, c + texts * S, head_dim).
-        """
-        size = self.model.config.block_size
-        if len(texts) == 1:
-            texts[0].cache.write(layer, texts[0].cache.length, k, v)
-        else:
-            if not packed:
-                contexts = [(x.cache, x.cache.length, x.context) for x in texts]
-                blocks = [(x.cache, x.start, size) for x in texts]
-                packed.append(PackedRows([*contexts, *blocks], k))
-            packed[0].write(layer, k, v)
-        seen = []
-        for text in texts:
-            keys, values = text.cache.until(layer, text.start + size)
-            seen.append((without(keys, text.left_out, 2), without(values, text.left_out, 2)))
-        masks, scale = [text.masks[kind] for text in texts], self.model.config.head_dim**-0.5
-        return packed_attention(q, seen, masks, [size] * len(texts), scale)
+def layer_kinds(config: DrafterConfig) -> list[Kind]:
+    return list(zip(config.sliding_windows, config.causal, strict=True))
 
 
-def drafted(blocks: Sequence[Block]) -> Tensor:
-    """(blocks * D, hidden_size) outputs of all blocks."""
-    hidden = [block.hidden for block in blocks]
-    return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+def block_positions(start: Tensor, size: int) -> Tensor:
+    """(t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
+    return (start[:, None] + torch.arange(size, device=start.device)).flatten()
 
 
-def without(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:
-    """A tensor without the columns of a gap."""
+def embed_blocks(output: OutputStage, roots: Tensor) -> Tensor:
+    """(1, sequences * S, hidden_size) inputs: each of (sequences, 1) roots, and masks after it."""
+    config = output.config
+    masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
+    x = output.embed(torch.cat([roots, masks], 1).flatten())[None]
+    return x if config.input_scale == 1 else x * config.input_scale
+
+
+def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:
+    """A tensor without the columns from the first of a gap to its end."""
     first, end = gap
     if first == end:
         return x
-    after = x.narrow(axis, end, x.shape[axis] - end)
-    return torch.cat([x.narrow(axis, 0, first), after], axis)
-
-
-def block_mask(
-    start: int,
-    size: int,
-    window: int | None,
-    causal: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    from_root: bool = False,
-) -> Tensor | None:
-    """(size, start + size) additive mask of a block at `start`; None if everything is visible.
-
-    The window is around each slot, or before the root.
-    """
-    if window is None and not causal:
-        return None
-    keys = torch.arange(start + size, device=device)
-    distance = keys[start:, None] - keys
-    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        visible = visible & (keys >= start - window if from_root else distance.abs() < window)
-    return additive_mask(visible, dtype)
+    return torch.cat([x.narrow(axis, 0, first), x.narrow(axis, end, x.shape[axis] - end)], axis)

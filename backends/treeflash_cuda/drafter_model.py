@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.drafter_config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig
+from treeflash_cuda.target import Target
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convolve: TypeAlias = Callable[[Tensor], Tensor]
@@ -21,7 +22,6 @@ class Rotary(nn.Module):
     inv_freq: Tensor
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Read the frequencies from the configuration."""
         super().__init__()
         self.scale = config.rope_scale
         inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
@@ -50,7 +50,6 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its weight, which stays float32 in mixed-precision training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) to (..., size)."""
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -58,13 +57,11 @@ class Attention(nn.Module):
     """Queries from the block; keys and values from the context and the block."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
         super().__init__()
         self.head_dim = config.head_dim
         h, bias = config.hidden_size, config.attention_bias
-        q, kv = (
-            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads
+        q, kv = (n * self.head_dim for n in heads)
         self.q_proj = nn.Linear(h, q, bias)
         self.k_proj = nn.Linear(h, kv, bias)
         self.v_proj = nn.Linear(h, kv, bias)
@@ -76,7 +73,7 @@ class Attention(nn.Module):
         """(batch, heads, n, head_dim) from (batch, n, hidden_size)."""
         return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rotation)
 
-    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def kv_cache(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, n, head_dim) each, of context and block."""
         keys = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), rotation)
         return keys, self._heads(self.v_proj(x)).transpose(1, 2)
@@ -89,7 +86,6 @@ class MLP(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -103,18 +99,16 @@ class MLP(nn.Module):
 class Convolution(nn.Module):
     """DFlash2's convolutions along a block, before and after a sublayer.
 
-    A tap looks so many slots back, never beyond the block. Its coefficients are the sum of a
+    Tap t reads the slot t slots back, never beyond the block. Its coefficients are the sum of a
     constant and of a linear function of the sublayer's normed input that groups of channels share.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the kernels."""
         super().__init__()
         h, taps = config.hidden_size, config.conv_kernel_size
         self.block_size, self.group_size = config.block_size, config.conv_group_size
         self.base_kernel = nn.Parameter(torch.empty(2, taps, h))
-        outputs = 2 * taps * h // self.group_size
-        self.kernel_projection = nn.Linear(h, outputs, bias=False)
+        self.kernel_projection = nn.Linear(h, 2 * taps * h // self.group_size, bias=False)
 
     def forward(self, y: Tensor) -> tuple[Convolve, Convolve]:
         """Both convolutions, from the (batch, n, hidden_size) normed input of the sublayer."""
@@ -142,7 +136,6 @@ class Layer(nn.Module):
     """A pre-norm transformer layer, Qwen3's."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the parts."""
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -155,41 +148,70 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
     ) -> Tensor:
-        """(batch, n, hidden_size) to (batch, n, hidden_size).
+        """(batch, n, hidden_size) to (batch, n, hidden_size), for a block.
 
-        Args:
-            x: (batch, n, hidden_size) the block.
-            context: (batch, c, hidden_size) projected features of the positions before it.
-            rotation: of the context's positions and then the block's.
-            attend: queries of the block, and keys and values of context and block, to
-                (batch, n, heads, head_dim).
+        The (batch, c, hidden_size) context are projected features of the positions before it. The
+        rotation covers the context's positions and then the block's. `attend` maps queries of
+        the block, and keys and values of context and block, to (batch, n, heads, head_dim).
         """
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
         y = before(y)
         attention, n = self.self_attn, x.shape[1]
         block_rotation = rotation[0][..., -n:, :], rotation[1][..., -n:, :]
-        keys_values = attention.keys_values(torch.cat([context, y], 1), rotation)
-        out = attend(attention.queries(y, block_rotation), *keys_values)
+        kv_cache = attention.kv_cache(torch.cat([context, y], 1), rotation)
+        out = attend(attention.queries(y, block_rotation), *kv_cache)
         x = x + after(attention.o_proj(out.flatten(2)))
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
         return x + after(self.mlp(before(y)))
 
 
+class OwnVocabulary(nn.Module):
+    """The tensors that a drafter has instead of the target's; None for each that it shares."""
+
+    embeddings: Tensor | None  # (vocab, hidden_size)
+    lm_head: Tensor | None  # (Vd, hidden_size)
+    token_ids: Tensor | None  # (Vd,) the target's ids of the tokens that the drafter can propose
+
+    def __init__(
+        self,
+        embeddings: Tensor | None = None,
+        lm_head: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.register_buffer("lm_head", lm_head, persistent=False)
+        self.register_buffer("token_ids", token_ids, persistent=False)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], target: Target) -> OwnVocabulary:
+        """Take `embed_tokens.weight`, `lm_head.weight` and `d2t` that are not the target's."""
+
+        def weight(name: str, shared: Tensor | None) -> Tensor | None:
+            if name not in tensors:
+                return None
+            tensor = tensors[name].to(target.device, target.dtype)
+            return None if shared is not None and torch.equal(tensor, shared) else tensor
+
+        token_ids = None
+        if (offsets := tensors.get("d2t")) is not None:
+            token_ids = (offsets + torch.arange(len(offsets))).to(target.device, offsets.dtype)
+        return cls(
+            weight("embed_tokens.weight", target.embeddings),
+            weight("lm_head.weight", target.lm_head_weight),
+            token_ids,
+        )
+
+
 class DrafterModel(nn.Module):
-    """A drafter's weights, under their names in checkpoints.
+    """A drafter's weights, under their names in checkpoints; they are loaded afterwards."""
 
-    Attributes:
-        own: the `OwnVocabulary` of a drafter that was loaded.
-    """
-
-    own: nn.Module
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make the layers; the weights are loaded afterwards."""
+    def __init__(self, config: DrafterConfig, own: OwnVocabulary | None = None) -> None:
         super().__init__()
         self.config = config
+        self.own = own or OwnVocabulary()
         h = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self.hidden_norm = RMSNorm(h, config.rms_norm_eps)
@@ -199,5 +221,4 @@ class DrafterModel(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """(..., hidden_size) context, from (..., layers * hidden_size) outputs of the target."""
-        context: Tensor = self.hidden_norm(self.fc(features))
-        return context
+        return self.hidden_norm(self.fc(features))

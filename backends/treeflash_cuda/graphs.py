@@ -1,15 +1,16 @@
-"""Functions of tensors, which a GPU captures once and then replays as CUDA graphs.
+"""Functions of tensors that are captured once as CUDA graphs, and then replayed.
 
 An iteration consists of thousands of small kernels, which a CPU launches more slowly than a GPU
 runs them. A CUDA graph launches all kernels of a function at once, but with the shapes and
-addresses of its capture: what differs between calls must be in the inputs, which are copied to
-fixed places.
+addresses of its capture: everything that differs between calls must be in the inputs, which are
+copied to fixed addresses.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,89 +24,76 @@ from torch import Tensor
 from treeflash.errors import is_out_of_memory
 
 MAX_GRAPHS = 64
-"""In one store; the oldest is dropped for a new one."""
+"""Graphs that are kept; the graph that was not used for longest is dropped for a new one."""
+MAX_FAILURES = 3
+"""Captures of a function that may fail; it then runs without graphs."""
+MIN_LENGTH = 1024
+"""Shorter sequences share a graph. The length of the longest sequence fixes the shapes of a graph:
+between how many processors its attention is split."""
 WARM_UP = 3
 """Calls before a capture, in which libraries allocate their workspaces."""
 
 Outputs: TypeAlias = tuple[Any, ...]
-"""Tensors, and what else a function returns, which must be the same at every call."""
+"""Tensors, and other results, which must be equal at every call."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A captured function.
+    """A captured function."""
 
-    Attributes:
-        graph: its kernels.
-        inputs: where they read.
-        outputs: where they write, until the next replay of any graph.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    outputs: Outputs
-
-
-Store: TypeAlias = dict[Hashable, Graph]
-"""Graphs by what they depend on besides the inputs."""
+    graph: torch.cuda.CUDAGraph  # the kernels
+    inputs: tuple[Tensor, ...]  # the tensors that the kernels read
+    outputs: Outputs  # what the kernels write; the next replay of any graph overwrites it
 
 
 class Graphs:
-    """Captures and replays the functions of one target and its drafter.
-
-    Attributes:
-        device: of all tensors.
-        enabled: whether functions are captured; only on a CUDA device.
-        store: of functions that depend on nothing but the models.
-    """
+    """Captures and replays the functions of one target and its drafter."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start without graphs, and disabled."""
-        self.device = device
-        self.enabled = False
-        self.store: Store = {}
+        self.device = device  # of all tensors
+        self.enabled = False  # whether functions are captured; only on a CUDA device
+        self.captures = 0  # graphs captured so far
+        # By name, settings, and the shapes and dtypes of the inputs; the latest used one last.
+        self.store: OrderedDict[Hashable, Graph] = OrderedDict()
         self._lock = Lock()
-        self._failed: set[str] = set()
+        self._failures: Counter[str] = Counter()
 
     def run(
         self,
-        name: str,
-        settings: Hashable,
-        function: Callable[..., Outputs],
-        *inputs: Tensor,
-        store: Store | None = None,
+        name: str,  # of the function, for messages
+        settings: Hashable,  # everything that the function depends on besides its inputs
+        function: Callable[..., Outputs],  # of the inputs alone, without any read from the device
+        *inputs: Tensor,  # tensors on the device
+        capture: bool = True,  # False calls the function
     ) -> Outputs:
-        """The outputs of a function, replayed if that is possible.
-
-        Args:
-            name: of the function, for messages.
-            settings: everything that the function depends on besides its inputs.
-            function: of the inputs alone, without any read from the device.
-            inputs: tensors on the device.
-            store: belongs to what the function reads or writes besides; it must end with it.
-        """
-        if not self.enabled or self.device.type != "cuda" or name in self._failed:
+        """The outputs of a function, replayed if that is possible."""
+        if not capture or not self.is_capturing or self._failures[name] >= MAX_FAILURES:
             return function(*inputs)
-        store = self.store if store is None else store
         key = name, settings, tuple((x.shape, x.dtype) for x in inputs)
         with self._lock:
-            if key not in store:
+            if key not in self.store:
                 captured = self._capture(name, function, inputs)
                 if captured is None:
                     return function(*inputs)
-                if len(store) >= MAX_GRAPHS:
-                    del store[next(iter(store))]
-                store[key] = captured
-            graph = store[key]
-            for kept, given in zip(graph.inputs, inputs, strict=True):
-                kept.copy_(given)
+                if len(self.store) >= MAX_GRAPHS:
+                    self.store.popitem(last=False)
+                self.store[key] = captured
+            self.store.move_to_end(key)
+            graph = self.store[key]
+            for place, tensor in zip(graph.inputs, inputs, strict=True):
+                place.copy_(tensor)
             graph.graph.replay()
-            # The next replay overwrites them, and may belong to another text.
+            # The next replay, perhaps for another sequence, overwrites the outputs.
             return tuple(x.clone() if isinstance(x, Tensor) else x for x in graph.outputs)
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether functions are captured, for which shapes are rounded up."""
+        return self.enabled and self.device.type == "cuda"
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """The stream of all captures: every stream that is used keeps a workspace."""
+        """The stream of all captures: every further stream would keep a workspace."""
         return torch.cuda.Stream(self.device)
 
     @cached_property
@@ -116,29 +104,31 @@ class Graphs:
     def _capture(
         self, name: str, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
     ) -> Graph | None:
-        """Capture a function; None, and a warning, if it cannot be captured."""
-        kept = tuple(x.clone() for x in inputs)
+        """Capture a function; warn and return None if it cannot be captured."""
+        places = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(self.device), garbage_collection_disabled():
                 self.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.stream):
                     for _ in range(WARM_UP):
-                        function(*kept)
+                        function(*places)
                 torch.cuda.current_stream().wait_stream(self.stream)
-                # Other threads may go on working meanwhile.
+                # Other threads may use the device during the capture.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
-                    outputs = function(*kept)
+                    outputs = function(*places)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self._failed.add(name)
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
+            self._failures[name] += 1
+            if self._failures[name] == MAX_FAILURES:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
             return None
-        return Graph(graph, kept, outputs)
+        self.captures += 1
+        return Graph(graph, places, outputs)
 
 
 @contextmanager
@@ -154,5 +144,5 @@ def garbage_collection_disabled() -> Iterator[None]:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

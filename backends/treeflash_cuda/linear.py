@@ -1,19 +1,22 @@
 """Linear layers: of two vectors, fused, and with weights packed for the CPU's kernels.
 
-For the few rows of a draft tree a matrix product takes as long as reading the weights. In a
-checkpoint's row-major layout they are rearranged at every call, which takes at least as long again.
+For the few rows of a draft tree a matrix product takes as long as reading the weights. A CPU's
+kernel that gets them in a checkpoint's row-major layout rearranges them at every call, which takes
+at least as long again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-ONEDNN: Any = torch.ops.mkldnn  # what torch.compile uses for frozen weights
+ONEDNN: Any = torch.ops.mkldnn  # the kernels that torch.compile uses for frozen weights
 SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
     torch.float32: lambda: True,
     torch.bfloat16: ONEDNN._is_mkldnn_bf16_supported,
@@ -21,39 +24,57 @@ SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
 }
 
 RowIndex: TypeAlias = Tensor | None
-"""(n,) row of a tensor that belongs to each of n others; None pairs them in order."""
+"""(n,) indices of the rows of a tensor that belong to n others; None pairs them in order."""
 
 
 def take(x: Tensor, rows: RowIndex) -> Tensor:
-    """Those rows of x; on a CPU in half the time of `x[rows]`."""
+    """The rows of x with these indices; on a CPU in half the time of `x[rows]`."""
     return x if rows is None else x.index_select(0, rows)
 
 
+def token_products(
+    x: Tensor, table: Tensor, tokens: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
+
+    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
+    is added.
+    """
+    if tokens is None:
+        return F.linear(x, table, bias)
+    if tokens.ndim == 1:
+        return F.linear(x, take(table, tokens), None if bias is None else bias[tokens])
+    parts = x.unflatten(0, (len(tokens), -1))
+    if x.device.type == "cpu":  # each selection stays in the caches
+        pairs = zip(parts, tokens, strict=True)
+        return torch.cat([token_products(part, table, own, bias) for part, own in pairs])
+    weights = take(table, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
+    products = (
+        parts @ weights if bias is None else torch.baddbmm(bias[tokens][:, None], parts, weights)
+    )
+    return products.flatten(0, 1)
+
+
 class PairLinear(nn.Linear):
-    """A linear layer of a concatenation: a vector of its own, and one that many rows share."""
+    """A linear layer of two concatenated vectors of equal size; many rows share the second one."""
 
     def __init__(self, size: int, out: int, bias: bool) -> None:
-        """Make the layer; both vectors have `size` elements."""
         super().__init__(2 * size, out, bias)
 
-    def forward(self, own: Tensor, shared: Tensor, rows: RowIndex) -> Tensor:
-        """(n, out) from both.
-
-        Args:
-            own: (n, size).
-            shared: (d, size).
-            rows: (n,) the row of `shared` that belongs to each row of `own`.
-        """
+    # A layer of two inputs cannot stand for one of a single input, and never does.
+    def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:  # type: ignore[override]
+        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
         # The product with a concatenation is a sum of two products.
-        of_own, of_shared = self.weight.chunk(2, 1)
-        return F.linear(own, of_own) + take(F.linear(shared, of_shared, self.bias), rows)
+        first_weight, second_weight = self.weight.chunk(2, 1)
+        return F.linear(first, first_weight) + take(
+            F.linear(second, second_weight, self.bias), rows
+        )
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference: no gradient flows through it."""
+    """A linear layer with packed (out, in) weights, for inference: no gradient flows through it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack (out, in) weights."""
         super().__init__()
         self.weight = placeholder(weight)
         self.packed = ONEDNN._reorder_linear_weight(weight.detach().contiguous())
@@ -61,90 +82,75 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        y: Tensor = ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
+        return ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class PackedPairLinear(nn.Module):
-    """`PairLinear` with packed weights."""
+    """`PairLinear` with packed (out, 2 * size) weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack (out, 2 * size) weights."""
         super().__init__()
-        of_own, of_shared = weight.chunk(2, 1)
-        self.of_own, self.of_shared = PackedLinear(of_own, None), PackedLinear(of_shared, bias)
+        first, second = weight.chunk(2, 1)
+        self.first, self.second = PackedLinear(first, None), PackedLinear(second, bias)
 
-    def forward(self, own: Tensor, shared: Tensor, rows: RowIndex) -> Tensor:
-        """See `PairLinear.forward`."""
-        return self.of_own(own) + take(self.of_shared(shared), rows)
+    def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:
+        return self.first(first) + take(self.second(second), rows)
 
 
-class FusedLinear(PackedLinear):
-    """Packed layers that read the same input, computed as one product."""
+class FusedLinear:
+    """Layers that read the same input, computed as one product; packed where that is possible.
+
+    It is no module: PyTorch looks the children of modules up slowly.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        """Fuse layers with the same input size."""
-        super().__init__(*concatenated(linears))
+        weight = torch.cat([x.weight.detach() for x in linears])
         self.sizes = [len(x.weight) for x in linears]
+        bias = None
+        if any(x.bias is not None for x in linears):
+            biases = [
+                weight.new_zeros(size) if x.bias is None else x.bias.detach()
+                for x, size in zip(linears, self.sizes, strict=True)
+            ]
+            bias = torch.cat(biases)
+        self.product: Callable[[Tensor], Tensor] = (
+            PackedLinear(weight, bias).forward
+            if can_pack(weight)
+            else functools.partial(F.linear, weight=weight, bias=bias)
+        )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., in) to the (..., out) of each layer."""
-        return super().forward(x).split(self.sizes, -1)
-
-
-class JoinedLinear(nn.Module):
-    """The same with weights as they are, for a GPU."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        """Join layers with the same input size."""
-        super().__init__()
-        self.joined, self.bias = concatenated(linears)
-        self.sizes = [len(x.weight) for x in linears]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., in) to the (..., out) of each layer."""
-        return F.linear(x, self.joined, self.bias).split(self.sizes, -1)
-
-
-def concatenated(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights and biases of several layers, one below the other."""
-    biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
-    bias = None if all(x.bias is None for x in linears) else torch.cat(biases).detach()
-    return torch.cat([x.weight for x in linears]).detach(), bias
+        return self.product(x).split(self.sizes, -1)
 
 
 class FusedPart(nn.Module):
     """One of several fused layers, in its place in a model that calls them one by one.
 
-    The first part that is called computes the outputs of all and leaves them with the input. They
-    belong to that call and are freed with it; the module itself holds nothing, so threads can share
-    it.
+    The first part that is called computes the outputs of all layers and leaves them with the input.
+    They belong to that call and are freed with it; the module itself holds nothing, so threads can
+    share it.
     """
 
-    def __init__(
-        self, compute: Callable[[Tensor], tuple[Tensor, ...]], part: int, linear: nn.Linear
-    ) -> None:
-        """Replace a layer, the part-th of those whose outputs `compute` returns."""
+    def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
         super().__init__()
-        self.compute = compute
+        self.fused = fused
         self.part = part
         self.weight = placeholder(linear.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         """(..., in) to (..., out)."""
-        compute = self.compute
-        by, outputs = getattr(x, "fused_outputs", (None, ()))
-        if by is not compute:
-            outputs = compute(x)
-            x.fused_outputs = compute, outputs
-        output: Tensor = outputs[self.part]
-        return output
+        fused, outputs = getattr(x, "fused_outputs", (None, ()))
+        if fused is not self.fused:
+            outputs = self.fused(x)
+            x.fused_outputs = self.fused, outputs
+        return outputs[self.part]
 
 
 IN_TARGET = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers that read the same input, under the names that most models give them."""
+"""Layers of a target that read the same input, under the names that most models give them."""
 IN_DRAFTER = ("k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""The same in a drafter, whose queries come from the block alone."""
+"""Layers of a drafter that read the same input: its queries come from the block alone."""
 PACKED: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]] = {
     nn.Linear: PackedLinear,
     PairLinear: PackedPairLinear,
@@ -155,7 +161,7 @@ def pack_linears(module: nn.Module) -> None:
     """Pack the linear layers inside a module, which is then for inference only."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in PACKED and can_pack(child.weight):
+            if isinstance(child, nn.Linear) and type(child) in PACKED and can_pack(child.weight):
                 setattr(parent, name, PACKED[type(child)](child.weight, child.bias))
 
 
@@ -163,27 +169,34 @@ def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
     """Fuse the layers of every module inside that has children with all the names of a set."""
     for parent in list(module.modules()):
         for names in sets:
-            linears = [getattr(parent, name, None) for name in names]
-            if not all(is_plain(x) for x in linears):
+            layers = [getattr(parent, name, None) for name in names]
+            linears = [layer for layer in layers if is_plain(layer)]
+            if len(linears) < len(names):
                 continue
-            if all(can_pack(x.weight) for x in linears):
-                # A bound method is a plain attribute: nn.Module looks its own children up slowly.
-                compute: Callable[[Tensor], tuple[Tensor, ...]] = FusedLinear(linears).forward
-            elif all(x.weight.device.type == "cuda" for x in linears):
-                compute = JoinedLinear(linears).forward
-            else:
-                continue
-            for part, name in enumerate(names):
-                setattr(parent, name, FusedPart(compute, part, linears[part]))
+            on_cuda = all(x.weight.device.type == "cuda" for x in linears)
+            if on_cuda or all(can_pack(x.weight) for x in linears):
+                fused = FusedLinear(linears)
+                for part, name in enumerate(names):
+                    setattr(parent, name, FusedPart(fused, part, linears[part]))
 
 
-def is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer whose weights nothing quantises, shards or moves."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer)
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    return not is_subclass(layer.weight)
+
+
+def is_subclass(weight: Tensor) -> bool:
+    """Whether a weight holds other tensors, as torchao's quantised weights do, in any dtype."""
+    return bool(is_traceable_wrapper_subclass(weight))
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A weight's dtype, device and shape, which models ask for, in the memory of one element."""
+    """A parameter with a weight's dtype, device and shape, in the memory of one element.
+
+    Models read these properties of layers whose weights are packed.
+    """
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
@@ -191,6 +204,7 @@ def can_pack(weight: Tensor) -> bool:
     """Whether this machine has a kernel for packed weights of this dtype and device."""
     return (
         weight.device.type == "cpu"
+        and not is_subclass(weight)
         and torch.backends.mkldnn.is_available()
         and weight.dtype in SUPPORTED
         and SUPPORTED[weight.dtype]()

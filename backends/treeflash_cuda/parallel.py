@@ -1,126 +1,170 @@
 """A target whose layers are split between processes: tensor parallelism under `torchrun`.
 
-Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each call on the target it
-broadcasts what it does, and the other ranks do the same with their parts of the layers.
+Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each call of the target it
+broadcasts the call, and the other ranks make the same call with their parts of the layers. They
+keep the same committed positions, but sample nothing.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
-import numpy as np
+import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from treeflash.decoding.choices import Choice, Chosen
-from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.tree import DraftTree
-from treeflash.errors import NumericalError
-from treeflash_cuda.arena import Arena
-from treeflash_cuda.ranks import broadcast
+from treeflash_cuda.hybrid import CommittedStates
+from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
-from treeflash_cuda.verifier import Verifier
+from treeflash_cuda.verifier import Path, Rows, Verifier
 
 RELEASE_S = 0.5
 """Time for the threads of a process group to release the last message, seconds."""
 
 
+def process_count() -> int:
+    """The number of processes that `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def broadcast(message: Any = None) -> Any:
+    """A message from rank 0 to all ranks; the others call it without one, and get it."""
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Followers:
+    """The other ranks, as rank 0 sees them.
+
+    Attributes:
+        lost: whether rank 0 failed in the middle of a forward pass. The others then wait for it in
+            a collective call, where no message reaches them.
+    """
+
+    lost = False
+
+    def tell(self, *message: Any) -> None:
+        """Broadcast a call; raises a RuntimeError if the followers are lost."""
+        if self.lost:
+            raise RuntimeError(
+                "rank 0 failed in the middle of a forward pass, in which the other ranks still "
+                "wait; restart torchrun"
+            )
+        broadcast(message)
+
+
+followers = Followers()
+"""Of this process, if it is rank 0."""
+
+_numbers = itertools.count()
+
+
 class LeaderState(State):
-    """The state of a text on rank 0; the other ranks have states with the same number."""
+    """The state of a sequence on rank 0; the other ranks have states with the same number."""
 
-    def __init__(
-        self,
-        target: Arena,
-        drafter: Arena | None,
-        capacity: int,
-        block: int = 0,
-        transposed: frozenset[int] | None = None,
-    ) -> None:
-        """See `State`."""
-        super().__init__(target, drafter, capacity, block, transposed)
-        self.number = id(self)
-        broadcast(("open", self.number, capacity))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.number = next(_numbers)
+        followers.tell("open", self.number, self.kv_cache.capacity)
 
-    def fork(self, length: int, capacity: int) -> State:
-        """See `TextState.fork`."""
-        new = super().fork(length, capacity)
+    def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> LeaderState:
+        new = super().copy(length, capacity, recurrent)
         assert isinstance(new, LeaderState)
-        broadcast(("copy", self.number, new.number, length))
+        followers.tell("copy", self.number, new.number, length)
         return new
 
-    def truncate(self, length: int) -> None:
-        """See `TextState.truncate`."""
-        super().truncate(length)
-        broadcast(("truncate", self.number, length))
+    def rollback(self, length: int, recurrent: CommittedStates | None) -> None:
+        super().rollback(length, recurrent)
+        if not followers.lost:
+            followers.tell("rollback", self.number, length)
 
     def close(self) -> None:
-        """See `TextState.close`."""
         super().close()
-        broadcast(("close", self.number))
+        if not followers.lost:
+            followers.tell("close", self.number)
 
 
 class LeaderVerifier(Verifier):
-    """The target on rank 0."""
+    """The target on rank 0.
 
-    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
-        """See `TreeVerifier.run`."""
-        items = []
-        for item in work:
-            state: Any = item.state
-            tokens = item.tree if isinstance(item, Verification) else item.token_ids
-            items.append((state.number, tokens, item.choice is not None))
-        broadcast(("run", items))
-        return super().run(work)
+    The other ranks repeat its forward passes as they begin, and its commits when they have
+    succeeded. So whatever fails on rank 0 alone, such as sampling, leaves all ranks alike.
+    """
 
-    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        """See `TreeVerifier.commit`."""
-        broadcast(("commit", [(state.number, path) for state, path in paths]))
-        super().commit(paths)
+    def _forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+        numbered = [(_number(state), tokens) for state, tokens in rows]
+        followers.tell("forward", numbered, list(needs_logits))
+        try:
+            return super()._forward(rows, needs_logits)
+        except Exception:
+            followers.lost = True
+            raise
 
-    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        """See `TreeVerifier.logits`."""
-        broadcast(("logits", [(state.number, tree) for state, tree in trees]))
-        return super().logits(trees)
+    def _commit(self, paths: Sequence[Path]) -> None:
+        super()._commit(paths)
+        followers.tell("commit", [(_number(state), path) for state, path in paths])
+
+
+def _number(state: State) -> int:
+    assert isinstance(state, LeaderState)
+    return state.number
+
+
+class FollowerVerifier(Verifier):
+    """The target on another rank, whose calls rank 0 decides."""
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> None:
+        """Take part in a forward pass of rank 0."""
+        self._forward(rows, needs_logits)
 
 
 def follow(target: Target) -> None:
-    """Do what rank 0 does with the target, until it ends."""
-    verifier = Verifier(target, None)
+    """Make the calls that rank 0 broadcasts, until it ends.
+
+    A failure ends the process at once: `torchrun` then ends the other ranks, which would wait for
+    this one for ever.
+    """
+    try:
+        _follow(target)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"error: rank {dist.get_rank()} failed: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _follow(target: Target) -> None:
+    verifier = FollowerVerifier(target, None)
     states: dict[int, State] = {}
     while True:
-        name, *rest = broadcast()
-        if name == "end":
-            _leave()
-            return
-        if name == "open":
-            number, capacity = rest
-            states[number] = State(target.arena, None, capacity)
-        elif name == "copy":
-            old, new, length = rest
-            states[new].key_values.copy_from(states[old].key_values, length)
-        elif name == "truncate":
-            number, length = rest
-            states[number].truncate(length)
-        elif name == "close":
-            if (state := states.pop(rest[0], None)) is not None:
-                state.close()
-        elif name == "commit":
-            verifier.commit([(states[number], path) for number, path in rest[0]])
-        elif name == "logits":
-            verifier.logits([(states[number], tree) for number, tree in rest[0]])
-        else:
-            with suppress(NumericalError):  # rank 0 reports it
-                verifier.run([_work(states[number], *item) for number, *item in rest[0]])
+        match broadcast():
+            case ("end",):
+                return _leave()
+            case "open", number, capacity:
+                states[number] = State(target.arena, None, capacity)
+            case "copy", old, new, length:
+                states[new].kv_cache.copy_from(states[old].kv_cache, length)
+            case "rollback", number, length:
+                states[number].rollback(length, None)
+            case "close", number:
+                if (state := states.pop(number, None)) is not None:
+                    state.close()
+            case "forward", rows, needs_logits:
+                verifier.forward([(states[number], x) for number, x in rows], needs_logits)
+            case "commit", paths:
+                verifier.commit([(states[number], path) for number, path in paths])
 
 
 def end() -> None:
     """On rank 0, end the other ranks."""
-    if dist.is_initialized():
-        broadcast(("end",))
+    if dist.is_initialized() and not followers.lost:
+        followers.tell("end")
         _leave()
 
 
@@ -129,9 +173,3 @@ def _leave() -> None:
     # After a call returned, gloo's threads still release its tensors, for which they need the
     # interpreter. They abort the process if they find it shutting down.
     time.sleep(RELEASE_S)
-
-
-def _work(state: State, tokens: Any, wanted: bool) -> Extension | Verification:
-    if isinstance(tokens, DraftTree):
-        return Verification(state, tokens, Choice())
-    return Extension(state, tokens, Choice() if wanted else None)

@@ -1,141 +1,397 @@
-"""A Hugging Face causal language model, loaded unmodified, that runs draft trees."""
+"""The target: a Hugging Face causal language model, loaded unmodified, that runs draft trees.
+
+The layers may be placed on several devices. Then each module takes its inputs to its own device.
+The model's inputs and outputs are on the device of its embeddings, where drafts are made and tokens
+are sampled.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_accelerate_available, logging
 
+from treeflash.decoding.backend_base import arrays_nbytes
+from treeflash.decoding.hybrid import UNSUPPORTED, refusal
 from treeflash.decoding.probe import TOLERANCES
-from treeflash.decoding.recurrence import refusal
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import ConfigError, UnsupportedModelError
-from treeflash_cuda.arena import Arena, Span, check_quantisation
+from treeflash.drafters.adapter import read_adapter, refuse_module
+from treeflash.drafters.folder import read_config, weight_files
+from treeflash.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    is_out_of_memory,
+)
 from treeflash_cuda.attention import (
     IMPLEMENTATION,
+    MASK,
     AttentionContext,
+    AttentionInputs,
     Context,
     attention_context,
+    capture_output,
+    is_attending,
 )
-from treeflash_cuda.attention_kernels import Kernels
-from treeflash_cuda.cache import TreeCache
-from treeflash_cuda.cascade import CascadeContext
+from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
 from treeflash_cuda.graphs import Graphs
-from treeflash_cuda.hybrid_cache import HybridCache
-from treeflash_cuda.hybrid_hooks import MAMBA_2, hook_recurrent_layers
-from treeflash_cuda.layers import (
-    capture_layers,
-    decoder_layers,
-    refuse_stateful,
-    refuse_unknown_layers,
+from treeflash_cuda.hybrid import (
+    MAMBA_2,
+    HybridCache,
+    RecurrentStates,
+    SequenceRows,
+    hook_recurrent_layers,
 )
-from treeflash_cuda.linear import IN_TARGET, fuse_linears, pack_linears, take
-from treeflash_cuda.loading import load_model, max_positions, read_model_config
-from treeflash_cuda.placement import follow_devices, spans_of
-from treeflash_cuda.ranks import whole, whole_output_head
+from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 
+UNLIMITED = 1 << 20
+"""Positions of models that have no limit."""
+
+TREE_LAYERS = {"full_attention", "sliding_attention"}
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+STATELESS_LAYERS = {"mlp", "moe"}
+"""Of models in which feed-forward networks are layers of their own."""
+
+FIXED_ATTENTION = "their attention layers do not support other attention functions"
+
 CHECKED_TOKENS = 16
-# Other kernels round differently, and in half precision may route a token to other experts.
+"""Length of the prompt on which the replaced attention is compared with the model's own."""
 TOLERANCE_FACTOR = 5
+"""Other kernels round differently, and in half precision may route a token to other experts."""
+
+
+def read_model_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder, as transformers reads it.
+
+    Raises:
+        CheckpointError: the configuration is damaged, or of a type that transformers lacks.
+    """
+    read_config(folder)  # has the clearer message about a damaged file
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not usable: {_first_line(error)}"
+        ) from error
+
+
+def max_positions(config: Any) -> int:
+    """Positions of the model; with longrope scaling, the positions before frequencies change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        # transformers picks the frequencies of a whole forward pass by its last position.
+        if part.get("rope_type") == "longrope":
+            return int(part["original_max_position_embeddings"])
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+
+
+def load_model(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    processes: int = 1,
+    device_map: str | None = None,
+) -> PreTrainedModel:
+    """The model of a folder in the Hugging Face format, for inference; see `Target`.
+
+    Raises:
+        CheckpointError: the folder is damaged or incomplete, or its weights do not fit its
+            configuration.
+        UnsupportedModelError: the weights are quantised, and a package for that is not installed.
+    """
+    weight_files(folder)
+    # A quantised model must not be moved; other models would be in memory twice.
+    direct = device.type != "cpu" and is_accelerate_available()
+    if device_map is not None and not is_accelerate_available():
+        raise BackendError("device_map needs the package accelerate: pip install accelerate")
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised and device.type != "cpu" and not direct:
+        raise UnsupportedModelError(
+            f"{folder} has quantised weights, which need the package accelerate: "
+            "pip install accelerate"
+        )
+    placement: dict[str, Any] = {"device_map": {"": device}} if direct else {}
+    if processes > 1:
+        from transformers.distributed import DistributedConfig
+
+        placement = {"distributed_config": DistributedConfig(tp_size=processes, tp_plan="auto")}
+    if device_map is not None:
+        placement = {"device_map": device_map}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
+        )
+        if not placement and not quantised:
+            model = model.to(device)
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{folder} needs a package that is not installed ({_first_line(error)}); install it, "
+            "or use weights that are not quantised"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def refuse_stateful(config: PreTrainedConfig) -> None:
+    """Raise for layers whose state is of an unsupported kind, or that attend in chunks."""
+    text_config = config.get_text_config()
+    for name in (config.model_type, text_config.model_type):
+        if name in UNSUPPORTED:
+            raise UnsupportedModelError(refusal(name))
+    known = TREE_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
+    if kinds := set(getattr(text_config, "layer_types", None) or ()) - known:
+        raise UnsupportedModelError(
+            refusal(config.model_type, f"they have {', '.join(sorted(kinds))} layers")
+        )
+
+
+def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
+    """Raise for a model whose attention or recurrent layers cannot run a tree."""
+    if hooked:  # `Target` checks the attention of hybrid models when it replaces it
+        return
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds & RECURRENT_LAYERS:
+        raise UnsupportedModelError(refusal(model.config.model_type))
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(refusal(model.config.model_type, FIXED_ATTENTION))
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The layers of a decoder-only model, first to last; raise for other models."""
+    layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} models cannot run a draft tree: they have no decoder layers"
+        )
+    return layers
+
+
+def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
+    """Devices and their numbers of consecutive layers.
+
+    Raises:
+        ConfigError: a layer is not on a GPU.
+    """
+    devices = [next(layer.parameters()).device for layer in layers]
+    if any(device.type in ("cpu", "meta") for device in devices):
+        raise ConfigError(
+            "the target does not fit into the GPUs, and device_map cannot place layers on the "
+            "CPU; choose a quantised target"
+        )
+    return [(device, len(list(group))) for device, group in groupby(devices)]
+
+
+def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) -> None:
+    """Let every module take its inputs to its device, and the last modules their outputs home.
+
+    They replace accelerate's hooks; `home` is the device of the embeddings.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    last = [x for x in decoder.children() if x not in (*layers, model.get_input_embeddings())]
+    last = [x for x in [*last, head] if next(x.parameters(), None) is not None]
+    for module in (*layers, *last):
+        device = next(module.parameters()).device
+        module.register_forward_pre_hook(partial(_take_inputs, device), with_kwargs=True)
+    for module in last:
+        module.register_forward_hook(lambda _, __, output: output.to(home))
+
+
+def _take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    # Contexts know masks by their identity, and move them themselves.
+    mask = {MASK: kwargs[MASK]} if is_attending() and MASK in kwargs else {}
+    return _move(args, device), _move(kwargs, device) | mask
+
+
+def _move(x: Any, device: torch.device) -> Any:
+    """A tensor, or a nesting of tuples, lists and dictionaries with tensors, on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if type(x) in (tuple, list):
+        return type(x)(_move(part, device) for part in x)
+    if type(x) is dict:
+        return {name: _move(part, device) for name, part in x.items()}
+    return x
+
+
+def join_ranks(tensor: Tensor) -> Tensor:
+    """A tensor that may be split between the processes of `torchrun`, whole on each of them."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather().detach()
+
+
+def whole_output_head(head: Any) -> nn.Module:
+    """A copy of the output head that one process can use alone, for its drafter."""
+    weight, bias = join_ranks(head.weight), head.bias
+    with torch.device("meta"):
+        copy = nn.Linear(weight.shape[1], len(weight), bias is not None)
+    copy.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        copy.bias = nn.Parameter(join_ranks(bias), requires_grad=False)
+    return copy
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
+
+    Raises:
+        CheckpointError: the adapter is damaged.
+        UnsupportedModelError: the adapter has other parts, or the model has no such layers, has
+            quantised them, or shares their weights with others.
+    """
+    modules = dict(model.named_modules())
+    embeddings = model.get_input_embeddings().weight
+    for update in read_adapter(folder):
+        module: Any = modules.get(update.name)
+        weight = getattr(module, "weight", None)
+        if weight is not None and (type(module) is not nn.Linear or not weight.is_floating_point()):
+            raise refuse_module(
+                update.name, "it is quantised, or no linear layer; dequantise the target"
+            )
+        if weight is None or weight.shape != update.shape:
+            raise refuse_module(
+                update.name, f"the target has no linear layer of this name and shape {update.shape}"
+            )
+        if weight is embeddings:
+            raise refuse_module(update.name, "it shares its weight with the embeddings")
+        delta = torch.from_numpy(update.delta()).to(weight.device)
+        merged = (weight.float() + delta).to(weight.dtype)
+        module.weight = nn.Parameter(merged, requires_grad=False)
 
 
 class Target:
-    """The model, and the outputs of the layers that a drafter reads.
-
-    Attributes:
-        embeddings: (vocab, hidden_size) the input table, without any scaling by the model.
-        lm_head: the output head, hidden_size to vocab.
-        lm_head_weight: (vocab, hidden_size) its weight; None if it is quantised, or elsewhere.
-        max_positions: positions of the model; fewer if later ones would change earlier ones.
-        scale: factor of the model on its output head's logits; `find_scale` finds it.
-        kernels: for attention in parts; None computes it as a whole, with a mask.
-        transposed: recurrent layers whose states have values before keys; None without recurrent
-            layers.
-        states_nbytes: size of a text's recurrent states, bytes.
-        graphs: replay forward passes, if they are enabled.
-        split: whether other processes have parts of the layers.
-        spans: devices, and how many layers in a row each one has; None for one device.
-    """
+    """The model, and the outputs of the layers that a drafter reads."""
 
     def __init__(
         self,
-        folder: Path,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        folder: Path,  # of the checkpoint
+        device: torch.device,  # for the weights
+        dtype: torch.dtype | None,  # None is the checkpoint's own
         *,
-        split: bool = False,
+        pack: bool,  # pack the weights for the device; the model is then for inference only
+        kv_bits: int | None = None,  # of stored keys and values; None does not quantise them
+        processes: int = 1,  # of `torchrun`, each of which loads its part of every layer
+        # Places the layers on several devices; see `LoadConfig.device_map`.
         device_map: str | None = None,
+        adapter: Path | None = None,  # a LoRA adapter to merge
     ) -> None:
-        """Load a folder.
-
-        Args:
-            folder: of the checkpoint.
-            device: for the weights.
-            dtype: None is the checkpoint's own.
-            split: between the processes of `torchrun`, each of which loads its part.
-            device_map: places the layers on several devices; see `LoadConfig.device_map`.
+        """Load a folder, and replace the model's attention.
 
         Raises:
             CheckpointError: the folder is damaged or incomplete.
+            ConfigError: the model cannot be placed or quantised in this way.
             UnsupportedModelError: the model cannot run a draft tree.
         """
         config = read_model_config(folder)
         refuse_stateful(config)
-        self.model = load_model(folder, config, dtype, device, split=split, device_map=device_map)
+        # A model of transformers, with its attention replaced.
+        self.model = load_model(
+            folder, config, dtype, device, processes=processes, device_map=device_map
+        )
+        if adapter is not None:
+            if processes > 1:
+                raise ConfigError("an adapter cannot be merged under torchrun; merge it beforehand")
+            merge_adapter(self.model, adapter)
         hooked = hook_recurrent_layers(self.model)
         refuse_unknown_layers(self.model, hooked)
-        self.transposed: frozenset[int] | None = None
-        if hooked:
-            self.transposed = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
+        self.is_hybrid = bool(hooked)  # whether the model has recurrent layers
+        # The recurrent layers whose states have values before keys.
+        self.transposed_layers = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
+        # The index of every attention layer of a hybrid model among its attention layers, by its
+        # index among all layers.
         self.attention_slots: dict[int, int] = {}
-        self.states_nbytes = 0
-        self.config = config.get_text_config()
-        self.device = device
-        self.layers = decoder_layers(self.model)
-        self.spans: list[Span] | None = None
+        self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
+        self.config = config.get_text_config()  # transformers' configuration of the decoder
+        self.device = device  # of the embeddings, and of the model's inputs and outputs
+        self.layers = decoder_layers(self.model)  # of the decoder
+        self.spans: list[Span] | None = None  # None for one device
         if device_map is not None:
-            if self.transposed is not None:
-                raise ConfigError("models with recurrent layers have no --device-map; leave it out")
-            self.spans = spans_of(self.layers)
+            if self.is_hybrid:
+                raise ConfigError("device_map is not supported for models with recurrent layers")
+            self.spans = layer_spans(self.layers)
             follow_devices(self.model, self.layers, device)
-        self.embeddings: Tensor = whole(self.model.get_input_embeddings().weight)
+        # (vocab, hidden_size) the input table, without any scaling by the model.
+        self.embeddings: Tensor = join_ranks(self.model.get_input_embeddings().weight)
         self.dtype: torch.dtype = self.embeddings.dtype
-        self.lm_head: nn.Module = self.model.get_output_embeddings()
-        self.split = split
-        if split:
+        self.lm_head: nn.Module = self.model.get_output_embeddings()  # hidden_size to vocab
+        self.split = processes > 1  # whether other processes have parts of the layers
+        if self.split:
             self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
-        quantised = weight is None or weight.dtype != self.dtype or weight.device != device
-        self.lm_head_weight: Tensor | None = None if quantised else weight
+        if weight is not None and (
+            is_subclass(weight)  # torchao's quantised weights keep their dtype
+            or (weight.dtype, weight.device) != (self.dtype, device)
+        ):
+            weight = None
+        # (vocab, hidden_size) of the output head; None if quantised, or on another device.
+        self.lm_head_weight: Tensor | None = weight
         self.vocab_size = len(self.embeddings)
-        self.max_positions = max_positions(self.config)
-        self.scale = 1.0
-        self.kernels: Kernels | None = None
-        self.graphs = Graphs(device)
-        self.arena = Arena(len(self.layers), spans=self.spans)
+        self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
+        self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
+        self.kernels: Kernels | None = None  # for prompts; None attends with a mask
+        self.operations: Operations | None = None  # for trees; None attends with masks
+        self.graphs = Graphs(device)  # replay forward passes, if they are enabled
+        self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._replace_attention(pack, kv_bits)
 
-    def prepare(self, *, pack: bool, kv_bits: int | None = None) -> None:
-        """Replace the model's attention, and check on a short text that its logits stay the same.
+    @property
+    def column_nbytes(self) -> int:
+        """Size of the keys and values of one position in all layers, bytes."""
+        return self.arena.column_nbytes
 
-        Args:
-            pack: pack the weights for the device; the model is then for inference only.
-            kv_bits: of keys and values from then on; None keeps them as they are.
+    def _replace_attention(self, pack: bool, kv_bits: int | None) -> None:
+        """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
         Raises:
-            ConfigError: its keys and values cannot be quantised.
+            ConfigError: the keys and values cannot be quantised.
             UnsupportedModelError: the logits differ, so the model computes attention in a way that
                 the replacement does not.
         """
+        family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = _CountingContext(0, torch.arange(len(tokens), device=self.device), None)
         with torch.inference_mode():
@@ -145,32 +401,28 @@ class Target:
                 fuse_linears(self.model, IN_TARGET)
                 pack_linears(self.model)
                 self.lm_head = self.model.get_output_embeddings()
-            text = State(self.arena, None, CHECKED_TOKENS, transposed=self.transposed)
-            cache = self.new_cache([(text, range(CHECKED_TOKENS))], [None])
+            state = State(self.arena, None, CHECKED_TOKENS, recurrent=self.new_recurrent_states())
+            cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
             try:
                 actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
             except UnsupportedModelError as error:  # of a layer, which does not know the model
-                raise UnsupportedModelError(
-                    refusal(self.model.config.model_type, str(error))
-                ) from error
-            if text.recurrent is not None:
-                text.recurrent.go_on(text.recurrent.after(tokens))
-                self.states_nbytes = text.recurrent.nbytes
-            # Recurrent layers need no room in it.
-            layers = self.arena.layers if self.transposed is None else len(self.attention_slots)
+                raise UnsupportedModelError(refusal(family, str(error))) from error
+            if state.recurrent is not None:
+                state.recurrent.resume(state.recurrent.states_after(tokens))
+                self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
+            region = state.kv_cache.region
             if kv_bits is not None:
-                check_quantisation(kv_bits, text.key_values.region, self.model.config.model_type)
-            dtype = None if kv_bits is None else self.dtype
-            self.arena = self.arena.resized(layers, text.key_values.region, dtype)
-            text.close()
+                check_quantisation(region, family)
+            # Recurrent layers need no room in it.
+            layers = len(self.attention_slots) if self.is_hybrid else self.arena.layers
+            self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
+            state.close()
         if context.layers < len(self.attention_slots):
-            reason = "their attention layers do not support other attention functions"
-            raise UnsupportedModelError(refusal(self.model.config.model_type, reason))
-        difference = float((actual - expected).float().std() / expected.float().std())
-        if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+            raise UnsupportedModelError(refusal(family, FIXED_ATTENTION))
+        if difference := self._significant_difference(actual, expected):
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} models compute attention in a way that the cuda "
-                f"backend does not support (logits differ by {difference:.1%})"
+                f"{family} models compute attention in a way that the cuda backend does not "
+                f"support (relative error of the logits: {difference:.2f})"
             )
 
     def find_scale(self) -> None:
@@ -180,27 +432,48 @@ class Target:
             UnsupportedModelError: the model does more to its logits than multiply them.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
-        context = AttentionContext.whole_text(len(tokens), self.device)
-        parts = (self.model, self.model.get_decoder())
+        context = AttentionContext.whole_sequence(len(tokens), self.device)
+        inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}
         with torch.inference_mode(), attention_context(context):
-            whole, decoded = (
-                part(tokens[None], position_ids=context.positions[None], use_cache=False)
-                for part in parts
-            )
+            whole = self.model(**inputs, use_cache=False)
+            decoded = self.model.get_decoder()(**inputs, use_cache=False)
             expected = whole.logits.float()
             raw = self.output_head(decoded.last_hidden_state).float()
         self.scale = float((expected * raw).sum() / raw.square().sum())
-        difference = float((expected - self.scale * raw).std() / expected.std())
-        if difference > TOLERANCE_FACTOR * TOLERANCES[str(self.dtype).removeprefix("torch.")]:
+        if difference := self._significant_difference(self.scale * raw, expected):
             raise UnsupportedModelError(
                 f"{self.model.config.model_type} models do more than multiply the logits of their "
-                f"output head by a factor (they differ by {difference:.1%}), so drafters cannot be "
+                f"output head by a factor (relative error {difference:.2f}), so drafters cannot be "
                 "trained for them"
             )
 
+    def _significant_difference(self, actual: Tensor, expected: Tensor) -> float:
+        """The relative error of logits; 0 if other kernels could cause it."""
+        difference = float((actual - expected).float().std() / expected.float().std())
+        tolerance = TOLERANCES[str(self.dtype).removeprefix("torch.")]
+        return difference if difference > TOLERANCE_FACTOR * tolerance else 0
+
     def capture(self, layer_ids: Sequence[int]) -> None:
-        """Return these layers' outputs from every forward pass from now on; -1: the embeddings'."""
-        capture_layers(self.layers, layer_ids)
+        """Return these layers' outputs from every forward pass from now on.
+
+        -1 stands for the embeddings, and the number of layers for the final norm.
+        """
+
+        def capture_layer(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
+            capture_output(layer_id, output[0] if isinstance(output, tuple) else output)
+
+        def capture_input(_: nn.Module, args: Any, kwargs: Any) -> None:
+            capture_output(-1, args[0] if args else kwargs["hidden_states"])
+
+        for layer_id in layer_ids:
+            if layer_id == -1:
+                self.layers[0].register_forward_pre_hook(capture_input, with_kwargs=True)
+            elif layer_id == len(self.layers):
+                self.model.get_decoder().register_forward_hook(
+                    lambda _, __, output, i=layer_id: capture_output(i, output[0])
+                )
+            else:
+                self.layers[layer_id].register_forward_hook(partial(capture_layer, layer_id))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(..., hidden_size) rows of the input table."""
@@ -208,8 +481,7 @@ class Target:
 
     def output_head(self, hidden: Tensor) -> Tensor:
         """(..., vocab) logits of the output head alone, from (..., hidden_size)."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return self.lm_head(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) logits of the model, from (..., hidden_size) outputs of its decoder."""
@@ -217,58 +489,48 @@ class Target:
         return raw if self.scale == 1 else raw * self.scale
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """(n, t) logits of some tokens, from (n, hidden_size) and (t,) ids."""
-        if self.lm_head_weight is None:
-            return self.output_head(hidden).index_select(-1, tokens)
-        bias = getattr(self.lm_head, "bias", None)
-        weight = take(self.lm_head_weight, tokens)
-        return F.linear(hidden, weight, None if bias is None else bias[tokens])
+        """(n, v) logits of some tokens, from (n, hidden_size); see `token_products`."""
+        if self.lm_head_weight is not None:
+            bias = getattr(self.lm_head, "bias", None)
+            return token_products(hidden, self.lm_head_weight, tokens, bias)
+        logits = self.output_head(hidden)
+        if tokens.ndim == 1:
+            return logits.index_select(-1, tokens)
+        return logits.gather(1, tokens.repeat_interleave(len(logits) // len(tokens), 0))
 
     def context(
         self, committed: int, positions: Tensor, ancestors: Tensor | None
     ) -> AttentionContext:
-        """What a block of tokens sees; see `AttentionContext`."""
-        if self.kernels is None:
-            return AttentionContext(committed, positions, ancestors)
-        return CascadeContext(committed, positions, ancestors, self.kernels)
+        """The context of a block of tokens of one sequence; see `AttentionContext`."""
+        return AttentionContext(committed, positions, ancestors, self.kernels)
+
+    def new_recurrent_states(self) -> RecurrentStates | None:
+        """The recurrent states of an empty sequence; None if the model has none."""
+        return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
 
     def new_cache(
         self, rows: Sequence[tuple[State, Any]], ancestors: Sequence[Tensor | None]
     ) -> TreeCache:
-        """The cache of a forward pass.
-
-        Args:
-            rows: texts, and the tree or the next tokens of each.
-            ancestors: of the trees; None for next tokens.
-        """
-        key_values = [state.key_values for state, _ in rows]
-        sizes = [len(tokens) for _, tokens in rows]
-        states = [state.recurrent for state, _ in rows if state.recurrent is not None]
-        if self.transposed is None:
-            return TreeCache(key_values, sizes)
-        trees = [tokens if isinstance(tokens, DraftTree) else None for _, tokens in rows]
-        slots, device = self.attention_slots, self.device
-        return HybridCache(key_values, states, trees, ancestors, sizes, slots, device)
+        """The cache of a forward pass over trees, which have ancestors, and next tokens."""
+        kv_caches = [state.kv_cache for state, _ in rows]
+        if not self.is_hybrid:
+            return TreeCache(kv_caches, [len(tokens) for _, tokens in rows])
+        parts, first = [], 0
+        for (state, tokens), mask in zip(rows, ancestors, strict=True):
+            assert state.recurrent is not None
+            tree = tokens if isinstance(tokens, DraftTree) else None
+            parts.append(SequenceRows(state.recurrent, first, len(tokens), tree, mask))
+            first += len(tokens)
+        return HybridCache(kv_caches, parts, self.attention_slots, self.device)
 
     def forward(
-        self,
-        token_ids: Tensor,
-        context: Context,
-        cache: TreeCache,
-        *,
-        logits_to_keep: int | Tensor,
+        self, token_ids: Tensor, context: Context, cache: TreeCache, *, logits_to_keep: int | Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run n tokens after the committed ones.
-
-        Args:
-            token_ids: (n,).
-            context: their positions, and what they see.
-            cache: holds their keys and values afterwards, uncommitted.
-            logits_to_keep: rows whose logits to compute: so many of the last, 0 for all, or an
-                index.
+        """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
 
         Returns:
-            Logits of those rows; (n, hidden_size) outputs of the captured layers, by index.
+            Logits of the last `logits_to_keep` rows, of all for 0, or of those with these indices;
+            and (n, hidden_size) outputs of the captured layers, by index.
         """
         running = cache.running() if isinstance(cache, HybridCache) else nullcontext()
         with attention_context(context) as outputs, running:
@@ -287,15 +549,6 @@ class _CountingContext(AttentionContext):
 
     layers = 0
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """See `Context.attend`."""
+    def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
-        return super().attend(module, query, key, value, mask, scale)
+        return super().attend(inputs)

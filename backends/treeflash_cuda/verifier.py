@@ -1,7 +1,9 @@
-"""The target over the trees and new tokens of several texts, and commits."""
+"""The target over the trees and new tokens of several sequences, and commits."""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -10,92 +12,199 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.backend_base import rows_by_pass
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
-from treeflash_cuda.cache import upload_all
-from treeflash_cuda.choices import choose
+from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.attention import AttentionContext, PackedContext, TreeContext
+from treeflash_cuda.cache import Region, Slab, SlabCache
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.packed import PackedContext
+from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
+from treeflash_cuda.numerics import upload, upload_all
+from treeflash_cuda.operations import VisibleKeys
+from treeflash_cuda.row_head import RowModel
+from treeflash_cuda.sampling import Logits, finite_argmax, sample
 from treeflash_cuda.state import State
-from treeflash_cuda.static_trees import StaticTrees
 from treeflash_cuda.target import Target
 
+MAX_ROWS = 512
+"""More rows run without a graph, in their own shapes."""
+OUTGROWN = "the sequence has outgrown its capacity"
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
 
 Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
-"""A text, and its tree or its next tokens."""
+"""A sequence, and its tree or its next tokens."""
+Path: TypeAlias = tuple[State, NDArray[np.int32]]
+"""A sequence, and the nodes to commit."""
+
+
+class TreePass:
+    """One forward pass over trees of sequences of one slab, as a function of tensors.
+
+    Where a sequence begins and how long it is are tensors. For CUDA graphs the sizes are rounded up
+    to powers of two: the number of sequences, the nodes of the largest tree, and the length of the
+    longest sequence.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def run(self, trees: Sequence[tuple[State, DraftTree]]) -> list[tuple[Tensor, Tensor]]:
+        """(n, vocab) logits, and their (n,) `finite_argmax`, of each tree's nodes.
+
+        Raises:
+            UnsupportedModelError: a layer's attention is neither causal nor a window.
+        """
+        sequences, nodes = len(trees), max(len(tree) for _, tree in trees)
+        longest = max(max(state.length for state, _ in trees), 1)
+        graphs = self.target.graphs
+        captured = graphs.is_capturing and power_of_two(sequences) * power_of_two(nodes) <= MAX_ROWS
+        if captured:
+            sequences, nodes = power_of_two(sequences), power_of_two(nodes)
+            longest = max(power_of_two(longest), MIN_LENGTH)
+        regions = [state.kv_cache.allocate() for state, _ in trees]
+        for (state, tree), region in zip(trees, regions, strict=True):
+            assert state.length + len(tree) <= region.columns, OUTGROWN
+        sizes = sequences, nodes, longest
+        forward = functools.partial(self._forward, regions[0].slab, *sizes)
+        uploaded = upload(_inputs(trees, regions, sequences, nodes), self.target.device)
+        settings = regions[0].slab, sizes
+        results = graphs.run("the target", settings, forward, uploaded, capture=captured)
+        logits, best, layers, *outputs = results
+        by_layer = dict(zip(layers, outputs, strict=True))
+        rows = [slice(i * nodes, i * nodes + len(tree)) for i, (_, tree) in enumerate(trees)]
+        for (state, _), part in zip(trees, rows, strict=True):
+            state.outputs, state.first_row = by_layer, part.start
+        return [(logits[part], best[part]) for part in rows]
+
+    def _forward(
+        self, slab: Slab, sequences: int, nodes: int, longest: int, inputs: Tensor
+    ) -> Outputs:
+        """Logits, the best token of each row, indices of captured layers, and their outputs."""
+        target, rows = self.target, sequences * nodes
+        assert target.operations is not None
+        tokens, positions, slots = inputs[: 3 * rows].long().view(3, rows)
+        first, length = inputs[3 * rows : 3 * rows + 2 * sequences].view(2, sequences)
+        ancestors = inputs[3 * rows + 2 * sequences :].view(sequences, nodes, nodes).bool()
+        cache = SlabCache(slab, target.arena.encode, slots)
+        by_tree = positions.view(sequences, nodes).int()
+        keys = VisibleKeys.of_trees(first, length, by_tree, ancestors)
+        context = TreeContext(target.operations, cache, keys, positions, longest)
+        logits, outputs = target.forward(tokens, context, cache, logits_to_keep=0)
+        return logits, finite_argmax(logits), tuple(outputs), *outputs.values()
+
+
+def _inputs(
+    trees: Sequence[tuple[State, DraftTree]], regions: Sequence[Region], sequences: int, nodes: int
+) -> NDArray[np.int32]:
+    """Tokens, positions and slots of all nodes, first columns and lengths of sequences, ancestors.
+
+    Trees are filled up with copies of their roots, and sequences with copies of the first one.
+    Copies write the same keys and values to the same slots.
+    """
+    rows = np.zeros((3, sequences, nodes), np.int32)
+    ends = np.zeros((2, sequences), np.int32)
+    ancestors = np.zeros((sequences, nodes, nodes), np.int32)
+    for i, ((state, tree), region) in enumerate(zip(trees, regions, strict=True)):
+        n, start = len(tree), state.length
+        node = np.arange(nodes)
+        node[n:] = 0
+        rows[:, i] = tree.tokens[node], tree.positions(start)[node], region.first + start + node
+        ends[:, i] = region.first, start
+        ancestors[i, :n, :n] = tree.ancestor_mask()
+        ancestors[i, n:, 0] = 1
+    for array in (rows.swapaxes(0, 1), ends.swapaxes(0, 1), ancestors):
+        array[len(trees) :] = array[0]
+    return np.concatenate([rows.ravel(), ends.ravel(), ancestors.ravel()])
 
 
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in PyTorch."""
 
-    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
-        """Hold the models.
-
-        Args:
-            target: the model.
-            drafter: projects the outputs of its target layers to features; None for no features.
-        """
+    def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
         self.target = target
-        self.drafter = drafter
-        self.static = StaticTrees(target)
+        self.drafter = drafter  # projects outputs of target layers to features; None for none
+        self.trees = TreePass(target)
+        # Recurrent layers run sequence by sequence.
+        self._has_tree_pass = target.operations is not None and not target.is_hybrid
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
-        """See `TreeVerifier.run`."""
-        states: list[Any] = [item.state for item in work]
-        before = [(state.length, state.recurrent and state.recurrent.committed) for state in states]
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+        states: list[Any] = [item.state for item in work]  # the backend's own
+        before = [(state.length, state.recurrent_states()) for state in states]
         try:
             rows: list[Rows] = [
-                (item.state, item.tree)
-                if isinstance(item, Verification)
-                else (item.state, self._last_chunk(item.state, item.token_ids))
-                for item in work
+                (state, item.tree)
+                if isinstance(item, Verify)
+                else (state, self._last_chunk(state, item.token_ids))
+                for state, item in zip(states, work, strict=True)
             ]
-            logits, counts = self._forward(rows, [item.choice is not None for item in work])
-            choices = [item.choice for item in work]
-            chosen = choose(logits, counts, choices, self.target.graphs)
-            self._commit([(state, _whole(tokens)) for state, tokens in rows if _is_text(tokens)])
+            logits = self._forward(rows, [item.params is not None for item in work])
+            sampled = sample(logits, [item.params for item in work], self.target.graphs)
+            new = [row for row in rows if not isinstance(row[1], DraftTree)]
+            self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
         except Exception:
             for state, (length, recurrent) in zip(states, before, strict=True):
-                state.go_back(length, recurrent)
+                state.rollback(length, recurrent)
             raise
-        return chosen
+        return sampled
 
     @torch.inference_mode()
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        """See `TreeVerifier.commit`."""
         self._commit(paths)
 
     @torch.inference_mode()
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        """See `TreeVerifier.logits`."""
-        logits, counts = self._forward(trees, [True] * len(trees))
-        return [part.float().cpu().numpy() for part in logits.split(counts)]
+        logits = self._forward(trees, [True] * len(trees))
+        return [part.float().cpu().numpy() for part in logits.parts]
 
     def _last_chunk(self, state: State, token_ids: Sequence[int]) -> Sequence[int]:
-        """Commit all chunks of new tokens but the last, which is returned."""
+        """Commit all chunks of new tokens but the last chunk, which is returned."""
         size = NEXT_CHUNK if state.length else FIRST_CHUNK
         while len(token_ids) > size:
             chunk, token_ids = token_ids[:size], token_ids[size:]
             self._forward([(state, chunk)], [False])
-            self._commit([(state, _whole(chunk))])
+            self._commit([(state, _all_nodes(chunk))])
             size = NEXT_CHUNK
         return token_ids
 
-    def _forward(self, rows: Sequence[Rows], wanted: Sequence[bool]) -> tuple[Tensor, list[int]]:
-        """One forward pass over all texts.
+    def _forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+        """Logits of all nodes of trees and of the last of new tokens, where they are needed.
 
-        Returns:
-            Logits of all nodes of trees and of the last of new tokens, if they are wanted; and how
-            many rows of them each text has.
+        One forward pass runs all sequences. If there is the operation for trees, the trees of each
+        slab have a pass of their own.
         """
-        trees = [(state, tree) for state, tree in rows if isinstance(tree, DraftTree)]
-        if len(trees) == len(rows) and (found := self.static.run(trees)) is not None:
-            return found
-        device = self.target.device
+        for state, tokens in rows:
+            ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
+            state.pass_tokens = np.asarray(ids, np.int32)
+        passes: dict[Slab, dict[int, tuple[State, DraftTree]]] = {}
+        others = dict(enumerate(rows))
+        for i, (state, tokens) in enumerate(rows):
+            if self._has_tree_pass and isinstance(tokens, DraftTree):
+                slab = state.kv_cache.allocate().slab
+                passes.setdefault(slab, {})[i] = others.pop(i)[0], tokens
+        results: dict[int, tuple[Tensor, Tensor | None]] = {}
+        try:
+            for trees in passes.values():
+                results |= zip(trees, self.trees.run(list(trees.values())), strict=True)
+        except UnsupportedModelError as error:
+            self._has_tree_pass = False
+            warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
+            others = dict(enumerate(rows))
+        if others:
+            logits = self._forward_with_masks(
+                list(others.values()), [needs_logits[i] for i in others]
+            )
+            if len(others) == len(rows):
+                return logits
+            results |= zip(others, zip(logits.parts, logits.best, strict=True), strict=True)
+        parts, best = zip(*(results[i] for i in range(len(rows))), strict=True)
+        return Logits(list(parts), list(best))
+
+    def _forward_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+        """`_forward` in one pass, in which every sequence attends with a mask of its own."""
         sizes = [len(tokens) for _, tokens in rows]
         arrays: list[NDArray[Any]] = []
         for state, tokens in rows:
@@ -104,61 +213,67 @@ class Verifier:
             else:
                 arrays += [np.array(tokens), state.length + np.arange(len(tokens))]
         counts = [
-            (size if isinstance(tokens, DraftTree) else 1) if want else 0
-            for (_, tokens), size, want in zip(rows, sizes, wanted, strict=True)
+            (size if isinstance(tokens, DraftTree) else 1) if needed else 0
+            for (_, tokens), size, needed in zip(rows, sizes, needs_logits, strict=True)
         ]
         ends = np.cumsum(sizes)
-        kept = np.concatenate(
+        rows_to_keep = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
         )
-        uploaded = iter(upload_all([*arrays, kept], device))
-        token_ids, texts = [], []
+        uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
+        token_ids: list[Tensor] = []
+        contexts: list[AttentionContext] = []
         for state, tokens in rows:
             token_ids.append(next(uploaded).long())
             positions = next(uploaded).long()
             ancestors = next(uploaded).bool() if isinstance(tokens, DraftTree) else None
-            texts.append(self.target.context(state.length, positions, ancestors))
-        cache = self.target.new_cache(rows, [text.ancestors for text in texts])
-        context = PackedContext(texts, cache) if len(texts) > 1 else texts[0]
-        everything = len(kept) == ends[-1]
+            contexts.append(self.target.context(state.length, positions, ancestors))
+        cache = self.target.new_cache(rows, [context.ancestors for context in contexts])
+        logits_to_keep: int | Tensor = 1  # at least, of which none is returned
+        if len(rows_to_keep) == ends[-1]:
+            logits_to_keep = 0  # all
+        elif len(rows_to_keep):
+            logits_to_keep = next(uploaded).long()
         logits, outputs = self.target.forward(
             torch.cat(token_ids),
-            context,
+            PackedContext(contexts, cache) if len(contexts) > 1 else contexts[0],
             cache,
-            logits_to_keep=0 if everything else next(uploaded).long() if len(kept) else 1,
+            logits_to_keep=logits_to_keep,
         )
         for (state, _), end, size in zip(rows, ends, sizes, strict=True):
             state.outputs, state.first_row = outputs, int(end) - size
-        return logits[: len(kept)], counts
+        return Logits.split(logits[: len(rows_to_keep)], counts)
 
-    def _commit(self, paths: Sequence[tuple[State, NDArray[np.int32]]]) -> None:
-        """Keep paths. What may fail comes first: a call that fails must change no text."""
-        moved = [(state, path) for state, path in paths if not np.array_equal(path, _whole(path))]
-        # Texts that were run together share the outputs of one forward pass.
-        passes: dict[int, list[tuple[State, NDArray[np.int32]]]] = {}
+    def _commit(self, paths: Sequence[Path]) -> None:
+        """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
+        moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for state, path in paths:
-            if state.drafter is not None:
-                passes.setdefault(id(state.outputs), []).append((state, path))
-        recurrent = [(state, path) for state, path in paths if state.recurrent is not None]
-        moved = [(state, path) for state, path in moved if state.key_values.region is not None]
-        columns = [state.length + path for state, path in moved]
-        rows = [
-            np.concatenate([state.first_row + path for state, path in texts])
-            for texts in passes.values()
-        ]
-        nodes = [path for _, path in recurrent]
-        uploaded = iter(upload_all([*columns, *rows, *nodes], self.target.device))
-        kept = {id(state): state.key_values.gather(next(uploaded)) for state, _ in moved}
-        context = []
-        for texts in passes.values():
-            features = self._project(texts[0][0].outputs, next(uploaded))
-            parts = features.split([len(path) for _, path in texts])
-            context += [(state, part) for (state, _), part in zip(texts, parts, strict=True)]
-        committed = [(state, state.recurrent.after(next(uploaded))) for state, _ in recurrent]
+            region, places = state.kv_cache.region, _all_nodes(path)
+            if region is not None and (moved := path != places).any():
+                start = region.first + state.length
+                pair = start + path[moved], start + places[moved]
+                moves.setdefault(region.slab, []).append(pair)
+        passes = rows_by_pass(paths)
+        hybrid = [(state.recurrent, path) for state, path in paths if state.recurrent is not None]
+        arrays: list[NDArray[Any]] = []
+        for pairs in moves.values():
+            arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
+        arrays += [group.rows for group in passes]
+        arrays += [path for _, path in hybrid]
+        uploaded = iter(upload_all(arrays, self.target.device))
+        copies = [(slab, slab.gather(next(uploaded)), next(uploaded).long()) for slab in moves]
+        context: list[tuple[State, Tensor]] = []
+        for group in passes:
+            features = self._project(group.outputs, next(uploaded))
+            context += zip(group.states, features.split(group.sizes), strict=True)
+        committed = [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
+        for slab, columns, destination in copies:
+            slab.write(destination, columns)
         for state, path in paths:
-            state.key_values.commit(len(path), kept.get(id(state)))
-        for state, states in committed:
-            state.recurrent.go_on(states)
+            state.kv_cache.commit(len(path))
+            state.keep_tokens(path)
+        for states, new in committed:
+            states.resume(new)
         for state, part in context:
             state.context.append(part)
 
@@ -170,9 +285,5 @@ class Verifier:
         return self.drafter.project(torch.cat(layers, -1))
 
 
-def _is_text(tokens: DraftTree | Sequence[int]) -> bool:
-    return not isinstance(tokens, DraftTree)
-
-
-def _whole(tokens: DraftTree | Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+def _all_nodes(tokens: DraftTree | Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
     return np.arange(len(tokens), dtype=np.int32)

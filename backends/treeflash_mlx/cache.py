@@ -1,9 +1,14 @@
-"""Keys and values of texts, and what mlx-lm's layers see of them in one forward pass."""
+"""The KV caches of sequences, and the caches that mlx-lm's layers see in one forward pass.
+
+A `KVCache` belongs to one sequence. Its arrays lie in a row of a `BatchStorage`, together with the
+sequences that run in the same passes; `share_storage` brings sequences together. A `TreeCache` is
+one layer of a storage during one pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,13 +16,122 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from treeflash_mlx.recurrent_states import Row, arrays_of, row_of
-from treeflash_mlx.storage import Storage, columns_for
-from treeflash_mlx.tree_hooks import TreePass
+from treeflash_mlx.attention import TreePass
+from treeflash_mlx.hybrid import BatchStates, RecurrentStates, state_arrays
+
+STEP = 256
+
+
+def allocated_columns(capacity: int) -> int:
+    """Columns for `capacity` positions and one more, in steps, so that freed memory is reused."""
+    return -(-(capacity + 1) // STEP) * STEP
+
+
+class BatchStorage:
+    """The keys, values and recurrent states of sequences that run together, a row per sequence.
+
+    While the same sequences run together, nothing is copied.
+
+    Attributes:
+        free_rows: rows whose sequence has left.
+        columns: of every row. No sequence reaches the last one, which takes the padding of a pass.
+        layers: per layer, arrays of shape (batch, heads, columns, width): the keys and the values,
+            or the three parts of both if they are quantised; empty before the first pass.
+        latest: per layer, (batch, heads, n, width) as the latest pass wrote them.
+        states: of the recurrent layers.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[Sequence[mx.array]]],
+        states: Sequence[RecurrentStates],
+        columns: int,
+    ) -> None:
+        """Copy sequences into the rows of a new storage.
+
+        Per sequence and layer there are arrays of shape (1, heads, n, width), or none.
+        """
+        self.batch_size, self.free_rows, self.columns = len(sequences), 0, columns
+        self.layers: list[list[mx.array]] = [[] for _ in sequences[0]]
+        self.latest: list[Sequence[mx.array]] = [()] * len(self.layers)
+        self.states = BatchStates(states)
+        for layer, arrays in enumerate(self.layers):
+            parts = [sequence[layer] for sequence in sequences]
+            for i, x in enumerate(next((part for part in parts if part), ())):
+                array = mx.zeros((self.batch_size, x.shape[1], columns, x.shape[3]), x.dtype)
+                for row, part in enumerate(parts):
+                    if part:
+                        array[row : row + 1, :, : part[i].shape[2]] = part[i]
+                arrays.append(array)
+        # Evaluated now: the old arrays could not be written in place while these depend on them.
+        mx.eval(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all rows, bytes."""
+        return self.columns_nbytes + self.states.nbytes
+
+    @property
+    def columns_nbytes(self) -> int:
+        """Size of the keys and values of all rows, bytes."""
+        return sum(array.nbytes for arrays in self.layers for array in arrays)
+
+    def write(
+        self, layer: int, new: Sequence[mx.array], start: int, index: mx.array | None = None
+    ) -> None:
+        """Write (batch, heads, n, width) keys and values in place.
+
+        One sequence is written from column `start` on, several to the (batch, 1, n, 1) `index`.
+        """
+        arrays = self.layers[layer]
+        if not arrays:
+            arrays += [mx.zeros((*x.shape[:2], self.columns, x.shape[3]), x.dtype) for x in new]
+        for i, rows in enumerate(new):
+            if index is None:
+                stop = start + rows.shape[2]
+                assert stop < self.columns, "the sequence has outgrown its capacity"
+                arrays[i][:, :, start:stop] = rows
+            else:
+                columns = mx.broadcast_to(index, rows.shape)
+                arrays[i] = mx.put_along_axis(arrays[i], columns, rows, 2)
+
+    def read(self, layer: int, stop: int, first: int = 0) -> list[mx.array]:
+        """The columns of a layer from `first` to `stop`, of all sequences."""
+        return [array[:, :, first:stop] for array in self.layers[layer]]
+
+    def commit(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
+        """Keep paths of the latest pass: by row, the first column to write, and the nodes."""
+        self._move_columns(paths)
+        self.states.commit({row: path for row, (_, path) in paths.items()})
+
+    def _move_columns(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
+        """Move the keys and values of paths to where their sequences continue."""
+        if all(path[-1] == len(path) - 1 for _, path in paths.values()):
+            return  # they are there already
+        # Taken from the rows as they were written: reading the storage before writing to it would
+        # force a copy.
+        if self.batch_size == 1:
+            ((start, path),) = paths.values()
+            nodes = mx.array(path)
+            for layer, rows in enumerate(self.latest):
+                self.write(layer, [mx.take(x, nodes, axis=2) for x in rows], start)
+            return
+        longest = max(len(path) for _, path in paths.values())
+        sources, targets = np.zeros((2, self.batch_size, 1, longest, 1), np.int32)
+        targets += self.columns - 1
+        for row, (start, path) in paths.items():
+            sources[row, 0, : len(path), 0] = path
+            targets[row, 0, : len(path), 0] = start + np.arange(len(path))
+        source, target = mx.array(sources), mx.array(targets)
+        for layer, rows in enumerate(self.latest):
+            shapes = [(*x.shape[:2], longest, x.shape[3]) for x in rows]
+            indices = [mx.broadcast_to(source, shape) for shape in shapes]
+            moved = [mx.take_along_axis(x, i, 2) for x, i in zip(rows, indices, strict=True)]
+            self.write(layer, moved, 0, target)
 
 
 def release_freed_memory() -> None:
-    """Return freed GPU memory to the system; MLX keeps it, and the sizes needed keep changing."""
+    """Return freed GPU memory to the system; MLX keeps it, but the sizes needed keep changing."""
     if mx.default_device().type == mx.gpu:
         mx.clear_cache()
 
@@ -30,174 +144,123 @@ class Quantisation:
     group_size: int
 
 
-class KeyValues:
-    """Keys and values of all layers of one text: committed positions, then one tree.
+@dataclass(eq=False)
+class KVCache:
+    """Keys and values of all layers of one sequence: committed positions, then one tree.
 
-    Attributes:
-        layers: how many.
-        recurrent: how many states each recurrent layer has.
-        keys_first: whether matrix states are (key_dim, value_dim).
-        capacity: positions.
-        quantisation: None if keys and values are not quantised.
-        storage: shared by texts that run together; None before the first pass, and after the text
-            is closed.
-        row: of the text in it.
-        length: committed positions.
+    The storage is shared by sequences that run together. There is none before the first pass, and
+    after the sequence is closed.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        capacity: int,
-        quantisation: Quantisation | None = None,
-        *,
-        recurrent: Sequence[int] = (),
-        keys_first: bool = False,
-    ) -> None:
-        """Start empty."""
-        self.layers = layers
-        self.recurrent = recurrent
-        self.keys_first = keys_first
-        self.capacity = capacity
-        self.quantisation = quantisation
-        self.storage: Storage | None = None
-        self.row = 0
-        self.length = 0
+    num_layers: int  # attention layers
+    capacity: int  # positions
+    quantisation: Quantisation | None = None
+    state_counts: Sequence[int] = ()  # per recurrent layer
+    keys_first: bool = False  # whether matrix states have the shape (key_dim, value_dim)
+    storage: BatchStorage | None = None
+    row: int = 0  # in the storage
+    length: int = 0  # committed positions
 
     @property
     def nbytes(self) -> int:
-        """Device memory that it holds, bytes: its share of the storage."""
+        """Device memory that the sequence holds, bytes: its share of the storage."""
         if self.storage is None:
             return 0
-        return self.storage.nbytes // (self.storage.texts - self.storage.left)
+        return self.storage.nbytes // (self.storage.batch_size - self.storage.free_rows)
 
-    def until(self, length: int) -> list[list[mx.array]]:
-        """Per layer, the first columns as arrays of shape (1, heads, length, width)."""
-        if self.storage is None or not length:
-            return [[] for _ in range(self.layers)]
+    def first_columns(self, end: int) -> list[list[mx.array]]:
+        """Per layer, the columns before `end` as arrays of shape (1, heads, end, width)."""
+        if self.storage is None or not end:
+            return [[] for _ in range(self.num_layers)]
         row = slice(self.row, self.row + 1)
-        return [[x[row, :, :length] for x in arrays] for arrays in self.storage.layers]
+        return [[x[row, :, :end] for x in arrays] for arrays in self.storage.layers]
 
-    def states(self) -> Row:
-        """Those of the recurrent layers; a commit makes new ones and leaves these as they are."""
+    def recurrent_states(self) -> RecurrentStates:
         if self.storage is None:
-            return self.no_states()
-        return row_of(self.storage.states.layers, self.row, self.storage.texts)
+            return self.initial_states()
+        return self.storage.states.sequence_states(self.row)
 
-    def no_states(self) -> Row:
-        """Those of a new text."""
-        return [[None] * size for size in self.recurrent]
+    def initial_states(self) -> RecurrentStates:
+        return [[None] * count for count in self.state_counts]
 
-    def copy(self, length: int, capacity: int, states: Row | None = None) -> KeyValues:
-        """A new text with the first committed positions of this one, as many as it has.
+    def copy(self, length: int, capacity: int, states: RecurrentStates | None = None) -> KVCache:
+        """A new sequence with the first `length` committed positions, or all if there are fewer.
 
-        Args:
-            length: of the new text.
-            capacity: of the new text.
-            states: of the recurrent layers after so many positions; None if there are none.
+        `states` of the recurrent layers follow these positions; None without such layers.
         """
-        new = KeyValues(
-            self.layers,
-            capacity,
-            self.quantisation,
-            recurrent=self.recurrent,
-            keys_first=self.keys_first,
-        )
-        new.length = min(length, self.length)
-        columns = columns_for(capacity)
-        new.move(Storage.copy([self.until(new.length)], [states or []], columns), 0)
-        return new
+        length, columns = min(length, self.length), allocated_columns(capacity)
+        storage = BatchStorage([self.first_columns(length)], [states or []], columns)
+        return replace(self, capacity=capacity, storage=storage, row=0, length=length)
 
-    def truncate(self, length: int, states: Row | None = None) -> None:
-        """Drop the positions from `length` on; see `copy`."""
-        if length < self.length:
-            self.length = length
-            if states and self.storage is not None:
-                self.storage.states.replace(self.row, self.storage.texts, states)
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on."""
+        self.length = min(self.length, length)
 
-    def move(self, storage: Storage | None, row: int) -> None:
-        """Leave the storage for another that has a copy in a row; None for no other."""
-        if self.storage is not None:
-            self.storage.left += 1
+    def attach(self, storage: BatchStorage, row: int) -> None:
+        """Move to a row of a storage that has a copy of the sequence."""
+        self.close()
         self.storage, self.row = storage, row
 
+    def close(self) -> None:
+        """Leave the storage, whose memory is freed when the last sequence has left."""
+        if self.storage is not None:
+            self.storage.free_rows += 1
+        self.storage, self.row = None, 0
+
     def read(self) -> NDArray[np.float32]:
-        """The committed part, (layers, 2, heads, length, width)."""
-        layers = self.until(self.length)
+        """(layers, 2, heads, length, width) committed keys and values."""
+        layers = self.first_columns(self.length)
         if not layers:
             return np.zeros((0, 2, 0, self.length, 0), np.float32)
         if self.quantisation is not None:
             bits, size = self.quantisation.bits, self.quantisation.group_size
             layers = [
-                [mx.dequantize(*parts, size, bits) for parts in (arrays[:3], arrays[3:])]
-                for arrays in layers
+                [mx.dequantize(x, scales, biases, size, bits) for x, scales, biases in parts]
+                for parts in ((arrays[:3], arrays[3:]) for arrays in layers)
             ]
         return np.array(mx.stack([mx.stack(pair)[:, 0].astype(mx.float32) for pair in layers]))
 
     def read_states(self) -> list[NDArray[np.float32]]:
-        """The states of recurrent layers, as `TextState.states` describes them."""
-        found = []
-        for state in arrays_of(self.states()):
-            if state.ndim == 4 and not self.keys_first:
-                state = state.swapaxes(2, 3)
-            found.append(np.array(state[0].astype(mx.float32)))
-        return found
-
-    def close(self) -> None:
-        """Leave the storage; its memory is freed when the last text has left."""
-        self.move(None, 0)
+        """The recurrent states, in the form that `Inspectable.read_recurrent_states` describes."""
+        states = [x[0].astype(mx.float32) for x in state_arrays(self.recurrent_states())]
+        if not self.keys_first:
+            states = [x.swapaxes(1, 2) if x.ndim == 3 else x for x in states]
+        return [np.array(x) for x in states]
 
 
-def share_storage(texts: Sequence[KeyValues]) -> Storage:
-    """The storage of exactly these texts; they are copied to a new one if there is none."""
-    storage = texts[0].storage
-    if (
-        storage is None
-        or storage.texts != len(texts)
-        or any(text.storage is not storage for text in texts)
-    ):
-        columns = max(columns_for(text.capacity) for text in texts)
-        rows = [text.until(text.length) for text in texts]
-        storage = Storage.copy(rows, [text.states() for text in texts], columns)
-        for row, text in enumerate(texts):
-            text.move(storage, row)
+def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:
+    """The storage of exactly these sequences, which are copied into a new one if necessary."""
+    storage, size = sequences[0].storage, len(sequences)
+    shared = all(sequence.storage is storage for sequence in sequences)
+    if storage is None or storage.batch_size != size or not shared:
+        columns = max(allocated_columns(sequence.capacity) for sequence in sequences)
+        rows = [sequence.first_columns(sequence.length) for sequence in sequences]
+        states = [sequence.recurrent_states() for sequence in sequences]
+        storage = BatchStorage(rows, states, columns)
+        for row, sequence in enumerate(sequences):
+            sequence.attach(storage, row)
         release_freed_memory()
     return storage
 
 
+@dataclass(eq=False)
 class TreeCache:
-    """One layer in one forward pass, with the interface of mlx-lm's caches; it never rotates.
+    """One attention layer in one forward pass, with the interface of mlx-lm's caches.
 
-    A layer with a sliding window keeps all positions: which of them are in the window depends on
-    the branch of the tree, and the mask tells. It fetches those that any node's window reaches.
+    A layer with a sliding window keeps all positions, unlike mlx-lm's ring buffers: which positions
+    lie in the window depends on the branch of the tree, so the mask decides. The layer fetches only
+    the columns that the window of any node reaches.
+
+    `window_starts` has the first column that layers with a window fetch. The pass has one such
+    dictionary: a model makes one mask for all layers with the same window.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        layer: int,
-        window: int | None,
-        start: int,
-        tree: TreePass | None,
-        first: dict[int, int],
-    ) -> None:
-        """Describe the pass.
-
-        Args:
-            storage: of the texts of the pass.
-            layer: index.
-            window: the layer's sliding window, in positions; None if it attends to everything.
-            start: committed positions, for one text.
-            tree: None for one text that continues without branches.
-            first: by window, the first column that such layers fetch: what the mask of one of them
-                leaves out, all of them leave out.
-        """
-        self.storage = storage
-        self.layer = layer
-        self.window = window
-        self.offset = start
-        self.tree = tree
-        self.first = first
+    storage: BatchStorage
+    layer: int
+    window: int | None  # the layer's, in positions; None if it attends to everything
+    offset: int  # columns that are filled, for one sequence
+    tree: TreePass | None  # None for one sequence that continues without branches
+    window_starts: dict[int, int]
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -205,9 +268,9 @@ class TreeCache:
         """The attention mask of n new rows, in a form that mlx-lm takes."""
         window, first = window_size or self.window, 0
         if self.window is not None and window is not None:
-            # A model's window may be another than its cache's, which only has the size of a ring.
+            # The window of the model may differ from the size of its cache's ring buffer.
             start = self.offset if self.tree is None else self.tree.start
-            first = self.first[self.window] = max(start - window + 1, 0)
+            first = self.window_starts[self.window] = max(start - window + 1, 0)
         if self.tree is not None:
             return self.tree.mask(window, first)
         before = self.offset - first
@@ -217,50 +280,38 @@ class TreeCache:
             return None
         if window is None and not return_array:
             return "causal"
-        mask: mx.array = create_causal_mask(n, before, window_size=window)
-        return mask
+        return create_causal_mask(n, before, window_size=window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append (texts, heads, n, width) keys and values.
-
-        Returns:
-            Those of all positions that the nodes see, in the form that mlx-lm attends to.
-        """
-        self._append([keys, values])
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> Any:
-        """Those of all positions again, for layers that share them."""
-        return tuple(self._until())
-
-    def _append(self, new: Sequence[mx.array]) -> None:
+        """Append (batch, heads, n, width) keys and values, and return `keys_and_values`."""
+        new = self._stored(keys, values)
         index = None if self.tree is None else self.tree.index
         self.storage.write(self.layer, new, self.offset, index)
         self.storage.latest[self.layer] = new if self.tree is not None else ()
-        self.offset += new[0].shape[2]
-
-    def _until(self) -> list[mx.array]:
-        stop = self.offset if self.tree is None else self.tree.columns
-        first = 0 if self.window is None else self.first.get(self.window, 0)
-        return self.storage.until(self.layer, stop, first)
-
-
-class QuantisedTreeCache(TreeCache):
-    """A `TreeCache` in fewer bits. Its attribute `bits` tells mlx-lm that it is quantised."""
-
-    def __init__(self, quantisation: Quantisation, *args: Any) -> None:
-        """See `TreeCache`."""
-        super().__init__(*args)
-        self.bits = quantisation.bits
-        self.group_size = quantisation.group_size
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """See `TreeCache`; quantised values, scales and biases of the keys, and of the values."""
-        new = [part for x in (keys, values) for part in mx.quantize(x, self.group_size, self.bits)]
-        self._append(new)
+        self.offset += keys.shape[2]
         return self.keys_and_values()
 
     def keys_and_values(self) -> Any:
-        """See `TreeCache`."""
-        parts = self._until()
-        return tuple(parts[:3]), tuple(parts[3:])
+        """Keys and values that the nodes see; layers that share them call it without an update."""
+        stop = self.offset if self.tree is None else self.tree.columns
+        first = 0 if self.window is None else self.window_starts.get(self.window, 0)
+        return tuple(self.storage.read(self.layer, stop, first))
+
+    def _stored(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        return keys, values
+
+
+@dataclass(eq=False)
+class QuantisedTreeCache(TreeCache):
+    """A `TreeCache` with quantised keys and values, which mlx-lm recognises by `bits`."""
+
+    bits: int
+    group_size: int
+
+    def keys_and_values(self) -> Any:
+        """Quantised numbers, scales and biases of the keys, and the same parts of the values."""
+        parts = super().keys_and_values()
+        return parts[:3], parts[3:]
+
+    def _stored(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        return [part for x in (keys, values) for part in mx.quantize(x, self.group_size, self.bits)]

@@ -1,73 +1,127 @@
-"""The one-shot drafter (DFlash, arXiv 2602.06036)."""
+"""The one-shot drafter (DFlash, arXiv 2602.06036): its blocks, and the logits of their slots.
+
+`OutputStage` is what the drafter shares with its conditional head: the embeddings of tokens, and
+the way from hidden states to logits. `Drafter` runs the drafter's layers over the new context and
+the blocks of several sequences.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.gumbel import Noise
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.context_window import left_out
-from treeflash_mlx.cache import share_storage
+from treeflash.drafters.config import window_gap
+from treeflash_mlx.cache import BatchStorage, share_storage
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.output_stage import OutputStage
-from treeflash_mlx.storage import Storage
-from treeflash_mlx.target import Target
-from treeflash_mlx.topk import log_softmax, top_log_probs
+from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
+from treeflash_mlx.target import Target, shortlist_logits
 
-Kind: TypeAlias = tuple[int | None, bool]
-"""A layer's window, and whether it is causal."""
+
+class OutputStage:
+    """From tokens to embeddings and from hidden states to logits, for a drafter and its head.
+
+    `norm` is the final norm, to apply before `logits`.
+    """
+
+    def __init__(self, model: DrafterModel, target: Target) -> None:
+        self.config, self.norm = model.config, model.norm
+        self._own, self._target = model.own, target
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(..., hidden_size) rows of the input table, from (...) tokens of the target."""
+        table = self._own.embed_tokens
+        return self._target.embed(tokens) if table is None else table(tokens)
+
+    def logits(self, normed: mx.array, tokens: mx.array | None = None) -> mx.array:
+        """(..., n, Vd) logits of normalised outputs, or (..., n, v) of (..., v) drafter tokens.
+
+        They are float32 if the drafter has a factor or a softcap on its logits.
+        """
+        head = self._own.lm_head
+        if tokens is not None:
+            module = self._target.output_module if head is None else head
+            logits = shortlist_logits(module, normed, tokens)
+        else:
+            logits = self._target.output_head(normed) if head is None else head(normed)
+        if self.config.output_multiplier != 1:
+            logits = logits.astype(mx.float32) * self.config.output_multiplier
+        if (cap := self.config.softcap) is not None:
+            logits = cap * mx.tanh(logits.astype(mx.float32) / cap)
+        return logits
+
+    def noise(self, noise: Noise) -> mx.array:
+        """(n, Vd) noise to add to logits."""
+        scaled = gumbel(noise.keys, self._target.vocab_size) * mx.array(noise.scales)[:, None]
+        ids = self._own.token_ids
+        return scaled if ids is None else scaled[:, ids]
+
+    def to_target(self, tokens: mx.array) -> mx.array:
+        """The target's ids of the drafter's tokens."""
+        ids = self._own.token_ids
+        return tokens if ids is None else ids[tokens]
+
+    def over_target_vocabulary(self, log_probs: mx.array) -> mx.array:
+        """(n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
+        ids = self._own.token_ids
+        if ids is None:
+            return log_probs
+        wide = mx.full((len(log_probs), self._target.vocab_size), -mx.inf)
+        wide[:, ids] = log_probs
+        return wide
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block.
+    """A drafted block."""
 
-    Attributes:
-        root: token id of the first slot.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
-    """
+    root: int  # token id of the first slot
+    hidden: mx.array  # (D, hidden_size) outputs of the last layer at the wanted slots
+    slots: mx.array  # (S, hidden_size) outputs of the last layer at all slots
+    before: int  # token id before the root
 
-    root: int
-    hidden: mx.array
+
+def join_blocks(blocks: Sequence[Block]) -> mx.array:
+    """(blocks * D, hidden_size) outputs of all blocks."""
+    hidden = [block.hidden for block in blocks]
+    return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
+
+
+Kind: TypeAlias = tuple[int | None, bool]
+"""The sliding window of a layer, and whether it is causal."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
-    """A text in a draft.
+class _DraftedSequence:
+    """The rows of one sequence in a draft: its new context, then its block."""
 
-    Attributes:
-        storage: its keys and values, and no other text's.
-        first: the first position that is new to the drafter.
-        start: the block's first position.
-        left_out: positions that the block does not see; see `left_out`.
-        masks: of the block, by kind of layer.
-    """
-
-    storage: Storage
-    first: int
-    start: int
-    left_out: tuple[int, int]
+    storage: BatchStorage  # of this sequence alone
+    first: int  # position of the new context
+    start: int  # position of the block
+    gap: tuple[int, int]  # the first position that the block does not see, and the next it sees
     masks: dict[Kind, mx.array | None]
 
 
 class Drafter:
-    """`treeflash.decoding.interfaces.Drafter` in MLX."""
+    """`treeflash.decoding.interfaces.Drafter` in MLX.
+
+    Attributes:
+        window: positions before a block that it sees, beside the first few; None for all.
+    """
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
-        """Hold the models; a draft sees so many positions before it, and the first few."""
-        self.model = model
-        self.window = window
-        self.output = OutputStage(model.config, model.own, target)
+        self.model, self.window, self.output = model, window, OutputStage(model, target)
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
-        """See `Drafter.draft`; the rows of all texts follow one another."""
+        """Draft blocks after the roots; the rows of all sequences follow one another."""
         config = self.model.config
         size = config.block_size
         kinds = list(zip(config.sliding_windows, config.causal, strict=True))
@@ -75,39 +129,41 @@ class Drafter:
         x = self.output.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
         if config.input_scale != 1:
             x = x * config.input_scale
-        texts, contexts = [], []
+        sequences, contexts = [], []
         for state, _ in roots:
             start = state.length
-            gap, masks_ = left_out(start, self.window), {}
-            for kind in set(kinds):
-                mask = block_mask(start, size, *kind, config.window_from_root)
-                masks_[kind] = mask if mask is None else without(mask, gap, 1)
+            gap = window_gap(start, self.window)
             storage = share_storage([state.drafter])
-            texts.append(_Text(storage, state.drafter.length, start, gap, masks_))
-            # There may be nothing new, as after a fork at what the drafter has read.
+            block_masks = {kind: self._block_mask(start, kind, gap) for kind in set(kinds)}
+            first = state.drafter.length
+            sequences.append(_DraftedSequence(storage, first, start, gap, block_masks))
+            # There may be no new context, as after a fork where the drafter has read everything.
             parts = state.context or [x[:0]]
             contexts.append(parts[0] if len(parts) == 1 else mx.concatenate(parts))
-        of_blocks = np.concatenate([np.arange(t.start, t.start + size) for t in texts])
-        of_rows = np.concatenate([np.arange(t.first, t.start + size) for t in texts])
-        positions = mx.array(of_blocks, mx.int32), mx.array(of_rows, mx.int32)
+        blocks = [np.arange(s.start, s.start + size) for s in sequences]
+        rows = [np.arange(s.first, s.start + size) for s in sequences]
+        block_positions, row_positions = (
+            mx.array(np.concatenate(x), mx.int32) for x in (blocks, rows)
+        )
         for n, (layer, kind) in enumerate(zip(self.model.layers, kinds, strict=True)):
-            attend = functools.partial(self._attend, texts, n, kind)
-            x = layer(x, contexts, positions, attend)
+            attend = partial(self._attend, sequences, n, kind)
+            x = layer(x, contexts, block_positions, row_positions, attend)
         for state, _ in roots:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
         hidden = mx.split(x, len(roots)) if len(roots) > 1 else [x]
         pairs = zip(roots, hidden, strict=True)
-        return [Block(root, part[config.first_slot :][:depths]) for (_, root), part in pairs]
+        return [
+            Block(root, part[config.first_slot :][:depths], part, state.tokens[-1])
+            for (state, root), part in pairs
+        ]
 
-    def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
-    ) -> list[TransitionTable]:
-        """See `Drafter.marginals`."""
-        logits = self.output.logits(self.model.norm(drafted(blocks)))
-        if noise is not None:
-            logits = logits + self.output.noise(noise)
-        tokens, log_probs = top_log_probs(logits, min(k, logits.shape[1]), temperature)
+    def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
+        logits = self.output.logits(self.output.norm(join_blocks(blocks)))
+        if options.noise is not None:
+            logits = logits + self.output.noise(options.noise)
+        k = min(options.k, logits.shape[1])
+        tokens, log_probs = top_log_probs(logits, k, options.temperature)
         tokens = self.output.to_target(tokens)
         # Token ids are exact in float32, and one array needs one read from the device.
         read = np.array(mx.stack([tokens.astype(mx.float32), log_probs]))
@@ -117,57 +173,48 @@ class Drafter:
         ]
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """See `Drafter.log_probs`."""
-        log_probs = log_softmax(self.output.logits(self.model.norm(block.hidden)))
+        log_probs = log_softmax(self.output.logits(self.output.norm(block.hidden)))
         return np.array(self.output.over_target_vocabulary(log_probs))
+
+    def _block_mask(self, start: int, kind: Kind, gap: tuple[int, int]) -> mx.array | None:
+        config = self.model.config
+        mask = block_mask(start, config.block_size, *kind, config.window_from_root)
+        return mask if mask is None else cut_gap(mask, gap, 1)
 
     def _attend(
         self,
-        texts: Sequence[_Text],
+        sequences: Sequence[_DraftedSequence],
         layer: int,
         kind: Kind,
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
     ) -> mx.array:
-        """Attention of each text's block over everything before it and itself.
+        """Attention of each sequence's block over the positions before it and itself.
 
-        Args:
-            texts: in the order of their rows.
-            layer: index.
-            kind: of the layer.
-            queries: (1, heads, texts * S, head_dim) of the blocks.
-            keys: (1, kv_heads, rows, head_dim) of each text's new context and block in turn.
-            values: (1, kv_heads, rows, head_dim).
-
-        Returns:
-            (texts * S, heads * head_dim).
+        From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
+        head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
+        heads * head_dim).
         """
         size = self.model.config.block_size
         out, row = [], 0
-        for i, text in enumerate(texts):
-            stop = text.start + size
-            rows = slice(row, row + stop - text.first)
+        for i, sequence in enumerate(sequences):
+            stop = sequence.start + size
+            rows = slice(row, row + stop - sequence.first)
             row = rows.stop
-            text.storage.write(layer, [keys[:, :, rows], values[:, :, rows]], text.first)
+            sequence.storage.write(layer, [keys[:, :, rows], values[:, :, rows]], sequence.first)
             y = mx.fast.scaled_dot_product_attention(
                 queries[:, :, i * size : (i + 1) * size],
-                *(without(x, text.left_out, 2) for x in text.storage.until(layer, stop)),
+                *(cut_gap(x, sequence.gap, 2) for x in sequence.storage.read(layer, stop)),
                 scale=self.model.config.head_dim**-0.5,
-                mask=text.masks[kind],
+                mask=sequence.masks[kind],
             )
             out.append(y[0].swapaxes(0, 1).reshape(size, -1))
         return out[0] if len(out) == 1 else mx.concatenate(out)
 
 
-def drafted(blocks: Sequence[Block]) -> mx.array:
-    """(blocks * D, hidden_size) outputs of all blocks."""
-    hidden = [block.hidden for block in blocks]
-    return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
-
-
-def without(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
-    """An array without the columns of a gap."""
+def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
+    """An array without the columns from the first number of a gap to the second."""
     first, end = gap
     if first == end:
         return x
@@ -178,9 +225,9 @@ def without(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
 def block_mask(
     start: int, size: int, window: int | None, causal: bool, from_root: bool = False
 ) -> mx.array | None:
-    """(size, start + size) mask of a block at `start`; None if everything is visible.
+    """(size, start + size) mask of a block at position `start`; None if everything is visible.
 
-    The window is around each slot, or before the root.
+    The window is around each slot, or `from_root` before the root.
     """
     if window is not None and window >= start + size:
         window = None

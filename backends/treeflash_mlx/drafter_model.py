@@ -1,15 +1,16 @@
-"""The weights of a one-shot drafter (DFlash, arXiv 2602.06036)."""
+"""The model of a one-shot drafter (DFlash, arXiv 2602.06036)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 
-from treeflash.drafter_config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig
+from treeflash_mlx.target import Target
 
 Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
 Convolve: TypeAlias = Callable[[mx.array], mx.array]
@@ -19,7 +20,6 @@ class Attention(nn.Module):
     """Queries from the blocks; keys and values from the context and the blocks."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
         super().__init__()
         self.head_dim, self.rope_scale = config.head_dim, config.rope_scale
         h, bias = config.hidden_size, config.attention_bias
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         """(1, heads, n, head_dim) of n rows."""
         return self._rotate(self.q_norm(self._heads(self.q_proj(x))), positions)
 
-    def keys_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """(1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
         keys = self._rotate(self.k_norm(self._heads(self.k_proj(x))), positions)
         return keys, self._heads(self.v_proj(x)).swapaxes(0, 2)
@@ -67,7 +67,6 @@ class MLP(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the projections."""
         super().__init__()
         h, i = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(h, i, bias=False)
@@ -76,19 +75,17 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., hidden_size) to (..., hidden_size)."""
-        y: mx.array = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        return y
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Convolution(nn.Module):
     """DFlash2's convolutions along a block, before and after a sublayer.
 
-    A tap looks so many slots back, never beyond the block. Its coefficients are the sum of a
-    constant and of a linear function of the sublayer's normed input that groups of channels share.
+    Tap i looks i slots back, never beyond the block. Its coefficients are the sum of a constant and
+    of a linear function of the sublayer's normed input, which groups of channels share.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make the kernels."""
         super().__init__()
         h, taps = config.hidden_size, config.conv_kernel_size
         self.block_size, self.group_size = config.block_size, config.conv_group_size
@@ -97,7 +94,7 @@ class Convolution(nn.Module):
         self.kernel_projection = nn.Linear(h, outputs, bias=False)
 
     def __call__(self, y: mx.array) -> tuple[Convolve, Convolve]:
-        """Both convolutions, from the (texts * S, hidden_size) normed input of the sublayer."""
+        """Both convolutions, from the (batch * S, hidden_size) normed input of the sublayer."""
         sides, taps, h = self.base_kernel.shape
         groups = self.kernel_projection(y).reshape(-1, sides, taps, h // self.group_size)
         kernels = self.base_kernel + mx.repeat(groups, self.group_size, -1)
@@ -116,16 +113,14 @@ class Convolution(nn.Module):
         return convolution(0), convolution(1)
 
 
-def unchanged(x: mx.array) -> mx.array:
-    """The convolution of a drafter without convolutions."""
+def _identity(x: mx.array) -> mx.array:
     return x
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer, Qwen3's."""
+    """A pre-norm transformer layer like Qwen3's."""
 
     def __init__(self, config: DrafterConfig) -> None:
-        """Make its parts."""
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -139,44 +134,70 @@ class Layer(nn.Module):
         self,
         x: mx.array,
         contexts: Sequence[mx.array],
-        positions: tuple[mx.array, mx.array],
+        block_positions: mx.array,
+        row_positions: mx.array,
         attend: Attend,
     ) -> mx.array:
-        """(texts * S, hidden_size) to (texts * S, hidden_size).
+        """(batch * S, hidden_size) to (batch * S, hidden_size), of the blocks.
 
-        Args:
-            x: (texts * S, hidden_size) the blocks.
-            contexts: per text, (n, hidden_size) projected features of the positions before it.
-            positions: (texts * S,) of the blocks; and of each text's context and block in turn.
-            attend: queries of the blocks, and keys and values of each text's context and block in
-                turn, to (texts * S, heads * head_dim).
+        The rows of a sequence are its new context, (n, hidden_size) projected features of positions
+        before its block that the drafter has not read yet, followed by its block. `attend` returns
+        (batch * S, heads * head_dim), from queries of the blocks and keys and values of the rows.
         """
-        y, (of_blocks, of_rows) = self.input_layernorm(x), positions
-        before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
+        y = self.input_layernorm(x)
+        before, after = self.attention_conv(y) if self.attention_conv else (_identity, _identity)
         y = before(y)
         blocks = mx.split(y, len(contexts)) if len(contexts) > 1 else [y]
         pairs = zip(contexts, blocks, strict=True)
         rows = mx.concatenate([part for pair in pairs for part in pair])
         attention = self.self_attn
-        queries = attention.queries(y, of_blocks)
-        out = attend(queries, *attention.keys_values(rows, of_rows))
+        queries = attention.queries(y, block_positions)
+        out = attend(queries, *attention.keys_and_values(rows, row_positions))
         x = x + after(attention.o_proj(out))
         y = self.post_attention_layernorm(x)
-        before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
+        before, after = self.mlp_conv(y) if self.mlp_conv else (_identity, _identity)
         return x + after(self.mlp(before(y)))
 
 
-class DrafterModel(nn.Module):
-    """A drafter's weights, under their names in checkpoints.
+class OwnVocabulary(nn.Module):
+    """The embeddings, output head and token map of a drafter that does not use the target's.
 
-    Attributes:
-        own: the `OwnVocabulary` of a drafter that was loaded.
+    A part that is the target's is None.
     """
 
-    own: Any
+    embed_tokens: nn.Embedding | None  # (vocab, hidden_size)
+    lm_head: nn.Linear | None  # (Vd, hidden_size)
 
-    def __init__(self, config: DrafterConfig) -> None:
-        """Make its parts."""
+    def __init__(self, tensors: Mapping[str, mx.array], target: Target) -> None:
+        super().__init__()
+        self.embed_tokens = self.lm_head = None
+        embeddings, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
+        if embeddings is not None and _differs(embeddings, target.embedding):
+            self.embed_tokens = nn.Embedding(*embeddings.shape)
+            self.embed_tokens.weight = embeddings.astype(target.dtype)
+        if head is not None and _differs(head, target.output_module):
+            self.lm_head = nn.Linear(*head.shape[::-1], bias=False)
+            self.lm_head.weight = head.astype(target.dtype)
+        offsets = tensors.get("d2t")
+        ids = None if offsets is None else offsets + mx.arange(len(offsets), dtype=offsets.dtype)
+        self._token_ids = None if ids is None else ids.astype(mx.int32)
+        mx.eval(self._token_ids)  # only the thread that makes a lazy array can evaluate it
+
+    @property
+    def token_ids(self) -> mx.array | None:
+        """(Vd,) int32 target ids of the tokens that the drafter can propose; None for all."""
+        return self._token_ids
+
+
+def _differs(weight: mx.array, module: Any) -> bool:
+    """Whether a weight differs from a module's weight, rounded to the dtype of that weight."""
+    return not mx.array_equal(weight.astype(module.weight.dtype), module.weight).item()
+
+
+class DrafterModel(nn.Module):
+    """A drafter's weights, under their names in checkpoints."""
+
+    def __init__(self, config: DrafterConfig, own: OwnVocabulary) -> None:
         super().__init__()
         self.config = config
         h = config.hidden_size
@@ -184,8 +205,13 @@ class DrafterModel(nn.Module):
         self.hidden_norm = nn.RMSNorm(h, config.rms_norm_eps)
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(h, config.rms_norm_eps)
+        self._own = own  # loaded already, so not among the parameters
+
+    @property
+    def own(self) -> OwnVocabulary:
+        """The parts of the vocabulary that are not the target's."""
+        return self._own
 
     def project(self, features: mx.array) -> mx.array:
         """(n, hidden_size) context from (n, layers * hidden_size) outputs of the target layers."""
-        context: mx.array = self.hidden_norm(self.fc(features))
-        return context
+        return self.hidden_norm(self.fc(features))

@@ -1,37 +1,218 @@
-"""The target: an unmodified mlx-lm model, and what drafting needs from it."""
+"""The target: an unmodified mlx-lm model that runs draft trees.
+
+`load_model` reads a folder, with the settings under the names that mlx-lm knows. `CacheLayout` says
+which caches the model takes. `Target` hooks the model and builds its forward passes.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm import utils
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from treeflash.decoding.recurrence import refusal
+from treeflash.decoding.hybrid import refusal
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config
-from treeflash.errors import ConfigError, UnsupportedModelError
-from treeflash_mlx.cache import (
-    KeyValues,
-    Quantisation,
-    QuantisedTreeCache,
-    TreeCache,
-    share_storage,
-)
-from treeflash_mlx.cache_layout import CacheLayout
-from treeflash_mlx.config_compatibility import TEXT_CONFIGS
-from treeflash_mlx.loading import load_model
-from treeflash_mlx.recurrence import Solver
-from treeflash_mlx.recurrent_states import RecurrentCache
-from treeflash_mlx.solvers import choose_solver, solve_by_rounds
-from treeflash_mlx.tree_hooks import TreeHooks, TreePass
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash_mlx.attention import TreeHooks, TreePass
+from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
+from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
+
+TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Types that transformers gives to text models, and the types of mlx-lm that run them."""
+TEXT_CONFIGS = ("text_config", "language_config")
+WEIGHTS: Mapping[str, Mapping[str, str]] = {
+    "olmo_hybrid": {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+    }
+}
+"""By type, parts of the names of weights in published files, and mlx-lm's names for them."""
+
+
+def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
+    """The model of a folder in the Hugging Face format; a `dtype` of None keeps the weights' own.
+
+    Raises:
+        CheckpointError: the folder is damaged, or its weights do not fit its configuration.
+        UnsupportedModelError: mlx-lm lacks the model type, or the order of the layers.
+    """
+    if not list(folder.glob("model*.safetensors")):
+        raise CheckpointError(f"{folder} has no model*.safetensors, which mlx-lm needs")
+    try:
+        settings = compatible_settings(config)
+        if (family := config.get("model_type")) in TEXT_TYPES:
+            settings["model_type"] = TEXT_TYPES[family]
+        model, _ = utils.load_model(
+            folder, lazy=True, model_config=settings, get_model_classes=_model_classes
+        )
+        if dtype is not None:
+            model.set_dtype(dtype)
+        mx.eval(model.parameters())
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error.__cause__, ImportError):
+            raise UnsupportedModelError(
+                f"mlx-lm does not support the model type {config.get('model_type')!r}; "
+                "use the cuda backend"
+            ) from error
+        # mlx-lm lists missing parameters over many lines.
+        reason = shorten(str(error) or type(error).__name__, 300)
+        raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
+    return model
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """The classes of a model and of its arguments; weights may have the names of `WEIGHTS`."""
+    model, arguments = utils._get_classes(config)
+    names = WEIGHTS.get(config["model_type"], {})
+
+    def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> Any:
+        for published, name in names.items():
+            weights = {key.replace(published, name): x for key, x in weights.items()}
+        return model.sanitize(self, weights)
+
+    return type(model.__name__, (model,), {"sanitize": sanitize}) if names else model, arguments
+
+
+MOVED = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    "original_max_position_embeddings": ("original_max_position_embeddings",),
+}
+"""Settings that transformers 5 moved into `rope_parameters`, and their earlier names."""
+SLIDING_THETA = ("rope_local_base_freq", "swa_rope_theta")
+"""Earlier names of the rotary base of sliding layers."""
+RENAMED = {"num_experts": "num_local_experts", "sliding_window_pattern": "_sliding_window_pattern"}
+"""mlx-lm's names of other settings, and the names under which transformers 5 saves them."""
+
+
+def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries to add to a `config.json` so that it has all that mlx-lm reads.
+
+    transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
+    files have `rope_theta` and `rope_scaling`. Most models of mlx-lm know one of the two, and
+    silently use a default if they do not find it. Existing entries stay as they are, except the
+    types of the layers of hybrid models.
+
+    Raises:
+        UnsupportedModelError: mlx-lm would order the layers differently.
+    """
+    added: dict[str, Any] = {}
+    if config.get("rope_parameters"):
+        added = _old_rope_settings(config["rope_parameters"])
+    elif "rope_theta" in config or config.get("rope_scaling"):
+        scaling = dict(config.get("rope_scaling") or {})
+        theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+        added["rope_parameters"] = {**theta, **scaling, "rope_type": _rope_type(scaling)}
+    added |= {ours: config.get(saved) for ours, saved in RENAMED.items()}
+    added = {k: x for k, x in added.items() if x is not None and config.get(k) is None}
+    hybrid_settings = HYBRID_SETTINGS.get(str(config.get("model_type")))
+    if hybrid_settings and config.get("layer_types"):
+        added |= hybrid_settings(config, config["layer_types"])
+    for key in TEXT_CONFIGS:
+        if isinstance(config.get(key), Mapping):
+            added[key] = {**config[key], **compatible_settings(config[key])}
+    return added
+
+
+def _old_rope_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    added: dict[str, Any] = {}
+    by_layer = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    if by_layer:
+        sliding = by_layer.get("sliding_attention", {})
+        added |= dict.fromkeys(SLIDING_THETA, sliding.get("rope_theta"))
+        parameters = by_layer.get("full_attention", sliding)
+    for key, names in MOVED.items():
+        added |= dict.fromkeys(names, parameters.get(key))
+    if (kind := _rope_type(parameters)) != "default":
+        added["rope_scaling"] = {**parameters, "rope_type": kind, "type": kind}
+    return added
+
+
+def _rope_type(parameters: Mapping[str, Any]) -> Any:
+    return parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def _interval_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """A number in place of the types of the layers, which mlx-lm ignores."""
+    full = [kind == "full_attention" for kind in kinds]
+    interval = full.index(True) + 1 if any(full) else len(kinds) + 1
+    if any(is_full != ((i + 1) % interval == 0) for i, is_full in enumerate(full)):
+        raise UnsupportedModelError(
+            f"mlx-lm supports {config['model_type']} models only with full attention in every n-th "
+            "layer, but this target has it in other layers; use the cuda backend"
+        )
+    return {"full_attention_interval": interval}
+
+
+def _granite_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    names = {"linear_attention": "mamba", "full_attention": "attention"}
+    # mlx-lm rotates unless this is "nope"; transformers leaves the setting out instead.
+    positions = "rope" if config.get("position_embedding_type") == "rope" else "nope"
+    kinds = [names.get(kind, kind) for kind in kinds]
+    return {"layer_types": kinds, "position_embedding_type": positions}
+
+
+HYBRID_SETTINGS: Mapping[str, Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", *TEXT_TYPES), _interval_settings),
+    "granitemoehybrid": _granite_settings,
+    "lfm2": lambda config, _: {"block_dim": config.get("block_dim", config["hidden_size"])},
+}
+"""By type, the entries to put in place of existing ones, from the types of the layers."""
+
+
+CacheMaker: TypeAlias = Callable[[int], Any]
+"""Makes the cache of a layer from its index among the layers of its kind."""
+
+
+class CacheLayout:
+    """The caches of a model, in the order in which it takes them.
+
+    Attributes:
+        windows: of the attention layers, in positions; None for a layer that attends to everything.
+        state_counts: per recurrent layer, its number of states.
+    """
+
+    def __init__(self, family: str, caches: Sequence[Any]) -> None:
+        """Read mlx-lm's caches; raises an UnsupportedModelError for one of an unknown kind."""
+        self.windows: list[int | None] = []
+        self.state_counts: list[int] = []
+        self._slots = [self._slot(family, cache) for cache in caches]
+
+    def make(self, attention: CacheMaker, recurrent: CacheMaker) -> list[Any]:
+        return [slot(attention, recurrent) for slot in self._slots]
+
+    def _slot(self, family: str, cache: Any) -> Callable[[CacheMaker, CacheMaker], Any]:
+        """A function that makes the cache in place of one of mlx-lm's."""
+        kind = type(cache)
+        if kind is CacheList:  # a layer with several kinds of state
+            parts = [self._slot(family, part) for part in cache.caches]
+            return lambda *makers: CacheList(*(part(*makers) for part in parts))
+        if kind is ArraysCache:
+            index = len(self.state_counts)
+            self.state_counts.append(len(cache.cache))
+            return lambda attention, recurrent: recurrent(index)
+        if kind is mlx_lm_cache.KVCache or (kind is RotatingKVCache and not cache.keep):
+            index = len(self.windows)
+            self.windows.append(cache.max_size if kind is RotatingKVCache else None)
+            return lambda attention, recurrent: attention(index)
+        raise UnsupportedModelError(
+            f"{family} models keep a {kind.__name__}, which cannot branch into a draft tree; "
+            "choose another target"
+        )
+
 
 EMBEDDINGS = (
     "embed_tokens",
@@ -50,21 +231,58 @@ GROUP_SIZES = (64, 32)
 SIBLINGS = DraftTree.from_parents(np.zeros(3, np.int32), np.array([-1, 0, 0], np.int32))
 
 
+def merge_adapter(model: nn.Module, folder: Path) -> None:
+    """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
+
+    Raises:
+        CheckpointError: the adapter is damaged.
+        UnsupportedModelError: the adapter has other parts, or the model has no such layers, or
+            has quantised them.
+    """
+    modules = dict(model.named_modules())
+    for update in read_adapter(folder):
+        module = modules.get(update.name)
+        if isinstance(module, nn.QuantizedLinear):
+            raise refuse_module(update.name, "it is quantised; dequantise the target")
+        if not isinstance(module, nn.Linear) or module.weight.shape != update.shape:
+            raise refuse_module(
+                update.name, f"the target has no linear layer of this name and shape {update.shape}"
+            )
+        merged = module.weight.astype(mx.float32) + mx.array(update.delta())
+        module.weight = merged.astype(module.weight.dtype)
+    mx.eval(model.parameters())
+
+
 class Target:
-    """The weights of a target, hooked, and its forward pass."""
+    """The weights of a target, hooked, and its forward pass.
 
-    def __init__(self, folder: Path, dtype: mx.Dtype | None, kv_bits: int | None) -> None:
-        """Load a folder in the Hugging Face format, quantised by mlx-lm or not.
+    Attributes:
+        config: of the text model.
+        keys_first: whether matrix states have the shape (key_dim, value_dim).
+        column_nbytes: size of the keys and values of one position in all layers, bytes.
+        states_nbytes: size of the recurrent states of one sequence, bytes.
+        batches: whether sequences of different lengths may share a forward pass.
+        solve: for recurrent layers; None without recurrent layers.
+        embedding: the input table; None if it was not found.
+        lm_head: the output head; None if the embedding is used.
+        max_positions: positions that the model was made for.
+    """
 
-        Args:
-            folder: with `config.json` and `model*.safetensors`.
-            dtype: of all floating-point parameters; None leaves them as they are.
-            kv_bits: of keys and values; None keeps them as they are.
+    def __init__(
+        self,
+        folder: Path,
+        dtype: mx.Dtype | None,
+        kv_bits: int | None,
+        adapter: Path | None = None,
+    ) -> None:
+        """Load a folder in the Hugging Face format, whose weights mlx-lm may have quantised.
+
+        Without `dtype` or `kv_bits`, parameters or keys and values stay as they are.
 
         Raises:
-            CheckpointError: it is damaged, or its weights do not fit its configuration.
-            UnsupportedModelError: mlx-lm lacks the model type, or it cannot run draft trees.
-            ConfigError: its keys and values cannot be quantised, or its dtype does not work.
+            CheckpointError: the folder is damaged, or its weights do not fit its configuration.
+            UnsupportedModelError: mlx-lm lacks the model type, or cannot run it on draft trees.
+            ConfigError: the model does not work with `dtype` or `kv_bits`.
         """
         config = read_config(folder)
         self.family = str(config.get("model_type"))
@@ -72,6 +290,8 @@ class Target:
             (config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config
         )
         self.model = load_model(folder, config, dtype)
+        if adapter is not None:
+            merge_adapter(self.model, adapter)
         self._check_experts()
         self.layers: Sequence[nn.Module] = self.model.layers
         self.layout = CacheLayout(self.family, make_prompt_cache(self.model))
@@ -83,12 +303,12 @@ class Target:
         self.hooks.hook_ropes(self.model)
         self.keys_first = "recurrent_gla" in self.hooks.hook_recurrent_layers(self.model)
         self.quantisation: Quantisation | None = None
-        self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._shapes()
+        self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
         if kv_bits is not None:
-            self.quantisation = self._quantisation(kv_bits, widths)
-            _, _, self.column_nbytes, _ = self._shapes()
+            self.quantisation = self._choose_quantisation(kv_bits, widths)
+            _, _, self.column_nbytes, _ = self._measure()
         self.batches = False
-        self.solve: Solver | None = solve_by_rounds if self.layout.sizes else None
+        self.solve: Solver | None = solve_by_rounds if self.layout.state_counts else None
         self.embedding = self._find(EMBEDDINGS, (nn.Embedding, nn.QuantizedEmbedding))
         self.lm_head = self._find(OUTPUT_HEADS, (nn.Linear, nn.QuantizedLinear))
         self.max_positions = int(
@@ -96,193 +316,185 @@ class Target:
         )
 
     def check_drafting(self) -> None:
-        """Check what a drafter needs of this model and the load probe would not notice.
+        """Check what a drafter needs of this model and `check_trees` would not notice.
 
         Raises:
-            UnsupportedModelError: it has no embedding table, scales queries by column, or has
-                recurrent layers that no hook has seen.
+            UnsupportedModelError: the model has no embedding table.
+        """
+        if self.embedding is None:
+            raise UnsupportedModelError(
+                f"no embedding table was found in the {self.family} model, which a drafter needs; "
+                "use method suffix or ar"
+            )
+
+    def check_trees(self) -> None:
+        """Check what draft trees need of this model and a comparison of logits would not notice.
+
+        Raises:
+            UnsupportedModelError: the model scales queries by column, or has recurrent layers that
+                the hooks do not reach.
         """
         if self.solve is not None:
             self.solve = choose_solver()
         if not self._runs_trees():
             raise UnsupportedModelError(refusal(self.family))
-        if self.embedding is None:
-            raise UnsupportedModelError(
-                f"no embedding table was found in the {self.family} model, and a drafter needs it; "
-                "--method ar decodes without one"
-            )
         if (self.config.get("rope_parameters") or {}).get("llama_4_scaling_beta"):
-            # The difference shows only after thousands of tokens, where no probe looks.
+            # The difference shows only after thousands of tokens, which `check_trees` does not run.
             raise UnsupportedModelError(
-                f"mlx-lm's {self.family} scales queries by column instead of position, which is "
-                "wrong in a draft tree; --method ar still works"
+                f"mlx-lm scales the queries of {self.family} models by column instead of position, "
+                "which is wrong in a draft tree; use method ar"
             )
 
     def capture(self, layer_ids: Collection[int]) -> None:
-        """Hook those layers, so that a forward pass can return their outputs; -1: embeddings."""
-        self.hooks.capture(self.layers, layer_ids)
+        """Let `forward` return the outputs of these layers.
+
+        -1 stands for the embeddings, and the number of layers for the final norm.
+        """
+        layers = list(self.layers)
+        if len(layers) in layer_ids:
+            layers.append(self._decoder())
+        self.hooks.capture(layers, layer_ids)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """(..., hidden_size) rows of the embedding table, without any scaling by the model."""
         assert self.embedding is not None
-        rows: mx.array = self.embedding(token_ids)
-        return rows
+        return self.embedding(token_ids)
 
     def output_head(self, hidden: mx.array) -> mx.array:
         """(..., vocab) logits of the output head alone."""
         assert self.embedding is not None
-        logits: mx.array = (
-            self.embedding.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
-        )
-        return logits
+        return self.embedding.as_linear(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     @property
     def output_module(self) -> nn.Module:
-        """The module that holds the weights of the output head."""
         module = self.embedding if self.lm_head is None else self.lm_head
         assert module is not None
         return module
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype that the model computes in."""
-        dtype: mx.Dtype = next(
-            x.dtype
-            for _, x in tree_flatten(self.model.parameters())
-            if mx.issubdtype(x.dtype, mx.floating)
-        )
-        return dtype
+        parameters = (x for _, x in tree_flatten(self.model.parameters()))
+        return next(x.dtype for x in parameters if mx.issubdtype(x.dtype, mx.floating))
 
-    def new_key_values(self, capacity: int) -> KeyValues:
-        """Those of a new text."""
-        return KeyValues(
-            len(self.layout.windows),
-            capacity,
-            self.quantisation,
-            recurrent=self.layout.sizes,
-            keys_first=self.keys_first,
-        )
+    def new_kv_cache(self, capacity: int) -> KVCache:
+        windows, counts = self.layout.windows, self.layout.state_counts
+        return KVCache(len(windows), capacity, self.quantisation, counts, self.keys_first)
 
     def forward(
         self,
         token_ids: mx.array,
-        texts: Sequence[KeyValues],
+        sequences: Sequence[KVCache],
         layer_ids: tuple[int, ...],
         tree: TreePass | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """Build a forward pass of n tokens of each text, and write their keys and values.
+        """Build a forward pass of (batch, n) tokens, and write their keys and values.
 
-        Args:
-            token_ids: (texts, n).
-            texts: those of one storage, by row.
-            layer_ids: the captured layers whose outputs to return.
-            tree: the trees that the tokens form; None if they continue one text.
+        The sequences are all of one storage, by row. `tree` is None if the tokens continue one.
 
         Returns:
-            (texts, n, vocab) logits; (texts, n, len(layer_ids) * hidden_size) outputs, None without
-            layers.
+            (batch, n, vocab) logits; (batch, n, len(layer_ids) * hidden_size) outputs of captured
+            layers, None without layers.
         """
-        storage = share_storage(texts)
-        start = texts[0].length
-        first: dict[int, int] = {}
-        caches = self.layout.make(
-            lambda i: self._cache(storage, i, self.layout.windows[i], start, tree, first),
-            lambda i: RecurrentCache(
-                storage.states, i, None if tree is None else tree.paths, self.hooks.reads
-            ),
-        )
+        storage = share_storage(sequences)
+        start, windows = sequences[0].length, self.layout.windows
+        window_starts: dict[int, int] = {}
+
+        def attention_cache(i: int) -> TreeCache:
+            args = storage, i, windows[i], start, tree, window_starts
+            if (q := self.quantisation) is None:
+                return TreeCache(*args)
+            return QuantisedTreeCache(*args, q.bits, q.group_size)
+
+        def recurrent_cache(i: int) -> RecurrentTreeCache:
+            paths = None if tree is None else tree.paths
+            return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
+
+        caches = self.layout.make(attention_cache, recurrent_cache)
         with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
             logits = self.model(token_ids, cache=caches)
         if not layer_ids:
             return logits, None
         return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)
 
-    def _cache(self, *args: Any) -> TreeCache:
-        if self.quantisation is None:
-            return TreeCache(*args)
-        return QuantisedTreeCache(self.quantisation, *args)
+    def _decoder(self) -> nn.Module:
+        """The module that runs the layers and the final norm."""
+        modules = (x for _, x in self.model.named_modules() if x.get("layers"))
+        return next(x for x in modules if x["layers"][0] is self.layers[0])
 
     def _check_experts(self) -> None:
-        """Refuse what MLX refuses only when it evaluates a pass."""
+        """Raise now what MLX would raise only when it evaluates a pass."""
         if (
             mx.default_device().type == mx.cpu
             and self.dtype != mx.float32
             and any(isinstance(module, SwitchLinear) for module in self.model.modules())
         ):
             raise ConfigError(
-                "MLX runs a mixture of experts on a CPU in float32 only; pass --dtype float32"
+                "on a CPU, MLX runs a mixture of experts in float32 only; use dtype float32"
             )
 
     def _runs_trees(self) -> bool:
         """Whether hooks see every state, in a pass over a tree that is never evaluated."""
-        if not self.layout.sizes:
+        if not self.layout.state_counts:
             return True
-        text = self.new_key_values(len(SIBLINGS))
-        tree = TreePass.of([SIBLINGS], [0], 0, solve=self.solve)
-        self.forward(mx.zeros((1, len(SIBLINGS)), mx.int32), [text], (), tree)
-        assert text.storage is not None
-        return text.storage.states.is_complete
+        sequence = self.new_kv_cache(len(SIBLINGS))
+        tree = TreePass.build([SIBLINGS], [0], 0, solve=self.solve)
+        self.forward(mx.zeros((1, len(SIBLINGS)), mx.int32), [sequence], (), tree)
+        assert sequence.storage is not None
+        return sequence.storage.states.is_complete
 
-    def _shapes(self) -> tuple[int, set[int], int, int]:
-        """What a pass that is never evaluated shows.
+    def _measure(self) -> tuple[int, set[int], int, int]:
+        """Read `vocab_size`, the widths of keys and values, `column_nbytes` and `states_nbytes`.
 
-        Returns:
-            The vocabulary size, the widths of keys and values, the bytes of those of a position,
-            and the bytes of the states of a text.
+        They are the shapes of the arrays of a pass that is never evaluated.
         """
-        text = self.new_key_values(1)
+        sequence = self.new_kv_cache(1)
         try:
-            logits, _ = self.forward(mx.array([[0]]), [text], ())
+            logits, _ = self.forward(mx.array([[0]]), [sequence], ())
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             if self.quantisation is not None:
                 raise ConfigError(
-                    f"{self.family} models cannot attend to quantised keys and values ({error}); "
-                    "leave --kv-bits out"
+                    f"kv_bits is not supported for {self.family} models, which cannot attend to "
+                    f"quantised keys and values ({error})"
                 ) from error
             raise UnsupportedModelError(
-                f"mlx-lm's {self.family} cannot work with a cache that branches ({error}); "
+                f"mlx-lm's {self.family} models do not work with a cache that branches ({error}); "
                 "choose another target"
             ) from error
-        storage = text.storage
+        storage = sequence.storage
         assert storage is not None
         if not storage.states.is_complete:
             raise UnsupportedModelError(refusal(self.family))
-        storage.keep({0: (0, np.zeros(1, np.int32))})
+        storage.commit({0: (0, np.zeros(1, np.int32))})
         widths = {x.shape[-1] for arrays in storage.layers for x in arrays}
-        column = storage.columns_nbytes // storage.columns
-        return logits.shape[-1], widths, column, storage.states.nbytes
+        column_nbytes = storage.columns_nbytes // storage.columns
+        return logits.shape[-1], widths, column_nbytes, storage.states.nbytes
 
-    def _quantisation(self, bits: int, widths: set[int]) -> Quantisation:
-        """The group size for keys and values of these widths."""
-        if bits not in KV_BITS:
-            raise ConfigError(f"kv-bits must be one of {KV_BITS}, got {bits}")
+    def _choose_quantisation(self, bits: int, widths: set[int]) -> Quantisation:
+        """The quantisation of keys and values of these widths, in the largest possible groups."""
         sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         if not sizes:
             raise ConfigError(
-                f"quantised keys and values need heads whose width is a multiple of "
-                f"{GROUP_SIZES[-1]}, {self.family} has {sorted(widths)}; leave --kv-bits out"
+                f"kv_bits needs keys and values whose width is a multiple of {GROUP_SIZES[-1]}, "
+                f"but {self.family} has the widths {sorted(widths)}"
             )
         return Quantisation(bits, sizes[0])
 
     def _find(self, names: Collection[str], kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
         """The module nearest to the root with one of the names and a row for each token."""
-        found = [
+        candidates = [
             (path.count("."), path, module)
             for path, module in self.model.named_modules()
             if path.rpartition(".")[2] in names
             and isinstance(module, kinds)
             and module.weight.shape[0] >= self.vocab_size
         ]
-        return min(found, key=lambda item: item[:2])[2] if found else None
+        return min(candidates, key=lambda item: item[:2])[2] if candidates else None
 
 
 def shortlist_logits(module: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
     """(..., n, t) logits of some tokens, from (..., n, hidden_size) and (..., t) ids.
 
-    Args:
-        module: a linear layer or an embedding, quantised or not.
-        hidden: the inputs of the output head.
-        tokens: the rows of the module's weight.
+    The module is a linear layer or an embedding, quantised or not.
     """
     weight = module.weight[tokens]
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):

@@ -1,4 +1,4 @@
-"""The target over the trees and new tokens of several texts, and commits."""
+"""The target over the trees and new tokens of several sequences, and commits."""
 
 from __future__ import annotations
 
@@ -9,240 +9,220 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.sampling import check_finite
+from treeflash.decoding.backend_base import rows_by_pass
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.sampling import SampledTokens, check_finite
 from treeflash.decoding.tree import DraftTree
-from treeflash_mlx.cache import release_freed_memory, share_storage
-from treeflash_mlx.choices import choose
+from treeflash_mlx.attention import TreePass
+from treeflash_mlx.cache import BatchStorage, release_freed_memory, share_storage
 from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.row_head import RowModel
+from treeflash_mlx.sampling import sample
 from treeflash_mlx.state import Ahead, State
 from treeflash_mlx.target import Target
-from treeflash_mlx.tree_hooks import TreePass
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass."""
 RELEASE_INTERVAL = 256
-"""Committed tokens of a text between two releases of freed memory."""
+"""Committed tokens of a sequence between two releases of freed memory."""
 
-Path: TypeAlias = tuple[State, NDArray[np.int32]]
-"""A text, and the nodes to commit."""
+PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
+"""A sequence, and the nodes of its latest pass to commit."""
 
 
 class Verifier:
-    """`treeflash.decoding.interfaces.TreeVerifier` in MLX."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in MLX.
 
-    def __init__(self, target: Target, drafter: DrafterModel | None) -> None:
-        """Hold the models.
+    The drafter projects the outputs of its target layers to features.
+    """
 
-        Args:
-            target: the model.
-            drafter: projects the outputs of its target layers to features; None for no features.
+    def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
+        self.target, self.drafter = target, drafter
+        self._layer_ids = drafter.config.target_layer_ids if drafter is not None else ()
+
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+        """Run the target over trees and new tokens.
+
+        Trees run in one pass, together with new tokens that are not more than the largest tree has
+        nodes. Longer chunks of new tokens would pad the pass, so each of them runs alone.
         """
-        self.target = target
-        self.drafter = drafter
-
-    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
-        """See `TreeVerifier.run`.
-
-        Trees, and new tokens that are no more than the largest tree, are one pass. Longer ones
-        would pad it, and are run alone.
-        """
-        single = self._run_single(work)
-        if single is not None:
+        if (single := self._run_single(work)) is not None:
             return [single]
-        states: list[Any] = [item.state for item in work if isinstance(item, Extension)]
-        before = [(state, state.length, state.key_values.states()) for state in states]
+        states: list[Any] = [item.state for item in work if isinstance(item, Prefill)]
+        before = [(state, state.length, state.recurrent_states()) for state in states]
         try:
-            logits, ends = self._run(work)
-            chosen = choose(logits, [item.choice for item in work])
+            logits, prefilled = self._run(work)
+            sampled = sample(logits, [item.params for item in work])
+            self.commit(prefilled)
         except Exception:
             for state, length, recurrent in before:  # chunks may have been committed
-                state.restore(length, recurrent)
+                state.rollback(length, recurrent)
             raise
-        self._commit(ends)
-        return chosen
+        return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        """See `TreeVerifier.commit`."""
-        self._commit(paths)
-
-    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        """See `TreeVerifier.logits`."""
-        return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
-
-    def _run_single(self, work: Sequence[Extension | Verification]) -> Chosen | None:
-        """Plain greedy decoding of a text: the next pass is submitted before this token is read.
-
-        So the device does not wait for Python. Returns None for everything else, and for the first
-        such pass: what follows it is not known yet.
-        """
-        item, *others = work
-        if others or not isinstance(item, Verification) or len(item.tree) > 1:
-            return None
-        state: Any = item.state
-        choice, ahead, start = item.choice, state.ahead, state.length
-        follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
-        plain = choice.edits is None and choice.allowed is None and choice.log_probs is None
-        if not (follows and plain and choice.sampling.greedy) or state.needs_snapshots:
-            return None
-        if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
-            logits, state.outputs, state.first_row = ahead.logits, ahead.outputs, 0
-        else:
-            (logits,) = self._forward([(state, item.tree)])
-        token = logits.argmax(-1).astype(mx.int32)
-        submitted = self._submit(state, token)
-        finite = mx.isfinite(logits.max(-1)).astype(mx.int32)
-        read = np.array(mx.concatenate([token, finite]))
-        check_finite(read[1])
-        if submitted is not None:
-            state.ahead = Ahead(start + 1, int(read[0]), *submitted)
-        return Chosen(read[:1])
-
-    def _submit(self, state: State, token: mx.array) -> tuple[mx.array, mx.array | None] | None:
-        """Start the pass over the token after the next position, if there is room for it.
-
-        Returns:
-            (1, vocab) logits, and (1, layers * hidden_size) outputs of the captured layers.
-        """
-        text = state.key_values
-        if text.storage is None or text.length + 2 >= text.storage.columns:
-            return None
-        layers = self.drafter.config.target_layer_ids if self.drafter is not None else ()
-        text.length += 1  # as it will be
-        try:
-            logits, outputs = self.target.forward(token[None], [text], layers)
-        finally:
-            text.length -= 1
-        mx.async_eval(logits, outputs)
-        return logits[0], None if outputs is None else outputs[0]
-
-    def _run(
-        self, work: Sequence[Extension | Verification]
-    ) -> tuple[list[mx.array | None], list[Path]]:
-        """Run everything.
-
-        Returns:
-            Logits at the nodes of each tree and the last of new tokens, None if they are not
-            wanted; and what is to be committed of new tokens.
-        """
-        longest = max((len(x.tree) for x in work if isinstance(x, Verification)), default=0)
-        logits: list[mx.array | None] = [None] * len(work)
-        batch: list[tuple[int, State, DraftTree]] = []
-        ends: list[Path] = []
-        for i, item in enumerate(work):
-            state: Any = item.state
-            if isinstance(item, Verification):
-                batch.append((i, state, item.tree))
-                continue
-            token_ids = item.token_ids
-            together = len(token_ids) <= longest
-            if not together:
-                # The last token has a pass of its own: no other needs logits.
-                end = len(token_ids) - (item.choice is not None)
-                self._prefill(state, token_ids[:end])
-                token_ids = token_ids[end:]
-            if token_ids:
-                chain = DraftTree.chain(np.array(token_ids, np.int32))
-                ends.append((state, np.arange(len(chain), dtype=np.int32)))
-                if together:
-                    batch.append((i, state, chain))
-                else:
-                    (logits[i],) = self._forward([(state, chain)], new=True)
-        parts = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
-        for (i, _, _), part in zip(batch, parts, strict=True):
-            item = work[i]
-            if isinstance(item, Verification):
-                logits[i] = part
-            elif item.choice is not None:
-                logits[i] = part[-1:]
-        return logits, ends
-
-    def _prefill(self, state: State, token_ids: Sequence[int]) -> None:
-        """Commit new tokens chunk by chunk."""
-        for first in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = DraftTree.chain(np.array(token_ids[first : first + PREFILL_CHUNK], np.int32))
-            self._forward([(state, chunk)], new=True)
-            # Projected at once: the outputs of five layers take five times the memory.
-            self._keep([(state, np.arange(len(chunk), dtype=np.int32))])
-            mx.eval(_arrays(state))
-            if first:
-                release_freed_memory()
-
-    def _forward(
-        self, texts: Sequence[tuple[State, DraftTree]], *, new: bool = False
-    ) -> list[mx.array]:
-        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can.
-
-        Args:
-            texts: states and trees.
-            new: whether they are chains of new tokens, which will all be committed.
-        """
-        if len(texts) > 1 and not self.target.batches:
-            return [part for text in texts for part in self._forward([text])]
-        storage = share_storage([state.key_values for state, _ in texts])
-        by_row = sorted(texts, key=lambda text: text[0].key_values.row)
-        trees = [tree for _, tree in by_row]
-        rows = max(len(tree) for tree in trees)
-        token_ids = np.array(
-            [[*tree.tokens, *tree.tokens[:1].repeat(rows - len(tree))] for tree in trees]
-        )
-        logits, outputs = self.target.forward(
-            mx.array(token_ids, mx.int32),
-            [state.key_values for state, _ in by_row],
-            self.drafter.config.target_layer_ids if self.drafter is not None else (),
-            TreePass.of(
-                trees,
-                [state.length for state, _ in by_row],
-                storage.columns - 1,
-                solve=None if new else self.target.solve,
-            ),
-        )
-        if outputs is not None:
-            outputs = outputs.reshape(-1, outputs.shape[-1])
-        for row, (state, _) in enumerate(by_row):
-            state.outputs, state.first_row, state.ahead = outputs, row * rows, None
-        return [logits[state.key_values.row, : len(tree)] for state, tree in texts]
-
-    def _commit(self, paths: Sequence[Path]) -> None:
         lengths = [state.length for state, _ in paths]
-        self._keep(paths)
+        self._commit(paths)
         # The device moves the rows while Python builds the next drafts.
-        mx.async_eval([_arrays(state) for state, _ in paths])
+        mx.async_eval([_committed_arrays(state) for state, _ in paths])
         if any(
             length // RELEASE_INTERVAL != state.length // RELEASE_INTERVAL
             for length, (state, _) in zip(lengths, paths, strict=True)
         ):
             release_freed_memory()
 
-    def _keep(self, paths: Sequence[Path]) -> None:
-        """Commit paths of the latest passes, and project their features."""
-        # Texts that were run together share a storage and the outputs of a forward pass.
-        texts = [state.key_values for state, _ in paths]
-        for storage in {id(text.storage): text.storage for text in texts}.values():
-            assert storage is not None
-            storage.keep(
-                {
-                    text.row: (text.length, path)
-                    for text, (_, path) in zip(texts, paths, strict=True)
-                    if text.storage is storage
-                }
-            )
-        for text, (_, path) in zip(texts, paths, strict=True):
-            text.length += len(path)
-        drafted = [(state, path) for state, path in paths if state.drafter is not None]
-        for outputs in {id(state.outputs): state.outputs for state, _ in drafted}.values():
+    def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
+        """(n, vocab) logits at the nodes of each tree, for tests."""
+        return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
+
+    def _run_single(self, work: Sequence[Prefill | Verify]) -> SampledTokens | None:
+        """Plain greedy decoding: submit the next pass before this token is read.
+
+        So the device does not wait for Python. Returns None for other work, and for the first pass
+        over a single node, after which anything may follow.
+        """
+        item, *others = work
+        if others or not isinstance(item, Verify) or len(item.tree) > 1:
+            return None
+        state: Any = item.state
+        state.pass_tokens = item.tree.tokens
+        params, ahead, start = item.params, state.ahead, state.length
+        follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
+        plain = params.edits is None and params.allowed is None and params.log_probs is None
+        if not (follows and plain and params.sampling.greedy) or state.needs_snapshots:
+            return None
+        if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
+            logits, state.outputs, state.first_row = ahead.logits, ahead.outputs, 0
+        else:
+            (logits,) = self._forward([(state, item.tree)])
+        token = logits.argmax(-1).astype(mx.int32)
+        submitted = self._submit_next(state, token)
+        finite = mx.isfinite(logits.max(-1)).astype(mx.int32)
+        read = np.array(mx.concatenate([token, finite]))
+        check_finite(read[1])
+        if submitted is not None:
+            state.ahead = Ahead(start + 1, int(read[0]), *submitted)
+        return SampledTokens(read[:1])
+
+    def _submit_next(
+        self, state: State, token: mx.array
+    ) -> tuple[mx.array, mx.array | None] | None:
+        """Start the pass over the token after the next position, if there is room for it."""
+        sequence = state.kv_cache
+        if sequence.storage is None or sequence.length + 2 >= sequence.storage.columns:
+            return None
+        sequence.length += 1  # its length after the present token is committed
+        try:
+            logits, outputs = self.target.forward(token[None], [sequence], self._layer_ids)
+        finally:
+            sequence.length -= 1
+        mx.async_eval(logits, outputs)
+        return logits[0], None if outputs is None else outputs[0]
+
+    def _run(
+        self, work: Sequence[Prefill | Verify]
+    ) -> tuple[list[mx.array | None], list[PathOfState]]:
+        """Logits at the nodes of each tree and at the last of new tokens, if they are needed.
+
+        Also returns the new tokens that are not committed yet.
+        """
+        largest = max((len(x.tree) for x in work if isinstance(x, Verify)), default=0)
+        logits: list[mx.array | None] = [None] * len(work)
+        batch: list[tuple[int, State, DraftTree]] = []
+        prefilled: list[PathOfState] = []
+        for i, item in enumerate(work):
+            state: Any = item.state
+            if isinstance(item, Verify):
+                batch.append((i, state, item.tree))
+                continue
+            token_ids = item.token_ids
+            together = len(token_ids) <= largest
+            if not together:
+                # The last token has a pass of its own: no other token needs logits.
+                end = len(token_ids) - (item.params is not None)
+                self._prefill(state, token_ids[:end])
+                token_ids = token_ids[end:]
+            if token_ids:
+                chain = DraftTree.chain(np.array(token_ids, np.int32))
+                prefilled.append((state, np.arange(len(chain), dtype=np.int32)))
+                if together:
+                    batch.append((i, state, chain))
+                else:
+                    (logits[i],) = self._forward([(state, chain)], prefill=True)
+        parts = self._forward([(state, tree) for _, state, tree in batch]) if batch else []
+        for (i, _, _), part in zip(batch, parts, strict=True):
+            item = work[i]
+            if isinstance(item, Verify):
+                logits[i] = part
+            elif item.params is not None:
+                logits[i] = part[-1:]
+        return logits, prefilled
+
+    def _prefill(self, state: State, token_ids: Sequence[int]) -> None:
+        """Run and commit new tokens chunk by chunk."""
+        for first in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = DraftTree.chain(np.array(token_ids[first : first + PREFILL_CHUNK], np.int32))
+            self._forward([(state, chunk)], prefill=True)
+            # Projected at once: the outputs of five layers take five times the memory.
+            self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
+            mx.eval(_committed_arrays(state))
+            if first:
+                release_freed_memory()
+
+    def _forward(
+        self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False
+    ) -> list[mx.array]:
+        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can.
+
+        In a `prefill` the trees are chains of new tokens, all of which will be committed.
+        """
+        if len(sequences) > 1 and not self.target.batches:
+            return [part for sequence in sequences for part in self._forward([sequence])]
+        storage = share_storage([state.kv_cache for state, _ in sequences])
+        by_row = sorted(sequences, key=lambda sequence: sequence[0].kv_cache.row)
+        trees = [tree for _, tree in by_row]
+        n = max(len(tree) for tree in trees)
+        token_ids = [[*tree.tokens, *tree.tokens[:1].repeat(n - len(tree))] for tree in trees]
+        starts, caches = zip(*((s.length, s.kv_cache) for s, _ in by_row), strict=True)
+        solve = None if prefill else self.target.solve
+        tree_pass = TreePass.build(trees, starts, storage.columns - 1, solve=solve)
+        logits, outputs = self.target.forward(
+            mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass
+        )
+        if outputs is not None:
+            outputs = outputs.reshape(-1, outputs.shape[-1])
+        for row, (state, _) in enumerate(by_row):
+            state.outputs, state.first_row, state.ahead = outputs, row * n, None
+        for state, tree in sequences:
+            state.pass_tokens = tree.tokens
+        return [logits[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+
+    def _commit(self, paths: Sequence[PathOfState]) -> None:
+        """Commit paths of the latest passes, and project their features.
+
+        The projection may fail, so it comes first: a failed call must change no sequence.
+        """
+        context: list[tuple[State, mx.array]] = []
+        for rows in rows_by_pass(paths):
             assert self.drafter is not None
-            assert outputs is not None
-            own = [(state, path) for state, path in drafted if state.outputs is outputs]
-            rows = np.concatenate([path + state.first_row for state, path in own])
-            context = self.drafter.project(outputs[mx.array(rows)])
-            ends = np.cumsum([len(path) for _, path in own])[:-1].tolist()
-            for (state, _), part in zip(own, mx.split(context, ends), strict=True):
-                state.context.append(part)
+            features = self.drafter.project(rows.outputs[mx.array(rows.rows)])
+            ends = np.cumsum(rows.sizes)[:-1].tolist()
+            context += zip(rows.states, mx.split(features, ends), strict=True)
+        # Sequences that ran together share a storage and the outputs of a forward pass.
+        by_storage: dict[BatchStorage, dict[int, tuple[int, NDArray[np.int32]]]] = {}
+        for state, path in paths:
+            cache = state.kv_cache
+            assert cache.storage is not None
+            by_storage.setdefault(cache.storage, {})[cache.row] = cache.length, path
+        for storage, paths_by_row in by_storage.items():
+            storage.commit(paths_by_row)
+        for state, path in paths:
+            state.kv_cache.length += len(path)
+            state.keep_tokens(path)
+        for state, part in context:
+            state.context.append(part)
 
 
-def _arrays(state: State) -> list[Any]:
-    """What a commit changes."""
-    storage = state.key_values.storage
+def _committed_arrays(state: State) -> list[Any]:
+    storage = state.kv_cache.storage
     return [storage and [storage.layers, storage.states.arrays], state.context]

@@ -1,1 +1,1 @@
-"""Whole texts: speed and block efficiency of methods, half precision, memory."""
+"""Decoding on one loaded pair: methods and budgets, half precision, an iteration, memory."""

@@ -1,54 +1,63 @@
-"""Whether memory stays flat: peak memory after each thousand generated tokens.
+"""Memory: of the loaded pair, of a sequence by length, and whether it stays flat.
 
     python -m benchmarks.decoding.memory gsm8k.jsonl [--json FILE]
 
-The first prompt is continued for a thousand tokens, ignoring stop tokens, again and again. Every
-text needs as much memory as the first, so `mb_beyond_first`, the growth of the peak after it,
-should stay near 0.
+- `sequence`: the memory that a sequence of some tokens takes on the device, in MiB.
+- `peak`: the most memory that was held until then, in MiB: after loading, and after each sequence.
+  The first prompt is continued for `--max-tokens` tokens, ignoring stop tokens, again and again.
+  Every sequence needs as much memory as the first, so the peak should stay where the first left it.
+  On a GPU this is the memory of tensors, on a CPU that of the process.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import Parser, at_least_one, show, write_json
-from treeflash.cli.exit_status import guarded
+from benchmarks.common import Parser, Row, describe, show, write_json
+from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.text.prompt import encode
-from treeflash.text.prompt_file import read_rows
+from treeflash.text.prompt import encode, read_rows
 
-TEXT_TOKENS = 1000
+MIB = 2**20
 
 
 def parser() -> Parser:
     """The command line."""
-    options = Parser(__doc__.splitlines()[0])
+    options = Parser(__doc__)
     options.add_argument(
-        "prompts", type=Path, metavar="FILE.jsonl", help="its first prompt is used"
+        "prompts", type=Path, metavar="FILE.jsonl", help="a prompt set, of which the first is used"
     )
-    options.add_argument(
-        "--texts", type=at_least_one, default=10, help="number of texts (default: 10)"
-    )
+    options.add_number("--sequences", 4, "sequences to decode")
+    options.add_number("--max-tokens", 500, "new tokens of each")
+    options.add_numbers("--lengths", [1000, 4000, 8000], "tokens of a sequence")
     add_model_options(options)
     return options
 
 
 @guarded
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     model = load_model(args)
-    rows: list[dict] = []
-    first = tokens = 0
+    backend: Any = model.backend
+    drafts = backend.drafter is not None
+    sequence = [
+        {"tokens": length, "mib": backend.state_nbytes(length, drafts=drafts) / MIB}
+        for length in args.lengths
+    ]
+    peak: list[Row] = [{"after": "loading", "mib": backend.memory_bytes() / MIB}]
     ids = encode(model.tokenizer, read_rows(args.prompts)[0].turns[0])
-    for _ in range(args.texts):
-        tokens += len(model.generate(ids, max_tokens=TEXT_TOKENS, stop_token_ids=()).token_ids)
-        held = model.backend.memory_bytes()
-        first = first or held
-        rows.append({"tokens": tokens, "mb": held / 1e6, "mb_beyond_first": (held - first) / 1e6})
-    show("memory", rows)
-    write_json(args.json, "memory", {"rows": rows})
+    for number in range(1, args.sequences + 1):
+        model.generate(ids, max_tokens=args.max_tokens, stop_token_ids=())
+        peak.append({"after": f"sequence {number}", "mib": backend.memory_bytes() / MIB})
+    pair = describe(backend)
+    show(f"memory of a sequence, {', '.join(pair.values())}", sequence)
+    show("peak memory", peak)
+    results = {"max_tokens": args.max_tokens, "sequence": sequence, "peak": peak}
+    write_json(args.json, "memory", pair | results)
     return 0
 
 

@@ -1,171 +1,297 @@
-"""Block efficiency and speed of the decoding methods, side by side in one run.
+"""Block efficiency and speed of the decoding methods, by budget and prompt set.
 
     python -m benchmarks.decoding.methods gsm8k.jsonl --budgets 16,64,auto [--json FILE]
 
 Every prompt is decoded by every method in turn before the next prompt, so that a disturbance of the
-machine affects all of them. All methods are forced to write the text of plain decoding (`ar`), even
-if rounding would make them diverge. Ratios compare the total time of a set's texts.
+machine affects all of them. Every method is made to write the tokens of plain decoding (`ar`). In
+half precision a near-tie can resolve differently in a tree than alone, and then the sequences
+diverge; sequences differ in how easy they are to draft by more than methods do. Ratios compare the
+total time of a set's sequences.
+
+`--heads VOCAB:ROWS,...` compares settings of the AR head: how many of the most probable tokens it
+scores, after how many previous tokens. `--suffix on,off` compares the trees of a drafter with and
+without copies of the text; `benchmarks/prompts` has sets whose answers repeat their prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from rich.progress import track
 
-from benchmarks.common import Parser, at_least_one, mean_row, show, write_json
-from benchmarks.decoding.forced_text import ForcedText
-from treeflash.cli.exit_status import guarded
-from treeflash.cli.options import add_model_options, budget, load_model
-from treeflash.config import AUTO, METHODS, Budget, Method
-from treeflash.decoding.statistics import mean
+from benchmarks.common import MEAN, Parser, Row, describe, mean_row, names, show, write_json
+from treeflash.cli.console import guarded
+from treeflash.cli.options import (
+    add_model_options,
+    load_model,
+    parse_budget,
+    parse_head_rows,
+    parse_head_vocab,
+)
+from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
+from treeflash.decoding.sampling import SampledTokens
 from treeflash.errors import ConfigError
-from treeflash.evaluation.bootstrap import interval, resamples
+from treeflash.evaluation.records import interval, resamples
 from treeflash.language_model import LanguageModel
-from treeflash.text.generation import Generation
-from treeflash.text.prompt_file import read_rows
+from treeflash.text.generation import Generation, mean
+from treeflash.text.prompt import Prompt, read_rows
+
+TREE_METHODS = ("ddtree", "treeflash", "suffix")
+DRAFTER_TREES = ("ddtree", "treeflash")
+ALL = "all"
+"""The name of all prompt sets together."""
+
+
+class ForcedBackend:
+    """A backend whose target writes given tokens: it runs as usual, but its tokens are replaced.
+
+    Attributes:
+        tokens: new tokens of the next sequence; without any, and beyond their end, the target
+            chooses freely.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.tokens: Sequence[int] = ()
+        self._prompt_lengths: MutableMapping[SequenceState, int] = WeakKeyDictionary()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    @property
+    def verifier(self) -> _ForcedVerifier:
+        return _ForcedVerifier(self.backend.verifier, self.tokens, self._prompt_lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class _ForcedVerifier:
+    verifier: TreeVerifier
+    tokens: Sequence[int]
+    prompt_lengths: MutableMapping[SequenceState, int]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.verifier, name)
+
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+        return [
+            self._force(item, sampled)
+            for item, sampled in zip(work, self.verifier.run(work), strict=True)
+        ]
+
+    def _force(self, item: Prefill | Verify, sampled: SampledTokens | None) -> SampledTokens | None:
+        if isinstance(item, Prefill):
+            self.prompt_lengths[item.state] = item.state.length
+            return sampled
+        if sampled is None:
+            return None
+        root = item.state.length - self.prompt_lengths[item.state]
+        following = np.array(self.tokens[root + 1 :], np.int32)
+        known = item.tree.depths < len(following)
+        tokens = sampled.tokens.copy()
+        tokens[known] = following[item.tree.depths[known]]
+        return replace(sampled, tokens=tokens)
+
+
+class Head(NamedTuple):
+    """The shortlist size of the AR head, and the number of previous tokens that it scores after."""
+
+    vocab: int | None
+    rows: HeadRows
+
+    def __str__(self) -> str:
+        return f"{self.vocab or 'full'}:{self.rows or 'full'}"
+
+
+class Case(NamedTuple):
+    """A method at a budget.
+
+    `head` is None for methods without the AR head, and `suffix` for methods that do not choose.
+    """
+
+    method: Method
+    budget: Budget
+    head: Head | None
+    suffix: bool | None
+
+    @property
+    def columns(self) -> Row:
+        """The columns that name the case."""
+        size = 1 if self.method == "ar" else self.budget
+        suffix = None if self.suffix is None else "on" if self.suffix else "off"
+        head = self.head and str(self.head)
+        return {"method": self.method, "budget": size, "head": head, "suffix": suffix}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `generate`."""
+        head = {"head_vocab": self.head.vocab, "head_rows": self.head.rows} if self.head else {}
+        suffix = {} if self.suffix is None else {"suffix": self.suffix}
+        return {"method": self.method, "budget": self.budget, **head, **suffix}
+
+
+Runs: TypeAlias = dict[Case, list[Generation]]
+"""Generations of the same prompts in the same order, by case."""
+
+
+def parse_heads(text: str) -> list[Head]:
+    """Comma-separated VOCAB:ROWS pairs, for argparse."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return [Head(parse_head_vocab(vocab), parse_head_rows(rows)) for vocab, rows in pairs]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not VOCAB:ROWS,...") from None
+
+
+def parse_switches(text: str) -> list[bool]:
+    """Comma-separated `on` and `off`, for argparse."""
+    if not set(parts := text.split(",")) <= {"on", "off"}:
+        raise argparse.ArgumentTypeError(f"{text} is not on, off, or on,off")
+    return [part == "on" for part in parts]
 
 
 def parser() -> Parser:
     """The command line."""
-    options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
+    options = Parser(__doc__)
+    options.add_prompts(limit=8, max_tokens=128)
     options.add_argument(
-        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
+        "--methods", type=names, default=list(METHODS), help="comma-separated (default: all)"
     )
     options.add_argument(
-        "--max-tokens", type=at_least_one, default=128, help="new tokens per prompt (default: 128)"
+        "--budgets",
+        type=names,
+        default=["16", "64", AUTO],
+        help="budgets of tree methods (default: 16,64,auto)",
     )
     options.add_argument(
-        "--methods", default=",".join(METHODS), help="comma-separated (default: all)"
+        "--heads",
+        type=parse_heads,
+        default=[Head(DecodeConfig.head_vocab, DecodeConfig.head_rows)],
+        metavar="VOCAB:ROWS,...",
+        help="settings of the AR head: numbers, full, or auto for ROWS (default: 1024:auto)",
     )
     options.add_argument(
-        "--budgets", default="16,64,auto", help="of tree methods (default: 16,64,auto)"
+        "--suffix",
+        type=parse_switches,
+        default=[True],
+        metavar="on,off",
+        help="whether trees of a drafter also copy the text (default: on)",
     )
-    options.add_argument("--temperature", type=float, default=0.0)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
+    options.add_argument("--seed", type=int, default=0, help="(default: 0)")
     add_model_options(options)
     return options
 
 
-class Case(NamedTuple):
-    """A method at a budget."""
-
-    method: Method
-    budget: Budget
-
-    @property
-    def name(self) -> dict:
-        """Its columns in the results."""
-        return {"method": self.method, "budget": 1 if self.method == "ar" else self.budget}
-
-
-def cases(methods: str, budgets: str) -> list[Case]:
+def make_cases(
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    heads: Sequence[Head],
+    suffixes: Sequence[bool] = (True,),
+) -> list[Case]:
     """Every method at every budget, plain decoding first; chains only at the largest budget."""
-    names = ["ar", *(name for name in methods.split(",") if name != "ar")]
     try:
-        sizes = [budget(size) for size in budgets.split(",")]
+        sizes = [parse_budget(size) for size in budgets]
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--budgets: {error}") from None
     largest = max((size for size in sizes if size != AUTO), default=AUTO)
     return [
-        Case(name, size)
-        for name in names
-        for size in (sizes if name in ("ddtree", "treeflash") else [largest])
+        Case(method, size, head, suffix)
+        for method in dict.fromkeys(["ar", *methods])
+        for size in (sizes if method in TREE_METHODS else [largest])
+        for head in (heads if method.startswith("treeflash") else [None])
+        for suffix in (suffixes if method in DRAFTER_TREES else [None])
     ]
 
 
-Runs = dict[Case, list[Generation]]
-"""Generations of the same prompts in the same order, by case."""
-
-
-def row(name: str, case: Case, runs: list[Generation], plain: list[Generation]) -> dict:
-    """One line of the table."""
-    lengths = [length for run in runs for length in run.accepted_lengths]
-    decode_s = sum(run.decode_s for run in runs)
-    return {"set": name, **case.name} | {
+def set_row(name: str, case: Case, runs: Runs) -> Row:
+    """The figures of a case on one prompt set."""
+    generations, plain = runs[case], next(iter(runs.values()))
+    lengths = [length for generation in generations for length in generation.accepted_lengths]
+    seconds = sum(generation.decode_s for generation in generations)
+    return {"set": name, **case.columns} | {
         "block_efficiency": mean(lengths),
-        "tokens_per_s": sum(lengths) / decode_s,
-        "ratio_to_ar": sum(run.decode_s for run in plain) / decode_s,
-        "prompts": len(runs),
+        "tokens_per_s": sum(lengths) / seconds,
+        "ratio_to_ar": sum(generation.decode_s for generation in plain) / seconds,
+        "prompts": len(generations),
     }
 
 
-def auto_rows(name: str, runs: Runs) -> list[dict]:
-    """The speed of `auto` relative to the fastest fixed budget of the same runs."""
-    seconds = {case: np.array([run.decode_s for run in of]) for case, of in runs.items()}
-    rows = []
-    for auto in [case for case in seconds if case.method != "ar" and case.budget == AUTO]:
-        fixed = [case for case in seconds if case.method == auto.method and case != auto]
-        if not fixed:
+def auto_rows(name: str, runs: Runs) -> Iterator[Row]:
+    """The speed of `auto` relative to the fastest fixed budget, with a bootstrap interval."""
+    seconds = {case: np.array([run.decode_s for run in group]) for case, group in runs.items()}
+    for auto in seconds:
+        same = [case for case in seconds if case._replace(budget=AUTO) == auto]
+        fixed = [case for case in same if case.budget != AUTO]
+        if auto.budget != AUTO or auto.method not in TREE_METHODS or not fixed:
             continue
         best = min(fixed, key=lambda case: seconds[case].sum())
         drawn = resamples(len(seconds[auto]), np.random.default_rng(0))
         ratios = seconds[best][drawn].sum(1) / seconds[auto][drawn].sum(1)
         low, high = interval(ratios)
-        rows.append(
-            {"set": name, "method": auto.method, "best": best.budget}
-            | {"auto_to_best": float(ratios[0]), "low": low, "high": high}
+        columns = {"set": name, **auto.columns, "best": best.budget}
+        yield columns | {"auto_to_best": float(ratios[0]), "low": low, "high": high}
+
+
+def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str, list[Row]]:
+    """The rows of all sets and their mean, and those that compare `auto`, per set and overall."""
+    forced = ForcedBackend(model.backend)
+    # A budget learns from one kind of trees alone.
+    models = {
+        suffix: replace(model, backend=forced, adaptive_budgets=AdaptiveBudgets())
+        for suffix in (None, False, True)
+    }
+    sampling = {"temperature": args.temperature, "seed": args.seed}
+
+    def run(prompt: Prompt, case: Case) -> Generation:
+        return models[case.suffix].generate(
+            prompt, max_tokens=args.max_tokens, **sampling, **case.options
         )
-    return rows
 
-
-def measure(model: LanguageModel, args, chosen: list[Case]) -> tuple[list[dict], list[dict]]:
-    """The rows of all sets and their mean; and those that compare `auto`, per set and overall."""
-
-    def run(prompt: str, case: Case) -> Generation:
-        return model.generate(
-            prompt,
-            **case._asdict(),
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            seed=args.seed,
-        )
-
-    forced = ForcedText(model.backend)
-    model = replace(model, backend=forced)
-    plain_case, *others = chosen
-    rows, auto = [], []
-    all_runs: Runs = {case: [] for case in chosen}
+    rows: list[Row] = []
+    auto: list[Row] = []
+    every: Runs = {case: [] for case in cases}
     for path in args.prompts:
-        runs: Runs = {case: [] for case in chosen}
+        runs: Runs = {case: [] for case in cases}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
-            forced.text = ()
-            plain = run(prompt.turns[0], plain_case)
-            # A text of one token has no iteration, hence no speed.
+            forced.tokens = ()
+            plain = run(prompt.turns[0], cases[0])
             if not plain.accepted_lengths:
-                continue
-            runs[plain_case].append(plain)
-            forced.text = plain.token_ids
-            for case in others:
+                continue  # a sequence of one token has no iteration, hence no speed
+            runs[cases[0]].append(plain)
+            forced.tokens = plain.token_ids
+            for case in cases[1:]:
                 runs[case].append(run(prompt.turns[0], case))
-        for case in chosen:
-            all_runs[case] += runs[case]
-        rows += [row(path.stem, case, runs[case], runs[plain_case]) for case in chosen]
+                assert runs[case][-1].token_ids == plain.token_ids
+        for case in cases:
+            every[case] += runs[case]
+        rows += [set_row(path.stem, case, runs) for case in cases]
         auto += auto_rows(path.stem, runs)
     figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
-    rows += [mean_row(rows, case.name, figures) for case in chosen]
-    return rows, auto + auto_rows("all", all_runs)
+    rows += [mean_row(rows, case.columns, figures) for case in cases]
+    return {"rows": rows, "auto": [*auto, *auto_rows(ALL, every)]}
 
 
 @guarded
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    chosen = cases(args.methods, args.budgets)
+    cases = make_cases(args.methods, args.budgets, args.heads, args.suffix)
     model = load_model(args)
-    rows, auto = measure(model, args, chosen)
-    backend = model.backend
-    where = {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
-    show(f"methods, {' '.join(where.values())}, {args.max_tokens} tokens per prompt", rows)
-    if auto:
-        show("auto relative to the best fixed budget", auto)
-    write_json(args.json, "methods", where | {"rows": rows, "auto": auto})
+    results = measure(model, args, cases)
+    pair = describe(model.backend)
+    title = f"{', '.join(pair.values())}, {args.max_tokens} tokens per prompt"
+    show(f"methods, {title}", [row for row in results["rows"] if row["set"] == MEAN])
+    if results["auto"]:
+        show("auto relative to the best fixed budget", results["auto"])
+    write_json(args.json, "methods", pair | results)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Other systems beside treeflash: same weights, prompts, type, threads and token counts."""
+"""Other systems beside treeflash: the same weights, prompts, types, threads and token counts."""

@@ -1,18 +1,19 @@
-"""Compare treeflash with other systems: same weights, prompts, type, threads and token counts.
+"""Compare treeflash with other systems: the same weights, prompts, types, threads and token counts.
 
-    python -m benchmarks.peers gsm8k.jsonl mt_bench.jsonl [--json FILE] [--plot FILE.png]
+    python -m benchmarks.peers gsm8k.jsonl mt_bench.jsonl [--json FILE]
 
-Each system is installed from the package index into its own environment and runs in a process that
-loads its models once; treeflash runs in the current environment. Every prompt is decoded by every
-system and method in turn before the next prompt, so that a disturbance of the machine affects all
-of them; waiting processes sleep. Systems and methods that cannot run are listed with the reason.
+Each system runs in a process that loads its models once: treeflash, transformers and mlx-lm in the
+current environment, the others in environments of their own, into which they are installed from the
+package index. Every prompt is decoded by every system and method in turn before the next prompt, so
+that a disturbance of the machine affects all of them; waiting processes sleep. Systems and methods
+that cannot run are listed with the reason.
 
 Decoding is greedy, from the same token ids to the same stop tokens and limit. The time from the end
 of the prefill to the last token is measured; the tokens of the prefill (usually one), loading and
 tokenizing do not count. Every case decodes the first prompt once before anything is measured.
 
 `ratio_to_generate` is the median over prompts of the speed relative to the framework's usual
-`generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX. `equal` counts the texts
+`generate` on the same prompt: transformers for PyTorch, mlx-lm for MLX. `equal` counts the prompts
 with the same tokens as that baseline. On Linux MLX always runs in float32: its other types are slow
 there.
 """
@@ -24,8 +25,8 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +34,24 @@ from platformdirs import user_cache_path
 from rich.progress import track
 from safetensors.numpy import save_file
 
-from benchmarks.common import Parser, at_least_one, machine, output_file, show, write_json
+from benchmarks.common import Parser, names, show, write_json
 from benchmarks.peers.comparison import Comparison
-from benchmarks.peers.figures import Record, draw, rows
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
-from treeflash.cli.exit_status import guarded
+from treeflash.cli.console import guarded
 from treeflash.config import DTYPES, Budget, DecodeConfig
+from treeflash.drafters.config import rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
-from treeflash.drafters.rope import rope_parameters
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target
-from treeflash.text.prompt import encode
-from treeflash.text.prompt_file import read_rows
+from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
 
 def parser() -> Parser:
     """The command line."""
-    options = Parser(__doc__.splitlines()[0])
-    options.add_argument("prompts", nargs="+", type=Path, metavar="FILE.jsonl", help="prompt sets")
-    options.add_argument("--sets", type=names, help="only these sets, by file name without .jsonl")
-    options.add_argument(
-        "--limit", type=at_least_one, default=8, help="prompts per set (default: 8)"
-    )
-    options.add_argument(
-        "--max-tokens", type=at_least_one, default=128, help="new tokens per prompt (default: 128)"
-    )
+    options = Parser(__doc__)
+    options.add_prompts(limit=8, max_tokens=128)
     options.add_argument("--systems", type=names, help="only these, comma-separated")
     options.add_argument("--methods", type=names, help="only these methods, of any system")
     options.add_argument(
@@ -69,7 +61,7 @@ def parser() -> Parser:
         "--budgets",
         type=names,
         default=["auto"],
-        help="of treeflash's tree methods (default: auto)",
+        help="budgets of treeflash's tree methods (default: auto)",
     )
     options.add_argument(
         "--target", metavar="FOLDER_OR_ID", help="(default: SmolLM2-135M-Instruct)"
@@ -81,13 +73,10 @@ def parser() -> Parser:
         help="a small model with the target's tokenizer, for assisted generation",
     )
     options.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    options.add_argument("--device", help="of the PyTorch systems (default: cuda if available)")
     options.add_argument(
-        "--threads",
-        type=at_least_one,
-        default=os.cpu_count(),
-        help="threads per system (default: all cores)",
+        "--device", help="device of the PyTorch systems (default: cuda if available)"
     )
+    options.add_number("--threads", os.cpu_count() or 1, "threads per system")
     options.add_argument(
         "--environments",
         type=Path,
@@ -98,23 +87,17 @@ def parser() -> Parser:
     options.add_argument(
         "--no-install", action="store_true", help="use only what is installed there"
     )
-    options.add_argument("--plot", type=output_file, metavar="FILE.png", help="plot the ratios")
     return options
 
 
-def names(text: str) -> list[str]:
-    """A comma-separated list, for argparse."""
-    return text.split(",")
-
-
-def chosen_systems(wanted: list[str] | None, backends: list[str] | None) -> list[System]:
+def chosen_systems(systems: list[str] | None, backends: list[str] | None) -> list[System]:
     """The systems with these names and backends; None selects all.
 
     Raises:
         ConfigError: a name is unknown.
     """
     for option, values, known in (
-        ("systems", wanted, {system.name: None for system in SYSTEMS}),
+        ("systems", systems, {system.name: None for system in SYSTEMS}),
         ("backends", backends, {system.backend: None for system in SYSTEMS}),
     ):
         if unknown := [value for value in values or () if value not in known]:
@@ -122,7 +105,7 @@ def chosen_systems(wanted: list[str] | None, backends: list[str] | None) -> list
     return [
         system
         for system in SYSTEMS
-        if (wanted is None or system.name in wanted)
+        if (systems is None or system.name in systems)
         and (backends is None or system.backend in backends)
     ]
 
@@ -135,23 +118,6 @@ def parse_budgets(texts: list[str]) -> list[Budget]:
     """
     sizes: list[Budget] = [int(text) if text.isdecimal() else text for text in texts]
     return [DecodeConfig(budget=size).budget for size in sizes]
-
-
-def read_sets(
-    paths: list[Path], wanted: list[str] | None, limit: int, tokenizer: Tokenizer
-) -> dict[str, list[list[int]]]:
-    """The token ids of the prompts, by set.
-
-    Raises:
-        ConfigError: a wanted set has no file.
-    """
-    files = {path.stem: path for path in paths}
-    if unknown := [name for name in wanted or () if name not in files]:
-        raise ConfigError(f"--sets has no {unknown[0]!r}; the files are {', '.join(files)}")
-    return {
-        name: [encode(tokenizer, row.turns[0]) for row in read_rows(files[name])[:limit]]
-        for name in wanted or files
-    }
 
 
 def write_dflash(drafter: Path, folder: Path) -> None:
@@ -179,55 +145,39 @@ def start(system: System, args: Namespace, setup: dict[str, Any]) -> Peer:
 
 
 def report(comparison: Comparison, args: Namespace) -> None:
-    """Print, write and plot the results.
+    """Print and write the results.
 
     Raises:
         ConfigError: there are none.
     """
     if comparison.skipped:
         show("skipped", comparison.skipped)
-    found = rows(comparison.records)
-    if not found:
-        raise ConfigError("nothing was measured; the reasons are above")
-    types = dict.fromkeys(f"{row['backend']} {row['dtype']}" for row in found)
-    where = ", ".join([*types, f"threads: {args.threads}", f"{args.max_tokens} tokens per prompt"])
-    show(f"peers, {where}", [cells(row) for row in found])
+    rows = comparison.rows()
+    if not rows:
+        raise ConfigError("nothing was measured; see the reasons above, or --systems and --methods")
+    show(f"peers, threads: {args.threads}, {args.max_tokens} tokens per prompt", rows)
     systems = [
         {"system": peer.system.name, "backend": peer.system.backend}
-        | {key: peer.about[key] for key in ("device", "dtype", "versions")}
+        | {key: peer.description[key] for key in ("device", "dtype", "versions")}
         for peer in dict.fromkeys(case.peer for case in comparison.cases)
     ]
     settings = {"threads": args.threads, "max_tokens": args.max_tokens, "systems": systems}
-    write_json(args.json, "peers", settings | {"rows": found, "skipped": comparison.skipped})
-    if args.plot:
-        devices = ", ".join(dict.fromkeys(system["device"] for system in systems))
-        used = dict.fromkeys(" ".join(v) for system in systems for v in system["versions"].items())
-        hardware = f"{machine()['cpu']}, threads: {args.threads}, on {devices}"
-        draw(found, f"{hardware}; {', '.join(used)}", args.plot)
-
-
-def cells(row: Record) -> Record:
-    """A row in the narrower form for the terminal."""
-    return {key: row[key] for key in ("system", "method", "budget", "backend", "set")} | {
-        "tokens/s": row["tokens_per_s"],
-        "block": row["block_efficiency"],
-        "ratio": row["ratio_to_generate"],
-        "equal": f"{row['equal']}/{row['prompts']}",
-    }
+    write_json(args.json, "peers", settings | {"rows": rows, "skipped": comparison.skipped})
 
 
 @guarded
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    if args.plot and find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; pip install 'treeflash[report]'")
     systems = chosen_systems(args.systems, args.backends)
     budgets = parse_budgets(args.budgets)
     target = resolve_target(args.target)
     drafter = resolve_drafter(args.drafter, args.target)
     tokenizer = Tokenizer.from_folder(target)
-    sets = read_sets(args.prompts, args.sets, args.limit, tokenizer)
+    sets = {
+        path.stem: [encode(tokenizer, row.turns[0]) for row in read_rows(path)[: args.limit]]
+        for path in args.prompts
+    }
     args.environments.mkdir(parents=True, exist_ok=True)
     comparison = Comparison()
     with ExitStack() as stack:

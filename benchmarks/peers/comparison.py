@@ -1,15 +1,17 @@
-"""The cases of a comparison, run in turn, and the records of their runs."""
+"""A comparison: its cases, which decode the same prompts in turn, and the rows of the results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
-from benchmarks.peers.system import Peer, PeerError, System
+from benchmarks.common import Row, mean_row
+from benchmarks.peers.system import BASELINES, Peer, PeerError, System
 from treeflash.config import Budget
 
-Record = dict[str, Any]
-TREES = ("ddtree", "treeflash")
+TREE_METHODS = ("ddtree", "treeflash")
+COLUMNS = ("system", "method", "budget", "backend", "dtype")
 
 
 class Case(NamedTuple):
@@ -20,50 +22,51 @@ class Case(NamedTuple):
     budget: Budget | None
 
     @property
-    def name(self) -> Record:
-        """Its columns in the results."""
-        system, dtype = self.peer.system, self.peer.about["dtype"]
-        return {
-            "system": system.name,
-            "method": self.method,
-            "budget": self.budget,
-            "backend": system.backend,
-            "dtype": dtype,
-        }
+    def columns(self) -> Row:
+        """The columns that name the case."""
+        system = self.peer.system
+        values = (
+            system.name,
+            self.method,
+            self.budget,
+            system.backend,
+            self.peer.description["dtype"],
+        )
+        return dict(zip(COLUMNS, values, strict=True))
 
 
 class Comparison:
     """Systems that decode the same prompts in turn.
 
     Attributes:
-        cases: those that still run.
-        records: one for each prompt and case.
+        cases: the cases that still run.
+        records: one for each prompt and case: the columns of the case, `set`, `prompt`, and the
+            worker's answer.
         skipped: systems and methods that cannot run, with the reason.
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self.cases: list[Case] = []
-        self.records: list[Record] = []
-        self.skipped: list[Record] = []
+        self.records: list[Row] = []
+        self.skipped: list[Row] = []
 
     def add(
         self, peer: Peer, budgets: Sequence[Budget], methods: Sequence[str] | None = None
     ) -> None:
-        """Add a system with all its methods, or only those named."""
-        for method, reason in peer.about["skipped"].items():
+        """Add a system with all its methods, or only with the named ones."""
+        for method, reason in peer.description["skipped"].items():
             if methods is None or method in methods:
                 self.skip(peer.system, reason, method)
-        for method in peer.about["methods"]:
-            if methods is not None and method not in methods:
-                continue
-            trees = peer.system.name == "treeflash" and method in TREES
-            self.cases += [Case(peer, method, budget) for budget in (budgets if trees else (None,))]
+        for method in peer.description["methods"]:
+            if methods is None or method in methods:
+                has_budget = peer.system.name == "treeflash" and method in TREE_METHODS
+                sizes = budgets if has_budget else (None,)
+                self.cases += [Case(peer, method, budget) for budget in sizes]
 
     def skip(self, system: System, reason: object, method: str | None = None) -> None:
         """Record why a method cannot run; without a method, why the system cannot."""
-        name = {"system": system.name, "backend": system.backend, "method": method}
-        self.skipped.append(name | {"reason": str(reason)})
+        row = {"system": system.name, "backend": system.backend, "method": method}
+        self.skipped.append(row | {"reason": str(reason)})
 
     def warm_up(self, prompt_ids: list[int], max_tokens: int) -> None:
         """Decode a prompt in every case without keeping the records."""
@@ -78,7 +81,50 @@ class Comparison:
                 answer = case.peer.ask(request | {"max_tokens": max_tokens})
             except PeerError as error:
                 self.cases.remove(case)
-                self.records = [r for r in self.records if not case.name.items() <= r.items()]
+                self.records = [r for r in self.records if not case.columns.items() <= r.items()]
                 self.skip(case.peer.system, error, case.method)
             else:
-                self.records.append(case.name | {"set": set_name, "prompt": prompt} | answer)
+                self.records.append(case.columns | {"set": set_name, "prompt": prompt} | answer)
+
+    def rows(self) -> list[Row]:
+        """One row for each case and set, and one for each case's mean over sets.
+
+        `ratio_to_generate` is the median over prompts; `equal` counts the prompts with the same
+        tokens as the baseline. A sequence that ends with its first token has no speed and is left
+        out.
+        """
+        groups: dict[tuple[tuple, str], list[Row]] = {}
+        baselines: dict[tuple, Row] = {}
+        for record in self.records:
+            if not record["tokens"]:
+                continue
+            case = tuple(record[key] for key in COLUMNS)
+            groups.setdefault((case, record["set"]), []).append(record)
+            if (record["system"], record["method"]) == (BASELINES[record["backend"]], "generate"):
+                baselines[_prompt_key(record)] = record
+        rows = [_set_row(group, baselines) for group in groups.values()]
+        figures = ("tokens_per_s", "block_efficiency", "ratio_to_generate")
+        cases = dict.fromkeys(case for case, _ in groups)
+        columns = [dict(zip(COLUMNS, case, strict=True)) for case in cases]
+        return rows + [mean_row(rows, case, figures) for case in columns]
+
+
+def _prompt_key(record: Row) -> tuple:
+    return record["backend"], record["set"], record["prompt"]
+
+
+def _set_row(records: Sequence[Row], baselines: dict[tuple, Row]) -> Row:
+    pairs = [(r, baselines[_prompt_key(r)]) for r in records if _prompt_key(r) in baselines]
+    ratios = [_speed(record) / _speed(baseline) for record, baseline in pairs]
+    tokens = sum(record["tokens"] for record in records)
+    return {key: records[0][key] for key in ("set", *COLUMNS)} | {
+        "tokens_per_s": tokens / sum(record["seconds"] for record in records),
+        "block_efficiency": tokens / sum(record["forwards"] for record in records),
+        "ratio_to_generate": median(ratios) if ratios else None,
+        "equal": sum(record["token_ids"] == base["token_ids"] for record, base in pairs),
+        "prompts": len(records),
+    }
+
+
+def _speed(record: Row) -> float:
+    return float(record["tokens"] / record["seconds"])

@@ -1,4 +1,4 @@
-"""A system to compare with: its environment and the process in it that answers prompts."""
+"""A system to compare with: its environment, and the process in it that decodes prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import fast_mlx
+from benchmarks.common import mlx_environment
 
 WORKERS = Path(__file__).parent / "workers"
 MLX_ON_LINUX = "mlx[cpu]>=0.30; sys_platform == 'linux'"
@@ -20,7 +20,7 @@ BASELINES = {"cuda": "transformers", "mlx": "mlx-lm"}
 
 
 class PeerError(Exception):
-    """Why a system or a method cannot run here, in one line."""
+    """The reason why a system or a method cannot run here, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class System:
         name: as in the results.
         backend: the backend of treeflash with the same framework.
         worker: its script.
-        requirements: installed into its environment; empty to use the current one.
+        requirements: packages to install into its own environment; none to run it in the current
+            environment.
     """
 
     name: str
@@ -41,12 +42,7 @@ class System:
 
 
 SYSTEMS = (
-    System(
-        name="transformers",
-        backend="cuda",
-        worker="transformers_worker.py",
-        requirements=("transformers>=5.17", "torch>=2.7"),
-    ),
+    System(name="transformers", backend="cuda", worker="transformers_worker.py"),
     System(
         name="dflash",
         backend="cuda",
@@ -60,12 +56,7 @@ SYSTEMS = (
         requirements=("flashspec==0.3.1",),
     ),
     System(name="treeflash", backend="cuda", worker="treeflash_worker.py"),
-    System(
-        name="mlx-lm",
-        backend="mlx",
-        worker="mlx_lm_worker.py",
-        requirements=("mlx-lm>=0.31", MLX_ON_LINUX),
-    ),
+    System(name="mlx-lm", backend="mlx", worker="mlx_lm_worker.py"),
     System(
         name="dflash-mlx",
         backend="mlx",
@@ -86,8 +77,8 @@ def interpreter(system: System, environments: Path, install: bool) -> str:
         return sys.executable
     folder = environments / system.name
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    wanted, done = "\n".join(system.requirements), folder / "installed.txt"
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+    requirements, installed = "\n".join(system.requirements), folder / "installed.txt"
+    if installed.is_file() and installed.read_text(encoding="utf-8") == requirements:
         return python
     if not install:
         raise PeerError(f"not installed in {folder}; omit --no-install")
@@ -98,7 +89,7 @@ def interpreter(system: System, environments: Path, install: bool) -> str:
     if pip.returncode != 0:
         lines = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
         raise PeerError(f"pip install failed: {' '.join(lines[-1:]) or 'no output'}")
-    done.write_text(wanted, encoding="utf-8")
+    installed.write_text(requirements, encoding="utf-8")
     return python
 
 
@@ -107,7 +98,7 @@ class Peer:
 
     Attributes:
         system: the system that it runs.
-        about: what it loaded: methods, device, dtype, versions.
+        description: of what the worker loaded: methods, device, dtype, versions.
     """
 
     def __init__(
@@ -116,10 +107,10 @@ class Peer:
         """Start the process and load the models.
 
         Args:
-            system: to run.
-            python: the interpreter.
-            setup: target, drafter and so on.
-            threads: of its arithmetic.
+            system: the system to run.
+            python: its interpreter.
+            setup: the first request: target, drafter, device, dtype, stop tokens.
+            threads: threads of its arithmetic.
             log: the file for its standard error.
 
         Raises:
@@ -127,6 +118,13 @@ class Peer:
         """
         self.system = system
         self.log = log
+        variables = {
+            "OMP_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",  # all models are local folders; avoid look-ups while timing
+            **(mlx_environment() if system.backend == "mlx" else {}),
+        }
         with log.open("w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
                 [python, str(WORKERS / system.worker)],
@@ -135,10 +133,10 @@ class Peer:
                 stderr=stderr,
                 text=True,
                 encoding="utf-8",
-                env=os.environ | _variables(system, threads),
+                env=os.environ | variables,
             )
         try:
-            self.about = self.ask(setup)
+            self.description = self.ask(setup)
         except PeerError:
             self.close()
             raise
@@ -173,14 +171,3 @@ class Peer:
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self.process.kill()
             self.process.wait()
-
-
-def _variables(system: System, threads: int) -> dict[str, str]:
-    """The environment variables of a process."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # all models are local folders; avoid look-ups while timing
-        **(fast_mlx() if system.backend == "mlx" else {}),
-    }

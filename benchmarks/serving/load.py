@@ -1,9 +1,10 @@
-"""Clients that ask, disconnect, and send what is wrong: no answer may be lost, mixed or different.
+"""The server under load: clients that ask, disconnect, and send invalid requests.
 
     python -m benchmarks.serving.load --seconds 600 --clients 32
 
-It prints a JSON object. Every finished answer is compared with the Python API's for the same
-question and seed, in float32. It may differ only where rounding explains it; see `near_ties`.
+No answer may be lost, mixed up or different: every finished answer is compared with the answer of
+the Python API to the same question and seed, in float32. It may differ only where rounding explains
+it; see `near_ties`. The results are printed as a JSON object.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ WRONG = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1
 
 
 @dataclass
-class Findings:
-    """What the clients saw."""
+class Observations:
+    """The answers and times that the clients observed.
+
+    Attributes:
+        counts: requests by kind.
+        answers: job, text and number of tokens of each finished answer.
+        first_token: seconds to the first token of each stream.
+        between: seconds between tokens of streams.
+        memory: of the server's process over time, bytes.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     answers: list[tuple[Job, str, int]] = field(default_factory=list)
@@ -41,20 +50,22 @@ class Findings:
     memory: list[int] = field(default_factory=list)
 
 
-async def client(http: httpx.AsyncClient, pool: Sequence[Job], seed: int, found: Findings) -> None:
+async def client(
+    http: httpx.AsyncClient, pool: Sequence[Job], seed: int, observed: Observations
+) -> None:
     """Send one request after the other until it is cancelled."""
     rng = random.Random(seed)
     while True:
         kind, job = rng.choice(KINDS), rng.choice(pool)
-        found.counts[kind] += 1
+        observed.counts[kind] += 1
         if kind in ("stream", "leave"):
-            await stream(http, job, rng.randint(1, 6) if kind == "leave" else None, found)
+            await stream(http, job, rng.randint(1, 6) if kind == "leave" else None, observed)
         elif kind == "whole":
             response = await http.post(PATH, json=job.body)
             response.raise_for_status()
             whole = response.json()
             text = whole["choices"][0]["message"]["content"]
-            found.answers.append((job, text, whole["usage"]["completion_tokens"]))
+            observed.answers.append((job, text, whole["usage"]["completion_tokens"]))
         elif kind == "wrong":
             headers = {"Content-Type": "application/json"}
             response = await http.post(PATH, content=rng.choice(WRONG), headers=headers)
@@ -65,8 +76,10 @@ async def client(http: httpx.AsyncClient, pool: Sequence[Job], seed: int, found:
             expect(await http.get("/nothing"), 404)
 
 
-async def stream(http: httpx.AsyncClient, job: Job, frames: int | None, found: Findings) -> None:
-    """Read a stream, or only so many frames of it."""
+async def stream(
+    http: httpx.AsyncClient, job: Job, frames: int | None, observed: Observations
+) -> None:
+    """Read a stream, or only its first frames."""
     text, tokens, sent, newest = "", 0, time.perf_counter(), 0.0
     body = {
         **job.body,
@@ -85,14 +98,14 @@ async def stream(http: httpx.AsyncClient, job: Job, frames: int | None, found: F
                 text += choice["delta"].get("content", "")
                 new = len(choice.get("draft_tree", {}).get("tokens", ()))
                 if new and newest:
-                    found.between += [(now - newest) / new] * new
+                    observed.between += [(now - newest) / new] * new
                 elif new:
-                    found.first_token.append(now - sent)
+                    observed.first_token.append(now - sent)
                 newest = now if new else newest
             tokens = (data.get("usage") or {}).get("completion_tokens", 0)
             if frames is not None and (frames := frames - 1) <= 0:
                 return
-    found.answers.append((job, text, tokens))
+    observed.answers.append((job, text, tokens))
 
 
 def expect(response: httpx.Response, status: int) -> None:
@@ -101,36 +114,36 @@ def expect(response: httpx.Response, status: int) -> None:
         raise RuntimeError(f"status {response.status_code}: {response.text[:300]}")
 
 
-async def load(server: Server, clients: int, seconds: float, pool: Sequence[Job]) -> Findings:
-    """Let the clients work for so long; raises what goes wrong."""
-    found = Findings()
+async def load(server: Server, clients: int, seconds: float, pool: Sequence[Job]) -> Observations:
+    """Run the clients for some seconds; an error of any client is raised."""
+    observed = Observations()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
-        tasks = [asyncio.create_task(client(http, pool, i, found)) for i in range(clients)]
+        tasks = [asyncio.create_task(client(http, pool, i, observed)) for i in range(clients)]
         end = time.monotonic() + seconds
         while time.monotonic() < end and not any(task.done() for task in tasks):
             await asyncio.sleep(1)
-            found.memory.append(resident_bytes(server.process))
+            observed.memory.append(resident_bytes(server.process))
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
-        await asyncio.sleep(2)  # for the iterations in which the server drops the last texts
+        await asyncio.sleep(2)  # for the iterations in which the server drops the last sequences
         metrics = (await http.get("/metrics")).text
     running = [line for line in metrics.splitlines() if "num_requests_running " in line]
-    found.counts["left over"] = int(float(running[-1].split()[1]))
-    return found
+    observed.counts["left over"] = int(float(running[-1].split()[1]))
+    return observed
 
 
 @dataclass
 class Comparison:
-    """Of the answers with the Python API's.
+    """The answers of the server compared with the answers of the Python API.
 
     Attributes:
-        rounding: of logits, nats, which may decide near-ties.
-        near_ties: answers that took the other token at near-ties, and the margins there.
-        different: answers that cannot be explained.
+        rounding: the rounding of logits, nats, which may decide near-ties.
+        near_ties: counts of answers that took the other token at near-ties, with the margins there.
+        different: answers that rounding does not explain.
     """
 
     rounding: float
@@ -139,48 +152,50 @@ class Comparison:
 
 
 def compare(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
-    """Compare each answer with the Python API's for the same question and seed."""
+    """Compare each answer with the Python API's answer to the same question and seed."""
     model = treeflash.load(dtype="float32")
-    judge = Judge.of(model, list(dict.fromkeys(job for job, _, _ in answers)))
-    found = Comparison(judge.rounding)
+    judge = Judge.measure(model, list(dict.fromkeys(job for job, _, _ in answers)))
+    comparison = Comparison(judge.rounding)
     for (job, text, tokens), times in Counter(answers).items():
         margins = judge.near_ties(job, text, tokens)
         if margins is None:
-            found.different += [f"{job}: {text!r}"] * times
+            comparison.different += [f"{job}: {text!r}"] * times
         elif margins:
             shown = ", ".join(f"{margin:.1e}" for margin in margins)
-            found.near_ties[f"{job}: {shown}"] += times
-    return found
+            comparison.near_ties[f"{job}: {shown}"] += times
+    return comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the load, print what was found, and return 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--jobs", type=int, default=24, help="different questions and seeds")
+    """Run the load, print the report, and return 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=600, help="(default: 600)")
+    parser.add_argument("--clients", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--jobs", type=int, default=24, help="questions with seeds (default: 24)")
     args = parser.parse_args(argv)
     with server("--dtype", "float32") as running:
-        found = asyncio.run(load(running, args.clients, args.seconds, jobs(args.jobs)))
+        observed = asyncio.run(load(running, args.clients, args.seconds, jobs(args.jobs)))
         log = running.log.read_text()
-    third = len(found.memory) // 3
-    compared = compare(found.answers)
+    third = len(observed.memory) // 3
+    comparison = compare(observed.answers)
     report: dict[str, Any] = {
         "clients": args.clients,
         "seconds": args.seconds,
-        "requests": dict(found.counts),
-        "compared": len(found.answers),
-        "different": len(compared.different),
-        "for_example": compared.different[:3],
-        "near_ties": dict(compared.near_ties),
-        "rounding": compared.rounding,
+        "requests": dict(observed.counts),
+        "compared": len(observed.answers),
+        "different": len(comparison.different),
+        "for_example": comparison.different[:3],
+        "near_ties": dict(comparison.near_ties),
+        "rounding": comparison.rounding,
         "tracebacks": log.count("Traceback"),
-        "first_token_ms": percentiles(found.first_token),
-        "inter_token_ms": percentiles(found.between),
-        "memory_mib": [max(part) >> 20 for part in (found.memory[third : 2 * third], found.memory)],
+        "first_token_ms": percentiles(observed.first_token),
+        "inter_token_ms": percentiles(observed.between),
+        "memory_mib": [
+            max(part) >> 20 for part in (observed.memory[third : 2 * third], observed.memory)
+        ],
     }
     print(json.dumps(report, indent=1))
-    return int(bool(compared.different or report["tracebacks"] or found.counts["left over"]))
+    return int(bool(comparison.different or report["tracebacks"] or observed.counts["left over"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Whether rounding explains an answer that is not the Python API's.
+"""Near-ties: whether rounding explains an answer of the server that is not the Python API's answer.
 
-Float32 sums in another order, as beside other texts, change logits a little. Where the best two,
-with their noise if they are sampled, are nearer to each other than that, either token is right.
+Float32 sums in another order, as beside other sequences, change logits a little. Where the best two
+logits, with their noise if tokens are sampled, are nearer to each other than this rounding, either
+token is right.
 """
 
 from __future__ import annotations
@@ -16,20 +17,19 @@ from numpy.typing import NDArray
 from benchmarks.serving.servers import Job
 from treeflash import LanguageModel
 from treeflash.config import SamplingConfig
-from treeflash.decoding.gumbel import position_keys
-from treeflash.decoding.sampling import noisy_logits
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.sampling import noisy_logits, position_keys
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.text.tokenizer import REPLACEMENT
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Compares answers with the Python API's.
+    """Compares answers of the server with answers of the Python API.
 
     Attributes:
         model: the loaded pair, in float32.
-        rounding: the largest difference between logits of a text's tokens computed one by one and
+        rounding: the largest difference between the logits of a sequence computed one by one and
             all at once, nats.
     """
 
@@ -37,41 +37,41 @@ class Judge:
     rounding: float = 0.0
 
     @classmethod
-    def of(cls, model: LanguageModel, jobs: Sequence[Job]) -> Judge:
-        """Measure the rounding with the texts of these jobs."""
+    def measure(cls, model: LanguageModel, jobs: Sequence[Job]) -> Judge:
+        """Make a judge with the rounding of the answers to these jobs."""
         exact = cls(model)
         return cls(model, max(exact._rounding(job) for job in jobs))
 
     def near_ties(self, job: Job, text: str, tokens: int) -> list[float] | None:
         """The margins of the near-ties at which an answer took the other token.
 
-        After each of them the answer must go on as the Python API's does.
+        After each near-tie the answer must continue as the Python API does.
 
         Args:
-            job: that was to be done.
-            text: of the answer.
-            tokens: of the answer.
+            job: the request.
+            text: the answer's text.
+            tokens: the answer's number of tokens.
 
         Returns:
-            In order, nats; empty if the answer is the Python API's; None if
+            The margins in order, nats; empty if the answer equals the Python API's answer; None if
             near-ties do not explain it.
         """
         prompt, sampling = self._prompt(job), self._sampling(job)
         pending: list[tuple[list[int], list[float]]] = [([], [])]
         while pending:
-            begun, margins = pending.pop()
-            found = self._continue(job, prompt, begun)
-            if (self.model.tokenizer.decode(found), len(found)) == (text, tokens):
+            start, margins = pending.pop()
+            expected = self._continue(job, prompt, start)
+            if (self.model.tokenizer.decode(expected), len(expected)) == (text, tokens):
                 return margins
-            positions = np.arange(len(prompt), len(prompt) + len(found), dtype=np.int32)
-            rows = one_by_one(self.model, prompt, found)
+            positions = np.arange(len(prompt), len(prompt) + len(expected), dtype=np.int32)
+            rows = one_by_one(self.model, prompt, expected)
             near = near_best(rows, sampling, positions, self.rounding)
-            for i in range(len(begun), len(found)):
+            for i in range(len(start), len(expected)):
                 for token, margin in near[i].items():
-                    other = [*found[:i], token]
-                    if token != found[i] and self._begins(text, other):
+                    other = [*expected[:i], token]
+                    if token != expected[i] and self._begins(text, other):
                         pending.append((other, [*margins, margin]))
-                if not self._begins(text, found[: i + 1]):
+                if not self._begins(text, expected[: i + 1]):
                     break
         return None
 
@@ -87,13 +87,13 @@ class Judge:
     def _sampling(self, job: Job) -> SamplingConfig:
         return self.model.decode_config(job.options).sampling
 
-    def _continue(self, job: Job, prompt: list[int], begun: list[int]) -> list[int]:
-        """The tokens of the Python API's answer that begins so."""
-        room = job.max_tokens - len(begun)
-        if not room or (begun and begun[-1] in self.model.tokenizer.stop_token_ids):
-            return begun
+    def _continue(self, job: Job, prompt: list[int], start: list[int]) -> list[int]:
+        """The tokens of the Python API's answer that starts with these tokens."""
+        room = job.max_tokens - len(start)
+        if not room or (start and start[-1] in self.model.tokenizer.stop_token_ids):
+            return start
         options = {**job.options, "max_tokens": room}
-        return begun + self.model.generate([*prompt, *begun], **options).token_ids
+        return start + self.model.generate([*prompt, *start], **options).token_ids
 
     def _begins(self, text: str, tokens: list[int]) -> bool:
         return text.startswith(self.model.tokenizer.decode(tokens).rstrip(REPLACEMENT))
@@ -105,13 +105,13 @@ def near_best(
     positions: NDArray[np.int32],
     rounding: float,
 ) -> list[dict[int, float]]:
-    """The tokens that may be chosen at n positions, and how far each is from the best one.
+    """The tokens that may be sampled at n positions, and the distance of each from the best one.
 
     Args:
         logits: (n, vocab).
         sampling: temperature and filters.
-        positions: (n,) of the tokens.
-        rounding: each of two logits may be wrong by it.
+        positions: (n,) positions of the tokens.
+        rounding: the largest error of each of two logits, nats.
     """
     if sampling.greedy:
         scores: NDArray[Any] = logits
@@ -127,8 +127,8 @@ def near_best(
 def one_by_one(
     model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]
 ) -> NDArray[np.float32]:
-    """(n, vocab) the logits of n tokens after a prompt, each by a forward pass of its own."""
-    with TextSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
+    """(n, vocab) logits of n tokens after a prompt, from one forward pass for each token."""
+    with SequenceSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
         session.extend(prompt[:-1])
         rows = []
         for root in [prompt[-1], *tokens[:-1]]:
@@ -140,9 +140,9 @@ def one_by_one(
 def at_once(
     model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]
 ) -> NDArray[np.float32]:
-    """(n, vocab) the logits of n tokens after a prompt, by one forward pass."""
+    """(n, vocab) logits of n tokens after a prompt, from one forward pass."""
     roots = np.array([prompt[-1], *tokens[:-1]], np.int32)
     chain = DraftTree.from_parents(roots, np.arange(-1, len(roots) - 1, dtype=np.int32))
-    with TextSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
+    with SequenceSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
         session.extend(prompt[:-1])
         return session.logits(chain)

@@ -1,4 +1,4 @@
-"""A server in a process of its own, and jobs for it."""
+"""A server in its own process, and requests for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Job:
-    """A question, and how it is to be answered."""
+    """A question with decoding options."""
 
     question: str
     max_tokens: int
@@ -39,7 +39,7 @@ class Job:
 
     @property
     def options(self) -> dict[str, float]:
-        """As the Python API and the server name them."""
+        """The decoding options, by the names of the Python API and the server."""
         return {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -48,12 +48,12 @@ class Job:
 
     @property
     def body(self) -> dict[str, object]:
-        """Of a request."""
+        """The body of a request."""
         return {"messages": [{"role": "user", "content": self.question}], **self.options}
 
 
 def jobs(count: int, seed: int = 0) -> list[Job]:
-    """Short and long, greedy and sampled."""
+    """Jobs with short and long answers, greedy and sampled."""
     rng = random.Random(seed)
     return [
         Job(QUESTIONS[i % len(QUESTIONS)], rng.randint(4, 48), rng.choice([0.0, 0.8, 1.2]), seed=i)
@@ -63,12 +63,12 @@ def jobs(count: int, seed: int = 0) -> list[Job]:
 
 @dataclass(frozen=True)
 class Server:
-    """One that answers.
+    """A running server.
 
     Attributes:
-        url: of its root.
-        process: its own.
-        log: what it has written.
+        url: its root.
+        process: its process.
+        log: the file with its standard error.
     """
 
     url: str
@@ -78,7 +78,7 @@ class Server:
 
 @contextmanager
 def server(*options: str) -> Iterator[Server]:
-    """Start a server on a free port; it is ended by a signal, and must then succeed."""
+    """Run a server on a free port; after SIGTERM it must exit with status 0."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "treeflash.serve", "--port", "0", *options]
@@ -93,7 +93,7 @@ def server(*options: str) -> Iterator[Server]:
 
 
 def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
-    """Wait until the server is ready; returns where it is."""
+    """Wait until the server is ready; returns its URL."""
     while True:
         time.sleep(0.1)
         if process.poll() is not None:
@@ -110,7 +110,7 @@ def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def resident_bytes(process: subprocess.Popen[bytes]) -> int:
-    """Memory of a process, on Linux."""
+    """Resident memory of a process, on Linux."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from suite_runs import run_suite
 
-from treeflash.decoding.interfaces import Verification
+from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.reference.backend import load as load_reference
-from treeflash.reference.head import ARHead
-from treeflash.reference.scores import Corrected, scores_of
+from treeflash.reference.heads import ARHead, Corrected
 from treeflash.reference.verifier import Verifier
 
 
@@ -53,10 +52,10 @@ class StaleRow(Verifier):
         self._commit(state, rows_cached=np.arange(len(path)), rows_read=path)
 
     def _commit(self, state, rows_cached, rows_read):
-        committed = state.cache.committed
+        committed = state.kv_cache.committed
         super().commit_one(state, rows_read)
-        state.cache.committed = committed
-        state.cache.commit(rows_cached)
+        state.kv_cache.committed = committed
+        state.kv_cache.commit(rows_cached)
 
 
 class StaleFeatures(StaleRow):
@@ -71,11 +70,11 @@ class WrongBonus(Verifier):
 
     def run(self, work):
         found = super().run(work)
-        for item, chosen in zip(work, found, strict=True):
-            if isinstance(item, Verification):
+        for item, sampled in zip(work, found, strict=True):
+            if isinstance(item, Verify):
                 tree = item.tree
                 leaves = np.setdiff1d(np.arange(1, len(tree)), tree.parents)
-                chosen.tokens[leaves] = chosen.tokens[tree.parents[leaves]]
+                sampled.tokens[leaves] = sampled.tokens[tree.parents[leaves]]
         return found
 
 
@@ -84,10 +83,10 @@ class PositionBlindSampler(Verifier):
 
     def run(self, work):
         def blind(item):
-            keys = item.choice and item.choice.keys
+            keys = item.params and item.params.keys
             if keys is None:
                 return item
-            return replace(item, choice=replace(item.choice, keys=np.resize(keys[0], keys.shape)))
+            return replace(item, params=replace(item.params, keys=np.resize(keys[0], keys.shape)))
 
         return super().run([blind(item) for item in work])
 
@@ -117,19 +116,19 @@ class SwappedChunks(ARHead):
 class NoiseOfMarginalsAlone(ARHead):
     """The scores of the head have no noise."""
 
-    def transitions_one(self, block, m, k, temperature, *, noise, **sizes):
-        found = super().transitions_one(block, m, k, temperature, noise=noise, **sizes)
-        plain = super().transitions_one(block, m, k, temperature, noise=None, **sizes)
-        return replace(found, log_probs=plain.log_probs)
+    def transitions_one(self, block, options):
+        table = super().transitions_one(block, options)
+        plain = super().transitions_one(block, replace(options, noise=None))
+        return replace(table, log_probs=plain.log_probs)
 
 
 class NoiseOfTheDepthBefore(ARHead):
     """A depth has the noise of the one before it."""
 
-    def transitions_one(self, block, m, k, temperature, *, noise, **sizes):
-        if noise is not None:
-            noise = replace(noise, keys=np.roll(noise.keys, 1, 0))
-        return super().transitions_one(block, m, k, temperature, noise=noise, **sizes)
+    def transitions_one(self, block, options):
+        if (noise := options.noise) is not None:
+            options = replace(options, noise=replace(noise, keys=np.roll(noise.keys, 1, 0)))
+        return super().transitions_one(block, options)
 
 
 class RootBeforeAll(ARHead):
@@ -143,7 +142,7 @@ class BrokenBackend(ReferenceBackend):
     def __init__(self, backend, part):
         super().__init__(backend.target, backend.drafter_model)
         if issubclass(part, ARHead):
-            self.head = part(self.drafter_model, scores_of(self.drafter_model))
+            self.head = part(self.drafter_model, Corrected(self.drafter_model))
         else:
             self.verifier = part(self.target)
 

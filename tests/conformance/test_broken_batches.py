@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from suite_runs import run_suite
 
-from treeflash.decoding.interfaces import Verification
+from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.reference.backend import load as load_reference
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.state import State
 from treeflash.reference.verifier import Verifier
-from treeflash.testing import schedules
+from treeflash.testing import batches
 
 
 class SwappedTexts(Verifier):
@@ -21,7 +21,7 @@ class SwappedTexts(Verifier):
 
     def run(self, work):
         found = super().run(work)
-        trees = [i for i, item in enumerate(work) if isinstance(item, Verification)]
+        trees = [i for i, item in enumerate(work) if isinstance(item, Verify)]
         for i, j in pairwise(trees):
             if len(work[i].tree) == len(work[j].tree):
                 mine, theirs = found[i].tokens, found[j].tokens
@@ -42,12 +42,11 @@ class SwappedBlocks(Drafter):
 class SwappedNoise(Drafter):
     """Texts are drafted with each other's noise."""
 
-    def marginals(self, blocks, k, temperature, noise=None):
-        if noise is not None:
-            noise = replace(
-                noise, keys=np.concatenate([x.keys for x in noise.split(len(blocks))[::-1]])
-            )
-        return super().marginals(blocks, k, temperature, noise)
+    def marginals(self, blocks, options):
+        if (noise := options.noise) is not None:
+            keys = np.concatenate([x.keys for x in noise.split(len(blocks))[::-1]])
+            options = replace(options, noise=replace(noise, keys=keys))
+        return super().marginals(blocks, options)
 
 
 class StaleRow(Verifier):
@@ -59,10 +58,10 @@ class StaleRow(Verifier):
         is_first = state.length == 0
         super().commit_one(state, path)
         if is_first:
-            for own, left in zip(state.cache.committed, self.left, strict=False):
+            for own, left in zip(state.kv_cache.committed, self.left, strict=False):
                 for array, row in zip(own, left, strict=True):
                     array[:, :1] = row
-        self.left = [[x[:, :1].copy() for x in layer] for layer in state.cache.committed]
+        self.left = [[x[:, :1].copy() for x in layer] for layer in state.kv_cache.committed]
 
 
 class OffsetOfTheTextThatLeft(Verifier):
@@ -82,7 +81,7 @@ class OffsetOfTheTextThatLeft(Verifier):
     def forward(self, state, tree):
         positions = tree.positions(self.starts.get(state, state.length))
         logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.cache
+            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
         )
         return logits
 
@@ -91,36 +90,36 @@ class ChangedChoices(Verifier):
     """The choices at trees are changed."""
 
     def run(self, work):
-        trees = [item for item in work if isinstance(item, Verification)]
+        trees = [item for item in work if isinstance(item, Verify)]
         return super().run(
-            [replace(x, choice=self.change(x.choice, trees)) if x in trees else x for x in work]
+            [replace(x, params=self.change(x.params, trees)) if x in trees else x for x in work]
         )
 
 
 class MaskOfAnotherNode(ChangedChoices):
     """A node has the bitmask of the node before it."""
 
-    def change(self, choice, trees):
-        if choice.allowed is None:
-            return choice
-        return replace(choice, allowed=np.roll(choice.allowed, 1, 0))
+    def change(self, params, trees):
+        if params.allowed is None:
+            return params
+        return replace(params, allowed=np.roll(params.allowed, 1, 0))
 
 
 class NoiseOfAnotherText(ChangedChoices):
     """All texts have the noise of the first one."""
 
-    def change(self, choice, trees):
-        if choice.keys is None:
-            return choice
-        first = next(x.choice.keys for x in trees if x.choice.keys is not None)
-        return replace(choice, keys=np.resize(first, choice.keys.shape))
+    def change(self, params, trees):
+        if params.keys is None:
+            return params
+        first = next(x.params.keys for x in trees if x.params.keys is not None)
+        return replace(params, keys=np.resize(first, params.keys.shape))
 
 
 class PenaltiesOfOneTextAlone(ChangedChoices):
     """Edits are made for the first text of a batch only."""
 
-    def change(self, choice, trees):
-        return choice if choice is trees[0].choice else replace(choice, edits=None)
+    def change(self, params, trees):
+        return params if params is trees[0].params else replace(params, edits=None)
 
 
 class ForkOfLaterRows(State):
@@ -129,9 +128,9 @@ class ForkOfLaterRows(State):
     def fork(self, length, capacity):
         new = super().fork(length, capacity)
         if length < self.length:
-            later = [k[:, 1 : length + 1].copy() for k, _ in self.cache.committed]
-            values = [v for _, v in new.cache.committed]
-            new.cache.committed = list(zip(later, values, strict=True))
+            later = [k[:, 1 : length + 1].copy() for k, _ in self.kv_cache.committed]
+            values = [v for _, v in new.kv_cache.committed]
+            new.kv_cache.committed = list(zip(later, values, strict=True))
         return new
 
 
@@ -141,7 +140,7 @@ class ForkThatSharesMemory(State):
     def fork(self, length, capacity):
         new = super().fork(length, capacity)
         if length == self.length:
-            new.cache = self.cache
+            new.kv_cache = self.kv_cache
         return new
 
 
@@ -150,7 +149,7 @@ class ForkWithoutFeatures(State):
 
     def fork(self, length, capacity):
         new = super().fork(length, capacity)
-        new.features = new.features[:0]
+        new.context = []
         return new
 
 
@@ -158,7 +157,7 @@ class TruncationOfTheTargetAlone(State):
     """The drafter keeps the positions that were dropped."""
 
     def truncate(self, length):
-        self.cache.truncate(length)
+        self.kv_cache.truncate(length)
 
 
 class OneTokenTooMany(PrefixCache):
@@ -206,7 +205,7 @@ def test_broken_batch_fails(tmp_path, monkeypatch, part, name):
     if issubclass(part, State):
         monkeypatch.setattr("treeflash.reference.state.State", part)  # of forks too
     if issubclass(part, PrefixCache):
-        monkeypatch.setattr(schedules, "PrefixCache", part)
+        monkeypatch.setattr(batches, "PrefixCache", part)
     # A crash would prove nothing: the test must have compared something and found it wrong.
     message = run_suite(tmp_path, load, name).failed[name]
     assert message.startswith(("AssertionError", "assert"))

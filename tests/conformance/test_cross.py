@@ -8,16 +8,14 @@ import pytest
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
 from treeflash.testing import DIALECTS, require, write_drafter, write_target
-from treeflash.testing.comparisons import assert_equal_steps
-from treeflash.testing.dialects import write_dialect
-from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
-from treeflash.testing.samplings import SAMPLINGS
-from treeflash.testing.texts import random_tokens
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens
+from treeflash.testing.models import write_dialect
+from treeflash.testing.pairs import DRAFTER_SEED, SAMPLINGS, TARGET_SEED
 
 require("torch")
 require("mlx_lm")
 
-from both_backends import assert_equal_iterations, load_both  # noqa: E402
+from both_backends import assert_equal_iterations, load_both
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
 METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")

@@ -8,14 +8,13 @@ import pytest
 
 from treeflash.config import METHODS
 from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
-from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
-from treeflash.testing.samplings import SAMPLINGS
+from treeflash.testing.pairs import DRAFTER_SEED, SAMPLINGS, TARGET_SEED
 
 require("torch")
 require("mlx_lm")
 
-import families  # noqa: E402
-from both_backends import assert_equal_iterations, load_both  # noqa: E402
+import families
+from both_backends import assert_equal_iterations, load_both
 
 VOCAB_SIZE = 24
 # Gated delta nets, Mamba-2 alone and beside attention in a layer, and short convolutions.

@@ -8,8 +8,8 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("torch")
 
-from parts import load_with_parts  # noqa: E402
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+from parts import load_with_parts
+from treeflash_cuda.backend import load as load_cuda
 
 
 class TestConformance(BackendSuite):

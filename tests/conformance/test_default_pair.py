@@ -9,7 +9,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
@@ -19,8 +19,8 @@ from treeflash.text.tokenizer import Tokenizer
 require("torch")
 require("mlx_lm")
 
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
-from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+from treeflash_cuda.backend import load as load_cuda
+from treeflash_mlx.backend import load as load_mlx
 
 PROMPTS = (
     "A baker sells 24 rolls an hour. How many does she sell in 7 hours?",
@@ -95,7 +95,7 @@ def test_logits_of_the_same_folder_are_close(pair):
     prompt_ids = tokenizer.chat([{"role": "user", "content": PROMPTS[0]}])
     logits = []
     for backend in (cuda, mlx):
-        text = TextSession(backend)
+        text = SequenceSession(backend)
         text.extend(prompt_ids[:-1])
         logits.append(text.logits(DraftTree.root_only(prompt_ids[-1])))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3)

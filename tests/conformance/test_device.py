@@ -7,7 +7,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import BackendSuite, require, write_drafter, write_target
 
@@ -42,15 +42,16 @@ class TestCudaGraphs(BackendSuite):
 
 @pytest.mark.device
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])  # the latter has a sliding window
-def test_attention_in_two_parts_computes_what_a_mask_does(tmp_path, family):
+def test_the_operation_computes_what_a_mask_does(tmp_path, family):
     write_target(tmp_path, family, seed=1)
     found = []
-    for with_kernels in (True, False):
+    for with_operations in (True, False):
         backend = load_cuda(tmp_path, None, LoadConfig(dtype="bfloat16"))
-        assert backend.target.kernels is not None
-        if not with_kernels:
+        assert backend.target.operations is not None
+        if not with_operations:
+            backend.verifier._has_tree_pass = False
             backend.target.kernels = None
-        text = TextSession(backend)
+        text = SequenceSession(backend)
         text.extend([3, 4, 5] * 400)
         parents = np.array([-1, 0, 0, 1, 1, 2], np.int32)
         depths = np.array([0, 1, 1, 2, 2, 2], np.int32)
@@ -72,7 +73,7 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
         tokens = [token for step in decode(backend, [3, 4, 5], config) for token in step.tokens]
         assert len(tokens) == 600
-        text = TextSession(backend)
+        text = SequenceSession(backend)
         text.extend([3, 4, 5] * 200)
         tree = DraftTree.chain(np.arange(6, dtype=np.int32), np.zeros(6))
         found.append(text.logits(tree))

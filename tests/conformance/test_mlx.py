@@ -6,7 +6,7 @@ from treeflash.testing import DIALECTS, HYBRID_FAMILIES, BackendSuite, require
 
 require("mlx_lm")
 
-from treeflash_mlx.backend import load as load_mlx  # noqa: E402
+from treeflash_mlx.backend import load as load_mlx
 
 
 class TestConformance(BackendSuite):

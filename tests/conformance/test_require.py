@@ -3,7 +3,7 @@
 import pytest
 
 from treeflash.testing import require
-from treeflash.testing.require import VARIABLE
+from treeflash.testing.pairs import VARIABLE
 
 
 def test_missing_module_skips(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent / "third_party"
 PUBLIC = {"config", "drafters", "errors"} | {
-    f"decoding.{name}" for name in ("interfaces", "one_by_one", "transitions", "tree")
+    f"decoding.{name}" for name in ("backend_base", "interfaces", "probe", "transitions", "tree")
 }
 
 

@@ -10,27 +10,31 @@ import numpy as np
 import pytest
 
 from treeflash.cli import options
-from treeflash.config import METHODS
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import Verification
-from treeflash.decoding.one_by_one import WithoutRecurrence
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.interfaces import Verify
+from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
-from treeflash.testing.models import edit_config, write_drafter, write_target
-from treeflash.testing.tokenizer import END, SPECIAL, save_tokenizer
+from treeflash.testing.models import (
+    END,
+    SPECIAL,
+    edit_config,
+    save_tokenizer,
+    write_drafter,
+    write_target,
+)
 from treeflash.text.tokenizer import Tokenizer
 
 DEPTHS, CHILDREN = 4, 3
 OTHER = 5
 
 
-class ScriptedText(WithoutRecurrence):
+class ScriptedText:
     """The state of a scripted text: its script, its prompt, and how much of it is committed."""
 
     nbytes = 0
+    needs_snapshots = False
     length = 0
 
     def __init__(self, script: Sequence[int], prompt: Sequence[int] = (), length: int = 0) -> None:
@@ -45,6 +49,9 @@ class ScriptedText(WithoutRecurrence):
     def fork(self, length: int, capacity: int) -> ScriptedText:
         assert length <= len(self.prompt)
         return ScriptedText(self.script, self.prompt[:length], length)
+
+    def restorable(self, length):
+        return min(length, self.length)
 
     def close(self) -> None:
         pass
@@ -75,7 +82,9 @@ class ScriptedBackend:
     ) -> None:
         self.scripts = list(scripts)
         self.drafter_config = (
-            SimpleNamespace(block_size=DEPTHS + 1, depths=DEPTHS) if drafter else None
+            SimpleNamespace(block_size=DEPTHS + 1, depths=DEPTHS, has_marginals=True)
+            if drafter
+            else None
         )
         self.verifier = self
         self.drafter = self if drafter else None
@@ -94,13 +103,16 @@ class ScriptedBackend:
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         return 0
 
+    def check_trees(self) -> None:
+        pass
+
     def memory_bytes(self) -> int:
         return 0
 
     def run(self, work):
         return [
             self.verify(item.state, item.tree)
-            if isinstance(item, Verification)
+            if isinstance(item, Verify)
             else self.extend(item.state, item.token_ids)
             for item in work
         ]
@@ -110,7 +122,7 @@ class ScriptedBackend:
             self.prompts.append(text.prompt)
         text.prompt += token_ids
         text.length += len(token_ids)
-        return Chosen(np.array([text.token(text.length)], np.int32))
+        return SampledTokens(np.array([text.token(text.length)], np.int32))
 
     def verify(self, text, tree):
         self.verified += 1
@@ -121,7 +133,7 @@ class ScriptedBackend:
         if self.differ_at is not None and len(tree) > 1:
             odd = len(text.prompt) + self.differ_at
             chosen = [OTHER if p == odd else t for p, t in zip(positions, chosen, strict=True)]
-        return Chosen(np.array(chosen, np.int32))
+        return SampledTokens(np.array(chosen, np.int32))
 
     def logits(self, trees):
         return [self.logits_of(text, tree) for text, tree in trees]
@@ -143,11 +155,11 @@ class ScriptedBackend:
     def draft(self, roots, depths=None):
         return [text for text, _ in roots]
 
-    def marginals(self, blocks, k, temperature, noise=None):
-        return [self.table(text, k) for text in blocks]
+    def marginals(self, blocks, options):
+        return [self.table(text, options.k) for text in blocks]
 
-    def transitions(self, blocks, m, k, temperature, *, noise, shortlist, rows):
-        return self.marginals(blocks, k, temperature)
+    def transitions(self, blocks, options):
+        return self.marginals(blocks, options)
 
     def table(self, text, k):
         tokens = np.empty((DEPTHS, CHILDREN), np.int32)
@@ -174,9 +186,7 @@ def scripted(byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
     def make(*texts: str, **settings) -> LanguageModel:
         scripts = [[*byte_tokenizer.encode(text), END] for text in texts]
         # Measuring costs would use up scripts; here every size costs the same.
-        adaptive_budgets = {
-            method: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for method in METHODS
-        }
+        adaptive_budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
         return LanguageModel(
             ScriptedBackend(scripts, **settings), byte_tokenizer, adaptive_budgets=adaptive_budgets
         )
@@ -201,7 +211,7 @@ def use(monkeypatch):
     """Make the command line load a given model."""
 
     def use(model):
-        monkeypatch.setattr(options, "load", lambda *args, **kwargs: model)
+        monkeypatch.setattr(options, "load_model", lambda *args, **kwargs: model)
         return model
 
     return use

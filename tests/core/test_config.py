@@ -17,15 +17,15 @@ BAD_SAMPLING = [
     ({"temperature": -0.1}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got -0.1"),
     ({"temperature": INF}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got inf"),
     ({"temperature": NAN}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got nan"),
-    ({"top_k": -1}, "top-k must be 0 (off) or more, got -1"),
-    ({"top_p": 0.0}, "top-p must be above 0 and at most 1, got 0.0"),
-    ({"top_p": 1.01}, "top-p must be above 0 and at most 1, got 1.01"),
-    ({"top_p": NAN}, "top-p must be above 0 and at most 1, got nan"),
-    ({"min_p": -0.5}, "min-p must be between 0 and 1, got -0.5"),
-    ({"min_p": 1.5}, "min-p must be between 0 and 1, got 1.5"),
-    ({"min_p": NAN}, "min-p must be between 0 and 1, got nan"),
+    ({"top_k": -1}, "top_k must be 0 (off) or more, got -1"),
+    ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+    ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
+    ({"top_p": NAN}, "top_p must be above 0 and at most 1, got nan"),
+    ({"min_p": -0.5}, "min_p must be between 0 and 1, got -0.5"),
+    ({"min_p": 1.5}, "min_p must be between 0 and 1, got 1.5"),
+    ({"min_p": NAN}, "min_p must be between 0 and 1, got nan"),
     ({"temperature": None}, "temperature must be 0 (greedy), or from 1e-6 to 1e6, got None"),
-    ({"top_k": 1.5}, "top-k must be 0 (off) or more, got 1.5"),
+    ({"top_k": 1.5}, "top_k must be a whole number, 0 (off) or more, got 1.5"),
     ({"seed": "1"}, "seed must be between 0 and 2**64 - 1, got '1'"),
     ({"seed": -1}, f"seed must be between 0 and 2**64 - 1, got {-1}"),
     ({"seed": 2**64}, f"seed must be between 0 and 2**64 - 1, got {2**64}"),
@@ -33,22 +33,24 @@ BAD_SAMPLING = [
 BAD_DECODE = [
     (
         {"method": "beam"},
-        "unknown method 'beam'; choose one of ar, dflash, ddtree, treeflash, treeflash-chain",
+        "unknown method 'beam'; choose one of ar, dflash, ddtree, treeflash, treeflash-chain, "
+        "suffix",
     ),
     ({"budget": 0}, "budget must be auto, or from 1 to 1024 nodes, got 0"),
     ({"budget": 100_000}, "budget must be auto, or from 1 to 1024 nodes, got 100000"),
     ({"budget": True}, "budget must be auto, or from 1 to 1024 nodes, got True"),
-    ({"head_vocab": "full"}, "head-vocab must be 1 or more, got 'full'"),
-    ({"max_tokens": "16"}, "max-tokens must be 1 or more, got '16'"),
-    ({"top_m": 0}, "top-m must be 1 or more, got 0"),
-    ({"top_k_children": 0}, "top-k-children must be 1 or more, got 0"),
-    ({"draft_temperature": 1e-320}, "draft-temperature must be from 1e-6 to 1e6, got 1e-320"),
-    ({"draft_temperature": 1e308}, "draft-temperature must be from 1e-6 to 1e6, got 1e+308"),
-    ({"draft_temperature": 0.0}, "draft-temperature must be from 1e-6 to 1e6, got 0.0"),
-    ({"draft_temperature": -1.0}, "draft-temperature must be from 1e-6 to 1e6, got -1.0"),
-    ({"draft_temperature": INF}, "draft-temperature must be from 1e-6 to 1e6, got inf"),
-    ({"draft_temperature": NAN}, "draft-temperature must be from 1e-6 to 1e6, got nan"),
-    ({"max_tokens": 0}, "max-tokens must be 1 or more, got 0"),
+    ({"head_vocab": "full"}, "head_vocab must be 1 or more, got 'full'"),
+    ({"max_tokens": "16"}, "max_tokens must be 1 or more, got '16'"),
+    ({"top_m": 0}, "top_m must be 1 or more, got 0"),
+    ({"top_k_children": 0}, "top_k_children must be 1 or more, got 0"),
+    ({"draft_temperature": 1e-320}, "draft_temperature must be from 1e-6 to 1e6, got 1e-320"),
+    ({"draft_temperature": 1e308}, "draft_temperature must be from 1e-6 to 1e6, got 1e+308"),
+    ({"draft_temperature": 0.0}, "draft_temperature must be from 1e-6 to 1e6, got 0.0"),
+    ({"draft_temperature": -1.0}, "draft_temperature must be from 1e-6 to 1e6, got -1.0"),
+    ({"draft_temperature": INF}, "draft_temperature must be from 1e-6 to 1e6, got inf"),
+    ({"draft_temperature": NAN}, "draft_temperature must be from 1e-6 to 1e6, got nan"),
+    ({"calibration": "off"}, "calibration must be True or False, got 'off'"),
+    ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
 ]
 
 
@@ -77,10 +79,13 @@ def test_bad_dtype() -> None:
     [
         ({"device": 0}, "device must be the name of a device, such as cpu or cuda:1, got 0"),
         ({"device": ""}, "device must be the name of a device, such as cpu or cuda:1, got ''"),
-        ({"draft_bits": 0}, "draft-bits must be 1 or more, got 0"),
-        ({"device_map": "balanced"}, "unknown device map 'balanced'; the only one is auto"),
-        ({"draft_window": 0}, "draft-window must be 1 or more, got 0"),
-        ({"kv_bits": "8"}, "kv-bits must be 1 or more, got '8'"),
+        ({"draft_bits": 0}, "draft_bits must be 1 or more, got 0"),
+        (
+            {"device_map": "balanced"},
+            "device_map must be auto, or None for one device, got 'balanced'",
+        ),
+        ({"draft_window": 0}, "draft_window must be 1 or more, got 0"),
+        ({"kv_bits": "8"}, "kv_bits must be 1 or more, got '8'"),
     ],
     ids=str,
 )
@@ -145,6 +150,9 @@ def test_greedy_is_temperature_zero() -> None:
 
 def test_what_each_method_needs() -> None:
     configs = [DecodeConfig(method=method) for method in METHODS]
-    assert [config.drafts for config in configs] == [False, True, True, True, True]
-    assert [config.uses_head for config in configs] == [False, False, False, True, True]
-    assert [config.drafts_chain for config in configs] == [False, True, False, False, True]
+    assert [config.drafts for config in configs] == [False, True, True, True, True, False]
+    assert [config.uses_head for config in configs] == [False, False, False, True, True, False]
+    assert [config.drafts_chain for config in configs] == [False, True, False, False, True, False]
+    assert [config.copies for config in configs] == [False, False, True, True, False, True]
+    configs = [replace(config, suffix=False) for config in configs]
+    assert [config.copies for config in configs] == [False, False, False, False, False, True]

@@ -2,82 +2,108 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from treeflash.hub.published import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
+from treeflash.__main__ import COMMANDS
+from treeflash.hub.models import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [
-    ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/training.md")
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "smollm2" / "README.md"),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "families.md"),
 ]
-PACKAGES = ("treeflash", "benchmarks")
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def names(page: Path) -> set[str]:
-    """What a page quotes as code, in text and tables alike."""
+def quoted(page: Path) -> set[str]:
+    """The names that a page quotes as code, in text and tables alike."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return set(re.findall(r"`([^`]+)`", text))
 
 
-def modules(page: Path) -> set[str]:
-    """The modules that a page runs or imports."""
-    text = page.read_text(encoding="utf-8")
-    return set(re.findall(rf"(?:-m|from|import) ((?:{'|'.join(PACKAGES)})[\w.]*)", text))
-
-
-def definitions() -> Iterator[str]:
-    """Classes of the core as `Class`, their attributes and methods as `Class.name`."""
-    for path in (ROOT / "treeflash").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                yield node.name
-                for item in node.body:
-                    if isinstance(item, ast.FunctionDef):
-                        yield f"{node.name}.{item.name}"
-                    elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        yield f"{node.name}.{item.target.id}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@EVERY_PAGE
 def test_paths_exist(page):
     tops = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir())
-    paths = {name for name in names(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name)}
+    paths = {name for name in quoted(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name)}
     files = {name for name in paths if "/" not in name and name.endswith(".py")}
-    paths = {name for name in paths if name.startswith(tops)}
-    assert paths, "no path was found"
-    assert not [name for name in paths if not (ROOT / name).exists()]
+    assert not [name for name in paths if name.startswith(tops) and not (ROOT / name).exists()]
     assert not [name for name in files if not any(ROOT.glob(f"*/**/{name}"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def modules_of(page):
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"(?:-m|from|import) ((?:treeflash|benchmarks)[\w.]*)", text)
+
+
+def links_of(page):
+    return re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+
+
+def commands_of(page):
+    """The commands of `treeflash` in a page's code, with arguments or without."""
+    text = page.read_text(encoding="utf-8")
+    code = re.findall(r"```sh\n.*?```|`[^`\n]+`", text, flags=re.DOTALL)
+    return {name for part in code for name in re.findall(r"\btreeflash ([a-z]+)", part)}
+
+
+def test_the_readme_names_all_it_should():
+    readme = ROOT / "README.md"
+    assert "benchmarks.performance" in modules_of(readme)
+    assert {"chat", "generate", "serve", "models", "train"} <= commands_of(readme) <= set(COMMANDS)
+    assert {"docs/architecture.md", "docs/sampling.md", "docs/serving.md"} <= set(links_of(readme))
+
+
+@EVERY_PAGE
+def test_commands_exist_and_are_written_as_users_type_them(page):
+    assert commands_of(page) <= set(COMMANDS)
+    text = page.read_text(encoding="utf-8")
+    names = "|".join(COMMANDS)
+    assert not re.findall(rf"python -m treeflash\b.*|`treeflash\.(?:{names})`", text)
+
+
+@EVERY_PAGE
 def test_modules_exist(page):
-    for name in modules(page):
+    for name in modules_of(page):
         path = ROOT / name.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page.name} names {name}"
 
 
+@EVERY_PAGE
+def test_linked_pages_exist(page):
+    for link in links_of(page):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_sampling_rule_in_numpy_holds():
+    """Its assertions compare the texts, the passes and the sampled distribution."""
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code.count("assert ") == 3
+    exec(code, {})
+
+
 def test_the_architecture_names_every_package():
-    found = names(ARCHITECTURE)
-    for path in (ROOT / "treeflash").iterdir():
-        if path.name.startswith("_") or not (path.is_dir() or path.suffix == ".py"):
-            continue
-        name = f"treeflash/{path.name}" + "/" * path.is_dir()
-        assert name in found, f"docs/architecture.md lacks {name}"
+    names = quoted(ARCHITECTURE)
+    paths = [path for path in (ROOT / "treeflash").iterdir() if not path.name.startswith("_")]
+    paths = [path for path in paths if path.is_dir() or path.suffix == ".py"]
+    assert ROOT / "treeflash" / "decoding" in paths
+    for path in paths:
+        assert f"treeflash/{path.name}" + "/" * path.is_dir() in names
 
 
 def test_the_architecture_names_classes_and_methods_as_they_are():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("treeflash/*/*.py"))
     page = ARCHITECTURE.read_text(encoding="utf-8")
-    known = set(definitions())
-    found = set(re.findall(r"\b([A-Z]\w+\.[a-z]\w*)\b", page))
-    assert found, "no method was found"
-    assert found <= known, f"docs/architecture.md names {sorted(found - known)}"
+    names = set(re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)\b", page))
+    assert names, "no method was found"
+    for owner, member in names:
+        body = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", source, re.DOTALL | re.MULTILINE)
+        assert body, f"docs/architecture.md names {owner}"
+        assert re.search(rf"^    (def )?{member}\b", body[0], re.MULTILINE), f"{owner}.{member}"
 
 
 def test_the_readme_counts_the_families_of_the_list():
@@ -95,5 +121,5 @@ def test_the_drafters_of_the_table_are_documented():
     names = [drafter.name for drafters in PUBLISHED_DRAFTERS.values() for drafter in drafters]
     for name in names:
         if name != BUNDLED_DRAFTER:
-            found = rf"(?:^|[ ,]){re.escape(name)}(?:,|$| \|)"
-            assert any(re.search(found, row) for row in rows), name
+            pattern = rf"(?:^|[ ,]){re.escape(name)}(?:,|$| \|)"
+            assert any(re.search(pattern, row) for row in rows), name

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from row_pairs import write_row_pair
 
+from treeflash import doctor, language_model
 from treeflash.doctor import main
 
 
@@ -44,6 +47,34 @@ def test_report(run, prompts):
     ]
 
 
+def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypatch):
+    loads = []
+
+    def fall_back(run, config, *, named):
+        loads.append(named)
+        return run(config)
+
+    monkeypatch.setattr(language_model, "fall_back_to_cpu", fall_back)
+    _, _, err = run("--prompts", prompts, "--max-tokens", "12")
+    lines = re.findall(r"^check (\d+) of (\d+): (.*)$", err, re.MULTILINE)
+    assert [int(number) for number, _, _ in lines] == list(range(1, len(lines) + 1))
+    assert {int(total) for _, total, _ in lines} == {len(lines)} == {len(loads) - 1}
+    assert list(dict.fromkeys(check for _, _, check in lines)) == ["target layers", "mask token"]
+
+
+def test_only_the_first_load_may_choose_the_device(tiny_pair, prompts, monkeypatch, capsys):
+    devices = []
+    locate = doctor.locate_model
+    monkeypatch.setattr(
+        doctor, "locate_model", lambda args: (devices.append(args.device), locate(args))[1]
+    )
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    main([*models, "--prompts", prompts, "--max-tokens", "12"])
+    assert devices[0] is None
+    assert set(devices[1:]) == {"cpu"}
+
+
 def test_json(run, prompts):
     code, out, _ = run("--json", "--prompts", prompts, "--max-tokens", "12", "--thinking")
     found = json.loads(out)
@@ -53,10 +84,21 @@ def test_json(run, prompts):
     assert found["findings"][0].keys() == {"check", "ok", "message"}
 
 
+@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+def test_a_head_that_drafts_depth_by_depth_is_refused_in_one_line(kind, tmp_path, capsys):
+    target, head = map(str, write_row_pair(tmp_path, kind))
+    drafter = "self" if kind == "mtp" else head
+    assert main(["--backend", "reference", "--target", target, "--drafter", drafter]) == 2
+    assert capsys.readouterr().err == (
+        "error: doctor checks block drafters, not MTP and EAGLE-3 heads; measure this head with "
+        "treeflash evaluate\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--max-tokens", "0"], "max-tokens must be 1 or more, got 0"),
+        (["--max-tokens", "0"], "max_tokens must be 1 or more, got 0"),
         (["--max-tokens", "1"], "too short to score a drafter"),
         (["--raw", "--thinking"], "not allowed with argument --raw"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),

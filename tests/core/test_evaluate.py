@@ -1,4 +1,4 @@
-"""The command line `python -m treeflash.evaluate`."""
+"""The command line `treeflash evaluate`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from row_pairs import write_row_pair
 
 import treeflash
 from treeflash import evaluate
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
 from treeflash.evaluation.depth_metrics import METRICS
+from treeflash.testing.models import save_tokenizer
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
 RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]
@@ -76,9 +78,12 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     ]
     assert [row["prompts"] for row in found["rows"]] == [2] * 12 + [4] * 6
     assert [row["tokens"] for row in found["rows"]] == [18] * 12 + [36] * 6
-    assert [(row["set"], row["budget"]) for row in found["ratios"]] == [
-        (name, budget) for name in ("one", "two", "mean") for budget in (4, 16)
+    assert [(row["set"], row["baseline"], row["budget"]) for row in found["ratios"]] == [
+        (name, *baseline)
+        for name in ("one", "two", "mean")
+        for baseline in (("ddtree", 4), ("ddtree", 16), ("dflash", 16))
     ]
+    assert {(row["method"], row["budget"]) for row in found["branches"]} == set(wanted[1:])
     assert [(row["set"], row["depth"]) for row in found["depths"]] == [
         (name, depth) for name in ("one", "two", "mean") for depth in range(1, 6)
     ]
@@ -87,6 +92,17 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
     assert "Block efficiency" in out
     assert "Rejections" in out
     assert "4/4" in err
+
+
+def test_by_default_a_head_that_drafts_depth_by_depth_drafts_trees_and_chains(run, tmp_path):
+    target, head = write_row_pair(tmp_path, "eagle3", vocab_size=300)
+    save_tokenizer(target)
+    models = ["--backend", "reference", "--target", str(target), "--drafter", str(head)]
+    path = tmp_path / "out.json"
+    code, _, err = run(*models, "--budgets", "4", "--json", str(path))
+    assert (code, err.count("error")) == (0, 0)
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["method"] for row in rows} == {"treeflash", "treeflash-chain"}
 
 
 def test_the_figures_do_not_depend_on_how_many_texts_are_decoded_at_once(use, run, model, tmp_path):
@@ -215,8 +231,8 @@ def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, t
             "--budgets takes numbers of 1 or more separated by commas, not '16,x'",
         ),
         (["--budgets", "0"], "--budgets takes numbers of 1 or more separated by commas, not '0'"),
-        (["--limit", "0"], "limit must be 1 or more"),
-        (["--max-tokens", "1"], "max-tokens must be 2 or more"),
+        (["--limit", "0"], "--limit must be 1 or more, got 0"),
+        (["--max-tokens", "1"], "max_tokens must be 2 or more"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--seed", "-1"], "seed must be between"),
         (["--json", "no/such/folder/out.json"], "out.json cannot be written"),
@@ -226,7 +242,7 @@ def test_figures_reach_a_file_though_standard_output_is_full(tiny_pair, files, t
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(run, monkeypatch, args, line):
-    monkeypatch.setattr(evaluate, "load_model", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate.cli, "load_model", lambda args: pytest.fail("loaded"))
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -284,7 +300,9 @@ def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in report.read_text(encoding="utf-8")
+    page = report.read_text(encoding="utf-8")
+    assert f"<h1>Drafts for {tiny_pair[0].name}</h1>" in page
+    assert f"target {tiny_pair[0]}, drafter {tiny_pair[1]}" in page
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")

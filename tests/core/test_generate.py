@@ -1,4 +1,4 @@
-"""The command line `python -m treeflash.generate`."""
+"""The command line `treeflash generate`: output, and invalid input in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from pathlib import Path
 import pytest
 
 from treeflash import generate
-from treeflash.cli.prompt_source import SAMPLE_PROMPT
+from treeflash.cli.single_prompt import SAMPLE_PROMPT
+from treeflash.errors import NumericalError
 from treeflash.generate import main
 
 TEXT = "Es war einmal ein Bär 🐻, der schlief."
 NAMES = {
-    "text", "token_ids", "accepted_lengths", "block_efficiency", "tokens_per_s", "prefill_s",
-    "decode_s", "method", "budget", "backend", "device", "dtype", "seed", "finish_reason",
+    "target", "drafter", "text", "token_ids", "prompt_tokens", "accepted_lengths",
+    "block_efficiency", "tokens_per_s", "prefill_s", "decode_s", "method", "budget", "backend",
+    "device", "dtype", "seed", "finish_reason",
 }  # fmt: skip
 
 
@@ -51,6 +54,90 @@ def test_stdout_has_only_the_json(use, run, scripted):
     assert "iteration 1" in err
 
 
+def test_the_json_names_the_models(run, tiny_pair):
+    code, out, _ = run("hi", *model_options(tiny_pair), "--json", "--max-tokens", "3")
+    values = json.loads(out)
+    assert code == 0
+    assert (values["target"], values["drafter"]) == ("target", "drafter")
+    assert values["prompt_tokens"] > 2
+
+
+def test_penalties_biases_and_log_probs(run, tiny_pair):
+    common = ["hi", *model_options(tiny_pair), "--json", "--max-tokens", "6"]
+    plain = json.loads(run(*common)[1])
+    forbidden = json.dumps({plain["token_ids"][0]: -100})
+    options = ["--logit-bias", forbidden, "--repetition-penalty", "1.5", "--logprobs", "2"]
+    options += ["--presence-penalty", "0.5", "--frequency-penalty", "0.5"]
+    values = json.loads(run(*common, *options)[1])
+    assert plain["token_ids"][0] not in values["token_ids"]
+    assert len(values["token_ids"]) == len(set(values["token_ids"]))
+    assert [len(token["top"]) for token in values["log_probs"]] == [2] * 6
+
+
+def test_log_probs_are_listed_after_the_text(run, tiny_pair):
+    options = [*model_options(tiny_pair), "--max-tokens", "2", "--logprobs", "1"]
+    _, _, err = run("hi", *options)
+    assert len(re.findall(r"^ +-\d+\.\d{3}  '.*'  \('.*' -\d+\.\d{3}\)$", err, re.MULTILINE)) == 2
+
+
+def test_n_answers_have_seeds_of_their_own(run, tiny_pair):
+    options = [*model_options(tiny_pair), "--max-tokens", "8", "--temperature", "1", "--seed", "7"]
+    code, out, _ = run("hi", *options, "--n", "3", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [answer["seed"] for answer in answers] == [7, 8, 9]
+    assert len({answer["text"] for answer in answers}) == 3
+    assert json.loads(run("hi", *options, "--json")[1])["text"] == answers[0]["text"]
+    _, out, err = run("hi", *options, "--n", "2")
+    assert "answer 2 of 2, seed 8:" in err
+    assert answers[1]["text"].strip() in out
+
+
+def test_the_seed_is_random_and_can_be_repeated(run, tiny_pair):
+    options = ["hi", *model_options(tiny_pair), "--max-tokens", "8", "--temperature", "1", "--json"]
+    first, second = (json.loads(run(*options)[1]) for _ in range(2))
+    assert first["seed"] != second["seed"]
+    again = json.loads(run(*options, "--seed", str(first["seed"]))[1])
+    assert again["token_ids"] == first["token_ids"]
+    greedy = ["hi", *model_options(tiny_pair), "--max-tokens", "2", "--json"]
+    assert json.loads(run(*greedy)[1])["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "pattern"),
+    [
+        ("--regex", "(red|blue)!", r"(red|blue)!"),
+        ("--grammar", 'start: ("red" | "blue") "!"', r"(red|blue)!"),
+        ("--grammar", 'root ::= ("red" | "blue") "!"', r"(red|blue)!"),
+        ("--json-schema", '{"enum": ["red", "blue"]}', r'"(red|blue)"'),
+    ],
+)
+def test_the_form_of_the_text(run, tiny_pair, tmp_path, option, value, pattern):
+    pytest.importorskip("llguidance")
+    options = ["hi", *model_options(tiny_pair), "--max-tokens", "20", "--temperature", "1"]
+    code, _, err = run(*options, option, value)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "needs a target with an end token" in err
+    shutil.copytree(tiny_pair[0], tmp_path / "target")
+    (tmp_path / "target" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    options += ["--target", str(tmp_path / "target")]
+    code, out, err = run(*options, option, value)
+    assert code == 0, err
+    assert re.fullmatch(pattern, out.strip())
+    if option != "--regex":
+        file = tmp_path / "form"
+        file.write_text(value)
+        _, out, _ = run(*options, option, f"@{file}", "--compare")
+        assert re.fullmatch(pattern, out.strip())
+
+
+def test_a_dash_is_standard_input(use, run, scripted, monkeypatch):
+    model = use(scripted(TEXT))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("piped\n"))
+    assert run("-", "--raw")[0] == 0
+    assert asked(model) == "piped"
+
+
 def test_compare_equal(use, run, scripted):
     use(scripted(TEXT))
     code, out, err = run("hi", "--json", "--compare")
@@ -59,7 +146,7 @@ def test_compare_equal(use, run, scripted):
     assert (compare["equal"], compare["first_difference"]) == (True, None)
     assert compare["speedup"] > 0
     assert "compared with plain decoding: equal, speedup" in err
-    assert "without prefill" in err
+    assert "without the prefill" in err
 
 
 @pytest.mark.parametrize(
@@ -291,3 +378,147 @@ def test_sigint_while_importing_has_no_traceback(tmp_path):
     )
     assert process.returncode in (130, -signal.SIGINT)  # shells report both as 130
     assert process.stderr == "interrupted\n"
+
+
+SHORT_TEXT = "Some text."
+
+
+def bad_files(folder):
+    """Write the files that the command lines below name."""
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "rows.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
+    (folder / "bad.jsonl").write_text('{"id": 1, "prompt": "x"}\n{"id": \n')
+    (folder / "other.jsonl").write_text('{"some": "thing"}\n{"else": 1}\n')
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
+        ("--budget=-1 hi", "budget must be auto, or from 1 to 1024 nodes"),
+        ("--budget 100000 hi", "budget must be auto, or from 1 to 1024 nodes, got 100000"),
+        ("--budget many hi", "neither auto nor a number of nodes: many"),
+        ("--suffix maybe hi", "neither on nor off: maybe"),
+        ("--suffix-cache-gb 1 hi", "--suffix-cache-gb needs --prompts; remove it for a single"),
+        ("--suffix-cache-gb -1 hi", "'-1' is not a number of GiB, 0 or more"),
+        ("--temperature hot hi", "invalid float value"),
+        ("--method magic hi", "invalid choice"),
+        ("--nonsense hi", "unrecognized arguments"),
+        ("one two", "unrecognized arguments"),
+        ("hi --prompt-file x", "not allowed with"),
+        ("--prompt-file missing.txt", "missing.txt cannot be read"),
+        ("--prompt-file .", "cannot be read"),
+        ("--prompt-file latin.txt", "not UTF-8"),
+        ("--prompt-file empty.txt", "is empty"),
+        ("--explain hi", "put the prompt before --explain"),
+        ("--explain=0 hi", "not a number of iterations"),
+        ("--chat-template-args {x} hi", "not JSON"),
+        ("--chat-template-args [] hi", "not a JSON object"),
+        ("--raw --system x hi", "raw"),
+        ("--prompts rows.jsonl", "--output"),
+        ("--logit-bias {x} hi", "not JSON"),
+        ('--logit-bias {"x":1} hi', "not numbers by token id"),
+        ('--logit-bias {"1":NaN} hi', "logit_bias must give one number per token id"),
+        ("--json-schema [] hi", "not a JSON object"),
+        ("--json-schema @missing.json hi", "missing.json cannot be read"),
+        ("--regex a --grammar b hi", "grammar and regex exclude each other"),
+        ("--logprobs -1 hi", "log_probs must be 0 or more"),
+        ("--n 0 hi", "n must be 1 or more, got 0"),
+        ("--n 2 --compare hi", "--compare and --explain are for a single answer"),
+        ("--prompts rows.jsonl --output out.jsonl --n 2", "--n is for a single prompt"),
+        ("--output out.jsonl hi", "must be given together"),
+        ("--prompts rows.jsonl --output out.jsonl --compare", "--compare is for a single prompt"),
+        ("--prompts rows.jsonl --output out.jsonl --explain", "--explain is for a single prompt"),
+        ("--prompts rows.jsonl --output out.jsonl --json", "--json is for a single prompt"),
+        ("--prompts rows.jsonl --output no/out.jsonl", "no/out.jsonl cannot be written"),
+        ("--prompts rows.jsonl --output .", ". cannot be written"),
+        ("--prompts rows.jsonl --output rows.jsonl", "is the file of prompts"),
+        ("--prompts rows.jsonl --output other.jsonl", "other.jsonl:1 was not written by"),
+        ("--prompts bad.jsonl --output out.jsonl", "bad.jsonl:2"),
+        ("--prompts missing.jsonl --output out.jsonl", "missing.jsonl cannot be read"),
+        ("--prompts empty.txt --output out.jsonl", "has no prompts"),
+    ],
+)
+def test_invalid_input_prints_one_line_and_exits_with_2(
+    use, run, scripted, tmp_path, monkeypatch, args, message
+):
+    use(scripted(SHORT_TEXT))
+    bad_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*args.split(" "))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1, "prompt": "x"}\n'
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 500, "\udce9"])
+def test_invalid_prompts_print_one_line(use, run, scripted, prompt):
+    use(scripted(SHORT_TEXT))
+    code, out, err = run(prompt)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NumericalError("not finite"), "not finite\n"),
+        (RuntimeError("CUDA out of memory"), "out of memory; try shorter texts"),
+    ],
+)
+def test_an_error_while_decoding_is_on_its_own_line(
+    use, run, scripted, monkeypatch, error, message
+):
+    model = use(scripted(SHORT_TEXT))
+    verify = model.backend.verify
+
+    def fail(*args):
+        if model.backend.verified == 2:
+            raise error
+        return verify(*args)
+
+    monkeypatch.setattr(model.backend, "verify", fail)
+    code, out, err = run("hi", "--budget", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {message}")
+    assert out.endswith("\n")
+    assert len(out) > 1
+    assert SHORT_TEXT.startswith(out[:-1])
+
+
+def test_a_method_that_the_drafter_lacks_is_rejected(use, run, scripted):
+    use(scripted(SHORT_TEXT, head=False))
+    code, _, err = run("hi", "--method", "treeflash")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "use method ddtree" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"   \n", b"caf\xe9"])
+def test_empty_or_undecodable_piped_input(run, monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    code, _, err = run()
+    assert (code, err.count("\n")) == (2, 1)
+    assert "standard input is" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--backend", ""], "unknown backend ''"),
+        (["--device", ""], "device must be the name of a device, such as cpu or cuda:1, got ''"),
+        (["--device", "cuda"], "device must be cpu"),
+        (["--dtype", "float16"], "dtype must be float32"),
+        (["--target", "/no/where"], "is not a folder"),
+        (["--target", ""], "no"),
+        (["--drafter", "/no/where"], "is not a folder"),
+    ],
+)
+def test_invalid_models_print_one_line(run, tiny_pair, args, message):
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    code, out, err = run("hi", *models, *args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
@@ -18,54 +20,25 @@ FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
     {"errors"},
-    {"config", "drafter_config"},
+    {"config"},
+    {"drafters"},
     {"decoding"},
-    {"drafters", "hub"},
+    {"hub"},
     {"text"},
     {"registry"},
     {"language_model"},
     {"cli"},
     {"evaluation", "diagnosis", "training", "serving"},
-    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train"},
+    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"},
+    {"__main__"},
 ]
-# The same inside `decoding`: data types, interfaces, what one text needs, the loop, many texts.
-DECODING = [
-    {"transitions", "gumbel"},
-    {"tree", "calibration", "recurrence", "snapshots", "text_state"},
-    {"acceptance", "sampling"},
-    {"choices"},
-    {"constraints", "interfaces", "penalties"},
-    {"text_session", "one_by_one", "prefix_cache", "proposals", "requests"},
-    {"probe", "verify_costs"},
-    {"adaptive_budget", "loop"},
-    {"running_text", "statistics"},
-    {"iteration"},
-    {"scheduler"},
-    {"decode_text"},
-]
-DATA_TYPES = {
-    *("transitions", "tree", "recurrence", "snapshots", "text_state"),
-    *("acceptance", "gumbel", "sampling", "choices", "interfaces"),
-}
-# The same inside `drafters`: what a folder holds, the formats, the choice of one, loading.
-DRAFTERS = [
-    {"folder", "rope"},
-    {"backbone"},
-    {"dflash"},
-    {"dflash2", "domino", "markov", "treeflash"},
-    {"deepspec", "specforge", "speculators"},
-    {"formats"},
-    {"loading"},
-    {"conversion"},
-]
-# What a backend may import besides its own modules.
+# What a backend may import besides its own modules: neither the loop nor the scheduler.
 FOR_BACKENDS = {
     "errors",
     "config",
-    "drafter_config",
     "drafters",
-    *(f"decoding.{name}" for name in DATA_TYPES),
-    *(f"decoding.{name}" for name in ("one_by_one", "text_session", "probe")),
+    *(f"decoding.{name}" for name in ("interfaces", "backend_base", "tree", "transitions")),
+    *(f"decoding.{name}" for name in ("sampling", "hybrid", "session", "probe")),
 }
 # What its modules for training may import.
 FOR_TRAINING = FOR_BACKENDS | {"training"}
@@ -83,6 +56,7 @@ def modules_of(package: str, folder: Path) -> dict[str, Path]:
 
 
 ROOT = Path(treeflash.__file__).parent
+THIRD_PARTY = Path(__file__).parents[1] / "conformance" / "third_party"
 ALL = modules_of("treeflash", ROOT)
 
 
@@ -115,20 +89,20 @@ def backend_modules(package: str) -> dict[str, Path]:
 
 
 def run(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def layer_of(name: str, layers: list[set[str]]) -> int:
+def layer_of(name: str) -> int:
     """The index of the layer that a module belongs to."""
-    (found,) = (i for i, layer in enumerate(layers) if name.split(".")[0] in layer)
+    (found,) = (i for i, layer in enumerate(LAYERS) if name.split(".")[0] in layer)
     return found
 
 
 def test_the_files_are_found() -> None:
-    """The laws below would hold for no files at all."""
+    """The tests below would pass if no files were found."""
     assert "treeflash.reference.target" in REFERENCE
     assert "treeflash.config" in set(imports_of(ROOT / "decoding" / "loop.py"))
 
@@ -137,6 +111,10 @@ def test_importing_all_of_the_core_brings_no_framework() -> None:
     names = [name for name in CORE if not name.endswith("__main__")]
     if find_spec("fastapi") is None:  # the extra `serve` is not installed
         names = [name for name in names if not inside(name, "treeflash.serving")]
+    if find_spec("llguidance") is None:  # also of the extra `serve`
+        names = [name for name in names if not name.startswith("treeflash.text.grammar")]
+    if find_spec("ray") is None:  # the extra `ray`
+        names = [name for name in names if name != "treeflash.serving.ray_app"]
     code = f"""
 import importlib, sys
 for name in {names}:
@@ -151,7 +129,7 @@ for name in {names}:
 
 @pytest.mark.parametrize("name", CORE)
 def test_core_files_name_no_framework(name: str) -> None:
-    """Not even inside a function: what needs a framework is reached through the registry."""
+    """Not even inside a function: backends are reached through the registry."""
     assert not [found for found in imports_of(CORE[name]) if found.split(".")[0] in FRAMEWORKS]
 
 
@@ -175,44 +153,42 @@ def test_no_package_imports_itself_in_a_circle() -> None:
     for name, path in ALL.items():
         found = {package(other) for other in imports_of(path) if other in ALL}
         graph.setdefault(package(name), set()).update(found - {package(name), "treeflash"})
-    graph.pop("treeflash")  # its `__init__` gathers what a user calls
+    graph.pop("treeflash")  # its `__init__` gathers the public names
     assert {"treeflash.decoding", "treeflash.reference", "treeflash.testing"} <= graph.keys()
     TopologicalSorter(graph).prepare()
 
 
-def check_layers(package: str, layers: list[set[str]]) -> None:
-    """Every module of a package belongs to a layer and imports from its own or lower ones.
-
-    Modules of one layer that are packages may import their own modules, not each other.
-    """
-    prefix = package + "."
-    for name, path in CORE.items():
-        if name in REFERENCE or not name.startswith(prefix):
-            continue
-        own = name.removeprefix(prefix)
-        for found in imports_of(path):
-            if found not in ALL or not found.startswith(prefix):
-                continue
-            other = found.removeprefix(prefix)
-            if other.split(".")[0] != own.split(".")[0]:
-                assert layer_of(other, layers) < layer_of(own, layers), f"{name} imports {found}"
-
-
 def test_packages_import_downwards() -> None:
-    check_layers("treeflash", LAYERS)
-
-
-def test_decoding_imports_downwards() -> None:
-    check_layers("treeflash.decoding", DECODING)
-
-
-def test_drafters_import_downwards() -> None:
-    check_layers("treeflash.drafters", DRAFTERS)
+    """Every module imports from its own package or from packages of lower layers."""
+    assert "treeflash.decoding.loop" in CORE
+    assert "treeflash.decoding.interfaces" in imports_of(CORE["treeflash.decoding.loop"])
+    for name, path in CORE.items():
+        if name in REFERENCE or name == "treeflash":
+            continue
+        own = name.removeprefix("treeflash.")
+        for found in imports_of(path):
+            if found in ALL and found.startswith("treeflash."):
+                other = found.removeprefix("treeflash.")
+                if other.split(".")[0] != own.split(".")[0]:
+                    assert layer_of(other) < layer_of(own), f"{name} imports {found}"
 
 
 def test_nothing_in_the_core_imports_the_conformance_suite() -> None:
     for path in CORE.values():
         assert not [found for found in imports_of(path) if inside(found, "treeflash.testing")]
+
+
+def test_the_extra_testing_has_what_the_conformance_suite_imports() -> None:
+    toml = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(toml)["project"]
+
+    def packages(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in requirements}
+
+    suite = [path for name, path in ALL.items() if inside(name, "treeflash.testing")]
+    imported = {found.split(".")[0] for path in suite for found in imports_of(path)}
+    further = imported - sys.stdlib_module_names - packages(project["dependencies"])
+    assert further - {"treeflash"} == packages(project["optional-dependencies"]["testing"])
 
 
 def test_the_core_reaches_backends_through_the_registry_alone() -> None:
@@ -230,6 +206,16 @@ def test_the_reference_imports_what_backends_may() -> None:
 def test_backends_import_data_types_and_interfaces_alone(package: str) -> None:
     """Neither the decode loop, nor another backend."""
     check_backend(package, backend_modules(package))
+
+
+def test_the_example_of_a_third_party_imports_what_backends_may() -> None:
+    """The module of its entry point, and all that this module imports."""
+    project = tomllib.loads((THIRD_PARTY / "pyproject.toml").read_text())["project"]
+    (entry,) = project["entry-points"]["treeflash.backends"].values()
+    package = entry.split(".")[0]
+    modules = modules_of(package, THIRD_PARTY / package)
+    assert entry.split(":")[0] in modules
+    check_backend(package, modules)
 
 
 def check_backend(package: str, modules: dict[str, Path]) -> None:

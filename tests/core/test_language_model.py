@@ -1,9 +1,11 @@
-"""The Python API: prompts in three forms, streams, stops, interruptions."""
+"""The Python API: loading, prompts in three forms, streams, stops, interruptions."""
 
 from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -13,18 +15,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import treeflash
 from treeflash import language_model
 from treeflash.config import METHODS
-from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.published import PublishedDrafter
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.errors import (
+    BackendError,
+    ConfigError,
+    PromptError,
+    UnsupportedModelError,
+)
+from treeflash.hub.models import PublishedDrafter
 from treeflash.language_model import LanguageModel, load
+from treeflash.reference.backend import ReferenceBackend
+from treeflash.registry import installed
 from treeflash.text.stream import Chunk
 
 TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
 NAMES = [
     "text",
     "token_ids",
+    "prompt_tokens",
     "accepted_lengths",
     "block_efficiency",
     "tokens_per_s",
@@ -56,7 +67,7 @@ def collect(stream: Iterator[Chunk], chunks: list[Chunk]) -> None:
 @pytest.mark.parametrize("thinking", [False, True])
 def test_thinking_is_by_default_as_the_drafter_was_trained(tiny_pair, monkeypatch, thinking):
     trained = PublishedDrafter(name="some/drafter", thinking=thinking)
-    monkeypatch.setattr(language_model, "training_of", lambda drafter, target: trained)
+    monkeypatch.setattr(language_model, "drafter_training", lambda drafter, target: trained)
     assert load(*tiny_pair, backend="reference").tokenizer.thinking == thinking
     target, _ = tiny_pair
     assert not load(target, False, backend="reference").tokenizer.thinking
@@ -74,7 +85,8 @@ def test_streaming_equals_generate_for_every_method(scripted, method, budget):
     assert stream.generation().token_ids == generation.token_ids
     assert 1 + sum(generation.accepted_lengths) == len(generation.token_ids)
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    assert (generation.block_efficiency > 1) == (method != "ar" and budget > 1)
+    if method != "suffix":  # the text does not repeat
+        assert (generation.block_efficiency > 1) == (method != "ar" and budget > 1)
 
 
 def test_a_stream_keeps_trees_but_no_tables(scripted):
@@ -104,8 +116,9 @@ def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
 
 
 def test_no_chunk_shows_part_of_a_character(scripted):
-    for chunk in scripted(TEXT).stream("hi", method="ar"):
-        assert "\ufffd" not in chunk.text
+    chunks = list(scripted(TEXT).stream("hi", method="ar"))
+    assert "".join(chunk.text for chunk in chunks) == TEXT
+    assert not [chunk for chunk in chunks if "\ufffd" in chunk.text]
 
 
 @pytest.mark.parametrize("stop", ["brown", "👋", ["zzz", "fox", "brown"], ["the end", "d of"]])
@@ -186,7 +199,7 @@ def test_numbers_of_numpy_are_plain_in_the_result(scripted):
 
 
 def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypatch):
-    model = replace(scripted(TEXT), adaptive_budgets={})
+    model = replace(scripted(TEXT), adaptive_budgets=AdaptiveBudgets())
     measured = []
     together = threading.Barrier(2)
 
@@ -206,8 +219,10 @@ def test_costs_are_measured_once_for_all_methods_and_threads(scripted, monkeypat
     for thread in threads:
         thread.join()
     assert len(measured) == 1
-    assert set(model.adaptive_budgets) == {"treeflash", "ddtree"}
-    treeflash_, ddtree = (model.adaptive_budgets[name] for name in ("treeflash", "ddtree"))
+    assert set(model.adaptive_budgets.by_method) == {"treeflash", "ddtree"}
+    treeflash_, ddtree = (
+        model.adaptive_budgets.by_method[name] for name in ("treeflash", "ddtree")
+    )
     assert treeflash_.costs is ddtree.costs
 
 
@@ -248,7 +263,7 @@ def test_forms_of_a_prompt(scripted):
         ("a" * 500, {}, "limit"),
         ("hi", {"raw": True, "system": "x"}, "raw"),
         ([{"role": "user", "content": "x"}], {"raw": True}, "raw"),
-        ([5], {"system": "x"}, "no system message"),
+        ([5], {"system": "x"}, "remove the system message"),
         ([{"role": "system", "content": "x"}], {"system": "x"}, "begin with a system message"),
         ("hi", {"tempature": 1}, "unknown option 'tempature'"),
         ("hi", {"stop": ["a", ""]}, "stop string is empty"),
@@ -257,7 +272,7 @@ def test_forms_of_a_prompt(scripted):
         ("hi", {"stop_token_ids": ["</s>"]}, "stop_token_ids must be token ids"),
         ("hi", {"system": 5}, "system must be a string, got 5"),
         ("hi", {"template_args": [1]}, "template_args must be a mapping"),
-        ("hi", {"top_p": 0}, "top-p must be"),
+        ("hi", {"top_p": 0}, "top_p must be"),
     ],
 )
 def test_bad_input_is_refused_before_decoding(scripted, prompt, options, message):
@@ -301,3 +316,108 @@ def test_reference_pair_gives_the_same_tokens_for_every_method(tiny_pair):
         assert model.generate("hi", **options).token_ids == plain.token_ids
         tokens = model.generate("hi", temperature=1.0, seed=7, **options).token_ids
         assert tokens == sampled.token_ids
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "message"),
+    [
+        ("cuda", {"kv_bits": 3}, "kv_bits must be 8 on the cuda backend, got 3"),
+        ("cuda", {"draft_bits": 4}, "does not quantise drafters"),
+        ("mlx", {"kv_bits": 3}, r"kv_bits must be one of \(4, 8\) on the mlx backend, got 3"),
+        ("mlx", {"draft_bits": 7}, "draft_bits must be one of"),
+        ("mlx", {"compile": True}, "compile is supported only by the cuda backend"),
+        ("reference", {"kv_bits": 8}, "are not supported by the reference backend"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_fetched(backend, settings, message, monkeypatch):
+    if not installed(backend):
+        pytest.skip(f"needs the framework of {backend}")
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match=message):
+        load(backend=backend, **settings)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+def test_an_unknown_device_is_refused_before_anything_is_fetched(backend, monkeypatch):
+    if not installed(backend):
+        pytest.skip(f"needs the framework of {backend}")
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    with pytest.raises(BackendError, match="tpu"):
+        load(backend=backend, device="tpu")
+
+
+def test_a_device_is_named_by_text(monkeypatch):
+    monkeypatch.setattr(language_model, "resolve_target", lambda name: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match=r"device must be the name of a device.*got 0"):
+        load(backend="reference", device=0)
+
+
+def test_load_without_a_drafter_decodes_plainly(tiny_pair):
+    model = load(tiny_pair[0], False, backend="reference")
+    assert model.backend.drafter_config is None
+    assert model.generate("hi", max_tokens=3).method == "ar"
+
+
+def test_without_a_published_drafter_the_text_is_copied(tiny_pair, caplog):
+    model = load(tiny_pair[0], backend="reference")
+    assert caplog.messages == [
+        f"no published drafter is known for {tiny_pair[0].name}; the default method is suffix, "
+        "which copies what the text repeats"
+    ]
+    generation = model.generate("hi", max_tokens=30)
+    assert generation.method == "suffix"
+    assert generation.token_ids == model.generate("hi", max_tokens=30, method="ar").token_ids
+
+
+def test_a_target_that_runs_no_trees_is_decoded_plainly(tiny_pair, monkeypatch, caplog):
+    def check_trees(backend):
+        raise UnsupportedModelError("tree attention changes this model's logits")
+
+    monkeypatch.setattr(ReferenceBackend, "check_trees", check_trees)
+    model = load(tiny_pair[0], backend="reference")
+    (message,) = caplog.messages
+    assert message.endswith("is ar, without drafts: tree attention changes this model's logits")
+    assert model.generate("hi", max_tokens=3).method == "ar"
+    with pytest.raises(UnsupportedModelError):
+        model.generate("hi", max_tokens=3, method="suffix")
+
+
+def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):
+    devices = []
+
+    def loader(target, drafter, config):
+        devices.append(config.device)
+        if config.device != "cpu":
+            raise BackendError("no accelerator; pass --device cpu")
+        return object()
+
+    monkeypatch.setattr(language_model, "default_backend", lambda: "cuda")
+    monkeypatch.setattr(language_model, "loader", lambda name: loader)
+    load(*tiny_pair)
+    assert devices == [None, "cpu"]
+    for choice in ({"backend": "cuda"}, {"device": "cuda:1"}):
+        with pytest.raises(BackendError, match="no accelerator"):
+            load(*tiny_pair, **choice)
+
+
+def test_unknown_backend_and_dtype(tiny_pair):
+    with pytest.raises(BackendError, match="unknown backend 'abacus'"):
+        load(*tiny_pair, backend="abacus")
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        load(*tiny_pair, dtype="float8")
+
+
+def test_importing_the_package_imports_no_framework():
+    code = (
+        "import sys, treeflash, treeflash.generate;"
+        "print([m for m in ('torch', 'mlx', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0)
+
+
+def test_public_names():
+    for name in treeflash.__all__:
+        assert getattr(treeflash, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = treeflash.nonsense

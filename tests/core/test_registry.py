@@ -138,20 +138,20 @@ def test_best(
 ) -> None:
     platform(monkeypatch, system, machine)
     install(monkeypatch, *frameworks)
-    assert registry.best() == expected
+    assert registry.default_backend() == expected
 
 
 FALLBACK = """
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
-from treeflash.registry import on_some_device
+from treeflash.registry import fall_back_to_cpu
 
 def run(config):
     if config.device is None:
         raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
     return config.device
 
-print(on_some_device(run, LoadConfig(dtype={dtype!r}), named=False))
+print(fall_back_to_cpu(run, LoadConfig(dtype={dtype!r}), named=False))
 """
 
 
@@ -177,4 +177,4 @@ def test_a_device_that_the_user_named_is_not_replaced() -> None:
         raise BackendError("no CUDA device is available")
 
     with pytest.raises(BackendError):
-        registry.on_some_device(run, LoadConfig(), named=True)
+        registry.fall_back_to_cpu(run, LoadConfig(), named=True)

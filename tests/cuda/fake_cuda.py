@@ -8,7 +8,6 @@
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,9 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, target
+from treeflash_cuda.operations import Operations
+
+from treeflash.decoding import backend_base
 
 DEVICE, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 SCALARS = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "item", "is_nonzero")}
+ALLOCATIONS = {
+    getattr(torch.ops.aten, x) for x in ("empty", "empty_like", "new_empty", "lift_fresh")
+}
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear")}
 
 
@@ -92,12 +97,16 @@ class FakeCuda(TorchDispatchMode):
     Attributes:
         capturing: whether a graph is being captured.
         count: copies between host and device.
+        launches: the names of the operations that launched a kernel on a device, in order.
+        free_bytes: memory that a device says is free.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.capturing = False
         self.count = Transfers()
+        self.launches = []
+        self.free_bytes = 1 << 32
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
         self._patch_tensors(monkeypatch)
@@ -121,6 +130,8 @@ class FakeCuda(TorchDispatchMode):
         if func.overloadpacket in PRODUCTS:
             _check_dtypes(*args)
         out = func(*args, **kwargs)
+        if _launches(func, args, out):
+            self.launches.append(str(func))
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if _is_data(x)}
         if len(devices) > 1:
             self._check_not_capturing(func)
@@ -140,9 +151,9 @@ class FakeCuda(TorchDispatchMode):
     def _patch_loading(self, monkeypatch):
         load_model, load_drafter = target.load_model, backend.load_drafter
 
-        def load_fake_model(folder, config, dtype, device, *, split, device_map):
+        def load_fake_model(folder, config, dtype, device, *, processes, device_map):
             with unset_fake_temporarily():
-                model = load_model(folder, config, dtype, torch.device("cpu"), split=split)
+                model = load_model(folder, config, dtype, torch.device("cpu"), processes=processes)
             if device_map is None:
                 return model.to(device)
             # As accelerate places it on two GPUs.
@@ -164,7 +175,26 @@ class FakeCuda(TorchDispatchMode):
         monkeypatch.setattr(target, "load_model", load_fake_model)
         monkeypatch.setattr(backend, "load_drafter", load_fake_drafter)
         monkeypatch.setattr(backend, "choose_device", lambda name: DEVICE)
-        monkeypatch.setattr(backend, "check_trees", lambda backend: None)  # it compares values
+        monkeypatch.setattr(backend, "load_operations", lambda *_: self._operations())
+        monkeypatch.setattr(backend_base, "check_trees", lambda backend: None)  # it compares values
+
+    def _operations(self):
+        """The operations of one kernel each that models use."""
+
+        def tree_attention(q, k, v, keys, **_):
+            assert {x.device for x in (k, v, keys.first, keys.paths)} == {q.device}
+            self.launches.append("tree_attention")
+            return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+        def rms_norm(x, weight, eps, residual=None):
+            self.launches.append("rms_norm")
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
+
+        def gated(gate, up, activation="silu"):
+            self.launches.append("gated")
+            return torch.empty(up.shape, dtype=up.dtype, device=up.device)
+
+        return Operations(tree_attention=tree_attention, rms_norm=rms_norm, gated=gated)
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy
@@ -215,13 +245,13 @@ class FakeCuda(TorchDispatchMode):
             "device": nothing,
             "get_device_capability": lambda device: (9, 0),
             "get_device_name": lambda device: "fake",
-            "get_device_properties": lambda device: SimpleNamespace(total_memory=1 << 32),
+            "mem_get_info": lambda device: (self.free_bytes, self.free_bytes),
             "graph_pool_handle": lambda: None,
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        # It asks the driver.
-        monkeypatch.setattr(varlen, "_cudnn_decode_disabled", lambda device: True)
+        # It asks the driver, in versions of PyTorch that have it.
+        monkeypatch.setattr(varlen, "_cudnn_decode_disabled", lambda device: True, raising=False)
 
 
 class _Graph:
@@ -238,6 +268,17 @@ class _Stream:
 
     def wait_stream(self, stream):
         pass
+
+
+def _launches(func, args, out):
+    """Whether an operation computes something on a device: views and allocations do not."""
+    if func.overloadpacket in ALLOCATIONS or "view" in func.__name__:
+        return False
+    tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+    if any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns):
+        # Conversions and reshapes are views where they can be.
+        tensors = [x for x in tensors if not torch._C._is_alias_of(x, args[0])]
+    return any(x.device.type == "cuda" for x in tensors)
 
 
 def _check_dtypes(*args):

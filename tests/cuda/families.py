@@ -25,7 +25,7 @@ from treeflash_cuda.backend import CudaBackend
 from treeflash_cuda.target import Target
 
 from treeflash.decoding.probe import state_difference, tree_difference
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import TreeflashError, UnsupportedModelError
 
@@ -174,8 +174,7 @@ def attempt(name: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
-            target = Target(Path(folder), torch.device("cpu"), torch.float32)
-            target.prepare(pack=True)
+            target = Target(Path(folder), torch.device("cpu"), torch.float32, pack=True)
             backend = CudaBackend(target, None, None)
             rng = np.random.default_rng(0)
             error = tree_difference(backend, rng, PREFIX)
@@ -276,7 +275,7 @@ def plain_logits(model: Any) -> np.ndarray:
 
 def difference(backend: CudaBackend, expected: np.ndarray) -> float:
     """From transformers' own logits, relative to their spread."""
-    with TextSession(backend) as text:
+    with SequenceSession(backend) as text:
         text.extend(tokens()[:-1])
         logits = text.logits(DraftTree.root_only(tokens()[-1]))[0]
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())

@@ -9,9 +9,9 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import arena as arena_module  # noqa: E402
-from treeflash_cuda.arena import Arena  # noqa: E402
+import torch
+from treeflash_cuda import cache as arena_module
+from treeflash_cuda.cache import Arena
 
 LIKE = torch.zeros(1, 2, 3, 4)  # keys of a layer
 LAYERS = 3
@@ -35,7 +35,7 @@ def test_short_texts_share_an_allocation():
     assert first.slab is second.slab
     assert (columns(first), columns(second)) == (range(30), range(30, 100))
     assert first.storage.shape == (LAYERS, 2, 2, 30, 4)
-    assert first.storage.nbytes == arena.nbytes(30) == 30 * COLUMN
+    assert first.storage.nbytes == 30 * arena.column_nbytes == 30 * COLUMN
     assert arena.take(1, LIKE).slab is not first.slab
 
 
@@ -114,4 +114,4 @@ def test_keys_in_half_precision_take_half():
     arena = Arena(LAYERS)
     region = arena.take(10, LIKE.bfloat16())
     assert region.storage.dtype == torch.bfloat16
-    assert arena.nbytes(10) == region.storage.nbytes == 5 * COLUMN
+    assert 10 * arena.column_nbytes == region.storage.nbytes == 5 * COLUMN

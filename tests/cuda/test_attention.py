@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
@@ -14,14 +14,10 @@ from treeflash.testing.models import write_target
 
 require("torch")
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.grouped_attention import (  # noqa: E402
-    GroupedMasks,
-    group_mask,
-    grouped_attention,
-)
+import torch
+import torch.nn.functional as F
+from treeflash_cuda.attention import GroupedMasks, group_mask, grouped_attention
+from treeflash_cuda.backend import load
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 
@@ -39,7 +35,7 @@ def test_grouped_attention_is_attention_with_repeated_keys():
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3
     )
-    actual = grouped_attention(q, k, v, group_mask(mask, 3), 0.3)
+    actual = grouped_attention(q, [(k, v)], [group_mask(mask, 3)], [3], 0.3)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
     assert actual.is_contiguous()
 
@@ -69,7 +65,7 @@ def test_models_that_mix_windows_match_the_reference(tmp_path):
     tree = DraftTree(np.arange(8, dtype=np.int32), parents, depths, np.zeros(8))
     logits = []
     for backend in (load(tmp_path, None, CPU), load_reference(tmp_path, None, CPU)):
-        text = TextSession(backend)
+        text = SequenceSession(backend)
         text.extend(range(10))
         logits.append(text.logits(tree))
     np.testing.assert_allclose(*logits, atol=1e-4)

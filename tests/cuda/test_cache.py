@@ -8,9 +8,9 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.arena import Arena  # noqa: E402
-from treeflash_cuda.cache import KeyValues, TreeCache, upload_all  # noqa: E402
+import torch
+from treeflash_cuda.cache import Arena, KVCache, TreeCache
+from treeflash_cuda.numerics import upload_all
 
 LAYERS = 2
 
@@ -43,9 +43,11 @@ def expected(values, rows):
 
 
 def test_rows_of_a_path_are_kept_in_its_order(arena):
-    text, first, second = KeyValues(arena, 20), random(6), random(5, seed=1)
+    text, first, second = KVCache(arena, 20), random(6), random(5, seed=1)
     write(text, first)
-    text.commit(3, text.gather(torch.tensor([0, 2, 5])))
+    slab, region = text.taken.slab, text.taken
+    slab.write(torch.arange(3) + region.first, slab.gather(torch.tensor([0, 2, 5]) + region.first))
+    text.commit(3)
     write(text, second)
     text.commit(2)  # its first rows, which are in place
     wanted = np.concatenate([expected(first, [0, 2, 5]), expected(second, [0, 1])], 3)
@@ -54,7 +56,7 @@ def test_rows_of_a_path_are_kept_in_its_order(arena):
 
 
 def test_a_block_that_is_not_committed_is_overwritten(arena):
-    text, first, second = KeyValues(arena, 20), random(6), random(4, seed=1)
+    text, first, second = KVCache(arena, 20), random(6), random(4, seed=1)
     write(text, first)
     write(text, second)
     text.commit(4)
@@ -63,10 +65,10 @@ def test_a_block_that_is_not_committed_is_overwritten(arena):
 
 @pytest.mark.parametrize("length", [0, 2, 4, 9])
 def test_a_copy_shares_no_memory(arena, length):
-    text, values = KeyValues(arena, 20), random(4)
+    text, values = KVCache(arena, 20), random(4)
     write(text, values)
     text.commit(4)
-    copy = KeyValues(arena, 30)
+    copy = KVCache(arena, 30)
     copy.copy_from(text, length)
     kept = min(length, 4)
     assert copy.length == kept
@@ -77,10 +79,10 @@ def test_a_copy_shares_no_memory(arena, length):
 
 
 def test_a_text_holds_memory_from_its_first_block_until_it_is_closed(arena):
-    text = KeyValues(arena, 20)
+    text = KVCache(arena, 20)
     assert text.nbytes == 0
     write(text, random(3))
-    assert text.nbytes == arena.nbytes(20) == 20 * 2 * LAYERS * 2 * 4 * 4
+    assert text.nbytes == 20 * arena.column_nbytes == 20 * 2 * LAYERS * 2 * 4 * 4
     text.close()
     text.close()
     assert (text.nbytes, text.length) == (0, 0)
@@ -88,15 +90,15 @@ def test_a_text_holds_memory_from_its_first_block_until_it_is_closed(arena):
 
 
 def test_a_text_does_not_outgrow_its_capacity(arena):
-    text = KeyValues(arena, 5)
-    other = KeyValues(arena, 5)  # the columns behind
+    text = KVCache(arena, 5)
+    other = KVCache(arena, 5)  # the columns behind
     write(other, random(5))
     with pytest.raises(AssertionError, match="outgrown"):
         write(text, random(6))
 
 
 def test_layers_of_other_shapes_are_refused(arena):
-    text = KeyValues(arena, 5)
+    text = KVCache(arena, 5)
     write(text, random(2))
     k = torch.zeros(1, 3, 2, 4)
     with pytest.raises(UnsupportedModelError, match="different shapes"):
@@ -104,7 +106,7 @@ def test_layers_of_other_shapes_are_refused(arena):
 
 
 def test_a_forward_pass_writes_each_texts_rows_to_its_own_columns(arena):
-    texts, sizes = [KeyValues(arena, 20) for _ in range(3)], [2, 4, 1]
+    texts, sizes = [KVCache(arena, 20) for _ in range(3)], [2, 4, 1]
     for text, length in zip(texts, (3, 0, 5), strict=True):
         write(text, random(8, seed=9))
         text.commit(length)
@@ -126,7 +128,7 @@ def test_a_forward_pass_writes_each_texts_rows_to_its_own_columns(arena):
 
 
 def test_a_forward_pass_of_one_text_sees_its_columns(arena):
-    text, before, values = KeyValues(arena, 20), random(3, seed=1), random(4)
+    text, before, values = KVCache(arena, 20), random(3, seed=1), random(4)
     write(text, before)
     text.commit(3)
     k, v = TreeCache([text], [4]).update(values[0, 1], values[1, 1], 1)

@@ -1,4 +1,4 @@
-"""Attention in parts: the same as with a mask, and what models that use it compute."""
+"""The kernels of a GPU: their check at load, and what models that use them compute."""
 
 import json
 
@@ -7,61 +7,27 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.interfaces import Extension
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_target
-from treeflash.testing.texts import random_tokens, random_tree
 
 require("torch")
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from transformers.masking_utils import (  # noqa: E402
+import torch
+from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
-from treeflash_cuda import attention_kernels  # noqa: E402
-from treeflash_cuda.attention_kernels import PlainKernels, Ranges, merge  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.cascade import is_window  # noqa: E402
+from treeflash_cuda import kernels as kernels_module
+from treeflash_cuda.attention import is_window
+from treeflash_cuda.backend import load
+from treeflash_cuda.kernels import PlainKernels
 
 VOCAB = 40
 CPU = LoadConfig(device="cpu", dtype="float32")
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("split", [0, 3, 11])
-def test_two_parts_are_attention_over_all_keys(split):
-    q, k, v = numbers(2, 3, 4, 8), numbers(16, 3, 8, seed=1), numbers(16, 3, 8, seed=2)
-    ranges = Ranges(torch.tensor([0, 0], dtype=torch.int32), torch.full((2,), split))
-    own = [x[split:].transpose(0, 1).expand(2, -1, -1, -1) for x in (k, v)]
-    mask = torch.zeros(2, 1, 4, 16 - split)
-    mask[:, :, 1, 2:] = -torch.inf
-    kernels = PlainKernels()
-    found = merge(
-        kernels.shared(q, k, v, ranges, 0.3),
-        kernels.masked(q, *own, mask, 0.3),
-    )
-    expected = F.scaled_dot_product_attention(
-        q,
-        *(x.transpose(0, 1)[None].expand(2, -1, -1, -1) for x in (k, v)),
-        attn_mask=F.pad(mask, (split, 0)),
-        scale=0.3,
-    )
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("empty", [torch.inf, -torch.inf])
-def test_an_empty_part_counts_for_nothing(empty):
-    """FlashAttention gives an infinite log-sum-exp over no key, of either sign."""
-    block = numbers(2, 3), numbers(2)
-    prefix = torch.zeros(2, 3), torch.full((2,), empty)
-    torch.testing.assert_close(merge(prefix, block), block[0])
 
 
 def test_windows_are_known():
@@ -94,11 +60,11 @@ def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
     trees = [random_tree(rng, 7, n, VOCAB) for n in (14, 1)]
     found = []
     for backend in backends:
-        texts = [TextSession(backend) for _ in prompts]
+        texts = [SequenceSession(backend) for _ in prompts]
         for text, prompt in zip(texts, prompts, strict=True):
             text.extend(prompt)
         states = [text.state for text in texts]
-        backend.verifier.run([Extension(state, more, None) for state in states])
+        backend.verifier.run([Prefill(state, more, None) for state in states])
         together = backend.verifier.logits(list(zip(states, trees, strict=True)))
         alone = [text.logits(tree) for text, tree in zip(texts, trees, strict=True)]
         for one, other in zip(together, alone, strict=True):
@@ -107,22 +73,54 @@ def test_models_compute_what_they_do_with_masks(tmp_path, monkeypatch, family):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
-class WrongKernels(PlainKernels):
-    def shared(self, q, k, v, ranges, scale):
-        out, lse = super().shared(q, k, v, ranges, scale)
-        return out, lse + 0.5
+class RoundingKernels(PlainKernels):
+    """As fused kernels do: the softmax is rounded to the dtype before the product with values."""
+
+    def weighted(self, weights, values, dtype):
+        return super().weighted(weights.to(dtype).float(), values, dtype)
+
+
+class OneRowShort(RoundingKernels):
+    """The last position does not see itself."""
+
+    def causal(self, q, k, v, window, scale):
+        out = super().causal(q, k, v, window, scale)
+        return torch.cat([out[:-1], super().causal(q[-1:], k[:-1], v[:-1], window, scale)])
+
+
+class OtherScale(RoundingKernels):
+    def causal(self, q, k, v, window, scale):
+        return super().causal(q, k, v, window, 1.1 * scale)
+
+
+class NoWindow(RoundingKernels):
+    def causal(self, q, k, v, window, scale):
+        return super().causal(q, k, v, None, scale)
+
+
+@pytest.mark.parametrize(
+    "kernels", [PlainKernels, RoundingKernels, OtherScale, NoWindow, OneRowShort]
+)
+@pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_that_round_pass_and_wrong_ones_do_not(kernels, shape, dtype):
+    difference = kernels_module._difference(kernels(), torch.device("cpu"), dtype, *shape)
+    if kernels in (PlainKernels, RoundingKernels):
+        assert difference < kernels_module.TOLERANCE / 3
+    else:
+        assert difference > kernels_module.TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("kernels", "reason"),
-    [(PlainKernels, ""), (WrongKernels, "differ by"), (lambda: 1 / 0, "division by zero")],
+    [(RoundingKernels, ""), (NoWindow, "differ by"), (lambda: 1 / 0, "division by zero")],
 )
 def test_kernels_are_checked_before_they_are_used(monkeypatch, kernels, reason):
-    difference = attention_kernels._difference
-    monkeypatch.setattr(attention_kernels, "FlashKernels", kernels)
+    difference = kernels_module._difference
+    monkeypatch.setattr(kernels_module, "FlashKernels", kernels)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
-        attention_kernels,
+        kernels_module,
         "_difference",
         lambda kernels, device, *shape: difference(kernels, torch.device("cpu"), *shape),
     )
@@ -130,6 +128,6 @@ def test_kernels_are_checked_before_they_are_used(monkeypatch, kernels, reason):
     class Config:
         num_attention_heads, num_key_value_heads, head_dim, hidden_size = 4, 2, 8, 32
 
-    found, why = attention_kernels.flash_kernels(torch.device("cuda"), torch.bfloat16, Config)
+    found, why = kernels_module.flash_kernels(torch.device("cuda"), torch.bfloat16, Config)
     assert (found is None) == bool(reason)
     assert reason in why

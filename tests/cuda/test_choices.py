@@ -5,19 +5,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treeflash.decoding import choices as core
-from treeflash.decoding.choices import Choice, LogitEdits
-from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding import sampling as core
+from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys
 from treeflash.errors import NumericalError
 from treeflash.testing import require
-from treeflash.testing.samplings import SAMPLINGS
+from treeflash.testing.pairs import SAMPLINGS
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import choices, gpu_sampler, sampler  # noqa: E402
+import torch
+from treeflash_cuda import sampling as sampling_module
+from treeflash_cuda.sampling import Logits
 
 REPEATED = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def sample(logits, counts, all_params):
+    return sampling_module.sample(Logits.split(logits, counts), all_params)
 
 
 def random_choice(rng, rows, vocab):
@@ -37,13 +41,13 @@ def random_choice(rng, rows, vocab):
         log_probs = int(rng.integers(vocab + 2))
     seed = int(rng.integers(2**32))
     keys = None if sampling.greedy else position_keys(seed, np.arange(rows, dtype=np.int32))
-    return Choice(sampling, keys, edits, allowed, log_probs)
+    return SamplingParams(sampling, keys, edits, allowed, log_probs)
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
     if device == "gpu":  # its sampler, on the CPU
-        monkeypatch.setattr(sampler, "cpu_sampler", gpu_sampler)
+        monkeypatch.setattr(sampling_module, "sample_on_cpu", sampling_module.sample_on_gpu)
 
     @REPEATED
     @given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from([5, 32, 65, 320]))
@@ -53,33 +57,35 @@ def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
         wanted = [random_choice(rng, n, vocab) if n else None for n in counts]
         logits = rng.normal(size=(sum(counts), vocab)).astype(np.float32) * 2
         ours = torch.from_numpy(logits.copy())
-        found = choices.choose(ours, counts, wanted)
+        found = sample(ours, counts, wanted)
         np.testing.assert_array_equal(ours, logits)  # they are not edited in place
         parts = np.split(logits, np.cumsum(counts)[:-1])
-        for chosen, choice, part in zip(found, wanted, parts, strict=True):
-            assert (chosen is None) == (choice is None)
-            if choice is not None:
-                check_one(chosen, core.choose(part, choice))
+        for sampled, params, part in zip(found, wanted, parts, strict=True):
+            assert (sampled is None) == (params is None)
+            if params is not None:
+                check_one(sampled, core.sample(part, params))
 
     check()
 
 
-def check_one(chosen, expected):
-    np.testing.assert_array_equal(chosen.tokens, expected.tokens, strict=True)
-    assert (chosen.log_probs is None) == (expected.log_probs is None)
+def check_one(sampled, expected):
+    np.testing.assert_array_equal(sampled.tokens, expected.tokens, strict=True)
+    assert (sampled.log_probs is None) == (expected.log_probs is None)
     if expected.log_probs is None:
         return
-    mine, theirs = chosen.log_probs, expected.log_probs
+    mine, theirs = sampled.log_probs, expected.log_probs
     np.testing.assert_array_equal(mine.tokens, theirs.tokens, strict=True)
-    np.testing.assert_allclose(mine.chosen, theirs.chosen, atol=1e-5, strict=True)
+    np.testing.assert_allclose(mine.sampled, theirs.sampled, atol=1e-5, strict=True)
     np.testing.assert_allclose(mine.values, theirs.values, atol=1e-5, strict=True)
 
 
 def test_equal_choices_need_no_copy_of_the_logits(monkeypatch):
     seen = []
-    monkeypatch.setattr(choices, "sample", lambda rows, *_: seen.append(rows) or np.zeros(5))
+    monkeypatch.setattr(
+        sampling_module, "sample_tokens", lambda rows, *_: seen.append(rows) or np.zeros(5)
+    )
     logits = torch.zeros(5, 40)
-    choices.choose(logits, [2, 0, 3], [Choice(), None, Choice()])
+    sample(logits, [2, 0, 3], [SamplingParams(), None, SamplingParams()])
     assert seen[0].data_ptr() == logits.data_ptr()
 
 
@@ -87,18 +93,18 @@ def test_edits_of_half_precision_are_made_in_single_precision():
     logits = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
     bias = np.array([1e-4], np.float32)  # in bfloat16 the sum would be a tie
     edits = LogitEdits(np.array([0]), np.array([1]), np.ones(1, np.float32), bias)
-    (chosen,) = choices.choose(logits, [1], [Choice(edits=edits)])
-    assert chosen.tokens.tolist() == [1]
+    (sampled,) = sample(logits, [1], [SamplingParams(edits=edits)])
+    assert sampled.tokens.tolist() == [1]
 
 
 def test_a_text_whose_logits_are_not_finite_raises():
     logits = torch.zeros(2, 40)
     logits[1, 3] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
-        choices.choose(logits, [1, 1], [Choice(), Choice()])
+        sample(logits, [1, 1], [SamplingParams(), SamplingParams()])
 
 
 def test_a_mask_that_allows_nothing_raises():
-    nothing = Choice(allowed=np.zeros((1, 2), np.uint32))
+    nothing = SamplingParams(allowed=np.zeros((1, 2), np.uint32))
     with pytest.raises(NumericalError, match="not finite"):
-        choices.choose(torch.zeros(2, 40), [1, 1], [Choice(), nothing])
+        sample(torch.zeros(2, 40), [1, 1], [SamplingParams(), nothing])

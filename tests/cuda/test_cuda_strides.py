@@ -8,10 +8,10 @@ from treeflash.testing import DIALECTS, BackendSuite, require
 
 require("torch")
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from fake_cuda import use_cuda_strides  # noqa: E402
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
+import torch
+import torch.nn.functional as F
+from fake_cuda import use_cuda_strides
+from treeflash_cuda.backend import load as load_cuda
 
 
 class TestConformance(BackendSuite):

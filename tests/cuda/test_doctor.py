@@ -5,24 +5,25 @@ import json
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request
 from treeflash.diagnosis.checks import diagnose
 from treeflash.doctor import PROMPTS, main
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, write_target
-from treeflash.testing.tokenizer import save_tokenizer
-from treeflash.text.chat import Prompting
+from treeflash.testing.models import edit_config, save_tokenizer, write_target
+from treeflash.text.prompt import Prompting
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Request, Response
+from treeflash.training.distillation import respond
+from treeflash.training.responses import Response
 
 require("torch")
 require("accelerate")
 
-from treeflash_cuda.backend import CudaBackend, load_drafter, load_target  # noqa: E402
-from treeflash_cuda.backend import load as load_cuda  # noqa: E402
-from treeflash_cuda.training.entry import responder, train  # noqa: E402
+from treeflash_cuda.backend import CudaBackend, load_drafter, load_target
+from treeflash_cuda.backend import load as load_cuda
+from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 WORDS = ("why", "is", "the", "sea", "so", "blue", "how", "many", "birds", "fly", "in", "winter")
@@ -63,13 +64,12 @@ def tokenizer(target):
 @pytest.fixture(scope="module")
 def trained(target, tokenizer, tmp_path_factory):
     """A drafter that was trained, for some seconds, on answers through the chat template."""
+    config = DecodeConfig(method="ar", max_tokens=48)
     requests = [
-        Request(
-            prompt_ids=tuple(tokenizer.chat(question)), sampling=SamplingConfig(), max_tokens=48
-        )
+        Request(prompt_ids=tuple(tokenizer.chat(question)), config=config)
         for question in questions(128, seed=0)
     ]
-    answers = dict(responder(target, CPU).respond(requests, frozenset(), 16))
+    answers = dict(respond(load_cuda(target, None, CPU), requests, 16))
     responses = [
         Response(prompt_ids=request.prompt_ids, response_ids=tuple(answers[n]))
         for n, request in enumerate(requests)
@@ -144,8 +144,8 @@ class Wrapped:
     def draft(self, roots, depths=None):
         return self.drafter.draft(roots, depths)
 
-    def marginals(self, blocks, k, temperature, noise=None):
-        return self.drafter.marginals(blocks, k, temperature, noise)
+    def marginals(self, blocks, options):
+        return self.drafter.marginals(blocks, options)
 
     def log_probs(self, block):
         return self.change(self.drafter.log_probs(block))

@@ -7,16 +7,16 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import verifier as verifier_module  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import torch
+from treeflash_cuda import verifier as verifier_module
+from treeflash_cuda.backend import load
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 PROMPT = [3, 4, 5, 6, 7, 8, 9]
@@ -37,9 +37,9 @@ def folders(tmp_path):
 
 def log_probs(backend):
     """What the drafter predicts after a prompt; and its context's keys and values."""
-    text = TextSession(backend, drafts=True)
+    text = SequenceSession(backend, drafts=True)
     block = text.draft(text.extend(PROMPT))
-    return backend.drafter.log_probs(block), text.state.drafter_keys_values()
+    return backend.drafter.log_probs(block), text.state.read_drafter_kv_cache()
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_long_prompts_are_projected_chunk_by_chunk(folders, monkeypatch):
     """Outputs of several layers are larger than what is made of them."""
     backend = load(*folders, CPU)
     prompt = np.random.default_rng(3).integers(0, 24, 50).tolist()
-    whole = TextSession(backend, drafts=True)
+    whole = SequenceSession(backend, drafts=True)
     whole.extend(prompt)
     monkeypatch.setattr(verifier_module, "FIRST_CHUNK", 16)
     monkeypatch.setattr(verifier_module, "NEXT_CHUNK", 8)
     rows = []
     backend.drafter_model.fc.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    text = TextSession(backend, drafts=True)
+    text = SequenceSession(backend, drafts=True)
     text.extend(prompt)
     assert rows == [16, 8, 8, 8, 8, 2]
     features = torch.cat(text.state.context)
@@ -87,7 +87,7 @@ def test_long_prompts_are_projected_chunk_by_chunk(folders, monkeypatch):
 
 def test_waiting_features_are_projected(folders):
     backend = load(*folders, CPU)
-    text = TextSession(backend, drafts=True)
+    text = SequenceSession(backend, drafts=True)
     text.extend(PROMPT)
     assert [features.shape for features in text.state.context] == [(len(PROMPT), 32)]
 
@@ -110,7 +110,7 @@ def test_a_window_of_the_context_matches_reference(
     )
     found = []
     for backend in (ours, load_reference(*folders, config)):
-        texts = [TextSession(backend, drafts=True) for _ in range(3)]
+        texts = [SequenceSession(backend, drafts=True) for _ in range(3)]
         roots = []
         for n, text in enumerate(texts):  # the last one is shorter than what is always seen
             text.draft(text.extend(PROMPT[: 7 - 3 * n]))
@@ -119,7 +119,7 @@ def test_a_window_of_the_context_matches_reference(
         found.append(np.stack([backend.drafter.log_probs(block) for block in blocks]))
     np.testing.assert_allclose(*found, atol=1e-4)
     wide = load_reference(*folders, CPU)
-    text = TextSession(wide, drafts=True)
+    text = SequenceSession(wide, drafts=True)
     text.extend(PROMPT)
     block = text.draft(text.extend(PROMPT))
     differs = np.abs(wide.drafter.log_probs(block) - found[1][0]).max() > 1e-3

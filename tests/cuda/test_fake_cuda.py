@@ -1,5 +1,6 @@
 """The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -7,22 +8,22 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.choices import Choice, LogitEdits
-from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
+from treeflash.decoding.sampling import LogitEdits, SamplingParams
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import require
-from treeflash.testing.dialects import write_dialect
-from treeflash.testing.models import save, write_drafter, write_target
-from treeflash.testing.transitions import noise_of_depths
+from treeflash.testing.models import save, write_dialect, write_drafter, write_target
+from treeflash.testing.trees import noise_of_depths
 
 require("torch")
 
-import torch  # noqa: E402
-from fake_cuda import DEVICE, SECOND  # noqa: E402
-from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import torch
+from fake_cuda import DEVICE, SECOND
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from treeflash_cuda.backend import load
+from treeflash_cuda.graphs import MAX_GRAPHS, Graphs
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda")
 
@@ -35,6 +36,7 @@ SAMPLINGS = (
     SamplingConfig(temperature=0.8, top_p=0.9),
 )
 PROMPT = [3, 4, 5, 6, 7]
+OPTIONS = TableOptions(m=4, k=8, temperature=0.7, shortlist=16, rows=7)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
     assert backend.device == "cuda:0"
     assert (backend.target.kernels is None) == (dtype == "float32")
-    text = TextSession(backend, drafts=True)
+    text = SequenceSession(backend, drafts=True)
     root = text.extend(PROMPT)
     check_context(text, len(PROMPT))
     for path in ([0, 1, 3], [0, 2], [0]):  # a gather, and rows that are in place
@@ -76,8 +78,8 @@ def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
         check_context(text, len(path))
     text.draft(root)
     text.draft(root)
-    assert text.state.keys_values().shape[3] == text.length == len(PROMPT) + 6
-    assert text.state.drafter_keys_values().shape[3] == text.length
+    assert text.state.read_kv_cache().shape[3] == text.length == len(PROMPT) + 6
+    assert text.state.read_drafter_kv_cache().shape[3] == text.length
     text.close()
 
 
@@ -89,23 +91,28 @@ def test_several_texts_in_one_forward_pass(cuda, folders, family, dtype, graphs,
     config = LoadConfig(dtype=dtype, cuda_graphs=graphs, kv_bits=bits)
     backend = load(*folders[family], config)
     states = [backend.open(200, drafts=True) for _ in range(3)]
-    extensions = [Extension(x, PROMPT[: n + 2], Choice()) for n, x in enumerate(states)]
-    assert [chosen.tokens.shape for chosen in backend.verifier.run(extensions)] == [(1,)] * 3
+    extensions = [Prefill(x, PROMPT[: n + 2], SamplingParams()) for n, x in enumerate(states)]
+    assert [sampled.tokens.shape for sampled in backend.verifier.run(extensions)] == [(1,)] * 3
     assert [state.length for state in states] == [2, 3, 4]
     blocks = backend.drafter.draft([(state, 1) for state in states])
     assert {(block.hidden.device, block.hidden.dtype) for block in blocks} == {
         (DEVICE, backend.target.dtype)
     }
-    assert len(backend.drafter.marginals(blocks, 8, 0.7)) == 3
-    assert len(backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)) == 3
+    assert len(backend.drafter.marginals(blocks, OPTIONS)) == 3
+    assert len(backend.head.transitions(blocks, OPTIONS)) == 3
     joined = backend.open(200, drafts=True)
     work = [
-        Verification(states[0], tree(), Choice()),
-        Extension(joined, PROMPT, None),
-        *(Verification(state, tree(), Choice()) for state in states[1:]),
+        Verify(states[0], tree(), SamplingParams()),
+        Prefill(joined, PROMPT, None),
+        *(Verify(state, tree(), SamplingParams()) for state in states[1:]),
     ]
     found = backend.verifier.run(work)
-    assert [None if chosen is None else len(chosen.tokens) for chosen in found] == [6, None, 6, 6]
+    assert [None if sampled is None else len(sampled.tokens) for sampled in found] == [
+        6,
+        None,
+        6,
+        6,
+    ]
     paths = [[0, 1, 3], [0], [0, 2]]
     backend.verifier.commit(
         [(state, np.array(x, np.int32)) for state, x in zip(states, paths, strict=True)]
@@ -131,28 +138,28 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
     assert target.spans == [(DEVICE, 2), (SECOND, 2)]
     assert backend.device == "cuda:0"
     states = started(backend, 3)
-    parts = states[0].key_values.region.parts
+    parts = states[0].kv_cache.region.parts
     assert [(x.device, len(x)) for x in parts] == [(DEVICE, 2), (SECOND, 2)]
-    assert states[0].keys_values().shape[:2] == (4, 2)
+    assert states[0].read_kv_cache().shape[:2] == (4, 2)
     for texts in (states, states[:1]):
         blocks = backend.drafter.draft([(state, 1) for state in texts])
-        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
-        backend.drafter.marginals(blocks, 8, 0.7)
+        backend.head.transitions(blocks, OPTIONS)
+        backend.drafter.marginals(blocks, OPTIONS)
         for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
-            work = [Verification(state, tree(), choice(sampling)) for state in texts]
+            work = [Verify(state, tree(), params(sampling)) for state in texts]
             assert [len(x.tokens) for x in backend.verifier.run(work)] == [6] * len(texts)
         backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in texts])
         assert {x.device for state in texts for x in state.context} == {DEVICE}
         single = DraftTree.root_only(3)
         assert len(backend.verifier.logits([(state, single) for state in texts])) == len(texts)
-        assert states[0].fork(3, 50).keys_values().shape[3] == 3
-    text = TextSession(backend, drafts=True, capacity=3001)
+        assert states[0].fork(3, 50).read_kv_cache().shape[3] == 3
+    text = SequenceSession(backend, drafts=True, capacity=3001)
     text.extend([3] * 3000)
     check_context(text, 3000)
 
 
 def test_a_long_prompt_is_prefilled_in_chunks(backend):
-    text = TextSession(backend, drafts=True, capacity=4001)
+    text = SequenceSession(backend, drafts=True, capacity=4001)
     text.extend([3] * 4000)
     check_context(text, 4000)
 
@@ -161,14 +168,14 @@ def test_a_long_prompt_is_prefilled_in_chunks(backend):
 @pytest.mark.parametrize("rows", [None, 7])
 @pytest.mark.parametrize("scale", [None, 0.8])
 def test_tables(backend, shortlist, rows, scale):
-    states = [TextSession(backend, drafts=True).state for _ in range(2)]
-    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    states = [SequenceSession(backend, drafts=True).state for _ in range(2)]
+    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
     blocks = backend.drafter.draft([(state, 3) for state in states])
     noise = None if scale is None else noise_of_depths(backend, scale, 2)
-    options = {"noise": noise, "shortlist": shortlist, "rows": rows}
-    for table in backend.head.transitions(blocks, 4, 8, 0.7, **options):
+    options = replace(OPTIONS, noise=noise, shortlist=shortlist, rows=rows)
+    for table in backend.head.transitions(blocks, options):
         assert table.tokens.shape == (5, 4, 8)
-    for table in backend.drafter.marginals(blocks, 8, 0.7, noise):
+    for table in backend.drafter.marginals(blocks, options):
         assert table.tokens.shape == (5, 1, 8)
     assert backend.drafter.log_probs(blocks[1]).shape == (5, 40)
     assert backend.head.log_probs(blocks[1], np.ones(5, np.int32)).shape == (5, 40)
@@ -185,14 +192,14 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
             tensors.pop(name, None)
         save(tmp_path, read_config(tmp_path), tensors)
     backend = load(target, tmp_path, LoadConfig(dtype=dtype))
-    states = [TextSession(backend, drafts=True).state for _ in range(2)]
-    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    states = [SequenceSession(backend, drafts=True).state for _ in range(2)]
+    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
     blocks = backend.drafter.draft([(state, 3) for state in states])
     depths = backend.drafter_config.depths
     for shortlist, noise in product((None, 16), (None, noise_of_depths(backend, 0.8, 2))):
-        options = {"noise": noise, "shortlist": shortlist, "rows": 7}
+        options = replace(OPTIONS, k=4, noise=noise, shortlist=shortlist)
         with cuda.transfers() as count:
-            tables = backend.head.transitions(blocks, 4, 4, 0.7, **options)
+            tables = backend.head.transitions(blocks, options)
         assert [table.tokens.shape for table in tables] == [(depths, 4, 4)] * 2
         # A recurrent head goes text by text.
         assert count.uploads == (0 if noise is None else 1)
@@ -202,25 +209,25 @@ def test_tables_of_other_heads(cuda, folders, tmp_path, dialect, dtype):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices(backend, sampling):
-    text = TextSession(backend)
+    text = SequenceSession(backend)
     text.extend(PROMPT, sampling)
-    chosen = text.verify(tree(), sampling)
-    assert chosen.dtype == np.int32
+    sampled = text.verify(tree(), sampling)
+    assert sampled.dtype == np.int32
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: repr(s)[15:-1])
 def test_choices_with_edits_masks_and_log_probs(backend, sampling):
     states = started(backend, 4)
-    everything = choice(sampling, edits=edits(), allowed=allowed(), log_probs=3)
-    choices = [everything, choice(sampling, log_probs=0), choice(sampling), everything]
-    work = [Verification(state, tree(), x) for state, x in zip(states, choices, strict=True)]
-    for chosen, x in zip(backend.verifier.run(work), choices, strict=True):
-        assert chosen.tokens.dtype == np.int32
-        assert (chosen.log_probs is None) == (x.log_probs is None)
+    everything = params(sampling, edits=edits(), allowed=allowed(), log_probs=3)
+    all_params = [everything, params(sampling, log_probs=0), params(sampling), everything]
+    work = [Verify(state, tree(), x) for state, x in zip(states, all_params, strict=True)]
+    for sampled, x in zip(backend.verifier.run(work), all_params, strict=True):
+        assert sampled.tokens.dtype == np.int32
+        assert (sampled.log_probs is None) == (x.log_probs is None)
         if x.log_probs is not None:
-            assert chosen.log_probs.chosen.shape == (6,)
-            assert chosen.log_probs.tokens.shape == (6, x.log_probs)
-            assert chosen.log_probs.values.dtype == np.float32
+            assert sampled.log_probs.sampled.shape == (6,)
+            assert sampled.log_probs.tokens.shape == (6, x.log_probs)
+            assert sampled.log_probs.values.dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,18 +238,41 @@ def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
     states = started(backend, 3)
     backend.drafter.draft([(state, 1) for state in states])
     for _ in range(2):  # captured, then replayed
-        work = [Verification(state, tree(), choice(sampling)) for state in states]
+        work = [Verify(state, tree(), params(sampling)) for state in states]
         backend.verifier.run(work)
         backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
         blocks = backend.drafter.draft([(state, 1) for state in states])
-        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
-        backend.drafter.marginals(blocks, 8, 0.7)
-    slabs = backend.target.arena.slabs, backend.drafter_arena.slabs
-    names = [name for (slab,) in slabs for name, *_ in slab.graphs]
-    names += [name for name, *_ in backend.target.graphs.store]
-    choosing = "argmax" if sampling.greedy else "sampling"
-    others = {"the AR head", "marginals", choosing}
-    assert set(names) == others | ({"the target", "the drafter"} if dtype == "bfloat16" else set())
+        backend.head.transitions(blocks, OPTIONS)
+        backend.drafter.marginals(blocks, OPTIONS)
+    names = [name for name, *_ in backend.target.graphs.store]
+    others = {"the AR head", "marginals", "the target", "the drafter"}
+    assert set(names) == (others if sampling.greedy else others | {"sampling"})
+
+
+def test_a_graph_that_was_used_lately_is_kept(cuda):
+    graphs, double = Graphs(DEVICE), lambda x: (2 * x,)
+    graphs.enabled = True
+    for n in range(MAX_GRAPHS + 10):
+        graphs.run("double", None, double, torch.ones(1 + n % MAX_GRAPHS, device=DEVICE))
+        graphs.run("double", None, double, torch.ones(1, device=DEVICE))
+        graphs.run("double", n, double, torch.ones(1, device=DEVICE))
+    assert ("double", None, ((torch.Size([1]), torch.float32),)) in graphs.store
+    assert len(graphs.store) == MAX_GRAPHS
+
+
+def test_one_failed_capture_disables_no_function(cuda):
+    graphs, runs = Graphs(DEVICE), []
+    graphs.enabled = True
+
+    def fail_once(x):
+        runs.append(x)
+        if len(runs) == 1:
+            raise RuntimeError("the first call fails")
+        return (x,)
+
+    graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
+    graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
+    assert graphs.captures == 1
 
 
 def test_an_iteration_waits_for_the_device_twice(cuda, backend):
@@ -263,27 +293,27 @@ def test_transfers_of_an_iteration(cuda, backend, texts):
         blocks = backend.drafter.draft([(state, 1) for state in states])
     assert (draft.uploads, draft.reads) == (1, 0)  # the roots
     with cuda.transfers() as tables:
-        backend.head.transitions(blocks, 4, 8, 0.7, shortlist=16, rows=7)
-    assert (tables.uploads, tables.reads) == (0, 1)
+        backend.head.transitions(blocks, OPTIONS)
+    assert (tables.uploads, tables.reads) == (1, 1)  # the sizes of the tables; the tables
     with cuda.transfers() as tables:
-        backend.drafter.marginals(blocks, 8, 0.7)
+        backend.drafter.marginals(blocks, OPTIONS)
     assert (tables.uploads, tables.reads) == (0, 1)
     with cuda.transfers() as verify:
-        backend.verifier.run([Verification(state, tree(), Choice()) for state in states])
+        backend.verifier.run([Verify(state, tree(), SamplingParams()) for state in states])
     assert (verify.uploads, verify.reads) == (1, 1)  # the trees; the tokens
     with cuda.transfers() as commit:
         backend.verifier.commit([(state, np.array([0, 2], np.int32)) for state in states])
     assert (commit.uploads, commit.reads) == (1, 0)  # which rows to keep
     with cuda.transfers() as extend:
-        backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+        backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
     assert (extend.uploads, extend.reads) == (2, 0)  # the tokens; the rows for the drafter
 
 
 def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
     states = started(backend, 3)
-    plain = [Verification(state, tree(), choice(SAMPLINGS[1])) for state in states]
-    everything = choice(SAMPLINGS[1], edits=edits(), allowed=allowed(), log_probs=3)
-    edited = [Verification(state, tree(), everything) for state in states]
+    plain = [Verify(state, tree(), params(SAMPLINGS[1])) for state in states]
+    everything = params(SAMPLINGS[1], edits=edits(), allowed=allowed(), log_probs=3)
+    edited = [Verify(state, tree(), everything) for state in states]
     with cuda.transfers() as without:
         backend.verifier.run(plain)
     with cuda.transfers() as all_kinds:
@@ -300,13 +330,13 @@ def check_context(text, positions):
 
 def started(backend, count):
     states = [backend.open(200, drafts=True) for _ in range(count)]
-    backend.verifier.run([Extension(state, PROMPT, None) for state in states])
+    backend.verifier.run([Prefill(state, PROMPT, None) for state in states])
     return states
 
 
-def choice(sampling, **features):
+def params(sampling, **features):
     keys = None if sampling.greedy else np.ones((6, 2), np.uint32)
-    return Choice(sampling, keys, **features)
+    return SamplingParams(sampling, keys, **features)
 
 
 def edits():

@@ -6,8 +6,8 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from fake_cuda import DEVICE  # noqa: E402
+import torch
+from fake_cuda import DEVICE
 
 
 def test_mixing_devices_raises(cuda):

@@ -7,7 +7,7 @@ from treeflash.testing import require
 
 require("torch")
 
-from transformers import CONFIG_MAPPING  # noqa: E402
+from transformers import CONFIG_MAPPING
 
 
 @pytest.fixture(scope="module")

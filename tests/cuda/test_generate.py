@@ -12,9 +12,9 @@ from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM
+from treeflash_cuda.backend import load
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 BUDGETS = (1, 2, 16, 64, 256)

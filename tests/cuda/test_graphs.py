@@ -6,21 +6,22 @@ from parts import load_with_parts
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
-from treeflash.decoding.choices import Choice
-from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens, random_tree
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.texts import random_tokens, random_tree
 
 require("torch")
 
-import torch  # noqa: E402
-from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
-from treeflash_cuda import arena as arena_module  # noqa: E402
-from treeflash_cuda import static_drafts, static_trees  # noqa: E402
-from treeflash_cuda.graphs import Graphs  # noqa: E402
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from treeflash_cuda import attention, verifier
+from treeflash_cuda import cache as arena_module
+from treeflash_cuda import drafter as drafter_module
+from treeflash_cuda.graphs import MIN_LENGTH, Graphs
 
 VOCAB = 40
 
@@ -56,18 +57,19 @@ def chain(*tokens):
 def started(backend, prompts, **settings):
     states = [backend.open(100, drafts=True) for _ in prompts]
     backend.verifier.run(
-        [Extension(state, x, None) for state, x in zip(states, prompts, strict=True)]
+        [Prefill(state, x, None) for state, x in zip(states, prompts, strict=True)]
     )
     return states
 
 
 def settings_of(monkeypatch):
-    """The texts and nodes of every static forward pass from now on."""
+    """The names and settings of every function that is captured from now on."""
     found, run = [], Graphs.run
 
-    def watch(graphs, name, settings, *rest, **kept):
-        found.append((name, settings))
-        return run(graphs, name, settings, *rest, **kept)
+    def watch(graphs, name, settings, *rest, capture=True):
+        if capture:
+            found.append((name, settings[1:] if isinstance(settings, tuple) else settings))
+        return run(graphs, name, settings, *rest, capture=capture)
 
     monkeypatch.setattr(Graphs, "run", watch)
     return found
@@ -86,13 +88,13 @@ def test_trees_and_drafts_are_those_without_static_shapes(pair, texts):
         for _ in range(2):
             work = list(zip(states, trees, strict=True))
             results += backend.verifier.logits(work)
-            backend.verifier.run([Verification(*x, Choice()) for x in work])
+            backend.verifier.run([Verify(*x, SamplingParams()) for x in work])
             backend.verifier.commit(list(zip(states, paths, strict=True)))
             blocks = backend.drafter.draft([(state, 7) for state in states])
             results += [backend.drafter.log_probs(block) for block in blocks]
             results += [backend.head.log_probs(b, np.full(5, 3, np.int32)) for b in blocks]
-        results += [state.drafter_keys_values() for state in states]
-        results += [state.keys_values() for state in states]
+        results += [state.read_drafter_kv_cache() for state in states]
+        results += [state.read_kv_cache() for state in states]
         found.append(results)
     for static, plain in zip(*found, strict=True):
         np.testing.assert_allclose(static, plain, atol=1e-4)
@@ -104,27 +106,36 @@ def test_shapes_are_powers_of_two(backend, monkeypatch):
     for count, nodes in ((1, 1), (1, 3), (1, 9), (3, 5)):
         trees = [(state, chain(*range(nodes))) for state in states[:count]]
         backend.verifier.logits(trees)
-    assert found == [("the target", x) for x in ((1, 1), (1, 4), (1, 16), (4, 8))]
+    sizes = (1, 1), (1, 4), (1, 16), (4, 8)
+    assert found == [("the target", ((*x, MIN_LENGTH),)) for x in sizes]
 
 
-def test_a_prompt_beside_trees_runs_without_static_shapes(backend, monkeypatch):
-    first, second = started(backend, [[3, 4], [5]])
+def test_trees_beside_a_prompt_are_captured(backend, monkeypatch):
+    first, second, third = started(backend, [[3, 4], [5], [6, 7, 8]])
     found = settings_of(monkeypatch)
-    work = [Verification(first, chain(6, 7), Choice()), Extension(second, [8, 9], Choice())]
-    backend.verifier.run(work)
-    assert not found
+    work = [
+        Verify(first, chain(6, 7), SamplingParams()),
+        Prefill(second, [8, 9], SamplingParams()),
+        Verify(third, chain(5), SamplingParams()),
+    ]
+    together = backend.verifier.run(work)
+    assert ("the target", ((2, 2, MIN_LENGTH),)) in found
+    second.truncate(1)
+    alone = [sampled for item in work for sampled in backend.verifier.run([item])]
+    for mine, other in zip(together, alone, strict=True):
+        assert mine.tokens.tolist() == other.tokens.tolist()
 
 
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
-        (static_trees, "MAX_ROWS", 4),
-        (static_drafts, "MAX_CONTEXT", 0),
+        (verifier, "MAX_ROWS", 4),
+        (drafter_module, "MAX_CONTEXT", 0),
         (arena_module, "SLAB_BYTES", 1),
-        (static_trees, "is_window", lambda *_: False),
+        (attention, "is_window", lambda *_: False),
     ],
 )
-@pytest.mark.filterwarnings("ignore:the target runs without CUDA graphs")
+@pytest.mark.filterwarnings("ignore:draft trees run without CUDA graphs")
 def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, module, name, value):
     monkeypatch.setattr(module, name, value)
     backend = load_with_parts(monkeypatch, *folders[1])
@@ -135,13 +146,11 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
         np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)
 
 
-def test_drafts_after_one_another_run_without_static_shapes(backend, monkeypatch):
-    (state,) = started(backend, [[3, 4, 5]])
-    backend.drafter.draft([(state, 6)])
-    found = settings_of(monkeypatch)
-    (again,) = backend.drafter.draft([(state, 6)])
-    assert not found
-    assert again.hidden.isfinite().all()
+def test_drafts_after_one_another_are_equal(backend):
+    states = started(backend, [[3, 4, 5], [6]])
+    (first,) = backend.drafter.draft([(states[0], 6)])
+    again, _ = backend.drafter.draft([(state, 6) for state in states])
+    torch.testing.assert_close(again.hidden, first.hidden)
 
 
 def tensors_of(outputs):
@@ -160,20 +169,21 @@ def test_a_replay_is_a_function_of_its_inputs_alone(pair, monkeypatch, name):
     static, plain = pair
     graphs, run = {}, Graphs.run
 
-    def replay(self, given, settings, function, *inputs, store=None):
-        if given != name:
-            return run(self, given, settings, function, *inputs, store=store)
+    def replay(self, given, settings, function, *inputs, capture=True):
+        if given != name or not capture:
+            return run(self, given, settings, function, *inputs, capture=capture)
         key = settings, *(x.shape for x in inputs)
         if key not in graphs:
             graphs[key] = recorded(lambda *x: tensors_of(function(*x)), inputs)
-            graphs[key].constants = [y for y in function(*inputs) if not torch.is_tensor(y)]
+            outputs = function(*inputs)
+            graphs[key].outline = [None if torch.is_tensor(x) else x for x in outputs]
             graphs[key].uses = 0
         graphs[key].uses += 1
-        tensors = graphs[key](*inputs)
-        return (tensors[0], *graphs[key].constants, *tensors[1:])
+        tensors = iter(graphs[key](*inputs))
+        return tuple(x if x is not None else next(tensors) for x in graphs[key].outline)
 
     monkeypatch.setattr(Graphs, "run", replay)
-    monkeypatch.setattr(static_trees, "is_window", lambda *_: True)  # it reads its own tensors
+    monkeypatch.setattr(attention, "is_window", lambda *_: True)  # it reads its own tensors
     found = []
     for backend in (static, plain):
         states = started(backend, [[3, 4, 5] * 3, [6]])
@@ -181,7 +191,7 @@ def test_a_replay_is_a_function_of_its_inputs_alone(pair, monkeypatch, name):
             tree = chain(6, 7, 8)
             backend.drafter.draft([(state, 1)])
             found.append(backend.verifier.logits([(state, tree)])[0])
-            backend.verifier.run([Verification(state, tree, Choice())])
+            backend.verifier.run([Verify(state, tree, SamplingParams())])
             backend.verifier.commit([(state, np.array([0, 1], np.int32))])
             (block,) = backend.drafter.draft([(state, 1)])
             found.append(block.hidden.numpy())
@@ -194,7 +204,7 @@ def test_a_replay_is_a_function_of_its_inputs_alone(pair, monkeypatch, name):
 def test_what_earlier_texts_left_is_not_seen(backend):
     (state,), tree = started(backend, [[3, 4, 5]]), chain(6, 7, 8)
     (expected,) = backend.verifier.logits([(state, tree)])
-    region = state.key_values.region
+    region = state.kv_cache.region
     with torch.inference_mode():
         region.slab.storage[:, :, :, state.length :] = torch.nan
     np.testing.assert_array_equal(backend.verifier.logits([(state, tree)])[0], expected)
@@ -221,7 +231,7 @@ def test_the_size_of_a_state_is_known_before_the_first_text(folders, monkeypatch
     target, drafter = folders[0]
     backend = load_with_parts(monkeypatch, target, drafter if drafts else None)
     expected = backend.state_nbytes(700, drafts=drafts)
-    with TextSession(backend, drafts=drafts, capacity=700) as text:
+    with SequenceSession(backend, drafts=drafts, capacity=700) as text:
         root = text.extend([3, 4, 5])
         if drafts:
             text.draft(root)

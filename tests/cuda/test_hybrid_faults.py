@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
@@ -14,18 +14,17 @@ from treeflash.testing.pairs import DRAFTER_SEED, TARGET_SEED
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import hybrid_cache, hybrid_hooks, recurrence, recurrent_states  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.hybrid_cache import HybridCache  # noqa: E402
-from treeflash_cuda.recurrence import Writes  # noqa: E402
-from treeflash_cuda.target import Target  # noqa: E402
+import torch
+from treeflash_cuda import hybrid
+from treeflash_cuda.backend import load
+from treeflash_cuda.hybrid import HybridCache, Writes
+from treeflash_cuda.target import Target
 
 DELTA, MAMBA = HYBRID_FAMILIES
 commit = Writes.commit
 new_cache = Target.new_cache
-decays = recurrence._decays
-delta_rule, linear_rule = recurrence.delta_rule, recurrence.linear_rule
+decays = hybrid._decays
+delta_rule, linear_rule = hybrid.delta_rule, hybrid.linear_rule
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +40,16 @@ def pairs(tmp_path_factory):
 
 def windows_by_column(patch):
     def windows(parents, kernel):
-        return recurrence.np.arange(len(parents))[:, None] + recurrence.np.arange(kernel)
+        return hybrid.np.arange(len(parents))[:, None] + hybrid.np.arange(kernel)
 
-    patch.setattr(hybrid_cache, "convolution_windows", windows)
+    patch.setattr(hybrid, "convolution_windows", windows)
 
 
 def causal_mask(patch):
     def causal(ancestors):
         return torch.ones_like(ancestors).tril()
 
-    patch.setattr(recurrence, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
+    patch.setattr(hybrid, "_decays", lambda log_g, seen: decays(log_g, causal(seen)))
 
 
 def own_decay_left_out(patch):
@@ -59,21 +58,21 @@ def own_decay_left_out(patch):
         _, total = decays(log_g, ancestors & ~torch.eye(len(ancestors), dtype=torch.bool))
         return pairs, total
 
-    patch.setattr(recurrence, "_decays", without)
+    patch.setattr(hybrid, "_decays", without)
 
 
 def keys_not_normalised(patch):
     def rule(q, k, *args):
         return delta_rule(q, 2 * k, *args)
 
-    patch.setattr(hybrid_hooks, "delta_rule", rule)
+    patch.setattr(hybrid, "delta_rule", rule)
 
 
 def queries_scaled(patch):
     def rule(q, *args):
         return linear_rule(2 * q, *args)
 
-    patch.setattr(hybrid_hooks, "linear_rule", rule)
+    patch.setattr(hybrid, "linear_rule", rule)
 
 
 def no_solve(patch):
@@ -104,9 +103,7 @@ def state_of_the_whole_block(patch):
 
 
 def tail_of_the_last_columns(patch):
-    patch.setattr(
-        recurrent_states, "_tail", lambda inputs, path, width: inputs[:, :, -width:].clone()
-    )
+    patch.setattr(hybrid, "_tail", lambda inputs, path, width: inputs[:, :, -width:].clone())
 
 
 def chains_run_as_text(patch):
@@ -124,7 +121,7 @@ def chains_run_as_text(patch):
 
 def single_step_in_place(patch):
     def shared(self, layer_idx, state_idx=0):
-        states = self.blocks[0].states
+        states = self.parts[0].states
         return states.committed.matrices.get((layer_idx, state_idx)) if self.is_step else None
 
     patch.setattr(HybridCache, "get_recurrent_state", shared)
@@ -154,7 +151,7 @@ def names(value):
 @pytest.mark.parametrize(("fault", "family"), FAULTS, ids=names)
 def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
     fault(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match="a draft tree"):
+    with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], LoadConfig(device="cpu", dtype="float32"))
 
 
@@ -173,11 +170,11 @@ def test_gated_delta_nets_normalise_the_scale_of_queries_away(pairs, monkeypatch
     found = []
     for factor in (1, 5):
         monkeypatch.setattr(
-            hybrid_hooks,
+            hybrid,
             "delta_rule",
             lambda q, *args, factor=factor: delta_rule(factor * q, *args),
         )
-        with TextSession(backend) as text:
+        with SequenceSession(backend) as text:
             text.extend([3, 4])
             found.append(text.logits(tree))
     np.testing.assert_allclose(*found, atol=5e-3 * found[0].std())

@@ -12,15 +12,15 @@ from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require, write_drafter
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import DRAFTER_SEED
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import families  # noqa: E402
-import torch  # noqa: E402
-from fitted_drafters import fit_drafter  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.training.features import FeatureStore  # noqa: E402
+import families
+import torch
+from fitted_drafters import fit_drafter
+from treeflash_cuda.backend import load
+from treeflash_cuda.training.data import FeatureStore
 
 COMMON = ("qwen3_5", "falcon_h1", "lfm2")
 OTHERS = (

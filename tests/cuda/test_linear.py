@@ -6,20 +6,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from treeflash.config import LoadConfig
 from treeflash.testing import require
+from treeflash.testing.models import write_target
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.linear import (  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda import linear as module
+from treeflash_cuda.backend import load
+from treeflash_cuda.linear import (
     IN_TARGET,
+    FusedLinear,
     FusedPart,
-    JoinedLinear,
     PackedLinear,
     PairLinear,
     can_pack,
     fuse_linears,
+    is_subclass,
     pack_linears,
 )
 
@@ -153,12 +158,16 @@ def test_threads_share_fused_layers(attention):
                 close(output, layer(x))
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @torch.inference_mode()
-def test_joined_layers_equal_separate_ones(attention):
+def test_fused_outputs_equal_separate_ones(attention, monkeypatch, packed):
+    """Without packing they are computed as on a GPU."""
+    if not packed:
+        monkeypatch.setattr(module, "can_pack", lambda weight: False)
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     x = torch.randn(3, 24)
-    for joined, linear in zip(JoinedLinear(linears)(x), linears, strict=True):
-        close(joined, linear(x))
+    for fused, linear in zip(FusedLinear(linears)(x), linears, strict=True):
+        close(fused, linear(x))
 
 
 def test_layers_that_something_else_runs_are_not_fused(attention):
@@ -166,3 +175,48 @@ def test_layers_that_something_else_runs_are_not_fused(attention):
     attention.k_proj.forward = lambda x: x
     fuse_linears(attention, IN_TARGET)
     assert not isinstance(attention.q_proj, FusedPart)
+
+
+def test_torchaos_weights_are_left_alone(tmp_path):
+    """They keep the dtype and the class of the layer, and cannot be joined or packed."""
+    torchao = pytest.importorskip("torchao.quantization")
+    transformers = pytest.importorskip("transformers")
+    write_target(tmp_path / "target", "qwen3", seed=1)
+    config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", dtype=torch.bfloat16, quantization_config=config
+    )
+    model.save_pretrained(tmp_path / "quantised")
+    backend = load(tmp_path / "quantised", None, LoadConfig(device="cpu", dtype="bfloat16"))
+    layer = backend.target.layers[0].self_attn.q_proj
+    assert type(layer) is nn.Linear
+    assert is_subclass(layer.weight)
+
+
+class Wrapped(torch.Tensor):
+    """A weight of other tensors, as torchao has them."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __tensor_flatten__(self):
+        return [], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise AssertionError(f"{func} of a weight that is no plain tensor")
+
+
+def test_weights_of_other_tensors_are_neither_fused_nor_packed(attention):
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+        layer.weight = nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
+    fuse_linears(attention, IN_TARGET)
+    pack_linears(attention)
+    assert {type(child) for child in attention.children()} == {nn.Linear}

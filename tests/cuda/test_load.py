@@ -4,10 +4,12 @@ from functools import partialmethod
 
 import numpy as np
 import pytest
+from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
@@ -15,25 +17,25 @@ from treeflash.testing.models import edit_config, write_drafter, write_target
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from torch import nn
+from transformers import (
     AutoModelForCausalLM,
     DogeConfig,
     LlamaConfig,
     MambaConfig,
     MiniMaxConfig,
 )
-from treeflash_cuda import target  # noqa: E402
-from treeflash_cuda.backend import choose_device, load  # noqa: E402
-from treeflash_cuda.loading import load_model, read_model_config  # noqa: E402
+from treeflash_cuda import target
+from treeflash_cuda.backend import choose_device, load
+from treeflash_cuda.target import load_model, read_model_config
 
 CPU = LoadConfig(device="cpu")
 
 
 def test_no_cuda_device_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="no CUDA device is available; pass --device cpu"):
+    with pytest.raises(BackendError, match="no CUDA device is available; use device cpu"):
         choose_device(None)
 
 
@@ -109,9 +111,10 @@ def test_the_output_head_may_be_quantised(tmp_path, monkeypatch):
         monkeypatch.setattr(target, "load_model", loader)
         backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
         assert (backend.target.lm_head_weight is None) == (loader is load_quantised)
-        text = TextSession(backend, drafts=True)
+        text = SequenceSession(backend, drafts=True)
         blocks = [text.draft(text.extend([3, 4, 5]))]
-        (table,) = backend.head.transitions(blocks, 4, 4, 1.0, shortlist=16, rows=7)
+        options = TableOptions(m=4, k=4, shortlist=16, rows=7)
+        (table,) = backend.head.transitions(blocks, options)
         tables.append(table.tokens)
     np.testing.assert_array_equal(*tables)
 
@@ -149,9 +152,13 @@ def test_recurrent_families_that_cannot_branch_are_refused_by_name(kind, tmp_pat
         load(tmp_path, None, CPU)
 
 
-def test_trees_on_recurrent_layers_have_no_static_shapes(tmp_path):
+def test_trees_on_recurrent_layers_have_no_static_shapes(tmp_path, monkeypatch):
     write_target(tmp_path, "qwen3_5", seed=1)
-    assert not load(tmp_path, None, CPU).verifier.static.fits
+    backend = load_with_parts(monkeypatch, tmp_path)
+    sequence = SequenceSession(backend)
+    sequence.extend([1, 2, 3])
+    sequence.verify(DraftTree.chain(np.array([4, 5], np.int32)))
+    assert not backend.target.graphs.keys
 
 
 def test_layers_that_attend_in_chunks_are_refused(tmp_path):
@@ -168,7 +175,7 @@ def test_a_pair_is_probed_at_load(tmp_path, monkeypatch):
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     ancestors = DraftTree.ancestor_mask
     monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: np.tril(ancestors(tree) | True))
-    with pytest.raises(UnsupportedModelError, match="other logits on a draft tree"):
+    with pytest.raises(UnsupportedModelError, match="tree attention changes this model's logits"):
         load(tmp_path / "target", tmp_path / "drafter", CPU)
 
 

@@ -5,14 +5,16 @@ from memory import check_memory
 from parts import load_with_parts
 
 from treeflash.config import LoadConfig
+from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
-from treeflash_cuda import arena as arena_module  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.state import State  # noqa: E402
+from treeflash_cuda import cache as arena_module
+from treeflash_cuda.backend import load
+from treeflash_cuda.cache import KVCache
+from treeflash_cuda.state import State
 
 
 @pytest.fixture
@@ -36,4 +38,25 @@ def test_no_state_stays_open_over_500_texts(monkeypatch, folders, static):
 
     check_memory(monkeypatch, backend, State, held)
     for arena in arenas:
+        assert [slab.is_free for slab in arena.slabs] == [True]
+
+
+def test_a_fork_that_fails_in_the_middle_gives_its_regions_back(monkeypatch, folders):
+    backend = load(*folders, LoadConfig(device="cpu"))
+    session = SequenceSession(backend, drafts=True)
+    session.extend([3, 4, 5])
+    session.draft(6)
+    copied = []
+
+    def copy_from(cache, other, length, plain=KVCache.copy_from):
+        copied.append(cache)
+        if len(copied) == 2:
+            raise MemoryError("out of memory")
+        plain(cache, other, length)
+
+    monkeypatch.setattr(KVCache, "copy_from", copy_from)
+    with pytest.raises(MemoryError):
+        session.state.fork(2, 10)
+    session.close()
+    for arena in (backend.target.arena, backend.drafter_arena):
         assert [slab.is_free for slab in arena.slabs] == [True]

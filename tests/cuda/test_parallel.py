@@ -1,18 +1,30 @@
 """Tensor parallelism: two processes on a CPU give the tokens of one."""
 
+import copy
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
+
+import numpy as np
+import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.errors import NumericalError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
-from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda import parallel, verifier
+from treeflash_cuda.backend import CudaBackend, load
+from treeflash_cuda.cache import KVCache
+from treeflash_cuda.state import State
+from treeflash_cuda.verifier import Verifier
 
 PROMPT = [3, 4, 5, 6]
 CONFIG = {"budget": 8, "max_tokens": 24}
@@ -21,7 +33,8 @@ import json, sys
 from pathlib import Path
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, Scheduler, decode
+from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 
 target, drafter, written = map(Path, sys.argv[1:])
@@ -31,8 +44,57 @@ for method in ("treeflash", "ar"):
     steps = decode(backend, {PROMPT}, DecodeConfig(method=method, **{CONFIG}))
     found.append([int(token) for step in steps for token in step.tokens])
 backend.open(50, drafts=True).fork(0, 50).close()
+sample = verifier.sample
+
+def fail_once(*args):  # on this rank alone, after the forward pass
+    verifier.sample = sample
+    raise MemoryError
+
+verifier.sample = fail_once
+config = DecodeConfig(**{CONFIG})
+requests = [Request(prompt_ids=prompt, config=config) for prompt in ({PROMPT}, {PROMPT}[::-1])]
+texts = [[], []]
+for number, step in Scheduler(backend).decode(requests):
+    texts[number] += step.tokens
+found += texts
 written.write_text(json.dumps(found))
 """
+
+
+FAILING_RANK = """
+import os
+from treeflash_cuda.verifier import Verifier
+
+def fail(self, rows, needs_logits):
+    raise RuntimeError("out of paper\\nin tray 2")
+
+if os.environ["RANK"] == "1":
+    Verifier._forward = fail
+"""
+
+
+def start(script, *arguments):
+    """Run a script with two processes."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, (script, *arguments))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_rank_that_fails_ends_all_ranks(tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=1)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    script = tmp_path / "script.py"
+    script.write_text(FAILING_RANK + SCRIPT)
+    run = start(script, tmp_path / "target", tmp_path / "drafter", tmp_path / "tokens.json")
+    assert run.returncode != 0
+    assert run.stderr.count("error: rank 1 failed: out of paper\n") == 1
+    assert not (tmp_path / "tokens.json").exists()
 
 
 def test_two_processes_give_the_tokens_of_one(tmp_path):
@@ -41,19 +103,152 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
     write_drafter(drafter, target, seed=2)
     script, written = tmp_path / "script.py", tmp_path / "tokens.json"
     script.write_text(SCRIPT)
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    run = subprocess.run(
-        [sys.executable, *launcher, *map(str, (script, target, drafter, written))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = start(script, target, drafter, written)
     assert run.returncode == 0, run.stderr[-3000:]
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     expected = []
     for method in ("treeflash", "ar"):
         steps = decode(backend, PROMPT, DecodeConfig(method=method, **CONFIG))
         expected.append([int(token) for step in steps for token in step.tokens])
+    for prompt in (PROMPT, PROMPT[::-1]):
+        steps = decode(backend, prompt, DecodeConfig(**CONFIG))
+        expected.append([int(token) for step in steps for token in step.tokens])
     assert json.loads(written.read_text()) == expected
+
+
+class Ranks:
+    """Rank 0 in this thread and another rank in a second one, with the whole of a tiny target.
+
+    Rank 0 waits after each message until the other rank has done what the message says.
+    """
+
+    def __init__(self, monkeypatch, folder):
+        write_target(folder, "llama", seed=3)
+        self.target = load(folder, None, LoadConfig(device="cpu", dtype="float32")).target
+        self.target.split = True
+        self.messages, self.replies = queue.Queue(), queue.Queue()
+        self.leading, self.following = [], []  # states, in the order in which they were opened
+        monkeypatch.setattr(parallel, "followers", parallel.Followers())
+        monkeypatch.setattr(parallel, "broadcast", self.broadcast)
+        monkeypatch.setattr(parallel, "State", self.follow_state)
+        monkeypatch.setattr(parallel, "_leave", lambda: None)
+        self.thread = threading.Thread(target=parallel.follow, args=(self.target,), daemon=True)
+        self.thread.start()
+        self.replies.get(timeout=20)  # it waits for its first message
+        self.backend = CudaBackend(self.target, None, None)
+        plain = parallel.LeaderState.__init__
+
+        def init(state, *args):
+            self.leading.append(state)
+            plain(state, *args)
+
+        monkeypatch.setattr(parallel.LeaderState, "__init__", init)
+
+    def broadcast(self, message=None):
+        if message is None:
+            self.replies.put("done")
+            return self.messages.get()
+        self.messages.put(copy.deepcopy(message))
+        return self.replies.get(timeout=20)
+
+    def follow_state(self, *args):
+        self.following.append(State(*args))
+        return self.following[-1]
+
+    def check(self):
+        """Both ranks have the same keys and values in states that are not closed."""
+        assert [x.length for x in self.leading] == [x.length for x in self.following]
+        for mine, theirs in zip(self.leading, self.following, strict=True):
+            if mine.length:
+                assert np.array_equal(mine.read_kv_cache(), theirs.read_kv_cache())
+        regions = [x.kv_cache.region is None for x in self.following]
+        assert regions == [x.kv_cache.region is None for x in self.leading]
+
+    def fail(self, patch, owner, name, at):
+        """Let one call of a function, with this number, run out of memory on rank 0."""
+        whole, rank_0, calls = getattr(owner, name), threading.get_ident(), []
+
+        def call(*args, **options):
+            if threading.get_ident() == rank_0:
+                calls.append(args)
+                if len(calls) == at:
+                    raise MemoryError("out of memory")
+            return whole(*args, **options)
+
+        patch.setattr(owner, name, call)
+        return calls
+
+
+@pytest.fixture
+def ranks(monkeypatch, tmp_path):
+    ranks = Ranks(monkeypatch, tmp_path / "target")
+    yield ranks
+    ranks.messages.put(("end",))
+    ranks.thread.join(20)
+    assert not ranks.thread.is_alive()
+
+
+PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize("place", PLACES)
+def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at):
+    config = DecodeConfig(method="ar", max_tokens=6)
+    prompts = [[5, 6, 7], [9, 8]]
+    alone = [[t for x in decode(ranks.backend, p, config) for t in x.tokens] for p in prompts]
+    calls = ranks.fail(monkeypatch, *PLACES[place], at)
+    requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
+    texts = [[], []]
+    for number, step in Scheduler(ranks.backend).decode(requests):
+        texts[number] += step.tokens
+        ranks.check()
+    assert len(calls) > at
+    assert texts == alone
+    assert not any(state.length for state in ranks.following)
+
+
+def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ranks):
+    class Nothing:
+        def allowed(self):
+            return np.zeros(-(-ranks.backend.vocab_size // 32), np.uint32)
+
+    config = DecodeConfig(method="ar", max_tokens=6)
+    expected = [t for step in decode(ranks.backend, [5, 6, 7], config) for t in step.tokens]
+    scheduler = Scheduler(ranks.backend)
+    bad = scheduler.submit(Request(prompt_ids=[1, 2], config=config, constraint=Nothing()))
+    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config))
+    tokens = []
+    for request_id, event in scheduler.run():
+        ranks.check()
+        if request_id == bad:
+            assert isinstance(event, NumericalError)
+        else:
+            tokens += event.tokens
+    assert tokens == expected
+
+
+def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
+    state = ranks.backend.open(20, drafts=False)
+    session = [Request(prompt_ids=[5, 6, 7], config=DecodeConfig(method="ar", max_tokens=1))]
+    cache = PrefixCache(1 << 20)
+    scheduler = Scheduler(ranks.backend, prefix_cache=cache)
+    scheduler.submit(*session)
+    ranks.fail(monkeypatch, KVCache, "copy_from", 1)
+    list(scheduler.run())
+    assert len(cache) == 0
+    state.close()
+    assert not any(state.kv_cache.region for state in ranks.following)
+    ranks.check()
+
+
+def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatch):
+    state = ranks.backend.open(20, drafts=False)
+    ranks.fail(monkeypatch, type(ranks.target), "forward", 1)
+    config = DecodeConfig(method="ar", max_tokens=3)
+    requests = [Request(prompt_ids=prompt, config=config) for prompt in ([5], [6, 7])]
+    with pytest.raises(RuntimeError, match="restart torchrun"):
+        list(Scheduler(ranks.backend).decode(requests))
+    with pytest.raises(RuntimeError, match="restart torchrun"):
+        ranks.backend.open(20, drafts=False)
+    state.close()

@@ -8,19 +8,19 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.texts import random_tokens
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import backend as backend_module  # noqa: E402
-from treeflash_cuda.arena import Arena  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.placement import follow_devices  # noqa: E402
+import torch
+from treeflash_cuda import backend as backend_module
+from treeflash_cuda.backend import load
+from treeflash_cuda.cache import Arena
+from treeflash_cuda.target import follow_devices
 
 CPU = torch.device("cpu")
 
@@ -41,12 +41,11 @@ def decoded(backend):
         prompt = random_tokens(rng, 40, 12)
         config = DecodeConfig(method=method, budget=9, max_tokens=20)
         found[scheduler.submit(Request(prompt_ids=prompt, config=config))] = []
-    while scheduler.busy:
-        for ticket, step in scheduler.step():
-            found[ticket] += step.tokens
-    text = TextSession(backend)
+    for request_id, step in scheduler.run():
+        found[request_id] += step.tokens
+    text = SequenceSession(backend)
     text.extend(random_tokens(rng, 40, 9))
-    return list(found.values()), text.state.fork(7, 20).keys_values()
+    return list(found.values()), text.state.fork(7, 20).read_kv_cache()
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -57,10 +56,10 @@ def test_keys_and_values_in_parts_are_those_in_one(pair, bits):
     spans = [(CPU, 1), (CPU, 2), (CPU, 1)]
     target.arena = Arena(4, whole.column_nbytes, whole.dtype, spans)
     follow_devices(target.model, target.layers, CPU)
-    tokens, keys_values = decoded(backend)
+    tokens, kv_cache = decoded(backend)
     assert [len(part) for part in target.arena.slabs[0].parts] == [1, 2, 1]
     assert tokens == expected[0]
-    np.testing.assert_array_equal(keys_values, expected[1])
+    np.testing.assert_array_equal(kv_cache, expected[1])
 
 
 def test_layers_outside_of_gpus_are_refused(pair, monkeypatch):
@@ -73,10 +72,10 @@ def test_layers_outside_of_gpus_are_refused(pair, monkeypatch):
 def test_recurrent_layers_are_refused(tmp_path, monkeypatch):
     write_target(tmp_path, "qwen3_5", seed=1)
     monkeypatch.setattr(backend_module, "choose_device", lambda name: CPU)
-    with pytest.raises(ConfigError, match="recurrent layers have no --device-map"):
+    with pytest.raises(ConfigError, match="not supported for models with recurrent layers"):
         load(tmp_path, None, LoadConfig(device_map="auto"))
 
 
 def test_a_device_beside_the_map_is_refused(pair):
-    with pytest.raises(ConfigError, match="leave --device out"):
+    with pytest.raises(ConfigError, match="remove device"):
         load(*pair, LoadConfig(device="cpu", device_map="auto"))

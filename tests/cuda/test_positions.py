@@ -10,9 +10,9 @@ from treeflash.testing.models import write_drafter
 
 require("torch")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import torch
+import transformers
+from treeflash_cuda.backend import load
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 POSITIONS = 32

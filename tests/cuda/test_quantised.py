@@ -8,18 +8,18 @@ from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.texts import random_tokens
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.quantised import dequantise, quantise  # noqa: E402
+import torch
+from treeflash_cuda.backend import load
+from treeflash_cuda.cache import dequantise, quantise
 
 VOCAB = 40
 EXACT, ROUNDED = (LoadConfig(device="cpu", dtype="float32", kv_bits=bits) for bits in (None, 8))
@@ -69,12 +69,12 @@ def test_logits_and_state_are_near_those_of_floats(pair, backend):
     tokens = random_tokens(np.random.default_rng(0), VOCAB, 40)
     caches, logits = [], []
     for each in (load(*pair, EXACT), backend):
-        text = TextSession(each)
+        text = SequenceSession(each)
         text.extend(tokens)
         logits.append(text.logits(TREE))
         text.verify(TREE)
         text.commit(np.array([0, 2, 4], np.int32))
-        caches.append(text.state.keys_values())
+        caches.append(text.state.read_kv_cache())
     assert caches[0].shape == caches[1].shape
     largest = np.abs(caches[0]).max()
     assert 0 < np.abs(caches[0] - caches[1]).max() < largest / 50
@@ -94,44 +94,43 @@ def test_trees_give_the_tokens_of_plain_decoding(backend, sampling):
         tokens = [token for step in plain for token in step.tokens]
         assert tokens == [x for step in decode(backend, prompt, config) for x in step.tokens]
         expected[scheduler.submit(Request(prompt_ids=prompt, config=config))] = tokens
-    found = {ticket: [] for ticket in expected}
-    while scheduler.busy:
-        for ticket, step in scheduler.step():
-            found[ticket] += step.tokens
+    found = {request_id: [] for request_id in expected}
+    for request_id, step in scheduler.run():
+        found[request_id] += step.tokens
     assert found == expected
 
 
 def test_commits_and_forks_equal_a_prefill(backend):
     tokens = random_tokens(np.random.default_rng(2), VOCAB, 9)
-    text, fresh = TextSession(backend), TextSession(backend)
+    text, fresh = SequenceSession(backend), SequenceSession(backend)
     text.extend(tokens)
     text.verify(TREE)
     text.commit(np.array([0, 2, 4], np.int32))
     fresh.extend([*tokens, *TREE.tokens[[0, 2, 4]]])
     # Rounding may fall to either side where two computations differ in their last bits.
-    step = np.abs(fresh.state.keys_values()).max() / 127
+    step = np.abs(fresh.state.read_kv_cache()).max() / 127
     np.testing.assert_allclose(
-        text.state.keys_values(), fresh.state.keys_values(), atol=1.01 * step
+        text.state.read_kv_cache(), fresh.state.read_kv_cache(), atol=1.01 * step
     )
     fork = text.state.fork(text.length, 50)
-    np.testing.assert_array_equal(fork.keys_values(), text.state.keys_values())
+    np.testing.assert_array_equal(fork.read_kv_cache(), text.state.read_kv_cache())
 
 
 def test_a_text_takes_a_byte_a_number_and_its_scales(pair, backend):
     exact = load(*pair, EXACT)
-    with TextSession(exact) as text, TextSession(backend) as rounded:
+    with SequenceSession(exact) as text, SequenceSession(backend) as rounded:
         for each in (text, rounded):
             each.extend([3, 4, 5])
-        width = text.state.keys_values().shape[-1]
-        sizes = [each.state.key_values.nbytes for each in (text, rounded)]
+        width = text.state.read_kv_cache().shape[-1]
+        sizes = [each.state.kv_cache.nbytes for each in (text, rounded)]
     assert sizes[0] * (width + 4) == sizes[1] * 4 * width
     assert backend.state_nbytes(100, drafts=False) < exact.state_nbytes(100, drafts=False)
 
 
 def test_other_bits_and_widths_are_refused(tmp_path):
     write_target(tmp_path, "llama", seed=1)
-    with pytest.raises(ConfigError, match="has --kv-bits 8 alone, got 4"):
+    with pytest.raises(ConfigError, match="kv_bits must be 8 on the cuda backend, got 4"):
         load(tmp_path, None, replace(EXACT, kv_bits=4))
     write_target(tmp_path / "narrow", "llama", seed=1, hidden_size=24)
-    with pytest.raises(ConfigError, match="multiple of 4, llama has 6"):
+    with pytest.raises(ConfigError, match="multiple of 4, but llama has heads of width 6"):
         load(tmp_path / "narrow", None, ROUNDED)

@@ -6,13 +6,13 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda.backend import load
+from treeflash_cuda.heads import Slots
 
-from treeflash.config import LoadConfig  # noqa: E402
-from treeflash.testing.dialects import write_dialect  # noqa: E402
-from treeflash.testing.models import write_target  # noqa: E402
+from treeflash.config import LoadConfig
+from treeflash.testing.models import write_dialect, write_target
 
 
 @pytest.fixture
@@ -26,14 +26,15 @@ def domino(tmp_path):
 @torch.inference_mode()
 def test_the_state_of_domino_is_that_of_a_gru(domino):
     """One step at a time, of three paths at once; the head leaves the first depth alone."""
-    config, cell, weights = domino.drafter_config, domino.head.cell, domino.head.module
+    config, cell = domino.drafter_config, domino.head.module
     gru = nn.GRU(config.hidden_size, config.head_state_size, bias=False, batch_first=True)
-    gru.load_state_dict(weights.prefix_gru.state_dict())
+    gru.load_state_dict(cell.prefix_gru.state_dict())
     tokens = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6], [3, 1, 4, 2]])
     expected, _ = gru(domino.head.output.embed(tokens))
     state = torch.zeros(3, config.head_state_size)
-    normed = torch.zeros(1, config.hidden_size)
+    hidden = torch.zeros(4, config.hidden_size)
+    slots = Slots(domino.head.output, hidden, hidden)
     for step in range(4):
-        state, queries = cell.step(state, normed, tokens[:, step], step + 1)
+        state, queries = cell.step(slots, state, tokens[:, step], step)
         torch.testing.assert_close(state, expected[:, step])
         assert bool(queries.any()) == (step + 1 >= config.head_from_depth)

@@ -11,8 +11,8 @@ from treeflash.testing.models import write_target
 
 require("torch")
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM
 
 CASES = {
     "qwen2 slides from a layer on": (

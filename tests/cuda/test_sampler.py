@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.gumbel import over_vocabulary, position_keys
-from treeflash.decoding.sampling import choose as reference
+from treeflash.decoding.sampling import position_keys, vocabulary_noise
+from treeflash.decoding.sampling import sample_tokens as reference
 from treeflash.errors import NumericalError
 from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda import gpu_sampler, gumbel  # noqa: E402
-from treeflash_cuda.sampler import choose  # noqa: E402
+import torch
+from treeflash_cuda import numerics
+from treeflash_cuda import sampling as sampling_module
+from treeflash_cuda.sampling import sample_tokens
 
 SAMPLINGS = [
     SamplingConfig(),
@@ -42,7 +43,7 @@ def rows(vocab: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
 def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
     logits, noise_keys = rows(vocab, scale)
-    chosen = choose(torch.from_numpy(logits), sampling, noise_keys)
+    chosen = sample_tokens(torch.from_numpy(logits), sampling, noise_keys)
     assert chosen.dtype == np.int32
     assert chosen.tolist() == reference(logits, sampling, noise_keys).tolist()
 
@@ -50,7 +51,7 @@ def test_the_sampler_chooses_as_defined(sampling, vocab, scale):
 def test_equal_probabilities_are_kept_together():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     sampling = SamplingConfig(temperature=1.0, top_k=2)
-    drawn = choose(logits.expand(200, -1), sampling, keys(200))
+    drawn = sample_tokens(logits.expand(200, -1), sampling, keys(200))
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
@@ -59,7 +60,7 @@ def test_equal_probabilities_are_kept_together():
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # 0.1 is flat: the nucleus outgrows the shortlist
 def test_that_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
     logits, noise_keys = rows(vocab, scale)
-    chosen = gpu_sampler.choose(torch.from_numpy(logits), sampling, noise_keys)
+    chosen = sampling_module.sample_on_gpu(torch.from_numpy(logits), sampling, noise_keys)
     assert chosen.tolist() == reference(logits, sampling, noise_keys).tolist()
 
 
@@ -67,24 +68,30 @@ def test_that_of_a_gpu_chooses_as_defined(sampling, vocab, scale):
 def test_a_row_alone_is_chosen_as_among_others(sampling):
     rng = np.random.default_rng(8)
     logits = torch.from_numpy(rng.normal(size=(11, 5000)).astype(np.float32)).bfloat16()
-    alone = [int(choose(logits[n : n + 1], sampling, keys(11)[n : n + 1])[0]) for n in range(11)]
-    assert choose(logits, sampling, keys(11)).tolist() == alone
+    alone = [
+        int(sample_tokens(logits[n : n + 1], sampling, keys(11)[n : n + 1])[0]) for n in range(11)
+    ]
+    assert sample_tokens(logits, sampling, keys(11)).tolist() == alone
 
 
 @pytest.mark.parametrize("vocab", [5, 7, 49, 4000])
 def test_equal_probabilities_are_all_in_the_smallest_nucleus(vocab):
     sampling = SamplingConfig(temperature=1.0, top_p=1e-9)
-    drawn = choose(torch.zeros(64, vocab), sampling, keys(64))
-    assert drawn.tolist() == over_vocabulary(keys(64), vocab).argmax(-1).tolist()
+    drawn = sample_tokens(torch.zeros(64, vocab), sampling, keys(64))
+    assert drawn.tolist() == vocabulary_noise(keys(64), vocab).argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("choose", [choose, gpu_sampler.choose], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "choose", [sample_tokens, sampling_module.sample_on_gpu], ids=["cpu", "gpu"]
+)
 def test_the_first_of_equal_logits_is_the_best(choose):
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     assert choose(logits, SamplingConfig(), None).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("choose", [choose, gpu_sampler.choose], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "choose", [sample_tokens, sampling_module.sample_on_gpu], ids=["cpu", "gpu"]
+)
 @pytest.mark.parametrize("top_p", [1e-300, 5e-324])
 def test_the_smallest_top_p_keeps_the_best_token(choose, top_p):
     logits, noise_keys = rows(300, 1.0)
@@ -95,20 +102,22 @@ def test_the_smallest_top_p_keeps_the_best_token(choose, top_p):
 
 @pytest.mark.parametrize("vocab", [1, 5, 151_936])
 def test_the_noise_of_a_gpu_is_as_defined(vocab):
-    found = gumbel.on_device(torch.from_numpy(keys(9).view(np.int32)), vocab)
-    np.testing.assert_allclose(found, over_vocabulary(keys(9), vocab), rtol=1e-6, atol=2e-6)
+    found = numerics.gumbel_on_device(torch.from_numpy(keys(9).view(np.int32)), vocab)
+    np.testing.assert_allclose(found, vocabulary_noise(keys(9), vocab), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e6])
 def test_extreme_temperatures(temperature):
     logits, noise_keys = rows(300, 1.0)
     sampling = SamplingConfig(temperature=temperature)
-    for sampler in (choose, gpu_sampler.choose):
+    for sampler in (sample_tokens, sampling_module.sample_on_gpu):
         chosen = sampler(torch.from_numpy(logits), sampling, noise_keys)
         assert chosen.tolist() == reference(logits, sampling, noise_keys).tolist()
 
 
-@pytest.mark.parametrize("choose", [choose, gpu_sampler.choose], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "choose", [sample_tokens, sampling_module.sample_on_gpu], ids=["cpu", "gpu"]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
 def test_logits_that_are_not_finite_raise(choose, bad, sampling):

@@ -13,7 +13,7 @@ from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
-from treeflash_cuda.backend import load  # noqa: E402
+from treeflash_cuda.backend import load
 
 THREADS, TEXTS = 4, 12
 

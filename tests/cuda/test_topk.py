@@ -6,8 +6,8 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.topk import largest, topk  # noqa: E402
+import torch
+from treeflash_cuda.numerics import largest, topk
 
 
 @pytest.mark.parametrize("size", [40, 1000, 49_152, 50_257])
@@ -24,13 +24,15 @@ def test_topk(size, k):
 @pytest.mark.parametrize("k", [1, 64, 1000])
 def test_largest(k):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(k))
-    assert torch.equal(largest(x, k), x.topk(k).indices.sort().values)
+    rows = torch.stack([x, -x])
+    assert torch.equal(largest(rows, k), rows.topk(k).indices.sort().values)
 
 
 @pytest.mark.parametrize("k", [1, 64])
 def test_largest_counts_nan_as_largest(k):
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(k))
-    x[[5, 700]] = torch.nan
-    assert len(largest(x, k)) == k
-    assert {5, 700} & set(largest(x, k).tolist())
-    assert largest(torch.full((1000,), torch.nan), k).shape == (k,)
+    x = torch.randn(1, 1000, generator=torch.Generator().manual_seed(k))
+    x[0, [5, 700]] = torch.nan
+    (found,) = largest(x, k)
+    assert len(found) == k
+    assert {5, 700} & set(found.tolist())
+    assert largest(torch.full((1, 1000), torch.nan), k).shape == (1, k)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, ConfigError
@@ -15,13 +15,14 @@ from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig, trained_head_name
-from treeflash.training.interfaces import Request, Response
+from treeflash.training.distillation import respond
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
-from treeflash_cuda.training.entry import responder, train  # noqa: E402
+import torch
+from treeflash_cuda.backend import load
+from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 VOCAB = 40
@@ -50,15 +51,12 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def responses(target):
     random = np.random.default_rng(3)
+    config = DecodeConfig(method="ar", max_tokens=24)
     requests = [
-        Request(
-            prompt_ids=tuple(random.integers(2, VOCAB, 6).tolist()),
-            sampling=DecodeConfig().sampling,
-            max_tokens=24,
-        )
+        Request(prompt_ids=tuple(random.integers(2, VOCAB, 6).tolist()), config=config)
         for _ in range(24)
     ]
-    answers = dict(responder(target, CPU).respond(requests, frozenset(), 8))
+    answers = dict(respond(load(target, None, CPU), requests, 8))
     return [
         Response(prompt_ids=request.prompt_ids, response_ids=tuple(answers[n]))
         for n, request in enumerate(requests)
@@ -107,7 +105,7 @@ def test_a_run_interrupted_anywhere_equals_one_that_was_not(config, target, resp
 
 
 def test_validation_texts_are_not_trained_on(target, responses):
-    from treeflash_cuda.training.texts import split
+    from treeflash_cuda.training.data import split
 
     twice = [*responses, *(replace(r, response_ids=r.response_ids[:9]) for r in responses)]
     held_out, rest = split(twice, [], TINY)
@@ -139,8 +137,8 @@ def test_given_validation_texts_take_their_prompts_out_of_training(target, respo
         ({"target_layer_ids": ()}, "target-layer-ids must be from 0 to 3"),
         ({"mask_token_id": 40}, "mask-token-id must be from 0 to 39, got 40"),
         ({"mask_token_id": -1}, "mask-token-id must be from 0 to 39, got -1"),
-        ({"max_length": 4}, "no response has two or more tokens"),
-        ({"validation_sequences": 99}, "leave nothing to train on"),
+        ({"max_length": 4}, "every response is shorter than two tokens after truncation; raise"),
+        ({"validation_sequences": 99}, "leave nothing to train on .* --validation-sequences"),
     ],
 )
 def test_options_that_do_not_fit_the_target_are_named(
@@ -148,6 +146,19 @@ def test_options_that_do_not_fit_the_target_are_named(
 ):
     with pytest.raises(ConfigError, match=message):
         run(target, responses, tmp_path, replace(TINY, **changes))
+
+
+def test_dropped_responses_are_counted(target, responses, tmp_path):
+    dropped = [
+        Response(prompt_ids=(3,), response_ids=(4,)),
+        Response(prompt_ids=tuple(range(30)), response_ids=(4, 5, 6)),
+        Response(prompt_ids=tuple(range(29)), response_ids=(4, 5, 6)),
+    ]
+    config = replace(TINY, max_length=30)
+    held_out = [*dropped[:1], *responses[:2]]
+    records = train(target, [*responses, *dropped], tmp_path, config, CPU, held_out)
+    assert next(records) == {"too_short": 2, "too_long": 2}
+    assert next(records)["step"] == 1
 
 
 def test_a_target_is_not_an_initial_drafter(target, responses, tmp_path):
@@ -236,7 +247,7 @@ def test_appended_layers_change_nothing_at_first(head, target, responses, tmp_pa
     assert deeper[-1]["loss"] != same[-1]["loss"]
     assert drafter_config(tmp_path / "deeper").num_hidden_layers == 4
     nested = {"transformer_layer_config": read_config(tmp_path / "first")}
-    monkeypatch.setattr("treeflash_cuda.training.settings.read_config", lambda _: nested)
+    monkeypatch.setattr("treeflash_cuda.training.initial.read_config", lambda _: nested)
     with pytest.raises(ConfigError, match="layers cannot be added to the format"):
         run(target, responses, tmp_path / "third", replace(config, layers=4))
 

@@ -6,8 +6,8 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.training.block_attention import (  # noqa: E402
+import torch
+from treeflash_cuda.training.model import (
     GROUP,
     FlexBlockAttention,
     GroupedAttention,

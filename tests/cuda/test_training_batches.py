@@ -7,13 +7,12 @@ import pytest
 
 from treeflash.testing import require
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.training.batches import Batches, Plan, choose_anchors  # noqa: E402
-from treeflash_cuda.training.features import TextFeatures  # noqa: E402
+import torch
+from treeflash_cuda.training.data import Batches, Plan, SequenceFeatures, choose_anchors
 
 CONFIG = TrainConfig(sequences=1, anchors=4, seed=3)
 
@@ -25,12 +24,12 @@ class BlankStore:
 
     def __init__(self, texts, length=40):
         ids = [tuple(range(n, n + length)) for n in range(texts)]
-        self.texts = [Response(prompt_ids=i[:2], response_ids=i[2:]) for i in ids]
+        self.responses = [Response(prompt_ids=i[:2], response_ids=i[2:]) for i in ids]
 
     def get(self, numbers):
-        count = len(self.texts[0].response_ids)
-        features = TextFeatures(
-            torch.zeros(len(self.texts[0]), 2),
+        count = len(self.responses[0].response_ids)
+        features = SequenceFeatures(
+            torch.zeros(len(self.responses[0]), 2),
             torch.zeros(count, 1, dtype=torch.int32),
             torch.zeros(count, 1, dtype=torch.float16),
         )

@@ -8,24 +8,21 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from treeflash_cuda.backend import load, load_target  # noqa: E402
-from treeflash_cuda.training.batch import Drafts  # noqa: E402
-from treeflash_cuda.training.batches import choose_anchors, make_batch  # noqa: E402
-from treeflash_cuda.training.blocks import Blocks  # noqa: E402
-from treeflash_cuda.training.features import FeatureStore  # noqa: E402
-from treeflash_cuda.training.initial import initial_drafter  # noqa: E402
-from treeflash_cuda.training.lm_head import LMHead, make_shortlist  # noqa: E402
-from treeflash_cuda.training.settings import drafter_settings  # noqa: E402
+import torch
+from safetensors.torch import save_file
+from treeflash_cuda.backend import load, load_target
+from treeflash_cuda.training.batch import Drafts
+from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch
+from treeflash_cuda.training.initial import drafter_settings, initial_drafter
+from treeflash_cuda.training.model import Blocks, LMHead, make_shortlist
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 TOP = 5
@@ -85,8 +82,8 @@ def test_features_of_a_target_in_half_precision_are_accepted(tmp_path):
     backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
     model = backend.drafter_model
     store = FeatureStore(backend.target, model.config.target_layer_ids, texts(), TOP, None, 0)
-    anchors = [choose_anchors(text, 9, np.random.default_rng(1)) for text in store.texts]
-    batch = make_batch(store.texts, store.get(range(3)), anchors, model.config.depths)
+    anchors = [choose_anchors(text, 9, np.random.default_rng(1)) for text in store.responses]
+    batch = make_batch(store.responses, store.get(range(3)), anchors, model.config.depths)
     blocks = made(backend)
     rounded = blocks.hidden(replace(batch, features=batch.features.bfloat16()))
     exact = blocks.hidden(batch)
@@ -105,11 +102,11 @@ def make_batch_of(backend, seed=1, top_tokens=TOP):
     config = backend.drafter_config
     store = FeatureStore(backend.target, config.target_layer_ids, texts(), top_tokens, None, 0)
     random = np.random.default_rng(seed)
-    anchors = [choose_anchors(text, 9, random) for text in store.texts]
+    anchors = [choose_anchors(text, 9, random) for text in store.responses]
     return (
-        store.texts,
+        store.responses,
         anchors,
-        make_batch(store.texts, store.get(range(3)), anchors, config.depths),
+        make_batch(store.responses, store.get(range(3)), anchors, config.depths),
     )
 
 
@@ -119,12 +116,12 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
     blocks = made(backend)
     hidden = blocks.hidden(batch)
     rows = batch.target_rows()
-    every = torch.arange(40).expand(len(rows.next), -1)
+    every = torch.arange(40).expand(len(rows.next_tokens), -1)
     predictions = blocks(batch, every)
     predicted = 0
     for row, text in enumerate(all_texts):
         for column, anchor in enumerate(anchors[row].tolist()):
-            with TextSession(backend, drafts=True) as drafted:
+            with SequenceSession(backend, drafts=True) as drafted:
                 drafted.extend(text.token_ids[:anchor])
                 block = drafted.draft(text.token_ids[anchor])
             near(hidden[row, column], block.hidden)
@@ -141,22 +138,22 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend):
                     scored = own.isfinite()  # a selector's candidates alone
                     assert scored.sum() > 1
                     near(prediction.log_probs[predicted][scored], own[scored])
-                assert rows.next[predicted] == text.token_ids[anchor + depth]
+                assert rows.next_tokens[predicted] == text.token_ids[anchor + depth]
                 predicted += 1
-    assert predicted == len(rows.next) == len(predictions[0].best)
+    assert predicted == len(rows.next_tokens) == len(predictions[0].best)
 
 
 @torch.no_grad()
 def test_a_shortlist_of_everything_changes_nothing(backend):
     """But for the order of its tokens, and of those that represent the rest."""
     _, _, batch = make_batch_of(backend)
-    blocks, wanted = made(backend), batch.target_rows().wanted()
+    blocks, wanted = made(backend), batch.target_rows().scored_tokens()
     missing = 40 - len(wanted.unique())
     shortlist = make_shortlist(wanted, 40, missing - 1, torch.Generator().manual_seed(1))
     everything = replace(
         shortlist,
         tokens=torch.arange(40),
-        wanted=40,
+        num_scored=40,
         log_weights=torch.zeros(40),
         index=torch.arange(40),
     )
@@ -194,8 +191,8 @@ def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
     fresh = store.get(range(3))
     store.fill(0)
     assert [path.name for path in folder.iterdir()] == ["00000.safetensors"]
-    for text, computed, kept in zip(store.texts, fresh, store.get(range(3)), strict=True):
-        decoded = TextSession(backend, drafts=True)
+    for text, computed, kept in zip(store.responses, fresh, store.get(range(3)), strict=True):
+        decoded = SequenceSession(backend, drafts=True)
         decoded.extend(text.token_ids)
         (projected,) = decoded.state.context
         outputs = [decoded.state.outputs[i] for i in backend.drafter_config.target_layer_ids]
@@ -205,7 +202,7 @@ def test_features_and_top_tokens_are_those_of_the_target(backend, tmp_path):
         assert torch.equal(kept.top_tokens, computed.top_tokens)
         assert computed.top_tokens.shape == (len(text.response_ids), TOP)
         first = len(text.prompt_ids)
-        chosen = TextSession(backend).extend(text.token_ids[: first + 1])
+        chosen = SequenceSession(backend).extend(text.token_ids[: first + 1])
         assert computed.top_tokens[1, 0] == chosen
         assert (computed.top_log_probs.float().exp().sum(-1) <= 1.01).all()
 
@@ -215,4 +212,4 @@ def test_nothing_is_cached_beyond_the_size_limit(backend, tmp_path):
     store = FeatureStore(backend.target, layer_ids, texts(), TOP, tmp_path, -1)
     store.fill(0)
     assert not list(tmp_path.glob("*.safetensors"))
-    assert len(store.get([1])[0].features) == len(store.texts[1])
+    assert len(store.get([1])[0].features) == len(store.responses[1])

@@ -17,8 +17,8 @@ from treeflash.testing import require
 
 require("torch")
 
-import psutil  # noqa: E402
-from treeflash_cuda.backend import load  # noqa: E402
+import psutil
+from treeflash_cuda.backend import load
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def efficiency(target, drafter, prompts, **settings):
     lengths = []
     for prompt in prompts:
         sampling = SamplingConfig(temperature=1.0, seed=1)
-        config = DecodeConfig(max_tokens=40, sampling=sampling, **settings)
+        config = DecodeConfig(max_tokens=40, sampling=sampling, suffix=False, **settings)
         lengths += [len(step.tokens) for step in decode(backend, prompt, config)][1:]
     return float(np.mean(lengths))
 

@@ -6,11 +6,12 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.training import lm_head as module  # noqa: E402
-from treeflash_cuda.training.lm_head import LMHead, in_chunks, make_shortlist  # noqa: E402
-from treeflash_cuda.training.losses import Outcomes, TargetRows, forward_kl  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda.training import model as module
+from treeflash_cuda.training.batch import TargetRows
+from treeflash_cuda.training.losses import Outcomes, forward_kl
+from treeflash_cuda.training.model import LMHead, in_chunks, make_shortlist
 
 VOCAB, HIDDEN, ROWS = 60, 8, 5
 
@@ -27,7 +28,7 @@ def case():
 def test_a_shortlist_has_all_wanted_tokens():
     wanted = torch.tensor([[3, 9], [9, 50]])
     shortlist = make_shortlist(wanted, VOCAB, 20, torch.Generator().manual_seed(1))
-    assert shortlist.wanted == 3
+    assert shortlist.num_scored == 3
     assert set(shortlist.tokens[:3].tolist()) == {3, 9, 50}
     assert not set(shortlist.tokens[3:].tolist()) & {3, 9, 50}
     assert torch.equal(shortlist.tokens[shortlist.index[wanted]], wanted)
@@ -43,16 +44,18 @@ def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(cas
     rows = TargetRows(tokens, best, tokens[:, 0])
 
     def gradient(shortlist):
-        index = rows.wanted() if shortlist is None else shortlist.index[rows.wanted()]
+        index = rows.scored_tokens() if shortlist is None else shortlist.index[rows.scored_tokens()]
         log_probs = head.logits(hidden, shortlist).log_softmax(-1).gather(1, index)
-        loss = forward_kl(Outcomes.of(rows, log_probs)).sum()
+        loss = forward_kl(Outcomes.compare(rows, log_probs)).sum()
         return torch.autograd.grad(loss, hidden)[0]
 
     full = gradient(None)
     generator = torch.Generator().manual_seed(2)
 
     def mean_gradient(negatives, draws):
-        made = (make_shortlist(rows.wanted(), VOCAB, negatives, generator) for _ in range(draws))
+        made = (
+            make_shortlist(rows.scored_tokens(), VOCAB, negatives, generator) for _ in range(draws)
+        )
         return sum(map(gradient, made)) / draws
 
     # The normaliser is unbiased, and its logarithm the less biased the more negatives there are.

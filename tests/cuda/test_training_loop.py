@@ -11,13 +11,13 @@ from treeflash.errors import NumericalError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.training import loop  # noqa: E402
-from treeflash_cuda.training.entry import train  # noqa: E402
+import torch
+from treeflash_cuda.training import loop
+from treeflash_cuda.training.entry import train
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 VOCAB = 40

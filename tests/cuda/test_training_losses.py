@@ -8,12 +8,12 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.training.losses import (  # noqa: E402
+import torch
+from treeflash_cuda.training.batch import TargetRows
+from treeflash_cuda.training.losses import (
     LK_DECAY,
     LOSSES,
     Outcomes,
-    TargetRows,
     forward_kl,
     mixture,
     reverse_kl,
@@ -34,7 +34,7 @@ def case():
 def outcomes(target, logits, text, k):
     best, tokens = target.topk(k)
     rows = TargetRows(tokens, best, text)
-    return Outcomes.of(rows, logits.log_softmax(-1).gather(1, rows.wanted()))
+    return Outcomes.compare(rows, logits.log_softmax(-1).gather(1, rows.scored_tokens()))
 
 
 def coarse(log_probs, tokens):

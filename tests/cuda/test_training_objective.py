@@ -10,11 +10,11 @@ from treeflash.training.config import TrainConfig
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.training.batch import Batch, Drafts  # noqa: E402
-from treeflash_cuda.training.blocks import Prediction  # noqa: E402
-from treeflash_cuda.training.objective import objective  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda.training.batch import Batch, Drafts
+from treeflash_cuda.training.losses import objective
+from treeflash_cuda.training.model import Prediction
 
 VOCAB, LENGTH, DEPTHS = 20, 12, 3
 CONFIG = TrainConfig(gamma=2.0, marginal_weight=0.25, corrected_weight=1.5)
@@ -120,7 +120,7 @@ def test_prefix_product_weights_follow_the_acceptance_of_each_prediction(batch, 
 
 def test_drafts_have_forward_kl_until_they_leave_the_text_and_reverse_kl_after(batch, predictions):
     """Rejected tokens weigh 0.8 times as much as the one before."""
-    text = batch.following()[:, 0]
+    text = batch.continuations()[:, 0]
     tokens = text.clone()
     tokens[:, 1] += 1  # the second token is wrong, so that the third is rejected too
     log_probs, top = (2 * torch.randn(2, 1, DEPTHS, VOCAB)).log_softmax(-1).sort(descending=True)

@@ -6,17 +6,15 @@ import pytest
 from treeflash.config import LoadConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_target
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.attention import AttentionContext, attention_context  # noqa: E402
-from treeflash_cuda.backend import load_target  # noqa: E402
-from treeflash_cuda.training.batches import choose_anchors, make_batch  # noqa: E402
-from treeflash_cuda.training.block_attention import GROUP  # noqa: E402
-from treeflash_cuda.training.features import FeatureStore  # noqa: E402
-from treeflash_cuda.training.on_policy import with_drafts  # noqa: E402
+import torch
+from treeflash_cuda.attention import AttentionContext, attention_context
+from treeflash_cuda.backend import load_target
+from treeflash_cuda.training.data import FeatureStore, choose_anchors, make_batch, with_drafts
+from treeflash_cuda.training.model import GROUP
 
 VOCAB, DEPTHS, TOP = 40, 3, 5
 
@@ -49,14 +47,14 @@ class Drafter:
     """Drafts the text, and then something else."""
 
     def __call__(self, part):
-        drafts = part.following()
+        drafts = part.continuations()
         drafts[:, :, 1] = (drafts[:, :, 1] + 1) % VOCAB
         return drafts
 
 
 def distribution(target, tokens):
     """The target's log probabilities after some tokens."""
-    context = AttentionContext.whole_text(len(tokens), target.device)
+    context = AttentionContext.whole_sequence(len(tokens), target.device)
     with torch.no_grad(), attention_context(context):
         output = target.model.get_decoder()(
             input_ids=tokens[None], position_ids=context.positions[None], use_cache=False
@@ -83,19 +81,23 @@ def test_a_batch_with_drafts_predicts_them_after_themselves(target, batch):
     drafted = with_drafts(batch, Drafter(), target, 0.5, torch.Generator().manual_seed(1))
     own = torch.zeros(batch.valid.shape[:2], dtype=torch.bool)
     own[:, drafted.drafts.columns] = True
-    text = batch.following()
-    rows, previous, rejections = drafted.target_rows(), drafted.previous(), drafted.rejections()
+    text = batch.continuations()
+    rows, previous, rejections = (
+        drafted.target_rows(),
+        drafted.previous_tokens(),
+        drafted.rejections(),
+    )
     for index, (row, column, d) in enumerate(batch.valid.nonzero().tolist()):
         anchor = int(batch.anchors[row, column])
         changed = bool(own[row, column])
-        assert bool(drafted.drafted()[index]) == changed
+        assert bool(drafted.is_drafted()[index]) == changed
         expected = (int(text[row, column, d]) + (changed and d == 1)) % VOCAB
-        assert int(rows.next[index]) == expected
+        assert int(rows.next_tokens[index]) == expected
         before = int(batch.tokens[row, anchor + d]) + (changed and d == 2)
         assert int(previous[index]) == before % VOCAB
         assert int(rejections[index]) == (d if changed else 0)
-    assert drafted.drafted().any()
-    assert not drafted.drafted().all()
+    assert drafted.is_drafted().any()
+    assert not drafted.is_drafted().all()
 
 
 def test_no_share_is_the_text_alone(target, batch):
@@ -104,4 +106,4 @@ def test_no_share_is_the_text_alone(target, batch):
 
 def test_all_anchors_can_be_drafted(target, batch):
     drafted = with_drafts(batch, Drafter(), target, 1.0, torch.Generator().manual_seed(1))
-    assert drafted.drafted().all()
+    assert drafted.is_drafted().all()

@@ -7,9 +7,9 @@ from treeflash.training.config import TrainConfig
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.training.optimizer import learning_rate, make_optimizer  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda.training.loop import learning_rate, make_optimizer
 
 
 def test_a_linear_warm_up_then_a_cosine_to_zero():

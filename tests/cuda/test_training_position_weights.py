@@ -8,12 +8,8 @@ from treeflash.testing import require
 
 require("torch")
 
-import torch  # noqa: E402
-from treeflash_cuda.training.position_weights import (  # noqa: E402
-    SMOOTHING,
-    exponential,
-    prefix_product,
-)
+import torch
+from treeflash_cuda.training.losses import SMOOTHING, exponential, prefix_product
 
 VALID = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[0, 0, 0], [1, 1, 0]]], dtype=torch.bool)
 ACCEPTANCE = torch.tensor([0.9, 0.2, 0.5, 0.7, 0.0, 1.0], dtype=torch.float64)

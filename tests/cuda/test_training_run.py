@@ -1,8 +1,10 @@
 """The folder of a run: what resumes, what is refused, and what a full disk leaves."""
 
 import json
+import os
 import resource
 import shutil
+import stat
 import sys
 from dataclasses import replace
 
@@ -14,13 +16,14 @@ from treeflash.errors import ConfigError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from treeflash_cuda.training import loop  # noqa: E402
-from treeflash_cuda.training.entry import train  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from treeflash_cuda.training import loop
+from treeflash_cuda.training.entry import train
+from treeflash_cuda.training.run import CHECKPOINT
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 VOCAB = 40
@@ -111,6 +114,27 @@ def test_a_finished_run_restores_a_deleted_file_of_its_checkpoint(name, run, fol
     assert (folder / name).read_bytes() == content
 
 
+def test_a_finished_run_is_left_as_it_is_without_its_target(run, folder, monkeypatch):
+    run()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(loop, "load_target", lambda *args, **settings: pytest.fail("loaded"))
+    assert run() == []
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "has a run with steps 4, not 7"),
+        ({"responses": texts(9)}, "has a run on other responses; use the same files"),
+    ],
+)
+def test_a_finished_run_refuses_what_changed(changes, message, run):
+    run()
+    with pytest.raises(ConfigError, match=message):
+        run(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -181,3 +205,14 @@ def test_tensorboard_shows_each_step_once(run, folder):
     assert losses == [(record["step"], pytest.approx(record["loss"])) for record in log]
     assert [event.step for event in events.Scalars("validation/chain_corrected")] == [2, 4]
     assert len(events.Scalars("validation/kl_marginal/4")) == 2
+
+
+def test_written_files_follow_the_umask(run, folder):
+    """Safetensors makes files that only their owner can read."""
+    before = os.umask(0o027)
+    try:
+        run(steps=1)
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((folder / name).stat().st_mode) for name in CHECKPOINT}
+    assert modes == dict.fromkeys(CHECKPOINT, 0o640)

@@ -8,16 +8,16 @@ from treeflash.config import LoadConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 require("torch")
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from treeflash_cuda.backend import load_target  # noqa: E402
-from treeflash_cuda.training.blocks import Prediction  # noqa: E402
-from treeflash_cuda.training.losses import Outcomes, forward_kl  # noqa: E402
-from treeflash_cuda.training.validation import Validation  # noqa: E402
+import torch
+from torch import nn
+from treeflash_cuda.backend import load_target
+from treeflash_cuda.training.loop import Validation
+from treeflash_cuda.training.losses import Outcomes, forward_kl
+from treeflash_cuda.training.model import Prediction
 
 LAYER_IDS = (0, 2)
 DEPTHS, VOCAB = 4, 40
@@ -74,7 +74,7 @@ def test_means_by_depth_and_the_chain_of_best_tokens(kind, validation):
         full = both[kind == "corrected"]
         best = full.argmax(-1).tolist()
         rows = batch.target_rows()
-        outcomes = Outcomes.of(rows, full.gather(1, rows.wanted()))
+        outcomes = Outcomes.compare(rows, full.gather(1, rows.scored_tokens()))
         divergences = forward_kl(outcomes).tolist()
         overlaps = outcomes.acceptance().tolist()
         index = 0

@@ -6,8 +6,7 @@ from treeflash_mlx.backend import load as load_mlx
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.testing.comparisons import assert_equal_steps
-from treeflash.testing.texts import random_tokens
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens
 
 
 def load_both(target, drafter):

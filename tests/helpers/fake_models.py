@@ -1,4 +1,4 @@
-"""A target that says a script, a drafter and a head that know it, and decoding with them."""
+"""A target that follows a script, a drafter and a head that know the script, and decoding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
-from treeflash.decoding.choices import Choice, Chosen, choose
-from treeflash.decoding.decode_text import decode
-from treeflash.decoding.gumbel import Noise
-from treeflash.decoding.interfaces import Backend, Extension, Verification
+from treeflash.decoding.interfaces import Backend, Prefill, TableOptions, Verify
 from treeflash.decoding.loop import Step
+from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams, sample
+from treeflash.decoding.scheduler import decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
-DRAFTING = METHODS[1:]
+DRAFTING = tuple(method for method in METHODS if DecodeConfig(method=method).drafts)
 BUDGETS = (1, 2, 16, 64, 256)
 SAMPLINGS = {
     "greedy": SamplingConfig(),
@@ -38,12 +37,12 @@ DEPTHS = 5
 
 
 @dataclass
-class FakeText:
-    """The state of a text is the text."""
+class FakeState:
+    """The state of a sequence: its tokens."""
 
     logits_of: Logits
     drafts: bool
-    text: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     tree: DraftTree | None = None
     closed: bool = False
     nbytes = 0
@@ -51,7 +50,7 @@ class FakeText:
 
     @property
     def length(self) -> int:
-        return len(self.text)
+        return len(self.tokens)
 
     def restorable(self, length: int) -> int:
         return min(length, self.length)
@@ -62,83 +61,79 @@ class FakeText:
 
 @dataclass
 class FakeVerifier:
-    """A target that is a function of the text so far."""
+    """A target that is a function of the sequence so far."""
 
     keys: list[tuple[int, list[int]]] = field(default_factory=list)
 
-    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
         return [
-            self._verify(item.state, item.tree, item.choice)
-            if isinstance(item, Verification)
-            else self._extend(item.state, item.token_ids, item.choice)
+            self._verify(item.state, item.tree, item.params)
+            if isinstance(item, Verify)
+            else self._extend(item.state, item.token_ids, item.params)
             for item in work
         ]
 
     def _extend(
-        self, text: FakeText, token_ids: Sequence[int], choice: Choice | None
-    ) -> Chosen | None:
+        self, state: FakeState, token_ids: Sequence[int], params: SamplingParams | None
+    ) -> SampledTokens | None:
         *before, last = token_ids
-        text.text += before
-        chosen = None
-        if choice is not None:
-            chosen = self._verify(text, DraftTree.root_only(last), choice)
-        text.text.append(last)
-        text.tree = None
-        return chosen
+        state.tokens += before
+        sampled = None
+        if params is not None:
+            sampled = self._verify(state, DraftTree.root_only(last), params)
+        state.tokens.append(last)
+        state.tree = None
+        return sampled
 
-    def _verify(self, text: FakeText, tree: DraftTree, choice: Choice) -> Chosen:
-        assert (choice.keys is None) == choice.sampling.greedy
-        if choice.keys is not None:
-            assert choice.keys.shape == (len(tree), 2)
-            following = (tree.positions(text.length) + 1).tolist()
-            self.keys += zip(following, choice.keys.tolist(), strict=True)
-        text.tree = tree
-        return choose(self.logits(text, tree), choice)
+    def _verify(self, state: FakeState, tree: DraftTree, params: SamplingParams) -> SampledTokens:
+        assert (params.keys is None) == params.sampling.greedy
+        if params.keys is not None:
+            assert params.keys.shape == (len(tree), 2)
+            following = (tree.positions(state.length) + 1).tolist()
+            self.keys += zip(following, params.keys.tolist(), strict=True)
+        state.tree = tree
+        return sample(self.logits(state, tree), params)
 
-    def commit(self, paths: Sequence[tuple[FakeText, np.ndarray]]) -> None:
-        for text, path in paths:
-            assert text.tree is not None, "commit without verify"
+    def commit(self, paths: Sequence[tuple[FakeState, np.ndarray]]) -> None:
+        for state, path in paths:
+            assert state.tree is not None, "commit without verify"
             assert path[0] == 0
-            assert (text.tree.parents[path[1:]] == path[:-1]).all()
-            text.text += text.tree.tokens[path].tolist()
-            text.tree = None
+            assert (state.tree.parents[path[1:]] == path[:-1]).all()
+            state.tokens += state.tree.tokens[path].tolist()
+            state.tree = None
 
-    def logits(self, text: FakeText, tree: DraftTree) -> np.ndarray:
-        texts: list[list[int]] = []
+    def logits(self, state: FakeState, tree: DraftTree) -> np.ndarray:
+        sequences: list[list[int]] = []
         for parent, token in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True):
-            texts.append([*(text.text if parent < 0 else texts[parent]), token])
-        return np.array([text.logits_of(each) for each in texts], np.float32)
+            sequences.append([*(state.tokens if parent < 0 else sequences[parent]), token])
+        return np.array([state.logits_of(each) for each in sequences], np.float32)
 
 
 def noise_of(blocks: Sequence[list[int]], noise: Noise | None) -> DraftNoise:
-    """The position after each block's root, and the noise of what is drafted from there on."""
+    """The position after each block's root, and the noise of the tokens drafted from there on."""
     parts = [None] * len(blocks) if noise is None else noise.split(len(blocks))
     return list(zip(map(len, blocks), parts, strict=True))
 
 
 @dataclass
 class FakeDrafter:
-    """Proposes from the committed text and the root."""
+    """Proposes from the committed sequence and the root."""
 
     backend: FakeBackend
     noise: DraftNoise = field(default_factory=list)
 
     def draft(
-        self, roots: Sequence[tuple[FakeText, int]], depths: int | None = None
+        self, roots: Sequence[tuple[FakeState, int]], depths: int | None = None
     ) -> list[list[int]]:
-        assert all(text.drafts for text, _ in roots)
-        return [[*text.text, root] for text, root in roots]
+        assert all(state.drafts for state, _ in roots)
+        return [[*state.tokens, root] for state, root in roots]
 
     def marginals(
-        self,
-        blocks: Sequence[list[int]],
-        k: int,
-        temperature: float,
-        noise: Noise | None = None,
+        self, blocks: Sequence[list[int]], options: TableOptions
     ) -> list[TransitionTable]:
-        assert temperature == 0.5
-        self.noise += noise_of(blocks, noise)
-        return [self.backend.propose(block, 1, k) for block in blocks]
+        assert options.temperature == 0.5
+        self.noise += noise_of(blocks, options.noise)
+        return [self.backend.propose(block, 1, options.k) for block in blocks]
 
 
 @dataclass
@@ -148,20 +143,12 @@ class FakeHead:
     noise: DraftNoise = field(default_factory=list)
 
     def transitions(
-        self,
-        blocks: Sequence[list[int]],
-        m: int,
-        k: int,
-        temperature: float,
-        *,
-        noise: Noise | None = None,
-        shortlist: int | None = None,
-        rows: int | None = None,
+        self, blocks: Sequence[list[int]], options: TableOptions
     ) -> list[TransitionTable]:
-        assert temperature == 0.5
-        self.noise += noise_of(blocks, noise)
-        self.rows.append(rows)
-        return [self.propose(block, m, k) for block in blocks]
+        assert options.temperature == 0.5
+        self.noise += noise_of(blocks, options.noise)
+        self.rows.append(options.rows)
+        return [self.propose(block, options.m, options.k) for block in blocks]
 
 
 class FakeBackend:
@@ -174,25 +161,28 @@ class FakeBackend:
     ) -> None:
         self.logits, self.propose = logits, propose
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self.drafter_config: Any = SimpleNamespace(depths=DEPTHS)
+        self.drafter_config: Any = SimpleNamespace(depths=DEPTHS, has_marginals=True)
         self.verifier = FakeVerifier()
         self.drafter = FakeDrafter(self)
         self.head: FakeHead | None = FakeHead(propose)
-        self.texts: list[FakeText] = []
+        self.states: list[FakeState] = []
 
-    def open(self, capacity: int, *, drafts: bool) -> FakeText:
-        self.texts.append(FakeText(self.logits, drafts))
-        return self.texts[-1]
+    def open(self, capacity: int, *, drafts: bool) -> FakeState:
+        self.states.append(FakeState(self.logits, drafts))
+        return self.states[-1]
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         return 0
+
+    def check_trees(self) -> None:
+        pass
 
     def memory_bytes(self) -> int:
         return 0
 
 
 def scripted(script: Sequence[int], *, right: int = 5, max_positions: int = 1000) -> FakeBackend:
-    """A target that continues every text with the script, and a drafter that knows it.
+    """A target that continues every sequence with the script, and a drafter that knows it.
 
     The draft's first child is the script's token for `right` depths of five, then a wrong one.
     """
@@ -201,11 +191,11 @@ def scripted(script: Sequence[int], *, right: int = 5, max_positions: int = 1000
     def token_at(position: int) -> int:
         return script[position] if position < len(script) else 99
 
-    def logits(text: Sequence[int]) -> np.ndarray:
-        return np.eye(vocab_size)[token_at(len(text))]
+    def logits(sequence: Sequence[int]) -> np.ndarray:
+        return np.eye(vocab_size)[token_at(len(sequence))]
 
-    def propose(text: Sequence[int], m: int, k: int) -> TransitionTable:
-        tokens = np.array([[token_at(len(text) + d), 98] for d in range(5)], np.int32)
+    def propose(sequence: Sequence[int], m: int, k: int) -> TransitionTable:
+        tokens = np.array([[token_at(len(sequence) + d), 98] for d in range(5)], np.int32)
         tokens[right:] = [97, 98]
         log_probs = np.tile(np.array([[-0.1, -3]], np.float32), (5, 1))
         return TransitionTable.from_marginals(tokens[:, :k], log_probs[:, :k])

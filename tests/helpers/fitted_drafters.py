@@ -16,18 +16,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.head_weights import make_module
-from treeflash_cuda.training.batches import make_batch
-from treeflash_cuda.training.blocks import Blocks
-from treeflash_cuda.training.features import TextFeatures
-from treeflash_cuda.training.lm_head import LMHead
-from treeflash_cuda.training.objective import objective
+from treeflash_cuda.heads import HEADS
+from treeflash_cuda.training.data import SequenceFeatures, make_batch
+from treeflash_cuda.training.losses import objective
+from treeflash_cuda.training.model import Blocks, LMHead
 
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.loading import load_tensors
 from treeflash.testing.models import save
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 
 CONFIG = TrainConfig(loss="ce", top_tokens=1)
 LEARNING_RATE = 4e-3
@@ -68,12 +66,12 @@ def fit_drafter(
     )
     model = DrafterModel(tensors.config)
     model.load_state_dict(tensors.backbone)
-    head = make_module(tensors.config, tensors.head_size, vocab_size)
+    head = HEADS[tensors.config.head](tensors.config, tensors.head_size, vocab_size)
     head.load_state_dict(tensors.head)
     output: Any = SimpleNamespace(weight=torch.tensor(lm_head))
     blocks = Blocks(model, head, torch.tensor(embeddings), LMHead(output))
     rows = [
-        TextFeatures(
+        SequenceFeatures(
             torch.tensor(of),
             torch.tensor(text.response_ids)[:, None],
             torch.zeros(len(text.response_ids), 1),

@@ -1,4 +1,4 @@
-"""Pairs without models: what their drafter proposes is made up."""
+"""Pairs without models, whose drafters propose made-up tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.interfaces import Extension
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.sampling import SampledTokens
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError
 
@@ -18,12 +18,12 @@ COMMON = 42
 
 
 def token_at(position):
-    """What the target says there, whatever came before."""
+    """The target's token at a position, after any prefix."""
     return 3 + position * 7 % 200
 
 
 def rows_at(start, depths=DEPTHS, share=0.7):
-    """A block's log probabilities: so much for the true token at some depths, else for COMMON."""
+    """A block's log probabilities: `share` more for the true token, beyond `depths` for COMMON."""
     rows = np.full((DEPTHS, VOCAB), 0.3 / VOCAB)
     for depth in range(1, DEPTHS + 1):
         rows[depth - 1, token_at(start + depth) if depth <= depths else COMMON] += share
@@ -32,7 +32,7 @@ def rows_at(start, depths=DEPTHS, share=0.7):
 
 @dataclass
 class Head:
-    """A head that drafts at some depths, and notes what it was given."""
+    """A head that knows the true tokens of some depths, and records the previous tokens."""
 
     depths: int = DEPTHS
 
@@ -42,8 +42,8 @@ class Head:
 
 
 @dataclass
-class MadeUpText:
-    """Its length is all that the pair knows of it."""
+class MadeUpState:
+    """A state that has a length only."""
 
     length: int = 0
     nbytes: int = 0
@@ -54,7 +54,7 @@ class MadeUpText:
 
 @dataclass
 class MadeUp:
-    """A pair as its folder says; the other fields say what the drafter was made for."""
+    """A pair with a folder's configuration; other fields are of the drafter's training."""
 
     folder: Path
     layers: tuple[int, ...] = (1, 2)
@@ -76,31 +76,31 @@ class MadeUp:
         self.verifier = self.drafter = self
 
     def open(self, capacity, *, drafts):
-        return MadeUpText()
+        return MadeUpState()
 
     def state_nbytes(self, capacity, *, drafts):
         return 0
 
     def run(self, work):
-        return [self.extend(x) if isinstance(x, Extension) else self.verify(x) for x in work]
+        return [self.extend(x) if isinstance(x, Prefill) else self.verify(x) for x in work]
 
     def extend(self, work):
-        text = work.state
-        self.prompt = self.prompt if text.length else list(work.token_ids)
-        text.length += len(work.token_ids)
-        return Chosen(np.array([token_at(text.length)], np.int32))
+        state = work.state
+        self.prompt = self.prompt if state.length else list(work.token_ids)
+        state.length += len(work.token_ids)
+        return SampledTokens(np.array([token_at(state.length)], np.int32))
 
     def verify(self, work):
-        return Chosen(np.array([token_at(work.state.length + 1)], np.int32))
+        return SampledTokens(np.array([token_at(work.state.length + 1)], np.int32))
 
     def commit(self, paths):
-        for text, path in paths:
-            text.length += len(path)
+        for state, path in paths:
+            state.length += len(path)
 
     def draft(self, roots, depths=None):
-        ((text, root),) = roots
-        assert root == token_at(text.length)
-        return [text.length]
+        ((state, root),) = roots
+        assert root == token_at(state.length)
+        return [state.length]
 
     def log_probs(self, block):
         fits = (

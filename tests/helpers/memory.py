@@ -1,4 +1,4 @@
-"""Texts that come and go in every way, and the states that they leave."""
+"""Sequences that start and end in every way, and the memory of their states."""
 
 import contextlib
 
@@ -45,13 +45,13 @@ def watch_states(monkeypatch, state_class):
 
 
 def check_memory(monkeypatch, backend, state_class, held):
-    """Run texts that end in every way; no state stays open, and what is held does not grow.
+    """Run sequences that end in every way; no state stays open, and held memory does not grow.
 
     Args:
         monkeypatch: the fixture.
         backend: a loaded pair.
         state_class: of its states.
-        held: what is allocated, as a number.
+        held: gives the allocated memory as a number.
     """
     made = watch_states(monkeypatch, state_class)
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def check_memory(monkeypatch, backend, state_class, held):
     for number in range(TEXTS):
         come(backend, scheduler, rng, number)
         scheduler.step()
-        # Finished texts hold nothing but what the cache has taken over.
+        # Finished sequences hold nothing but what the cache has taken over.
         assert sum(state.nbytes for state in made) == scheduler.nbytes + cache.nbytes
         assert cache.nbytes <= cache.max_bytes
         made[:] = [state for state in made if state.nbytes]
@@ -75,7 +75,7 @@ def check_memory(monkeypatch, backend, state_class, held):
 
 
 def come(backend, scheduler, rng, number):
-    """A text joins, which is to end in one of the ways."""
+    """A sequence joins, which is to end in one of the ways."""
     prompt = [5, 6, 7][: rng.integers(4)] + rng.integers(0, backend.vocab_size, 4).tolist()
     config = DecodeConfig(
         method=METHODS[rng.integers(len(METHODS))], budget=6, max_tokens=int(rng.integers(1, 9))
@@ -91,9 +91,9 @@ def come(backend, scheduler, rng, number):
             failing = Failing(backend.vocab_size, 2)
             scheduler.submit(Request(prompt_ids=prompt, config=config, constraint=failing))
         case 3:  # is cancelled
-            ticket = scheduler.submit(Request(prompt_ids=prompt, config=config))
+            request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
             scheduler.step()
-            scheduler.cancel(ticket)
+            scheduler.cancel(request_id)
         case 4:  # answers to one prompt
             scheduler.submit_group([Request(prompt_ids=prompt, config=config)] * 3)
         case 5:  # a generator is closed early

@@ -14,10 +14,9 @@ import httpx
 import uvicorn
 
 from treeflash.language_model import LanguageModel
-from treeflash.serving.application import application
+from treeflash.serving.application import Server, application, bind
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.run import Server, bind
 from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
 
@@ -27,13 +26,13 @@ MAX_POSITIONS = 512
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers.
+    """A running server.
 
     Attributes:
-        url: of its root.
-        engine: decodes its requests.
-        client: has that root.
-        server: of uvicorn.
+        url: the URL of the server's root.
+        engine: decodes the server's requests.
+        client: sends requests to the server.
+        server: uvicorn's server.
     """
 
     url: str
@@ -82,7 +81,7 @@ def check_error(response, status, says):
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
-    """Wait for another thread, or fail."""
+    """Wait until another thread makes a condition true, or fail."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -90,7 +89,7 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 
 
 class Gate:
-    """Lets an engine iterate as often as a test says."""
+    """Lets an engine run as many iterations as a test allows."""
 
     def __init__(self, engine: Engine) -> None:
         self.iterations = 0
@@ -108,13 +107,13 @@ class Gate:
         engine._scheduler.step = gated
 
     def allow(self, iterations: int) -> None:
-        """Let it iterate, and wait until it has."""
+        """Allow some iterations, and wait until they have run."""
         goal = self.iterations + iterations
         self._permits.release(iterations)
         wait_until(lambda: self.iterations >= goal)
 
     def open(self) -> None:
-        """Let it iterate for ever."""
+        """Allow all further iterations."""
         self._open = True
         self._permits.release()
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from treeflash.config import METHODS, LoadConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.config import LoadConfig
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
 from treeflash.reference import backend as reference
-from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
+from treeflash.testing.models import SPECIAL, save_tokenizer, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
@@ -39,10 +37,14 @@ RESPONSE_TEMPLATE = {
 }
 
 
-def tool_tokenizer(folder: Path, response_template: dict | None = RESPONSE_TEMPLATE) -> Tokenizer:
+def tool_tokenizer(
+    folder: Path,
+    response_template: dict | None = RESPONSE_TEMPLATE,
+    chat_template: str = CHAT_TEMPLATE,
+) -> Tokenizer:
     """Write and load the tokenizer."""
     path = save_tokenizer(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}
+    config = json.loads(path.read_text()) | {"chat_template": chat_template}
     if response_template is not None:
         config["response_template"] = response_template
     path.write_text(json.dumps(config))
@@ -50,12 +52,16 @@ def tool_tokenizer(folder: Path, response_template: dict | None = RESPONSE_TEMPL
     return Tokenizer.from_folder(folder)
 
 
-def tool_model(folder: Path, response_template: dict | None = RESPONSE_TEMPLATE) -> LanguageModel:
+def tool_model(
+    folder: Path,
+    response_template: dict | None = RESPONSE_TEMPLATE,
+    chat_template: str = CHAT_TEMPLATE,
+) -> LanguageModel:
     """Write and load a random pair with that tokenizer."""
     target, drafter = folder / "target", folder / "drafter"
     write_target(target, "llama", seed=3, vocab_size=len(SPECIAL) + 256)
-    tokenizer = tool_tokenizer(target, response_template)
+    tokenizer = tool_tokenizer(target, response_template, chat_template)
     write_drafter(drafter, target, seed=4)
-    budgets = {m: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for m in METHODS}
+    budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
     pair = reference.load(target, drafter, LoadConfig())
     return LanguageModel(pair, tokenizer, target, adaptive_budgets=budgets)

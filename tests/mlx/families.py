@@ -29,8 +29,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
 from transformers import CONFIG_MAPPING
 from treeflash_mlx.backend import MlxBackend
-from treeflash_mlx.config_compatibility import compatible_settings
-from treeflash_mlx.target import Target
+from treeflash_mlx.target import Target, compatible_settings
 
 from treeflash.decoding.probe import state_difference, tree_difference
 from treeflash.errors import TreeflashError, UnsupportedModelError
@@ -71,6 +70,7 @@ def attempt(name: str) -> tuple[str, str]:
         try:
             target = Target(Path(folder), mx.float32, None)
             target.check_drafting()
+            target.check_trees()
             backend, rng = MlxBackend(target, None, None), np.random.default_rng(0)
             difference = max(
                 tree_difference(backend, rng, PREFIX), state_difference(backend, rng, PREFIX)

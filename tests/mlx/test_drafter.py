@@ -3,19 +3,19 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing import dialects, require
-from treeflash.testing.dialects import write_dialect
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing import models, require
+from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 
 require("mlx.core")
 require("mlx_lm")
 
-import mlx.core as mx  # noqa: E402
-from mlx import nn  # noqa: E402
-from treeflash_mlx.backend import load  # noqa: E402
+import mlx.core as mx
+from mlx import nn
+from treeflash_mlx.backend import load
 
 GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
@@ -28,12 +28,12 @@ YARN = {
 
 
 def drafted(backend, tokens, root):
-    """A text whose drafter was given its tokens in two parts, and the block after them."""
-    text = TextSession(backend, drafts=True)
-    text.extend(tokens[:7])
-    text.draft(tokens[7])
-    text.extend(tokens[7:])
-    return text, text.draft(root)
+    """A sequence whose drafter was given its tokens in two parts, and the block after them."""
+    sequence = SequenceSession(backend, drafts=True)
+    sequence.extend(tokens[:7])
+    sequence.draft(tokens[7])
+    sequence.extend(tokens[7:])
+    return sequence, sequence.draft(root)
 
 
 @pytest.mark.parametrize("block_size", [2, 6])
@@ -52,16 +52,20 @@ def test_block_and_tables_match_reference(tmp_path, block_size, sliding_window, 
         load_reference(target, drafter, LoadConfig()),
     )
     tokens = list(range(12))
-    (text_a, a), (text_b, b) = drafted(ours, tokens, 3), drafted(theirs, tokens, 3)
+    (ours_sequence, a), (theirs_sequence, b) = drafted(ours, tokens, 3), drafted(theirs, tokens, 3)
     np.testing.assert_allclose(ours.drafter.log_probs(a), theirs.drafter.log_probs(b), atol=1e-4)
     np.testing.assert_allclose(
-        text_a.state.drafter_keys_values(), text_b.state.drafter_keys_values(), atol=1e-4
+        ours_sequence.state.read_drafter_kv_cache(),
+        theirs_sequence.state.read_drafter_kv_cache(),
+        atol=1e-4,
     )
     for k in (1, 5, 100):
-        assert_same(ours.drafter.marginals([a], k, 0.7), theirs.drafter.marginals([b], k, 0.7))
+        options = TableOptions(k=k, temperature=0.7)
+        assert_same(ours.drafter.marginals([a], options), theirs.drafter.marginals([b], options))
         for m in (1, 4, 100):
-            table = ours.head.transitions([a], m, k, 0.7)
-            assert_same(table, theirs.head.transitions([b], m, k, 0.7))
+            options = TableOptions(m=m, k=k, temperature=0.7)
+            table = ours.head.transitions([a], options)
+            assert_same(table, theirs.head.transitions([b], options))
 
 
 def assert_same(ours, theirs):
@@ -108,8 +112,8 @@ def test_quantised_drafter(pair, bits):
     """The trees may differ from plain drafting; the text does not."""
     backend = load(*pair, LoadConfig(draft_bits=bits))
     assert isinstance(backend.drafter_model.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    assert isinstance(backend.head.module.ug.of_own, nn.QuantizedLinear)
-    assert isinstance(backend.head.module.ug.of_shared, nn.QuantizedLinear)
+    assert isinstance(backend.head.module.ug.first, nn.QuantizedLinear)
+    assert isinstance(backend.head.module.ug.second, nn.QuantizedLinear)
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
@@ -121,7 +125,7 @@ def test_quantised_drafter(pair, bits):
     "dialect", ["dflash2", "deepspec-gated", "deepspec-rnn", "specforge-domino"]
 )
 def test_quantised_heads(tmp_path, monkeypatch, dialect):
-    monkeypatch.setattr(dialects, "RANK", 64)  # wide enough to be quantised
+    monkeypatch.setattr(models, "RANK", 64)  # wide enough to be quantised
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
     write_dialect(drafter, target, dialect, seed=2)
@@ -145,7 +149,7 @@ def test_quantised_heads(tmp_path, monkeypatch, dialect):
 
 
 def test_impossible_draft_bits_are_refused(pair):
-    with pytest.raises(ConfigError, match="draft-bits must be one of"):
+    with pytest.raises(ConfigError, match="draft_bits must be one of"):
         load(*pair, LoadConfig(draft_bits=7))
 
 

@@ -10,15 +10,15 @@ from treeflash.testing import require
 require("mlx.core")
 require("mlx_lm")
 
-import mlx.core as mx  # noqa: E402
-from treeflash_mlx import hybrid_hooks, recurrence, recurrent_states, solvers, tree_hooks  # noqa: E402
-from treeflash_mlx.backend import load  # noqa: E402
-from treeflash_mlx.recurrence import NodePaths, Writes  # noqa: E402
+import mlx.core as mx
+from treeflash_mlx import attention, hybrid
+from treeflash_mlx.backend import load
+from treeflash_mlx.hybrid import NodePaths, Writes
 
 
 def windows_by_column(paths, kernel):
-    rows = np.arange(paths.rows)[:, None] + np.arange(kernel)
-    return mx.array(np.broadcast_to(rows, (paths.texts, *rows.shape)).astype(np.int32))
+    rows = np.arange(paths.nodes)[:, None] + np.arange(kernel)
+    return mx.array(np.broadcast_to(rows, (paths.batch_size, *rows.shape)).astype(np.int32))
 
 
 class CausalPaths(NodePaths):
@@ -56,17 +56,17 @@ def chains_as_text(trees, *args, solve):
     return TREE_PASS(trees, *args, solve=None if trees[0].is_chain else solve)
 
 
-ROUNDS = solvers.solve_by_rounds
-AFTER, RUN_TREE, TREE_PASS = Writes.after, recurrence.run_tree, tree_hooks.TreePass.of
+ROUNDS = hybrid.solve_by_rounds
+AFTER, RUN_TREE, TREE_PASS = Writes.commit, hybrid.run_tree, attention.TreePass.build
 BROKEN = {
     "convolution by column": (NodePaths, "windows", windows_by_column),
-    "causal mask": (tree_hooks, "NodePaths", CausalPaths),
-    "pass without decay": (hybrid_hooks, "run_tree", without_own_decay),
-    "commit without decay": (Writes, "after", without_decay),
-    "commit of the whole block": (Writes, "after", whole_block),
-    "tail of the last columns": (recurrent_states, "convolution_tail", last_columns),
-    "one round too few": (solvers, "solve_by_rounds", one_round_less),
-    "chains run as text": (tree_hooks.TreePass, "of", chains_as_text),
+    "causal mask": (attention, "NodePaths", CausalPaths),
+    "pass without decay": (hybrid, "run_tree", without_own_decay),
+    "commit without decay": (Writes, "commit", without_decay),
+    "commit of the whole block": (Writes, "commit", whole_block),
+    "tail of the last columns": (hybrid, "convolution_tail", last_columns),
+    "one round too few": (hybrid, "solve_by_rounds", one_round_less),
+    "chains run as text": (attention.TreePass, "build", chains_as_text),
 }
 
 

@@ -10,26 +10,25 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.choices import Choice
-from treeflash.decoding.interfaces import Extension, Verification
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.texts import path_to, random_tokens, random_tree
-from treeflash.training.interfaces import Response
+from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+from treeflash.training.responses import Response
 
 require("mlx.core")
 require("mlx_lm")
 
-import mlx.core as mx  # noqa: E402
-from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
-from treeflash_mlx import verifier as verifier_module  # noqa: E402
-from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
-from treeflash_mlx.config_compatibility import compatible_settings  # noqa: E402
-from treeflash_mlx.target import Target  # noqa: E402
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+from treeflash_mlx import verifier as verifier_module
+from treeflash_mlx.backend import MlxBackend, load
+from treeflash_mlx.target import Target, compatible_settings
 
 # One per kind of layer: gates by head and by channel, Mamba-2, fixed decays, convolutions alone.
 KINDS = ("qwen3_5", "kimi_linear", "granitemoehybrid", "bailing_hybrid", "lfm2")
@@ -98,9 +97,9 @@ def fit(drafter, target, texts):
     target.capture(layer_ids)
     features = []
     for response in responses:
-        key_values = target.new_key_values(len(response))
+        kv_cache = target.new_kv_cache(len(response))
         tokens = mx.array([response.token_ids])
-        features.append(np.array(target.forward(tokens, [key_values], tuple(layer_ids))[1][0]))
+        features.append(np.array(target.forward(tokens, [kv_cache], tuple(layer_ids))[1][0]))
     weights = (np.array(x.weight) for x in (target.embedding, target.output_module))
     fit_drafter(drafter, responses, features, *weights, layers=len(target.layers))
 
@@ -126,62 +125,65 @@ def test_every_method_equals_mlx_lm_and_plain_decoding(hybrid_pair_of, tmp_path,
 
 @pytest.mark.parametrize("name", TYPES)
 def test_states_after_commits_equal_those_of_a_prefill(families, tmp_path, rng, name):
-    """Passes that nobody commits leave nothing behind; texts join and leave a batch."""
+    """Passes that nobody commits leave nothing behind; sequences join and leave a batch."""
     families.write(tmp_path, name)
     target = Target(tmp_path, mx.float32, None)
     target.check_drafting()
+    target.check_trees()
     backend = MlxBackend(target, None, None)
     target.batches = True
     lengths = (1, 20, 7)
     tokens = [random_tokens(rng, target.vocab_size, length) for length in lengths]
-    texts = [TextSession(backend) for _ in lengths]
-    for text, prompt in zip(texts, tokens, strict=True):
-        text.extend(prompt)
+    sequences = [SequenceSession(backend) for _ in lengths]
+    for sequence, prompt in zip(sequences, tokens, strict=True):
+        sequence.extend(prompt)
     for members in ((0, 1, 2), (1,), (0, 2), (2, 1, 0)):
         sizes = rng.choice((1, 2, 9, 30), len(members))
         trees = [random_tree(rng, 1, int(n), target.vocab_size) for n in sizes]
-        states = [texts[i].state for i in members]
-        texts[members[0]].logits(random_tree(rng, 2, 5, target.vocab_size))
-        texts[members[0]].logits(DraftTree.root_only(3))
+        states = [sequences[i].state for i in members]
+        sequences[members[0]].logits(random_tree(rng, 2, 5, target.vocab_size))
+        sequences[members[0]].logits(DraftTree.root_only(3))
         backend.verifier.logits(list(zip(states, trees, strict=True)))
         for i, tree in zip(members, trees, strict=True):  # one by one, from the same pass
             path = path_to(tree, int(rng.integers(len(tree))))
-            backend.verifier.commit([(texts[i].state, path)])
+            backend.verifier.commit([(sequences[i].state, path)])
             tokens[i] += tree.tokens[path].tolist()
-    for text, prompt in zip(texts, tokens, strict=True):
-        fresh = TextSession(backend)
+    for sequence, prompt in zip(sequences, tokens, strict=True):
+        fresh = SequenceSession(backend)
         fresh.extend(prompt)
-        assert text.length == fresh.length == len(prompt)
-        for mine, theirs in zip(text.state.states(), fresh.state.states(), strict=True):
+        assert sequence.length == fresh.length == len(prompt)
+        found, expected = (x.state.read_recurrent_states() for x in (sequence, fresh))
+        assert found
+        for mine, theirs in zip(found, expected, strict=True):
             assert mine.shape == theirs.shape
             np.testing.assert_allclose(mine, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
         probe = DraftTree.root_only(2)
         expected = fresh.logits(probe)
-        np.testing.assert_allclose(text.logits(probe), expected, atol=1e-3 * expected.std())
+        np.testing.assert_allclose(sequence.logits(probe), expected, atol=1e-3 * expected.std())
 
 
 def test_a_run_that_fails_leaves_the_states_as_they_were(backend_of, monkeypatch):
     """A chunk of the prompt was committed before it failed."""
     backend = backend_of("qwen3_5")
-    texts = [TextSession(backend) for _ in range(2)]
-    for text in texts:
-        text.extend(PROMPT)
-    before = [text.state.states() for text in texts]
+    sequences = [SequenceSession(backend) for _ in range(2)]
+    for sequence in sequences:
+        sequence.extend(PROMPT)
+    before = [sequence.state.read_recurrent_states() for sequence in sequences]
 
     def fail(*args):
         raise NumericalError("logits are not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr(verifier_module, "choose", fail)
+        patch.setattr(verifier_module, "sample", fail)
         work = [
-            Verification(texts[0].state, DraftTree.root_only(1), Choice()),
-            Extension(texts[1].state, [1, 2, 3, 4], Choice()),
+            Verify(sequences[0].state, DraftTree.root_only(1), SamplingParams()),
+            Prefill(sequences[1].state, [1, 2, 3, 4], SamplingParams()),
         ]
         with pytest.raises(NumericalError):
             backend.verifier.run(work)
-    for text, states in zip(texts, before, strict=True):
-        assert text.length == len(PROMPT)
-        for mine, theirs in zip(text.state.states(), states, strict=True):
+    for sequence, states in zip(sequences, before, strict=True):
+        assert sequence.length == len(PROMPT)
+        for mine, theirs in zip(sequence.state.read_recurrent_states(), states, strict=True):
             np.testing.assert_array_equal(mine, theirs)
 
 
@@ -198,14 +200,14 @@ def test_nothing_of_mlx_lm_is_patched(backend_of, hybrid_pair_of):
 
 def test_memory_of_the_states_is_counted(backend_of):
     backend = backend_of("granitemoehybrid")
-    with TextSession(backend, capacity=100) as text:
-        text.extend(PROMPT)
-        states = sum(state.nbytes for state in text.state.states())
+    with SequenceSession(backend, capacity=100) as sequence:
+        sequence.extend(PROMPT)
+        states = sum(state.nbytes for state in sequence.state.read_recurrent_states())
         assert backend.target.states_nbytes == states > 0
-        assert text.state.nbytes <= backend.state_nbytes(100, drafts=False)
-        before = text.state.nbytes
-        text.state.snapshot()
-        assert text.state.nbytes == before + states
+        assert sequence.state.nbytes <= backend.state_nbytes(100, drafts=False)
+        before = sequence.state.nbytes
+        sequence.state.snapshot()
+        assert sequence.state.nbytes == before + states
 
 
 def test_files_of_transformers_load(families, tmp_path):
@@ -214,7 +216,7 @@ def test_files_of_transformers_load(families, tmp_path):
     def logits(folder):
         target = Target(folder, mx.float32, None)
         tokens = mx.array([PROMPT])
-        return target.forward(tokens, [target.new_key_values(9)], ())[0]
+        return target.forward(tokens, [target.new_kv_cache(9)], ())[0]
 
     def copy(name, model_type, rename):
         folder = tmp_path / name

@@ -5,9 +5,9 @@ from treeflash.testing import require
 
 require("mlx.core")
 
-import mlx.core as mx  # noqa: E402
-from mlx import nn  # noqa: E402
-from treeflash_mlx.linear import PairLinear, split_pairs  # noqa: E402
+import mlx.core as mx
+from mlx import nn
+from treeflash_mlx.linear import PairLinear, split_pairs
 
 SIZE, OUT = 64, 40
 
@@ -32,8 +32,8 @@ def test_a_pair_equals_a_linear_layer_of_the_concatenation(rng, bias, bits):
     if bits is not None:
         nn.quantize(layers, SIZE, bits)
         layer = layer.to_quantized(SIZE, bits)
-        assert isinstance(layers.pair.of_own, nn.QuantizedLinear)
-        assert isinstance(layers.pair.of_shared, nn.QuantizedLinear)
+        assert isinstance(layers.pair.first, nn.QuantizedLinear)
+        assert isinstance(layers.pair.second, nn.QuantizedLinear)
     own = mx.array(rng.normal(size=(7, SIZE)), mx.float32)
     shared = mx.array(rng.normal(size=(3, SIZE)), mx.float32)
     rows = mx.array([0, 1, 1, 1, 2, 2, 2])
@@ -44,6 +44,6 @@ def test_a_pair_equals_a_linear_layer_of_the_concatenation(rng, bias, bits):
 def test_splitting_leaves_other_tensors_alone():
     tensors = {"pair.weight": mx.zeros((OUT, 2 * SIZE)), "norm.weight": mx.ones(SIZE)}
     parts = split_pairs(Layers(bias=False), tensors)
-    assert sorted(parts) == ["norm.weight", "pair.of_own.weight", "pair.of_shared.weight"]
+    assert sorted(parts) == ["norm.weight", "pair.first.weight", "pair.second.weight"]
     assert parts["norm.weight"] is tensors["norm.weight"]
     assert len(tensors) == 2

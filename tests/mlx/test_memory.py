@@ -1,4 +1,4 @@
-"""Memory of the MLX backend over many texts."""
+"""Memory of the MLX backend over many sequences."""
 
 from memory import check_memory
 
@@ -8,11 +8,11 @@ from treeflash.testing.models import write_drafter, write_target
 
 require("mlx_lm")
 
-from treeflash_mlx.backend import load  # noqa: E402
-from treeflash_mlx.state import State  # noqa: E402
+from treeflash_mlx.backend import load
+from treeflash_mlx.state import State
 
 
-def test_no_state_stays_open_over_500_texts(monkeypatch, tmp_path):
+def test_no_state_stays_open_over_500_sequences(monkeypatch, tmp_path):
     write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="float32"))

@@ -3,22 +3,20 @@ import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.probe import check_trees
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import (
-    UnsupportedModelError,
-)
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 
 require("mlx.core")
 require("mlx_lm")
 
-import mlx.core as mx  # noqa: E402
-from mlx import nn  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
-from treeflash_mlx.backend import MlxBackend, load  # noqa: E402
-from treeflash_mlx.target import Target, shortlist_logits  # noqa: E402
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from treeflash_mlx.backend import MlxBackend, load
+from treeflash_mlx.target import Target, shortlist_logits
 
 VERIFIED = (
     "llama",
@@ -46,9 +44,9 @@ def a_tree(*parents: int) -> DraftTree:
     return DraftTree(tokens, np.array(parents, np.int32), depths, np.zeros(len(parents)))
 
 
-def features_of(text: TextSession) -> np.ndarray:
+def features_of(sequence: SequenceSession) -> np.ndarray:
     """The projected features that the drafter has not read yet."""
-    return np.array(mx.concatenate(text.state.context))
+    return np.array(mx.concatenate(sequence.state.context))
 
 
 @pytest.mark.parametrize("family", VERIFIED)
@@ -57,19 +55,19 @@ def test_family_branches_and_commits(families, tmp_path, rng, family):
     assert families.attempt(family)[0] == "verified"
     families.write(tmp_path, family)
     backend = MlxBackend(Target(tmp_path, mx.float32, None), None, None)
-    text = TextSession(backend)
+    sequence = SequenceSession(backend)
     tokens = rng.integers(0, 96, 20).tolist()
-    text.extend(tokens)
+    sequence.extend(tokens)
     for path in ([0, 4, 5], [0, 1, 2, 3], [0], [0, 1, 6]):
         tree = a_tree(-1, 0, 1, 2, 0, 4, 1)
-        text.verify(tree)
-        text.commit(np.array(path, np.int32))
+        sequence.verify(tree)
+        sequence.commit(np.array(path, np.int32))
         tokens += tree.tokens[path].tolist()
-    fresh = TextSession(backend)
+    fresh = SequenceSession(backend)
     fresh.extend(tokens)
-    assert text.length == fresh.length == len(tokens)
+    assert sequence.length == fresh.length == len(tokens)
     probe = a_tree(-1, 0, 0)
-    np.testing.assert_allclose(text.logits(probe), fresh.logits(probe), atol=2e-4)
+    np.testing.assert_allclose(sequence.logits(probe), fresh.logits(probe), atol=2e-4)
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv7", "baichuan_m1", "gpt2"])
@@ -79,23 +77,24 @@ def test_family_that_cannot_branch_is_refused(families, tmp_path, family):
 
     def check():
         target.check_drafting()
+        target.check_trees()
         check_trees(MlxBackend(target, None, None))
 
     with pytest.raises(UnsupportedModelError) as caught:
         check()
     message = str(caught.value)
     assert "\n" not in message
-    assert family in message or "--method ar still works" in message
+    assert family in message or "method ar still works" in message
 
 
 def test_family_that_fails_the_probe_still_decodes_plainly(families, tmp_path):
     families.write(tmp_path, "gpt2")
     backend = load(tmp_path, None, LoadConfig())
-    text = TextSession(backend)
-    root = text.extend([1, 2, 3])
-    text.verify(DraftTree.root_only(root))
-    text.commit(np.zeros(1, np.int32))
-    assert text.length == 4
+    sequence = SequenceSession(backend)
+    root = sequence.extend([1, 2, 3])
+    sequence.verify(DraftTree.root_only(root))
+    sequence.commit(np.zeros(1, np.int32))
+    assert sequence.length == 4
 
 
 def test_hooks_leave_the_parameters_alone(pair):
@@ -113,14 +112,14 @@ def test_two_models_at_once(families, tmp_path, pair):
     untouched, _ = load_model(pair[0])
     before = untouched(mx.array([[1, 2, 3]]))
     a, b = load(*pair, LoadConfig()), load(*pair, LoadConfig())
-    texts = [TextSession(backend, drafts=True) for backend in (a, b, a)]
-    for text in texts:
-        text.extend([5, 6, 7])
+    sequences = [SequenceSession(backend, drafts=True) for backend in (a, b, a)]
+    for sequence in sequences:
+        sequence.extend([5, 6, 7])
     tree = a_tree(-1, 0, 0, 1)
-    logits = [text.logits(tree) for text in texts]
-    for text in texts:
-        text.commit(np.array([0, 1, 3], np.int32))
-    features = [features_of(text) for text in texts]
+    logits = [sequence.logits(tree) for sequence in sequences]
+    for sequence in sequences:
+        sequence.commit(np.array([0, 1, 3], np.int32))
+    features = [features_of(sequence) for sequence in sequences]
     for other in (1, 2):
         np.testing.assert_array_equal(logits[0], logits[other])
         np.testing.assert_array_equal(features[0], features[other])
@@ -138,11 +137,11 @@ def test_features_are_the_projected_outputs_of_the_layers(pair):
         x = layer(x, "causal", None)
         if i in backend.drafter_config.target_layer_ids:
             expected.append(x[0])
-    text = TextSession(backend, drafts=True)
-    text.extend([3, 1, 4, 1])
+    sequence = SequenceSession(backend, drafts=True)
+    sequence.extend([3, 1, 4, 1])
     expected = backend.drafter_model.project(mx.concatenate(expected, axis=-1))
-    np.testing.assert_allclose(features_of(text), np.array(expected), atol=1e-4)
-    silent = TextSession(backend)
+    np.testing.assert_allclose(features_of(sequence), np.array(expected), atol=1e-4)
+    silent = SequenceSession(backend)
     silent.extend([3, 1, 4, 1])
     silent.verify(DraftTree.root_only(1))
     silent.commit(np.zeros(1, np.int32))
@@ -153,12 +152,12 @@ def test_long_prefill_is_chunked(pair, rng, monkeypatch):
     monkeypatch.setattr("treeflash_mlx.verifier.PREFILL_CHUNK", 512)
     backend = load(*pair, LoadConfig())
     tokens = rng.integers(0, 64, 1100).tolist()
-    whole, halves = (TextSession(backend, drafts=True, capacity=2048) for _ in range(2))
+    whole, halves = (SequenceSession(backend, drafts=True, capacity=2048) for _ in range(2))
     chosen = whole.extend(tokens)
     halves.extend(tokens[:700])
     assert halves.extend(tokens[700:]) == chosen
     np.testing.assert_allclose(features_of(whole), features_of(halves), atol=1e-4)
-    np.testing.assert_allclose(whole.state.keys_values(), halves.state.keys_values(), atol=1e-4)
+    np.testing.assert_allclose(whole.state.read_kv_cache(), halves.state.read_kv_cache(), atol=1e-4)
 
 
 def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatch):
@@ -173,12 +172,12 @@ def test_features_of_a_long_prompt_are_projected_by_chunks(pair, rng, monkeypatc
         return call(self, x)
 
     monkeypatch.setattr(nn.Linear, "__call__", record)
-    text = TextSession(backend, drafts=True, capacity=2048)
-    root = text.extend(rng.integers(0, 64, 1500).tolist())
+    sequence = SequenceSession(backend, drafts=True, capacity=2048)
+    root = sequence.extend(rng.integers(0, 64, 1500).tolist())
     assert sum(projected) == 1500
     assert max(projected) <= 512
-    assert features_of(text).shape == (1500, 128)
-    text.draft(root)
+    assert features_of(sequence).shape == (1500, 128)
+    sequence.draft(root)
     assert sum(projected) == 1500
 
 
@@ -188,11 +187,11 @@ def test_quantised_keys_and_values(pair, rng):
     tree = a_tree(-1, 0, 0, 1, 2)
     caches = []
     for backend in (exact, rounded):
-        text = TextSession(backend)
-        text.extend(tokens)
-        text.verify(tree)
-        text.commit(np.array([0, 2, 4], np.int32))
-        caches.append(text.state.keys_values())
+        sequence = SequenceSession(backend)
+        sequence.extend(tokens)
+        sequence.verify(tree)
+        sequence.commit(np.array([0, 2, 4], np.int32))
+        caches.append(sequence.state.read_kv_cache())
     assert caches[0].shape == caches[1].shape
     assert 0 < np.abs(caches[0] - caches[1]).max() < 0.15
     assert rounded.target.quantisation.bits == 8

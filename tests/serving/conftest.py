@@ -7,13 +7,11 @@ from contextlib import ExitStack
 import pytest
 from servers import MAX_POSITIONS, serving
 
-from treeflash.config import METHODS, LoadConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
+from treeflash.config import LoadConfig
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
 from treeflash.reference import backend as reference
-from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.tokenizer import SPECIAL, save_tokenizer
+from treeflash.testing.models import SPECIAL, save_tokenizer, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 
@@ -27,7 +25,7 @@ def model(tmp_path_factory) -> LanguageModel:
     )
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
-    budgets = {m: AdaptiveBudget(VerifyCosts(dict.fromkeys(SIZES, 1.0))) for m in METHODS}
+    budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
     pair = reference.load(target, drafter, LoadConfig())
     return LanguageModel(pair, Tokenizer.from_folder(target), target, adaptive_budgets=budgets)
 

@@ -77,9 +77,9 @@ WRONG = [
     (chat(logprobs=3), "logprobs"),
     # Fields that this server does not have
     (chat(audio={}), "audio is not supported"),
-    (chat(modalities=["text", "audio"]), "modalities is not supported"),
+    (chat(modalities=["text", "audio"]), "modalities.1"),
     (chat(web_search_options={}), "web_search_options is not supported"),
-    (chat(prediction={}), "prediction is not supported"),
+    (chat(prediction=[]), "prediction"),
     (chat(best_of=2), "best_of is not supported"),
     (chat(no_stop_trim=True), "no_stop_trim"),
     (chat(skip_special_tokens=False), "skip_special_tokens"),
@@ -90,7 +90,7 @@ WRONG = [
     (chat(include_reasoning=False), "include_reasoning"),
     (text(include_reasoning=True), "include_reasoning is not supported"),
     (text(suffix="x"), "suffix is not supported"),
-    (text(echo=True), "echo"),
+    (text(echo="yes"), "echo"),
     (text(best_of=2), "best_of"),
     # Prompts
     ((CHAT, {}), "messages"),
@@ -101,7 +101,7 @@ WRONG = [
     ((CHAT, {"messages": [{"content": "Hi"}]}), "role"),
     ((CHAT, {"messages": [{"role": "king", "content": "Hi"}]}), "role"),
     ((CHAT, {"messages": [{"role": "user", "content": 5}]}), "content"),
-    ((CHAT, {"messages": [{**USER, "name": "Ann"}]}), "name is not supported"),
+    ((CHAT, {"messages": [{**USER, "name": 1}]}), "messages.0.name"),
     ((CHAT, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}), "content.0.type"),
     ((CHAT, {"messages": [{**USER, "content": "a\ud800b"}]}), "Unicode"),
     (chat(chat_template_kwargs={"a": "\ud800"}, **{"\ud800": 1}), "unicode"),
@@ -116,7 +116,9 @@ WRONG = [
     (text(prompt=[-1]), "prompt"),
     (text(prompt=[10**6]), "vocabulary"),
     (text(prompt=[10**30]), "vocabulary"),
-    (text(prompt=["a", "b"]), "prompt"),
+    (text(prompt=["a", 1]), "prompt"),
+    (text(prompt=["a", ""]), "empty"),
+    (text(max_tokens=0), "max_tokens is 0"),
     (text(prompt="x" * 600), "600 tokens and the target's limit is 512"),
     (text(prompt=[5] * 512), "512 tokens and the target's limit is 512"),
     (text(logprobs=True), "logprobs"),
@@ -157,6 +159,37 @@ def test_wrong_fields(server, request_, says):
     check_error(response, 400, says)
 
 
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            chat(temperature=-1),
+            "temperature: Input should be greater than or equal to 0 (got -1)",
+        ),
+        (
+            chat(stop=["a"] * 17),
+            "stop: List should have at most 16 items after validation, not 17",
+        ),
+        (
+            chat(budget="huge"),
+            "budget: Input should be a valid integer or Input should be 'auto' (got 'huge')",
+        ),
+        (
+            chat(tool_choice={"type": "function"}),
+            "tool_choice.function: Field required",
+        ),
+        (
+            chat(max_tokens=4, max_completion_tokens=5),
+            "max_tokens and max_completion_tokens are aliases but have different values, 4 and 5; "
+            "send one of them",
+        ),
+    ],
+)
+def test_messages_say_what_is_wrong(server, request_, message):
+    path, body = request_
+    assert server.post(path, body).json()["error"]["message"] == message
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_another_model(server, path, stream):
@@ -189,7 +222,7 @@ def test_content_type(server, kind):
         ("DELETE", "/v1/models/tiny", 405),
         ("GET", "/v1/models/other", 404),
         ("GET", "/../../etc/passwd", 404),
-        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
     ],
 )
 def test_paths(server, method, path, status):

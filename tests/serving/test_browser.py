@@ -91,10 +91,10 @@ def test_a_chat(server, open_page):
     iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
     assert iterations == set(range(max(iterations) + 1))
     assert page.locator("#tree circle").count() >= 1
+    sync_api.expect(page.locator("#verdict")).to_contain_text("gives the same text", timeout=60_000)
     for name in ("tree", "plain"):
         assert float(page.locator(f"#{name}-speed").inner_text()) > 0
     assert float(page.locator("#plain-efficiency").inner_text()) == 1
-    assert "gives the same text" in page.locator("#verdict").inner_text()
     ask(page, "And another.")
     assert page.locator(".turn.user").count() == 2
     page.get_by_role("button", name="New chat").click()
@@ -107,7 +107,74 @@ def test_hostile_text_is_shown_as_text(server, open_page):
     ask(page, HOSTILE)
     assert page.title() == "treeflash"
     assert page.locator("#log img, #log script, #tree img").count() == 0
-    assert page.locator(".assistant").inner_text().endswith(f"A{HOSTILE} z")
+    assert page.locator(".assistant .tokens").inner_text().endswith(f"A{HOSTILE} z")
+    page.get_by_label("Show Markdown").check()
+    assert page.title() == "treeflash"
+    assert page.locator("#log img, #log script").count() == 0
+    assert HOSTILE in page.locator(".formatted").inner_text()
+
+
+LINK = "[x](javascript:alert(1))"
+MARKDOWN = f"# Rivers\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n- **Rhine**\n- {LINK}\n"
+
+
+def test_markdown_and_copy(server, open_page):
+    page = open_page(server.url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    fake(page, *(MARKDOWN[i : i + 9] for i in range(0, len(MARKDOWN), 9)))
+    ask(page, "Hi")
+    assert not page.locator(".formatted").is_visible()
+    page.get_by_label("Show Markdown").check()
+    formatted = page.locator(".formatted")
+    assert formatted.locator("h1").inner_text() == "Rivers"
+    assert formatted.locator("strong").inner_text() == "Rhine"
+    assert formatted.locator("td").count() == 2
+    assert formatted.locator("[href]").count() == 0
+    assert not page.locator(".tokens").is_visible()
+    shot(page, "markdown")
+    page.get_by_role("button", name="Copy").click()
+    assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_a_chat_survives_a_reload(server, open_page):
+    page = open_page(server.url)
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Compare with plain").uncheck()
+    fake(page, "The", " Rhine")
+    ask(page, "Name a river.")
+    sent = []
+    page.reload()
+    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
+    assert page.locator(".user").inner_text() == "Name a river."
+    assert "The Rhine" in page.locator(".assistant").inner_text()
+    ask(page, "And another.")
+    roles = [message["role"] for message in sent[0]["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert sent[0]["seed"] == 7
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    assert page.locator(".turn").count() == 0
+
+
+def test_sending_while_the_plain_answer_is_decoded(server, open_page):
+    page = open_page(server.url)
+    fake(page, "The", " Rhine")
+    held = []
+
+    def hold(route):
+        if route.request.post_data_json.get("method") == "ar":
+            held.append(route)
+        else:
+            route.fallback()
+
+    page.route("**/v1/chat/completions", hold)
+    ask(page, "Name a river.")
+    sync_api.expect(page.locator("#verdict")).to_contain_text("plainly")
+    ask(page, "And another.")
+    assert page.locator(".turn.user").count() == 2
+    assert page.locator(".error").count() == 0
+    assert len(held) >= 1
 
 
 def test_by_keyboard(server, open_page):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from itertools import pairwise
+from time import perf_counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from servers import NAME
+from servers import NAME, wait_until
+
+from treeflash.serving import streaming
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -103,14 +109,24 @@ def test_log_probs(server, model, stream):
         found = [x for c in choices if "logprobs" in c for x in c["logprobs"]["content"]]
     else:
         found = server.post(PATH, body).json()["choices"][0]["logprobs"]["content"]
-    name = model.tokenizer.token_text
+    name = partial(streaming.token_name, model.tokenizer)
     assert [x["token"] for x in found] == [name(token) for token in result.token_ids]
     np.testing.assert_allclose(
         [x["logprob"] for x in found], [x.log_prob for x in result.log_probs], atol=1e-4
     )
     for one, other in zip(found, result.log_probs, strict=True):
         assert [x["token"] for x in one["top_logprobs"]] == [name(token) for token, _ in other.top]
-        assert one["bytes"] is None or bytes(one["bytes"]).decode() == one["token"]
+        part = bytes(one["bytes"])
+        escaped = "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
+        assert one["token"] in (part.decode(errors="replace"), escaped)
+        assert "\ufffd" not in one["token"]
+
+
+def test_created_is_the_time_of_the_answer(server, monkeypatch):
+    clock = SimpleNamespace(time=lambda: 1234.5, perf_counter=perf_counter)
+    monkeypatch.setattr(streaming, "time", clock)
+    assert server.chat(max_tokens=1).json()["created"] == 1234
+    assert server.complete(max_tokens=1).json()["created"] == 1234
 
 
 def test_usage(serve, model):
@@ -181,3 +197,88 @@ def test_chat_template_variables(server):
 def test_max_completion_tokens(server):
     usage = server.chat(max_completion_tokens=5, max_tokens=5, ignore_eos=True).json()["usage"]
     assert usage["completion_tokens"] == 5
+
+
+NOTHING = {
+    "metadata": {"run": "1"},
+    "modalities": ["text"],
+    "prediction": {"type": "content", "content": "The sea"},
+    "prompt_cache_key": "a",
+    "reasoning_effort": "none",
+    "safety_identifier": "b",
+    "service_tier": "auto",
+    "store": False,
+    "verbosity": "low",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_fields_that_change_nothing(server, name):
+    plain, given = server.chat(max_tokens=8), server.chat(max_tokens=8, **{name: NOTHING[name]})
+    assert given.status_code == 200, given.text
+    assert given.json()["choices"] == plain.json()["choices"]
+
+
+def test_reasoning_effort(server):
+    """As in `/v1/responses`."""
+    counts = [
+        server.chat(max_tokens=1, **more).json()["usage"]["prompt_tokens"]
+        for more in ({}, {"reasoning_effort": "none"}, {"reasoning_effort": "high"})
+    ]
+    assert counts[0] == counts[1] == counts[2] - len("<think>")
+
+
+def test_names_of_participants(server):
+    message = {"role": "user", "name": "ann", "content": "Hello."}
+    assert server.post(PATH, {"messages": [message], "max_tokens": 1}).status_code == 200
+
+
+def test_a_message_that_is_continued(server, model):
+    """The prompt ends with the assistant's text, and the answer is what follows."""
+    begun = {"role": "assistant", "content": "The capital is"}
+    body = {"messages": [*MESSAGES, begun], "max_tokens": 12}
+    both = {"continue_final_message": True, "add_generation_prompt": False}
+    found = server.post(PATH, {**body, **both}).json()["choices"][0]["message"]["content"]
+    start = model.tokenizer.transformers.apply_chat_template(
+        [*MESSAGES, begun], tokenize=False, continue_final_message=True
+    )
+    assert start.endswith("<|start|>assistant: The capital is")
+    assert found == model.generate(start, raw=True, max_tokens=12).text
+    anthropic = {"messages": [*MESSAGES[1:], begun], "system": MESSAGES[0]["content"]}
+    answer = server.post("/v1/messages", {**anthropic, "max_tokens": 12}).json()
+    assert answer["content"] == [{"type": "text", "text": found}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"continue_final_message": True},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ],
+)
+def test_messages_that_cannot_be_continued(server, fields):
+    response = server.post(PATH, {"messages": MESSAGES, **fields})
+    assert response.status_code == 400
+    assert "continue_final_message" in response.json()["error"]["message"]
+
+
+def test_a_reserved_variable_of_the_chat_template(server):
+    response = server.chat(chat_template_kwargs={"messages": []})
+    assert response.status_code == 400
+    assert "'messages' is reserved" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_line_in_the_log_for_each_request(server, caplog, stream):
+    with caplog.at_level("INFO", "treeflash.serving"):
+        server.chat(max_tokens=6, ignore_eos=True, n=2, stream=stream)
+        wait_until(lambda: "tokens/s" in caplog.text)
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == "treeflash.serving"
+    ]
+    assert re.fullmatch(
+        r"/v1/chat/completions: \d+ prompt tokens \(\d+ cached\), 12 new tokens in [0-9.]+ s, "
+        r"[0-9.]+ tokens/s, [0-9.]+ tokens per iteration, length, length",
+        line,
+    ), line

@@ -1,9 +1,10 @@
-"""`python -m treeflash.serve`: options, configuration files, errors, and a whole life."""
+"""`treeflash serve`: options, configuration files, errors, and a whole life."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from servers import parse, wait_until
 
 from treeflash import serve as command
-from treeflash.serving import run as serving_run
+from treeflash.serving import application as serving_run
 
 
 @pytest.fixture
@@ -57,12 +58,14 @@ def test_defaults(run, told):
 def test_options(run, told, tmp_path):
     keys = write(tmp_path / "keys", "one\n\n two \n")
     args = "--temperature 0.7 --budget 16 --max-parallel 3 --prefix-cache-gb 0 --timeout 9.5"
+    args += " --tool-call-parser llama3_json"
     args += " --cors-origin https://a.example --cors-origin https://b.example --port 0"
     assert run(*args.split(), "--api-key-file", keys, "--target", "Qwen/Qwen3-4B") == (0, "")
     settings = told["settings"]
     assert told["defaults"] == {"temperature": 0.7, "budget": 16}
     assert (settings.max_parallel, settings.prefix_cache_gb, settings.timeout) == (3, 0, 9.5)
     assert settings.api_keys == ("one", "two")
+    assert settings.tool_call_parser == "llama3_json"
     assert settings.cors_origins == ("https://a.example", "https://b.example")
     assert told["names"] == ("Qwen/Qwen3-4B",)
 
@@ -107,7 +110,7 @@ def test_configuration_file(run, told, tmp_path):
         (["--keep-alive", "0"], "keep_alive must be above 0"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--raw"], "/v1/completions"),
-        (["--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--api-key-file", "/no/such/file"], "/no/such/file cannot be read"),
         (["--config", "/no/such/file"], "/no/such/file"),
         (["--config"], "expected one argument"),
         (["--host", "no.such.host.example"], "cannot listen on no.such.host.example:8000"),
@@ -127,17 +130,34 @@ def test_bad_options(run, args, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("port = ", "is not a configuration file"),
-        ("colour = 'red'", "--colour=red"),
+        ("port = ", "is not a valid TOML file"),
+        ("colour = 'red'", "unknown option 'colour'"),
         ("port = 'x'", "not a port: x"),
-        ("config = 'other.toml'", "cannot name another"),
-        ("max_parallel = true", "--max-parallel"),
+        ("config = 'other.toml'", "cannot set config"),
+        ("max_parallel = true", "max_parallel cannot be true"),
+        ("port = true", "port cannot be true"),
     ],
 )
 def test_bad_configuration_files(run, tmp_path, text, says):
     code, err = run("--config", write(tmp_path / "serve.toml", text))
     assert (code, err.count("\n")) == (2, 1)
     assert says in err
+    assert "serve.toml" in err
+
+
+def test_files_may_begin_with_a_byte_order_mark(run, told, tmp_path):
+    keys = write(tmp_path / "keys", "\ufeffone\n")
+    file = write(tmp_path / "serve.toml", f"\ufeffport = 0\napi_key_file = '{keys}'\n")
+    assert run("--config", file) == (0, "")
+    assert (told["port"], told["settings"].api_keys) == (0, ("one",))
+
+
+def test_template_variables_that_the_chat_template_rejects(run, model, tmp_path):
+    file = write(tmp_path / "serve.toml", "[chat_template_args]\nmessages = 1\n")
+    models = ("--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0)
+    code, err = run("--config", file, *models)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "'messages' is reserved" in err
 
 
 def test_no_keys_in_the_file(run, tmp_path):
@@ -160,6 +180,38 @@ def test_port_taken(run):
         f"error: cannot listen on 127.0.0.1:{port} (Address already in use); choose another "
         "--host or --port\n"
     )
+
+
+LOADING = """
+import atexit, os, sys, time
+from treeflash.serving.application import Settings, serve
+
+def load():
+    atexit.register(os.abort)  # as a framework does whose threads are running
+    print("loading", flush=True)
+    time.sleep(60)
+
+serve(load, Settings(), {}, ("tiny",), host="127.0.0.1", port=0, log_level="info")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interruption_while_it_loads():
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts processes in the background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            assert process.stdout.readline() == "loading\n"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -189,6 +241,8 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
         finally:
             process.kill()
     assert "Traceback" not in log.read_text()
+    lines = log.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ", line) for line in lines)
 
 
 def is_ready(client):

@@ -23,7 +23,7 @@ def test_while_models_are_fetched(capsys, monkeypatch):
     def load(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
-    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.setattr(command.cli, "locate_model", load)
     code = command.main(["--port", "0"])
     err = capsys.readouterr().err
     assert code == 2

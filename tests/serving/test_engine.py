@@ -61,7 +61,7 @@ def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
     [
         (NumericalError("logits are not finite"), 500, "logits are not finite"),
         (MemoryError("out of memory"), 503, "out of memory"),
-        (KeyError("a fault"), 500, "its log says why"),
+        (KeyError("a fault"), 500, "its log has the reason"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

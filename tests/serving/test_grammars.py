@@ -10,10 +10,9 @@ import pytest
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.choices import unpack
-from treeflash.serving.errors import APIError
-from treeflash.serving.grammars import Grammar, GrammarCompiler, GrammarConstraint
-from treeflash.testing.tokenizer import SPECIAL
+from treeflash.decoding.sampling import unpack
+from treeflash.testing.models import SPECIAL
+from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarConstraint, GrammarError
 
 SCHEMA = {
     "type": "object",
@@ -35,7 +34,7 @@ GRAMMARS = {
     "choice": Grammar.choice(["Rhein", "Rhône", 'a "quoted" \\ text']),
     "lark": Grammar.lark(LIST),
     "gbnf": Grammar.lark_or_gbnf(GBNF),
-    "after": Grammar.json(SCHEMA).after(r"thought[lazy]: /(?s:.*)<\/t>/", lead="thought"),
+    "after": Grammar.json(SCHEMA).prepend("thought", rule=r"thought[lazy]: /(?s:.*)<\/t>/"),
 }
 
 
@@ -47,7 +46,7 @@ def compiler(model):
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
     """Along random texts, beyond end tokens too."""
-    rng, make = np.random.default_rng(0), compiler.compile(GRAMMARS[name], "grammar")
+    rng, make = np.random.default_rng(0), compiler.compile(GRAMMARS[name])
     vocab_size = model.backend.vocab_size
     constraint, tokens, ends = make(), [], 0
     for _ in range(120):
@@ -70,7 +69,7 @@ def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
 
 
 def test_answers_do_not_share_a_matcher(compiler):
-    make = compiler.compile(GRAMMARS["choice"], "grammar")
+    make = compiler.compile(GRAMMARS["choice"])
     first, second = make(), make()
     before = second.allowed().copy()
     first.advance(int(np.flatnonzero(unpack(first.allowed()[None], 300)[0])[0]))
@@ -87,19 +86,18 @@ def decode(backend, make, config):
         texts[scheduler.submit(request)] = []
     scheduler.submit(Request(prompt_ids=[9, 8], config=DecodeConfig(**config)))
     accepted = 0
-    while scheduler.busy:
-        for ticket, step in scheduler.step():
-            assert not isinstance(step, Exception), step
-            if ticket in texts:
-                texts[ticket] += step.tokens
-                accepted += 0 if step.path is None else len(step.path) - 1
+    for request_id, step in scheduler.run():
+        assert not isinstance(step, Exception), step
+        if request_id in texts:
+            texts[request_id] += step.tokens
+            accepted += 0 if step.path is None else len(step.path) - 1
     return list(texts.values()), accepted
 
 
 @pytest.mark.parametrize("name", [name for name in GRAMMARS if name != "after"])
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_exact_and_valid(compiler, model, name, temperature):
-    make = compiler.compile(GRAMMARS[name], "grammar")
+    make = compiler.compile(GRAMMARS[name])
     total = finished = 0
     for seed in range(2):
         config = {
@@ -146,7 +144,7 @@ def test_without_rollback_texts_differ(compiler, model):
         def rollback(self, tokens):
             pass
 
-    make = compiler.compile(GRAMMARS["json"], "grammar")
+    make = compiler.compile(GRAMMARS["json"])
     vocab_size = model.backend.vocab_size
     config = {
         **WIDE,
@@ -175,15 +173,14 @@ def test_without_rollback_texts_differ(compiler, model):
     ids=["type", "format", "regex", "lark"],
 )
 def test_invalid_grammars(compiler, grammar):
-    with pytest.raises(APIError, match="the grammar cannot be followed") as caught:
-        compiler.compile(grammar, "response_format")
-    assert (caught.value.status, caught.value.param) == (400, "response_format")
-    assert "\n" not in caught.value.message
+    with pytest.raises(GrammarError, match="invalid grammar") as caught:
+        compiler.compile(grammar)
+    assert "\n" not in str(caught.value)
 
 
 def test_special_tokens_are_not_text(compiler, model):
     """The target cannot write an end token as a part of a string."""
-    constraint = compiler.compile(Grammar.json({"type": "string"}), "grammar")()
+    constraint = compiler.compile(Grammar.json({"type": "string"}))()
     for token in model.tokenizer.encode('"'):
         constraint.advance(token)
     allowed = unpack(constraint.allowed()[None], model.backend.vocab_size)[0]

@@ -83,8 +83,15 @@ def test_time_limit(serve, stream):
 
 def test_text_that_needs_too_much_memory(serve):
     server = serve(max_memory_gb=1e-4)
-    check_error(server.complete("A", max_tokens=500), 400, "bytes for its state and the limit is")
+    check_error(server.complete("A", max_tokens=500), 400, "MiB for its KV cache and the limit is")
     assert server.complete("A", max_tokens=2, budget=2).status_code == 200
+
+
+def test_an_answer_without_a_length_takes_the_memory_that_there_is(serve):
+    server = serve(max_memory_gb=1e-4)
+    answer = server.complete("A", budget=2, ignore_eos=True).json()
+    assert 2 < answer["usage"]["completion_tokens"] < 500
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_keep_alive(serve):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tool_models import RESPONSE_TEMPLATE, tool_tokenizer
 
 from treeflash.decoding.loop import Step
-from treeflash.serving.message_parser import MessageForm, MessageParser
-from treeflash.serving.response_templates import ResponseTemplate
-from treeflash.testing.tokenizer import END
-from treeflash.text.assembler import Chunk
-from treeflash.text.detokenizer import TextStream
+from treeflash.language_model import LanguageModel
+from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
+from treeflash.serving.response_templates import TOOL_CALL_PARSERS
+from treeflash.testing.models import END
+from treeflash.text.stream import Chunk
+from treeflash.text.tokenizer import TextStream
 
-TEMPLATE = ResponseTemplate(RESPONSE_TEMPLATE["fields"], RESPONSE_TEMPLATE)
+TEMPLATE = ResponseTemplate(RESPONSE_TEMPLATE)
 PROMPT = "<|start|>user: <think>Hi<|end|><|start|>assistant: "
 ADD = '<call>{"name": "add", "arguments": {"a": 1, "b": [2]}}</call>'
 SUB = '<call>{"name": "sub", "arguments": {}}</call>'
@@ -26,24 +28,26 @@ def tokenizer(tmp_path_factory):
 
 
 def read(tokenizer, text, size, *, prompt=PROMPT, form=True, finish="stop"):
-    """Feed a text in chunks of so many tokens; returns the parser and all deltas."""
+    """Feed a text in chunks of `size` tokens; returns the parser and the added texts."""
     parser = MessageParser(MessageForm(TEMPLATE, prompt) if form else None, tokenizer)
     ids = tokenizer.encode(text) + [END] * (finish == "stop")
-    stream, deltas = TextStream(tokenizer), []
+    stream, changes = TextStream(tokenizer), []
     for start in range(0, len(ids), size):
         part = tuple(ids[start : start + size])
         last = start + size >= len(ids)
         text = stream.push(part) + (stream.finish() if last else "")
-        deltas += parser.feed(Chunk(text, part, Step(part), finish if last else None))
-    assert "".join(x.text for x in deltas if x.kind == "content") == parser.content
-    assert "".join(x.text for x in deltas if x.kind == "reasoning") == parser.reasoning
-    assert [x.call for x in deltas if x.call is not None] == parser.calls
-    return parser, deltas
+        changes += parser.feed(Chunk(text, part, Step(part), finish if last else None))
+    assert "".join(x.text for x in changes if x.part.kind == "content") == parser.content
+    assert "".join(x.text for x in changes if x.part.kind == "reasoning") == parser.reasoning
+    opened = [x.part for x in changes if x.event == "open"]
+    assert [part.call for part in opened if part.call is not None] == parser.calls
+    assert opened == [x.part for x in changes if x.event == "close"] == parser.parts
+    return parser, [x.text for x in changes if x.event == "text"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_parts(tokenizer, size):
-    parser, deltas = read(tokenizer, f"<think>Why? Grüße.</think>Hello.{ADD}\n{SUB}", size)
+    parser, texts = read(tokenizer, f"<think>Why? Grüße.</think>Hello.{ADD}\n{SUB}", size)
     assert (parser.reasoning, parser.content) == ("Why? Grüße.", "Hello.")
     assert [(x.name, json.loads(x.arguments)) for x in parser.calls] == [
         ("add", {"a": 1, "b": [2]}),
@@ -51,15 +55,15 @@ def test_parts(tokenizer, size):
     ]
     assert len({call.id for call in parser.calls}) == 2
     if size == 1:
-        assert len(deltas) > 15, "text is streamed"
+        assert len(texts) > 15, "text is streamed"
 
 
 @pytest.mark.parametrize("size", [1, 1000])
 def test_the_prompt_may_begin_the_reasoning(tokenizer, size):
     prompt = PROMPT + "<think>"
-    assert MessageForm(TEMPLATE, prompt).reasoning
-    assert not MessageForm(TEMPLATE, prompt + "</think>").reasoning
-    assert not MessageForm(TEMPLATE, PROMPT).reasoning
+    assert MessageForm(TEMPLATE, prompt).in_reasoning
+    assert not MessageForm(TEMPLATE, prompt + "</think>").in_reasoning
+    assert not MessageForm(TEMPLATE, PROMPT).in_reasoning
     parser, _ = read(tokenizer, "Why?</think>Hello.", size, prompt=prompt)
     assert (parser.reasoning, parser.content) == ("Why?", "Hello.")
 
@@ -85,6 +89,107 @@ def test_an_unfinished_call_is_kept(tokenizer):
     parser, _ = read(tokenizer, 'Hello.<call>{"name": "ad', 5, finish="length")
     assert parser.content == 'Hello.{"name": "ad'
     assert not parser.calls
+
+
+BEGIN, SEP, DONE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+ALL, ALL_DONE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+V3 = f'{BEGIN}function{SEP}add\n```json\n{{"a": %d}}\n```{DONE}'
+V31 = f'{BEGIN}add{SEP}{{"a": %d}}{DONE}'
+PARSERS = {
+    "hermes": (
+        "<|im_start|>assistant\n",
+        "Yes.",
+        '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>',
+    ),
+    "qwen3_coder": (
+        "<|im_start|>assistant\n",
+        "Yes.",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+    ),
+    "llama3_json": (
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "",
+        '{"name": "add", "parameters": {"a": 1}}',
+    ),
+    "mistral": (
+        "[/INST]",
+        "Yes.",
+        '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, '
+        '{"name": "add", "arguments": {"a": 2}}]',
+    ),
+    "deepseek_v3": (
+        "<｜Assistant｜>",
+        "Yes.",
+        f"{ALL}{V3 % 1}\n{V3 % 2}{ALL_DONE}",
+    ),
+    "deepseek_v31": ("<｜Assistant｜>", "Yes.", f"{ALL}{V31 % 1}{V31 % 2}{ALL_DONE}"),
+    "gemma4": ("<|turn>model\n", "Yes.", "<|tool_call>call:add{a:1}<tool_call|>"),
+}
+
+
+def parse_with(name, tokenizer, text, size):
+    prompt = PARSERS[name][0]
+    template = ResponseTemplate(TOOL_CALL_PARSERS[name])
+    tools = [
+        {"function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+    ]
+    parser = MessageParser(MessageForm(template, f"<|user|>Hi{prompt}", tools), tokenizer)
+    ids = tuple(tokenizer.encode(text))
+    parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+    for i, part in enumerate(parts):
+        parser.read([Chunk("", part, Step(part), "stop" if i == len(parts) - 1 else None)])
+    return parser
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
+def test_tool_call_parsers(tokenizer, name, size):
+    _, text, calls = PARSERS[name]
+    parser = parse_with(name, tokenizer, text + calls, size)
+    found = [(x.name, json.loads(x.arguments)) for x in parser.calls]
+    assert found == [("add", {"a": i + 1}) for i in range(2 if "2" in calls else 1)]
+    assert parser.content == text
+    assert all(len(call.id) == 9 for call in parser.calls)
+
+
+@pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
+def test_text_without_calls(tokenizer, name):
+    parser = parse_with(name, tokenizer, "It is {here}.", 3)
+    assert (parser.content, parser.calls) == ("It is {here}.", [])
+
+
+FAMILIES = {
+    "qwen3": (
+        "<|im_start|>assistant\n",
+        "<think>Hm.</think>Yes.\n<tool_call>\n"
+        '{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+    ),
+    "qwen3_5_moe": (
+        "<|im_start|>assistant\n",
+        "<think>Hm.</think>Yes.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>",
+    ),
+    "gemma4": (
+        "<|turn>model\n",
+        "<|channel>thought\nHm.<channel|>Yes.<|tool_call>call:add{a:1}<tool_call|><turn|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_whose_tokenizers_have_no_template(tokenizer, family, tmp_path):
+    prompt, text = FAMILIES[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    plain = SimpleNamespace(transformers=SimpleNamespace(response_template=None))
+    template = ResponseTemplate.find(LanguageModel(None, plain, tmp_path))
+    schema = {"properties": {"a": {"type": "integer"}}}
+    tools = [{"function": {"name": "add", "parameters": schema}}]
+    parser = MessageParser(MessageForm(template, prompt, tools), tokenizer)
+    ids = tuple(tokenizer.encode(text))
+    parser.read([Chunk(text, ids, Step(ids), "stop")])
+    assert (parser.reasoning, parser.content) == ("Hm.", "Yes.")
+    assert [(x.name, json.loads(x.arguments)) for x in parser.calls] == [("add", {"a": 1})]
 
 
 def test_without_a_template_everything_is_content(tokenizer):

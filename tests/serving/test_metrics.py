@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Gate, wait_until
 
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+
 
 def values(server):
     """Each sample by its name, with its labels if it has any."""
@@ -56,3 +58,43 @@ def test_running_and_waiting(serve):
         assert values(server)["kv_cache_bytes"] > 0
     gate.open()
     wait_until(lambda: values(server)["num_requests_running"] == 0)
+
+
+def test_drafts_are_counted_under_the_names_of_others(serve):
+    server = serve()
+    settings = {"max_tokens": 12, "ignore_eos": True, "budget": 6}
+    body = server.complete("Hello, world", **settings).json()
+    details = body["usage"]["draft_tokens_details"]
+    found = dict(body["metrics"]["speculative_decoding"])
+    histogram = found.pop("acceptance_histogram")
+    steps, accepted, drafted = (
+        found["num_spec_steps"],
+        *(details[name] for name in ("accepted_tokens", "drafted_tokens")),
+    )
+    assert 0 < steps == sum(histogram) <= details["iterations"]
+    assert sum(n * count for n, count in enumerate(histogram)) == accepted > 0
+    assert found == {
+        "mean_acceptance_length": 1 + accepted / steps,
+        "draft_acceptance_rate": accepted / drafted,
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": drafted,
+        "num_spec_tokens": len(histogram) - 1,
+    }
+    assert body["timings"] == {"draft_n": drafted, "draft_n_accepted": accepted}
+    several = server.complete("Hello, world", n=2, **settings).json()
+    assert several["metrics"] == {"speculative_decoding": None}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = server.frames("/v1/completions", prompt="Hello, world", **settings, **options)
+    assert last["timings"] == body["timings"]
+    assert last["metrics"] == body["metrics"]
+
+
+def test_whether_drafting_is_on(serve, monkeypatch):
+    server = serve()
+    for paused in (False, True):
+        monkeypatch.setattr(AdaptiveBudgets, "is_paused", lambda *_, paused=paused: paused)
+        server.complete("Hello, world", max_tokens=6, ignore_eos=True)
+        found = values(server)
+        states = [found[f"drafting{state}"] for state in ("on", "paused", "no_drafter")]
+        assert states == [not paused, paused, 0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.gumbel import over_vocabulary, position_keys
+from treeflash.decoding.sampling import position_keys, vocabulary_noise
 
 SAMPLED = SamplingConfig(temperature=1.0)
 
@@ -26,7 +26,7 @@ def job(module):
 def test_a_sampled_token_is_near_if_two_roundings_can_make_it_the_best(near_ties):
     row = np.zeros((1, 4), np.float32)
     positions = np.array([9], np.int32)
-    noise = over_vocabulary(position_keys(SAMPLED.seed, positions), 4)[0]
+    noise = vocabulary_noise(position_keys(SAMPLED.seed, positions), 4)[0]
     best, second, *_ = np.argsort(-noise)
     row[0, second] = noise[best] - noise[second] - 1.5e-3
     (found,) = near_ties.near_best(row, SAMPLED, positions, 1e-3)
@@ -44,7 +44,7 @@ def test_a_greedy_token_is_near_if_two_roundings_can_make_it_the_best(near_ties)
 
 
 def test_rounding_is_small_and_measured(near_ties, model, job):
-    judge = near_ties.Judge.of(model, [job, replace(job, temperature=0.0)])
+    judge = near_ties.Judge.measure(model, [job, replace(job, temperature=0.0)])
     assert 0 < judge.rounding < 1e-3
 
 

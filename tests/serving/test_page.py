@@ -15,6 +15,7 @@ def test_files_need_no_key_and_have_a_policy(serve, path):
     server = serve(api_keys=("secret",))
     response = server.client.get(path)
     assert response.status_code == 200
+    assert server.client.head(path).status_code == 200  # Claude Code sends it first
     assert response.headers["content-type"].startswith("text/")
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -33,5 +34,15 @@ def test_nothing_comes_from_elsewhere_and_no_text_becomes_html(name):
 
 def test_the_page_names_its_files():
     text = resources.files(page).joinpath("index.html").read_text()
+    for name in page.VENDORED:  # only through our own module
+        assert name not in text
     for name in ("page.css", "chat.js"):
         assert f'"{name}"' in text
+
+
+def test_licences_of_vendored_libraries_are_shipped():
+    folder = resources.files(page).joinpath("vendor")
+    for name in page.VENDORED:
+        library = name.partition("/")[2].removesuffix(".js")
+        assert "Copyright" in folder.joinpath(f"LICENSE-{library}").read_text()
+        assert "sourceMappingURL" not in folder.joinpath(f"{library}.js").read_text()

@@ -8,16 +8,17 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from treeflash.serving.relay import Relayed, answer, respond
+from treeflash.serving.relay import PrefixIndex, RelayedRequest, response_app, response_pieces
 
 
 def relayed(app):
     """An application that passes everything on to another."""
 
     async def pass_on(scope, receive, send):
-        pieces = answer(app, await Relayed.receive(scope, receive))
+        scope["state"] = {"cache_salt": ""}
+        pieces = response_pieces(app, await RelayedRequest.receive(scope, receive))
         head = await anext(pieces)
-        await respond(head, pieces)(scope, receive, send)
+        await response_app(head, pieces)(scope, receive, send)
 
     return pass_on
 
@@ -67,7 +68,7 @@ def test_streams_come_piece_by_piece_and_end_with_the_client():
             "client": None,
             "server": None,
         }
-        pieces = answer(app, Relayed(scope, b"", "-"))
+        pieces = response_pieces(app, RelayedRequest(scope, b"", "-"))
         status, _ = await anext(pieces)
         assert status == 200
         assert [await anext(pieces) for _ in range(3)] == [b"0\n", b"1\n", b"2\n"]
@@ -81,6 +82,30 @@ def test_streams_come_piece_by_piece_and_end_with_the_client():
     asyncio.run(run())
 
 
+def prompt_of(text, salt="one user"):
+    return RelayedRequest({}, b"", text, salt)
+
+
+def test_the_router_finds_the_replica_with_the_longest_beginning():
+    index = PrefixIndex(block=4, max_blocks=6)
+    index.add(prompt_of("abcdefgh-first"), "one")
+    index.add(prompt_of("abcdxxxx-second"), "two")
+    both = {"one", "two"}
+
+    def find(text, replicas=both, **user):
+        return index.find(prompt_of(text, **user), replicas)
+
+    assert find("abcdefghijkl") == {"one"}
+    assert find("abcdefghijkl", salt="another user") == set(), "they share no cached states"
+    assert find("abcdyyyy") == both
+    assert find("abcdefghijkl", {"two"}) == {"two"}, "one is gone"
+    assert find("abc") == set()
+    assert find("abcd" + "y" * 40) == set(), "too little of it"
+    for i in range(5):
+        index.add(prompt_of(f"{i:4}"), "three")
+    assert find("abcdefghijkl") == both, "the oldest continuations are forgotten first"
+
+
 def test_prompts_of_all_apis():
     async def prompt(body):
         async def receive():
@@ -88,7 +113,8 @@ def test_prompts_of_all_apis():
 
         names = ("method", "path", "raw_path", "query_string", "headers", "http_version")
         scope = dict.fromkeys((*names, "scheme", "client", "server", "type"))
-        return (await Relayed.receive(scope, receive)).prompt
+        scope["state"] = {"cache_salt": ""}
+        return (await RelayedRequest.receive(scope, receive)).prompt
 
     cases = {
         b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}': "user\na",

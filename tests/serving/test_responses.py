@@ -148,7 +148,7 @@ def test_what_codex_sends(server):
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "file_search"}]}, "tools.0"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
         ({"input": []}, None),
     ],

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from servers import serving
-from tool_models import RESPONSE_TEMPLATE, tool_model
+from tool_models import CHAT_TEMPLATE, RESPONSE_TEMPLATE, tool_model
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello."}]
@@ -79,7 +79,6 @@ def test_a_named_call_streamed(server):
         "messages": HELLO,
         "tools": TOOLS,
         "tool_choice": choice,
-        "parallel_tool_calls": False,
         "seed": 4,
     }
     frames = server.frames(PATH, **body)
@@ -168,15 +167,68 @@ def test_json_object(server):
         assert isinstance(json.loads(found["content"]), dict)
 
 
-def test_strict_tools_hold_in_free_text(server, tokenizer):
-    """The text is free until it begins a call, which then follows the schema."""
-    tools = [tool("paint", PAINT, strict=True)]
-    ids = tokenizer.encode("<call>")
-    bias = {str(token): 30 for token in ids[-1:]} | {str(token): 28 for token in ids[:-1]}
-    found, reason = message(server.chat(tools=tools, logit_bias=bias, seed=5, max_tokens=120))
-    for call in found.get("tool_calls", []):
-        check(call)
-    assert reason in ("length", "stop", "tool_calls")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_named_function_is_called_once(server, seed):
+    choice = {"type": "function", "function": {"name": "stop"}}
+    found, reason = message(server.chat(tools=TOOLS, tool_choice=choice, seed=seed))
+    assert [call["function"]["name"] for call in found["tool_calls"]] == ["stop"]
+    assert reason == "tool_calls"
+
+
+@pytest.mark.parametrize("tokens", [3, 12, 20])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_enforced_call_that_is_cut_off_is_not_content(server, tokens, stream):
+    args = {"chat_template_kwargs": {"enable_thinking": False}}
+    body = {"tools": TOOLS, "tool_choice": "required", "max_tokens": tokens, **args}
+    if stream:
+        choices = [x["choices"][0] for x in server.frames(PATH, messages=HELLO, **body)]
+        assert not any(choice["delta"].get("content") for choice in choices)
+        reason = choices[-1]["finish_reason"]
+    else:
+        found, reason = message(server.chat(**body))
+        assert not found["content"]
+        assert "tool_calls" not in found
+    assert reason == "length"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "stop"}}])
+def test_a_required_call_has_no_content_to_constrain(server, choice):
+    body = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    args = {"chat_template_kwargs": {"enable_thinking": False}}
+    found, _ = message(server.chat(response_format=FORMAT, **body, **args))
+    (call,) = found["tool_calls"]
+    check(call)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("start", ["{", "<"], ids=["content", "call"])
+def test_content_of_a_form_or_calls(server, tokenizer, start, strict):
+    """The form is that of the content, and the model may call instead."""
+    tools = [tool("paint", PAINT, strict=strict)]
+    bias = {str(token): 25 for token in tokenizer.encode(start)}
+    args = {"chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False}
+    found, _ = message(server.chat(tools=tools, response_format=FORMAT, logit_bias=bias, **args))
+    if start == "{":
+        assert json.loads(found["content"])["colour"] in ("red", "blue")
+        return
+    assert not found["content"]
+    if strict:
+        check(*found["tool_calls"])
+
+
+def test_a_model_without_reasoning_does_not_begin_to_think(tmp_path):
+    """Its response template has reasoning, as all of Qwen's do, but not its chat template."""
+    model = tool_model(tmp_path, chat_template=CHAT_TEMPLATE.partition("{% if enable")[0])
+    bias = {str(model.tokenizer.encode("<")[0]): 30}
+    with serving(model, {"max_tokens": 200, "temperature": 1.0}) as running:
+        body = {"tools": TOOLS, "logit_bias": bias}
+        found, _ = message(running.chat(response_format=FORMAT, logit_bias=bias))
+        assert json.loads(found["content"])["colour"] in ("red", "blue")
+        assert "reasoning_content" not in found
+        named = {"type": "function", "function": {"name": "stop"}}
+        found, _ = message(running.chat(tool_choice=named, **body))
+        assert "reasoning_content" not in found
+        check(*found["tool_calls"])
 
 
 @pytest.mark.parametrize(
@@ -197,10 +249,6 @@ def test_strict_tools_hold_in_free_text(server, tokenizer):
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "[a-"}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "root ::= missing"}}, "structured_outputs"),
-        (
-            {"response_format": FORMAT, "tools": TOOLS, "tool_choice": "required"},
-            "response_format",
-        ),
         (
             {"tools": [tool("a", {"type": "objekt"})], "tool_choice": "required"},
             "tool_choice",
@@ -237,6 +285,31 @@ def test_a_model_without_tools_refuses_them(tmp_path):
     assert "not supported with this model" in response.json()["error"]["message"]
 
 
+CHOSEN = {
+    "llama3_json": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "deepseek_v3": "<｜Assistant｜>",
+    "deepseek_v31": "<｜Assistant｜>",
+    "hermes": "<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_chosen_tool_call_parser(tmp_path, name):
+    """Calls are enforced in the form that the parser reads."""
+    before = CHAT_TEMPLATE.partition("<|start|>assistant: ")[0]
+    start = json.dumps(CHOSEN[name], ensure_ascii=False)
+    template = f"{before}{{{{ {start} }}}}"
+    model = tool_model(tmp_path, response_template=None, chat_template=template)
+    choice = {"type": "function", "function": {"name": "paint"}}
+    defaults = {"max_tokens": 300, "temperature": 1.0}
+    with serving(model, defaults, tool_call_parser=name) as running:
+        found, reason = message(running.chat(tools=TOOLS, tool_choice=choice, seed=1))
+        (call,) = found["tool_calls"]
+        check(call)
+        assert reason == "tool_calls"
+        assert running.chat(tools=TOOLS, max_tokens=3).status_code == 200
+
+
 def test_calls_that_cannot_be_enforced(tmp_path):
     fields = RESPONSE_TEMPLATE["fields"]
     inline = {
@@ -254,5 +327,7 @@ def test_calls_that_cannot_be_enforced(tmp_path):
     with serving(tool_model(tmp_path, template)) as running:
         assert running.chat(tools=TOOLS, max_tokens=3).status_code == 200
         response = running.chat(tools=TOOLS, tool_choice="required")
+        with_form = running.chat(tools=TOOLS, response_format=FORMAT)
     assert response.status_code == 400
+    assert "cannot be enforced" in with_form.json()["error"]["message"]
     assert "cannot be enforced" in response.json()["error"]["message"]

@@ -1,11 +1,16 @@
-"""Options that commands share, and the models that they choose."""
+"""The command line options that commands share, each in one table."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, cast
+
+from rich.console import Console
 
 from treeflash.config import (
     AUTO,
@@ -14,231 +19,24 @@ from treeflash.config import (
     METHODS,
     DecodeConfig,
     LoadConfig,
+    Penalties,
     SamplingConfig,
 )
-from treeflash.drafters.context_window import SINK
-from treeflash.errors import ConfigError
-from treeflash.language_model import LanguageModel, load
-from treeflash.registry import on_some_device
-from treeflash.text.many_texts import Parallel
-from treeflash.text.options import Options, parse_options
+from treeflash.drafters.config import SINK
+from treeflash.errors import PromptError
+from treeflash.hub.models import model_name
+from treeflash.language_model import LanguageModel, LocatedPair, locate
+from treeflash.registry import fall_back_to_cpu
+from treeflash.text.options import FORMS, Options, parse_options
+from treeflash.text.prompt import read_text
+from treeflash.text.stream import Parallel
 
 T = TypeVar("T")
+Flags = dict[str, dict[str, Any]]
+"""By option, the arguments of `add_argument`; `flag` replaces the flag that the name gives."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations whose errors are those of this package."""
-
-    def __init__(self, name: str, description: str) -> None:
-        """Start a parser for `python -m {name}`."""
-        super().__init__(prog=f"python -m {name}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, so that the error is a single line.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{message}; see --help")
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> Any:
-    """Add the options that choose a target and a device; returns their group."""
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="cuda, mlx, reference or another installed backend (default: the best installed)",
-    )
-    group.add_argument(
-        "--device",
-        help="a device of the backend, such as cuda, cuda:1, gpu or cpu (default: the fastest)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="number format of the models (default: chosen by the backend)",
-    )
-    group.add_argument(
-        "--target",
-        metavar="FOLDER_OR_ID",
-        help="the model to run (default: SmolLM2-135M-Instruct)",
-    )
-    return group
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose a target, a drafter and a device."""
-    group = add_device_options(parser)
-    group.add_argument(
-        "--drafter",
-        metavar="FOLDER_OR_ID",
-        help="a drafter for the target, or auto for the published one (default: auto)",
-    )
-    group.add_argument(
-        "--device-map",
-        choices=[AUTO],
-        help="put the target's layers on as many GPUs as it needs; needs accelerate (cuda)",
-    )
-    group.add_argument(
-        "--draft-bits", type=int, metavar="N", help="quantise the drafter to N bits (mlx)"
-    )
-    group.add_argument(
-        "--draft-window",
-        type=int,
-        metavar="N",
-        help=f"the drafter sees only the first {SINK} and the last N tokens (default: all)",
-    )
-    group.add_argument(
-        "--kv-bits",
-        type=int,
-        metavar="N",
-        help="quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)",
-    )
-    group.add_argument(
-        "--no-cuda-graphs",
-        dest="cuda_graphs",
-        action="store_false",
-        help="do not replay trees and drafts as CUDA graphs (cuda)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the target's layers with torch.compile, which takes minutes (cuda)",
-    )
-
-
-def add_decode_options(parser: argparse.ArgumentParser) -> None:
-    """Add the decoding options; those that are not given stay unset."""
-    group = parser.add_argument_group("decoding")
-
-    def add(flag: str, help: str, default: object = None, **settings: Any) -> None:
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(flag, help=help + shown, default=argparse.SUPPRESS, **settings)
-
-    add(
-        "--method",
-        "drafting method (default: the best that the drafter supports)",
-        choices=METHODS,
-    )
-    add(
-        "--budget",
-        f"nodes of a draft tree with its root, at most {MAX_BUDGET}; auto chooses the fastest size",
-        DecodeConfig.budget,
-        type=budget,
-        metavar="N|auto",
-    )
-    add("--top-m", "previous-token candidates per depth", DecodeConfig.top_m, type=int)
-    add(
-        "--top-k-children",
-        "children per previous token",
-        DecodeConfig.top_k_children,
-        type=int,
-    )
-    add(
-        "--head-vocab",
-        "tokens that the AR head scores: at most the N most probable, or full for all",
-        DecodeConfig.head_vocab,
-        type=full_or_number,
-        metavar="full|N",
-    )
-    add(
-        "--head-rows",
-        "previous tokens that the AR head conditions on: the N most probable, full for all, or "
-        "auto to follow the budget",
-        DecodeConfig.head_rows,
-        type=head_rows,
-        metavar="full|N|auto",
-    )
-    add(
-        "--draft-temperature",
-        "temperature of the drafter, which each text then corrects; it shapes the trees, never the "
-        "text",
-        DecodeConfig.draft_temperature,
-        type=float,
-    )
-    add("--max-tokens", "maximum number of new tokens", DecodeConfig.max_tokens, type=int)
-    add(
-        "--temperature", "sampling temperature; 0 is greedy", SamplingConfig.temperature, type=float
-    )
-    add(
-        "--top-k",
-        "sample from the K most probable tokens; 0 for all",
-        SamplingConfig.top_k,
-        type=int,
-    )
-    add(
-        "--top-p",
-        "sample from the most probable tokens whose probabilities add up to P",
-        SamplingConfig.top_p,
-        type=float,
-    )
-    add(
-        "--min-p",
-        "drop tokens less probable than P times the most probable one",
-        SamplingConfig.min_p,
-        type=float,
-    )
-    add("--seed", "random seed for sampling", SamplingConfig.seed, type=int)
-    add("--stop", "stop before this string; may be repeated", action="append", metavar="TEXT")
-    add("--system", "system message", metavar="TEXT")
-    add("--raw", "send the prompt as plain text, without the chat template", action="store_true")
-    add(
-        "--chat-template-args",
-        "extra variables for the chat template, as a JSON object",
-        dest="template_args",
-        metavar="JSON",
-        type=_json_object,
-    )
-
-
-def add_parallel_option(
-    parser: argparse.ArgumentParser, default: Parallel | None, help: str
-) -> None:
-    """Add the option of how many texts to decode at once."""
-    parser.add_argument("--parallel", type=_parallel, default=default, metavar="N|auto", help=help)
-
-
-def decode_options(args: argparse.Namespace) -> Options:
-    """The decoding options that were given.
-
-    Raises:
-        ConfigError: an option is invalid.
-    """
-    names = Options.__annotations__.keys()
-    options = cast(Options, {key: value for key, value in vars(args).items() if key in names})
-    parse_options(options)
-    return options
-
-
-def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
-    """Run with the chosen device; see `on_some_device`."""
-    named = args.backend is not None or args.device is not None
-    return on_some_device(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
-
-
-def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
-    """Load the chosen models; no drafter if the only method is plain decoding."""
-    drafter: str | Literal[False] | None = args.drafter
-    if drafter is None and set(methods) == {"ar"}:
-        drafter = False
-    return load(
-        args.target,
-        drafter,
-        backend=args.backend,
-        device=args.device,
-        dtype=args.dtype,
-        device_map=args.device_map,
-        draft_bits=args.draft_bits,
-        draft_window=args.draft_window,
-        kv_bits=args.kv_bits,
-        cuda_graphs=args.cuda_graphs,
-        compile=args.compile,
-    )
-
-
-def budget(text: str) -> int | str:
-    """Parse `--budget`."""
+def parse_budget(text: str) -> int | str:
     if text == AUTO:
         return AUTO
     try:
@@ -247,16 +45,7 @@ def budget(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
 
 
-def _parallel(text: str) -> Parallel:
-    if text == AUTO:
-        return AUTO
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"neither auto nor a number of texts: {text}")
-    return int(text)
-
-
-def full_or_number(text: str) -> int | None:
-    """Parse `--head-vocab`."""
+def parse_head_vocab(text: str) -> int | None:
     if text == "full":
         return None
     if not text.isdecimal():
@@ -264,12 +53,25 @@ def full_or_number(text: str) -> int | None:
     return int(text)
 
 
-def head_rows(text: str) -> int | str | None:
-    """Parse `--head-rows`."""
-    return AUTO if text == AUTO else full_or_number(text)
+def parse_head_rows(text: str) -> int | str | None:
+    return AUTO if text == AUTO else parse_head_vocab(text)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _parse_parallel(text: str) -> Parallel:
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"neither auto nor a number of sequences: {text}")
+    return int(text)
+
+
+def _parse_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"neither on nor off: {text}")
+    return text == "on"
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -277,3 +79,243 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
     return value
+
+
+def _parse_logit_bias(text: str) -> dict[int, float]:
+    values = _parse_json_object(text)
+    if not all(key.isdecimal() and type(bias) in (int, float) for key, bias in values.items()):
+        raise argparse.ArgumentTypeError(f"not numbers by token id: {text}")
+    return {int(key): float(bias) for key, bias in values.items()}
+
+
+def _parse_json_schema(text: str) -> dict[str, Any]:
+    return _parse_json_object(_parse_grammar(text))
+
+
+def _parse_grammar(text: str) -> str:
+    """The text, or the content of the file whose name follows an `@`."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return read_text(Path(text[1:]))
+    except PromptError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _flag(help: str, **settings: Any) -> dict[str, Any]:
+    return {"help": help, **settings}
+
+
+DEVICE_FLAGS: Flags = {
+    "backend": _flag(
+        "cuda, mlx, reference or another installed backend (default: the best installed)",
+        metavar="NAME",
+    ),
+    "device": _flag("a device of the backend, such as cuda:1, gpu or cpu (default: the fastest)"),
+    "dtype": _flag("number format of the models (default: chosen by the backend)", choices=DTYPES),
+    "target": _flag("the model to run (default: SmolLM2-135M-Instruct)", metavar="FOLDER_OR_ID"),
+}
+"""The options that choose a target and a device."""
+MODEL_FLAGS: Flags = DEVICE_FLAGS | {
+    "drafter": _flag(
+        "a drafter for the target, auto for the published one, or self for the MTP head in the "
+        "target's own folder (default: auto, then self)",
+        metavar="FOLDER_OR_ID",
+    ),
+    "device_map": _flag(
+        "put the target's layers on as many GPUs as they need; needs accelerate (cuda)",
+        choices=[AUTO],
+    ),
+    "adapter": _flag("merge a LoRA adapter of PEFT or mlx-lm into the target", metavar="FOLDER"),
+    "draft_bits": _flag("quantise the drafter to N bits (mlx)", type=int, metavar="N"),
+    "draft_window": _flag(
+        f"the drafter sees only the first {SINK} and the last N tokens (default: all)",
+        type=int,
+        metavar="N",
+    ),
+    "kv_bits": _flag(
+        "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", type=int, metavar="N"
+    ),
+    "cuda_graphs": _flag(
+        "do not replay trees and drafts as CUDA graphs (cuda)",
+        flag="--no-cuda-graphs",
+        action="store_false",
+    ),
+    "compile": _flag(
+        "compile the target's layers with torch.compile, which takes minutes (cuda)",
+        action="store_true",
+    ),
+}
+"""The options that choose a target, a drafter and a device."""
+DECODE_FLAGS: Flags = {
+    "method": _flag(
+        "drafting method (default: the best that the drafter supports; suffix if none is known)",
+        choices=METHODS,
+    ),
+    "budget": _flag(
+        f"nodes of a draft tree with its root, at most {MAX_BUDGET}; auto chooses the fastest size",
+        type=parse_budget,
+        metavar="N|auto",
+    ),
+    "top_m": _flag("previous-token candidates per depth", type=int),
+    "top_k_children": _flag("children per previous token", type=int),
+    "head_vocab": _flag(
+        "number of most probable tokens that the AR head scores, or full for the whole vocabulary",
+        type=parse_head_vocab,
+        metavar="full|N",
+    ),
+    "head_rows": _flag(
+        "number of most probable previous tokens that the AR head conditions on, full for all, or "
+        "auto to follow the budget",
+        type=parse_head_rows,
+        metavar="full|N|auto",
+    ),
+    "suffix": _flag(
+        "whether trees also copy what followed the last tokens earlier in the text",
+        type=_parse_switch,
+        metavar="on|off",
+    ),
+    "draft_temperature": _flag(
+        "temperature of the drafter, which adapts to each text; it shapes the trees, never the "
+        "text",
+        type=float,
+    ),
+    "calibration": _flag(
+        "whether trees adapt to how sharp the drafter's distributions proved to be in the text so "
+        "far; off builds them as published",
+        type=_parse_switch,
+        metavar="on|off",
+    ),
+    "max_tokens": _flag("maximum number of new tokens", type=int),
+    "temperature": _flag("sampling temperature; 0 is greedy", type=float),
+    "top_k": _flag("sample from the K most probable tokens; 0 for all", type=int),
+    "top_p": _flag(
+        "sample from the most probable tokens whose probabilities add up to P", type=float
+    ),
+    "min_p": _flag("drop tokens less probable than P times the most probable one", type=float),
+    "seed": _flag("random seed for sampling", type=int),
+    "repetition_penalty": _flag(
+        "above 1, tokens of the prompt and of the text become less probable", type=float
+    ),
+    "presence_penalty": _flag("subtracted from the logits of tokens in the text", type=float),
+    "frequency_penalty": _flag(
+        "subtracted from a token's logit for each time that it is in the text", type=float
+    ),
+    "logit_bias": _flag(
+        "numbers to add to logits, by token id, as a JSON object",
+        type=_parse_logit_bias,
+        metavar="JSON",
+    ),
+    "log_probs": _flag(
+        "report the log probability of each token and of the N most probable tokens",
+        flag="--logprobs",
+        type=int,
+        metavar="N",
+    ),
+    "json_schema": _flag(
+        "write JSON that conforms to this JSON schema, or to the schema in a file",
+        type=_parse_json_schema,
+        metavar="JSON|@FILE",
+    ),
+    "regex": _flag("write a text that matches this regular expression", metavar="REGEX"),
+    "grammar": _flag(
+        "write a text of this grammar, in the Lark format or in GBNF, or of the grammar in a file",
+        type=_parse_grammar,
+        metavar="TEXT|@FILE",
+    ),
+    "stop": _flag("stop before this string; may be repeated", action="append", metavar="TEXT"),
+    "system": _flag("system message", metavar="TEXT"),
+    "raw": _flag("send the prompt as plain text, without the chat template", action="store_true"),
+    "template_args": _flag(
+        "extra variables for the chat template, as a JSON object",
+        flag="--chat-template-args",
+        type=_parse_json_object,
+        metavar="JSON",
+    ),
+}
+"""The options of decoding, by their names in `Options`."""
+SERVER_OPTIONS = tuple(
+    name
+    for name in DECODE_FLAGS
+    if not name.endswith("_penalty") and name not in ("logit_bias", "log_probs", *FORMS)
+)
+"""The decoding options that a server has defaults for."""
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    _add(parser.add_argument_group("models"), DEVICE_FLAGS)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    _add(parser.add_argument_group("models"), MODEL_FLAGS)
+
+
+def add_decode_options(
+    parser: argparse.ArgumentParser,
+    names: Collection[str] = DECODE_FLAGS.keys(),
+    note: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Add the decoding options of these names; options that are not given stay unset.
+
+    `note` has defaults that differ from a configuration's, for the help.
+    """
+    flags: Flags = {}
+    for name in names:
+        default = getattr(DecodeConfig, name, getattr(SamplingConfig, name, None))
+        if name.endswith("_penalty"):
+            default = getattr(Penalties, name.removesuffix("_penalty"))
+        default = note.get(name, default)
+        default = "on" if default is True else default
+        shown = "" if default is None or name == "method" else f" (default: {default})"
+        text = DECODE_FLAGS[name]["help"] + shown
+        flags[name] = DECODE_FLAGS[name] | {"help": text, "default": argparse.SUPPRESS}
+    _add(parser.add_argument_group("decoding"), flags)
+
+
+def add_parallel_option(
+    parser: argparse.ArgumentParser, default: Parallel | None, help: str
+) -> None:
+    parser.add_argument(
+        "--parallel", type=_parse_parallel, default=default, metavar="N|auto", help=help
+    )
+
+
+def decode_options(args: argparse.Namespace) -> Options:
+    """The decoding options that were given; an invalid one raises a ConfigError."""
+    names = Options.__annotations__.keys()
+    options = cast(Options, {key: value for key, value in vars(args).items() if key in names})
+    parse_options(options)
+    return options
+
+
+def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
+    """Call `run` with the chosen device, or with the CPU as `fall_back_to_cpu` does."""
+    named = args.backend is not None or args.device is not None
+    return fall_back_to_cpu(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
+
+
+def locate_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LocatedPair:
+    """Fetch the chosen models; no drafter if the methods need none."""
+    drafter: str | Literal[False] | None = args.drafter
+    if drafter is None and methods and set(methods) <= {"ar", "suffix"}:
+        drafter = False
+    settings = {field.name: getattr(args, field.name) for field in fields(LoadConfig)}
+    return locate(args.target, drafter, backend=args.backend, **settings)
+
+
+def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
+    """Load the models of `locate_model`; a spinner on a terminal says which."""
+    return load_located(locate_model(args, methods))
+
+
+def load_located(pair: LocatedPair) -> LanguageModel:
+    """Load models, while a spinner on a terminal says which."""
+    # Not while they are located, because a download has a progress bar of its own.
+    with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
+        return pair.load()
+
+
+def _add(group: Any, flags: Flags) -> None:
+    for name, settings in flags.items():
+        arguments = {"flag": f"--{name.replace('_', '-')}", **settings}
+        group.add_argument(arguments.pop("flag"), dest=name, **arguments)

@@ -1,58 +1,292 @@
-"""The budget `auto`: the tree sizes that maximise expected tokens per second.
+"""The budget `auto`: how many nodes of each draft tree to verify, and whether to draft at all.
 
-It also turns drafting off while it does not pay.
+Larger trees are accepted further, and cost more to verify. The budget maximises the expected tokens
+per second of decoding as a whole. It changes the speed, never the output.
+
+Inputs. `VerifyCosts` are the seconds of a target pass by its number of rows, measured once for a
+target and a device and corrected by every pass of decoding. Each node of a tree comes with the
+drafter's probability of the path to it: the probability that its token is emitted.
+
+Correction. A drafter is surer, or less sure, than it is right. `AdaptiveBudget` counts, by depth,
+the probability that drafted children of accepted nodes had and how many of them were accepted; the
+ratio corrects the probability of every node on the way to a node. A drafter that states its
+confidence is counted by depth and level of confidence too, because a stated confidence is no more
+reliable. Nodes that continue an earlier occurrence of the text are counted by the level of their
+match instead. `PRIOR_WEIGHT` keeps the ratios near 1 until enough was seen.
+
+Ranking. A tree's gain is the sum of its nodes' corrected probabilities; the root's is 1. Nodes are
+ranked by these probabilities, but never before their parents. With several sequences the nodes of
+all trees are ranked together, so a promising tree gets more of them.
+
+Pruning. The best n nodes cost `costs(n)` seconds and bring `gain(n)` tokens. Verified is the n with
+the highest `gain(n) - rate * costs(n)`, where `rate` is the tokens per second of decoding lately,
+or of plain decoding if that is faster. Using the rate that results from these sizes as the next
+rate finds the sizes with the highest rate (Dinkelbach 1967). A single tree has one of the sizes
+that were measured, because hardware has steps.
+
+Pausing. The budget keeps a balance: the tokens that drafting brought beyond what plain decoding
+would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for `FIRST_PAUSE`
+iterations; each further pause is twice as long until drafting pays again. Several sequences must
+draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no draft, so they are
+verified in pauses of the drafter too; and where they promise more tokens per second than drafted
+iterations brought lately, the drafter is not called. Measurements are kept by the number of
+sequences that ran together, rounded up to a power of two.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
+import platform
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.config import LoadConfig, Method
+from treeflash.decoding.draft_depths import DraftDepths
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.suffix import MATCH_LEVELS
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import OUTLIER_FACTOR, VerifyCosts, power_of_two
+
+TIMED = (1, 5, 8, 10, 12, 16, 32, 64, 128, 256)
+"""Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 16 and 32."""
+SIZES = tuple(sorted({*TIMED, 2, 3, 4, 24, 48, 96, 192}))
+"""Tree sizes to choose from; those that are not timed are interpolated linearly."""
+MAX_RELATIVE_COST = 4.6
+"""A size whose pass costs more plain passes than this is left out, and so are all larger ones."""
+MIN_ROUNDS, MAX_ROUNDS = 2, 8
+"""Rounds of timing."""
+TIME_BUDGET_S = 0.2
+"""No round begins once the rounds after the first have taken this many seconds."""
+PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 256
+COST_SMOOTHING = 0.1
+"""Weight of the newest measurement in the running mean of its size."""
+OUTLIER_FACTOR = 2.0
+"""A forward pass that takes more than this many times its expected seconds was disturbed, and
+counts as this many times."""
+FRAMEWORKS = ("mlx", "torch")
+
+
+@dataclass
+class VerifyCosts:
+    """Seconds of a forward pass by tree size, updated from the forward passes of decoded sequences.
+
+    Attributes:
+        seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
+            above 0.
+        read_s: further seconds for each row and committed position that it reads.
+        sequences_s: further seconds of a pass over several sequences, whose attention is computed
+            sequence by sequence; by number of sequences, rounded up to a power of two.
+
+    Raises:
+        ValueError: a number is out of range, or the sizes do not ascend from 1.
+    """
+
+    seconds: dict[int, float]
+    read_s: float = 0.0
+    sequences_s: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes, seconds = list(self.seconds), list(self.seconds.values())
+        if sizes[:1] != [1] or sizes != sorted(sizes):
+            raise ValueError(f"tree sizes must ascend from 1, got {sizes}")
+        if not all(0 < x < math.inf for x in seconds):
+            raise ValueError(f"seconds must be finite and above 0, got {seconds}")
+        if not 0 <= self.read_s < math.inf:
+            raise ValueError(f"read_s must be finite and 0 or more, got {self.read_s}")
+
+    @classmethod
+    def measure(cls, backend: Backend) -> VerifyCosts:
+        """Time the backend's target on bushy trees of arbitrary tokens."""
+
+        def timed(size: int) -> float:
+            tree = _bushy_tree(size, backend.vocab_size)
+            before = time.perf_counter()
+            sequence.verify(tree)
+            return time.perf_counter() - before
+
+        prompt = [token % backend.vocab_size for token in range(LONG_PROMPT_TOKENS)]
+        sequence = SequenceSession(backend, capacity=LONG_PROMPT_TOKENS + max(TIMED))
+        sequence.extend(prompt[:PROMPT_TOKENS])
+        # The first forward pass of a size also compiles and allocates: the best time counts, and no
+        # size is given up because of its first.
+        best: dict[int, float] = {}
+        for size in TIMED:
+            best[size] = timed(size)
+            if best[size] > MAX_RELATIVE_COST * best[1]:
+                best[size] = min(best[size], timed(size))
+            if best[size] > MAX_RELATIVE_COST * best[1]:
+                break
+        started = time.perf_counter()
+        for number in range(1, MAX_ROUNDS):
+            if number >= MIN_ROUNDS and time.perf_counter() - started > TIME_BUDGET_S:
+                break
+            for size in [size for size in best if best[size] <= MAX_RELATIVE_COST * best[1]]:
+                best[size] = min(best[size], timed(size))
+        sizes = [size for size in SIZES if size <= max(best)]
+        line = np.interp(sizes, list(best), list(best.values())).tolist()
+        pairs = zip(sizes, line, strict=True)
+        limit = MAX_RELATIVE_COST * best[1]
+        costs = {size: seconds for size, seconds in pairs if seconds <= limit}
+        rows = max(size for size in best if size in costs)
+        longer_s = 0.0
+        if backend.max_positions >= LONG_PROMPT_TOKENS:
+            sequence.extend(prompt[PROMPT_TOKENS:])
+            longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
+        sequence.close()
+        reads = rows * (LONG_PROMPT_TOKENS - PROMPT_TOKENS)
+        return cls(costs, max(longer_s, 0.0) / reads)
+
+    @classmethod
+    def cached(
+        cls, backend: Backend, target: Path, loaded: LoadConfig, folder: Path
+    ) -> VerifyCosts:
+        """The costs that were measured before for this target, device and dtype, or measured now.
+
+        Args:
+            backend: holds the target.
+            target: the target's folder.
+            loaded: how the target was loaded.
+            folder: where measurements are kept; a folder that cannot be written is not an error.
+        """
+        weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
+        key = [
+            backend.name,
+            backend.device_name,
+            backend.dtype,
+            loaded.kv_bits,
+            loaded.cuda_graphs,
+            loaded.compile,
+        ]
+        threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
+        machine = platform.node(), platform.processor(), *threads
+        versions = [version(name) for name in FRAMEWORKS if find_spec(name)]
+        digest = hashlib.sha256(json.dumps([*key, *machine, versions, weights, TIMED]).encode())
+        digest.update((target / "config.json").read_bytes())
+        file = folder / f"{digest.hexdigest()[:16]}.json"
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            seconds = {int(size): float(cost) for size, cost in stored["seconds"].items()}
+            return cls(seconds, float(stored["read_s"]))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # missing or torn
+            costs = cls.measure(backend)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{time.monotonic_ns()}")
+            measured = {"seconds": costs.seconds, "read_s": costs.read_s}
+            scratch.write_text(json.dumps(measured), encoding="utf-8")
+            scratch.replace(file)
+        except OSError:
+            pass  # a read-only home: the next process measures again
+        return costs
+
+    @property
+    def largest(self) -> int:
+        """The most nodes that a tree can pay for."""
+        return max(self.seconds)
+
+    def predict(
+        self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
+    ) -> NDArray[np.float64]:
+        """(n,) seconds of n forward passes.
+
+        Args:
+            rows: (n,) nodes of all trees together.
+            reads: (n,) the sum over rows of the committed positions that each reads.
+            sequences: trees in a pass.
+        """
+        sizes, seconds = list(self.seconds), list(self.seconds.values())
+        alone = np.interp(rows, sizes, seconds)
+        # Beyond the largest size the last slope continues.
+        if len(sizes) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+            alone += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
+        alone = alone + self.read_s * np.asarray(reads, np.float64)
+        # The further seconds are negative if single trees were measured while others computed.
+        together = alone + self.sequences_s.get(power_of_two(sequences), 0.0)
+        return np.asarray(np.maximum(together, alone / OUTLIER_FACTOR), np.float64)
+
+    def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
+        """Take in a forward pass of decoding; machines change their speed."""
+        expected = float(self.predict([rows], [reads], sequences)[0])
+        ratio = min(max(seconds / expected, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
+        change = COST_SMOOTHING * (ratio - 1)
+        if sequences > 1:
+            number = power_of_two(sequences)
+            weight = COST_SMOOTHING if number in self.sequences_s else 1.0
+            known = self.sequences_s.get(number, 0.0)
+            self.sequences_s[number] = known + weight * (ratio - 1) * expected
+            return
+        for size in self.seconds:
+            # A slowdown of one size probably affects the others too, but less surely.
+            self.seconds[size] *= 1 + (change if size == rows else change / 2)
+
+
+def power_of_two(sequences: int) -> int:
+    """The number of sequences rounded up to a power of two, by which measurements are kept."""
+    return 1 << (sequences - 1).bit_length()
+
+
+def _bushy_tree(nodes: int, vocab_size: int) -> DraftTree:
+    """A tree whose nodes have up to four children, much like draft trees.
+
+    Its tokens differ: a single token would take the same experts of a mixture at every node.
+    """
+    tokens = np.random.default_rng(nodes).integers(0, vocab_size, nodes).astype(np.int32)
+    return DraftTree.from_parents(tokens, (np.arange(nodes, dtype=np.int32) - 1) // 4)
+
 
 SMOOTHING = 0.07
 """Weight of the newest iteration in running sums."""
 PRIOR_WEIGHT = 2.0
-"""Nodes' worth of trust in the drafter's own probabilities."""
+"""Weight of the drafter's own probabilities, as a number of nodes seen."""
 CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-"""Where levels of confidence end; more of them near 1, as drafters say that they are surer than
-they are."""
+"""Upper ends of the levels of confidence; closer near 1, because drafters overstate theirs."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
 """Bounds of the balance, tokens: drafting pauses at the lower one."""
-LEAST_ADVANTAGE = 1.05
-"""Drafts of several texts must be so many times as fast as plain decoding. They also make the
-drafter read every prompt, and let texts end at different times, which leaves smaller batches."""
-FURTHER_DEPTHS, REACH_DECAY = 1, 0.25
-"""Depths that are drafted beyond those that trees reached; and by how many those become fewer with
-every iteration whose trees are shallower."""
-FEWEST_SPARE = 8
-"""Nodes that a tree is built with beyond twice those that it is expected to keep."""
-FEWEST_PLAIN, MOST_PLAIN = 2, 8
-"""Iterations without a draft that are timed before several texts draft, and that are remembered.
-The one after the prompts were read is slower than the others."""
-FIRST_PAUSE, LONGEST_PAUSE = 16, 256
-"""Iterations of a pause: doubled from one to the next while drafting does not pay."""
+MIN_ADVANTAGE = 1.05
+"""In a batch, draft only if it is at least this much faster than plain decoding. Drafting also
+makes the drafter read every prompt, and lets sequences end at different times, which leaves smaller
+batches."""
+EXTRA_DEPTHS, REACH_DECAY = 1, 0.25
+"""Depths that are drafted beyond the depth that trees reached lately, and the depths by which that
+depth shrinks in every iteration whose trees are shallower."""
+MIN_SPARE = 8
+"""A tree is built with this many nodes more than twice the nodes that it is expected to keep."""
+MIN_PLAIN, MAX_PLAIN = 2, 8
+"""Iterations without a draft that several sequences run before they draft, and the iterations that
+are remembered. The one after the prompts were read is slower than the others."""
+FIRST_PAUSE, MAX_PAUSE = 16, 256
+"""Iterations of a pause; each is twice as long as the pause before while drafting does not pay."""
 
-Key: TypeAlias = int | tuple[int, int]
-"""A depth, or a depth and a level of confidence."""
+Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
+"""A depth, a depth and a level of confidence, or the level of a match."""
 
 
 @dataclass
 class Throughput:
-    """What was measured with about the same number of texts at once.
+    """Measurements with about the same number of sequences at once.
 
     Attributes:
-        tokens: of drafted iterations, a running sum.
-        seconds: of those iterations, a running sum.
-        balance: tokens beyond those that plain decoding would have generated in the same time;
-            divided by the square root of the number of texts, as their noise is.
+        tokens: of iterations with a draft or a copy, a running sum; without a drafter, of all
+            iterations outside of pauses.
+        seconds: of these iterations, a running sum.
+        drafted_tokens: of the iterations in which the drafter ran, a running sum.
+        drafted_seconds: of these iterations, a running sum.
+        balance: tokens beyond those that plain decoding would have emitted in the same time,
+            divided by the square root of the number of sequences, as their noise is.
         pause: iterations until the next draft.
         next_pause: length of the next pause, iterations.
         nodes: of the last drafted trees, on average.
@@ -61,6 +295,8 @@ class Throughput:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    drafted_tokens: float = 0.0
+    drafted_seconds: float = 0.0
     balance: float = 0.0
     pause: int = 0
     next_pause: int = FIRST_PAUSE
@@ -70,76 +306,107 @@ class Throughput:
 
 @dataclass
 class AdaptiveBudget:
-    """What was learned about one pair and method; it outlives a text and never changes the output.
-
-    The nodes of a tree are expected to bring the sum of their probabilities (the root's is 1),
-    corrected by how often a draft of their depth was accepted if the one before it was. A drafter
-    that says how confident it is is not believed: drafts of each level of confidence are counted
-    too, and corrected on their own as far as enough were seen. The best sizes are those with the
-    highest expected tokens - rate * seconds, where `rate` is the tokens per second of decoding as a
-    whole: repeated, this finds the sizes with the highest rate (Dinkelbach 1967). With several
-    texts, the nodes of all trees are ranked together and cut once.
+    """The adaptive budget of one pair and method; it outlives sequences.
 
     Attributes:
         costs: of the target's forward pass.
-        expected: by depth, and by depth and level of confidence: the running sum of the
-            probabilities of the children of accepted nodes.
+        has_drafter: whether a drafter drafts; else trees only have copies of the text.
+        expected: by depth, by depth and level of confidence, and by level of a match: the running
+            sum of the probabilities of the children of accepted nodes.
         accepted: the running count of those children that were accepted.
-        throughput: by number of texts, rounded up to a power of two.
-        begun: iterations, by number of texts.
-        plain_s: by number of texts, seconds of the latest iterations without a draft. The costs of
-            single trees do not tell them.
+        throughput: by number of sequences, rounded up to a power of two.
+        iterations: begun with each number of sequences.
+        plain_s: by number of sequences, the seconds of the latest iterations without a draft, which
+            the costs of single trees do not tell.
+        draft_depths: by number of sequences, rounded up to a power of two, for a drafter that runs
+            a pass for each depth.
     """
 
     costs: VerifyCosts
+    has_drafter: bool = True
     expected: dict[Key, float] = field(default_factory=dict)
     accepted: dict[Key, float] = field(default_factory=dict)
     throughput: dict[int, Throughput] = field(default_factory=dict)
-    begun: dict[int, int] = field(default_factory=dict)
+    iterations: dict[int, int] = field(default_factory=dict)
     plain_s: dict[int, deque[float]] = field(default_factory=dict)
+    draft_depths: dict[int, DraftDepths] = field(default_factory=dict)
 
     @property
     def largest(self) -> int:
         """The most nodes that any tree can have."""
         return self.costs.largest
 
-    def of(self, texts: int) -> Throughput:
-        """What was measured with about that many texts."""
-        return self.throughput.setdefault(power_of_two(texts), Throughput())
+    def throughput_with(self, sequences: int) -> Throughput:
+        """The measurements with about that many sequences."""
+        return self.throughput.setdefault(power_of_two(sequences), Throughput())
 
-    def begin(self, texts: int = 1) -> bool:
-        """Begin an iteration of so many texts; returns whether it should draft."""
-        now = self.of(texts)
+    def begin(self, sequences: int = 1) -> bool:
+        """Begin an iteration of some sequences; returns whether it should draft."""
+        now = self.throughput_with(sequences)
         now.pause -= now.pause > 0
-        begun = self.begun.get(texts, 0)
-        self.begun[texts] = begun + 1
-        return now.pause == 0 and (texts == 1 or begun >= FEWEST_PLAIN)
+        before = self.iterations.get(sequences, 0)
+        self.iterations[sequences] = before + 1
+        return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
 
-    def built(self, texts: int = 1) -> int:
-        """Nodes that a tree is built with before it is cut."""
-        most = max(self.largest // texts, min(self.largest, 32))
-        # Larger trees would be cut; one that needs them finds them in the next iteration.
-        expected = self.of(texts).nodes
-        return most if expected is None else min(most, 2 * math.ceil(expected) + FEWEST_SPARE)
+    def nodes_to_build(self, sequences: int = 1) -> int:
+        """Nodes that a tree is built with before it is pruned."""
+        largest = self.nodes_to_copy(sequences)
+        # A larger tree would be pruned. If it pays after all, the next iteration builds more nodes.
+        expected = self.throughput_with(sequences).nodes
+        return largest if expected is None else min(largest, 2 * math.ceil(expected) + MIN_SPARE)
 
-    def nodes(self, texts: int = 1) -> int:
-        """Nodes that a tree is expected to be cut to."""
-        found = self.of(texts).nodes
-        return self.built(texts) if found is None else max(round(found), 1)
+    def expected_nodes(self, sequences: int = 1) -> int:
+        """Nodes that a tree is expected to have when it was pruned."""
+        expected = self.throughput_with(sequences).nodes
+        return self.nodes_to_build(sequences) if expected is None else max(round(expected), 1)
 
-    def depths(self, texts: int = 1) -> int | None:
-        """Depths worth drafting, a little beyond those that trees reach; None is all."""
-        reach = self.of(texts).reach
-        return None if reach is None else math.ceil(reach) + FURTHER_DEPTHS
+    def depths_to_draft(self, sequences: int = 1) -> int | None:
+        """Depths worth drafting, a little beyond the depth that trees reach; None is all."""
+        reach = self.throughput_with(sequences).reach
+        return None if reach is None else math.ceil(reach) + EXTRA_DEPTHS
 
-    def cut(
-        self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
-    ) -> list[NDArray[np.int64]]:
-        """The nodes of each tree that pay, ascending; the root and every node's parent among them.
+    def nodes_to_copy(self, sequences: int = 1) -> int:
+        """Nodes of a copy of the text before it is pruned; they cost nothing to make."""
+        return max(self.largest // sequences, min(self.largest, 32))
+
+    def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
+        """Whether a copy of the text promises more tokens per second than the drafter brought.
 
         Args:
-            trees: of all texts that are verified together.
-            lengths: committed positions of each text.
+            tree: the copy, best first.
+            length: committed positions of the sequence.
+            sequences: that ask for drafts.
+        """
+        now = self.throughput_with(sequences)
+        if not now.drafted_seconds:
+            return False
+        expected = np.cumsum(np.exp(tree.log_probs) * self._corrections(tree))
+        sizes = np.array([*(n for n in self.costs.seconds if n < len(tree)), len(tree)])
+        rows = sequences * sizes
+        costs = self.costs.predict(rows, (rows * float(length)).tolist(), sequences)
+        rates = sequences * expected[sizes - 1] / costs
+        return bool(rates.max() > now.drafted_tokens / now.drafted_seconds)
+
+    def passes_to_draft(self, most: int, lengths: Sequence[int]) -> int:
+        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth.
+
+        Args:
+            most: depths that the drafter has.
+            lengths: committed positions of each sequence.
+        """
+        sequences = len(lengths)
+        most = min(self.depths_to_draft(sequences) or most, most)
+        depths = self.draft_depths.setdefault(power_of_two(sequences), DraftDepths())
+        return depths.choose(most, self._rate(sequences, lengths), sequences)
+
+    def prune(
+        self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
+    ) -> list[NDArray[np.int64]]:
+        """The nodes of each tree that pay, ascending, with the root and every node's parent.
+
+        Args:
+            trees: of all sequences that are verified together.
+            lengths: committed positions of each sequence.
             other_rows: further rows of the same forward pass.
         """
         gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
@@ -154,9 +421,10 @@ class AdaptiveBudget:
             sizes = np.array([*(n for n in self.costs.seconds if n < len(order)), len(order)])
         else:
             sizes = np.arange(len(trees), len(order) + 1)
-        costs = self.costs.of(sizes + other_rows, reads[sizes - 1], len(trees))
+        costs = self.costs.predict(sizes + other_rows, reads[sizes - 1], len(trees))
         rate = self._rate(len(trees), lengths)
-        if len(trees) > 1 and not self.of(len(trees)).seconds:  # what this pass alone could reach
+        if len(trees) > 1 and not self.throughput_with(len(trees)).seconds:
+            # Nothing was drafted yet: take the rate that this pass alone could reach.
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
         worth = expected[sizes - 1] - rate * costs
         kept = np.zeros(len(order), np.bool_)
@@ -176,40 +444,48 @@ class AdaptiveBudget:
         """Learn from an iteration.
 
         Args:
-            trees: that were verified together; the roots alone if nothing was drafted.
-            paths: (a,) accepted nodes of each.
-            lengths: committed positions of each text before that.
+            trees: that were verified together; the root alone if nothing was drafted for it.
+            paths: (a,) accepted nodes of each tree.
+            lengths: committed positions of each sequence before the iteration.
             seconds: by phase, of the whole iteration.
-            first: whether a text drafted for the first time. That also reads its prompt, and
-                perhaps compiles kernels: the time taken says nothing about later iterations.
+            first: whether a sequence drafted for the first time. The drafter then also reads its
+                prompt, and perhaps compiles kernels: the time says nothing about later iterations.
         """
-        texts = len(trees)
+        sequences = len(trees)
         rows = sum(len(tree) for tree in trees)
         reads = float(np.dot([len(tree) for tree in trees], lengths))
-        longest = OUTLIER_FACTOR * float(self.costs.of([rows], [reads], texts)[0])
+        longest = OUTLIER_FACTOR * float(self.costs.predict([rows], [reads], sequences)[0])
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
-        self.costs.observe(rows, reads, texts, seconds["verify"])
-        now = self.of(texts)
-        if "draft" not in seconds:
-            if texts > 1:
-                self.plain_s.setdefault(texts, deque(maxlen=MOST_PLAIN)).append(all_s)
-            return
-        now.nodes = rows / texts
-        deepest = max(int(tree.depths.max()) for tree in trees)
-        now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
+        self.costs.observe(rows, reads, sequences, seconds["verify"])
+        now = self.throughput_with(sequences)
+        tokens = sum(len(path) for path in paths)
+        drafted = "draft" in seconds
+        plain = not drafted and rows == sequences
+        if plain and sequences > 1:
+            self.plain_s.setdefault(sequences, deque(maxlen=MAX_PLAIN)).append(all_s)
         for tree, path in zip(trees, paths, strict=True):
             self._observe_depths(tree, path)
-        if first:
+        if drafted:
+            now.nodes = rows / sequences
+            deepest = max(_drafted_depth(tree) for tree in trees)
+            now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
+            if depths := self.draft_depths.get(power_of_two(sequences)):
+                depths.observe(trees, paths, None if first else seconds["draft"])
+        if first or (plain and (self.has_drafter or now.pause)):
             return
-        tokens = sum(len(path) for path in paths)
         now.tokens = (1 - SMOOTHING) * now.tokens + tokens
         now.seconds = (1 - SMOOTHING) * now.seconds + all_s
-        due = all_s * self._plain_rate(texts, lengths) * (LEAST_ADVANTAGE if texts > 1 else 1)
-        gained = (tokens - due) / math.sqrt(texts)
+        if drafted:
+            now.drafted_tokens = (1 - SMOOTHING) * now.drafted_tokens + tokens
+            now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
+        if plain or (self.has_drafter and not drafted):
+            return
+        due = all_s * self._plain_rate(sequences, lengths) * (MIN_ADVANTAGE if sequences > 1 else 1)
+        gained = (tokens - due) / math.sqrt(sequences)
         now.balance = min(now.balance + gained, HIGHEST_BALANCE)
         if now.balance <= LOWEST_BALANCE:
             now.pause, now.balance = now.next_pause, LOWEST_BALANCE / 2
-            now.next_pause = min(2 * now.next_pause, LONGEST_PAUSE)
+            now.next_pause = min(2 * now.next_pause, MAX_PAUSE)
         elif now.balance > 0:
             now.next_pause = FIRST_PAUSE
 
@@ -218,52 +494,79 @@ class AdaptiveBudget:
             children = np.flatnonzero(tree.parents == parent)
             if not len(children):
                 break
-            mass = float(np.exp(tree.log_probs[children] - tree.log_probs[parent]).sum())
-            hit = float(depth < len(path))
-            keys: list[Key] = [depth]
+            probs = np.exp(tree.log_probs[children] - tree.log_probs[parent])
+            hits = children == path[depth] if depth < len(path) else np.zeros(len(children))
+            copies = np.zeros(len(children), np.bool_)
+            if tree.matches is not None:
+                copies = tree.matches[children] > 0
+            if copies.any():
+                assert tree.matches is not None
+                level = int(_match_level(tree.matches[children[copies][0]]))
+                self._count(("match", level), probs[copies], hits[copies])
+            if copies.all():
+                continue
+            drafted = children[~copies]
+            self._count(depth, probs[~copies], hits[~copies])
             if tree.confidences is not None:
-                keys.append((depth, int(_level(tree.confidences[children[0]]))))
-            for key in keys:
-                self.expected[key] = (1 - SMOOTHING) * self.expected.get(key, 0.0) + mass
-                self.accepted[key] = (1 - SMOOTHING) * self.accepted.get(key, 0.0) + hit
+                level = int(_level(tree.confidences[drafted[0]]))
+                self._count((depth, level), probs[~copies], hits[~copies])
 
-    def _plain_rate(self, texts: int, lengths: Sequence[int]) -> float:
+    def _count(self, key: Key, probs: NDArray[np.float64], hits: NDArray[Any]) -> None:
+        """Count the children of an accepted node."""
+        for counts, value in ((self.expected, probs.sum()), (self.accepted, hits.sum())):
+            counts[key] = (1 - SMOOTHING) * counts.get(key, 0.0) + float(value)
+
+    def _plain_rate(self, sequences: int, lengths: Sequence[int]) -> float:
         """Tokens per second of plain decoding, which is always possible."""
-        if known := self.plain_s.get(texts):
-            return texts / min(known)  # a disturbance only adds time
-        return texts / float(self.costs.of([texts], [float(sum(lengths))], texts)[0])
+        if known := self.plain_s.get(sequences):
+            return sequences / min(known)  # a disturbance only adds time
+        reads = float(sum(lengths))
+        return sequences / float(self.costs.predict([sequences], [reads], sequences)[0])
 
-    def _rate(self, texts: int, lengths: Sequence[int]) -> float:
-        now = self.of(texts)
-        plain = self._plain_rate(texts, lengths)
+    def _rate(self, sequences: int, lengths: Sequence[int]) -> float:
+        now = self.throughput_with(sequences)
+        plain = self._plain_rate(sequences, lengths)
         return max(plain, now.tokens / now.seconds) if now.seconds else plain
 
     def _corrections(self, tree: DraftTree) -> NDArray[np.float64]:
-        """(n,) factors on the probabilities of nodes: those of all nodes on the way to them."""
+        """(n,) factors on the probabilities of nodes: the product along the path to each."""
         depths = range(int(tree.depths.max()) + 1)
         factors = np.array([self._factor(depth, 1.0) if depth else 1.0 for depth in depths])
         corrections: NDArray[np.float64] = np.cumprod(factors)[tree.depths]
-        if tree.confidences is None:
+        if tree.confidences is None and tree.matches is None:
             return corrections
-        levels = _level(tree.confidences)
+        own = factors[tree.depths]
+        if tree.confidences is not None:
+            levels = _level(tree.confidences)
+            for depth in depths[1:]:
+                nodes = np.flatnonzero(tree.depths == depth)
+                by_level = np.array(
+                    [self._factor((depth, i), factors[depth]) for i in range(len(CONFIDENCES) + 1)]
+                )
+                own[nodes] = by_level[levels[nodes]]
+        if tree.matches is not None:
+            by_match = [self._factor(("match", i), 1.0) for i in range(len(MATCH_LEVELS) + 1)]
+            copies = np.flatnonzero(tree.matches)
+            own[copies] = np.array(by_match)[_match_level(tree.matches[copies])]
+        if tree.is_chain:  # copies are often long ones
+            return np.asarray(np.cumprod(own), np.float64)
         for depth in depths[1:]:
             nodes = np.flatnonzero(tree.depths == depth)
-            of_levels = np.array(
-                [self._factor((depth, i), factors[depth]) for i in range(len(CONFIDENCES) + 1)]
-            )
-            corrections[nodes] = corrections[tree.parents[nodes]] * of_levels[levels[nodes]]
+            corrections[nodes] = corrections[tree.parents[nodes]] * own[nodes]
         return corrections
 
     def _factor(self, key: Key, prior: float) -> float:
-        """How many of the drafts that were expected to be accepted were; `prior` before any."""
+        """The accepted drafts as a share of the expected ones; `prior` before any was seen."""
         accepted, expected = self.accepted.get(key, 0.0), self.expected.get(key, 0.0)
         return (accepted + PRIOR_WEIGHT * prior) / (expected + PRIOR_WEIGHT)
 
 
 def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) by which nodes are chosen: none ranks above its parent, and the root above all."""
+    """(n,) gains to rank nodes by: at most the parent's gain, and infinite for the root."""
     ranks = gains.copy()
     ranks[0] = np.inf
+    if tree.is_chain:
+        return np.minimum.accumulate(ranks)
     for depth in range(1, int(tree.depths.max()) + 1):
         nodes = np.flatnonzero(tree.depths == depth)
         ranks[nodes] = np.minimum(ranks[nodes], ranks[tree.parents[nodes]])
@@ -273,3 +576,47 @@ def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
 def _level(confidence: Any) -> Any:
     """The level of a confidence, or of many."""
     return np.searchsorted(CONFIDENCES, confidence, "right")
+
+
+def _match_level(match: Any) -> Any:
+    """The level of the length of a match, or of many; as `treeflash.decoding.suffix` has it."""
+    return np.searchsorted(MATCH_LEVELS, match, "right")
+
+
+def _drafted_depth(tree: DraftTree) -> int:
+    """Depth of the deepest node that the drafter proposed."""
+    if tree.matches is None:
+        return int(tree.depths.max())
+    return int(tree.depths.max(initial=0, where=tree.matches == 0))
+
+
+@dataclass(eq=False)
+class AdaptiveBudgets:
+    """The adaptive budgets of one pair, which share the costs of its target.
+
+    Schedulers and threads may share them.
+
+    Attributes:
+        costs: of the target's forward pass; None until a budget is needed, which measures them.
+        by_method: the budgets, each added when its method is first used.
+    """
+
+    costs: VerifyCosts | None = None
+    by_method: dict[Method, AdaptiveBudget] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
+
+    def get(self, method: Method, measure: Callable[[], VerifyCosts]) -> AdaptiveBudget:
+        """The budget of a method; `measure` gives the costs if none are known yet."""
+        with self._lock:
+            if method not in self.by_method:
+                if self.costs is None:
+                    self.costs = measure()
+                self.by_method[method] = AdaptiveBudget(self.costs, method != "suffix")
+            return self.by_method[method]
+
+    def is_paused(self, sequences: int) -> bool:
+        """Whether no method drafts now with about that many sequences."""
+        with self._lock:
+            budgets = list(self.by_method.values())
+        found = [x.throughput.get(power_of_two(sequences)) for x in budgets]
+        return bool(found) and all(now is not None and now.pause > 0 for now in found)

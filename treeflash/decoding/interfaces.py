@@ -1,17 +1,17 @@
-"""What a backend implements: a target that verifies trees, a drafter, and its AR head.
+"""The interfaces of a backend: a target that verifies trees, a drafter, and its AR head.
 
-NumPy arrays and plain Python cross this boundary. `TextState` and `Block` are handles on device
+NumPy arrays and plain Python cross this boundary. `SequenceState` and `Block` are handles on device
 data that the core passes back and never looks into.
 
-Each role takes a list with one entry per text, and returns one. A backend that handles one text at
-a time inherits from the classes of `treeflash.decoding.one_by_one`. A call that raises has changed
-no text: it can be repeated with fewer of them.
+Each role takes a list with one entry per sequence, and returns such a list. A backend that handles
+one sequence at a time inherits from the classes of `treeflash.decoding.backend_base`. A call that
+raises has changed no sequence: it can be repeated with fewer sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -19,111 +19,187 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.choices import Choice, Chosen
-from treeflash.decoding.gumbel import Noise
-from treeflash.decoding.text_state import TextState
+from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafter_config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig
+
+
+class SequenceState(Protocol):
+    """The state of one sequence on the device: the KV cache of its committed positions.
+
+    It holds the target's KV cache and, if it was opened for drafting, the drafter's, with the
+    features of those committed positions that the drafter has not read yet. Recurrent layers of the
+    target keep the state after the last position alone: such a sequence can be forked only at its
+    end and where a snapshot was taken. `treeflash.decoding.backend_base.BaseState` implements all
+    of it except the copying.
+    """
+
+    @property
+    def length(self) -> int:
+        """Committed positions, 0 .. length - 1. The next root stands at position `length`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the state holds, bytes, its snapshots included."""
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether the target has recurrent layers."""
+
+    def snapshot(self) -> None:
+        """Store the states of recurrent layers, so that a fork at the present length is possible.
+
+        The latest few snapshots are kept. Without recurrent layers it does nothing.
+        """
+
+    def restorable(self, length: int) -> int:
+        """The longest length up to `length` at which the state can be forked.
+
+        Without recurrent layers it is the smaller of `length` and the present length. With them it
+        is the present length or the length of a snapshot, or 0 if there is none.
+        """
+
+    def fork(self, length: int, capacity: int) -> SequenceState:
+        """A new state with a copy of the first `length` positions, and of their snapshots.
+
+        Args:
+            length: a length that `restorable` returned.
+            capacity: positions that the new state can hold.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; the state cannot be used any more. Closing twice is harmless."""
+
 
 Block: TypeAlias = Any
 """A drafted block: the root, and the drafter's hidden states of its depths, on the device."""
 
 
 @dataclass(frozen=True, eq=False)
-class Extension:
-    """Run the target over more tokens of a text and commit them.
+class Prefill:
+    """Run the target over more tokens of a sequence and commit them.
 
     Attributes:
-        state: of the text.
+        state: of the sequence.
         token_ids: at least one; they take positions length, length + 1, ...
-        choice: how to choose the token after the last one; None if it is not needed.
+        params: how to sample the token after the last one; None if it is not needed.
     """
 
-    state: TextState
+    state: SequenceState
     token_ids: Sequence[int]
-    choice: Choice | None
+    params: SamplingParams | None
 
 
 @dataclass(frozen=True, eq=False)
-class Verification:
-    """Run the target over a draft tree and choose a token at every node.
+class Verify:
+    """Run the target over a draft tree and sample a token at every node.
 
     Node i stands at position length + depths[i] and sees the committed positions, its ancestors
     and itself. Nothing is committed; a second verification replaces the first.
 
     Attributes:
-        state: of the text.
+        state: of the sequence.
         tree: n nodes.
-        choice: for n nodes.
+        params: for n nodes.
     """
 
-    state: TextState
+    state: SequenceState
     tree: DraftTree
-    choice: Choice
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Sizes, temperature and noise of the tables that `marginals` and `transitions` return.
+
+    Attributes:
+        k: children of a row; the whole vocabulary if that is smaller.
+        m: previous tokens at each depth; the whole vocabulary if that is smaller.
+        temperature: divides the logits, after the head and after the noise.
+        noise: added to the logits of the marginals and of the head, for the depths of all blocks in
+            order. The most probable tokens are then those that the target is most likely to sample.
+            None adds nothing, as for a target that decodes greedily. It is left out of comparisons.
+        shortlist: number of tokens that an AR head scores, by highest marginal at any depth of the
+            block; ties by token id. Previous tokens and children are then from the shortlist, and
+            the rest of the vocabulary keeps the probability that the depth's marginal gives it.
+            None, or the whole vocabulary, is the published head.
+        rows: number of previous tokens of a sequence whose children an AR head scores, by highest
+            marginal log probability over all depths; the root's children are always scored. A token
+            is drafted about as often as its marginal says, so a tree of n nodes has little use for
+            many more rows than n. None scores all rows, as the published head does. A recurrent
+            head expands at most `rows` paths at each depth.
+    """
+
+    k: int
+    m: int = 1
+    temperature: float = 1.0
+    noise: Noise | None = field(default=None, compare=False)
+    shortlist: int | None = None
+    rows: int | None = None
+
+    def split(self, blocks: int) -> list[TableOptions]:
+        """The options for each of several blocks alone, with the noise of that block."""
+        if self.noise is None:
+            return [self] * blocks
+        return [replace(self, noise=noise) for noise in self.noise.split(blocks)]
 
 
 class TreeVerifier(Protocol):
     """The target."""
 
-    def run(self, work: Sequence[Extension | Verification]) -> list[Chosen | None]:
-        """One forward pass over the tokens and trees of several texts, each text once.
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+        """One forward pass over the tokens and trees of several sequences, each sequence once.
 
         Returns:
-            Per text: what `treeflash.decoding.choices.choose` gives for the target's logits, at the
-            last token of an extension and at every node of a tree; None if there was no choice.
+            Per sequence, the result of `treeflash.decoding.sampling.sample` for the target's logits
+            after the last token of a prefill or at every node of a tree; None if the prefill has no
+            `params`.
 
         Raises:
-            NumericalError: logits are not finite.
+            NumericalError: the logits are not finite.
         """
 
-    def commit(self, paths: Sequence[tuple[TextState, NDArray[np.int32]]]) -> None:
-        """Keep a path of the tree that was verified last, per text, and drop its other nodes.
+    def commit(self, paths: Sequence[tuple[SequenceState, NDArray[np.int32]]]) -> None:
+        """Keep a path of the tree that each sequence verified last, and drop the other nodes.
 
         Args:
             paths: states, and (a,) int32 node indices, 0 first, each the parent of the next.
         """
 
-    def logits(self, trees: Sequence[tuple[TextState, DraftTree]]) -> list[NDArray[np.float32]]:
-        """(n, vocab) logits at the nodes of each tree: for tests and analysis, not for decoding."""
+    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
+        """(n, vocab) logits at the nodes of each tree, for probes and analysis; commits nothing."""
 
 
 class Drafter(Protocol):
     """The one-shot drafter."""
 
     def draft(
-        self, roots: Sequence[tuple[TextState, int]], depths: int | None = None
+        self, roots: Sequence[tuple[SequenceState, int]], depths: int | None = None
     ) -> list[Block]:
         """Read the features of newly committed positions, then propose a block after them.
 
         Args:
-            roots: states opened for drafting, and the token at the next position of each; it opens
-                the block, and S - 1 masks follow.
-            depths: how many of the block's D depths are wanted, 1 or more; a small tree has no use
-                for the others. None, or more than there are, is all. It changes no depth's output.
+            roots: states opened for drafting, and the token at the next position of each; the root
+                opens the block, and S - 1 mask tokens follow.
+            depths: the number of depths to return, at least 1, because a small tree has no use for
+                all D depths of the block. None, or more than D, is all. It changes no depth's
+                output.
 
         Returns:
-            Hidden states of the blocks' first depths, valid until the next call.
+            The blocks, valid until the next call.
         """
 
-    def marginals(
-        self, blocks: Sequence[Block], k: int, temperature: float, noise: Noise | None = None
-    ) -> list[TransitionTable]:
-        """The `k` most probable tokens of each depth, whatever was drafted before (DDTree).
+    def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
+        """The most probable tokens of each depth, whatever was drafted before (DDTree).
 
         Args:
             blocks: from one call of `draft`.
-            k: children; the whole vocabulary if that is smaller.
-            temperature: divides the logits.
-            noise: added to the logits before, that of the depths of all blocks in order. The most
-                probable tokens are then those that the target is most likely to sample. None adds
-                nothing, as for a target that decodes greedily.
+            options: `m`, `shortlist` and `rows` are not used.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """Log probabilities of all tokens, in nats and at temperature 1.
-
-        For tests and analysis, not for decoding.
+        """Log probabilities of all tokens, in nats and at temperature 1, for analysis.
 
         Args:
             block: from `draft`.
@@ -136,25 +212,15 @@ class Drafter(Protocol):
 class ARHead(Protocol):
     """The conditional head: it conditions a block on previous tokens, and keeps no state.
 
-    A drafter's format decides which it is: TreeFlash's, the selector of DFlash2, a Markov head of
-    DSpark, or a recurrent one (DSpark's `rnn`, Domino). Its log probabilities are those of the
-    whole vocabulary. A head that scores a few candidates of a depth (a selector) gives the others
-    nothing; its rows keep the probability that the depth's marginal gives to the candidates, so
-    that paths of all rows can be compared.
+    The drafter's format decides which head it has: TreeFlash's, the selector of DFlash2, a Markov
+    head of DSpark, or a recurrent head (DSpark's `rnn`, Domino). Log probabilities are over the
+    whole vocabulary. A head that scores only some candidates of a depth (a selector) gives other
+    tokens probability 0; its rows sum to the probability that the depth's marginal gives to the
+    candidates, so that paths of all rows can be compared.
     """
 
-    def transitions(
-        self,
-        blocks: Sequence[Block],
-        m: int,
-        k: int,
-        temperature: float,
-        *,
-        noise: Noise | None = None,
-        shortlist: int | None = None,
-        rows: int | None = None,
-    ) -> list[TransitionTable]:
-        """The `k` most probable tokens of each depth after each of `m` previous tokens.
+    def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
+        """The most probable tokens of each depth after each of several previous tokens.
 
         The previous tokens of depth d >= 2 are the `m` of highest marginal logit at depth d - 1,
         best first; depth 1 has the root alone (TreeFlash, section 3).
@@ -165,32 +231,18 @@ class ARHead(Protocol):
 
         Args:
             blocks: from one call of `Drafter.draft`.
-            m: previous-token candidates; the whole vocabulary if that is smaller.
-            k: children; the whole vocabulary if that is smaller.
-            temperature: divides the logits, after the head.
-            noise: added to all logits, of the marginals and of the head; see `Drafter.marginals`.
-            shortlist: score only that many tokens, those most probable by their marginal at any
-                depth of the text's block; ties by token id. Previous tokens and children are then
-                of the shortlist, and the rest of the vocabulary keeps the probability that the
-                depth's marginal gives it. None, or the whole vocabulary, is the published head.
-            rows: score the children of only that many previous tokens of each text, those of the
-                highest marginal log probability over all depths; the root's are always scored. A
-                token is drafted about as often as its marginal says, so a tree of n nodes has
-                little use for many more rows than n. None is the published head: all. A recurrent
-                head expands at most so many paths at each depth.
+            options: sizes of the tables, temperature and noise.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Log probabilities of all tokens after one given previous token at each depth.
+        """Log probabilities of all tokens after a given previous token at each depth.
 
-        A recurrent head takes them for one path.
-
-        In nats and at temperature 1; for tests and analysis, not for decoding.
+        In nats and at temperature 1, for analysis.
 
         Args:
             block: from `Drafter.draft`.
-            previous: (D,) int32; previous[i] is the token before depth i + 1, so that
-                previous[0] is the root.
+            previous: (D,) int32; previous[i] is the token before depth i + 1, so previous[0] is the
+                root. A recurrent head takes the tokens as one path.
 
         Returns:
             (D, vocab); row i is depth i + 1. Tokens that cannot be drafted have -inf.
@@ -201,17 +253,17 @@ class Backend(Protocol):
     """A target, and a drafter for it, loaded on one device."""
 
     name: str
-    """As registered: `cuda`, `mlx`, `reference`, ..."""
+    """The registered name: `cuda`, `mlx`, `reference`, ..."""
     device: str
-    """As the framework names it: `cuda:0`, `cpu`, `gpu`, ..."""
+    """The framework's name of the device: `cuda:0`, `cpu`, `gpu`, ..."""
     device_name: str
-    """The hardware, such as the GPU's model: measured costs are kept by it."""
+    """The hardware, such as the GPU's model, by which measured costs are kept."""
     dtype: str
     vocab_size: int
     max_positions: int
-    """Positions that the target was made for."""
+    """The target's limit, prompt and new tokens together."""
     drafter_config: DrafterConfig | None
-    """None when no drafter was loaded: only plain decoding works then."""
+    """None when no drafter was loaded: then only plain decoding works."""
 
     @property
     def verifier(self) -> TreeVerifier:
@@ -225,16 +277,23 @@ class Backend(Protocol):
     def head(self) -> ARHead | None:
         """None when the drafter has no AR head."""
 
-    def open(self, capacity: int, *, drafts: bool) -> TextState:
-        """The empty state of a new text.
+    def open(self, capacity: int, *, drafts: bool) -> SequenceState:
+        """The empty state of a new sequence.
 
         Args:
-            capacity: positions that it can hold, those of the tree under verification included.
-            drafts: whether it will be drafted for; only with a drafter.
+            capacity: positions that it can hold, the nodes of the tree under verification included.
+            drafts: whether it will be drafted for, which needs a drafter.
         """
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
-        """Device memory that such a state will hold, bytes."""
+        """Device memory that a state opened with these arguments may hold, bytes."""
+
+    def check_trees(self) -> None:
+        """Check, once, that the target runs draft trees; loading a drafter does so too.
+
+        Raises:
+            UnsupportedModelError: it does not; plain decoding still works.
+        """
 
     def memory_bytes(self) -> int:
         """The most memory that the device has held for this process, bytes; 0 if unknown."""
@@ -243,16 +302,16 @@ class Backend(Protocol):
 class Loader(Protocol):
     """The entry point of a backend, in the group `treeflash.backends`.
 
-    Its module may also have a function `choose_device(name)`, which raises a BackendError if there
-    is no such device. It is called before any model is fetched.
+    Its module may also have a function `choose_device(name)`, which raises a BackendError if the
+    device does not exist. It is called before any model is downloaded.
     """
 
     def __call__(self, target: Path, drafter: Path | None, config: LoadConfig) -> Backend:
         """Load a target folder and, for drafting, a drafter folder.
 
         Raises:
-            BackendError: no such device, or the framework is missing.
-            CheckpointError: a folder is damaged, or the two do not fit.
+            BackendError: the device does not exist, or the framework is not installed.
+            CheckpointError: a folder is damaged, or the drafter does not fit the target.
             UnsupportedModelError: the target cannot run a draft tree.
-            ConfigError: the backend cannot do what `config` asks.
+            ConfigError: the backend does not support a setting of `config`.
         """

@@ -1,26 +1,49 @@
-"""The decode loop: the only one, for every method and every backend. It calls none of them.
+"""The decode loop of one sequence: the only loop, for every method and every backend.
 
-The loop of one text is a generator. It yields what it needs and is sent the outcome; it yields a
-`Step` whenever tokens are committed. `treeflash.decoding.scheduler` runs the loops of many texts.
+`decode_loop` is a generator that makes no calls. It yields one piece of work at a time, waits, and
+is sent the outcome; it yields a `Step` whenever tokens are committed. Whoever runs it carries out
+the work: `treeflash.decoding.scheduler` does so for the loops of many sequences at once.
+
+    yields    the caller                             sends back            the loop then yields
+    Prefill   commits the prompt                     SampledTokens         Step
+    Step      hands out the tokens                   nothing               Draft, Verify, or ends
+    Draft     proposes trees, if drafting pays       Drafted or None       Prune or Verify
+    Prune     chooses the nodes that pay             their (n,) indices    Verify
+    Verify    runs the target over the tree          SampledTokens         Commit
+    Commit    keeps the accepted path                nothing               Step
+
+The loop starts with `Prefill`, unless the prompt is scored: then chains of its tokens are verified
+and committed first, and `Prefill` has the last token alone. The loop ends after the step with a
+finish reason. It yields `Draft` if the method speculates and room is left for more than one token,
+and `Prune` if the budget is `auto` and a tree was drafted. Without a draft, `Verify` has the tree
+of the root alone: plain decoding. An error is raised by whoever carries out the work; the loop is
+then closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding.acceptance import accept
-from treeflash.decoding.calibration import Calibration
-from treeflash.decoding.choices import Choice, Chosen, LogProbs
-from treeflash.decoding.constraints import Constraint, constrain, prune
-from treeflash.decoding.penalties import PenaltyState
-from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+from treeflash.config import DecodeConfig
+from treeflash.decoding.interfaces import Prefill, SequenceState, Verify
+from treeflash.decoding.sampling import (
+    Constraint,
+    LogProbs,
+    PenaltyState,
+    SampledTokens,
+    SamplingParams,
+    constrain,
+    only,
+    prune,
+)
+from treeflash.decoding.suffix import SuffixDrafter, SuffixIndex, SuffixTree, merge, tree_of
+from treeflash.decoding.transitions import Calibration, TransitionTable
+from treeflash.decoding.tree import DraftTree, accept, build_chain, build_tree
 
 Phase: TypeAlias = Literal["prefill", "draft", "tree", "verify", "commit"]
 
@@ -31,123 +54,153 @@ class Step:
 
     Attributes:
         tokens: newly committed tokens; ends at a stop token or at the limit.
-        seconds: wall time by phase; of the whole batch if several texts run together.
+        seconds: wall time by phase; of the whole batch if several sequences run together.
         tree: the tree that was verified; None for the prefill.
-        path: (a,) node indices of the accepted path, before any stop cut it; None for the prefill.
+        path: (a,) node indices of the accepted path, before a stop cut it; None for the prefill.
         finish_reason: `stop` or `length` in the last step, None before.
-        table: what the tree was built from, calibrated; None for the prefill and in plain decoding.
+        table: the drafter's table that the tree was built from, calibrated unless the configuration
+            says otherwise; None if it did not draft.
         log_probs: of `tokens`, if the configuration asks for them.
+        prompt_log_probs: of the prompt's tokens after the first one, if the request asks for them;
+            None after the prefill.
         cached_tokens: prompt tokens that came from a prefix cache; 0 after the prefill.
     """
 
     tokens: tuple[int, ...]
-    seconds: dict[Phase, float] = field(default_factory=dict)
+    seconds: dict[Phase, float] = field(default_factory=dict, repr=False)
     tree: DraftTree | None = None
-    path: NDArray[np.int32] | None = None
+    path: NDArray[np.int32] | None = field(default=None, repr=False)
     finish_reason: str | None = None
-    table: TransitionTable | None = None
-    log_probs: LogProbs | None = None
+    table: TransitionTable | None = field(default=None, repr=False)
+    log_probs: LogProbs | None = field(default=None, repr=False)
+    prompt_log_probs: LogProbs | None = field(default=None, repr=False)
     cached_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Extend:
-    """Commit these tokens and choose the next one; the outcome is a `Chosen` of one token."""
-
-    token_ids: Sequence[int]
-    choice: Choice
-
-
-@dataclass(frozen=True, eq=False)
 class Draft:
-    """Draft after this root; the outcome is `Drafted`, or None if drafting does not pay now."""
+    """Draft after this root. The outcome is `Drafted`, or None if drafting does not pay now.
+
+    Attributes:
+        root: the newest token.
+        depths: that can be accepted at most.
+        suffix: proposes what followed earlier occurrences; None if it is not asked to.
+    """
 
     root: int
+    depths: int
+    suffix: SuffixDrafter | None
 
 
 @dataclass(frozen=True, eq=False)
 class Drafted:
-    """The outcome of a draft.
+    """The outcome of a draft, which has a table or a proposal, or both.
 
     Attributes:
-        table: what may follow what.
-        nodes: how large a tree to build from it.
+        table: the drafter's tokens that may follow one another.
+        nodes: size of the tree to build.
+        proposal: what followed earlier occurrences of the last tokens.
     """
 
-    table: TransitionTable
+    table: TransitionTable | None
     nodes: int
+    proposal: SuffixTree | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
-    """Cut this tree to the nodes that pay; the outcome is (n,) those nodes, as in `subset`."""
+class Prune:
+    """Choose the nodes of this tree that pay. The outcome is (n,) nodes, as in `subset`."""
 
     tree: DraftTree
-
-
-@dataclass(frozen=True, eq=False)
-class Verify:
-    """Verify this tree; the outcome is a `Chosen` of a token per node."""
-
-    tree: DraftTree
-    choice: Choice
 
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """Commit this path of the tree verified last; the outcome is None."""
+    """Commit this path of the tree that was verified last. The outcome is None."""
 
     path: NDArray[np.int32]
 
 
-Need: TypeAlias = Extend | Draft | Cut | Verify | Commit
-Loop: TypeAlias = Generator[Need | Step, Any, None]
+SCORED_TOKENS = 64
+"""Tokens of a prompt that are scored at once; the logits of all of them are in memory."""
+
+Work: TypeAlias = Prefill | Draft | Prune | Verify | Commit
+Loop: TypeAlias = Generator[Work | Step, Any, None]
 
 
 def decode_loop(
+    state: SequenceState,
     prompt_ids: Sequence[int],
     config: DecodeConfig,
     limit: int,
     vocab_size: int,
     *,
     constraint: Constraint | None = None,
+    scores_prompt: bool = False,
     cached_tokens: int = 0,
+    shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
 ) -> Loop:
-    """Decode one text.
+    """Decode one sequence; see the module's table.
 
     Args:
+        state: of the sequence; the loop passes it on and never looks into it.
         prompt_ids: the prompt.
         config: how to decode.
         limit: new tokens at most.
         vocab_size: of the target.
         constraint: of the generated tokens, none of which it has seen.
-        cached_tokens: how many tokens of the prompt are committed already; fewer than all.
+        scores_prompt: whether the first step has the log probabilities of the prompt.
+        cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
+            the prompt is scored.
+        shared: gives indices over other texts, for a configuration that copies.
     """
     penalties = PenaltyState(config.penalties, prompt_ids)
-    # A chain is the same at every exponent; a constraint makes the target choose what it would not.
-    calibrated = not config.drafts_chain and constraint is None
+    # A chain is the same at every exponent. Under a constraint the target's tokens are not those
+    # that a calibration could learn from.
+    calibrated = (
+        config.calibration and config.drafts and not config.drafts_chain and constraint is None
+    )
     calibration = Calibration(vocab_size) if calibrated else None
+    suffix = SuffixDrafter(prompt_ids, shared) if config.copies else None
 
-    def choice(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> Choice:
-        """How to choose at the nodes of a tree whose root is the newest emitted token."""
+    def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
+        """How to sample at the nodes of a tree whose root is the newest emitted token."""
+        positions = tree.positions(len(prompt_ids) + emitted)
         return replace(
-            Choice.at(config.sampling, tree.positions(len(prompt_ids) + emitted)),
+            SamplingParams.from_positions(config.sampling, positions),
             edits=penalties.edits(tree),
             allowed=allowed,
             log_probs=config.log_probs,
         )
 
+    scores: list[LogProbs] = []
+    if scores_prompt:
+        for start in range(0, len(prompt_ids) - 1, SCORED_TOKENS):
+            chunk = np.array(prompt_ids[start : start + SCORED_TOKENS + 1], np.int32)
+            forced = SamplingParams(
+                allowed=only(chunk[1:], vocab_size), log_probs=config.log_probs or 0
+            )
+            scored: SampledTokens = yield Verify(state, DraftTree.chain(chunk[:-1]), forced)
+            assert scored.log_probs is not None
+            scores.append(scored.log_probs)
+            yield Commit(np.arange(len(chunk) - 1, dtype=np.int32))
+        cached_tokens = len(prompt_ids) - 1
     emitted = 0
     allowed = None if constraint is None else constraint.allowed()[None]
     tree = DraftTree.root_only(prompt_ids[-1])
-    chosen: Chosen = yield Extend(prompt_ids[cached_tokens:], choice(tree, emitted, allowed))
-    tokens, finish_reason = _until_stop((int(chosen.tokens[0]),), config, limit)
+    sampled: SampledTokens = yield Prefill(
+        state, prompt_ids[cached_tokens:], params(tree, emitted, allowed)
+    )
+    tokens, finish_reason = _cut_at_stop((int(sampled.tokens[0]),), config, limit)
     yield Step(
         tokens,
         finish_reason=finish_reason,
-        log_probs=chosen.log_probs,
-        cached_tokens=cached_tokens,
+        log_probs=sampled.log_probs,
+        prompt_log_probs=LogProbs.concatenate(scores) if scores else None,
+        cached_tokens=0 if scores else cached_tokens,
     )
+    if suffix is not None:
+        suffix.observe(tokens)
     while finish_reason is None:
         emitted += len(tokens)
         penalties.add(tokens)
@@ -155,32 +208,34 @@ def decode_loop(
             for token in tokens:
                 constraint.advance(token)
         tree, table, allowed = DraftTree.root_only(tokens[-1]), None, None
-        # Each accepted node adds a token, and so does the last node's choice. What lies deeper
-        # could not be emitted, and would stand beyond the last position.
+        # Each accepted node emits a token, and the last node one more. Deeper nodes could not be
+        # emitted, and would stand beyond the last position.
         deepest = limit - emitted - 1
         drafted: Drafted | None = None
-        if config.drafts and deepest:
-            drafted = yield Draft(tokens[-1])
+        if config.speculates and deepest:
+            drafted = yield Draft(tokens[-1], deepest, suffix)
         if drafted is not None:
-            table = drafted.table.until(deepest)
-            if calibration is not None:
-                table = calibration.correct(table)
-            if constraint is not None:
-                table = prune(table, constraint.allowed(), vocab_size)
-            build = build_chain if config.drafts_chain else build_tree
-            tree = build(table, tokens[-1], drafted.nodes)
+            if drafted.table is not None:
+                table = drafted.table.truncate(deepest)
+                if calibration is not None:
+                    table = calibration.correct(table)
+                if constraint is not None:
+                    table = prune(table, constraint.allowed(), vocab_size)
+            tree = _build(table, drafted, tokens[-1], config)
         if constraint is not None:
             tree, allowed = constrain(tree, constraint)
-        if table is not None and config.budget == AUTO:
-            nodes: NDArray[np.int64] = yield Cut(tree)
+        if drafted is not None and config.is_adaptive:
+            nodes: NDArray[np.int64] = yield Prune(tree)
             tree, allowed = tree.subset(nodes), None if allowed is None else allowed[nodes]
-        chosen = yield Verify(tree, choice(tree, emitted, allowed))
-        accepted = accept(tree, chosen.tokens)
-        if calibration is not None and drafted is not None:
+        sampled = yield Verify(state, tree, params(tree, emitted, allowed))
+        accepted = accept(tree, sampled.tokens)
+        if calibration is not None and drafted is not None and drafted.table is not None:
             calibration.observe(drafted.table, accepted.tokens)
+        if suffix is not None:
+            suffix.observe(accepted.tokens)
         yield Commit(accepted.path)
-        tokens, finish_reason = _until_stop(accepted.tokens, config, limit - emitted)
-        log_probs = chosen.log_probs
+        tokens, finish_reason = _cut_at_stop(accepted.tokens, config, limit - emitted)
+        log_probs = sampled.log_probs
         if log_probs is not None:
             log_probs = log_probs.rows(accepted.path[: len(tokens)])
         yield Step(
@@ -193,10 +248,23 @@ def decode_loop(
         )
 
 
-def _until_stop(
+def _build(
+    table: TransitionTable | None, drafted: Drafted, root: int, config: DecodeConfig
+) -> DraftTree:
+    """The draft tree of a corrected table, of a proposal, or of both."""
+    if table is None:
+        assert drafted.proposal is not None
+        return tree_of(drafted.proposal, root, drafted.nodes)
+    if drafted.proposal is not None:
+        return merge(table, drafted.proposal, root, drafted.nodes)
+    build = build_chain if config.drafts_chain else build_tree
+    return build(table, root, drafted.nodes)
+
+
+def _cut_at_stop(
     tokens: tuple[int, ...], config: DecodeConfig, room: int
 ) -> tuple[tuple[int, ...], str | None]:
-    """The tokens, `room` at most, up to the first stop token; and what ends the text, if any."""
+    """At most `room` tokens, up to the first stop token; and the finish reason, if any."""
     for i, token in enumerate(tokens):
         if token in config.stop_token_ids:
             return tokens[: i + 1], "stop"

@@ -1,4 +1,4 @@
-"""States of finished texts, kept for prompts that begin alike."""
+"""The prefix cache: states of finished sequences, kept for prompts that begin alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.text_state import TextState
+from treeflash.decoding.interfaces import SequenceState
 
 
 @dataclass(eq=False)
@@ -17,18 +17,21 @@ class _Entry:
 
     key: Hashable
     tokens: NDArray[np.int32]
-    state: TextState
+    state: SequenceState
+
+    def shared_length(self, tokens: NDArray[np.int32]) -> int:
+        """The longest prefix of the tokens at which the state can be forked."""
+        return self.state.restorable(common_prefix(self.tokens, tokens))
 
 
 class PrefixCache:
-    """Least recently used states are closed first when the limit is reached.
+    """A cache of states, of which the least recently used are closed when the limit is reached.
 
     Attributes:
         max_bytes: of device memory.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        """Start empty."""
         self.max_bytes = max_bytes
         self._entries: list[_Entry] = []  # the most recently used last
 
@@ -40,22 +43,22 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[TextState, int] | None:
+    def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[SequenceState, int] | None:
         """The state that can be forked at the longest common prefix, and the prefix's length.
 
         Args:
-            key: what a state depends on beside its tokens: the loaded pair, whether it was opened
-                for drafting, and a caller's salt.
+            key: the dependencies of a state besides its tokens: the loaded pair, whether the state
+                was opened for drafting, and the caller's salt.
             tokens: of a prompt.
 
         Returns:
-            None if no state shares a token.
+            None if no state can be forked at a common prefix.
         """
-        wanted = np.array(tokens, np.int32)
+        prompt = np.array(tokens, np.int32)
         best: _Entry | None = None
         longest = 0
         for entry in self._entries:
-            if entry.key == key and (length := _shared(entry, wanted)) > longest:
+            if entry.key == key and (length := entry.shared_length(prompt)) > longest:
                 best, longest = entry, length
         if best is None:
             return None
@@ -63,23 +66,26 @@ class PrefixCache:
         self._entries.append(best)
         return best.state, longest
 
-    def put(self, key: Hashable, tokens: Sequence[int], state: TextState) -> None:
+    def put(self, key: Hashable, tokens: Sequence[int], state: SequenceState) -> None:
         """Take over a state.
 
         Args:
-            key: see `find`.
-            tokens: of its committed positions.
-            state: is closed when it falls out of the cache, which may be now.
+            key: as in `find`.
+            tokens: of the state's committed positions.
+            state: is closed when it leaves the cache: at once if it alone is above the limit.
         """
+        if state.nbytes > self.max_bytes:
+            state.close()
+            return
         new = _Entry(key, np.array(tokens, np.int32), state)
         for entry in [entry for entry in self._entries if entry.key == key]:
-            if _shared(new, entry.tokens) >= _shared(entry, entry.tokens):
-                self._drop(entry)  # the new state can do all that it could
+            if new.shared_length(entry.tokens) >= entry.shared_length(entry.tokens):
+                self._drop(entry)  # the new state serves all prompts that this one served
         self._entries.append(new)
         self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:
-        """Close the least recently used states until the others hold at most so many bytes."""
+        """Close the least recently used states until the others hold at most `nbytes` bytes."""
         while self._entries and self.nbytes > nbytes:
             self._drop(self._entries[0])
 
@@ -92,13 +98,8 @@ class PrefixCache:
         entry.state.close()
 
 
-def _shared(entry: _Entry, tokens: NDArray[np.int32]) -> int:
-    """The longest prefix of these tokens that the entry can be forked at."""
-    return entry.state.restorable(common_prefix(entry.tokens, tokens))
-
-
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Length of the common prefix of two texts, tokens."""
+    """Length of the common prefix of two sequences, tokens."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n

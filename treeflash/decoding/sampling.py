@@ -1,34 +1,195 @@
-"""The sampler that defines every backend's choices."""
+"""Sampling: how the target's token after each node of a tree is chosen.
+
+`sample` is the definition that backends are held to: it edits the logits (`LogitEdits`), masks the
+tokens that a constraint forbids, filters, and takes the largest sum of logit and noise
+(Gumbel-max). The noise at a position depends on the seed and the position alone. A drafter that
+adds the same noise to its own logits drafts the tokens that the target is likely to sample (Daliri
+et al. 2024, arXiv 2408.07978), so more of its drafts are accepted.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import SamplingConfig
-from treeflash.decoding.gumbel import over_vocabulary
+from treeflash.config import Penalties, SamplingConfig
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
+
+MASK_BITS = 32
+"""Tokens in one word of a bitmask."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitEdits:
+    """Sparse changes of logits: `x / factor` if x > 0, else `x * factor`; then `+ addition`.
+
+    A pair of row and token occurs at most once.
+
+    Attributes:
+        rows: (m,) int64 node indices.
+        tokens: (m,) int64 token ids.
+        factors: (m,) float32, above 0; 1 changes nothing.
+        additions: (m,) float32.
+    """
+
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    factors: NDArray[np.float32]
+    additions: NDArray[np.float32]
+
+    def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, vocab) edited logits; the definition that backends are held to."""
+        edited = logits.copy()
+        x = edited[self.rows, self.tokens]
+        scaled = np.where(x > 0, x / self.factors, x * self.factors)
+        edited[self.rows, self.tokens] = scaled + self.additions
+        return edited
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingParams:
+    """How to sample the token that follows each of n nodes.
+
+    Attributes:
+        sampling: temperature and filters.
+        keys: (n, 2) of the noise at the position after each node; None if greedy.
+        edits: changes of the logits, before everything else; None for none.
+        allowed: (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may
+            be sampled. It takes effect after the edits. None allows every token.
+        log_probs: number of the best tokens whose log probabilities to return beside that of the
+            sampled token; None returns none at all.
+    """
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    keys: NDArray[np.uint32] | None = None
+    edits: LogitEdits | None = None
+    allowed: NDArray[np.uint32] | None = None
+    log_probs: int | None = None
+
+    @classmethod
+    def from_positions(
+        cls, sampling: SamplingConfig, positions: NDArray[np.int32]
+    ) -> SamplingParams:
+        """Parameters for the tokens at n positions, with the noise of the seed."""
+        return cls(sampling, None if sampling.greedy else position_keys(sampling.seed, positions))
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbs:
+    """Log probabilities of the target at temperature 1, before edits, masks and filters; nats.
+
+    Attributes:
+        sampled: (n,) float32 of the sampled tokens.
+        tokens: (n, k) int32 the best tokens, best first.
+        values: (n, k) float32 of the best tokens.
+    """
+
+    sampled: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    def rows(self, rows: NDArray[np.int32]) -> LogProbs:
+        """The log probabilities at some nodes."""
+        return LogProbs(self.sampled[rows], self.tokens[rows], self.values[rows])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[LogProbs]) -> LogProbs:
+        """The rows of all parts."""
+        return cls(
+            np.concatenate([part.sampled for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.values for part in parts]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTokens:
+    """The target's tokens.
+
+    Attributes:
+        tokens: (n,) int32 the token that follows each node.
+        log_probs: of those tokens; None if they were not asked for.
+    """
+
+    tokens: NDArray[np.int32]
+    log_probs: LogProbs | None = None
+
+
+def sample(logits: NDArray[np.float32], params: SamplingParams) -> SampledTokens:
+    """Sample a token for each row of logits: the definition that backends are held to.
+
+    Args:
+        logits: (n, vocab) float32.
+        params: for n nodes.
+
+    Raises:
+        NumericalError: a row's largest logit is not finite.
+    """
+    edited = logits if params.edits is None else params.edits.apply(logits)
+    if params.allowed is not None:
+        edited = np.where(unpack(params.allowed, logits.shape[-1]), edited, -np.inf)
+    tokens = sample_tokens(edited, params.sampling, params.keys)
+    if params.log_probs is None:
+        return SampledTokens(tokens)
+    log_probs = logits - np.logaddexp.reduce(logits.astype(np.float64), -1, keepdims=True)
+    best = np.argsort(-logits, -1, kind="stable")[:, : params.log_probs]
+    return SampledTokens(
+        tokens,
+        LogProbs(
+            np.take_along_axis(log_probs, tokens[:, None], -1)[:, 0].astype(np.float32),
+            best.astype(np.int32),
+            np.take_along_axis(log_probs, best, -1).astype(np.float32),
+        ),
+    )
+
+
+def unpack(allowed: NDArray[np.uint32], vocab_size: int) -> NDArray[np.bool_]:
+    """(n, vocab) bool of a bitmask."""
+    bits = np.unpackbits(allowed.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
+    return bits[:, :vocab_size].astype(np.bool_)
+
+
+def only(tokens: NDArray[np.int32], vocab_size: int) -> NDArray[np.uint32]:
+    """(n, ceil(vocab / 32)) bitmask that allows one of n tokens in each row."""
+    allowed = np.zeros((len(tokens), -(-vocab_size // MASK_BITS)), np.uint32)
+    bits = np.uint32(1) << (tokens % MASK_BITS).astype(np.uint32)
+    allowed[np.arange(len(tokens)), tokens // MASK_BITS] = bits
+    return allowed
+
+
+def shared_sampling(params: SamplingParams) -> SamplingConfig:
+    """The configuration with seed 0: sequences with equal ones can be sampled together."""
+    return replace(params.sampling, seed=0)
+
 
 NOT_FINITE = (
     "the target's output is not finite (NaN or infinity): its weights are damaged, or the dtype "
-    "overflows; try --dtype float32"
+    "overflows; try dtype float32"
 )
 
 
 def check_finite(finite: object) -> None:
-    """Raise `NumericalError` unless the largest logit of every row was found to be finite."""
+    """Raise `NumericalError` unless `finite`: the largest logit of every row is finite."""
     if not finite:
         raise NumericalError(NOT_FINITE)
 
 
-def choose(
+def sample_tokens(
     logits: NDArray[np.float32],
     sampling: SamplingConfig,
     keys: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.int32]:
-    """The target's token for each row of logits: the definition that backends must match.
+    """The target's token for each row of logits, edited and masked.
 
-    Sampling takes the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
+    It is the token of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
     Args:
         logits: (n, vocab) float32.
@@ -56,9 +217,9 @@ def noisy_logits(
     Args:
         logits: (n, vocab).
         sampling: not greedy.
-        keys: (n, 2) as in `choose`.
+        keys: (n, 2) as in `sample_tokens`.
     """
-    noise = over_vocabulary(keys, logits.shape[-1]).astype(np.float64)
+    noise = vocabulary_noise(keys, logits.shape[-1]).astype(np.float64)
     kept = filtered_probs(logits, sampling) > 0
     return np.where(kept, logits + sampling.temperature * noise, -np.inf)
 
@@ -90,3 +251,218 @@ def filtered_probs(logits: NDArray[np.float32], sampling: SamplingConfig) -> NDA
     if sampling.min_p > 0:
         probs = np.where(probs >= sampling.min_p * probs.max(-1, keepdims=True), probs, 0.0)
     return probs
+
+
+SHIFTS, MULTIPLIERS = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
+"""Constants of the hash `lowbias32` (Wellons 2018)."""
+MAX_SHARE = float(np.float32(1 - 2.0**-24))
+"""The largest number below 1 in float32."""
+CACHED_ROWS = 64
+"""Positions whose noise is cached: a draft and its verification use the same noise."""
+
+
+def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """The keys of the noise at `positions`.
+
+    A key depends on the seed and the position alone, not on the method, the budget or other draws.
+    Therefore a seed gives the same output with every method and budget.
+
+    Args:
+        seed: below 2**64.
+        positions: (n,) int32 absolute positions, 0 or more.
+
+    Returns:
+        (n, 2): number `p` of the Philox stream of the seed (Salmon et al. 2011), its lower half
+        first.
+    """
+    # One counter step of NumPy's Philox makes four numbers, so any of them is reached in O(1).
+    first = int(positions.min()) // 4
+    count = int(positions.max()) - 4 * first + 1
+    stream = np.random.Philox(key=seed, counter=first).random_raw(count)
+    numbers = stream[positions - 4 * first].astype("<u8")
+    return numbers.view("<u4").reshape(-1, 2).astype(np.uint32)
+
+
+def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Noise of the standard Gumbel distribution: the definition that backends must match.
+
+    Each token is hashed with one half of the key, then with the other half.
+
+    Args:
+        keys: (n, 2).
+        tokens: (v,) token ids, or (n, v).
+
+    Returns:
+        (n, v) float32, finite.
+    """
+    x = _mix(tokens.astype(np.uint32) ^ keys[:, :1])
+    x = _mix(x ^ keys[:, 1:])
+    # Small shares give the large noise that decides, so they have float32's full precision.
+    shares = ((x >> np.uint32(1)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-31)
+    noise: NDArray[np.float32] = -np.log(-np.log1p(-np.minimum(shares, np.float32(MAX_SHARE))))
+    return noise
+
+
+def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(multiplier)
+    return x
+
+
+def vocabulary_noise(keys: NDArray[np.uint32], vocab_size: int) -> NDArray[np.float32]:
+    """(n, vocab) noise of all tokens, for backends on a CPU; the latest rows are cached."""
+    return np.stack([_row(*key, vocab_size) for key in keys.tolist()])
+
+
+@lru_cache(CACHED_ROWS)
+def _row(low: int, high: int, vocab_size: int) -> NDArray[np.float32]:
+    keys = np.array([[low, high]], np.uint32)
+    row: NDArray[np.float32] = gumbel(keys, np.arange(vocab_size, dtype=np.int32))[0]
+    return row
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The noise with which the target will sample, for a drafter.
+
+    Attributes:
+        keys: (n, 2) of the positions of n drafted tokens.
+        scales: (n,) float32 factors on the noise: the sampling temperatures, 0 if greedy.
+    """
+
+    keys: NDArray[np.uint32]
+    scales: NDArray[np.float32]
+
+    @classmethod
+    def from_positions(cls, sequences: Sequence[tuple[SamplingConfig, NDArray[np.int32]]]) -> Noise:
+        """The noise of several sequences, one after another.
+
+        Args:
+            sequences: the configuration and the positions of each.
+        """
+        keys = [
+            # Equal keys, whose noise is computed once: it is multiplied by 0.
+            np.zeros((len(positions), 2), np.uint32)
+            if sampling.greedy
+            else position_keys(sampling.seed, positions)
+            for sampling, positions in sequences
+        ]
+        temperatures = [sampling.temperature for sampling, _ in sequences]
+        scales = np.repeat(
+            np.array(temperatures, np.float32), [len(positions) for _, positions in sequences]
+        )
+        return cls(np.concatenate(keys), scales)
+
+    def values(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """(n, v) noise to add to the logits of (v,) or (n, v) tokens."""
+        return self.scales[:, None] * gumbel(self.keys, tokens)
+
+    def split(self, parts: int) -> list[Noise]:
+        """Split into equal parts, one per sequence."""
+        return list(map(Noise, np.split(self.keys, parts), np.split(self.scales, parts)))
+
+
+class PenaltyState:
+    """The counts of a sequence's tokens, and the penalties that follow from them.
+
+    The repetition penalty counts the prompt and the generated tokens, the presence and frequency
+    penalties the generated tokens alone, as in vLLM.
+    """
+
+    def __init__(self, penalties: Penalties, prompt_ids: Sequence[int]) -> None:
+        self.penalties = penalties
+        self.prompt = np.unique(np.array(prompt_ids, np.int64))
+        self.generated: Counter[int] = Counter()
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Count newly generated tokens."""
+        self.generated.update(tokens)
+
+    def edits(self, tree: DraftTree) -> LogitEdits | None:
+        """The edits of the logits at each node; None if the penalties change nothing.
+
+        Args:
+            tree: its root is counted already, the tokens below it are not.
+        """
+        penalties = self.penalties
+        if not penalties.active:
+            return None
+        bias = dict(penalties.logit_bias)
+        repeated = self.prompt if penalties.repetition != 1 else self.prompt[:0]
+        tokens = np.unique(
+            np.concatenate([repeated, tree.tokens, [*self.generated], [*bias]]).astype(np.int64)
+        )
+        counts = np.array([self.generated[token] for token in tokens.tolist()], np.int64)
+        drafted = tree.tokens[1:, None] == tokens
+        counts = counts + tree.ancestor_mask()[:, 1:].astype(np.int64) @ drafted
+        seen = (counts > 0) | np.isin(tokens, self.prompt)
+        factors = np.where(seen, penalties.repetition, 1.0)
+        additions = (
+            np.array([bias.get(token, 0.0) for token in tokens.tolist()])
+            - penalties.presence * (counts > 0)
+            - penalties.frequency * counts
+        )
+        rows, columns = np.nonzero((factors != 1) | (additions != 0))
+        return LogitEdits(
+            rows,
+            tokens[columns],
+            factors[rows, columns].astype(np.float32),
+            additions[rows, columns].astype(np.float32),
+        )
+
+
+class Constraint(Protocol):
+    """Restricts the tokens that may follow the generated ones, as a grammar matcher does."""
+
+    def allowed(self) -> NDArray[np.uint32]:
+        """(ceil(vocab / 32),) uint32 bitmask of the tokens that may come next."""
+
+    def advance(self, token: int) -> None:
+        """Append a token that is allowed."""
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens."""
+
+
+def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) -> TransitionTable:
+    """The table without first tokens that are not allowed, so that no budget is spent on them."""
+    log_probs = table.log_probs.copy()
+    permitted = unpack(allowed[None], vocab_size)[0][table.tokens[0, 0]]
+    log_probs[0, 0, ~permitted] = -np.inf
+    order = np.argsort(-log_probs[0, 0], kind="stable")
+    tokens, next_row = table.tokens.copy(), table.next_row.copy()
+    for array in (tokens, log_probs, next_row):
+        array[0, 0] = array[0, 0, order]
+    return replace(table, tokens=tokens, log_probs=log_probs, next_row=next_row)
+
+
+def constrain(tree: DraftTree, constraint: Constraint) -> tuple[DraftTree, NDArray[np.uint32]]:
+    """The tree without forbidden nodes and their descendants, and the mask of each remaining node.
+
+    The nodes are visited depth first, so that the constraint advances and rolls back one token at a
+    time. Afterwards its state is the same as before.
+
+    Args:
+        tree: the constraint has advanced over its root.
+        constraint: of the sequence.
+
+    Returns:
+        The tree of n nodes, and (n, ceil(vocab / 32)) bitmasks.
+    """
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents.tolist()):
+        children.setdefault(parent, []).append(node)
+    masks: dict[int, NDArray[np.uint32]] = {}
+
+    def visit(node: int) -> None:
+        mask = masks[node] = constraint.allowed()
+        for child in children.get(node, ()):
+            token = int(tree.tokens[child])
+            if mask[token // 32] >> np.uint32(token % 32) & 1:
+                constraint.advance(token)
+                visit(child)
+                constraint.rollback(1)
+
+    visit(0)
+    kept = np.array(sorted(masks), np.int64)
+    return tree.subset(kept), np.stack([masks[node] for node in kept.tolist()])

@@ -1,24 +1,91 @@
-"""Runs the decode loops of many texts, which join and leave between iterations."""
+"""Continuous batching: the scheduler runs the decode loops of many sequences on one loaded pair.
+
+Every loop waits for one piece of `Work` (see `treeflash.decoding.loop`). One iteration of the
+scheduler carries out the work of all running sequences, kind by kind, so that work of the same kind
+from all sequences runs as one batched call:
+
+1. Admit waiting requests, in order, while there is room.
+2. `Draft`: one call of the drafter, and one of its AR head or marginals for each group of sequences
+   with the same options.
+3. `Prune`: choose the nodes of trees with the budget `auto`, for all sequences of a method at once.
+4. `Verify` and `Prefill`: one forward pass of the target over all trees and over the next chunks of
+   prompts, at most `SchedulerConfig.prefill_chunk` tokens of them.
+5. `Commit`: keep the accepted paths.
+
+A loop that was answered goes on at once to its next piece of work. So a sequence that drafts goes
+through all of the steps in one iteration, and each iteration emits a `Step` for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NewType, TypeAlias, TypeVar
 
-from treeflash.config import AUTO, Method
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.iteration import Iteration
-from treeflash.decoding.loop import Step, decode_loop
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import AUTO, DecodeConfig, Method
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.interfaces import (
+    Backend,
+    Block,
+    Prefill,
+    SequenceState,
+    TableOptions,
+    Verify,
+)
+from treeflash.decoding.loop import (
+    SCORED_TOKENS,
+    Commit,
+    Draft,
+    Drafted,
+    Loop,
+    Phase,
+    Prune,
+    Step,
+    Work,
+    decode_loop,
+)
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.decoding.requests import Request, check
-from treeflash.decoding.running_text import RunningText, Ticket
-from treeflash.decoding.verify_costs import VerifyCosts
-from treeflash.errors import ConfigError, PromptError
+from treeflash.decoding.sampling import Constraint, Noise, SampledTokens
+from treeflash.decoding.suffix import SuffixCache, SuffixIndex, SuffixTree, tree_of
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.row_heads import NO_MARGINALS
+from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 
-Event: TypeAlias = tuple[Ticket, Step | Exception]
-"""A step of a text, or the error that ended it."""
+MIB = 1 << 20
+RequestId = NewType("RequestId", int)
+"""Names a request of one scheduler."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A sequence to decode.
+
+    Attributes:
+        prompt_ids: at least one token.
+        config: method, budget, limits, sampling.
+        constraint: of the generated tokens; belongs to this request alone.
+        scores_prompt: whether the first step has the log probabilities of the prompt. Then nothing
+            of it comes from a prefix cache.
+        cache_salt: only sequences with the same salt share the states of a prefix cache.
+    """
+
+    prompt_ids: Sequence[int]
+    config: DecodeConfig
+    constraint: Constraint | None = None
+    scores_prompt: bool = False
+    cache_salt: str = ""
+
+
+Event: TypeAlias = tuple[RequestId, Step | Exception]
+"""A step of a sequence, or the error that ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +93,11 @@ class SchedulerConfig:
     """Limits of a scheduler.
 
     Attributes:
-        max_parallel: texts that run at once; further ones wait in order.
-        max_bytes: device memory for the states of texts; None does not limit it.
-        prefill_chunk: prompt tokens that run in one iteration while other texts are decoded, which
-            bounds how long those wait.
-        lone_prefill_chunk: the same while no text is decoded.
+        max_parallel: sequences that run at once; further requests wait in order.
+        max_bytes: device memory for the states of sequences; None does not limit it.
+        prefill_chunk: prompt tokens that run in one iteration while other sequences are decoded,
+            which bounds how long these wait.
+        lone_prefill_chunk: prompt tokens that run in one iteration while no sequence is decoded.
     """
 
     max_parallel: int = 32
@@ -39,199 +106,742 @@ class SchedulerConfig:
     lone_prefill_chunk: int = 2048
 
 
+def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
+    """Raise the error that decoding this prompt with this configuration would meet, if any."""
+    if config.drafts and backend.drafter_config is None:
+        raise ConfigError(
+            f"method {config.method} needs a drafter and none was loaded; load a drafter "
+            "(--drafter), or use method suffix or ar"
+        )
+    if config.method == "suffix":
+        backend.check_trees()
+    if config.uses_head and backend.head is None:
+        raise ConfigError(
+            f"method {config.method} needs an AR head, and the loaded drafter has no AR head; "
+            "use method ddtree or dflash"
+        )
+    if (
+        config.drafts
+        and not config.uses_head
+        and backend.drafter_config is not None
+        and not backend.drafter_config.has_marginals
+    ):
+        raise ConfigError(NO_MARGINALS)
+    if not len(prompt_ids):
+        raise PromptError("the prompt is empty; give at least one token")
+    if len(prompt_ids) >= backend.max_positions:
+        raise PromptError(
+            f"the prompt has {len(prompt_ids)} tokens and the target's limit is "
+            f"{backend.max_positions}, new tokens included; shorten the prompt"
+        )
+    for token, _ in config.penalties.logit_bias:
+        if token >= backend.vocab_size:
+            raise ConfigError(
+                f"logit_bias has the token id {token}, and the target's vocabulary has "
+                f"{backend.vocab_size} tokens"
+            )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < backend.vocab_size:
+        raise PromptError(
+            f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
+            "was it encoded with another model's tokenizer?"
+        )
+
+
+W = TypeVar("W", bound=Work)
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A sequence that has started.
+
+    Attributes:
+        request_id: of its request.
+        request: what to decode.
+        state: on the device.
+        loop: its decode loop.
+        tokens: of the prompt, then the emitted ones.
+        pending: the work that the loop waits for; None when the sequence is finished.
+        prefilled: tokens of the pending `Prefill` that are committed already.
+        has_drafted: whether a tree was drafted for it.
+        shared: whether sequences that begin alike may fork its state.
+        seconds: by phase, since the last step.
+        events: steps, and the error that ended the sequence, not handed out yet.
+    """
+
+    request_id: RequestId
+    request: Request
+    state: SequenceState
+    loop: Loop
+    tokens: list[int]
+    pending: Work | None = None
+    prefilled: int = 0
+    has_drafted: bool = False
+    shared: bool = False
+    seconds: dict[Phase, float] = field(default_factory=dict)
+    events: list[Step | Exception] = field(default_factory=list)
+
+    @property
+    def config(self) -> DecodeConfig:
+        """How it is decoded."""
+        return self.request.config
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt is scored, and is not complete."""
+        return self.request.scores_prompt and len(self.tokens) == len(self.request.prompt_ids)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of the pending `Prefill` that may run next: all, or those before a snapshot.
+
+        The last token of a prompt always has a chunk of its own where a snapshot is needed, because
+        the token before it is where sequences with the same prompt fork.
+        """
+        rest = len(self.expect(Prefill).token_ids) - self.prefilled
+        return rest - 1 if rest > 1 and self.shared and self.state.needs_snapshots else rest
+
+    def expect(self, kind: type[W]) -> W:
+        """The pending work, which is of that kind."""
+        assert isinstance(self.pending, kind)
+        return self.pending
+
+    def resume(self, outcome: Any, phase: Phase | None = None) -> None:
+        """Send the outcome of the pending work to the loop.
+
+        Args:
+            outcome: as the work's class describes it; None starts the loop.
+            phase: the loop's own time counts as this phase; None does not count it.
+        """
+        started = time.perf_counter()
+        self.pending = None
+        try:
+            item = self.loop.send(outcome)
+            while isinstance(item, Step):
+                self.events.append(replace(item, seconds=self.seconds))
+                self.tokens += item.tokens
+                self.seconds = {}
+                if item.finish_reason is not None:
+                    return
+                item = next(self.loop)
+            self.pending = item
+        except Exception as error:  # from its constraint, for example: other sequences continue
+            self.events.append(error)
+        if phase is not None:
+            self.add_time(phase, started)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self.pending = None
+        self.events.append(error)
+
+    def add_time(self, phase: Phase, started: float) -> None:
+        """Add the time since `started` to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def close(self) -> None:
+        """End the loop and give the state's memory back."""
+        self.loop.close()
+        self.state.close()
+
+
+ROWS_PER_NODE, MIN_ROWS = 4, 16
+"""Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
+all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
+TOKENS_PER_NODE, MIN_TOKENS = 32, 256
+"""Tokens that the AR head scores for a tree, if no fewer are asked for; 256 change the block
+efficiency of 8 nodes by 0.1 %."""
+
+
+def table_options(config: DecodeConfig, nodes: int) -> TableOptions:
+    """The options of the table for a tree or chain of `nodes` nodes, without noise."""
+    k, temperature = config.top_k_children, config.draft_temperature
+    if not config.uses_head:
+        return TableOptions(k=1 if config.drafts_chain else k, temperature=temperature)
+    rows, shortlist = config.head_rows, config.head_vocab
+    if rows == AUTO:
+        # The token that a chain continues from may be improbable by its marginal.
+        rows = None if config.drafts_chain else max(ROWS_PER_NODE * nodes, MIN_ROWS)
+    if shortlist is not None:
+        shortlist = min(shortlist, max(TOKENS_PER_NODE * nodes, MIN_TOKENS))
+    return TableOptions(
+        k=k, m=config.top_m, temperature=temperature, shortlist=shortlist, rows=rows
+    )
+
+
+def propose(
+    backend: Backend,
+    blocks: Sequence[Block],
+    configs: Sequence[DecodeConfig],
+    nodes: Sequence[int],
+    positions: Sequence[NDArray[np.int32]] = (),
+) -> list[TransitionTable]:
+    """The tables that chains or trees are built from.
+
+    Args:
+        backend: the loaded pair.
+        blocks: of all sequences, from one draft.
+        configs: of the sequences.
+        nodes: that the trees of the sequences are expected to have.
+        positions: (D,) of each block's depths; not used if the sequences are greedy.
+    """
+    # Sequences with the same options are computed together.
+    groups: dict[tuple[bool, TableOptions], list[int]] = {}
+    for i, (config, size) in enumerate(zip(configs, nodes, strict=True)):
+        groups.setdefault((config.uses_head, table_options(config, size)), []).append(i)
+    tables: dict[int, TransitionTable] = {}
+    for (uses_head, options), members in groups.items():
+        if not all(configs[i].sampling.greedy for i in members):
+            noise = Noise.from_positions([(configs[i].sampling, positions[i]) for i in members])
+            options = replace(options, noise=noise)
+        batch = [blocks[i] for i in members]
+        if uses_head:
+            assert backend.head is not None
+            made = backend.head.transitions(batch, options)
+        else:
+            assert backend.drafter is not None
+            made = backend.drafter.marginals(batch, options)
+        tables |= zip(members, made, strict=True)
+    return [tables[i] for i in range(len(blocks))]
+
+
+@dataclass(frozen=True)
+class TreeSize:
+    """How much of a draft a tree can use.
+
+    Attributes:
+        expected: nodes of the tree that is verified.
+        built: nodes of the tree that is built, and perhaps pruned.
+        depths: depths that the tree is likely to reach; None for all.
+    """
+
+    expected: int
+    built: int
+    depths: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Iteration:
+    """The calls of one iteration.
+
+    Attributes:
+        backend: the loaded pair.
+        sequences: that are running.
+        budget: gives a method's adaptive budget.
+        prefill_chunks: prompt tokens to run if trees are verified too, and if none are.
+    """
+
+    backend: Backend
+    sequences: Sequence[RunningSequence]
+    budget: Callable[[Method], AdaptiveBudget]
+    prefill_chunks: tuple[int, int]
+
+    def run(self) -> None:
+        """Bring every sequence one step further, or run the next chunk of its prompt."""
+        captures = self._captures()
+        self._draft()
+        self._prune()
+        chunks = self._chunks()
+        verifying = self._pending(Verify)
+        trees = {sequence.request_id: sequence.expect(Verify).tree for sequence in verifying}
+        lengths = {sequence.request_id: sequence.state.length for sequence in verifying}
+        prefilled = self._verify(chunks)
+        committed = self._commit()
+        # Otherwise prompts or the capture of a graph took part of the time, or trees were parts of
+        # prompts.
+        scored = any(sequence.is_scored for sequence in committed)
+        if not chunks and not scored and self._captures() == captures:
+            self._observe(committed, trees, lengths)
+        for sequence in committed:
+            sequence.has_drafted |= "draft" in sequence.seconds
+            sequence.resume(None)
+        for sequence, sampled in prefilled:
+            sequence.seconds = {"prefill": sum(sequence.seconds.values())}
+            sequence.resume(sampled)
+
+    def _draft(self) -> None:
+        """Draft for the sequences that ask for it, unless it does not pay."""
+        waiting = self._pending(Draft)
+        adaptive = Counter(x.config.method for x in waiting if x.config.is_adaptive)
+        pays = {method: self.budget(method).begin(count) for method, count in adaptive.items()}
+        drafting = []
+        proposals: dict[RequestId, SuffixTree] = {}
+
+        def copy(sequence: RunningSequence) -> SuffixTree | None:
+            """What followed earlier occurrences of the text, unless copying does not pay."""
+            config, work = sequence.config, sequence.expect(Draft)
+            if work.suffix is None:
+                return None
+            if not config.is_adaptive:
+                return work.suffix.propose(int(config.budget), work.depths)
+            if not config.drafts and not pays[config.method]:
+                return None
+            nodes = self.budget(config.method).nodes_to_copy(adaptive[config.method])
+            return work.suffix.propose(nodes, work.depths)
+
+        def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
+            config = sequence.config
+            if not config.drafts or not config.is_adaptive:
+                return config.drafts
+            if not pays[config.method]:
+                return False
+            if proposal is None:
+                return True
+            tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
+            budget, count = self.budget(config.method), adaptive[config.method]
+            return not budget.prefers_copy(tree, sequence.state.length, count)
+
+        for sequence in waiting:
+            started = time.perf_counter()
+            proposal = copy(sequence)
+            runs = runs_drafter(sequence, proposal)
+            if proposal is not None:
+                sequence.add_time("tree", started)
+                proposals[sequence.request_id] = proposal
+            if runs:
+                drafting.append(sequence)
+            elif proposal is None:
+                sequence.resume(None)
+            else:
+                sequence.resume(Drafted(None, len(proposal), proposal), "tree")
+
+        def size_of(config: DecodeConfig) -> TreeSize:
+            if config.is_adaptive:
+                budget, count = self.budget(config.method), adaptive[config.method]
+                sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
+                drafter = self.backend.drafter_config
+                if drafter is not None and not drafter.has_marginals:
+                    lengths = [x.state.length for x in drafting if x.config.method == config.method]
+                    return TreeSize(*sizes, budget.passes_to_draft(drafter.depths, lengths))
+                return TreeSize(*sizes, budget.depths_to_draft(count))
+            # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
+            # from the depth after it.
+            nodes = int(config.budget)
+            return TreeSize(nodes, nodes, nodes)
+
+        def draft(sequences: list[RunningSequence]) -> list[Drafted]:
+            assert self.backend.drafter is not None
+            assert self.backend.drafter_config is not None
+            roots = [(sequence.state, sequence.expect(Draft).root) for sequence in sequences]
+            configs = [sequence.config for sequence in sequences]
+            sizes = [size_of(config) for config in configs]
+            all_depths = self.backend.drafter_config.depths
+            depths = max(min(size.depths or all_depths, all_depths) for size in sizes)
+            blocks = self.backend.drafter.draft(roots, depths)
+            after_root = np.arange(1, depths + 1, dtype=np.int32)
+            positions = [sequence.state.length + after_root for sequence in sequences]
+            nodes = [size.expected for size in sizes]
+            tables = propose(self.backend, blocks, configs, nodes, positions)
+            copies = [proposals.get(sequence.request_id) for sequence in sequences]
+            return [
+                Drafted(table, size.built, proposal)
+                for table, size, proposal in zip(tables, sizes, copies, strict=True)
+            ]
+
+        for sequence, drafted in self._batch(drafting, "draft", draft):
+            sequence.resume(drafted, "tree")
+
+    def _prune(self) -> None:
+        """Prune the trees of the budget `auto`, for all sequences of a method at once."""
+        rows = sum(len(sequence.expect(Verify).tree) for sequence in self._pending(Verify))
+        pruning = self._pending(Prune)
+        for method in dict.fromkeys(sequence.config.method for sequence in pruning):
+            sequences = [sequence for sequence in pruning if sequence.config.method == method]
+            started = time.perf_counter()
+            trees = [sequence.expect(Prune).tree for sequence in sequences]
+            lengths = [sequence.state.length for sequence in sequences]
+            kept = self.budget(method).prune(trees, lengths, rows)
+            rows += sum(map(len, kept))
+            for sequence, nodes in zip(sequences, kept, strict=True):
+                sequence.add_time("tree", started)
+                sequence.resume(nodes, "tree")
+
+    def _chunks(self) -> dict[RequestId, int]:
+        """How many prompt tokens to run, by sequence: as many as there is room for, in order."""
+        room = self.prefill_chunks[0 if self._pending(Verify) else 1]
+        chunks = {}
+        for sequence in self._pending(Prefill):
+            size = min(sequence.chunk_size, room)
+            if size:
+                chunks[sequence.request_id] = size
+                room -= size
+        return chunks
+
+    def _verify(self, chunks: dict[RequestId, int]) -> list[tuple[RunningSequence, SampledTokens]]:
+        """Run the target over all trees and chunks; returns sequences whose prompt is complete."""
+
+        def work_of(sequence: RunningSequence) -> Prefill | Verify:
+            if sequence.request_id not in chunks:
+                return sequence.expect(Verify)
+            whole, end = sequence.expect(Prefill), sequence.prefilled + chunks[sequence.request_id]
+            return replace(
+                whole,
+                token_ids=whole.token_ids[sequence.prefilled : end],
+                params=whole.params if end == len(whole.token_ids) else None,
+            )
+
+        def run(sequences: list[RunningSequence]) -> list[SampledTokens | None]:
+            return self.backend.verifier.run([work_of(sequence) for sequence in sequences])
+
+        prefilling = [sequence for sequence in self.sequences if sequence.request_id in chunks]
+        prefilled = []
+        for sequence, sampled in self._batch([*self._pending(Verify), *prefilling], "verify", run):
+            if sequence.request_id not in chunks:
+                sequence.resume(sampled)
+                continue
+            sequence.prefilled += chunks[sequence.request_id]
+            last = len(sequence.expect(Prefill).token_ids) - 1
+            if sequence.shared and sequence.prefilled == last:
+                sequence.state.snapshot()
+            if sampled is not None:
+                prefilled.append((sequence, sampled))
+        return prefilled
+
+    def _commit(self) -> list[RunningSequence]:
+        """Commit the accepted paths; returns the sequences that had one."""
+
+        def commit(sequences: list[RunningSequence]) -> list[None]:
+            self.backend.verifier.commit([(x.state, x.expect(Commit).path) for x in sequences])
+            return [None] * len(sequences)
+
+        return [sequence for sequence, _ in self._batch(self._pending(Commit), "commit", commit)]
+
+    def _observe(
+        self,
+        committed: list[RunningSequence],
+        trees: dict[RequestId, DraftTree],
+        lengths: dict[RequestId, int],
+    ) -> None:
+        """Let the adaptive budget of a method learn, if all sequences are of that method."""
+        methods = {sequence.config.method for sequence in committed}
+        if len(methods) != 1 or not all(sequence.config.is_adaptive for sequence in committed):
+            return
+        seconds: dict[Phase, float] = {}
+        for sequence in committed:
+            seconds |= sequence.seconds
+        self.budget(methods.pop()).observe(
+            [trees[sequence.request_id] for sequence in committed],
+            [sequence.expect(Commit).path for sequence in committed],
+            [lengths[sequence.request_id] for sequence in committed],
+            seconds,
+            first=any("draft" in x.seconds and not x.has_drafted for x in committed),
+        )
+
+    def _captures(self) -> int:
+        """Functions that the backend has compiled or captured so far, if it does."""
+        captures: int = getattr(self.backend, "captures", 0)
+        return captures
+
+    def _pending(self, kind: type[Work]) -> list[RunningSequence]:
+        return [sequence for sequence in self.sequences if isinstance(sequence.pending, kind)]
+
+    def _batch(
+        self,
+        sequences: list[RunningSequence],
+        phase: Phase,
+        call: Callable[[list[RunningSequence]], Sequence[Any]],
+    ) -> Iterator[tuple[RunningSequence, Any]]:
+        """Call with all sequences. If that fails, call with each alone; a second error ends it."""
+        if not sequences:
+            return
+        started = time.perf_counter()
+        try:
+            outcomes = call(sequences)
+        except Exception as error:
+            if not _concerns_few(error):
+                raise
+            if len(sequences) == 1:
+                sequences[0].fail(error)
+            else:
+                for sequence in sequences:
+                    yield from self._batch([sequence], phase, call)
+            return
+        for sequence in sequences:
+            sequence.add_time(phase, started)
+        yield from zip(sequences, outcomes, strict=True)
+
+
+def _concerns_few(error: Exception) -> bool:
+    """Whether an error of a call may end the sequences of the call, and no others."""
+    return isinstance(error, TreeflashError) or is_out_of_memory(error)
+
+
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A text that has not started; `leader` runs the same prompt and is to be forked."""
+    """A request that has not started; `leader` runs the same prompt and is to be forked."""
 
-    ticket: Ticket
+    request_id: RequestId
     request: Request
-    leader: Ticket | None
+    leader: RequestId | None
 
 
 class Scheduler:
-    """Decodes many texts with one loaded pair. It must not be called by two threads at once."""
+    """Decodes many sequences with one loaded pair. It must not be called by two threads at once.
+
+    Args:
+        backend: a loaded pair.
+        config: limits.
+        budgets: for the budget `auto`; they keep learning, and schedulers may share them. By
+            default the costs of the target's forward passes are measured when they are needed.
+        prefix_cache: takes the states of finished sequences and gives them to prompts that begin
+            alike. The caller closes it.
+        suffix_cache: takes the tokens of finished answers, which answers with the same salt may
+            copy.
+    """
 
     def __init__(
         self,
         backend: Backend,
         config: SchedulerConfig | None = None,
         *,
-        budgets: MutableMapping[Method, AdaptiveBudget] | None = None,
+        budgets: AdaptiveBudgets | None = None,
         prefix_cache: PrefixCache | None = None,
+        suffix_cache: SuffixCache | None = None,
     ) -> None:
-        """Start without texts.
-
-        Args:
-            backend: a loaded pair.
-            config: limits.
-            budgets: for the budget `auto`, by method; they keep learning. One that is missing is
-                added when it is needed, which measures the target's costs.
-            prefix_cache: takes the states of finished texts and gives them to prompts that begin
-                alike. The caller closes it.
-        """
         self.backend = backend
         self.config = config or SchedulerConfig()
-        self.budgets: MutableMapping[Method, AdaptiveBudget] = {} if budgets is None else budgets
+        self.budgets = budgets or AdaptiveBudgets()
         self.prefix_cache = prefix_cache
+        self.suffix_cache = suffix_cache
         self._waiting: list[_Waiting] = []
-        self._running: list[RunningText] = []
-        self._tickets = 0
+        self._running: list[RunningSequence] = []
+        self._last_id = 0
 
     @property
     def busy(self) -> bool:
-        """Whether any text is not finished."""
+        """Whether any sequence is not finished."""
         return bool(self._waiting or self._running)
 
     @property
     def running(self) -> int:
-        """Texts that have started."""
+        """Sequences that have started."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Texts that have not started."""
+        """Sequences that have not started."""
         return len(self._waiting)
 
     @property
     def nbytes(self) -> int:
-        """Device memory of the texts that have started, bytes."""
-        return sum(text.state.nbytes for text in self._running)
+        """Device memory of the sequences that have started, bytes."""
+        return sum(sequence.state.nbytes for sequence in self._running)
 
-    def submit(self, request: Request) -> Ticket:
-        """Add a text, which starts with one of the next iterations.
+    def submit(self, request: Request) -> RequestId:
+        """Add a sequence, which starts with one of the next iterations.
 
         Raises:
             PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-            ConfigError: the method needs what was not loaded, or the text alone needs more memory
-                than the limit.
+            ConfigError: the method needs a drafter or head that was not loaded, or the sequence
+                alone needs more memory than the limit.
         """
-        return self._submit(request, None)
+        self.check(request)
+        return self._add(request, None)
 
-    def submit_group(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Add texts with the same prompt, which is run once.
+    def submit_group(self, requests: Sequence[Request]) -> list[RequestId]:
+        """Add sequences with the same prompt, which is run once.
 
-        Once each for those that are drafted for and those that are not. Raises what `submit` does.
+        It is run twice if some sequences are drafted for and others are not: a state that was
+        opened for plain decoding cannot be drafted for. Raises what `submit` does, and then adds no
+        sequence.
         """
         if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
             raise PromptError("the texts of a group must have the same prompt")
-        leaders: dict[bool, Ticket] = {}  # a state opened for plain decoding cannot be drafted for
-        tickets = []
         for request in requests:
-            tickets.append(self._submit(request, leaders.get(request.config.drafts)))
-            leaders.setdefault(request.config.drafts, tickets[-1])
-        return tickets
+            self.check(request)
+        leaders: dict[bool, RequestId] = {}
+        request_ids = []
+        for request in requests:
+            leader = None if request.scores_prompt else leaders.get(request.config.drafts)
+            request_ids.append(self._add(request, leader))
+            leaders.setdefault(request.config.drafts, request_ids[-1])
+        return request_ids
 
     def check(self, request: Request) -> None:
-        """Raise what `submit` would raise. Any thread may call it, if the budgets are there."""
+        """Raise the error that `submit` would raise. Any thread may call it."""
         check(self.backend, request.prompt_ids, request.config)
         limit = self.config.max_bytes
-        if limit is not None and (needed := self.needed_bytes(request)) > limit:
+        if limit is not None and (needed := self.state_bytes(request)) > limit:
             raise ConfigError(
-                f"this text needs {needed} bytes for its state and the limit is {limit}; shorten "
-                "the prompt or lower --max-tokens"
+                f"this sequence needs {needed / MIB:.3g} MiB for its KV cache and the limit is "
+                f"{limit / MIB:.3g} MiB; shorten the prompt or lower max_tokens"
             )
 
-    def needed_bytes(self, request: Request) -> int:
-        """Device memory that the state of a text may take, bytes."""
+    def state_bytes(self, request: Request) -> int:
+        """Device memory that the state of a sequence may take, bytes."""
         return self.backend.state_nbytes(self._capacity(request), drafts=request.config.drafts)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Drop a text, if it is not finished."""
-        self._waiting = [text for text in self._waiting if text.ticket != ticket]
-        for text in [text for text in self._running if text.ticket == ticket]:
-            self._end(text)
+    def run(self) -> Generator[Event, None, None]:
+        """Iterate until all sequences are finished; yields their steps and errors.
 
-    def close(self) -> None:
-        """Drop all texts."""
-        self._waiting.clear()
-        for text in list(self._running):
-            self._end(text)
+        Sequences may be submitted and cancelled meanwhile. Closing the iterator drops all that are
+        not finished.
+        """
+        try:
+            while self.busy:
+                yield from self.step()
+        finally:
+            self.close()
+
+    def decode(self, requests: Iterable[Request]) -> Generator[tuple[int, Step], None, None]:
+        """Submit requests and run until they are finished.
+
+        Returns:
+            An iterator of the number of a request and a step of it. Closing it drops all sequences
+            that are not finished; an error that ends a sequence is raised and drops the others.
+
+        Raises:
+            PromptError, ConfigError: see `submit`; before anything is decoded.
+        """
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
+        numbers = {self._add(request, None): number for number, request in enumerate(requests)}
+        return self._decode(numbers)
+
+    def _decode(self, numbers: dict[RequestId, int]) -> Generator[tuple[int, Step], None, None]:
+        with closing(self.run()) as events:
+            for request_id, event in events:
+                if isinstance(event, Exception):
+                    raise event
+                yield numbers[request_id], event
 
     def step(self) -> list[Event]:
-        """Run one iteration; returns the steps that it made, and errors that ended texts."""
-        self._admit()
-        prefill_tokens = self.config.prefill_chunk, self.config.lone_prefill_chunk
-        Iteration(self.backend, self._running, self._budget, prefill_tokens).run()
-        events: list[Event] = []
-        for text in list(self._running):
-            events += ((text.ticket, event) for event in text.events)
-            finished = text.need is None
-            failed = finished and isinstance(text.events[-1], Exception)
-            text.events.clear()
+        """Run one iteration; returns the steps that it made, and errors that ended sequences."""
+        events = self._admit()
+        prefill_chunks = self.config.prefill_chunk, self.config.lone_prefill_chunk
+        Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
+        for sequence in list(self._running):
+            events += ((sequence.request_id, event) for event in sequence.events)
+            finished = sequence.pending is None
+            failed = finished and isinstance(sequence.events[-1], Exception)
+            sequence.events.clear()
             if finished:
-                self._end(text, keep=not failed)
+                self._end(sequence, keep=not failed)
         return events
 
-    def _submit(self, request: Request, leader: Ticket | None) -> Ticket:
-        self.check(request)
-        self._tickets += 1
-        self._waiting.append(_Waiting(Ticket(self._tickets), request, leader))
-        return Ticket(self._tickets)
+    def cancel(self, request_id: RequestId) -> None:
+        """Drop a sequence, if it is not finished."""
+        self._waiting = [x for x in self._waiting if x.request_id != request_id]
+        for sequence in [x for x in self._running if x.request_id == request_id]:
+            self._end(sequence)
 
-    def _admit(self) -> None:
-        """Start waiting texts, in order, while there is room."""
+    def close(self) -> None:
+        """Drop all sequences."""
+        self._waiting.clear()
+        for sequence in list(self._running):
+            self._end(sequence)
+
+    def _add(self, request: Request, leader: RequestId | None) -> RequestId:
+        self._last_id += 1
+        self._waiting.append(_Waiting(RequestId(self._last_id), request, leader))
+        return RequestId(self._last_id)
+
+    def _admit(self) -> list[Event]:
+        """Start waiting requests, in order, while there is room; returns errors of the start."""
+        errors: list[Event] = []
         while self._waiting and len(self._running) < self.config.max_parallel:
             first = self._waiting[0]
             leader = self._leader(first)
             if leader is not None and leader.state.length < len(first.request.prompt_ids) - 1:
-                return  # it is still running the prompt
-            if self.config.max_bytes is not None:
-                # A state may grow up to its capacity.
-                texts = [first.request, *(text.request for text in self._running)]
-                free = self.config.max_bytes - sum(map(self.needed_bytes, texts))
-                if free < 0:
-                    return
-                if self.prefix_cache is not None:
-                    self.prefix_cache.shrink(free)
+                break  # it is still running the prompt
+            if not self._make_room(self.state_bytes(first.request)):
+                break
             del self._waiting[0]
-            self._start(first, leader)
+            try:
+                self._start(first, leader)
+            except Exception as error:
+                if not _concerns_few(error):
+                    raise
+                errors.append((first.request_id, error))
+        return errors
 
-    def _leader(self, waiting: _Waiting) -> RunningText | None:
-        """The running text to fork, if there still is one and its state has what is needed."""
-        for text in self._running:
-            if text.ticket == waiting.leader:
-                return text if self._key(text.request) == self._key(waiting.request) else None
+    def _leader(self, waiting: _Waiting) -> RunningSequence | None:
+        """The running sequence to fork, if it has not ended and their states can be shared."""
+        for sequence in self._running:
+            if sequence.request_id == waiting.leader:
+                shareable = self._cache_key(sequence.request) == self._cache_key(waiting.request)
+                return sequence if shareable else None
         return None
 
-    def _start(self, waiting: _Waiting, leader: RunningText | None) -> None:
+    def _start(self, waiting: _Waiting, leader: RunningSequence | None) -> None:
         request = waiting.request
-        # At least one token is run: what follows the prompt is chosen from its output.
-        known = request.prompt_ids[:-1]
-        found = None if leader is None else (leader.state, leader.state.restorable(len(known)))
-        if found is None and self.prefix_cache is not None:
-            found = self.prefix_cache.find(self._key(request), known)
-        cached = 0 if found is None else found[1]
+        # The prompt's last token is always run, because its logits give the first new token.
+        prefix = request.prompt_ids[:-1]
+        source: tuple[SequenceState, int] | None = None
+        if leader is not None:
+            source = leader.state, leader.state.restorable(len(prefix))
+        elif self.prefix_cache is not None and not request.scores_prompt:
+            source = self.prefix_cache.find(self._cache_key(request), prefix)
+        cached = 0 if source is None else source[1]
         capacity = self._capacity(request)
-        if found is not None and cached:
-            state = found[0].fork(cached, capacity)
+        if source is not None and cached:
+            state = source[0].fork(cached, capacity)
         else:
             state = self.backend.open(capacity, drafts=request.config.drafts)
         loop = decode_loop(
+            state,
             request.prompt_ids,
             request.config,
             self._limit(request),
             self.backend.vocab_size,
             constraint=request.constraint,
+            scores_prompt=request.scores_prompt,
             cached_tokens=cached,
+            shared=partial(self._finished_answers, request.cache_salt),
         )
-        text = RunningText(waiting.ticket, request, state, loop, list(request.prompt_ids))
-        followed = any(other.leader == waiting.ticket for other in self._waiting)
-        text.shared = followed or self.prefix_cache is not None
-        self._running.append(text)
-        text.resume(None)
+        prompt = list(request.prompt_ids)
+        sequence = RunningSequence(waiting.request_id, request, state, loop, prompt)
+        is_leader = any(other.leader == waiting.request_id for other in self._waiting)
+        sequence.shared = is_leader or self.prefix_cache is not None
+        self._running.append(sequence)
+        sequence.resume(None)
 
-    def _end(self, text: RunningText, *, keep: bool = False) -> None:
-        """Remove a text; with `keep` a prefix cache may take its state."""
-        self._running.remove(text)
+    def _make_room(self, nbytes: int) -> bool:
+        """Shrink the prefix cache until a state fits beside the running sequences' states.
+
+        Returns whether it fits at all.
+        """
+        if self.config.max_bytes is None:
+            return True
+        # A state may grow up to its capacity.
+        reserved = sum(self.state_bytes(sequence.request) for sequence in self._running)
+        free = self.config.max_bytes - reserved - nbytes
+        if free >= 0 and self.prefix_cache is not None:
+            self.prefix_cache.shrink(free)
+        return free >= 0
+
+    def _end(self, sequence: RunningSequence, *, keep: bool = False) -> None:
+        """Remove a sequence; with `keep` the caches may take its state and its answer."""
+        if keep and self.suffix_cache is not None:
+            request = sequence.request
+            answer = sequence.tokens[len(request.prompt_ids) :]
+            self.suffix_cache.add(request.cache_salt, answer)
         try:
             if keep and self.prefix_cache is not None:
-                # A stop may have cut off the tokens of the last positions.
-                length = text.state.restorable(len(text.tokens))
-                if length:
-                    state = text.state.fork(length, length)  # without the room for further tokens
-                    self.prefix_cache.put(self._key(text.request), text.tokens[:length], state)
+                self._cache(sequence, self.prefix_cache)
         finally:
-            text.close()
+            self._running.remove(sequence)
+            sequence.close()
+
+    def _cache(self, sequence: RunningSequence, cache: PrefixCache) -> None:
+        """Copy the state of a finished sequence into the prefix cache, if there is memory."""
+        # A stop may have cut off the tokens of the last positions.
+        length = sequence.state.restorable(len(sequence.tokens))
+        nbytes = self.backend.state_nbytes(length, drafts=sequence.config.drafts)
+        if not length or not self._make_room(nbytes):
+            return
+        try:
+            # A fork does not have the room for further tokens.
+            state = sequence.state.fork(length, length)
+        except Exception as error:
+            if not _concerns_few(error):  # the answer is complete; only later prompts take longer
+                raise
+            return
+        cache.put(self._cache_key(sequence.request), sequence.tokens[:length], state)
+
+    def _finished_answers(self, salt: str) -> list[SuffixIndex]:
+        """The indices over finished answers that a sequence may copy."""
+        return [] if self.suffix_cache is None else self.suffix_cache.indices(salt)
 
     def _limit(self, request: Request) -> int:
         """New tokens at most."""
@@ -239,21 +849,53 @@ class Scheduler:
         return min(request.config.max_tokens, room)
 
     def _capacity(self, request: Request) -> int:
-        """Positions of the text, those of the largest tree included."""
+        """Positions of the sequence, the nodes of its largest tree included."""
         config = request.config
         nodes = 1
-        if config.drafts:
-            adapts = config.budget == AUTO
-            nodes = self._budget(config.method).largest if adapts else int(config.budget)
+        if config.is_adaptive:
+            nodes = self._budget(config.method).largest
+        elif config.speculates:
+            nodes = int(config.budget)
+        if request.scores_prompt:
+            nodes = max(nodes, SCORED_TOKENS)
         return len(request.prompt_ids) + self._limit(request) + nodes
 
-    def _key(self, request: Request) -> Hashable:
-        """What texts must share to share states: the loaded pair is one of its parts."""
-        return self.backend, request.config.drafts, request.salt
+    def _cache_key(self, request: Request) -> Hashable:
+        """States are shared by sequences with the same key: the loaded pair is a part of it."""
+        return self.backend, request.config.drafts, request.cache_salt
 
     def _budget(self, method: Method) -> AdaptiveBudget:
-        if method not in self.budgets:
-            known = next(iter(self.budgets.values()), None)
-            costs = known.costs if known else VerifyCosts.measure(self.backend)
-            self.budgets[method] = AdaptiveBudget(costs)
-        return self.budgets[method]
+        return self.budgets.get(method, lambda: VerifyCosts.measure(self.backend))
+
+
+def decode(
+    backend: Backend,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    budgets: AdaptiveBudgets | None = None,
+    constraint: Constraint | None = None,
+) -> Generator[Step, None, None]:
+    """Decode one sequence step by step. Closing the iterator early loses nothing already yielded.
+
+    Args:
+        backend: a loaded pair.
+        prompt_ids: the prompt, at least one token.
+        config: method, budget, limits, sampling.
+        budgets: for the budget `auto`; they keep learning and may be shared by sequences of the
+            same pair. None measures new ones, which takes about a second. They never change a
+            token.
+        constraint: see `Request`.
+
+    Raises:
+        PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
+        ConfigError: the method needs a drafter, or a head, that was not loaded.
+        NumericalError: a model produced values that are not finite.
+    """
+    request = Request(prompt_ids=prompt_ids, config=config, constraint=constraint)
+    return _steps(Scheduler(backend, budgets=budgets).decode([request]))
+
+
+def _steps(events: Generator[tuple[int, Step], None, None]) -> Generator[Step, None, None]:
+    with closing(events):
+        for _, step in events:
+            yield step

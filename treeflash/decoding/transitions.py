@@ -1,9 +1,9 @@
-"""The drafter's proposal: which tokens may follow which, at every depth of the block."""
+"""The drafter's proposal: which tokens may follow which at every depth, and its calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from treeflash.errors import NumericalError
 
 ROUNDING = 0.01
-"""Nats above 0 that a log probability may reach by rounding; beyond them it is an error."""
-
-
+"""Nats above 0 that a log probability may reach by rounding; more is an error."""
 NOT_FINITE = (
     "the drafter's output is not finite (NaN or infinity): its weights are damaged, or the dtype "
-    "overflows; try --dtype float32, or --method ar to decode without a drafter"
+    "overflows; try dtype float32, or method ar to decode without a drafter"
 )
 
 
@@ -30,12 +28,12 @@ class TransitionTable:
     Attributes:
         tokens: (D, M, K) int32; children of a row, most probable first.
         log_probs: (D, M, K) float32, nats, at most 0 and non-increasing along K; -inf marks an
-            absent child. Values above 0 by rounding are set to 0: a child more probable than its
-            parent would be sorted before it.
+            absent child. Values above 0 by rounding are set to 0, because a child more probable
+            than its parent would be sorted before it.
         next_row: (D, M, K) int32; the row of the next depth whose previous token is this child,
             or -1 if there is none: the child is then always a leaf.
-        confidences: (D, M) float32, 0 to 1; how much of a row the drafter expects to be right, as
-            it says itself; None if it does not say. Not calibrated, and no part of `log_probs`.
+        confidences: (D, M) float32, 0 to 1; the probability that a row is right, as the drafter
+            states it; None if it states none. Not calibrated, and no part of `log_probs`.
 
     Raises:
         NumericalError: a log probability is NaN or infinity.
@@ -59,6 +57,10 @@ class TransitionTable:
             raise ValueError(f"log probabilities must be at most 0, got {highest}")
         if highest > 0:
             object.__setattr__(self, "log_probs", np.minimum(self.log_probs, np.float32(0)))
+
+    def __repr__(self) -> str:
+        depths, rows, children = self.tokens.shape
+        return f"TransitionTable(depths={depths}, rows={rows}, children={children})"
 
     @classmethod
     def from_marginals(
@@ -90,14 +92,14 @@ class TransitionTable:
             tokens: (D, M, K) int32 children, 0 or more; rows that were not scored are ignored, and
                 so are the rows of depth 1 after the first.
             log_probs: (D, M, K) float32 log probabilities of the children.
-            confidences: (D, M) float32 of the rows, if the head says.
+            confidences: (D, M) float32 of the rows; None if the head states none.
         """
         log_probs = log_probs.copy()
         log_probs[0, 1:] = -np.inf
         log_probs[1:][previous < 0] = -np.inf
         next_row = np.full(tokens.shape, -1, np.int32)
         if previous.size:
-            next_row[:-1] = _positions(previous, tokens[:-1])
+            next_row[:-1] = _matching_rows(previous, tokens[:-1])
         return cls(tokens, log_probs, next_row, confidences)
 
     @classmethod
@@ -110,33 +112,33 @@ class TransitionTable:
         shape: tuple[int, int],
         confidences: NDArray[np.float32] | None = None,
     ) -> TransitionTable:
-        """The table of an AR head that scored the root's row and n others.
+        """The table of an AR head that scored the root's row and n other rows.
 
         Args:
-            places: (n,) int32 indices of those n among all D * M rows, numbered depth by depth.
-            previous: (n,) int32 their previous tokens.
-            tokens: (1 + n, K) int32 children, those of the root first.
+            places: (n,) int32 indices of the n rows among all D * M rows, numbered depth by depth.
+            previous: (n,) int32 previous tokens of the n rows.
+            tokens: (1 + n, K) int32 children, the root's first.
             log_probs: (1 + n, K) float32 log probabilities of the children.
             shape: (D, M).
-            confidences: (1 + n,) float32 of the rows, if the head says.
+            confidences: (1 + n,) float32 of the rows; None if the head states none.
         """
         depths, m = shape
-        every_previous = np.full(depths * m, -1, np.int32)
-        every_previous[places] = previous
         scored = np.concatenate([[0], places])
-        every_token = np.zeros((depths * m, tokens.shape[1]), np.int32)
-        every_token[scored] = tokens
-        every_log_prob = np.full(every_token.shape, -np.inf, np.float32)
-        every_log_prob[scored] = log_probs
-        every_confidence = None
+        all_previous = np.full(depths * m, -1, np.int32)
+        all_previous[places] = previous
+        all_tokens = np.zeros((depths * m, tokens.shape[1]), np.int32)
+        all_tokens[scored] = tokens
+        all_log_probs = np.full(all_tokens.shape, -np.inf, np.float32)
+        all_log_probs[scored] = log_probs
+        all_confidences = None
         if confidences is not None:
-            every_confidence = np.ones(shape, np.float32)
-            every_confidence.ravel()[scored] = confidences
+            all_confidences = np.ones(shape, np.float32)
+            all_confidences.ravel()[scored] = confidences
         return cls.from_candidates(
-            every_previous.reshape(shape)[1:],
-            every_token.reshape(depths, m, -1),
-            every_log_prob.reshape(depths, m, -1),
-            every_confidence,
+            all_previous.reshape(shape)[1:],
+            all_tokens.reshape(depths, m, -1),
+            all_log_probs.reshape(depths, m, -1),
+            all_confidences,
         )
 
     @classmethod
@@ -152,9 +154,9 @@ class TransitionTable:
         Args:
             tokens: by depth, (n, K) int32 children of n paths; at depth 1 of the root alone.
             log_probs: by depth, (n, K) float32 log probabilities of the children.
-            kept: by depth, (n',) indices into the n * K children: those that are the rows of the
-                next depth, in order. Not used at the last depth.
-            confidences: by depth, (n,) float32 of the rows, if the head says.
+            kept: by depth, (n',) indices into the n * K children: the children that are the rows of
+                the next depth, in order. Not used at the last depth.
+            confidences: by depth, (n,) float32 of the rows; None if the head states none.
         """
         depths, k = len(tokens), tokens[0].shape[1]
         m = max(len(rows) for rows in tokens)
@@ -172,14 +174,14 @@ class TransitionTable:
                 table_confidences[depth, :n] = confidences[depth]
         return cls(table_tokens, table_log_probs, next_row, table_confidences)
 
-    def until(self, depth: int) -> TransitionTable:
-        """The table of the first `depth` depths (1 or more), or all of it if it has no more."""
-        if depth >= self.depths:
+    def truncate(self, depths: int) -> TransitionTable:
+        """The table of the first depths, at least 1; the same table if it has no more."""
+        if depths >= self.depths:
             return self
-        next_row = self.next_row[:depth].copy()
+        next_row = self.next_row[:depths].copy()
         next_row[-1] = -1
-        confidences = None if self.confidences is None else self.confidences[:depth]
-        return TransitionTable(self.tokens[:depth], self.log_probs[:depth], next_row, confidences)
+        confidences = None if self.confidences is None else self.confidences[:depths]
+        return TransitionTable(self.tokens[:depths], self.log_probs[:depths], next_row, confidences)
 
     @property
     def depths(self) -> int:
@@ -187,8 +189,8 @@ class TransitionTable:
         return len(self.tokens)
 
 
-def _positions(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Where each token stands among its depth's previous tokens; -1 if it is not there.
+def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The index of each token among its depth's previous tokens; -1 if it is none of them.
 
     Sorts and searches, so that memory grows with the number of rows and not with its square.
 
@@ -204,5 +206,86 @@ def _positions(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArra
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     wanted = tokens + depth[:, None, None]
-    found = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-    return np.where(ordered[found] == wanted, order[found] % previous.shape[1], -1)
+    nearest = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    return np.where(ordered[nearest] == wanted, order[nearest] % previous.shape[1], -1)
+
+
+EXPONENTS = 2.0 ** np.arange(-2, 2.125, 0.125)
+"""Exponents of probabilities: above 1 makes a distribution sharper, below 1 flatter."""
+SPREAD = 0.2
+"""Standard deviation of the logarithm of the exponent before anything was seen."""
+MIN_REST = 1e-3
+"""Least probability of the tokens that a row does not list: the drafter may not know all tokens,
+and a smaller rest is rounding noise of float32."""
+
+
+@dataclass(eq=False)
+class Calibration:
+    """How much sharper or flatter a drafter's distributions should be, learned per sequence.
+
+    If the probabilities are too flat, a tree is too wide; if they are too sharp, it is too deep.
+    All rows are raised to one exponent and normalised: the exponent's inverse is a temperature (Guo
+    et al. 2017). It is learned by Bayes' rule from the target's token after each row that was
+    reached, drafted or not, so that the trees' shapes do not bias it. It depends on the sequence so
+    far alone, and never changes the output.
+
+    Attributes:
+        vocab_size: of the target.
+        log_weights: of the exponents, given the tokens seen so far.
+    """
+
+    vocab_size: int
+    log_weights: NDArray[np.float64] = field(
+        default_factory=lambda: -0.5 * (np.log(EXPONENTS) / SPREAD) ** 2
+    )
+
+    @property
+    def exponent(self) -> float:
+        """The geometric mean of the exponents by their weights; 1 before anything was seen."""
+        weights = np.exp(self.log_weights - self.log_weights.max())
+        return float(np.exp(weights @ np.log(EXPONENTS) / weights.sum()))
+
+    def correct(self, table: TransitionTable) -> TransitionTable:
+        """The table with calibrated probabilities; the order of children is the same."""
+        exponent, log_probs = self.exponent, table.log_probs.astype(np.float64)
+        scores = exponent * log_probs
+        total = np.exp(scores).sum(-1) + np.exp(self._rest(log_probs, exponent))
+        calibrated = np.minimum(scores - np.log(total)[..., None], 0)
+        return replace(table, log_probs=calibrated.astype(np.float32))
+
+    def observe(self, table: TransitionTable, tokens: Sequence[int]) -> None:
+        """Learn from an iteration.
+
+        Args:
+            table: as it was drafted.
+            tokens: the target's tokens after the root.
+        """
+        row = 0
+        for depth, token in enumerate(tokens[: table.depths]):
+            log_probs = table.log_probs[depth, row].astype(np.float64)
+            scores = EXPONENTS[:, None] * log_probs
+            rest = self._rest(log_probs, EXPONENTS)
+            total = np.log(np.exp(scores).sum(-1) + np.exp(rest))
+            children = table.tokens[depth, row] == token
+            ranks = np.flatnonzero(children & np.isfinite(log_probs))
+            if not len(ranks):
+                self.log_weights = self.log_weights + rest - total
+                return
+            self.log_weights = self.log_weights + scores[:, ranks[0]] - total
+            row = int(table.next_row[depth, row, ranks[0]])
+            if row < 0:
+                return
+
+    def _rest(
+        self, log_probs: NDArray[np.float64], exponents: NDArray[np.float64] | float
+    ) -> NDArray[np.float64]:
+        """The log of the summed powers of the probabilities of the tokens that rows do not list.
+
+        Each of these tokens is taken to be as probable as the row's last child, or less probable if
+        the vocabulary has too few tokens for that.
+        """
+        rest = np.log(np.maximum(1 - np.exp(log_probs).sum(-1), MIN_REST))
+        last = np.min(log_probs, axis=-1, initial=0, where=np.isfinite(log_probs))
+        number = np.clip(rest - last, 0, np.log(self.vocab_size))
+        total: NDArray[np.float64] = (1 - exponents) * number + exponents * rest
+        return total

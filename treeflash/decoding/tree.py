@@ -1,4 +1,4 @@
-"""Draft trees: the proposed tokens that the target verifies in one forward pass."""
+"""Draft trees, and the path of a tree that the target accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class DraftTree:
         log_probs: (n,) float64; the drafter's log probability of the path to each node, nats; in
             decoding, calibrated.
         confidences: (n,) float32; of the row of the table that each node is a child of, 1 for the
-            root; None if the drafter does not say.
+            root; None if the drafter states none.
+        matches: (n,) int32; for nodes that continue an earlier occurrence of the text, the tokens
+            before the node that agree with it; 0 for the drafter's. None if all are the drafter's.
     """
 
     tokens: NDArray[np.int32]
@@ -29,6 +31,7 @@ class DraftTree:
     depths: NDArray[np.int32]
     log_probs: NDArray[np.float64]
     confidences: NDArray[np.float32] | None = None
+    matches: NDArray[np.int32] | None = None
 
     @classmethod
     def root_only(cls, root: int) -> DraftTree:
@@ -57,7 +60,7 @@ class DraftTree:
 
     @classmethod
     def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
-        """The tree of this shape, every path as probable as any other.
+        """The tree of a shape, whose paths are all equally probable.
 
         Args:
             tokens: (n,) the root first.
@@ -71,18 +74,22 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        return f"DraftTree(nodes={len(self)}, depth={int(self.depths.max())})"
+
     def first(self, nodes: int) -> DraftTree:
-        """The tree of the first nodes: the best ones, since `build_tree` puts them first."""
+        """The tree of the first nodes, which are the best ones if `build_tree` made the tree."""
         return DraftTree(
             self.tokens[:nodes],
             self.parents[:nodes],
             self.depths[:nodes],
             self.log_probs[:nodes],
             None if self.confidences is None else self.confidences[:nodes],
+            None if self.matches is None else self.matches[:nodes],
         )
 
     def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
-        """The tree of some nodes, in ascending order, the parent of each among them."""
+        """The tree of some nodes in ascending order, with the parent of each among them."""
         number = np.full(len(self) + 1, -1, np.int32)  # the root's parent is -1, the last entry
         number[nodes] = np.arange(len(nodes))
         return DraftTree(
@@ -91,6 +98,7 @@ class DraftTree:
             self.depths[nodes],
             self.log_probs[nodes],
             None if self.confidences is None else self.confidences[nodes],
+            None if self.matches is None else self.matches[nodes],
         )
 
     @property
@@ -116,7 +124,7 @@ class DraftTree:
 def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The chain of the best child after each token, at most `budget` nodes.
 
-    It follows `next_row` from the root, and ends where that leads nowhere.
+    It follows `next_row` from the root, and ends at a child without a next row.
     """
     tokens, steps, rows, row = [root], [0.0], [], 0
     for depth in range(min(budget - 1, table.depths)):
@@ -139,10 +147,10 @@ def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The `budget - 1` most probable paths of the table, under the root, best first.
 
-    Equal to best-first expansion with a heap (OPT-Tree, section 3.2): a child is never more
-    probable than its parent nor than an earlier sibling. Built a level at a time instead; a level
-    keeps only what may still be among the best. Paths of equal probability are ordered by their
-    ranks among siblings, the lexicographically smaller first.
+    The result is that of best-first expansion with a heap (OPT-Tree, section 3.2), as a child is
+    never more probable than its parent or than an earlier sibling. It is built level by level
+    instead, and a level keeps only candidates that may still be among the best. Paths of equal
+    probability are ordered by their ranks among siblings, the lexicographically smaller first.
 
     Args:
         table: the candidate children.
@@ -163,16 +171,14 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     parents = np.concatenate([level.parents for level in levels])[order]
     confidences = None
     if table.confidences is not None:
-        of_levels = [table.confidences[d, level.rows] for d, level in enumerate(levels)]
-        confidences = np.concatenate([[1], np.concatenate(of_levels)[order]]).astype(np.float32)
+        rows = [table.confidences[d, level.rows] for d, level in enumerate(levels)]
+        confidences = np.concatenate([[1], np.concatenate(rows)[order]]).astype(np.float32)
+    tokens = np.concatenate([level.tokens for level in levels])[order]
+    depths = np.repeat(np.arange(1, len(levels) + 1), [len(level.tokens) for level in levels])
     return DraftTree(
-        np.concatenate([[root], np.concatenate([level.tokens for level in levels])[order]]).astype(
-            np.int32
-        ),
+        np.concatenate([[root], tokens]).astype(np.int32),
         np.concatenate([[-1], number[parents]]).astype(np.int32),
-        np.concatenate(
-            [[0], np.repeat(np.arange(1, len(levels) + 1), [len(x.tokens) for x in levels])[order]]
-        ).astype(np.int32),
+        np.concatenate([[0], depths[order]]).astype(np.int32),
         np.concatenate([[0.0], log_probs[order]]),
         confidences,
     )
@@ -182,8 +188,8 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
 class _Level:
     """Candidates of one depth, in lexicographic order of their rank paths; (c,) each.
 
-    Parents number the candidates of all levels so far; -1 is the root. Rows are those of the table
-    that the candidates are children of.
+    Parents are numbers among the candidates of all levels so far; -1 is the root. Rows are rows of
+    the table, whose children the candidates are.
     """
 
     tokens: NDArray[np.int32]
@@ -198,7 +204,7 @@ def _levels(table: TransitionTable, room: int) -> list[_Level]:
     levels: list[_Level] = []
     width = table.tokens.shape[2]
     best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
-    floor = np.finfo(np.float64).min  # a path below it, or an impossible one, is not among the best
+    floor = np.finfo(np.float64).min  # a path below it is not among the best; -inf never is
     rows = np.zeros(1, np.int64)
     parents = np.full(1, -1, np.int64)
     log_probs = np.zeros(1)
@@ -243,3 +249,41 @@ def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray
         return paths[node]
 
     return np.array(sorted(order.tolist(), key=lambda node: (-log_probs[node], path(node))))
+
+
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """The outcome of verifying one tree.
+
+    Attributes:
+        path: (a,) int32 node indices from the root down; path[0] == 0, each the parent of the
+            next.
+        tokens: the a emitted tokens: the tokens of path[1:], then the bonus token, which the target
+            sampled at the last node of the path and which is the next root.
+    """
+
+    path: NDArray[np.int32]
+    tokens: tuple[int, ...]
+
+
+def accept(tree: DraftTree, sampled: NDArray[np.int32]) -> Acceptance:
+    """Follow the target's tokens through the tree (TreeFlash, section 3; SpecInfer).
+
+    The target sampled each token after its true prefix, and the tree was fixed before. So the
+    accepted tokens have exactly the distribution of plain decoding, at every temperature.
+
+    Args:
+        tree: the verified tree.
+        sampled: (n,) int32 the target's token at each node.
+    """
+    children = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(
+            zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)
+        )
+    }
+    tokens = sampled.tolist()
+    path = [0]
+    while (child := children.get((path[-1], tokens[path[-1]]))) is not None:
+        path.append(child)
+    return Acceptance(np.array(path, np.int32), tuple(tokens[node] for node in path))

@@ -1,1 +1,1 @@
-"""The checks behind `treeflash.doctor`."""
+"""The checks behind `treeflash doctor`."""

@@ -1,42 +1,141 @@
-"""Diagnose a pair: each check changes one setting and tests whether drafts improve."""
+"""Diagnose a pair: each check changes one setting and measures whether drafts improve."""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from treeflash.decoding.interfaces import Backend
-from treeflash.diagnosis.doubtful_settings import doubtful_settings
-from treeflash.diagnosis.finding import Finding, Trial, judge
 from treeflash.diagnosis.scores import (
     DrafterScores,
     Gain,
     Text,
     TokenScores,
     answer,
-    by_depth,
+    depth_means,
     measure,
 )
-from treeflash.drafter_config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, weight_files
-from treeflash.drafters.formats import unknown_keys, with_settings
+from treeflash.drafters.formats import SPECULATORS, detect_format, replace_settings, unknown_keys
 from treeflash.errors import CheckpointError, NumericalError, PromptError
-from treeflash.text.chat import Prompting
-from treeflash.text.prompt import Message
+from treeflash.text.prompt import Message, Prompting
 from treeflash.text.tokenizer import Tokenizer
 
-# Smallest gains that matter, nats: 0.1 makes tokens 1.1 times as probable. Prompting differently
-# changes the texts, which alone makes a larger difference.
-SAME_TEXTS, OTHER_TEXTS = 0.1, 0.5
-# Nats lost from one depth to the next: a factor of 7. Sound drafters lose at most 1.
+MIN_GAIN = 0.1
+"""Smallest gain that matters on the same texts, nats: tokens become 1.1 times as probable."""
+MIN_PROMPTING_GAIN = 0.5
+"""Another way of prompting changes the texts, which alone makes a difference."""
 COLLAPSE = 2.0
-CHANCE = 0.1  # agreement that guessing frequent tokens nearly reaches
+"""Nats lost from one depth to the next, a factor of 7. Sound drafters lose at most 1."""
+CHANCE = 0.1
+"""Agreement that guesses of frequent tokens nearly reach."""
 MASK_CANDIDATES = 8
+IN_CONFIG = "set it in the drafter's config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The outcome of one check; the message has the measurement and, for a problem, the remedy."""
+
+    check: str
+    ok: bool
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Alternatives to one setting, each tried alone.
+
+    Attributes:
+        gains: the gain of each alternative by name; None if the pair cannot run with it.
+        least: smallest gain that matters, nats.
+    """
+
+    check: str
+    gains: Mapping[str, Gain | None]
+    least: float
+    advice: str
+
+    def best(self) -> tuple[str, Gain] | None:
+        """The alternative with the largest gain; None if there is none."""
+        gains = {name: gain for name, gain in self.gains.items() if gain is not None}
+        return max(gains.items(), key=lambda item: item[1].nats, default=None)
+
+    def finding(self, least: float) -> Finding:
+        """The outcome, where a gain counts from `least` nats."""
+        best = self.best()
+        if best is None:
+            return Finding(check=self.check, ok=True, message="no alternative to try")
+        name, gain = best
+        if gain.is_clear(least):
+            message = f"{name}: the target's tokens are {gain} as probable; {self.advice}"
+            return Finding(check=self.check, ok=False, message=message)
+        noise = ", within noise" if gain.nats > 0 and not gain.is_clear(-math.inf) else ""
+        message = f"no significant improvement (best alternative: {name}, {gain}{noise})"
+        return Finding(check=self.check, ok=True, message=message)
+
+
+def judge(trials: Sequence[Trial]) -> list[Finding]:
+    """One finding per trial: whether an alternative is clearly better than the present setting.
+
+    If one setting is badly wrong, changes of other settings help a little by accident. So gains of
+    less than half the largest gain do not count.
+    """
+    bests = [(trial, best[1]) for trial in trials if (best := trial.best())]
+    largest = max((gain.nats for trial, gain in bests if gain.is_clear(trial.least)), default=0.0)
+    return [trial.finding(max(trial.least, largest / 2)) for trial in trials]
+
+
+class Alternatives(NamedTuple):
+    """Other values for one setting of a drafter, by name, as `replace_settings` takes them."""
+
+    check: str
+    settings: Mapping[str, Mapping[str, object]]
+    advice: str
+
+
+def list_alternatives(
+    config: DrafterConfig,
+    drafter: Mapping[str, Any],
+    target: Mapping[str, Any],
+    masks: Mapping[int, str],
+) -> list[Alternatives]:
+    """Other values for the settings of a drafter that may be wrong.
+
+    `masks` names tokens that may be the mask, by id. The `config.json` of the target is empty if
+    unknown.
+    """
+    layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
+    layer_ids = {f"target_layer_ids {ids}": {"target_layer_ids": ids} for ids in layers}
+    tokens = {f"mask_token_id {i} ({name})": {"mask_token_id": i} for i, name in masks.items()}
+    found = [
+        Alternatives("target layers", layer_ids, IN_CONFIG),
+        Alternatives("mask token", tokens, IN_CONFIG),
+    ]
+    windows = zip(config.sliding_windows, config.causal, strict=True)
+    if sliding := [causal for window, causal in windows if window is not None]:
+        other = not sliding[0]
+        advice = (
+            f"whether sliding layers are causal inside a block; {IN_CONFIG} "
+            "(speculators: sliding_window_non_causal, the opposite)"
+        )
+        settings = {f"is_causal {other}": {"is_causal": other}}
+        found.append(Alternatives("causal block", settings, advice))
+    gemma = str(target.get("model_type")).startswith("gemma")
+    if gemma and detect_format(drafter) is not SPECULATORS:
+        scale = 1.0 if config.input_scale != 1 else config.hidden_size**0.5
+        scales = {f"input_embedding_scale {scale:g}": {"input_embedding_scale": scale}}
+        advice = f"drafters for scaled embeddings are published with and without it; {IN_CONFIG}"
+        found.append(Alternatives("embedding scale", scales, advice))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +144,8 @@ class Diagnosis:
 
     Attributes:
         marginal: by depth, the fraction of blocks whose top token is the target's.
-        corrected: the same for the AR head, given the previous token; None without a head.
-        findings: one per check.
+        corrected: by depth, this fraction for the AR head after the previous token; None without a
+            head.
     """
 
     marginal: list[float]
@@ -55,11 +154,9 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether no check found a problem."""
         return all(finding.ok for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
 
@@ -72,109 +169,105 @@ def diagnose(
     prompting: Prompting,
     max_tokens: int = 64,
     target_config: Mapping[str, Any] | None = None,
+    report: Callable[[int, int, str], None] = lambda number, total, check: None,
 ) -> Diagnosis:
-    """Run all checks on a pair. This loads the pair about ten times, one after the other.
+    """Run all checks on a pair, which is loaded about ten times, one after the other.
 
-    Args:
-        load: loads the target with the drafter of a folder.
-        folder: the drafter's.
-        tokenizer: the target's.
-        prompts: conversations; the drafter is scored on the target's greedy answers to them.
-        prompting: how they are given to the target.
-        max_tokens: maximum length of an answer.
-        target_config: of the target; None if it is not known.
+    `load` loads the target with the drafter of a folder. The drafter is scored on the target's
+    greedy answers to `prompts`. `report` is told the number of each check of a setting, how many
+    there are, and what is checked.
 
-    Raises:
-        PromptError: a prompt cannot be decoded, or the answers are too short.
-        NumericalError: a model produced values that are not finite.
+    Raises a PromptError if a prompt cannot be decoded or the answers are too short, and a
+    NumericalError if a model produced values that are not finite.
     """
     pair = _measure_pair(load(folder), tokenizer, prompts, prompting, max_tokens)
     scores, config = pair.scores, pair.config
 
-    def change(**settings: object) -> Gain | None:
+    def change(settings: Mapping[str, object]) -> Gain | None:
         """The gain of other drafter settings; None if the pair cannot run with them."""
-        gc.collect()  # the previous pair may be in a reference cycle, and memory may fit only one
+        gc.collect()  # frees the previous pair: memory may fit only one
         with TemporaryDirectory() as scratch:
             write_changed(folder, Path(scratch), settings)
             try:
                 changed = measure(load(Path(scratch)), pair.texts)
             except (CheckpointError, NumericalError):
                 return None
-        return scores.gain_of(changed.marginal)
+        return scores.compare(changed.marginal)
 
-    own, target = read_config(folder), target_config or {}
+    drafter, target = read_config(folder), target_config or {}
     masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
+    alternatives = list_alternatives(config, drafter, target, masks)
+    total = sum(len(other.settings) for other in alternatives)
+    numbers = count(1)
+
+    def trial(other: Alternatives) -> Trial:
+        gains = {}
+        for name, settings in other.settings.items():
+            report(next(numbers), total, other.check)
+            gains[name] = change(settings)
+        return Trial(check=other.check, gains=gains, least=MIN_GAIN, advice=other.advice)
+
     rows = {"i - 1": scores.earlier, "i + 1": scores.later}
     trials = [
         Trial(
             check="block offset",
             gains={
-                f"row i of the block taken for depth {depth}": scores.gain_of(shifted)
+                f"row i of the block taken for depth {depth}": scores.compare(shifted)
                 for depth, shifted in rows.items()
             },
-            least=SAME_TEXTS,
+            least=MIN_GAIN,
             advice="row i must predict depth i, with the root in row 0 (speculators: "
             "sample_from_anchor says whether the root's row predicts): fix training or export",
         ),
         Trial(
             check="prompting",
             gains=pair.prompted,
-            least=OTHER_TEXTS,
+            least=MIN_PROMPTING_GAIN,
             advice="prompt this way, or use a drafter trained for your way of prompting",
         ),
-        *(
-            Trial(
-                check=setting.check,
-                gains={name: change(**changed) for name, changed in setting.others.items()},
-                least=SAME_TEXTS,
-                advice=setting.advice,
-            )
-            for setting in doubtful_settings(config, own, target, masks)
-        ),
+        *map(trial, alternatives),
     ]
     return Diagnosis(
-        marginal=by_depth(scores.marginal.hits),
-        corrected=by_depth(scores.corrected.hits) if scores.corrected else None,
+        marginal=depth_means(scores.marginal.hits),
+        corrected=depth_means(scores.corrected.hits) if scores.corrected else None,
         findings=[
             check_depths(scores),
             *judge(trials),
-            *check_keys(own),
+            *check_keys(drafter),
             *check_precision(target),
         ],
     )
 
 
 def check_keys(config: Mapping[str, Any]) -> list[Finding]:
-    """Lists the keys of a drafter's configuration that were ignored; nothing if there are none."""
-    ignored = unknown_keys(config)
-    if not ignored:
+    """A finding that lists the ignored keys of a drafter's configuration, if there are any."""
+    if not (ignored := unknown_keys(config)):
         return []
-    message = f"config.json has keys that are not known and were ignored: {', '.join(ignored)}"
+    message = f"config.json has unknown keys, which were ignored: {', '.join(ignored)}"
     return [Finding(check="config keys", ok=True, message=message)]
 
 
 def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
-    """Says that a target is quantised, as published drafters read features of one that is not."""
+    """A finding for a quantised target, because drafters were trained on one that is not."""
     if not any(target_config.get(key) for key in ("quantization", "quantization_config")):
         return []
     message = (
-        "the target is quantised; a drafter that was trained on its source precision may be "
-        "accepted less often, which only a run with that target shows"
+        "the target is quantised; a drafter that was trained on the unquantised target may be "
+        "accepted less often here"
     )
     return [Finding(check="precision", ok=True, message=message)]
 
 
 def check_depths(scores: DrafterScores) -> Finding:
     """Whether drafts agree at depth 1 at all, and do not collapse from one depth to the next."""
-    for name, of in (("drafter", scores.marginal), ("AR head", scores.corrected)):
-        problem = _collapse(of, name) if of else None
-        if problem:
+    for name, rows in (("drafter", scores.marginal), ("AR head", scores.corrected)):
+        if rows and (problem := _collapse(rows, name)):
             return Finding(check="depths", ok=False, message=problem)
     return Finding(check="depths", ok=True, message="agreement does not collapse at any depth")
 
 
 def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict[int, str]:
-    """Tokens that may be the mask, the most plausible names first, without the current one."""
+    """Other tokens that may be the mask, by id; the most plausible names come first."""
     names = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids}
     names[tokenizer.size] = "mask: the first id after the tokenizer's"
     likely = sorted(names, key=lambda token_id: (_rank(names[token_id]), token_id))
@@ -183,16 +276,15 @@ def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict
 
 
 def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> None:
-    """Write a copy of a drafter's folder with other settings and links to its weights."""
-    config = with_settings(read_config(folder), settings)
+    """Write a copy of a drafter's folder with other settings, and links to the weights."""
+    config = replace_settings(read_config(folder), settings)
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in weight_files(folder):
         (copy / file.name).symlink_to(file.resolve())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """Measurements of the pair as it is. Holds no model, to leave memory for the next one."""
+class _Pair(NamedTuple):
+    """Measurements of the unchanged pair, without its models, which would take memory."""
 
     config: DrafterConfig
     vocab_size: int
@@ -211,29 +303,24 @@ def _measure_pair(
     assert backend.drafter_config is not None
 
     def answers(way: Prompting) -> list[Text]:
-        ids = [way.encode(tokenizer, prompt) for prompt in prompts]
-        return [answer(backend, each, max_tokens, tokenizer.stop_token_ids) for each in ids]
+        prompt_ids = [way.encode(tokenizer, prompt) for prompt in prompts]
+        return [answer(backend, ids, max_tokens, tokenizer.stop_token_ids) for ids in prompt_ids]
 
     texts = answers(prompting)
     scores = measure(backend, texts, backend.head)
     prompted: dict[str, Gain | None] = {}
-    for way in prompting.others(tokenizer):
+    for way in prompting.alternatives(tokenizer):
         try:
             other = measure(backend, answers(way))
-        except PromptError:  # a template may reject what another one accepts
+        except PromptError:  # a template may reject a system message
             continue
-        prompted[str(way)] = Gain.between(scores.by_text(len(prompts)), other.by_text(len(prompts)))
-    return _Pair(
-        config=backend.drafter_config,
-        vocab_size=backend.vocab_size,
-        texts=texts,
-        scores=scores,
-        prompted=prompted,
-    )
+        means = (s.text_means(len(prompts)) for s in (scores, other))
+        prompted[str(way)] = Gain.between(*means)
+    return _Pair(backend.drafter_config, backend.vocab_size, texts, scores, prompted)
 
 
 def _collapse(scores: TokenScores, name: str) -> str | None:
-    hits = by_depth(scores.hits)
+    hits = depth_means(scores.hits)
     if hits[0] < CHANCE:
         return (
             f"the {name}'s top token at depth 1 matches the target in {hits[0]:.0%} of cases, no "

@@ -1,59 +1,32 @@
-"""The Qwen3-like backbone that all formats share: its settings, and the shapes of its tensors."""
+"""The Qwen3-like backbone that all formats share: its settings and the shapes of its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from treeflash.drafter_config import DrafterConfig
-from treeflash.drafters.rope import inverse_frequencies, rope_parameters
+from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
 
+MAX_BLOCK_SIZE = 4096
+"""Slots of a block; drafters have 7 to 16. More would exhaust the memory."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 KEYS = frozenset(
-    [
-        "attention_bias",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "vocab_size",
-    ]
+    (  # noqa: SIM905
+        "attention_bias head_dim hidden_act hidden_size intermediate_size layer_types "
+        "max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads "
+        "rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window vocab_size"
+    ).split()
 )
-"""What `backbone_config` reads."""
+"""The keys that `backbone_config` reads."""
 INERT_KEYS = frozenset(
-    [
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "initializer_range",
-        "max_window_layers",
-        "model_type",
-        "num_anchors",
-        "num_target_layers",
-        "pad_token_id",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "use_sliding_window",
-    ]
+    (  # noqa: SIM905
+        "_attn_implementation _name_or_path architectures attention_dropout auto_map "
+        "bos_token_id dtype eos_token_id initializer_range max_window_layers model_type "
+        "num_anchors num_target_layers pad_token_id tie_word_embeddings torch_dtype "
+        "transformers_version use_cache use_sliding_window"
+    ).split()
 )
-"""What configurations hold without any effect on a drafter's forward pass."""
+"""Keys without any effect on a drafter's forward pass."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_mode": (None, "gqa"),
     "attention_sink_bias": (None, False),
@@ -65,7 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_is_neox_style": (None, True),
     "use_swa": (None, False),
 }
-"""Keys that change the forward pass in ways that no backend computes, with harmless values."""
+"""Keys that change the forward pass in unsupported ways, with the values that change nothing."""
 
 
 def refuse(settings: Mapping[str, Any], neutral: Mapping[str, Collection[Any]] = NEUTRAL) -> None:
@@ -83,28 +56,22 @@ def backbone_config(
     causal: bool | None = None,
     **settings: Any,
 ) -> DrafterConfig:
-    """A drafter from the settings of its layers and from those of its format.
+    """Make a configuration of a drafter's layers and of further fields, `settings`.
 
-    Args:
-        config: the section of `config.json` that describes the layers.
-        block_size: slots of a block.
-        mask_token_id: None if the format's section does not have it.
-        causal: whether all layers are causal inside a block, or None if sliding ones alone are.
-        settings: further fields of `DrafterConfig`.
-
-    Raises:
-        KeyError: a setting is missing.
-        TypeError: a setting has the wrong type.
-        ValueError: a setting has a value that is not supported.
-        CheckpointError: the rotary settings are not supported.
+    `config` is the section of `config.json` that describes the layers. If `causal` is None, only
+    sliding layers are causal inside a block. A missing setting raises a KeyError, a wrong type a
+    TypeError, a value that is not supported a ValueError or, if rotary, a CheckpointError.
     """
-    refuse(config)
+    interleaved = config.get("rope_is_neox_style") is False
+    refuse(config, {x: y for x, y in NEUTRAL.items() if x != "rope_is_neox_style"})
     layers = int(config["num_hidden_layers"])
     heads = int(config["num_attention_heads"])
     hidden_size = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden_size // heads)
     if block_size < 2:
         raise ValueError(f"block_size must be 2 or more, got {block_size}")
+    if block_size > MAX_BLOCK_SIZE:
+        raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, got {block_size}")
     if mask_token_id is None:
         raise KeyError("mask_token_id")
     inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_dim)
@@ -125,6 +92,7 @@ def backbone_config(
         vocab_size=None if vocab_size is None else int(vocab_size),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
+        interleaved_rope=interleaved,
         sliding_windows=tuple(window if slides else None for slides in sliding),
         causal=tuple(slides if causal is None else causal for slides in sliding),
         **settings,
@@ -164,7 +132,7 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> tuple[int, ...]:
-    """The target layers that DFlash takes features from if a checkpoint names none."""
+    """The target layers whose outputs DFlash reads if a checkpoint does not name them."""
     if num_hidden_layers == 1:
         return (num_target_layers // 2,)
     step = (num_target_layers - 4) / (num_hidden_layers - 1)
@@ -172,7 +140,6 @@ def default_target_layer_ids(num_target_layers: int, num_hidden_layers: int) -> 
 
 
 def _sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Per layer, whether its attention has a sliding window."""
     kinds = config.get("layer_types") or ["full_attention"] * layers
     if len(kinds) != layers:
         raise ValueError(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")

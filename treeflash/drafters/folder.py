@@ -1,9 +1,10 @@
-"""A model's folder: `config.json` and safetensors files, read unchanged."""
+"""Read the folder of a model: `config.json` and safetensors files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,11 @@ from treeflash.errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 INTEGERS = {"d2t": "I64", "t2d": "BOOL"}
-"""Tensors that map the tokens of a drafter's own vocabulary, by stored name."""
+"""Types of the tensors that map a drafter's own vocabulary, by stored name."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder.
-
-    Raises:
-        CheckpointError: it is missing or is not a JSON object.
-    """
+    """Read a model folder's `config.json`; a CheckpointError if it has no JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -37,66 +34,109 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, sorted.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The safetensors files of a model folder, sorted; a CheckpointError if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors file; other formats are not read")
+        raise CheckpointError(f"{folder} has no *.safetensors file; convert its weights")
     return files
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a folder's tensors, by name, read from the headers of its files.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """A folder's tensors by stored name, from the headers of its files.
 
     Raises:
-        CheckpointError: a file is damaged, or a tensor is not of floating point.
+        CheckpointError: a file is damaged, or there are none.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = file.get_slice(name)
-                    check_dtype(path, name, tensor.get_dtype())
-                    shapes[name] = tuple(tensor.get_shape())
+                    part = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, part.get_dtype(), tuple(part.get_shape()))
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-    return shapes
+    return tensors
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a folder's tensors, by stored name; a CheckpointError if it is damaged."""
+    tensors = stored_tensors(folder)
+    for name, tensor in tensors.items():
+        check_dtype(tensor.path, name, tensor.dtype)
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of a folder as float32, by stored name; raises what `read_file` does."""
+    """Read all tensors of a folder as `read_file` does."""
     tensors: dict[str, NDArray[Any]] = {}
     for path in weight_files(folder):
         tensors |= read_file(path)
     return tensors
 
 
-def read_file(path: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of a safetensors file as float32, or as in `INTEGERS`, by stored name.
+def read_file(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read a file's tensors as float32, or as in `INTEGERS`; raises what `read_stored` does.
 
-    Raises:
-        CheckpointError: the file is damaged, or a tensor is not of floating point.
+    `names` are the names of the tensors to read; None reads all.
     """
+    parts = read_stored(path, names)
+    return {name: _numbers(name, part).reshape(part["shape"]) for name, part in parts.items()}
+
+
+def read_stored(path: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The `dtype`, `shape` and `data` of a file's tensors; a CheckpointError if it is damaged."""
     try:
-        parts = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        parts = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return {name: _numbers(path, name, part).reshape(part["shape"]) for name, part in parts}
+    if names is not None:
+        parts = {name: parts[name] for name in names}
+    for name, part in parts.items():
+        check_dtype(path, name, part["dtype"])
+    return parts
+
+
+def write_stored(
+    path: Path, entries: Mapping[str, tuple[str, Sequence[int], int]], data: Iterable[bytes]
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time.
+
+    The file has the length of a header, the JSON header, and the data. `entries` has, by name, the
+    dtype, shape and number of bytes of a tensor; `data` has the bytes of these tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, nbytes) in entries.items():
+        start, end = end, end + nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in data:
+            file.write(part)
 
 
 def check_dtype(path: Path, name: str, dtype: str) -> None:
-    """Raise a CheckpointError for tensors that are quantised or not numbers."""
+    """Raise a CheckpointError for a tensor that is quantised or not numbers."""
     if dtype not in FLOATS and dtype != INTEGERS.get(name):
-        raise CheckpointError(f"{path} holds tensors of type {dtype}; floating point is needed")
+        raise CheckpointError(
+            f"{path} holds tensors of type {dtype}; supported are {', '.join(FLOATS)}"
+        )
 
 
-def _numbers(path: Path, name: str, part: Mapping[str, Any]) -> NDArray[Any]:
+def _numbers(name: str, part: Mapping[str, Any]) -> NDArray[Any]:
     data, dtype = part["data"], part["dtype"]
-    check_dtype(path, name, dtype)
     if name in INTEGERS:
         return np.frombuffer(data, "?" if dtype == "BOOL" else "<i8")
     if dtype == "BF16":  # the upper half of a float32

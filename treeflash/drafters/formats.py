@@ -1,104 +1,218 @@
-"""Which published format a drafter's folder has, and what it says in that format."""
+"""The published formats of block drafters, and the registry of their conditional heads.
+
+| format | who publishes it | how `detect_format` recognises it |
+| --- | --- | --- |
+| DFlash (arXiv 2602.06036) | z-lab, JetSpec, NVIDIA | nothing of what follows |
+| TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
+| DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
+| DeepSpec | deepseek-ai, LiquidAI | `Qwen3DSparkModel`, `Lfm2DSparkDraftModel` |
+| SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
+| speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
+
+All of them have the backbone of `treeflash.drafters.backbone`. A drafter's own settings are in the
+section `dflash_config` of its `config.json`, in `treeflash_config`, or at the top level; those of
+speculators are at the top level, and the layers' settings in `transformer_layer_config`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from treeflash.drafter_config import DrafterConfig
-from treeflash.drafters import (
-    backbone,
-    deepspec,
-    dflash,
-    dflash2,
-    domino,
-    markov,
-    specforge,
-    speculators,
-    treeflash,
-)
+from treeflash.drafters import backbone
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError
 
+Config: TypeAlias = Mapping[str, Any]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+TREEFLASH_PREFIX = "ar_approximation."
+CONFIDENCE_PREFIX = "confidence_head."
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFormat:
+    """How checkpoints hold a conditional head.
+
+    Attributes:
+        shapes: the shapes of its tensors by canonical name, from the drafter's configuration, the
+            size of the target's vocabulary, and the inner width of a TreeFlash head.
+        prefix: prefix of the tensors' names, which `DrafterTensors.head` leaves out.
+        settings: its keys in `config.json`, and the fields of `DrafterConfig` that they give.
+        training_name: its name for `train --head`; None if it cannot be trained.
+    """
+
+    family: str
+    shapes: Callable[[DrafterConfig, int, int], Shapes]
+    prefix: str = ""
+    settings: Mapping[str, str]
+    training_name: str | None = None
+
+
+def _treeflash_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    h = config.hidden_size
+    shapes: Shapes = {"d.weight": (h, 2 * h), "norm.weight": (h,)}
+    if config.head == "swiglu":
+        shapes |= {
+            "ug.weight": (2 * inner_size, 2 * h),
+            "ug.bias": (2 * inner_size,),
+            "d.weight": (h, inner_size),
+        }
+    return {TREEFLASH_PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def _markov_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    h, r = config.hidden_size, config.head_rank
+    shapes: Shapes = {
+        "markov_w1.weight": (vocab_size, r),
+        "markov_w2.weight": (config.draft_vocab_size or vocab_size, r),
+    }
+    if config.head == "gated":
+        shapes |= {"gate_proj.weight": (r, h + r), "gate_proj.bias": (r,)}
+    if config.head == "rnn":
+        shapes |= {"joint_proj.weight": (3 * r, 2 * r + h), "joint_proj.bias": (3 * r,)}
+    shapes = {"markov_head." + name: shape for name, shape in shapes.items()}
+    if config.confidence_head:
+        width = h + r if config.confidence_with_markov else h
+        shapes |= {
+            CONFIDENCE_PREFIX + "proj.weight": (1, width),
+            CONFIDENCE_PREFIX + "proj.bias": (1,),
+        }
+    return shapes
+
+
+def _selector_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    return {
+        "candidate_selector.predecessor_codebook": (vocab_size, config.head_rank),
+        "candidate_selector.successor_codebook": (vocab_size, config.head_rank),
+        "candidate_selector.hidden_projection.weight": (config.head_rank, config.hidden_size),
+    }
+
+
+def _domino_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    h, r, g = config.hidden_size, config.head_rank, config.head_state_size
+    return {
+        "prefix_gru.weight_ih_l0": (3 * g, h),
+        "prefix_gru.weight_hh_l0": (3 * g, g),
+        "embed_proj.0.weight": (r, h + g),
+        "embed_proj.2.weight": (vocab_size, r),
+    }
+
+
+def _xpress_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    h, r, slots = config.hidden_size, config.head_rank, config.block_size
+    inner = config.head_mlp_ratio * r
+    shapes = {
+        "token_embed.weight": (vocab_size, r),
+        "down_h.weight": (r, h),
+        "down_g.weight": (r, h),
+        "in_proj.weight": (r, 3 * r),
+        "mix_l": (r, slots, slots),
+        "mlp_gate.weight": (inner, r),
+        "mlp_up.weight": (inner, r),
+        "mlp_down.weight": (r, inner),
+        "readout.weight": (config.draft_vocab_size or vocab_size, r),
+    }
+    return {f"refiner_head.{name}": shape for name, shape in shapes.items()}
+
+
+_treeflash_head = partial(
+    HeadFormat,
+    family="TreeFlash",
+    shapes=_treeflash_shapes,
+    prefix=TREEFLASH_PREFIX,
+    settings={"ar_approximation": "head"},
+)
+_markov_head = partial(
+    HeadFormat,
+    family="DSpark",
+    shapes=_markov_shapes,
+    prefix="markov_head.",
+    settings={
+        "markov_rank": "head_rank",
+        "markov_head_type": "head",
+        "enable_confidence_head": "confidence_head",
+        "confidence_head_with_markov": "confidence_with_markov",
+    },
+)
+HEADS = {
+    "swiglu": _treeflash_head(training_name="swiglu"),
+    "linear": _treeflash_head(training_name="linear"),
+    "vanilla": _markov_head(training_name="markov"),
+    "gated": _markov_head(),
+    "rnn": _markov_head(),
+    "selector": HeadFormat(
+        family="DFlash2",
+        shapes=_selector_shapes,
+        prefix="candidate_selector.",
+        settings={
+            "conv_kernel_size": "conv_kernel_size",
+            "conv_group_size": "conv_group_size",
+            "selector_rank": "head_rank",
+            "selector_top_k": "selector_top_k",
+        },
+        training_name="selector",
+    ),
+    "domino": HeadFormat(
+        family="Domino",
+        shapes=_domino_shapes,
+        settings={"emb_dim": "head_rank", "gru_hidden_dim": "head_state_size"},
+    ),
+    "xpress": HeadFormat(
+        family="X-PRESS",
+        shapes=_xpress_shapes,
+        prefix="refiner_head.",
+        settings={"xpress_rank": "head_rank", "xpress_mlp_ratio": "head_mlp_ratio"},
+    ),
+}
+"""By `DrafterConfig.head`."""
+
+
+def family_heads(*families: str) -> tuple[str, ...]:
+    """The names of all heads of some families."""
+    return tuple(name for name, head in HEADS.items() if head.family in families)
+
+
+TREEFLASH_HEADS = family_heads("TreeFlash")
+MARKOV_HEADS = family_heads("DSpark")
+SELECTOR_DEFAULTS = {
+    "conv_kernel_size": 2,
+    "conv_group_size": 16,
+    "selector_rank": 256,
+    "selector_top_k": 16,
+}
+"""The settings of DFlash2, with the values of the published drafters."""
+SECTIONS = ("dflash_config", "treeflash_config")
+"""Where a `config.json` may hold a drafter's own settings; the top level is searched last."""
 REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
-    "Lfm2DSparkDraftModel": "DSpark for LFM2",
     "Qwen35DSparkModel": "DSpark for Qwen3.5 layers",
 }
-"""Layouts of their own, by the first entry of `architectures`."""
-PREFIXES = {"model.": "", "draft_model.": "", "logit_head.": markov.HEAD_PREFIX}
-"""Of tensor names in some files, and what they stand for."""
+"""Layouts that are not supported, by the first entry of `architectures`."""
+OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
+    "markov_rank": (None, 0),
+    "selector_top_k": (None,),
+    "projector_type": (None, "dflash"),
+}
+"""Keys that make a drafter another one than DFlash, with the values that mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A published format.
-
-    Attributes:
-        name: as documentation and messages call it.
-        parse: makes a `DrafterConfig` of a configuration.
-        keys: that it reads, besides those of the backbone.
-    """
+    """A published format; `keys` are a drafter's own settings that `parse` reads."""
 
     name: str
-    parse: Callable[[Mapping[str, Any]], DrafterConfig]
+    parse: Callable[[Config], DrafterConfig]
     keys: frozenset[str]
 
 
-DFLASH = Format(name="DFlash", parse=dflash.parse_config, keys=dflash.KEYS)
-TREEFLASH = Format(
-    name="TreeFlash", parse=treeflash.parse_config, keys=dflash.KEYS | treeflash.KEYS
-)
-DFLASH2 = Format(name="DFlash2", parse=dflash2.parse_config, keys=dflash.KEYS | dflash2.KEYS)
-DEEPSPEC = Format(name="DeepSpec", parse=deepspec.parse_config, keys=dflash.KEYS | deepspec.KEYS)
-SPECFORGE = Format(
-    name="SpecForge DSpark", parse=specforge.parse_config, keys=dflash.KEYS | specforge.KEYS
-)
-DOMINO = Format(name="SpecForge Domino", parse=domino.parse_config, keys=dflash.KEYS | domino.KEYS)
-SPECULATORS = Format(name="speculators", parse=speculators.parse_config, keys=speculators.KEYS)
-
-
-def format_of(config: Mapping[str, Any]) -> Format:
-    """The format of a configuration.
-
-    Raises:
-        ValueError: it is known and not supported, or not a drafter's.
-    """
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if "speculators_model_type" in config:
-        return SPECULATORS
-    if architecture in REFUSED:
-        raise ValueError(f"the layout {architecture} ({REFUSED[architecture]}) is not supported")
-    if any(key.startswith("dspark_") for key in config):
-        raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
-    projector = dflash.setting(config, "projector_type")
-    if projector not in (None, "dflash", "dspark", "domino"):
-        raise ValueError(f"projector_type = {projector!r} is not supported")
-    if projector == "domino" or architecture == "DominoDraftModel":
-        return DOMINO
-    if projector == "dspark" or architecture == "DSparkDraftModel":
-        return SPECFORGE
-    if architecture == "Qwen3DSparkModel":
-        return DEEPSPEC
-    if architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model") or dflash.setting(
-        config, "selector_top_k"
-    ):
-        return DFLASH2
-    if treeflash.head_name(config) or "treeflash_config" in config:
-        return TREEFLASH
-    return DFLASH
-
-
 def drafter_config(folder: Path) -> DrafterConfig:
-    """The drafter that the `config.json` of a folder describes.
-
-    Raises:
-        CheckpointError: a key is missing, has a wrong type, or asks for what is not supported.
-    """
+    """Read the drafter of a folder; a CheckpointError if it is invalid or not supported."""
     path = folder / "config.json"
     config = read_config(folder)
     if (folder / "mask_embedding.pt").exists():
@@ -107,8 +221,8 @@ def drafter_config(folder: Path) -> DrafterConfig:
         return parse_drafter_config(config)
     except KeyError as error:
         # A configuration of no other format passes for one of DFlash.
-        name = format_of(config).name
-        hint = f"{name} drafters need it: set it as this one was trained"
+        name = detect_format(config).name
+        hint = f"{name} drafters need it; set it to the value used in training"
         if name in (DFLASH.name, TREEFLASH.name):
             hint = "is it a DFlash or TreeFlash drafter?"
         raise CheckpointError(f"{path} lacks {error}; {hint}") from error
@@ -116,61 +230,90 @@ def drafter_config(folder: Path) -> DrafterConfig:
         raise CheckpointError(f"{path} is not valid: {error}") from error
 
 
-def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
-    """The drafter that a configuration describes; raises what its format's `parse` does."""
-    return format_of(config).parse(config)
+def parse_drafter_config(config: Config) -> DrafterConfig:
+    """Parse the configuration of a drafter in any format; raises what its `Format.parse` does."""
+    published = detect_format(config)
+    if published is not SPECULATORS:  # it has no such sections
+        for name, section in _sections(config).items():
+            _refuse_unread(config, name, section, published.keys)
+    return published.parse(config)
 
 
-def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+def detect_format(config: Config) -> Format:
+    """Tell the format of a configuration; a ValueError if the format is not supported."""
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if "speculators_model_type" in config:
+        return SPECULATORS
+    if architecture in REFUSED:
+        raise ValueError(f"the layout {architecture} ({REFUSED[architecture]}) is not supported")
+    if any(key.startswith("dspark_") for key in config):
+        raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
+    projector = find_setting(config, "projector_type")
+    if projector not in (None, "dflash", "dspark", "domino"):
+        raise ValueError(f"projector_type = {projector!r} is not supported")
+    if projector == "domino" or architecture == "DominoDraftModel":
+        return DOMINO
+    if projector == "dspark" or architecture == "DSparkDraftModel":
+        return SPECFORGE
+    if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel"):
+        return DEEPSPEC
+    dflash2 = architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model")
+    if dflash2 or find_setting(config, "selector_top_k"):
+        return DFLASH2
+    return DFLASH if find_setting(config, "ar_approximation") is None else TREEFLASH
+
+
+def find_setting(config: Config, *names: str, default: Any = None) -> Any:
+    """A drafter's own setting, from whichever section of its `config.json` holds it.
+
+    Formats use different keys for a setting; the first of `names` that has a value counts.
+    """
+    sections = (*_sections(config).values(), config)
+    for name in names:
+        value = next((section[name] for section in sections if name in section), None)
+        if value is not None:
+            return value
+    return default
+
+
+def unknown_keys(config: Config) -> list[str]:
     """The keys of a valid configuration that were not understood and are ignored, sorted."""
-    known = format_of(config).keys | backbone.KEYS | backbone.INERT_KEYS | backbone.NEUTRAL.keys()
-    sections = (*dflash.SECTIONS, "transformer_layer_config")
-    found = set(config) - known
-    for name in sections:
-        found |= {f"{name}.{key}" for key in set(config.get(name) or {}) - known}
-    return sorted(found)
+    known = detect_format(config).keys
+    known |= backbone.KEYS | backbone.INERT_KEYS | backbone.NEUTRAL.keys()
+    sections = {name: config.get(name) or {} for name in (*SECTIONS, "transformer_layer_config")}
+    unknown = set(config) - known - sections.keys()
+    for name, section in sections.items():
+        unknown |= {f"{name}.{key}" for key in set(section) - known}
+    return sorted(unknown)
 
 
-def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def replace_settings(config: Config, settings: Config) -> dict[str, Any]:
     """A configuration with other settings, in its own format.
 
-    Args:
-        config: of a drafter.
-        settings: any of `mask_token_id`, `target_layer_ids`, `is_causal` (of sliding layers) and
-            `input_embedding_scale`, which speculators lacks.
+    The settings are any of `mask_token_id`, `target_layer_ids`, `is_causal` (of sliding layers) and
+    `input_embedding_scale`, which speculators lacks.
     """
     changed = dict(config)
-    if format_of(config) is not SPECULATORS:
+    if detect_format(config) is not SPECULATORS:
         changed["dflash_config"] = {**(config.get("dflash_config") or {}), **settings}
         return changed
-    given = dict(settings)
-    if layer_ids := given.pop("target_layer_ids", None):
-        given["aux_hidden_state_layer_ids"] = [i + 1 for i in layer_ids]
-    if "is_causal" in given:
-        given["sliding_window_non_causal"] = not given.pop("is_causal")
-    return changed | given
+    renamed = dict(settings)
+    if layer_ids := renamed.pop("target_layer_ids", None):
+        renamed["aux_hidden_state_layer_ids"] = [i + 1 for i in layer_ids]
+    if "is_causal" in renamed:
+        renamed["sliding_window_non_causal"] = not renamed.pop("is_causal")
+    return changed | renamed
 
 
 def drafter_shapes(
     config: DrafterConfig, head_size: int = 0, *, vocab_size: int | None = None
-) -> dict[str, tuple[int, ...]]:
+) -> Shapes:
     """The shapes of a drafter's tensors, by canonical name.
 
-    Args:
-        config: of the drafter.
-        head_size: I, the inner width of a TreeFlash head; other heads give theirs.
-        vocab_size: of the target, if the configuration does not give it.
+    `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
+    configuration does not give it.
     """
-    rows = config.vocab_size or vocab_size or 0
-    if config.head == "selector":
-        head = dflash2.head_shapes(config.hidden_size, rows, config.head_rank)
-    elif config.head in markov.HEADS:
-        head = markov.head_shapes(config, rows)
-    elif config.head == "domino":
-        head = domino.head_shapes(config, rows)
-    else:
-        head = treeflash.head_shapes(config.head, config.hidden_size, head_size)
-    shapes = backbone.backbone_shapes(config) | head
+    shapes = backbone.backbone_shapes(config) | head_shapes(config, head_size, vocab_size)
     if config.draft_vocab_size:
         shapes |= {
             "lm_head.weight": (config.draft_vocab_size, config.hidden_size),
@@ -179,10 +322,23 @@ def drafter_shapes(
     return shapes
 
 
-def optional_shapes(
-    config: DrafterConfig, vocab_size: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors that a folder may leave out, those of the target then serving."""
+def head_shapes(config: DrafterConfig, head_size: int, vocab_size: int | None) -> Shapes:
+    """The shapes of the head's tensors alone; see `drafter_shapes`."""
+    if config.head is None:
+        return {}
+    return HEADS[config.head].shapes(config, config.vocab_size or vocab_size or 0, head_size)
+
+
+def head_inner_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """I, the inner width of the TreeFlash head among tensors of these shapes; 0 without one."""
+    # Either tensor gives the width, so that the other can be reported as missing by name.
+    down = shapes.get(TREEFLASH_PREFIX + "d.weight")
+    bias = shapes.get(TREEFLASH_PREFIX + "ug.bias")
+    return down[-1] if down else bias[0] // 2 if bias else 0
+
+
+def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Shapes:
+    """The shapes of tensors that a folder may leave out because the target has them too."""
     rows = config.vocab_size or vocab_size
     if not config.own_vocabulary or not rows:
         return {}
@@ -192,8 +348,282 @@ def optional_shapes(
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name, the same in every format."""
-    for prefix, replacement in PREFIXES.items():
+    """A tensor's name without what only some files put before it."""
+    renamed = {"model.": "", "draft_model.": "", "logit_head.": "markov_head."}
+    for prefix, replacement in renamed.items():
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     return name
+
+
+def _sections(config: Config) -> dict[str, dict[str, Any]]:
+    return {name: dict(config.get(name) or {}) for name in SECTIONS}
+
+
+def _refuse_unread(config: Config, name: str, section: Config, keys: Iterable[str]) -> None:
+    """Raise a ValueError for a setting in a drafter's section that nothing would read.
+
+    Such a setting may change the drafts without an error: the target verifies them, and they are
+    merely accepted less often. At the top level unknown keys are ignored, since many drafters'
+    files are copies of their target's.
+    """
+    for key, value in section.items():
+        if value in (None, False) or key in (*keys, *backbone.INERT_KEYS, *backbone.NEUTRAL):
+            continue
+        top_key = "sliding_window" if key == "swa_window_size" else key
+        if top_key not in backbone.KEYS:
+            raise ValueError(
+                f"{name}.{key} = {value!r} is not supported; "
+                "remove it if it does not change the drafter's output"
+            )
+        if value != config.get(top_key):
+            raise ValueError(
+                f"{name}.{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
+                "at the top level"
+            )
+
+
+def _parse_dflash(config: Config) -> DrafterConfig:
+    """DFlash and TreeFlash: slot k of a block predicts token k."""
+    for section in (config, *_sections(config).values()):
+        backbone.refuse(section, OTHER_FORMATS)
+    head = find_setting(config, "ar_approximation")
+    if head not in (None, *TREEFLASH_HEADS):
+        names = ", ".join(TREEFLASH_HEADS)
+        raise ValueError(f"unknown AR head {head!r}; known heads are {names}")
+    return _parse_sections(config, head=head)
+
+
+def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
+    """Parse the keys that all formats but speculators share; `settings` are the head's."""
+    for section in _sections(config).values():
+        backbone.refuse(section)
+    layer_ids = find_setting(config, "target_layer_ids")
+    if layer_ids is None:
+        layer_ids = backbone.default_target_layer_ids(
+            int(config["num_target_layers"]), int(config["num_hidden_layers"])
+        )
+    _refuse_adapter(find_setting(config, "target_hidden_size"), config)
+    # The published code makes sliding layers causal unless the checkpoint says otherwise.
+    causal = find_setting(config, "is_causal", "causal", "causal_head")
+    target_layers = config.get("num_target_layers")
+    softcap = find_setting(config, "final_logit_softcapping")
+    return backbone.backbone_config(
+        config,
+        block_size=int(find_setting(config, "block_size", default=16)),
+        mask_token_id=find_setting(config, "mask_token_id"),
+        causal=None if causal is None else bool(causal),
+        target_layer_ids=tuple(int(i) for i in layer_ids),
+        num_target_layers=None if target_layers is None else int(target_layers),
+        input_scale=float(find_setting(config, "input_embedding_scale", default=1.0)),
+        output_multiplier=float(find_setting(config, "output_multiplier", default=1.0)),
+        softcap=float(softcap) if softcap and softcap > 0 else None,
+        **settings,
+    )
+
+
+def _parse_dflash2(config: Config) -> DrafterConfig:
+    """DFlash with convolutions along a block, and a selector of candidates."""
+    settings = {key: find_setting(config, key) for key in SELECTOR_DEFAULTS}
+    return _parse_sections(config, **_selector_fields(settings, config))
+
+
+def _selector_fields(settings: Config, layers: Config) -> dict[str, Any]:
+    """The fields of `DrafterConfig` for a selector, from its settings and the layers' settings."""
+    values = {
+        key: int(default if settings.get(key) is None else settings[key])
+        for key, default in SELECTOR_DEFAULTS.items()
+    }
+    if any(value < 1 for value in values.values()):
+        raise ValueError(f"the settings of DFlash2 must be 1 or more, got {values}")
+    if int(layers["hidden_size"]) % values["conv_group_size"]:
+        raise ValueError(
+            f"hidden_size {layers['hidden_size']} is not a multiple of "
+            f"conv_group_size {values['conv_group_size']}"
+        )
+    fields = HEADS["selector"].settings
+    return {"head": "selector", **{fields[key]: value for key, value in values.items()}}
+
+
+def _parse_deepspec(config: Config) -> DrafterConfig:
+    """DSpark, and the DFlash of DeepSeek, which is DSpark without heads.
+
+    Slot k of a block predicts token k + 1, so that the root's slot counts. The rest of the
+    configuration is a copy of the target's.
+    """
+    draft_vocab_size = config.get("draft_vocab_size")
+    if draft_vocab_size not in (None, config.get("vocab_size")):
+        raise ValueError(f"draft_vocab_size = {draft_vocab_size!r} is not supported")
+    if "target_layer_ids" not in config and "dflash_config" not in config:
+        raise KeyError("target_layer_ids")
+    head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
+    return _parse_sections(config, first_slot=0, own_vocabulary=True, **head)
+
+
+def _parse_specforge(config: Config) -> DrafterConfig:
+    """DSpark's heads on a DFlash backbone.
+
+    SpecForge trains them on the tokens after the root, as DeepSpec does, although its own
+    `spec_generate` reads the slots one later. NVIDIA's exports say so in `shift_label`.
+    """
+    head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
+    first_slot = 0 if find_setting(config, "shift_label", default=True) else 1
+    return _parse_sections(config, first_slot=first_slot, own_vocabulary=True, **head)
+
+
+def _markov_fields(settings: Config) -> dict[str, Any]:
+    """The fields of a Markov head, a bias on a slot's logits that depends on earlier tokens."""
+    rank = int(settings.get("markov_rank") or 0)
+    confidence = bool(settings.get("enable_confidence_head"))
+    if not rank:
+        if confidence:
+            raise ValueError("a confidence head without a Markov head is not supported")
+        return {"head": None}
+    head = settings.get("markov_head_type") or "vanilla"
+    if head not in MARKOV_HEADS:
+        names = ", ".join(MARKOV_HEADS)
+        raise ValueError(f"Markov head {head!r} is not supported; supported are {names}")
+    return {
+        "head": head,
+        "head_rank": rank,
+        "head_state_size": rank if head == "rnn" else 0,
+        "confidence_head": confidence,
+        "confidence_with_markov": settings.get("confidence_head_with_markov") is not False,
+    }
+
+
+def _parse_domino(config: Config) -> DrafterConfig:
+    """A correction of the logits by a GRU over the tokens of a block so far."""
+    sizes = {key: find_setting(config, key) for key in HEADS["domino"].settings}
+    for key, size in sizes.items():
+        if size is None:
+            raise KeyError(key)
+        if int(size) < 1:
+            raise ValueError(f"{key} must be 1 or more, got {size}")
+    return _parse_sections(
+        config,
+        first_slot=0 if find_setting(config, "shift_label") else 1,
+        head="domino",
+        head_rank=int(sizes["emb_dim"]),
+        head_state_size=int(sizes["gru_hidden_dim"]),
+        head_from_depth=1 + int(find_setting(config, "pure_draft_prefix_len", default=0)),
+    )
+
+
+def _parse_speculators(config: Config) -> DrafterConfig:
+    """DFlash, DFlash2, DSpark and X-PRESS in a nested configuration.
+
+    Its layer ids index the hidden states of transformers, of which the first are the embeddings. It
+    may have a smaller vocabulary of its own.
+    """
+    kind = config["speculators_model_type"]
+    if kind not in ("dflash", "dflash2", "dspark", "xpress"):
+        known = "dflash, dflash2, dspark, xpress"
+        raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
+    layers = dict(config["transformer_layer_config"])
+    rope = dict(layers.get("rope_parameters") or {})
+    layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
+    _refuse_adapter(config.get("target_hidden_size"), layers)
+    for key in ("mask_token_id", "aux_hidden_state_layer_ids"):
+        if config.get(key) is None:
+            raise KeyError(key)
+    head = _selector_fields(config, layers) if kind == "dflash2" else {}
+    if kind == "dspark":
+        settings = {key: config[key] for key in MARKOV_KEYS if config.get(key) is not None}
+        head = _markov_fields({"markov_rank": 256, "enable_confidence_head": True, **settings})
+    if kind == "xpress":
+        if config.get("sample_from_anchor"):
+            raise ValueError("xpress with sample_from_anchor is not supported")
+        rank, slots = int(config.get("xpress_rank") or 256), int(config.get("block_size", 8))
+        head = {
+            "head": "xpress",
+            "head_rank": rank,
+            "head_mlp_ratio": int(config.get("xpress_mlp_ratio") or 2),
+            "head_state_size": (1 + slots) * rank,
+        }
+    non_causal = config.get("sliding_window_non_causal")
+    if non_causal is None:
+        non_causal = kind == "dflash2"
+    vocab_size = int(layers["vocab_size"])
+    draft_vocab_size = int(config.get("draft_vocab_size") or vocab_size)
+    if draft_vocab_size != vocab_size and kind == "dflash2":
+        raise ValueError("DFlash2 with a vocabulary of its own is not supported")
+    block_size = int(config.get("block_size", 8))
+    return backbone.backbone_config(
+        layers,
+        block_size=block_size,
+        mask_token_id=config["mask_token_id"],
+        causal=False if non_causal else None,
+        target_layer_ids=tuple(int(i) - 1 for i in config["aux_hidden_state_layer_ids"]),
+        num_target_layers=None,
+        first_slot=0 if _samples_from_anchor(config, kind, block_size) else 1,
+        window_from_root=True,
+        own_vocabulary=True,
+        draft_vocab_size=None if draft_vocab_size == vocab_size else draft_vocab_size,
+        **head,
+    )
+
+
+def _refuse_adapter(target_hidden_size: Any, layers: Config) -> None:
+    if target_hidden_size not in (None, layers["hidden_size"]):
+        raise ValueError("a target_hidden_size unlike the drafter's hidden_size is not supported")
+
+
+def _samples_from_anchor(config: Config, kind: str, block_size: int) -> bool:
+    """Whether the root's slot predicts the first token."""
+    section = config.get("speculators_config") or {}
+    methods = section.get("proposal_methods") or [{}]
+    width = methods[0].get("speculative_tokens")
+    samples = config.get("sample_from_anchor")
+    if samples is None:
+        # Older files lack the key and were trained either way; the width of proposals tells.
+        return kind == "dspark" and width == block_size
+    if samples is False and width is not None and int(width) >= block_size and kind != "dflash":
+        raise ValueError(
+            f"sample_from_anchor is false, but speculative_tokens {width} needs the anchor's slot "
+            f"of block_size {block_size}"
+        )
+    return bool(samples)
+
+
+DFLASH_KEYS = frozenset(
+    (  # noqa: SIM905
+        "ar_approximation block_size candidate_tokens causal causal_head dflash_config "
+        "final_logit_softcapping input_embedding_scale is_causal mask_token_id "
+        "num_target_layers output_multiplier projector_type target_hidden_size "
+        "target_layer_ids treeflash_config"
+    ).split()
+)
+SPECULATORS_KEYS = frozenset(
+    (  # noqa: SIM905
+        "aux_hidden_state_layer_ids block_size draft_vocab_size mask_token_id "
+        "sample_from_anchor sliding_window_non_causal speculators_config "
+        "speculators_model_type speculators_version target_hidden_size "
+        "transformer_layer_config"
+    ).split()
+)
+MARKOV_KEYS = frozenset({*HEADS["vanilla"].settings, "confidence_head_alpha"})
+DFLASH = Format(name="DFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
+TREEFLASH = Format(name="TreeFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
+DFLASH2 = Format(name="DFlash2", parse=_parse_dflash2, keys=DFLASH_KEYS | SELECTOR_DEFAULTS.keys())
+DEEPSPEC = Format(
+    name="DeepSpec", parse=_parse_deepspec, keys=DFLASH_KEYS | MARKOV_KEYS | {"draft_vocab_size"}
+)
+SPECFORGE = Format(
+    name="SpecForge DSpark",
+    parse=_parse_specforge,
+    keys=DFLASH_KEYS | MARKOV_KEYS | {"shift_label"},
+)
+DOMINO = Format(
+    name="SpecForge Domino",
+    parse=_parse_domino,
+    keys=DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
+)
+SPECULATORS = Format(
+    name="speculators",
+    parse=_parse_speculators,
+    keys=MARKOV_KEYS
+    | SELECTOR_DEFAULTS.keys()
+    | SPECULATORS_KEYS
+    | {*HEADS["xpress"].settings, "num_jacobi_passes"},
+)

@@ -1,42 +1,35 @@
-"""Loading a drafter for a target: what every backend does before it builds its own modules."""
+"""Load a drafter for a target: the steps before a backend builds its own modules."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from treeflash.drafter_config import DrafterConfig
-from treeflash.drafters import dflash2, domino, markov
+from treeflash.drafters import formats
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import stored_shapes, weight_files
-from treeflash.drafters.formats import (
-    canonical_name,
-    drafter_config,
-    drafter_shapes,
-    optional_shapes,
-)
-from treeflash.drafters.speculators import IGNORED
-from treeflash.drafters.treeflash import HEAD_PREFIX, HEADS, head_size
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
-HEAD_PREFIXES = (HEAD_PREFIX, dflash2.HEAD_PREFIX, markov.HEAD_PREFIX)
-"""Of the tensors of heads, which are read without them."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
+"""Tensors of a drafter's own embeddings, output head, and vocabulary."""
+TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})
+"""Tensors that only training needs, in folders of speculators."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterTensors(Generic[Tensor]):
-    """A drafter as its folder holds it, checked against the target that it drafts for.
+    """The tensors of a drafter's folder, checked against the target that it drafts for.
 
     Attributes:
-        config: its shape.
-        backbone: the tensors of its layers and norms, by canonical name.
-        head: the tensors of the conditional head, by name without a prefix such as
-            `ar_approximation.`; empty if there is none.
-        head_size: I, the inner width of a TreeFlash head; 0 for others.
-        vocabulary: those of `embed_tokens.weight`, `lm_head.weight` and `d2t` that it has.
+        backbone: tensors of the layers and norms, by canonical name.
+        head: tensors of the conditional head, by name without the prefix of the head; empty
+            without a head.
+        head_size: I, the inner width of a TreeFlash head; 0 for other heads.
+        vocabulary: the tensors of `VOCABULARY` that the folder has.
     """
 
     config: DrafterConfig
@@ -49,23 +42,22 @@ class DrafterTensors(Generic[Tensor]):
 def refuse_extensions(
     config: DrafterConfig, user: str, vocabulary: Collection[str] = VOCABULARY
 ) -> None:
-    """For a backend, or training, that knows DFlash and TreeFlash alone.
+    """Refuse a drafter that is neither DFlash nor TreeFlash, for a backend that has only these.
 
-    Args:
-        config: of a drafter.
-        user: named in the error, such as `the mlx backend`.
-        vocabulary: its own tensors of `VOCABULARY`; all that it may have, if they are not known.
+    The error names `user`, such as `the mlx backend`. `vocabulary` has the names of the drafter's
+    own tensors of `VOCABULARY`, if they are known.
 
     Raises:
-        UnsupportedModelError: names the first thing that DFlash and TreeFlash do not have.
+        UnsupportedModelError: names the first property that DFlash and TreeFlash do not have.
     """
     extensions = {
-        f"the head {config.head!r}": config.head not in (None, *HEADS),
+        f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),
         "convolutions": config.conv_kernel_size,
         "a first token predicted by the root's slot": config.first_slot == 0,
         "windows measured from the root": config.window_from_root and any(config.sliding_windows),
         "a factor on its logits": config.output_multiplier != 1,
         "a softcap": config.softcap is not None,
+        "interleaved rotary embeddings": config.interleaved_rope,
         "features of the embeddings": -1 in config.target_layer_ids,
         "embeddings or an output head of its own": config.own_vocabulary and vocabulary,
     }
@@ -82,39 +74,40 @@ def load_tensors(
     vocab_size: int,
     num_hidden_layers: int,
 ) -> DrafterTensors[Tensor]:
-    """Read a drafter and check that it belongs to a target.
+    """Read a drafter and check that it belongs to a target of this shape.
 
-    Args:
-        folder: of the drafter.
-        read: reads a safetensors file into the tensors of a framework, by stored name.
-        hidden_size: of the target, like those that follow.
-        vocab_size: rows of its embeddings.
-        num_hidden_layers: its depth.
-
-    Raises:
-        CheckpointError: the folder is damaged, incomplete, or not made for this target.
+    `read` reads a safetensors file into the tensors of a framework, by stored name. Raises a
+    CheckpointError if the folder is damaged, incomplete, or not made for this target.
     """
-    config = drafter_config(folder)
+    config = formats.drafter_config(folder)
     check_pair(
-        config,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=num_hidden_layers,
+        config, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
     )
-    shapes = {canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
+    shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
     check_shapes(folder, config, shapes, vocab_size)
+    head_size = formats.head_inner_size(shapes)
+    head_names = formats.head_shapes(config, head_size, vocab_size).keys()
+    prefix = formats.HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
     for path in weight_files(folder):
         for stored, tensor in read(path).items():
-            name = canonical_name(stored)
-            prefix = next((p for p in HEAD_PREFIXES if name.startswith(p)), "")
-            if prefix or name.startswith((markov.CONFIDENCE_PREFIX, *domino.PREFIXES)):
+            name = formats.canonical_name(stored)
+            if name in head_names:
                 parts["head"][name.removeprefix(prefix)] = tensor
             elif name in VOCABULARY:
                 parts["vocabulary"][name] = tensor
-            elif name not in IGNORED:
+            elif name not in TRAINING_TENSORS:
+                if config.interleaved_rope and re.search(r"\.[qk]_(proj|norm)\.", name):
+                    tensor = _join_halves(tensor, config.head_dim)
                 parts["backbone"][name] = tensor
-    return DrafterTensors(config=config, head_size=head_size(shapes), **parts)
+    return DrafterTensors(config=config, head_size=head_size, **parts)
+
+
+def _join_halves(tensor: Any, head_dim: int) -> Any:
+    """Rows of heads whose rotary pairs are neighbours, in the order in which halves are pairs."""
+    shape = tuple(tensor.shape)
+    pairs = tensor.reshape(-1, head_dim // 2, 2, *shape[1:])
+    return pairs.swapaxes(1, 2).reshape(shape)
 
 
 def check_pair(
@@ -148,21 +141,16 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     vocab_size: int | None = None,
 ) -> None:
-    """Compare the tensors that a folder holds with those that its configuration asks for.
+    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor.
 
-    Args:
-        folder: named in the error.
-        config: of the drafter.
-        shapes: of the stored tensors, by canonical name.
-        vocab_size: of the target, if the configuration does not give it.
-
-    Raises:
-        CheckpointError: names the first missing, misshapen or unexpected tensor.
+    `vocab_size` is the target's, if the configuration does not give it.
     """
-    needed = drafter_shapes(config, head_size(shapes), vocab_size=vocab_size)
-    expected = needed | optional_shapes(config, vocab_size)
+    required = formats.drafter_shapes(
+        config, formats.head_inner_size(shapes), vocab_size=vocab_size
+    )
+    expected = required | formats.optional_shapes(config, vocab_size)
     for name, shape in expected.items():
-        if name not in needed and name not in shapes:
+        if name not in required and name not in shapes:
             continue
         if name not in shapes:
             raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
@@ -170,7 +158,7 @@ def check_shapes(
             raise CheckpointError(
                 f"{folder}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}"
             )
-    if extra := sorted(set(shapes) - set(expected) - IGNORED):
+    if extra := sorted(set(shapes) - set(expected) - TRAINING_TENSORS):
         raise CheckpointError(
             f"{folder} holds an unexpected tensor for its configuration: {extra[0]}"
         )

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.text_session import TextSession
-from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.session import draft_anchors
 
 Source: TypeAlias = Literal["marginal", "corrected"]
 SOURCES: tuple[Source, ...] = ("marginal", "corrected")
@@ -19,20 +18,19 @@ BEST = (1, 2, 5)
 METRICS = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
 """Metrics of a drafted distribution:
 
-- `tvd`: its total variation distance to the target's, 0 to 1;
-- `top1`, ...: whether the text's token is among its top 1, ... tokens;
-- `cover1`, ...: the target's probability of its top 1, ... tokens.
+- `tvd`: total variation distance to the target's distribution, 0 to 1;
+- `top1`, ...: whether the text's token is among the drafter's top 1, ... tokens;
+- `cover1`, ...: the target's probability of the drafter's top 1, ... tokens.
 """
-STRIDE = 4
 
 
 @dataclass
 class DepthMetrics:
-    """Metrics by depth, summed over anchors: positions of texts that served as the root.
+    """Metrics by depth, summed over anchors, the tokens after which blocks were drafted.
 
     Attributes:
         anchors: (D,) number of anchors by depth.
-        sums: (D, len(METRICS)) by source; without an AR head there is no `corrected`.
+        sums: (D, len(METRICS)) by source; `corrected` is missing without an AR head.
     """
 
     anchors: NDArray[np.int64]
@@ -57,41 +55,32 @@ class DepthMetrics:
 def measure_depth_metrics(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], temperature: float
 ) -> DepthMetrics:
-    """Draft after every fourth token of a text and compare each depth with the target.
+    """Draft after every fourth token of the target's own text and compare each depth with it.
 
-    The marginal distribution of a depth is conditioned on no token between the root and it, the
-    corrected one on the text's previous token, the target on all of them.
-
-    Args:
-        backend: a loaded pair.
-        prompt_ids: the prompt.
-        text_ids: the target's own continuation.
-        temperature: of the target's distribution; 0 counts as 1, so that it is a distribution.
+    The distributions of a depth have different conditions: the marginal one no token after the
+    root, the corrected one the text's previous token, the target's all tokens of the text. The
+    temperature applies to the target's distribution; 0 counts as 1.
     """
     assert backend.drafter_config is not None
+    assert backend.drafter is not None
     depths = backend.drafter_config.depths
     metrics = DepthMetrics(np.zeros(depths, np.int64))
-    assert backend.drafter is not None
-    state = TextSession(backend, drafts=True, capacity=len(prompt_ids) + len(text_ids) + depths)
-    state.extend(prompt_ids)
-    text = np.array(text_ids, np.int32)
-    for start in range(0, len(text) - 1, min(STRIDE, depths)):
-        # The text may end within the block: the last depths are then not compared.
-        previous, following = text[start:-1][:depths], text[start + 1 :][:depths]
-        n = len(previous)
-        target = _probabilities(state.logits(DraftTree.chain(previous)), temperature)
-        block = state.draft(int(previous[0]))
-        drafted = {"marginal": backend.drafter.log_probs(block)}
+    for anchor in draft_anchors(backend, prompt_ids, text_ids, logits=True):
+        assert anchor.logits is not None
+        n = len(anchor.logits)  # the text may end within the block
+        target = _probabilities(anchor.logits, temperature)
+        drafted = {}
+        if backend.drafter_config.has_marginals:
+            drafted["marginal"] = backend.drafter.log_probs(anchor.block)
         if backend.head is not None:
-            padded = np.pad(previous, (0, depths - n), mode="edge")
-            drafted["corrected"] = backend.head.log_probs(block, padded)
+            previous = np.pad(np.array(anchor.tokens[:n], np.int32), (0, depths - n), mode="edge")
+            drafted["corrected"] = backend.head.log_probs(anchor.block, previous)
+        following = np.array(anchor.tokens[1 : n + 1], np.int32)
         metrics.anchors[:n] += 1
         for source in SOURCES:
             if source in drafted:
                 sums = metrics.sums.setdefault(source, np.zeros((depths, len(METRICS))))
                 sums[:n] += _metrics(target, drafted[source][:n], following)
-        state.commit(np.arange(min(STRIDE, n), dtype=np.int32))
-    state.close()
     return metrics
 
 
@@ -105,17 +94,11 @@ def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[n
 def _metrics(
     target: NDArray[np.float64], log_probs: NDArray[np.float32], tokens: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """The metrics of n depths, (n, len(METRICS)).
-
-    Args:
-        target: (n, vocab) probabilities of the target.
-        log_probs: (n, vocab) drafted log probabilities, nats.
-        tokens: (n,) tokens of the text.
-    """
+    """The metrics of n depths, (n, len(METRICS)), from (n, vocab) distributions and (n,) tokens."""
     distance = 0.5 * np.abs(target - np.exp(log_probs)).sum(-1)
-    kept = min(max(BEST), log_probs.shape[1])
-    best = np.argpartition(-log_probs, range(kept))[:, :kept]
-    found = (best == tokens[:, None]).cumsum(-1)
+    count = min(max(BEST), log_probs.shape[1])
+    best = np.argpartition(-log_probs, range(count))[:, :count]
+    hits = (best == tokens[:, None]).cumsum(-1)
     mass = np.take_along_axis(target, best, -1).cumsum(-1)
-    last = np.minimum(BEST, kept) - 1
-    return np.column_stack([distance, found[:, last], mass[:, last]])
+    last = np.minimum(BEST, count) - 1
+    return np.column_stack([distance, hits[:, last], mass[:, last]])

@@ -1,4 +1,4 @@
-"""The results of an evaluation as records, in the form that `--json` writes."""
+"""The results of an evaluation as records, with bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import Method
-from treeflash.decoding.statistics import mean
-from treeflash.evaluation.bootstrap import interval, resamples
-from treeflash.evaluation.rejections import REASONS
-from treeflash.evaluation.run import Case, Sample
+from treeflash.evaluation.run import REASONS, BestDraft, Case, Sample
+from treeflash.text.generation import mean
 
+RESAMPLES = 1000
+LEVEL = 0.95
 Record: TypeAlias = dict[str, Any]
 Samples: TypeAlias = Mapping[str, Sequence[Sample]]
 Efficiencies: TypeAlias = Mapping[Case, NDArray[np.float64]]
 
 MEAN = "mean"
-"""The name of the mean over sets, each with the same weight."""
-METHOD: Method = "treeflash"
-BASELINE: Method = "ddtree"
+"""The name of the mean over sets, which have equal weights."""
+COMPARED: tuple[tuple[Method, Method], ...] = (
+    ("treeflash", "ddtree"),
+    ("treeflash", "treeflash-chain"),
+    ("ddtree", "dflash"),
+)
+"""Methods and their baselines, at equal numbers of nodes."""
 
 
 def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
@@ -33,81 +37,86 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
     Intervals are 95 % bootstrap intervals over prompts; all cases share the resampled prompts.
 
     Args:
-        samples: by set, at least one each, all with the same cases.
+        samples: by set, at least one per set; all have the same cases.
         seed: random seed of the bootstrap.
 
     Returns:
         - `rows`, by set and case: tokens per target forward pass after the prefill;
-        - `ratios`, by set and budget: TreeFlash's block efficiency over DDTree's;
+        - `ratios`, by set and budget: block efficiencies of `COMPARED` methods over each other;
         - `depths`, by set and depth: the means of `treeflash.evaluation.depth_metrics.METRICS`;
         - `lost`, by set and drafting case: iterations by rejection reason;
+        - `branches`, by drafting case and depth, over all sets: how often the best draft was right,
+          on the spine and after an accepted sibling (`BestDraft`);
         - `accepted`, by set and drafting case: iterations by accepted length, 1, 2, ...
     """
     rng = np.random.default_rng(seed)
-    efficiencies = {name: _efficiencies(own, rng) for name, own in samples.items()}
+    efficiencies = {name: _efficiencies(prompts, rng) for name, prompts in samples.items()}
     efficiencies[MEAN] = {
-        case: np.mean([own[case] for own in efficiencies.values()], 0)
+        case: np.mean([by_case[case] for by_case in efficiencies.values()], 0)
         for case in next(iter(efficiencies.values()))
     }
-    every = [sample for own in samples.values() for sample in own]
+    all_samples = [sample for prompts in samples.values() for sample in prompts]
     return {
         "rows": [
             row
-            for name, own in efficiencies.items()
-            for row in _rows(name, own, samples.get(name, every))
+            for name, by_case in efficiencies.items()
+            for row in _rows(name, by_case, samples.get(name, all_samples))
         ],
-        "ratios": [row for name, own in efficiencies.items() for row in _ratios(name, own)],
+        "ratios": [row for name, by_case in efficiencies.items() for row in _ratios(name, by_case)],
         "depths": _depth_metrics(samples),
-        "lost": [row for name, own in samples.items() for row in _rejections(name, own)],
-        "accepted": [row for name, own in samples.items() for row in _accepted(name, own)],
+        "lost": [row for name, prompts in samples.items() for row in _rejections(name, prompts)],
+        "branches": list(_branches(all_samples)),
+        "accepted": [row for name, prompts in samples.items() for row in _accepted(name, prompts)],
     }
 
 
 def _efficiencies(samples: Sequence[Sample], rng: np.random.Generator) -> Efficiencies:
     """Block efficiencies by case, (1 + RESAMPLES,): measured, then for the resampled prompts."""
-    drawn = resamples(len(samples), rng)
-    found = {}
-    for case in samples[0].runs:
-        lengths = [sample.runs[case].accepted_lengths for sample in samples]
-        tokens, forwards = np.array([(sum(own), len(own)) for own in lengths]).T
-        found[case] = tokens[drawn].sum(1) / forwards[drawn].sum(1)
-    return found
+    indices = resamples(len(samples), rng)
+    return {case: block_efficiencies(samples, case, indices) for case in samples[0].runs}
+
+
+def block_efficiencies(
+    samples: Sequence[Sample], case: Case, indices: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(r,) block efficiencies of a case, pooled over prompts that (r, n) indices choose."""
+    lengths = [sample.runs[case].accepted_lengths for sample in samples]
+    tokens, forwards = np.array([(sum(prompt), len(prompt)) for prompt in lengths]).T
+    efficiencies: NDArray[np.float64] = tokens[indices].sum(1) / forwards[indices].sum(1)
+    return efficiencies
 
 
 def _rows(name: str, efficiencies: Efficiencies, samples: Sequence[Sample]) -> Iterator[Record]:
     for case, values in efficiencies.items():
-        low, high = interval(values)
         yield {
             "set": name,
             **case._asdict(),
             "block_efficiency": float(values[0]),
-            "low": low,
-            "high": high,
+            **dict(zip(("low", "high"), interval(values), strict=True)),
             "prompts": len(samples),
             "tokens": sum(sample.runs[case].tokens for sample in samples),
         }
 
 
 def _ratios(name: str, efficiencies: Efficiencies) -> Iterator[Record]:
-    for case, values in efficiencies.items():
-        base = efficiencies.get(Case(BASELINE, case.budget))
-        if case.method == METHOD and base is not None:
-            low, high = interval(values / base)
-            yield {
-                "set": name,
-                "method": METHOD,
-                "baseline": BASELINE,
-                "budget": case.budget,
-                "ratio": float(values[0] / base[0]),
-                "low": low,
-                "high": high,
-            }
+    for method, baseline in COMPARED:
+        for case, values in efficiencies.items():
+            base = efficiencies.get(Case(baseline, case.budget))
+            if case.method == method and base is not None:
+                yield {
+                    "set": name,
+                    "method": method,
+                    "baseline": baseline,
+                    "budget": case.budget,
+                    "ratio": float(values[0] / base[0]),
+                    **dict(zip(("low", "high"), interval(values / base), strict=True)),
+                }
 
 
 def _depth_metrics(samples: Samples) -> list[Record]:
     records: list[Record] = []
-    for name, own in samples.items():
-        metrics = [each.depth_metrics for each in own if each.depth_metrics is not None]
+    for name, prompts in samples.items():
+        metrics = [prompt.depth_metrics for prompt in prompts if prompt.depth_metrics is not None]
         if metrics:
             records += [{"set": name, **record} for record in reduce(add, metrics).records()]
     depths = sorted({record["depth"] for record in records})
@@ -117,7 +126,6 @@ def _depth_metrics(samples: Samples) -> list[Record]:
 
 
 def _mean_depth(records: Sequence[Record]) -> Record:
-    """The mean over the sets that reach a depth."""
     first = records[0]
     means = {
         key: None if value is None else mean(record[key] for record in records)
@@ -131,11 +139,7 @@ def _mean_depth(records: Sequence[Record]) -> Record:
 def _rejections(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
     for case in _drafting(samples):
         counts = sum((sample.runs[case].rejections for sample in samples), Counter())
-        yield {
-            "set": name,
-            **case._asdict(),
-            **{reason: counts[reason] for reason in REASONS},
-        }
+        yield {"set": name, **case._asdict(), **{reason: counts[reason] for reason in REASONS}}
 
 
 def _accepted(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
@@ -144,5 +148,28 @@ def _accepted(name: str, samples: Sequence[Sample]) -> Iterator[Record]:
         yield {"set": name, **case._asdict(), "iterations": np.bincount(lengths)[1:].tolist()}
 
 
+def _branches(samples: Sequence[Sample]) -> Iterator[Record]:
+    for case in _drafting(samples):
+        counts = sum((sample.runs[case].best_drafts for sample in samples), Counter())
+        for depth in sorted({draft.depth for draft in counts}):
+            record: Record = {**case._asdict(), "depth": depth}
+            for name, on_spine in (("spine", True), ("sibling", False)):
+                right, wrong = (counts[BestDraft(depth, on_spine, x)] for x in (True, False))
+                drafts = right + wrong
+                record |= {name: right / drafts if drafts else None, f"{name}_drafts": drafts}
+            yield record
+
+
 def _drafting(samples: Sequence[Sample]) -> Iterable[Case]:
     return (case for case in samples[0].runs if case.method != "ar")
+
+
+def resamples(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of n prompts, (1 + RESAMPLES, n): every prompt once, then drawn with replacement."""
+    return np.concatenate([np.arange(n)[None], rng.integers(0, n, (RESAMPLES, n))])
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The percentile interval of level `LEVEL` of (1 + RESAMPLES,) statistics, as (low, high)."""
+    low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

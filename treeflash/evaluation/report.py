@@ -1,18 +1,261 @@
-"""The report of an evaluation: an HTML page with plots and tables, or the plots alone."""
+"""The results of an evaluation for readers: tables, plots and an HTML page."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
 
+from treeflash.config import METHODS
 from treeflash.errors import ConfigError
-from treeflash.evaluation.plots import draw
-from treeflash.evaluation.records import Record
-from treeflash.evaluation.tables import tables
+from treeflash.evaluation.depth_metrics import BEST, METRICS, SOURCES
+from treeflash.evaluation.records import MEAN, Record
+
+
+def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[Path]) -> None:
+    """Raise a ConfigError if a file cannot be written, or is one of the prompt files."""
+    inputs = {path.resolve() for path in prompts}
+    for path in (json_file, report):
+        if path is None:
+            continue
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written")
+        if path.resolve() in inputs:
+            raise ConfigError(f"{path} is a file of prompts; choose another file")
+    if report is not None:
+        check_report(report)
+
+
+def check_report(path: Path) -> None:
+    """Raise a ConfigError if this report could not be written."""
+    if path.suffix not in (".html", ".png"):
+        raise ConfigError(f"--report writes FILE.html or FILE.png, not {path}")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--report needs matplotlib; pip install 'treeflash[report]'")
+
+
+def publish(
+    records: Mapping[str, Sequence[Record]],
+    settings: Mapping[str, Any],
+    title: str,
+    json_file: Path | None,
+    report: Path | None,
+) -> None:
+    """Print the tables and write the files, which show the settings too.
+
+    One failure does not prevent the other outputs. A ConfigError names a file that failed.
+    """
+    with ExitStack() as outputs:
+        if report is not None:
+            shown = {key: value for key, value in settings.items() if value is not None}
+            subtitle = ", ".join(f"{key.replace('_', ' ')} {shown[key]}" for key in shown)
+            outputs.callback(
+                _write, report, lambda path: write_report(path, records, title, subtitle)
+            )
+        if json_file is not None:
+            text = json.dumps({**settings, **records}, indent=2) + "\n"
+            outputs.callback(_write, json_file, lambda path: path.write_text(text, "utf-8"))
+        # rich would exit with status 1 if the reader of standard output is gone.
+        print(_render(tables(records)), end="", flush=True)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+class Table(NamedTuple):
+    """A table of text cells: a title, an explanation of the columns, their names, and the rows."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def tables(records: Mapping[str, Sequence[Record]]) -> list[Table]:
+    """All tables that have rows."""
+    candidates = (
+        _table(
+            "Block efficiency",
+            "tokens per target forward pass after the prefill; low and high: 95 % bootstrap "
+            "interval over prompts",
+            records["rows"],
+        ),
+        _table(
+            "Ratios of block efficiencies",
+            "of the method to the baseline, on the same prompts and with as many nodes; low and "
+            "high: 95 % bootstrap interval over prompts",
+            records["ratios"],
+        ),
+        _table(
+            "Depth metrics, mean over sets",
+            "tvd: total variation distance to the target; top: how often the text's token is among "
+            "the drafter's top tokens; cover: the target's probability of the drafter's top tokens",
+            list(_by_source(records["depths"])),
+        ),
+        _table(
+            "Rejections",
+            "iterations by the reason why the bonus token was not drafted; candidate: the token "
+            "before it is not among the M previous tokens; child: it is not among the K children; "
+            "budget limit: the tree had no room for it; block: it comes after the last depth",
+            records["lost"],
+        ),
+        _table(
+            "Best drafts",
+            "how often the most probable draft of a depth is the target's token; spine: each token "
+            "before it was the best draft; sibling: one was not",
+            records["branches"],
+        ),
+    )
+    return [table for table in candidates if table.rows]
+
+
+def _table(title: str, note: str, records: Sequence[Record]) -> Table:
+    columns = [key.replace("_", " ") for key in records[0]] if records else []
+    rows = [[_cell(value) for value in record.values()] for record in records]
+    return Table(title, note, columns, rows)
+
+
+def _by_source(depth_metrics: Sequence[Record]) -> Iterator[Record]:
+    """One record per depth and source, from the records of the mean with both sources."""
+    for record in depth_metrics:
+        if record["set"] == MEAN:
+            for source in SOURCES:
+                metrics = {metric: record[f"{metric}_{source}"] for metric in METRICS}
+                if None not in metrics.values():
+                    anchors = {name: record[name] for name in ("depth", "anchors")}
+                    yield {**anchors, "drafter": source, **metrics}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _render(tables: Sequence[Table]) -> str:
+    text = io.StringIO()
+    console = Console(file=text, highlight=False)
+    for table in tables:
+        drawing = RichTable(
+            title=table.title, caption=table.note, box=box.SIMPLE, padding=(0, 1, 0, 0)
+        )
+        drawing.title_justify = drawing.caption_justify = "left"
+        for name, *cells in zip(table.columns, *table.rows, strict=True):
+            drawing.add_column(name, min_width=max(map(len, cells)))
+        for row in table.rows:
+            drawing.add_row(*row)
+        console.print(drawing)
+    return text.getvalue()
+
+
+COLORS: dict[str, str] = {method: f"C{n}" for n, method in enumerate(METHODS)}
+LINES = {"marginal": "--", "corrected": "-"}
+
+
+def draw(records: Mapping[str, Sequence[Record]], title: str) -> bytes:
+    """Draw four plots of the records into a PNG image; the first three show means over sets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
+    figure.suptitle(title, wrap=True)
+    axes = figure.subplots(2, 2)
+    depth_metrics = [record for record in records["depths"] if record["set"] == MEAN]
+    rows = [row for row in records["rows"] if row["set"] == MEAN and row["method"] != "ar"]
+    _distances(axes[0, 0], depth_metrics)
+    _coverage(axes[0, 1], depth_metrics)
+    _efficiencies(axes[1, 0], rows)
+    _lengths(axes[1, 1], records["accepted"])
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _distances(axis: Any, depth_metrics: Sequence[Record]) -> None:
+    axis.set(title="Distance to the target", xlabel="depth", ylabel="total variation distance")
+    for color, source in enumerate(SOURCES):
+        _line(
+            axis, depth_metrics, f"tvd_{source}", source, color=f"C{color}", linestyle=LINES[source]
+        )
+
+
+def _coverage(axis: Any, depth_metrics: Sequence[Record]) -> None:
+    axis.set(
+        title="Coverage by the drafter's top tokens",
+        xlabel="depth",
+        ylabel="target probability covered",
+    )
+    for color, k in enumerate(BEST):
+        for source in SOURCES:
+            style = {"color": f"C{color}", "linestyle": LINES[source]}
+            _line(axis, depth_metrics, f"cover{k}_{source}", f"top {k}, {source}", **style)
+
+
+def _line(axis: Any, depth_metrics: Sequence[Record], key: str, label: str, **style: Any) -> None:
+    points = [(record["depth"], record[key]) for record in depth_metrics if record[key] is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), marker=".", label=label, **style)
+
+
+def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
+    axis.set(
+        title="Block efficiency, with 95 % intervals",
+        xlabel="budget, nodes",
+        ylabel="tokens per target forward pass",
+    )
+    budgets = sorted({row["budget"] for row in rows})
+    if budgets:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, budgets)
+        axis.minorticks_off()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [row for row in rows if row["method"] == method]
+        middle = np.array([row["block_efficiency"] for row in points])
+        errors = np.abs([[row[end] for row in points] - middle for end in ("low", "high")])
+        sizes = [row["budget"] for row in points]
+        axis.errorbar(sizes, middle, errors, marker="o", capsize=3, label=method, c=COLORS[method])
+
+
+def _lengths(axis: Any, accepted: Sequence[Record]) -> None:
+    """Histograms over all sets, for each method at its largest budget."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set(
+        title="Accepted lengths, all sets, largest budget",
+        xlabel="tokens per iteration",
+        ylabel="fraction of iterations",
+    )
+    methods = list(dict.fromkeys(record["method"] for record in accepted))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    width = 0.8 / max(1, len(methods))
+    for n, method in enumerate(methods):
+        budget = max(record["budget"] for record in accepted if record["method"] == method)
+        sets = [r["iterations"] for r in accepted if (r["method"], r["budget"]) == (method, budget)]
+        counts = np.zeros(max(map(len, sets)))
+        for iterations in sets:
+            counts[: len(iterations)] += iterations
+        places = np.arange(1, len(counts) + 1) + width * (n - (len(methods) - 1) / 2)
+        label = f"{method}, {budget}"
+        axis.bar(places, counts / counts.sum(), width, label=label, color=COLORS[method])
+
 
 PAGE = """\
 <!DOCTYPE html>
@@ -29,6 +272,7 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.2em 0.8em; text-align: left }
 </head>
 <body>
 <h1>{{ title }}</h1>
+<p>{{ subtitle }}</p>
 <img alt="plots of the tables below" src="data:image/png;base64,{{ image }}">
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
@@ -45,26 +289,15 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.2em 0.8em; text-align: left }
 """
 
 
-def check_report(path: Path) -> None:
-    """Raise a ConfigError if this report could not be written."""
-    if path.suffix not in (".html", ".png"):
-        raise ConfigError(f"--report writes FILE.html or FILE.png, not {path}")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--report needs matplotlib; pip install 'treeflash[report]'")
-
-
-def write_report(path: Path, records: Mapping[str, Sequence[Record]], title: str) -> None:
-    """Write the plots as PNG, or plots and tables as a self-contained HTML page.
-
-    Args:
-        path: ends in .png or .html.
-        records: from `treeflash.evaluation.records.compute_records`.
-        title: the heading.
-    """
-    image = draw(records, title)
+def write_report(
+    path: Path, records: Mapping[str, Sequence[Record]], title: str, subtitle: str = ""
+) -> None:
+    """Write the plots as PNG, or plots and tables as a self-contained HTML page, by the suffix."""
+    image = draw(records, f"{title}\n{subtitle}")
     if path.suffix == ".png":
         path.write_bytes(image)
         return
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    text = page.render(title=title, image=base64.b64encode(image).decode(), tables=tables(records))
+    encoded = base64.b64encode(image).decode()
+    text = page.render(title=title, subtitle=subtitle, image=encoded, tables=tables(records))
     path.write_text(text, encoding="utf-8")

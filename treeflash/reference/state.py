@@ -1,89 +1,47 @@
-"""The state of one text."""
+"""The state of one sequence."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
 
+from treeflash.decoding.backend_base import BaseState
 from treeflash.reference.drafter_model import DrafterModel
+from treeflash.reference.hybrid import LayerState
 from treeflash.reference.numerics import Array
-from treeflash.reference.target import Target
+from treeflash.reference.target import Cache, States, Target
 
 
-class State:
-    """`treeflash.decoding.text_state.TextState` in NumPy.
+class State(BaseState[Cache, States]):
+    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
 
     Attributes:
-        cache: the target's.
-        drafter: the drafter's; None if the text is not drafted for.
-        features: (length - drafter.length, ...) of the positions that the drafter has not read.
         outputs: (n, hidden_size) of the embeddings and of each layer, for the tree or tokens that
             were run last.
     """
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
-        """Start empty."""
-        self.target = target
-        self.drafter_model = drafter
-        self.capacity = capacity
-        self.cache = target.new_cache()
-        self.drafter = drafter.new_cache() if drafter else None
-        self.features = np.zeros((0, drafter.feature_size if drafter else 0), np.float32)
-        self.outputs: list[Array] = []
+        cache = target.new_cache()
+        super().__init__(cache, drafter.new_cache() if drafter else None, cache.start or None)
+        self.target, self.drafter_model, self.capacity = target, drafter, capacity
 
-    @property
-    def length(self) -> int:
-        """See `TextState.length`."""
-        return self.cache.length
-
-    @property
-    def nbytes(self) -> int:
-        """See `TextState.nbytes`."""
-        drafter = self.drafter.nbytes if self.drafter else 0
-        return self.cache.nbytes + drafter + self.features.nbytes
-
-    @property
-    def needs_snapshots(self) -> bool:
-        """See `TextState.needs_snapshots`."""
-        return bool(self.target.recurrent)
-
-    def snapshot(self) -> None:
-        """See `TextState.snapshot`."""
-        self.cache.snapshot()
-
-    def restorable(self, length: int) -> int:
-        """See `TextState.restorable`."""
-        return self.cache.restorable(length)
-
-    def fork(self, length: int, capacity: int) -> State:
-        """See `TextState.fork`."""
-        new = State(self.target, self.drafter_model, capacity)
-        new.cache.copy_from(self.cache, length)
+    def copy(self, length: int, capacity: int, recurrent: States | None) -> State:
+        new = type(self)(self.target, self.drafter_model, capacity)
+        new.kv_cache.copy_from(self.kv_cache, length)
+        if recurrent is not None:
+            new.restore_recurrent(recurrent)
         if self.drafter and new.drafter:
-            read = self.drafter.length
             new.drafter.copy_from(self.drafter, length)
-            new.features = self.features[: max(length - read, 0)].copy()
+            new.context = [part.copy() for part in self.context_before(length)]
         return new
 
-    def truncate(self, length: int) -> None:
-        """See `TextState.truncate`."""
-        self.cache.truncate(length)
-        if self.drafter:
-            self.features = self.features[: max(length - self.drafter.length, 0)]
-            self.drafter.truncate(length)
+    def recurrent_states(self) -> States | None:
+        return self.kv_cache.states or None
 
-    def close(self) -> None:
-        """See `TextState.close`."""
-        self.truncate(0)
+    def restore_recurrent(self, states: States) -> None:
+        self.kv_cache.states = states
 
-    def keys_values(self) -> Array:
-        """See `TextState.keys_values`."""
-        return self.cache.keys_values()
+    def recurrent_arrays(self) -> Iterable[LayerState]:
+        return [x for states in (self.kv_cache.states, *self.snapshots) for x in states.values()]
 
-    def states(self) -> list[Array]:
-        """See `TextState.states`."""
-        return self.cache.read_states()
-
-    def drafter_keys_values(self) -> Array:
-        """See `TextState.drafter_keys_values`."""
-        assert self.drafter is not None
-        return self.drafter.keys_values()
+    def read_recurrent_states(self) -> list[Array]:
+        return [x for _, s in sorted(self.kv_cache.states.items()) for x in (s.tail, s.matrix)]

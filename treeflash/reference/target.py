@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.drafters.adapter import LowRankUpdate, read_adapter, refuse_module
+from treeflash.drafters.config import inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.rope import inverse_frequencies, rope_parameters
 from treeflash.errors import CheckpointError, UnsupportedModelError
-from treeflash.reference.cache import Cache
-from treeflash.reference.families import (
-    FAMILIES,
-    is_supported,
-    plain_weights,
-    recurrent_layers,
-    text_config,
-)
+from treeflash.reference.hybrid import GatedDeltaNet, LayerState, Mamba2, run
 from treeflash.reference.numerics import (
     Array,
+    Ints,
     attention,
     rms_norm,
     rotate,
@@ -28,27 +24,160 @@ from treeflash.reference.numerics import (
     silu,
     softmax,
 )
-from treeflash.reference.recurrence import GatedDeltaNet, Mamba2, run
+
+States = Mapping[int, LayerState]
+
+
+class Cache:
+    """Per layer, the keys and values or the states of the committed positions and of a block.
+
+    Attributes:
+        start: by layer, the first states of the recurrent layers.
+        committed: keys and values of each attention layer.
+        pending: keys and values of the block.
+        slots: the attention layers' places there, by layer.
+        states: of each recurrent layer after the committed positions, by layer.
+        node_states: of each recurrent layer after each row of the block, by layer.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, start: States | None = None
+    ) -> None:
+        self.start = start or {}
+        empty = np.zeros((kv_heads, 0, head_dim), np.float32)
+        attending = [n for n in range(layers) if n not in self.start]
+        self.slots = {n: slot for slot, n in enumerate(attending)}
+        self.committed: list[tuple[Array, Array]] = [(empty, empty) for _ in attending]
+        self.pending = list(self.committed)
+        self.states = self.start
+        self.node_states: dict[int, list[LayerState]] = {}
+
+    @property
+    def length(self) -> int:
+        return int(self.committed[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the committed keys and values, bytes."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.committed)
+
+    def attend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Hold (kv_heads, n, head_dim) keys and values; returns them after the committed ones."""
+        slot = self.slots[layer]
+        self.pending[slot] = (k, v)
+        keys, values = self.committed[slot]
+        return np.concatenate([keys, k], 1), np.concatenate([values, v], 1)
+
+    def commit(self, rows: Ints) -> None:
+        """Keep these rows of the block held last, in this order."""
+        self.committed = [
+            (np.concatenate([keys, k[:, rows]], 1), np.concatenate([values, v[:, rows]], 1))
+            for (keys, values), (k, v) in zip(self.committed, self.pending, strict=True)
+        ]
+        self.states = {n: states[rows[-1]] for n, states in self.node_states.items()}
+
+    def truncate(self, length: int) -> None:
+        self.copy_from(self, length)
+
+    def copy_from(self, other: Cache, length: int) -> None:
+        """Take over the first keys and values of another cache."""
+        self.committed = [(k[:, :length].copy(), v[:, :length].copy()) for k, v in other.committed]
+
+    def close(self) -> None:
+        self.truncate(0)
+
+    def read(self) -> Array:
+        """(attention layers, 2, kv_heads, length, head_dim)."""
+        return np.array(self.committed, np.float32)
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5", "granitemoehybrid")
+RECURRENT_LAYERS = {"linear_attention", "mamba"}
+MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "logits_scaling"
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model in a `config.json`, with the outer model type."""
+    return {**config, **config.get("text_config", {}), "model_type": config.get("model_type")}
+
+
+def is_supported(config: Mapping[str, Any]) -> bool:
+    """Whether the reference computes this variant of a family."""
+    if config["model_type"] not in FAMILIES or config.get("hidden_act", "silu") != "silu":
+        return False
+    if config["model_type"] != "granitemoehybrid":
+        return True
+    plain = all(config.get(name) in (1, None) for name in MULTIPLIERS)
+    return plain and not config.get("num_local_experts") and not config.get("mamba_proj_bias")
+
+
+def recurrent_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
+    kinds = config.get("layer_types")
+    if kinds is None and config["model_type"] == "qwen3_5":
+        interval = int(config.get("full_attention_interval", 4))
+        return [bool((n + 1) % interval) for n in range(layers)]
+    return [kind in RECURRENT_LAYERS for kind in kinds or [""] * layers]
+
+
+def plain_weights(config: Mapping[str, Any], weights: dict[str, Array]) -> dict[str, Array]:
+    """The weights under Llama's names."""
+    if config["model_type"] == "qwen3_5":
+        plain = {}
+        for name, x in weights.items():
+            # All norms but the norms of recurrent layers store their weight minus 1.
+            shifted = name.endswith("norm.weight") and "linear_attn" not in name
+            plain[name.replace("model.language_model.", "model.")] = (
+                x + np.float32(1) if shifted else x
+            )
+        return plain
+    if config["model_type"] == "granitemoehybrid":
+        plain = {}
+        for name, x in weights.items():
+            layer, _, part = name.partition("shared_mlp.")
+            if part == "input_linear.weight":
+                gate_up = layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"
+                plain |= dict(zip(gate_up, np.split(x, 2), strict=True))
+            else:
+                plain[layer + "mlp.down_proj.weight" if part else name] = x
+        return plain
+    return weights
+
+
+def _merge(tensors: dict[str, Any], updates: Sequence[LowRankUpdate]) -> None:
+    """Add an adapter to the weights of its layers; raises what `read_adapter` does."""
+    for update in updates:
+        weight = tensors.get(f"{update.name}.weight")
+        if weight is None or weight.shape != update.shape:
+            raise refuse_module(update.name, f"the target has no weight of shape {update.shape}")
+        tensors[f"{update.name}.weight"] = weight.astype(np.float32) + update.delta()
 
 
 class Target:
-    """The weights of a target and its forward pass."""
+    """The weights of a target, read from a Hugging Face folder, and its forward pass.
 
-    def __init__(self, folder: Path) -> None:
-        """Read a Hugging Face folder.
+    Attributes:
+        column_nbytes: keys and values of one position in all layers, bytes.
+        states_nbytes: recurrent states of one sequence, bytes.
 
-        Raises:
-            CheckpointError: it is damaged or lacks a tensor.
-            UnsupportedModelError: another family, or a variant of one that is not supported.
-        """
+    Raises:
+        CheckpointError: the folder is damaged or lacks a tensor.
+        UnsupportedModelError: the family, or its variant, is not supported.
+    """
+
+    dtype = "float32"
+
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         config = text_config(read_config(folder))
         if not is_supported(config):
             raise UnsupportedModelError(
                 f"the reference backend supports {', '.join(FAMILIES)}, not "
-                f"{config['model_type']!r}; use --backend cuda or --backend mlx"
+                f"{config['model_type']!r}; use the cuda or mlx backend"
             )
         self.folder = folder
-        self.weights = plain_weights(config, read_tensors(folder))
+        tensors = read_tensors(folder)
+        if adapter is not None:
+            _merge(tensors, read_adapter(adapter))
+        self.weights = plain_weights(config, tensors)
         try:
             self._configure(config)
         except KeyError as error:
@@ -81,44 +210,33 @@ class Target:
             for n, recurrent in enumerate(recurrent_layers(config, self.layers))
             if recurrent
         }
-
-    def embed(self, token_ids: NDArray[np.int32]) -> Array:
-        """(..., hidden_size) embeddings of (...) tokens."""
-        rows: Array = self.embeddings[token_ids]
-        return rows
-
-    def output_head(self, hidden: Array) -> Array:
-        """(..., vocab) logits of (..., hidden_size) normalised hidden states."""
-        logits: Array = hidden @ self.lm_head.T
-        return logits
+        attending = self.layers - len(self.recurrent)
+        self.column_nbytes = 2 * attending * self.kv_heads * self.head_dim * 4
+        self.states_nbytes = sum(layer.start.nbytes for layer in self.recurrent.values())
 
     def new_cache(self) -> Cache:
-        """An empty cache for a new text."""
         start = {n: layer.start for n, layer in self.recurrent.items()}
         return Cache(self.layers, self.kv_heads, self.head_dim, start)
 
     def forward(
-        self,
-        token_ids: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        mask: NDArray[np.bool_],
-        cache: Cache,
+        self, token_ids: Ints, positions: Ints, mask: NDArray[np.bool_], cache: Cache
     ) -> tuple[Array, list[Array]]:
-        """Run n tokens after the committed ones.
+        """Run n tokens after the committed ones, all of which they attend to.
 
         Args:
             token_ids: (n,).
             positions: (n,) absolute.
-            mask: (n, n) bool; whether a token attends to another. All attend to the committed ones.
+            mask: (n, n) bool; whether a token attends to another.
             cache: holds the tokens' keys and values afterwards, uncommitted.
 
         Returns:
-            (n, vocab) logits, and (n, hidden_size) outputs of the embeddings and of each layer.
+            (n, vocab) logits, and (n, hidden_size) outputs of the embeddings, of each layer and
+            of the final norm.
         """
         keys = np.concatenate([np.arange(cache.length), positions])
         parents = nearest_ancestors(mask)
         seen = np.concatenate([np.ones((len(mask), cache.length), np.bool_), mask], 1)
-        x = self.embed(token_ids)
+        x = self.embeddings[token_ids]
         outputs = [x]
         for n, window in enumerate(self.windows):
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
@@ -133,15 +251,10 @@ class Target:
             x = x + self._feed_forward(layer + "mlp.", y)
             outputs.append(x)
         hidden = rms_norm(x, self._weight("model.norm.weight"), self.eps)
-        return self.output_head(hidden), outputs
+        return hidden @ self.lm_head.T, [*outputs, hidden]
 
     def _attend(
-        self,
-        n: int,
-        x: Array,
-        positions: NDArray[np.int32],
-        mask: NDArray[np.bool_],
-        cache: Cache,
+        self, n: int, x: Array, positions: Ints, mask: NDArray[np.bool_], cache: Cache
     ) -> Array:
         layer = f"model.layers.{n}.self_attn."
 
@@ -153,7 +266,7 @@ class Target:
 
         q, k, v = (self._linear(f"{layer}{name}_proj", x) for name in "qkv")
         gate = None
-        if q.shape[1] > self.heads * self.head_dim:  # Qwen3.5 gates what its heads return
+        if q.shape[1] > self.heads * self.head_dim:  # Qwen3.5 gates the outputs of its heads
             q, gate = np.split(q.reshape(len(x), self.heads, -1), 2, -1)
         queries = self._rotate(heads("q", q), positions)
         keys, values = cache.attend(n, self._rotate(heads("k", k), positions), heads("v", v))
@@ -162,11 +275,11 @@ class Target:
             out = out * sigmoid(gate.reshape(out.shape))
         return self._linear(layer + "o_proj", out)
 
-    def _rotate(self, x: Array, positions: NDArray[np.int32]) -> Array:
-        """Rotate the first channels of each head, as many as there are frequencies for."""
-        rotated, kept = np.split(x, [2 * len(self.inv_freq)], -1)
-        rotated = rotate(rotated, positions, self.inv_freq, self.rope_scale)
-        return np.concatenate([rotated, kept], -1)
+    def _rotate(self, x: Array, positions: Ints) -> Array:
+        """Rotate the first channels of each head, two for each frequency."""
+        first, rest = np.split(x, [2 * len(self.inv_freq)], -1)
+        first = rotate(first, positions, self.inv_freq, self.rope_scale)
+        return np.concatenate([first, rest], -1)
 
     def _feed_forward(self, layer: str, x: Array) -> Array:
         if layer + "gate.weight" not in self.weights:
@@ -198,15 +311,14 @@ class Target:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}") from None
 
 
-def nearest_ancestors(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """(n,) int32 parents of the nodes that an ancestor mask describes."""
+def nearest_ancestors(mask: NDArray[np.bool_]) -> Ints:
+    """(n,) int32 parents of the nodes of an ancestor mask."""
     order = np.arange(len(mask), dtype=np.int32)
-    parents: NDArray[np.int32] = np.where(mask & (order < order[:, None]), order, -1).max(-1)
-    return parents
+    return np.asarray(np.where(mask & (order < order[:, None]), order, -1).max(-1), np.int32)
 
 
 def sliding_windows(config: dict[str, Any], layers: int) -> list[int | None]:
-    """Each layer's window in positions, or None; the defaults are those of transformers.
+    """Each layer's window in positions, or None; the defaults are those in transformers.
 
     Mistral has a window in every layer unless `sliding_window` is null. The Qwen families have one
     only if `use_sliding_window` is set, Qwen2 and Qwen3 from layer `max_window_layers` on.

@@ -1,56 +1,292 @@
-"""`/v1/messages` and `/v1/messages/count_tokens`: what Claude Code sends."""
+"""`/v1/messages` and `/v1/messages/count_tokens`: Anthropic's API, which Claude Code uses."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
+from pydantic import Field, FiniteFloat
 
-from treeflash.serving.anthropic_schema import CountTokensRequest, MessagesRequest
-from treeflash.serving.blocks import Block, Blocks, Change
-from treeflash.serving.conversation import Answers
-from treeflash.serving.service import Service
-from treeflash.serving.streaming import CompletionStream, finish, frame, reported
-
-
-def router(service: Service) -> APIRouter:
-    """The endpoints."""
-    routes = APIRouter()
-
-    @routes.post("/v1/messages")
-    async def messages(body: MessagesRequest, http: HTTPRequest) -> Response:
-        service.check_model(body.model)
-        conversation = body.conversation(knows_thinking=service.tokenizer.knows_thinking)
-        answers = await conversation.start(service, http, body.decoding())
-        answer, completion = MessagesAnswer(service, answers), answers.completion
-        if body.stream:
-            return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-        await finish(completion, http)
-        return JSONResponse(answer.whole())
-
-    @routes.post("/v1/messages/count_tokens")
-    async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
-        service.check_model(body.model)
-        conversation = body.conversation(knows_thinking=service.tokenizer.knows_thinking)
-        return {"input_tokens": len(await conversation.encode(service))}
-
-    return routes
+from treeflash.serving.engine import Completion
+from treeflash.serving.errors import api_error, bad_request
+from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange
+from treeflash.serving.schemas import (
+    MAX_TOOLS,
+    CallMode,
+    DecodingSchema,
+    Function,
+    FunctionName,
+    NamedFunction,
+    Schema,
+    StopString,
+    allowed_tools,
+    function_call,
+    reasoning_args,
+)
+from treeflash.serving.service import Conversation, Service
+from treeflash.serving.streaming import frame, respond
+from treeflash.text.grammar import Grammar
 
 
-class MessagesAnswer:
-    """Formats a completion of one answer."""
+class CacheControl(Schema):
+    """The end of a prefix to cache; this server caches all prompts anyway."""
 
-    def __init__(self, service: Service, answers: Answers) -> None:
-        """Give the answer a name."""
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class Cacheable(Schema):
+    """A part of a prompt that may mark the end of a prefix to cache."""
+
+    cache_control: CacheControl | None = None
+
+
+class TextBlock(Cacheable):
+    type: Literal["text"]
+    text: str
+    citations: None = None
+
+
+class ThinkingBlock(Cacheable):
+    """Reasoning of the model; this server neither makes nor checks signatures."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class ToolUseBlock(Cacheable):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Cacheable):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+
+
+ContentBlock = Annotated[
+    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+
+
+class AnthropicMessage(Schema):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[ContentBlock]
+
+    def templates(self) -> list[dict[str, Any]]:
+        """The messages that chat templates read: each result of a call is one of its own."""
+        if isinstance(self.content, str):
+            return [{"role": self.role, "content": self.content}]
+        messages: list[dict[str, Any]] = []
+        fields: dict[str, Any] = {"content": ""}
+        for block in self.content:
+            if isinstance(block, ToolResultBlock):
+                text = ("Error: " if block.is_error else "") + _join(block.content or "")
+                result = {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+                messages.append(result)
+            elif isinstance(block, TextBlock):
+                fields["content"] += block.text
+            elif isinstance(block, ToolUseBlock):
+                call = function_call(block.id, block.name, block.input)
+                fields.setdefault("tool_calls", []).append(call)
+            elif block.thinking:
+                fields["reasoning_content"] = fields.get("reasoning_content", "") + block.thinking
+        if len(messages) < len(self.content) or not messages:
+            messages.append({"role": self.role, **fields})
+        return messages
+
+
+class AnthropicTool(Cacheable):
+    """A function that the model may call. Other kinds of tools are not supported."""
+
+    type: Literal["custom"] | None = None
+    name: FunctionName
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+    def function(self) -> Function:
+        """The tool in the form of chat completions."""
+        fields = self.model_dump(include={"name", "description", "strict"})
+        return Function(**fields, parameters=self.input_schema)
+
+
+class AnthropicToolChoice(Schema):
+    """Whether the model must call a function, and which one."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def chat_choice(self) -> CallMode | NamedFunction | None:
+        """The choice in the form of chat completions."""
+        if self.type == "tool":
+            if self.name is None:
+                problem, param = "needs the name of a tool", "tool_choice.name"
+                raise bad_request(f"tool_choice of the type tool {problem}; add {param}", param)
+            return NamedFunction(name=self.name)
+        return "none" if self.type == "none" else "required" if self.type == "any" else None
+
+
+class Thinking(Schema):
+    """Whether the model reasons first. Reasoning counts as output and has no limit of its own.
+
+    `adaptive` is on for models that support reasoning, and off for all others.
+    """
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = Field(None, ge=1)  # only checked to be below `max_tokens`
+    display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
+
+    def thinks(self, *, supports_reasoning: bool) -> bool:
+        """Whether reasoning is on."""
+        return supports_reasoning if self.type == "adaptive" else self.type == "enabled"
+
+
+class JSONOutputFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Schema):
+    format: JSONOutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None  # changes nothing here
+
+
+class AllTurns(Schema):
+    type: Literal["all"]
+
+
+class ClearThinking(Schema):
+    """Removes old reasoning from the conversation; only the edit that removes none is accepted."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"] | AllTurns
+
+
+class ContextManagement(Schema):
+    edits: list[ClearThinking] | None = None
+
+
+class Metadata(Schema):
+    """Identifies the client's own user, which changes nothing here."""
+
+    user_id: str | None = None
+
+
+class CountTokensRequest(Schema):
+    """The fields of a request that make its prompt."""
+
+    model: str | None = None
+    messages: list[AnthropicMessage] = Field(min_length=1)
+    system: str | list[TextBlock] | None = None
+    tools: list[AnthropicTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
+    cache_control: CacheControl | None = None
+
+    def conversation(self, *, supports_reasoning: bool) -> Conversation:
+        """The conversation; raises an APIError if fields do not fit each other or the model."""
+        messages = [template for message in self.messages for template in message.templates()]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": _join(self.system)})
+        choice, thinking = self.tool_choice, self.thinking
+        tools = allowed_tools(
+            [tool.function() for tool in self.tools or ()],
+            None if choice is None else choice.chat_choice(),
+            parallel=choice is None or not choice.disable_parallel_tool_use,
+        )
+        output = None if self.output_config is None else self.output_config.format
+        grammar = None if output is None else Grammar.json(output.json_schema)
+        return Conversation(
+            messages=messages,
+            template_args=reasoning_args(
+                None
+                if thinking is None
+                else thinking.thinks(supports_reasoning=supports_reasoning),
+                supports_reasoning=supports_reasoning,
+                param="thinking",
+            ),
+            tools=tools,
+            continues=self._continues(),
+            grammar=None if grammar is None else (grammar, "output_config.format"),
+        )
+
+    def _continues(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        last = self.messages[-1]
+        blocks = [] if isinstance(last.content, str) else last.content
+        if last.role != "assistant":
+            return False
+        if not all(isinstance(block, TextBlock) for block in blocks):
+            raise bad_request(
+                "the last message is the assistant's, which the answer continues, so it must be "
+                "text only; add the results of its calls, or remove it",
+                "messages",
+            )
+        return True
+
+
+class MessagesRequest(CountTokensRequest):
+    max_tokens: int = Field(ge=1)
+    temperature: FiniteFloat | None = Field(None, ge=0)
+    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def decoding(self) -> DecodingSchema:
+        """The decoding fields; raises an APIError if `budget_tokens` is not below `max_tokens`."""
+        budget = None if self.thinking is None else self.thinking.budget_tokens
+        if budget is not None and budget >= self.max_tokens:
+            limit = f"must be below max_tokens ({self.max_tokens}), got {budget}"
+            raise bad_request(f"thinking.budget_tokens {limit}", "thinking.budget_tokens")
+        fields = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
+        return DecodingSchema(**fields, stop=self.stop_sequences or None)
+
+
+def _join(text: str | list[TextBlock]) -> str:
+    return text if isinstance(text, str) else "\n\n".join(block.text for block in text)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the endpoints `/v1/messages` and `/v1/messages/count_tokens`."""
+
+    def conversation(request: CountTokensRequest) -> Conversation:
+        service.check_model(request.model)
+        return request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+
+    @app.post("/v1/messages")
+    async def messages(request: MessagesRequest, http: HTTPRequest) -> Response:
+        completion, (parser,) = await conversation(request).start(service, http, request.decoding())
+        answer = MessagesFormatter(service, completion, parser)
+        return await respond(service, http, completion, answer, request.stream)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(request: CountTokensRequest) -> dict[str, int]:
+        return {"input_tokens": len(await conversation(request).encode(service))}
+
+
+class MessagesFormatter:
+    """Writes a completion of one answer in the form of `/v1/messages`."""
+
+    def __init__(self, service: Service, completion: Completion, parser: MessageParser) -> None:
         self._tokenizer = service.tokenizer
-        self._completion = answers.completion
-        (self._parser,) = answers.parsers
-        self._blocks = Blocks()
+        self._completion = completion
+        self._parser = parser
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -58,39 +294,32 @@ class MessagesAnswer:
             "model": service.names[0],
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The message, once it is finished."""
-        for chunk in self._completion.texts[0].chunks:
-            list(self._blocks.add(self._parser.feed(chunk)))
-        list(self._blocks.finish())
-        content = [_block(block) for block in self._blocks.blocks]
+    def body(self) -> dict[str, Any]:
+        self._parser.read(self._completion.answers[0].chunks)
+        content = [_block(part) for part in self._parser.parts]
         return {**self._head, "content": content, **self._stop(), "usage": self._usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream."""
         begun = False
         try:
-            async for event in self._completion:
+            async for update in self._completion:
                 if not begun:  # the number of cached tokens is known now
                     begun = True
-                    for data in self._begin():
-                        yield data
-                for change in self._blocks.add(self._parser.feed(event.chunk)):
-                    for data in _changed(change):
+                    head: Any = {
+                        **self._head,
+                        "content": [],
+                        "stop_reason": None,
+                        "stop_sequence": None,
+                    }
+                    yield _frame("message_start", message={**head, "usage": self._usage()})
+                for change in self._parser.feed(update.chunk):
+                    for data in _change_frames(change):
                         yield data
         except Exception as error:
-            yield _frame("error", error=reported(error).anthropic_body()["error"])
+            yield _frame("error", error=api_error(error).anthropic_body()["error"])
             return
-        for change in self._blocks.finish():
-            for data in _changed(change):
-                yield data
         yield _frame("message_delta", delta=self._stop(), usage=self._usage())
         yield _frame("message_stop")
-
-    def _begin(self) -> list[bytes]:
-        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        message = {**self._head, **empty, "usage": self._usage()}
-        return [_frame("message_start", message=message)]
 
     def _usage(self) -> dict[str, int]:
         counts = self._completion.usage
@@ -102,46 +331,45 @@ class MessagesAnswer:
         }
 
     def _stop(self) -> dict[str, str | None]:
-        """Why the message ended."""
-        (text,) = self._completion.texts
-        if text.finish_reason == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
-        ids = [token for chunk in text.chunks for token in chunk.token_ids]
-        if ids[-1] not in text.config.stop_token_ids:  # a stop sequence: the first one in the text
-            whole = self._tokenizer.decode(ids)
-            found = [stop for stop in text.stop if stop in whole]
-            return {"stop_reason": "stop_sequence", "stop_sequence": min(found, key=whole.find)}
-        return {
-            "stop_reason": "tool_use" if self._parser.calls else "end_turn",
-            "stop_sequence": None,
-        }
+        """The reason for the end of the message, and the stop sequence if one ended it."""
+        (answer,) = self._completion.answers
+        stop = None
+        ids = [token for chunk in answer.chunks for token in chunk.token_ids]
+        if answer.finish_reason == "length":
+            reason = "max_tokens"
+        elif ids[-1] not in answer.config.stop_token_ids:
+            text, reason = self._tokenizer.decode(ids), "stop_sequence"
+            stop = min((stop for stop in answer.stop if stop in text), key=text.find)
+        else:
+            reason = "tool_use" if self._parser.calls else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": stop}
 
 
-def _block(block: Block) -> dict[str, Any]:
-    """A part of a message."""
-    if block.call is not None:
-        head = {"type": "tool_use", "id": block.call.id, "name": block.call.name}
-        return {**head, "input": json.loads(block.call.arguments)}
-    if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": block.text, "signature": ""}
-    return {"type": "text", "text": block.text}
+def _block(part: MessagePart) -> dict[str, Any]:
+    """The content block of a part of the message."""
+    if part.call is not None:
+        arguments = json.loads(part.call.arguments)
+        return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": arguments}
+    if part.kind == "reasoning":
+        return {"type": "thinking", "thinking": part.text, "signature": ""}
+    return {"type": "text", "text": part.text}
 
 
-def _changed(change: Change) -> list[bytes]:
-    """The events of one change."""
-    block, at = change.block, {"index": change.block.index}
+def _change_frames(change: PartChange) -> Iterator[bytes]:
+    """The server-sent events of one change."""
+    part, index = change.part, {"index": change.part.index}
     if change.event == "close":
-        return [_frame("content_block_stop", **at)]
-    if change.event == "text":
-        thinks = block.kind == "reasoning"
-        kind, name = ("thinking_delta", "thinking") if thinks else ("text_delta", "text")
-        return [_frame("content_block_delta", **at, delta={"type": kind, name: change.text})]
-    empty = _block(block) | ({"input": {}} if block.call is not None else {})
-    found = [_frame("content_block_start", **at, content_block=empty)]
-    if block.call is not None:
-        delta = {"type": "input_json_delta", "partial_json": block.call.arguments}
-        found.append(_frame("content_block_delta", **at, delta=delta))
-    return found
+        yield _frame("content_block_stop", **index)
+    elif change.event == "text":
+        name = "thinking" if part.kind == "reasoning" else "text"
+        delta = {"type": f"{name}_delta", name: change.text}
+        yield _frame("content_block_delta", **index, delta=delta)
+    else:
+        block = _block(part) | ({"input": {}} if part.call is not None else {})
+        yield _frame("content_block_start", **index, content_block=block)
+        if part.call is not None:
+            delta = {"type": "input_json_delta", "partial_json": part.call.arguments}
+            yield _frame("content_block_delta", **index, delta=delta)
 
 
 def _frame(kind: str, **fields: Any) -> bytes:

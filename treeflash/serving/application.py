@@ -1,82 +1,254 @@
-"""The application: endpoints, middleware, and errors in OpenAI's form."""
+"""The application: its endpoints, middleware and errors, and the server that runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+import os
+import reprlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
-from fastapi import FastAPI, Request
+import uvicorn
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from treeflash.errors import TreeflashError
-from treeflash.serving import anthropic, chat, completions, models, page, responses
-from treeflash.serving.errors import BAD_REQUEST, APIError
-from treeflash.serving.guard import Guard
-from treeflash.serving.service import Service
-from treeflash.serving.streaming import reported
+from treeflash.cli.console import INTERRUPTED
+from treeflash.errors import ConfigError, TreeflashError
+from treeflash.language_model import LanguageModel
+from treeflash.serving import anthropic, chat, completions, page, responses
+from treeflash.serving.authentication import add_guard
+from treeflash.serving.engine import Engine
+from treeflash.serving.errors import APIError, api_error, bad_request
+from treeflash.serving.metrics import Metrics
+from treeflash.serving.schemas import Message, Schema, Tool, allowed_tools
+from treeflash.serving.service import Conversation, Service
+from treeflash.serving.settings import Settings
+from treeflash.text.options import Options
 
-TYPES = frozenset({"str", "int", "float", "bool", "constrained-str"})
-"""What pydantic adds to a location for the types of a union."""
+logger = logging.getLogger("treeflash.serving")
 
 
 def application(service: Service) -> FastAPI:
-    """The server's application; its engine must have been started."""
-    app = FastAPI(title="treeflash", docs_url=None, redoc_url=None)
-    for module in (chat, completions, responses, anthropic, models):
-        app.include_router(module.router(service))
-    app.include_router(page.router())
-    app.add_middleware(Guard, settings=service.settings)
-    if service.settings.cors_origins:  # added last, it comes first: it also answers for errors
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-        )
-    app.add_exception_handler(RequestValidationError, _invalid)
+    """The server's application; the engine of the service must have been started."""
+    app = FastAPI(title="treeflash", redoc_url=None)
+    for room in (chat, completions, responses, anthropic):
+        room.add_routes(app, service)
+    add_routes(app, service)
+    page.add_routes(app)
+    add_guard(app, service.settings)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (APIError, TreeflashError, Exception):
-        app.add_exception_handler(kind, _failed)
+        app.add_exception_handler(kind, _error)
     return app
 
 
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return reported(error).response(request.url.path)
+class TokenizeRequest(Schema):
+    """The body of a request to `/tokenize`: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """No such path, no such method, or a body that is not JSON."""
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the endpoints `/v1/models`, `/tokenize`, `/health` and `/metrics`."""
+
+    def description(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "treeflash",
+            "max_model_len": service.engine.model.backend.max_positions,
+        }
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [description(name) for name in service.names]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return description(name)
+
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        service.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("send either prompt or messages", "prompt")
+        if request.messages is not None:
+            messages = [message.template() for message in request.messages]
+            tools = allowed_tools([tool.function for tool in request.tools or ()], None)
+            args = request.chat_template_kwargs or {}
+            conversation = Conversation(messages=messages, template_args=args, tools=tools)
+            tokens = await conversation.encode(service)
+        else:
+            tokens = await service.encode(request.prompt or "")
+        limit = service.engine.model.backend.max_positions
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        if not service.engine.ready:
+            raise APIError(503, "the server is shutting down", code="shutting_down")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _error(http: Request, error: Exception) -> JSONResponse:
+    return api_error(error).response(http.url.path)
+
+
+async def _http_error(http: Request, error: Exception) -> JSONResponse:
+    """There is no such path or method, or the body is not JSON."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    told = APIError(error.status_code, message, headers=error.headers)
-    return told.response(request.url.path)
+    path = http.url.path
+    message = f"{http.method} {path}: {error.detail}"
+    return APIError(error.status_code, message, headers=error.headers).response(path)
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Name the field that is wrong."""
+async def _invalid_request(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _invalid_field(error).response(request.url.path)
+    return _field_error(error.errors()).response(http.url.path)
 
 
-def _invalid_field(error: RequestValidationError) -> APIError:
-    # Of a field with several types, each has an error; the one that goes deepest is meant.
-    found = max(error.errors(), key=lambda item: len(item["loc"]))
-    if found["type"] == "json_invalid":
-        reason = found.get("ctx", {}).get("error", "")
-        return APIError(BAD_REQUEST, f"the body is not JSON: {reason}")
-    param = ".".join(_path(found["loc"])) or None
-    if found["type"] == "extra_forbidden":
-        message = f"{param} is not supported by this server; leave it out"
-    elif param is None:
-        message = f"the body is not a valid request: {found['msg']}"
-    else:
-        message = f"{param}: {found['msg']}"
-    return APIError(BAD_REQUEST, message, param=param)
+UNION_TYPES = frozenset({"str", "int", "float", "bool", "constrained-str", "constrained-int"})
+"""Names that pydantic adds to a location for the simple types of a union."""
+WRONG_TYPE = ("_type", "_parsing", "literal_error", "union_tag_invalid", "union_tag_not_found")
+"""Ends of the names of pydantic's errors for a value of another type."""
 
 
-def _path(location: Sequence[str | int]) -> list[str]:
+def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
+    """Name the field that is wrong.
+
+    A field that allows several types has an error for each of them. The type is meant that fits
+    the value deepest; if the value has none of the types, the message names all of them.
+    """
+    paths = [_field_path(error["loc"]) for error in errors]
+    path = max(paths, key=len)
+    same = [error for error, other in zip(errors, paths, strict=True) if other == path]
+    fitting = [error for error in same if not error["type"].endswith(WRONG_TYPE)]
+    error = (fitting or same)[0]
+    if error["type"] == "json_invalid":
+        return bad_request(f"the body is not JSON: {error.get('ctx', {}).get('error', '')}", None)
+    if not path:
+        return bad_request(f"the body is not a valid request: {error['msg']}", None)
+    param = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return bad_request(f"{param} is not supported by this server; remove it", param)
+    reasons = [error["msg"]] if fitting else [error["msg"] for error in same]
+    value = error.get("input")
+    got = f" (got {reprlib.repr(value)})" if isinstance(value, str | int | float) else ""
+    return bad_request(f"{param}: {' or '.join(dict.fromkeys(reasons))}{got}", param)
+
+
+def _field_path(location: Sequence[str | int]) -> list[str]:
     """The names and indices of a field, without the types that pydantic adds to them."""
+    types = UNION_TYPES | _schema_names(Schema)
     names = [str(part) for part in location[1:]]
-    return [name for name in names if name not in TYPES and "[" not in name]
+    return [name for name in names if name not in types and "[" not in name]
+
+
+def _schema_names(schema: type[Schema]) -> set[str]:
+    return {schema.__name__}.union(*map(_schema_names, schema.__subclasses__()))
+
+
+class Server(uvicorn.Server):
+    """Ends after the running answers; until then, new requests get status 503."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Finish the running answers, then end; a second signal ends the server at once."""
+        if self._engine.draining:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self._engine.unfinished)
+        self._engine.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end; called ten times a second."""
+        if self._engine.draining and not self._engine.unfinished:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(
+    load: Callable[[], LanguageModel],
+    settings: Settings,
+    defaults: Options,
+    names: tuple[str, ...],
+    *,
+    host: str,
+    port: int,
+    log_level: str,
+) -> int:
+    """Load the models and serve them; returns the exit status.
+
+    `defaults` are decoding options of requests that leave them out; port 0 chooses a free one.
+
+    Raises:
+        TreeflashError, OSError: the models cannot be loaded, the chat template rejects the
+            defaults, or the port is taken.
+    """
+    listening = bind(host, port)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")
+    engine = Engine(load, settings, Metrics())
+    with listening:
+        _load(engine)
+        try:
+            service = Service(engine, settings, defaults, names)
+            service.check_defaults()
+            app = application(service)
+            host, port = listening.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            config = uvicorn.Config(app, log_level=log_level, log_config=None, lifespan="off")
+            logger.info("serving %s on http://%s:%d", names[0], shown, port)
+            asyncio.run(Server(config, engine).serve([listening]))
+        finally:
+            engine.stop()
+    return 0
+
+
+def _load(engine: Engine) -> None:
+    """Start the engine; an interruption ends the process.
+
+    The engine's thread cannot be stopped while it loads, and the interpreter would abort if it shut
+    down beside threads of a framework.
+    """
+    try:
+        engine.start()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with the address, so that a taken port is an error before models are loaded."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from None
+    return listening

@@ -1,197 +1,216 @@
-"""`/v1/chat/completions`."""
+"""`/v1/chat/completions`: OpenAI's chat completions."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from treeflash.serving.completion import Event
-from treeflash.serving.conversation import Answers, Conversation
-from treeflash.serving.errors import BAD_REQUEST, APIError
-from treeflash.serving.log_probs import token_log_probs
-from treeflash.serving.message_parser import Delta, MessageParser, ToolCall
-from treeflash.serving.messages import Message, templates
-from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema
-from treeflash.serving.service import Service, response_id, usage
-from treeflash.serving.streaming import DONE, CompletionStream, finish, frame
+from treeflash.serving.engine import AnswerUpdate, Completion
+from treeflash.serving.errors import bad_request
+from treeflash.serving.message_parser import MessageParser, PartChange
+from treeflash.serving.schemas import (
+    MAX_LOG_PROBS,
+    MAX_TOOLS,
+    CallMode,
+    DecodingSchema,
+    Message,
+    NamedToolChoice,
+    ReasoningEffort,
+    Tool,
+    Verbosity,
+    allowed_tools,
+    function_call,
+    reasoning_args,
+    thinks,
+)
+from treeflash.serving.service import Conversation, Service
+from treeflash.serving.streaming import ChoicesFormatter, log_probs, respond, token_name
 from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
-from treeflash.serving.tools import Tool, ToolChoice, allowed_tools
-from treeflash.serving.trees import draft_tree
-from treeflash.text.assembler import Assembler
 from treeflash.text.options import Options
+from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer
 
 
 class ChatRequest(DecodingSchema):
-    """The body of a request."""
-
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    tools: list[Tool] | None = Field(None, max_length=256)
-    tool_choice: ToolChoice | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: CallMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Of vllm-router too.
-    continue_final_message: Literal[False] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    # These fields of OpenAI's change nothing here.
+    metadata: dict[str, str] | None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    verbosity: Verbosity | None = None
+    # Also added by vllm-router.
     separate_reasoning: Literal[True] | None = None
     stream_reasoning: Literal[True] | None = None
     include_reasoning: Literal[True] | None = None
 
-    def conversation(self) -> Conversation:
-        """What is to be continued, and how."""
-        tools, must_call = allowed_tools(self.tools, self.tool_choice)
+    def conversation(self, *, supports_reasoning: bool) -> Conversation:
+        """The conversation; raises an APIError if a message or a tool is invalid."""
+        choice = self.tool_choice
+        reasoning = reasoning_args(
+            thinks(self.reasoning_effort),
+            supports_reasoning=supports_reasoning,
+            param="reasoning_effort",
+        )
         return Conversation(
-            messages=templates(self.messages),
-            template_args=self.chat_template_kwargs or {},
-            tools=tools,
-            must_call=must_call,
-            parallel=self.parallel_tool_calls is not False,
+            messages=[message.template() for message in self.messages],
+            template_args=reasoning | (self.chat_template_kwargs or {}),
+            tools=allowed_tools(
+                [tool.function for tool in self.tools or ()],
+                choice.function if isinstance(choice, NamedToolChoice) else choice,
+                parallel=self.parallel_tool_calls,
+            ),
+            continues=self._continues(),
             grammar=answer_grammar(self.response_format, self.structured_outputs),
         )
 
+    def _continues(self) -> bool:
+        """Whether the last message is the beginning of the answer, with vLLM's two fields."""
+        continues = self.continue_final_message is True
+        if continues == (self.add_generation_prompt is not False):
+            raise bad_request(
+                "add_generation_prompt must be false if continue_final_message is true, and not "
+                "otherwise",
+                "add_generation_prompt",
+            )
+        last = self.messages[-1]
+        if continues and (last.role != "assistant" or not last.content or last.tool_calls):
+            raise bad_request(
+                "continue_final_message needs a last message of the assistant with text only",
+                "continue_final_message",
+            )
+        return continues
+
     def options(self) -> Options:
-        """The decoding options that were given."""
+        """The decoding options; raises an APIError if two fields contradict each other."""
         options = super().options()
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
-                raise APIError(
-                    BAD_REQUEST,
-                    "max_tokens and max_completion_tokens mean the same, and differ",
-                    param="max_tokens",
+                raise bad_request(
+                    "max_tokens and max_completion_tokens are aliases but have different values, "
+                    f"{self.max_tokens} and {self.max_completion_tokens}; send one of them",
+                    "max_tokens",
                 )
             options["max_tokens"] = self.max_completion_tokens
         if self.top_logprobs is not None and not self.logprobs:
-            raise APIError(
-                BAD_REQUEST, "top_logprobs needs logprobs to be true", param="top_logprobs"
-            )
+            message = "top_logprobs requires logprobs; set logprobs to true or remove top_logprobs"
+            raise bad_request(message, "top_logprobs")
         if self.logprobs:
             options["log_probs"] = self.top_logprobs or 0
         return options
 
 
-def router(service: Service) -> APIRouter:
-    """The endpoint."""
-    routes = APIRouter()
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the endpoint `/v1/chat/completions`."""
 
-    @routes.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
-        service.check_model(body.model)
-        answers = await body.conversation().start(service, http, body)
-        answer, completion = ChatAnswer(service, body, answers), answers.completion
-        if body.stream:
-            return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-        await finish(completion, http)
-        return JSONResponse(answer.whole())
-
-    return routes
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
+        service.check_model(request.model)
+        conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+        completion, parsers = await conversation.start(service, http, request)
+        answer = ChatFormatter(service, request, completion, parsers)
+        return await respond(service, http, completion, answer, request.stream)
 
 
-class ChatAnswer:
-    """Formats a completion."""
+class ChatFormatter(ChoicesFormatter):
+    """Writes a completion in the form of chat completions."""
 
-    def __init__(self, service: Service, body: ChatRequest, answers: Answers) -> None:
-        """Give the answer a name."""
-        self._tokenizer: Tokenizer = service.tokenizer
-        self._body = body
-        self._completion = answers.completion
-        self._parsers = answers.parsers
-        self._head = {
-            "id": response_id("chatcmpl"),
-            "created": int(service.created),
-            "model": service.names[0],
-        }
+    id_prefix = "chatcmpl"
+    body_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
-    def whole(self) -> dict[str, Any]:
-        """The response, once all answers are finished."""
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [self._choice(i, text) for i, text in enumerate(self._completion.texts)],
-            "usage": usage(self._completion.usage),
-        }
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        completion: Completion,
+        parsers: Sequence[MessageParser],
+    ) -> None:
+        super().__init__(service, request, completion)
+        self._parsers = parsers
+        self._logprobs = request.logprobs
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream."""
-        async for event in self._completion:
-            if event.iteration == 0:
-                yield self._frame(event, {"role": "assistant", "content": ""})
-            parser = self._parsers[event.index]
-            fields = _delta(parser, parser.feed(event.chunk))
-            yield self._frame(event, fields, **self._details(event))
-        options = self._body.stream_options
-        if options is not None and options.include_usage:
-            yield self._chunk(choices=[], usage=usage(self._completion.usage))
-        yield DONE
-
-    def _choice(self, index: int, text: Assembler) -> dict[str, Any]:
-        chunks, parser = text.chunks, self._parsers[index]
-        for chunk in chunks:
-            parser.feed(chunk)
-        message: dict[str, Any] = {"role": "assistant", "content": parser.content or None}
-        if not parser.calls:
-            message["content"] = parser.content
-        else:
-            message["tool_calls"] = [_call(call) for call in parser.calls]
+    def choice(self, index: int, answer: Assembler) -> dict[str, Any]:
+        parser = self._parsers[index]
+        parser.read(answer.chunks)
+        message: dict[str, Any] = {"role": "assistant", "content": parser.content}
+        if parser.calls:
+            message["content"] = parser.content or None
+            message["tool_calls"] = [function_call(**vars(call)) for call in parser.calls]
         if parser.reasoning:
             message["reasoning_content"] = parser.reasoning
+        entries = log_prob_entries(self._tokenizer, answer.chunks) if self._logprobs else None
         return {
             "index": index,
             "message": message,
-            "finish_reason": finish_reason(text.finish_reason, parser),
-            "logprobs": {"content": token_log_probs(self._tokenizer, chunks)}
-            if self._body.logprobs
-            else None,
+            "finish_reason": _finish_reason(answer.finish_reason, parser),
+            "logprobs": None if entries is None else {"content": entries},
         }
 
-    def _details(self, event: Event) -> dict[str, Any]:
-        """What was asked for beside the text."""
-        reason = finish_reason(event.chunk.finish_reason, self._parsers[event.index])
-        details: dict[str, Any] = {"finish_reason": reason}
-        if self._body.logprobs:
-            content = token_log_probs(self._tokenizer, [event.chunk])
-            details["logprobs"] = {"content": content}
-        options = self._body.stream_options
-        if options is not None and options.include_draft_trees:
-            details["draft_tree"] = draft_tree(self._tokenizer, event)
-        return details
-
-    def _frame(self, event: Event, delta: dict[str, Any], **details: Any) -> bytes:
-        choice = {"index": event.index, "delta": delta, "finish_reason": None, **details}
-        if self._body.usage_in_chunks:
-            return self._chunk(choices=[choice], usage=usage(self._completion.usage))
-        return self._chunk(choices=[choice])
-
-    def _chunk(self, **fields: Any) -> bytes:
-        return frame({**self._head, "object": "chat.completion.chunk", **fields})
+    def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
+        """The role before the first tokens of an answer; then what the update adds to it."""
+        if update.iteration == 0:
+            role = {"role": "assistant", "content": ""}
+            yield {"index": update.index, "delta": role, "finish_reason": None}
+        parser, chunk = self._parsers[update.index], update.chunk
+        choice: dict[str, Any] = {
+            "index": update.index,
+            "delta": _delta(parser, list(parser.feed(chunk))),
+            "finish_reason": _finish_reason(chunk.finish_reason, parser),
+        }
+        if self._logprobs:
+            choice["logprobs"] = {"content": log_prob_entries(self._tokenizer, [chunk])}
+        yield choice | self.draft_tree(update)
 
 
-def finish_reason(reason: str | None, parser: MessageParser) -> str | None:
-    """`tool_calls` if a message ended by itself after calls."""
+def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+    """The log probability of each token of the chunks, and of the most probable ones instead."""
+    return [
+        _log_prob(tokenizer, token_id, sampled)
+        | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in top]}
+        for token_id, sampled, top in log_probs(chunks)
+    ]
+
+
+def _log_prob(tokenizer: Tokenizer, token_id: int, log_prob: float) -> dict[str, Any]:
+    part = list(tokenizer.token_bytes(token_id))
+    return {"token": token_name(tokenizer, token_id), "logprob": log_prob, "bytes": part}
+
+
+def _finish_reason(reason: str | None, parser: MessageParser) -> str | None:
+    """`tool_calls` if a message with calls ended by itself, else the reason of the decode loop."""
     return "tool_calls" if reason == "stop" and parser.calls else reason
 
 
-def _delta(parser: MessageParser, deltas: list[Delta]) -> dict[str, Any]:
-    """What a chunk adds to a message, in OpenAI's form."""
-    fields: dict[str, Any] = {}
+def _delta(parser: MessageParser, changes: Sequence[PartChange]) -> dict[str, Any]:
+    """The additions of a chunk to a message, in OpenAI's form."""
+    delta: dict[str, Any] = {}
     for kind, name in (("content", "content"), ("reasoning", "reasoning_content")):
-        if text := "".join(delta.text for delta in deltas if delta.kind == kind):
-            fields[name] = text
-    calls = [delta.call for delta in deltas if delta.call is not None]
+        if text := "".join(change.text for change in changes if change.part.kind == kind):
+            delta[name] = text
+    calls = [x.part.call for x in changes if x.event == "open" and x.part.call is not None]
     if calls:
         first = len(parser.calls) - len(calls)
-        fields["tool_calls"] = [{"index": first + i, **_call(x)} for i, x in enumerate(calls)]
-    return fields
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        delta["tool_calls"] = [
+            {"index": first + i, **function_call(**vars(call))} for i, call in enumerate(calls)
+        ]
+    return delta

@@ -1,142 +1,166 @@
-"""`/v1/completions`: text without a chat template."""
+"""`/v1/completions`: OpenAI's completions, of plain text without a chat template."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from treeflash.serving.completion import Completion, Event
+from treeflash.serving.engine import AnswerUpdate, Completion, Usage
+from treeflash.serving.errors import bad_request
 from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema, TokenId
-from treeflash.serving.service import Service, response_id, usage
-from treeflash.serving.streaming import DONE, CompletionStream, finish, frame
+from treeflash.serving.service import Service
+from treeflash.serving.streaming import (
+    ChoicesFormatter,
+    log_probs,
+    respond,
+    token_log_probs,
+    token_name,
+)
 from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
-from treeflash.serving.trees import draft_tree
-from treeflash.text.assembler import Assembler, Chunk
 from treeflash.text.options import Options
-from treeflash.text.tokenizer import Tokenizer
+from treeflash.text.stream import Assembler, Chunk
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(DecodingSchema):
-    """The body of a request."""
+    """The body of a request; with several prompts, each has `n` choices, in order.
 
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)]
+    `echo` puts the prompt before each answer, with its log probabilities if `logprobs` is set. Only
+    with `echo` may `max_tokens` be 0.
+    """
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: Literal[1] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def options(self) -> Options:
-        """The decoding options that were given."""
         options = super().options()
         if self.logprobs is not None:
             options["log_probs"] = self.logprobs
+        if self.max_tokens == 0:
+            if not self.echo:
+                problem = "max_tokens is 0, which is only of use with echo"
+                raise bad_request(f"{problem}; set echo to true or raise max_tokens", "max_tokens")
+            options["max_tokens"] = 1  # it is generated, and left out of the answer
         return options
 
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
-def router(service: Service) -> APIRouter:
-    """The endpoint."""
-    routes = APIRouter()
 
-    @routes.post("/v1/completions")
-    async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
-        service.check_model(body.model)
-        prompt = body.prompt
-        prompt_ids = await service.encode_text(prompt) if isinstance(prompt, str) else prompt
-        grammar = answer_grammar(body.response_format, body.structured_outputs)
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the endpoint `/v1/completions`."""
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
+        service.check_model(request.model)
+        prompts = [
+            await service.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in request.prompts()
+        ]
+        grammar = answer_grammar(request.response_format, request.structured_outputs)
         constraint = None
         if grammar is not None:
-            constraint = await asyncio.to_thread(service.grammars.compile, *grammar)
-        completion = service.submit(http, body, prompt_ids, constraint)
-        answer = TextAnswer(service, body, completion)
-        if body.stream:
-            return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-        await finish(completion, http)
-        return JSONResponse(answer.whole())
-
-    return routes
+            constraint = await asyncio.to_thread(service.compile, *grammar)
+        scores_prompt = bool(request.echo) and request.logprobs is not None
+        completion = service.start(http, request, prompts, constraint, scores_prompt=scores_prompt)
+        answer = CompletionFormatter(service, request, completion)
+        return await respond(service, http, completion, answer, request.stream)
 
 
-class TextAnswer:
-    """Formats a completion."""
+class CompletionFormatter(ChoicesFormatter):
+    """Writes a completion in the form of `/v1/completions`."""
 
-    def __init__(self, service: Service, body: CompletionRequest, completion: Completion) -> None:
-        """Give the answer a name."""
-        self._tokenizer: Tokenizer = service.tokenizer
-        self._body = body
-        self._completion = completion
-        self._lengths = [0] * len(completion.texts)
-        self._head = {
-            "id": response_id("cmpl"),
-            "object": "text_completion",
-            "created": service.created,
-            "model": service.names[0],
-        }
+    id_prefix = "cmpl"
+    body_object = chunk_object = "text_completion"
 
-    def whole(self) -> dict[str, Any]:
-        """The response, once all answers are finished."""
-        return {
-            **self._head,
-            "choices": [self._whole(i, text) for i, text in enumerate(self._completion.texts)],
-            "usage": usage(self._completion.usage),
-        }
+    def __init__(
+        self, service: Service, request: CompletionRequest, completion: Completion
+    ) -> None:
+        super().__init__(service, request, completion)
+        self._has_log_probs = request.logprobs is not None
+        self._prompts = request.prompts() if request.echo else None
+        self._prompt_only = request.max_tokens == 0
+        self._offsets = [0] * len(completion.answers)
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream."""
-        async for event in self._completion:
-            chunk = {**self._head, "choices": [self._part(event)]}
-            if self._body.usage_in_chunks:
-                chunk["usage"] = usage(self._completion.usage)
-            yield frame(chunk)
-        options = self._body.stream_options
-        if options is not None and options.include_usage:
-            yield frame({**self._head, "choices": [], "usage": usage(self._completion.usage)})
-        yield DONE
+    @property
+    def counts(self) -> Usage:
+        counts = super().counts
+        return replace(counts, completion_tokens=0) if self._prompt_only else counts
 
-    def _whole(self, index: int, text: Assembler) -> dict[str, Any]:
-        content = "".join(chunk.text for chunk in text.chunks)
-        return self._choice(index, content, text.chunks, text.finish_reason)
+    def choice(self, index: int, answer: Assembler) -> dict[str, Any]:
+        return self._choice(index, answer.chunks, answer.finish_reason, begins=True)
 
-    def _part(self, event: Event) -> dict[str, Any]:
-        chunk = event.chunk
-        choice = self._choice(event.index, chunk.text, [chunk], chunk.finish_reason)
-        options = self._body.stream_options
-        if options is not None and options.include_draft_trees:
-            choice["draft_tree"] = draft_tree(self._tokenizer, event)
-        return choice
+    def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
+        chunk, begins = update.chunk, update.iteration == 0
+        choice = self._choice(update.index, [chunk], chunk.finish_reason, begins=begins)
+        yield choice | self.draft_tree(update)
 
     def _choice(
-        self, index: int, text: str, chunks: list[Chunk], finish_reason: str | None
+        self, index: int, chunks: Sequence[Chunk], finish_reason: str | None, *, begins: bool
     ) -> dict[str, Any]:
-        found = None if self._body.logprobs is None else self._log_probs(index, chunks)
-        return {"index": index, "text": text, "logprobs": found, "finish_reason": finish_reason}
-
-    def _log_probs(self, index: int, chunks: list[Chunk]) -> dict[str, Any]:
-        """Four lists with an entry for each token."""
-        name = self._tokenizer.token_text
-        tokens: list[str] = []
-        chosen: list[float] = []
-        best: list[dict[str, float]] = []
-        offsets: list[int] = []
-        for chunk in chunks:
-            log_probs = chunk.step.log_probs
-            assert log_probs is not None
-            for i, token_id in enumerate(chunk.token_ids):
-                tokens.append(name(token_id))
-                chosen.append(float(log_probs.chosen[i]))
-                pairs = zip(log_probs.tokens[i].tolist(), log_probs.values[i].tolist(), strict=True)
-                best.append({name(token): value for token, value in pairs})
-                offsets.append(self._lengths[index])
-                self._lengths[index] += len(tokens[-1])
+        """A part of an answer; the first part may begin with the prompt."""
+        new = [] if self._prompt_only else chunks
+        text = "".join(chunk.text for chunk in new)
+        if begins and self._prompts is not None:
+            text = self._prompt_text(index) + text
         return {
-            "tokens": tokens,
-            "token_logprobs": chosen,
-            "top_logprobs": best,
-            "text_offset": offsets,
+            "index": index,
+            "text": text,
+            "logprobs": self._log_probs(index, new, begins) if self._has_log_probs else None,
+            "finish_reason": "length" if self._prompt_only else finish_reason,
         }
+
+    def _prompt_text(self, index: int) -> str:
+        assert self._prompts is not None
+        prompt = self._prompts[index // self._answers_per_prompt]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    @property
+    def _answers_per_prompt(self) -> int:
+        return len(self._completion.answers) // self._completion.prompts
+
+    def _log_probs(self, index: int, chunks: Sequence[Chunk], begins: bool) -> dict[str, Any]:
+        """Four lists with an entry for each token; the first token of a prompt has no values."""
+        keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        lists: dict[str, list[Any]] = {key: [] for key in keys}
+
+        def add(token_id: int, log_prob: float | None, top: dict[str, float] | None) -> None:
+            token, part = token_name(self._tokenizer, token_id), self._tokenizer.token_bytes
+            for key, value in zip(keys, (token, log_prob, top, self._offsets[index]), strict=True):
+                lists[key].append(value)
+            # A character that is cut into several tokens begins with the first of them.
+            self._offsets[index] += sum(byte & 0xC0 != 0x80 for byte in part(token_id))
+
+        def name_all(top: list[tuple[int, float]]) -> dict[str, float]:
+            return {token_name(self._tokenizer, token_id): value for token_id, value in top}
+
+        if begins and self._prompts is not None:
+            # The first answer to a prompt has the log probabilities for all of them.
+            leader = self._completion.answers[index - index % self._answers_per_prompt]
+            first, *rest = leader.prompt_ids
+            add(first, None, None)
+            if (scores := leader.chunks[0].step.prompt_log_probs) is not None:
+                for token_id, log_prob, top in token_log_probs(rest, scores):
+                    add(token_id, log_prob, name_all(top))
+        for token_id, log_prob, top in log_probs(chunks):
+            add(token_id, log_prob, name_all(top))
+        return lists

@@ -1,266 +1,383 @@
-"""One thread that owns the models and decodes all requests together."""
+"""One thread that owns the models and decodes all requests together.
+
+An endpoint calls `Engine.submit` in the event loop and reads the `Completion` that it returns. The
+engine's thread runs the scheduler and delivers the new tokens of each iteration to the completions.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import queue
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, Ticket
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
 from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.suffix import SuffixCache
 from treeflash.language_model import LanguageModel
-from treeflash.serving.completion import Completion, Event
-from treeflash.serving.errors import APIError
+from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import GIB, Settings
-from treeflash.text.assembler import Assembler
+from treeflash.text.stream import Assembler, Chunk
 
 logger = logging.getLogger("treeflash.serving")
 
 
+@dataclass(frozen=True, eq=False)
+class AnswerUpdate:
+    """The text and tokens that one iteration added to one answer of a completion."""
+
+    index: int
+    iteration: int  # 0 for the prefill, then 1, 2, ...
+    chunk: Chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of a completion; each prompt counts once, everything else for all answers."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens that came from the prefix cache
+    completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    iterations: int  # forward passes after the prefill
+
+
+class Completion:
+    """An asynchronous iterator of updates that ends when every answer has a finish reason.
+
+    The answers to one prompt follow each other, and all prompts have the same number of answers. It
+    belongs to the event loop that made it. The engine's thread delivers the updates. After
+    `timeout` seconds, iteration raises a TimeoutError.
+
+    Attributes:
+        requests: one for each answer.
+        prompts: number of prompts.
+        answers: the tokens and text so far, one for each request.
+        submitted: time of the submission, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Assembler],
+        prompts: int,
+        cancel: Callable[[Completion], None],
+        timeout: float,
+    ) -> None:
+        self.requests = tuple(requests)
+        self.prompts = prompts
+        self.answers = tuple(answers)
+        self.submitted = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout
+        self._updates: asyncio.Queue[AnswerUpdate | Exception] = asyncio.Queue()
+        self._unfinished = len(self.answers)
+        self._cancel = cancel
+
+    @property
+    def usage(self) -> Usage:
+        """The token counts so far."""
+        firsts = self.answers[:: len(self.answers) // self.prompts]
+        chunks = [chunk for answer in self.answers for chunk in answer.chunks]
+        steps = [chunk.step for chunk in chunks]
+        verified = [(x.tree, x.path) for x in steps if x.tree is not None and x.path is not None]
+        return Usage(
+            prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts),
+            cached_tokens=sum(x.step.cached_tokens for answer in firsts for x in answer.chunks[:1]),
+            completion_tokens=sum(len(chunk.token_ids) for chunk in chunks),
+            drafted_tokens=sum(len(tree) - 1 for tree, _ in verified),
+            accepted_tokens=sum(len(path) - 1 for _, path in verified),
+            iterations=len(verified),
+        )
+
+    def __aiter__(self) -> Completion:
+        return self
+
+    async def __anext__(self) -> AnswerUpdate:
+        """The next update; raises the error that ended one of the answers."""
+        if not self._unfinished:
+            raise StopAsyncIteration
+        async with asyncio.timeout_at(self._deadline):
+            update = await self._updates.get()
+        if isinstance(update, Exception):
+            raise update
+        self._unfinished -= update.chunk.finish_reason is not None
+        return update
+
+    async def wait(self) -> None:
+        async for _ in self:
+            pass
+
+    def deliver(self, updates: Sequence[AnswerUpdate | Exception]) -> None:
+        """Add updates, from any thread; nothing happens if the event loop is closed."""
+
+        def put() -> None:
+            for update in updates:
+                self._updates.put_nowait(update)
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(put)
+
+    def cancel(self) -> None:
+        """Stop generating; nothing happens if all answers are finished."""
+        self._cancel(self)
+
+    def __enter__(self) -> Completion:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
 @dataclass(eq=False)
-class _Text:
-    """One answer that is being generated; `newest` is when its newest tokens were made."""
+class _RunningAnswer:
+    """An answer that is being generated; `newest` is the time of its newest tokens."""
 
     completion: Completion
     index: int
+    assembler: Assembler
     newest: float = 0.0
-
-    @property
-    def assembler(self) -> Assembler:
-        return self.completion.texts[self.index]
-
-
-@dataclass
-class _Load:
-    """Answers that are not finished, and how long the last ones took; shared by all threads."""
-
-    texts: dict[Completion, int] = field(default_factory=dict)
-    seconds: float = 1.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def total(self) -> int:
-        return sum(self.texts.values())
 
 
 class Engine:
-    """Decodes requests in a thread of its own.
+    """Decodes requests in a thread of its own, which `start` starts.
 
     The models are loaded in this thread too, because frameworks bind streams and thread pools to
     threads. Other threads submit and cancel; both take effect between two iterations.
 
     Attributes:
-        settings: limits.
-        metrics: are counted here.
         draining: whether new requests are refused, because the server is about to end.
     """
 
     def __init__(
         self, load: Callable[[], LanguageModel], settings: Settings, metrics: Metrics
     ) -> None:
-        """Prepare; `start` loads the models."""
         self.settings = settings
         self.metrics = metrics
         self.draining = False
-        self._load_model = load
-        self._load = _Load()
+        self._load = load
+        # Unfinished answers of each completion and the mean time of an answer, for all threads.
+        self._backlog: dict[Completion, int] = {}
+        self._mean_seconds = 1.0
+        self._lock = threading.Lock()
         self._loaded: Future[tuple[LanguageModel, Scheduler]] = Future()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._texts: dict[Ticket, _Text] = {}
+        self._answers: dict[RequestId, _RunningAnswer] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="treeflash-engine", daemon=True)
 
     @property
     def model(self) -> LanguageModel:
-        """The loaded pair."""
         return self._loaded.result()[0]
 
     @property
     def ready(self) -> bool:
-        """Whether requests are accepted."""
         return self._thread.is_alive() and self._loaded.done() and not self.draining
 
     @property
     def unfinished(self) -> int:
-        """Answers that are running or waiting."""
-        with self._load.lock:
-            return self._load.total
+        """The number of answers that are running or waiting."""
+        with self._lock:
+            return sum(self._backlog.values())
 
     def start(self) -> None:
-        """Load the models and begin to decode.
-
-        Raises:
-            TreeflashError, OSError: what loading raises.
-        """
+        """Load the models and begin to decode; raises what loading raises."""
         self._thread.start()
         self._loaded.result()
 
     def stop(self) -> None:
-        """Drop all texts and end the thread."""
+        """Drop all answers and end the thread."""
         self.draining = True
         self._commands.put(self._stop)
         self._thread.join()
 
-    def submit(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> Completion:
-        """Generate answers to a prompt; call it in an event loop.
+    def submit(
+        self, requests: Sequence[Request], stop: Sequence[str] = (), *, prompts: int = 1
+    ) -> Completion:
+        """Generate an answer to each request; call it in an event loop.
 
-        Args:
-            requests: one for each answer, with the same prompt, which is run once.
-            stop: strings to stop at.
+        The requests of one prompt follow each other, and the prompt is run once for all of them.
+        There are as many requests for each of the `prompts`. Answers end before a string of `stop`.
 
         Raises:
             PromptError, ConfigError: see `Scheduler.submit`.
-            APIError: 429, too many texts are waiting; 503, the server is about to end.
+            APIError: too many answers are waiting, or the server is about to end.
         """
         model, scheduler = self._loaded.result()
         if not self.ready:
             raise APIError(503, "the server is shutting down", code="shutting_down")
         for request in requests:
             scheduler.check(request)
-        texts = [
-            Assembler(model.backend, model.tokenizer, x.prompt_ids, x.config, stop)
+        answers = [
+            Assembler(model.backend, model.tokenizer, tuple(x.prompt_ids), x.config, stop)
             for x in requests
         ]
-        completion = Completion(requests, texts, self._withdraw, self.settings.timeout)
+        timeout = self.settings.timeout
+        completion = Completion(requests, answers, prompts, self._withdraw, timeout)
         self._reserve(completion)
-        self._commands.put(partial(self._submit, completion))
+        self._commands.put(partial(self._admit, completion))
         return completion
 
+    def shorten(self, request: Request) -> Request:
+        """The request with as many new tokens as the memory has room for, and at least one."""
+        scheduler, limit = self._loaded.result()[1], self.settings.max_memory_gb * GIB
+
+        def with_tokens(count: int) -> Request:
+            return replace(request, config=replace(request.config, max_tokens=count))
+
+        counts = range(1, request.config.max_tokens + 1)
+        fitting = bisect_right(counts, limit, key=lambda x: scheduler.state_bytes(with_tokens(x)))
+        return with_tokens(max(fitting, 1))
+
     def _reserve(self, completion: Completion) -> None:
-        """Take a place in the queue."""
-        limit = self.settings.max_parallel + self.settings.max_queue
-        with self._load.lock:
-            waiting = self._load.total + len(completion.texts)
-            if waiting > limit:
-                turns = self._load.total / self.settings.max_parallel
-                seconds = math.ceil(self._load.seconds * turns)
+        """Take places in the queue; raises an APIError if there are not enough."""
+        limit, new = self.settings.max_parallel + self.settings.max_queue, len(completion.answers)
+        if new > limit:
+            raise bad_request(
+                f"the request asks for {new} answers, and this server takes {limit} at once; send "
+                "fewer prompts, or a smaller n",
+                "prompt",
+            )
+        with self._lock:
+            total = sum(self._backlog.values())
+            if total + new > limit:
+                seconds = math.ceil(self._mean_seconds * total / self.settings.max_parallel)
                 raise APIError(
                     429,
-                    f"{self._load.total} answers are being generated or waiting, and the limit is "
-                    f"{limit}; try again in {seconds} seconds",
+                    f"{total} answers are being generated or waiting, and the limit is {limit}; "
+                    f"try again in {seconds} seconds",
                     code="queue_full",
-                    headers={"Retry-After": str(max(1, seconds))},
+                    headers={"Retry-After": str(seconds)},
                 )
-            self._load.texts[completion] = len(completion.texts)
+            self._backlog[completion] = new
 
     def _withdraw(self, completion: Completion) -> None:
-        """Cancel the answers of a completion that are not finished."""
-        with self._load.lock:
-            unfinished = self._load.texts.get(completion)
+        """Cancel the unfinished answers of a completion."""
+        with self._lock:
+            unfinished = completion in self._backlog
         if unfinished:
             self._commands.put(partial(self._drop, completion))
 
-    # What follows runs in the engine's thread.
+    # The methods below run in the engine's thread.
 
     def _run(self) -> None:
         try:
-            model = self._load_model()
-            gib = self.settings.prefix_cache_gb
-            cache = PrefixCache(int(gib * GIB)) if gib else None
-            config = SchedulerConfig(
-                max_parallel=self.settings.max_parallel,
-                max_bytes=int(self.settings.max_memory_gb * GIB),
+            model = self._load()
+            settings = self.settings
+            cache_bytes = int(settings.prefix_cache_gb * GIB)
+            cache = PrefixCache(cache_bytes) if settings.prefix_cache_gb else None
+            copied = SuffixCache(int(settings.suffix_cache_gb * GIB))
+            max_bytes = int(settings.max_memory_gb * GIB)
+            config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
+            self._scheduler = model.scheduler(
+                config, cache, copied if settings.suffix_cache_gb else None
             )
-            self._scheduler = model.scheduler(config, cache)
         except BaseException as error:
             self._loaded.set_exception(error)
             return
         self._loaded.set_result((model, self._scheduler))
         while not self._stopping:
-            self._obey()
+            self._run_commands()
             if self._scheduler.busy:
                 self._iterate()
         self._scheduler.close()
         if cache is not None:
             cache.close()
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         """Run the commands of other threads; wait for one if there is nothing to decode."""
-        try:
+        with suppress(queue.Empty):
             while True:
                 self._commands.get(block=not self._scheduler.busy and not self._stopping)()
-        except queue.Empty:
-            pass
 
     def _stop(self) -> None:
         self._stopping = True
 
-    def _submit(self, completion: Completion) -> None:
+    def _admit(self, completion: Completion) -> None:
         try:
-            tickets = self._scheduler.submit_group(completion.requests)
+            request_ids = [
+                request_id
+                for _, group in groupby(completion.requests, key=lambda x: list(x.prompt_ids))
+                for request_id in self._scheduler.submit_group(list(group))
+            ]
         except Exception as error:
             self._fail(completion, error)
             return
-        for index, ticket in enumerate(tickets):
-            self._texts[ticket] = _Text(completion, index)
+        for i, (request_id, answer) in enumerate(zip(request_ids, completion.answers, strict=True)):
+            self._answers[request_id] = _RunningAnswer(completion, i, answer)
 
     def _iterate(self) -> None:
-        """Run one iteration and hand out what it made."""
+        """Run one iteration and deliver its steps."""
         try:
             steps = self._scheduler.step()
         except Exception:
-            logger.exception("an iteration failed; its texts are dropped")
+            logger.exception("an iteration failed; its requests are dropped")
             self._scheduler.close()
-            for completion in {text.completion for text in self._texts.values()}:
-                self._fail(completion, APIError(500, "the server failed; its log says why"))
+            for completion in {answer.completion for answer in self._answers.values()}:
+                self._fail(completion, APIError(500, SERVER_FAILED))
             return
-        events: dict[Completion, list[Event | Exception]] = {}
-        for ticket, step in steps:
-            text = self._texts.get(ticket)
-            if text is None:  # dropped with another answer that failed
-                continue
+        updates: dict[Completion, list[AnswerUpdate | Exception]] = {}
+        for request_id, step in steps:
+            if (answer := self._answers.get(request_id)) is None:
+                continue  # it was dropped with another answer of its completion, which failed
             if isinstance(step, Exception):
-                logger.warning("a text ended with an error: %s", step)
-                self._fail(text.completion, step)
+                logger.warning("an answer ended with an error: %s", step)
+                self._fail(answer.completion, step)
                 continue
-            event = Event(text.index, len(text.assembler.chunks), text.assembler.add(step))
-            self._count(text, event)
-            events.setdefault(text.completion, []).append(event)
-            if event.chunk.finish_reason is not None:
-                self._scheduler.cancel(ticket)  # a stop string may have ended it
-                self._finish(ticket)
-        for completion, made in events.items():
-            completion.deliver(made)
-        self.metrics.observe(self._scheduler)
+            iteration = len(answer.assembler.chunks)
+            update = AnswerUpdate(answer.index, iteration, answer.assembler.add(step))
+            self._count(answer, update)
+            updates.setdefault(answer.completion, []).append(update)
+            if update.chunk.finish_reason is not None:
+                self._scheduler.cancel(request_id)  # a stop string may have ended it
+                self._finish(request_id)
+        for completion, new in updates.items():
+            completion.deliver(new)
+        self.metrics.update_gauges(self._scheduler)
 
-    def _count(self, text: _Text, event: Event) -> None:
+    def _count(self, answer: _RunningAnswer, update: AnswerUpdate) -> None:
         now = time.perf_counter()
-        age = now - text.completion.submitted
-        if event.iteration == 0:
-            self.metrics.prefilled(event.chunk, len(text.completion.prompt_ids), age)
+        age = now - answer.completion.submitted
+        if update.iteration == 0:
+            self.metrics.count_prefill(update.chunk, len(answer.assembler.prompt_ids), age)
         else:
-            self.metrics.decoded(event.chunk, now - text.newest)
-        text.newest = now
-        if event.chunk.finish_reason is not None:
-            self.metrics.finished(event.chunk.finish_reason, age)
+            self.metrics.count_iteration(update.chunk, now - answer.newest)
+        answer.newest = now
+        if update.chunk.finish_reason is not None:
+            self.metrics.count_finish(update.chunk.finish_reason, age)
 
-    def _finish(self, ticket: Ticket) -> None:
-        """Forget an answer."""
-        completion = self._texts.pop(ticket).completion
+    def _finish(self, request_id: RequestId) -> None:
+        """Forget a finished answer."""
+        completion = self._answers.pop(request_id).completion
         seconds = time.perf_counter() - completion.submitted
-        with self._load.lock:
-            self._load.seconds += 0.1 * (seconds - self._load.seconds)
-            self._load.texts[completion] -= 1
-            if not self._load.texts[completion]:
-                del self._load.texts[completion]
+        with self._lock:
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+            self._backlog[completion] -= 1
+            if not self._backlog[completion]:
+                del self._backlog[completion]
 
     def _drop(self, completion: Completion) -> None:
-        """Forget all answers of a completion."""
-        for ticket in [t for t, text in self._texts.items() if text.completion is completion]:
-            self._scheduler.cancel(ticket)
-            del self._texts[ticket]
-        with self._load.lock:
-            self._load.texts.pop(completion, None)
-        self.metrics.observe(self._scheduler)
+        """Cancel and forget all answers of a completion."""
+        for request_id, answer in list(self._answers.items()):
+            if answer.completion is completion:
+                self._scheduler.cancel(request_id)
+                del self._answers[request_id]
+        with self._lock:
+            self._backlog.pop(completion, None)
+        self.metrics.update_gauges(self._scheduler)
 
     def _fail(self, completion: Completion, error: Exception) -> None:
         self._drop(completion)
-        self.metrics.failed(len(completion.texts))
+        self.metrics.count_failures(len(completion.answers))
         completion.deliver([error])

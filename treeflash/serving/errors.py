@@ -1,8 +1,8 @@
-"""Errors that clients see, in OpenAI's form."""
+"""Errors that clients see, in the forms of OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,38 +10,28 @@ from fastapi.responses import JSONResponse
 
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 
-BAD_REQUEST = 400
-TYPES = {
-    400: "invalid_request_error",
+INVALID_REQUEST = "invalid_request_error"
+ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+"""OpenAI's names of error types, by status; all others are `INVALID_REQUEST`."""
+ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
+"""Anthropic's names of error types that differ from OpenAI's."""
+SERVER_FAILED = "the server failed; its log has the reason"
 
-
-ANTHROPIC_TYPES = {
-    "server_error": "api_error",
-    "service_unavailable_error": "overloaded_error",
-}
-"""Anthropic's names, where they differ."""
+logger = logging.getLogger("treeflash.serving")
 
 
 class APIError(Exception):
-    """A request cannot be answered.
+    """A request that cannot be answered: its HTTP status, and what to do about it.
 
-    Attributes:
-        status: of HTTP.
-        message: what is wrong and what to do about it.
-        param: the field of the request that is wrong, if it is one.
-        code: a name for programs.
-        headers: of the response.
+    `param` is the field of the request that is wrong, `code` a name of the error for programs.
     """
 
     def __init__(
@@ -53,57 +43,52 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Describe the error."""
         super().__init__(message)
         self.status = status
-        self.message = _valid(message)
-        self.param = None if param is None else _valid(param)
+        self.message = _escape_surrogates(message)
+        self.param = None if param is None else _escape_surrogates(param)
         self.code = code
         self.headers = dict(headers or {})
 
-    @property
-    def type(self) -> str:
-        """OpenAI's name for this kind of error."""
-        return TYPES.get(self.status, "invalid_request_error")
-
     def body(self) -> dict[str, Any]:
-        """As OpenAI's servers send it."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        """The error in OpenAI's form."""
+        kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
+        fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": fields}
 
     def anthropic_body(self) -> dict[str, Any]:
-        """As Anthropic's servers send it."""
-        kind = ANTHROPIC_TYPES.get(self.type, self.type)
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        """The error in Anthropic's form."""
+        kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
+        fields = {"type": ANTHROPIC_TYPES.get(kind, kind), "message": self.message}
+        return {"type": "error", "error": fields}
 
     def response(self, path: str) -> JSONResponse:
-        """In the form of the API that the path belongs to."""
-        anthropic = path.startswith("/v1/messages")
-        body = self.anthropic_body() if anthropic else self.body()
-        return JSONResponse(body, self.status, headers=self.headers)
+        """The response, in the form of the API that the path belongs to."""
+        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
+        return JSONResponse(body(), self.status, headers=self.headers)
+
+
+def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
+    """An error of the client: status 400."""
+    return APIError(400, message, param=param, code=code)
 
 
 def api_error(error: Exception) -> APIError:
-    """The error that a client gets for one that decoding raised."""
+    """The error that the client gets for an exception; a fault of the program is logged."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, PromptError | ConfigError):
-        return APIError(BAD_REQUEST, str(error))
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return bad_request(str(error), None)
+    if isinstance(error, TimeoutError):
         return APIError(504, "the answer took longer than this server allows", code="timeout")
     if is_out_of_memory(error):
         return APIError(503, "the device is out of memory; send the request again", code="memory")
     if isinstance(error, TreeflashError):
         return APIError(500, str(error))
-    return APIError(500, "the server failed; its log says why", code="internal_error")
+    logger.error("a request failed", exc_info=error)
+    return APIError(500, SERVER_FAILED, code="internal_error")
 
 
-def _valid(text: str) -> str:
-    """The text with lone surrogates, which a request may have, spelled out."""
+def _escape_surrogates(text: str) -> str:
+    """The text with lone surrogates, which a request may contain, as escape sequences."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,202 +1,374 @@
-"""Splits an answer into reasoning, content and tool calls, while it is generated."""
+"""Splits an answer into reasoning, content and tool calls, while it is generated.
+
+The form of a message is declared by a response template, as transformers reads it: see
+`PreTrainedTokenizer.get_response_parser`. A `MessageParser` reads one answer with it;
+`ResponseTemplate` also makes the grammars that enforce tool calls.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers.utils.chat_parsing import ResponseParser
+from treeflash.drafters.folder import read_config
+from treeflash.language_model import LanguageModel
+from treeflash.serving.errors import bad_request
+from treeflash.serving.response_templates import FAMILY_TEMPLATES, JSON_CALL, TOOL_CALL_PARSERS
+from treeflash.serving.schemas import AllowedTools
+from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
+from treeflash.text.stream import Chunk
+from treeflash.text.tokenizer import TextStream, Tokenizer
 
-from treeflash.serving.response_templates import REASONING, ResponseTemplate
-from treeflash.text.assembler import Chunk
-from treeflash.text.detokenizer import TextStream
-from treeflash.text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing import ResponseParser
 
-BROKEN = (ValueError, TypeError, KeyError)
-"""What the parser raises for the text of a call that is not one."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the reasoning in response templates."""
+LOOKAHEAD = re.compile(r"\(\?=[^()]*\)$")
+OPTIONAL_SPACE = r"\s*"
+ARGUMENT_KEYS = {"{content}": "arguments", str(JSON_CALL): "parameters"}
+"""The name of the arguments in the JSON of a call, by the transform of the call."""
+NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
+INVALID_CALL = (ValueError, TypeError, KeyError)
+"""Exceptions of transformers' parser for a text that begins like a call but is not one."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseTemplate:
+    """The form of an assistant's message; `source` is what transformers reads."""
+
+    source: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
+        """The template of a tool call parser, the tokenizer's own, or that of the model's family.
+
+        `parser` is a name of `TOOL_CALL_PARSERS`, and None if there is no choice.
+        """
+        if parser is not None:
+            return cls(TOOL_CALL_PARSERS[parser])
+        source = getattr(model.tokenizer.transformers, "response_template", None)
+        if source is None and model.folder is not None:
+            source = FAMILY_TEMPLATES.get(read_config(model.folder).get("model_type", ""))
+        return None if source is None else cls(source)
+
+    @property
+    def fields(self) -> Mapping[str, Mapping[str, Any]]:
+        """The parts of a message: the beginning, the end and the form of each."""
+        fields: Mapping[str, Mapping[str, Any]] = self.source["fields"]
+        return fields
+
+    @property
+    def _reasoning(self) -> Mapping[str, Any]:
+        """The field of the reasoning; empty if there is none."""
+        return next((self.fields[name] for name in REASONING if name in self.fields), {})
+
+    @property
+    def reasoning_opening(self) -> str | None:
+        """The text that begins the reasoning, if it is always the same."""
+        opening = self._reasoning.get("open")
+        return opening if isinstance(opening, str) else None
+
+    def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
+        """A grammar after reasoning, which is optional if the prompt has not `begun` it."""
+        field = self._reasoning
+        if not isinstance(close := field.get("close"), str):
+            return grammar
+        end = escape_slashes(re.escape(close))
+        if begun:
+            return grammar.prepend(f"thought /{SPACE}/", rule=f"thought[lazy]: /(?s:.*){end}/")
+        if (opening := self.reasoning_opening) is None:
+            return grammar
+        rule = f"thought[lazy]: /{escape_slashes(re.escape(opening))}(?s:.*){end}/"
+        return grammar.prepend(f"(thought /{SPACE}/)?", rule=rule)
+
+    def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
+        """The grammar of messages with calls of these tools.
+
+        The arguments of `strict` functions follow their schemas; if the message must consist of
+        calls, the arguments of all functions do. With `free` the calls may follow free text, or
+        there may be none. `param` is the field of the request that enforces the calls.
+
+        Raises:
+            APIError: the model does not write its calls in JSON.
+        """
+        field = self.fields.get("tool_calls", {})
+        opening, close = _pattern(field, "open"), _pattern(field, "close") or ""
+        function = (field.get("transform") or {}).get("function")
+        is_json = field.get("content") == "json" and not field.get("content_args")
+        is_json &= not field.get("transform_each")  # a list of calls
+        # Free text ends where a call begins, so the call must begin with a certain text.
+        if not is_json or function is None or opening is None or (free and not opening):
+            raise bad_request(
+                f"{param} is not supported with this model, because it writes its calls in a form "
+                "that cannot be enforced; set tool_choice to auto and strict to false, and remove "
+                "a form of the content",
+                param,
+            )
+        schemas = {
+            tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"}
+            if tools.must_call or tool["function"].get("strict")
+            else {"type": "object"}
+            for tool in tools.functions
+        }
+        calls: dict[str, Any]
+        if (key := ARGUMENT_KEYS.get(str(function))) is not None:  # all of the call is JSON
+            calls = {opening: {"anyOf": [_call_schema(*x, key) for x in schemas.items()]}}
+        else:  # the name is in the opening
+            calls = {_with_name(opening, name): schema for name, schema in schemas.items()}
+        rules, entries = [], []
+        for i, (pattern, schema) in enumerate(calls.items()):
+            # The opening ends a lazy lexeme, so that free text ends where a call begins.
+            text = "(?s:.*)" if free else ""
+            begin = f"opening_{i} /{SPACE}/ " if pattern else ""
+            if pattern:
+                rules.append(f"opening_{i}[lazy]: /{text}{escape_slashes(pattern)}/")
+            call = f"{begin}@arguments_{i} /{SPACE}{escape_slashes(close)}/"
+            rules.append(f"call_{i}: {call}")
+            entries.append({"name": f"arguments_{i}", "json_schema": bound_white_space(schema)})
+        start = "start: (" + " | ".join(f"call_{i}" for i in range(len(calls))) + ")"
+        if not free:
+            start += "+" if tools.parallel else ""
+        elif tools.parallel:  # free text without a call may follow
+            start += "* /(?s:.*)/"
+        else:
+            start += "? REST"
+            openings = "|".join(escape_slashes(pattern) for pattern in calls)
+            rules.append(f"REST: /(?s:.*)/ & ~/(?s:.*)({openings})(?s:.*)/")
+        return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
+
+
+def _pattern(field: Mapping[str, Any], end: str) -> str | None:
+    """The regular expression of a field's beginning or end."""
+    if f"{end}_pattern" in field:
+        pattern = str(field[f"{end}_pattern"])
+        if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
+            return "" if found.start() == len(OPTIONAL_SPACE) else None
+        return pattern.replace(OPTIONAL_SPACE, SPACE)
+    literal = field.get(end)
+    literal = literal[0] if isinstance(literal, list) else literal
+    return None if literal is None else re.escape(literal)
+
+
+def _with_name(opening: str, name: str) -> str:
+    """The beginning of a call of one function."""
+    return NAME_GROUP.sub(lambda _: re.escape(name), opening)
+
+
+def _call_schema(name: str, schema: Mapping[str, Any], key: str) -> dict[str, Any]:
+    properties = {"name": {"const": name}, key: schema}
+    call = {"type": "object", "properties": properties, "required": list(properties)}
+    return {**call, "additionalProperties": False}
+
+
+@dataclass(frozen=True, eq=False)
+class MessageForm:
+    """The form of the answers to one prompt."""
+
+    template: ResponseTemplate
+    prompt: str
+    """The prompt with special tokens, which may contain the beginning of the message."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions in OpenAI's form, whose schemas give the arguments their types."""
+    calls_only: bool = False
+    """Whether a grammar makes the message consist of calls, of which the last may be cut off."""
+
+    def parser(self) -> ResponseParser:
+        """A parser that has read the prompt."""
+        from transformers.utils.chat_parsing import ResponseParser
+
+        return ResponseParser(self.template.source, prefix=self.prompt, tools=list(self.tools))
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the prompt ends within the reasoning."""
+        events = [x for x in self.parser().initial_events if x["field"] in REASONING]
+        return bool(events) and events[-1]["type"] != "region_close"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A call that a model has written.
-
-    Attributes:
-        id: names the call.
-        name: of the function.
-        arguments: a JSON object, as text.
-    """
+    """A call that a model has written; the arguments are a JSON object, as text."""
 
     id: str
     name: str
     arguments: str
 
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> ToolCall:
+        """Read a call of transformers' parser; raises a ValueError if it is invalid."""
+        function = value.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError("the call has no name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(arguments, Mapping):
+            raise ValueError("the arguments are not an object")
+        text = json.dumps(arguments, ensure_ascii=False)
+        # Chat templates of Mistral accept ids of nine characters only.
+        return cls(id=secrets.token_hex(5)[1:], name=function["name"], arguments=text)
 
-@dataclass(frozen=True)
-class Delta:
-    """What a chunk adds to a message.
 
-    Attributes:
-        kind: of the part.
-        text: to append to the content or the reasoning.
-        call: complete.
-    """
+PartKind = Literal["content", "reasoning", "call"]
 
-    kind: Literal["content", "reasoning", "call"]
+
+@dataclass
+class MessagePart:
+    """A part of a message: the content or the reasoning so far, or a complete call."""
+
+    index: int
+    kind: PartKind
     text: str = ""
     call: ToolCall | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class MessageForm:
-    """How to read the answers to one prompt.
+@dataclass(frozen=True)
+class PartChange:
+    """A change of a part of a message: the part after it, and the added text."""
 
-    Attributes:
-        template: of the model's messages.
-        prompt: its text, with special tokens: it may contain the beginning of the message.
-        tools: functions in OpenAI's form, whose schemas give the arguments their types.
-    """
+    event: Literal["open", "text", "close"]
+    """`open` and `close` come once; `text` may come often, and never for a call."""
+    part: MessagePart
+    text: str = ""
 
-    template: ResponseTemplate
-    prompt: str
-    tools: Sequence[Mapping[str, Any]] = ()
 
-    def parser(self) -> ResponseParser:
-        """A parser that has read the prompt."""
-        return ResponseParser(self.template.source, prefix=self.prompt, tools=list(self.tools))
-
-    @property
-    def reasoning(self) -> bool:
-        """Whether the prompt has begun the reasoning."""
-        events = [x for x in self.parser().initial_events if x["field"] in REASONING]
-        return bool(events) and events[-1]["type"] != "region_close"
+Delta = tuple[Literal["content", "reasoning"], str] | ToolCall
+"""Text to append to a part, or a complete call."""
 
 
 class MessageParser:
-    """Reads one answer.
+    """Splits one answer into the parts of a message; without a form, all of it is content.
 
     Attributes:
-        content: so far.
-        reasoning: so far.
-        calls: so far.
+        parts: the parts so far. A finished message has at least an empty content.
     """
 
     def __init__(
         self, form: MessageForm | None, tokenizer: Tokenizer, stop: Sequence[str] = ()
     ) -> None:
-        """Start before the first chunk.
-
-        Args:
-            form: how to read the answer; None if all of it is content.
-            tokenizer: of the target.
-            stop: strings at which the answer ends.
-        """
+        self.parts: list[MessagePart] = []
+        self._open: MessagePart | None = None
         self._form = form
         self._parser: ResponseParser | None = None if form is None else form.parser()
-        # Templates refer to special tokens, which a chunk's text does not have.
+        # Templates refer to special tokens, which the text of a chunk does not contain.
         self._stream = TextStream(tokenizer.verbatim, stop)
         self._end_ids = tokenizer.stop_token_ids
-        self._read = ""
-        self._body = ""  # of an unfinished call
-        self.content = ""
-        self.reasoning = ""
-        self.calls: list[ToolCall] = []
+        self._text = ""
+        self._unfinished_call = ""
 
-    def feed(self, chunk: Chunk) -> list[Delta]:
-        """What the next chunk adds."""
+    @property
+    def content(self) -> str:
+        return "".join(part.text for part in self.parts if part.kind == "content")
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self.parts if part.kind == "reasoning")
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [part.call for part in self.parts if part.call is not None]
+
+    def read(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            for _ in self.feed(chunk):
+                pass
+
+    def feed(self, chunk: Chunk) -> Iterator[PartChange]:
+        """Read the next chunk; yields the changes that it makes, one by one."""
+        for delta in self._read(chunk):
+            if isinstance(delta, ToolCall):
+                yield from self._begin("call", delta)
+                yield from self._end()
+                continue
+            kind, text = delta
+            if self._open is None or self._open.kind != kind:
+                yield from self._begin(kind)
+            assert self._open is not None
+            self._open.text += text
+            yield PartChange("text", self._open, text)
+        if chunk.finish_reason is not None:
+            if not self.parts:
+                yield from self._begin("content")
+            yield from self._end()
+
+    def _begin(self, kind: PartKind, call: ToolCall | None = None) -> Iterator[PartChange]:
+        yield from self._end()
+        self._open = MessagePart(len(self.parts), kind, call=call)
+        self.parts.append(self._open)
+        yield PartChange("open", self._open)
+
+    def _end(self) -> Iterator[PartChange]:
+        if self._open is not None:
+            yield PartChange("close", self._open)
+            self._open = None
+
+    def _read(self, chunk: Chunk) -> list[Delta]:
+        if self._parser is None:  # there is no template, or a call was invalid
+            calls_only = self._form is not None and self._form.calls_only
+            return [("content", chunk.text)] if chunk.text and not calls_only else []
         finished = chunk.finish_reason is not None
-        if self._parser is None:
-            # Also after a call that could not be read.
-            return self._keep([Delta("content", chunk.text)] if chunk.text else [])
-        # An end token says nothing: the end of the text closes every part.
+        # An end token is not needed, because the end of the text closes every part.
         ids = chunk.token_ids
-        if ids and ids[-1] in self._end_ids:
-            ids = ids[:-1]
-        text = self._stream.push(ids)
-        if finished:
-            text += self._stream.finish()
+        ids = ids[:-1] if ids and ids[-1] in self._end_ids else ids
+        text = self._stream.push(ids) + (self._stream.finish() if finished else "")
         deltas = self._parse(text)
         if finished and self._parser is not None:
             try:
                 _, events = self._parser.finalize()
                 deltas += self._deltas(events)
-            except BROKEN:  # an unfinished call
+            except INVALID_CALL:  # it is unfinished
                 deltas += self._give_up("")
-        return self._keep(deltas)
+        return deltas
 
     def _parse(self, text: str) -> list[Delta]:
         assert self._parser is not None
         try:
             deltas = self._deltas(self._parser.feed(text))
-        except BROKEN:
+        except INVALID_CALL:
             return self._parse_again(text)
-        self._read += text
+        self._text += text
         return deltas
 
     def _parse_again(self, text: str) -> list[Delta]:
-        """Read this text character by character, up to the broken call."""
+        """Read the text character by character, up to the invalid call."""
         assert self._form is not None
         self._parser = self._form.parser()
-        self._body = ""
-        self._deltas(self._parser.feed(self._read))
+        self._unfinished_call = ""
+        self._deltas(self._parser.feed(self._text))
         deltas = []
         for i, character in enumerate(text):
             try:
                 deltas += self._deltas(self._parser.feed(character))
-            except BROKEN:
+            except INVALID_CALL:
                 return deltas + self._give_up(text[i + 1 :])
-        self._read += text
+        self._text += text
         return deltas
 
     def _give_up(self, rest: str) -> list[Delta]:
-        """The text of a call that is not one becomes content, as does everything after it."""
+        """Make an invalid call content, and everything after it."""
+        assert self._form is not None
         self._parser = None
-        text, self._body = self._body + rest, ""
-        return [Delta("content", text)] if text else []
+        text, self._unfinished_call = self._unfinished_call + rest, ""
+        return [("content", text)] if text and not self._form.calls_only else []
 
     def _deltas(self, events: Sequence[Mapping[str, Any]]) -> list[Delta]:
-        deltas = []
+        assert self._form is not None
+        deltas: list[Delta] = []
         for event in events:
             field, kind = event["field"], event["type"]
             if kind == "region_chunk" and event["dirty"]:
-                self._body += event["text"]
+                self._unfinished_call += event["text"]
             elif kind == "region_chunk" and field in REASONING:
-                deltas.append(Delta("reasoning", event["text"]))
-            elif kind == "region_chunk" and field == "content":
-                deltas.append(Delta("content", event["text"]))
+                deltas.append(("reasoning", event["text"]))
+            elif kind == "region_chunk" and field == "content" and not self._form.calls_only:
+                deltas.append(("content", event["text"]))
             elif kind == "region_close" and field == "tool_calls":
                 values = event["value"] if isinstance(event["value"], list) else [event["value"]]
-                deltas += [Delta("call", call=_call(value)) for value in values]
-                self._body = ""
+                deltas += map(ToolCall.parse, values)
+                self._unfinished_call = ""
         return deltas
-
-    def _keep(self, deltas: list[Delta]) -> list[Delta]:
-        for delta in deltas:
-            if delta.call is not None:
-                self.calls.append(delta.call)
-            elif delta.kind == "reasoning":
-                self.reasoning += delta.text
-            else:
-                self.content += delta.text
-        return deltas
-
-
-def call_id() -> str:
-    """A name for a call."""
-    return f"call_{secrets.token_hex(12)}"
-
-
-def _call(value: Mapping[str, Any]) -> ToolCall:
-    """Raises a ValueError if a call has no name, or its arguments are not an object."""
-    function = value.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError("a call without a name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(arguments, Mapping):
-        raise ValueError("arguments that are not an object")
-    text = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(id=call_id(), name=function["name"], arguments=text)

@@ -1,60 +1,129 @@
-"""Requests that one process passes to another, which answers them with an ASGI application."""
+"""Requests that are passed to a replica in another process, and which replica gets a prompt.
+
+`ray_app` passes requests on with Ray Serve. Nothing in this file needs Ray.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Head = tuple[int, list[tuple[bytes, bytes]]]
-"""Status and headers of a response."""
+from treeflash.serving.authentication import add_guard, read_body
+from treeflash.serving.errors import APIError
+from treeflash.serving.settings import Settings
+from treeflash.serving.streaming import until_disconnect, with_errors
+
+logger = logging.getLogger("treeflash.serving")
+
+MIN_SHARE = 0.1  # the part of a prompt that a replica must have got for its cache to count
+
+
+class PrefixIndex:
+    """The beginnings of the prompts that replicas got, for each API key by itself.
+
+    A prompt is cut into blocks of `block` characters. A beginning is known by the hash of its
+    blocks, and of more than `max_blocks` beginnings the oldest are forgotten.
+    """
+
+    def __init__(self, block: int = 64, max_blocks: int = 1 << 16) -> None:
+        self._block = block
+        self._max_blocks = max_blocks
+        self._replicas: OrderedDict[int, set[Hashable]] = OrderedDict()
+
+    def add(self, request: RelayedRequest, replica: Hashable) -> None:
+        """Remember that a replica got a prompt."""
+        # In reverse, so that a beginning is never forgotten before its continuations.
+        for key in reversed(list(self._keys(request))):
+            self._replicas.setdefault(key, set()).add(replica)
+            self._replicas.move_to_end(key)
+        while len(self._replicas) > self._max_blocks:
+            self._replicas.popitem(last=False)
+
+    def find(self, request: RelayedRequest, replicas: Collection[Hashable]) -> set[Hashable]:
+        """The given replicas that got the longest beginning, if it is `MIN_SHARE` of the prompt."""
+        best: set[Hashable] = set()
+        length = 0
+        for key in self._keys(request):
+            known = self._replicas.get(key, set()).intersection(replicas)
+            if not known:
+                break
+            best, length = known, length + self._block
+        return best if length >= MIN_SHARE * len(request.prompt) else set()
+
+    def _keys(self, request: RelayedRequest) -> Iterator[int]:
+        """The hashes of the prompt's beginnings of one block, two blocks, ..."""
+        key, prompt = hash(request.cache_salt), request.prompt
+        for start in range(0, len(prompt) - self._block + 1, self._block):
+            key = hash((key, prompt[start : start + self._block]))
+            yield key
+
+
+Head = tuple[int, list[tuple[bytes, bytes]]]  # status and headers of a response
 
 
 @dataclass(frozen=True)
-class Relayed:
-    """A request, complete, in plain Python.
-
-    Attributes:
-        scope: of ASGI, without what belongs to a process.
-        body: complete.
-        prompt: what routers compare to find the replica that has its beginning in the cache.
-    """
+class RelayedRequest:
+    """A complete request, in plain Python: the ASGI scope has no objects of one process."""
 
     scope: dict[str, Any]
     body: bytes
     prompt: str
+    """The text that the router compares with earlier prompts."""
+    cache_salt: str = ""
+    """Requests with different salts share no cached states, wherever they run."""
 
     @classmethod
-    async def receive(cls, scope: Scope, receive: Receive) -> Relayed:
+    async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
         """Read a request."""
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                break
+        body = b"".join([piece async for piece in read_body(receive)])
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
-        kept = {name: scope[name] for name in (*names, "scheme", "client", "server")}
-        return cls({**kept, "asgi": {"version": "3.0"}, "root_path": ""}, body, _prompt(body))
+        plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}
+        plain |= {"asgi": {"version": "3.0"}, "root_path": ""}
+        return cls(plain, body, _prompt(body), scope["state"]["cache_salt"])
 
 
-async def answer(app: ASGIApp, request: Relayed) -> AsyncIterator[Head | bytes]:
-    """The status and the headers, then the body piece by piece.
+def _prompt(body: bytes) -> str:
+    """The texts of a request, in the order in which they become the prompt; never empty."""
+    try:
+        fields = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        fields = {}
+    if not isinstance(fields, dict):
+        return "-"
+    names = ("instructions", "system", "messages", "input", "prompt")
+    return "\n".join(_texts([fields.get(name) for name in names])) or "-"
 
-    The application sees a disconnect when the iteration is abandoned.
-    """
+
+def _texts(value: Any, depth: int = 9) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = [value.get(name) for name in ("role", "content", "text", "output")]
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list) and depth:
+        for item in value:
+            yield from _texts(item, depth - 1)
+
+
+async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
+    """The status and headers, then the body; abandoning the iteration is a disconnect."""
     pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
-    gone = asyncio.Event()
-    whole: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
+    disconnected = asyncio.Event()
+    unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
     async def receive() -> Message:
-        if whole:
-            return whole.pop()
-        await gone.wait()
+        if unread:
+            return unread.pop()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -75,57 +144,68 @@ async def answer(app: ASGIApp, request: Relayed) -> AsyncIterator[Head | bytes]:
             yield piece
         await task
     finally:
-        gone.set()
+        disconnected.set()
         if not task.done():
             task.cancel()
 
 
-def respond(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:
-    """An application that gives this response."""
+def response_app(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:
+    """An application that sends a response, and stops when the client disconnects."""
     status, headers = head
-
-    async def response(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-
-        async def copy() -> None:
-            async for piece in body:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = {asyncio.create_task(copy()), asyncio.create_task(watch())}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
+    response = StreamingResponse(body, status)
+    response.raw_headers = headers
     return response
 
 
-def _prompt(body: bytes) -> str:
-    """The texts of a request, in the order in which they become the prompt; never empty."""
-    try:
-        found = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        found = {}
-    fields = found if isinstance(found, dict) else {}
-    parts: list[str] = []
-    for name in ("instructions", "system", "messages", "input", "prompt"):
-        _collect(fields.get(name), parts)
-    return "\n".join(parts) or "-"
+class Pieces(Protocol):
+    """The head, then the body of a response that another process sends; see `response_pieces`."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+
+    def __anext__(self) -> Awaitable[Any]: ...
+
+    def cancel(self) -> None:
+        """Disconnect; after the end it does nothing."""
 
 
-def _collect(value: Any, parts: list[str], depth: int = 8) -> None:
-    if isinstance(value, str):
-        parts.append(value)
-    elif isinstance(value, list) and depth:
-        for item in value:
-            _collect(item, parts, depth - 1)
-    elif isinstance(value, dict) and depth:
-        for name in ("role", "content", "text", "output"):
-            _collect(value.get(name), parts, depth - 1)
+def relay_application(
+    answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
+) -> Starlette:
+    """An application that checks requests as the server does, and passes them to `answer`.
+
+    `lost` is the error of a replica that has ended.
+    """
+    app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
+    add_guard(app, settings)
+    return app
+
+
+class _Relay:
+    def __init__(self, answer: Callable[[RelayedRequest], Pieces], lost: type[Exception]) -> None:
+        self._answer = answer
+        self._lost = lost
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pieces = self._answer(await RelayedRequest.receive(scope, receive))
+        response: ASGIApp
+        try:
+            try:
+                head = await until_disconnect(anext(pieces), receive)
+                response = response_app(head, with_errors(pieces, self._lost, _replica_lost))
+            except self._lost as error:
+                response = _replica_lost(error).response(scope["path"])
+            except APIError as error:
+                response = error.response(scope["path"])
+            await response(scope, receive, send)
+        finally:
+            pieces.cancel()
+
+
+def _replica_lost(error: Exception) -> APIError:
+    logger.warning("a replica failed: %s", error)
+    return APIError(
+        503,
+        "the replica that answered has ended; send the request again",
+        code="replica_lost",
+        headers={"Retry-After": "1"},
+    )

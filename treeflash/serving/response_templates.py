@@ -1,139 +1,110 @@
-"""How a model writes reasoning and tool calls, by the response templates of transformers."""
+"""The forms in which families of models write reasoning and tool calls.
+
+They are response templates as transformers reads them, for tokenizers that have none. One is chosen
+by the model's type, or by name with `--tool-call-parser`.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
-from treeflash.drafters.folder import read_config
-from treeflash.language_model import LanguageModel
-from treeflash.serving.errors import BAD_REQUEST, APIError
-from treeflash.serving.grammars import SPACE, Grammar, bounded, slashed
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""What templates call the reasoning."""
-NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
+def _family_template(anchor: str | list[str], calls: Any, call: Any, **fields: Any) -> Any:
+    """The response template of a family of models; a message begins after `anchor` in the prompt.
 
-
-@dataclass(frozen=True, eq=False)
-class ResponseTemplate:
-    """The form of an assistant's message.
-
-    Attributes:
-        fields: the template's fields: how each begins and ends, and what is in it.
-        source: the template, as `transformers.utils.chat_parsing` reads it.
+    `calls` is the form of a call's text; `call` makes OpenAI's form of a call from its parts.
     """
-
-    fields: Mapping[str, Mapping[str, Any]]
-    source: Any
-
-    @classmethod
-    def of(cls, model: LanguageModel) -> ResponseTemplate | None:
-        """The tokenizer's own, else the one that transformers has for the model's family."""
-        from transformers.cli.serving.utils import get_response_template
-
-        family = None if model.folder is None else read_config(model.folder).get("model_type")
-        config = SimpleNamespace(config=SimpleNamespace(model_type=family))
-        source = get_response_template(model.tokenizer.transformers, config)
-        return None if source is None else cls(source["fields"], source)
-
-    def after_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
-        """A grammar of the whole message, from the grammar of what follows the reasoning.
-
-        Args:
-            grammar: of what follows.
-            begun: whether the prompt has begun the reasoning; else there may be none.
-        """
-        field = next((self.fields[name] for name in REASONING if name in self.fields), None)
-        if field is None or not isinstance(close := field.get("close"), str):
-            return grammar
-        end = slashed(re.escape(close))
-        if begun:
-            return grammar.after(f"thought[lazy]: /(?s:.*){end}/", lead=f"thought /{SPACE}/")
-        if not isinstance(opening := field.get("open"), str):
-            return grammar
-        rule = f"thought[lazy]: /{slashed(re.escape(opening))}(?s:.*){end}/"
-        return grammar.after(rule, lead=f"(thought /{SPACE}/)?")
-
-    def calls(
-        self, tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool, param: str
-    ) -> Grammar:
-        """The grammar of messages with calls of these tools.
-
-        Args:
-            tools: functions in OpenAI's form. The arguments of those that are `strict`, and of all
-                if a call is required, follow their schemas.
-            required: whether the message must consist of calls; else they may follow free text.
-            parallel: whether there may be several calls.
-            param: the field of the request that asks for it.
-
-        Raises:
-            APIError: the model does not write its calls in JSON.
-        """
-        field = self.fields.get("tool_calls", {})
-        opening, close = _pattern(field, "open"), _pattern(field, "close")
-        function = (field.get("transform") or {}).get("function")
-        if (
-            field.get("content") != "json"
-            or field.get("content_args")
-            or opening is None
-            or close is None
-            or function is None
-        ):
-            raise APIError(
-                BAD_REQUEST,
-                f"{param}: this model writes its calls in a form that cannot be enforced",
-                param=param,
-            )
-        schemas = {
-            tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"}
-            if required or tool["function"].get("strict")
-            else {"type": "object"}
-            for tool in tools
-        }
-        calls: dict[str, Any]
-        if function == "{content}":  # name and arguments are in the JSON
-            calls = {opening: {"anyOf": [_call(*item) for item in schemas.items()]}}
-        else:  # the name is in the opening
-            calls = {_named(opening, name): schema for name, schema in schemas.items()}
-        rules, entries = [], []
-        for i, (pattern, schema) in enumerate(calls.items()):
-            # The opening ends a lazy lexeme: free text cannot go on where a call begins.
-            text = "" if required else "(?s:.*)"
-            rules.append(f"opening_{i}[lazy]: /{text}{slashed(pattern)}/")
-            call = f"opening_{i} /{SPACE}/ @arguments_{i} /{SPACE}{slashed(close)}/"
-            rules.append(f"call_{i}: {call}")
-            entries.append({"name": f"arguments_{i}", "json_schema": bounded(schema)})
-        one = "(" + " | ".join(f"call_{i}" for i in range(len(calls))) + ")"
-        count = one + ("+" if parallel else "") if required else one + ("*" if parallel else "?")
-        # What may follow is free text without a call.
-        start = f"start: {count}" if required else f"start: {count} /(?s:.*)/"
-        return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
+    transform = {"type": "function", "function": call}
+    fields = {"tool_calls": {"repeats": True, "transform": transform, **calls}, **fields}
+    return {"defaults": {"role": "assistant"}, "start_anchor": anchor, "fields": fields}
 
 
-def _pattern(field: Mapping[str, Any], end: str) -> str | None:
-    """The regular expression of a field's beginning or end."""
-    if f"{end}_pattern" in field:
-        return str(field[f"{end}_pattern"]).replace(r"\s*", SPACE)
-    literal = field.get(end)
-    if isinstance(literal, list):
-        literal = literal[0]
-    return None if literal is None else re.escape(literal)
+NAMED_CALL = {"name": "{name}", "arguments": "{content}"}
+CHATML: dict[str, Any] = {
+    "anchor": "<|im_start|>assistant\n",
+    "reasoning_content": {"open": "<think>", "close": "</think>"},
+    # White space before an end token or a call is not content.
+    "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)"},
+}
+QWEN = _family_template(
+    **CHATML,
+    calls={"open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "content": "json"},
+    call="{content}",
+)
+QWEN3_5 = _family_template(
+    **CHATML,
+    calls={
+        "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "close_pattern": r"</function>\s*</tool_call>",
+        "content": "xml-inline",
+        "content_args": {
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"
+        },
+    },
+    call=NAMED_CALL,
+)
+GEMMA4 = _family_template(
+    ["<|turn>model\n", "<tool_response|>"],
+    calls={
+        "open_pattern": r"<\|tool_call>call:(?P<name>\w+)",
+        "close": "<tool_call|>",
+        "content": "json",
+        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+    },
+    call=NAMED_CALL,
+    reasoning_content={"open": "<|channel>thought\n", "close": "<channel|>"},
+    content={"close": ["<turn|>", "<|tool_response>", "<eos>"]},
+)
+JSON_CALL = {"name": "{content.name}", "arguments": "{content.parameters}"}
+LLAMA3 = _family_template(
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    # A message is either text or one call, which ends with the message.
+    calls={"open_pattern": r'\s*(?=\{\s*"name")', "content": "json"},
+    call=JSON_CALL,
+    content={},
+)
+MISTRAL = _family_template(
+    "[/INST]",
+    calls={"open": "[TOOL_CALLS]", "content": "json", "transform_each": True},
+    call={"name": "{name}", "arguments": "{arguments}"},
+    content={},
+)
 
 
-def _named(opening: str, name: str) -> str:
-    """An opening whose name is given."""
-    return NAME_GROUP.sub(lambda _: re.escape(name), opening)
+def _deepseek(opening: str, close: str) -> Any:
+    """The response template of a DeepSeek V3; all calls of a message are in one more pair."""
+    return _family_template(
+        "<｜Assistant｜>",
+        calls={
+            "open_pattern": rf"\s*(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>{opening}",
+            "close_pattern": rf"{close}<｜tool▁call▁end｜>",
+            "content": "json",
+        },
+        call=NAMED_CALL,
+        reasoning_content={"open": "<think>", "close": "</think>"},
+        content={"close_pattern": r"\s*<｜tool▁calls▁end｜>"},
+    )
 
 
-def _call(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a call."""
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, "arguments": schema},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
+DEEPSEEK_V3 = _deepseek(r"function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n", r"\s*```")
+DEEPSEEK_V31 = _deepseek(r"(?P<name>[^\n<]+)<｜tool▁sep｜>", r"\s*")
+QWEN2_TYPES = ["qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"]
+QWEN3_TYPES = ["qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe"]
+QWEN3_5_TYPES = ["qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"]
+FAMILY_TEMPLATES: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(QWEN2_TYPES + QWEN3_TYPES, QWEN),
+    **dict.fromkeys(QWEN3_5_TYPES, QWEN3_5),
+    "gemma4": GEMMA4,
+}
+"""Response templates of models whose tokenizers have none, by `model_type`."""
+TOOL_CALL_PARSERS: Mapping[str, Mapping[str, Any]] = {
+    "hermes": QWEN,
+    "qwen3_coder": QWEN3_5,
+    "gemma4": GEMMA4,
+    "llama3_json": LLAMA3,
+    "mistral": MISTRAL,
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v31": DEEPSEEK_V31,
+}
+"""Response templates by vLLM's names of tool call parsers."""

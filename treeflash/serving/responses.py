@@ -1,198 +1,437 @@
-"""`/v1/responses`, without stored responses: what Codex sends."""
+"""`/v1/responses`: OpenAI's responses, without stored ones; Codex uses this API."""
 
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import count
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
+from pydantic import Field, FiniteFloat
 
-from treeflash.serving.blocks import Block, Blocks, Change
-from treeflash.serving.completion import Usage
-from treeflash.serving.conversation import Answers
-from treeflash.serving.errors import BAD_REQUEST, APIError
-from treeflash.serving.responses_schema import ResponsesRequest
-from treeflash.serving.service import Service
-from treeflash.serving.streaming import CompletionStream, finish, frame, reported
+from treeflash.serving.engine import Completion
+from treeflash.serving.errors import api_error, bad_request
+from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange, ToolCall
+from treeflash.serving.schemas import (
+    MAX_TOOLS,
+    CallMode,
+    DecodingSchema,
+    Function,
+    FunctionName,
+    FunctionTyped,
+    NamedFunction,
+    ReasoningEffort,
+    Schema,
+    Verbosity,
+    allowed_tools,
+    function_call,
+    parsed_arguments,
+    reasoning_args,
+    thinks,
+)
+from treeflash.serving.service import Conversation, Service
+from treeflash.serving.streaming import draft_details, frame, respond
+from treeflash.serving.structured_output import (
+    JSONObjectFormat,
+    JSONSchemaFormat,
+    NamedSchema,
+    TextFormat,
+    answer_grammar,
+)
+
+logger = logging.getLogger("treeflash.serving")
 
 
-def router(service: Service) -> APIRouter:
-    """The endpoint."""
-    routes = APIRouter()
+class ContentPart(Schema):
+    """A text in a message, in reasoning or in the result of a call."""
 
-    @routes.post("/v1/responses")
-    async def responses(body: ResponsesRequest, http: HTTPRequest) -> Response:
-        service.check_model(body.model)
-        _check_echo(body)
-        conversation = body.conversation(knows_thinking=service.tokenizer.knows_thinking)
-        answers = await conversation.start(service, http, body.decoding())
-        answer, completion = ResponsesAnswer(service, body, answers), answers.completion
-        if body.stream:
-            return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-        await finish(completion, http)
-        return JSONResponse(answer.whole())
-
-    return routes
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
 
 
-class ResponsesAnswer:
-    """Formats a completion of one answer."""
+Text = str | list[ContentPart]
 
-    def __init__(self, service: Service, body: ResponsesRequest, answers: Answers) -> None:
-        """Give the answer a name."""
-        self._completion = answers.completion
-        (self._parser,) = answers.parsers
-        self._blocks = Blocks()
-        self._ids: list[str] = []
+
+class InputItem(Schema):
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class MessageItem(InputItem):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+
+
+class CallItem(InputItem):
+    """A call that the model has made; the arguments are a JSON object, as text."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    arguments: str
+
+
+class CallOutputItem(InputItem):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Text
+
+
+class ReasoningItem(InputItem):
+    """The model's reasoning before the next item."""
+
+    type: Literal["reasoning"]
+    summary: list[ContentPart] = Field(default_factory=list)
+    content: list[ContentPart] | None = None
+    encrypted_content: None = None
+
+
+Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
+
+
+class ResponseFunction(Function, FunctionTyped):
+    """A function that the model may call."""
+
+
+class Namespace(Schema):
+    """A group of functions. The model sees each as `NAMESPACE.FUNCTION`."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: str | None = None
+    tools: list[ResponseFunction]
+
+
+class WebSearch(Schema):
+    """A search by the server of OpenAI, which the model is not told of, because none runs here."""
+
+    type: Literal["web_search"]
+    external_web_access: bool | None = None
+    filters: dict[str, Any] | None = None
+    search_content_types: list[str] | None = None
+    search_context_size: Literal["low", "medium", "high"] | None = None
+    user_location: dict[str, Any] | None = None
+
+
+ResponseTool = Annotated[ResponseFunction | Namespace | WebSearch, Field(discriminator="type")]
+
+
+class ResponseToolChoice(NamedFunction, FunctionTyped):
+    """The function that the model must call."""
+
+
+class ResponseSchemaFormat(NamedSchema):
+    type: Literal["json_schema"]
+
+
+class TextConfig(Schema):
+    format: (
+        Annotated[TextFormat | JSONObjectFormat | ResponseSchemaFormat, Field(discriminator="type")]
+        | None
+    ) = None
+    verbosity: Verbosity | None = None  # changes nothing here
+
+
+class Reasoning(Schema):
+    """Whether the model reasons first. There are no degrees of reasoning and no summaries here."""
+
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto"] | None = None
+
+
+class ResponseStreamOptions(Schema):
+    """`stream_options`: only False is accepted, because no event is padded."""
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(Schema):
+    """The body of a request. The server keeps no responses and refuses fields that need them.
+
+    `prompt_cache_key`, `safety_identifier`, `user` and `metadata` change nothing here.
+    """
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: FiniteFloat | None = Field(None, ge=0)
+    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
+    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: CallMode | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: Literal[False] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    truncation: Literal["disabled"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    background: Literal[False] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    client_metadata: dict[str, str] | None = None
+
+    def decoding(self) -> DecodingSchema:
+        """The decoding fields."""
+        fields = self.model_dump(include={"temperature", "top_p"})
+        return DecodingSchema(**fields, max_tokens=self.max_output_tokens)
+
+    def conversation(self, *, supports_reasoning: bool) -> Conversation:
+        """The conversation; raises an APIError if fields do not fit each other or the model."""
+        parallel = self.parallel_tool_calls
+        tools = allowed_tools(self._functions(), self.tool_choice, parallel=parallel)
+        response_format: Any = None if self.text is None else self.text.format
+        if isinstance(response_format, ResponseSchemaFormat):
+            response_format = JSONSchemaFormat(type="json_schema", json_schema=response_format)
+        grammar = answer_grammar(response_format, None)
+        return Conversation(
+            messages=self._messages(),
+            template_args=reasoning_args(
+                None if self.reasoning is None else thinks(self.reasoning.effort),
+                supports_reasoning=supports_reasoning,
+                param="reasoning.effort",
+            ),
+            tools=tools,
+            grammar=None if grammar is None else (grammar[0], "text"),
+        )
+
+    def _functions(self) -> list[Function]:
+        """The functions of all namespaces; other tools are left out."""
+        functions: list[Function] = []
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                names = [_qualified(tool.name, function.name) for function in tool.tools]
+                functions += [
+                    function.model_copy(update={"name": name})
+                    for function, name in zip(tool.tools, names, strict=True)
+                ]
+            elif isinstance(tool, ResponseFunction):
+                functions.append(tool)
+            else:
+                logger.info("the tool %s is left out, because this server has none", tool.type)
+        return functions
+
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """The namespace and the function of each name that the model sees."""
+        return {
+            _qualified(tool.name, function.name): (tool.name, function.name)
+            for tool in self.tools or ()
+            if isinstance(tool, Namespace)
+            for function in tool.tools
+        }
+
+    def check_echo(self) -> None:
+        """Raise an APIError if a response could not repeat the request as JSON."""
+        try:
+            json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise bad_request(f"the body is not valid JSON: {error}", None) from error
+
+    def _messages(self) -> list[dict[str, Any]]:
+        """The messages that chat templates read: items of one turn become one message."""
+        messages: list[dict[str, Any]] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*messages, {"role": "user", "content": self.input}]
+        for item in self.input:
+            if isinstance(item, CallOutputItem):
+                content = _join(item.output)
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+            elif isinstance(item, MessageItem) and item.role != "assistant":
+                role = "system" if item.role == "developer" else item.role
+                messages.append({"role": role, "content": _join(item.content)})
+            else:
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": ""})
+                _extend(messages[-1], item)
+        if [message["role"] for message in messages[:2]] == ["system", "system"]:
+            # Most chat templates accept one system message only.
+            messages[0]["content"] += f"\n\n{messages.pop(1)['content']}"
+        return messages
+
+
+def _extend(message: dict[str, Any], item: MessageItem | CallItem | ReasoningItem) -> None:
+    """Add an item to an assistant's message."""
+    if isinstance(item, MessageItem):
+        message["content"] += _join(item.content)
+    elif isinstance(item, ReasoningItem):
+        thought = _join(item.content or [])
+        message["reasoning_content"] = message.get("reasoning_content", "") + thought
+    else:
+        name = _qualified(item.namespace, item.name)
+        call = function_call(item.call_id, name, parsed_arguments(item.arguments))
+        message.setdefault("tool_calls", []).append(call)
+
+
+def _qualified(namespace: str | None, name: str) -> str:
+    """The name by which the model knows a function."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
+def _join(text: Text) -> str:
+    return text if isinstance(text, str) else "".join(part.text for part in text)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the endpoint `/v1/responses`."""
+
+    @app.post("/v1/responses")
+    async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
+        service.check_model(request.model)
+        request.check_echo()
+        conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+        completion, (parser,) = await conversation.start(service, http, request.decoding())
+        answer = ResponsesFormatter(service, request, completion, parser)
+        return await respond(service, http, completion, answer, request.stream)
+
+
+class ResponsesFormatter:
+    """Writes a completion of one answer in the form of `/v1/responses`."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: ResponsesRequest,
+        completion: Completion,
+        parser: MessageParser,
+    ) -> None:
+        self._completion = completion
+        self._parser = parser
+        self._namespaces = request.namespaces()
+        self._ids: dict[int, str] = {}
         self._numbers = count()
-        echoed = body.model_dump(
+        echo = request.model_dump(
             by_alias=True, exclude={"input", "stream", "stream_options", "client_metadata"}
         )
         self._head: dict[str, Any] = {
-            **echoed,
+            **echo,
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
             "model": service.names[0],
             "error": None,
             "incomplete_details": None,
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "tool_choice": echoed["tool_choice"] or "auto",
-            "tools": echoed["tools"] or [],
-            "metadata": body.metadata or {},
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "tool_choice": echo["tool_choice"] or "auto",
+            "tools": echo["tools"] or [],
+            "metadata": request.metadata or {},
             "store": False,
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The response, once the answer is finished."""
-        for chunk in self._completion.texts[0].chunks:
-            self._add([*self._blocks.add(self._parser.feed(chunk))])
-        self._add([*self._blocks.finish()])
+    def body(self) -> dict[str, Any]:
+        self._parser.read(self._completion.answers[0].chunks)
         return self._finished()
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream."""
         begun = {**self._head, "status": "in_progress", "output": [], "usage": None}
         yield self._frame("response.created", response=begun)
         yield self._frame("response.in_progress", response=begun)
         try:
-            async for event in self._completion:
-                for change in self._blocks.add(self._parser.feed(event.chunk)):
-                    for item in self._change(change):
-                        yield item
+            async for update in self._completion:
+                for change in self._parser.feed(update.chunk):
+                    for data in self._change_frames(change):
+                        yield data
         except Exception as error:
-            told = reported(error)
-            fault = {"code": told.code or "server_error", "message": told.message}
-            yield self._frame("error", **fault, param=told.param)
+            reason = api_error(error)
+            fault = {"code": reason.code or "server_error", "message": reason.message}
+            yield self._frame("error", **fault, param=reason.param)
             failed = {**begun, "status": "failed", "error": fault}
             yield self._frame("response.failed", response=failed)
             return
-        for change in self._blocks.finish():
-            for item in self._change(change):
-                yield item
         finished = self._finished()
         yield self._frame(f"response.{finished['status']}", response=finished)
 
-    def _add(self, changes: list[Change]) -> None:
-        for change in changes:
-            if change.event == "open":
-                self._ids.append(_item_id(change.block))
-
-    def _change(self, change: Change) -> list[bytes]:
-        """The events of one change."""
-        self._add([change])
-        block = change.block
-        at = {"output_index": block.index}
-        inside = {**at, "item_id": self._ids[block.index]}
-        part = {**inside, "content_index": 0}
-        text = "reasoning_text" if block.kind == "reasoning" else "output_text"
-        logs: dict[str, Any] = {} if block.kind == "reasoning" else {"logprobs": []}
+    def _change_frames(self, change: PartChange) -> Iterator[bytes]:
+        """The server-sent events of one change."""
+        part = change.part
+        index = {"output_index": part.index}
+        item = {**index, "item_id": self._id(part)}
+        content = {**item, "content_index": 0}
+        name = "reasoning_text" if part.kind == "reasoning" else "output_text"
+        logs: dict[str, Any] = {} if part.kind == "reasoning" else {"logprobs": []}
+        arguments = "response.function_call_arguments"
         if change.event == "text":
-            return [self._frame(f"response.{text}.delta", **part, delta=change.text, **logs)]
-        if change.event == "open":
-            item = self._item(block, "in_progress")
-            item["arguments" if block.call else "content"] = "" if block.call else []
-            found = [self._frame("response.output_item.added", **at, item=item)]
-            if block.call is None:
-                found.append(self._frame("response.content_part.added", **part, part=_part(block)))
-                return found
-            delta = "response.function_call_arguments.delta"
-            return [*found, self._frame(delta, **inside, delta=block.call.arguments)]
-        if block.call is not None:
-            call = {"name": block.call.name, "arguments": block.call.arguments}
-            found = [self._frame("response.function_call_arguments.done", **inside, **call)]
+            yield self._frame(f"response.{name}.delta", **content, delta=change.text, **logs)
+        elif change.event == "open":
+            empty: dict[str, Any] = {"arguments": ""} if part.call else {"content": []}
+            added = self._item(part, "in_progress") | empty
+            yield self._frame("response.output_item.added", **index, item=added)
+            if part.call is None:
+                yield self._frame("response.content_part.added", **content, part=_content(part))
+            else:
+                yield self._frame(f"{arguments}.delta", **item, delta=part.call.arguments)
         else:
-            found = [
-                self._frame(f"response.{text}.done", **part, text=block.text, **logs),
-                self._frame("response.content_part.done", **part, part=_part(block)),
-            ]
-        item = self._item(block, "completed")
-        return [*found, self._frame("response.output_item.done", **at, item=item)]
+            if part.call is None:
+                yield self._frame(f"response.{name}.done", **content, text=part.text, **logs)
+                yield self._frame("response.content_part.done", **content, part=_content(part))
+            else:
+                yield self._frame(f"{arguments}.done", **item, **self._call(part.call))
+            done = self._item(part, "completed")
+            yield self._frame("response.output_item.done", **index, item=done)
 
     def _finished(self) -> dict[str, Any]:
-        cut = self._completion.texts[0].finish_reason == "length"
+        cut_off = self._completion.answers[0].finish_reason == "length"
         return {
             **self._head,
-            "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "status": "incomplete" if cut_off else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "completed_at": int(time.time()),
-            "output": [self._item(block, "completed") for block in self._blocks.blocks],
-            "usage": _usage(self._completion.usage),
+            "output": [self._item(part, "completed") for part in self._parser.parts],
+            "usage": self._usage(),
         }
 
-    def _item(self, block: Block, status: str) -> dict[str, Any]:
-        head = {"id": self._ids[block.index], "status": status}
-        if block.call is not None:
-            call = {
-                "call_id": block.call.id,
-                "name": block.call.name,
-                "arguments": block.call.arguments,
-            }
+    def _usage(self) -> dict[str, Any]:
+        counts = self._completion.usage
+        cached = {"cached_tokens": counts.cached_tokens, "cache_write_tokens": 0}
+        return {
+            "input_tokens": counts.prompt_tokens,
+            "input_tokens_details": cached,
+            "output_tokens": counts.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+            "draft_tokens_details": draft_details(counts),
+        }
+
+    def _item(self, part: MessagePart, status: str) -> dict[str, Any]:
+        head = {"id": self._id(part), "status": status}
+        if part.call is not None:
+            call = {"call_id": part.call.id, **self._call(part.call)}
             return {"type": "function_call", **head, **call}
-        if block.kind == "reasoning":
-            return {"type": "reasoning", **head, "summary": [], "content": [_part(block)]}
-        return {"type": "message", **head, "role": "assistant", "content": [_part(block)]}
+        if part.kind == "reasoning":
+            return {"type": "reasoning", **head, "summary": [], "content": [_content(part)]}
+        return {"type": "message", **head, "role": "assistant", "content": [_content(part)]}
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        """The name and the arguments of a call, and the namespace if the function has one."""
+        if call.name not in self._namespaces:
+            return {"name": call.name, "arguments": call.arguments}
+        namespace, name = self._namespaces[call.name]
+        return {"namespace": namespace, "name": name, "arguments": call.arguments}
+
+    def _id(self, part: MessagePart) -> str:
+        prefix = {"content": "msg", "reasoning": "rs", "call": "fc"}[part.kind]
+        return self._ids.setdefault(part.index, f"{prefix}_{secrets.token_hex(12)}")
 
     def _frame(self, event: str, **fields: Any) -> bytes:
         data = {"type": event, "sequence_number": next(self._numbers), **fields}
         return frame(data, event)
 
 
-def _check_echo(body: ResponsesRequest) -> None:
-    """Raise an APIError if a response could not repeat the request as JSON."""
-    try:
-        json.dumps(body.model_dump(), ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        raise APIError(BAD_REQUEST, f"the body is not valid JSON: {error}") from error
-
-
-def _item_id(block: Block) -> str:
-    prefix = {"content": "msg", "reasoning": "rs", "call": "fc"}[block.kind]
-    return f"{prefix}_{secrets.token_hex(12)}"
-
-
-def _part(block: Block) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
-
-
-def _usage(counts: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": counts.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": counts.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": counts.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-        "draft_tokens_details": {
-            "drafted_tokens": counts.drafted_tokens,
-            "accepted_tokens": counts.accepted_tokens,
-            "iterations": counts.iterations,
-        },
-    }
+def _content(part: MessagePart) -> dict[str, Any]:
+    if part.kind == "reasoning":
+        return {"type": "reasoning_text", "text": part.text}
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}

@@ -1,16 +1,20 @@
-"""What the requests of several endpoints have in common, and what they may ask for."""
+"""The fields that requests of several endpoints share: decoding, tools, and chat messages."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from treeflash.config import MAX_BUDGET, Method
-from treeflash.serving.errors import BAD_REQUEST, APIError
+from treeflash.serving.errors import bad_request
 from treeflash.text.options import Options
 
 MAX_LOG_PROBS = 20
+MAX_TOOLS = 256
 TokenId = Annotated[int, Field(ge=0, strict=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -22,13 +26,14 @@ class Schema(BaseModel):
 
 
 class StreamOptions(Schema):
-    """`stream_options`: of OpenAI's, and what this server can add.
+    """`stream_options` of OpenAI, with additions of vLLM and of this server.
 
     Attributes:
         include_usage: send the usage in a last chunk without choices.
-        continuous_usage_stats: with that, each chunk has the usage so far, as vLLM's have.
-        include_obfuscation: only False; nothing is padded.
-        include_draft_trees: send each iteration's draft tree and accepted path.
+        continuous_usage_stats: if `include_usage` is true, also send the usage so far in each
+            chunk, as vLLM does.
+        include_obfuscation: only False is accepted, because no chunk is padded.
+        include_draft_trees: send the draft tree and the accepted path of each iteration.
     """
 
     include_usage: bool | None = None
@@ -38,9 +43,10 @@ class StreamOptions(Schema):
 
 
 class DecodingSchema(Schema):
-    """The fields that say how to decode.
+    """The decoding fields of a request.
 
-    `method` and `budget` are those of the command line: they change the speed, never the text.
+    `method` and `budget` mean the same as on the command line: they change the speed, never the
+    text.
     """
 
     model: str | None = None
@@ -50,7 +56,7 @@ class DecodingSchema(Schema):
     top_k: int | None = Field(None, ge=0)
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**64)
-    # Larger ones than OpenAI's overflow: the logits would not be finite.
+    # Penalties beyond OpenAI's limits could overflow the logits.
     presence_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
     frequency_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
     repetition_penalty: FiniteFloat | None = Field(None, ge=0.01, le=100)
@@ -62,33 +68,208 @@ class DecodingSchema(Schema):
     budget: Annotated[int, Field(ge=1, le=MAX_BUDGET)] | Literal["auto"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # names the client's own user, which changes nothing here
-    # vllm-router adds these to every request, at values that change nothing.
+    user: str | None = None  # identifies the client's own user; it changes nothing here
+    # vllm-router adds these fields to every request, with values that change nothing.
     no_stop_trim: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None
     return_hidden_states: Literal[False] | None = None
 
-    @property
-    def usage_in_chunks(self) -> bool:
-        """Whether each chunk of the stream is to have the usage so far."""
-        options = self.stream_options
-        return bool(options and options.include_usage and options.continuous_usage_stats)
-
     def options(self) -> Options:
-        """The decoding options that were given."""
+        """The decoding options; raises an APIError if `stream_options` is set without a stream."""
         if self.stream_options is not None and not self.stream:
-            raise APIError(
-                BAD_REQUEST,
-                "stream_options is for streams; set stream to true, or leave it out",
-                param="stream_options",
-            )
-        names = Options.__annotations__.keys()
-        given: dict[str, Any] = {
-            name: value
-            for name in type(self).model_fields
-            if name in names and (value := getattr(self, name)) is not None
-        }
+            advice = "set stream to true or remove stream_options"
+            raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
+        options: Any = self.model_dump(include=set(Options.__annotations__), exclude_none=True)
         if self.ignore_eos:
-            given["stop_token_ids"] = ()
-        options: Options = given  # type: ignore[assignment]
-        return options
+            options["stop_token_ids"] = ()
+        return cast(Options, options)
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class Function(Schema):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTyped(Schema):
+    type: Literal["function"]
+
+
+class Tool(FunctionTyped):
+    """A tool; only functions are supported."""
+
+    function: Function
+
+
+class NamedFunction(Schema):
+    name: str
+
+
+class NamedToolChoice(FunctionTyped):
+    function: NamedFunction
+
+
+CallMode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class AllowedTools:
+    """The calls that a message may have.
+
+    Attributes:
+        functions: that may be called, as chat templates read them.
+        must_call: whether the message must consist of calls.
+        parallel: whether the message may have several enforced calls.
+    """
+
+    functions: Sequence[Mapping[str, Any]] = ()
+    must_call: bool = False
+    parallel: bool = True
+
+    @property
+    def strict(self) -> bool:
+        """Whether the arguments of a function must follow its schema."""
+        return any(tool["function"].get("strict") for tool in self.functions)
+
+
+def allowed_tools(
+    functions: Sequence[Function],
+    choice: CallMode | NamedFunction | None,
+    *,
+    parallel: bool | None = None,
+) -> AllowedTools:
+    """The calls that a request allows; a named function is called once.
+
+    Raises:
+        APIError: two tools have the same name, or the choice does not fit the tools.
+    """
+    if choice == "none":
+        return AllowedTools()
+    names = [function.name for function in functions]
+    allowed = [
+        {"type": "function", "function": x.model_dump(exclude={"type"}, exclude_none=True)}
+        for x in functions
+    ]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise bad_request(f"two tools have the same name {repeated!r}; rename one", "tools")
+    several = parallel is not False
+    if choice is None or choice == "auto":
+        return AllowedTools(allowed, parallel=several)
+    if not allowed:
+        advice = "add tools or remove tool_choice"
+        message = f"tool_choice requires a call but the request has no tools; {advice}"
+        raise bad_request(message, "tool_choice")
+    if isinstance(choice, NamedFunction):
+        if (name := choice.name) not in names:
+            raise bad_request(
+                f"tool_choice names the function {name!r}, which is not in tools; the functions "
+                f"are {', '.join(names)}",
+                "tool_choice",
+            )
+        allowed, several = [allowed[names.index(name)]], False
+    return AllowedTools(allowed, must_call=True, parallel=several)
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(NamedFunction):
+    """A called function; the arguments are a JSON object, as text."""
+
+    arguments: str
+
+
+class MessageToolCall(Schema):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+    index: int | None = None  # left there by clients that join the chunks of a stream
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None  # of a participant, for chat templates that show it
+    type: Literal["text"] | None = None  # sent by lm-eval
+    refusal: None = None
+
+    def template(self) -> dict[str, Any]:
+        """The message as chat templates read it; raises an APIError if it does not fit its role."""
+        self._check()
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content,
+        }
+        names = {"reasoning_content", "tool_call_id", "name"}
+        message |= self.model_dump(include=names, exclude_none=True)
+        if self.tool_calls:
+            calls = [(call.id, call.function) for call in self.tool_calls]
+            message["tool_calls"] = [
+                function_call(i, x.name, parsed_arguments(x.arguments)) for i, x in calls
+            ]
+        return message
+
+    def _check(self) -> None:
+        error = None
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
+            error = "must not have tool_calls or reasoning_content, which only assistants have"
+        elif self.role == "tool" and self.tool_call_id is None:
+            error = "needs tool_call_id, the id of the call that it answers"
+        elif self.role != "tool" and self.tool_call_id is not None:
+            error = "must not have tool_call_id, which only messages with the role tool have"
+        elif self.content is None and not self.tool_calls:
+            error = "needs content"
+        if error is not None:
+            raise bad_request(f"a message with the role {self.role} {error}", "messages")
+
+
+def function_call(id: str, name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    """A call in OpenAI's form, in which chat templates read the arguments as an object."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def parsed_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call; raises an APIError if the text is not a JSON object."""
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise bad_request("the arguments of a tool call must be a JSON object, as text", "messages")
+    return arguments
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""OpenAI's degrees of reasoning, of which this server knows on and off."""
+Verbosity = Literal["low", "medium", "high"]
+"""OpenAI's lengths of answers, which only its own models know."""
+
+
+def thinks(effort: ReasoningEffort | None) -> bool | None:
+    """Whether reasoning is on; None if the request leaves that to the server."""
+    return None if effort is None else effort not in ("none", "minimal")
+
+
+def reasoning_args(thinks: bool | None, *, supports_reasoning: bool, param: str) -> dict[str, bool]:
+    """The variables of the chat template that turn reasoning on or off.
+
+    `thinks` is None if the request leaves that to the server; `param` is the field that decides.
+    An APIError is raised if the request turns reasoning on and the model does not support it.
+    """
+    if thinks and not supports_reasoning:
+        raise bad_request(f"this model does not support reasoning; remove `{param}`", param)
+    return {} if thinks is None or not supports_reasoning else {"enable_thinking": thinks}

@@ -1,4 +1,4 @@
-"""What endpoints share: the engine, the defaults, and how a request becomes a completion."""
+"""How a request becomes a completion: its prompt, its decoding options and its constraint."""
 
 from __future__ import annotations
 
@@ -7,120 +7,110 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 
 from treeflash.decoding import Request
-from treeflash.decoding.constraints import Constraint
-from treeflash.serving.completion import Completion, Usage
-from treeflash.serving.engine import Engine
-from treeflash.serving.errors import BAD_REQUEST, APIError
-from treeflash.serving.grammars import GrammarCompiler
-from treeflash.serving.response_templates import ResponseTemplate
-from treeflash.serving.schemas import DecodingSchema
+from treeflash.decoding.sampling import Constraint
+from treeflash.serving.engine import Completion, Engine
+from treeflash.serving.errors import APIError, bad_request
+from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
+from treeflash.serving.schemas import AllowedTools, DecodingSchema
 from treeflash.serving.settings import Settings
+from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
 from treeflash.text.options import Options, stop_strings
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 MAX_TOKENS = 2048
-"""New tokens of an answer if neither the request nor the server says how many."""
+"""New tokens of an answer if neither the request nor the server sets a limit."""
+MESSAGE_START_TOKENS = 1024
+"""Tokens at the end of a prompt that contain the beginning of the assistant's message."""
 
 
 @dataclass(frozen=True, eq=False)
 class Service:
     """One loaded pair, and how it is offered.
 
-    Attributes:
-        engine: decodes.
-        settings: limits and access.
-        defaults: decoding options of requests that do not have them.
-        names: of the model; the first is reported, each is accepted.
-        created: when the server was started, seconds since 1970.
+    `defaults` are decoding options of requests that leave them out. Responses have the first of the
+    model's names, and requests may have any.
     """
 
     engine: Engine
     settings: Settings
     defaults: Options
     names: tuple[str, ...]
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The target's."""
         return self.engine.model.tokenizer
 
     @cached_property
     def response_template(self) -> ResponseTemplate | None:
-        """How the model writes reasoning and tool calls, if that is known."""
-        return ResponseTemplate.of(self.engine.model)
+        """The form in which the model writes reasoning and tool calls, if it is known."""
+        return ResponseTemplate.find(self.engine.model, self.settings.tool_call_parser)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Makes constraints of grammars."""
         return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
+
+    def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
+        """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
+
+        Raises:
+            APIError: the grammar is invalid, unsupported, or takes too much to compile.
+        """
+        try:
+            return self.grammars.compile(grammar)
+        except GrammarError as error:
+            raise bad_request(str(error), param, "invalid_grammar") from error
+        except OSError as error:
+            raise APIError(503, f"the server cannot compile grammars now: {error}") from error
+
+    def template_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of the chat template: the server's defaults, then the request's."""
+        return {**(self.defaults.get("template_args") or {}), **args}
 
     def check_model(self, name: str | None) -> None:
         """Raise an APIError if a request names another model."""
         if name is not None and name not in self.names:
-            raise APIError(
-                404,
-                f"the model {name!r} does not exist; this server has {', '.join(self.names)}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"the model {name!r} does not exist; this server has {', '.join(self.names)}"
+            raise APIError(404, message, param="model", code="model_not_found")
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any]
-    ) -> list[int]:
-        """The token ids of a conversation, with the server's system message if it has none.
+    def check_defaults(self) -> None:
+        """Raise a PromptError if the chat template rejects the server's default variables."""
+        args = self.defaults.get("template_args")
+        if args and self.tokenizer.has_chat_template:
+            self.tokenizer.chat([{"role": "user", "content": "-"}], args)
 
-        Raises:
-            PromptError: the chat template rejects it.
-        """
-        system = self.defaults.get("system")
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        variables = {**(self.defaults.get("template_args") or {}), **template_args}
-        return await asyncio.to_thread(self.tokenizer.chat, messages, variables)
-
-    async def encode_text(self, text: str) -> list[int]:
-        """The token ids of plain text.
-
-        Raises:
-            PromptError: it is not valid Unicode.
-        """
+    async def encode(self, text: str) -> list[int]:
+        """The token ids of plain text; raises a PromptError if it is not valid Unicode."""
         check_unicode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
-    def submit(
+    def start(
         self,
         http: HTTPRequest,
-        body: DecodingSchema,
-        prompt_ids: Sequence[int],
+        request: DecodingSchema,
+        prompts: Sequence[Sequence[int]],
         constraint: Callable[[], Constraint] | None = None,
+        *,
+        scores_prompt: bool = False,
     ) -> Completion:
-        """Generate the answers that a request asks for.
+        """Start to generate the answers to each of the prompts of a request.
 
-        Args:
-            http: the request, for its salt.
-            body: the same.
-            prompt_ids: the prompt.
-            constraint: makes a constraint for each answer.
+        `constraint` makes one for each answer; see `Request` for `scores_prompt`.
 
         Raises:
-            ConfigError, PromptError, APIError: see `Engine.submit`.
+            ConfigError, PromptError, APIError: too many answers, or see `Engine.submit`.
         """
-        answers = body.n or 1
+        answers = request.n or 1
         if answers > self.settings.max_choices:
-            raise APIError(
-                BAD_REQUEST,
-                f"n is {answers}, and this server gives at most {self.settings.max_choices} "
-                "answers to a request",
-                param="n",
-            )
-        options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **body.options()}
+            limit = f"this server gives at most {self.settings.max_choices} answers to a request"
+            raise bad_request(f"n is {answers}, and {limit}", "n")
+        options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **request.options()}
         config = self.engine.model.decode_config(options)
         seed = config.sampling.seed if "seed" in options else secrets.randbits(32)
         requests = [
@@ -128,28 +118,108 @@ class Service:
                 prompt_ids=prompt_ids,
                 config=replace(config, sampling=replace(config.sampling, seed=(seed + i) % 2**64)),
                 constraint=None if constraint is None else constraint(),
-                salt=http.state.salt,
+                # Once for all answers.
+                scores_prompt=scores_prompt and i == 0,
+                cache_salt=http.state.cache_salt,
             )
+            for prompt_ids in prompts
             for i in range(answers)
         ]
-        return self.engine.submit(requests, stop_strings(options))
+        if "max_tokens" not in request.options():
+            requests = list(map(self.engine.shorten, requests))
+        return self.engine.submit(requests, stop_strings(options), prompts=len(prompts))
 
 
-def usage(counts: Usage) -> dict[str, Any]:
-    """OpenAI's usage, with the tokens of the draft trees beside it."""
-    return {
-        "prompt_tokens": counts.prompt_tokens,
-        "completion_tokens": counts.completion_tokens,
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
-        "draft_tokens_details": {
-            "drafted_tokens": counts.drafted_tokens,
-            "accepted_tokens": counts.accepted_tokens,
-            "iterations": counts.iterations,
-        },
-    }
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation, and the form of the assistant's next message.
 
+    Attributes:
+        messages: the messages so far, in the form that chat templates read.
+        template_args: variables of the chat template.
+        tools: the calls that the message may have.
+        continues: whether the last of the messages is the beginning of this one.
+        grammar: the grammar of the content, and the field of the request that asks for it.
+    """
 
-def response_id(prefix: str) -> str:
-    """A name for a response."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    messages: Sequence[Mapping[str, Any]]
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    tools: AllowedTools = field(default_factory=AllowedTools)
+    continues: bool = False
+    grammar: tuple[Grammar, str] | None = None
+
+    async def encode(self, service: Service) -> list[int]:
+        """The token ids of the prompt, with the server's system message if it has none.
+
+        Raises:
+            PromptError: the chat template rejects the messages.
+            APIError: the model does not support tools.
+        """
+        messages, variables = self.messages, service.template_args(self.template_args)
+        if self.tools.functions:
+            if service.response_template is None or not service.tokenizer.knows_tools:
+                raise bad_request(
+                    "tools are not supported with this model, because its chat template does not "
+                    "support tools or the form of its calls is unknown; remove tools, or start the "
+                    "server with --tool-call-parser",
+                    "tools",
+                )
+            variables["tools"] = list(self.tools.functions)
+        system = service.defaults.get("system")
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        chat = partial(service.tokenizer.chat, continues=self.continues)
+        return await asyncio.to_thread(chat, messages, variables)
+
+    async def start(
+        self, service: Service, http: HTTPRequest, request: DecodingSchema
+    ) -> tuple[Completion, list[MessageParser]]:
+        """Start to generate the message; returns the completion and a parser for each answer.
+
+        It raises the errors of `encode`, `Service.compile` and `Service.start`.
+        """
+        prompt_ids = await self.encode(service)
+        form = None
+        if service.response_template is not None:
+            end = prompt_ids[-MESSAGE_START_TOKENS:]
+            prompt = await asyncio.to_thread(service.tokenizer.verbatim.decode, end)
+            tools, calls_only = self.tools.functions, self.tools.must_call
+            form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
+        constraint = await asyncio.to_thread(self._constraint, service, form)
+        completion = service.start(http, request, [prompt_ids], constraint)
+        stop = completion.answers[0].stop
+        parsers = [MessageParser(form, service.tokenizer, stop) for _ in completion.answers]
+        return completion, parsers
+
+    def _constraint(
+        self, service: Service, form: MessageForm | None
+    ) -> Callable[[], Constraint] | None:
+        """Compile the grammar of the content or of the calls, if either is enforced.
+
+        A message of calls has no content: a grammar of the content leaves the calls free.
+        """
+        tools = self.tools
+        if self.grammar is None and not tools.must_call and not tools.strict:
+            return None
+        if self.grammar is None or tools.must_call:
+            assert form is not None
+            param = "tool_choice" if tools.must_call else "tools"
+            grammar = form.template.call_grammar(tools, free=not tools.must_call, param=param)
+        else:
+            grammar, param = self.grammar
+            if tools.functions:
+                assert form is not None
+                calls = form.template.call_grammar(tools, free=False, param=param)
+                grammar = grammar.either(calls)
+        if form is not None and (form.in_reasoning or self._may_think(service)):
+            grammar = form.template.prepend_reasoning(grammar, begun=form.in_reasoning)
+        return service.compile(grammar, param)
+
+    def _may_think(self, service: Service) -> bool:
+        """Whether the model may begin to reason by itself: thinking is on, or is never off."""
+        if not service.tokenizer.knows_thinking:
+            assert service.response_template is not None
+            opening = service.response_template.reasoning_opening
+            return opening is not None and opening in service.tokenizer.chat_template
+        variables = service.template_args(self.template_args)
+        return bool(variables.get("enable_thinking", service.tokenizer.thinking))

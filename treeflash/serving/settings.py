@@ -1,52 +1,118 @@
-"""Settings of a server, besides those for decoding."""
+"""The settings of a server, from the command line and a TOML file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from treeflash.errors import ConfigError
+from treeflash.serving.response_templates import TOOL_CALL_PARSERS
+from treeflash.text.prompt import read_text
 
 GIB = 1 << 30
 
 
+def _limit(default: float, metavar: str, help: str, minimum: int | None = None) -> Any:
+    """A limit that is also an option; without a minimum it must be above 0."""
+    return field(default=default, metadata={"metavar": metavar, "help": help, "minimum": minimum})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Limits and access.
+    """Limits and access. Each limit is also an option of the command line.
 
     Attributes:
-        max_parallel: texts that are decoded at once.
-        max_queue: texts that may wait beyond them; further requests are refused.
-        max_memory_gb: GiB of device memory for the states of texts.
-        prefix_cache_gb: GiB of those for the states of finished texts; 0 keeps none.
-        max_body_mb: MiB of a request's body.
-        body_timeout: seconds in which a request's body must arrive.
-        timeout: seconds in which a request must be answered, waiting included.
-        keep_alive: seconds without news after which a stream sends a comment, so that proxies
-            and clients keep the connection.
-        max_choices: answers to one request.
-        api_keys: one of them must be sent with every request; empty asks for none.
-        cors_origins: web origins whose pages may read answers; `*` is every origin.
+        api_keys: every request must have one of these keys; if empty, none is needed.
+        cors_origins: web origins whose pages may read answers; `*` means every origin.
+        tool_call_parser: a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
     """
 
-    max_parallel: int = 16
-    max_queue: int = 128
-    max_memory_gb: float = 4.0
-    prefix_cache_gb: float = 1.0
-    max_body_mb: float = 8.0
-    body_timeout: float = 30.0
-    timeout: float = 600.0
-    keep_alive: float = 10.0
-    max_choices: int = 16
+    max_parallel: int = _limit(16, "N", "answers to decode at once", 1)
+    max_queue: int = _limit(128, "N", "answers that may wait; further requests get status 429", 0)
+    max_memory_gb: float = _limit(4.0, "GB", "GiB of device memory for the KV cache")
+    prefix_cache_gb: float = _limit(
+        1.0,
+        "GB",
+        "GiB of --max-memory-gb that finished sequences may keep for prompts that begin alike; 0 "
+        "turns the prefix cache off",
+        0,
+    )
+    suffix_cache_gb: float = _limit(
+        0.0,
+        "GB",
+        "GiB of memory for finished answers, which further answers to the same API key may copy; "
+        "they then come faster, with the same tokens; 0 copies only within an answer",
+        0,
+    )
+    max_body_mb: float = _limit(8.0, "MB", "MiB of a request's body")
+    body_timeout: float = _limit(30.0, "S", "seconds in which the body of a request must arrive")
+    timeout: float = _limit(
+        600.0, "S", "seconds in which a request must be answered, waiting included"
+    )
+    keep_alive: float = _limit(
+        10.0, "S", "seconds after which a silent stream sends a comment, so that it stays open"
+    )
+    max_choices: int = _limit(16, "N", "answers to one request (n)", 1)
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_parallel", "max_choices"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_queue", "prefix_cache_gb"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("max_memory_gb", "max_body_mb", "body_timeout", "timeout", "keep_alive"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for limit in LIMITS:
+            minimum, value = limit.metadata["minimum"], getattr(self, limit.name)
+            if not (value > 0 if minimum is None else value >= minimum) or value == float("inf"):
+                least = "above 0" if minimum is None else f"{minimum} or more"
+                raise ConfigError(f"{limit.name} must be {least}, got {value}")
+
+
+LIMITS = tuple(field for field in fields(Settings) if field.metadata)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that only a server has."""
+    group = parser.add_argument_group("server")
+
+    def add(flag: str, help: str, default: object = None, **settings: Any) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(flag, help=help + shown, default=default, **settings)
+
+    add("--host", "address to listen on", "127.0.0.1")
+    add("--port", "port to listen on; 0 chooses a free one", 8000, type=_port)
+    help = "the model's name for clients; may be repeated (default: the target's)"
+    add("--model-name", help, action="append", metavar="NAME")
+    add("--log-level", "level of the log", "info", choices=("error", "warning", "info", "debug"))
+    for limit in LIMITS:
+        flag, kind = f"--{limit.name.replace('_', '-')}", type(limit.default)
+        metavar = limit.metadata["metavar"]
+        add(flag, limit.metadata["help"], limit.default, type=kind, metavar=metavar)
+    help = "form in which the model writes tool calls (default: that of its tokenizer or family)"
+    add("--tool-call-parser", help, choices=tuple(TOOL_CALL_PARSERS))
+    help = "file with one API key per line; every request must have one of them"
+    add("--api-key-file", help, type=Path, metavar="FILE")
+    help = "origin whose web pages may use the server, or * for all; may be repeated"
+    add("--cors-origin", help, action="append", metavar="ORIGIN")
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The settings of the command line.
+
+    Raises:
+        ConfigError, PromptError: a setting is invalid, or the file of API keys has none.
+    """
+    names = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    api_keys: tuple[str, ...] = ()
+    if args.api_key_file is not None:
+        lines = read_text(args.api_key_file).split("\n")
+        api_keys = tuple(line.strip() for line in lines if line.strip())
+        if not api_keys:
+            raise ConfigError(f"{args.api_key_file} has no API key; write one per line")
+    return Settings(**given, api_keys=api_keys, cors_origins=tuple(args.cors_origin or ()))
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"not a port: {text}")
+    return int(text)

@@ -1,110 +1,306 @@
-"""How answers reach the client: as server-sent events, or at once when all are finished."""
+"""How answers reach the client: whole, or as a stream of server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from treeflash.serving.completion import Completion
+from treeflash.decoding.sampling import LogProbs
+from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import APIError, api_error
+from treeflash.serving.schemas import DecodingSchema, StreamOptions
+from treeflash.serving.service import Service
+from treeflash.text.stream import Assembler, Chunk
+from treeflash.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("treeflash.serving")
+
+T = TypeVar("T")
 DONE = format_sse_event(data_str="[DONE]")
 
 
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
-    """One server-sent event."""
+    """The bytes of one server-sent event."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return format_sse_event(data_str=text, event=event)
 
 
+class Formatter(Protocol):
+    """Writes a completion in one API's form: as a whole once it is finished, or as a stream."""
+
+    def body(self) -> dict[str, Any]: ...
+
+    def frames(self) -> AsyncIterator[bytes]: ...
+
+
+async def respond(
+    service: Service, http: Request, completion: Completion, answer: Formatter, stream: bool | None
+) -> Response:
+    """The response to a request; an error of a whole answer, or a disconnect, is an APIError."""
+    if stream:
+        return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
+    await _finish(completion, http)
+    return JSONResponse(answer.body())
+
+
+@contextmanager
+def _running(completion: Completion, path: str) -> Iterator[None]:
+    """Drop the answers that are not finished at the end, and log the tokens and the speed."""
+    try:
+        with completion:
+            yield
+    finally:
+        _log(completion, path)
+
+
+def _log(completion: Completion, path: str) -> None:
+    counts, seconds = completion.usage, time.perf_counter() - completion.submitted
+    iterations = max(counts.iterations, 1)
+    logger.info(
+        "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
+        "%.2f tokens per iteration, %s",
+        path,
+        counts.prompt_tokens,
+        counts.cached_tokens,
+        counts.completion_tokens,
+        seconds,
+        counts.completion_tokens / seconds,
+        (counts.completion_tokens - len(completion.answers)) / iterations,
+        ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
+    )
+
+
 class CompletionStream(EventSourceResponse):
-    """Streams frames; when the client disconnects, the answers are dropped."""
+    """Streams frames, of which the last may be an error; a disconnect drops the answers."""
 
     def __init__(
         self, completion: Completion, frames: AsyncIterator[bytes], keep_alive: float
     ) -> None:
-        """Prepare a response.
-
-        Args:
-            completion: is cancelled at the end.
-            frames: reads the completion; errors that it raises end the stream with an error.
-            keep_alive: seconds without a frame after which a comment is sent.
-        """
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_with_keep_alive(_with_errors(frames), keep_alive), headers=headers)
+        frames = with_errors(frames, Exception, api_error)
+        super().__init__(_with_keep_alive(frames, keep_alive), headers=headers)
         self._completion = completion
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request."""
-        with self._completion:
+        with _running(self._completion, scope["path"]):
             await super().__call__(scope, receive, send)
 
 
-async def finish(completion: Completion, request: Request) -> None:
-    """Wait for all answers of a request.
-
-    Raises:
-        APIError: what ended an answer, or the client has disconnected.
-    """
-    with completion:
-        run = asyncio.ensure_future(completion.run())
-        gone = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({run, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not run.done():
-                raise APIError(499, "the client has disconnected")
-            run.result()
-        except Exception as error:
-            raise reported(error) from error
-        finally:
-            run.cancel()
-            gone.cancel()
-
-
-def reported(error: Exception) -> APIError:
-    """What to tell the client; a fault of the program is logged."""
-    told = api_error(error)
-    if told.code == "internal_error":
-        logger.error("a request failed", exc_info=error)
-    return told
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _with_errors(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def with_errors(
+    frames: AsyncIterator[bytes], kind: type[Exception], describe: Callable[[Any], APIError]
+) -> AsyncIterator[bytes]:
     """The frames; an error becomes the last one, since the status has been sent already."""
     try:
         async for item in frames:
             yield item
-    except Exception as error:
-        yield frame(reported(error).body())
+    except kind as error:
+        yield frame(describe(error).body())
 
 
 async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The frames, and a comment whenever there is none for so long."""
-    upcoming: asyncio.Future[bytes] = asyncio.ensure_future(anext(frames))
+    """The frames, and a comment whenever there is no frame for `seconds`."""
+    upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
     try:
         while True:
             await asyncio.wait({upcoming}, timeout=seconds)
             if not upcoming.done():
                 yield KEEPALIVE_COMMENT
                 continue
-            try:
-                item = upcoming.result()
-            except StopAsyncIteration:
+            if (item := upcoming.result()) is None:
                 return
             yield item
-            upcoming = asyncio.ensure_future(anext(frames))
+            upcoming = asyncio.ensure_future(anext(frames, None))
     finally:
         upcoming.cancel()
+
+
+async def _finish(completion: Completion, http: Request) -> None:
+    """Wait for all answers of a request, or until its client disconnects."""
+    with _running(completion, http.url.path):
+        try:
+            await until_disconnect(completion.wait(), http.receive)
+        except Exception as error:
+            raise api_error(error) from error
+
+
+async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
+    """The result of the work; if the client disconnects before, it is cancelled for an APIError."""
+    run = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({run, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            raise APIError(499, "the client has disconnected")
+        return run.result()
+    finally:
+        run.cancel()
+        disconnect.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class ChoicesFormatter(ABC):
+    """Writes a completion as OpenAI's list of choices."""
+
+    id_prefix: ClassVar[str]
+    body_object: ClassVar[str]
+    """The type of a whole response."""
+    chunk_object: ClassVar[str]
+
+    def __init__(self, service: Service, request: DecodingSchema, completion: Completion) -> None:
+        self._tokenizer = service.tokenizer
+        self._stream = request.stream_options or StreamOptions()
+        self._completion = completion
+        self._head = {
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.names[0],
+        }
+
+    @abstractmethod
+    def choice(self, index: int, answer: Assembler) -> dict[str, Any]:
+        """A finished answer."""
+
+    @abstractmethod
+    def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
+        """The choices of the chunks that an update of an answer becomes."""
+
+    def body(self) -> dict[str, Any]:
+        choices = [self.choice(i, answer) for i, answer in enumerate(self._completion.answers)]
+        head = {**self._head, "object": self.body_object}
+        return {**head, "choices": choices, **self._statistics()}
+
+    @property
+    def counts(self) -> Usage:
+        """The token counts so far."""
+        return self._completion.usage
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        with_usage = bool(self._stream.include_usage)
+        always = with_usage and bool(self._stream.continuous_usage_stats)
+        async for update in self._completion:
+            for choice in self.chunk_choices(update):
+                yield self._chunk([choice], with_usage=always)
+        if with_usage:
+            yield self._chunk([], with_usage=True)
+        yield DONE
+
+    def draft_tree(self, update: AnswerUpdate) -> dict[str, Any]:
+        """The field `draft_tree` of a choice, if the request asks for it.
+
+        It has `iteration`; `seconds` that it took, for all sequences of its batch; `tokens`, the
+        texts of the committed tokens; and after the prefill, for a tree of n nodes, `nodes` (the
+        texts of the drafted tokens, the root first), `parents` (indices, -1 for the root) and
+        `path` (the indices of the accepted nodes).
+        """
+        if not self._stream.include_draft_trees:
+            return {}
+        text, step = self._tokenizer.token_text, update.chunk.step
+        tree: dict[str, Any] = {
+            "iteration": update.iteration,
+            "seconds": sum(step.seconds.values()),
+            "tokens": [text(token) for token in update.chunk.token_ids],
+        }
+        if step.tree is not None and step.path is not None:
+            tree["nodes"] = [text(token) for token in step.tree.tokens.tolist()]
+            tree["parents"] = step.tree.parents.tolist()
+            tree["path"] = step.path.tolist()
+        return {"draft_tree": tree}
+
+    def _chunk(self, choices: list[dict[str, Any]], *, with_usage: bool) -> bytes:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+        return frame(chunk | self._statistics() if with_usage else chunk)
+
+    def _statistics(self) -> dict[str, Any]:
+        """OpenAI's usage, and the counts of drafts as vLLM and llama.cpp name them."""
+        counts = self.counts
+        timings = {"draft_n": counts.drafted_tokens, "draft_n_accepted": counts.accepted_tokens}
+        return {
+            "usage": usage(counts),
+            "metrics": {"speculative_decoding": speculative_decoding(self._completion)},
+            "timings": timings,
+        }
+
+
+def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
+    """VLLM's statistics of the drafts of a single answer; None if there are several answers.
+
+    A step is an iteration with a draft. `acceptance_histogram[j]` counts the steps that accepted j
+    drafted tokens, of at most `num_spec_tokens`, the deepest draft.
+    """
+    if len(completion.answers) > 1:
+        return None
+    steps = [chunk.step for chunk in completion.answers[0].chunks]
+    drafts = [(x.tree, x.path) for x in steps if x.tree is not None and len(x.tree) > 1]
+    accepted = [len(path) - 1 for _, path in drafts if path is not None]
+    deepest = max((int(tree.depths.max()) for tree, _ in drafts), default=0)
+    drafted = sum(len(tree) - 1 for tree, _ in drafts)
+    return {
+        "mean_acceptance_length": 1 + sum(accepted) / max(len(accepted), 1),
+        "draft_acceptance_rate": sum(accepted) / max(drafted, 1),
+        "acceptance_histogram": [accepted.count(n) for n in range(deepest + 1)],
+        "num_spec_steps": len(accepted),
+        "num_accepted_draft_tokens": sum(accepted),
+        "num_draft_tokens": drafted,
+        "num_spec_tokens": deepest,
+    }
+
+
+TokenLogProb = tuple[int, float, list[tuple[int, float]]]
+"""A token, its log probability, and the most probable tokens with theirs."""
+
+
+def log_probs(chunks: Sequence[Chunk]) -> Iterator[TokenLogProb]:
+    """The log probabilities of the new tokens."""
+    for chunk in chunks:
+        assert chunk.step.log_probs is not None
+        yield from token_log_probs(chunk.token_ids, chunk.step.log_probs)
+
+
+def token_log_probs(token_ids: Sequence[int], values: LogProbs) -> Iterator[TokenLogProb]:
+    """The log probabilities of tokens, of which there may be fewer than rows."""
+    for i, token_id in enumerate(token_ids):
+        top = zip(values.tokens[i].tolist(), values.values[i].tolist(), strict=True)
+        yield token_id, float(values.sampled[i]), list(top)
+
+
+def token_name(tokenizer: Tokenizer, token_id: int) -> str:
+    r"""A token as OpenAI writes it: `bytes:\xf0\x9f` if it is a part of a character."""
+    part = tokenizer.token_bytes(token_id)
+    try:
+        part.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
+    return tokenizer.token_text(token_id)
+
+
+def usage(counts: Usage) -> dict[str, Any]:
+    """OpenAI's usage, and the token counts of the draft trees."""
+    return {
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.completion_tokens,
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+        "draft_tokens_details": draft_details(counts),
+    }
+
+
+def draft_details(counts: Usage) -> dict[str, int]:
+    """The token counts of the draft trees."""
+    names = ("drafted_tokens", "accepted_tokens", "iterations")
+    return {name: getattr(counts, name) for name in names}

@@ -1,6 +1,6 @@
-"""The conformance suite: what a backend must do, as tests to inherit.
+"""The conformance suite: the contract of a backend, as tests to inherit.
 
-It needs pytest, NumPy and safetensors, and the framework of the backend under test::
+It needs the extra `testing` of treeflash and the framework of the backend under test::
 
     import pytest
     from treeflash.testing import BackendSuite
@@ -18,21 +18,24 @@ import pytest
 
 pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in iter_modules(__path__)))
 
-from treeflash.testing.dialects import DIALECTS, write_dialect  # noqa: E402
-from treeflash.testing.models import (  # noqa: E402
+from treeflash.testing.comparisons import Inspectable
+from treeflash.testing.models import (
+    DIALECTS,
     FAMILIES,
     HYBRID_FAMILIES,
+    write_dialect,
     write_drafter,
     write_target,
 )
-from treeflash.testing.require import require  # noqa: E402
-from treeflash.testing.suite import BackendSuite  # noqa: E402
+from treeflash.testing.pairs import require
+from treeflash.testing.suite import BackendSuite
 
 __all__ = [
     "DIALECTS",
     "FAMILIES",
     "HYBRID_FAMILIES",
     "BackendSuite",
+    "Inspectable",
     "require",
     "write_dialect",
     "write_drafter",

@@ -1,29 +1,45 @@
-"""Calls with several texts do to each what calls with that text alone would do."""
+"""Sequences that run together, join and leave: each has the tokens that it would have alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import Generator
+from numpy.typing import NDArray
 
-from treeflash.decoding.gumbel import Noise
-from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.text_session import TextSession
-from treeflash.decoding.text_state import TextState
+from treeflash.config import METHODS, Budget, DecodeConfig, Method, Penalties, SamplingConfig
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.interfaces import Backend, SequenceState, TableOptions
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.sampling import Noise
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.tree import DraftTree
-from treeflash.testing.comparisons import assert_close, assert_equal_states, assert_equal_tables
-from treeflash.testing.pairs import PairMaker
-from treeflash.testing.repeated import repeated
-from treeflash.testing.texts import path_to, random_tokens, random_tree
-from treeflash.testing.transitions import noise_of_depths
+from treeflash.testing.comparisons import (
+    assert_close,
+    assert_equal_drafter_caches,
+    assert_equal_states,
+    assert_equal_tables,
+    generate,
+    inspectable,
+    path_to,
+    prompted,
+    random_tokens,
+    random_tree,
+    tokens_of,
+)
+from treeflash.testing.pairs import SAMPLINGS, PairMaker, repeated, two_samplings
+from treeflash.testing.trees import noise_of_depths
 
 
 class BatchTests:
-    """Mixin of `BackendSuite`."""
-
     @repeated
     @given(seed=st.integers(0, 10**6))
     def test_states_equal_prefills_after_forks_and_truncations(
@@ -31,23 +47,23 @@ class BatchTests:
     ) -> None:
         backend = pair(representative).tested
         rng = np.random.default_rng(seed)
-        texts = [StateText(backend, rng) for _ in range(3)]
+        sequences = [TrackedSequence(backend, rng) for _ in range(3)]
         for _ in range(12):
-            text = texts[int(rng.integers(len(texts)))]
+            sequence = sequences[int(rng.integers(len(sequences)))]
             match int(rng.integers(6)):
                 case 0:
-                    text.truncate()
+                    sequence.truncate()
                 case 1:
-                    texts.append(text.fork())
-                case 2 if len(texts) > 2:
-                    texts.remove(text)
-                    text.close()
+                    sequences.append(sequence.fork())
+                case 2 if len(sequences) > 2:
+                    sequences.remove(sequence)
+                    sequence.close()
                 case 3:
-                    text.state.snapshot()
+                    sequence.state.snapshot()
                 case _:
-                    advance(backend, rng, [x for x in texts if rng.random() < 0.7])
-        for text in texts:
-            text.check()
+                    advance(backend, rng, [x for x in sequences if rng.random() < 0.7])
+        for sequence in sequences:
+            sequence.check()
 
     @repeated
     @given(seed=st.integers(0, 10**6))
@@ -56,9 +72,9 @@ class BatchTests:
     ) -> None:
         backend = pair(representative).tested
         rng = np.random.default_rng(seed)
-        texts = [StateText(backend, rng) for _ in range(int(rng.integers(2, 5)))]
-        trees = [text.tree() for text in texts]
-        states = [text.state for text in texts]
+        sequences = [TrackedSequence(backend, rng) for _ in range(int(rng.integers(2, 5)))]
+        trees = [sequence.tree() for sequence in sequences]
+        states = [sequence.state for sequence in sequences]
         together = backend.verifier.logits(list(zip(states, trees, strict=True)))
         for state, tree, logits in zip(states, trees, together, strict=True):
             (alone,) = backend.verifier.logits([(state, tree)])
@@ -66,29 +82,28 @@ class BatchTests:
 
     @repeated
     @given(seed=st.integers(0, 10**6))
-    def test_drafts_of_a_batch_equal_those_alone(self, pair: PairMaker, seed: int) -> None:
-        backend = pair().tested
+    def test_drafts_of_a_batch_equal_those_alone(self, backend: Backend, seed: int) -> None:
         drafter, head = backend.drafter, backend.head
         assert drafter is not None
         assert head is not None
         rng = np.random.default_rng(seed)
-        texts = [StateText(backend, rng) for _ in range(int(rng.integers(2, 5)))]
-        roots = random_tokens(rng, backend.vocab_size, len(texts))
-        forks = [text.state.fork(text.length, 400) for text in texts]
+        sequences = [TrackedSequence(backend, rng) for _ in range(int(rng.integers(2, 5)))]
+        roots = random_tokens(rng, backend.vocab_size, len(sequences))
+        forks = [sequence.state.fork(sequence.length, 400) for sequence in sequences]
 
         def draft(
-            states: Sequence[TextState], roots: Sequence[int], noise: Noise | None
+            states: Sequence[SequenceState], roots: Sequence[int], noise: Noise | None
         ) -> list[Any]:
             blocks = drafter.draft(list(zip(states, roots, strict=True)))
-            marginals = drafter.marginals(blocks, 5, 0.8, noise)
-            tables = head.transitions(blocks, 4, 5, 0.8, noise=noise)
-            few = head.transitions(blocks, 4, 5, 0.8, noise=noise, shortlist=12, rows=9)
-            log_probs = [drafter.log_probs(block) for block in blocks]
-            return list(zip(log_probs, marginals, tables, few, strict=True))
+            options = TableOptions(m=4, k=5, temperature=0.8, noise=noise)
+            few = replace(options, shortlist=12, rows=9)
+            tables = [head.transitions(blocks, each) for each in (options, few)]
+            log_probs = map(drafter.log_probs, blocks)
+            return list(zip(log_probs, drafter.marginals(blocks, options), *tables, strict=True))
 
-        noise = noise_of_depths(backend, 0.7, len(texts)) if rng.random() < 0.5 else None
-        together = draft([text.state for text in texts], roots, noise)
-        parts = [None] * len(texts) if noise is None else noise.split(len(texts))
+        noise = noise_of_depths(backend, 0.7, len(sequences)) if rng.random() < 0.5 else None
+        together = draft([sequence.state for sequence in sequences], roots, noise)
+        parts = [None] * len(sequences) if noise is None else noise.split(len(sequences))
         alone = zip(forks, roots, parts, together, strict=True)
         for fork, root, part, (log_probs, *tables) in alone:
             ((expected, *expected_tables),) = draft([fork], [root], part)
@@ -97,37 +112,28 @@ class BatchTests:
                 assert_equal_tables(table, other)
 
 
-class StateText(TextSession):
-    """A text that grows by random tokens and paths, is truncated and forked.
+class TrackedSequence(SequenceSession):
+    """A sequence that grows by random `tokens` and paths, is truncated and forked."""
 
-    Attributes:
-        rng: decides.
-        tokens: of the committed positions.
-    """
-
-    def __init__(self, backend: Backend, rng: np.random.Generator) -> None:
-        """Start with a random prompt."""
+    def __init__(self, backend: Backend, rng: Generator) -> None:
         super().__init__(backend, drafts=True, capacity=400)
         self.rng = rng
         self.tokens = random_tokens(rng, backend.vocab_size, int(rng.integers(1, 12)))
         self.extend(self.tokens)
 
     def tree(self) -> DraftTree:
-        """A random tree."""
         vocab_size = self.backend.vocab_size
         (root,) = random_tokens(self.rng, vocab_size, 1)
         return random_tree(self.rng, root, int(self.rng.integers(1, 20)), vocab_size)
 
     def truncate(self) -> None:
-        """Drop some of the last positions."""
         length = self.restorable()
-        self.state.truncate(length)
+        inspectable(self.state).truncate(length)
         del self.tokens[length:]
 
-    def fork(self) -> StateText:
-        """A text that begins like this one."""
+    def fork(self) -> TrackedSequence:
         length = self.restorable()
-        new = StateText.__new__(StateText)
+        new = TrackedSequence.__new__(TrackedSequence)
         new.backend, new.rng, new.tokens = self.backend, self.rng, self.tokens[:length]
         new.state = self.state.fork(length, 400)
         return new
@@ -138,30 +144,225 @@ class StateText(TextSession):
         return length or len(self.tokens)
 
     def check(self) -> None:
-        """Compare with a fresh prefill: keys and values, what follows, and what is drafted."""
         assert self.backend.drafter is not None
-        fresh = TextSession(self.backend, drafts=True, capacity=400)
-        fresh.extend(self.tokens)
+        (fresh,) = prompted([self.backend], self.tokens, drafts=True, capacity=400)
         assert self.length == fresh.length == len(self.tokens)
         assert_equal_states(self.state, fresh.state)
         tree = self.tree()
         assert_close(self.logits(tree), fresh.logits(tree))
-        blocks = [text.draft(int(tree.tokens[0])) for text in (self, fresh)]
+        blocks = [sequence.draft(int(tree.tokens[0])) for sequence in (self, fresh)]
         assert_close(*(self.backend.drafter.log_probs(block) for block in blocks))
-        assert_close(self.state.drafter_keys_values(), fresh.state.drafter_keys_values())
+        assert_equal_drafter_caches(self.state, fresh.state)
 
 
-def advance(backend: Backend, rng: np.random.Generator, texts: Sequence[StateText]) -> None:
-    """Verify and commit random trees of some texts together; some of them are drafted for."""
-    if not texts:
+def advance(backend: Backend, rng: Generator, sequences: Sequence[TrackedSequence]) -> None:
+    """Verify and commit random trees of some sequences together; some of them are drafted for."""
+    if not sequences:
         return
     assert backend.drafter is not None
-    trees = [text.tree() for text in texts]
+    trees = [sequence.tree() for sequence in sequences]
     paths = [path_to(tree, int(rng.integers(len(tree)))) for tree in trees]
-    states = [text.state for text in texts]
+    states = [sequence.state for sequence in sequences]
     backend.verifier.logits(list(zip(states, trees, strict=True)))
     backend.verifier.commit(list(zip(states, paths, strict=True)))
-    for text, tree, path in zip(texts, trees, paths, strict=True):
-        text.tokens += tree.tokens[path].tolist()
+    for sequence, tree, path in zip(sequences, trees, paths, strict=True):
+        sequence.tokens += tree.tokens[path].tolist()
     if rng.random() < 0.5:
         backend.drafter.draft([(state, 1) for state in states])
+
+
+PENALTIES = Penalties(repetition=1.3, presence=0.4, frequency=0.2, logit_bias=((3, 1.5), (5, -9.0)))
+
+
+class Alternating:
+    """A constraint: even and odd tokens take turns."""
+
+    def __init__(self, vocab_size: int) -> None:
+        tokens = np.arange(-(-vocab_size // 32) * 32)
+        bits = [(tokens % 2 == parity) & (tokens < vocab_size) for parity in (0, 1)]
+        self.masks = [np.packbits(x, bitorder="little").view("<u4") for x in bits]
+        self.count = 0
+
+    def allowed(self) -> NDArray[np.uint32]:
+        return self.masks[self.count % 2]
+
+    def advance(self, token: int) -> None:
+        assert token % 2 == self.count % 2
+        self.count += 1
+
+    def rollback(self, tokens: int) -> None:
+        self.count -= tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledSequence:
+    """A sequence of a schedule."""
+
+    prompt_ids: list[int]
+    config: DecodeConfig
+    constrained: bool  # whether `Alternating` holds
+    joins: int  # the iteration that it joins before
+    cancelled: int | None  # the iteration that it is cancelled before; None if it runs to its end
+
+    def request(self, backend: Backend) -> Request:
+        constraint = Alternating(backend.vocab_size) if self.constrained else None
+        return Request(prompt_ids=self.prompt_ids, config=self.config, constraint=constraint)
+
+
+def schedules(vocab_size: int) -> st.SearchStrategy[list[ScheduledSequence]]:
+    """Several sequences, some with prompts that begin alike."""
+
+    def build(seed: int, count: int) -> list[ScheduledSequence]:
+        rng = np.random.default_rng(seed)
+        shared = random_tokens(rng, vocab_size, 12)
+        return [_random_sequence(rng, vocab_size, shared) for _ in range(count)]
+
+    return st.builds(build, st.integers(0, 10**6), st.integers(2, 6))
+
+
+def _random_sequence(rng: Generator, vocab_size: int, shared: list[int]) -> ScheduledSequence:
+    def below(limit: int) -> int:
+        return int(rng.integers(limit))
+
+    budgets: tuple[Budget, ...] = 1, 4, 24, "auto"
+    joins = below(12)
+    return ScheduledSequence(
+        prompt_ids=shared[: below(13)] + random_tokens(rng, vocab_size, 1 + below(19)),
+        config=DecodeConfig(
+            method=METHODS[below(len(METHODS))],
+            budget=budgets[below(len(budgets))],
+            suffix=bool(rng.random() < 0.7),
+            max_tokens=1 + below(23),
+            sampling=replace(list(SAMPLINGS.values())[below(len(SAMPLINGS))], seed=below(1000)),
+            penalties=PENALTIES if rng.random() < 0.3 else Penalties(),
+            log_probs=2 if rng.random() < 0.3 else None,
+        ),
+        constrained=bool(rng.random() < 0.5),
+        joins=joins,
+        cancelled=joins + 1 + below(19) if rng.random() < 0.25 else None,
+    )
+
+
+scheduler_configs = st.builds(
+    SchedulerConfig,
+    max_parallel=st.integers(1, 4),
+    prefill_chunk=st.integers(1, 9),
+    lone_prefill_chunk=st.integers(1, 30),
+)
+
+
+class ScheduleTests:
+    @repeated
+    @given(
+        data=st.data(), config=scheduler_configs, cache_bytes=st.sampled_from([0, 40_000, 1 << 30])
+    )
+    def test_texts_of_a_schedule_equal_texts_alone(
+        self,
+        pair: PairMaker,
+        representative: str,
+        data: st.DataObject,
+        config: SchedulerConfig,
+        cache_bytes: int,
+    ) -> None:
+        backend = pair(representative).tested
+        sequences = data.draw(schedules(backend.vocab_size))
+        cache, copied = PrefixCache(cache_bytes), SuffixCache(cache_bytes)
+        steps = run_schedule(scheduler_of(backend, config, cache, copied), sequences)
+        cache.close()
+        for sequence, together in zip(sequences, steps, strict=True):
+            emitted = tokens_of(together)
+            (alone,) = run_schedule(scheduler_of(backend), [replace(sequence, cancelled=None)])
+            plain = plain_tokens(backend, sequence)
+            assert tokens_of(alone) == plain
+            assert emitted == (plain if sequence.cancelled is None else plain[: len(emitted)])
+            actual, expected = sampled_log_probs(together), sampled_log_probs(alone)
+            assert_close(actual, expected[: len(actual)])
+
+    @two_samplings
+    @pytest.mark.parametrize("method", ["suffix", "treeflash"])
+    def test_finished_answers_are_copied(
+        self, pair: PairMaker, representative: str, method: Method, sampling: SamplingConfig
+    ) -> None:
+        """Two sequences repeat answers together, in trees deeper than the drafter's block."""
+        backend = pair(representative).tested
+        assert backend.drafter_config is not None
+        config = DecodeConfig(method=method, budget=24, max_tokens=50, sampling=sampling)
+        rng = np.random.default_rng(1)
+        prompts = [random_tokens(rng, backend.vocab_size, 9) for _ in range(2)]
+        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
+        scheduler = scheduler_of(backend, copied=SuffixCache(1 << 20))
+        for repeats in (False, True):
+            steps: list[list[Step]] = [[], []]
+            for number, step in scheduler.decode(requests):
+                steps[number].append(step)
+            for prompt, answer in zip(prompts, steps, strict=True):
+                plain = DecodeConfig(method="ar", max_tokens=50, sampling=sampling)
+                assert tokens_of(answer) == generate(backend, prompt, plain)
+                if repeats:
+                    longest = max(len(step.path) for step in answer if step.path is not None)
+                    assert longest > backend.drafter_config.depths + 2
+
+    @repeated
+    @given(data=st.data())
+    def test_a_group_shares_one_prefill(
+        self, pair: PairMaker, representative: str, data: st.DataObject
+    ) -> None:
+        backend = pair(representative).tested
+        drawn = data.draw(schedules(backend.vocab_size))
+        sequences = [replace(sequence, prompt_ids=drawn[0].prompt_ids) for sequence in drawn]
+        scheduler = scheduler_of(backend, SchedulerConfig(max_parallel=len(sequences)))
+        request_ids = scheduler.submit_group([sequence.request(backend) for sequence in sequences])
+        steps: dict[RequestId, list[Step]] = {}
+        for request_id, event in scheduler.run():
+            assert not isinstance(event, Exception), event
+            steps.setdefault(request_id, []).append(event)
+        ended = len(steps[request_ids[0]]) == 1
+        for number, (request_id, sequence) in enumerate(zip(request_ids, sequences, strict=True)):
+            assert tokens_of(steps[request_id]) == plain_tokens(backend, sequence)
+            # A sequence that has ended cannot be forked, nor one without a drafter's state.
+            if number and not ended and sequence.config.drafts == drawn[0].config.drafts:
+                assert steps[request_id][0].cached_tokens == len(sequence.prompt_ids) - 1
+
+
+def scheduler_of(
+    backend: Backend,
+    config: SchedulerConfig | None = None,
+    cache: PrefixCache | None = None,
+    copied: SuffixCache | None = None,
+) -> Scheduler:
+    """A scheduler whose adaptive budget changes its size with the number of sequences."""
+    costs = VerifyCosts({size: 1e-4 * (1 + 0.05 * size) for size in SIZES})
+    budgets = AdaptiveBudgets(costs)
+    return Scheduler(backend, config, budgets=budgets, prefix_cache=cache, suffix_cache=copied)
+
+
+def run_schedule(scheduler: Scheduler, sequences: Sequence[ScheduledSequence]) -> list[list[Step]]:
+    """Submit and cancel sequences at their iterations; returns the steps of each."""
+    request_ids: dict[int, RequestId] = {}
+    steps: dict[RequestId, list[Step]] = {}
+    iteration = 0
+    while len(request_ids) < len(sequences) or scheduler.busy:
+        for number, sequence in enumerate(sequences):
+            if number not in request_ids and sequence.joins <= iteration:
+                request_ids[number] = scheduler.submit(sequence.request(scheduler.backend))
+            if sequence.cancelled is not None and sequence.cancelled == iteration:
+                scheduler.cancel(request_ids[number])
+        for request_id, event in scheduler.step():
+            assert not isinstance(event, Exception), event
+            steps.setdefault(request_id, []).append(event)
+        iteration += 1
+    return [steps.get(request_ids[number], []) for number in range(len(sequences))]
+
+
+def sampled_log_probs(steps: Sequence[Step]) -> NDArray[np.float32]:
+    """The log probabilities of the emitted tokens; empty if they were not asked for."""
+    parts = [step.log_probs.sampled for step in steps if step.log_probs is not None]
+    return np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def plain_tokens(backend: Backend, sequence: ScheduledSequence) -> list[int]:
+    """The tokens that plain decoding of the sequence alone emits."""
+    config = replace(sequence.config, method="ar", budget=1)
+    alone = replace(sequence, config=config, joins=0, cancelled=None)
+    (steps,) = run_schedule(scheduler_of(backend), [alone])
+    return tokens_of(steps)

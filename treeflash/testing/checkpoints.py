@@ -1,8 +1,10 @@
-"""Folders in every published form load, and mean the same."""
+"""Folders in every published form load alike; damaged ones are refused with their names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,54 +12,72 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from treeflash.config import DecodeConfig
+from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.interfaces import Backend, Loader
-from treeflash.decoding.text_session import TextSession
-from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.folder import read_tensors
-from treeflash.errors import ConfigError
-from treeflash.testing.comparisons import assert_close, assert_equal_tables, tokens_of
-from treeflash.testing.generations import check_generation, prompt_of
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.errors import (
+    CheckpointError,
+    ConfigError,
+    NumericalError,
+    PromptError,
+    UnsupportedModelError,
+)
+from treeflash.testing.comparisons import (
+    TOLERANCE,
+    assert_close,
+    assert_equal_tables,
+    generate,
+    paths,
+    prompt_of,
+    prompted,
+    random_tokens,
+    tokens_of,
+)
+from treeflash.testing.generations import DRAFTING, check_generation
 from treeflash.testing.models import (
+    DIALECTS,
     HYBRID_FAMILIES,
+    Config,
+    Tensors,
     edit_config,
     save,
+    write_dialect,
     write_drafter,
     write_target,
 )
-from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, Pair, PairMaker
-from treeflash.testing.transitions import (
+from treeflash.testing.pairs import DRAFTER_SEED, LOAD, TARGET_SEED, Pair, PairMaker, each_sampling
+from treeflash.testing.trees import (
+    OPTIONS,
     check_transitions,
+    draft,
     marginals,
+    noise_of_depths,
     settled_prompt,
     transitions,
 )
 
-Config = dict[str, Any]
-
 
 class CheckpointTests:
-    """Mixin of `BackendSuite`."""
-
     families: ClassVar[tuple[str, ...]]
 
     def test_dflash_folder_has_no_head(self, pair: PairMaker) -> None:
         dflash, treeflash = pair(drafter={"format": "dflash"}), pair()
         assert dflash.tested.head is None
         prompt = settled_prompt(treeflash.reference)
-        assert_equal_tables(
-            marginals(dflash.tested, prompt, 16), marginals(treeflash.reference, prompt, 16)
-        )
+        backends = dflash.tested, treeflash.reference
+        assert_equal_tables(*(marginals(backend, prompt, OPTIONS) for backend in backends))
         with pytest.raises(ConfigError, match="no AR head"):
             decode(dflash.tested, prompt, DecodeConfig(method="treeflash"))
 
     @pytest.mark.parametrize("format", ["dflash", "treeflash"])
     def test_sharded_folder(self, pair: PairMaker, format: str) -> None:
-        check_generation(
-            pair(drafter={"format": format, "sharded": True}),
-            DecodeConfig(method="ddtree", budget=12, max_tokens=6),
-        )
+        config = DecodeConfig(method="ddtree", budget=12, max_tokens=6)
+        check_generation(pair(drafter={"format": format, "sharded": True}), config)
 
     def test_sharded_target(self, load: Loader, tmp_path: Path) -> None:
         target, drafter = write_pair(tmp_path, self.families[0])
@@ -93,7 +113,7 @@ class CheckpointTests:
     def test_rope_settings_in_either_form(
         self, load: Loader, tmp_path: Path, family: str, absent: str
     ) -> None:
-        """A folder has one form or the other; a loader that misses it answers nonsense."""
+        """A folder has one form or the other; with neither read, the output is nonsense."""
         if family in HYBRID_FAMILIES:
             pytest.skip("these families have one form")
         target, drafter = write_pair(tmp_path, family)
@@ -118,27 +138,22 @@ class CheckpointTests:
     ) -> None:
         target, drafter = write_pair(tmp_path, self.families[0])
         prompt = settled_prompt(Pair.load(load, target, drafter).reference)
-        expected = transitions(load(target, drafter, LOAD), prompt, 16, 16)
+        expected = transitions(load(target, drafter, LOAD), prompt, OPTIONS)
         edit_config(drafter, rewrite)
-        assert_equal_tables(transitions(load(target, drafter, LOAD), prompt, 16, 16), expected)
+        assert_equal_tables(transitions(load(target, drafter, LOAD), prompt, OPTIONS), expected)
 
-    def test_target_alone(self, load: Loader, pair: PairMaker) -> None:
-        models = pair()
+    def test_target_alone(self, load: Loader, models: Pair) -> None:
         backend = load(models.target, None, LOAD)
         assert backend.drafter_config is None
         assert backend.head is None
         prompt, config = prompt_of(backend, 0), DecodeConfig(method="ar", max_tokens=8)
-        assert tokens_of(list(decode(backend, prompt, config))) == tokens_of(
-            list(decode(models.tested, prompt, config))
-        )
+        assert generate(backend, prompt, config) == generate(models.tested, prompt, config)
         with pytest.raises(ConfigError, match="needs a drafter"):
             decode(backend, prompt, DecodeConfig(method="ddtree"))
 
-    def test_description(self, pair: PairMaker) -> None:
-        models = pair()
-        assert models.tested.vocab_size == models.reference.vocab_size
-        assert models.tested.max_positions == models.reference.max_positions
-        assert models.tested.drafter_config == models.reference.drafter_config
+    def test_description(self, models: Pair) -> None:
+        for name in ("vocab_size", "max_positions", "drafter_config"):
+            assert getattr(models.tested, name) == getattr(models.reference, name)
         assert models.tested.dtype == "float32"
         assert models.tested.name
         assert models.tested.device
@@ -154,6 +169,277 @@ def write_pair(folder: Path, family: str, *, vocab_size: int = 24) -> tuple[Path
 
 def logits_of(backend: Backend) -> NDArray[np.float32]:
     """Logits after a prompt that is long enough for positions to matter."""
-    text = TextSession(backend)
-    text.extend(prompt_of(backend, 0) * 3)
-    return text.logits(DraftTree.root_only(1))
+    (sequence,) = prompted([backend], prompt_of(backend) * 3)
+    return sequence.logits(DraftTree.root_only(1))
+
+
+AUTO: dict[str, Any] = {"max_tokens": 16, "budget": "auto"}
+SAMPLED = SamplingConfig(temperature=1.0, seed=3)
+
+
+class DrafterTests:
+    dialects: ClassVar[tuple[str, ...]]
+    families: ClassVar[tuple[str, ...]]
+
+    def test_tables_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(2), models.reference.vocab_size, 9)
+        noise = noise_of_depths(models.reference, 0.8)
+        for k, temperature, added in ((4, 1.0, None), (100, 0.7, None), (100, 0.7, noise)):
+            options = TableOptions(k=k, temperature=temperature, noise=added)
+            assert_equal_tables(*(marginals(backend, prompt, options) for backend in models.both))
+        if models.reference.head is None:
+            assert models.tested.head is None
+            return
+        sizes = ((3, 4, None, None), (100, 100, None, None), (4, 4, 8, 6))
+        for (m, k, shortlist, rows), added in product(sizes, (None, noise)):
+            options = TableOptions(m=m, k=k, shortlist=shortlist, rows=rows)
+            options = replace(options, temperature=0.7, noise=added)
+            assert_equal_tables(*(transitions(backend, prompt, options) for backend in models.both))
+
+    def test_tables_of_several_texts_with_a_dialect_are_those_of_each(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter is not None
+        roots = random_roots(backend, 3)
+        together = backend.drafter.draft(roots)
+        alone = [backend.drafter.draft([root])[0] for root in roots]
+        options = TableOptions(m=3, k=4)
+        tables = backend.drafter.marginals(together, options)
+        for table, block in zip(tables, alone, strict=True):
+            assert_equal_tables(table, backend.drafter.marginals([block], options)[0])
+        if backend.head is None:
+            return
+        for shortlist in (None, 8):
+            options = replace(options, shortlist=shortlist)
+            tables = backend.head.transitions(together, options)
+            for table, block in zip(tables, alone, strict=True):
+                assert_equal_tables(table, backend.head.transitions([block], options)[0])
+
+    def test_fewer_depths_of_a_dialect_are_the_first_ones(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        """A depth's output does not depend on how many depths or sequences are drafted."""
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter is not None
+        roots, options = random_roots(backend, 2), TableOptions(m=3, k=4)
+
+        def tables(depths: int | None) -> list[TransitionTable]:
+            assert backend.drafter is not None
+            blocks = backend.drafter.draft(roots, depths)
+            tables = backend.drafter.marginals(blocks, options)
+            # A recurrent head has a row for each path instead of each token.
+            if backend.head is not None and dialect not in ("deepspec-rnn", "specforge-domino"):
+                tables += backend.head.transitions(blocks, options)
+            return tables
+
+        all_depths = tables(None)
+        for depths in (1, 2, all_depths[0].depths, all_depths[0].depths + 1):
+            for few, whole in zip(tables(depths), all_depths, strict=True):
+                assert few.depths == min(depths, whole.depths)
+                assert_equal_tables(few, whole.truncate(depths))
+
+    def test_log_probs_of_a_dialect_match_reference(self, pair: PairMaker, dialect: str) -> None:
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(1), models.reference.vocab_size, 5)
+        results = []
+        for backend in models.both:
+            assert backend.drafter is not None
+            assert backend.drafter_config is not None
+            block, root = draft(backend, prompt)
+            log_probs, depths = [backend.drafter.log_probs(block)], backend.drafter_config.depths
+            assert log_probs[0].shape == (depths, backend.vocab_size)
+            if backend.head is not None:
+                previous = np.array([root, *range(2, depths + 1)], np.int32)
+                log_probs.append(backend.head.log_probs(block, previous))
+            results.append(log_probs)
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected)
+
+    def test_tables_of_a_dialect_are_its_log_probs(self, pair: PairMaker, dialect: str) -> None:
+        """A child's log probability belongs to its token after the tokens of its path."""
+        backend = pair(drafter={"dialect": dialect}).tested
+        assert backend.drafter_config is not None
+        if backend.head is None:
+            return
+        prompt = random_tokens(np.random.default_rng(3), backend.vocab_size, 5)
+        block, root = draft(backend, prompt)
+        (table,) = backend.head.transitions([block], TableOptions(m=8, k=4))
+        depths, chain = backend.drafter_config.depths, build_chain(table, root, 24)
+        for tree in (build_tree(table, root, 24), chain):
+            for node, path in enumerate(paths(tree)[1:], 1):
+                before = np.resize(np.array(path[:-1], np.int32), depths)
+                row = backend.head.log_probs(block, before)[len(path) - 2]
+                step = tree.log_probs[node] - tree.log_probs[tree.parents[node]]
+                assert step == pytest.approx(row[path[-1]], abs=TOLERANCE)
+        if backend.drafter_config.head_state_size:  # else a row may be missing
+            assert len(chain) == depths + 1
+            (narrow,) = backend.head.transitions([block], TableOptions(m=1, k=1))
+            assert build_chain(narrow, root, 24).tokens.tolist() == chain.tokens.tolist()
+
+    @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "seeded"])
+    def test_generations_with_a_dialect_match_reference(
+        self, pair: PairMaker, dialect: str, sampling: SamplingConfig
+    ) -> None:
+        """They match step by step, and have the tokens of plain decoding."""
+        models = pair(drafter={"dialect": dialect})
+        config = DecodeConfig(budget=24, sampling=sampling, max_tokens=12)
+        for method in DRAFTING if models.reference.head else DRAFTING[:2]:
+            check_generation(models, replace(config, method=method))
+
+    def test_budget_auto_with_a_dialect_equals_plain_decoding(
+        self, pair: PairMaker, dialect: str
+    ) -> None:
+        """Also with the corrections that the budget learns, by depth and by confidence."""
+        models = pair(drafter={"dialect": dialect})
+        prompt = random_tokens(np.random.default_rng(5), models.tested.vocab_size, 6)
+        budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
+        method: Method = "ddtree" if models.tested.head is None else "treeflash"
+        steps = list(decode(models.tested, prompt, DecodeConfig(method=method, **AUTO), budgets))
+        plain = generate(models.tested, prompt, DecodeConfig(method="ar", **AUTO))
+        assert tokens_of(steps) == plain
+        config = models.tested.drafter_config
+        assert config is not None
+        keys = budgets.by_method[method].expected
+        by_level = any(isinstance(key, tuple) and key[0] != "match" for key in keys)
+        assert by_level == config.confidence_head
+
+    def test_other_dialects_are_refused(self, load: Loader, tmp_path: Path) -> None:
+        write_target(tmp_path / "target", self.families[0], seed=TARGET_SEED)
+        for dialect in DIALECTS.keys() - set(self.dialects):
+            write_dialect(tmp_path / dialect, tmp_path / "target", dialect, seed=DRAFTER_SEED)
+            with pytest.raises(UnsupportedModelError, match="does not support a drafter with"):
+                load(tmp_path / "target", tmp_path / dialect, LOAD)
+
+
+MISFITS: dict[str, tuple[Callable[[Config], object], str]] = {
+    "hidden size": (lambda config: config.update(hidden_size=64), "hidden size is 64.* is 32"),
+    "vocabulary": (lambda config: config.update(vocab_size=25), "vocabulary has 25.* has 24"),
+    "layers": (lambda config: config.update(num_target_layers=9), "9 layers.* has 4"),
+    "layer ids": (
+        lambda config: config["dflash_config"].update(target_layer_ids=[0, 4]),
+        r"layers \[0, 4\].* has 4",
+    ),
+    "mask token": (
+        lambda config: config["dflash_config"].update(mask_token_id=24),
+        "mask token 24 .*vocabulary of 24",
+    ),
+}
+
+
+class ErrorTests:
+    families: ClassVar[tuple[str, ...]]
+
+    def test_missing_tensor_is_named(self, load: Loader, tmp_path: Path) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        edit_tensors(drafter, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+            load(target, drafter, LOAD)
+
+    def test_misshapen_tensor_is_named(self, load: Loader, tmp_path: Path) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        square = {"model.fc.weight": np.zeros((32, 32), np.float32)}
+        edit_tensors(drafter, lambda tensors: tensors.update(square))
+        with pytest.raises(CheckpointError, match=r"fc\.weight.*\(32, 32\).*\(32, 64\)"):
+            load(target, drafter, LOAD)
+
+    def test_missing_tensor_of_the_target_is_named(self, load: Loader, tmp_path: Path) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        edit_tensors(target, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight"))
+        with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj"):
+            decode_something(load, target, drafter)
+
+    @pytest.mark.parametrize(("edit", "message"), MISFITS.values(), ids=MISFITS)
+    def test_pair_that_does_not_fit(
+        self, load: Loader, tmp_path: Path, edit: Callable[[Config], object], message: str
+    ) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        edit_config(drafter, edit)
+        with pytest.raises(CheckpointError, match=message):
+            load(target, drafter, LOAD)
+
+    @pytest.mark.parametrize("which", ["target", "drafter"])
+    def test_truncated_file(self, load: Loader, tmp_path: Path, which: str) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        file = tmp_path / which / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+        with pytest.raises(CheckpointError, match=which):
+            load(target, drafter, LOAD)
+
+    @pytest.mark.parametrize("which", ["target", "drafter"])
+    @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+    def test_missing_file(self, load: Loader, tmp_path: Path, which: str, file: str) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        (tmp_path / which / file).unlink()
+        with pytest.raises(CheckpointError, match=which):
+            load(target, drafter, LOAD)
+
+    def test_broken_config(self, load: Loader, tmp_path: Path) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        (drafter / "config.json").write_text("{", encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load(target, drafter, LOAD)
+
+    @pytest.mark.parametrize("method", ["ar", "treeflash"])
+    def test_target_that_is_not_a_number(self, load: Loader, tmp_path: Path, method: str) -> None:
+        target, drafter = write_pair(tmp_path, self.families[0])
+        norm = "model.layers.1.input_layernorm.weight"
+        edit_tensors(target, lambda tensors: tensors[norm].fill(np.nan))
+        with pytest.raises(NumericalError, match="not finite"):
+            decode_something(load, target, drafter, method)
+
+    @each_sampling
+    def test_one_node_that_is_not_a_number(
+        self, load: Loader, tmp_path: Path, sampling: SamplingConfig
+    ) -> None:
+        # In a large vocabulary the broken token is not met before the tree.
+        write_target(tmp_path, self.families[0], seed=TARGET_SEED, vocab_size=4096)
+        edit_tensors(tmp_path, lambda tensors: tensors["model.embed_tokens.weight"][7].fill(np.nan))
+        (sequence,) = prompted([load(tmp_path, None, LOAD)], [1, 2, 3])
+        tree = DraftTree.chain(np.array([4, 5, 7], np.int32))
+        with pytest.raises(NumericalError, match="not finite"):
+            sequence.verify(tree, sampling)
+
+    @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash", "treeflash-chain"])
+    @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "infinity"])
+    @pytest.mark.parametrize("vocab_size", [24, 2048])
+    def test_drafter_that_is_not_finite(
+        self, load: Loader, tmp_path: Path, method: str, vocab_size: int, value: float
+    ) -> None:
+        """In the larger vocabulary the AR head scores a shortlist, which is searched for."""
+        assert DecodeConfig().head_vocab in range(24, 2048)
+        target, drafter = write_pair(tmp_path, self.families[0], vocab_size=vocab_size)
+        edit_tensors(drafter, lambda tensors: tensors["model.fc.weight"].put(0, value))
+        with pytest.raises(NumericalError, match="the drafter's output is not finite"):
+            decode_something(load, target, drafter, method)
+
+    def test_prompts_that_cannot_be_decoded(self, pair: PairMaker) -> None:
+        backend = pair(target={"max_positions": 32}).tested
+        for prompt, message in (
+            ([], "empty"),
+            ([1] * 32, "limit is 32"),
+            ([1, 24], "vocabulary of 24"),
+            ([-1], "vocabulary of 24"),
+        ):
+            with pytest.raises(PromptError, match=message):
+                decode(backend, prompt, DecodeConfig())
+
+
+def random_roots(backend: Backend, count: int) -> list[tuple[SequenceState, int]]:
+    """The states of sequences with random prompts, and the target's token after each."""
+    rng = np.random.default_rng(4)
+    sequences = [SequenceSession(backend, drafts=True) for _ in range(count)]
+    prompts = [random_tokens(rng, backend.vocab_size, 6) for _ in sequences]
+    return [(x.state, x.extend(prompt)) for x, prompt in zip(sequences, prompts, strict=True)]
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = {name: np.array(tensor) for name, tensor in read_tensors(folder).items()}
+    edit(tensors)
+    save(folder, read_config(folder), tensors)
+
+
+def decode_something(load: Loader, target: Path, drafter: Path, method: str = "ar") -> None:
+    backend = load(target, drafter, LOAD)
+    list(decode(backend, [1, 2, 3], DecodeConfig(method=method, max_tokens=4)))  # type: ignore[arg-type]

@@ -1,22 +1,68 @@
-"""Comparisons of the results of two backends."""
+"""Comparisons of the results of two backends, and prompts whose decisions are not close.
+
+Backends add the same numbers in other orders, so their results differ by some 1e-6. If two tokens
+are closer than that, either decision is right. The suite takes prompts without such ties, so that
+it can ask for equal tokens, trees and paths without exception.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.decoding.interfaces import Backend, SequenceState
 from treeflash.decoding.loop import Step
-from treeflash.decoding.text_state import TextState
+from treeflash.decoding.sampling import position_keys, sample_tokens
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.tree import DraftTree
+from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+
+
+def random_tokens(rng: Generator, vocab_size: int, length: int) -> list[int]:
+    return [int(token) for token in rng.integers(0, vocab_size, length)]
+
+
+def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> DraftTree:
+    """A deep and branching tree whose siblings differ; its log probabilities are all 0."""
+    tokens, parents, depths = [root], [-1], [0]
+    while len(tokens) < nodes:
+        # Half of the nodes extend one of the newest, or the tree would stay shallow.
+        newest = max(0, len(tokens) - 3) if rng.random() < 0.5 else 0
+        parent = int(rng.integers(newest, len(tokens)))
+        token = int(rng.integers(vocab_size))
+        if (parent, token) not in zip(parents, tokens, strict=True):
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+    token_ids, parent_ids, levels = (np.array(x, np.int32) for x in (tokens, parents, depths))
+    return DraftTree(token_ids, parent_ids, levels, np.zeros(nodes))
+
+
+def path_to(tree: DraftTree, node: int) -> NDArray[np.int32]:
+    """(depth + 1,) int32 nodes from the root down to a node."""
+    path = [node]
+    while path[-1] > 0:
+        path.append(int(tree.parents[path[-1]]))
+    return np.array(path[::-1], np.int32)
+
+
+def chain_to(tree: DraftTree, node: int) -> DraftTree:
+    """The path to a node as a tree of its own."""
+    path = path_to(tree, node)
+    return DraftTree.chain(tree.tokens[path], tree.log_probs[path])
+
 
 TOLERANCE = 5e-5
 """Largest difference of two float32 values of tiny models, absolute and relative: logits, log
 probabilities, keys, values. Backends differ by some 1e-6; a wrong position or mask by far more."""
 LONG_TOLERANCE = 2e-3
-"""The same where positions reach thousands: a float32 angle is then off by some 1e-4 radians."""
+"""The tolerance at positions of thousands, where a float32 angle is off by some 1e-4 radians."""
 
 
 def assert_close(
@@ -26,23 +72,61 @@ def assert_close(
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, strict=True)
 
 
+class Inspectable(SequenceState, Protocol):
+    """The further members that the state of a backend under test must have.
+
+    `treeflash.decoding.backend_base.BaseState` has them all, but a backend with recurrent layers
+    defines `read_recurrent_states`.
+    """
+
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on, to a length that `restorable` returned."""
+
+    def read_kv_cache(self) -> NDArray[np.float32]:
+        """(attention layers, 2, kv_heads, length, head_dim) the target's keys and values."""
+
+    def read_drafter_kv_cache(self) -> NDArray[np.float32]:
+        """(layers, 2, kv_heads, n, head_dim) the drafter's, of the n positions that it has read."""
+
+    def read_recurrent_states(self) -> list[NDArray[np.float32]]:
+        """The states of the target's recurrent layers after the last position, layer by layer.
+
+        (W - 1, channels) the last inputs of each short convolution of width W, without bias and
+        activation, and (heads, key_dim, value_dim) the matrix state, if the layer has one. In
+        Mamba-2, B are the keys and x the values. Empty without recurrent layers.
+        """
+
+
+def inspectable(state: SequenceState) -> Inspectable:
+    return cast(Inspectable, state)
+
+
 def assert_equal_states(
-    actual: TextState, expected: TextState, *, tolerance: float = TOLERANCE
+    actual: SequenceState, expected: SequenceState, *, tolerance: float = TOLERANCE
 ) -> None:
-    """The target's keys, values and recurrent states of two texts."""
-    assert_close(actual.keys_values(), expected.keys_values(), tolerance=tolerance)
-    for mine, theirs in zip(actual.states(), expected.states(), strict=True):
-        assert_close(mine, theirs, tolerance=tolerance)
+    """The target's keys, values and recurrent states of two sequences."""
+    states = inspectable(actual), inspectable(expected)
+    assert_close(*(state.read_kv_cache() for state in states), tolerance=tolerance)
+    for pair in zip(*(state.read_recurrent_states() for state in states), strict=True):
+        assert_close(*pair, tolerance=tolerance)
+
+
+def assert_equal_drafter_caches(
+    actual: SequenceState, expected: SequenceState, *, tolerance: float = TOLERANCE
+) -> None:
+    """The drafter's keys and values of two sequences."""
+    states = inspectable(actual), inspectable(expected)
+    assert_close(*(state.read_drafter_kv_cache() for state in states), tolerance=tolerance)
 
 
 def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> None:
     """Tokens and rows equal wherever a child exists, log probabilities close."""
-    assert actual.tokens.dtype == np.int32
-    assert actual.next_row.dtype == np.int32
     exists = np.isfinite(expected.log_probs)
     np.testing.assert_array_equal(np.isfinite(actual.log_probs), exists)
-    np.testing.assert_array_equal(actual.tokens[exists], expected.tokens[exists])
-    np.testing.assert_array_equal(actual.next_row[exists], expected.next_row[exists])
+    for name in ("tokens", "next_row"):
+        values = getattr(actual, name)
+        assert values.dtype == np.int32
+        np.testing.assert_array_equal(values[exists], getattr(expected, name)[exists])
     assert_close(actual.log_probs, expected.log_probs)
     assert (actual.confidences is None) == (expected.confidences is None)
     if actual.confidences is not None and expected.confidences is not None:
@@ -52,9 +136,8 @@ def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> N
 
 def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
     """The same nodes in the same order, log probabilities close."""
-    np.testing.assert_array_equal(actual.tokens, expected.tokens)
-    np.testing.assert_array_equal(actual.parents, expected.parents)
-    np.testing.assert_array_equal(actual.depths, expected.depths)
+    for name in ("tokens", "parents", "depths"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     assert_close(actual.log_probs, expected.log_probs)
     assert (actual.confidences is None) == (expected.confidences is None)
     if actual.confidences is not None and expected.confidences is not None:
@@ -64,39 +147,137 @@ def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
 def assert_trees_equal_but_for_ties(
     actual: DraftTree, expected: DraftTree, tolerance: float
 ) -> None:
-    """The same nodes, but that nodes closer than a tolerance may change places.
+    """The same nodes, except for nodes whose probabilities are equal within a tolerance.
 
-    For real models, whose float32 log probabilities differ by some 1e-5 between frameworks: a
-    node in one tree only must be as probable, within the tolerance, as the other tree's last.
+    The float32 log probabilities of real models differ by some 1e-5 between frameworks. A node that
+    is in one tree only must be as probable, within the tolerance, as the other tree's last node.
     """
-    mine, theirs = (dict(zip(paths(t), t.log_probs, strict=True)) for t in (actual, expected))
-    for path in mine.keys() & theirs.keys():
-        assert abs(mine[path] - theirs[path]) <= tolerance, path
-    for path in mine.keys() - theirs.keys():
-        assert mine[path] - expected.log_probs.min() <= tolerance, path
-    for path in theirs.keys() - mine.keys():
-        assert theirs[path] - actual.log_probs.min() <= tolerance, path
+    a, b = (dict(zip(paths(t), t.log_probs, strict=True)) for t in (actual, expected))
+    for path in a.keys() & b.keys():
+        assert abs(a[path] - b[path]) <= tolerance, path
+    for tree, other in ((a, b), (b, a)):
+        for path in tree.keys() - other.keys():
+            assert tree[path] - min(other.values()) <= tolerance, path
 
 
 def paths(tree: DraftTree) -> list[tuple[int, ...]]:
     """The tokens from the root down to each node."""
-    found: list[tuple[int, ...]] = []
+    paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return paths
 
 
 def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None:
-    """Iteration by iteration: the same tree, the same accepted path, the same tokens."""
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert (mine.tree is None) == (theirs.tree is None)
-        if mine.tree is not None and theirs.tree is not None:
-            assert_equal_trees(mine.tree, theirs.tree)
-            np.testing.assert_array_equal(mine.path, theirs.path)
-        assert mine.tokens == theirs.tokens
-        assert mine.finish_reason == theirs.finish_reason
+    """The same tree, accepted path and tokens in every iteration."""
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.tree is None) == (b.tree is None)
+        if a.tree is not None and b.tree is not None:
+            assert_equal_trees(a.tree, b.tree)
+            np.testing.assert_array_equal(a.path, b.path)
+        assert a.tokens == b.tokens
+        assert a.finish_reason == b.finish_reason
 
 
-def tokens_of(steps: Sequence[Step]) -> list[int]:
-    """The tokens of all steps, in order."""
+def tokens_of(steps: Iterable[Step]) -> list[int]:
     return [token for step in steps for token in step.tokens]
+
+
+def generate(backend: Backend, prompt: Sequence[int], config: DecodeConfig) -> list[int]:
+    return tokens_of(decode(backend, prompt, config))
+
+
+def prompt_of(backend: Backend, seed: int = 0) -> list[int]:
+    """A random prompt of seven tokens."""
+    return random_tokens(np.random.default_rng(seed), backend.vocab_size, 7)
+
+
+def prompted(
+    backends: Iterable[Backend],
+    prompt: Sequence[int],
+    *,
+    drafts: bool = False,
+    capacity: int = 1024,
+) -> list[SequenceSession]:
+    sequences = [SequenceSession(x, drafts=drafts, capacity=capacity) for x in backends]
+    for sequence in sequences:
+        sequence.extend(prompt)
+    return sequences
+
+
+MARGIN = 1e-5
+ATTEMPTS = 300
+
+
+def settled_generation(
+    reference: Backend, config: DecodeConfig, *, seed: int = 0
+) -> tuple[list[int], list[Step]]:
+    """A short random prompt for which the reference decodes without a close decision; its steps."""
+    rng = np.random.default_rng(seed)
+    for _ in range(ATTEMPTS):
+        prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))
+        steps = list(decode(reference, prompt, config))
+        if _is_settled(reference, prompt, config, steps):
+            return prompt, steps
+    raise AssertionError(f"none of {ATTEMPTS} prompts is settled; choose other weights")
+
+
+def is_settled_choice(
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None
+) -> bool:
+    """Whether a little noise on the (n, vocab) logits changes none of the sampled tokens."""
+    rng = np.random.default_rng(0)
+    chosen = sample_tokens(logits, sampling, keys)
+    noisy = (logits + _noise(rng, logits.shape, 4 * MARGIN) for _ in range(6))
+    return all(np.array_equal(chosen, sample_tokens(x, sampling, keys)) for x in noisy)
+
+
+def is_settled_table(table: TransitionTable) -> bool:
+    """Whether the children of every row differ clearly in probability."""
+    with np.errstate(invalid="ignore"):
+        gaps = -np.diff(table.log_probs.astype(np.float64), axis=-1)
+    return not (gaps < MARGIN).any()
+
+
+def _is_settled(
+    reference: Backend, prompt: Sequence[int], config: DecodeConfig, steps: Sequence[Step]
+) -> bool:
+    sequence = SequenceSession(reference)
+    # The last token of the prompt is run as a tree of one node: its logits are then seen too.
+    if prompt[:-1]:
+        sequence.extend(prompt[:-1])
+    first = DraftTree.root_only(prompt[-1]), np.zeros(1, np.int32), None
+    verified = [(step.tree, step.path, step.table) for step in steps if step.tree is not None]
+    for tree, path, table in [first, *verified]:
+        assert path is not None
+        if table is not None and not _is_settled_tree(table, int(tree.tokens[0]), config):
+            return False
+        if tree.matches is not None and not _is_settled_merge(tree, tree.matches):
+            return False
+        keys = None
+        if not config.sampling.greedy:
+            keys = position_keys(config.sampling.seed, tree.positions(sequence.length + 1))[path]
+        if not is_settled_choice(sequence.logits(tree)[path], config.sampling, keys):
+            return False
+        sequence.commit(path)
+    return True
+
+
+def _is_settled_tree(table: TransitionTable, root: int, config: DecodeConfig) -> bool:
+    build = build_chain if config.drafts_chain else build_tree
+    assert isinstance(config.budget, int)
+    tree = build(table, root, config.budget + 1)  # the first node left out must differ as well
+    follows_parent = tree.parents[1:] == np.arange(len(tree) - 1)
+    return bool((follows_parent | (-np.diff(tree.log_probs) > MARGIN)).all())
+
+
+def _is_settled_merge(tree: DraftTree, matches: NDArray[np.int32]) -> bool:
+    """Whether neighbours differ clearly in probability, unless both are copies of the text."""
+    copies = (matches[1:-1] > 0) & (matches[2:] > 0)
+    follows_parent = tree.parents[2:] == np.arange(1, len(tree) - 1)
+    gaps = -np.diff(tree.log_probs[1:])
+    return bool((copies | follows_parent | (gaps > MARGIN)).all())
+
+
+def _noise(rng: Generator, shape: tuple[int, ...], size: float) -> NDArray[np.float32]:
+    return rng.uniform(-size, size, shape).astype(np.float32)

@@ -1,65 +1,61 @@
-"""Whole generations agree with the reference, iteration by iteration, and with plain decoding."""
+"""Whole generations agree with the reference, and have the target's distribution."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
+from treeflash.config import METHODS, DecodeConfig, Method, Penalties, SamplingConfig
 from treeflash.decoding import decode
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.verify_costs import SIZES, VerifyCosts
-from treeflash.testing.comparisons import assert_equal_steps, tokens_of
-from treeflash.testing.margins import settled_generation
-from treeflash.testing.pairs import Pair, PairMaker
-from treeflash.testing.samplings import SAMPLINGS
-from treeflash.testing.texts import random_tokens
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing.comparisons import (
+    assert_close,
+    assert_equal_steps,
+    generate,
+    prompt_of,
+    prompted,
+    settled_generation,
+    tokens_of,
+)
+from treeflash.testing.pairs import Pair, PairMaker, each_sampling, two_samplings
 
 MAX_TOKENS = 10
 BUDGETS = (1, 2, 16, 64, 256)
 DRAFTING = METHODS[1:]
 TREES: tuple[Method, ...] = ("ddtree", "treeflash")
 
-each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-
 
 class GenerationTests:
-    """Mixin of `BackendSuite`."""
-
     @each_sampling
     @pytest.mark.parametrize("budget", BUDGETS)
     @pytest.mark.parametrize("method", DRAFTING)
     def test_iterations_match_reference(
         self, pair: PairMaker, method: Method, budget: int, sampling: SamplingConfig
     ) -> None:
-        check_generation(
-            pair(),
-            DecodeConfig(method=method, budget=budget, sampling=sampling, max_tokens=MAX_TOKENS),
+        config = DecodeConfig(
+            method=method, budget=budget, sampling=sampling, max_tokens=MAX_TOKENS
         )
+        check_generation(pair(), config)
 
-    @pytest.mark.parametrize(
-        "sampling", [SAMPLINGS["greedy"], SAMPLINGS["all"]], ids=["greedy", "all"]
-    )
+    @two_samplings
     @pytest.mark.parametrize("method", TREES)
     def test_iterations_of_each_family_match_reference(
         self, pair: PairMaker, family: str, method: Method, sampling: SamplingConfig
     ) -> None:
-        check_generation(
-            pair(family),
-            DecodeConfig(method=method, budget=24, sampling=sampling, max_tokens=MAX_TOKENS),
-        )
+        config = DecodeConfig(method=method, budget=24, sampling=sampling, max_tokens=MAX_TOKENS)
+        check_generation(pair(family), config)
 
     @each_sampling
-    def test_plain_decoding_matches_reference(
-        self, pair: PairMaker, sampling: SamplingConfig
-    ) -> None:
-        models = pair()
+    def test_plain_decoding_matches_reference(self, models: Pair, sampling: SamplingConfig) -> None:
         config = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
         prompt, expected = settled_generation(models.reference, config)
         assert_equal_steps(list(decode(models.tested, prompt, config)), expected)
@@ -69,51 +65,47 @@ class GenerationTests:
         check_generation(models, DecodeConfig(budget=24, max_tokens=24))
 
     def test_settings_of_the_tree_match_reference(self, pair: PairMaker) -> None:
-        check_generation(
-            pair(),
-            DecodeConfig(
-                budget=12, top_m=3, top_k_children=5, draft_temperature=0.7, max_tokens=MAX_TOKENS
-            ),
-        )
+        config = DecodeConfig(budget=12, top_m=3, top_k_children=5, draft_temperature=0.7)
+        check_generation(pair(), replace(config, max_tokens=MAX_TOKENS))
 
     @each_sampling
     @pytest.mark.parametrize("method", DRAFTING)
     def test_budget_auto_equals_plain_decoding(
-        self, pair: PairMaker, method: Method, sampling: SamplingConfig
+        self, models: Pair, method: Method, sampling: SamplingConfig
     ) -> None:
-        """Whatever it verifies, and though it rests."""
-        models = pair()
+        """With every tree size, and while drafting pauses."""
         prompt = prompt_of(models.reference, 3)
         config = DecodeConfig(method=method, budget="auto", sampling=sampling, max_tokens=40)
         plain = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
         # Drafting always pays, then it never does.
-        for costs, rests in (
+        for costs, pauses in (
             (dict.fromkeys(SIZES, 1.0), False),
             ({size: 1e-6 * size**3 for size in SIZES}, True),
         ):
-            steps = list(decode(models.tested, prompt, config, AdaptiveBudget(VerifyCosts(costs))))
-            assert tokens_of(steps) == tokens_of(list(decode(models.tested, prompt, plain)))
-            # The prefill drafts nothing, nor does an iteration that can bring one token alone.
-            assert any(step.table is None for step in steps[1:-1]) == rests
+            budgets = AdaptiveBudgets(VerifyCosts(costs))
+            steps = list(decode(models.tested, prompt, config, budgets))
+            assert tokens_of(steps) == generate(models.tested, prompt, plain)
+            # The last iteration may have room for one token only.
+            trees = [step.tree for step in steps[1:-1] if step.table is None]
+            plain_iterations = any(tree is not None and len(tree) == 1 for tree in trees)
+            if method == "suffix":  # nothing is drafted where nothing repeats
+                assert plain_iterations or not pauses
+            else:
+                assert plain_iterations == pauses
 
     @pytest.mark.parametrize("size", [1, 6])
     @pytest.mark.parametrize("what", ["head_vocab", "head_rows"])
     def test_a_head_that_scores_less_equals_plain_decoding(
-        self, pair: PairMaker, what: str, size: int
+        self, models: Pair, what: str, size: int
     ) -> None:
-        models = pair()
         prompt = prompt_of(models.reference, 4)
-        plain = tokens_of(
-            list(decode(models.tested, prompt, DecodeConfig(method="ar", max_tokens=40)))
-        )
+        plain = generate(models.tested, prompt, DecodeConfig(method="ar", max_tokens=40))
         settings: dict[str, Any] = {what: size, "max_tokens": 40}
-        steps = list(decode(models.tested, prompt, DecodeConfig(**settings)))
-        assert tokens_of(steps) == plain
+        assert generate(models.tested, prompt, DecodeConfig(**settings)) == plain
 
     @pytest.mark.parametrize("method", DRAFTING)
-    def test_several_drafts_are_accepted_at_once(self, pair: PairMaker, method: Method) -> None:
+    def test_several_drafts_are_accepted_at_once(self, models: Pair, method: Method) -> None:
         """The other tests would mean little if the drafts were always wrong."""
-        models = pair()
         config = DecodeConfig(method=method, budget=64, max_tokens=24)
         paths = [
             len(step.path)
@@ -124,21 +116,57 @@ class GenerationTests:
         assert max(paths) >= (3 if method in TREES else 2)
         assert sum(length >= 2 for length in paths) >= 8
 
-    def test_interleaved_texts_equal_texts_alone(self, pair: PairMaker) -> None:
-        backend = pair().tested
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("edited", [False, True])
+    @two_samplings
+    def test_every_token_has_the_log_probs_of_the_model(
+        self, models: Pair, method: Method, edited: bool, sampling: SamplingConfig
+    ) -> None:
+        """Log probabilities are reported before penalties, biases, temperature and filters."""
+        bias = tuple(dict.fromkeys(range(0, models.reference.vocab_size, 3), -9.0).items())
+        penalties = Penalties(presence=1.0, repetition=1.5, logit_bias=bias)
+        config = DecodeConfig(
+            method=method,
+            budget=8,
+            max_tokens=20,
+            sampling=sampling,
+            penalties=penalties if edited else Penalties(),
+            log_probs=2,
+        )
+        prompt = prompt_of(models.reference, 5)
+        steps = list(decode(models.tested, prompt, config))
+        tokens = tokens_of(steps)
+        with SequenceSession(models.reference) as session:
+            session.extend(prompt)
+            chain = DraftTree.chain(np.array(tokens[:-1], np.int32))
+            later = session.logits(chain)
+        with SequenceSession(models.reference) as session:
+            session.extend(prompt[:-1])
+            first = session.logits(DraftTree.root_only(prompt[-1]))
+        logits = np.concatenate([first, later]).astype(np.float64)
+        expected = (logits - np.logaddexp.reduce(logits, -1, keepdims=True)).astype(np.float32)
+        parts = [step.log_probs for step in steps if step.log_probs is not None]
+        assert len(parts) == len(steps) > 1
+        sampled = np.concatenate([part.sampled for part in parts])
+        values = np.concatenate([part.values for part in parts])
+        assert_close(sampled, expected[np.arange(len(tokens)), tokens])
+        assert_close(values, -np.sort(-expected, -1)[:, :2])
+
+    def test_interleaved_texts_equal_texts_alone(self, backend: Backend) -> None:
         configs = [
             DecodeConfig(budget=16, max_tokens=MAX_TOKENS),
             DecodeConfig(method="ddtree", budget=8, max_tokens=MAX_TOKENS),
         ]
         prompts = [prompt_of(backend, seed) for seed in (1, 2)]
-        alone = [list(decode(backend, *text)) for text in zip(prompts, configs, strict=True)]
-        running = [decode(backend, *text) for text in zip(prompts, configs, strict=True)]
+        requests = list(zip(prompts, configs, strict=True))
+        alone = [list(decode(backend, *request)) for request in requests]
+        running = [decode(backend, *request) for request in requests]
         together: list[list[Step]] = [[], []]
         for turn in zip_longest(*running):
             for steps, step in zip(together, turn, strict=True):
                 steps += [step] if step else []
-        for mine, theirs in zip(together, alone, strict=True):
-            assert_equal_steps(mine, theirs)
+        for actual, expected in zip(together, alone, strict=True):
+            assert_equal_steps(actual, expected)
 
 
 def check_generation(pair: Pair, config: DecodeConfig) -> None:
@@ -150,6 +178,156 @@ def check_generation(pair: Pair, config: DecodeConfig) -> None:
     assert tokens_of(steps) == tokens_of(plain)
 
 
-def prompt_of(backend: Backend, seed: int) -> list[int]:
-    """A short random prompt."""
-    return random_tokens(np.random.default_rng(seed), backend.vocab_size, 7)
+CONFIG = DecodeConfig(budget=64, max_tokens=40)
+
+
+class StopTests:
+    def test_end_token_inside_an_accepted_path(self, backend: Backend) -> None:
+        prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
+        config = replace(CONFIG, stop_token_ids=frozenset({sequence[inside]}))
+        steps = list(decode(backend, prompt, config))
+        assert tokens_of(steps) == sequence[: inside + 1]
+        assert steps[-1].finish_reason == "stop"
+        assert steps[-1].path is not None
+        assert len(steps[-1].tokens) < len(steps[-1].path)
+
+    def test_several_end_tokens(self, backend: Backend) -> None:
+        prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
+        unused = set(range(backend.vocab_size)) - set(sequence)
+        stops = {sequence[inside], sequence[inside + 1]} | unused
+        steps = list(decode(backend, prompt, replace(CONFIG, stop_token_ids=frozenset(stops))))
+        first = min(sequence.index(stop) for stop in stops & set(sequence))
+        assert tokens_of(steps) == sequence[: first + 1]
+        assert steps[-1].finish_reason == "stop"
+
+    def test_end_token_right_after_the_prompt(self, backend: Backend) -> None:
+        prompt = prompt_of(backend, 0)
+        first = generate(backend, prompt, CONFIG)[0]
+        (step,) = decode(backend, prompt, replace(CONFIG, stop_token_ids=frozenset({first})))
+        assert step.tokens == (first,)
+        assert step.finish_reason == "stop"
+
+    def test_max_tokens_reached_inside_a_path(self, backend: Backend) -> None:
+        """The tree is then no deeper than the tokens that can be emitted."""
+        prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
+        steps = list(decode(backend, prompt, replace(CONFIG, max_tokens=inside + 1)))
+        assert tokens_of(steps) == sequence[: inside + 1]
+        assert steps[-1].finish_reason == "length"
+        assert steps[-1].path is not None
+        assert len(steps[-1].tokens) == len(steps[-1].path)
+
+    def test_one_new_token(self, backend: Backend) -> None:
+        prompt = prompt_of(backend, 0)
+        (step,) = decode(backend, prompt, replace(CONFIG, max_tokens=1))
+        assert list(step.tokens) == generate(backend, prompt, CONFIG)[:1]
+        assert step.finish_reason == "length"
+
+    def test_the_models_limit_ends_a_text(self, pair: PairMaker) -> None:
+        models = pair(target={"max_positions": 32})
+        assert models.tested.max_positions == 32
+        prompt = prompt_of(models.tested, 0)
+        expected = list(decode(models.reference, prompt, CONFIG))
+        steps = list(decode(models.tested, prompt, CONFIG))
+        assert tokens_of(steps) == tokens_of(expected)
+        assert len(prompt) + len(tokens_of(steps)) == 32
+        assert steps[-1].finish_reason == "length"
+
+    def test_prompt_of_one_token(self, models: Pair) -> None:
+        for token in range(0, models.tested.vocab_size, 5):
+            expected = list(decode(models.reference, [token], CONFIG))
+            assert generate(models.tested, [token], CONFIG) == tokens_of(expected)
+
+    def test_prompt_with_the_mask_token(self, models: Pair) -> None:
+        assert models.tested.drafter_config is not None
+        mask = models.tested.drafter_config.mask_token_id
+        prompt = [3, mask, 5, mask, mask]
+        expected = list(decode(models.reference, prompt, CONFIG))
+        assert_equal_steps(list(decode(models.tested, prompt, CONFIG)), expected)
+
+    def test_budget_beyond_the_table(self, pair: PairMaker) -> None:
+        models = pair(drafter={"block_size": 3})
+        config = replace(
+            CONFIG, budget=1000, top_m=2, top_k_children=2, max_tokens=12, suffix=False
+        )
+        check_generation(models, config)
+        _, steps = settled_generation(models.reference, config)
+        sizes = [len(step.tree) for step in steps if step.tree is not None]
+        assert max(sizes) <= 1 + 2 + 4
+
+
+def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], list[int], int]:
+    """A prompt, its tokens, and the index of a token inside an accepted path.
+
+    That token and the next one do not occur before, so either can be the first stop token.
+    """
+    for seed in range(200):
+        prompt = prompt_of(backend, seed)
+        steps = list(decode(backend, prompt, CONFIG))
+        sequence = tokens_of(steps)
+        for inside in middles(steps):
+            if all(sequence[i] not in sequence[:i] for i in (inside, inside + 1)):
+                return prompt, sequence, inside
+    raise AssertionError("no sequence has a new token inside an accepted path")
+
+
+def middles(steps: list[Step]) -> list[int]:
+    """Indices in the sequence of tokens that are neither the first nor the last of their step."""
+    indices: list[int] = []
+    start = 0
+    for step in steps:
+        indices += range(start + 1, start + len(step.tokens) - 1)
+        start += len(step.tokens)
+    return indices
+
+
+VOCAB = 6
+SEEDS = range(400)
+PROMPT = [1, 4, 2, 0]
+TEMPERATURE = 1.5
+CHI_SQUARE_LIMIT = 20.5  # exceeded with probability 0.001 at 5 degrees of freedom
+
+
+class DistributionTests:
+    def test_tokens_have_the_targets_distribution(self, pair: PairMaker) -> None:
+        """A chi-square test of each token's marginal; the second and third come from trees."""
+        models = pair(target={"vocab_size": VOCAB})
+        sequences = []
+        for seed in SEEDS:
+            sampling = SamplingConfig(temperature=TEMPERATURE, seed=seed)
+            config = DecodeConfig(budget=12, max_tokens=3, sampling=sampling)
+            sequences.append(generate(models.tested, PROMPT, config))
+        for place, expected in enumerate(marginals_of(models.reference)):
+            counts = np.bincount([sequence[place] for sequence in sequences], minlength=VOCAB)
+            expected = expected * len(SEEDS)
+            assert expected.min() >= 5
+            assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT
+
+    def test_the_smallest_top_p_is_greedy(self, pair: PairMaker) -> None:
+        """It keeps one token, although float32 cannot represent so small a number."""
+        (sequence,) = prompted([pair(target={"vocab_size": VOCAB}).tested], PROMPT)
+        tree = DraftTree.root_only(3)
+        best = sequence.verify(tree)
+        for top_p in (1e-300, 1e-45, 1e-9):
+            sampling = SamplingConfig(temperature=TEMPERATURE, top_p=top_p)
+            np.testing.assert_array_equal(sequence.verify(tree, sampling), best)
+
+
+def marginals_of(backend: Backend) -> list[NDArray[np.float64]]:
+    """Exact distributions of the three tokens after the prompt, from the tree of all sequences."""
+    sequences = [sequence for depth in range(3) for sequence in product(range(VOCAB), repeat=depth)]
+    numbers = {sequence: number for number, sequence in enumerate(sequences)}
+    tokens = [sequence[-1] if sequence else PROMPT[-1] for sequence in sequences]
+    parents = [numbers[sequence[:-1]] if sequence else -1 for sequence in sequences]
+    tree = DraftTree.from_parents(np.array(tokens, np.int32), np.array(parents, np.int32))
+    with SequenceSession(backend) as state:
+        state.extend(PROMPT[:-1])
+        probs = np.exp(state.logits(tree).astype(np.float64) / TEMPERATURE)
+    probs /= probs.sum(-1, keepdims=True)
+    reached = np.ones(len(sequences))
+    marginals = [np.zeros(VOCAB) for _ in range(3)]
+    for sequence, number in numbers.items():
+        if sequence:
+            parent = numbers[sequence[:-1]]
+            reached[number] = reached[parent] * probs[parent, sequence[-1]]
+        marginals[len(sequence)] += reached[number] * probs[number]
+    return marginals

@@ -1,18 +1,174 @@
-"""Tiny random pairs as Hugging Face folders, written with NumPy alone."""
+"""Tiny random pairs in every published format, written with NumPy alone.
+
+Their configurations hold the settings that transformers reads and those that mlx-lm reads.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from treeflash.drafters.folder import read_config
-from treeflash.testing.hybrids import HYBRIDS, text_settings
-from treeflash.testing.weights import INWARD, OUTWARD, Tensors, norm, normal
+from treeflash.drafters.folder import read_config, read_tensors
+
+Tensors = dict[str, NDArray[Any]]
+
+INWARD, OUTWARD = 0.2, 0.08
+"""Standard deviations of weights in general, and of weights that write to the residual stream. The
+latter are smaller, so that the newest token still counts at the last layer and sequences do not get
+stuck."""
+
+
+def normal(rng: Generator, *shape: int, scale: float = INWARD) -> NDArray[np.float32]:
+    return rng.normal(0.0, scale, shape).astype(np.float32)
+
+
+def norm(rng: Generator, size: int) -> NDArray[np.float32]:
+    return 1 + normal(rng, size, scale=0.1)
+
+
+Config = dict[str, Any]
+KERNEL = 4
+
+
+def gated_delta_net(config: Config, tensors: Tensors, rng: Generator) -> Config:
+    """Qwen3.5: every other layer is a gated delta net; laid out as the published folders."""
+    h, layers = config["hidden_size"], config["num_hidden_layers"]
+    key_heads, heads, key_dim, value_dim = 2, 4, 8, h // 4
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    sequence = config | {
+        "model_type": "qwen3_5_text",
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": value_dim,
+        "linear_conv_kernel_dim": KERNEL,
+        "full_attention_interval": 2,
+        "layer_types": (["linear_attention", "full_attention"] * layers)[:layers],
+        "rope_parameters": config["rope_parameters"]
+        | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    }
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        if n % 2 == 0:
+            _drop_attention(tensors, layer)
+            mixer = layer + "linear_attn."
+            widths = {"qkv": channels, "z": heads * value_dim, "b": heads, "a": heads}
+            tensors |= {f"{mixer}in_proj_{x}.weight": normal(rng, w, h) for x, w in widths.items()}
+            tensors |= _recurrence(rng, mixer, channels, heads) | {
+                mixer + "norm.weight": norm(rng, value_dim),
+                mixer + "out_proj.weight": normal(rng, h, heads * value_dim, scale=OUTWARD),
+            }
+        else:
+            q = layer + "self_attn.q_proj.weight"
+            tensors[q] = normal(rng, 2 * len(tensors[q]), h)  # and a gate for each channel
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if name.endswith("norm.weight") and "linear_attn" not in name:
+            tensor = tensor - 1
+        tensors[name.replace("model.", "model.language_model.")] = tensor
+    outer = "architectures", "model_type", "tie_word_embeddings", "dtype"
+    ids = "bos_token_id", "eos_token_id"
+    return {name: config[name] for name in (*outer, *ids)} | {"text_config": sequence}
+
+
+def mamba_2(config: Config, tensors: Tensors, rng: Generator) -> Config:
+    """Granite 4, dense: every other layer is Mamba-2."""
+    h, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, state = 8, 8
+    inner = 2 * h
+    channels = inner + 2 * state
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        gate, up = (tensors.pop(f"{layer}mlp.{x}_proj.weight") for x in ("gate", "up"))
+        tensors[layer + "shared_mlp.input_linear.weight"] = np.concatenate([gate, up])
+        down = tensors.pop(layer + "mlp.down_proj.weight")
+        tensors[layer + "shared_mlp.output_linear.weight"] = down
+        if n % 2 == 0:
+            _drop_attention(tensors, layer)
+            mixer = layer + "mamba."
+            tensors |= _recurrence(rng, mixer, channels, heads) | {
+                mixer + "in_proj.weight": normal(rng, inner + channels + heads, h),
+                mixer + "conv1d.bias": normal(rng, channels),
+                mixer + "D": normal(rng, heads),
+                mixer + "norm.weight": norm(rng, inner),
+                mixer + "out_proj.weight": normal(rng, h, inner, scale=OUTWARD),
+            }
+    return config | {
+        "layer_types": (["mamba", "attention"] * layers)[:layers],
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_d_state": state,
+        "mamba_d_conv": KERNEL,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "time_step_limit": [0.0, 1000.0],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": config["intermediate_size"],
+        "position_embedding_type": "rope",
+        "attention_multiplier": config["head_dim"] ** -0.5,
+        **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+    }
+
+
+HYBRIDS: dict[str, Callable[[Config, Tensors, Generator], Config]] = {
+    "qwen3_5": gated_delta_net,
+    "granitemoehybrid": mamba_2,
+}
+"""Each changes tensors in place, and returns the configuration."""
+
+
+def text_settings(config: Config) -> Config:
+    """The settings of the language model in a target's `config.json`."""
+    return {**config, **config.get("text_config", {})}
+
+
+def _drop_attention(tensors: Tensors, layer: str) -> None:
+    for name in [name for name in tensors if name.startswith(layer + "self_attn.")]:
+        del tensors[name]
+
+
+def _recurrence(rng: Generator, mixer: str, channels: int, heads: int) -> Tensors:
+    """The convolution, and gates that forget about a quarter with every token."""
+    return {
+        mixer + "conv1d.weight": normal(rng, channels, 1, KERNEL, scale=0.5),
+        mixer + "A_log": normal(rng, heads, scale=0.5) - 1,
+        mixer + "dt_bias": normal(rng, heads, scale=0.5),
+    }
+
+
+SPECIAL = ["<|start|>", "<|end|>", "<|stop|>"]
+END = 1
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "<|start|>assistant: {% if enable_thinking is not false %}<think>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of single bytes and a template that knows thinking."""
+    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(SPECIAL)
+    raw.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -25,7 +181,7 @@ ARCHITECTURES = {
 }
 FAMILIES = tuple(ARCHITECTURES)
 HYBRID_FAMILIES = tuple(HYBRIDS)
-"""Those with recurrent layers: gated delta nets and Mamba-2."""
+"""The families with recurrent layers: gated delta nets and Mamba-2."""
 ROPE_THETA = 1000.0  # not the 10000 that a loader may fall back to unnoticed
 EXPERTS = 4
 
@@ -44,32 +200,22 @@ def write_target(
 ) -> None:
     """Write a target of two key-value heads for four query heads.
 
-    Args:
-        folder: made if need be.
-        family: one of `FAMILIES`.
-        seed: of the weights.
-        vocab_size: a small one lets even a random drafter be right now and then.
-        hidden_size: divisible by 8.
-        layers: decoder layers.
-        max_positions: positions the target claims to be made for.
-        sliding_window: of Mistral's layers; the other families attend to everything.
-        tied: whether the embedding serves as the output head.
+    The vocabulary is small, so that even a random drafter is right at times. `hidden_size` is
+    divisible by 8, and `sliding_window` is that of Mistral's layers. If `tied`, the embedding
+    serves as the output head.
     """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": max_positions,
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "dtype": "float32",
-        **_attention(hidden_size // (2 if family.startswith("qwen3") else 4)),
+        **_shape(vocab_size, hidden_size, layers, max_positions),
     }
+    if family.startswith("qwen3"):
+        config["head_dim"] = hidden_size // 2
     if family == "mistral":
         config["sliding_window"] = sliding_window
     if family == "qwen3_moe":
@@ -103,32 +249,19 @@ def write_drafter(
 ) -> None:
     """Write a drafter for a target, in one of the two published formats.
 
-    Args:
-        folder: made if need be.
-        target_folder: a target's folder, for its shape.
-        format: `treeflash`, or `dflash` for one without an AR head.
-        head: the AR head of the format `treeflash`: `swiglu` or `linear`.
-        seed: of the weights; both formats get the same backbone from it.
-        block_size: S.
-        layers: decoder layers.
-        target_layer_ids: None leaves the choice to the default, and the key out.
-        sliding_window: of the first layer; None lets every layer attend to everything.
-        sharded: whether to spread the tensors over two files.
+    The format `treeflash` has an AR head, `swiglu` or `linear`, and `dflash` has none; both get the
+    same backbone from a seed. Without `target_layer_ids` the key is left out. The sliding window is
+    that of the first layer. If `sharded`, the tensors are spread over two files.
     """
     target = text_settings(read_config(target_folder))
     hidden_size, vocab_size = target["hidden_size"], target["vocab_size"]
     ids = {} if target_layer_ids is None else {"target_layer_ids": list(target_layer_ids)}
     config: dict[str, Any] = {
         "model_type": "qwen3",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": target["max_position_embeddings"],
         "num_target_layers": target["num_hidden_layers"],
         "block_size": block_size,
         "dflash_config": {"mask_token_id": vocab_size - 1, **ids},
-        **_attention(hidden_size // 4),
+        **_shape(vocab_size, hidden_size, layers, target["max_position_embeddings"]),
     }
     if sliding_window is not None:
         config["layer_types"] = ["sliding_attention"] + ["full_attention"] * (layers - 1)
@@ -163,18 +296,22 @@ def save(
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the `config.json` of a folder in place."""
     config = read_config(folder)
     edit(config)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _attention(head_dim: int) -> dict[str, Any]:
+def _shape(vocab_size: int, hidden_size: int, layers: int, max_positions: int) -> dict[str, Any]:
     """Settings that targets and drafters share; the rotary base in both forms in use."""
     return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": max_positions,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": head_dim,
+        "head_dim": hidden_size // 4,
         "attention_bias": False,
         "rms_norm_eps": 1e-6,
         "rope_theta": ROPE_THETA,
@@ -182,7 +319,7 @@ def _attention(head_dim: int) -> dict[str, Any]:
     }
 
 
-def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tensors:
+def _target_tensors(rng: Generator, config: Mapping[str, Any]) -> Tensors:
     vocab_size, h = config["vocab_size"], config["hidden_size"]
     family = config["model_type"]
     # A direction that all embeddings share, and that the output head reads with a weight for each
@@ -190,23 +327,15 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
     shared = normal(rng, h, scale=1.0)
     popularity = normal(rng, vocab_size, 1, scale=1.0)
     embeddings = normal(rng, vocab_size, h, scale=0.7) + shared
-    tensors = {
-        "model.embed_tokens.weight": embeddings,
-        "model.norm.weight": norm(rng, h),
-    }
+    tensors = {"model.embed_tokens.weight": embeddings, "model.norm.weight": norm(rng, h)}
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = normal(rng, vocab_size, h, scale=0.2) + (
             np.float32(2 / h) * popularity * shared
         )
     for n in range(config["num_hidden_layers"]):
         layer = f"model.layers.{n}."
-        tensors |= _attention_tensors(
-            rng,
-            layer,
-            config,
-            biases="qkv" if family == "qwen2" else "",
-            norms=family.startswith("qwen3"),
-        )
+        biases, norms = "qkv" if family == "qwen2" else "", family.startswith("qwen3")
+        tensors |= _attention_tensors(rng, layer, config, biases=biases, norms=norms)
         if family == "qwen3_moe":
             tensors[layer + "mlp.gate.weight"] = normal(rng, EXPERTS, h)
             for expert in range(EXPERTS):
@@ -217,7 +346,7 @@ def _target_tensors(rng: np.random.Generator, config: Mapping[str, Any]) -> Tens
     return tensors
 
 
-def _drafter_tensors(rng: np.random.Generator, config: Mapping[str, Any], features: int) -> Tensors:
+def _drafter_tensors(rng: Generator, config: Mapping[str, Any], features: int) -> Tensors:
     h = config["hidden_size"]
     tensors = {
         "fc.weight": normal(rng, h, features),
@@ -231,7 +360,7 @@ def _drafter_tensors(rng: np.random.Generator, config: Mapping[str, Any], featur
     return tensors
 
 
-def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
+def _swiglu_tensors(rng: Generator, h: int) -> Tensors:
     # Up and down near the identity add the previous token's embedding to the drafter's output, as
     # the target's residual stream does: the head then predicts the target better than chance.
     identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
@@ -245,7 +374,7 @@ def _swiglu_tensors(rng: np.random.Generator, h: int) -> Tensors:
     }
 
 
-def _linear_tensors(rng: np.random.Generator, h: int) -> Tensors:
+def _linear_tensors(rng: Generator, h: int) -> Tensors:
     identity, nothing = np.eye(h, dtype=np.float32), np.zeros((h, h), np.float32)
     return {
         "ar_approximation.d.weight": np.hstack([2 * identity, nothing]) + normal(rng, h, 2 * h),
@@ -257,7 +386,7 @@ HEAD_TENSORS = {"swiglu": _swiglu_tensors, "linear": _linear_tensors}
 
 
 def _attention_tensors(
-    rng: np.random.Generator, layer: str, config: Mapping[str, Any], *, biases: str, norms: bool
+    rng: Generator, layer: str, config: Mapping[str, Any], *, biases: str, norms: bool
 ) -> Tensors:
     h, d = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
@@ -276,9 +405,155 @@ def _attention_tensors(
     return tensors
 
 
-def _mlp_tensors(rng: np.random.Generator, layer: str, h: int, width: int) -> Tensors:
+def _mlp_tensors(rng: Generator, layer: str, h: int, width: int) -> Tensors:
     return {
         f"{layer}gate_proj.weight": normal(rng, width, h),
         f"{layer}up_proj.weight": normal(rng, width, h),
         f"{layer}down_proj.weight": normal(rng, h, width, scale=OUTWARD),
     }
+
+
+RANK, CANDIDATES, DRAFT_VOCAB_SIZE = 8, 5, 16
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+
+
+def _dflash(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """A factor, a softcap, a window and scaled embeddings."""
+    config |= SLIDING
+    factors = {"output_multiplier": 0.75, "input_embedding_scale": 1.25}
+    config["dflash_config"] |= factors | {"final_logit_softcapping": 6.0}
+
+
+def _dflash2(config: Config, tensors: Tensors, rng: Generator) -> None:
+    config |= {"architectures": ["DFlash2DraftModel"], "is_causal": False, **SLIDING}
+    config["dflash_config"] |= _selector(config, tensors, rng)
+
+
+def _deepspec(config: Config, tensors: Tensors, rng: Generator, *, head: str | None) -> None:
+    config["architectures"] = ["Qwen3DSparkModel"]
+    config |= config.pop("dflash_config")
+    if head is not None:
+        config |= _markov(config, tensors, rng, head)
+    config["target_layer_ids"] = [-1, 2]
+    shape = config["vocab_size"], config["hidden_size"]
+    tensors["embed_tokens.weight"] = normal(rng, *shape, scale=0.7)
+    tensors["lm_head.weight"] = normal(rng, *shape, scale=0.3)
+
+
+def _specforge(config: Config, tensors: Tensors, rng: Generator) -> None:
+    config["architectures"] = ["DSparkDraftModel"]
+    head = _markov(config, tensors, rng, "vanilla")
+    config["dflash_config"] |= {"projector_type": "dspark", "attention_mode": "gqa", **head}
+
+
+def _domino(config: Config, tensors: Tensors, rng: Generator) -> None:
+    """Fill-in slots, and a first depth that the head leaves alone."""
+    h, states = config["hidden_size"], 6
+    config["architectures"] = ["DominoDraftModel"]
+    config["dflash_config"] |= {
+        "projector_type": "domino",
+        "emb_dim": RANK,
+        "gru_hidden_dim": states,
+        "pure_draft_prefix_len": 1,
+        "shift_label": False,
+    }
+    tensors["prefix_gru.weight_ih_l0"] = normal(rng, 3 * states, h, scale=0.5)
+    tensors["prefix_gru.weight_hh_l0"] = normal(rng, 3 * states, states, scale=0.7)
+    tensors["embed_proj.0.weight"] = normal(rng, RANK, h + states, scale=0.5)
+    tensors["embed_proj.2.weight"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
+
+
+def _speculators(
+    config: Config, tensors: Tensors, rng: Generator, *, kind: str, head: str | None, reduced: bool
+) -> None:
+    own, layers = config.pop("dflash_config"), dict(config)
+    block_size = layers.pop("block_size")
+    settings: Config = {}
+    if kind == "dflash2":
+        settings = _selector(layers, tensors, rng)
+    elif head is not None:
+        rows = DRAFT_VOCAB_SIZE if reduced else layers["vocab_size"]
+        settings = _markov(layers, tensors, rng, head, draft_vocab_size=rows)
+    if reduced:
+        chosen = np.sort(rng.permutation(layers["vocab_size"])[:DRAFT_VOCAB_SIZE])
+        known = np.isin(np.arange(layers["vocab_size"]), chosen)
+        tensors["d2t"] = (chosen - np.arange(DRAFT_VOCAB_SIZE)).astype(np.int64)
+        tensors["t2d"] = known
+        shape = DRAFT_VOCAB_SIZE, layers["hidden_size"]
+        tensors["lm_head.weight"] = normal(rng, *shape, scale=0.3)
+    config.clear()
+    config |= {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": kind,
+        "transformer_layer_config": layers | SLIDING,
+        "block_size": block_size,
+        "mask_token_id": own["mask_token_id"],
+        "aux_hidden_state_layer_ids": [i + 1 for i in own["target_layer_ids"]],
+        "sample_from_anchor": kind == "dspark",
+        "draft_vocab_size": DRAFT_VOCAB_SIZE if reduced else layers["vocab_size"],
+        **settings,
+    }
+
+
+DIALECTS: dict[str, Callable[[Config, Tensors, Generator], None]] = {
+    "dflash": _dflash,
+    "dflash2": _dflash2,
+    "deepspec": partial(_deepspec, head="vanilla"),
+    "deepspec-gated": partial(_deepspec, head="gated"),
+    "deepspec-rnn": partial(_deepspec, head="rnn"),
+    "deepspec-dflash": partial(_deepspec, head=None),
+    "specforge": _specforge,
+    "specforge-domino": _domino,
+    "speculators-dflash": partial(_speculators, kind="dflash", head=None, reduced=True),
+    "speculators-dflash2": partial(_speculators, kind="dflash2", head=None, reduced=False),
+    "speculators-dspark": partial(_speculators, kind="dspark", head="gated", reduced=True),
+}
+"""By name, the changes that make a plain DFlash drafter one of the dialect."""
+
+
+def write_dialect(folder: Path, target_folder: Path, dialect: str, *, seed: int) -> None:
+    """Write a drafter of one of the `DIALECTS` for a target; see `write_drafter`."""
+    write_drafter(folder, target_folder, format="dflash", seed=seed)
+    config, tensors = read_config(folder), read_tensors(folder)
+    DIALECTS[dialect](config, tensors, np.random.default_rng(seed))
+    save(folder, config, tensors)
+
+
+def _selector(config: Config, tensors: Tensors, rng: Generator) -> Config:
+    """Add a selector and convolutions; returns their settings."""
+    h, taps, group = config["hidden_size"], 2, 8
+    for name in ("predecessor_codebook", "successor_codebook"):
+        tensors[f"candidate_selector.{name}"] = normal(rng, config["vocab_size"], RANK, scale=0.7)
+    tensors["candidate_selector.hidden_projection.weight"] = normal(rng, RANK, h)
+    identity = np.zeros((2, taps, h), np.float32)
+    identity[:, 0] = 1
+    for n in range(config["num_hidden_layers"]):
+        for part in ("attention_conv", "mlp_conv"):
+            name = f"layers.{n}.{part}"
+            tensors[f"{name}.base_kernel"] = identity + normal(rng, 2, taps, h, scale=0.1)
+            shape = 2 * taps * (h // group), h
+            tensors[f"{name}.kernel_projection.weight"] = normal(rng, *shape, scale=0.1)
+    return {
+        "conv_kernel_size": taps,
+        "conv_group_size": group,
+        "selector_rank": RANK,
+        "selector_top_k": CANDIDATES,
+    }
+
+
+def _markov(
+    config: Config, tensors: Tensors, rng: Generator, head: str, draft_vocab_size: int | None = None
+) -> Config:
+    """Add a Markov head and a confidence head; returns their settings."""
+    h, rows = config["hidden_size"], config["vocab_size"]
+    tensors["markov_head.markov_w1.weight"] = normal(rng, rows, RANK, scale=0.7)
+    tensors["markov_head.markov_w2.weight"] = normal(rng, draft_vocab_size or rows, RANK, scale=0.7)
+    if head == "gated":
+        tensors["markov_head.gate_proj.weight"] = normal(rng, RANK, h + RANK)
+        tensors["markov_head.gate_proj.bias"] = normal(rng, RANK)
+    if head == "rnn":
+        tensors["markov_head.joint_proj.weight"] = normal(rng, 3 * RANK, 2 * RANK + h, scale=0.5)
+        tensors["markov_head.joint_proj.bias"] = normal(rng, 3 * RANK)
+    tensors["confidence_head.proj.weight"] = normal(rng, 1, h + RANK)
+    tensors["confidence_head.proj.bias"] = normal(rng, 1)
+    return {"markov_rank": RANK, "markov_head_type": head, "enable_confidence_head": True}

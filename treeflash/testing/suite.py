@@ -6,23 +6,13 @@ from typing import ClassVar
 
 import pytest
 
-from treeflash.decoding.interfaces import Loader
-from treeflash.testing.batches import BatchTests
-from treeflash.testing.caches import CacheTests
-from treeflash.testing.checkpoints import CheckpointTests
-from treeflash.testing.contexts import ContextTests
-from treeflash.testing.distributions import DistributionTests
-from treeflash.testing.drafters import DrafterTests
-from treeflash.testing.errors import ErrorTests
-from treeflash.testing.generations import GenerationTests
-from treeflash.testing.log_probs import LogProbTests
-from treeflash.testing.masks import MaskTests
-from treeflash.testing.pairs import PairMaker, Pairs
-from treeflash.testing.recurrence import RecurrenceTests
-from treeflash.testing.schedules import ScheduleTests
-from treeflash.testing.stops import StopTests
-from treeflash.testing.transitions import TransitionTests
-from treeflash.testing.trees import TreeTests
+from treeflash.decoding.interfaces import Backend, Loader
+from treeflash.testing.batches import BatchTests, ScheduleTests
+from treeflash.testing.checkpoints import CheckpointTests, DrafterTests, ErrorTests
+from treeflash.testing.generations import DistributionTests, GenerationTests, StopTests
+from treeflash.testing.pairs import Pair, PairMaker, Pairs
+from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests
+from treeflash.testing.trees import LogProbTests, MaskTests, TransitionTests, TreeTests
 
 PAIRS = pytest.StashKey[Pairs]()
 
@@ -65,10 +55,7 @@ class BackendSuite(
 
     @pytest.fixture
     def pair(
-        self,
-        load: Loader,
-        request: pytest.FixtureRequest,
-        tmp_path_factory: pytest.TempPathFactory,
+        self, load: Loader, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> PairMaker:
         """Makes pairs of tiny models; each is written and loaded once for the whole class."""
         suite = request.node.getparent(pytest.Class)
@@ -79,10 +66,20 @@ class BackendSuite(
             family or self.families[0], target, drafter
         )
 
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run tests that take a `family`, a `hybrid` or a `dialect` for each of the backend's.
+    @pytest.fixture
+    def models(self, pair: PairMaker) -> Pair:
+        """The pair that most tests use."""
+        return pair()
 
-        Those that take a `representative` run for the first family and for the hybrids.
+    @pytest.fixture
+    def backend(self, models: Pair) -> Backend:
+        """The backend under test with this pair."""
+        return models.tested
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run tests with a `family`, `hybrid` or `dialect` for each of them that the backend has.
+
+        Tests with a `representative` run for the first family and for the hybrids.
         """
         suite = metafunc.cls
         assert suite is not None

@@ -1,25 +1,104 @@
-"""One finished text, and how it was made: tokens, accepted lengths, times."""
+"""The result of a generation: its text, tokens, accepted lengths and times."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treeflash.config import Budget
-from treeflash.decoding.loop import Phase
+from treeflash.decoding.loop import Phase, Step
+
+PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
+
+
+class Timings:
+    """Figures that follow from accepted lengths and times.
+
+    Attributes:
+        accepted_lengths: number of tokens that each iteration committed, accepted draft tokens and
+            the bonus token. The prefill and its token are not an iteration.
+        seconds: time by phase: prefill, draft, tree, verify, commit.
+    """
+
+    accepted_lengths: list[int]
+    seconds: dict[Phase, float]
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """Number of iterations by accepted length, shortest first."""
+        return dict(sorted(Counter(self.accepted_lengths).items()))
+
+    @property
+    def block_efficiency(self) -> float:
+        """Mean of the accepted lengths; 1 for plain decoding, 0 without an iteration."""
+        return mean(self.accepted_lengths)
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds until the first token was sampled."""
+        return self.seconds["prefill"]
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of the iterations."""
+        return sum(self.seconds.values()) - self.prefill_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the iterations per second of `decode_s`; 0 without an iteration.
+
+        In a batch, the tokens count one text and the seconds count the whole batch.
+        """
+        return sum(self.accepted_lengths) / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass
+class Stats(Timings):
+    """Accepted lengths, times and number of new tokens, which grow step by step."""
+
+    accepted_lengths: list[int] = field(default_factory=list)
+    seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    tokens: int = 0
+
+    def add(self, step: Step) -> None:
+        self.tokens += len(step.tokens)
+        if step.tree is not None:
+            self.accepted_lengths.append(len(step.tokens))
+        for phase, seconds in step.seconds.items():
+            self.seconds[phase] += seconds
+
+    def truncate(self, tokens: int) -> None:
+        """Drop tokens after the first `tokens`, because a stop string ended the text there."""
+        excess = self.tokens - tokens
+        self.tokens = min(self.tokens, tokens)
+        while excess > 0 and self.accepted_lengths:
+            last = self.accepted_lengths.pop()
+            if last > excess:
+                self.accepted_lengths.append(last - excess)
+            excess -= last
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean; 0 without values."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How a text compares with plain decoding of the same prompt, seed and loaded model.
+    """A text compared with plain decoding of the same prompt, seed and loaded model.
 
     Attributes:
-        equal: whether both are the same, token for token.
-        first_difference: index of the first new token that differs; None if none does.
-        speedup: tokens per second over those of plain decoding; None if either had no iteration.
-        margin: how far the logits there would have to move for both tokens to be chosen: when
-            greedy, the distance of the two best logits; None without two tokens to compare.
-        spacing: distance of neighbouring numbers of the model's type around these logits.
+        equal: whether all tokens are equal.
+        first_difference: index of the first new token that differs; None if all are equal.
+        speedup: tokens per second, divided by the tokens per second of plain decoding; None if
+            either had no iteration.
+        margin: how far the logits of the first difference would have to move for both tokens to be
+            sampled: when greedy, the distance of the two best logits. None without two tokens to
+            compare.
+        spacing: distance of neighbouring numbers of the model's dtype around these logits.
         near_tie: whether rounding explains the difference; never in float32.
     """
 
@@ -32,11 +111,11 @@ class Comparison:
 
     @property
     def explained(self) -> bool:
-        """Whether the texts are equal, or differ by no more than rounding."""
+        """Whether the texts are equal, or rounding explains the difference."""
         return self.equal or self.near_tie
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON object; the margin only if the texts differ."""
+        """A JSON object, with the margin if the texts differ."""
         names = ["equal", "first_difference", "speedup"]
         if not self.equal:
             names += ["margin", "spacing", "near_tie"]
@@ -45,15 +124,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogProb:
-    """How probable a new token was: natural logarithms of the target's probabilities.
+    """The target's log probabilities of a new token and of the most probable tokens.
 
-    They are those at temperature 1, before penalties, biases and filters.
+    They are natural logarithms at temperature 1, before penalties, biases and filters.
 
     Attributes:
         token_id: the new token.
         log_prob: its log probability.
-        top: the most probable tokens and their log probabilities, best first; as many as were
-            asked for.
+        top: the most probable tokens and their log probabilities, best first; the option
+            `log_probs` is their number.
     """
 
     token_id: int
@@ -62,39 +141,22 @@ class TokenLogProb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What was generated, how, and what it cost.
+class Generation(Timings):
+    """A generated text, how it was decoded, and the time that it took.
 
-    Once there is a token, `1 + sum(accepted_lengths) == len(token_ids)`: one comes from the
-    prefill, the others from the iterations.
+    Unless `token_ids` is empty, `1 + sum(accepted_lengths) == len(token_ids)`: the prefill gives
+    one token, the iterations give the others.
 
     Attributes:
         text: the new text, without special tokens, ending before a stop string.
-        token_ids: the new tokens; the last is the stop token that was met, or the token that
-            completed a stop string.
-        prompt_tokens: number of tokens in the prompt.
-        accepted_lengths: tokens committed by each iteration.
-        histogram: iterations by accepted length, shortest first.
-        block_efficiency: the mean of `accepted_lengths`; 0 if there was no iteration.
-        tokens_per_s: tokens of the iterations divided by `decode_s`; a text that shares its
-            iterations with others has its own tokens, but the time of all.
-        prefill_s: seconds until the first token was chosen.
-        decode_s: seconds of the iterations.
-        seconds: the same time by phase: prefill, draft, tree, verify, commit.
-        finish_reason: `stop` (a stop token or string), `length` (the limit), or `interrupted`.
-        compare: with plain decoding, if that was asked for.
-        log_probs: of the new tokens, if they were asked for.
+        token_ids: the new tokens; the last may be a stop token, or have completed a stop string.
+        finish_reason: `stop` (a stop token or string), `length` (`max_tokens`), or `interrupted`.
     """
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     accepted_lengths: list[int]
-    histogram: dict[int, int]
-    block_efficiency: float
-    tokens_per_s: float
-    prefill_s: float
-    decode_s: float
     seconds: dict[Phase, float]
     method: str
     budget: Budget
@@ -107,24 +169,12 @@ class Generation:
     log_probs: list[TokenLogProb] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON object with the names that scripts rely on."""
+        """A JSON object with the names that scripts rely on."""
         names = (
-            "text",
-            "token_ids",
-            "accepted_lengths",
-            "block_efficiency",
-            "tokens_per_s",
-            "prefill_s",
-            "decode_s",
-            "method",
-            "budget",
-            "backend",
-            "device",
-            "dtype",
-            "seed",
-            "finish_reason",
+            "text token_ids prompt_tokens accepted_lengths block_efficiency tokens_per_s "
+            "prefill_s decode_s method budget backend device dtype seed finish_reason"
         )
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names.split()}
         if self.compare is not None:
             values["compare"] = self.compare.to_dict()
         if self.log_probs is not None:

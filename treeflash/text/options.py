@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
-from typing import Any, TypedDict
+from types import UnionType
+from typing import Any, TypedDict, TypeVar
 
 from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, SamplingConfig
 from treeflash.errors import ConfigError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+FORMS = {"json_schema", "regex", "grammar"}
+"""The options that set the form of a text."""
+
 
 class Options(TypedDict, total=False):
-    """Keywords of `generate`, `stream` and `generate_many` of a `LanguageModel`.
+    """Options of `generate`, `stream` and `generate_many`, all of which are keywords.
 
-    See `DecodeConfig` and `SamplingConfig` for most of them and their defaults. Two defaults
-    depend on the models:
-
-    - `method`: the best that the loaded drafter supports: `treeflash`, else `ddtree`, else `ar`;
-    - `stop_token_ids`: the end tokens of the target.
-
-    The others:
-
-    - `repetition_penalty`, `presence_penalty`, `frequency_penalty`: see `Penalties`;
-    - `logit_bias`: what to add to the logits of tokens, by token id;
-    - `stop`: strings to stop at; the text ends before the first of them;
-    - `system`: a system message to put before the prompt;
-    - `raw`: send a text as it is, without the chat template;
-    - `template_args`: extra variables for the chat template. If it has the variable
-      `enable_thinking`, that is by default as in the drafter's training: False for all but few
-      (`treeflash/hub/published.py`).
+    Decoding:
+        method (str): `ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree of
+            the drafter's marginals; `treeflash-chain` and `treeflash` draft with its AR head;
+            `suffix` needs no drafter and copies what followed the last tokens earlier in the text.
+            Default: the best that the drafter supports, `treeflash` or `ddtree`; without a known
+            drafter `suffix`.
+        budget (int or "auto"): nodes of a draft tree with its root, at most 1024; `auto` chooses
+            the fastest size in every iteration. Default: "auto".
+        top_m (int): previous-token candidates per depth. Default: 16.
+        top_k_children (int): children per previous token. Default: 16.
+        head_vocab (int or None): number of tokens that the AR head scores, the most probable of a
+            block; None is the whole vocabulary. Default: 1024.
+        head_rows (int, None or "auto"): number of previous tokens that the AR head conditions on;
+            None is all, `auto` follows the budget. Default: "auto".
+        suffix (bool): whether the trees of `treeflash` and `ddtree` also copy what followed the
+            last tokens earlier in the text. Default: True.
+        draft_temperature (float): temperature of the drafter; it shapes trees, never the text.
+            Default: 1.0.
+        calibration (bool): adapt the trees to how sharp the drafter's distributions proved to be
+            in the text so far; False builds them as published. Default: True.
+    Length:
+        max_tokens (int): maximum number of new tokens. Default: 256.
+        stop (str or list of str): the text ends before the first of these strings. Default: none.
+        stop_token_ids (list of int): the text ends with the first of these tokens. Default: the
+            end tokens of the target.
+    Sampling:
+        temperature (float): sampling temperature; 0 is greedy. Default: 0.0.
+        top_k (int): sample from the `top_k` most probable tokens; 0 is all. Default: 0.
+        top_p (float): sample from the most probable tokens whose probabilities add up to `top_p`.
+            Default: 1.0.
+        min_p (float): drop tokens less probable than `min_p` times the most probable one.
+            Default: 0.0.
+        seed (int): random seed for sampling. Default: 0.
+        repetition_penalty (float): makes tokens of the prompt and the text less probable if above
+            1. Default: 1.0.
+        presence_penalty (float): subtracted from the logits of tokens in the text. Default: 0.0.
+        frequency_penalty (float): subtracted from a token's logit for each time that it is in the
+            text. Default: 0.0.
+        logit_bias (dict of int to float): numbers to add to logits, by token id. Default: {}.
+        log_probs (int or None): report the log probability of each new token and of this number of
+            most probable tokens. Default: None.
+    Form, of which at most one option can be set; they need llguidance:
+        json_schema (dict or bool): the text is JSON that conforms to this schema.
+        regex (str): the whole text matches this regular expression.
+        grammar (str): the text belongs to this grammar, in the Lark format of llguidance or in
+            llama.cpp's GBNF.
+    Prompt:
+        system (str or None): a system message to put before the prompt. Default: None.
+        raw (bool): encode a string as it is, without the chat template. Default: False.
+        template_args (dict or None): extra variables for the chat template. `enable_thinking` is by
+            default as in the drafter's training, False for all but few drafters. Default: None.
     """
 
     method: Method
@@ -38,7 +81,9 @@ class Options(TypedDict, total=False):
     top_k_children: int
     head_vocab: int | None
     head_rows: HeadRows
+    suffix: bool
     draft_temperature: float
+    calibration: bool
     max_tokens: int
     stop_token_ids: Collection[int]
     temperature: float
@@ -51,33 +96,41 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     log_probs: int | None
+    json_schema: Mapping[str, Any] | bool
+    regex: str
+    grammar: str
     stop: str | Sequence[str]
     system: str | None
     raw: bool
     template_args: Mapping[str, Any] | None
 
 
-def parse_options(options: Options) -> DecodeConfig:
-    """Check options before anything is loaded.
+def lists_options(method: Function) -> Function:
+    """A decorator that appends the list of options to a docstring."""
+    method.__doc__ = "\n\n".join(map(inspect.cleandoc, (str(method.__doc__), str(Options.__doc__))))
+    return method
 
-    Raises:
-        ConfigError: an option is unknown or invalid.
-    """
+
+def parse_options(options: Options) -> DecodeConfig:
+    """Make a configuration of options; an unknown or invalid one raises a ConfigError."""
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise ConfigError(
             f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}"
         )
-    stop = options.get("stop", ())
-    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-        raise ConfigError(f"stop must be a string or a list of strings, got {stop!r}")
-    if "" in ((stop,) if isinstance(stop, str) else stop):
-        raise ConfigError("a stop string is empty; leave it out")
-    _check_kinds(options)
-    given = {key: value for key, value in options.items() if key != "stop_token_ids"}
+    _check_types(options)
+    if "" in stop_strings(options):
+        raise ConfigError("a stop string is empty; remove it")
+    if len(forms := FORMS & options.keys()) > 1:
+        raise ConfigError(f"{' and '.join(sorted(forms))} exclude each other; remove all but one")
+    names = ("repetition", "presence", "frequency")
+    values: dict[str, Any] = dict(options)
+    values.pop("stop_token_ids", None)
+    penalties = {name: values[key] for name in names if (key := f"{name}_penalty") in values}
+    biases = options.get("logit_bias", {})
     return DecodeConfig(
-        **_pick(given, DecodeConfig),
-        sampling=SamplingConfig(**_pick(given, SamplingConfig)),
-        penalties=_penalties(options),
+        **_pick(values, DecodeConfig),
+        sampling=SamplingConfig(**_pick(values, SamplingConfig)),
+        penalties=Penalties(**penalties, logit_bias=tuple(sorted(biases.items()))),
     )
 
 
@@ -87,36 +140,25 @@ def stop_strings(options: Options) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def _penalties(options: Options) -> Penalties:
-    names = ("repetition", "presence", "frequency")
-    given: dict[str, Any] = dict(options)
-    own = {name: given[key] for name in names if (key := f"{name}_penalty") in given}
-    biases = options.get("logit_bias", {})
-    return Penalties(**own, logit_bias=tuple(sorted(biases.items())))
+def _check_types(options: Options) -> None:
+    """Raise a ConfigError for a wrong type that no configuration would notice."""
+    values: dict[str, Any] = dict(options)
 
+    def require(name: str, default: object, kinds: type | UnionType, expected: str) -> None:
+        value = values.get(name, default)
+        items = value if name in ("stop", "stop_token_ids", "logit_bias") else ()
+        kind = str if name == "stop" else Integral
+        if not isinstance(value, kinds) or not all(isinstance(item, kind) for item in items):
+            raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
-def _check_kinds(options: Options) -> None:
-    """Check the options that no configuration checks."""
-    stop_token_ids = options.get("stop_token_ids", ())
-    if not isinstance(stop_token_ids, Collection) or not all(
-        isinstance(token_id, Integral) for token_id in stop_token_ids
-    ):
-        raise ConfigError(f"stop_token_ids must be token ids, got {stop_token_ids!r}")
-    logit_bias = options.get("logit_bias", {})
-    if not isinstance(logit_bias, Mapping) or not all(
-        isinstance(token_id, Integral) for token_id in logit_bias
-    ):
-        raise ConfigError(
-            f"logit_bias must be a mapping of token ids to numbers, got {logit_bias!r}"
-        )
-    system = options.get("system")
-    if not isinstance(system, str | None):
-        raise ConfigError(f"system must be a string, got {system!r}")
-    template_args = options.get("template_args")
-    if not isinstance(template_args, Mapping | None):
-        raise ConfigError(
-            f"template_args must be a mapping of names to values, got {template_args!r}"
-        )
+    require("stop", (), Sequence, "a string or a list of strings")
+    require("stop_token_ids", (), Collection, "token ids")
+    require("logit_bias", {}, Mapping, "a mapping of token ids to numbers")
+    require("json_schema", {}, Mapping | bool, "a JSON schema")
+    require("regex", "", str, "a string")
+    require("grammar", "", str, "a string")
+    require("system", None, str | None, "a string")
+    require("template_args", None, Mapping | None, "a mapping of names to values")
 
 
 def _pick(options: Mapping[str, object], kind: type) -> dict[str, Any]:

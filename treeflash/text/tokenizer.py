@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer and its chat template."""
+"""Text to token ids and back: tokenizer, chat template, and incremental detokenising."""
 
 from __future__ import annotations
 
@@ -6,56 +6,53 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from copy import copy
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from treeflash.errors import CheckpointError, PromptError
+from treeflash.errors import CheckpointError, ConfigError, PromptError
 
 REPLACEMENT = "\ufffd"
 PRIVATE = "\ue000"  # a private-use character, which no template contains
+WINDOW_TOKENS = 8
 
 
 class Tokenizer:
-    """A model folder's tokenizer, chat template and end tokens."""
+    """A tokenizer of transformers with a chat template and end tokens.
+
+    Attributes:
+        transformers: the wrapped tokenizer.
+        stop_token_ids: ids that end a text, from the tokenizer and both configuration files.
+        thinking: whether thinking is on in a conversation that does not set it.
+        special_token_ids: ids that `decode` skips.
+        byte_token_ids: ids of the byte-fallback tokens `<0x00>` to `<0xFF>`, if there are any.
+    """
 
     def __init__(
         self, tokenizer: Any, stop_token_ids: frozenset[int], *, thinking: bool = False
     ) -> None:
-        """Wrap a transformers tokenizer; `from_folder` is the usual way to get one."""
-        self._tokenizer = tokenizer
-        self.thinking = thinking
-        """Whether thinking is on in a conversation that does not say."""
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
-        names = (f"<0x{byte:02X}>" for byte in range(256))
+        self.transformers = tokenizer
         self.stop_token_ids = stop_token_ids
-        """Ids that end a text, from the tokenizer and both configuration files."""
+        self.thinking = thinking
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        """Ids that `decode` skips."""
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
-        """Ids of the byte-fallback tokens ``<0x00>`` to ``<0xFF>``, if the tokenizer has any."""
 
     @classmethod
     def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:
-        """Load the tokenizer of a local model folder; no code from the folder is run.
-
-        Args:
-            path: The folder.
-            thinking: Whether thinking is on in a conversation that does not say.
-
-        Raises:
-            CheckpointError: The folder has no tokenizer, or a damaged one.
-        """
+        """Load a local model folder's tokenizer without its code, or raise a CheckpointError."""
         folder = Path(path)
         # First, because transformers reads the configuration too and would blame the tokenizer.
-        stop_token_ids = frozenset[int]().union(
-            *(_eos_token_ids(folder / name) for name in ("generation_config.json", "config.json"))
-        )
-        logging.getLogger("transformers").addFilter(_is_not_torch_advice)
+        files = folder / "generation_config.json", folder / "config.json"
+        stop_token_ids = frozenset[int]().union(*map(_eos_token_ids, files))
+        for name in ("transformers", "transformers.configuration_utils"):
+            logging.getLogger(name).addFilter(_is_helpful)
         from transformers import AutoTokenizer
 
         try:
@@ -73,99 +70,93 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """The number of tokens in the tokenizer; a model's vocabulary is often padded beyond it."""
-        return len(self._tokenizer)
-
-    @property
-    def transformers(self) -> Any:
-        """The tokenizer of transformers that this one wraps."""
-        return self._tokenizer
+        """Number of tokens; the vocabulary of a model is often padded to more."""
+        return len(self.transformers)
 
     @property
     def knows_tools(self) -> bool:
-        """Whether the chat template has the variable ``tools``."""
-        return "tools" in str(self._tokenizer.chat_template)
+        """Whether the chat template has the variable `tools`."""
+        return "tools" in self.chat_template
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template, or all of them; empty if there is none."""
+        return str(self.transformers.chat_template or "")
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether there is a chat template, which `chat` needs."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.transformers.chat_template)
 
     @property
     def knows_thinking(self) -> bool:
-        """Whether the chat template has the variable ``enable_thinking``."""
-        return "enable_thinking" in str(self._tokenizer.chat_template)
+        """Whether the chat template has the variable `enable_thinking`."""
+        return "enable_thinking" in self.chat_template
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of raw text, with a begin token only if the tokenizer adds one."""
-        return list(self._tokenizer.encode(text, verbose=False))
+        """The ids of raw text, with a begin token only if the tokenizer adds one."""
+        return list(self.transformers.encode(text, verbose=False))
 
     def user_header(self) -> list[int]:
-        """Return the ids of a conversation up to where the user's first message begins.
-
-        Raises:
-            PromptError: There is no chat template, or it puts nothing before the message.
-        """
-        header, _ = self._around({"role": "user", "content": PRIVATE})
+        """The ids up to a first message of the user; a PromptError if there are none."""
+        header, _ = self._surroundings({"role": "user", "content": PRIVATE})
         if not header:
             raise PromptError("the chat template puts nothing before the user's message")
         return header
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of an assistant's response, with the end token that closes it.
-
-        Raises:
-            PromptError: There is no chat template.
-        """
+        """The ids of a response and its end token; a PromptError without a chat template."""
         question = {"role": "user", "content": "-"}
-        _, after = self._around(question, {"role": "assistant", "content": PRIVATE})
+        _, after = self._surroundings(question, {"role": "assistant", "content": PRIVATE})
         end = [token_id for token_id in after if token_id in self.stop_token_ids][:1]
         return self._ids(text) + end
 
-    def _around(self, *messages: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Ids of what the chat template puts before and after the content `PRIVATE`."""
+    def _surroundings(self, *messages: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """The ids that the chat template puts before and after the content `PRIVATE`."""
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template")
-        text = str(self._tokenizer.apply_chat_template(list(messages), tokenize=False))
+        text = str(self.transformers.apply_chat_template(list(messages), tokenize=False))
         before, _, after = text.rpartition(PRIVATE)
         return self._ids(before), self._ids(after)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return list(self.transformers.encode(text, add_special_tokens=False, verbose=False))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         template_args: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
     ) -> list[int]:
-        """Return the ids of a conversation up to the start of the assistant's next response.
+        """The ids of a conversation up to the start of the assistant's next response.
 
-        Args:
-            messages: Each with ``role`` and ``content``.
-            template_args: Extra variables for the chat template. ``enable_thinking`` is
-                ``thinking`` by default.
+        `template_args` are extra variables for the chat template. If the response `continues` the
+        last message, the ids end with that message.
 
         Raises:
-            PromptError: There is no chat template, or it rejects the conversation; or the text
+            PromptError: there is no chat template, or it rejects the conversation; or the text
                 is not valid Unicode.
         """
         if not self.has_chat_template:
-            raise PromptError("the tokenizer has no chat template; pass --raw to send plain text")
+            raise PromptError("the tokenizer has no chat template; use raw for plain text")
         variables = {"enable_thinking": self.thinking} if self.knows_thinking else {}
-        own = inspect.signature(self._tokenizer.apply_chat_template).parameters
-        settings = own.keys() - {"tools", "documents"}  # these two reach the template
-        if taken := sorted(settings & (template_args or {}).keys()):
+        variables |= template_args or {}
+        parameters = set(inspect.signature(self.transformers.apply_chat_template).parameters)
+        parameters -= {"tools", "documents"}  # these two reach the template
+        parameters |= {"messages"}
+        if reserved := sorted(parameters & variables.keys()):
             raise PromptError(
-                f"{taken[0]!r} is reserved and cannot be set with --chat-template-args"
+                f"{reserved[0]!r} is reserved; remove it from the chat template's arguments"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.transformers.apply_chat_template(
                 [dict(message) for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
                 tokenize=False,
-                **{**variables, **(template_args or {})},
+                **variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise PromptError(
                 f"the chat template rejects these messages or arguments: {_reason(error)}"
             ) from error
@@ -173,54 +164,69 @@ class Tokenizer:
         return self._ids(str(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens and with spaces unchanged."""
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        """The text of ids, without special tokens and with unchanged spaces."""
+        text = self.transformers.decode(
+            list(token_ids),
+            skip_special_tokens=bool(self.special_token_ids),
+            clean_up_tokenization_spaces=False,
         )
         return str(text)
 
     @cached_property
     def verbatim(self) -> Tokenizer:
-        """The same tokenizer, whose `decode` keeps special tokens."""
-        return _Verbatim(self._tokenizer, self.stop_token_ids)
+        """This tokenizer with a `decode` that keeps special tokens."""
+        verbatim = copy(self)
+        verbatim.special_token_ids = frozenset()
+        return verbatim
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be a part of a character."""
+        text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
+        if REPLACEMENT not in text:
+            return text.encode()
+        token = str(self.transformers.convert_ids_to_tokens(token_id))
+        if token_id in self.byte_token_ids:
+            return bytes([int(token[3:5], 16)])
+        alphabet = _byte_alphabet()
+        return bytes(alphabet[x] for x in token) if alphabet.keys() >= set(token) else text.encode()
 
     def token_text(self, token_id: int) -> str:
-        """Return one token for display: special tokens by name, partial characters as stored."""
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        """One token for display: special tokens by name, partial characters as stored."""
+        text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
         if text and REPLACEMENT not in text:
             return text
-        return self._tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+        return self.transformers.convert_ids_to_tokens(token_id) or f"<{token_id}>"
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character with which byte-level BPE writes its tokens."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def check_unicode(text: str) -> None:
-    """Reject lone surrogates, which stand for bytes that are not UTF-8."""
+    """Raise a PromptError for lone surrogates, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
 
 
-class _Verbatim(Tokenizer):
-    """Special tokens are text."""
+def _is_helpful(record: logging.LogRecord) -> bool:
+    """Drop two warnings of transformers.
 
-    def __init__(self, tokenizer: Any, stop_token_ids: frozenset[int]) -> None:
-        super().__init__(tokenizer, stop_token_ids)
-        self.special_token_ids = frozenset()
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
-
-def _is_not_torch_advice(record: logging.LogRecord) -> bool:
-    """Drop the advice to install torch, which a tokenizer does not need."""
-    return "PyTorch was not found" not in record.getMessage()
+    One advises to install torch, which a tokenizer does not need. The other precedes the error for
+    an unknown type of model, and says less.
+    """
+    message = record.getMessage()
+    return (
+        "PyTorch was not found" not in message and "instantiate a model of type ``" not in message
+    )
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
     return str(error).partition("\n")[0]
 
 
@@ -238,7 +244,6 @@ def _check_config(folder: Path) -> None:
 
 
 def _eos_token_ids(path: Path) -> set[int]:
-    """The end tokens that a configuration file names, if it exists."""
     if not path.is_file():
         return set()
     try:
@@ -250,5 +255,106 @@ def _eos_token_ids(path: Path) -> set[int]:
     value = config.get("eos_token_id")
     token_ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token_id) is int for token_id in token_ids):
-        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them")
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of token ids")
     return set(token_ids)
+
+
+class TextStream:
+    """The text of a growing sequence of ids, piece by piece.
+
+    The joined pieces are exactly the text of all ids or, if a stop string occurs, the text before
+    it. A piece never ends inside a character, nor in characters that may begin a stop string. Only
+    a short window of ids is decoded at a time. An empty stop string raises a ConfigError.
+
+    Args:
+        tokenizer: decodes the ids.
+        stop: strings to stop at, none of them empty; the first one in the text counts.
+
+    Attributes:
+        stopped: whether a stop string occurred; further ids are ignored.
+        tokens_used: number of ids so far, up to the id that completed a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise ConfigError("a stop string is empty; remove it")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._window: list[int] = []
+        self._consumed = 0  # characters of the window's text that moved to _held or were returned
+        self._held = ""  # settled characters that may begin a stop string
+        self._pieces: list[str] = []
+        self.stopped = False
+        self.tokens_used = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Append ids; returns the text that became final."""
+        first_new = len(self._pieces)
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.tokens_used += 1
+            if token_id not in self._tokenizer.special_token_ids:
+                self._push_one(token_id)
+        return "".join(self._pieces[first_new:])
+
+    def finish(self) -> str:
+        """The rest of the text; no ids follow."""
+        if self.stopped:
+            return ""
+        rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
+        self._window, self._consumed, self._held = [], 0, ""
+        self._pieces.append(rest)
+        return rest
+
+    def _push_one(self, token_id: int) -> None:
+        self._window.append(token_id)
+        window_text = self._tokenizer.decode(self._window)
+        settled = self._settled_length(window_text)
+        candidate = self._held + window_text[self._consumed :]
+        certain = self._held + window_text[self._consumed : settled]
+        # A replacement character that is not certain may be part of a character still to come.
+        texts = {stop: certain if REPLACEMENT in stop else candidate for stop in self._stop}
+        cuts = [text.find(stop) for stop, text in texts.items() if stop in text]
+        if cuts:
+            self._pieces.append(candidate[: min(cuts)])
+            self.stopped = True
+            return
+        self._held += window_text[self._consumed : settled]
+        self._consumed = settled
+        sure = self._held[: len(self._held) - self._stop_overlap()].rstrip(REPLACEMENT)
+        if sure:
+            self._pieces.append(sure)
+            self._held = self._held[len(sure) :]
+        if len(self._window) > 2 * WINDOW_TOKENS:
+            self._shrink_window(window_text)
+
+    def _settled_length(self, window_text: str) -> int:
+        """Number of characters of the window's text that no further id can change."""
+        end = len(self._window)
+        while end and self._window[end - 1] in self._tokenizer.byte_token_ids:
+            end -= 1  # byte-fallback decoders read a whole run of bytes as valid or as broken
+        whole = end == len(self._window)
+        text = window_text if whole else self._tokenizer.decode(self._window[:end])
+        return len(text) - text.endswith(REPLACEMENT)
+
+    def _stop_overlap(self) -> int:
+        """Length of the longest suffix of the held text that begins a stop string."""
+        beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        return max((len(text) for text in beginnings if self._held.endswith(text)), default=0)
+
+    def _shrink_window(self, window_text: str) -> None:
+        """Drop the window's older ids if the newer ids alone decode to the same end.
+
+        A cut inside a character garbles at most three bytes, and a cut before a token that
+        decoders strip a space from garbles its first character. So four equal characters prove
+        that the rest is equal too.
+        """
+        start = len(self._window) - WINDOW_TOKENS
+        while start and self._window[start] in self._tokenizer.byte_token_ids:
+            start -= 1
+        tail = self._tokenizer.decode(self._window[start:])
+        dropped = len(window_text) - len(tail)
+        if len(tail) >= 4 and window_text.endswith(tail) and dropped <= self._consumed:
+            self._window = self._window[start:]
+            self._consumed -= dropped

@@ -1,34 +1,37 @@
-"""The configuration of a training run, from a TOML file and the command line."""
+"""Options of configurations, and the configuration of a training run."""
 
 from __future__ import annotations
 
+import argparse
 import math
-import tomllib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from treeflash.drafters.formats import HEADS as HEAD_FORMATS
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import ConfigError
-from treeflash.text.prompt_file import read_text
-from treeflash.training.loss_mixture import parse_loss
 
-HEADS = ("swiglu", "linear", "markov", "selector", "none")
+HEADS = (*(h.training_name for h in HEAD_FORMATS.values() if h.training_name), "none")
+LOSSES = ("kl", "ce", "tv", "lk")
+"""The names of the losses; docs/training.md defines them."""
 POSITION_WEIGHTS = ("exponential", "prefix-product")
-DEFAULT_LAYERS = 5
-NEW = ("target", "random")
+NEW_DRAFTERS = ("target", "random")
 """How to initialise a new drafter; any other `init` is the folder of an existing one."""
-SEEDS = 2**63
-KINDS: dict[str, tuple[Any, str]] = {
-    "str": (str, "a string"),
-    "int": (int, "an integer"),
-    "int | None": (int, "an integer"),
-    "float": (int | float, "a number"),
-    "bool": (bool, "true or false"),
-    "tuple[int, ...] | None": (tuple, "a list of integers"),
+DEFAULT_LAYERS = 5
+MAX_SEED = 2**63 - 1
+LOSS_TERM = re.compile(r"(?:(\S+)\s+)?([a-z]+)")
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "int": {"type": int},
+    "int | None": {"type": int},
+    "float": {"type": float},
+    "bool": {"action": argparse.BooleanOptionalAction},
+    "tuple[int, ...] | None": {"type": int, "nargs": "+", "metavar": "ID"},
+    "tuple[float, ...]": {"type": float, "nargs": "+", "metavar": "T"},
 }
-"""The types of options in a TOML file, and their names."""
+"""How the command line reads options of these types; others are strings."""
 SHAPE = {
     "layers": "num_hidden_layers",
     "block_size": "block_size",
@@ -36,114 +39,137 @@ SHAPE = {
     "mask_token_id": "mask_token_id",
 }
 """Options that define the shape of a new drafter, and their names in `DrafterConfig`."""
-MINIMUM = {
-    "layers": 1,
-    "block_size": 2,
-    "top_tokens": 1,
-    "negatives": 0,
-    "steps": 1,
-    "sequences": 1,
-    "anchors": 1,
-    "accumulation": 1,
-    "max_length": 4,
-    "seed": 0,
-    "validation_sequences": 0,
-    "validate_every": 1,
-    "save_every": 1,
-}
+
+
+def option(default: Any, help: str, minimum: float | None = None) -> Any:
+    """A field of a configuration: its default, description and the least value that is accepted."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+def check_minimums(config: Any) -> None:
+    """Raise a ConfigError for an option below its minimum."""
+    for item in fields(config):
+        value, minimum = getattr(config, item.name), item.metadata["minimum"]
+        if None not in (value, minimum) and value < minimum:
+            raise ConfigError(f"{_flag(item.name)} must be {minimum} or more")
+
+
+def add_options(parser: Any, config: type) -> None:
+    """Add the fields of a configuration to a parser; options that are not given stay unset."""
+    for item in fields(config):
+        default = item.default if isinstance(item.default, tuple) else (item.default,)
+        shown = "" if item.default is None else f" (default: {' '.join(map(str, default))})"
+        parser.add_argument(
+            f"--{_flag(item.name)}",
+            default=argparse.SUPPRESS,
+            help=item.metadata["help"] + shown,
+            **ARGUMENTS.get(str(item.type), {}),
+        )
+
+
+def given_options(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The options of a configuration that were given on the command line."""
+    given = {item.name: getattr(args, item.name) for item in fields(config) if item.name in args}
+    return {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The drafter, its loss, its optimiser, and how often to validate and save.
 
-    Attributes:
-        init: where to start: `target` copies the target's last layers, `random` starts from
-            random weights, and a folder is a DFlash or TreeFlash checkpoint, whose shape is kept.
-        layers: number of drafter layers; None is 5, or as many as the checkpoint has. Layers that
-            it lacks are appended and change nothing at first.
-        block_size: S, the root and S - 1 masks.
-        head: the conditional head, one of `HEADS`: TreeFlash's `swiglu` or `linear`, DSpark's
-            `markov`, DFlash2's `selector`, or `none`.
-        head_size: inner size of `swiglu`, by default that of the target's MLP; the rank of `markov`
-            and `selector`, by default 256.
-        target_layer_ids: target layers whose outputs are the context features; None spreads as
-            many as the drafter has layers, the last of them just below the copied layers.
-        mask_token_id: None is the target's padding or end token.
-        freeze_backbone: train only the head.
-        loss: a weighted sum of losses such as `0.1 ce + 0.9 tv`; see `parse_loss`.
-        marginal_weight: weight of the loss without the previous token.
-        corrected_weight: weight of the loss with the previous token, which the AR head adds.
-        position_weights: `exponential` gives depth d the weight exp(-(d - 1) / gamma) (DFlash);
-            `prefix-product` weights it by how much the accepted length depends on it (D-PACE).
-        gamma: of the exponential weights, in tokens.
-        on_policy: share of the anchors whose blocks the drafter drafts itself, and the target then
-            scores (Draft-OPD); rounded up to a multiple of 8 anchors.
-        top_tokens: tokens of the target's distribution that losses compare one by one; the rest
-            counts as one more.
-        negatives: size of the random sample of the vocabulary that estimates the softmax
-            normaliser, beside the target's top tokens in the batch; 0 uses the whole vocabulary.
-        steps: optimiser steps.
-        sequences: texts per forward pass and process.
-        anchors: positions of a text that play the root, drawn anew for every forward pass.
-        accumulation: forward passes per step.
-        max_length: longer texts are truncated.
-        learning_rate: peak learning rate, after warm-up; a cosine decays it to 0.
-        warmup: fraction of the steps used for warm-up.
-        weight_decay: of AdamW.
-        clip: maximum norm of the gradient.
-        seed: random seed for everything.
-        validation_sequences: responses held out for validation.
-        validate_every: steps between validations.
-        save_every: steps between states that a run can resume from.
-        cache_gb: disk space for cached features of the target; 0 recomputes them in every epoch.
+    Each option has its description beside it; the command line shows it too.
     """
 
-    init: str = "target"
-    layers: int | None = None
-    block_size: int = 16
-    head: str = "swiglu"
-    head_size: int | None = None
-    target_layer_ids: tuple[int, ...] | None = None
-    mask_token_id: int | None = None
-    freeze_backbone: bool = False
-    loss: str = "kl"
-    marginal_weight: float = 0.5
-    corrected_weight: float = 1.0
-    position_weights: str = "exponential"
-    gamma: float = 7.0
-    on_policy: float = 0.0
-    top_tokens: int = 32
-    negatives: int = 0
-    steps: int = 10_000
-    sequences: int = 8
-    anchors: int = 64
-    accumulation: int = 1
-    max_length: int = 3072
-    learning_rate: float = 6e-4
-    warmup: float = 0.04
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
-    validation_sequences: int = 32
-    validate_every: int = 200
-    save_every: int = 200
-    cache_gb: float = 0.0
+    init: str = option(
+        "target",
+        "`target` copies the target's last layers, `random` starts from random weights, and a "
+        "folder has a DFlash or TreeFlash drafter, which keeps its shape",
+    )
+    layers: int | None = option(
+        None,
+        f"number of drafter layers: {DEFAULT_LAYERS} by default, or as many as the drafter in "
+        "`init` has; further layers are appended to it and change nothing at first",
+        1,
+    )
+    block_size: int = option(16, "the root and the tokens drafted after it", 2)
+    head: str = option(
+        "swiglu",
+        "conditional head: TreeFlash's swiglu or linear, DSpark's markov, DFlash2's selector, or "
+        "none",
+    )
+    head_size: int | None = option(
+        None,
+        "inner size of swiglu, by default the inner size of the target's MLP; or rank of markov "
+        "and selector, by default 256",
+        1,
+    )
+    target_layer_ids: tuple[int, ...] | None = option(
+        None,
+        "target layers whose outputs the drafter reads; by default as many as it has layers, the "
+        "last of them just below the copied layers",
+    )
+    mask_token_id: int | None = option(
+        None,
+        "token that marks the positions to draft; by default the target's padding or end token",
+    )
+    freeze_backbone: bool = option(False, "train only the head")
+    loss: str = option("kl", "kl, ce, tv or lk, or a sum such as '0.1 ce + 0.9 tv'")
+    marginal_weight: float = option(0.5, "weight of the loss without the previous token", 0)
+    corrected_weight: float = option(
+        1.0, "weight of the loss with the previous token, which the head adds", 0
+    )
+    position_weights: str = option(
+        "exponential",
+        "exponential weights depth d by exp(-(d - 1) / gamma); prefix-product, by how much the "
+        "accepted length depends on it",
+    )
+    gamma: float = option(7.0, "decay of the exponential weights, in tokens")
+    on_policy: float = option(
+        0.0,
+        "share of the blocks that the drafter drafts itself and the target scores, rounded up to a "
+        "multiple of 8 blocks",
+    )
+    top_tokens: int = option(
+        32,
+        "tokens of the target's distribution that losses compare one by one; the rest counts as "
+        "one more",
+        1,
+    )
+    negatives: int = option(
+        0,
+        "estimate the softmax from the target's top tokens and N random tokens; 0 uses the whole "
+        "vocabulary",
+        0,
+    )
+    steps: int = option(10_000, "optimiser steps", 1)
+    sequences: int = option(8, "sequences per forward pass and process", 1)
+    anchors: int = option(64, "roots per sequence, drawn anew for every forward pass", 1)
+    accumulation: int = option(1, "forward passes per step", 1)
+    max_length: int = option(3072, "truncate longer sequences", 4)
+    learning_rate: float = option(
+        6e-4, "peak learning rate, after warm-up; a cosine decays it to 0"
+    )
+    warmup: float = option(0.04, "fraction of the steps used for warm-up")
+    weight_decay: float = option(0.01, "weight decay of AdamW", 0)
+    clip: float = option(1.0, "maximum gradient norm")
+    seed: int = option(0, "random seed", 0)
+    validation_sequences: int = option(32, "responses held out for validation", 0)
+    validate_every: int = option(200, "steps between validations", 1)
+    save_every: int = option(200, "steps between saved states", 1)
+    cache_gb: float = option(
+        0.0, "disk space for cached features of the target; 0 recomputes them in every epoch", 0
+    )
 
     def __post_init__(self) -> None:
-        for name, minimum in MINIMUM.items():
-            if (value := getattr(self, name)) is not None and value < minimum:
-                raise ConfigError(f"{_flag(name)} must be {minimum} or more")
-        for field in fields(self):
-            value = getattr(self, field.name)
+        check_minimums(self)
+        for item in fields(self):
+            value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{_flag(field.name)} must be a finite number")
-        if self.seed >= SEEDS:
-            raise ConfigError(f"seed must be below {SEEDS}")
+                raise ConfigError(f"{_flag(item.name)} must be a finite number")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be below {MAX_SEED + 1}")
         if not self.marginal_weight + self.corrected_weight:
             raise ConfigError("marginal-weight and corrected-weight must not both be 0")
-        if self.head_size is not None and self.head_size < 1:
-            raise ConfigError("head-size must be 1 or more")
         for name, known in (("head", HEADS), ("position_weights", POSITION_WEIGHTS)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(
@@ -153,70 +179,64 @@ class TrainConfig:
         for name in ("gamma", "learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be above 0")
-        for name in ("marginal_weight", "corrected_weight", "weight_decay", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{_flag(name)} must be 0 or more")
         if not 0 <= self.on_policy <= 1:
             raise ConfigError("on-policy must be from 0 to 1")
         if not 0 <= self.warmup < 1:
             raise ConfigError("warmup must be at least 0 and below 1")
-        if self.freeze_backbone and (self.head == "none" or self.init in NEW):
+        if self.freeze_backbone and (self.head == "none" or self.init in NEW_DRAFTERS):
             raise ConfigError(
-                "freeze-backbone trains only the head of a checkpoint; "
+                "freeze-backbone trains only the head of an existing drafter; "
                 "it needs a head, and a folder as init"
             )
 
 
-def read_train_config(path: Path | None, changes: Mapping[str, Any]) -> TrainConfig:
-    """Read the configuration from a TOML file, overridden by `changes`.
-
-    Raises:
-        ConfigError: an option is unknown, has the wrong type, or is out of range.
-        CheckpointError: `init` names a folder without a drafter.
-        PromptError: the file cannot be read.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
+def parse_loss(text: str) -> dict[str, float]:
+    """The weights of losses in a sum such as `0.1 ce + 0.9 tv`; a ConfigError if it is invalid."""
+    weights: dict[str, float] = {}
+    for term in text.split("+"):
+        match = LOSS_TERM.fullmatch(term.strip())
+        name = match[2] if match else term.strip()
+        if match is None or name not in LOSSES:
+            raise ConfigError(
+                f"unknown loss {name!r}; choose one of {', '.join(LOSSES)}, or a sum such as "
+                "'0.1 ce + 0.9 tv'"
+            )
+        if name in weights:
+            raise ConfigError(f"loss {text!r} names {name} twice")
         try:
-            values = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    known = {field.name: str(field.type) for field in fields(TrainConfig)}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"{path}: unknown option {name!r}; options are {', '.join(known)}")
-        if isinstance(value, list):
-            values[name] = value = tuple(value)
-        if not _fits(value, known[name]):
-            raise ConfigError(f"{path}: {name} must be {KINDS[known[name]][1]}, got {value!r}")
-    given = {**values, **changes}
-    config = TrainConfig(**given)
-    if config.init not in NEW:
+            weights[name] = float(match[1] or 1)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise ConfigError(f"the weight of {name} must be a number above 0, got {match[1]!r}")
+    return weights
+
+
+def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
+    """Make a configuration of the options that were given.
+
+    An invalid option raises a ConfigError, and `init` without a drafter a CheckpointError.
+    """
+    config = TrainConfig(**options)
+    if config.init not in NEW_DRAFTERS:
         drafter = drafter_config(Path(config.init))
         for name, attribute in SHAPE.items():
-            value, own = getattr(config, name), getattr(drafter, attribute)
-            if name == "layers" and value is not None and value > own:
-                continue  # the missing ones are appended
-            if name in given and value != own:
+            value, existing = getattr(config, name), getattr(drafter, attribute)
+            if name == "layers" and value is not None and value > existing:
+                continue  # the missing layers are appended
+            if name in options and value != existing:
                 raise ConfigError(
-                    f"the drafter in {config.init} has {_flag(name)} "
-                    f"{own}, not {value}; leave it out"
+                    f"the drafter in {config.init} has {_flag(name)} {existing}, not {value}; "
+                    "leave it out"
                 )
-        if drafter.head is not None and "head" not in given:
+        if drafter.head is not None and "head" not in options:
             config = replace(config, head=trained_head_name(drafter.head))
     return config
 
 
 def trained_head_name(head: str | None) -> str:
-    """The name in `TrainConfig.head` of a head in a checkpoint."""
-    return {None: "none", "vanilla": "markov"}.get(head, str(head))
-
-
-def _fits(value: Any, kind: str) -> bool:
-    if isinstance(value, tuple):
-        return "tuple" in kind and all(type(part) is int for part in value)
-    is_bool = isinstance(value, bool)
-    return isinstance(value, KINDS[kind][0]) and (is_bool == (kind == "bool"))
+    """The name in `TrainConfig.head` of a head in a drafter's folder."""
+    return "none" if head is None else HEAD_FORMATS[head].training_name or head
 
 
 def _flag(name: str) -> str:

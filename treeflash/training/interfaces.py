@@ -1,91 +1,23 @@
-"""What a backend that can train implements, in addition to the interfaces for decoding."""
+"""The entry point of a backend that can train, and how it is found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
+from treeflash.errors import BackendError
+from treeflash.registry import available, installed, load_entry_point
 from treeflash.training.config import TrainConfig
+from treeflash.training.responses import Response
 
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt for the target to answer.
-
-    Attributes:
-        prompt_ids: at least one token.
-        sampling: how to choose tokens; the response equals that of plain decoding.
-        max_tokens: maximum number of new tokens.
-    """
-
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingConfig
-    max_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """A prompt and the target's response.
-
-    Attributes:
-        prompt_ids: the prompt after the chat template, up to the response.
-        response_ids: the response, with its end token if the target ended it.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Prompt and response."""
-        return self.prompt_ids + self.response_ids
-
-    def __len__(self) -> int:
-        """Number of tokens of prompt and response."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    def truncate(self, length: int) -> Response:
-        """Truncate the response so that prompt and response have `length` tokens."""
-        kept = max(0, length - len(self.prompt_ids))
-        return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:kept])
-
-
-class Responder(Protocol):
-    """A target that answers many prompts at once.
-
-    Attributes:
-        target: name of the target's folder.
-        backend: name of the backend that runs it.
-        dtype: the precision it runs in.
-        max_positions: the most tokens of a prompt and its response together.
-    """
-
-    target: str
-    backend: str
-    dtype: str
-    max_positions: int
-
-    def respond(
-        self, requests: Sequence[Request], stop_token_ids: frozenset[int], slots: int
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Answer all requests in order, up to `slots` at the same time.
-
-        Yields:
-            The index of each request and its new tokens, stop token included, as it finishes.
-
-        Raises:
-            NumericalError: the logits are not finite.
-        """
+GROUP = "treeflash.trainers"
+"""The group of entry points."""
 
 
 class Trainer(Protocol):
-    """The entry point of a backend that can train, in the group `treeflash.trainers`."""
-
-    def responder(self, target: Path, config: LoadConfig) -> Responder:
-        """Load a target to answer prompts; raises what `Loader` raises."""
+    """A module with a function that trains."""
 
     def train(
         self,
@@ -108,11 +40,23 @@ class Trainer(Protocol):
                 `responses`. If empty, `validation_sequences` of `responses` are held out.
 
         Yields:
-            A record for each step, as in the log; before the first step, the progress of the
-            feature cache.
+            Before the first step, the numbers of dropped responses (`too_short`, `too_long`), if
+            there are any, and the progress of the feature cache (`shard`, `shards`); then a record
+            for each step, as in the log. A run that has done all its steps yields nothing, and its
+            target is not loaded.
 
         Raises:
             ConfigError: the configuration does not fit the target or the run in `output`, or
                 `output` cannot be written.
             NumericalError: the loss is not finite.
         """
+
+
+def trainer(name: str | None) -> Trainer:
+    """The trainer of a backend, None for the first installed; a BackendError if it cannot train."""
+    entries = available(GROUP)
+    if name is None:
+        name = next(filter(installed, sorted(entries)), "cuda")
+    if name not in entries and name in available():
+        raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
+    return cast(Trainer, load_entry_point(name, entries))

@@ -7,13 +7,13 @@ from typing import Any
 
 import treeflash
 from treeflash.drafters.formats import parse_drafter_config
-from treeflash.training.config import NEW, SHAPE
+from treeflash.training.config import NEW_DRAFTERS, SHAPE
 
 CARD = """\
 # TreeFlash drafter
 
-{layers} layers, hidden size {hidden}, block size {block}, head {head}; context features from
-target layers {layer_ids}. Trained with `python -m treeflash.train`, treeflash {version}.
+{layers}, hidden size {hidden}, block size {block}, head {head}; context features from
+target {layer_ids}. Trained with `treeflash train`, treeflash {version}.
 
 ## Training
 
@@ -32,23 +32,22 @@ After {step} of {steps} steps; data fingerprint {data}.
 def model_card(
     settings: Mapping[str, Any], identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The text of the checkpoint's `README.md`.
+    """The text of a checkpoint's `README.md`.
 
-    Args:
-        settings: the drafter's `config.json`.
-        identity: configuration, target and data of the run.
-        records: the log of the run.
+    It takes the drafter's `config.json`, the configuration, target and data of the run, and the
+    run's log.
     """
-    # The shape of an existing drafter is its own, not that of the options.
-    omitted = {"data"} if identity["init"] in NEW else {"data", *SHAPE}
+    # An existing drafter keeps its shape, whatever the options say.
+    omitted = {"data"} if identity["init"] in NEW_DRAFTERS else {"data", *SHAPE}
     drafter = parse_drafter_config(settings)
+    count, layer_ids = drafter.num_hidden_layers, drafter.target_layer_ids
     validations = [record["validation"] for record in records if "validation" in record]
     return CARD.format(
-        layers=drafter.num_hidden_layers,
+        layers=f"{count} layer{'s' * (count != 1)}",
         hidden=drafter.hidden_size,
         block=drafter.block_size,
         head=drafter.head or "none",
-        layer_ids=", ".join(map(str, drafter.target_layer_ids)),
+        layer_ids=f"layer{'s' * (len(layer_ids) != 1)} {', '.join(map(str, layer_ids))}",
         version=treeflash.__version__,
         step=records[-1]["step"] if records else 0,
         steps=identity["steps"],

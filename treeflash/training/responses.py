@@ -1,29 +1,48 @@
-"""Files of responses to train on: JSON lines from treeflash.distill or from another engine."""
+"""Responses to train on, and their files: JSON lines of `treeflash distill` or another engine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treeflash.errors import PromptError
-from treeflash.text.prompt import check_messages
-from treeflash.text.prompt_file import read_json_lines
+from treeflash.text.prompt import check_messages, read_json_lines
 from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.interfaces import Response
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A prompt, after the chat template, and the response, with its end token if it ended."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.response_ids
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def truncate(self, length: int) -> Response:
+        """Truncate the response so that prompt and response have `length` tokens."""
+        room = max(0, length - len(self.prompt_ids))
+        return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:room])
 
 
 def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
     """Read a file of JSON objects, one per line, in one of two forms; other keys are ignored.
 
-    - `prompt_ids` and `response_ids`: token ids, as `treeflash.distill` writes them;
+    - `prompt_ids` and `response_ids`: token ids, as `treeflash distill` writes them;
     - `messages`: a conversation that ends with the assistant's message, as other engines write
-      it. The chat template is applied, and the target's end token is appended.
+      it; its response gets the target's end token.
 
     Raises:
         PromptError: a line has neither form; names the file and the line.
     """
-    found = read_json_lines(path, "responses", lambda value: _response(value, tokenizer))
-    return [response for _, response in found]
+    lines = read_json_lines(path, "responses", lambda value, _: _response(value, tokenizer))
+    return [response for _, response in lines]
 
 
 def _response(value: Any, tokenizer: Tokenizer) -> Response:
@@ -42,7 +61,7 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> Response:
         raise PromptError("'messages' must be a non-empty list")
     check_messages(messages)
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-        raise PromptError("the last message must be a non-empty one of the assistant")
+        raise PromptError("the last message must be a non-empty message of the assistant")
     prompt = tokenizer.chat(messages[:-1])
     answer = tokenizer.answer(messages[-1]["content"])
     return Response(prompt_ids=tuple(prompt), response_ids=tuple(answer))

@@ -1,85 +1,80 @@
-"""What one forward pass trains on: texts, the roots of blocks in them, and the target's answer."""
+"""The tensors of one forward pass: sequences, anchors, and the target's distributions.
+
+An anchor is a position of a sequence that plays the root of a block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from treeflash_cuda.training.losses import TargetRows
+
+@dataclass(frozen=True, eq=False)
+class TargetRows:
+    """The target's distribution at n positions: its top tokens; the rest counts as one more."""
+
+    tokens: Tensor  # (n, K)
+    log_probs: Tensor  # (n, K) nats
+    next_tokens: Tensor  # (n,) the tokens that the sequences or drafts have there
+
+    def scored_tokens(self) -> Tensor:
+        """(n, K + 1) the tokens whose log probabilities the losses need; the last is the next."""
+        return torch.cat([self.tokens, self.next_tokens[:, None]], 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Drafts:
-    """Blocks that the drafter drafted after some anchors, scored by the target (Draft-OPD).
+    """Blocks that the drafter drafted after some anchors, scored by the target (Draft-OPD)."""
 
-    Attributes:
-        columns: (C,) the anchors, the same columns in every row.
-        tokens: (rows, C, D) the drafted tokens.
-        top_tokens: (rows, C, D, K) the target's top tokens at each, given those before it.
-        top_log_probs: (rows, C, D, K) nats.
-    """
-
-    columns: Tensor
-    tokens: Tensor
-    top_tokens: Tensor
-    top_log_probs: Tensor
+    columns: Tensor  # (C,) the anchors, the same columns in every row
+    tokens: Tensor  # (rows, C, D) the drafted tokens
+    top_tokens: Tensor  # (rows, C, D, K) the target's top tokens, given the tokens before each
+    top_log_probs: Tensor  # (rows, C, D, K) nats
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts, and the positions that play the root.
+    """Sequences and their anchors."""
 
-    Attributes:
-        tokens: (rows, length) padded with 0.
-        features: (rows, length, layers * hidden_size) context features.
-        anchors: (rows, A) positions.
-        valid: (rows, A, D) bool, whether the text has a token at depth index + 1.
-        top_tokens: (rows, length, K) the target's top tokens after each position.
-        top_log_probs: (rows, length, K) nats.
-        drafts: that take the place of the text after some anchors.
-    """
-
-    tokens: Tensor
-    features: Tensor
-    anchors: Tensor
-    valid: Tensor
-    top_tokens: Tensor
-    top_log_probs: Tensor
-    drafts: Drafts | None = None
+    tokens: Tensor  # (rows, length) padded with 0
+    features: Tensor  # (rows, length, layers * hidden_size) context features
+    anchors: Tensor  # (rows, A) positions
+    valid: Tensor  # (rows, A, D) bool, whether the sequence has a token at depth index + 1
+    top_tokens: Tensor  # (rows, length, K) the target's top tokens after each position
+    top_log_probs: Tensor  # (rows, length, K) nats
+    drafts: Drafts | None = None  # they replace the continuations of some anchors
 
     def to(self, device: torch.device) -> Batch:
         """The batch, without drafts, on a device; copies from pinned memory do not wait."""
-        names = [field.name for field in fields(self) if field.name != "drafts"]
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch in memory that a GPU can copy from directly."""
-        names = [field.name for field in fields(self) if field.name != "drafts"]
-        return Batch(*(getattr(self, name).pin_memory() for name in names))
+        """The batch, without drafts, in memory that a GPU can copy from directly."""
+        return self._map(Tensor.pin_memory)
 
-    def following(self) -> Tensor:
-        """(rows, A, D) the text after each anchor; where it has ended, its last token."""
-        return self._after_anchors(self.tokens, 1)
+    def continuations(self) -> Tensor:
+        """(rows, A, D) the tokens after each anchor; beyond the sequence's end, its last token."""
+        return self._blocks(self.tokens, 1)
 
     def block_tokens(self) -> Tensor:
-        """(rows, A, D) the tokens to predict: those of the text, or of a draft."""
-        tokens = self.following()
+        """(rows, A, D) the tokens to predict, of the sequence or of a draft."""
+        tokens = self.continuations()
         if self.drafts is not None:
             tokens[:, self.drafts.columns] = self.drafts.tokens
         return tokens
 
-    def previous(self) -> Tensor:
-        """(n,) the tokens before those to predict."""
+    def previous_tokens(self) -> Tensor:
+        """(n,) the token before each of the n tokens to predict."""
         roots = self.tokens.gather(1, self.anchors)[:, :, None]
         return torch.cat([roots, self.block_tokens()[:, :, :-1]], 2)[self.valid]
 
     def target_rows(self) -> TargetRows:
         """The target's distributions of the n tokens to predict."""
-        tokens, log_probs = (
-            self._after_anchors(top, 0) for top in (self.top_tokens, self.top_log_probs)
-        )
+        tokens, log_probs = self._blocks(self.top_tokens, 0), self._blocks(self.top_log_probs, 0)
         if self.drafts is not None:
             tokens[:, self.drafts.columns] = self.drafts.top_tokens
             log_probs[:, self.drafts.columns] = self.drafts.top_log_probs
@@ -87,19 +82,24 @@ class Batch:
             tokens[self.valid], log_probs[self.valid], self.block_tokens()[self.valid]
         )
 
-    def drafted(self) -> Tensor:
-        """(n,) bool, whether the token is of a draft."""
+    def is_drafted(self) -> Tensor:
+        """(n,) bool, whether the token to predict belongs to a draft."""
         drafted = torch.zeros_like(self.valid)
         if self.drafts is not None:
             drafted[:, self.drafts.columns] = True
         return drafted[self.valid]
 
     def rejections(self) -> Tensor:
-        """(n,) how many tokens of the block, this one included, follow the text no longer."""
-        differs = (self.block_tokens() != self.following()).cumsum(2) > 0
+        """(n,) the number of tokens from the draft's first wrong one to this one; 0 before it."""
+        differs = (self.block_tokens() != self.continuations()).cumsum(2) > 0
         return differs.cumsum(2)[self.valid]
 
-    def _after_anchors(self, x: Tensor, offset: int) -> Tensor:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        names = [field.name for field in fields(self) if field.name != "drafts"]
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return Batch(**tensors)
+
+    def _blocks(self, x: Tensor, offset: int) -> Tensor:
         """(rows, A, D, ...) the elements of (rows, length, ...) from `offset` after each anchor."""
         depth = torch.arange(self.valid.shape[2], device=x.device) + offset
         positions = (self.anchors[:, :, None] + depth).clamp(max=x.shape[1] - 1)

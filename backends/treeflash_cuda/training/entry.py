@@ -10,16 +10,8 @@ from typing import Any
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Responder, Response
-from treeflash.training.responder import BackendResponder
-from treeflash_cuda.backend import CudaBackend, choose_device, load_target
-
-
-def responder(target: Path, config: LoadConfig) -> Responder:
-    """See `Trainer.responder`; a target that cannot be trained for is refused."""
-    model = load_target(target, config, pack=True)
-    model.find_scale()
-    return BackendResponder(target.name, CudaBackend(model, None, None))
+from treeflash.training.responses import Response
+from treeflash_cuda.backend import choose_device
 
 
 def train(
@@ -30,11 +22,11 @@ def train(
     load: LoadConfig,
     held_out: Sequence[Response] = (),
 ) -> Iterator[dict[str, Any]]:
-    """See `Trainer.train`."""
+    """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
             raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
     choose_device(load.device)  # fail now, not at the first record
-    from treeflash_cuda.training import loop  # needs the packages above
+    from treeflash_cuda.training import loop  # imports the packages above
 
     return loop.train(target, responses, output, config, load, held_out)

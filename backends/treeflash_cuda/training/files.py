@@ -1,7 +1,8 @@
-"""Files of a run: written whole or not at all, and a full disk is one clear error."""
+"""Writing the files of a run: whole or not at all, with one clear error for a full disk."""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from treeflash.errors import ConfigError, is_out_of_memory
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder that could not be written.
+    """Turn the errors of writing a file or folder into one that names it.
 
     Raises:
         ConfigError: the disk is full, or the path cannot be written for another reason.
@@ -22,8 +23,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
-    # What safetensors and torch.save raise for a failed write.
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError) as error:  # from safetensors and torch.save
         if is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
@@ -32,12 +32,15 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which then replaces `path`: readers never see half a file.
+    """Yield a path to write to, which then replaces `path`: readers never see half a file.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)
         yield scratch
+        scratch.chmod(mode)  # safetensors makes files that only their owner can read
         scratch.replace(path)

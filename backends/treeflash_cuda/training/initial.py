@@ -1,39 +1,186 @@
-"""The initial drafter: a checkpoint, the target's last layers, or random weights."""
+"""The drafter that a training run starts from: its configuration and its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from treeflash.drafter_config import DrafterConfig
-from treeflash.drafters.formats import parse_drafter_config
+from treeflash.drafters.backbone import default_target_layer_ids
+from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.folder import read_config, stored_shapes
+from treeflash.drafters.formats import (
+    SELECTOR_DEFAULTS,
+    TREEFLASH_HEADS,
+    drafter_config,
+    parse_drafter_config,
+)
+from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
-from treeflash.training.config import NEW, TrainConfig
+from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.backend import load_drafter
-from treeflash_cuda.corrections import Linear, SwiGLU
 from treeflash_cuda.drafter_model import Convolution, DrafterModel
-from treeflash_cuda.head_weights import MarkovWeights, SelectorWeights, make_module
+from treeflash_cuda.heads import HEADS as HEAD_CLASSES
+from treeflash_cuda.heads import Linear, Markov, Selector, SwiGLU
 from treeflash_cuda.target import Target
 
+RANK = 256
+"""Rank of the heads `markov` and `selector`, as published."""
 RANDOM_STD = 0.02
 """Standard deviation of random weights."""
 
 
+def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
+    """The `config.json` of the drafter to train, in the published TreeFlash format.
+
+    Raises:
+        ConfigError: the configuration does not fit the target.
+        CheckpointError: `init` names a folder without a drafter.
+    """
+    if config.init in NEW_DRAFTERS:
+        return with_head(_new_settings(config, target), config)
+    folder = Path(config.init)
+    drafter = drafter_config(folder)
+    _refuse_untrainable_parts(folder, drafter)
+    settings = _settings_with_layers(read_config(folder), drafter.num_hidden_layers, config)
+    head = trained_head_name(drafter.head)
+    if head == config.head:
+        return settings
+    if not {config.head, head} <= {"none", *TREEFLASH_HEADS}:
+        raise ConfigError(
+            f"the drafter in {folder} has the head {head}, and its layers cannot serve the head "
+            f"{config.head}; use another --init"
+        )
+    return with_head(settings, config)
+
+
+def _settings_with_layers(
+    settings: dict[str, Any], layers: int, config: TrainConfig
+) -> dict[str, Any]:
+    """The configuration of a drafter of `layers` layers, with the layers that training appends."""
+    if config.layers is None or config.layers <= layers:
+        return settings
+    if "num_hidden_layers" not in settings:
+        raise ConfigError(f"layers cannot be added to the format of {config.init}; remove --layers")
+    settings = {**settings, "num_hidden_layers": config.layers}
+    if kinds := settings.get("layer_types"):
+        settings["layer_types"] = [*kinds, *kinds[-1:] * (config.layers - layers)]
+    return settings
+
+
+def _refuse_untrainable_parts(folder: Path, config: DrafterConfig) -> None:
+    """Raise a ConfigError for parts of a drafter that training does not support."""
+    vocabulary = set(VOCABULARY) & stored_shapes(folder).keys()
+    parts = {
+        "a confidence head": config.confidence_head,
+        "embeddings or an output head of its own": vocabulary,
+        "windows measured from the root": config.window_from_root and any(config.sliding_windows),
+        "a factor on its logits": config.output_multiplier != 1,
+        "a softcap": config.softcap is not None,
+        "features of the embeddings": -1 in config.target_layer_ids,
+    }
+    for name, present in parts.items():
+        if present:
+            raise ConfigError(f"training does not support the drafter in {folder}: it has {name}")
+
+
+def with_head(settings: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """A DFlash or TreeFlash configuration with the head to train, in the format of that head."""
+    drafter, head = dict(settings), config.head
+    candidates = dict(drafter.pop("treeflash_config", None) or {}).get("candidate_tokens", 16)
+    rank = config.head_size or RANK
+    if head == "selector":
+        drafter["architectures"] = ["DFlash2DraftModel"]
+        drafter["dflash_config"] = {
+            **drafter["dflash_config"],
+            "selector_rank": rank,
+            "selector_top_k": candidates,
+            "conv_kernel_size": SELECTOR_DEFAULTS["conv_kernel_size"],
+            "conv_group_size": math.gcd(
+                drafter["hidden_size"], SELECTOR_DEFAULTS["conv_group_size"]
+            ),
+        }
+    elif head == "markov":
+        drafter["architectures"] = ["Qwen3DSparkModel"]
+        drafter |= {"markov_rank": rank, "markov_head_type": "vanilla"}
+    else:
+        name = None if head == "none" else head
+        drafter["architectures"] = ["TreeFlashDraftModel" if name else "DFlashDraftModel"]
+        drafter["treeflash_config"] = {"ar_approximation": name, "candidate_tokens": candidates}
+    return drafter
+
+
+def _new_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
+    target_config, depth = target.config, len(target.layers)
+    count = config.layers or DEFAULT_LAYERS
+    if count >= depth:
+        raise ConfigError(f"layers must be below the target's {depth}, got {count}")
+    layer_ids = config.target_layer_ids
+    if layer_ids is None:
+        spread = default_target_layer_ids(depth, count) if depth > 4 else (0,)
+        # The last one is the input of the first copied layer in the target.
+        layer_ids = (*spread[:-1], depth - count - 1)
+        layer_ids = tuple(sorted({i for i in layer_ids if i < depth - count}))
+    if not layer_ids or any(not 0 <= i < depth for i in layer_ids):
+        raise ConfigError(f"target-layer-ids must be from 0 to {depth - 1}, got {layer_ids}")
+    heads = int(target_config.num_attention_heads)
+    head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
+    attention = getattr(target.layers[0], "self_attn", None)
+    bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
+    given = config.mask_token_id
+    mask_token_id = _mask_token(target_config) if given is None else given
+    if not 0 <= mask_token_id < target.vocab_size:
+        raise ConfigError(
+            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {mask_token_id}"
+        )
+    rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
+    if any(isinstance(value, dict) for value in rope.values()):  # by kind of layer
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    return {
+        "model_type": "qwen3",
+        "attention_bias": bias,
+        "block_size": config.block_size,
+        "dflash_config": {"mask_token_id": mask_token_id, "target_layer_ids": list(layer_ids)},
+        "dtype": "bfloat16",
+        "head_dim": int(head_dim),
+        "hidden_act": "silu",
+        "hidden_size": int(target_config.hidden_size),
+        "intermediate_size": int(target_config.intermediate_size),
+        "layer_types": ["full_attention"] * count,
+        "max_position_embeddings": int(target_config.max_position_embeddings),
+        "num_attention_heads": heads,
+        "num_hidden_layers": count,
+        "num_key_value_heads": int(getattr(target_config, "num_key_value_heads", None) or heads),
+        "num_target_layers": depth,
+        "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", 1e-6)),
+        "rope_parameters": {"rope_type": "default", **rope},
+        "tie_word_embeddings": False,
+        "vocab_size": target.vocab_size,
+    }
+
+
+def _mask_token(config: Any) -> int:
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    token_ids = (getattr(config, name, None) for name in names)
+    token_id = next((x for x in token_ids if x is not None), 0)
+    return int(token_id[0] if isinstance(token_id, list) else token_id)
+
+
 def initial_drafter(
-    config: TrainConfig, settings: dict[str, Any], target: Target, texts: Sequence[Sequence[int]]
+    config: TrainConfig,  # of the training
+    settings: dict[str, Any],  # from `drafter_settings`
+    target: Target,  # the model to draft for
+    # Tokens of a few sequences, to measure the scale of queries and keys on.
+    sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
     """A drafter and its head, float32, on the target's device.
-
-    Args:
-        config: of the training.
-        settings: from `drafter_settings`.
-        target: the model to draft for.
-        texts: a few texts to measure the scale of the target's queries and keys.
 
     Raises:
         ConfigError: the target's layers cannot be copied, or the head has a different size.
@@ -41,16 +188,16 @@ def initial_drafter(
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
     head: nn.Module | None = None
-    if config.init in NEW:
+    if config.init in NEW_DRAFTERS:
         model = DrafterModel(parsed)
         model.apply(_randomise)
         model.apply(_neutralise)
         if config.init == "target":
-            _copy_layers(model, target, texts)
+            _copy_layers(model, target, sequences)
     else:
-        model, old = load_drafter(Path(config.init), target)
-        if old is not None and model.config.head == parsed.head:
-            head = old.module.float()
+        model, loaded_head = load_drafter(Path(config.init), target)
+        if loaded_head is not None and model.config.head == parsed.head:
+            head = loaded_head.module.float()
             size = _head_size(head)
             if size is not None and config.head_size not in (None, size):
                 raise ConfigError(
@@ -61,7 +208,7 @@ def initial_drafter(
             model = _with_layers(model, parsed)
     if parsed.head is not None and head is None:
         size = config.head_size or parsed.intermediate_size
-        head = make_module(parsed, size, target.vocab_size)
+        head = HEAD_CLASSES[parsed.head](parsed, size, target.vocab_size)
         head.apply(_randomise)
         head.apply(_neutralise)
     if head is not None:
@@ -84,9 +231,9 @@ def _with_layers(model: DrafterModel, config: DrafterConfig) -> DrafterModel:
 
 def _head_size(head: Any) -> int | None:
     """The inner size of a head, if it has one."""
-    if isinstance(head, MarkovWeights):
+    if isinstance(head, Markov):
         return int(head.markov_w1.embedding_dim)
-    if isinstance(head, SelectorWeights):
+    if isinstance(head, Selector):
         return int(head.predecessor_codebook.shape[1])
     return int(head.d.in_features) if isinstance(head, SwiGLU) else None
 
@@ -104,9 +251,9 @@ def _neutralise(module: nn.Module) -> None:
     if isinstance(module, SwiGLU | Linear):
         nn.init.ones_(module.norm.weight)
         nn.init.zeros_(module.d.weight)
-    elif isinstance(module, MarkovWeights):
+    elif isinstance(module, Markov):
         nn.init.zeros_(module.markov_w2.weight)
-    elif isinstance(module, SelectorWeights):
+    elif isinstance(module, Selector):
         nn.init.normal_(module.predecessor_codebook)
         nn.init.zeros_(module.successor_codebook)
     elif isinstance(module, Convolution):
@@ -116,24 +263,25 @@ def _neutralise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_layers(model: DrafterModel, target: Target, texts: Sequence[Sequence[int]]) -> None:
+def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequence[int]]) -> None:
     """Copy the target's last layers into the drafter.
 
     Context and block reach a layer through different norms, so the target's norm is folded into
-    the projections. If the target has no per-head norms, the drafter's get the scale of the
-    target's queries and keys on `texts`. `fc` passes on the features of the deepest layer.
+    the projections. If the target has no norms of queries and keys, the drafter's norms get the
+    scale of the target's queries and keys on `sequences`. `fc` passes on the features of the
+    deepest layer.
     """
     count = len(model.layers)
-    sources = list(target.layers)[-count:]
-    scales = _scales(target, sources, texts)
-    for layer, source, (scale_q, scale_k) in zip(model.layers, sources, scales, strict=True):
-        theirs, own = source.self_attn, layer.self_attn
+    layers: Sequence[Any] = list(model.layers)
+    sources: Sequence[Any] = list(target.layers)[-count:]
+    scales = _query_key_scales(target, sources, sequences)
+    for layer, source, (scale_q, scale_k) in zip(layers, sources, scales, strict=True):
         scale = _norm_scale(source.input_layernorm)
         for name in ("q_proj", "k_proj", "v_proj"):
-            _copy_linear(getattr(own, name), getattr(theirs, name), scale)
-        _copy_linear(own.o_proj, theirs.o_proj, None)
-        own.q_norm.weight.copy_(scale_q)
-        own.k_norm.weight.copy_(scale_k)
+            _copy_linear(getattr(layer.self_attn, name), getattr(source.self_attn, name), scale)
+        _copy_linear(layer.self_attn.o_proj, source.self_attn.o_proj, None)
+        layer.self_attn.q_norm.weight.copy_(scale_q)
+        layer.self_attn.k_norm.weight.copy_(scale_k)
         scale = _norm_scale(source.post_attention_layernorm)
         _copy_linear(layer.mlp.gate_proj, source.mlp.gate_proj, scale)
         _copy_linear(layer.mlp.up_proj, source.mlp.up_proj, scale)
@@ -145,65 +293,55 @@ def _copy_layers(model: DrafterModel, target: Target, texts: Sequence[Sequence[i
     model.fc.weight[:, deepest * h : (deepest + 1) * h] = torch.eye(h)
 
 
-def _copy_linear(own: nn.Linear, theirs: nn.Module, scale: Tensor | None) -> None:
-    weight = theirs.weight.float().cpu()
-    own.weight.copy_(weight if scale is None else weight * scale)
-    if own.bias is not None:
-        bias = theirs.bias
-        own.bias.zero_() if bias is None else own.bias.copy_(bias)
+def _copy_linear(linear: nn.Linear, source: Any, scale: Tensor | None) -> None:
+    weight = source.weight.float().cpu()
+    linear.weight.copy_(weight if scale is None else weight * scale)
+    if linear.bias is not None:
+        linear.bias.zero_() if source.bias is None else linear.bias.copy_(source.bias)
 
 
-def _norm_scale(norm: nn.Module) -> Tensor:
-    """(hidden_size,) the factors of a norm, however its family stores them."""
+def _norm_scale(norm: Any) -> Tensor:
+    """(hidden_size,) the factors of a norm; some families store them less 1."""
     ones = torch.ones_like(norm.weight)
     return norm(ones[None])[0].float().cpu()
 
 
-def _scales(
-    target: Target, layers: Sequence[Any], texts: Sequence[Sequence[int]]
+def _query_key_scales(
+    target: Target, layers: Sequence[Any], sequences: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor]]:
     """The weights of the drafter's query and key norms, layer by layer."""
-    outputs: dict[tuple[int, str], list[Tensor]] = {}
+    squares: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
-    def keep(n: int, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs.setdefault((n, name), []).append(output.float().cpu().flatten(0, 1))
-
-        return hook
+    def measure(key: tuple[int, str], _: nn.Module, __: Any, output: Tensor) -> None:
+        squares[key].append(output.float().cpu().pow(2).flatten())
 
     hooks = []
     for n, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
-        wanted = ("q_proj", "k_proj", "v_proj", "o_proj")
-        if any(not isinstance(getattr(attention, name, None), nn.Linear) for name in wanted) or any(
-            not isinstance(getattr(layer.mlp, name, None), nn.Linear)
-            for name in ("gate_proj", "up_proj", "down_proj")
-        ):
+        linears: list[Any] = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+        linears += [getattr(layer.mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+        if not all(isinstance(linear, nn.Linear) for linear in linears):
             raise ConfigError(
                 f"the layers of {target.model.config.model_type} cannot be copied into a drafter; "
                 "use --init random"
             )
-        for name in ("q_proj", "k_proj"):
-            hooks.append(getattr(attention, name).register_forward_hook(keep(n, name)))
-    for text in texts:
-        tokens = torch.tensor(text, device=target.device)
-        context = AttentionContext.whole_text(len(text), target.device)
+        for name, linear in zip("qk", linears, strict=False):
+            hooks.append(linear.register_forward_hook(partial(measure, (n, name))))
+    for sequence in sequences:
+        tokens = torch.tensor(sequence, device=target.device)
+        context = AttentionContext.whole_sequence(len(sequence), target.device)
         with attention_context(context):
             target.model.get_decoder()(
-                input_ids=tokens[None],
-                position_ids=context.positions[None],
-                use_cache=False,
+                input_ids=tokens[None], position_ids=context.positions[None], use_cache=False
             )
     for hook in hooks:
         hook.remove()
-    scales = []
-    for n, layer in enumerate(layers):
-        pair = []
-        for name in ("q", "k"):
-            norm = getattr(layer.self_attn, f"{name}_norm", None)
-            output = torch.cat(outputs[n, f"{name}_proj"])
-            head_dim = layer.self_attn.head_dim
-            measured = output.pow(2).mean().sqrt().expand(head_dim)
-            pair.append(measured if norm is None else _norm_scale(norm))
-        scales.append((pair[0], pair[1]))
-    return scales
+
+    def scale(n: int, name: str) -> Tensor:
+        attention = layers[n].self_attn
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None:
+            return _norm_scale(norm)
+        return torch.cat(squares[n, name]).mean().sqrt().expand(attention.head_dim)
+
+    return [(scale(n, "q"), scale(n, "k")) for n in range(len(layers))]

@@ -1,41 +1,47 @@
-"""The training loop."""
+"""The training loop: optimiser steps, validation, and the order in which a run saves."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
-from treeflash.training.interfaces import Response
+from treeflash.training.responses import Response
 from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.target import Target
-from treeflash_cuda.training.batches import Batches
-from treeflash_cuda.training.blocks import Blocks
-from treeflash_cuda.training.export import export
-from treeflash_cuda.training.features import FeatureStore, fingerprint
-from treeflash_cuda.training.initial import initial_drafter
-from treeflash_cuda.training.lm_head import LMHead
-from treeflash_cuda.training.objective import objective
-from treeflash_cuda.training.on_policy import with_drafts
-from treeflash_cuda.training.optimizer import learning_rate, make_optimizer
-from treeflash_cuda.training.run import Run
-from treeflash_cuda.training.settings import drafter_settings
-from treeflash_cuda.training.texts import split, usable
-from treeflash_cuda.training.validation import Validation
+from treeflash_cuda.training.batch import Batch
+from treeflash_cuda.training.data import (
+    Batches,
+    FeatureStore,
+    choose_anchors,
+    fingerprint,
+    make_batch,
+    split,
+    truncated_responses,
+    with_drafts,
+)
+from treeflash_cuda.training.initial import drafter_settings, initial_drafter
+from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
+from treeflash_cuda.training.model import Blocks, LMHead
+from treeflash_cuda.training.run import Run, export, has_checkpoint, is_finished
 
-MEASURED_TEXTS = 8
-"""Texts that measure the scale of the target's queries and keys, for `init` target."""
+VALIDATION_ANCHORS = 16
+"""Anchors per validation sequence."""
+MEASURED_SEQUENCES = 8
+"""Sequences that measure the scale of the target's queries and keys, for `init` target."""
 
 
 def train(
@@ -46,33 +52,46 @@ def train(
     load: LoadConfig,
     held_out: Sequence[Response],
 ) -> Iterator[dict[str, Any]]:
-    """See `Trainer.train`."""
+    """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     accelerator = make_accelerator(config, load)
+    known = {
+        **asdict(config),
+        "processes": accelerator.num_processes,
+        "target": target.name,
+    }
+    request = fingerprint(
+        [*held_out, *responses], held_out=len(held_out), dtype=load.dtype, **known
+    )
+    if is_finished(output, request):
+        return
     model = load_target(
         target, replace(load, device=load.device or str(accelerator.device)), pack=False
     )
     model.find_scale()
     model.model.requires_grad_(False)
     settings = drafter_settings(config, model)
-    given = usable(held_out, config, model) if held_out else []
-    held_out, texts = split(usable(responses, config, model), given, config)
-    measured = [text.token_ids for text in texts[:MEASURED_TEXTS]]
+    validation_data: list[Response] = []
+    dropped = Counter[str]()
+    if held_out:
+        validation_data, counts = truncated_responses(held_out, config, model)
+        dropped.update(counts)
+    training_data, counts = truncated_responses(responses, config, model)
+    dropped.update(counts)
+    if dropped.total():
+        yield dict(dropped)
+    validation_data, training_data = split(training_data, validation_data, config)
+    measured = [response.token_ids for response in training_data[:MEASURED_SEQUENCES]]
     drafter, head = initial_drafter(config, settings, model, measured)
     depths, layer_ids = drafter.config.depths, drafter.config.target_layer_ids
-    run = Run(
-        output,
-        config,
-        accelerator,
+    data = fingerprint(
+        [*validation_data, *training_data],
         target=target.name,
-        dtype=str(model.dtype).removeprefix("torch."),
-        data=fingerprint(
-            [*held_out, *texts],
-            target=target.name,
-            dtype=str(model.dtype),
-            layers=layer_ids,
-            top_tokens=config.top_tokens,
-        ),
+        dtype=str(model.dtype),
+        layers=layer_ids,
+        top_tokens=config.top_tokens,
     )
+    identity = {**known, "dtype": str(model.dtype).removeprefix("torch."), "data": data}
+    run = Run(output, accelerator, identity, request)
     if config.freeze_backbone:
         drafter.requires_grad_(False)
     blocks: nn.Module = Blocks(drafter, head, model.embeddings, LMHead(model.lm_head))
@@ -80,32 +99,66 @@ def train(
     model.capture(layer_ids)
     with closing(run):
         first = run.resume()
-        store = FeatureStore(
-            model, layer_ids, texts, config.top_tokens, run.features(), config.cache_gb * 1e9
-        )
-        if run.features():
+        folder, max_bytes = run.feature_folder(), config.cache_gb * 1e9
+        store = FeatureStore(model, layer_ids, training_data, config.top_tokens, folder, max_bytes)
+        if folder is not None:
             yield from fill_cache(store, accelerator)
         batches = Batches(
             store, config, depths, accelerator.process_index, accelerator.num_processes
         )
-        validation = Validation(model, layer_ids, held_out, depths, config)
+        validation = Validation(model, layer_ids, validation_data, depths, config)
         for step in range(first, config.steps):
             record = take_step(step, blocks, optimizer, batches, model, config, accelerator)
-            last = step + 1 == config.steps
-            if held_out and (last or (step + 1) % config.validate_every == 0):
+            is_last = step + 1 == config.steps
+            if validation_data and (is_last or (step + 1) % config.validate_every == 0):
                 record["validation"] = validation.measure(blocks)
             run.log(record)
-            if last or (step + 1) % config.save_every == 0:
+            if is_last or (step + 1) % config.save_every == 0:
                 # In this order, so that a run with its last state also has its checkpoint.
                 export(accelerator, blocks, settings, run)
                 run.save(step + 1)
             yield record
-        if not run.has_checkpoint():  # deleted after the run had finished
+        if not has_checkpoint(output):  # deleted after the run had finished
             export(accelerator, blocks, settings, run)
 
 
+def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
+    """The processes and precision of a run; one process unless `accelerate launch` started it."""
+    on_cpu = load.device == "cpu"
+    device = choose_device(load.device)
+    if load.device not in (None, "cuda", "cpu"):
+        torch.cuda.set_device(device)  # accelerate prepares modules on the current device
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(load.dtype or "", "no"),
+        gradient_accumulation_steps=config.accumulation,
+    )
+
+
+def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW without weight decay for norms and biases."""
+    trainable = [p for p in blocks.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then cosine decay that reaches 0 after the last step."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
 def fill_cache(store: FeatureStore, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
-    """Compute the features of all texts, shared out over the processes; yields the progress."""
+    """Compute the features of all responses, divided among the processes; yields the progress."""
     for shard in range(store.shards):
         process = shard % accelerator.num_processes
         if process == accelerator.process_index:
@@ -156,14 +209,67 @@ def take_step(
     return record
 
 
-def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
-    """The processes and precision of a run; one process unless `accelerate launch` started it."""
-    on_cpu = load.device == "cpu"
-    device = choose_device(load.device)
-    if load.device not in (None, "cuda", "cpu"):
-        torch.cuda.set_device(device)  # accelerate prepares modules on the current device
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(load.dtype or "", "no"),
-        gradient_accumulation_steps=config.accumulation,
-    )
+class Validation:
+    """Held-out responses, always with the same anchors."""
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        responses: Sequence[Response],
+        depths: int,
+        config: TrainConfig,
+    ) -> None:
+        """Run the target on the responses once; its features are kept on the CPU."""
+        self.device = target.device
+        self.batches: list[Batch] = []
+        random = np.random.default_rng(config.seed)
+        responses = sorted(responses, key=len)
+        store = FeatureStore(target, layer_ids, responses, config.top_tokens, None, 0)
+        for first in range(0, len(responses), config.sequences):
+            numbers = range(len(responses))[first : first + config.sequences]
+            part = [responses[n] for n in numbers]
+            anchors = [choose_anchors(response, VALIDATION_ANCHORS, random) for response in part]
+            batch = make_batch(part, store.get(numbers), anchors, depths)
+            self.batches.append(batch.pin() if self.device.type == "cuda" else batch)
+
+    @torch.no_grad()
+    def measure(self, blocks: nn.Module) -> dict[str, Any]:
+        """The metrics of the drafter.
+
+        Returns:
+            For `marginal` and, with a head, `corrected`: `kl_*`, the mean KL divergence in nats by
+            depth; `acceptance_*`, the mean overlap of the distributions by depth; `top1_*`, how
+            often the top token is the sequence's, by depth; `chain_*`, the block efficiency of the
+            chain of top tokens.
+        """
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        anchors = 0
+        for batch in (batch.to(self.device) for batch in self.batches):
+            rows = batch.target_rows()
+            marginal, corrected = blocks(batch, rows.scored_tokens())
+            anchors += int(batch.valid.any(2).sum())
+            for name, prediction in (("marginal", marginal), ("corrected", corrected)):
+                if prediction is None:
+                    continue
+                outcomes = Outcomes.compare(rows, prediction.log_probs)
+                metrics = {
+                    f"kl_{name}": forward_kl(outcomes),
+                    f"acceptance_{name}": outcomes.acceptance(),
+                    f"top1_{name}": (outcomes.log_next >= prediction.best).float(),
+                }
+                for key, value in metrics.items():
+                    table = torch.zeros(batch.valid.shape, device=value.device)
+                    table[batch.valid] = value
+                    sums[key] = sums[key] + table.sum((0, 1)).cpu()
+                    if key.startswith("top1"):
+                        chain = f"chain_{name}"
+                        sums[chain] = sums[chain] + table.cumprod(2).sum().cpu()
+            sums["count"] = sums["count"] + batch.valid.sum((0, 1)).cpu()
+        counts = sums.pop("count").clamp(min=1)
+        return {
+            name: 1 + float(value) / max(anchors, 1)
+            if name.startswith("chain")
+            else [round(float(v), 4) for v in value / counts]
+            for name, value in sums.items()
+        }

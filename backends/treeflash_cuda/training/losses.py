@@ -1,4 +1,4 @@
-"""Losses of a drafter's predictions against the target's, per token, in nats."""
+"""Losses of a drafter's predictions against the target's, in nats, and their mean over a batch."""
 
 from __future__ import annotations
 
@@ -6,54 +6,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MINIMUM_REST = 1e-6
+from treeflash.training.config import TrainConfig, parse_loss
+from treeflash_cuda.training.batch import Batch, TargetRows
+from treeflash_cuda.training.model import make_shortlist
+
+MIN_REST = 1e-6
 """Lower bound of the probability of the remaining tokens, for its logarithm."""
 LK_DECAY = 3.0
 """How fast LK moves from KL to total variation as acceptance grows (the paper's eta)."""
 
 
 @dataclass(frozen=True, eq=False)
-class TargetRows:
-    """The target's distribution at n positions: its top tokens; the rest counts as one more.
-
-    Attributes:
-        tokens: (n, K).
-        log_probs: (n, K) nats.
-        next: (n,) the token that the text has there.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
-    next: Tensor
-
-    def wanted(self) -> Tensor:
-        """(n, K + 1) the tokens whose log probabilities the losses need; the text's is last."""
-        return torch.cat([self.tokens, self.next[:, None]], 1)
-
-
-@dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Both distributions over K + 1 outcomes: the target's top tokens, and any other token.
+    """Both distributions over K + 1 outcomes: the target's top tokens, and any other token."""
 
-    Attributes:
-        p: (n, K + 1) the target's.
-        q: (n, K + 1) the drafter's.
-        log_p: (n, K + 1) nats.
-        log_q: (n, K + 1) nats.
-        log_next: (n,) the drafter's log probability of the text's token.
-    """
-
-    p: Tensor
-    q: Tensor
-    log_p: Tensor
-    log_q: Tensor
-    log_next: Tensor
+    p: Tensor  # (n, K + 1) the target's probabilities
+    q: Tensor  # (n, K + 1) the drafter's probabilities
+    log_p: Tensor  # (n, K + 1) nats
+    log_q: Tensor  # (n, K + 1) nats
+    log_next: Tensor  # (n,) the drafter's log probability of the next token of the sequence
 
     @classmethod
-    def of(cls, rows: TargetRows, log_probs: Tensor) -> Outcomes:
-        """Compare the target with the drafter's (n, K + 1) log probabilities of `wanted`."""
+    def compare(cls, rows: TargetRows, log_probs: Tensor) -> Outcomes:
+        """Compare the target with (n, K + 1) log probabilities of `TargetRows.scored_tokens`."""
         p, log_p = _with_rest(rows.log_probs)
         q, log_q = _with_rest(log_probs[:, :-1])
         return cls(p, q, log_p, log_q, log_probs[:, -1])
@@ -73,11 +50,6 @@ def reverse_kl(outcomes: Outcomes) -> Tensor:
     return (outcomes.q * (outcomes.log_q - outcomes.log_p)).sum(-1)
 
 
-def cross_entropy(outcomes: Outcomes) -> Tensor:
-    """(n,) minus the log probability of the text's token."""
-    return -outcomes.log_next
-
-
 def total_variation(outcomes: Outcomes) -> Tensor:
     """(n,) half the sum of absolute differences: 1 minus the probability of acceptance."""
     return (outcomes.p - outcomes.q).abs().sum(-1) / 2
@@ -95,7 +67,7 @@ def lk(outcomes: Outcomes) -> Tensor:
 
 LOSSES: dict[str, Callable[[Outcomes], Tensor]] = {
     "kl": forward_kl,
-    "ce": cross_entropy,
+    "ce": lambda outcomes: -outcomes.log_next,
     "tv": total_variation,
     "lk": lk,
 }
@@ -110,5 +82,82 @@ def _with_rest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and their logarithms, with the probability of all other tokens added."""
     probs = log_probs.exp()
     rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
-    log_rest = rest.clamp_min(MINIMUM_REST).log()
+    log_rest = rest.clamp_min(MIN_REST).log()
     return torch.cat([probs, rest], -1), torch.cat([log_probs, log_rest], -1)
+
+
+SMOOTHING = 0.5
+"""D-PACE's lower bound of an acceptance, so that late depths count while early ones are bad."""
+
+
+def exponential(valid: Tensor, gamma: float) -> Tensor:
+    """(n,) exp(-(d - 1) / gamma) at depth d (DFlash, arXiv 2602.06036).
+
+    The n tokens to predict are (rows, A, D) bool by depth.
+    """
+    depth = torch.arange(valid.shape[-1], device=valid.device)
+    return torch.exp(-depth / gamma).expand_as(valid)[valid]
+
+
+def prefix_product(valid: Tensor, acceptance: Tensor) -> Tensor:
+    """(n,) how much the expected accepted length depends on each depth (D-PACE, equation 8).
+
+    The expected length is the sum over depths of the product of the acceptances up to that depth. A
+    depth's weight is the part of the sum that has its acceptance as a factor. D-PACE uses the
+    probability of the sequence's token as the acceptance; here it is the acceptance of the whole
+    distribution.
+
+    The n tokens to predict are (rows, A, D) bool by depth, the first ones of each block. There is
+    no gradient of the (n,) acceptance, which is from 0 to 1.
+    """
+    smoothed = acceptance.new_zeros(valid.shape)
+    smoothed[valid] = SMOOTHING + (1 - SMOOTHING) * acceptance.detach()
+    reached = smoothed.cumprod(-1)
+    return reached.flip(-1).cumsum(-1).flip(-1)[valid]
+
+
+REJECTION_DECAY = 0.8
+"""The weight of a rejected draft token relative to the one before it (Draft-OPD)."""
+
+
+def objective(
+    blocks: nn.Module,  # the drafter, `Blocks` or a wrapper of it
+    batch: Batch,  # the tokens to predict
+    vocab_size: int,  # of the target
+    config: TrainConfig,  # the losses, and the weights of losses and depths
+    generator: torch.Generator,  # samples the shortlist
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch, and its parts.
+
+    Returns:
+        The loss; and as numbers the losses `marginal`, `corrected` (with a head) and `loss`.
+    """
+    rows = batch.target_rows()
+    scored = rows.scored_tokens()
+    shortlist = None
+    if config.negatives:
+        shortlist = make_shortlist(scored, vocab_size, config.negatives, generator)
+    marginal, corrected = blocks(batch, scored, shortlist)
+    parts = {"marginal": _mean_loss(batch, Outcomes.compare(rows, marginal.log_probs), config)}
+    loss = parts["marginal"]
+    if corrected is not None:
+        parts["corrected"] = _mean_loss(batch, Outcomes.compare(rows, corrected.log_probs), config)
+        loss = config.marginal_weight * loss + config.corrected_weight * parts["corrected"]
+    parts["loss"] = loss
+    return loss, {name: float(value.detach()) for name, value in parts.items()}
+
+
+def _mean_loss(batch: Batch, outcomes: Outcomes, config: TrainConfig) -> Tensor:
+    """The weighted mean of the losses of the tokens to predict."""
+    losses = mixture(parse_loss(config.loss), outcomes)
+    if config.position_weights == "exponential":
+        weights = exponential(batch.valid, config.gamma)
+    else:
+        weights = prefix_product(batch.valid, outcomes.acceptance())
+    if batch.drafts is not None:
+        is_drafted, rejections = batch.is_drafted(), batch.rejections()
+        on_policy = torch.where(rejections > 0, reverse_kl(outcomes), forward_kl(outcomes))
+        losses = torch.where(is_drafted, on_policy, losses)
+        decayed = REJECTION_DECAY ** (rejections - 1).clamp(min=0)
+        weights = torch.where(is_drafted, decayed, weights)
+    return (weights * losses).sum() / weights.sum()

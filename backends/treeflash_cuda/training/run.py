@@ -1,67 +1,133 @@
-"""The folder of a run: its configuration, its log, and the state it resumes from."""
+"""The folder of a run: its configuration, log, checkpoints, and the exported drafter."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import asdict
+import time
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import nn
 
 from treeflash.errors import ConfigError, is_out_of_memory
-from treeflash.training.config import TrainConfig
-from treeflash_cuda.training.files import writing
-from treeflash_cuda.training.log import Log, Record
+from treeflash.training.model_card import model_card
+from treeflash_cuda.training.files import replacing, writing
+
+Record: TypeAlias = dict[str, Any]
+
+
+class Log:
+    """The files `log.jsonl` and `tensorboard/` of a run's folder."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open the log and drop its records after `step`, as these steps will be repeated.
+
+        Raises:
+            ConfigError: the log cannot be written.
+        """
+        self._path = folder / "log.jsonl"
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        finished = [json.loads(line) for line in lines if line.endswith("\n")]
+        # Of all steps so far, including the steps before the run was resumed.
+        self.records: list[Record] = [record for record in finished if record["step"] <= step]
+        with replacing(self._path) as scratch:
+            scratch.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        # TensorBoard's own writer is a thread, which fails with a traceback.
+        self._events = (
+            folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        )
+        with writing(self._events):
+            self._events.parent.mkdir(exist_ok=True)
+            self._file = self._events.open("wb", buffering=0)
+            self._writer = RecordWriter(self._file)
+            first = step + 1
+            self._add(Event(step=first, file_version="brain.Event:2"))
+            # TensorBoard then forgets the records of earlier files from this step on.
+            self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def append(self, record: Record) -> None:
+        """Add the record of a step.
+
+        Raises:
+            ConfigError: the log cannot be written.
+        """
+        self.records.append(record)
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(record)]
+        with writing(self._events):
+            self._add(Event(step=record["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+
+
+def _scalars(record: Record) -> list[tuple[str, float]]:
+    scalars = []
+    for name, value in record.items():
+        if isinstance(value, int | float) and name != "step":
+            scalars.append((f"train/{name}", float(value)))
+    for name, value in record.get("validation", {}).items():
+        if isinstance(value, list):
+            scalars += [(f"validation/{name}/{depth}", v) for depth, v in enumerate(value, 1)]
+        else:
+            scalars.append((f"validation/{name}", float(value)))
+    return scalars
+
 
 CHECKPOINT = ("model.safetensors", "config.json", "README.md")
 DAMAGED = (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError)
-"""What reading a damaged state raises."""
+"""Exceptions that reading a damaged state raises."""
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the drafter is in the folder."""
+    return all((folder / name).exists() for name in CHECKPOINT)
+
+
+def is_finished(folder: Path, request: str) -> bool:
+    """Whether a run for this request has done all its steps and has its drafter."""
+    try:
+        saved = json.loads((folder / "state" / "run.json").read_text())
+        done = saved["request"] == request and saved["step"] == saved["steps"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # `Run` then says what is wrong
+    return done and has_checkpoint(folder)
 
 
 class Run:
-    """What is kept of a run.
-
-    Attributes:
-        folder: has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they
-            are cached.
-        identity: what a resumed run must have in common: configuration, target and data.
-    """
+    """The folder of a run."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        *,
-        target: str,
-        dtype: str,
-        data: str,
+        self, folder: Path, accelerator: Accelerator, identity: Record, request: str
     ) -> None:
         """Open a folder, which need not exist.
 
-        Args:
-            folder: of the run.
-            config: of the run.
-            accelerator: its processes.
-            target: name of the target.
-            dtype: that the target runs in.
-            data: fingerprint of the texts and of the features that they are trained on.
-
         Raises:
             ConfigError: the folder has a run with another configuration or other data, a drafter
-                whose state of training is missing, or a damaged state; or it cannot be written.
+                without the state of its training, or a damaged state; or it cannot be written.
         """
+        # It has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they are
+        # cached.
         self.folder = folder
-        self.identity = {
-            **asdict(config),
-            "processes": accelerator.num_processes,
-            "target": target,
-            "dtype": dtype,
-            "data": data,
-        }
+        # Configuration, target and `data`, a fingerprint of the responses and their features; they
+        # must be equal to resume the run.
+        self.identity = identity
+        # A fingerprint of what is known before the target is loaded, for `is_finished`.
+        self._request = request
         self._accelerator = accelerator
         self._main = accelerator.is_main_process
         self._log: Log | None = None
@@ -70,7 +136,7 @@ class Run:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def features(self) -> Path | None:
+    def feature_folder(self) -> Path | None:
         """The folder of cached features; None if they are not cached."""
         if not self.identity["cache_gb"]:
             return None
@@ -103,29 +169,25 @@ class Run:
         """The log so far; empty in all processes but the first."""
         return self._log.records if self._log else []
 
-    def has_checkpoint(self) -> bool:
-        """Whether the drafter is in the folder."""
-        return all((self.folder / name).exists() for name in CHECKPOINT)
-
     def log(self, record: Record) -> None:
-        """Write the record of a step."""
         if self._log:
             self._log.append(record)
 
     def save(self, step: int) -> None:
-        """Replace the state by that after `step`.
+        """Replace the saved state by the state after `step`.
 
         Raises:
-            ConfigError: it cannot be written; the one before is kept.
+            ConfigError: the state cannot be written; the earlier state is kept.
         """
         state, scratch = self._state, self.folder / "state.new"
         with writing(scratch):
             self._accelerator.save_state(str(scratch), safe_serialization=False)
-        # Each process writes its own file; the folder must not be renamed before all have.
+        # Each process writes its own file; the folder must not be renamed before all have written.
         self._accelerator.wait_for_everyone()
         if self._main:
             with writing(scratch):
-                (scratch / "run.json").write_text(json.dumps({"step": step, **self.identity}))
+                saved = {"step": step, "request": self._request, **self.identity}
+                (scratch / "run.json").write_text(json.dumps(saved))
             old = self.folder / "state.old"
             shutil.rmtree(old, ignore_errors=True)  # left by an interrupted save
             if state.exists():
@@ -135,7 +197,6 @@ class Run:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Close the log."""
         if self._log:
             self._log.close()
 
@@ -144,37 +205,36 @@ class Run:
         if old.exists() and not state.exists() and self._main:
             old.rename(state)  # interrupted between the two renames of `save`
         if not state.exists():
-            # An interrupted first save leaves `state.new` alone.
-            saving = (self.folder / "state.new").exists()
-            if (self.folder / "model.safetensors").exists() and not saving:
+            # An interrupted first save leaves only `state.new`.
+            was_saving = (self.folder / "state.new").exists()
+            if (self.folder / "model.safetensors").exists() and not was_saving:
                 raise ConfigError(
                     f"{self.folder} has a drafter but not the state of its training, so training "
                     "cannot be resumed and would overwrite it; give another --output"
                 )
             return
-        found = self._read_state()
-        expected = json.loads(json.dumps(self.identity))
-        for name, value in expected.items():
-            if found.get(name) == value:
+        saved = self._read_state()
+        for name, value in json.loads(json.dumps(self.identity)).items():
+            if saved.get(name) == value:
                 continue
             if name == "data":
                 raise ConfigError(
-                    f"{self.folder} has a run on other responses; use the same files, or another "
-                    "--output"
+                    f"{self.folder} has a run on other responses; use the same files, or give "
+                    "another --output"
                 )
             raise ConfigError(
-                f"{self.folder} has a run with {name} {found.get(name)}, not {value}; use the "
-                "same configuration, or another --output"
+                f"{self.folder} has a run with {name} {saved.get(name)}, not {value}; use the "
+                "same configuration, or give another --output"
             )
 
     def _read_state(self) -> dict[str, Any]:
         try:
-            found = json.loads((self._state / "run.json").read_text())
-            if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-                raise ValueError("run.json names no step")
+            saved = json.loads((self._state / "run.json").read_text())
+            if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+                raise ValueError("run.json has no step")
         except (OSError, ValueError) as error:
             raise self._damaged(error) from error
-        return found
+        return saved
 
     def _damaged(self, error: Exception) -> ConfigError:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -182,3 +242,23 @@ class Run:
             f"{self._state} is damaged, so training cannot be resumed ({reason}); "
             "give another --output"
         )
+
+
+def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
+    """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    state = accelerator.get_state_dict(blocks)
+    if not accelerator.is_main_process:
+        return
+    tensors = {
+        name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()
+    }
+    with replacing(run.folder / "model.safetensors") as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+    with replacing(run.folder / "config.json") as scratch:
+        scratch.write_text(json.dumps(settings, indent=2) + "\n")
+    with replacing(run.folder / "README.md") as scratch:
+        scratch.write_text(model_card(settings, run.identity, run.records))

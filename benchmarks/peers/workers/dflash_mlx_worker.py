@@ -9,11 +9,11 @@ from dflash_mlx.engine.events import SummaryEvent
 from dflash_mlx.runtime import stream_dflash_generate
 from dflash_mlx.runtime.bundle import load_runtime_bundle
 from dflash_mlx.runtime.context import build_offline_runtime_context
-from serve import about, answer, serve
+from serve import answer, describe, serve
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the pair; of a TreeFlash drafter, only the DFlash part."""
+    """Load the pair; the drafter without its AR head."""
     dtype = getattr(mx, setup["dtype"])
     context = build_offline_runtime_context()
     bundle = load_runtime_bundle(
@@ -44,7 +44,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, len(token_ids) - 1, summary.cycles_completed, seconds)
 
     device = mx.default_device().type
-    return about(["dflash"], device, dtype, ("dflash-mlx", "mlx-lm", "mlx")), decode
+    return describe(["dflash"], device, dtype, ("dflash-mlx", "mlx-lm", "mlx")), decode
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from dflash import DFlashDraftModel
 from dflash.model import dflash_generate
-from serve import about, answer, serve
+from serve import answer, describe, serve
 from torch_target import load_model
 
 
@@ -16,7 +16,6 @@ class Clock:
     """Counts the target's forward passes and records when the prefill ended."""
 
     def __init__(self, target: Any) -> None:
-        """Hook a model."""
         self.forwards = 0
         self.prefilled = 0.0
         target.register_forward_hook(self._count)
@@ -30,7 +29,7 @@ class Clock:
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
-    """Load the pair; of a TreeFlash drafter, only the DFlash part."""
+    """Load the pair; the drafter without its AR head."""
     target = load_model(setup["target"], setup)
     drafter = DFlashDraftModel.from_pretrained(setup["dflash_drafter"], dtype=target.dtype)
     drafter = drafter.to(target.device).eval()
@@ -45,7 +44,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, len(token_ids) - 1, clock.forwards - 1, seconds)
 
     packages = ("dflash", "transformers", "torch")
-    return about(["dflash"], target.device, target.dtype, packages), decode
+    return describe(["dflash"], target.device, target.dtype, packages), decode
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from flashspec import BanditConfig, FlashSpecConfig, SamplingConfig, SpeculativeEngine
 from flashspec.engine import HuggingFaceDrafter, NgramDrafter, TargetModel
-from serve import NO_ASSISTANT, about, answer, serve
+from serve import NO_ASSISTANT, answer, describe, serve
 from torch_target import load_model
 
 
@@ -46,7 +46,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, tokens, len(steps), sum(step.seconds for step in steps))
 
     packages = ("flashspec", "transformers", "torch")
-    return about(list(engines), device, dtype, packages, skipped), decode
+    return describe(list(engines), device, dtype, packages, skipped), decode
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import load as load_folder
 from mlx_lm import stream_generate
-from serve import NO_ASSISTANT, about, answer, serve
+from serve import NO_ASSISTANT, answer, describe, serve
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
@@ -43,7 +43,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, len(token_ids) - ends[0] - 1, len(ends) - 1, seconds)
 
     device = mx.default_device().type
-    return about(list(options), device, dtype, ("mlx-lm", "mlx"), skipped), decode
+    return describe(list(options), device, dtype, ("mlx-lm", "mlx"), skipped), decode
 
 
 if __name__ == "__main__":

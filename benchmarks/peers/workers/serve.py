@@ -1,7 +1,6 @@
 """The worker's side of the protocol: JSON lines, one answer to each request.
 
-The first request says what to load, and its answer describes what was loaded. All others are
-prompts.
+The first request is the setup, and its answer describes the loaded models. All others are prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def serve(load: Callable[[dict[str, Any]], tuple[Answer, Decode]]) -> None:
     """Answer requests until standard input ends; a failure is answered with its error.
 
     Args:
-        load: takes the setup; returns a result of `about`, and a function of `prompt_ids`,
+        load: takes the setup; returns a result of `describe`, and a function of `prompt_ids`,
             `method`, `budget` and `max_tokens` that returns a result of `answer`.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -42,14 +41,14 @@ def serve(load: Callable[[dict[str, Any]], tuple[Answer, Decode]]) -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def about(
+def describe(
     methods: list[str],
     device: object,
     dtype: object,
     packages: tuple[str, ...],
     skipped: dict[str, str] | None = None,
 ) -> Answer:
-    """Describe what was loaded: methods, device, dtype, versions, and skipped methods by reason."""
+    """The answer to the setup; `skipped` has the reason by method."""
     return {
         "methods": methods,
         "device": str(device).rpartition(".")[2],
@@ -60,12 +59,12 @@ def about(
 
 
 def answer(token_ids: list[int], tokens: int, forwards: int, seconds: float) -> Answer:
-    """Describe one text.
+    """The answer to a prompt.
 
     Args:
         token_ids: all new tokens.
-        tokens: number of tokens after those of the prefill.
+        tokens: number of new tokens without those of the prefill.
         forwards: target forward passes after the prefill.
-        seconds: from the end of the prefill to the end of the text.
+        seconds: from the end of the prefill to the last token.
     """
     return {"token_ids": token_ids, "tokens": tokens, "forwards": forwards, "seconds": seconds}

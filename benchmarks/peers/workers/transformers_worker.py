@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from serve import NO_ASSISTANT, about, answer, serve
+from serve import NO_ASSISTANT, answer, describe, serve
 from torch import Tensor
 from torch_target import load_model
 from transformers.generation.streamers import BaseStreamer
@@ -15,10 +15,9 @@ LOOKUP_TOKENS = 10  # as in the documentation of transformers
 
 
 class Clock(BaseStreamer):
-    """Records when tokens arrive and how many: the prompt, then those of each forward pass."""
+    """Records the number and the time of arriving tokens: the prompt, then each forward pass."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self.lengths: list[int] = []
         self.times: list[float] = []
 
@@ -59,7 +58,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answer(token_ids, sum(lengths), len(lengths), seconds)
 
     packages = ("transformers", "torch")
-    return about(list(options), model.device, model.dtype, packages, skipped), decode
+    return describe(list(options), model.device, model.dtype, packages, skipped), decode
 
 
 if __name__ == "__main__":

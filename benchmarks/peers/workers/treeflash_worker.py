@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve import about, answer, serve
+from serve import answer, describe, serve
 
 import treeflash
 from treeflash.config import METHODS
@@ -31,7 +31,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         lengths = result.accepted_lengths
         return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s)
 
-    return about(methods, backend.device, backend.dtype, PACKAGES[name]), decode
+    return describe(methods, backend.device, backend.dtype, PACKAGES[name]), decode
 
 
 if __name__ == "__main__":

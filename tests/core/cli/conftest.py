@@ -27,7 +27,7 @@ def run(files, monkeypatch, capsys):
     """
 
     def run(model, *args: str) -> tuple[int, str]:
-        monkeypatch.setattr(options, "load", lambda *a, **k: model)
+        monkeypatch.setattr(options, "load_model", lambda *a, **k: model)
         capsys.readouterr()
         paths = ["--prompts", str(files[0]), "--output", str(files[1])]
         code = main([*paths, "--parallel", "1", *args])

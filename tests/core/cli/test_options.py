@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from treeflash.cli import options
 from treeflash.cli.options import (
-    Parser,
     add_decode_options,
     add_model_options,
     decode_options,
-    load_model,
+    locate_model,
 )
+from treeflash.cli.parser import Parser
 from treeflash.errors import ConfigError
 
 
 @pytest.fixture
 def parser() -> Parser:
     """Return a parser with all shared options."""
-    parser = Parser("treeflash.test", "A test.")
+    parser = Parser("test", "A test.")
     add_model_options(parser)
     add_decode_options(parser)
     return parser
@@ -30,8 +33,8 @@ def test_only_given_options_are_set(parser):
     assert decode_options(parser.parse_args([])) == {}
     flags = (
         "--method ddtree --budget 8 --top-m 4 --top-k-children 5 --draft-temperature 0.5 "
-        "--max-tokens 9 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.1 --seed 3 "
-        "--stop a --stop b --system Be --raw"
+        "--calibration off --max-tokens 9 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.1 "
+        "--seed 3 --stop a --stop b --system Be --raw"
     )
     args = [*flags.split(), "--chat-template-args", '{"enable_thinking": true}']
     assert decode_options(parser.parse_args(args)) == {
@@ -40,6 +43,7 @@ def test_only_given_options_are_set(parser):
         "top_m": 4,
         "top_k_children": 5,
         "draft_temperature": 0.5,
+        "calibration": False,
         "max_tokens": 9,
         "temperature": 0.7,
         "top_k": 20,
@@ -80,6 +84,7 @@ def test_the_parser_raises_a_configuration_error(parser, args, message):
         "--top-k-children 0",
         "--draft-temperature 0",
         "--draft-temperature nan",
+        "--calibration maybe",
         "--max-tokens 0",
         "--temperature=-1",
         "--temperature nan",
@@ -94,7 +99,8 @@ def test_the_parser_raises_a_configuration_error(parser, args, message):
     ],
 )
 def test_invalid_values_are_rejected_before_loading(parser, args):
-    with pytest.raises(ConfigError, match=args.split("=")[0].split()[0].strip("-")):
+    name = args.split("=")[0].split()[0].strip("-").replace("-", "_")
+    with pytest.raises(ConfigError, match=name):
         decode_options(parser.parse_args(args.split()))
 
 
@@ -110,9 +116,9 @@ def test_invalid_values_are_rejected_before_loading(parser, args):
 )
 def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, methods, drafter):
     calls = []
-    monkeypatch.setattr(options, "load", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(options, "locate", lambda *args, **kwargs: calls.append((args, kwargs)))
     given = ["--target", "t", "--backend", "mlx", "--device", "gpu", "--kv-bits", "8"]
-    load_model(parser.parse_args([*args, *given]), methods)
+    locate_model(parser.parse_args([*args, *given]), methods)
     keywords = {
         "backend": "mlx",
         "device": "gpu",
@@ -121,8 +127,19 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "draft_bits": None,
         "draft_window": None,
         "kv_bits": 8,
+        "adapter": None,
     }
     assert calls == [(("t", drafter), keywords | {"cuda_graphs": True, "compile": False})]
+
+
+def test_a_spinner_says_what_is_being_loaded(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        options.Console, "status", lambda self, text: (shown.append(text), nullcontext())[1]
+    )
+    target = Path("/hub/models--Qwen--Qwen3-4B/snapshots/0a1b")
+    pair = SimpleNamespace(target=target, load=lambda: list(shown))
+    assert options.load_located(pair) == ["loading Qwen/Qwen3-4B"]
 
 
 def test_help_names_the_defaults(parser):

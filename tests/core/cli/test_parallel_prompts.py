@@ -155,10 +155,10 @@ def test_sigint_loses_no_finished_text_and_resumes(files, many):
 def test_a_bad_number_of_conversations_is_one_line(run, scripted, value):
     code, err = run(scripted(*ANSWERS), f"--parallel={value}")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"neither auto nor a number of texts: {value}" in err
+    assert f"neither auto nor a number of sequences: {value}" in err
 
 
 def test_parallel_is_for_many_prompts(monkeypatch, capsys):
-    monkeypatch.setattr(options, "load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
     assert main(["--parallel", "2", "hi"]) == 2
-    assert "--parallel is for --prompts" in capsys.readouterr().err
+    assert "--parallel needs --prompts" in capsys.readouterr().err

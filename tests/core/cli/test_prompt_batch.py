@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -148,7 +149,7 @@ def test_a_second_run_into_the_same_file_is_refused(run, files, scripted, monkey
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such devices on Windows")
 def test_an_output_must_be_a_regular_file(files, monkeypatch, capsys):
-    monkeypatch.setattr(options, "load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
     assert main(["--prompts", str(files[0]), "--output", os.devnull]) == 2
     assert "not a regular file" in capsys.readouterr().err
 
@@ -237,3 +238,33 @@ def test_the_reference_pair_resumes_to_the_same_file(files, tiny_pair, capsys):
     again = {(r["id"], r["turn"]): r["token_ids"] for r in records(files[1])}
     assert again == {(r["id"], r["turn"]): r["token_ids"] for r in whole}
     assert len(records(files[1])) == len(whole)
+
+
+def test_a_finished_file_loads_no_model(tiny_pair, files, monkeypatch, capsys):
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    paths = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "3"]
+    assert main([*models, *paths]) == 0
+    assert re.search(r"block efficiency [\d.]+, [\d.]+ tokens/s\n", capsys.readouterr().err)
+    monkeypatch.setattr(options, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    assert main([*models, *paths]) == 0
+    assert "turns decoded, 0 with errors" in capsys.readouterr().err
+    # Other settings are refused without a model too.
+    assert main([*models, *paths, "--temperature", "1"]) == 2
+    assert "has lines generated with temperature 0.0, not 1.0" in capsys.readouterr().err
+    for change in (["--target", "some/model"], ["--backend", "cuda"], ["--dtype", "bfloat16"]):
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            main([*models, *paths, *change])
+
+
+def test_lines_can_be_read_alone(tiny_pair, files):
+    target, drafter = map(str, tiny_pair)
+    models = ["--backend", "reference", "--target", target, "--drafter", drafter]
+    paths = ["--prompts", str(files[0]), "--output", str(files[1]), "--max-tokens", "3"]
+    assert main([*models, *paths]) == 0
+    records = [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        assert (record["target"], record["drafter"]) == ("target", "drafter")
+        assert record["prompt"]
+        assert record["prompt_tokens"] > 0
+        assert record["tokens_per_s"] > 0

@@ -7,9 +7,20 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.decoding.adaptive_budget import FIRST_PAUSE, LONGEST_PAUSE, AdaptiveBudget
+from treeflash.decoding.adaptive_budget import (
+    EXTRA_DEPTHS,
+    FIRST_PAUSE,
+    MAX_PAUSE,
+    MAX_PLAIN,
+    MIN_ADVANTAGE,
+    MIN_SPARE,
+    OUTLIER_FACTOR,
+    SIZES,
+    AdaptiveBudget,
+    AdaptiveBudgets,
+    VerifyCosts,
+)
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import OUTLIER_FACTOR, SIZES, VerifyCosts
 from treeflash.errors import ConfigError
 from treeflash.reference.backend import load
 
@@ -41,7 +52,7 @@ def path(length):
 
 
 def iterate(budget, tree, accepted, draft_s=0.0):
-    """One iteration of one text; returns the number of nodes that were verified."""
+    """One iteration of one sequence; returns the number of nodes that were verified."""
     if not budget.begin():
         seconds = {"verify": budget.costs.seconds[1]}
         budget.observe([DraftTree.root_only(0)], [path(1)], [LENGTH], seconds)
@@ -53,14 +64,14 @@ def iterate(budget, tree, accepted, draft_s=0.0):
 
 
 def cut(budget, tree):
-    """How many nodes of a single text's tree pay."""
+    """How many nodes of a single sequence's tree pay."""
     (nodes,) = sizes(budget, [tree], [LENGTH])
     return nodes
 
 
 def sizes(budget, trees, lengths, **options):
     """How many nodes of each tree pay."""
-    return [len(nodes) for nodes in budget.cut(trees, lengths, **options)]
+    return [len(nodes) for nodes in budget.prune(trees, lengths, **options)]
 
 
 @pytest.mark.parametrize(("slope", "nodes"), [(0.0, 64), (0.005, 64), (0.02, 1), (1.0, 1)])
@@ -113,9 +124,20 @@ def test_drafting_pauses_longer_and_longer_if_it_never_pays():
     lengths = [len(pause) for pause in pauses if pause]
     assert lengths[0] == FIRST_PAUSE - 1
     assert lengths == sorted(lengths[:-1]) + lengths[-1:]
-    assert max(lengths) == LONGEST_PAUSE - 1
+    assert max(lengths) == MAX_PAUSE - 1
     # What it costs: the drafts, each 0.4 of a plain iteration and a little more.
     assert sum(nodes > 0 for nodes in verified) < 2000 * 0.03 / 0.5
+
+
+def test_all_methods_must_pause_for_drafting_to_be_paused():
+    budgets = AdaptiveBudgets(costs(1))
+    assert not budgets.is_paused(1)
+    first, second = (budgets.get(method, pytest.fail) for method in ("treeflash", "ddtree"))
+    first.throughput_with(1).pause = 3
+    assert not budgets.is_paused(1)
+    second.throughput_with(1).pause = 1
+    assert budgets.is_paused(1)
+    assert not budgets.is_paused(16)
 
 
 def test_drafting_comes_back_when_it_pays():
@@ -124,11 +146,11 @@ def test_drafting_comes_back_when_it_pays():
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
     verified = [iterate(budget, chain(*[0.5] * 7), accepted=5, draft_s=0.4) for _ in range(400)]
     assert all(verified[-100:])
-    assert budget.of(1).next_pause == FIRST_PAUSE
+    assert budget.throughput_with(1).next_pause == FIRST_PAUSE
 
 
 def observe(budget, tree, length, seconds, **options):
-    """One text's iteration in which so many nodes were accepted."""
+    """One sequence's iteration in which so many nodes were accepted."""
     budget.observe([tree], [path(length)], [LENGTH], seconds, **options)
 
 
@@ -136,9 +158,10 @@ def test_nodes_must_pay_at_the_rate_that_drafting_has_reached():
     """A node that brings half a token in 0.2 s pays at one token a second, but not at three."""
     budget, tree = AdaptiveBudget(costs(0.2)), fan(3, 0.5)
     assert cut(budget, tree) == 3
-    budget.of(1).tokens, budget.of(1).seconds = 30.0, 10.0
+    now = budget.throughput_with(1)
+    now.tokens, now.seconds = 30.0, 10.0
     assert cut(budget, tree) == 1
-    budget.of(1).tokens, budget.of(1).seconds = 1.0, 10.0  # plain decoding is always possible
+    now.tokens, now.seconds = 1.0, 10.0  # plain decoding is always possible
     assert cut(budget, fan(3, 0.15)) == 1
 
 
@@ -146,7 +169,7 @@ def test_the_first_drafted_iteration_says_nothing_about_the_rate():
     budget = AdaptiveBudget(costs(0.1))
     seconds = {"draft": 5.0, "verify": 1.1}
     observe(budget, chain(0.5), 2, seconds, first=True)
-    now = budget.of(1)
+    now = budget.throughput_with(1)
     assert (now.tokens, now.seconds, now.balance) == (0, 0, 0)
     assert budget.accepted == {1: 1.0}
     observe(budget, chain(0.5), 2, seconds)
@@ -156,7 +179,7 @@ def test_the_first_drafted_iteration_says_nothing_about_the_rate():
 def test_an_outlier_counts_as_the_longest_plausible_forward_pass():
     budget = AdaptiveBudget(costs(0.1))
     observe(budget, chain(0.5), 2, {"draft": 0.5, "verify": 1000.0})
-    assert budget.of(1).seconds == pytest.approx(0.5 + OUTLIER_FACTOR * 1.1)
+    assert budget.throughput_with(1).seconds == pytest.approx(0.5 + OUTLIER_FACTOR * 1.1)
 
 
 def test_probabilities_of_children_are_those_after_their_parent():
@@ -223,7 +246,7 @@ def test_no_node_is_kept_without_its_parent():
     """Though its correction makes it likelier than its parent."""
     budget = AdaptiveBudget(VerifyCosts({1: 1.0, 2: 1.01, 3: 9.0}))
     budget.expected, budget.accepted = {1: 50.0, 2: 0.5}, {1: 5.0, 2: 50.0}
-    (nodes,) = budget.cut([chain(0.5, 0.9)], [LENGTH])
+    (nodes,) = budget.prune([chain(0.5, 0.9)], [LENGTH])
     assert nodes.tolist() == [0, 1]
 
 
@@ -234,10 +257,10 @@ def test_corrections_choose_the_nodes_of_a_tree():
     tree = DraftTree.from_parents(np.arange(5, dtype=np.int32), parents)
     tree = replace(tree, log_probs=np.log(shares))
     budget = AdaptiveBudget(VerifyCosts({1: 1.0, 2: 1.01, 3: 1.02, 4: 9.0}))
-    (nodes,) = budget.cut([tree], [LENGTH])
+    (nodes,) = budget.prune([tree], [LENGTH])
     assert nodes.tolist() == [0, 1, 2]
     budget.expected, budget.accepted = {2: 0.5}, {2: 50.0}
-    (nodes,) = budget.cut([tree], [LENGTH])
+    (nodes,) = budget.prune([tree], [LENGTH])
     assert nodes.tolist() == [0, 1, 4]
 
 
@@ -256,9 +279,11 @@ def test_what_was_learned_with_few_texts_does_not_bind_many():
     budget = AdaptiveBudget(costs(0.02))
     for _ in range(100):
         iterate(budget, chain(*[0.5] * 7), accepted=1, draft_s=0.4)
-    assert budget.of(1).next_pause > FIRST_PAUSE
+    assert budget.throughput_with(1).next_pause > FIRST_PAUSE
     assert [budget.begin(8) for _ in range(4)] == [False, False, True, True]
-    assert budget.of(8).next_pause == budget.of(5).next_pause == FIRST_PAUSE
+    assert (
+        budget.throughput_with(8).next_pause == budget.throughput_with(5).next_pause == FIRST_PAUSE
+    )
 
 
 def test_several_texts_draft_only_while_that_beats_a_measured_plain_iteration():
@@ -277,7 +302,7 @@ def test_several_texts_draft_only_while_that_beats_a_measured_plain_iteration():
 
 
 def test_one_slow_plain_iteration_does_not_make_drafts_pay():
-    """As the first one after the prompts of several texts is."""
+    """As the first one after the prompts of several sequences is."""
     budget = AdaptiveBudget(VerifyCosts({1: 1.0, 4: 1.0, 8: 1.0}))
     drafted = 0
     for i in range(60):
@@ -287,6 +312,68 @@ def test_one_slow_plain_iteration_does_not_make_drafts_pay():
         seconds = {"draft": 0.1, "verify": 0.9} if drafts else {"verify": 0.4 if i else 2.0}
         budget.observe(kept, [accepted] * 4, [LENGTH] * 4, seconds)
     assert drafted < 30
+
+
+def drafted(budget, trees, accepted, draft_s=0.0):
+    """An iteration of several sequences; verification takes what the costs say."""
+    lengths = [LENGTH] * len(trees)
+    rows = sum(map(len, trees))
+    verify_s = float(budget.costs.predict([rows], [LENGTH * rows], len(trees))[0])
+    seconds = {"draft": draft_s, "verify": verify_s}
+    budget.observe(trees, [path(accepted)] * len(trees), lengths, seconds)
+
+
+def test_depths_are_drafted_a_little_beyond_what_trees_reached_lately():
+    budget = AdaptiveBudget(costs(0.1))
+    assert budget.depths_to_draft() is None  # all, as long as nothing was seen
+    drafted(budget, [chain(0.5, 0.5, 0.5)], 1)
+    assert budget.depths_to_draft() == 3 + EXTRA_DEPTHS
+    wanted = []
+    for _ in range(12):
+        drafted(budget, [chain(0.5)], 1)
+        wanted.append(budget.depths_to_draft() - EXTRA_DEPTHS)
+    assert wanted == [3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]  # slowly, because trees vary
+    drafted(budget, [chain(0.5), chain(0.5, 0.5)], 1)
+    assert budget.depths_to_draft(2) == 2 + EXTRA_DEPTHS  # of the deepest tree
+    assert budget.depths_to_draft() == 1 + EXTRA_DEPTHS
+
+
+def test_trees_are_built_with_more_nodes_than_they_are_expected_to_keep():
+    budget = AdaptiveBudget(costs(0.1))
+    assert budget.nodes_to_build(2) == budget.expected_nodes(2) == budget.largest // 2
+    drafted(budget, [chain(0.5), chain(*[0.5] * 3)], 1)  # three nodes each, on average
+    assert budget.expected_nodes(2) == 3
+    assert budget.nodes_to_build(2) == 2 * 3 + MIN_SPARE
+    assert budget.nodes_to_build(100) == 32  # or what a small tree needs before it is pruned
+
+
+def test_the_balance_of_several_sequences_is_in_units_of_its_noise():
+    """Each brings one token more than plain decoding, in the time of a plain iteration."""
+    alone, together = AdaptiveBudget(costs(0.0)), AdaptiveBudget(costs(0.0))
+    drafted(alone, [chain(0.5)], 2)
+    drafted(together, [chain(0.5)] * 4, 2)
+    assert alone.throughput_with(1).balance == pytest.approx(1)
+    assert together.throughput_with(4).balance == pytest.approx((8 - 4 * MIN_ADVANTAGE) / 2)
+
+
+def test_equally_fast_drafts_pay_for_one_sequence_alone():
+    """In a batch they would make the drafter read all prompts for nothing."""
+    for sequences, pays in ((1, True), (4, False)):
+        budget = AdaptiveBudget(costs(0.0))
+        for _ in range(400):
+            drafted(budget, [chain(0.5)] * sequences, 2, draft_s=1.0)
+        assert (budget.throughput_with(sequences).next_pause == FIRST_PAUSE) == pays
+
+
+def test_plain_iterations_of_long_ago_are_forgotten():
+    """Sequences grow, and machines change their speed."""
+    budget = AdaptiveBudget(costs(0.0))
+    roots = [DraftTree.root_only(0)] * 2
+    for seconds in (0.5, *[1.0] * MAX_PLAIN):
+        budget.observe(roots, [path(1)] * 2, [LENGTH] * 2, {"verify": seconds})
+    drafted(budget, [chain(0.5)] * 2, 2, draft_s=0.5)
+    # Two tokens each in 1.5 s; plain decoding brings one each in 1.0 s, and once did in 0.5 s.
+    assert budget.throughput_with(2).balance > 0
 
 
 @pytest.fixture

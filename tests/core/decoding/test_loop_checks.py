@@ -17,8 +17,7 @@ from fake_models import (
 )
 
 from treeflash.config import Method
-from treeflash.decoding.decode_text import decode
-from treeflash.decoding.requests import check
+from treeflash.decoding.scheduler import check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError
 
 
@@ -32,7 +31,8 @@ class TestChecks:
         with pytest.raises(ConfigError) as caught:
             decode(backend, PROMPT, config_of(method=method))
         assert str(caught.value) == (
-            f"method {method} needs a drafter and none was loaded; pass --drafter, or --method ar"
+            f"method {method} needs a drafter and none was loaded; load a drafter (--drafter), "
+            "or use method suffix or ar"
         )
 
     @pytest.mark.parametrize("method", ["treeflash", "treeflash-chain"])
@@ -42,8 +42,8 @@ class TestChecks:
         with pytest.raises(ConfigError) as caught:
             decode(backend, PROMPT, config_of(method=method))
         assert str(caught.value) == (
-            f"method {method} needs a TreeFlash drafter, and this one has no AR head; "
-            "use --method ddtree or --method dflash"
+            f"method {method} needs an AR head, and the loaded drafter has no AR head; "
+            "use method ddtree or dflash"
         )
 
     def test_what_works_with_less(self) -> None:
@@ -92,7 +92,7 @@ class TestChecks:
 
     def test_damaged_target(self) -> None:
         backend = scripted(SCRIPT)
-        backend.logits = lambda text: np.full(100, np.nan if len(text) > 5 else 1)
+        backend.logits = lambda sequence: np.full(100, np.nan if len(sequence) > 5 else 1)
         steps = decode(backend, PROMPT, config_of())
         assert next(steps).tokens == (0,)
         with pytest.raises(NumericalError, match="not finite"):

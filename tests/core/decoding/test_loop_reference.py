@@ -12,16 +12,15 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.decode_text import decode
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.statistics import Stats
+from treeflash.decoding.scheduler import decode
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.testing.samplings import SAMPLINGS
+from treeflash.testing.pairs import SAMPLINGS
+from treeflash.text.generation import Stats
 
 DRAFTING = METHODS[1:]
 BUDGETS = (1, 2, 16, 64, 256)
@@ -69,14 +68,14 @@ def test_trees_save_forward_passes(reference: Backend) -> None:
 
 
 def test_end_tokens_inside_paths(reference: Backend) -> None:
-    """Every token of the text once as the end token: the text ends where it first occurs."""
+    """Each token once as the end token: the sequence ends where that token first occurs."""
     config = DecodeConfig(budget=64, max_tokens=48)
-    text = tokens_of(list(decode(reference, PROMPT, config)))
+    sequence = tokens_of(list(decode(reference, PROMPT, config)))
     inside = 0
-    for end in set(text):
-        stops = frozenset({end, *set(range(24)) - set(text)})
+    for end in set(sequence):
+        stops = frozenset({end, *set(range(24)) - set(sequence)})
         steps = list(decode(reference, PROMPT, replace(config, stop_token_ids=stops)))
-        assert tokens_of(steps) == text[: text.index(end) + 1]
+        assert tokens_of(steps) == sequence[: sequence.index(end) + 1]
         assert steps[-1].finish_reason == "stop"
         inside += steps[-1].path is not None and len(steps[-1].tokens) < len(steps[-1].path)
     assert inside > 0
@@ -97,11 +96,11 @@ class EverySecond(AdaptiveBudget):
 
     drafts = False
 
-    def begin(self, texts: int = 1) -> bool:
+    def begin(self, sequences: int = 1) -> bool:
         self.drafts = not self.drafts
         return self.drafts
 
-    def cut(
+    def prune(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
     ) -> list[NDArray[np.int64]]:
         return [np.arange(len(tree)) for tree in trees]
@@ -120,9 +119,9 @@ def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Bac
             return states[-1]
 
     config = DecodeConfig(method="ddtree", budget="auto", max_tokens=24)
-    budget = EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))
+    budgets = AdaptiveBudgets(by_method={"ddtree": EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))})
     committed, lengths = len(PROMPT) - 1, []
-    for step in decode(cast(Backend, Recorded()), PROMPT, config, budget):
+    for step in decode(cast(Backend, Recorded()), PROMPT, config, budgets):
         if step.table is not None and step.finish_reason is None:
             lengths.append((states[0].drafter.length, committed))
         committed += len(step.tokens)

@@ -1,4 +1,4 @@
-"""Sampled texts have the target's distribution, and a seed gives one text."""
+"""Sampled sequences have the target's distribution, and a seed gives one sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method, SamplingConfig
-from treeflash.decoding.gumbel import position_keys
+from treeflash.decoding.sampling import position_keys
 from treeflash.decoding.transitions import TransitionTable
 
 VOCAB = 6
@@ -31,9 +31,9 @@ def bigram_backend() -> FakeBackend:
     logits = BIGRAMS + noise
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
-    def propose(text: Sequence[int], m: int, k: int) -> TransitionTable:
+    def propose(sequence: Sequence[int], m: int, k: int) -> TransitionTable:
         previous = np.tile(np.arange(min(m, VOCAB), dtype=np.int32), (3, 1))
-        first = np.full((1, previous.shape[1]), text[-1], np.int32)
+        first = np.full((1, previous.shape[1]), sequence[-1], np.int32)
         rows = log_probs[np.concatenate([first, previous])]
         tokens = np.argsort(-rows, -1)[..., : min(k, VOCAB)].astype(np.int32)
         best = np.take_along_axis(rows, tokens, -1).astype(np.float32)
@@ -41,7 +41,7 @@ def bigram_backend() -> FakeBackend:
             return TransitionTable.from_marginals(tokens[:, 0], best[:, 0])
         return TransitionTable.from_candidates(previous, tokens, best)
 
-    return FakeBackend(lambda text: BIGRAMS[text[-1]], propose, VOCAB)
+    return FakeBackend(lambda sequence: BIGRAMS[sequence[-1]], propose, VOCAB)
 
 
 class TestSampling:
@@ -92,7 +92,7 @@ class TestSampling:
                 assert noise.scales.tolist() == [np.float32(sampling.temperature)] * 3
 
     def test_seeds_give_different_texts(self) -> None:
-        texts = {
+        sequences = {
             tuple(
                 tokens_of(
                     run(
@@ -105,7 +105,7 @@ class TestSampling:
             )
             for seed in range(20)
         }
-        assert len(texts) == 20
+        assert len(sequences) == 20
 
     @pytest.mark.parametrize("method", ["dflash", "ddtree", "treeflash"])
     def test_tree_decoding_has_the_targets_distribution(self, method: Method) -> None:

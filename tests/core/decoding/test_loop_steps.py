@@ -18,11 +18,10 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.decode_text import decode
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.scheduler import decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.decoding.verify_costs import VerifyCosts
 
 
 class TestSteps:
@@ -57,6 +56,14 @@ class TestSteps:
             assert list(step.seconds) == ["draft", "tree", "verify", "commit"]
             assert min(step.seconds.values()) >= 0
 
+    def test_printed_steps_are_one_line(self) -> None:
+        first, second = map(repr, run(scripted(SCRIPT), max_tokens=7))
+        assert first == "Step(tokens=(14,), tree=None, finish_reason=None, cached_tokens=0)"
+        assert second == (
+            "Step(tokens=(15, 16, 17, 18, 19, 20), tree=DraftTree(nodes=6, depth=5), "
+            "finish_reason='length', cached_tokens=0)"
+        )
+
     def test_trees_and_paths(self) -> None:
         """Two depths right: the path has the root and two nodes, and the bonus comes on top."""
         steps = run(scripted(SCRIPT, right=2), budget=6, max_tokens=7)
@@ -89,6 +96,26 @@ class TestSteps:
             assert step.tree.tokens[1] == step.table.tokens[0, 0, 0]
         assert all(step.table is None for step in run(scripted(SCRIPT), method="ar"))
 
+    @pytest.mark.parametrize("calibration", [False, True])
+    @pytest.mark.parametrize("method", ["ddtree", "treeflash"])
+    def test_only_calibrated_tables_change(self, method: Method, calibration: bool) -> None:
+        drafted = []
+        backend = scripted(SCRIPT, right=2)
+        propose = backend.propose
+
+        def spy(sequence: Sequence[int], m: int, k: int) -> TransitionTable:
+            drafted.append(propose(sequence, m, k))
+            return drafted[-1]
+
+        backend.propose, backend.head = spy, FakeHead(spy)
+        _, *steps = run(backend, method=method, budget=8, calibration=calibration)
+        assert len(steps) > 2
+        changed = [
+            not np.array_equal(step.table.log_probs, table.truncate(step.table.depths).log_probs)
+            for step, table in zip(steps[1:], drafted[1:], strict=True)
+        ]
+        assert changed == [calibration] * len(changed)
+
     @pytest.mark.parametrize("method", METHODS)
     def test_budget_one_is_plain_decoding(self, method: Method) -> None:
         steps = run(scripted(SCRIPT), method=method, budget=1, max_tokens=6)
@@ -97,9 +124,9 @@ class TestSteps:
     def test_the_head_gets_its_settings_and_the_drafter_its_own(self) -> None:
         asked = []
 
-        def spy(text: Sequence[int], m: int, k: int) -> TransitionTable:
+        def spy(sequence: Sequence[int], m: int, k: int) -> TransitionTable:
             asked.append((m, k))
-            return scripted(SCRIPT).propose(text, m, k)
+            return scripted(SCRIPT).propose(sequence, m, k)
 
         for method in DRAFTING:
             backend = scripted(SCRIPT)
@@ -144,9 +171,9 @@ class TestSteps:
 
         backend = scripted(SCRIPT)
         backend.head = head = FakeHead(backend.propose)
-        adaptive_budget = Timed(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
+        timed = Timed(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
         config = config_of(method="treeflash", budget="auto", max_tokens=14)
-        list(decode(backend, PROMPT, config, adaptive_budget))
+        list(decode(backend, PROMPT, config, AdaptiveBudgets(by_method={"treeflash": timed})))
         assert head.rows[0] == 4 * 64
         assert set(head.rows[1:]) == {4 * 16}
 
@@ -154,4 +181,4 @@ class TestSteps:
         for method in METHODS:
             backend = scripted(SCRIPT)
             run(backend, method=method, max_tokens=8)
-            assert [text.drafts for text in backend.texts] == [method != "ar"]
+            assert [state.drafts for state in backend.states] == [method not in ("ar", "suffix")]

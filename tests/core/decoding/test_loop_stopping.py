@@ -1,4 +1,4 @@
-"""Where the decode loop ends a text."""
+"""Where the decode loop ends a sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method
-from treeflash.decoding.decode_text import decode
+from treeflash.decoding.scheduler import decode
 from treeflash.errors import NumericalError
 
 
@@ -102,36 +102,36 @@ class TestStopping:
         steps.close()
         assert list(steps) == []
         assert (first.tokens, second.tokens) == ((14,), (15, 16, 17, 18, 19, 20))
-        assert backend.texts[0].text == SCRIPT[:10]  # nothing was computed ahead
+        assert backend.states[0].tokens == SCRIPT[:10]  # nothing was computed ahead
 
     def test_the_state_is_closed_when_a_text_ends(self) -> None:
         backend = scripted(SCRIPT)
         steps = decode(backend, PROMPT, config_of())
         next(steps)
-        assert not backend.texts[0].closed
+        assert not backend.states[0].closed
         list(steps)
-        assert backend.texts[0].closed
+        assert backend.states[0].closed
 
     def test_the_state_is_closed_when_the_iterator_is(self) -> None:
         backend = scripted(SCRIPT)
         steps = decode(backend, PROMPT, config_of())
         next(steps)
         steps.close()
-        assert backend.texts[0].closed
+        assert backend.states[0].closed
 
     def test_the_state_is_closed_after_an_error(self) -> None:
         backend = scripted(SCRIPT)
         steps = decode(backend, PROMPT, config_of())
         next(steps)
-        backend.texts[0].logits_of = lambda text: [np.nan] * len(SCRIPT)
+        backend.states[0].logits_of = lambda sequence: [np.nan] * len(SCRIPT)
         with pytest.raises(NumericalError):
             list(steps)
-        assert backend.texts[0].closed
+        assert backend.states[0].closed
 
     def test_nothing_runs_before_the_first_step_is_asked_for(self) -> None:
         backend = scripted(SCRIPT)
         decode(backend, PROMPT, config_of())
-        assert backend.texts == []
+        assert backend.states == []
 
     def test_interleaved_texts_do_not_meet(self) -> None:
         alone = [step.tokens for step in run(scripted(SCRIPT), method="ar", max_tokens=5)]

@@ -53,11 +53,38 @@ def test_the_least_recently_used_falls_out(cache):
     assert (len(cache), cache.nbytes) == (3, 30)
 
 
-def test_a_state_that_is_larger_than_the_cache_is_closed_at_once(cache):
-    state = State(nbytes=31)
+def test_a_state_that_is_larger_than_the_cache_is_closed_at_once_and_displaces_no_other(cache):
+    kept, prefix, large = State(), State(), State(nbytes=31)
+    cache.put("pair", [2], kept)
+    cache.put("pair", [1], prefix)
+    cache.put("pair", [1, 3], large)
+    assert large.closed
+    assert (kept.closed, prefix.closed) == (False, False)
+    assert cache.find("pair", [1, 3]) == (prefix, 1)
+
+
+def test_a_state_of_just_the_caches_size_is_kept(cache):
+    state = State(nbytes=30)
     cache.put("pair", [1], state)
-    assert state.closed
-    assert len(cache) == 0
+    assert (state.closed, cache.nbytes) == (False, 30)
+
+
+def test_only_as_many_states_are_closed_as_must_be(cache):
+    states = [State() for _ in range(3)]
+    for n, state in enumerate(states):
+        cache.put("pair", [n], state)
+    cache.shrink(20)
+    assert [state.closed for state in states] == [True, False, False]
+
+
+def test_of_equal_prefixes_the_older_state_is_forked_and_counts_as_used(cache):
+    states = [State() for _ in range(3)]
+    cache.put("pair", [1, 2], states[0])
+    cache.put("pair", [1, 3], states[1])
+    cache.put("pair", [2], states[2])
+    assert cache.find("pair", [1]) == (states[0], 1)
+    cache.shrink(20)
+    assert [state.closed for state in states] == [False, True, False]
 
 
 def test_a_longer_state_replaces_its_prefixes(cache):

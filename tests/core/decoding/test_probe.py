@@ -24,7 +24,7 @@ class SiblingLeak(Verifier):
     def forward(self, state, tree):
         causal = np.tri(len(tree), dtype=np.bool_)
         logits, state.outputs = self.target.forward(
-            tree.tokens, tree.positions(state.length), causal, state.cache
+            tree.tokens, tree.positions(state.length), causal, state.kv_cache
         )
         return logits
 
@@ -33,7 +33,7 @@ class PositionIsColumn(Verifier):
     def forward(self, state, tree):
         positions = state.length + np.arange(len(tree), dtype=np.int32)
         logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.cache
+            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
         )
         return logits
 
@@ -61,7 +61,7 @@ class CommitsFirstRows(Verifier):
 
 class CommitsWholeTree(Verifier):
     def commit_one(self, state, path):
-        rows = len(state.cache.pending[0][0][0])
+        rows = len(state.kv_cache.pending[0][0][0])
         super().commit_one(state, np.arange(rows, dtype=np.int32))
 
 
@@ -77,12 +77,12 @@ class PositionCountsRejected(Verifier):
     def forward(self, state, tree):
         positions = tree.positions(state.length + getattr(state, "rejected", 0))
         logits, state.outputs = self.target.forward(
-            tree.tokens, positions, tree.ancestor_mask(), state.cache
+            tree.tokens, positions, tree.ancestor_mask(), state.kv_cache
         )
         return logits
 
     def commit_one(self, state, path):
-        rejected = len(state.cache.pending[0][0][0]) - len(path)
+        rejected = len(state.kv_cache.pending[0][0][0]) - len(path)
         state.rejected = getattr(state, "rejected", 0) + rejected
         super().commit_one(state, path)
 
@@ -126,7 +126,8 @@ def test_a_target_that_branches_passes(backend, seed):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_target_that_does_not_is_refused(backend, verifier, where, seed, dtype):
     backend.dtype = dtype  # the wider tolerance still tells them apart
-    expected = rf"other logits {where} a draft tree .*differ by .*--method ar still works"
+    cause = {"on": "tree attention", "after": "committing a path"}[where]
+    expected = rf"{cause} changes this model's logits .*relative error .*method ar still works"
     with pytest.raises(UnsupportedModelError, match=expected):
         check_trees(broken(backend, verifier), seed)
 
@@ -145,7 +146,7 @@ class WrongMask(Verifier):
     def forward(self, state, tree):
         mask = tree.ancestor_mask()[:, :-1] if len(tree) > 1 else tree.ancestor_mask()
         logits, state.outputs = self.target.forward(
-            tree.tokens, tree.positions(state.length), mask, state.cache
+            tree.tokens, tree.positions(state.length), mask, state.kv_cache
         )
         return logits
 
@@ -169,7 +170,7 @@ def test_an_error_of_the_backend_below_a_framework_is_not_one_of_the_model(backe
 
 
 def test_a_crash_of_the_model_is_a_refusal_that_says_why(backend):
-    with pytest.raises(UnsupportedModelError, match=r"two rows at once.*--method ar") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"two rows at once.*method ar") as caught:
         check_trees(broken(backend, Crash))
     assert isinstance(caught.value.__cause__, IndexError)
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.gumbel import gumbel, position_keys
-from treeflash.decoding.sampling import choose, filtered_probs, noisy_logits
+from treeflash.decoding.sampling import (
+    filtered_probs,
+    gumbel,
+    noisy_logits,
+    position_keys,
+    sample_tokens,
+)
 from treeflash.errors import NumericalError
 
 # Exceeded with probability 0.001, with 11 degrees of freedom.
@@ -118,7 +123,7 @@ class TestChoose:
         draws, logits = 20_000, np.array([1.5, 0, 2, -1, 0.5, 0.2, 1, -0.5, 1.8, 0.9, -0.2, 0.7])
         expected = draws * np.array(naive_probs(np.float32(logits).tolist(), sampling))
         rows = np.broadcast_to(np.float32(logits), (draws, len(logits)))
-        counts = np.bincount(choose(rows, sampling, keys(draws)), minlength=len(logits))
+        counts = np.bincount(sample_tokens(rows, sampling, keys(draws)), minlength=len(logits))
         possible = expected > 0
         assert counts[~possible].sum() == 0
         rare = possible & (expected < 5)  # pooled, or chi-square is no fair measure
@@ -132,13 +137,13 @@ class TestChoose:
         logits = np.random.default_rng(1).normal(size=(40, 30)).astype(np.float32)
         noise = gumbel(keys(40), np.arange(30, dtype=np.int32))
         for temperature in (0.3, 1.0, 2.0):
-            chosen = choose(logits, SamplingConfig(temperature=temperature), keys(40))
+            chosen = sample_tokens(logits, SamplingConfig(temperature=temperature), keys(40))
             assert chosen.tolist() == (logits + temperature * noise).argmax(-1).tolist()
 
     def test_impossible_tokens_are_never_chosen(self) -> None:
         logits = np.full((500, 9), -np.inf, np.float32)
         logits[:, [3, 4, 6]] = [0.1, 0.2, 0.3]
-        tokens = choose(logits, SamplingConfig(temperature=1), keys(500))
+        tokens = sample_tokens(logits, SamplingConfig(temperature=1), keys(500))
         assert set(tokens.tolist()) == {3, 4, 6}
 
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
@@ -156,22 +161,23 @@ class TestChoose:
         rng = np.random.default_rng(4)
         logits, all_keys = rng.normal(0, 2, (200, 50)).astype(np.float32), keys(200)
         for sampling in FILTERS:
-            together = choose(logits, sampling, all_keys)
+            together = sample_tokens(logits, sampling, all_keys)
             alone = [
-                int(choose(logits[i : i + 1], sampling, all_keys[i : i + 1])[0]) for i in range(200)
+                int(sample_tokens(logits[i : i + 1], sampling, all_keys[i : i + 1])[0])
+                for i in range(200)
             ]
             assert together.tolist() == alone
 
     def test_greedy_takes_the_best_and_the_first_of_equals(self) -> None:
         logits = np.array([[0, 3, 1], [2, -1, 2], [-np.inf, -5, -np.inf]], np.float32)
-        tokens = choose(logits, SamplingConfig())
+        tokens = sample_tokens(logits, SamplingConfig())
         assert tokens.tolist() == [1, 0, 1]
         assert tokens.dtype == np.int32
 
     def test_greedy_ignores_filters_and_noise(self) -> None:
         logits = np.array([[0, 3, 1]], np.float32)
         sampling = SamplingConfig(top_k=2, top_p=0.1, min_p=0.9, seed=4)
-        assert choose(logits, sampling, keys(1)).tolist() == [1]
+        assert sample_tokens(logits, sampling, keys(1)).tolist() == [1]
 
     @pytest.mark.parametrize(
         "sampling", [SamplingConfig(), SamplingConfig(temperature=1, top_p=0.9)], ids=str
@@ -191,7 +197,7 @@ class TestChoose:
     ) -> None:
         logits = np.array([[0, 1, 2], row, [0, 1, 2]], np.float32)
         with pytest.raises(NumericalError, match=r"not finite \(NaN or infinity\).*float32"):
-            choose(logits, sampling, keys(3))
+            sample_tokens(logits, sampling, keys(3))
 
 
 def test_top_p_keeps_no_token_beyond_the_mass_that_it_names() -> None:

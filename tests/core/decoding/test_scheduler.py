@@ -1,14 +1,15 @@
-"""Texts that join, leave, wait and fail; each has the tokens that it has alone."""
+"""Sequences that join, leave, wait and fail; each has the tokens that it has alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+from memory import watch_states
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode
-from treeflash.decoding.interfaces import Extension, Verification
+from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.reference.backend import load
@@ -20,7 +21,7 @@ PROMPTS = [[5, 6, 7], [9, 8], [4, 4, 4, 4, 4, 1], [30]]
 
 
 class Spy(Verifier):
-    """Notes the work of each forward pass; fails on one kind of work of poisoned texts."""
+    """Notes the work of each forward pass; fails on one kind of work of poisoned sequences."""
 
     def __init__(self, target):
         super().__init__(target)
@@ -31,7 +32,7 @@ class Spy(Verifier):
     def run(self, work):
         self.passes.append(list(work))
         for item in work:
-            if self.poison and isinstance(item, Extension) and self.poison[0] in item.token_ids:
+            if self.poison and isinstance(item, Prefill) and self.poison[0] in item.token_ids:
                 self.poisoned.append(item.state)
             if item.state in self.poisoned and isinstance(item, self.poison[1]):
                 raise NumericalError("poisoned")
@@ -41,7 +42,7 @@ class Spy(Verifier):
     def extended(self):
         """Prompt tokens of each forward pass."""
         return [
-            sum(len(item.token_ids) for item in work if isinstance(item, Extension))
+            sum(len(item.token_ids) for item in work if isinstance(item, Prefill))
             for work in self.passes
         ]
 
@@ -62,19 +63,23 @@ def alone(backend, prompt, config):
 
 
 def finish(scheduler, found=None):
-    """Run to the end; tokens, or the error, by ticket."""
+    """Run to the end; returns the tokens, or the error, by request."""
     found = {} if found is None else found
-    while scheduler.busy:
-        step(scheduler, found)
+    for event in scheduler.run():
+        note(found, *event)
     return found
 
 
 def step(scheduler, found):
-    for ticket, event in scheduler.step():
-        if isinstance(event, Step):
-            found.setdefault(ticket, []).extend(event.tokens)
-        else:
-            found[ticket] = event
+    for event in scheduler.step():
+        note(found, *event)
+
+
+def note(found, request_id, event):
+    if isinstance(event, Step):
+        found.setdefault(request_id, []).extend(event.tokens)
+    else:
+        found[request_id] = event
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
@@ -84,8 +89,8 @@ def test_texts_of_all_methods_at_once_equal_themselves_alone(backend, sampling):
     for n, method in enumerate(METHODS):
         prompt = PROMPTS[n % len(PROMPTS)]
         config = config_of(method=method, sampling=replace(sampling, seed=n), max_tokens=6 + n)
-        ticket = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[ticket] = alone(backend, prompt, config)
+        request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
+        wanted[request_id] = alone(backend, prompt, config)
     assert finish(scheduler) == wanted
 
 
@@ -93,8 +98,8 @@ def test_texts_join_and_leave_between_iterations(backend):
     scheduler, found, wanted = Scheduler(backend), {}, {}
     for n, prompt in enumerate(PROMPTS):
         config = config_of(max_tokens=4 + 3 * n)
-        ticket = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        wanted[ticket] = alone(backend, prompt, config)
+        request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
+        wanted[request_id] = alone(backend, prompt, config)
         step(scheduler, found)
     assert finish(scheduler, found) == wanted
     assert (scheduler.running, scheduler.waiting) == (0, 0)
@@ -117,9 +122,9 @@ def test_texts_of_any_temperature_are_drafted_together(backend, monkeypatch):
     assert len(set(map(tuple, wanted))) == 3
     calls, transitions = [], backend.head.transitions
 
-    def spy(blocks, *args, **options):
+    def spy(blocks, options):
         calls.append(len(blocks))
-        return transitions(blocks, *args, **options)
+        return transitions(blocks, options)
 
     monkeypatch.setattr(backend.head, "transitions", spy)
     scheduler = Scheduler(backend)
@@ -131,30 +136,30 @@ def test_texts_of_any_temperature_are_drafted_together(backend, monkeypatch):
 
 def test_cancelled_texts_say_no_more_and_others_continue(backend):
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2))
-    tickets = [
+    request_ids = [
         scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in PROMPTS
     ]
     found = {}
     step(scheduler, found)
-    scheduler.cancel(tickets[0])  # runs
-    scheduler.cancel(tickets[3])  # waits
-    before = len(found[tickets[0]])
+    scheduler.cancel(request_ids[0])  # runs
+    scheduler.cancel(request_ids[3])  # waits
+    before = len(found[request_ids[0]])
     finish(scheduler, found)
-    assert len(found.pop(tickets[0])) == before
-    assert found == {tickets[n]: alone(backend, PROMPTS[n], config_of()) for n in (1, 2)}
-    scheduler.cancel(tickets[1])  # has finished: nothing happens
+    assert len(found.pop(request_ids[0])) == before
+    assert found == {request_ids[n]: alone(backend, PROMPTS[n], config_of()) for n in (1, 2)}
+    scheduler.cancel(request_ids[1])  # has finished: nothing happens
 
 
 def test_texts_beyond_the_limit_wait_in_order(backend):
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=1))
-    tickets = [
+    request_ids = [
         scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in PROMPTS
     ]
     found = {}
     while scheduler.busy:
         step(scheduler, found)
         assert scheduler.running <= 1
-    assert list(found) == tickets
+    assert list(found) == request_ids
 
 
 def test_the_memory_of_all_texts_stays_below_the_limit(backend):
@@ -162,23 +167,25 @@ def test_the_memory_of_all_texts_stays_below_the_limit(backend):
     capacity = 3 + 30 + 6
     each = backend.state_nbytes(capacity, drafts=True)
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=2 * each + each // 2))
-    tickets = [scheduler.submit(Request(prompt_ids=[5, 6, 7 + n], config=config)) for n in range(4)]
+    request_ids = [
+        scheduler.submit(Request(prompt_ids=[5, 6, 7 + n], config=config)) for n in range(4)
+    ]
     found = {}
     while scheduler.busy:
         step(scheduler, found)
         assert scheduler.running <= 2
-    assert list(found) == tickets
-    assert found[tickets[3]] == alone(backend, [5, 6, 10], config)
+    assert list(found) == request_ids
+    assert found[request_ids[3]] == alone(backend, [5, 6, 10], config)
 
 
 def test_a_text_that_never_fits_is_refused(backend):
     scheduler = Scheduler(backend, SchedulerConfig(max_bytes=100))
-    with pytest.raises(ConfigError, match="the limit is 100"):
+    with pytest.raises(ConfigError, match=r"the limit is 9\.54e-05 MiB"):
         scheduler.submit(Request(prompt_ids=[5], config=config_of()))
     assert not scheduler.busy
 
 
-@pytest.mark.parametrize("kind", [Extension, Verification])
+@pytest.mark.parametrize("kind", [Prefill, Verify])
 def test_an_error_in_one_text_ends_only_that_text(backend, kind):
     scheduler = Scheduler(backend)
     backend.verifier.poison = 77, kind
@@ -187,9 +194,29 @@ def test_an_error_in_one_text_ends_only_that_text(backend, kind):
     found = finish(scheduler)
     assert isinstance(found.pop(bad), NumericalError)
     assert found == {
-        ticket: alone(backend, prompt, config_of())
-        for ticket, prompt in zip(good, PROMPTS, strict=True)
+        request_id: alone(backend, prompt, config_of())
+        for request_id, prompt in zip(good, PROMPTS, strict=True)
     }
+
+
+@pytest.mark.parametrize("end", ["failure", "cancellation", "close"])
+def test_only_states_of_finished_sequences_are_cached(backend, end):
+    """Nobody knows the state of a sequence that failed."""
+    cache = PrefixCache(10**9)
+    scheduler = Scheduler(backend, prefix_cache=cache)
+    backend.verifier.poison = 77, Verify
+    prompt = [77 if end == "failure" else 9, 1, 2, 3]
+    request_id = scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
+    scheduler.step()
+    if end == "failure":
+        ((_, event),) = scheduler.step()
+        assert isinstance(event, NumericalError)
+    elif end == "cancellation":
+        scheduler.cancel(request_id)
+    else:
+        scheduler.close()
+    assert not scheduler.busy
+    assert len(cache) == 0
 
 
 def test_long_prompts_run_in_chunks_beside_running_texts(backend):
@@ -203,7 +230,7 @@ def test_long_prompts_run_in_chunks_beside_running_texts(backend):
     backend.verifier.passes.clear()
     for n in range(6):
         step(scheduler, found)
-        assert len(found[first]) == 2 + n, "the running text waits"
+        assert len(found[first]) == 2 + n, "the running sequence waits"
     assert backend.verifier.extended == [8, 8, 8, 8, 8, 5]
     finish(scheduler, found)
     assert found[second] == alone(backend, prompt, config)
@@ -213,29 +240,94 @@ def test_long_prompts_run_in_chunks_beside_running_texts(backend):
     assert backend.verifier.extended[:2] == [32, 13]
 
 
+def test_prompts_that_run_together_share_the_room(backend):
+    """A sequence that decodes waits for a bounded number of tokens, however many prompts come."""
+    limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
+    scheduler, found = Scheduler(backend, limits), {}
+    config = config_of(max_tokens=20, budget=1)
+    first = scheduler.submit(Request(prompt_ids=PROMPTS[0], config=config))
+    step(scheduler, found)
+    prompts = [[n] * length for n, length in ((20, 10), (21, 3), (22, 14))]
+    others = [scheduler.submit(Request(prompt_ids=x, config=config)) for x in prompts]
+    backend.verifier.passes.clear()
+    for n in range(4):
+        step(scheduler, found)
+        assert len(found[first]) == 2 + n, "the running sequence waits"
+    assert backend.verifier.extended == [8, 8, 8, 3]
+    assert list(found) == [first, *others], "the earliest prompt has the room first"
+    scheduler.close()
+    backend.verifier.passes.clear()
+    for prompt in prompts:
+        scheduler.submit(Request(prompt_ids=prompt * 2, config=config))
+    scheduler.step()
+    assert backend.verifier.extended == [32]
+
+
+def test_the_prefix_cache_makes_room_for_sequences(backend):
+    """Memory is for what runs; the rest may be states of finished sequences."""
+    config = config_of(max_tokens=4)
+    each = backend.state_nbytes(2 + 4 + 6, drafts=True)
+    cache = PrefixCache(10**9)
+    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=2 * each), prefix_cache=cache)
+    for n in range(8):
+        scheduler.submit(Request(prompt_ids=[n, 30], config=config))
+        finish(scheduler)
+        assert cache.nbytes <= 2 * each
+    assert len(cache) > 1
+    for n in range(2):
+        scheduler.submit(Request(prompt_ids=[n, 40], config=config))
+    scheduler.step()
+    assert scheduler.running == 2
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize(("missing", "cached"), [(0, 1), (1, 0)])
+def test_a_finished_state_is_copied_only_where_both_fit(backend, missing, cached):
+    """The copy is made before the state of the sequence is closed."""
+    state = backend.state_nbytes(2 + 4 + 6, drafts=True)
+    copy = backend.state_nbytes(2 + 4 - 1, drafts=True)
+    limits = SchedulerConfig(max_bytes=state + copy - missing)
+    scheduler = Scheduler(backend, limits, prefix_cache=PrefixCache(10**9))
+    scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=4)))
+    finish(scheduler)
+    assert len(scheduler.prefix_cache) == cached
+
+
 def test_a_group_runs_its_prompt_once(backend):
     scheduler = Scheduler(backend)
     prompt = list(range(20, 40))
     configs = [config_of(sampling=replace(SAMPLED, seed=n), max_tokens=12) for n in range(4)]
-    tickets = scheduler.submit_group([Request(prompt_ids=prompt, config=c) for c in configs])
+    request_ids = scheduler.submit_group([Request(prompt_ids=prompt, config=c) for c in configs])
     found = finish(scheduler)
     assert sum(backend.verifier.extended) == len(prompt) + 3  # and each chooses its first token
-    assert [found[ticket] for ticket in tickets] == [alone(backend, prompt, c) for c in configs]
+    assert [found[request_id] for request_id in request_ids] == [
+        alone(backend, prompt, c) for c in configs
+    ]
 
 
 def test_a_group_of_drafted_and_plain_texts(backend):
     scheduler = Scheduler(backend)
     configs = [config_of(method=method) for method in ("ar", "treeflash", "ddtree", "ar")]
     requests = [Request(prompt_ids=PROMPTS[0], config=config) for config in configs]
-    tickets = scheduler.submit_group(requests)
+    request_ids = scheduler.submit_group(requests)
     found = finish(scheduler)
-    assert [found[t] for t in tickets] == [alone(backend, PROMPTS[0], c) for c in configs]
+    assert [found[t] for t in request_ids] == [alone(backend, PROMPTS[0], c) for c in configs]
 
 
 def test_a_group_has_one_prompt(backend):
     requests = [Request(prompt_ids=prompt, config=config_of()) for prompt in PROMPTS[:2]]
     with pytest.raises(PromptError, match="same prompt"):
         Scheduler(backend).submit_group(requests)
+
+
+@pytest.mark.parametrize("call", ["submit_group", "decode"])
+def test_requests_of_which_one_is_refused_are_all_refused(backend, call):
+    scheduler = Scheduler(backend)
+    configs = [config_of(), config_of(penalties=Penalties(logit_bias=((10**6, 1.0),)))]
+    requests = [Request(prompt_ids=[5, 6], config=config) for config in configs]
+    with pytest.raises(ConfigError, match="logit_bias"):
+        getattr(scheduler, call)(requests)
+    assert not scheduler.busy
 
 
 def test_finished_texts_serve_prompts_that_begin_alike(backend):
@@ -251,10 +343,9 @@ def test_finished_texts_serve_prompts_that_begin_alike(backend):
         assert first.cached_tokens == cached
         assert backend.verifier.extended == [len(other) - cached]
         tokens = list(first.tokens)
-        while scheduler.busy:
-            tokens += [token for _, event in scheduler.step() for token in event.tokens]
+        tokens += [token for _, event in scheduler.run() for token in event.tokens]
         assert tokens == alone(backend, other, config_of())
-    scheduler.submit(Request(prompt_ids=prompt, config=config_of(), salt="another caller"))
+    scheduler.submit(Request(prompt_ids=prompt, config=config_of(), cache_salt="another caller"))
     ((_, first),) = scheduler.step()
     assert first.cached_tokens == 0
     scheduler.close()
@@ -262,12 +353,73 @@ def test_finished_texts_serve_prompts_that_begin_alike(backend):
     assert cache.nbytes == 0
 
 
-def test_a_text_is_closed_if_the_cache_cannot_take_its_state(backend, monkeypatch):
-    closed = []
-    monkeypatch.setattr(State, "close", lambda state: closed.append(state))
+def out_of_memory(*_, **__):
+    raise MemoryError("out of memory")
+
+
+def test_no_two_salts_share_a_state(backend):
+    """However alike they are."""
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    salts = ["", "a", "aa", "ab", "ba", "A", "a ", "0" * 64, "0" * 63 + "1", "1" + "0" * 63]
+    for wanted in (0, 3):
+        for salt in salts:
+            request = Request(prompt_ids=[5, 6, 7, 8], config=config_of(), cache_salt=salt)
+            scheduler.submit(request)
+            ((_, first),) = scheduler.step()
+            assert first.cached_tokens == wanted
+            finish(scheduler)
+
+
+@pytest.mark.parametrize("methods", [("ar", "treeflash"), ("treeflash", "ar")])
+def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
+    """A state that was opened for plain decoding has nothing to draft from."""
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    for method in methods:
+        config = config_of(method=method)
+        scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config))
+        ((_, first),) = scheduler.step()
+        assert first.cached_tokens == 0
+        (rest,) = finish(scheduler).values()
+        assert [*first.tokens, *rest] == alone(backend, [5, 6, 7, 8], config)
+
+
+def test_a_state_that_does_not_fit_beside_its_text_is_not_cached(backend, monkeypatch):
+    made = watch_states(monkeypatch, State)
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
+    long = scheduler.submit(Request(prompt_ids=[9, 8], config=config_of()))
+    short = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
+    with monkeypatch.context() as full:
+        full.setattr(State, "fork", out_of_memory)
+        found = finish(scheduler)
+    assert found[long] == alone(backend, [9, 8], config_of())
+    assert found[short] == alone(backend, [5, 6], config_of(max_tokens=1))
+    assert len(scheduler.prefix_cache) == 0
+    assert not any(state.nbytes for state in made)
+
+
+def test_an_error_of_another_kind_is_raised_and_the_state_closed(backend, monkeypatch):
+    made = watch_states(monkeypatch, State)
     monkeypatch.setattr(State, "fork", lambda *_: 1 / 0)
     scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
     scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=1)))
     with pytest.raises(ZeroDivisionError):
         scheduler.step()
-    assert len(closed) == 1
+    assert [state.nbytes for state in made] == [0]
+
+
+@pytest.mark.parametrize("place", ["open", "fork"])
+def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, monkeypatch, place):
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 20))
+    scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config_of(max_tokens=1)))
+    scheduler.step()
+    first = scheduler.submit(Request(prompt_ids=[9, 8], config=config_of()))
+    found = {}
+    step(scheduler, found)
+    prompt = [5, 6, 7] if place == "fork" else [30]
+    bad = scheduler.submit(Request(prompt_ids=prompt, config=config_of()))
+    with monkeypatch.context() as full:
+        full.setattr(State if place == "fork" else backend, place, out_of_memory)
+        step(scheduler, found)
+    assert isinstance(found.pop(bad), MemoryError)
+    assert (scheduler.running, scheduler.waiting) == (1, 0)
+    assert finish(scheduler, found) == {first: alone(backend, [9, 8], config_of())}

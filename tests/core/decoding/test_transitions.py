@@ -32,11 +32,11 @@ def test_marginals_of_one_depth_are_leaves() -> None:
 def test_a_table_cut_short_ends_in_leaves() -> None:
     tokens = np.array([[5, 3], [3, 9], [1, 5]], np.int32)
     table = TransitionTable.from_marginals(tokens, np.zeros((3, 2), np.float32))
-    cut = table.until(2)
+    cut = table.truncate(2)
     assert cut.tokens.tolist() == [[[5, 3]], [[3, 9]]]
     assert cut.next_row.tolist() == [[[0, 0]], [[-1, -1]]]
     assert table.next_row.tolist() == [[[0, 0]], [[0, 0]], [[-1, -1]]]
-    assert table.until(3) is table.until(9) is table
+    assert table.truncate(3) is table.truncate(9) is table
 
 
 def test_candidates_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_confidences_stay_with_their_rows() -> None:
     table = TransitionTable.from_rows(places, previous, tokens, log_probs, (2, 2), confidences)
     assert table.confidences is not None
     assert table.confidences.tolist() == [[0.75, 1], [1, 0.25]]
-    cut = table.until(1)
+    cut = table.truncate(1)
     assert cut.confidences is not None
     assert cut.confidences.tolist() == [[0.75, 1]]
 
@@ -136,7 +136,7 @@ def test_candidates_leave_their_arguments_alone() -> None:
 def test_values_that_are_not_finite_raise_with_a_way_out(value: float) -> None:
     log_probs = np.array([[-1, value]], np.float32)
     with pytest.raises(
-        NumericalError, match=r"not finite \(NaN or infinity\).*--dtype float32.*--method ar"
+        NumericalError, match=r"not finite \(NaN or infinity\).*dtype float32.*method ar"
     ):
         TransitionTable.from_marginals(np.array([[1, 2]], np.int32), log_probs)
 

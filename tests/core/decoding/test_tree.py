@@ -96,7 +96,7 @@ def test_trees_are_valid_whatever_the_rounding(data: st.DataObject) -> None:
         np.tile(np.arange(children, dtype=np.int32), (depths, rows, 1)),
         -np.sort(-np.array(log_probs, np.float32).reshape(shape)),
         np.array(next_row, np.int32).reshape(shape),
-    ).until(depths)
+    ).truncate(depths)
     tree = build_tree(table, ROOT, data.draw(st.integers(1, 20)))
     for nodes in range(1, len(tree) + 1):
         assert_valid(tree.first(nodes))

@@ -1,4 +1,4 @@
-"""Each check on a pair that is made up: sound, or with one fault."""
+"""Checks on made-up pairs, sound or with one fault, and the findings of trials."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import pytest
 from made_up_pairs import VOCAB, Head, MadeUp
 
 from treeflash.diagnosis.checks import (
+    Trial,
     check_keys,
     check_precision,
     diagnose,
+    judge,
     mask_candidates,
     write_changed,
 )
+from treeflash.diagnosis.scores import Gain
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
-from treeflash.hub.published import DEEPSPEC_SYSTEM
-from treeflash.testing.dialects import write_dialect
-from treeflash.testing.models import edit_config, write_drafter, write_target
-from treeflash.text.chat import Prompting
+from treeflash.hub.models import DEEPSPEC_SYSTEM
+from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
+from treeflash.text.prompt import Prompting
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
 
@@ -189,3 +191,31 @@ def test_keys_that_are_ignored_are_listed(tmp_path):
     (finding,) = check_keys(read_config(tmp_path / "drafter"))
     assert finding.ok
     assert finding.message.endswith("were ignored: dflash_config.novelty, mrope_section")
+
+
+def trial(nats, least=0.1, error=0.0):
+    gains = {"changed": None if nats is None else Gain(nats, error)}
+    return Trial(check="it", gains=gains, least=least, advice="change it")
+
+
+@pytest.mark.parametrize(
+    ("trials", "ok"),
+    [
+        ([trial(0.2), trial(0.05), trial(None)], [False, True, True]),
+        ([trial(0.2), trial(0.4), trial(0.5)], [True, False, False]),  # by accident, the first
+        ([trial(0.2), trial(0.5, least=0.6)], [False, True]),
+    ],
+)
+def test_judging(trials, ok):
+    assert [finding.ok for finding in judge(trials)] == ok
+
+
+def test_messages_of_trials():
+    trials = [trial(0.2), trial(0.05), trial(1.58, error=0.6), trial(-0.1, error=0.1), trial(None)]
+    assert [judge([each])[0].message for each in trials] == [
+        "changed: the target's tokens are 1.22x as probable; change it",
+        "no significant improvement (best alternative: changed, 1.05x)",
+        "no significant improvement (best alternative: changed, 4.85x, within noise)",
+        "no significant improvement (best alternative: changed, 0.90x)",
+        "no alternative to try",
+    ]

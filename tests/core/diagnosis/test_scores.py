@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_pairs import COMMON, DEPTHS, VOCAB, Head, MadeUp, token_at
 
-from treeflash.diagnosis.scores import Gain, Text, by_depth, measure
+from treeflash.diagnosis.scores import Gain, Text, depth_means, measure
 from treeflash.errors import NumericalError, PromptError
 
 
@@ -30,10 +30,10 @@ def test_measure(folder):
     assert found.later.hits[0].tolist() == [0, 0, 0, 0, 0]
     np.testing.assert_array_equal(pair.head.previous[:2], answer[8:])
     assert found.texts.tolist() == [1, 1, 1]
-    by_text = found.by_text(2)
+    by_text = found.text_means(2)
     assert np.isnan(by_text[0])
     assert by_text[1] == np.nanmean(found.marginal.log_probs)
-    assert by_depth(found.marginal.hits) == [1, 1, 1, 0.5, 1]
+    assert depth_means(found.marginal.hits) == [1, 1, 1, 0.5, 1]
 
 
 def test_answers_too_short(folder):

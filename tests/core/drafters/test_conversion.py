@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from treeflash.convert import main
+from treeflash.decoding.interfaces import TableOptions
 from treeflash.drafters.conversion import convert
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.drafters.formats import drafter_config
+from treeflash.drafters.formats import detect_format, drafter_config, unknown_keys
 from treeflash.errors import ConfigError
 from treeflash.testing.comparisons import assert_equal_tables
-from treeflash.testing.dialects import write_dialect
-from treeflash.testing.models import edit_config
+from treeflash.testing.models import edit_config, write_dialect
 from treeflash.testing.pairs import LOAD, load_reference
-from treeflash.testing.transitions import marginals, transitions
+from treeflash.testing.trees import marginals, transitions
 
 PROMPT = [3, 4, 5, 6]
 
@@ -47,7 +47,7 @@ def test_speculators_drafts_the_same(published: Path, tmp_path: Path) -> None:
     convert(published, tmp_path / "there", "speculators", target="target")
     assert drafter_config(tmp_path / "there").target_layer_ids == (0, 2)
     tables = [
-        marginals(load_reference(tmp_path / "target", folder, LOAD), PROMPT, 8)
+        marginals(load_reference(tmp_path / "target", folder, LOAD), PROMPT, TableOptions(k=8))
         for folder in (published, tmp_path / "there")
     ]
     assert_equal_tables(*tables)
@@ -83,9 +83,9 @@ def test_heads_to_speculators_and_back(
     pairs = [
         load_reference(tmp_path / "target", where, LOAD) for where in (origin, tmp_path / "there")
     ]
-    assert_equal_tables(*(marginals(pair, PROMPT, 8) for pair in pairs))
+    assert_equal_tables(*(marginals(pair, PROMPT, TableOptions(k=8)) for pair in pairs))
     if parsed.head is not None:
-        assert_equal_tables(*(transitions(pair, PROMPT, 3, 4) for pair in pairs))
+        assert_equal_tables(*(transitions(pair, PROMPT, TableOptions(m=3, k=4)) for pair in pairs))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,10 @@ def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
     backend = load_reference(tmp_path / "target", tmp_path / "headed", LOAD)
     assert backend.drafter_config is not None
     assert backend.drafter_config.head == "linear"
-    plain = marginals(load_reference(tmp_path / "target", published, LOAD), PROMPT, 4)
-    table = transitions(backend, PROMPT, 2, 4)
+    plain = marginals(
+        load_reference(tmp_path / "target", published, LOAD), PROMPT, TableOptions(k=4)
+    )
+    table = transitions(backend, PROMPT, TableOptions(m=2, k=4))
     for row in range(2):
         first = 0 if row == 0 else 1  # depth 1 has one row
         np.testing.assert_array_equal(table.tokens[first:, row], plain.tokens[first:, 0])
@@ -151,6 +153,35 @@ def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "there", "speculators", target="target")
 
 
+def test_a_treeflash_drafter_without_its_head_is_a_dflash_drafter(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "there"
+    assert main([str(folder), str(output), "--to", "dflash"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{output}\n"
+    assert re.fullmatch(r"dflash has no AR heads: the \w+ head was left out\n", err)
+    assert detect_format(read_config(output)).name == "DFlash"
+    assert unknown_keys(read_config(output)) == unknown_keys(read_config(folder))
+    drafts = [
+        marginals(load_reference(tmp_path / "target", own, LOAD), PROMPT, TableOptions(k=4))
+        for own in (folder, output)
+    ]
+    assert_equal_tables(*drafts)
+    convert(output, tmp_path / "speculators", "speculators", target="target")
+    assert drafter_config(tmp_path / "speculators").head is None
+
+
+def test_a_drafter_trained_without_a_head_is_dflash(published: Path, tmp_path: Path) -> None:
+    settings = {"ar_approximation": None, "candidate_tokens": 16}
+    edit_config(published, lambda c: c.update(treeflash_config=settings))
+    assert detect_format(read_config(published)).name == "DFlash"
+    convert(published, tmp_path / "there", "speculators", target="target")
+    assert unknown_keys(read_config(tmp_path / "there")) == []
+    convert(published, tmp_path / "headed", "treeflash")
+    assert drafter_config(tmp_path / "headed").head == "linear"
+
+
 def test_a_vocabulary_is_not_dropped(folder: Path, tmp_path: Path) -> None:
     write_dialect(tmp_path / "own", tmp_path / "target", "speculators-dflash", seed=1)
     with pytest.raises(ConfigError, match=r"^dflash cannot express a vocabulary of its own"):
@@ -168,5 +199,5 @@ def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"{output}\n"
     assert main([str(published), str(tmp_path / "other"), "--to", "speculators"]) == 2
     error = capsys.readouterr().err
-    assert "pass --target" in error
+    assert "name the target (--target)" in error
     assert error.count("\n") == 1

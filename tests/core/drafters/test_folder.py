@@ -88,7 +88,7 @@ class TestReading:
     def test_other_types_are_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
         save_file({"a": np.zeros(3, np.int32)}, path)
-        expected = f"{path} holds tensors of type I32; floating point is needed"
+        expected = f"{path} holds tensors of type I32; supported are BF16, F16, F32, F64"
         for read in (read_tensors, stored_shapes):
             with pytest.raises(CheckpointError, match=message(expected)):
                 read(tmp_path)
@@ -111,7 +111,7 @@ class TestReading:
 
     def test_other_formats_are_not_read(self, tmp_path: Path) -> None:
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
-        expected = f"{tmp_path} has no *.safetensors file; other formats are not read"
+        expected = f"{tmp_path} has no *.safetensors file; convert its weights"
         with pytest.raises(CheckpointError, match=message(expected)):
             weight_files(tmp_path)
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, LoadConfig, Method
 from treeflash.decoding import decode
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
 from treeflash.registry import loader
 
@@ -47,7 +48,7 @@ class Published:
         """The block after a context that the published code drafted after too."""
         text = self.texts[case["text"]]
         tokens = [*text["prompt"], *text["greedy"]]
-        text = TextSession(self.backend, drafts=True)
+        text = SequenceSession(self.backend, drafts=True)
         text.extend(tokens[: case["context_length"]])
         assert tokens[case["context_length"]] == case["root"]
         return text.draft(case["root"])
@@ -59,7 +60,9 @@ class Published:
 def published(request: pytest.FixtureRequest) -> Published:
     backend, folder = request.param
     pytest.importorskip(BACKENDS[backend])
-    return Published(backend, folder)
+    published = Published(backend, folder)
+    assert published.blocks, "most tests go through its blocks"
+    return published
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -129,9 +132,9 @@ def test_greedy_drafts(published: Published) -> None:
     for case in published.blocks:
         block = published.block(case)
         if backend.head is None:
-            (table,) = backend.drafter.marginals([block], 1, 1.0)
+            (table,) = backend.drafter.marginals([block], TableOptions(k=1))
         else:
-            (table,) = backend.head.transitions([block], 16, 4, 1.0)
+            (table,) = backend.head.transitions([block], TableOptions(m=16, k=4))
         chain = build_chain(table, case["root"], 100)
         assert chain.tokens[1:].tolist() == case["draft"]
         steps = [step.get("confidence_logit") for step in case.get("steps", ())]
@@ -157,6 +160,27 @@ def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
         # The published loops may go past the limit, in their last iteration or by one more.
         assert lengths[:-1] == expected["acceptance_lengths"][: len(lengths) - 1]
         assert len(expected["acceptance_lengths"]) - len(lengths) in (0, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jetspec_is_causal(backend: str) -> None:
+    """Read without `causal_head`, its log probabilities are up to 1.6 nats off."""
+    pytest.importorskip(BACKENDS[backend])
+    folder = ROOT.parent / "more-drafters"
+    if not folder.exists():
+        pytest.skip(f"{folder} does not exist")
+    expected = json.loads((folder / "jetspec/expected.json").read_text())["texts"]
+    arrays = np.load(folder / "jetspec/expected.npz")
+    options = LoadConfig(device="cpu", dtype="float32")
+    pair = loader(backend)(folder / "block-target", folder / "jetspec", options)
+    for i, case in enumerate(expected):
+        sequence = SequenceSession(pair, drafts=True)
+        sequence.extend(case["prompt"])
+        block = sequence.draft(case["root"])
+        actual = pair.drafter.log_probs(block)
+        np.testing.assert_allclose(actual, arrays[f"log_probs.{i}"], atol=TOLERANCE)
+        (table,) = pair.drafter.marginals([block], TableOptions(k=1))
+        assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["draft"]
 
 
 def test_trees_need_no_more_forwards_than_chains(published: Published) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import treeflash
-from treeflash.decoding.choices import Chosen
-from treeflash.decoding.text_session import TextSession
+from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.evaluation.depth_metrics import BEST, DepthMetrics, measure_depth_metrics
 
@@ -31,7 +31,7 @@ def expected(backend, prompt, text, temperature):
     found = {}
     for start in range(0, len(text) - 1, 4):
         before = [*prompt, *text[:start]]
-        whole = TextSession(backend, drafts=True)
+        whole = SequenceSession(backend, drafts=True)
         whole.extend(before)
         block = whole.draft(text[start])
         known = [*text[start : start + DEPTHS], *[text[-1]] * DEPTHS][:DEPTHS]
@@ -40,7 +40,7 @@ def expected(backend, prompt, text, temperature):
             "corrected": backend.head.log_probs(block, np.array(known, np.int32)),
         }
         for depth in range(1, min(DEPTHS, len(text) - 1 - start) + 1):
-            alone = TextSession(backend)
+            alone = SequenceSession(backend)
             alone.extend([*before, *text[start : start + depth - 1]])
             logits = alone.logits(DraftTree.root_only(text[start + depth - 1]))[0]
             target = softmax(logits / temperature)
@@ -84,7 +84,7 @@ def test_without_a_head_nothing_is_corrected(tiny_pair, model):
 class Oracle:
     """A target whose next token depends on the last one alone, and a drafter that knows it."""
 
-    drafter_config = SimpleNamespace(block_size=4, depths=3)
+    drafter_config = SimpleNamespace(block_size=4, depths=3, has_marginals=True)
 
     def __init__(self, logits: np.ndarray) -> None:
         self.table = logits
@@ -94,7 +94,7 @@ class Oracle:
         return SimpleNamespace(length=0, close=lambda: None)
 
     def run(self, work):
-        return [Chosen(np.zeros(1, np.int32))]
+        return [SampledTokens(np.zeros(1, np.int32))]
 
     def logits(self, trees):
         return [self.table[tree.tokens] for _, tree in trees]
@@ -117,7 +117,9 @@ def test_a_perfect_head_is_at_no_distance():
     text = [0]
     for _ in range(20):
         text.append(int(logits[text[-1]].argmax()))
-    for record in measure_depth_metrics(Oracle(logits), [1], text, 0).records():
+    records = list(measure_depth_metrics(Oracle(logits), [1], text, 0).records())
+    assert records
+    for record in records:
         assert record["tvd_corrected"] == pytest.approx(0, abs=1e-6)
         assert record["top1_corrected"] == 1
         assert record["tvd_marginal"] > 0.1

@@ -13,9 +13,8 @@ from treeflash.errors import ConfigError
 from treeflash.evaluation import report
 from treeflash.evaluation.depth_metrics import METRICS, DepthMetrics
 from treeflash.evaluation.records import compute_records
-from treeflash.evaluation.report import check_report, write_report
-from treeflash.evaluation.run import Case, Run, Sample
-from treeflash.evaluation.tables import tables
+from treeflash.evaluation.report import check_report, tables, write_report
+from treeflash.evaluation.run import BestDraft, Case, Run, Sample
 
 PNG = b"\x89PNG\r\n"
 
@@ -26,13 +25,14 @@ def found(head: bool = True, depths: bool = True):
     sources = {"marginal": sums} | ({"corrected": sums} if head else {})
     cases = [Case("ar", 1), Case("dflash", 16), Case("ddtree", 4), Case("ddtree", 16)]
     cases += [Case("treeflash", 16)] * head
-    runs = {case: Run(4, (1, 2), Counter(child=2)) for case in cases}
+    best = Counter([BestDraft(1, True, True), BestDraft(1, True, False)])
+    runs = {case: Run(4, (1, 2), Counter(child=2), best) for case in cases}
     metrics = DepthMetrics(np.ones(3, np.int64), sources) if depths else None
     return compute_records({"a<b": [Sample(runs, metrics)]}, 0)
 
 
 def test_tables_hold_every_figure():
-    rows, ratios, depths, lost = tables(found())
+    rows, ratios, depths, lost, branches = tables(found())
     names = ["set", "method", "budget", "block efficiency", "low", "high", "prompts", "tokens"]
     assert rows.columns == names
     assert rows.rows[0] == ["a<b", "ar", "1", "1.500", "1.500", "1.500", "1", "4"]
@@ -41,11 +41,12 @@ def test_tables_hold_every_figure():
     assert depths.columns == ["depth", "anchors", "drafter", *METRICS]
     assert [row[:3] for row in depths.rows[:2]] == [["1", "1", "marginal"], ["1", "1", "corrected"]]
     assert lost.rows[0] == ["a<b", "dflash", "16", "0", "2", "0", "0"]
+    assert branches.rows[0] == ["dflash", "16", "1", "0.500", "2", "", "0"]
 
 
 def test_tables_without_rows_are_left_out():
-    assert len(tables(found(head=False, depths=False))) == 2
-    depths = tables(found(head=False))[1]
+    assert len(tables(found(head=False, depths=False))) == 4
+    (depths,) = [table for table in tables(found(head=False)) if "Depth" in table.title]
     assert {row[2] for row in depths.rows} == {"marginal"}
 
 

@@ -1,4 +1,4 @@
-"""Prompts decoded in every case, and the records of the results."""
+"""Prompts decoded in every case, the records of the results, and rejection reasons."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ import pytest
 from rich.console import Console
 
 import treeflash
-from treeflash.decoding.interfaces import Extension
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.loop import Step
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation import run as evaluation_run
-from treeflash.evaluation.bootstrap import interval, resamples
 from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
-from treeflash.evaluation.records import compute_records
-from treeflash.evaluation.run import Case, Evaluation, Run, Sample, cases, encode_rows
-from treeflash.text.prompt_file import Row
+from treeflash.evaluation.records import compute_records, interval, resamples
+from treeflash.evaluation.run import (
+    BestDraft,
+    Case,
+    Evaluation,
+    Run,
+    Sample,
+    best_drafts,
+    encode_rows,
+    list_cases,
+    rejection_reason,
+)
+from treeflash.text.prompt import Row
 
-CASES = cases(["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"], [4, 16])
+CASES = list_cases(["ar", "dflash", "ddtree", "treeflash", "treeflash-chain"], [4, 16])
 PROMPTS = [[3, 1, 4], [2, 7, 1, 8], [1, 6, 1]]
 
 
@@ -50,14 +62,14 @@ def measure(backend, prompt_ids, configs) -> Sample:
 
 
 def test_cases_are_those_that_differ():
-    assert cases(["treeflash", "ar", "dflash", "ar"], [64, 16, 64]) == [
+    assert list_cases(["treeflash", "ar", "dflash", "ar"], [64, 16, 64]) == [
         ("treeflash", 16),
         ("treeflash", 64),
         ("ar", 1),
         ("dflash", 64),
     ]
     with pytest.raises(ConfigError, match="unknown method 'beam'"):
-        cases(["beam"], [16])
+        list_cases(["beam"], [16])
 
 
 def test_runs_equal_generations(model, configs):
@@ -96,7 +108,7 @@ def test_cases_of_a_prompt_that_run_together_share_its_prefill(model, configs, m
     run_target = type(model.backend.verifier).run
 
     def noted(self, work):
-        extended.extend(len(x.token_ids) for x in work if isinstance(x, Extension))
+        extended.extend(len(x.token_ids) for x in work if isinstance(x, Prefill))
         return run_target(self, work)
 
     monkeypatch.setattr(type(model.backend.verifier), "run", noted)
@@ -236,6 +248,13 @@ def test_ratios_pair_the_prompts():
     assert row["low"] < row["block_efficiency"] < row["high"]
 
 
+def test_trees_are_compared_with_chains_of_as_many_nodes():
+    chain, other = Case("treeflash-chain", 8), Case("treeflash-chain", 16)
+    found = compute_records({"a": [sample({TREE: (4,), chain: (2, 2), other: (1,) * 4})]}, seed=0)
+    pairs = {(row["set"], row["baseline"], row["budget"]): row["ratio"] for row in found["ratios"]}
+    assert pairs == {(name, "treeflash-chain", 8): 2 for name in ("a", "mean")}
+
+
 def test_a_seed_gives_the_same_intervals():
     own = [sample({TREE: (n,)}) for n in (1, 2, 3, 4, 5, 9)]
     one, same, other = (compute_records({"a": own}, seed)["rows"] for seed in (1, 1, 2))
@@ -252,3 +271,119 @@ def test_the_bootstrap_covers_a_mean():
     low, high = interval(data[drawn].mean(1))
     assert high - low == pytest.approx(2 * 1.96 * data.std() / 20, rel=0.15)
     assert low < data.mean() < high
+
+
+ROOT = 9
+# Depth 1 offers 1, 2 and 3; after 1 come 4 and 5, after 2 come 6 and 4; depth 3 knows 4 alone.
+TABLE = TransitionTable.from_candidates(
+    np.array([[1, 2], [4, 7]], np.int32),
+    np.array(
+        [[[1, 2, 3], [0, 0, 0]], [[4, 5, 0], [6, 4, 0]], [[7, 8, 0], [1, 2, 0]]],
+        np.int32,
+    ),
+    np.log([[[0.5, 0.3, 0.2]] * 2, [[0.6, 0.4, 1e-9]] * 2, [[0.6, 0.4, 1e-9]] * 2]).astype(
+        np.float32
+    ),
+)
+ABSENT = np.where(TABLE.tokens == 0, -np.inf, TABLE.log_probs).astype(np.float32)
+TABLE = TransitionTable(TABLE.tokens, ABSENT, TABLE.next_row)
+
+
+def step(*tokens: int, accepted: int | None = None, table=TABLE, finish_reason=None) -> Step:
+    """An iteration that accepted all tokens but the last, unless it accepted more."""
+    drafted = np.array([ROOT, *tokens], np.int32)
+    tree = DraftTree.chain(drafted, np.zeros(len(drafted)))
+    path = np.arange(len(tokens) if accepted is None else accepted + 1, dtype=np.int32)
+    return Step(tokens, {}, tree, path, finish_reason, table)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ((8,), "child"),  # not among the three of depth 1
+        ((3,), "budget_limit"),
+        ((3, 1), "candidate"),  # no row of depth 2 follows 3
+        ((1, 6), "child"),  # 6 follows 2, not 1
+        ((2, 6), "budget_limit"),
+        ((1, 0), "child"),  # 0 fills the row, but is impossible
+        ((1, 5, 7), "candidate"),
+        ((2, 4, 8), "budget_limit"),  # 4 is found after 2 too
+        ((2, 4, 3), "child"),
+        ((1, 4, 7, 1), "block"),
+    ],
+)
+def test_reasons(tokens, reason):
+    assert rejection_reason(step(*tokens)) == reason
+
+
+def test_marginals_have_every_parent():
+    tokens = np.array([[1, 2], [3, 4]], np.int32)
+    table = TransitionTable.from_marginals(tokens, np.log(np.full((2, 2), 0.5, np.float32)))
+    assert rejection_reason(step(2, 4, table=table)) == "budget_limit"
+    assert rejection_reason(step(2, 5, table=table)) == "child"
+    assert rejection_reason(step(2, 4, 1, table=table)) == "block"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ((8,), [(1, True, False)]),  # not drafted
+        ((1, 5, 7), [(1, True, True), (2, True, False)]),  # no row of depth 3 follows 5
+        ((1, 4, 7), [(1, True, True), (2, True, True), (3, True, True)]),
+        ((2, 6, 7), [(1, True, False), (2, False, True)]),
+        ((2, 4, 7), [(1, True, False), (2, False, False), (3, False, True)]),
+        ((2, 4, 8, 1), [(1, True, False), (2, False, False), (3, False, False)]),
+        ((1, 0), [(1, True, True), (2, True, False)]),  # 0 fills the row, but is impossible
+    ],
+)
+def test_best_drafts(tokens, expected):
+    assert list(best_drafts(step(*tokens))) == expected
+
+
+def test_plain_decoding_has_no_best_drafts():
+    assert list(best_drafts(step(1, table=None))) == []
+
+
+def test_shares_of_best_drafts_by_hand():
+    def counted(*drafts):
+        runs = {TREE: Run(3, (2,), Counter(), Counter(BestDraft(*draft) for draft in drafts))}
+        return Sample(runs, None)
+
+    right, wrong = (1, True, True), (1, True, False)
+    first = counted(right, right, wrong, (2, False, True))
+    second = counted(right, (2, False, False), (2, False, False), (2, False, False))
+    assert compute_records({"a": [first], "b": [second]}, 0)["branches"] == [
+        {
+            "method": "treeflash",
+            "budget": 8,
+            "depth": 1,
+            "spine": 0.75,
+            "spine_drafts": 4,
+            "sibling": None,
+            "sibling_drafts": 0,
+        },
+        {
+            "method": "treeflash",
+            "budget": 8,
+            "depth": 2,
+            "spine": None,
+            "spine_drafts": 0,
+            "sibling": 0.25,
+            "sibling_drafts": 4,
+        },
+    ]
+
+
+def test_nothing_is_rejected_if_nothing_was_drafted():
+    assert rejection_reason(Step((1,), {})) is None
+    assert rejection_reason(step(1, table=None)) is None
+
+
+def test_nothing_is_rejected_if_the_text_ended_before():
+    assert rejection_reason(step(1, 4, accepted=2)) is None
+
+
+def test_nothing_is_rejected_if_the_limit_kept_the_tree_from_going_deeper():
+    cut = TABLE.truncate(2)
+    assert rejection_reason(step(1, 4, 7, table=cut, finish_reason="length")) is None
+    assert rejection_reason(step(1, 5, table=cut, finish_reason="length")) == "budget_limit"

@@ -10,7 +10,7 @@ import pytest
 
 from treeflash.errors import CheckpointError
 from treeflash.hub import models
-from treeflash.hub.published import (
+from treeflash.hub.models import (
     BUNDLED_DRAFTER,
     DEEPSPEC_SYSTEM,
     PUBLISHED_DRAFTERS,
@@ -30,6 +30,7 @@ from treeflash.hub.published import (
         ("mlx-community/Qwen3-8B-4bit-DWQ-053125", "peerrh/treeflash-qwen3-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
         ("Qwen/Qwen3-4B-Base", None),
+        ("/hub/models--Qwen--Qwen3-14B/snapshots/0a1b", "deepseek-ai/dspark_qwen3_14b_block7"),
     ],
 )
 def test_published_drafters(target: str, drafter: str | None):
@@ -41,18 +42,18 @@ def test_auto_is_the_published_drafter(monkeypatch: pytest.MonkeyPatch, tmp_path
     for drafter in ("auto", None):
         folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
         assert folder == tmp_path / "deepseek-ai/dspark_qwen3_14b_block7"
-        assert models.training_of(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
+        assert models.drafter_training(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
 
 
 @pytest.mark.parametrize("drafter", [None, "auto", "z-lab/qwen3.5-4B-dflash"])
-def test_thinking_follows_the_training_of_the_drafter(drafter: str | None):
-    assert models.training_of(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
+def test_thinking_follows_the_drafter_training_the_drafter(drafter: str | None):
+    assert models.drafter_training(drafter, "mlx-community/Qwen3.5-4B-4bit").thinking
 
 
 @pytest.mark.parametrize("name", ["some/drafter", "/data/drafter"])
 def test_an_unknown_drafter_was_trained_as_most_are(name: str):
-    assert models.training_of(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
-    assert not models.training_of(name, None).thinking
+    assert models.drafter_training(name, "Qwen/Qwen3-14B") == PublishedDrafter(name=name)
+    assert not models.drafter_training(name, None).thinking
 
 
 def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
@@ -70,6 +71,22 @@ def test_bundled_drafter(target: str | None):
     config = json.loads((folder / "config.json").read_text())
     assert config["hidden_size"] == 576
     assert 0 < (folder / "model.safetensors").stat().st_size <= 40e6
+
+
+def test_the_bundled_drafter_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert models.resolve_drafter(BUNDLED_DRAFTER, "my/fine-tune") == models.resolve_drafter(
+        None, None
+    )
+    (tmp_path / BUNDLED_DRAFTER).mkdir()  # a folder of this name comes first
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        models.resolve_drafter(BUNDLED_DRAFTER, None)
+
+
+def test_how_a_drafter_was_trained_is_known_from_its_snapshot(tmp_path: Path):
+    snapshot = tmp_path / "models--z-lab--Qwen3.5-4B-DFlash" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    assert models.drafter_training(str(snapshot), None).thinking
 
 
 def test_no_drafter_is_known():

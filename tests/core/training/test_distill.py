@@ -1,12 +1,12 @@
 """The command line of distill."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
+from distilled import check_plain_decoding
 
 from treeflash import distill
-from treeflash.text.output_file import locked
+from treeflash.training.distillation import response_file
 
 
 @pytest.fixture
@@ -18,14 +18,12 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, byte_tokenizer, files, capsys):
-    """Run the command with a responder: exit status and standard error."""
-    monkeypatch.setattr(distill, "resolve_target", lambda name: None)
-    monkeypatch.setattr(distill.Tokenizer, "from_folder", lambda folder: byte_tokenizer)
+def run(monkeypatch, files, capsys):
+    """Run the command with a model: exit status and standard error."""
 
-    def run(responder, *arguments):
-        fake = SimpleNamespace(responder=lambda target, load: responder)
-        monkeypatch.setattr(distill, "trainer", lambda name: fake)
+    def run(model, *arguments):
+        monkeypatch.setattr(distill, "locate", lambda *args, **settings: None)
+        monkeypatch.setattr(distill, "load_located", lambda pair: model)
         capsys.readouterr()
         code = distill.main(["--output", str(files[1]), *arguments])
         return code, capsys.readouterr().err
@@ -42,7 +40,7 @@ def test_prompts_are_answered_and_counted(run, files, echo):
 
 
 def test_an_interrupted_run_says_how_to_resume(run, files, echo):
-    code, error = run(echo(interrupt_at=1), "--prompts", str(files[0]))
+    code, error = run(echo(interrupt_at=1), "--prompts", str(files[0]), "--slots", "1")
     assert code == 130
     assert "interrupted; run the same command again to resume" in error
     assert "2 of 2 prompts answered" in run(echo(), "--prompts", str(files[0]))[1]
@@ -57,11 +55,11 @@ def test_the_target_generates_the_prompts_it_answers(run, files, echo):
 
 def test_other_settings_are_refused_before_prompts_are_generated(run, files, echo):
     run(echo(), "--self-prompt", "1")
-    responder = echo()
-    code, error = run(responder, "--self-prompt", "3", "--max-tokens", "9")
+    model = echo()
+    code, error = run(model, "--self-prompt", "3", "--max-tokens", "9")
     assert code == 2
     assert "has lines generated with max_tokens 512, not 9" in error
-    assert responder.asked == []
+    assert model.backend.asked == []
 
 
 def test_too_long_prompts_are_an_error_if_nothing_is_left(run, files, echo):
@@ -71,12 +69,12 @@ def test_too_long_prompts_are_an_error_if_nothing_is_left(run, files, echo):
 
 
 def test_two_processes_do_not_write_one_output(run, files, echo):
-    responder = echo()
-    with locked(files[1]):
-        code, error = run(responder, "--prompts", str(files[0]))
+    model = echo()
+    with response_file(files[1]):
+        code, error = run(model, "--prompts", str(files[0]))
     assert code == 2
     assert "is being written by another process" in error
-    assert responder.asked == []
+    assert model.backend.asked == []
     assert files[1].read_bytes() == b""
 
 
@@ -94,7 +92,6 @@ def test_two_processes_do_not_write_one_output(run, files, echo):
         (["--self-prompt", "0"], "self-prompt must be 1 or more"),
         (["--prompts", "{file}", "--slots", "0"], "slots must be 1 or more"),
         (["--prompts", "{file}", "--temperature", "-1"], "temperature must be 0"),
-        (["--prompts", "{file}", "--backend", "reference"], "'reference' cannot train"),
         (["--prompts", "{file}", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["--self-prompt", "2", "--output", "."], "cannot be written"),
     ],
@@ -106,3 +103,8 @@ def test_invalid_input_is_a_one_line_error(arguments, message, files, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_responses_are_those_of_plain_decoding(slots, tmp_path):
+    check_plain_decoding("reference", "llama", tmp_path, "--slots", str(slots))

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.testing.tokenizer import END
-from treeflash.text.prompt_file import Row
-from treeflash.training.distillation import Distillation, DistillConfig
+from treeflash.testing.models import END
+from treeflash.text.prompt import Row
+from treeflash.training.distillation import Distillation, DistillConfig, response_file
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def distill(output, byte_tokenizer):
+def distill(output):
     """Answer rows into the output file; returns the distillation."""
 
-    def distill(rows, responder, **settings):
-        distillation = Distillation.resume(rows, output)
-        config = DistillConfig(**settings)
-        distillation.run(responder, byte_tokenizer, config, Console(quiet=True))
+    def distill(rows, model, **settings):
+        with response_file(output) as file:
+            distillation = Distillation(model, DistillConfig(**settings), file, rows)
+            distillation.run(Console(quiet=True))
         return distillation
 
     return distill
@@ -51,6 +51,7 @@ def test_every_prompt_is_answered(distill, output, echo, byte_tokenizer):
         "id": "r0",
         "turn": 0,
         "target": "target",
+        "adapter": None,
         "backend": "echo",
         "dtype": "float32",
         "top_p": 1.0,
@@ -76,9 +77,9 @@ def test_later_turns_follow_the_responses_before_them(distill, output, echo, byt
 
 
 def test_temperatures_alternate_and_every_row_has_its_own_seed(distill, echo):
-    responder = echo()
-    distill(rows(["a"], ["b"], ["c"]), responder, temperatures=(0.0, 0.8), top_p=0.7, seed=5)
-    assert [request.sampling for request in reversed(responder.asked)] == [
+    model = echo()
+    distill(rows(["a"], ["b"], ["c"]), model, temperature=(0.0, 0.8), top_p=0.7, seed=5)
+    assert [request.sampling for request in model.backend.asked] == [
         SamplingConfig(temperature=0.0, top_p=0.7, seed=5),
         SamplingConfig(temperature=0.8, top_p=0.7, seed=6),
         SamplingConfig(temperature=0.0, top_p=0.7, seed=7),
@@ -93,13 +94,13 @@ def test_an_interrupted_run_resumes(distill, output, echo):
     for stop in range(5):
         output.unlink()
         with pytest.raises(KeyboardInterrupt):
-            distill(asked, echo(stop))
+            distill(asked, echo(stop), slots=1)
         assert len(lines(output)) == stop
         with output.open("a") as file:
             file.write('{"id": "r0", "tu')  # torn in the middle of a line
-        responder = echo()
-        distill(asked, responder)
-        assert len(responder.asked) == 5 - stop
+        model = echo()
+        distill(asked, model)
+        assert len(model.backend.asked) == 5 - stop
         assert sorted(lines(output), key=key) == whole
 
 
@@ -131,10 +132,10 @@ def test_it_is_an_error_if_all_prompts_are_too_long(limit, message, distill, ech
 
 
 def test_responses_fit_the_target(distill, echo):
-    responder = echo()
-    distill(rows(["a"]), responder, max_tokens=999)
-    (request,) = responder.asked
-    assert len(request.prompt_ids) + request.max_tokens == responder.max_positions
+    model = echo()
+    distill(rows(["a"]), model, max_tokens=999)
+    (request,) = model.backend.asked
+    assert len(request.prompt_ids) + request.max_tokens == model.backend.max_positions
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_responses_fit_the_target(distill, echo):
 def test_a_file_of_another_program_is_refused(content, output):
     output.write_text(content)
     with pytest.raises(ConfigError, match=r"out\.jsonl:1 was not written by a run like this"):
-        Distillation.resume([], output)
+        response_file(output).__enter__()
     assert output.read_text() == content
 
 
@@ -159,7 +160,7 @@ SETTINGS = {
     "dtype": ({"dtype": "bfloat16"}, {}),
     "top_p": ({}, {"top_p": 0.9}),
     "max_tokens": ({}, {"max_tokens": 9}),
-    "temperature": ({}, {"temperatures": (0.8,)}),
+    "temperature": ({}, {"temperature": (0.8,)}),
     "seed": ({}, {"seed": 1}),
 }
 
@@ -169,10 +170,10 @@ def test_other_settings_do_not_go_into_the_same_file(name, distill, output, echo
     distill(rows(["a"]), echo())
     before = output.read_bytes()
     attributes, settings = SETTINGS[name]
-    responder = echo(**attributes)
+    model = echo(**attributes)
     with pytest.raises(ConfigError, match=f"has lines generated with {name} .*, not .*--output"):
-        distill(rows(["a"], ["b"]), responder, **settings)
-    assert responder.asked == []
+        distill(rows(["a"], ["b"]), model, **settings)
+    assert model.backend.asked == []
     assert output.read_bytes() == before
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from treeflash.errors import PromptError
-from treeflash.text.prompt_file import Row
-from treeflash.training.mixture import mix
+from treeflash.text.prompt import Row
+from treeflash.training.distillation import mix
 
 
 def test_weights_share_the_limit_out():

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from treeflash.errors import PromptError
-from treeflash.testing.tokenizer import END
-from treeflash.training.interfaces import Response
-from treeflash.training.responses import read_responses
+from treeflash.testing.models import END
+from treeflash.training.responses import Response, read_responses
 
 
 def write(tmp_path, *records):
@@ -43,8 +42,8 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path, byte_tokenizer)
         ({"prompt_ids": [1], "response_ids": ["a"]}, "as lists of token ids"),
         ({"prompt_ids": [-1], "response_ids": [2]}, "as lists of token ids"),
         ({"messages": "hi"}, "must be a non-empty list"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "non-empty one of the assistant"),
-        ({"messages": [{"role": "assistant", "content": ""}]}, "non-empty one"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "non-empty message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "non-empty message"),
     ],
 )
 def test_an_invalid_line_is_named(record, message, tmp_path, byte_tokenizer):

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from treeflash.errors import ConfigError
-from treeflash.text.output_file import locked
-from treeflash.training.self_prompt import self_prompts
+from treeflash.text.output_file import OutputFile
+from treeflash.training.distillation import self_prompts
 
 
 @pytest.fixture
@@ -16,10 +16,9 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def generate(path, byte_tokenizer):
-    def generate(count, responder, seed=0):
-        console = Console(quiet=True)
-        return self_prompts(responder, byte_tokenizer, count, path, console, slots=2, seed=seed)
+def generate(path):
+    def generate(count, model, seed=0):
+        return self_prompts(model, count, path, Console(quiet=True), slots=1, seed=seed)
 
     return generate
 
@@ -30,12 +29,12 @@ def test_an_interrupted_run_resumes(generate, path, echo, byte_tokenizer):
     assert len(path.read_text().splitlines()) == 1
     with path.open("a") as file:
         file.write('{"id": "self')  # torn in the middle of a line
-    responder = echo()
-    assert {row.id for row in generate(4, responder)} == {f"self-{n}" for n in range(4)}
-    assert len(responder.asked) == 3
+    model = echo()
+    assert {row.id for row in generate(4, model)} == {f"self-{n}" for n in range(4)}
+    assert len(model.backend.asked) == 3
     header = byte_tokenizer.encode("<|start|>user: ")
-    assert {request.prompt_ids for request in responder.asked} == {tuple(header)}
-    seeds = {request.sampling.seed for request in responder.asked}
+    assert all(request.prompt_ids == header for request in model.backend.asked)
+    seeds = {request.sampling.seed for request in model.backend.asked}
     kept = {json.loads(line)["seed"] for line in path.read_text().splitlines()}
     assert len(seeds) == 3
     assert kept == {0, 1, 2, 3}
@@ -70,6 +69,9 @@ def test_a_file_of_another_program_is_refused(content, generate, path, echo):
 
 
 def test_a_file_that_another_process_writes_is_refused(generate, path, echo):
-    with locked(path), pytest.raises(ConfigError, match="being written by another process"):
+    with (
+        OutputFile(path, bool),
+        pytest.raises(ConfigError, match="being written by another process"),
+    ):
         generate(1, echo())
     assert path.read_bytes() == b""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from fastapi import APIRouter, Response
+from fastapi import FastAPI, Response
 
 FILES = {
     "index.html": "text/html",
@@ -12,8 +12,11 @@ FILES = {
     "chat.js": "text/javascript",
     "stream.js": "text/javascript",
     "tree.js": "text/javascript",
+    "markdown.js": "text/javascript",
 }
-PATHS = frozenset({"/", *(f"/{name}" for name in FILES)} - {"/index.html"})
+VENDORED = {"vendor/marked.js": "text/javascript", "vendor/purify.js": "text/javascript"}
+"""Of npm: marked 18.2.1 (MIT) and DOMPurify 3.5.0 (Apache 2.0), whose licences are beside them."""
+PATHS = frozenset({"/", *(f"/{name}" for name in FILES | VENDORED)} - {"/index.html"})
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -25,17 +28,16 @@ HEADERS = {
 }
 
 
-def router() -> APIRouter:
-    """The files."""
-    routes = APIRouter()
+def add_routes(app: FastAPI) -> None:
+    """Add the endpoints of the page's files."""
 
-    def serve(name: str, path: str) -> None:
+    def add(name: str, kind: str, path: str) -> None:
         content = resources.files(__name__).joinpath(name).read_bytes()
 
-        @routes.get(path, include_in_schema=False)
+        # Some clients, such as Claude Code, send HEAD to see whether the server is there.
+        @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
         async def file() -> Response:
-            return Response(content, headers=HEADERS, media_type=FILES[name])
+            return Response(content, headers=HEADERS, media_type=kind)
 
-    for name in FILES:
-        serve(name, "/" if name == "index.html" else f"/{name}")
-    return routes
+    for name, kind in (FILES | VENDORED).items():
+        add(name, kind, "/" if name == "index.html" else f"/{name}")

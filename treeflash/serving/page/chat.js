@@ -1,5 +1,6 @@
-// The chat. Text of the model is only ever set as text, never as HTML.
+// The chat. Text of the model is only ever set as text, or as Markdown without HTML.
 
+import { markdown } from "./markdown.js";
 import { complete, reason } from "./stream.js";
 import { drawTree } from "./tree.js";
 
@@ -7,9 +8,12 @@ const BUDGETS = ["auto", 1, 4, 8, 16, 32, 64, 128, 256];
 const SHADES = 6;
 const byId = (id) => document.getElementById(id);
 const [log, form, prompt, send, stop] = ["log", "form", "prompt", "send", "stop"].map(byId);
+const SETTINGS = ["budget", "temperature", "length", "seed", "system", "compare", "markdown"];
+const STORED = "treeflash";
 const messages = [];
 let shown = null; // the answer whose iterations can be chosen
 let request = null;
+let comparison = null; // the request of the plain answer
 
 /** What was measured of one answer. The first iteration is the prefill, which is not counted. */
 class Answer {
@@ -66,9 +70,54 @@ function turn(who, text = "") {
   return made;
 }
 
-function body(extra) {
+/** Add an answer: its tokens, the same text as Markdown, and a button that copies it. */
+function answerTurn(text = "") {
+  const made = turn("assistant");
+  const tokens = document.createElement("div");
+  tokens.className = "tokens";
+  tokens.textContent = text;
+  made.append(tokens);
+  return tokens;
+}
+
+function finishTurn(tokens, text) {
+  const formatted = document.createElement("div");
+  formatted.className = "formatted";
+  formatted.append(markdown(text));
+  const copy = document.createElement("button");
+  copy.type = "button";
+  copy.textContent = "Copy";
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "Copied";
+  });
+  tokens.after(formatted, copy);
+}
+
+/** Keep the chat and the settings for a reload. */
+function store() {
+  const field = (id) => (byId(id).type === "checkbox" ? byId(id).checked : byId(id).value);
+  const settings = Object.fromEntries(SETTINGS.map((id) => [id, field(id)]));
+  localStorage.setItem(STORED, JSON.stringify({ messages, settings }));
+}
+
+function restore() {
+  const stored = JSON.parse(localStorage.getItem(STORED) ?? "{}");
+  for (const [id, value] of Object.entries(stored.settings ?? {})) {
+    byId(id)[byId(id).type === "checkbox" ? "checked" : "value"] = value;
+  }
+  for (const message of stored.messages ?? []) {
+    log.querySelector(".hint")?.remove();
+    messages.push(message);
+    if (message.role === "user") turn("user", message.content);
+    else finishTurn(answerTurn(message.content), message.content);
+  }
+}
+
+function body(conversation, extra) {
+  const system = byId("system").value.trim();
   return {
-    messages,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation],
     stream: true,
     stream_options: { include_draft_trees: true },
     temperature: Number(byId("temperature").value),
@@ -78,8 +127,8 @@ function body(extra) {
 }
 
 /** Read one answer, and keep what is shown up to date. */
-async function read(answer, name, extra) {
-  for await (const chunk of complete(body(extra), byId("key").value, request.signal)) {
+async function read(answer, name, sent, signal) {
+  for await (const chunk of complete(sent, byId("key").value, signal)) {
     for (const choice of chunk.choices) {
       const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       answer.add(choice);
@@ -93,6 +142,7 @@ async function read(answer, name, extra) {
 }
 
 async function ask(text) {
+  comparison?.abort();
   request = new AbortController();
   busy(true);
   for (const name of ["tree-speed", "tree-efficiency", "plain-speed", "plain-efficiency"]) {
@@ -103,26 +153,48 @@ async function ask(text) {
   log.querySelector(".hint")?.remove();
   turn("user", text);
   messages.push({ role: "user", content: text });
-  const answer = new Answer(turn("assistant"));
+  const answer = new Answer(answerTurn());
   shown = answer;
-  const seed = Math.floor(Math.random() * 2 ** 31);
+  const seed = byId("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number(byId("seed").value);
+  const plainBody = body([...messages], { seed, method: "ar" });
+  const treeBody = body([...messages], { seed, budget: BUDGETS[byId("budget").value] });
+  const { signal } = request;
+  let finished = false;
   try {
-    await read(answer, "tree", { seed, budget: BUDGETS[byId("budget").value] });
-    if (byId("compare").checked) {
-      verdict.textContent = "Decoding the same answer plainly …";
-      const plain = new Answer(null);
-      await read(plain, "plain", { seed, method: "ar" });
-      const times = plain.speed ? answer.speed / plain.speed : 0;
-      const same = plain.text === answer.text ? "the same text" : "another text";
-      verdict.textContent = `Plain decoding gives ${same}; draft trees are ${times.toFixed(2)} times as fast.`;
-    }
+    await read(answer, "tree", treeBody, signal);
+    finished = true;
   } catch (error) {
-    if (error.status === 401) askForKey();
-    verdict.textContent = "";
-    if (error.name !== "AbortError") turn("error", error.message);
+    tell(error);
   }
+  if (signal.reason === "new chat") return;
   messages.push({ role: "assistant", content: answer.content });
+  finishTurn(answer.place, answer.text);
+  store();
   busy(false);
+  if (finished && byId("compare").checked) await compare(answer, plainBody);
+}
+
+/** Decode the same answer plainly. A new message ends this. */
+async function compare(answer, sent) {
+  const verdict = byId("verdict");
+  comparison = new AbortController();
+  verdict.textContent = "Decoding the same answer plainly …";
+  try {
+    const plain = new Answer(null);
+    await read(plain, "plain", sent, comparison.signal);
+    const times = plain.speed ? answer.speed / plain.speed : 0;
+    const same = plain.text === answer.text ? "the same text" : "another text";
+    verdict.textContent = `Plain decoding gives ${same}; draft trees are ${times.toFixed(2)} times as fast.`;
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    verdict.textContent = "";
+    tell(error);
+  }
+}
+
+function tell(error) {
+  if (error.status === 401) askForKey();
+  if (error.name !== "AbortError" && error !== "new chat") turn("error", error.message);
 }
 
 /** Show an iteration's tree, and mark its tokens. */
@@ -176,8 +248,11 @@ prompt.addEventListener("keydown", (event) => {
 });
 stop.addEventListener("click", () => request.abort());
 byId("clear").addEventListener("click", () => {
-  request?.abort();
+  request?.abort("new chat");
+  comparison?.abort();
   messages.length = 0;
+  store();
+  busy(false);
   shown = null;
   log.replaceChildren();
   byId("tree").replaceChildren();
@@ -192,6 +267,8 @@ log.addEventListener("click", (event) => {
   if (shown && shown.place.contains(event.target) && number > 0) choose(number);
 });
 for (const id of ["budget", "temperature", "length"]) byId(id).addEventListener("input", label);
+for (const id of SETTINGS) byId(id).addEventListener("change", store);
+byId("markdown").addEventListener("change", showMarkdown);
 byId("key").addEventListener("change", nameModel);
 
 async function nameModel() {
@@ -204,6 +281,12 @@ async function nameModel() {
     : await reason(response);
 }
 
+function showMarkdown() {
+  log.classList.toggle("as-markdown", byId("markdown").checked);
+}
+
+restore();
+showMarkdown();
 label();
 nameModel();
 prompt.focus();

@@ -3,7 +3,7 @@
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const COLUMN = 96;
 const ROW = 24;
-const LONGEST = 11; // characters of a label
+const MAX_LABEL = 11; // characters
 
 /** Replace what `place` shows by a tree: `nodes` (texts), `parents` and `path` (indices). */
 export function drawTree(place, { nodes, parents, path }) {
@@ -59,7 +59,7 @@ function kind(name, accepted) {
 
 function short(text) {
   const shown = text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
-  return shown.length > LONGEST ? `${shown.slice(0, LONGEST - 1)}…` : shown;
+  return shown.length > MAX_LABEL ? `${shown.slice(0, MAX_LABEL - 1)}…` : shown;
 }
 
 function element(name, attributes) {

@@ -1,8 +1,9 @@
 """The entry point."""
 
+from treeflash.decoding.probe import check_trees
 from treeflash.errors import BackendError, ConfigError
 from treeflash_example.drafter import Drafter, DrafterModel, Head
-from treeflash_example.state import State
+from treeflash_example.state import KVCache, State
 from treeflash_example.target import Target, Verifier
 
 
@@ -18,11 +19,15 @@ class ExampleBackend:
         self.head = Head(drafter) if drafter and drafter.config.head else None
 
     def open(self, capacity, *, drafts):
-        return State(self.target.new_cache(), self.model.new_cache() if drafts else None)
+        drafter = KVCache(self.model.new_cache()) if drafts else None
+        return State(KVCache(self.target.new_cache()), drafter)
 
     def state_nbytes(self, capacity, *, drafts):
         caches = [self.target.new_cache(), self.model.new_cache() if drafts else []]
         return sum(4 * capacity * 2 * x.shape[1] * x.shape[3] for cache in caches for x in cache)
+
+    def check_trees(self):
+        check_trees(self)
 
     def memory_bytes(self):
         return 0

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from treeflash.decoding.one_by_one import OneByOneDrafter, OneByOneHead
+from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors, refuse_extensions
@@ -51,17 +51,14 @@ class Drafter(OneByOneDrafter):
 
     def read(self, state):
         """Keys and values of the positions committed since the last draft."""
-        model, features = self.model, np.concatenate(state.features)
-        state.features = []
+        model, features = self.model, np.concatenate(state.context)
+        state.context = []
         context = model.norm("hidden_norm", features @ model.weights["fc.weight"].T)
-        positions = state.drafter_cache[0].shape[2] + np.arange(len(context))
-        state.drafter_cache = [
-            np.concatenate([cached, layer.keys_values(context, positions)], 2)
-            for layer, cached in zip(model.layers, state.drafter_cache, strict=True)
-        ]
+        positions = state.drafter.length + np.arange(len(context))
+        state.drafter.append([layer.kv_cache(context, positions) for layer in model.layers])
 
     def draft_one(self, state, root, depths):
-        if state.features:
+        if state.context:
             self.read(state)
         model, config = self.model, self.model.config
         start = state.length
@@ -72,13 +69,13 @@ class Drafter(OneByOneDrafter):
         for n, layer in enumerate(model.layers):
             window = config.sliding_windows[n] or np.inf
             mask = (np.abs(distance) < window) & ((distance >= 0) | (not config.causal[n]))
-            x, _ = layer(x, positions, state.drafter_cache[n], mask)
+            x, _ = layer(x, positions, state.drafter.layers[n], mask)
         return root, x if depths is None else x[: 1 + depths]
 
-    def marginals_one(self, block, k, temperature, noise):
+    def marginals_one(self, block, options):
         logits = self.model.logits(block[1][1:])
-        logits = logits + added(noise, logits)
-        return TransitionTable.from_marginals(*top(logits / temperature, k))
+        logits = logits + added(options.noise, logits)
+        return TransitionTable.from_marginals(*top(logits / options.temperature, options.k))
 
     def log_probs(self, block):
         return log_softmax(self.model.logits(block[1][1:]))
@@ -88,23 +85,23 @@ class Head(OneByOneHead):
     def __init__(self, model):
         self.model = model
 
-    def transitions_one(self, block, m, k, temperature, *, noise, shortlist, rows):
+    def transitions_one(self, block, options):
         root, hidden = block[0], block[1][1:]
         logits = self.model.logits(hidden)
-        noise = added(noise, logits)
-        marginal = log_softmax((logits + noise) / temperature)
-        vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[:shortlist])
+        noise = added(options.noise, logits)
+        marginal = log_softmax((logits + noise) / options.temperature)
+        vocab = np.sort(np.argsort(-marginal.max(0), kind="stable")[: options.shortlist])
         marginal = marginal[:, vocab]
-        best, _ = top(marginal[:-1], m)
+        best, _ = top(marginal[:-1], options.m)
         weights = np.take_along_axis(marginal[:-1], best, -1)
         previous = vocab[best]
         before = np.concatenate([np.full((1, previous.shape[1]), root), previous])
         scores = self.logits(hidden, before) + noise[:, None]
-        tokens, log_probs = top(scores[..., vocab] / temperature, k)
+        tokens, log_probs = top(scores[..., vocab] / options.temperature, options.k)
         log_probs += np.log(np.exp(marginal).sum(-1))[:, None, None]
-        if rows is not None:
+        if options.rows is not None:
             order = np.argsort(-weights, axis=None, kind="stable")
-            previous.flat[order[rows:]] = -1
+            previous.flat[order[options.rows :]] = -1
         return TransitionTable.from_candidates(
             previous.astype(np.int32), vocab[tokens].astype(np.int32), log_probs
         )
@@ -129,7 +126,7 @@ def added(noise, logits):
     """What is added to (D, vocab) logits."""
     if noise is None:
         return np.zeros_like(logits)
-    return noise.of(np.arange(logits.shape[1], dtype=np.int32))
+    return noise.values(np.arange(logits.shape[1], dtype=np.int32))
 
 
 def top(logits, k):

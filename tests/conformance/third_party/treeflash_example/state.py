@@ -1,44 +1,42 @@
-"""The state of one text."""
+"""The state of one sequence."""
 
 import numpy as np
 
-from treeflash.decoding.one_by_one import WithoutRecurrence
+from treeflash.decoding.backend_base import BaseState
 
 
-class State(WithoutRecurrence):
-    """Keys and values by layer, and the features that the drafter has not read yet."""
+class KVCache:
+    """(2, kv_heads, length, head_dim) keys and values by layer; arrays are never changed."""
 
-    def __init__(self, cache, drafter_cache, features=()):
-        self.cache, self.drafter_cache, self.features = cache, drafter_cache, list(features)
+    def __init__(self, layers):
+        self.layers = layers
 
     @property
     def length(self):
-        return self.cache[0].shape[2]
+        return self.layers[0].shape[2]
 
     @property
     def nbytes(self):
-        return sum(x.nbytes for x in (*self.cache, *(self.drafter_cache or ()), *self.features))
+        return sum(x.nbytes for x in self.layers)
 
-    def fork(self, length, capacity):
-        new = State(self.cache, self.drafter_cache, self.features)  # arrays are never changed
-        new.truncate(length)
-        return new
+    def append(self, layers, rows=slice(None)):
+        pairs = zip(self.layers, layers, strict=True)
+        self.layers = [np.concatenate([old, new[:, :, rows]], 2) for old, new in pairs]
 
     def truncate(self, length):
-        self.cache = [x[:, :, :length] for x in self.cache]
-        if self.drafter_cache is not None:
-            read = self.drafter_cache[0].shape[2]
-            self.drafter_cache = [x[:, :, :length] for x in self.drafter_cache]
-            if self.features:
-                features = np.concatenate(self.features)[: max(length - read, 0)]
-                self.features = [features] if len(features) else []
+        self.layers = [x[:, :, :length] for x in self.layers]
+
+    def read(self):
+        return np.stack(self.layers)
 
     def close(self):
-        self.cache = self.drafter_cache = self.pending = self.outputs = None
-        self.features = []
+        self.truncate(0)
 
-    def keys_values(self):
-        return np.stack(self.cache)
 
-    def drafter_keys_values(self):
-        return np.stack(self.drafter_cache)
+class State(BaseState):
+    def copy(self, length, capacity, recurrent):
+        caches = (cache and KVCache(cache.layers) for cache in (self.kv_cache, self.drafter))
+        new = State(*caches)
+        new.context = list(self.context)
+        new.truncate(length)
+        return new

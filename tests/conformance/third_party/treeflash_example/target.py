@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from treeflash.decoding.one_by_one import OneByOneVerifier
+from treeflash.decoding.backend_base import OneByOneVerifier
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
 from treeflash_example.layer import Layer, Weights, rms_norm
@@ -52,17 +52,14 @@ class Verifier(OneByOneVerifier):
         mask = np.ones((len(tree), state.length), np.bool_)
         mask = np.concatenate([mask, tree.ancestor_mask()], 1)
         state.pending, state.outputs = [], []
-        for layer, cached in zip(self.target.layers, state.cache, strict=True):
-            x, keys_values = layer(x, positions, cached, mask)
-            state.pending.append(keys_values)
+        for layer, cached in zip(self.target.layers, state.kv_cache.layers, strict=True):
+            x, kv_cache = layer(x, positions, cached, mask)
+            state.pending.append(kv_cache)
             state.outputs.append(x)
         return self.target.logits(x)
 
     def commit_one(self, state, path):
-        state.cache = [
-            np.concatenate([old, new[:, :, path]], 2)
-            for old, new in zip(state.cache, state.pending, strict=True)
-        ]
-        if state.drafter_cache is not None:
+        state.kv_cache.append(state.pending, path)
+        if state.drafter:
             outputs = [state.outputs[n][path] for n in self.layer_ids]
-            state.features.append(np.concatenate(outputs, -1))
+            state.context.append(np.concatenate(outputs, -1))

@@ -1,0 +1,121 @@
+"""Uploads, the largest of many numbers, log probabilities, and Gumbel noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.decoding import sampling as definition
+
+BLOCK = 64
+"""Numbers whose maximum is found first, in a search for the largest ones."""
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for the copy."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """int32 tensors of several arrays, in one copy."""
+    if not arrays:
+        return []
+    flat = np.concatenate([np.asarray(array, np.int32).ravel() for array in arrays])
+    parts = upload(flat, device).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(n, k) largest elements of each (size,) row, largest first, and their indices.
+
+    They are found block by block: the k largest elements lie in the k blocks with the largest
+    maxima, and maxima are fast. At most `size` elements are returned.
+    """
+    block = math.gcd(x.shape[1], BLOCK)
+    blocks = x.unflatten(1, (-1, block))
+    if k >= blocks.shape[1]:
+        return x.topk(min(k, x.shape[1]))
+    best_blocks = blocks.amax(-1).topk(k).indices
+    candidates = blocks.gather(1, best_blocks[:, :, None].expand(-1, -1, block)).flatten(1)
+    values, places = candidates.topk(k)
+    return values, best_blocks.gather(1, places // block) * block + places % block
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """(n, k) indices of the largest elements of (n, size) float32 numbers, ascending.
+
+    NaN counts as larger than any number, as in `Tensor.topk`.
+    """
+    if x.device.type != "cpu":
+        return topk(x, k)[1].sort().values
+    return torch.stack([_largest(row.numpy(), k) for row in x])
+
+
+def _largest(numbers: NDArray[np.float32], k: int) -> Tensor:
+    """(k,) indices of the largest elements of (size,) numbers, ascending."""
+    # Not `>=`: no comparison with NaN is true, and the caller has to find NaN.
+    candidates = np.flatnonzero(~(numbers < topk_lower_bound(numbers, k)))
+    best = np.argpartition(numbers[candidates], -k)[-k:]
+    return torch.from_numpy(candidates[np.sort(best)])
+
+
+def topk_lower_bound(x: NDArray[np.float32], k: int) -> np.float32:
+    """A lower bound of the k largest of (size,) numbers, without searching for them."""
+    block = math.gcd(len(x), BLOCK)
+    while len(x) < k * block:
+        block //= 2
+    # NumPy vectorises maxima of a matrix's columns, not of its rows.
+    bound: np.float32 = np.partition(x.reshape(block, -1).max(0), -k)[-k]
+    return bound
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, divided by the temperature; 1 saves a pass over them."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def top_log_probs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The most probable tokens of each row of (n, vocab) logits, best first; at most all tokens.
+
+    (n, k) int32, and their (n, k) float32 log probabilities in nats.
+    """
+    scaled = divide_by_temperature(logits, temperature)
+    best, tokens = topk(scaled, k)
+    return tokens.int(), best - scaled.logsumexp(-1, keepdim=True)
+
+
+def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
+    """(n, vocab) float32 noise of (n, 2) int32 keys."""
+    if keys.device.type == "cpu":
+        noise = definition.vocabulary_noise(keys.numpy().view(np.uint32), vocab_size)
+        return torch.from_numpy(noise)
+    return gumbel_on_device(keys, vocab_size)
+
+
+def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
+    """`gumbel`, computed on the device of the keys."""
+    x = torch.arange(vocab_size, device=keys.device, dtype=torch.int32) ^ keys[:, :1]
+    _mix(x)
+    x ^= keys[:, 1:]
+    _mix(x)
+    shares = _shifted(x, 1).float().add_(0.5).mul_(2.0**-31).clamp_(max=definition.MAX_SHARE)
+    return shares.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix(x: Tensor) -> None:
+    """The hash's step in place; int32 products wrap."""
+    for shift, multiplier in zip(definition.SHIFTS, (*definition.MULTIPLIERS, 1), strict=True):
+        x ^= _shifted(x, shift)
+        x *= multiplier - (multiplier >> 31 << 32)
+
+
+def _shifted(x: Tensor, shift: int) -> Tensor:
+    """The right shift of unsigned numbers: the sign is not copied."""
+    return (x >> shift).bitwise_and_((1 << 32 - shift) - 1)

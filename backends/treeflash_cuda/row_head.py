@@ -1,0 +1,495 @@
+"""Heads that draft depth by depth: their layer, their rows, and the tables they give.
+
+See `treeflash.drafters.row_heads` for what a row is. The KV cache of a sequence has a row for each
+committed position, and behind them the rows of the drafts of one table. The keys and values of
+committed rows need no attention, so a prompt costs little more than their projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig, RowTensors
+from treeflash.errors import ConfigError
+from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
+from treeflash_cuda.cache import Arena, KVCache, PackedRows
+from treeflash_cuda.drafter import OutputStage
+from treeflash_cuda.drafter_model import MLP, OwnVocabulary, Rotary, rotate
+from treeflash_cuda.linear import pack_linears
+from treeflash_cuda.numerics import top_log_probs, upload
+from treeflash_cuda.target import Target
+
+CHUNK = 2048
+"""Committed rows whose keys and values are computed at once."""
+
+
+class Norm(nn.Module):
+    """RMS norm in float32, with weights that stay float32."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.empty(size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
+        """Follow the model to its device, but not to its dtype."""
+        self.weight = self.weight.to(fn(self.weight).device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Router(nn.Module):
+    """Chooses the experts of each row, and their weights."""
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.count, hidden_size))
+        bias = nn.Parameter(torch.empty(config.count)) if config.sigmoid else None
+        self.e_score_correction_bias: nn.Parameter | None = bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
+        logits, bias = F.linear(x.float(), self.weight.float()), self.e_score_correction_bias
+        scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+        ranks = scores if bias is None else scores + bias.float()
+        experts = ranks.topk(self.config.per_token, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.config.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.config.scale, experts
+
+
+class ExpertWeights(nn.Module):
+    """The feed-forward networks of all experts, (experts, out, in) each."""
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        inner = config.count, config.width, hidden_size
+        self.gate_proj = nn.Parameter(torch.empty(inner))
+        self.up_proj = nn.Parameter(torch.empty(inner))
+        self.down_proj = nn.Parameter(torch.empty(config.count, hidden_size, config.width))
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, and one that runs for every row."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        experts, h = config.experts, config.hidden_size
+        assert experts is not None
+        self.gate = Router(experts, h)
+        self.experts = ExpertWeights(experts, h)
+        self.shared_expert = None
+        if experts.shared_width:
+            self.shared_expert = MLP(replace(config, intermediate_size=experts.shared_width))
+        self.shared_expert_gate = nn.Linear(h, 1, bias=False) if experts.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, hidden_size) to (n, hidden_size)."""
+        weights, chosen = self.gate(x)
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in chosen.unique().tolist():
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            y = x[rows]
+            y = F.silu(F.linear(y, self.experts.gate_proj[expert])) * F.linear(
+                y, self.experts.up_proj[expert]
+            )
+            y = F.linear(y, self.experts.down_proj[expert])
+            out.index_add_(0, rows, y.float() * weights[rows, places, None])
+        out = out.to(x.dtype)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            out = out + shared
+        return out
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of rows."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        read = 2 * h if config.reads_both else h
+        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(read, 2 * q if config.gated else q, bias)
+        self.k_proj = nn.Linear(read, kv, bias)
+        self.v_proj = nn.Linear(read, kv, bias)
+        self.o_proj = nn.Linear(q, h, config.output_bias)
+        if config.qk_norm:
+            self.q_norm = Norm(d, config.rms_norm_eps)
+            self.k_norm = Norm(d, config.rms_norm_eps)
+
+    def queries(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if there are any."""
+        q, gate = self.q_proj(y).unflatten(-1, (self.config.num_attention_heads, -1)), None
+        if self.config.gated:
+            q, gate = q.chunk(2, -1)
+        return self._rotated(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
+
+    def kv_cache(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(1, kv_heads, n, head_dim) each, of n rows."""
+        k, v = (
+            x.unflatten(-1, (-1, self.config.head_dim)) for x in (self.k_proj(y), self.v_proj(y))
+        )
+        keys = self._rotated(self.k_norm(k) if self.config.qk_norm else k, rotation)
+        return keys, v.transpose(0, 1)[None]
+
+    def _rotated(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """(1, heads, n, head_dim) from (n, heads, head_dim); the first channels are rotated."""
+        first, rest = x.transpose(0, 1)[None].tensor_split([rotation[0].shape[-1]], -1)
+        return torch.cat([rotate(first, rotation), rest], -1)
+
+
+class Layer(nn.Module):
+    """The only layer."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        h, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = None if config.reads_both else Norm(h, eps)
+        self.post_attention_layernorm = Norm(h, eps)
+        self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
+
+
+class RowModel(nn.Module):
+    """The weights of a row head, under their canonical names."""
+
+    def __init__(self, config: RowConfig, own: OwnVocabulary | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.own = own or OwnVocabulary()
+        h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
+        self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
+        self.input_proj = self.fc = self.input_norm = self.fc_norm = None
+        if config.reads_both:
+            self.fc = nn.Linear(features * h, h, bias=False)
+            if config.feature_norms == "all":
+                self.input_norm = Norm(features * h, eps)
+            if config.feature_norms == "each":
+                self.fc_norm = nn.ModuleList(Norm(h, eps) for _ in range(features))
+        else:
+            self.input_proj = nn.Linear(2 * h, h, bias=False)
+        self.layer = Layer(config)
+        self.norm = Norm(h, eps)
+        self.rotary = Rotary(config)
+
+    @classmethod
+    def from_tensors(cls, tensors: RowTensors[Tensor], target: Target) -> RowModel:
+        config = tensors.config
+        weights = {
+            name: weight.float() + config.norm_offset if name.endswith("norm.weight") else weight
+            for name, weight in tensors.weights.items()
+        }
+        own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
+        with torch.device("meta"):  # no memory for weights that are replaced
+            model = cls(config, own)
+        model.load_state_dict(weights, assign=True)
+        model.rotary = Rotary(config)
+        model = model.to(target.device, target.dtype).eval()
+        pack_linears(model)
+        return model
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The layers that have a KV cache."""
+        return [self.layer]
+
+    def project(self, features: Tensor) -> Tensor:
+        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
+        if self.fc is None:
+            return features
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([n(x) for n, x in zip(self.fc_norm, parts, strict=True)], -1)
+        return self.fc(features)
+
+    def read(self, embedded: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads, and its residual, from (n, hidden_size) embeddings and states."""
+        normed = self.hidden_norm(states)
+        both = torch.cat([self.embedding_norm(embedded), normed], -1)
+        if self.input_proj is None:
+            return both, normed if self.config.normed_residual else states
+        x = self.input_proj(both)
+        assert self.layer.input_layernorm is not None
+        return self.layer.input_layernorm(x), x
+
+    def finish(self, attended: Tensor, gate: Tensor | None, residual: Tensor) -> Tensor:
+        """(n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        if gate is not None:
+            attended = attended * gate.sigmoid()
+        x = residual + self.layer.self_attn.o_proj(attended.flatten(1))
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def feedback(self, outputs: Tensor) -> Tensor:
+        """The states of the children of rows."""
+        return self.norm(outputs) if self.config.normed_feedback else outputs
+
+
+@dataclass(eq=False)
+class RowCache(KVCache):
+    """The rows of one sequence, and the target's states that they read.
+
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
+    """
+
+    hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.hidden is None else self.hidden.nbytes)
+
+    def append(self, states: Sequence[Tensor]) -> None:
+        """Note the (n, hidden_size) states of new committed positions."""
+        for part in states:
+            if self.hidden is None:
+                self.hidden = part.new_empty(self.capacity, part.shape[1])
+            self.hidden[self.length : self.length + len(part)] = part
+            self.length += len(part)
+
+    def copy_from(self, other: KVCache, length: int) -> None:
+        super().copy_from(other, length)
+        assert isinstance(other, RowCache)
+        if self.length and other.hidden is not None:
+            self.hidden = other.hidden.new_empty(self.capacity, other.hidden.shape[1])
+            self.hidden[: self.length] = other.hidden[: self.length]
+
+    def read(self) -> NDArray[np.float32]:
+        return super().read()[..., : max(self.length - 1, 0), :]
+
+    def close(self) -> None:
+        super().close()
+        self.hidden = None
+
+
+class RowArena(Arena):
+    """Hands out the columns of row caches."""
+
+    def new_cache(self, capacity: int) -> RowCache:
+        return RowCache(self, capacity)
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """The root's row after a draft."""
+
+    root: int  # token id
+    output: Tensor  # (1, hidden_size) of the layer
+    cache: RowCache
+    length: int  # rows of the sequence, the root's last
+    depths: int  # wanted
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of one depth of all sequences, n of each."""
+
+    outputs: Tensor  # (sequences * n, hidden_size) of the layer
+    visible: Tensor  # (sequences, n, c) bool: the drafted rows so far that each row sees
+
+
+class RowDrafter:
+    """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
+
+    def __init__(self, model: RowModel, target: Target) -> None:
+        self.model = model
+        self.target = target
+        self.output = OutputStage(model, target)  # embeds tokens, and computes logits
+
+    @torch.inference_mode()
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
+        """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        new: list[tuple[RowCache, int, list[int]]] = []
+        for state, root in roots:
+            cache = state.drafter
+            assert isinstance(cache, RowCache)
+            first = max(cache.length - 1, 0)
+            cache.append(state.context)
+            state.context = []
+            tokens = [*state.tokens[first + 1 :], root]
+            while len(tokens) > CHUNK:
+                self._write([(cache, first, tokens[:CHUNK])])
+                first, tokens = first + CHUNK, tokens[CHUNK:]
+            new.append((cache, first, tokens))
+        read, rotation = self._write(new)
+        ends = np.cumsum([len(tokens) for _, _, tokens in new]) - 1
+        last = upload(ends, self.target.device)
+        y, residual = (x.index_select(0, last) for x in read)
+        caches = [cache for cache, _, _ in new]
+        cos, sin = (x.index_select(0, last) for x in rotation)
+        q, gate = self.model.layer.self_attn.queries(y, (cos, sin))
+        attended = attend(self.model.config, q, caches, [x.length for x in caches], None)
+        outputs = self.model.finish(attended, gate, residual)
+        most = self.model.config.depths
+        blocks = zip(roots, outputs.split(1), caches, strict=True)
+        return [
+            RowBlock(root, output, cache, cache.length, min(depths or most, most))
+            for (_, root), output, cache in blocks
+        ]
+
+    def _write(
+        self, rows: Sequence[tuple[RowCache, int, list[int]]]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Write the keys and values of rows: their cache, the first one, and their tokens.
+
+        Returns what `RowModel.read` does, and the rotation.
+        """
+        device = self.target.device
+        flat = np.array([token for _, _, tokens in rows for token in tokens])
+        numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])
+        tokens_, positions = upload(flat, device), upload(numbers, device)
+        states = [x.hidden[first : first + len(tokens)] for x, first, tokens in rows]  # type: ignore[index]
+        read = self.model.read(self.output.embed(tokens_), torch.cat(states))
+        rotation = self.model.rotary(positions, read[0].dtype)
+        k, v = self.model.layer.self_attn.kv_cache(read[0], rotation)
+        PackedRows([(x, first, len(tokens)) for x, first, tokens in rows], k).write(0, k, v)
+        return read, rotation
+
+    def marginals(self, blocks: Sequence[RowBlock], options: TableOptions) -> list[TransitionTable]:
+        raise ConfigError(NO_MARGINALS)
+
+    def log_probs(self, block: RowBlock) -> NDArray[np.float32]:
+        raise ConfigError(NO_MARGINALS)
+
+
+def attend(
+    config: RowConfig,
+    queries: Tensor,  # (1, heads, sequences * n, head_dim)
+    caches: Sequence[RowCache],
+    ends: Sequence[int],  # columns that the rows of each sequence see, or that are masked
+    visible: Tensor | None,  # (sequences, n, c) bool, of the last c columns; None if n is 1
+) -> Tensor:
+    """(sequences * n, heads, head_dim) attention of each sequence's rows to its own columns."""
+    n = queries.shape[2] // len(caches)
+    kv_caches = [cache.first_columns(0, end) for cache, end in zip(caches, ends, strict=True)]
+    masks: list[Tensor | None] = [None] * len(caches)
+    if visible is not None:
+        groups = config.num_attention_heads // config.num_key_value_heads
+        drafted = additive_mask(visible, queries.dtype)
+        for i, end in enumerate(ends):
+            mask = F.pad(drafted[i], (end - visible.shape[2], 0))
+            masks[i] = group_mask(mask, groups)
+    sizes, scale = [n] * len(caches), config.head_dim**-0.5
+    return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
+
+
+class RowHead:
+    """`treeflash.decoding.interfaces.ARHead` in PyTorch, one pass of the layer for each depth."""
+
+    def __init__(self, model: RowModel, target: Target) -> None:
+        self.module = self.model = model
+        self.target = target
+        self.output = OutputStage(model, target)
+
+    @torch.inference_mode()
+    def transitions(
+        self, blocks: Sequence[RowBlock], options: TableOptions
+    ) -> list[TransitionTable]:
+        """Run each depth of all sequences as one batch of rows, and read all depths at once."""
+        depths, batch = blocks[0].depths, len(blocks)
+        keys = self.output.upload(options.noise)
+        width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
+        rows = self._start(blocks)
+        path_log_probs = torch.zeros(batch, 1, device=self.target.device)
+        arrays: list[Tensor] = []
+        shapes: list[tuple[int, int]] = []
+        for depth in range(depths):
+            n = len(rows.outputs) // batch
+            logits = self.output.logits(self.model.norm(rows.outputs)).float()
+            if (noise := self.output.noise(keys[depth::depths])) is not None:
+                logits = logits + noise.repeat_interleave(n, 0)
+            tokens, log_probs = top_log_probs(logits, options.k, options.temperature)
+            tokens, k = self.output.to_target(tokens), tokens.shape[1]
+            log_probs = log_probs.view(batch, n * k)
+            children = (path_log_probs[:, :, None] + log_probs.view(batch, n, k)).flatten(1)
+            ranks = children.clone()
+            ranks[:, 0] = torch.inf  # the first child is the chain's, which must not end here
+            kept = ranks.topk(min(width, n * k)).indices
+            tokens = tokens.view(batch, n * k)
+            arrays += [tokens, log_probs.view(torch.int32), kept.int()]
+            shapes.append((n, k))
+            if depth + 1 < depths:
+                path_log_probs = children.gather(1, kept)
+                rows = self._step(blocks, rows, depth + 1, tokens.gather(1, kept).long(), kept // k)
+        numbers = torch.cat(arrays, 1).cpu().numpy()  # one read from the device
+        ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
+        tables = []
+        for sequence in numbers:
+            parts = np.split(sequence, ends)
+            tables.append(
+                TransitionTable.from_paths(
+                    [x.reshape(shape) for x, shape in zip(parts[::3], shapes, strict=True)],
+                    [
+                        x.view(np.float32).reshape(shape)
+                        for x, shape in zip(parts[1::3], shapes, strict=True)
+                    ],
+                    [x.astype(np.int64) for x in parts[2::3]],
+                )
+            )
+        return tables
+
+    @torch.inference_mode()
+    def log_probs(self, block: RowBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        tokens = torch.from_numpy(previous).to(self.target.device).long()
+        rows = self._start([block])
+        outputs = [rows.outputs]
+        for depth in range(1, len(previous)):
+            parents = tokens.new_zeros(1, 1)
+            rows = self._step([block], rows, depth, tokens[None, depth : depth + 1], parents)
+            outputs.append(rows.outputs)
+        logits = self.output.logits(self.model.norm(torch.cat(outputs)))
+        return self.output.over_target_vocabulary(logits.float().log_softmax(-1)).cpu().numpy()
+
+    def _start(self, blocks: Sequence[RowBlock]) -> _Rows:
+        outputs = torch.cat([block.output for block in blocks])
+        none = torch.zeros(len(blocks), 1, 0, dtype=torch.bool, device=outputs.device)
+        return _Rows(outputs, none)
+
+    def _step(
+        self,
+        blocks: Sequence[RowBlock],
+        rows: _Rows,
+        depth: int,
+        tokens: Tensor,  # (sequences, n) of the target's vocabulary
+        parents: Tensor,  # (sequences, n) rows of the depth before, of each sequence
+    ) -> _Rows:
+        """The rows of tokens, which follow rows of the depth before."""
+        (batch, n), model = tokens.shape, self.model
+        before, drafted = rows.visible.shape[1:]
+        places = (parents + before * torch.arange(batch, device=parents.device)[:, None]).flatten()
+        states = model.feedback(rows.outputs.index_select(0, places))
+        y, residual = model.read(self.output.embed(tokens.flatten()), states)
+        numbers = np.repeat([block.length - 1 + depth for block in blocks], n)
+        rotation = model.rotary(upload(numbers, self.target.device), y.dtype)
+        q, gate = model.layer.self_attn.queries(y, rotation)
+        k, v = model.layer.self_attn.kv_cache(y, rotation)
+        starts = [block.length + drafted for block in blocks]
+        caches = [block.cache for block in blocks]
+        segments = [(cache, start, n) for cache, start in zip(caches, starts, strict=True)]
+        PackedRows(segments, k).write(0, k, v)
+        ancestors = rows.visible.flatten(0, 1).index_select(0, places).unflatten(0, (batch, n))
+        itself = torch.eye(n, dtype=torch.bool, device=y.device).expand(batch, n, n)
+        visible = torch.cat([ancestors, itself], 2)
+        attended = attend(model.config, q, caches, [start + n for start in starts], visible)
+        return _Rows(model.finish(attended, gate, residual), visible)

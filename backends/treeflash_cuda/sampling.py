@@ -1,0 +1,326 @@
+"""Sampling of the target's tokens, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding import sampling as definition
+from treeflash.decoding.sampling import (
+    MASK_BITS,
+    LogProbs,
+    SampledTokens,
+    SamplingParams,
+    check_finite,
+    shared_sampling,
+)
+from treeflash_cuda.graphs import Graphs, power_of_two
+from treeflash_cuda.numerics import gumbel, topk, topk_lower_bound, upload, upload_all
+
+ROWS = 4
+"""Rows computed together on a CPU: few enough to stay in its caches and in the allocator's pool."""
+SHORTLIST = 64
+"""Most probable tokens that are searched first for the end of a nucleus, on a GPU."""
+NOT_FINITE = -1
+"""In the place of a token whose logit is not finite."""
+BLOCK = 256
+"""Tokens reduced together in the first step of an argmax, on a GPU."""
+
+
+def sample_on_cpu(
+    logits: Tensor, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
+) -> NDArray[np.int64]:
+    if sampling.greedy:
+        rows = logits.float().numpy()
+        # NumPy's argmax takes a fraction of the time of torch's, and prefers NaN to all numbers.
+        best: NDArray[np.int64] = rows.argmax(-1)
+        check_finite(np.isfinite(np.take_along_axis(rows, best[:, None], -1)).all())
+        return best
+    assert keys is not None
+    check_finite(logits.amax(-1).isfinite().all())
+    starts = range(0, len(logits), ROWS)
+    parts = [(logits[i : i + ROWS], sampling, keys[i : i + ROWS]) for i in starts]
+    return np.concatenate([_sample_rows(*part) for part in parts])
+
+
+def _sample_rows(
+    logits: Tensor, sampling: SamplingConfig, keys: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    scaled = logits.float() / sampling.temperature
+    top_k = sampling.top_k if sampling.top_k < scaled.shape[-1] else 0
+    if not top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        noise = gumbel(torch.from_numpy(keys.view(np.int32)), scaled.shape[-1])
+        return (scaled - scaled.amax(-1, keepdim=True) + noise).numpy().argmax(-1)
+    rows = zip(torch.softmax(scaled, -1).numpy(), keys, strict=True)
+    return np.array([_sample_row(*row, top_k, sampling.top_p, sampling.min_p) for row in rows])
+
+
+def _sample_row(
+    probs: NDArray[np.float32], key: NDArray[np.uint32], top_k: int, top_p: float, min_p: float
+) -> np.int64:
+    """One token, by (vocab,) probabilities and the (2,) key of the noise; `top_k` 0 is off."""
+    best = probs.max()
+    edge = min_p * best
+    if top_k:
+        floor = topk_lower_bound(probs, top_k)
+    else:
+        total = probs.sum()
+        # Top-p drops every token below an equal share of the mass that it drops.
+        floor = min(max(edge, (1 - top_p) * total / len(probs)), best)
+    tokens = np.flatnonzero(probs >= floor)
+    probs = probs[tokens]
+    if top_k:
+        # Ties with the k-th token stay as well.
+        inside = probs >= np.partition(probs, -top_k)[-top_k]
+        tokens, probs = tokens[inside], probs[inside]
+        total = probs.sum(dtype=np.float64)
+    if top_p < 1:
+        ranked = np.sort(probs)[::-1]
+        mass_above = ranked.cumsum(dtype=np.float64) - ranked
+        # At least the best token, even if the mass to keep rounds to 0.
+        nucleus = max(int(np.count_nonzero(mass_above < top_p * total)), 1)
+        edge = max(edge, ranked[nucleus - 1])
+    inside = probs >= edge
+    tokens, probs = tokens[inside], probs[inside]
+    noise = definition.gumbel(key[None], tokens.astype(np.int32))[0]
+    sampled: np.int64 = tokens[(np.log(probs) + noise).argmax()]
+    return sampled
+
+
+def sample_on_gpu(
+    logits: Tensor,
+    sampling: SamplingConfig,
+    keys: NDArray[np.uint32] | None,
+    graphs: Graphs | None = None,
+) -> NDArray[np.int64]:
+    graphs = graphs or Graphs(logits.device)
+    rows = len(logits)
+    if graphs.is_capturing:  # further rows, whose results are not used, let numbers share a graph
+        logits = F.pad(logits, (0, 0, 0, power_of_two(rows) - rows))
+    if sampling.greedy:
+        best = graphs.run("argmax", None, lambda x: (finite_argmax(x),), logits)[0]
+        numbers = best[:rows].cpu().numpy()
+        check_finite((numbers >= 0).all())
+        return numbers
+    assert keys is not None
+    padded = np.zeros((len(logits), 2), np.int32)
+    padded[:rows] = keys.view(np.int32)
+    uploaded = upload(padded, logits.device)
+    filters = replace(sampling, seed=0)
+
+    def search(logits: Tensor, keys: Tensor) -> tuple[Tensor]:
+        tokens, covered = _sample(logits, filters, keys, SHORTLIST)
+        tokens = torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)
+        return (torch.stack([tokens, covered], 1),)
+
+    (results,) = graphs.run("sampling", filters, search, logits, uploaded)
+    numbers = results[:rows].cpu().numpy()
+    check_finite((numbers[:, 0] >= 0).all())
+    sampled, covered = numbers[:, 0], numbers[:, 1].astype(np.bool_)
+    if not covered.all():
+        places = upload(np.flatnonzero(~covered), logits.device)
+        tokens, _ = _sample(logits[places], sampling, uploaded[places], logits.shape[-1])
+        sampled[~covered] = tokens.cpu().numpy()
+    return sampled
+
+
+def finite_argmax(logits: Tensor) -> Tensor:
+    """(n,) the best token of each row of (n, vocab) logits; -1 where its logit is not finite."""
+    best, tokens = _best(logits)
+    return torch.where(best.isfinite(), tokens, NOT_FINITE)
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) the largest number of each row, and (n,) its index, the first one in a tie."""
+    n, vocab = scores.shape
+    block = math.gcd(vocab, BLOCK)
+    blocks = scores.view(n, -1, block)
+    # A maximum is several times as fast as an argmax: search only the block with the maximum.
+    best, best_block = blocks.amax(-1).max(-1)
+    candidates = blocks[torch.arange(n, device=scores.device), best_block]
+    return best, best_block * block + candidates.argmax(-1)
+
+
+def _sample(
+    logits: Tensor, sampling: SamplingConfig, keys: Tensor, shortlist: int
+) -> tuple[Tensor, Tensor]:
+    """(n,) tokens, and (n,) whether the shortlist contained the nucleus."""
+    probs = torch.softmax(logits.float() / sampling.temperature, -1)
+    covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
+    ranked = None
+    if 0 < sampling.top_k < probs.shape[-1]:
+        # Ties with the k-th token stay as well.
+        ranked = topk(probs, sampling.top_k)[0]
+        probs = torch.where(probs >= ranked[:, -1:], probs, 0)
+    if sampling.top_p < 1:
+        mass = sampling.top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
+        if ranked is None:
+            ranked = topk(probs, shortlist)[0]
+            covered = ranked.sum(-1, dtype=torch.float64) >= mass[:, 0]
+        probs = torch.where(probs >= _nucleus_edge(ranked, mass), probs, 0)
+    if sampling.min_p > 0:
+        probs = torch.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), probs, 0)
+    return _best(probs.log() + gumbel(keys, probs.shape[-1]))[1], covered
+
+
+def _nucleus_edge(ranked: Tensor, mass: Tensor) -> Tensor:
+    """(n, 1) smallest probability that top-p keeps, of (n, k) largest ones and the mass to keep."""
+    mass_above = ranked.cumsum(-1, dtype=torch.float64) - ranked
+    # Keep at least the best token; the caller reports rows that are not finite.
+    last = (mass_above < mass).sum(-1, keepdim=True).clamp(min=1) - 1
+    return ranked.gather(-1, last)
+
+
+def sample_tokens(
+    logits: Tensor,  # (n, vocab)
+    sampling: SamplingConfig,  # temperature and filters
+    keys: NDArray[np.uint32] | None,  # (n, 2) of the noise; None when greedy
+    graphs: Graphs | None = None,  # replay the arithmetic; None computes it
+) -> NDArray[np.int32]:
+    """Sample a token per row, as `treeflash.decoding.sampling.sample_tokens` does.
+
+    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`.
+
+    Raises:
+        NumericalError: a row's largest logit is not finite.
+    """
+    if logits.device.type == "cpu":
+        return sample_on_cpu(logits, sampling, keys).astype(np.int32)
+    return sample_on_gpu(logits, sampling, keys, graphs).astype(np.int32)
+
+
+@dataclass(eq=False)
+class Logits:
+    """Logits of several sequences."""
+
+    parts: list[Tensor]  # (n, vocab) of each sequence
+    # (n,) `finite_argmax` of the parts, where the forward pass has computed it.
+    best: list[Tensor | None]
+    whole: Tensor | None = None  # all parts, if they are one tensor
+
+    @classmethod
+    def split(cls, logits: Tensor, counts: Sequence[int]) -> Logits:
+        """(rows, vocab) logits with this number of rows of each sequence."""
+        return cls(list(logits.split(list(counts))), [None] * len(counts), logits)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Some or all parts as one tensor."""
+        if self.whole is not None and sum(map(len, parts)) == len(self.whole):
+            return self.whole
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def sample(
+    logits: Logits,  # of all sequences
+    # Of each sequence; None for a sequence without rows.
+    all_params: Sequence[SamplingParams | None],
+    graphs: Graphs | None = None,  # replay the arithmetic; None computes it
+) -> list[SampledTokens | None]:
+    """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
+
+    Sequences with the same sampling are computed together, with one read from a GPU. Log
+    probabilities of all sequences take one more read.
+
+    Raises:
+        NumericalError: a row's largest logit is not finite.
+    """
+    parts, counts = logits.parts, [len(part) for part in logits.parts]
+    sampled = {i: params for i, params in enumerate(all_params) if params is not None}
+    edited = _edit_logits(parts, sampled)
+    groups: dict[object, list[int]] = {}
+    for i, params in sampled.items():
+        groups.setdefault(shared_sampling(params), []).append(i)
+    tokens: dict[int, NDArray[np.int32]] = {}
+    for sequences in groups.values():
+        sampling = sampled[sequences[0]].sampling
+        known = [
+            best for i in sequences if i not in edited and (best := logits.best[i]) is not None
+        ]
+        if sampling.greedy and len(known) == len(sequences):
+            numbers = (known[0] if len(known) == 1 else torch.cat(known)).cpu().numpy()
+            check_finite((numbers >= 0).all())
+            group_tokens = numbers.astype(np.int32)
+        else:
+            if edited:
+                group = [edited.get(i, parts[i]) for i in sequences]
+                rows = group[0] if len(group) == 1 else torch.cat(group)
+            else:
+                rows = logits.joined([parts[i] for i in sequences])
+            keys = [keys for i in sequences if (keys := sampled[i].keys) is not None]
+            all_keys = np.concatenate(keys) if keys else None
+            group_tokens = sample_tokens(rows, sampling, all_keys, graphs)
+        ends = np.cumsum([counts[i] for i in sequences])
+        tokens |= zip(sequences, np.split(group_tokens, ends[:-1]), strict=True)
+    log_probs = _log_probs(parts, tokens, sampled)
+    return [
+        SampledTokens(tokens[i], log_probs.get(i)) if i in sampled else None
+        for i in range(len(all_params))
+    ]
+
+
+def _edit_logits(
+    logits: Sequence[Tensor], all_params: dict[int, SamplingParams]
+) -> dict[int, Tensor]:
+    """(n, vocab) logits of the sequences with edits or forbidden tokens, which get -inf."""
+    arrays: list[NDArray[np.generic]] = []
+    for params in all_params.values():
+        if (edits := params.edits) is not None:
+            arrays += [edits.rows, edits.tokens]
+            arrays += [edits.factors.view(np.int32), edits.additions.view(np.int32)]
+        if params.allowed is not None:
+            arrays.append(params.allowed.view(np.int32))
+    uploaded = iter(upload_all(arrays, logits[0].device))
+    edited = {}
+    for i, params in all_params.items():
+        if params.edits is not None:
+            index = next(uploaded).long(), next(uploaded).long()
+            factors, additions = (next(uploaded).view(torch.float32) for _ in range(2))
+            edited[i] = logits[i].float().clone()
+            values = edited[i][index]
+            scaled = torch.where(values > 0, values / factors, values * factors)
+            edited[i][index] = scaled + additions
+        if params.allowed is not None:
+            allowed = _unpack(next(uploaded), logits[i].shape[-1])
+            edited[i] = edited.get(i, logits[i]).masked_fill(~allowed, float("-inf"))
+    return edited
+
+
+def _unpack(words: Tensor, vocab_size: int) -> Tensor:
+    """(n, vocab) bool of an int32 bitmask."""
+    bits = words[:, :, None] >> torch.arange(MASK_BITS, device=words.device, dtype=torch.int32)
+    return (bits & 1).bool().flatten(1)[:, :vocab_size]
+
+
+def _log_probs(
+    logits: Sequence[Tensor],
+    tokens: dict[int, NDArray[np.int32]],
+    all_params: dict[int, SamplingParams],
+) -> dict[int, LogProbs]:
+    """The log probabilities of the sequences whose parameters ask for them."""
+    sizes = {i: x.log_probs for i, x in all_params.items() if x.log_probs is not None}
+    if not sizes:
+        return {}
+    uploaded = upload_all([tokens[i] for i in sizes], logits[0].device)
+    parts = []
+    for sampled, (i, k) in zip(uploaded, sizes.items(), strict=True):
+        log_probs = logits[i].double().log_softmax(-1)
+        selected = log_probs.gather(-1, sampled[:, None].long())
+        values, best = topk(log_probs, k) if k else (log_probs[:, :0], log_probs[:, :0])
+        numbers = torch.cat([selected, values], 1).float()
+        parts.append(torch.cat([numbers.view(torch.int32), best.int()], 1))
+    flat = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+    ends = np.cumsum([part.numel() for part in parts])
+    results = {}
+    for i, part, flat_part in zip(sizes, parts, np.split(flat, ends[:-1]), strict=True):
+        rows, k = flat_part.reshape(part.shape), part.shape[1] // 2
+        floats = rows[:, : k + 1].copy().view(np.float32)
+        results[i] = LogProbs(floats[:, 0], rows[:, k + 1 :], floats[:, 1:])
+    return results

@@ -1,0 +1,380 @@
+"""Training data: responses, the target's features of them, and the batches of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treeflash.errors import ConfigError
+from treeflash.training.config import TrainConfig
+from treeflash.training.responses import Response
+from treeflash_cuda.attention import AttentionContext, attention_context
+from treeflash_cuda.numerics import topk
+from treeflash_cuda.target import Target
+from treeflash_cuda.training.batch import Batch, Drafts
+from treeflash_cuda.training.files import replacing
+from treeflash_cuda.training.model import GROUP
+
+MIN_RESPONSE_TOKENS = 2
+"""An anchor and a token to predict."""
+SHARD_SEQUENCES = 64
+FORWARD_TOKENS = 2048
+"""Maximum number of tokens in one forward pass of the target, padding included."""
+OUTPUT_ROWS = 1024
+"""Maximum number of rows of logits in memory."""
+BATCHES_PER_SORT = 16
+"""Sequences are sorted by length within this many batches: enough to keep padding small."""
+
+
+def truncated_responses(
+    responses: Sequence[Response], config: TrainConfig, target: Target
+) -> tuple[list[Response], dict[str, int]]:
+    """The responses that have a token to predict after truncation.
+
+    Returns:
+        The truncated responses; and the numbers of dropped ones, `too_short` before truncation, or
+        `too_long` because their prompts leave no room.
+
+    Raises:
+        ConfigError: no response is left, or they have tokens outside the target's vocabulary.
+    """
+    long_enough = [x for x in responses if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
+    limit = min(config.max_length, target.max_positions)
+    truncated = [response.truncate(limit) for response in long_enough]
+    kept = [x for x in truncated if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
+    if not kept:
+        raise ConfigError(
+            "every response is shorter than two tokens after truncation; raise --max-length"
+        )
+    if max(max(response.token_ids) for response in kept) >= target.vocab_size:
+        raise ConfigError(
+            "the responses have token ids outside the target's vocabulary; "
+            "were they made with another target?"
+        )
+    dropped = {
+        "too_short": len(responses) - len(long_enough),
+        "too_long": len(long_enough) - len(kept),
+    }
+    return kept, dropped
+
+
+def split(
+    responses: Sequence[Response], validation: Sequence[Response], config: TrainConfig
+) -> tuple[list[Response], list[Response]]:
+    """Split into validation and training data; responses to one prompt stay together.
+
+    If there is no validation data, some of `responses` are held out.
+
+    Raises:
+        ConfigError: nothing is left to train on.
+    """
+    groups: dict[tuple[int, ...], list[Response]] = {}
+    for response in responses:
+        groups.setdefault(response.prompt_ids, []).append(response)
+    held_out = list(validation)
+    for response in validation:
+        groups.pop(response.prompt_ids, None)
+    count = 0 if validation else config.validation_sequences
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(config.seed))
+    training: list[Response] = []
+    prompts = list(groups)
+    for n in order.tolist():
+        part = held_out if len(held_out) < count else training
+        part.extend(groups[prompts[n]])
+    if not training:
+        raise ConfigError(
+            f"{len(responses)} responses leave nothing to train on after {len(held_out)} are held "
+            "out for validation; add responses to other prompts, or lower --validation-sequences"
+        )
+    return held_out, training
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceFeatures:
+    """The features of one sequence; on the CPU if they were cached, else on the target's device."""
+
+    features: Tensor  # (length, layers * hidden_size)
+    top_tokens: Tensor  # (response, K) int32; row i predicts token i of the response
+    top_log_probs: Tensor  # (response, K) float16 nats
+
+
+FEATURE_NAMES = ("features", "top_tokens", "top_log_probs")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStore:
+    """The features of responses by number, computed by the target when they are first needed.
+
+    They are cached in shards of consecutive responses. The features of responses beyond the size
+    limit are computed anew each time.
+    """
+
+    target: Target  # captures the outputs of the layers in `layer_ids`
+    layer_ids: Sequence[int]  # target layers whose outputs are the features
+    responses: Sequence[Response]  # prompts and responses
+    top_tokens: int  # K
+    folder: Path | None  # of the cache; None caches nothing
+    max_bytes: float  # size limit of the cache
+
+    def get(self, numbers: Sequence[int]) -> list[SequenceFeatures]:
+        """The features of some responses; those that are not cached are computed together."""
+        cached = {n: features for n in numbers if (features := self._read(n)) is not None}
+        missing = [n for n in numbers if n not in cached]
+        cached |= zip(missing, self._compute(missing), strict=True)
+        return [cached[n] for n in numbers]
+
+    def fill(self, shard: int) -> None:
+        """Compute and cache a shard, unless it is cached or the cache is full."""
+        if self.folder is None or self._path(shard).exists():
+            return
+        if sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) > self.max_bytes:
+            return
+        first = shard * SHARD_SEQUENCES
+        numbers = range(len(self.responses))[first : first + SHARD_SEQUENCES]
+        tensors = {
+            f"{n}.{name}": getattr(features, name).cpu().contiguous()
+            for n, features in zip(numbers, self._compute(numbers), strict=True)
+            for name in FEATURE_NAMES
+        }
+        with replacing(self._path(shard)) as scratch:
+            save_file(tensors, scratch)
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.responses) // SHARD_SEQUENCES)
+
+    def _path(self, shard: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{shard:05d}.safetensors"
+
+    def _read(self, number: int) -> SequenceFeatures | None:
+        if self.folder is None or not self._path(number // SHARD_SEQUENCES).exists():
+            return None
+        with safe_open(self._path(number // SHARD_SEQUENCES), "pt") as file:
+            tensors = [file.get_tensor(f"{number}.{name}") for name in FEATURE_NAMES]
+        return SequenceFeatures(*tensors)
+
+    def _compute(self, numbers: Sequence[int]) -> list[SequenceFeatures]:
+        """Run the target on sequences of similar length together."""
+        computed: dict[int, SequenceFeatures] = {}
+        left = sorted(numbers, key=lambda n: len(self.responses[n]))
+        while left:
+            width = len(self.responses[left[-1]])
+            size = max(1, FORWARD_TOKENS // width)
+            part, left = left[-size:], left[:-size]
+            computed |= zip(part, self._forward([self.responses[n] for n in part]), strict=True)
+        return [computed[n] for n in numbers]
+
+    @torch.inference_mode()
+    def _forward(self, responses: Sequence[Response]) -> list[SequenceFeatures]:
+        device = self.target.device
+        width = max(map(len, responses))
+        tokens = torch.zeros(len(responses), width, dtype=torch.long)
+        for row, response in zip(tokens, responses, strict=True):
+            row[: len(response)] = torch.tensor(response.token_ids)
+        positions = torch.arange(width, device=device).expand(len(responses), -1)
+        with attention_context(AttentionContext.whole_sequence(width, device)) as outputs:
+            decoded = self.target.model.get_decoder()(
+                input_ids=tokens.to(device), position_ids=positions, use_cache=False
+            )
+        features = torch.cat([outputs[i] for i in self.layer_ids], -1)
+        results = []
+        for row, response in enumerate(responses):
+            first, end = len(response.prompt_ids) - 1, len(response) - 1
+            hidden = decoded.last_hidden_state[row, first:end]
+            log_probs, top_tokens = top_log_probs(self.target, hidden, self.top_tokens)
+            # A copy: a view would keep the padding of all sequences.
+            copied = features[row, : len(response)].clone()
+            results.append(SequenceFeatures(copied, top_tokens.int(), log_probs.half()))
+        return results
+
+
+def top_log_probs(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(n, k) log probabilities and ids of the target's top tokens, from its decoder's outputs."""
+    parts = []
+    for chunk in hidden.split(OUTPUT_ROWS):
+        logits = target.logits(chunk).float()
+        best, tokens = topk(logits, k)
+        parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
+    return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+
+def fingerprint(responses: Sequence[Response], **settings: object) -> str:
+    """A name for the responses and settings that features were computed from."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for response in responses:
+        digest.update(json.dumps(response.token_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The responses of every forward pass of a run."""
+
+    lengths: Sequence[int]  # lengths of the sequences in tokens
+    batch: int  # sequences per forward pass, over all processes
+    seed: int  # of the shuffles
+
+    def __getitem__(self, forward: int) -> NDArray[np.int64]:
+        """(batch,) numbers of the responses; forward passes count from 0 through all epochs."""
+        # Each epoch drops its incomplete last batch, which has other responses in every epoch.
+        per_epoch = max(1, len(self.lengths) // self.batch)
+        epoch, index = divmod(forward, per_epoch)
+        return self._epoch(epoch)[index]
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """(forward passes, batch): shuffled responses, similar lengths together."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.lengths))
+        if len(order) < self.batch:
+            return np.resize(order, (1, self.batch))
+        order = order[: len(order) // self.batch * self.batch]
+        window = BATCHES_PER_SORT * self.batch
+        lengths = np.asarray(self.lengths)
+        parts = [order[i : i + window] for i in range(0, len(order), window)]
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        return random.permutation(order.reshape(-1, self.batch))
+
+
+class Batches:
+    """The batches of one process, by the number of the forward pass."""
+
+    def __init__(
+        self, store: FeatureStore, config: TrainConfig, depths: int, process: int, processes: int
+    ) -> None:
+        """Plan the run of process number `process`; a block predicts `depths` tokens."""
+        self.store = store
+        self.config = config
+        self.depths = depths
+        self.process = process
+        lengths = [len(response) for response in store.responses]
+        self.plan = Plan(lengths, config.sequences * processes, config.seed)
+
+    def __getitem__(self, forward: int) -> Batch:
+        """The batch of a forward pass, counted from 0 through all epochs."""
+        first = self.process * self.config.sequences
+        numbers = self.plan[forward][first : first + self.config.sequences].tolist()
+        responses = [self.store.responses[n] for n in numbers]
+        random = np.random.default_rng((self.config.seed, forward, self.process))
+        anchors = [choose_anchors(response, self.config.anchors, random) for response in responses]
+        features, device = self.store.get(numbers), self.store.target.device
+        return make_batch(responses, features, anchors, self.depths, device)
+
+
+def choose_anchors(
+    response: Response, count: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Up to `count` positions of the response in ascending order, each with a token after it."""
+    positions = np.arange(len(response.prompt_ids), len(response) - 1)
+    if len(positions) > count:
+        positions = np.sort(random.choice(positions, count, replace=False))
+    return positions
+
+
+def make_batch(
+    responses: Sequence[Response],  # the rows
+    features: Sequence[SequenceFeatures],  # of the responses, on any device
+    anchors: Sequence[NDArray[np.int64]],  # of the responses
+    depths: int,  # D, tokens that a block predicts
+    device: torch.device | None = None,  # of the batch; None is the CPU
+) -> Batch:
+    """Pad the sequences to one length and the anchors to one number; padding predicts nothing."""
+    length, count = max(map(len, responses)), -(-max(map(len, anchors)) // GROUP) * GROUP
+    rows, k = len(responses), features[0].top_tokens.shape[1]
+    width = features[0].features.shape[1]
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    # Large tensors are filled on the device, sequence by sequence.
+    context = torch.zeros(rows, length, width, dtype=features[0].features.dtype, device=device)
+    top_tokens = torch.zeros(rows, length, k, dtype=torch.long, device=device)
+    top_log_probs = torch.zeros(rows, length, k, device=device)
+    positions = torch.zeros(rows, count, dtype=torch.long)
+    ends = torch.zeros(rows, count, dtype=torch.long)
+    for row, (response, part, roots) in enumerate(zip(responses, features, anchors, strict=True)):
+        first, end = len(response.prompt_ids) - 1, len(response) - 1
+        tokens[row, : len(response)] = torch.tensor(response.token_ids)
+        context[row, : len(response)] = _copyable(part.features, context)
+        top_tokens[row, first:end] = part.top_tokens
+        top_log_probs[row, first:end] = part.top_log_probs
+        positions[row, : len(roots)] = torch.from_numpy(roots)
+        ends[row, : len(roots)] = end
+    depth = torch.arange(1, depths + 1)
+    valid = positions[:, :, None] + depth <= ends[:, :, None]
+    tokens, positions, valid = (x.to(device) for x in (tokens, positions, valid))
+    return Batch(tokens, context, positions, valid, top_tokens, top_log_probs)
+
+
+def _copyable(source: Tensor, destination: Tensor) -> Tensor:
+    """The source in pinned memory if it is to be copied to a GPU: pageable copies are slow."""
+    crosses = destination.device.type == "cuda" and source.device.type == "cpu"
+    return source.pin_memory() if crosses else source
+
+
+def with_drafts(
+    batch: Batch, blocks: nn.Module, target: Target, share: float, generator: torch.Generator
+) -> Batch:
+    """Let the drafter draft chains after some of the anchors, and the target score them.
+
+    The drafted tokens follow the sequence for a while, then differ from it. The target scores the
+    tokens after the first wrong one too: at inference the drafter's head sees such tokens, but
+    never in a sequence. The share of the anchors is rounded up to a multiple of `GROUP`; the
+    generator is on the CPU, so that a run is the same on every device.
+    """
+    total = batch.anchors.shape[1]
+    count = min(-(-round(share * total) // GROUP) * GROUP, total)
+    if not count:
+        return batch
+    chosen = torch.randperm(total, generator=generator)[:count].sort().values
+    columns = chosen.to(batch.anchors.device)
+    part = replace(batch, anchors=batch.anchors[:, columns], valid=batch.valid[:, columns])
+    with torch.no_grad():
+        tokens: Tensor = blocks(part)
+    scores = [
+        score_drafts(target, *row, batch.top_tokens.shape[2])
+        for row in zip(batch.tokens, part.anchors, tokens, strict=True)
+    ]
+    top_tokens, log_probs = (torch.stack(parts) for parts in zip(*scores, strict=True))
+    return replace(batch, drafts=Drafts(columns, tokens, top_tokens, log_probs))
+
+
+@torch.no_grad()
+def score_drafts(
+    target: Target, sequence: Tensor, anchors: Tensor, drafts: Tensor, top_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The target's distributions at every token of many drafts in one sequence of (length,) tokens.
+
+    The roots are at the (C,) anchors, and the (C, D) drafts follow them. Returns (C, D, K) top
+    tokens and their log probabilities: element d is given the tokens before it.
+    """
+    device, length, (count, depths) = sequence.device, len(sequence), drafts.shape
+    depth = torch.arange(depths, device=device)
+    # No token is scored after the last one of a draft.
+    draft_positions = (anchors[:, None] + 1 + depth[:-1]).flatten()
+    columns = torch.arange(length, device=device)
+    block = torch.arange(count, device=device).repeat_interleave(depths - 1)
+    total = length + len(draft_positions)
+    ancestors = torch.ones(total, total, dtype=torch.bool, device=device)
+    ancestors[:length, length:] = False
+    ancestors[length:, :length] = columns <= anchors.repeat_interleave(depths - 1)[:, None]
+    ancestors[length:, length:] = block[:, None] == block
+    context = AttentionContext(0, torch.cat([columns, draft_positions]), ancestors)
+    with attention_context(context):
+        decoded = target.model.get_decoder()(
+            input_ids=torch.cat([sequence, drafts[:, :-1].flatten()])[None],
+            position_ids=context.positions[None],
+            use_cache=False,
+        )
+    states = decoded.last_hidden_state[0]
+    drafted = states[length:].unflatten(0, (count, depths - 1))
+    scored = torch.cat([states[anchors][:, None], drafted], 1)
+    log_probs, tokens = top_log_probs(target, scored.flatten(0, 1), top_tokens)
+    return tokens.unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))

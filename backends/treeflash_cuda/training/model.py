@@ -1,0 +1,383 @@
+"""The drafter in training: many blocks of many sequences in one forward pass.
+
+The conditional heads are those of decoding (`treeflash_cuda.heads`), applied to all positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.formats import HEADS
+from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
+from treeflash_cuda.drafter import OutputStage, layer_kinds
+from treeflash_cuda.drafter_model import Attend, DrafterModel
+from treeflash_cuda.heads import ConditionalHead, Corrected, ScoredTokens, Slots
+from treeflash_cuda.numerics import topk
+from treeflash_cuda.training.batch import Batch
+
+CHUNK_LOGITS = 2**27
+"""Logits in memory at once: half a gigabyte in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shortlist:
+    """A part of the vocabulary that represents all of it."""
+
+    tokens: Tensor  # (v,) the tokens to score, then a random sample of the others
+    num_scored: int  # number of tokens to score
+    # (v,) 0 for the tokens to score; for the sample, the log of the number of tokens that each
+    # represents.
+    log_weights: Tensor
+    index: Tensor  # (vocab,) the index of a token in `tokens`; -1 if it is not there
+
+
+def make_shortlist(
+    scored: Tensor, vocab_size: int, negatives: int, generator: torch.Generator
+) -> Shortlist | None:
+    """The tokens to score and a uniform sample of the others; None if that is the vocabulary.
+
+    The normaliser over a shortlist is unbiased, as each sampled token is weighted by the number of
+    tokens that it represents (sampled softmax, Bengio and Senecal 2008). The generator is on the
+    CPU, so that a run is the same on every device.
+    """
+    index = torch.full((vocab_size,), -1, dtype=torch.long)
+    index[scored.flatten().cpu()] = 0
+    kept = torch.nonzero(index == 0)[:, 0]
+    others = torch.nonzero(index < 0)[:, 0]
+    if negatives >= len(others):
+        return None
+    # With replacement: simple and unbiased, as a token drawn twice counts twice.
+    sample = others[torch.randint(len(others), (negatives,), generator=generator)]
+    tokens = torch.cat([kept, sample])
+    index[tokens] = torch.arange(len(tokens))
+    weights = torch.zeros(len(tokens))
+    weights[len(kept) :] = math.log(len(others) / negatives)
+    device = scored.device
+    return Shortlist(tokens.to(device), len(kept), weights.to(device), index.to(device))
+
+
+class LMHead:
+    """The target's output head: logits of the vocabulary, or of a shortlist."""
+
+    def __init__(self, head: Any) -> None:
+        self.weight: Tensor = head.weight.detach()
+        bias = getattr(head, "bias", None)
+        self.bias: Tensor | None = None if bias is None else bias.detach()
+
+    def vocab_size(self, shortlist: Shortlist | None = None) -> int:
+        return len(self.weight if shortlist is None else shortlist.tokens)
+
+    def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
+        """(n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
+        weight, bias = self.weight, self.bias
+        if shortlist is not None:
+            weight = weight[shortlist.tokens]
+            token_bias = 0 if bias is None else bias[shortlist.tokens]
+            bias = (shortlist.log_weights + token_bias).to(weight.dtype)
+        return F.linear(hidden.to(weight.dtype), weight, bias).float()
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], width: int
+) -> tuple[Tensor, ...]:
+    """Apply a function to a few rows at a time, so that only their logits are in memory.
+
+    The function takes rows of several (n, ...) tensors and returns tensors with as many rows; it
+    computes `width` logits for a row. The gradient computes them again, chunk by chunk. If all rows
+    fit at once, their logits are kept.
+    """
+    size = max(1, CHUNK_LOGITS // width)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    chunks = zip(*(tensor.split(size) for tensor in rows), strict=True)
+    parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+GROUP = 8
+"""Anchors whose blocks share a row of keys."""
+
+
+def block_attention(
+    anchors: Tensor, size: int, length: int, window: int | None, causal: bool
+) -> Attend:
+    """The fastest attention of one layer, in which a block sees itself and all before its root.
+
+    It takes (rows, heads, A * S, head_dim) queries, and (rows, kv_heads, length + A * S, head_dim)
+    keys and values, the sequence's first, to (rows, A * S, heads, head_dim).
+    """
+    kind = FlexBlockAttention if anchors.device.type == "cuda" else GroupedAttention
+    return kind(anchors, size, length, window, causal)
+
+
+class GroupedAttention:
+    """Attention with a mask, by groups of blocks that share a row of keys; for any device.
+
+    No block sees another, so small groups waste little.
+    """
+
+    def __init__(
+        self, anchors: Tensor, size: int, length: int, window: int | None, causal: bool
+    ) -> None:
+        """Make the mask of blocks of S slots after the roots at (rows, A) anchors.
+
+        A is a multiple of `GROUP`. The window is how far a slot sees, in positions; None is
+        everything.
+        """
+        device = anchors.device
+        columns = torch.arange(length, device=device)
+        roots = anchors.reshape(-1, GROUP).repeat_interleave(size, 1)[:, :, None]
+        positions = (anchors[:, :, None] + torch.arange(size, device=device)).reshape(
+            -1, GROUP * size
+        )
+        blocks = torch.arange(GROUP * size, device=device) // size
+        same_block = (blocks[:, None] == blocks).expand(len(positions), -1, -1)
+        visible = torch.cat([columns < roots, same_block], -1)
+        if causal or window is not None:
+            keys = torch.cat([columns.expand(len(positions), -1), positions], 1)
+            distance = positions[:, :, None] - keys[:, None, :]
+            visible = visible & _is_near(distance, window, causal)
+        self.groups = anchors.shape[1] // GROUP
+        self.length = length
+        self.mask = additive_mask(visible, torch.float32)[:, None]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def grouped(blocks: Tensor) -> Tensor:
+            return blocks.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1).to(v.dtype)
+
+        def with_context(both: Tensor) -> Tensor:
+            context = both[:, :, : self.length].to(v.dtype).repeat_interleave(self.groups, 0)
+            return torch.cat([context, grouped(both[:, :, self.length :])], 2)
+
+        bias = group_mask(self.mask.to(v.dtype), q.shape[1] // k.shape[1])
+        kv_caches, rows = [(with_context(k), with_context(v))], [q.shape[2] // self.groups]
+        out = grouped_attention(grouped(q), kv_caches, [bias], rows, q.shape[-1] ** -0.5)
+        return out.unflatten(0, (len(q), self.groups)).flatten(1, 2)
+
+
+class FlexBlockAttention:
+    """Attention with FlexAttention, which makes no mask in memory and skips what no block sees.
+
+    It needs a compiler and a GPU. With `compiled` False it runs on a CPU, slowly and without a
+    gradient.
+    """
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        size: int,
+        length: int,
+        window: int | None,
+        causal: bool,
+        *,
+        compiled: bool = True,
+    ) -> None:
+        """See `GroupedAttention`; A may be any number."""
+        rows, count = anchors.shape
+
+        def is_visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            block, slot = query // size, query % size
+            root = anchors[row, block]
+            in_block = key >= length
+            block_key = (key - length).clamp(min=0)
+            visible = torch.where(in_block, block_key // size == block, key < root)
+            if causal or window is not None:
+                position = torch.where(in_block, root + block_key % size, key)
+                visible = visible & _is_near(root + slot - position, window, causal)
+            return visible
+
+        self.compiled = compiled
+        self.mask: BlockMask = create_block_mask(
+            is_visible, rows, None, count * size, length + count * size, device=str(anchors.device)
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend: Any = _compiled_attention() if self.compiled else flex_attention
+        out: Tensor = attend(q.to(v.dtype), k.to(v.dtype), v, block_mask=self.mask, enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _compiled_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _is_near(distance: Tensor, window: int | None, causal: bool) -> Tensor:
+    """Whether a query sees a key `distance` positions before it."""
+    near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return near if window is None else near & (distance.abs() < window)
+
+
+class Prediction(NamedTuple):
+    """The drafter's prediction of n tokens."""
+
+    log_probs: Tensor  # (n, w) nats of the tokens to score
+    best: Tensor  # (n,) nats of its most probable token
+
+
+class Blocks(nn.Module):
+    """A drafter and its conditional head as one module.
+
+    All of training goes through `forward`, as wrappers for several processes need.
+    """
+
+    def __init__(
+        self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor, lm_head: LMHead
+    ) -> None:
+        """Add the target's embeddings and output head, which are not trained."""
+        super().__init__()
+        self.model = model
+        # In a list, so that they are neither moved nor saved.
+        self.embeddings = [embeddings]
+        self.lm_head = [lm_head]
+        self.head_name = head_prefix(model.config).removesuffix(".")
+        self.add_module(self.head_name, head)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(rows, A, D, hidden_size) outputs of the last layer at the slots that predict."""
+        config = self.model.config
+        rows, anchors = batch.anchors.shape
+        size, device = config.block_size, batch.tokens.device
+        length = batch.tokens.shape[1]
+        context = self.model.project(batch.features.to(self.model.fc.weight.dtype))
+        positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
+        columns = torch.arange(length, device=device).expand(rows, -1)
+        cos, sin = self.model.rotary(torch.cat([columns, positions], 1), torch.float32)
+        rotation = cos[:, None], sin[:, None]  # the same for all heads
+        tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
+        tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
+        x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale
+        kinds = layer_kinds(config)
+        attention = {
+            kind: block_attention(batch.anchors, size, length, *kind) for kind in set(kinds)
+        }
+        for layer, kind in zip(self.model.layers, kinds, strict=True):
+            x = layer(x, context, rotation, attention[kind])
+        return x.unflatten(1, (anchors, size))[:, :, config.first_slot :]
+
+    def forward(
+        self, batch: Batch, scored: Tensor | None = None, shortlist: Shortlist | None = None
+    ) -> tuple[Prediction, Prediction | None] | Tensor:
+        """Predict the n tokens of a batch, or draft blocks.
+
+        Args:
+            batch: its anchors are the roots.
+            scored: (n, w) the tokens whose log probabilities to return; None drafts.
+            shortlist: contains all of `scored`; None is the whole vocabulary.
+
+        Returns:
+            The predictions without and with the previous token; the second is None if the drafter
+            has no head. Or the (rows, A, D) drafts: chains of the best tokens.
+        """
+        hidden = self.hidden(batch)
+        if scored is None:
+            return self._draft(hidden, batch.tokens.gather(1, batch.anchors))
+        hidden = hidden[batch.valid]
+        normed = self.model.norm(hidden)
+        index = scored if shortlist is None else shortlist.index[scored]
+        lm_head, head = self.lm_head[0], self._head()
+        output, queries = self._output(shortlist), normed
+        if head is not None:
+            slots = Slots(output, hidden, normed)
+            queries = head.queries(slots, batch.previous_tokens(), None)
+
+        def predict(queries: Tensor, normed: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+            logits = lm_head.logits(normed, shortlist)
+            log_probs = [logits.log_softmax(-1)]
+            if head is not None:
+                log_probs.append(conditional_log_probs(head, output, queries, logits))
+            scores = [part.gather(1, index) for part in log_probs]
+            return *scores, *(part.detach().amax(-1) for part in log_probs)
+
+        heads = 1 if head is None else 2
+        width = heads * lm_head.vocab_size(shortlist)
+        columns = in_chunks(predict, (queries, normed, index), width)
+        marginal, *corrected = map(Prediction, columns[:heads], columns[heads:])
+        return marginal, corrected[0] if corrected else None
+
+    def _draft(self, hidden: Tensor, roots: Tensor) -> Tensor:
+        """(rows, A, D) tokens, each the best after the one before it."""
+        lm_head, head, output = self.lm_head[0], self._head(), self._output(None)
+
+        def best(queries: Tensor, normed: Tensor) -> tuple[Tensor]:
+            if isinstance(head, Corrected):  # it does not read the marginals
+                return (head.score(queries, ScoredTokens(output, normed, None, None)).argmax(-1),)
+            logits = lm_head.logits(normed)
+            if head is not None:
+                logits = conditional_log_probs(head, output, queries, logits)
+            return (logits.argmax(-1),)
+
+        chain = [roots.flatten()]
+        for slot in hidden.flatten(0, 1).unbind(1):
+            normed = self.model.norm(slot)
+            queries = normed
+            if head is not None:
+                queries = head.queries(Slots(output, slot, normed), chain[-1], None)
+            chain += in_chunks(best, (queries, normed), lm_head.vocab_size())
+        return torch.stack(chain[1:], -1).view(*roots.shape, -1)
+
+    def _head(self) -> ConditionalHead | None:
+        return getattr(self, self.head_name)
+
+    def _output(self, shortlist: Shortlist | None) -> TargetOutput:
+        return TargetOutput(self.model, self.embeddings[0], self.lm_head[0], shortlist)
+
+
+class TargetOutput(OutputStage):
+    """The parts of an `OutputStage` that conditional heads use, over a shortlist."""
+
+    def __init__(
+        self, model: DrafterModel, embeddings: Tensor, lm_head: LMHead, shortlist: Shortlist | None
+    ) -> None:
+        self.norm = model.norm
+        self.embeddings = embeddings
+        self.lm_head = lm_head
+        self.shortlist = shortlist
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(n, hidden_size) rows of the input table."""
+        return F.embedding(tokens, self.embeddings)
+
+    def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(n, v) logits of the shortlist's `tokens`."""
+        return self.lm_head.logits(normed, self.shortlist)
+
+
+def conditional_log_probs(
+    head: ConditionalHead, output: TargetOutput, queries: Tensor, logits: Tensor
+) -> Tensor:
+    """(n, v) log probabilities of the vocabulary or a shortlist, after the previous tokens.
+
+    They follow from the (n, size) queries of the head and the (n, v) logits of the marginals. A
+    selector ranks only the best tokens of a slot anew, as in decoding. The others keep their
+    marginal probability, so that a candidate that is missed has a finite loss.
+    """
+    shortlist = output.shortlist
+    tokens = None if shortlist is None else shortlist.tokens
+    if head.candidates is None:
+        scores: Tensor = head.score(queries, ScoredTokens(output, logits, None, tokens))
+        return scores.log_softmax(-1)
+    marginals = logits.log_softmax(-1)
+    scored = logits if shortlist is None else logits[:, : shortlist.num_scored]
+    _, best = topk(scored.detach(), head.candidates)
+    candidates = best if tokens is None else tokens[best]
+    scored_tokens = ScoredTokens(output, logits.gather(1, best), None, candidates)
+    scores = head.score(queries, scored_tokens).log_softmax(-1)
+    mass = marginals.gather(1, best).logsumexp(-1, keepdim=True)
+    return marginals.scatter(1, best, scores + mass)
+
+
+def head_prefix(config: DrafterConfig) -> str:
+    """The prefix of the names of the head's tensors in a checkpoint."""
+    return HEADS[config.head or "swiglu"].prefix

@@ -1,0 +1,402 @@
+"""Tree attention of all sequences: the positions they share, then each row's own.
+
+A sequence's positions are cut into tiles, and tiles into chunks. The first kernel attends to the
+tiles that are common to all rows of a sequence, a program for some rows and one chunk; chunks are
+what keeps a GPU busy with few rows and long contexts. The second kernel has a program for each row:
+it goes on where the first one stopped, with keys that it gathers along the row's path, and adds the
+chunks in order. So a row's result does not depend on where the common positions end: a token in a
+draft tree is computed like a single token after the same text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from treeflash_cuda.operations import VisibleKeys
+
+CHUNK = 512
+"""Positions of a program of the first kernel."""
+ROWS = 16
+"""Rows of a product, the fewest that GPUs multiply at once. All products of both kernels have as
+many, because products of other shapes may add in another order."""
+TILE_BYTES = 16384
+"""Size of the keys of a tile, of which each pipeline stage holds one in shared memory."""
+MIN_TILE, MAX_TILE = 16, 64
+"""Positions of a tile."""
+MAX_NARROW = 128
+"""Wider heads need the registers of more warps."""
+MIN_DIMS = 16
+"""Width of a product; narrower heads are filled up with zeros."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_columns(
+    cache,  # of one key head
+    columns,  # (tile,) int64
+    used,  # (tile,) bool; other columns may hold NaN
+    stride,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    """(tile, DIMS) keys or values of columns, 0 where they are not used."""
+    dims = tl.arange(0, DIMS)
+    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
+    x = tl.load(cache + columns[:, None] * stride + dims[None, :], mask=mask, other=0)
+    if QUANTISED:  # a float32 scale follows the numbers of a column
+        scales = cache.to(tl.pointer_type(tl.float32), bitcast=True)
+        scale = tl.load(scales + (columns * stride + HEAD_DIM) // 4, mask=used, other=0)
+        x = (x.to(tl.float32) * scale.to(DTYPE).to(tl.float32)[:, None]).to(DTYPE)
+    return x
+
+
+@triton.jit
+def _add_tile(
+    q,  # (rows, DIMS)
+    k,  # (tile, DIMS)
+    v,  # (tile, DIMS)
+    visible,  # (rows, tile) or (1, tile)
+    state,  # the largest score of each row in bits, the sum of weights, and of weighted values
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+):
+    """Attention over one more tile, with an online softmax."""
+    highest, total, out = state
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / softcap)) + 1))
+    scores = tl.where(visible, scores * LOG2_E, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    share = tl.exp2(highest - base)
+    weights = tl.exp2(scores - base[:, None]).to(v.dtype)
+    # Weights are added as values are: the order of a sum over a row would depend on its layout.
+    ones = tl.full((v.shape[0], 16), 1.0, tl.float32).to(v.dtype)
+    total = total * share + tl.max(tl.dot(weights, ones, input_precision="ieee"), 1)
+    out = out * share[:, None] + tl.dot(weights, v, input_precision="ieee")
+    return new_highest, total, out
+
+
+@triton.jit
+def _open_rows(
+    rows,  # (ROWS,) of all rows and heads of a key head
+    sequence,
+    kv_head,
+    n,
+    q_pointer,
+    start_pointer,
+    end_pointer,
+    q_row_stride,
+    q_head_stride,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    """Queries, their first positions and ends, and their state before any tile."""
+    is_row = rows < n * GROUPS
+    node, head = sequence * n + rows // GROUPS, kv_head * GROUPS + rows % GROUPS
+    dims = tl.arange(0, DIMS)
+    places = node.to(tl.int64) * q_row_stride + head * q_head_stride
+    is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(q_pointer + places[:, None] + dims[None, :], mask=is_element, other=0)
+    start = tl.load(start_pointer + node, mask=is_row, other=2147483647)
+    end = tl.load(end_pointer + node, mask=is_row, other=0)
+    highest = tl.full(rows.shape, float("-inf"), tl.float32)
+    return (q, start, end), (highest, tl.zeros_like(highest), tl.zeros(q.shape, tl.float32))
+
+
+@triton.jit
+def _add_shared_tile(queries, k, v, positions, sink, state, scale, softcap, SOFTCAP: tl.constexpr):
+    q, start, end = queries
+    visible = (positions[None, :] >= start[:, None]) | (positions < sink)[None, :]
+    visible = visible & (positions[None, :] < end[:, None])
+    return _add_tile(q, k, v, visible, state, scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def _store_rows(
+    state,
+    rows,  # (ROWS,)
+    is_row,  # (ROWS,) bool
+    place,  # of row 0
+    sums_pointer,
+    outputs_pointer,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    highest, total, out = state
+    places, dims = place + rows, tl.arange(0, DIMS)
+    is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(sums_pointer + places * 2, highest, mask=is_row)
+    tl.store(sums_pointer + places * 2 + 1, total, mask=is_row)
+    tl.store(outputs_pointer + places[:, None] * HEAD_DIM + dims[None, :], out, mask=is_element)
+
+
+@triton.jit(do_not_specialize=["n", "chunks"])
+def _shared_positions(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    first_pointer,
+    shared_pointer,
+    start_pointer,
+    end_pointer,
+    sink_pointer,
+    sums_pointer,  # (t, kv_heads, chunks, n * GROUPS, 2) float32 largest scores, sums of weights
+    outputs_pointer,  # (t, kv_heads, chunks, n * GROUPS, HEAD_DIM) float32 sums of weighted values
+    n,
+    chunks,
+    q_row_stride,
+    q_head_stride,
+    kv_head_stride,
+    kv_column_stride,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,  # heads that share a key head
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
+    ROWS: tl.constexpr,  # of a product
+    PAIR: tl.constexpr,  # whether there are two products for each tile
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINK: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    """Attention of 1 or 2 times `ROWS` rows to the tiles of a chunk that all rows share."""
+    chunk, kv_head = tl.program_id(1) % chunks, tl.program_id(1) // chunks
+    sequence, count = tl.program_id(2), n * GROUPS
+    rows = tl.program_id(0) * (2 * ROWS if PAIR else ROWS) + tl.arange(0, ROWS)
+    queries, state = _open_rows(
+        *(rows, sequence, kv_head, n, q_pointer, start_pointer, end_pointer),
+        *(q_row_stride, q_head_stride, GROUPS, HEAD_DIM, DIMS),
+    )
+    low, high = tl.min(queries[1]), tl.max(queries[2])
+    if PAIR:
+        more_queries, more_state = _open_rows(
+            *(rows + ROWS, sequence, kv_head, n, q_pointer, start_pointer, end_pointer),
+            *(q_row_stride, q_head_stride, GROUPS, HEAD_DIM, DIMS),
+        )
+        low = tl.minimum(low, tl.min(more_queries[1]))
+        high = tl.maximum(high, tl.max(more_queries[2]))
+    chunk_start, sink = chunk * CHUNK, 0
+    if SINK:
+        sink = tl.load(sink_pointer + sequence)
+        if chunk_start < sink:
+            low = 0
+    common = tl.load(shared_pointer + sequence) // TILE * TILE
+    low = tl.maximum(chunk_start, low // TILE * TILE)
+    high = tl.minimum(tl.minimum(common, high), chunk_start + CHUNK)
+    if low >= high:
+        return
+    k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
+    v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
+    first = tl.load(first_pointer + sequence).to(tl.int64)
+    dtype: tl.constexpr = q_pointer.dtype.element_ty
+    for tile in range(low, high, TILE):
+        positions = tile + tl.arange(0, TILE)
+        columns, used = first + positions, positions < common
+        k = _load_columns(k_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED)
+        v = _load_columns(v_head, columns, used, kv_column_stride, HEAD_DIM, DIMS, dtype, QUANTISED)
+        state = _add_shared_tile(queries, k, v, positions, sink, state, scale, softcap, SOFTCAP)
+        if PAIR:
+            more_state = _add_shared_tile(
+                more_queries, k, v, positions, sink, more_state, scale, softcap, SOFTCAP
+            )
+    kv_heads = tl.num_programs(1) // chunks
+    place = ((sequence * kv_heads + kv_head) * chunks + chunk).to(tl.int64) * count
+    _store_rows(state, rows, rows < count, place, sums_pointer, outputs_pointer, HEAD_DIM, DIMS)
+    if PAIR:
+        rows += ROWS
+        _store_rows(
+            more_state, rows, rows < count, place, sums_pointer, outputs_pointer, HEAD_DIM, DIMS
+        )
+
+
+@triton.jit(do_not_specialize=["chunks", "path_sequence_stride", "path_row_stride"])
+def _own_positions(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    first_pointer,
+    shared_pointer,
+    start_pointer,
+    end_pointer,
+    sink_pointer,
+    paths_pointer,
+    sinks_pointer,
+    sums_pointer,  # of `_shared_positions`
+    outputs_pointer,  # of `_shared_positions`
+    result_pointer,  # (t * n, heads, HEAD_DIM)
+    chunks,
+    path_sequence_stride,
+    path_row_stride,
+    q_row_stride,
+    q_head_stride,
+    kv_head_stride,
+    kv_column_stride,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINK: tl.constexpr,
+    SINKS: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    row, sequence = tl.program_id(0), tl.program_id(2)
+    parts = tl.cdiv(GROUPS, ROWS)
+    kv_head, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    n, kv_heads = tl.num_programs(0), tl.num_programs(1) // parts
+    node = sequence * n + row
+    start, end = tl.load(start_pointer + node), tl.load(end_pointer + node)
+    shared = tl.load(shared_pointer + sequence)
+    common = shared // TILE * TILE
+    first = tl.load(first_pointer + sequence).to(tl.int64)
+    path_row = paths_pointer + sequence * path_sequence_stride + row * path_row_stride
+    begin, sink = start, 0
+    if SINK:
+        sink = tl.load(sink_pointer + sequence)
+        if sink > 0:
+            begin = 0
+    group, dims = part * ROWS + tl.arange(0, ROWS), tl.arange(0, DIMS)
+    is_row = group < GROUPS
+    is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    heads = kv_head * GROUPS + group
+    places = node.to(tl.int64) * q_row_stride + heads * q_head_stride
+    q = tl.load(q_pointer + places[:, None] + dims[None, :], mask=is_element, other=0)
+    k_head = k_pointer + kv_head.to(tl.int64) * kv_head_stride
+    v_head = v_pointer + kv_head.to(tl.int64) * kv_head_stride
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, DIMS), tl.float32)
+    for chunk in range(begin // CHUNK, tl.cdiv(end, CHUNK)):
+        chunk_start, chunk_end = chunk * CHUNK, (chunk + 1) * CHUNK
+        low = tl.where(chunk_start < sink, 0, start // TILE * TILE)
+        # Whether the first kernel has attended to some of the positions.
+        is_added = tl.maximum(low, chunk_start) < tl.minimum(tl.minimum(common, end), chunk_end)
+        place = (((sequence * kv_heads + kv_head) * chunks + chunk).to(tl.int64) * n + row) * GROUPS
+        place += group
+        added = is_row & is_added
+        part_highest = tl.load(sums_pointer + place * 2, mask=added, other=float("-inf"))
+        part_total = tl.load(sums_pointer + place * 2 + 1, mask=added, other=0.0)
+        part_out = tl.load(
+            outputs_pointer + place[:, None] * HEAD_DIM + dims[None, :],
+            mask=is_element & is_added,
+            other=0.0,
+        )
+        tail = tl.maximum(tl.maximum(common, chunk_start), low)
+        for tile in range(tail, tl.minimum(end, chunk_end), TILE):
+            positions = tile + tl.arange(0, TILE)
+            visible = (positions >= start) | (positions < sink)
+            visible = visible & (positions < end)
+            depth = positions - shared
+            path = tl.load(path_row + depth, mask=visible & (depth >= 0), other=0)
+            columns = first + tl.where(depth < 0, positions, shared + path)
+            k = _load_columns(
+                k_head, columns, visible, kv_column_stride, HEAD_DIM, DIMS, q.dtype, QUANTISED
+            )
+            v = _load_columns(
+                v_head, columns, visible, kv_column_stride, HEAD_DIM, DIMS, q.dtype, QUANTISED
+            )
+            part_highest, part_total, part_out = _add_tile(
+                q,
+                k,
+                v,
+                visible[None, :],
+                (part_highest, part_total, part_out),
+                scale,
+                softcap,
+                SOFTCAP,
+            )
+        new_highest = tl.maximum(highest, part_highest)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        share, part_share = tl.exp2(highest - base), tl.exp2(part_highest - base)
+        total = total * share + part_total * part_share
+        out = out * share[:, None] + part_out * part_share[:, None]
+        highest = new_highest
+    if SINKS:
+        score = tl.load(sinks_pointer + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+        base = tl.maximum(highest, score)
+        share = tl.exp2(highest - base)
+        total = total * share + tl.exp2(score - base)
+        out = out * share[:, None]
+    total = tl.where(is_row, total, 1.0)
+    places = (node * (kv_heads * GROUPS) + heads).to(tl.int64) * HEAD_DIM
+    result = (out / total[:, None]).to(q.dtype)
+    tl.store(result_pointer + places[:, None] + dims[None, :], result, mask=is_element)
+
+
+def tile_size(head_dim: int, itemsize: int) -> int:
+    """Positions of a tile: a function of the model alone, as the order of sums depends on it."""
+    size = TILE_BYTES // 2 if itemsize == 4 else TILE_BYTES  # without tensor cores: registers
+    columns = size // (triton.next_power_of_2(head_dim) * itemsize)
+    return min(max(columns, MIN_TILE), MAX_TILE)
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: VisibleKeys,
+    *,
+    max_length: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`operations.tree_attention` in two launches, whatever the number of sequences is."""
+    (rows, heads, head_dim), kv_heads = q.shape, k.shape[0]
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+    assert k.stride() == v.stride()
+    (t, n), groups, chunks = keys.end.shape, heads // kv_heads, triton.cdiv(max_length, CHUNK)
+    shapes: dict[str, Any] = {
+        "GROUPS": groups,
+        "HEAD_DIM": head_dim,
+        "DIMS": max(triton.next_power_of_2(head_dim), MIN_DIMS),
+        "ROWS": ROWS,
+        "TILE": tile_size(head_dim, q.element_size()),
+        "CHUNK": CHUNK,
+        "SOFTCAP": softcap is not None,
+        "SINK": keys.sink is not None,
+        "QUANTISED": k.dtype == torch.int8,
+        "enable_fp_fusion": False,
+    }
+    strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
+    factors = scale, 0.0 if softcap is None else softcap
+    ranges = [
+        None if x is None else x.int().contiguous()
+        for x in (keys.first, keys.shared, keys.start, keys.end, keys.sink)
+    ]
+    sums = q.new_empty((t, kv_heads, chunks, n * groups, 2), dtype=torch.float32)
+    outputs = q.new_empty((t, kv_heads, chunks, n * groups, head_dim), dtype=torch.float32)
+    # Float32 products have no tensor cores, and need the registers of the second rows themselves.
+    wide = q.dtype == torch.float32
+    pair = n * groups > ROWS and not wide
+    _shared_positions[triton.cdiv(n * groups, 2 * ROWS if pair else ROWS), kv_heads * chunks, t](
+        *(q, k, v, *ranges, sums, outputs, n, chunks, *strides, *factors),
+        PAIR=pair,
+        num_warps=8 if wide or head_dim > MAX_NARROW else 4,
+        **shapes,
+    )
+    result = q.new_empty((rows, heads, head_dim))
+    _own_positions[n, kv_heads * triton.cdiv(groups, ROWS), t](
+        *(q, k, v, *ranges, keys.paths.int(), sinks, sums, outputs, result),
+        *(chunks, *keys.paths.stride()[:2], *strides, *factors),
+        SINKS=sinks is not None,
+        num_warps=8 if wide else 4,
+        **shapes,
+    )
+    return result

@@ -1,0 +1,235 @@
+"""Draft trees in the attention of unmodified mlx-lm models.
+
+`TreePass` has the positions, columns and mask of the trees in one forward pass. `TreeHooks` changes
+the modules of one model so that they read the pass that is being built: rotary modules rotate each
+node by its own position, recurrent layers run along the paths of the trees, and chosen layers keep
+their outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from treeflash.decoding.tree import DraftTree
+from treeflash_mlx.hybrid import (
+    NodePaths,
+    RecurrentTreeCache,
+    Solver,
+    convolve_nodes,
+    is_short_convolution,
+    rebind,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TreePass:
+    """Draft trees of one or more sequences, each after the committed positions of its sequence.
+
+    Every sequence has n rows, as many as the largest tree has nodes. Rows without a node repeat the
+    root, and no other row depends on them. The nodes of one sequence are written to consecutive
+    columns, without an index. There are no paths if each sequence goes on by one token, which the
+    model's own functions run.
+    """
+
+    start: int  # committed positions of the shortest sequence
+    columns: int  # keys of the longest sequence, with the keys of its tree
+    positions: mx.array  # (batch, n) int32 absolute positions of the nodes
+    keys: mx.array  # (batch, columns) int32 absolute positions of the keys
+    visible: mx.array  # (batch, n, columns) bool; whether a node attends to a key
+    index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
+    paths: NodePaths | None  # for recurrent layers
+
+    @classmethod
+    def build(
+        cls,
+        trees: Sequence[DraftTree],
+        starts: Sequence[int],
+        spare: int,
+        *,
+        solve: Solver | None = None,
+    ) -> TreePass | None:
+        """The pass over the trees of several sequences; None if all tokens continue one sequence.
+
+        Args:
+            trees: one per sequence.
+            starts: committed positions of each sequence.
+            spare: the column that rows without a node are written to.
+            solve: for recurrent layers; None without them, or for chains that are committed whole.
+        """
+        if len(trees) == 1 and (len(trees[0]) == 1 or (trees[0].is_chain and solve is None)):
+            return None
+        batch, n = len(trees), max(map(len, trees))
+        columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
+        positions, index = np.zeros((2, batch, n), np.int32)
+        keys = np.zeros((batch, columns), np.int32)
+        visible = np.zeros((batch, n, columns), np.bool_)
+        for i, (tree, start) in enumerate(zip(trees, starts, strict=True)):
+            size, stop = len(tree), start + len(tree)
+            positions[i] = start
+            positions[i, :size] = tree.positions(start)
+            index[i] = spare
+            index[i, :size] = np.arange(start, stop)
+            keys[i, :start] = np.arange(start)
+            keys[i, start:stop] = positions[i, :size]
+            visible[i, :, :start] = True
+            visible[i, :size, start:stop] = tree.ancestor_mask()
+            visible[i, size:, start] = True
+        written = mx.array(index[:, None, :, None]) if batch > 1 else None
+        paths = NodePaths(trees, n, solve) if solve is not None and n > 1 else None
+        seen = mx.array(visible)
+        return cls(min(starts), columns, mx.array(positions), mx.array(keys), seen, written, paths)
+
+    def mask(self, window: int | None, first: int = 0) -> mx.array:
+        """(n, columns - first) bool attention mask; (batch, 1, n, columns - first) of a batch.
+
+        Whether a key lies in the window of a node depends on its position, not on its column.
+        """
+        mask, keys = self.visible[..., first:], self.keys[:, first:]
+        if window is not None and window < self.columns:
+            mask = mask & (self.positions[:, :, None] - keys[:, None] < window)
+        return mask[0] if self.index is None else mask[:, None]
+
+
+class _ForwardPass(threading.local):
+    """The forward pass that a thread is building: its trees and its captured outputs."""
+
+    tree: TreePass | None = None
+    outputs: dict[int, mx.array] | None = None
+    recurrent_cache: RecurrentTreeCache | None = None
+
+
+class TreeHooks:
+    """Hooks on the modules of one model, and the forward pass that they read.
+
+    MLX evaluates a pass after Python has built it, so the hooks act only while the model is being
+    called. Each thread has its own pass. Outside `forward_pass` a hooked model computes the same as
+    without hooks.
+    """
+
+    def __init__(self) -> None:
+        self._captured: set[int] = set()
+        self._pass = _ForwardPass()
+
+    @property
+    def tree(self) -> TreePass | None:
+        """The trees that this thread's pass verifies; None for a plain causal pass."""
+        return self._pass.tree
+
+    @property
+    def paths(self) -> NodePaths | None:
+        """The paths of the trees; None if recurrent layers run as in a plain pass."""
+        return None if self.tree is None else self.tree.paths
+
+    def enter_recurrent_layer(self, cache: RecurrentTreeCache) -> None:
+        """Note that a layer has read its states: the next short convolutions belong to it."""
+        self._pass.recurrent_cache = cache
+
+    @contextmanager
+    def forward_pass(
+        self, tree: TreePass | None, *, capture: bool
+    ) -> Iterator[dict[int, mx.array]]:
+        """Describe one call of the model; `tree` is None for a plain causal pass.
+
+        Yields:
+            (batch, n, hidden_size) outputs of the captured layers, filled during the call.
+        """
+        outputs: dict[int, mx.array] = {}
+        self._pass.tree, self._pass.outputs = tree, outputs if capture else None
+        try:
+            yield outputs
+        finally:
+            self._pass.tree, self._pass.outputs, self._pass.recurrent_cache = None, None, None
+
+    def hook_ropes(self, model: nn.Module) -> None:
+        """Make the rotary modules of a model rotate each node by its own position."""
+        for module in {id(m): m for _, m in model.named_modules() if is_rope(m)}.values():
+            _subclass(module, self._rotate)
+
+    def hook_recurrent_layers(self, model: nn.Module) -> set[str]:
+        """Make the recurrent layers of a model run trees; returns the names that `rebind` does."""
+        names: set[str] = set()
+        for module in {id(m): m for _, m in model.named_modules()}.values():
+            if is_short_convolution(module):
+                _subclass(module, self._convolve)
+            else:
+                names |= rebind(module, lambda: self.paths)
+        return names
+
+    def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
+        """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""
+        for i in set(layer_ids) - self._captured:
+            _subclass(layers[max(i, 0)], partial(self._capture, i))
+            self._captured.add(i)
+
+    def submit_early(self, layers: Sequence[nn.Module]) -> None:
+        """Let the device start on a pass after these layers, while Python builds the next ones."""
+
+        def call(base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = base(layer, *args, **kwargs)
+            mx.async_eval(output)
+            return output
+
+        for layer in layers:
+            _subclass(layer, call)
+
+    def _rotate(
+        self, base: Callable[..., mx.array], rope: nn.Module, x: mx.array, *args: Any, **kwargs: Any
+    ) -> mx.array:
+        if self.tree is None:
+            return base(rope, x, *args, **kwargs)
+        # A rope has one offset per batch entry: (batch, heads, n, d) becomes (batch * n, heads, 1,
+        # d). Heads were split from rows, so swapping the axes back copies nothing.
+        batch, heads, n, width = x.shape
+        kwargs.pop("offset", None)
+        nodes = x.swapaxes(1, 2).reshape(batch * n, heads, 1, width)
+        rotated = base(rope, nodes, self.tree.positions.reshape(-1), *args[1:], **kwargs)
+        return rotated.reshape(batch, n, heads, -1).swapaxes(1, 2)
+
+    def _capture(
+        self, i: int, base: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        output = base(layer, *args, **kwargs)
+        if self._pass.outputs is not None:
+            # The first layer's input is the embeddings. Some layers return a tuple.
+            kept = args[0] if i == -1 else output
+            self._pass.outputs[i] = kept[0] if isinstance(kept, tuple) else kept
+        return output
+
+    def _convolve(
+        self, base: Callable[..., mx.array], module: nn.Module, inputs: mx.array
+    ) -> mx.array:
+        if self.paths is None:
+            return base(module, inputs)
+        cache = self._pass.recurrent_cache
+        assert cache is not None, "a convolution came before its layer's states were read"
+        cache.inputs.append(inputs)
+        return convolve_nodes(base, module, inputs, self.paths)
+
+
+def is_rope(module: nn.Module) -> bool:
+    """Whether a module rotates its input by positions: it is called with `x` and an `offset`.
+
+    This is the interface of `mlx.nn.RoPE`, which the rotary modules of mlx-lm share. Class names
+    are not enough: phixtral's `RoPEAttention` is a whole attention layer.
+    """
+    return list(inspect.signature(type(module).__call__).parameters)[1:3] == ["x", "offset"]
+
+
+def _subclass(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Route the calls of one module, and of no other, through `call(base_call, module, ...)`.
+
+    The module gets its own class, and keeps its parameters and its place in the tree of modules.
+    """
+    cls, base = type(module), type(module).__call__
+    methods = {"__call__": lambda self, *a, **k: call(base, self, *a, **k)}
+    module.__class__ = type(cls.__name__, (cls,), methods)

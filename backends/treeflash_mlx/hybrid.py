@@ -1,0 +1,604 @@
+"""Hybrid targets: the recurrent layers of unmodified mlx-lm models on draft trees.
+
+The formulas are in `treeflash.decoding.hybrid`. Here matrix states have the shape
+(value_dim, key_dim), as mlx-lm keeps them, unless `keys_first` says otherwise.
+
+This file follows a forward pass. `NodePaths` holds the ancestors of all nodes. `run_tree` computes
+the outputs of one layer, with a `Solver` for the delta rule, and returns the `Writes` that a commit
+needs in place of a new state. Functions with the names and arguments of mlx-lm's own functions call
+it, and `rebind` makes a model call them. `BatchStates` holds the committed states,
+`RecurrentTreeCache` connects them with one layer during a pass.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.ssm import compute_dt
+from numpy.typing import NDArray
+
+from treeflash.decoding.hybrid import convolution_tail, convolution_windows
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
+
+Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
+"""Returns u with (1 + M) u = b.
+
+Its arguments are M (batch, heads, n, n), b (batch, heads, n, value_dim) and the depth of the
+deepest node. Only the part of M below the diagonal is read; it is 0 for nodes that are not on one
+path.
+"""
+
+
+class NodePaths:
+    """The ancestors of the nodes of several trees, for the recurrent layers of one forward pass.
+
+    Trees smaller than the largest one are padded with nodes that continue the committed sequence,
+    as a root does.
+
+    Attributes:
+        batch_size: trees.
+        nodes: n, of the largest tree.
+        depth: of the deepest node; a root has depth 0.
+        ancestors: (batch, 1, n, n) bool; [i, 0, j, k] is true if k is j or an ancestor of j.
+        solve: for the delta rule.
+    """
+
+    def __init__(self, trees: Sequence[DraftTree], nodes: int, solve: Solver) -> None:
+        self.batch_size, self.nodes, self.solve = len(trees), nodes, solve
+        self.depth = max(int(tree.depths.max()) for tree in trees)
+        ancestors = np.zeros((self.batch_size, 1, nodes, nodes), np.bool_)
+        ancestors[:] = np.eye(nodes, dtype=np.bool_)
+        self._parents = np.full((self.batch_size, nodes), -1, np.int32)
+        for i, tree in enumerate(trees):
+            size = len(tree)
+            ancestors[i, 0, :size, :size] = tree.ancestor_mask()
+            self._parents[i, :size] = tree.parents
+        self.ancestors = mx.array(ancestors)
+        self._windows: dict[int, mx.array] = {}
+
+    def windows(self, kernel: int) -> mx.array:
+        """(batch, n, kernel) int32: the `convolution_windows` of every tree, made only once."""
+        if kernel not in self._windows:
+            rows = np.stack([convolution_windows(parents, kernel) for parents in self._parents])
+            self._windows[kernel] = mx.array(rows)
+        return self._windows[kernel]
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """What the nodes of a pass write into matrix states, each on the state after its parent.
+
+    The log decays are each node's own, not summed along paths. They have key_dim columns if
+    every key channel has a gate.
+    """
+
+    values: mx.array  # (batch, heads, n, value_dim) float32, u in the formulas
+    keys: mx.array  # (batch, heads, n, key_dim) float32
+    log_decays: mx.array  # (batch, heads, n, 1 or key_dim) float32
+    keys_first: bool = False  # whether the model keeps its states as (key_dim, value_dim)
+
+    def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
+        """The states after a path of each sequence, from those before it; None stands for zeros.
+
+        The nodes of the paths are (batch, a) int32. `kept`, (batch, a) bool, is false for nodes
+        that only fill the row of a shorter path.
+        """
+        kept = kept[:, None, :, None]
+        values, keys, log_decays = (
+            mx.take_along_axis(x, mx.broadcast_to(nodes[:, None, :, None], shape), 2)
+            for x in (self.values, self.keys, self.log_decays)
+            for shape in [(*x.shape[:2], nodes.shape[1], x.shape[3])]
+        )
+        values, log_decays = mx.where(kept, values, 0), mx.where(kept, log_decays, 0)
+        # Summed directly: where much has decayed, a difference of two sums loses its digits.
+        later = mx.cumsum(log_decays, axis=2, reverse=True, inclusive=False)
+        written = values.swapaxes(2, 3) @ (keys * mx.exp(later))
+        if state is None:
+            return written.swapaxes(2, 3) if self.keys_first else written
+        decay = mx.exp(log_decays.sum(2, keepdims=True))
+        if self.keys_first:
+            decay, written = decay.swapaxes(2, 3), written.swapaxes(2, 3)
+        return (decay * state.astype(mx.float32) + written).astype(state.dtype)
+
+
+def run_tree(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    log_decays: mx.array,
+    state: mx.array | None,
+    paths: NodePaths,
+    betas: mx.array | None = None,
+) -> tuple[mx.array, Writes]:
+    """The outputs of a recurrent layer at all nodes, and what they write; the state is unchanged.
+
+    Shapes: queries and keys (batch, heads, n, key_dim); values and outputs (batch, heads, n,
+    value_dim); log_decays as in `Writes`; state (batch, heads, value_dim, key_dim) before the
+    trees, None for zeros; betas (batch, heads, n, 1) of the delta rule, None for linear attention.
+    All but the state are float32.
+    """
+    if state is None:
+        state = mx.zeros((*values.shape[:2], values.shape[3], keys.shape[3]), mx.float32)
+    by_key = state.astype(mx.float32).swapaxes(2, 3)
+    totals = paths.ancestors.astype(mx.float32) @ log_decays
+    decays = mx.exp(totals)
+    products = path_products(keys, totals, paths)
+    if betas is not None:
+        targets = betas * (values - (decays * keys) @ by_key)
+        values = paths.solve(betas * products(keys), targets, paths.depth)
+    outputs = (decays * queries) @ by_key + products(queries) @ values
+    return outputs, Writes(values, keys, log_decays)
+
+
+def path_products(
+    keys: mx.array, totals: mx.array, paths: NodePaths
+) -> Callable[[mx.array], mx.array]:
+    """A function from (batch, heads, n, key_dim) rows to (batch, heads, n, n) products.
+
+    It multiplies the row of a node with the decayed keys on the node's path; off the path are
+    zeros. `totals` are log decays, summed over each node and its ancestors.
+    """
+    if totals.shape[3] == 1:
+        # Masked before exp: off the paths the differences are positive and overflow.
+        differences = mx.where(paths.ancestors, totals - totals.swapaxes(2, 3), -mx.inf)
+        pairs = mx.exp(differences)
+        return lambda rows: (rows @ keys.swapaxes(2, 3)) * pairs
+    # A gate per channel cannot be taken out of the sum over channels. Only the keys of each node's
+    # path are gathered: all pairs of nodes would need several times as many exponentials.
+    length = paths.depth + 1
+    nodes = paths.windows(length) - (length - 1)
+    batch, heads, n, width = keys.shape
+    on_path = (nodes >= 0)[:, None, :, :, None]
+    index = mx.maximum(nodes, 0).reshape(batch, 1, n * length, 1)
+    index = mx.broadcast_to(index, (batch, heads, n * length, width))
+    path_totals, path_keys = (
+        mx.take_along_axis(x, index, 2).reshape(batch, heads, n, length, width)
+        for x in (totals, keys)
+    )
+    differences = mx.where(on_path, totals[:, :, :, None] - path_totals, -mx.inf)
+    path_keys = path_keys * mx.exp(differences)
+    # Products off the path go to an extra column, which is dropped.
+    columns = mx.where(nodes >= 0, nodes, n)[:, None]
+    columns = mx.broadcast_to(columns, (batch, heads, n, length))
+
+    def products(rows: mx.array) -> mx.array:
+        on_paths = (path_keys @ rows[..., None])[..., 0]
+        zeros = mx.zeros((batch, heads, n, n + 1), on_paths.dtype)
+        return mx.put_along_axis(zeros, columns, on_paths, 3)[..., :n]
+
+    return products
+
+
+SUBSTITUTION = """
+    uint column = thread_position_in_grid.x;
+    uint matrix = thread_position_in_grid.y;
+    uint n = system_shape[2], width = targets_shape[3];
+    for (uint i = 0; i < n; ++i) {
+        float u = targets[(matrix * n + i) * width + column];
+        for (uint j = 0; j < i; ++j)
+            u -= system[(matrix * n + i) * n + j] * solution[(matrix * n + j) * width + column];
+        solution[(matrix * n + i) * width + column] = u;
+    }
+"""
+
+
+def solve_by_rounds(system: mx.array, targets: mx.array, depth: int) -> mx.array:
+    """A `Solver`: since M is nilpotent, nodes of depth d are exact after d rounds."""
+    system = mx.where(mx.tri(system.shape[2], k=-1, dtype=mx.bool_), system, 0)
+    solution = targets
+    for _ in range(depth):
+        solution = targets - system @ solution
+    return solution
+
+
+def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx.array:
+    """A `Solver` in one Metal kernel with a thread per column; each round would be a launch."""
+    inputs, outputs = ["system", "targets"], ["solution"]
+    kernel: Any = mx.fast.metal_kernel("treeflash_substitution", inputs, outputs, SUBSTITUTION)
+    batch, heads, _, width = targets.shape
+    return kernel(
+        inputs=[system, targets],
+        grid=(width, batch * heads, 1),
+        threadgroup=(min(width, 256), 1, 1),
+        output_shapes=[targets.shape],
+        output_dtypes=[targets.dtype],
+    )[0]
+
+
+MAX_SOLVER_ERROR = 1e-3
+"""Of a solver, relative to the largest entry of the solution; float32 reaches 1e-6."""
+
+
+def choose_solver() -> Solver:
+    """The fastest correct solver on this device.
+
+    Raises:
+        UnsupportedModelError: no solver is correct.
+    """
+    if mx.metal.is_available() and mx.default_device().type == mx.gpu:
+        try:
+            if (error := solver_error(solve_by_substitution)) <= MAX_SOLVER_ERROR:
+                return solve_by_substitution
+            reason = f"its relative error is {error:.1e}"
+        except (RuntimeError, ValueError) as failure:
+            reason = str(failure).partition("\n")[0]
+        warnings.warn(f"recurrent layers run without their Metal kernel: {reason}", stacklevel=2)
+    if not (error := solver_error(solve_by_rounds)) <= MAX_SOLVER_ERROR:
+        raise UnsupportedModelError(
+            "on this device recurrent layers compute different outputs on a draft tree than token "
+            f"by token (relative error {error:.1e}); use method ar"
+        )
+    return solve_by_rounds
+
+
+def solver_error(solver: Solver) -> float:
+    """The largest error of a solver, relative to the largest entry of the solution.
+
+    The system is that of a chain whose keys resemble each other, so that what a node writes depends
+    on all nodes before it. In a whole model the deepest nodes may count for less than rounding.
+    """
+    nodes, width = 24, 32
+    rng = np.random.default_rng(0)
+    system = np.tril(1 - 0.1 * rng.random((2, 3, nodes, nodes)), -1)
+    expected = rng.normal(size=(2, 3, nodes, width))
+    targets = expected + system @ expected
+    solution = solver(mx.array(system, mx.float32), mx.array(targets, mx.float32), nodes - 1)
+    return float(np.abs(np.array(solution) - expected).max() / np.abs(expected).max())
+
+
+def gated_delta_update(
+    paths: NodePaths,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,  # noqa: N803
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, Writes]:
+    """The gated delta rule, with a gate per head or per key channel.
+
+    Shapes: q and k (batch, n, key_heads, key_dim), normalised, q also scaled; v (batch, n, heads,
+    value_dim); a (batch, n, heads) or (batch, n, heads, key_dim); b (batch, n, heads); state
+    (batch, heads, value_dim, key_dim). `mask` is None, since no sequence is padded. Beta reaches 2
+    if `allow_neg_eigval`.
+    """
+    beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+    rate = mx.exp(A_log.astype(mx.float32))
+    if lower_bound is None:
+        log_decays = -rate * nn.softplus(a + dt_bias)
+    else:
+        log_decays = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+    if log_decays.ndim == 3:
+        log_decays = log_decays[..., None]
+    q_, k_, v_, g, betas = (_by_head(x, v.shape[2]) for x in (q, k, v, log_decays, beta[..., None]))
+    outputs, writes = run_tree(q_, k_, v_, g, state, paths, betas)
+    return outputs.swapaxes(1, 2).astype(q.dtype), writes
+
+
+def ssm_update(
+    paths: NodePaths,
+    hidden_states: mx.array,
+    A_log: mx.array,  # noqa: N803
+    B: mx.array,  # noqa: N803
+    C: mx.array,  # noqa: N803
+    D: mx.array,  # noqa: N803
+    dt: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    time_step_limit: tuple[float, float] = (0.001, 100.0),
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, Writes]:
+    """Mamba-2.
+
+    Shapes: hidden_states (batch, n, heads, head_dim); B, the keys, and C, the queries, (batch, n,
+    groups, state_size); dt (batch, n, heads); A_log, D and dt_bias (heads,); state (batch, heads,
+    head_dim, state_size). `mask` and `lengths` are None, since no sequence is padded.
+    """
+    dt = compute_dt(dt, dt_bias, time_step_limit)
+    log_decays = dt * -mx.exp(A_log).astype(dt.dtype)
+    values = dt[..., None] * hidden_states
+    heads = hidden_states.shape[2]
+    q, k, v, g = (_by_head(x, heads) for x in (C, B, values, log_decays[..., None]))
+    outputs, writes = run_tree(q, k, v, g, state, paths)
+    outputs = outputs.swapaxes(1, 2).astype(hidden_states.dtype)
+    return outputs + hidden_states * D.reshape(1, 1, -1, 1), writes
+
+
+def recurrent_gla(
+    paths: NodePaths,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    scale: float,
+    h: mx.array | None = None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, Writes]:
+    """Lightning attention: a fixed decay per head.
+
+    Shapes: q, k and v (batch, heads, n, head_dim); g (heads,) log decays; the state h (batch,
+    heads, head_dim, head_dim), keys first. `mask` is None, since no sequence is padded.
+    """
+    # mlx-lm rounds the decay to the type of the state, which counts at every step.
+    decay = mx.exp(g).astype(mx.float32 if h is None else h.dtype)
+    log_decays = mx.log(decay.astype(mx.float32))[None, :, None, None]
+    log_decays = mx.broadcast_to(log_decays, (*k.shape[:3], 1))
+    queries, keys, values = (x.astype(mx.float32) for x in (q * scale, k, v))
+    state = None if h is None else h.swapaxes(2, 3)
+    outputs, writes = run_tree(queries, keys, values, log_decays, state, paths)
+    return outputs.astype(q.dtype), replace(writes, keys_first=True)
+
+
+def _by_head(x: mx.array, heads: int) -> mx.array:
+    """(batch, heads, n, d) float32 of (batch, n, heads or groups, d); groups are repeated."""
+    x = x.swapaxes(1, 2).astype(mx.float32)
+    return x if x.shape[1] == heads else mx.repeat(x, heads // x.shape[1], 1)
+
+
+FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes]]] = {
+    f.__name__: f for f in (gated_delta_update, ssm_update, recurrent_gla)
+}
+"""Functions over trees by the names of the functions of mlx-lm that they stand for."""
+
+
+def rebind(module: nn.Module, current_paths: Callable[[], NodePaths | None]) -> set[str]:
+    """Let the methods of one module, and of no other, call `FUNCTIONS` in a pass over trees.
+
+    A method looks up the functions it calls among the globals of its Python module. The module gets
+    a class whose methods have the same code, with other functions among their globals.
+
+    `current_paths` returns the paths of the pass that is being built, or None if the pass is not
+    over trees. Returns the names of the functions that the module calls.
+    """
+    cls = type(module)
+    methods: dict[str, Any] = {}
+    names: set[str] = set()
+    for base in reversed(cls.__mro__):
+        for name, method in vars(base).items():
+            if not isinstance(method, types.FunctionType):
+                continue
+            scope = method.__globals__
+            if not (called := FUNCTIONS.keys() & scope.keys() & set(method.__code__.co_names)):
+                continue
+            replaced = {key: _dispatch(scope[key], FUNCTIONS[key], current_paths) for key in called}
+            code, defaults, closure = method.__code__, method.__defaults__, method.__closure__
+            copy = types.FunctionType(code, {**scope, **replaced}, name, defaults, closure)
+            copy.__kwdefaults__ = method.__kwdefaults__
+            methods[name] = copy
+            names |= called
+    if methods:
+        module.__class__ = type(cls.__name__, (cls,), methods)
+    return names
+
+
+def _dispatch(
+    original: Callable[..., Any],
+    over_trees: Callable[..., Any],
+    current_paths: Callable[[], NodePaths | None],
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (paths := current_paths()) is None:
+            return original(*args, **kwargs)
+        return over_trees(paths, *args, **kwargs)
+
+    return call
+
+
+def is_short_convolution(module: nn.Module) -> bool:
+    """Whether a module convolves each channel by itself, without padding, over given inputs."""
+    return (
+        isinstance(module, nn.Conv1d)
+        and module.weight.shape[2] == 1
+        and (module.padding, module.stride, module.dilation) == (0, 1, 1)
+    )
+
+
+def convolve_nodes(
+    base: Callable[..., mx.array], module: nn.Module, inputs: mx.array, paths: NodePaths
+) -> mx.array:
+    """(batch, n, channels) of a short convolution at all nodes, each over its own ancestors.
+
+    `base` is the module's own call; `inputs` are (batch, W - 1 + n, channels) for a kernel size W.
+    """
+    kernel, channels = module.weight.shape[1], inputs.shape[2]
+    windows = paths.windows(kernel).reshape(paths.batch_size, -1, 1)
+    rows = mx.take_along_axis(inputs, mx.broadcast_to(windows, (*windows.shape[:2], channels)), 1)
+    nodes = rows.reshape(-1, kernel, channels)
+    return base(module, nodes).reshape(paths.batch_size, paths.nodes, channels)
+
+
+RecurrentStates: TypeAlias = list[list[mx.array | None]]
+"""The states of one sequence: per recurrent layer and state, (1, ...); None before the first pass.
+
+A commit makes new arrays and leaves these as they are.
+"""
+
+
+def state_arrays(states: Sequence[Sequence[mx.array | None]]) -> list[mx.array]:
+    """All states that are not None, layer by layer."""
+    return [x for layer in states for x in layer if x is not None]
+
+
+class BatchStates:
+    """The recurrent states of the sequences that run together; only a commit changes them.
+
+    Attributes:
+        layers: per recurrent layer and state, an array (batch, ...) after the committed positions;
+            None before the first pass.
+        latest: per recurrent layer, its cache in the latest forward pass.
+    """
+
+    def __init__(self, sequences: Sequence[RecurrentStates]) -> None:
+        self.batch_size = len(sequences)
+        layers = zip(*sequences, strict=True)
+        self.layers = [[_stack(parts) for parts in zip(*layer, strict=True)] for layer in layers]
+        self.latest: list[RecurrentTreeCache | None] = [None] * len(self.layers)
+        mx.eval(self.arrays)  # now: rows of another batch would keep the whole batch in memory
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return state_arrays(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the states of all sequences, bytes."""
+        return sum(x.nbytes for x in self.arrays)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the latest pass can be committed."""
+        return all(cache is not None and cache.is_complete for cache in self.latest)
+
+    def sequence_states(self, row: int) -> RecurrentStates:
+        if self.batch_size == 1:
+            return [list(states) for states in self.layers]
+        return [
+            [x if x is None else mx.contiguous(x[row : row + 1]) for x in states]
+            for states in self.layers
+        ]
+
+    def replace(self, row: int, states: RecurrentStates) -> None:
+        """Give one sequence other states."""
+        if self.batch_size == 1:
+            self.layers = [list(layer) for layer in states]
+            return
+        chosen = mx.arange(self.batch_size) == row
+
+        def merge(x: mx.array | None, new: mx.array | None) -> mx.array | None:
+            return x if x is None else _where(chosen, mx.zeros_like(x) if new is None else new, x)
+
+        self.layers = [list(map(merge, *pair)) for pair in zip(self.layers, states, strict=True)]
+
+    def commit(self, paths: Mapping[int, NDArray[np.int32]]) -> None:
+        """Change to the states after paths of the latest pass, by row, the root first.
+
+        Other sequences keep their states.
+        """
+        if self.layers:
+            commit = _Commit(paths, self.batch_size)
+            self.layers = list(map(commit.layer_states, self.layers, self.latest))
+
+
+class RecurrentTreeCache(ArraysCache):
+    """One recurrent layer in one forward pass; some models write to no other class of cache.
+
+    It calls `on_read` when the layer reads its states.
+
+    Attributes:
+        paths: of the nodes; None if the pass is not over trees.
+        written: by state, what the pass wrote: the state after all tokens, or in a pass over trees
+            the `Writes` of a matrix state.
+        inputs: (batch, W - 1 + n, channels) of each short convolution over trees, in order: the
+            last inputs of the committed sequence, then the inputs of the nodes.
+    """
+
+    def __init__(
+        self,
+        batch: BatchStates,
+        layer: int,
+        paths: NodePaths | None,
+        on_read: Callable[[RecurrentTreeCache], None],
+    ) -> None:
+        super().__init__(len(batch.layers[layer]))
+        self._batch, self._layer, self._on_read, self.paths = batch, layer, on_read, paths
+        self.written: dict[int, mx.array | Writes] = {}
+        self.inputs: list[mx.array] = []
+        batch.latest[layer] = self
+
+    @property
+    def states(self) -> list[mx.array | None]:
+        return self._batch.layers[self._layer]
+
+    def __getitem__(self, i: int) -> mx.array | None:
+        self._on_read(self)
+        return self.states[i]
+
+    def __setitem__(self, i: int, value: mx.array | Writes) -> None:
+        self.written[i] = value
+
+    def make_mask(self, n: int, **_: Any) -> None:
+        """No mask: no sequence is padded."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every state was written, in a pass over trees with what a commit needs."""
+        if len(self.written) < len(self.states):
+            return False
+        if self.paths is None:
+            return True
+        inputs = [(x.shape[1] - self.paths.nodes, x.shape[2]) for x in self.inputs]
+        tails = [x.shape[1:] for x in self.written.values() if not isinstance(x, Writes)]
+        return tails == inputs
+
+
+class _Commit:
+    """The commit of paths of some of the sequences of a batch."""
+
+    def __init__(self, paths: Mapping[int, NDArray[np.int32]], batch_size: int) -> None:
+        nodes = np.zeros((batch_size, max(map(len, paths.values()))), np.int32)
+        kept = np.zeros(nodes.shape, np.bool_)
+        for row, path in paths.items():
+            nodes[row, : len(path)], kept[row, : len(path)] = path, True
+        self.paths, self.batch_size = paths, batch_size
+        self.nodes, self.kept = mx.array(nodes), mx.array(kept)
+        self.has_path = mx.array(kept[:, 0])
+        self._tails: dict[int, mx.array] = {}
+
+    def layer_states(
+        self, states: Sequence[mx.array | None], latest: RecurrentTreeCache | None
+    ) -> list[mx.array | None]:
+        assert latest is not None, "no forward pass was run that could be committed"
+        inputs = iter(latest.inputs)
+        new = list(states)
+        for i, value in sorted(latest.written.items()):
+            old = states[i]
+            if isinstance(value, Writes):
+                new[i] = value.commit(old, self.nodes, self.kept)
+                continue
+            if latest.paths is not None:
+                shape = (self.batch_size, *value.shape[1:])
+                tail = mx.broadcast_to(self._tail(value.shape[1] + 1), shape)
+                value = mx.take_along_axis(next(inputs), tail, 1)
+            if len(self.paths) < self.batch_size:
+                value = _where(self.has_path, value, mx.zeros_like(value) if old is None else old)
+            new[i] = value
+        return new
+
+    def _tail(self, kernel: int) -> mx.array:
+        """(batch, W - 1, 1) int32 rows of a convolution's inputs; made once for all layers."""
+        if kernel not in self._tails:
+            empty = np.zeros(0, np.int32)
+            paths = [self.paths.get(row, empty) for row in range(self.batch_size)]
+            tails = [convolution_tail(path, kernel) for path in paths]
+            self._tails[kernel] = mx.array(np.stack(tails)[..., None])
+        return self._tails[kernel]
+
+
+def _where(chosen: mx.array, new: mx.array, old: mx.array) -> mx.array:
+    """`new` for the chosen (batch,) sequences; arrays have a row per sequence, or one for all."""
+    return mx.where(chosen.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+
+def _stack(parts: Sequence[mx.array | None]) -> mx.array | None:
+    """(batch, ...) states of sequences, with zeros for those that have not been run."""
+    example = next((x for x in parts if x is not None), None)
+    if example is None or len(parts) == 1:
+        return example
+    return mx.concatenate([mx.zeros_like(example) if x is None else x for x in parts])

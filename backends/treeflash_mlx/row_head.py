@@ -1,0 +1,506 @@
+"""Heads that draft depth by depth: their layer, their rows, and the tables they give.
+
+See `treeflash.drafters.row_heads` for what a row is. The KV cache of a sequence has a row for each
+committed position, and behind them the rows of the drafts of one table. The keys and values of
+committed rows need no attention, so a prompt costs little more than their projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_lm.models.switch_layers import SwitchGLU
+from numpy.typing import NDArray
+
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
+from treeflash.errors import ConfigError
+from treeflash_mlx.cache import BatchStorage, KVCache, allocated_columns, share_storage
+from treeflash_mlx.drafter import OutputStage
+from treeflash_mlx.drafter_model import MLP, OwnVocabulary
+from treeflash_mlx.hybrid import RecurrentStates
+from treeflash_mlx.numerics import log_softmax, top_log_probs
+from treeflash_mlx.state import State
+from treeflash_mlx.target import Target
+
+CHUNK = 2048
+"""Committed rows whose keys and values are computed at once."""
+
+
+class Norm(nn.Module):
+    """RMS norm in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones(size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+
+
+class Router(nn.Module):
+    """Chooses the experts of each row, and their weights."""
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = mx.zeros((config.count, hidden_size))
+        if config.sigmoid:
+            self.e_score_correction_bias = mx.zeros(config.count)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
+        logits = x.astype(mx.float32) @ self.weight.T.astype(mx.float32)
+        if self.config.sigmoid:
+            scores = mx.sigmoid(logits)
+            ranks = scores + self.e_score_correction_bias.astype(mx.float32)
+        else:
+            scores = ranks = mx.softmax(logits, -1)
+        experts = mx.argsort(-ranks, axis=-1)[:, : self.config.per_token]
+        weights = mx.take_along_axis(scores, experts, -1)
+        if self.config.normalised:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return weights * self.config.scale, experts
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, and one that runs for every row."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        experts, h = config.experts, config.hidden_size
+        assert experts is not None
+        self.gate = Router(experts, h)
+        self.experts = SwitchGLU(h, experts.width, experts.count)
+        self.shared_expert = self.shared_expert_gate = None
+        if experts.shared_width:
+            self.shared_expert = MLP(replace(config, intermediate_size=experts.shared_width))
+        if experts.shared_gate:
+            self.shared_expert_gate = nn.Linear(h, 1, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(n, hidden_size) to (n, hidden_size)."""
+        weights, chosen = self.gate(x)
+        out = (self.experts(x, chosen).astype(mx.float32) * weights[..., None]).sum(-2)
+        out = out.astype(x.dtype)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * mx.sigmoid(self.shared_expert_gate(x))
+            out = out + shared
+        return out
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of rows."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        read = 2 * h if config.reads_both else h
+        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(read, 2 * q if config.gated else q, bias=bias)
+        self.k_proj = nn.Linear(read, kv, bias=bias)
+        self.v_proj = nn.Linear(read, kv, bias=bias)
+        self.o_proj = nn.Linear(q, h, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = Norm(d, config.rms_norm_eps)
+            self.k_norm = Norm(d, config.rms_norm_eps)
+        # Not a parameter: it stays float32 if the model is cast to half precision.
+        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
+        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+
+    def queries(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
+        """(1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if there are any."""
+        q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
+        if self.config.gated:
+            q, gate = mx.split(q, 2, -1)
+        return self._rotate(self.q_norm(q) if self.config.qk_norm else q, positions), gate
+
+    def keys_and_values(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """(1, kv_heads, n, head_dim) each, of n rows."""
+        shape = len(y), -1, self.config.head_dim
+        k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
+        keys = self._rotate(self.k_norm(k) if self.config.qk_norm else k, positions)
+        return keys, v.swapaxes(0, 1)[None]
+
+    def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
+        """(1, heads, n, head_dim) from (n, heads, head_dim); the first channels are rotated."""
+        rotated = mx.fast.rope(
+            x[:, :, None],
+            2 * len(self._wavelengths),
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=positions,
+            freqs=self._wavelengths,
+        ).swapaxes(0, 2)
+        if (scale := self.config.rope_scale) == 1:
+            return rotated
+        first, rest = mx.split(rotated, [2 * len(self._wavelengths)], -1)
+        return mx.concatenate([first * scale, rest], -1)
+
+
+class Layer(nn.Module):
+    """The only layer."""
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        h, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = None if config.reads_both else Norm(h, eps)
+        self.post_attention_layernorm = Norm(h, eps)
+        self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
+
+
+class RowModel(nn.Module):
+    """The weights of a row head, under their canonical names."""
+
+    def __init__(self, config: RowConfig, own: OwnVocabulary) -> None:
+        super().__init__()
+        self.config = config
+        h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
+        self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
+        self.input_proj = self.fc = self.input_norm = self.fc_norm = None
+        if config.reads_both:
+            self.fc = nn.Linear(features * h, h, bias=False)
+            if config.feature_norms == "all":
+                self.input_norm = Norm(features * h, eps)
+            if config.feature_norms == "each":
+                self.fc_norm = [Norm(h, eps) for _ in range(features)]
+        else:
+            self.input_proj = nn.Linear(2 * h, h, bias=False)
+        self.layer = Layer(config)
+        self.norm = Norm(h, eps)
+        self._own = own  # loaded already, so not among the parameters
+
+    @property
+    def own(self) -> OwnVocabulary:
+        """The parts of the vocabulary that are not the target's."""
+        return self._own
+
+    def project(self, features: mx.array) -> mx.array:
+        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
+        if self.fc is None:
+            return features
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = mx.split(features, len(self.fc_norm), -1)
+            features = mx.concatenate([n(x) for n, x in zip(self.fc_norm, parts, strict=True)], -1)
+        return self.fc(features)
+
+    def read(self, embedded: mx.array, states: mx.array) -> tuple[mx.array, mx.array]:
+        """What attention reads, and its residual, from (n, hidden_size) embeddings and states."""
+        normed = self.hidden_norm(states)
+        both = mx.concatenate([self.embedding_norm(embedded), normed], -1)
+        if self.input_proj is None:
+            return both, normed if self.config.normed_residual else states
+        x = self.input_proj(both)
+        assert self.layer.input_layernorm is not None
+        return self.layer.input_layernorm(x), x
+
+    def finish(self, attended: mx.array, gate: mx.array | None, residual: mx.array) -> mx.array:
+        """(n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        if gate is not None:
+            attended = attended * mx.sigmoid(gate)
+        x = residual + self.layer.self_attn.o_proj(attended.reshape(len(attended), -1))
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def feedback(self, outputs: mx.array) -> mx.array:
+        """The states of the children of rows."""
+        return self.norm(outputs) if self.config.normed_feedback else outputs
+
+
+@dataclass(eq=False)
+class RowCache(KVCache):
+    """The rows of one sequence, and the target's states that they read.
+
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
+    """
+
+    hidden: mx.array | None = None  # (columns, hidden_size); None before the first draft
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.hidden is None else self.hidden.nbytes)
+
+    def append(self, states: Sequence[mx.array]) -> None:
+        """Note the (n, hidden_size) states of new committed positions."""
+        for part in states:
+            if self.hidden is None:
+                shape = allocated_columns(self.capacity), part.shape[1]
+                self.hidden = mx.zeros(shape, part.dtype)
+            self.hidden[self.length : self.length + len(part)] = part
+            self.length += len(part)
+
+    def copy(self, length: int, capacity: int, states: RecurrentStates | None = None) -> RowCache:
+        new = super().copy(length, capacity, states)
+        assert isinstance(new, RowCache)
+        new.hidden = None
+        if self.hidden is not None:
+            kept = self.hidden[: new.length]
+            new.hidden = mx.zeros((allocated_columns(capacity), kept.shape[1]), kept.dtype)
+            new.hidden[: new.length] = kept
+            mx.eval(new.hidden)
+        return new
+
+    def read(self) -> NDArray[np.float32]:
+        return super().read()[..., : max(self.length - 1, 0), :]
+
+    def close(self) -> None:
+        super().close()
+        self.hidden = None
+
+    def attach(self, storage: BatchStorage, row: int) -> None:
+        hidden = self.hidden
+        super().attach(storage, row)
+        self.hidden = hidden
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """The root's row after a draft.
+
+    Attributes:
+        root: token id.
+        output: (1, hidden_size) of the layer.
+        cache: of the sequence.
+        length: rows of the sequence, the root's last.
+        depths: wanted.
+    """
+
+    root: int
+    output: mx.array
+    cache: RowCache
+    length: int
+    depths: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of one depth of all sequences, n of each.
+
+    Attributes:
+        outputs: (sequences * n, hidden_size) of the layer.
+        visible: (sequences, n, c) bool: the drafted rows so far that each row sees.
+    """
+
+    outputs: mx.array
+    visible: mx.array
+
+
+class RowDrafter:
+    """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
+
+    def __init__(self, model: RowModel, target: Target) -> None:
+        self.model, self.output = model, OutputStage(model, target)
+
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
+        """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        new: list[tuple[RowCache, int, list[int]]] = []
+        for state, root in roots:
+            cache, tokens = self._append(state)
+            first, tokens = cache.length - 1 - len(tokens), [*tokens, root]
+            while len(tokens) > CHUNK:
+                self._write([(cache, first, tokens[:CHUNK])])
+                mx.eval(share_storage([cache]).layers)
+                first, tokens = first + CHUNK, tokens[CHUNK:]
+            new.append((cache, first, tokens))
+        (y, residual), positions = self._write(new)
+        last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
+        q, gate = self.model.layer.self_attn.queries(y[last], positions[last])
+        caches = [cache for cache, _, _ in new]
+        attended = attend(self.model.config, q, caches, [x.length for x in caches], None)
+        outputs = self.model.finish(attended, gate, residual[last])
+        most = self.model.config.depths
+        return [
+            RowBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
+            for i, ((_, root), cache) in enumerate(zip(roots, caches, strict=True))
+        ]
+
+    def _append(self, state: State) -> tuple[RowCache, list[int]]:
+        """The cache with the states of all committed positions, and the tokens of new rows."""
+        cache = state.drafter
+        assert isinstance(cache, RowCache)
+        first = max(cache.length - 1, 0)
+        cache.append(state.context)
+        state.context = []
+        return cache, state.tokens[first + 1 :]
+
+    def _write(
+        self, rows: Sequence[tuple[RowCache, int, list[int]]]
+    ) -> tuple[tuple[mx.array, mx.array], mx.array]:
+        """Write the keys and values of rows: their cache, the first one, and their tokens.
+
+        Returns what `RowModel.read` does, and the positions.
+        """
+        flat = mx.array([token for _, _, tokens in rows for token in tokens], mx.int32)
+        numbers = [first + np.arange(len(tokens)) for _, first, tokens in rows]
+        positions = mx.array(np.concatenate(numbers), mx.int32)
+        states = []
+        for cache, first, tokens in rows:
+            assert cache.hidden is not None
+            states.append(cache.hidden[first : first + len(tokens)])
+        read = self.model.read(self.output.embed(flat), mx.concatenate(states))
+        k, v = self.model.layer.self_attn.keys_and_values(read[0], positions)
+        write([(cache, first, len(tokens)) for cache, first, tokens in rows], k, v)
+        return read, positions
+
+    def marginals(self, blocks: Sequence[RowBlock], options: TableOptions) -> list[TransitionTable]:
+        raise ConfigError(NO_MARGINALS)
+
+    def log_probs(self, block: RowBlock) -> NDArray[np.float32]:
+        raise ConfigError(NO_MARGINALS)
+
+
+def write(segments: Sequence[tuple[RowCache, int, int]], k: mx.array, v: mx.array) -> None:
+    """Write the rows of several sequences: each cache, its first column and its number of rows."""
+    row = 0
+    for cache, first, n in segments:
+        part = slice(row, row + n)
+        share_storage([cache]).write(0, [k[:, :, part], v[:, :, part]], first)
+        row += n
+
+
+def attend(
+    config: RowConfig,
+    queries: mx.array,
+    caches: Sequence[RowCache],
+    ends: Sequence[int],
+    visible: mx.array | None,
+) -> mx.array:
+    """Attention of each sequence's rows to its own columns.
+
+    Args:
+        config: of the head.
+        queries: (1, heads, sequences * n, head_dim).
+        caches: of the sequences.
+        ends: columns of each sequence that its rows see, or that are masked.
+        visible: (sequences, n, c) bool, of the last c columns; None if n is 1.
+
+    Returns:
+        (sequences * n, heads, head_dim).
+    """
+    n, out = queries.shape[2] // len(caches), []
+    for i, (cache, end) in enumerate(zip(caches, ends, strict=True)):
+        mask = None
+        if visible is not None:
+            mask = mx.pad(visible[i], [(0, 0), (end - visible.shape[2], 0)], constant_values=True)
+        y = mx.fast.scaled_dot_product_attention(
+            queries[:, :, i * n : (i + 1) * n],
+            *share_storage([cache]).read(0, end),
+            scale=config.head_dim**-0.5,
+            mask=mask,
+        )
+        out.append(y[0].swapaxes(0, 1))
+    return out[0] if len(out) == 1 else mx.concatenate(out)
+
+
+class RowHead:
+    """`treeflash.decoding.interfaces.ARHead` in MLX, one pass of the layer for each depth."""
+
+    def __init__(self, model: RowModel, target: Target) -> None:
+        self.model, self.output = model, OutputStage(model, target)
+
+    def transitions(
+        self, blocks: Sequence[RowBlock], options: TableOptions
+    ) -> list[TransitionTable]:
+        """Run each depth of all sequences as one batch of rows, and read all depths at once."""
+        depths, batch = blocks[0].depths, len(blocks)
+        noise = None
+        if options.noise is not None:
+            noise = self.output.noise(options.noise).reshape(batch, depths, -1)
+        width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
+        rows = self._start(blocks)
+        path_log_probs = mx.zeros((batch, 1))
+        arrays: list[mx.array] = []
+        shapes: list[tuple[int, int]] = []
+        for depth in range(depths):
+            n = len(rows.outputs) // batch
+            logits = self.output.logits(self.model.norm(rows.outputs)).astype(mx.float32)
+            if noise is not None:
+                logits = logits + mx.repeat(noise[:, depth], n, 0)
+            k = min(options.k, logits.shape[1])
+            tokens, log_probs = top_log_probs(logits, k, options.temperature)
+            tokens = self.output.to_target(tokens).reshape(batch, n * k)
+            log_probs = log_probs.reshape(batch, n, k)
+            children = (path_log_probs[:, :, None] + log_probs).reshape(batch, n * k)
+            ranks = mx.concatenate([mx.full((batch, 1), mx.inf), children[:, 1:]], 1)
+            # The first child is the chain's, which must not end here.
+            kept = mx.argsort(-ranks, axis=1)[:, : min(width, n * k)]
+            arrays += [tokens, log_probs.reshape(batch, n * k), kept]
+            shapes.append((n, k))
+            if depth + 1 < depths:
+                path_log_probs = mx.take_along_axis(children, kept, 1)
+                next_tokens = mx.take_along_axis(tokens, kept, 1)
+                rows = self._step(blocks, rows, depth + 1, next_tokens, kept // k)
+        # Token ids are exact in float32, and one array needs one read from the device.
+        numbers = np.array(mx.concatenate([array.astype(mx.float32) for array in arrays], 1))
+        ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
+        tables = []
+        for sequence in numbers:
+            parts = np.split(sequence, ends)
+            tokens_ = [x.astype(np.int32) for x in parts[::3]]
+            tables.append(
+                TransitionTable.from_paths(
+                    [x.reshape(shape) for x, shape in zip(tokens_, shapes, strict=True)],
+                    [x.reshape(shape) for x, shape in zip(parts[1::3], shapes, strict=True)],
+                    [x.astype(np.int64) for x in parts[2::3]],
+                )
+            )
+        return tables
+
+    def log_probs(self, block: RowBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        rows = self._start([block])
+        outputs = [rows.outputs]
+        for depth in range(1, len(previous)):
+            token, parent = mx.array(previous[None, depth : depth + 1]), mx.zeros((1, 1), mx.int32)
+            rows = self._step([block], rows, depth, token, parent)
+            outputs.append(rows.outputs)
+        logits = self.output.logits(self.model.norm(mx.concatenate(outputs)))
+        return np.array(self.output.over_target_vocabulary(log_softmax(logits)))
+
+    def _start(self, blocks: Sequence[RowBlock]) -> _Rows:
+        outputs = mx.concatenate([block.output for block in blocks])
+        return _Rows(outputs, mx.zeros((len(blocks), 1, 0), mx.bool_))
+
+    def _step(
+        self,
+        blocks: Sequence[RowBlock],
+        rows: _Rows,
+        depth: int,
+        tokens: mx.array,
+        parents: mx.array,
+    ) -> _Rows:
+        """The rows of (sequences, n) tokens, which follow rows of the depth before.
+
+        `parents` are (sequences, n) indices of these rows in each sequence.
+        """
+        (batch, n), model = tokens.shape, self.model
+        before, drafted = rows.visible.shape[1:]
+        places = (parents + before * mx.arange(batch)[:, None]).reshape(-1)
+        states = model.feedback(rows.outputs[places])
+        y, residual = model.read(self.output.embed(tokens.reshape(-1)), states)
+        numbers = np.repeat([block.length - 1 + depth for block in blocks], n)
+        positions = mx.array(numbers, mx.int32)
+        q, gate = model.layer.self_attn.queries(y, positions)
+        k, v = model.layer.self_attn.keys_and_values(y, positions)
+        caches = [block.cache for block in blocks]
+        starts = [block.length + drafted for block in blocks]
+        write([(cache, start, n) for cache, start in zip(caches, starts, strict=True)], k, v)
+        ancestors = rows.visible.reshape(batch * before, drafted)[places].reshape(batch, n, drafted)
+        itself = mx.broadcast_to(mx.eye(n, dtype=mx.bool_), (batch, n, n))
+        visible = mx.concatenate([ancestors, itself], 2)
+        attended = attend(model.config, q, caches, [start + n for start in starts], visible)
+        return _Rows(model.finish(attended, gate, residual), visible)

@@ -1,0 +1,147 @@
+"""Sampling of the target's tokens on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding.sampling import (
+    LogProbs,
+    SampledTokens,
+    SamplingParams,
+    check_finite,
+    shared_sampling,
+    unpack,
+)
+from treeflash_mlx.numerics import gumbel, logsumexp, top_indices
+
+SHORTLIST = 256
+"""Most probable tokens among which the edge of a nucleus is searched first."""
+
+
+def sample(
+    logits: Sequence[mx.array | None], all_params: Sequence[SamplingParams | None]
+) -> list[SampledTokens | None]:
+    """`treeflash.decoding.sampling.sample` for several sequences.
+
+    Sequences with the same sampling are computed together, with one read from the device.
+
+    The logits of a sequence are (n, vocab). Without parameters no token is needed.
+
+    Raises:
+        NumericalError: the largest logit of a row is not finite.
+    """
+    sampled: list[SampledTokens | None] = [None] * len(all_params)
+    groups: dict[object, list[tuple[int, mx.array, SamplingParams]]] = {}
+    for i, (rows, params) in enumerate(zip(logits, all_params, strict=True)):
+        if params is not None:
+            assert rows is not None
+            groups.setdefault(shared_sampling(params), []).append((i, rows, params))
+    for sequences in groups.values():
+        edited = [_edit(rows, params) for _, rows, params in sequences]
+        sampling = sequences[0][2].sampling
+        keys = None
+        if not sampling.greedy:
+            keys = np.concatenate([p.keys for _, _, p in sequences if p.keys is not None])
+        tokens = sample_tokens(
+            edited[0] if len(edited) == 1 else mx.concatenate(edited), sampling, keys
+        )
+        parts = np.split(tokens, np.cumsum([len(part) for part in edited])[:-1])
+        for (i, rows, params), part in zip(sequences, parts, strict=True):
+            k = params.log_probs
+            sampled[i] = SampledTokens(part, None if k is None else _log_probs(rows, part, k))
+    return sampled
+
+
+def _edit(logits: mx.array, params: SamplingParams) -> mx.array:
+    """(n, vocab) edited logits, -inf for tokens that are not allowed."""
+    if (edits := params.edits) is not None:
+        logits = mx.array(logits.astype(mx.float32))  # a copy: its entries are assigned below
+        rows, tokens, factors = (mx.array(x) for x in (edits.rows, edits.tokens, edits.factors))
+        old = logits[rows, tokens]
+        scaled = mx.where(old > 0, old / factors, old * factors)
+        logits[rows, tokens] = scaled + mx.array(edits.additions)
+    if params.allowed is not None:
+        allowed = mx.array(unpack(params.allowed, logits.shape[-1]))
+        logits = mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
+    return logits
+
+
+def _log_probs(logits: mx.array, tokens: NDArray[np.int32], k: int) -> LogProbs:
+    logits = logits.astype(mx.float32)
+    k = min(k, logits.shape[-1])
+    best = top_indices(logits, k) if k else mx.zeros((len(tokens), 0), mx.int32)
+    index = mx.concatenate([mx.array(tokens)[:, None], best], axis=1)
+    values = mx.take_along_axis(logits, index, axis=1) - logsumexp(logits)
+    mx.eval(best, values)
+    read = np.array(values)
+    return LogProbs(read[:, 0], np.array(best), read[:, 1:])
+
+
+def sample_tokens(
+    logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None
+) -> NDArray[np.int32]:
+    """`treeflash.decoding.sampling.sample_tokens` with one read from the device.
+
+    A nucleus wider than the shortlist needs a second read. A CPU computes in float64, as the core
+    function does; a GPU has no float64.
+    """
+    best = logits.max(-1, keepdims=True)
+    finite = mx.isfinite(best).all()
+    if sampling.greedy:
+        tokens, covered = mx.argmax(logits, axis=-1), mx.array(True)
+    else:
+        tokens, covered = _sample(logits, best, sampling, keys, SHORTLIST)
+    flags = mx.stack([finite, covered])
+    read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
+    check_finite(read[-2])
+    if not read[-1]:
+        tokens, _ = _sample(logits, best, sampling, keys, logits.shape[-1])
+        return np.array(tokens.astype(mx.int32))
+    return read[:-2]
+
+
+def _sample(
+    logits: mx.array,
+    best: mx.array,
+    sampling: SamplingConfig,
+    keys: NDArray[np.uint32] | None,
+    shortlist: int,
+) -> tuple[mx.array, mx.array]:
+    """(n,) tokens, and whether every nucleus lay within the shortlist."""
+    assert keys is not None
+    wide = mx.float64 if mx.default_device().type == mx.cpu else mx.float32
+    scaled = (logits.astype(wide) - best.astype(wide)) / sampling.temperature
+    probs, covered = _filter(mx.exp(scaled), sampling, shortlist)
+    sums = mx.where(probs > 0, scaled, -mx.inf) + gumbel(keys, logits.shape[-1])
+    return mx.argmax(sums, axis=-1), covered
+
+
+def _filter(probs: mx.array, sampling: SamplingConfig, shortlist: int) -> tuple[mx.array, mx.array]:
+    """(n, vocab) with dropped tokens set to 0; and whether every nucleus lay in the shortlist."""
+    ranked, covered = None, mx.array(True)
+    if 0 < sampling.top_k < probs.shape[-1]:
+        # Tokens with the probability of the last one are kept too.
+        ranked = _best(probs, sampling.top_k)
+        probs = mx.where(probs >= ranked[:, -1:], probs, 0)
+    if sampling.top_p < 1:
+        wanted = sampling.top_p * probs.sum(-1, keepdims=True)
+        if ranked is None:
+            ranked = _best(probs, min(shortlist, probs.shape[-1]))
+            covered = (ranked.sum(-1, keepdims=True) >= wanted).all()
+        before = ranked.cumsum(-1) - ranked
+        # One token is always kept: in float32 a tiny top-p is 0.
+        last = mx.maximum((before < wanted).sum(-1, keepdims=True), 1) - 1
+        probs = mx.where(probs >= mx.take_along_axis(ranked, last, axis=-1), probs, 0)
+    if sampling.min_p > 0:
+        probs = mx.where(probs >= sampling.min_p * probs.max(-1, keepdims=True), probs, 0)
+    return probs, covered
+
+
+def _best(probs: mx.array, k: int) -> mx.array:
+    """(n, k) largest probabilities of each row, largest first."""
+    return mx.take_along_axis(probs, top_indices(probs, k), axis=-1)

@@ -1,1 +1,0 @@
-"""What each choice in training is worth: one drafter a cell, by block efficiency."""

@@ -1,1 +1,0 @@
-"""The parts of an iteration: phases, trees, the AR head."""

@@ -1,0 +1,93 @@
+"""Block efficiency of draft trees with and without calibration, on the same prompts.
+
+    python -m benchmarks.decoding.calibration gsm8k.jsonl mbpp.jsonl --parallel 8 [--json FILE]
+
+`ratio` is the block efficiency with calibration over that without, where the trees are as
+published. Its 95 % bootstrap interval is over prompts, paired: both decode the same resampled
+prompts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.common import MEAN, Parser, Row, describe, names, show, write_json
+from treeflash.cli.console import guarded
+from treeflash.cli.options import add_model_options, load_model
+from treeflash.evaluation.records import block_efficiencies, interval, resamples
+from treeflash.evaluation.run import Case, Configs, Evaluation, Sample, encode_rows, list_cases
+from treeflash.text.prompt import read_rows
+
+
+def parser() -> Parser:
+    """The command line."""
+    options = Parser(__doc__)
+    options.add_prompts(limit=8, max_tokens=64)
+    options.add_argument(
+        "--methods", type=names, default=["ddtree", "treeflash"], help="(default: ddtree,treeflash)"
+    )
+    options.add_numbers("--budgets", [16, 64], "nodes of the trees")
+    options.add_number("--parallel", 1, "sequences at once")
+    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
+    add_model_options(options)
+    return options
+
+
+def compare(
+    samples: Sequence[dict[str, list[Sample]]], configs: Configs, rng: np.random.Generator
+) -> list[Row]:
+    """The block efficiencies by set and case, from the samples without and with calibration."""
+    efficiencies: dict[str, dict[Case, list[NDArray[np.float64]]]] = {}
+    for name in samples[0]:
+        drawn = resamples(len(samples[0][name]), rng)
+        efficiencies[name] = {
+            case: [block_efficiencies(own[name], case, drawn) for own in samples]
+            for case in configs
+        }
+    efficiencies[MEAN] = {
+        case: list(np.mean([by_case[case] for by_case in efficiencies.values()], 0))
+        for case in configs
+    }
+    rows = []
+    for name, by_case in efficiencies.items():
+        for case, (off, on) in by_case.items():
+            low, high = interval(on / off)
+            row = {"set": name, **case._asdict(), "off": float(off[0]), "on": float(on[0])}
+            rows.append({**row, "ratio": float(on[0] / off[0]), "low": low, "high": high})
+    return rows
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = parser().parse_args(argv)
+    model = load_model(args)
+    cases = list_cases(args.methods, args.budgets)
+    samples = []
+    for calibration in (False, True):
+        options = {"calibration": calibration, "temperature": args.temperature, "suffix": False}
+        configs = {
+            case: model.decode_config({**case._asdict(), **options, "max_tokens": args.max_tokens})
+            for case in cases
+        }
+        sets = {
+            path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
+            for path in args.prompts
+        }
+        evaluation = Evaluation()
+        evaluation.run(model.backend, sets, configs, Console(stderr=True), args.parallel)
+        samples.append(evaluation.samples)
+    rows = compare(samples, configs, np.random.default_rng(0))
+    pair = describe(model.backend)
+    show(f"calibration, {', '.join(pair.values())}", rows)
+    write_json(args.json, "calibration", pair | {"calibration": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The time of an iteration by phase, and of a target forward pass by nodes and context.
+
+    python -m benchmarks.decoding.iteration gsm8k.jsonl [--parts phases,verify,break_even]
+
+- `phases`: milliseconds of an iteration by phase, for every method. Work that a phase leaves
+  running on the device counts towards the next phase that waits for it. `outside` is the share of
+  building trees and committing paths, which lie outside the forward passes of both models.
+- `verify`: milliseconds of a target forward pass by nodes of the tree and committed positions.
+- `break_even`: an iteration that drafts, verifies a tree, and accepts none of it, against a plain
+  step of the same sequences. Their ratio is the tokens per pass from which on drafting pays.
+
+All times are medians. Tree sizes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice, product
+from statistics import median
+
+import numpy as np
+
+from benchmarks.common import (
+    Parser,
+    Row,
+    alternate_ms,
+    describe,
+    names,
+    random_prompt,
+    random_tree,
+    show,
+    write_json,
+)
+from treeflash.cli.console import guarded
+from treeflash.cli.options import add_model_options, load_model
+from treeflash.config import DecodeConfig, Method, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.decoding.interfaces import Backend, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.scheduler import propose
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.errors import ConfigError
+from treeflash.text.generation import PHASES
+from treeflash.text.prompt import encode, read_rows
+
+PARTS = ("phases", "verify", "break_even")
+WARM_UP = 2  # steps of a sequence that are not measured: the prefill and the first iteration
+
+
+def parser() -> Parser:
+    """The command line."""
+    options = Parser(__doc__)
+    options.add_prompts(limit=4, max_tokens=64)
+    options.add_numbers("--budgets", [16, 64], "nodes of the trees whose phases are timed")
+    options.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
+    options.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    options.add_numbers("--sizes", [2**n for n in range(10)], "nodes of the trees of `verify`")
+    options.add_numbers("--contexts", [64, 1024, 4096], "committed positions of `verify`")
+    options.add_numbers("--sequences", [1, 4, 16], "sequences at once of `break_even`")
+    options.add_number("--repeats", 7, "calls per median")
+    options.add_argument(
+        "--parts", type=names, default=list(PARTS), help=f"(default: {','.join(PARTS)})"
+    )
+    add_model_options(options)
+    return options
+
+
+def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, int]]:
+    """Plain decoding, and the methods that the pair supports, trees at every budget."""
+    cases: list[tuple[Method, int]] = [("ar", 1)]
+    if backend.drafter is not None:
+        cases += [("dflash", max(budgets)), *(("ddtree", nodes) for nodes in budgets)]
+    if backend.head is not None:
+        cases += (("treeflash", nodes) for nodes in budgets)
+    return cases
+
+
+def phase_row(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    iterations: int | None = None,
+) -> Row:
+    """The median time of each phase of an iteration.
+
+    Args:
+        backend: a loaded pair.
+        prompts: token ids.
+        config: of the decoding; the budget is a number of nodes.
+        iterations: how many to measure of each sequence; None for all.
+    """
+    end = None if iterations is None else WARM_UP + iterations
+    steps = [s for ids in prompts for s in islice(decode(backend, ids, config), WARM_UP, end)]
+    if not steps:
+        raise ConfigError("no sequence has three steps; raise --max-tokens or --limit")
+    times = {
+        f"{phase}_ms": 1000 * median(step.seconds.get(phase, 0.0) for step in steps)
+        for phase in PHASES[1:]
+    }
+    total = sum(times.values())
+    return {
+        "method": config.method,
+        "budget": 1 if config.method == "ar" else config.budget,
+        "nodes": round(median(len(step.tree) for step in steps if step.tree is not None)),
+        **times,
+        "iteration_ms": total,
+        "outside": (times["tree_ms"] + times["commit_ms"]) / total,
+    }
+
+
+def verify_rows(
+    backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
+) -> list[Row]:
+    """The median time of a target forward pass over a random tree, by context and nodes."""
+    rows = []
+    trees = [random_tree(backend.vocab_size, size) for size in sizes]
+    for context in contexts:
+        with SequenceSession(backend, capacity=context + max(sizes)) as session:
+            if context:
+                session.extend(random_prompt(backend.vocab_size, context))
+            calls = [lambda s=session, t=tree: s.verify(t) for tree in trees]
+            for tree, ms in zip(trees, alternate_ms(calls, repeats), strict=True):
+                rows.append({"context": context, "nodes": len(tree), "verify_ms": ms})
+    return rows
+
+
+def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
+    """Iterations without an accepted draft against plain steps, by context, sequences and nodes."""
+    root = np.zeros(1, np.int32)
+    configs = {
+        nodes: DecodeConfig(method="ddtree" if backend.head is None else "treeflash", budget=nodes)
+        for nodes in args.budgets
+    }
+
+    def step(sessions: Sequence[SequenceSession], nodes: int) -> None:
+        """One iteration of all sequences; plain decoding if it has one node."""
+        token = sessions[0].length % backend.vocab_size
+        trees = [DraftTree.root_only(token)] * len(sessions)
+        states = [session.state for session in sessions]
+        if nodes > 1:
+            assert backend.drafter is not None
+            blocks = backend.drafter.draft([(state, token) for state in states])
+            sizes = [nodes] * len(states)
+            tables = propose(backend, blocks, [configs[nodes]] * len(states), sizes)
+            trees = [build_tree(table, token, nodes) for table in tables]
+        params = [
+            SamplingParams.from_positions(SamplingConfig(), tree.positions(state.length + 1))
+            for state, tree in zip(states, trees, strict=True)
+        ]
+        backend.verifier.run(list(map(Verify, states, trees, params)))
+        backend.verifier.commit([(state, root) for state in states])
+
+    rows = []
+    sizes = [1, *args.budgets]
+    capacity = max(args.contexts) + (args.repeats + 1) * len(sizes) + max(sizes)
+    for context, count in product(args.contexts, args.sequences):
+        with ExitStack() as stack:
+            sessions = [
+                stack.enter_context(SequenceSession(backend, drafts=True, capacity=capacity))
+                for _ in range(count)
+            ]
+            for session in sessions:
+                session.extend(random_prompt(backend.vocab_size, context))
+            calls = [partial(step, sessions, nodes) for nodes in sizes]
+            plain, *drafted = alternate_ms(calls, args.repeats)
+        for nodes, ms in zip(args.budgets, drafted, strict=True):
+            row = {"context": context, "sequences": count, "nodes": nodes}
+            rows.append({**row, "plain_ms": plain, "iteration_ms": ms, "break_even": ms / plain})
+    return rows
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = parser().parse_args(argv)
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        raise ConfigError(f"--parts has no {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    model = load_model(args)
+    results: dict[str, list[Row]] = {}
+    if "phases" in args.parts:
+        rows = [row for path in args.prompts for row in read_rows(path)[: args.limit]]
+        prompts = [encode(model.tokenizer, row.turns[0]) for row in rows]
+        sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
+        results["phases"] = []
+        for method, budget in make_cases(model.backend, args.budgets):
+            config = DecodeConfig(
+                method=method, budget=budget, max_tokens=args.max_tokens, sampling=sampling
+            )
+            results["phases"].append(phase_row(model.backend, prompts, config))
+    if "verify" in args.parts:
+        results["verify"] = verify_rows(model.backend, args.contexts, args.sizes, args.repeats)
+    if "break_even" in args.parts:
+        if model.backend.drafter is None:
+            raise ConfigError("the part break_even needs a drafter; pass --drafter")
+        results["break_even"] = break_even_rows(model.backend, args)
+    pair = describe(model.backend)
+    for name, table in results.items():
+        show(f"{name}, {', '.join(pair.values())}", table)
+    write_json(args.json, "iteration", pair | results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

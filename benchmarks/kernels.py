@@ -1,0 +1,174 @@
+"""Compile all Triton kernels for GPUs that need not be there, and print what they take.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --capability 90 --json
+
+Kernels are compiled by the calls that launch them, with tensors of the shapes of real models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from treeflash_cuda.operations import VisibleKeys
+from treeflash_cuda.triton_kernels import attention, layers
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes that a program may have, by compute capability (NVIDIA's CUDA programming guide)."""
+SHAPES = {
+    "qwen3-8b": (32, 8, 128, 4096, torch.bfloat16),
+    "llama-3.2-1b": (32, 8, 64, 2048, torch.float16),
+    "gemma-2-9b": (16, 8, 256, 3584, torch.bfloat16),
+    "qwen3-8b in float32": (32, 8, 128, 4096, torch.float32),
+}
+"""Heads, key heads, width of a head, hidden size, dtype."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one architecture."""
+
+    capability: int
+    model: str
+    kernel: str
+    shared_bytes: int
+    registers: int  # of a thread
+    spilled_bytes: int  # the stack of a thread: the kernels have no other use for it
+
+
+class CompileOnly(DriverBase):
+    """A driver of Triton whose launches compile for a device, and run nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.cubins: list[tuple[str, bytes, int]] = []  # name, program, and bytes of shared memory
+        self.utils = self
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """Triton keeps compiled kernels by device."""
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}  # the table tells which kernels need too much
+
+    def load_binary(
+        self, name: str, kernel: bytes, shared: int, device: int
+    ) -> tuple[None, None, int, int, int]:
+        self.cubins.append((name, kernel, shared))
+        return None, None, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *_: None
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_active_torch_device(self) -> torch.device:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: torch.dtype) -> None:
+    """Launch every kernel for a model."""
+
+    def numbers(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of)
+
+    sequences, int32 = 2, torch.int32
+    for nodes, softcap, sinks in ((64, None, False), (1, None, False), (64, 50.0, True)):
+        columns = numbers(sequences, of=int32)
+        ends, paths = (numbers(*shape, of=int32) for shape in ((2, nodes), (2, nodes, nodes)))
+        k, v = numbers(2, kv_heads, 256, head_dim)
+        attention.tree_attention(
+            *(numbers(sequences * nodes, heads, head_dim), k, v),
+            VisibleKeys(columns, columns, ends, ends, paths),
+            max_length=4096,
+            scale=head_dim**-0.5,
+            softcap=softcap,
+            sinks=numbers(heads) if sinks else None,
+        )
+    x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
+    layers.rms_norm(x, x[0], 1e-6, x)
+    layers.gated(gate, gate)
+    q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]
+    cos, slots = numbers(64, head_dim), numbers(64, of=torch.int64)
+    cache = numbers(kv_heads, 256, head_dim)
+    layers.rotate_and_store(
+        q, new, new, cos, cos, cache, cache, slots, norms=(weight, weight), eps=1e-6
+    )
+
+
+def measure(capability: int, model: str) -> Iterator[Usage]:
+    """What all kernels take for a model on an architecture."""
+    compiler = CompileOnly(capability)
+    driver.set_active(compiler)
+    launch_all(*SHAPES[model])
+    for name, cubin, shared in compiler.cubins:
+        registers, stack = resources(cubin)
+        yield Usage(capability, model, name.strip("_"), shared, registers, stack)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, by NVIDIA's tool that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (registers,), (stack,) = re.findall(r"REG:(\d+)", text), re.findall(r"STACK:(\d+)", text)
+    return int(registers), int(stack)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument(
+        "--capability", type=int, choices=SHARED_MEMORY, help="one architecture (default: all)"
+    )
+    parser.add_argument("--model", choices=SHAPES, help="the shapes of one model (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, but an interpreter compiles nothing; unset it")
+    capabilities = [args.capability] if args.capability else list(SHARED_MEMORY)
+    if not args.json:
+        print("| GPU | model | kernel | shared memory | registers | spilled |")
+        print("| --- | --- | --- | --- | --- | --- |")
+    pairs = itertools.product(capabilities, [args.model] if args.model else SHAPES)
+    for usage in itertools.chain.from_iterable(itertools.starmap(measure, pairs)):
+        if args.json:
+            print(json.dumps(asdict(usage)), flush=True)
+        else:
+            print(
+                f"| sm_{usage.capability} | {usage.model} | {usage.kernel} "
+                f"| {usage.shared_bytes} B | {usage.registers} | {usage.spilled_bytes} B |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Throughput of many texts at once, beside the batched generation of other packages."""

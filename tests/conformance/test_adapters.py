@@ -1,0 +1,164 @@
+"""LoRA adapters: what their formats say, and models that they are merged into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.adapter import read_adapter
+from treeflash.errors import CheckpointError, TreeflashError, UnsupportedModelError
+from treeflash.registry import loader
+from treeflash.testing import require
+from treeflash.testing.comparisons import generate
+from treeflash.testing.models import write_drafter, write_target
+
+PREFIX = "base_model.model."
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head")
+BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
+"""And the package that each needs."""
+PEFT = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "use_dora": False}
+MLX = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.5, "dropout": 0.0}}
+
+
+def matrices(target: Path) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Random A (r, in) and B (out, r) of some layers."""
+    rng, weights = np.random.default_rng(0), load_file(target / "model.safetensors")
+    pairs = {}
+    for name in MODULES:
+        out, width = weights[f"{name}.weight"].shape
+        shapes = (3, width), (out, 3)
+        pairs[name] = tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in shapes)
+    return pairs  # type: ignore[return-value]
+
+
+def write_adapter(folder: Path, kind: str, target: Path, config: Mapping[str, Any]) -> None:
+    """An adapter as PEFT or mlx-lm saves it."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {}
+    for name, (a, b) in matrices(target).items():
+        if kind == "peft":
+            tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+        else:
+            tensors |= {f"{name}.lora_a": a.T.copy(), f"{name}.lora_b": b.T.copy()}
+    file = "adapter_model.safetensors" if kind == "peft" else "adapters.safetensors"
+    save_file(tensors, folder / file)
+
+
+def merge_by_hand(target: Path, merged: Path, scale: float) -> None:
+    """The same target with W + scale * B A."""
+    write_target(merged, "qwen3", seed=3)
+    weights = load_file(target / "model.safetensors")
+    for name, (a, b) in matrices(target).items():
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + np.float32(scale) * (b @ a)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    write_target(tmp_path / "target", "qwen3", seed=3)
+    return tmp_path / "target"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "config", "scale"), [("peft", PEFT, 2.0), ("mlx", MLX, 2.5)])
+def test_merged_models_compute_with_w_plus_scale_b_a(
+    tmp_path: Path, target: Path, backend: str, kind: str, config: dict[str, Any], scale: float
+) -> None:
+    require(BACKENDS[backend])
+    write_adapter(tmp_path / "adapter", kind, target, config)
+    merge_by_hand(target, tmp_path / "merged", scale)
+    write_drafter(tmp_path / "drafter", target, seed=4)
+    load, drafter = loader(backend), tmp_path / "drafter"
+    settings = {"dtype": "float32"} if backend == "mlx" else {"dtype": "float32", "device": "cpu"}
+    with_adapter = load(
+        target,
+        drafter,
+        LoadConfig(adapter=str(tmp_path / "adapter"), **settings),  # type: ignore[arg-type]
+    )
+    by_hand = load(tmp_path / "merged", None, LoadConfig(**settings))  # type: ignore[arg-type]
+    base = load(target, None, LoadConfig(**settings))  # type: ignore[arg-type]
+    tree = DraftTree.chain(np.arange(5, dtype=np.int32))
+    actual, expected, unmerged = (
+        SequenceSession(x).logits(tree) for x in (with_adapter, by_hand, base)
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    assert np.abs(actual - unmerged).max() > 0.1
+    drafted = DecodeConfig(method="treeflash", budget=16, max_tokens=16)
+    plain = DecodeConfig(method="ar", max_tokens=16)
+    assert generate(with_adapter, [1, 2, 3], drafted) == generate(by_hand, [1, 2, 3], plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [2.0, 2.0, 2.0]),
+        ({"use_rslora": True}, [6 / 3**0.5] * 3),
+        ({"alpha_pattern": {"q_proj": 12}}, [4.0, 2.0, 2.0]),
+        ({"alpha_pattern": {r"layers\.1\..*": 3}}, [2.0, 1.0, 2.0]),
+    ],
+)
+def test_scales_of_peft(
+    tmp_path: Path, target: Path, changes: dict[str, Any], expected: list[float]
+) -> None:
+    write_adapter(tmp_path / "adapter", "peft", target, PEFT | changes)
+    updates = {update.name: update for update in read_adapter(tmp_path / "adapter")}
+    assert [updates[name].scale for name in MODULES] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("peft", PEFT | {"use_dora": True}, "adapters with use_dora are not supported"),
+        ("peft", PEFT | {"modules_to_save": ["lm_head"]}, "adapters with modules_to_save are"),
+        ("peft", PEFT | {"bias": "all"}, "adapters with bias 'all' are not supported"),
+        ("peft", PEFT | {"peft_type": "IA3"}, "adapters of type IA3 are not supported; use LoRA"),
+        ("peft", PEFT | {"init_lora_weights": "pissa"}, "change the base model"),
+        ("mlx", MLX | {"fine_tune_type": "dora"}, "adapters of type 'dora' are not supported"),
+        ("mlx", MLX | {"fine_tune_type": "full"}, "adapters of type 'full' are not supported"),
+    ],
+)
+def test_other_adapters_are_refused(
+    tmp_path: Path, target: Path, kind: str, config: dict[str, Any], message: str
+) -> None:
+    write_adapter(tmp_path / "adapter", kind, target, config)
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_unknown_tensors_are_refused(tmp_path: Path, target: Path) -> None:
+    write_adapter(tmp_path / "adapter", "peft", target, PEFT)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight"
+    save_file(tensors | {name: np.ones(4, np.float32)}, file)
+    with pytest.raises(UnsupportedModelError, match="lora_magnitude_vector"):
+        read_adapter(tmp_path / "adapter")
+    _, *others = sorted(tensors)
+    save_file({key: tensors[key] for key in others}, file)
+    with pytest.raises(CheckpointError, match="only one of the two matrices"):
+        read_adapter(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="has no adapter_config"):
+        read_adapter(target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_that_the_target_lacks_are_refused(
+    tmp_path: Path, target: Path, backend: str
+) -> None:
+    require(BACKENDS[backend])
+    write_adapter(tmp_path / "adapter", "peft", target, PEFT)
+    write_target(tmp_path / "tied", "qwen3", seed=3, tied=True)
+    config = LoadConfig(dtype="float32", adapter=str(tmp_path / "adapter"), device="cpu")
+    with pytest.raises(TreeflashError, match="the adapter cannot be merged into lm_head: "):
+        loader(backend)(tmp_path / "tied", None, config)

@@ -1,0 +1,528 @@
+"""Heads that draft depth by depth: published numbers, usual mistakes, and equality of backends.
+
+`TREEFLASH_DRAFTER_FIXTURES` names the folder beside which the published checkpoints are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from row_pairs import SETTINGS, write_row_pair
+
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Scheduler, SchedulerConfig, decode
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.draft_depths import DraftDepths
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.sampling import Noise
+from treeflash.decoding.scheduler import Request
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import build_chain, build_tree
+from treeflash.drafters import row_heads
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.hub import models
+from treeflash.reference import row_head
+from treeflash.registry import loader
+from treeflash.testing.models import edit_config, save
+
+ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent / "more-drafters"
+TARGETS = {"eagle3": "eagle3-target", "speculators-eagle3": "eagle3-target"}
+BACKENDS = {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}
+"""And the package that each needs."""
+PUBLISHED = [
+    *((b, f) for b in BACKENDS for f in ("qwen3_5-mtp", "eagle3", "speculators-eagle3")),
+    *((b, f) for b in ("cuda", "mlx") for f in ("qwen3_5-moe-mtp", "glm4_moe-mtp")),
+]
+TOLERANCE = 1e-4
+FLOAT32 = LoadConfig(device="cpu", dtype="float32")
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21, 12, 11, 10, 9])
+needs_fixtures = pytest.mark.skipif(
+    "TREEFLASH_DRAFTER_FIXTURES" not in os.environ,
+    reason="TREEFLASH_DRAFTER_FIXTURES does not name the folder of published drafters",
+)
+
+
+def load_published(backend: str, name: str) -> Any:
+    pytest.importorskip(BACKENDS[backend])
+    return loader(backend)(ROOT / TARGETS.get(name, name), ROOT / name, FLOAT32)
+
+
+def cases(name: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
+    texts = json.loads((ROOT / name / "expected.json").read_text())["texts"]
+    arrays = np.load(ROOT / name / "expected.npz")
+    of_text = [
+        {k[:-2]: arrays[k] for k in arrays if k.endswith(f".{i}")} for i in range(len(texts))
+    ]
+    return list(zip(texts, of_text, strict=True))
+
+
+def paths(case: dict[str, Any]) -> list[NDArray[np.int32]]:
+    """The tokens from the root to each node of the given tree."""
+    parents, tokens = case["tree_parents"], case["tree_tokens"]
+    found: list[list[int]] = []
+    for parent, token in zip(parents, tokens, strict=True):
+        found.append([*(found[parent] if parent >= 0 else []), token])
+    return [np.array(path, np.int32) for path in found]
+
+
+def largest_error(pair: Any, name: str) -> float:
+    """The largest difference from the published log probabilities, on the chains and trees."""
+    worst = 0.0
+    for case, arrays in cases(name):
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"])
+            chain = np.array([case["root"], *case["chain"]], np.int32)
+            chain = chain[: len(arrays["chain_log_probs"])]
+            rows = [*pair.head.log_probs(block, chain)]
+            rows += [pair.head.log_probs(block, path)[-1] for path in paths(case)]
+        expected = np.concatenate([arrays["chain_log_probs"], arrays["tree_log_probs"]])
+        for row, published in zip(rows, expected, strict=True):
+            kept = row[np.isfinite(row)]
+            assert len(kept) == len(published)
+            worst = max(worst, float(np.abs(kept - published).max()))
+    return worst
+
+
+@needs_fixtures
+@pytest.mark.parametrize(("backend", "name"), PUBLISHED)
+def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
+    pair = load_published(backend, name)
+    assert largest_error(pair, name) < TOLERANCE
+    for case, _ in cases(name):
+        tokens = [*case["prompt"], *case["greedy"]]
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"], case.get("chain_depths", 5))
+            (table,) = pair.head.transitions([block], TableOptions(m=4, k=4))
+            assert build_chain(table, case["root"], 6).tokens[1:].tolist() == case["chain"]
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            for chain, accepted in zip(case["loop_chains"], case["loop_accepted"], strict=True):
+                root = tokens[sequence.length]
+                (table,) = pair.head.transitions([sequence.draft(root, 5)], TableOptions(k=4))
+                assert build_chain(table, root, 6).tokens[1:].tolist() == chain
+                sequence.extend(tokens[sequence.length :][: accepted + 1])
+        for method, budget in (("treeflash", 16), ("treeflash-chain", 6), ("treeflash", "auto")):
+            config = DecodeConfig(method=method, budget=budget, max_tokens=len(case["greedy"]))
+            steps = list(decode(pair, case["prompt"], config))
+            assert [token for step in steps for token in step.tokens] == case["greedy"]
+
+
+@needs_fixtures
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tree_of_eagle_2(backend: str) -> None:
+    pair = load_published(backend, "eagle3")
+    for case, _ in cases("eagle3"):
+        published = case["published_tree"]
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"], 4)
+            (table,) = pair.head.transitions([block], TableOptions(m=4, k=4))
+        tree = build_tree(table, case["root"], len(published["tokens"]))
+        assert sorted(routes(tree.parents, tree.tokens)) == sorted(
+            routes(published["parents"], published["tokens"])
+        )
+
+
+def routes(parents: Any, tokens: Any) -> list[list[int]]:
+    found: list[list[int]] = []
+    for parent, token in zip(parents, tokens, strict=True):
+        found.append([*(found[parent] if parent >= 0 else []), int(token)])
+    return found
+
+
+def feedback(self: Any, x: Any) -> Any:
+    return x if self.config.normed_feedback else self.normed("norm", x)
+
+
+def hidden_first(self: Any, tokens: Any, states: Any) -> Any:
+    both = self.normed("hidden_norm", states), self.normed("embedding_norm", self.embed(tokens))
+    x = self._linear("input_proj", np.concatenate(both, -1))
+    return self.normed("layer.input_layernorm", x), x
+
+
+def later(self: Any, block: Any, rows: Any, depth: int, tokens: Any, parents: Any) -> Any:
+    """Nodes one position too high."""
+    keys_values, layer = row_head.RowModel.keys_values, row_head.RowModel.layer
+    try:
+        row_head.RowModel.keys_values = lambda m, y, p: keys_values(m, y, p + 1)  # type: ignore
+        row_head.RowModel.layer = lambda m, r, p, *a: layer(m, r, p + 1, *a)  # type: ignore
+        return STEP(self, block, rows, depth, tokens, parents)
+    finally:
+        row_head.RowModel.keys_values, row_head.RowModel.layer = keys_values, layer  # type: ignore
+
+
+def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
+    block = DRAFT(self, state, root, depths)
+    model, p = self.model, block.keys.shape[1]
+    y, residual = model.read(np.array([root], np.int32), state.drafter.hidden[-1:])
+    keys, values = model.keys_values(y, np.array([p - 1], np.int32))
+    output = model.layer(
+        (y, residual), np.array([p - 1], np.int32), keys, values, np.ones((1, 1), np.bool_)
+    )
+    return replace(block, output=output)
+
+
+def own_token(self: Any, state: Any, root: int, depths: int | None) -> Any:
+    """Row i with token i."""
+    state.tokens = [0, *state.tokens[:-1]]
+    return DRAFT(self, state, root, depths)
+
+
+STEP, DRAFT = row_head.RowHead._step, row_head.RowDrafter.draft_one
+FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
+    "state before the final norm": (
+        "qwen3_5-mtp",
+        lambda patch, pair: object.__setattr__(pair.drafter_model.config, "target_layer_ids", (3,)),
+    ),
+    "state first": (
+        "qwen3_5-mtp",
+        lambda patch, pair: patch.setattr(row_head.RowModel, "read", hidden_first),
+    ),
+    "fed back before the norm": (
+        "qwen3_5-mtp",
+        lambda patch, pair: patch.setattr(row_head.RowModel, "feedback", feedback),
+    ),
+    "fed back after the norm": (
+        "eagle3",
+        lambda patch, pair: patch.setattr(row_head.RowModel, "feedback", feedback),
+    ),
+    "drafts one position high": (
+        "qwen3_5-mtp",
+        lambda patch, pair: patch.setattr(row_head.RowHead, "_step", later),
+    ),
+    "no rows of the prompt": (
+        "qwen3_5-mtp",
+        lambda patch, pair: patch.setattr(row_head.RowDrafter, "draft_one", no_prompt),
+    ),
+    "rows with their own token": (
+        "eagle3",
+        lambda patch, pair: patch.setattr(row_head.RowDrafter, "draft_one", own_token),
+    ),
+    "features of the layers after": (
+        "eagle3",
+        lambda patch, pair: object.__setattr__(
+            pair.drafter_model.config, "target_layer_ids", (2, 4, 5)
+        ),
+    ),
+    "the other residual": (
+        "speculators-eagle3",
+        lambda patch, pair: object.__setattr__(pair.drafter_model.config, "normed_residual", False),
+    ),
+    "the target's rotary base": (
+        "eagle3",
+        lambda patch, pair: object.__setattr__(
+            pair.drafter_model.config, "inv_freq", pair.target.inv_freq[:6]
+        ),
+    ),
+    "norms without the 1": (
+        "qwen3_5-mtp",
+        lambda patch, pair: pair.drafter_model.tensors.update(
+            {
+                name: x - 1
+                for name, x in pair.drafter_model.tensors.items()
+                if name.endswith("norm.weight")
+            }
+        ),
+    ),
+}
+
+
+@needs_fixtures
+@pytest.mark.parametrize("fault", FAULTS)
+def test_usual_mistakes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant = FAULTS[fault]
+    pair = load_published("reference", name)
+    plant(monkeypatch, pair)
+    assert largest_error(pair, name) > 0.05
+
+
+@pytest.fixture(params=SETTINGS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def load_pair(backend: str, folder: Path, kind: str) -> Any:
+    pytest.importorskip(BACKENDS[backend])
+    return loader(backend)(*write_row_pair(folder, kind), FLOAT32)
+
+
+def table_of(pair: Any, sequence: SequenceSession, root: int, noisy: bool = False) -> Any:
+    block, noise = sequence.draft(root, 4), None
+    if noisy:
+        after = sequence.length + np.arange(1, 5, dtype=np.int32)
+        noise = Noise.from_positions([(SamplingConfig(temperature=1.0, seed=3), after)])
+    (table,) = pair.head.transitions([block], TableOptions(m=5, k=4, noise=noise))
+    return block, table
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
+    backend: str, kind: str, tmp_path: Path
+) -> None:
+    """Every row of a table has the log probabilities of its path alone."""
+    pair = load_pair(backend, tmp_path, kind)
+    with SequenceSession(pair, drafts=True) as sequence:
+        sequence.extend(PROMPTS[0])
+        block, table = table_of(pair, sequence, 5)
+        for _ in range(2):  # the second time over what the first has left
+            known = {0: [5]}
+            for depth in range(table.depths):
+                following = {}
+                for row, path in known.items():
+                    log_probs = pair.head.log_probs(block, np.array(path, np.int32))[-1]
+                    tokens = table.tokens[depth, row]
+                    np.testing.assert_allclose(
+                        table.log_probs[depth, row], log_probs[tokens], atol=TOLERANCE
+                    )
+                    for token, below in zip(tokens, table.next_row[depth, row], strict=True):
+                        if below >= 0:
+                            following[int(below)] = [*path, int(token)]
+                known = following
+            assert len(table.tokens[1]) == 5
+            (table,) = pair.head.transitions([block], TableOptions(m=5, k=4))
+
+
+def test_visible_siblings_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_head.np, "eye", lambda n, dtype: np.ones((n, n), dtype))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", tmp_path)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("backend", ["cuda", "mlx"])
+def test_tables_of_several_sequences_equal_the_reference(
+    backend: str, kind: str, noisy: bool, tmp_path: Path
+) -> None:
+    pair, reference = load_pair(backend, tmp_path, kind), load_pair("reference", tmp_path, kind)
+
+    def tables(pair: Any) -> list[Any]:
+        sequences = [SequenceSession(pair, drafts=True) for _ in PROMPTS]
+        for sequence, prompt in zip(sequences, PROMPTS, strict=True):
+            sequence.extend(prompt)
+        made = []
+        for root in (4, 6):  # the second after different new tokens
+            blocks = pair.drafter.draft([(s.state, root) for s in sequences], 4)
+            samplings = [SamplingConfig(temperature=1.0, seed=i) for i in range(len(sequences))]
+            after = [s.length + np.arange(1, 5, dtype=np.int32) for s in sequences]
+            noise = Noise.from_positions(list(zip(samplings, after, strict=True)))
+            options = TableOptions(m=5, k=4, noise=noise if noisy else None)
+            made += pair.head.transitions(blocks, options)
+            for n, sequence in enumerate(sequences, 1):
+                sequence.extend([root, *range(n)])
+        return made
+
+    for actual, expected in zip(tables(pair), tables(reference), strict=True):
+        np.testing.assert_array_equal(actual.tokens, expected.tokens)
+        np.testing.assert_array_equal(actual.next_row, expected.next_row)
+        np.testing.assert_allclose(actual.log_probs, expected.log_probs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_after_forks_and_truncations(backend: str, kind: str, tmp_path: Path) -> None:
+    """A shorter state with other tokens drafts as a fresh one."""
+    pair = load_pair(backend, tmp_path, kind)
+    first, second = list(PROMPTS[2]), [7, 3]
+    with SequenceSession(pair, drafts=True) as old:
+        old.extend(first[:6])
+        old.state.snapshot()
+        old.draft(first[6])
+        old.extend(first[6:])
+        old.draft(2)
+        forks = [old.state.fork(length, 64) for length in (6, len(first))]
+        old.state.truncate(6)
+        for state, length in zip([*forks, old.state], (6, len(first), 6), strict=True):
+            session = SequenceSession(pair, drafts=True)
+            session.state = state
+            session.extend(second)
+            _, table = table_of(pair, session, 4)
+            with SequenceSession(pair, drafts=True) as fresh:
+                fresh.extend([*first[:length], *second])
+                _, expected = table_of(pair, fresh, 4)
+                np.testing.assert_array_equal(table.tokens, expected.tokens)
+                np.testing.assert_allclose(table.log_probs, expected.log_probs, atol=TOLERANCE)
+                np.testing.assert_allclose(
+                    state.read_drafter_kv_cache(),
+                    fresh.state.read_drafter_kv_cache(),
+                    atol=TOLERANCE,
+                )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_equal_plain_decoding(
+    backend: str, kind: str, temperature: float, tmp_path: Path
+) -> None:
+    pair = load_pair(backend, tmp_path, kind)
+
+    def texts(method: Any, budget: Any) -> list[list[int]]:
+        requests = [
+            Request(
+                prompt_ids=prompt,
+                config=DecodeConfig(
+                    method=method,
+                    budget=budget,
+                    max_tokens=12,
+                    sampling=SamplingConfig(temperature=temperature, seed=i),
+                ),
+            )
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        tokens: list[list[int]] = [[] for _ in PROMPTS]
+        for i, step in Scheduler(pair, SchedulerConfig(max_parallel=2)).decode(requests):
+            tokens[i] += step.tokens
+        return tokens
+
+    plain = texts("ar", 1)
+    assert texts("treeflash", 12) == plain
+    assert texts("treeflash-chain", 5) == plain
+
+
+def test_methods_of_block_drafters_are_refused(tmp_path: Path) -> None:
+    pair = load_pair("reference", tmp_path, "eagle3")
+    for method in ("dflash", "ddtree"):
+        with pytest.raises(ConfigError, match="with an MTP or EAGLE-3 head use method treeflash"):
+            list(decode(pair, [1, 2], DecodeConfig(method=method)))
+    with pytest.raises(ConfigError, match="draft_window is not supported with MTP"):
+        loader("reference")(tmp_path / "target", tmp_path / "head", LoadConfig(draft_window=8))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mystery", 3, "mystery = 3 is not supported"),
+        ("num_aux_hidden_states", 5, "num_aux_hidden_states = 5 contradicts 3 layer ids"),
+        ("target_hidden_size", 64, "a target_hidden_size unlike"),
+        ("parallel_draft_step", 4, "parallel_draft_step = 4 is not supported"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu' is not supported"),
+        ("num_hidden_layers", 2, "num_hidden_layers = 2 is not supported"),
+    ],
+)
+def test_unknown_settings_are_refused(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    target, head = write_row_pair(tmp_path, "eagle3")
+    edit_config(head, lambda config: config.update({key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        loader("reference")(target, head, FLOAT32)
+
+
+def test_mtp_settings_and_tensors_are_checked(tmp_path: Path) -> None:
+    target, _ = write_row_pair(tmp_path, "mtp")
+    config, tensors = read_config(target), read_tensors(target)
+    text = config.get("text_config", config)
+
+    def refused(error: type[Exception], message: str, name: str = "head") -> None:
+        with pytest.raises(error, match=message):
+            loader("reference")(target, tmp_path / name, FLOAT32)
+
+    mtp = {name: x for name, x in tensors.items() if name.startswith("mtp.")}
+    save(tmp_path / "head", {**text, "mtp_num_hidden_layers": 2}, mtp)
+    refused(CheckpointError, "mtp_num_hidden_layers = 2 is not supported")
+    save(tmp_path / "head", {**text, "model_type": "mellum"}, mtp)
+    refused(UnsupportedModelError, "the MTP head of mellum models is not supported")
+    save(tmp_path / "head", text, {k: x for k, x in mtp.items() if "k_norm" not in k})
+    refused(CheckpointError, "lacks the tensor layer.self_attn.k_norm.weight")
+    save(tmp_path / "head", text, mtp | {"mtp.extra.weight": np.ones(1, np.float32)})
+    refused(CheckpointError, "unexpected tensor for a row head: extra.weight")
+    save(tmp_path / "head", text, mtp | {"mtp.fc.weight": mtp["mtp.fc.weight"].astype(np.int8)})
+    refused(CheckpointError, "tensors of type I8")
+    save(tmp_path / "head", text, {"model.mtp_layers.0.input_proj.weight": mtp["mtp.fc.weight"]})
+    refused(UnsupportedModelError, "in the layout of MiMo")
+
+
+def test_a_head_of_its_own_folder(tmp_path: Path) -> None:
+    """The tensors alone, as the one file of the original model that has them."""
+    target, _ = write_row_pair(tmp_path, "mtp")
+    (tmp_path / "sidecar").mkdir()
+    for name in ("config.json", "mtp.safetensors"):
+        (tmp_path / "sidecar" / name).write_bytes((target / name).read_bytes())
+    pair = loader("reference")(target, tmp_path / "sidecar", FLOAT32)
+    assert pair.drafter_config.head == "mtp"
+
+
+def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
+    target, _ = write_row_pair(tmp_path, "mtp")
+    assert models.resolve_drafter("self", str(target)) == target
+    assert models.resolve_drafter(None, str(target)) == target
+    (target / "mtp.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no MTP head"):
+        models.resolve_drafter("self", str(target))
+    with pytest.raises(CheckpointError, match="no published drafter is known"):
+        models.resolve_drafter(None, str(target))
+
+
+def test_state_nbytes_covers_the_states(tmp_path: Path) -> None:
+    pair = load_pair("reference", tmp_path, "mtp")
+    config = pair.drafter_config
+    assert isinstance(config, row_heads.RowConfig)
+    columns = 10 + config.scratch_rows
+    size = 2 * config.num_key_value_heads * config.head_dim + config.hidden_size
+    plain = pair.state_nbytes(10, drafts=False)
+    assert pair.state_nbytes(10, drafts=True) - plain == 4 * columns * size
+
+
+@needs_fixtures
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_xpress(backend: str) -> None:
+    """The first slot's previous token is the one before the root, as in training."""
+    pytest.importorskip(BACKENDS[backend])
+    name = "speculators-xpress"
+    pair = loader(backend)(ROOT / "block-target", ROOT / name, FLOAT32)
+    for case, arrays in cases(name):
+        depths = pair.drafter_config.depths
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"])
+            chain = np.array([case["root"], *case["chain"]], np.int32)[:depths]
+            np.testing.assert_allclose(
+                pair.head.log_probs(block, chain), arrays["chain_log_probs"], atol=TOLERANCE
+            )
+            wrong = arrays["chain_log_probs_of_anchor_as_its_own_predecessor"]
+            assert np.abs(wrong - arrays["chain_log_probs"]).max() > 100 * TOLERANCE
+            for node, path in enumerate(paths(case)):
+                previous = np.resize(path, depths)
+                actual = pair.head.log_probs(block, previous)[len(path) - 1]
+                np.testing.assert_allclose(actual, arrays["tree_log_probs"][node], atol=TOLERANCE)
+            (table,) = pair.head.transitions([block], TableOptions(m=4, k=4))
+            assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["chain"]
+        config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
+        steps = list(decode(pair, case["prompt"], config))
+        assert [token for step in steps for token in step.tokens] == case["greedy"]
+
+
+def test_the_budget_auto_learns_the_price_of_a_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = load_pair("reference", tmp_path, "eagle3")
+    drafted: list[int | None] = []
+    draft = pair.drafter.draft
+
+    def recorded(roots: Any, depths: int | None = None) -> Any:
+        drafted.append(depths)
+        return draft(roots, depths)
+
+    monkeypatch.setattr(pair.drafter, "draft", recorded)
+    config = DecodeConfig(method="treeflash", budget="auto", max_tokens=24)
+    plain = decode(pair, PROMPTS[0], replace(config, method="ar"))
+    # Plain decoding is slow, so a depth is nearly free; then fast, so that none pays.
+    for seconds, pays in ((10.0, True), (1e-6, False)):
+        budgets = AdaptiveBudgets(VerifyCosts({1: seconds, 8: seconds, 16: seconds}))
+        budget = budgets.get("treeflash", lambda: pytest.fail("costs are known"))
+        budget.draft_depths[1] = DraftDepths(seconds=0.01)
+        budget.draft_depths[1].reached = dict.fromkeys(range(1, 9), 9.0)
+        budget.draft_depths[1].accepted = dict.fromkeys(range(1, 9), 9.0)
+        drafted.clear()
+        steps = list(decode(pair, PROMPTS[0], config, budgets))
+        assert drafted[0] == (8 if pays else 1)
+    assert [t for s in steps for t in s.tokens] == [t for s in plain for t in s.tokens]

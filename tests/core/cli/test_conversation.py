@@ -1,0 +1,243 @@
+"""A conversation in the terminal, with keys from a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import stat
+import sys
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+import treeflash
+from treeflash import chat
+from treeflash.cli import conversation
+from treeflash.cli.conversation import COMMANDS, STYLES, Conversation, make_session
+from treeflash.decoding import SchedulerConfig
+
+TEXT = "Es war einmal ein Bär, der schlief den ganzen Winter lang."
+INTERRUPT, END, NEW_LINE = "\x03", "\x04", "\x1b\r"
+ENTER = "\r"
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let SIGINT interrupt, which a process in the background of a shell ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def talk(scripted, monkeypatch):
+    """Enter keys in a conversation with a model: the conversation and what it showed."""
+
+    def talk(*keys: str, model=None, color=False, **options):
+        file = io.StringIO()
+        console = Console(file=file, width=100, force_terminal=color, highlight=False)
+        model = model or scripted(TEXT)
+        if model.backend.name == "scripted":  # its states cannot be kept
+            scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
+            monkeypatch.setattr(Conversation, "_scheduler", scheduler)
+        talked = Conversation(model, {"max_tokens": 100, **options}, console, color=color)
+        with (
+            create_pipe_input() as pipe,
+            create_app_session(input=pipe, output=DummyOutput()),
+        ):
+            pipe.send_text("".join(keys) + END)
+            talked.run(make_session(talk.history))
+        return talked, file.getvalue()
+
+    talk.history = InMemoryHistory()
+    return talk
+
+
+def contents(talked):
+    return [(message["role"], message["content"]) for message in talked.messages]
+
+
+def asked(model) -> list[str]:
+    """The prompts of the model, without special tokens."""
+    return [model.tokenizer.decode(prompt) for prompt in model.backend.prompts]
+
+
+def test_messages_are_answered_in_turn(talk, scripted):
+    model = scripted("One.", "Two.")
+    talked, shown = talk("hi", ENTER, "more", ENTER, model=model)
+    assert contents(talked) == [
+        ("user", "hi"), ("assistant", "One."), ("user", "more"), ("assistant", "Two."),
+    ]  # fmt: skip
+    assert asked(model)[-1].startswith("user: hiassistant: One.")
+    assert "user: more" in asked(model)[-1]
+    assert shown.startswith("One.\n[")
+    assert "tokens/s, block efficiency" in shown
+
+
+def test_a_message_has_several_lines(talk):
+    talked, _ = talk("first", NEW_LINE, "second", ENTER)
+    assert contents(talked)[0] == ("user", "first\nsecond")
+
+
+def test_a_pasted_text_is_one_message(talk):
+    talked, _ = talk("\x1b[200~a\nb\n\nc\x1b[201~", ENTER)
+    assert contents(talked)[0] == ("user", "a\nb\n\nc")
+
+
+def test_the_history_has_messages_and_commands(talk):
+    talk("hi", ENTER, "/help", ENTER)
+    assert talk.history.get_strings() == ["hi", "/help"]
+
+
+def test_commands_are_completed_and_explained(talk):
+    with create_app_session(output=DummyOutput()):
+        completer = make_session(talk.history).completer
+    found = completer.get_completions(Document("/s"), CompleteEvent())
+    assert [completion.text for completion in found] == ["/system", "/save", "/speed"]
+    _, shown = talk("/help", ENTER)
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_an_interruption_at_the_prompt_drops_the_line(talk):
+    talked, _ = talk("dropped", INTERRUPT, "kept", ENTER)
+    assert contents(talked)[0] == ("user", "kept")
+
+
+def test_exit_ends_the_conversation(talk):
+    talked, _ = talk("/exit", ENTER, "never", ENTER)
+    assert talked.messages == []
+
+
+def test_an_interruption_stops_the_answer_and_not_the_program(talk, scripted, monkeypatch):
+    model = scripted(TEXT)
+    verify = model.backend.verify
+
+    def interrupt(*args):
+        if model.backend.verified == 2:
+            signal.raise_signal(signal.SIGINT)
+        return verify(*args)
+
+    monkeypatch.setattr(model.backend, "verify", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    talked, shown = talk("hi", ENTER, "go on", ENTER, model=model)
+    assert signal.getsignal(signal.SIGINT) is before
+    (_, first), (_, second) = contents(talked)[1::2]
+    assert first
+    assert TEXT.startswith(first)
+    assert len(first) < len(TEXT)
+    assert second == TEXT
+    assert "interrupted]" in shown
+
+
+def test_a_second_interruption_ends_the_program(talk, scripted, monkeypatch):
+    model = scripted(TEXT)
+
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(model.backend, "verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        talk("hi", ENTER, model=model)
+
+
+def test_system_begins_anew(talk, scripted):
+    model = scripted(TEXT)
+    talked, _ = talk("hi", ENTER, "/system Be brief.", ENTER, "hello", ENTER, model=model)
+    assert asked(model)[-1] == "system: Be brief.user: helloassistant: "
+    assert len(talked.messages) == 2
+    talk("/system", ENTER, "hello", ENTER, model=model, system="Be.")
+    assert asked(model)[-1] == "user: helloassistant: "
+
+
+def test_reset_forgets(talk):
+    talked, _ = talk("hi", ENTER, "/reset", ENTER)
+    assert talked.messages == []
+
+
+def test_save_writes_what_train_reads(talk, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    save = f"/save {file}"
+    _, shown = talk("hi", ENTER, save, ENTER, save, ENTER, "/save", ENTER, system="Be.")
+    messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert messages == [
+        {"role": "system", "content": "Be."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": TEXT},
+    ]
+    assert "cannot be written: File exists" in " ".join(shown.split())
+    assert "/save needs the name of a file" in shown
+
+
+def test_tree_draws_the_last_iterations(talk):
+    _, shown = talk("hi", ENTER, "/tree 2", ENTER, "/tree x", ENTER)
+    assert shown.count("accepted") == 2
+    assert "root" in shown
+    assert "/tree takes a number of iterations, not 'x'" in shown
+    assert "there is no answer yet" in talk("/tree", ENTER)[1]
+
+
+def test_speed_shows_the_summary(talk):
+    _, shown = talk("hi", ENTER, "/speed", ENTER)
+    assert "accepted length: iterations" in shown
+
+
+def test_iterations_have_colours(talk):
+    _, shown = talk("hi", ENTER, color=True)
+    codes = Console(color_system="standard")
+    found = [style for style in STYLES if codes.get_style(style).render("x")[:5] in shown]
+    assert len(found) > 2
+    assert "\x1b[36m" not in talk("/color", ENTER, "hi", ENTER, color=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nothing", "unknown command /nothing; /help lists the commands"),
+        ("x" * 500, "/reset begins a new conversation"),
+    ],
+)
+def test_errors_are_one_line_and_not_the_end(talk, line, message):
+    talked, shown = talk(line, ENTER, "hi", ENTER)
+    assert message in " ".join(shown.split())
+    assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
+
+
+def test_a_message_may_begin_with_a_slash(talk):
+    assert contents(talk(" /etc", ENTER)[0])[0] == ("user", " /etc")
+
+
+def test_answers_have_random_seeds_unless_one_is_given(talk, monkeypatch):
+    monkeypatch.setattr(conversation.secrets, "randbits", lambda bits: 77)
+    assert talk("hi", ENTER)[0].answer.config.sampling.seed == 77
+    assert talk("hi", ENTER, seed=5)[0].answer.config.sampling.seed == 5
+
+
+def test_only_new_messages_are_prefilled(talk, tiny_pair):
+    model = treeflash.load(*tiny_pair, backend="reference")
+    talked, _ = talk("hi", ENTER, "more", ENTER, model=model, max_tokens=5)
+    assert len(talked.messages) == 4
+    assert talked.answer.chunks[0].step.cached_tokens > 10
+
+
+def test_the_command_needs_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    assert chat.main([]) == 2
+    assert "chat needs a terminal" in capsys.readouterr().err
+
+
+def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    history = chat._history(False)
+    history.append_string("a secret")
+    file = tmp_path / "cache" / "chat_history"
+    assert "a secret" in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert isinstance(chat._history(True), InMemoryHistory)

@@ -1,0 +1,252 @@
+"""The cost of verifying trees: how it is measured, kept, read back and updated."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding import adaptive_budget
+from treeflash.decoding.adaptive_budget import (
+    COST_SMOOTHING,
+    LONG_PROMPT_TOKENS,
+    OUTLIER_FACTOR,
+    PROMPT_TOKENS,
+    SIZES,
+    VerifyCosts,
+)
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.sampling import SampledTokens
+from treeflash.reference.backend import load
+from treeflash.testing.models import edit_config
+
+LOADED = LoadConfig()
+
+
+def linear_costs(slope):
+    """A forward pass takes one second, and `slope` more for each further node."""
+    return VerifyCosts({size: 1 + slope * (size - 1) for size in SIZES})
+
+
+def test_costs_follow_measurements_but_not_outliers():
+    found = linear_costs(0.1)
+    for _ in range(100):
+        found.observe(8, 0, 1, 3.4)
+    assert found.seconds[8] == pytest.approx(3.4, rel=0.01)
+    assert found.seconds[4] > 1.3
+    before = found.seconds[8]
+    found.observe(8, 0, 1, 1000.0)
+    assert found.seconds[8] < 1.2 * before
+
+
+def test_a_size_between_two_known_ones_changes_them():
+    found = linear_costs(0.1)
+    assert found.predict([10], [0]) == pytest.approx([1.9])
+    for _ in range(200):
+        found.observe(10, 0, 1, 3.8)
+    assert found.predict([10], [0]) == pytest.approx([3.8], rel=0.01)
+
+
+def test_other_sizes_change_half_as_much():
+    found = linear_costs(0.0)
+    found.observe(8, 0, 1, 1.5)
+    assert found.seconds[8] == pytest.approx(1 + 0.5 * COST_SMOOTHING)
+    assert found.seconds[16] == found.seconds[1] == pytest.approx(1 + 0.25 * COST_SMOOTHING)
+
+
+@pytest.mark.parametrize(
+    "seconds", [{}, {2: 1.0}, {1: 1.0, 8: 1.0, 4: 1.0}, {1: 0.0}, {1: -1.0}, {1: float("nan")}]
+)
+def test_costs_that_are_not_costs_are_refused(seconds):
+    with pytest.raises(ValueError, match=r"ascend from 1|finite and above 0"):
+        VerifyCosts(seconds)
+
+
+@pytest.fixture
+def backend(tiny_pair):
+    return load(*tiny_pair, LoadConfig())
+
+
+class Timed:
+    """A target whose forward takes a given time, by a clock that it moves itself."""
+
+    name, device, device_name, dtype, vocab_size = "timed", "gpu:0", "Card A", "float32", 100
+
+    max_positions = LONG_PROMPT_TOKENS - 1  # too few to see what long sequences cost
+
+    def __init__(self, monkeypatch, seconds, first=1.5):
+        self.verifier = self
+        self.seconds = seconds
+        self.first = first
+        self.now = 0.0
+        self.verified = []
+        monkeypatch.setattr(adaptive_budget.time, "perf_counter", lambda: self.now)
+
+    def open(self, capacity, *, drafts):
+        self.length = 0
+        return SimpleNamespace(length=0, close=lambda: None)
+
+    def run(self, work):
+        (item,) = work
+        if isinstance(item, Prefill):
+            self.length += len(item.token_ids)
+        else:
+            rows = len(item.tree)
+            first = rows not in self.verified
+            self.verified.append(rows)
+            self.now += self.seconds(rows) * (self.first if first else 1)
+        return [SampledTokens(np.zeros(1, np.int32))]
+
+
+def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.001 if nodes <= 8 else 0.002)
+    found = VerifyCosts.measure(timed).seconds
+    assert found.keys() == set(SIZES)
+    assert found[8] == pytest.approx(0.001)
+    assert found[24] == pytest.approx(0.002)
+    assert found[4] == pytest.approx(0.001)
+    assert found[256] == pytest.approx(0.002)
+
+
+def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
+    found = VerifyCosts.measure(timed).seconds
+    assert set(found) == {1, 2, 3, 4}
+    assert timed.verified.count(1) == timed.verified.count(8) == 2
+    assert max(timed.verified) == 8
+
+
+def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
+    timed = Timed(monkeypatch, lambda nodes: 0.01, first=20)
+    assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+
+
+def test_rows_cost_more_after_a_long_text(monkeypatch):
+    timed = Timed(monkeypatch, lambda rows: 0.01 + 1e-6 * rows * (timed.length - PROMPT_TOKENS))
+    assert VerifyCosts.measure(timed).read_s == 0
+    timed.max_positions = LONG_PROMPT_TOKENS
+    found = VerifyCosts.measure(timed)
+    assert found.read_s == pytest.approx(1e-6)
+    assert found.seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
+    assert found.predict([8, 8], [0, 8 * 100]) == pytest.approx([0.01, 0.0108])
+
+
+def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
+    found = VerifyCosts({1: 1.0, 2: 1.5, 4: 2.5})
+    assert found.predict([3, 10], [0, 0]) == pytest.approx([2.0, 5.5])
+
+
+def test_several_texts_take_further_time():
+    """The same for every number of rows; 3 and 4 sequences are alike."""
+    found = linear_costs(0.1)
+    found.observe(8, 0, 3, 1.7 + 0.4)
+    assert found.predict([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.4, 1.2 + 0.4])
+    for _ in range(200):
+        found.observe(8, 0, 3, 1.7 + 0.6)
+    assert found.predict([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.6, 1.2 + 0.6], rel=0.01)
+    assert found.predict([8], [0], 2) == found.predict([8], [0]) == pytest.approx([1.7])
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e9])
+def test_an_outlier_of_several_texts_counts_as_the_shortest_or_longest_plausible(seconds):
+    found = linear_costs(0.1)
+    for _ in range(100):
+        found.observe(8, 0, 3, seconds)
+    cost = float(found.predict([8], [0], 3)[0])
+    assert 1.7 / OUTLIER_FACTOR <= cost < np.inf
+
+
+def test_costs_are_measured_on_a_target(backend):
+    found = VerifyCosts.measure(backend).seconds
+    assert found[1] > 0
+    assert set(found) <= set(SIZES)
+
+
+@pytest.fixture
+def target(tiny_pair, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(tiny_pair[0], tmp_path / "target")
+
+
+@pytest.fixture
+def measured(monkeypatch, target, tmp_path):
+    """Whether costs are measured, not read, after a change, where 10 ms were measured before."""
+
+    def measured(change, loaded=LOADED):
+        timed = Timed(monkeypatch, lambda nodes: 0.01)
+        first = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+        assert first.seconds[1] == pytest.approx(0.01)
+        timed.seconds = lambda nodes: 0.02
+        change(timed)
+        found = VerifyCosts.cached(timed, target, loaded, tmp_path / "costs")
+        assert found == first or found.seconds[1] == pytest.approx(0.02)
+        return found != first
+
+    return measured
+
+
+def test_costs_are_remembered(measured):
+    assert not measured(lambda timed: None)
+
+
+def test_costs_belong_to_the_hardware_not_to_its_index(measured):
+    assert not measured(lambda timed: setattr(timed, "device", "gpu:1"))
+    assert measured(lambda timed: setattr(timed, "device_name", "Card B"))
+
+
+def test_costs_belong_to_the_dtype(measured):
+    assert measured(lambda timed: setattr(timed, "dtype", "bfloat16"))
+
+
+@pytest.mark.parametrize("loaded", [LoadConfig(cuda_graphs=False), LoadConfig(kv_bits=8)])
+def test_costs_belong_to_the_way_of_loading(measured, loaded):
+    assert measured(lambda timed: None, loaded)
+
+
+def test_costs_belong_to_the_targets_configuration(measured, target):
+    """Weights of one size may be those of another architecture."""
+    assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
+
+
+def test_costs_belong_to_the_targets_weights(measured, target):
+    def change(timed):
+        with (target / "model.safetensors").open("ab") as file:
+            file.write(b"0")
+
+    assert measured(change)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "torn",
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"1": 1}',
+        '{"seconds": {"1": 1}}',
+        *(
+            f'{{"seconds": {seconds}, "read_s": 0}}'
+            for seconds in ("3", '{"1": 0}', '{"1": null}', '{"1": NaN}', '{"8": 1}', '{"x": 1}')
+        ),
+        *(f'{{"seconds": {{"1": 1}}, "read_s": {cost}}}' for cost in ("-1", "NaN", "null")),
+    ],
+)
+def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, content):
+    def damage(timed):
+        (file,) = (tmp_path / "costs").iterdir()
+        file.write_text(content, encoding="utf-8")
+
+    assert measured(damage)
+    (file,) = (tmp_path / "costs").iterdir()
+    assert json.loads(file.read_text(encoding="utf-8"))["seconds"]["1"] == pytest.approx(0.02)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch, target, tmp_path):
+    (tmp_path / "costs").write_text("a file", encoding="utf-8")
+    timed = Timed(monkeypatch, lambda nodes: 0.01)
+    found = VerifyCosts.cached(timed, target, LOADED, tmp_path / "costs")
+    assert found.seconds[1] == pytest.approx(0.01)

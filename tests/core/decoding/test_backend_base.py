@@ -1,0 +1,83 @@
+"""Base classes of backends: snapshots, and commits grouped by forward pass."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.backend_base import MAX_SNAPSHOTS, Snapshots, arrays_nbytes, rows_by_pass
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.reference.backend import load
+from treeflash.reference.verifier import Verifier
+
+
+def test_the_latest_snapshots_are_kept():
+    snapshots = Snapshots()
+    for length in range(1, MAX_SNAPSHOTS + 3):
+        snapshots.take(10 * length, f"at {length}")
+    assert len(list(snapshots)) == MAX_SNAPSHOTS
+    assert snapshots.longest(20) == 0
+    assert snapshots.longest(39) == 30
+    assert snapshots.get(30) == "at 3"
+    assert list(snapshots.copy(45)) == ["at 3", "at 4"]
+    snapshots.truncate(35)
+    assert list(snapshots) == ["at 3"]
+
+
+def test_arrays_are_counted_once():
+    array = np.zeros(3, np.float32)
+    assert arrays_nbytes([array, np.zeros(2, np.float32), array]) == 20
+
+
+def test_commits_are_grouped_by_forward_pass():
+    outputs = object(), object()
+
+    def state(number, first_row, drafter="cache"):
+        return SimpleNamespace(outputs=outputs[number], first_row=first_row, drafter=drafter)
+
+    states = [state(0, 0), state(1, 0), state(0, 5), state(0, 9, drafter=None)]
+    paths = [np.array(path, np.int32) for path in ([0, 2], [0], [0, 1, 3], [0, 1])]
+    first, second = rows_by_pass(zip(states, paths, strict=True))
+    assert first.outputs is outputs[0]
+    assert first.states == [states[0], states[2]]
+    assert first.rows.tolist() == [0, 2, 5, 6, 8]
+    assert first.sizes == [2, 3]
+    assert second.outputs is outputs[1]
+    assert (second.states, second.rows.tolist(), second.sizes) == ([states[1]], [0], [1])
+
+
+@pytest.mark.parametrize("call", ["run", "commit"])
+def test_a_call_that_fails_in_its_second_commit_has_changed_no_sequence(
+    tiny_pair, monkeypatch, call
+):
+    backend = load(*tiny_pair, LoadConfig())
+    sessions = [SequenceSession(backend, drafts=True) for _ in range(2)]
+    tree, path = DraftTree.chain(np.array([7, 8, 9], np.int32)), np.array([0, 1], np.int32)
+    for session in sessions:
+        session.extend([5, 6])
+        session.verify(tree)
+    before = [session.state.read_kv_cache() for session in sessions]
+
+    def commit_one(verifier, state, path, plain=Verifier.commit_one):
+        plain(verifier, state, path)
+        if state is sessions[1].state:
+            raise MemoryError("out of memory")
+
+    states = [session.state for session in sessions]
+    arguments = {
+        "run": [Prefill(state, [4], None) for state in states],
+        "commit": [(state, path) for state in states],
+    }
+    with monkeypatch.context() as full:
+        full.setattr(Verifier, "commit_one", commit_one)
+        with pytest.raises(MemoryError):
+            getattr(backend.verifier, call)(arguments[call])
+    for session, kv_cache in zip(sessions, before, strict=True):
+        assert np.array_equal(session.state.read_kv_cache(), kv_cache)
+        session.verify(tree)
+        session.commit(path)
+        assert session.length == 4
+        assert sum(len(part) for part in session.state.context) == 4

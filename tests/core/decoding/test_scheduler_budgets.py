@@ -1,0 +1,244 @@
+"""How deep batches are drafted, when the drafter rests, and from which iterations budgets learn."""
+
+import numpy as np
+import pytest
+from fake_models import PROMPT, SCRIPT, FakeBackend, config_of, run, scripted
+
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding.adaptive_budget import (
+    HIGHEST_BALANCE,
+    AdaptiveBudget,
+    AdaptiveBudgets,
+    VerifyCosts,
+)
+from treeflash.decoding.transitions import Calibration
+from treeflash.decoding.tree import DraftTree
+
+COSTS = {1: 1.0, 4: 1.01, 8: 1.02}
+
+
+def submit(scheduler, prompt=PROMPT, **settings):
+    config = config_of(**({"max_tokens": 90} | settings))
+    return scheduler.submit(Request(prompt_ids=prompt, config=config))
+
+
+@pytest.fixture
+def drafts(monkeypatch):
+    """The sequences and the depths of every draft of a backend."""
+
+    def drafts(backend: FakeBackend):
+        calls, draft = [], backend.drafter.draft
+
+        def spy(roots, depths=None):
+            calls.append((len(roots), depths))
+            return draft(roots, depths)
+
+        monkeypatch.setattr(backend.drafter, "draft", spy)
+        return calls
+
+    return drafts
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """The number of trees in every iteration that an adaptive budget has learned from."""
+    calls, observe = [], AdaptiveBudget.observe
+
+    def spy(budget, trees, *args, **options):
+        calls.append(len(trees))
+        observe(budget, trees, *args, **options)
+
+    monkeypatch.setattr(AdaptiveBudget, "observe", spy)
+    return calls
+
+
+def adaptive(backend, config=None):
+    return Scheduler(backend, config, budgets=AdaptiveBudgets(VerifyCosts(dict(COSTS))))
+
+
+@pytest.mark.parametrize("budgets", [(2,), (2, 4), (4, 2), (3, 1, 2)])
+def test_a_batch_is_drafted_as_deep_as_its_largest_tree_may_be(drafts, budgets):
+    backend = scripted(SCRIPT)
+    calls, scheduler = drafts(backend), Scheduler(backend)
+    for budget in budgets:
+        submit(scheduler, budget=budget)
+    scheduler.step()
+    scheduler.step()
+    assert calls == [(len(budgets), max(budgets))]
+
+
+def test_no_more_depths_are_drafted_than_the_drafter_has(drafts):
+    backend = scripted(SCRIPT)
+    calls = drafts(backend)
+    run(backend, budget=64, max_tokens=9)
+    assert {depths for _, depths in calls} == {backend.drafter_config.depths}
+
+
+def test_the_drafter_does_nothing_while_drafting_rests(drafts):
+    """Also beside sequences of a fixed budget, which are drafted for all the same."""
+    backend = scripted(SCRIPT)
+    calls, scheduler = drafts(backend), adaptive(backend)
+    budget = scheduler.budgets.get("ddtree", lambda: VerifyCosts(dict(COSTS)))
+    budget.throughput_with(1).pause = 20
+    submit(scheduler, budget="auto")
+    for _ in range(8):
+        scheduler.step()
+    assert calls == []
+    submit(scheduler, budget=4)
+    scheduler.step()
+    scheduler.step()
+    assert [sequences for sequences, _ in calls] == [1]
+
+
+def test_several_sequences_first_measure_plain_decoding(drafts):
+    backend = scripted(SCRIPT)
+    calls, scheduler = drafts(backend), adaptive(backend)
+    for _ in range(3):
+        submit(scheduler, budget="auto")
+    for _ in range(3):
+        scheduler.step()
+    assert calls == []
+    scheduler.step()
+    assert [sequences for sequences, _ in calls] == [3]
+
+
+def test_nothing_is_learned_from_iterations_that_also_run_prompts(learned):
+    """Their time says nothing about trees."""
+    config = SchedulerConfig(prefill_chunk=2)
+    scheduler = adaptive(scripted(SCRIPT), config)
+    submit(scheduler, budget="auto")
+    scheduler.step()
+    scheduler.step()
+    assert learned == [1]
+    submit(scheduler, SCRIPT[:7], budget="auto")
+    for _ in range(4):
+        scheduler.step()
+    assert learned == [1]
+    scheduler.step()
+    assert learned == [1, 2]
+
+
+@pytest.mark.parametrize("other", [{"budget": 4}, {"budget": "auto", "method": "dflash"}])
+def test_nothing_is_learned_from_iterations_of_different_kinds_of_sequences(learned, other):
+    """An adaptive budget cannot tell its trees' part of the time from the rest."""
+    scheduler = adaptive(scripted(SCRIPT))
+    submit(scheduler, budget="auto")
+    second = submit(scheduler, **other)
+    for _ in range(3):
+        scheduler.step()
+    assert learned == []
+    scheduler.cancel(second)
+    scheduler.step()
+    assert learned == [1]
+
+
+def test_trees_of_fixed_budgets_count_as_rows_of_the_pass(monkeypatch):
+    rows, prune = [], AdaptiveBudget.prune
+
+    def spy(budget, trees, lengths, other_rows=0):
+        rows.append(other_rows)
+        return prune(budget, trees, lengths, other_rows)
+
+    monkeypatch.setattr(AdaptiveBudget, "prune", spy)
+    scheduler = adaptive(scripted(SCRIPT))
+    submit(scheduler, budget="auto")
+    submit(scheduler, budget=4)
+    scheduler.step()
+    scheduler.step()
+    assert rows == [4]
+
+
+def test_an_iteration_is_marked_in_which_a_sequence_is_drafted_for_the_first_time(monkeypatch):
+    """The drafter then also reads its prompt."""
+    marks, observe = [], AdaptiveBudget.observe
+
+    def spy(budget, *args, first=False):
+        marks.append(first)
+        observe(budget, *args, first=first)
+
+    monkeypatch.setattr(AdaptiveBudget, "observe", spy)
+    monkeypatch.setattr(AdaptiveBudget, "begin", lambda *_: True)
+    scheduler = adaptive(scripted(SCRIPT))
+    submit(scheduler, budget="auto")
+    for _ in range(4):
+        scheduler.step()
+    submit(scheduler, budget="auto")
+    for _ in range(3):
+        scheduler.step()
+    assert marks == [True, False, False, True, False]
+
+
+class Anything:
+    """A constraint that allows every token."""
+
+    def allowed(self):
+        return np.full(4, 0xFFFFFFFF, np.uint32)
+
+    def advance(self, token):
+        pass
+
+    def rollback(self, tokens):
+        pass
+
+
+def drafted_tables(backend, constraint):
+    """The tables of the steps, and what the drafter proposed before each of them."""
+    config = config_of(max_tokens=30)
+    request = Request(prompt_ids=PROMPT, config=config, constraint=constraint)
+    sequence = list(PROMPT)
+    for _, step in Scheduler(backend).decode([request]):
+        if step.table is not None:
+            yield step, backend.propose(sequence, 1, config.top_k_children)
+        sequence += step.tokens
+
+
+def test_a_calibration_learns_from_the_drafter_and_not_from_itself():
+    backend = scripted(SCRIPT, right=2)
+    calibration, exponents = Calibration(backend.vocab_size), set()
+    for step, proposed in drafted_tables(backend, None):
+        expected = calibration.correct(proposed.truncate(step.table.depths))
+        assert np.array_equal(step.table.log_probs, expected.log_probs)
+        calibration.observe(proposed, step.tokens)
+        exponents.add(calibration.exponent)
+    assert len(exponents) > 3
+
+
+def test_nothing_is_calibrated_under_a_constraint():
+    """The target's tokens are then not those that it would sample by itself."""
+    steps = list(drafted_tables(scripted(SCRIPT, right=2), Anything()))
+    assert len(steps) > 3
+    for step, proposed in steps:
+        depths = step.table.depths
+        assert np.array_equal(step.table.log_probs, proposed.log_probs[:depths])
+
+
+def drafts_until_a_pause(paid):
+    """The iterations that draft without paying before the first pause, after some that paid."""
+    budget = AdaptiveBudget(VerifyCosts({1: 1.0, 4: 1.0}))
+    tree = DraftTree.chain(np.zeros(4, np.int32), -np.arange(4.0, dtype=np.float32))
+    for i in range(paid + 100):
+        if not budget.begin():
+            return i - paid
+        path = np.arange(4 if i < paid else 1, dtype=np.int32)
+        budget.observe([tree], [path], [9], {"draft": 0.5, "verify": 1.0})
+    return None
+
+
+def test_drafting_that_stops_paying_pauses_however_long_it_has_paid():
+    after_few, after_many = drafts_until_a_pause(20), drafts_until_a_pause(2000)
+    # Each drafted iteration loses about half a token, and the balance ends at -2.
+    assert after_few == after_many <= (HIGHEST_BALANCE + 2) / 0.4
+
+
+def test_the_budgets_of_a_pair_share_costs_that_are_measured_once():
+    measured, budgets = [], AdaptiveBudgets()
+
+    def measure():
+        measured.append(VerifyCosts(dict(COSTS)))
+        return measured[-1]
+
+    first, again, other = (budgets.get(m, measure) for m in ("ddtree", "ddtree", "dflash"))
+    assert first is again
+    assert other is not first
+    assert other.costs is first.costs is measured[0]
+    assert len(measured) == 1

@@ -1,0 +1,126 @@
+"""Random schedules with failures, and faults of the scheduler that they must find."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from schedule_machine import FaultyVerifier, ScheduleMachine
+
+from treeflash.decoding import scheduler
+from treeflash.decoding.backend_base import Snapshots
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.scheduler import Iteration, RunningSequence, Scheduler
+
+short = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a shorter schedule takes long to find
+    print_blob=False,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_random_schedules():
+    run_state_machine_as_test(ScheduleMachine, settings=short)
+
+
+@pytest.mark.full
+def test_random_schedules_for_an_hour():
+    long = settings(short, max_examples=5000, stateful_step_count=60, derandomize=False)
+    run_state_machine_as_test(ScheduleMachine, settings=long)
+
+
+def cancel_waiting_alone(self: Scheduler, request_id: int) -> None:
+    self._waiting = [x for x in self._waiting if x.request_id != request_id]
+
+
+def cancel_running_alone(self: Scheduler, request_id: int) -> None:
+    for sequence in [x for x in self._running if x.request_id == request_id]:
+        self._end(sequence)
+
+
+def commit_twice(self: FaultyVerifier, paths: Any, plain: Any = FaultyVerifier.commit) -> None:
+    plain(self, paths)
+    if len(paths) > 1:
+        plain(self, paths)
+
+
+def keep_failed(
+    self: Scheduler, sequence: RunningSequence, *, keep: bool = False, plain: Any = Scheduler._end
+) -> None:
+    plain(self, sequence, keep=True)
+
+
+def copy_all_snapshots(self: Snapshots[Any], length: int) -> Snapshots[Any]:
+    new: Snapshots[Any] = Snapshots()
+    new._states = dict(self._states)
+    return new
+
+
+def put_without_a_limit(self: PrefixCache, *args: Any, plain: Any = PrefixCache.put) -> None:
+    self.max_bytes, limit = 1 << 40, self.max_bytes
+    plain(self, *args)
+    self.max_bytes = limit
+
+
+def drop_without_closing(self: PrefixCache, entry: Any) -> None:
+    self._entries.remove(entry)
+
+
+def share_with_all(self: Scheduler, request: Any) -> Any:
+    return self.backend, request.config.drafts
+
+
+def leave_the_state_open(self: RunningSequence) -> None:
+    self.loop.close()
+
+
+def give_every_prompt_the_whole_room(self: Iteration) -> dict[Any, int]:
+    room = self.prefill_chunks[0 if self._pending(scheduler.Verify) else 1]
+    return {x.request_id: min(x.chunk_size, room) for x in self._pending(scheduler.Prefill)}
+
+
+def end_all(
+    self: Iteration, sequences: Any, phase: Any, call: Any, plain: Any = Iteration._batch
+) -> Any:
+    try:
+        yield from zip(sequences, call(sequences) if sequences else [], strict=True)
+    except Exception as error:
+        for sequence in sequences:
+            sequence.fail(error)
+
+
+def admit_the_last_first(self: Scheduler, plain: Any = Scheduler._admit) -> Any:
+    self._waiting.reverse()
+    events = plain(self)
+    self._waiting.reverse()
+    return events
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "a lost cancellation": (Scheduler, "cancel", cancel_waiting_alone),
+    "a lost cancellation of a waiting request": (Scheduler, "cancel", cancel_running_alone),
+    "a leaked state": (RunningSequence, "close", leave_the_state_open),
+    "a leaked state of the prefix cache": (PrefixCache, "_drop", drop_without_closing),
+    "a snapshot kept too long": (Snapshots, "copy", copy_all_snapshots),
+    "a double commit": (FaultyVerifier, "commit", commit_twice),
+    "a failed state in the prefix cache": (Scheduler, "_end", keep_failed),
+    "a prefix cache without a limit": (PrefixCache, "put", put_without_a_limit),
+    "a prefix cache that does not make room": (Scheduler, "_make_room", lambda *_: True),
+    "states shared by all salts": (Scheduler, "_cache_key", share_with_all),
+    "prompts without a limit": (Iteration, "_chunks", give_every_prompt_the_whole_room),
+    "an error that ends the whole batch": (Iteration, "_batch", end_all),
+    "requests out of order": (Scheduler, "_admit", admit_the_last_first),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, fault):
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises((AssertionError, KeyError, IndexError, ValueError)):
+        run_state_machine_as_test(ScheduleMachine, settings=short)

@@ -1,0 +1,136 @@
+"""The command `treeflash models`, and what it finds on this machine."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import CacheNotFound
+
+from treeflash import models as command
+from treeflash.errors import CheckpointError
+from treeflash.hub import cached, models
+from treeflash.hub.cached import cached_models
+from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
+
+
+def make_snapshot(folder, *files):
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with the default target, a drafter and two other repositories in its caches."""
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+    default = tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    make_snapshot(
+        default, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    )
+
+    def repository(name, *files):
+        folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots"
+        old = SimpleNamespace(last_modified=1, snapshot_path=make_snapshot(folder / "old"))
+        snapshot = make_snapshot(folder / "new", *files)
+        new = SimpleNamespace(last_modified=2, snapshot_path=snapshot)
+        return SimpleNamespace(repo_id=name, revisions=[new, old], size_on_disk=7_000_000)
+
+    repositories = [
+        repository("peerrh/treeflash-qwen3-4b", "config.json", "model.safetensors"),
+        repository("some/pickle", "config.json", "pytorch_model.bin"),
+    ]
+    monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command: exit status and standard output."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code = command.main(arguments)
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_models_of_all_caches_are_found(machine):
+    found = {model.name: model for model in cached_models()}
+    assert list(found) == [BUNDLED_DRAFTER, DEFAULT_TARGET, "peerrh/treeflash-qwen3-4b"]
+    assert found[DEFAULT_TARGET].nbytes == 4000
+    assert found["peerrh/treeflash-qwen3-4b"].folder.name == "new"
+
+
+def test_a_machine_without_a_cache_has_the_bundled_drafter(tmp_path, monkeypatch):
+    def fail():
+        raise CacheNotFound("no cache", tmp_path)
+
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    monkeypatch.setattr(cached, "scan_cache_dir", fail)
+    (model,) = cached_models()
+    assert model.name == BUNDLED_DRAFTER
+    assert model.nbytes > 30_000_000
+
+
+def test_all_targets_and_drafters_are_listed(machine, run):
+    code, out = run()
+    assert code == 0
+    assert "7.0 MB" in out
+    for target, drafters in PUBLISHED_DRAFTERS.items():
+        assert f"\n{target}\n" in out
+        assert all(f"\n  {drafter.name}" in out for drafter in drafters)
+
+
+def test_the_drafters_of_one_target(machine, run):
+    code, out = run("mlx-community/Qwen3-4B-4bit")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "mlx-community/Qwen3-4B-4bit is not on this machine"
+    assert lines[2].split() == ["peerrh/treeflash-qwen3-4b", "7.0", "MB"]
+    assert len(lines) == 2 + len(PUBLISHED_DRAFTERS["qwen3-4b"])
+    assert "system message 'You are a helpful assistant.'" in out
+    assert "no published drafter is known" in run("some/model")[1]
+    assert "4.0 kB in " in run(DEFAULT_TARGET)[1]
+
+
+def test_json(machine, run):
+    values = json.loads(run("Qwen/Qwen3.5-4B", "--json")[1])
+    assert [model["name"] for model in values["cached"]][:2] == [BUNDLED_DRAFTER, DEFAULT_TARGET]
+    (drafter,) = values["drafters"]["Qwen/Qwen3.5-4B"]
+    assert drafter == {
+        "name": "z-lab/Qwen3.5-4B-DFlash",
+        "bytes": None,
+        "thinking": True,
+        "system": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fetched"),
+    [
+        ("Qwen/Qwen3-14B", ["Qwen/Qwen3-14B", "deepseek-ai/dspark_qwen3_14b_block7"]),
+        ("Z-Lab/Qwen3-4B-DFlash-b16", ["Z-Lab/Qwen3-4B-DFlash-b16"]),
+        ("some/model", ["some/model"]),
+        (DEFAULT_TARGET, [DEFAULT_TARGET, BUNDLED_DRAFTER]),
+        (BUNDLED_DRAFTER, [BUNDLED_DRAFTER]),
+    ],
+)
+def test_a_download_has_the_drafter_of_a_target(machine, run, monkeypatch, name, fetched):
+    monkeypatch.setattr(models, "_resolve", lambda name: machine / "some")
+    make_snapshot(machine / "some", "config.json", "model.safetensors")
+    code, out = run("--download", name)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == fetched
+
+
+def test_a_download_that_fails_is_one_line(machine, capsys, monkeypatch):
+    def fail(name):
+        raise CheckpointError("not reachable")
+
+    monkeypatch.setattr(models, "_resolve", fail)
+    assert command.main(["--download", "some/model"]) == 2
+    assert capsys.readouterr().err == "error: not reachable\n"
+    assert command.main(["some/model", "--download", "some/model"]) == 2

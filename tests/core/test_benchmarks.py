@@ -1,0 +1,74 @@
+"""The benchmarks that need no framework run on the tiny pair, and the page shows their results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from treeflash.config import METHODS
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+PROMPTS = ["The sea is", "Why", "A list of cities:", "One and one is"]
+SHORT = ["--limit", "2", "--max-tokens", "6"]
+SCRIPTS = {
+    "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
+    "decoding.acceptance_rules": SHORT,
+    "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
+    "decoding.half_precision": [*SHORT, "--budget", "4"],
+    "decoding.iteration": [
+        *(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--sequences", "1,2")
+    ],
+    "decoding.memory": ["--sequences", "2", "--max-tokens", "6", "--lengths", "10"],
+    "throughput": [*SHORT, "--concurrency", "1,2", "--methods", ",".join(METHODS)],
+}
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Two files of four prompts."""
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        lines = [json.dumps({"id": n, "turns": [text]}) for n, text in enumerate(PROMPTS)]
+        file.write_text("\n".join(lines))
+    return [str(file) for file in files]
+
+
+@pytest.fixture
+def pair(tiny_pair):
+    """Options that choose the tiny pair."""
+    target, drafter = map(str, tiny_pair)
+    return ["--target", target, "--drafter", drafter, "--backend", "reference"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
+    file = tmp_path / "out.json"
+    files = sets[:1] if name == "decoding.memory" else sets
+    assert module(name).main([*files, *pair, *SCRIPTS[name], "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    assert {"date", "cpu", "versions"} <= results["machine"].keys()
+    if name == "throughput":
+        assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
+
+
+def test_the_page_is_measured_and_written(module, sets, pair, tmp_path, monkeypatch):
+    performance = module("performance")
+    page = tmp_path / "performance.md"
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(performance, "PAGE", page)
+    monkeypatch.setattr(performance, "RESULTS", tmp_path / "new" / "results.json")
+    options = [*sets, *pair, "--dtype", "float32", "--few", "1", "--max-tokens", "8"]
+    options += ["--budgets", "4", "--concurrency", "1,2", "--memory-tokens", "4"]
+    assert performance.main([*options, "--only", "methods,throughput,iteration,memory"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("python -m benchmarks.") >= 4
+    assert text.count("Not measured yet.") == 1  # `systems` needs a framework
+    assert "| treeflash-chain | 4 |" in text
+
+
+def test_the_page_shows_the_results_beside_it(module):
+    performance = module("performance")
+    text = PAGE.read_text(encoding="utf-8")
+    assert performance.render(text, performance.read_results()) == text

@@ -1,0 +1,58 @@
+"""Rows of a prompt file."""
+
+from __future__ import annotations
+
+import pytest
+
+from treeflash.errors import PromptError
+from treeflash.text.prompt import encode, read_rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "must be a JSON object"),
+        ("[" * 100000, "recursion"),
+        ('{"id": null, "prompt": "x"}', "'id' must be a string or an integer"),
+        ('{"id": true, "prompt": "x"}', "'id' must be a string or an integer"),
+        ('{"id": 1}', "exactly one of"),
+        ('{"id": 1, "prompt": "x", "turns": ["x"]}', "exactly one of"),
+        ('{"id": 1, "prompt": 3}', "'prompt' must be a string"),
+        ('{"id": 1, "turns": []}', "'turns' must be a non-empty list of strings"),
+        ('{"id": 1, "turns": "x"}', "'turns' must be a non-empty list of strings"),
+        ('{"id": "\\ud800", "prompt": "x"}', "not valid Unicode"),
+        (
+            '{"id": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+            "not valid Unicode",
+        ),
+        ('{"id": 1, "prompt": "\\ud800"}', "not valid Unicode"),
+        ('{"id": 1, "messages": []}', "'messages' must be a non-empty list"),
+        ('{"id": 1, "messages": [{"role": "user"}]}', "message 1 needs"),
+        ('{"id": "first", "prompt": "x"}', "'first' is already used on line 1"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "first", "prompt": "x"}\n\n' + line + "\n")
+    with pytest.raises(PromptError, match=message) as raised:
+        read_rows(path)
+    assert str(raised.value).startswith(f"{path}:3: ")
+
+
+def test_rows_without_an_id_have_the_number_of_their_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n\n{"prompt": "y"}\n{"id": "z", "prompt": "z"}\n')
+    assert [row.id for row in read_rows(file)] == [1, 3, "z"]
+    file.write_text('{"prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
+    with pytest.raises(PromptError, match="the id 1 is already used on line 1"):
+        read_rows(file)
+
+
+def test_the_content_of_a_message_may_be_parts(byte_tokenizer):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    joined = encode(byte_tokenizer, [{"role": "user", "content": parts}])
+    assert joined == encode(byte_tokenizer, [{"role": "user", "content": "ab"}])
+    for content in ([{"type": "image_url", "image_url": {}}], ["a"]):
+        with pytest.raises(PromptError, match="only texts are supported"):
+            encode(byte_tokenizer, [{"role": "user", "content": content}])

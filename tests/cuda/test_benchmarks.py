@@ -1,0 +1,68 @@
+"""The benchmarks that need PyTorch run, on tiny models and the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from endless_pair import endless_pair
+
+from treeflash.testing import require
+
+require("torch")
+
+SHORT = ["--limit", "1", "--max-tokens", "4"]
+ABLATION = ["--steps", "2", "--answers", "12", "--seeds", "0", "--cells", "base"]
+SCRIPTS = {
+    "gpu": [
+        *["--shape", "tiny", "--device", "cpu", "--repeats", "1"],
+        *["--sizes", "1,3", "--contexts", "0,4"],
+    ],
+    "training_cost": ["--shape", "tiny", "--length", "64", "--anchors", "32"],
+}
+PAIR_SCRIPTS = {
+    "peers.__main__": ["--systems", "transformers,treeflash", "--backends", "cuda"],
+    "throughput": ["--backend", "cuda", "--concurrency", "1,2"],
+}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Options that choose a tiny pair on the CPU, and a prompt set."""
+    prompts = tmp_path / "a.jsonl"
+    prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
+    return [str(prompts), *endless_pair(tmp_path), "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_runs(name, module, tmp_path):
+    file = tmp_path / "out.json"
+    assert module(name).main([*SCRIPTS[name], "--json", str(file)]) == 0
+    assert "machine" in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", PAIR_SCRIPTS)
+def test_a_comparison_runs(name, module, pair, tmp_path):
+    """All systems run, and in float32 they give the same tokens."""
+    file = tmp_path / "out.json"
+    if name == "peers.__main__":
+        pair = [*pair, "--environments", str(tmp_path / "environments"), "--threads", "1"]
+    assert module(name).main([*pair, *SHORT, *PAIR_SCRIPTS[name], "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    rows = [row for row in results["rows"] if row["set"] == "a"]
+    assert {row["system"] for row in rows} == {"treeflash", "transformers"}
+    assert all(row["equal"] == row["prompts"] > 0 for row in rows)
+    assert {row["method"] for row in results["skipped"]} <= {"assisted"}
+
+
+def test_the_ablation_resumes(module, tmp_path, capsys, monkeypatch):
+    require("accelerate")
+    ablation = module("ablation")
+    options = ["--output", str(tmp_path / "out.jsonl"), *ABLATION, "--limit", "2"]
+    options += ["--max-tokens", "9"]
+    assert ablation.main(options) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("| choice | value | seeds | chain, greedy | tree, greedy |")
+    monkeypatch.setattr(ablation, "measure", None)
+    assert ablation.main(options) == 0
+    assert capsys.readouterr().out == shown

@@ -1,0 +1,53 @@
+"""Decoding with the Triton kernels in the interpreter: the reference's trees and tokens."""
+
+import numpy as np
+import pytest
+from parts import load_with_parts
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import require
+from treeflash.testing.comparisons import assert_equal_steps, random_tokens
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.pairs import SAMPLINGS
+
+require("torch")
+require("triton")
+
+import triton_interpreter  # noqa: F401 - repairs it
+from treeflash_cuda.operations import Operations
+from treeflash_cuda.triton_kernels import attention, layers
+
+VOCAB = 24
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["ar", "treeflash"])
+@pytest.mark.parametrize(("family", "window"), [("qwen3", None), ("mistral", 4)])
+def test_trees_and_tokens_equal_the_references(family, window, method, tmp_path, monkeypatch):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, family, seed=1, vocab_size=VOCAB)
+    write_drafter(drafter, target, seed=2, sliding_window=window)
+    backend = load_with_parts(monkeypatch, target, drafter)
+    counted = Counted(attention.tree_attention)
+    backend.target.operations = Operations(
+        counted, layers.rms_norm, layers.rotate_and_store, layers.gated
+    )
+    reference = load_reference(target, drafter, LoadConfig())
+    prompt = random_tokens(np.random.default_rng(3), VOCAB, 70)  # more than a tile
+    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["all"]):
+        config = DecodeConfig(method=method, budget=6, max_tokens=6, sampling=sampling)
+        found, expected = (list(decode(x, prompt, config)) for x in (backend, reference))
+        assert_equal_steps(found, expected)
+    assert counted.calls > 0

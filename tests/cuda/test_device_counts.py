@@ -1,0 +1,112 @@
+"""What an iteration costs on a device, counted: graphs, allocations, and operations."""
+
+import itertools
+
+import numpy as np
+import pytest
+from parts import load_with_parts
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens
+from treeflash.testing.models import write_drafter, write_target
+
+require("torch")
+
+from treeflash_cuda import backend as loading
+
+VOCAB = 1000
+TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
+OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
+MAX_LAUNCHES = {"layer": 25, "commit": 9, "draft": 80, "head": 60}
+"""Operations of a layer of the target, of a commit, of a draft, and of a head."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    write_target(folder / "target", "qwen3", seed=1, vocab_size=VOCAB)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return folder / "target", folder / "drafter"
+
+
+def test_adaptive_budgets_need_few_graphs(pair, monkeypatch):
+    """Trees of all sizes, with tables of all sizes, share graphs."""
+    backend, rng, steps = load_with_parts(monkeypatch, *pair), np.random.default_rng(0), 0
+    for budget in range(1, 65):  # an adaptive budget may choose any of these
+        config = DecodeConfig(budget=budget, max_tokens=10, suffix=False)
+        steps += len(list(decode(backend, random_tokens(rng, VOCAB, 8), config)))
+    assert steps >= 500
+    assert len(backend.target.graphs.keys) <= 20
+
+
+def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
+    seen, captures = [], itertools.count()
+    monkeypatch.setattr(AdaptiveBudget, "observe", lambda *_, **__: seen.append(1))
+    backend = load_with_parts(monkeypatch, *pair)
+    config = DecodeConfig(budget="auto", max_tokens=6)
+    list(decode(backend, [3, 4, 5], config))
+    assert seen
+    seen.clear()
+    monkeypatch.setattr(type(backend), "captures", property(lambda _: next(captures)))
+    list(decode(backend, [3, 4, 5], config))
+    assert not seen
+
+
+@pytest.mark.parametrize("sequences", [8, 32])
+def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences):
+    cuda.free_bytes = 80 << 30
+    backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))
+    states = [backend.open(2000, drafts=True) for _ in range(sequences)]
+    backend.verifier.run([Prefill(state, [3, 4, 5], None) for state in states])
+    backend.drafter.draft([(state, 1) for state in states])
+    assert [len(x.slabs) for x in (backend.target.arena, backend.drafter_arena)] == [1, 1]
+
+
+def test_free_memory_is_shared_by_target_and_drafter(cuda, pair):
+    backend = loading.load(*pair, LoadConfig(dtype="bfloat16"))
+    arenas = backend.target.arena, backend.drafter_arena
+    sizes = [arena.reserved_nbytes // arena.column_nbytes for arena in arenas]
+    assert abs(sizes[0] - sizes[1]) <= 1
+    assert sum(arena.reserved_nbytes for arena in arenas) <= cuda.free_bytes / 2
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_operations_of_an_iteration(cuda, pair, sequences):
+    """They do not depend on the number of sequences."""
+    found = count_operations(cuda, loading.load(*pair, LoadConfig(dtype="bfloat16")), sequences)
+    for part, limit in MAX_LAUNCHES.items():
+        assert 0 < found[part] <= limit, found
+
+
+def count_operations(cuda, backend, sequences):
+    """Operations that an iteration launches on a device, by part."""
+    backend.target.graphs.enabled = False
+    marks, layer = [], backend.target.layers[1]
+    layer.register_forward_pre_hook(lambda *_: marks.append(len(cuda.launches)))
+    layer.register_forward_hook(lambda *_: marks.append(len(cuda.launches)))
+    states = [backend.open(200, drafts=True) for _ in range(sequences)]
+    backend.verifier.run([Prefill(state, [3, 4, 5], None) for state in states])
+    backend.drafter.draft([(state, 1) for state in states])
+    found = {}
+
+    def count(name, call):
+        before = len(cuda.launches)
+        result = call()
+        found[name] = len(cuda.launches) - before
+        return result
+
+    marks.clear()
+    work = [Verify(state, TREE, SamplingParams()) for state in states]
+    count("verify", lambda: backend.verifier.run(work))
+    found["layer"] = marks[1] - marks[0]
+    paths = [(state, np.array([0, 2], np.int32)) for state in states]
+    count("commit", lambda: backend.verifier.commit(paths))
+    blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
+    count("head", lambda: backend.head.transitions(blocks, OPTIONS))
+    return found

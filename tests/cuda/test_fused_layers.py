@@ -1,0 +1,58 @@
+"""Modules whose results an operation gives are replaced; others stay."""
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+
+import torch
+from torch import nn
+from treeflash_cuda.fused_layers import fuse_layers
+from treeflash_cuda.operations import Operations
+
+
+class Norm(nn.Module):
+    """An RMS norm as transformers has it."""
+
+    def __init__(self, added):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16))
+        self.variance_epsilon = 1e-6
+        self.added = added
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return ((self.added + self.weight) * normed).to(x.dtype)
+
+
+class Gated(nn.Module):
+    """A feed-forward network as transformers has it."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(16, 32, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(32, 16, bias=False)
+        self.act_fn = activation
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "replaced"),
+    [
+        (lambda: Norm(0), True),
+        (lambda: Norm(1), False),  # Gemma's
+        (lambda: Gated(nn.SiLU()), True),
+        (lambda: Gated(nn.ReLU()), False),
+    ],
+)
+@torch.inference_mode()
+def test_modules_that_an_operation_computes_are_replaced(make, replaced):
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(2, 3, 16)
+    expected = module(x)
+    fuse_layers(module, Operations())
+    assert ("forward" in vars(module)) == replaced
+    torch.testing.assert_close(module(x), expected)

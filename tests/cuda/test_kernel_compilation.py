@@ -1,0 +1,46 @@
+"""The Triton kernels are compiled for GPUs that are not there, and fit them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+require("triton")
+
+from benchmarks.kernels import SHARED_MEMORY
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {"shared_positions", "own_positions", "rms_norm", "gated", "rotate_and_store"}
+PAIRS = [
+    *((capability, "qwen3-8b") for capability in SHARED_MEMORY),
+    (120, "gemma-2-9b"),
+    (80, "qwen3-8b in float32"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for CUDA is for Linux")
+@pytest.mark.parametrize(("capability", "model"), PAIRS)
+def test_kernels_fit_the_gpu_and_spill_nothing(capability, model):
+    command = ["-m", "benchmarks.kernels", "--json", "--capability", str(capability)]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command, "--model", model],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    usages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {usage["kernel"] for usage in usages} == KERNELS
+    for usage in usages:
+        assert usage["registers"] > 0, usage
+        assert usage["spilled_bytes"] == 0, usage
+        assert usage["shared_bytes"] <= SHARED_MEMORY[capability], usage

@@ -1,0 +1,143 @@
+"""A replayed graph gives what its function would give now: for its settings, inputs and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from parts import load_with_parts
+from replayed_graphs import enable, replay_graphs
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding import sampling as definition
+from treeflash.decoding.interfaces import Prefill
+from treeflash.decoding.sampling import position_keys
+from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens, random_tree
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.pairs import SAMPLINGS
+
+require("torch")
+
+import torch
+from treeflash_cuda import cache, graphs
+from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.sampling import sample_on_gpu
+
+VOCAB = 40
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The names of all captures."""
+    return replay_graphs(monkeypatch)
+
+
+@pytest.fixture
+def replayed(captured):
+    """Graphs that are captured and replayed on a CPU."""
+    return enable(Graphs(torch.device("cpu")))
+
+
+def times(factor):
+    return lambda x: (x * factor, factor)
+
+
+def test_what_a_function_depends_on_tells_graphs_apart(replayed, captured):
+    """Its name, its settings, and the shapes and dtypes of its inputs."""
+    x = torch.tensor([1, 2])
+    for _ in range(2):
+        for name, factor in (("one", 2), ("one", 3), ("two", 2)):
+            scale = factor if name == "one" else -factor
+            result, other = replayed.run(name, factor, times(scale), x)
+            assert (result.tolist(), other) == ([scale, 2 * scale], scale)
+        for y in (x.double(), x[:1], x[None], x.to(torch.int32)):
+            result, _ = replayed.run("one", 2, times(2), y)
+            assert result.dtype == y.dtype
+            torch.testing.assert_close(result, 2 * y)
+    assert len(captured) == 7, "each is captured once"
+
+
+def test_outputs_belong_to_the_caller(replayed):
+    """Another replay, and a change of the inputs, leave them alone."""
+    inputs = [torch.full((3,), float(i)) for i in range(5)]
+    outputs = [replayed.run("f", None, times(2), x)[0] for x in inputs]
+    for i, output in enumerate(outputs):
+        assert output.tolist() == [2.0 * i] * 3
+    inputs[-1].fill_(9)
+    assert outputs[-1].tolist() == [8.0] * 3
+    outputs[0].fill_(7)
+    assert replayed.run("f", None, times(2), inputs[1])[0].tolist() == [2.0] * 3
+
+
+def test_a_store_has_a_limit(replayed, captured):
+    """The oldest graph is dropped, and captured again if it is needed."""
+    x = torch.ones(1)
+    for i in range(graphs.MAX_GRAPHS + 3):
+        replayed.run("f", i, times(i), x)
+    assert len(replayed.store) == graphs.MAX_GRAPHS
+    count = len(captured)
+    assert replayed.run("f", 0, times(0), x)[0].tolist() == [0.0]
+    assert len(captured) == count + 1
+    replayed.run("f", graphs.MAX_GRAPHS + 2, times(-1), x)
+    assert len(captured) == count + 1
+
+
+def test_each_sampling_is_its_own(replayed, captured):
+    """Tokens equal the definition's, whatever was sampled before; a seed needs no graph."""
+    rng = np.random.default_rng(1)
+    samplings = list(SAMPLINGS.values())
+    samplings += [replace(x, temperature=x.temperature / 2) for x in samplings if not x.greedy]
+    for turn in range(3):
+        for i, config in enumerate(samplings):
+            config = replace(config, seed=turn)
+            logits = (3 * rng.normal(size=(4, 300))).astype(np.float32)
+            keys = position_keys(turn, np.arange(i, i + 4, dtype=np.int32))
+            keys = None if config.greedy else keys
+            found = sample_on_gpu(torch.from_numpy(logits), config, keys, replayed)
+            assert found.tolist() == definition.sample_tokens(logits, config, keys).tolist()
+    assert len(captured) == len(samplings)
+
+
+@pytest.mark.parametrize("slabs", ["one", "several"])
+def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, captured, slabs):
+    """With other sequences, other numbers of them, and other slabs of the KV cache."""
+    if slabs == "several":
+        monkeypatch.setattr(cache, "SLAB_BYTES", 1)
+    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=VOCAB)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    folders = tmp_path / "target", tmp_path / "drafter"
+    replaying = load_with_parts(monkeypatch, *folders)
+    plain = load_with_parts(monkeypatch, *folders, cuda_graphs=False)
+    replaying.target.graphs = replaying.head.graphs = enable(Graphs(torch.device("cpu")))
+    found = []
+    for backend in (replaying, plain):
+        rng = np.random.default_rng(3)
+        states = [backend.open(100, drafts=True) for _ in range(4)]
+        prompts = [random_tokens(rng, VOCAB, n) for n in (12, 3, 5, 7)]
+        for state, prompt in zip(states, prompts, strict=True):
+            backend.verifier.run([Prefill(state, prompt, None)])
+        results = []
+        groups = [[0], [1], [0, 1], [2, 3], [1], [2, 0, 3], [0]]
+        groups = [group for group in groups if slabs == "one" or len(group) == 1]
+        for group in groups:
+            trees = [(states[i], random_tree(rng, 7, 5, VOCAB)) for i in group]
+            results += backend.verifier.logits(trees)
+            path = np.arange(1, dtype=np.int32)
+            backend.verifier.commit([(states[i], path) for i in group])
+            blocks = backend.drafter.draft([(states[i], 3) for i in group])
+            results += [backend.drafter.log_probs(block) for block in blocks]
+        found.append(results)
+    for mine, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert captured.count("the target") > 0
+    assert captured.count("the target") <= len(groups)
+
+
+def test_greedy_rows_are_read_from_the_present_logits(replayed):
+    rng = np.random.default_rng(2)
+    for _ in range(4):
+        logits = rng.normal(size=(3, 64)).astype(np.float32)
+        found = sample_on_gpu(torch.from_numpy(logits), SamplingConfig(), None, replayed)
+        assert found.tolist() == logits.argmax(-1).tolist()

@@ -1,0 +1,225 @@
+"""The Triton kernels, run by Triton's interpreter on a CPU, against their definitions."""
+
+import importlib.util
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from treeflash.testing import require
+
+require("torch")
+require("triton")
+
+import torch
+import triton_interpreter  # noqa: F401 - repairs it
+from attention_cases import Case, alone, attention_case, expected_attention
+from treeflash_cuda import operations
+from treeflash_cuda.operations import CHECKS, TOLERANCES, Numbers, Operations, Shapes, checked
+from treeflash_cuda.triton_kernels import attention, layers
+
+CPU = torch.device("cpu")
+KERNELS = Operations(
+    attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+)
+SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
+CASES = {
+    "trees": Case(lengths=(5, 0, 70), nodes=7),
+    "trees that cross tiles and chunks": Case(lengths=(60, 505), nodes=12, heads=2, kv_heads=1),
+    "a tree of 256 nodes": Case(lengths=(9,), nodes=256, heads=1, kv_heads=1),
+    "single tokens": Case(lengths=(3, 64, 1100), nodes=1),
+    "prompt tokens": Case(lengths=(0, 60), nodes=9, chunk=True),
+    "a window": Case(lengths=(600, 2), nodes=6, window=90),
+    "a window inside a tree": Case(lengths=(600, 2), nodes=9, window=2),
+    "the first positions and a window": Case(lengths=(600, 2), nodes=4, window=9, sink=3),
+    "soft-capping": Case(lengths=(5, 30), nodes=4, softcap=2.0),
+    "attention sinks": Case(lengths=(5, 30), nodes=4, sinks=True),
+    "blocks that see all of themselves": Case(lengths=(5, 63), nodes=4, block=True),
+    "narrow heads": Case(lengths=(5,), nodes=4, head_dim=6),
+    "heads whose width is no power of two": Case(lengths=(70,), nodes=4, head_dim=24),
+    "many heads for one key head": Case(lengths=(70,), nodes=2, heads=40, kv_heads=2),
+}
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+def worst_row(actual, expected):
+    error = (actual.double() - expected.double()).square().flatten(1).mean(1).amax().sqrt()
+    return float(error / expected.double().std())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention(case, dtype):
+    case = replace(case, dtype=dtype)
+    inputs = attention_case(case)
+    found = attention.tree_attention(**inputs)
+    assert found.dtype == dtype
+    assert worst_row(found, expected_attention(case, inputs)) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_reads_quantised_columns(dtype):
+    inputs = attention_case(Case(lengths=(5, 70), nodes=4, head_dim=16, dtype=dtype))
+    stored = {name: operations.quantise(inputs[name].nan_to_num()) for name in "kv"}
+    found = attention.tree_attention(**inputs | stored)
+    expected = operations.tree_attention(**inputs | stored)
+    assert worst_row(found, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        SMALL,
+        Shapes(
+            heads=6,
+            kv_heads=2,
+            head_dim=12,
+            hidden_size=40,
+            softcap=5.0,
+            sinks=True,
+            quantised=True,
+        ),
+    ],
+    ids=["plain", "soft-capped, with sinks, in 8 bits"],
+)
+def test_all_kernels_pass_the_check_at_load(shapes, dtype):
+    found = checked(KERNELS, shapes, CPU, dtype)
+    assert found == KERNELS
+
+
+EXACT = {
+    "trees": Case(lengths=(62, 510), nodes=7, heads=12, head_dim=64),
+    "prompt tokens": Case(lengths=(4, 55), nodes=12, chunk=True),
+    "a window": Case(lengths=(600,), nodes=6, window=90),
+    "soft-capping and sinks": Case(lengths=(509,), nodes=16, softcap=3.0, sinks=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
+def test_a_row_of_attention_equals_plain_decoding_bit_for_bit(case, dtype):
+    """Whatever rows, trees and sequences are beside it, and wherever its keys are."""
+    case = replace(case, dtype=dtype)
+    inputs = attention_case(case)
+    found = attention.tree_attention(**inputs)
+    for sequence, row in itertools.product(range(len(case.lengths)), range(case.nodes)):
+        expected = attention.tree_attention(**alone(case, inputs, sequence, row))
+        assert torch.equal(found[sequence * case.nodes + row], expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
+    numbers = Numbers(CPU, dtype)
+    x, residual = numbers.draw(2, 6, 40)
+    weight, gate = numbers.draw(40), numbers.draw(6, 40)
+    many = [*layers.rms_norm(x, weight, 1e-6, residual), layers.gated(x, gate)]
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone_ = [*layers.rms_norm(x[one], weight, 1e-6, residual[one])]
+        alone_.append(layers.gated(x[one], gate[one]))
+        assert all(torch.equal(a[one], b) for a, b in zip(many, alone_, strict=True))
+    q, k, v = numbers.draw(6, 8, 16).split([4, 2, 2], 1)
+    cos, sin = numbers.draw(2, 6, 16)
+    slots, norms = torch.tensor([3, 1, 7, 0, 2, 6]), (x[0, :16], x[1, :16])
+
+    def rotate(rows):
+        caches = torch.zeros(2, 2, 9, 16, dtype=dtype)
+        inputs = (x[rows] for x in (q, k, v, cos, sin))
+        rotated = layers.rotate_and_store(*inputs, *caches, slots[rows], norms=norms, eps=1e-6)
+        return rotated, caches[:, :, slots[rows]]
+
+    rotated, columns = rotate(slice(0, 6))
+    for row in range(6):
+        found = rotate(slice(row, row + 1))
+        assert torch.equal(found[0][0], rotated[row])
+        assert torch.equal(found[1][:, :, 0], columns[:, :, row])
+
+
+def faulty(module, tmp_path, right, wrong):
+    """A copy of a module of kernels with another expression in it."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert right in source
+    path = tmp_path / "faulty.py"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+FAULTS = {
+    "a sibling instead of an ancestor": ("shared + path", "positions"),
+    "a row that does not see itself": ("(positions < end)", "(positions < end - 1)"),
+    "a later prompt token": ("positions[None, :] < end[:, None]", "positions[None, :] >= 0"),
+    "a wider window over a tree": ("(positions >= start)", "(positions >= start - 1)"),
+    "a wider window over a prefix": (">= start[:, None]", ">= start[:, None] - 1"),
+    "no mask": ("tl.where(visible, scores * LOG2_E", "tl.where(visible | True, scores * LOG2_E"),
+    "old sums that keep their scale": ("out * share[:, None] + tl", "out + tl"),
+    "chunks that keep their scale": ("total = total * share + part_total", "total += part_total"),
+    "another sequence's columns": ("first_pointer + sequence", "first_pointer"),
+    "another key head": ("k_head = k_pointer + kv_head", "k_head = k_pointer + 0 * kv_head"),
+    "no soft-capping": ("    if SOFTCAP:", "    if False:"),
+    "no attention sinks": ("    if SINKS:", "    if False:"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_attention_fails_the_check_at_load(right, wrong, tmp_path, monkeypatch):
+    broken = faulty(attention, tmp_path, right, wrong)
+    heads = 2 if wrong.endswith("0 * kv_head") else 1
+    shapes = Shapes(heads=2, kv_heads=heads, head_dim=16, hidden_size=8, softcap=1.0, sinks=True)
+    monkeypatch.setattr(operations, "CHECKS", {"tree_attention": CHECKS["tree_attention"]})
+    kernels = replace(KERNELS, tree_attention=broken.tree_attention)
+    found = checked(kernels, shapes, CPU, torch.float16)
+    assert found.tree_attention is operations.tree_attention
+    (line,) = found.fallbacks
+    assert line.startswith("tree_attention runs in PyTorch: the kernel's results differ by ")
+
+
+LAYER_FAULTS = {
+    "rms_norm": ("x + residual.to(tl.float32)", "x"),
+    "rotate_and_store": ("-sin, sin)", "sin, sin)"),
+    "gated": ("result = active.to(dtype)", "result = x.to(dtype)"),
+}
+
+
+@pytest.mark.parametrize("name", LAYER_FAULTS)
+def test_a_faulty_kernel_falls_back_alone(name, tmp_path, monkeypatch):
+    broken = faulty(layers, tmp_path, *LAYER_FAULTS[name])
+    checks = {key: check for key, check in CHECKS.items() if key != "tree_attention"}
+    monkeypatch.setattr(operations, "CHECKS", checks)
+    kernels = replace(KERNELS, **{key: getattr(broken, key) for key in checks})
+    found = checked(kernels, SMALL, CPU, torch.float32)
+    assert getattr(found, name) is getattr(operations, name)
+    assert all(getattr(found, key) is getattr(broken, key) for key in checks if key != name)
+    assert len(found.fallbacks) == 1
+
+
+def test_a_kernel_that_cannot_be_compiled_falls_back_with_its_error(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("ptxas is missing\nTraceback")
+
+    monkeypatch.setattr(operations, "CHECKS", {"gated": CHECKS["gated"]})
+    found = checked(replace(KERNELS, gated=broken), SMALL, CPU, torch.float32)
+    assert found.gated is operations.gated
+    assert found.fallbacks == ("gated runs in PyTorch: ptxas is missing",)
+
+
+def test_sums_in_another_order_are_not_equal_bit_for_bit(tmp_path):
+    """They are right otherwise, so only the test of bits can tell."""
+    case = EXACT["trees"]
+    inputs = attention_case(case)
+    line = "positions = tile + tl.arange(0, TILE)\n            visible"
+    broken = faulty(attention, tmp_path, line, line.replace("+ tl.", "+ TILE - 1 - tl."))
+    found = broken.tree_attention(**inputs)
+    assert worst_row(found, expected_attention(case, inputs)) < TOLERANCES[case.dtype]
+    rows = itertools.product(range(len(case.lengths)), range(case.nodes))
+    assert not all(
+        torch.equal(
+            found[sequence * case.nodes + row],
+            broken.tree_attention(**alone(case, inputs, sequence, row))[0],
+        )
+        for sequence, row in rows
+    )

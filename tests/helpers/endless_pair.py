@@ -1,0 +1,17 @@
+"""A tiny pair without an end token, so that benchmarks decode as many tokens as they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from treeflash.testing.models import edit_config, save_tokenizer, write_drafter, write_target
+
+
+def endless_pair(folder: Path) -> list[str]:
+    """Write the pair; returns the options that choose it."""
+    target, drafter = folder / "target", folder / "drafter"
+    write_target(target, "llama", seed=3, vocab_size=300)
+    edit_config(target, lambda config: config.pop("eos_token_id"))
+    save_tokenizer(target)
+    write_drafter(drafter, target, seed=4)
+    return ["--target", str(target), "--drafter", str(drafter)]

@@ -1,0 +1,93 @@
+"""Tiny random targets with heads that draft depth by depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from treeflash.drafters import row_heads
+from treeflash.drafters.folder import read_config
+from treeflash.testing.models import edit_config, normal, save, write_target
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mtp": {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False},
+    "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
+    "eagle3-flags": {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2]},
+        "norm_before_residual": True,
+        "norm_output": True,
+        "fc_norm": True,
+    },
+    "eagle3-all": {
+        "architectures": ["Eagle3LlamaForCausalLM"],
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
+        "norm_before_fc": True,
+        "num_aux_hidden_states": 3,
+        "rope_theta": 500.0,
+    },
+}
+
+
+def write_row_pair(
+    root: Path, kind: str, seed: int = 0, *, vocab_size: int = 24
+) -> tuple[Path, Path]:
+    """The folders of a target of 4 layers and of a row head for it, which `mtp` heads share."""
+    target = root / "target"
+    family = "qwen3_5" if kind == "mtp" else "qwen3"
+    write_target(target, family, seed=seed, vocab_size=vocab_size)
+    config = read_config(target)
+    shape = {**config, **config.get("text_config", {})}
+    rng = np.random.default_rng(seed + 1)
+    if kind == "mtp":
+
+        def add(config: dict[str, Any]) -> None:
+            config.get("text_config", config).update(SETTINGS[kind])
+
+        edit_config(target, add)
+        tensors = _tensors(rng, row_heads.QWEN_MTP, read_config(target), shape)
+        save_file(tensors, target / "mtp.safetensors")
+        return target, target
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
+    drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind]
+    save(root / "head", drafter, _tensors(rng, row_heads.EAGLE3, drafter, shape))
+    return target, root / "head"
+
+
+def _tensors(
+    rng: np.random.Generator,
+    format: row_heads.RowFormat,
+    config: dict[str, Any],
+    shape: dict[str, Any],
+) -> dict[str, Any]:
+    """Random tensors under their stored names."""
+    parsed = format.parse(config, (), shape["num_hidden_layers"])
+    tensors: dict[str, Any] = {}
+    for name, size in row_heads.row_shapes(parsed, shape["vocab_size"]).items():
+        stored = _stored_name(name, format)
+        if name == "d2t":
+            ids = np.sort(rng.permutation(shape["vocab_size"])[: size[0]])
+            tensors[stored] = ids - np.arange(len(ids))
+        elif name.endswith("norm.weight") or name.startswith("fc_norm"):
+            tensors[stored] = 1 - np.float32(parsed.norm_offset) + normal(rng, *size, scale=0.1)
+        elif name != "embed_tokens.weight":
+            tensors[stored] = normal(rng, *size, scale=0.6 if name == "lm_head.weight" else 0.3)
+    return tensors
+
+
+def _stored_name(name: str, format: row_heads.RowFormat) -> str:
+    if format is row_heads.QWEN_MTP:
+        renamed = {
+            "input_proj": "fc",
+            "embedding_norm": "pre_fc_norm_embedding",
+            "hidden_norm": "pre_fc_norm_hidden",
+        }
+        first, _, rest = name.replace("layer.", "layers.0.", 1).partition(".")
+        return f"mtp.{renamed.get(first, first)}.{rest}"
+    renamed = {"embedding_norm": "midlayer.input_layernorm", "hidden_norm": "midlayer.hidden_norm"}
+    first, _, rest = name.replace("layer.", "midlayer.", 1).partition(".")
+    return f"{renamed.get(first, first)}.{rest}" if rest else name

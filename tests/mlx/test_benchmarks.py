@@ -1,0 +1,47 @@
+"""The benchmarks that need MLX run, on a tiny pair and whatever device MLX has here."""
+
+import json
+
+import pytest
+from endless_pair import endless_pair
+
+from treeflash.config import METHODS
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Options that choose a tiny pair."""
+    return [*endless_pair(tmp_path), "--max-tokens", "4"]
+
+
+def test_mac(module, pair, tmp_path):
+    file = tmp_path / "out.json"
+    options = ["--sizes", "1,3", "--contexts", "2,5", "--repeats", "1", "--json", str(file)]
+    assert module("mac").main([*pair, *options]) == 0
+    results = json.loads(file.read_text())
+    assert [(row["context"], row["nodes"]) for row in results["verify"]] == [
+        (2, 1),
+        (2, 3),
+        (5, 1),
+        (5, 3),
+    ]
+    assert results["host"][0]["host_ms"] > 0
+    assert [(row["system"], row["method"]) for row in results["methods"]] == [
+        *(("treeflash", method) for method in METHODS),
+        ("mlx-lm", "generate"),
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in results["methods"])
+
+
+def test_throughput(module, pair, tmp_path):
+    prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
+    prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
+    options = ["--backend", "mlx", "--dtype", "float32", "--limit", "1", "--concurrency", "1,2"]
+    assert module("throughput").main([str(prompts), *pair, *options, "--json", str(file)]) == 0
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["set"] == "a"]
+    assert {row["system"] for row in rows} == {"treeflash", "mlx-lm"}
+    assert all(row["equal"] == row["prompts"] > 0 for row in rows)

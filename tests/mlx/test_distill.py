@@ -1,0 +1,13 @@
+"""Distillation on MLX."""
+
+import pytest
+from distilled import check_plain_decoding
+
+from treeflash.testing import require
+
+require("mlx")
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_responses_are_those_of_plain_decoding(slots, tmp_path):
+    check_plain_decoding("mlx", "qwen3", tmp_path, "--slots", str(slots))

@@ -1,0 +1,193 @@
+"""Metal kernels of the backend and of mlx-lm, executed without Metal."""
+
+import mlx_lm.models.gated_delta as gated_delta
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx
+import mlx_lm.models.ssm as ssm
+from metal_executor import MetalKernelError, install, require_compiler
+from treeflash_mlx import hybrid
+from treeflash_mlx.backend import load
+
+require_compiler()
+
+PROMPT = [5, 17, 3, 22, 8, 1, 19]
+
+
+def normal(rng, *shape, dtype=mx.float32):
+    return mx.array(0.3 * rng.normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+# ------------------------------------------------------------------------- triangular systems
+
+
+def solve_both(rng, heads, nodes, width):
+    """Solutions of one system by the kernel and by operations, and the exact one."""
+    system = np.tril(0.5 * rng.normal(size=(2, heads, nodes, nodes)), -1)
+    exact = rng.normal(size=(2, heads, nodes, width))
+    targets = mx.array((exact + system @ exact).astype(np.float32))
+    system = mx.array(system.astype(np.float32))
+    solvers = hybrid.solve_by_substitution, hybrid.solve_by_rounds
+    return *(np.array(solve(system, targets, nodes - 1)) for solve in solvers), exact
+
+
+# One node, one column, several simdgroups, and a last threadgroup that is smaller.
+@pytest.mark.parametrize(
+    ("heads", "nodes", "width"), [(3, 1, 16), (1, 9, 1), (2, 24, 64), (1, 5, 300)]
+)
+def test_substitution_equals_rounds(metal, rng, heads, nodes, width):
+    kernel, rounds, exact = solve_both(rng, heads, nodes, width)
+    np.testing.assert_allclose(kernel, rounds, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_allclose(kernel, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    assert metal.launches == {"treeflash_substitution": 1}
+
+
+def test_substitution_takes_views(metal, rng):
+    """Its inputs may be transposed or broadcast; MLX copies them."""
+    system = mx.tri(6, k=-1)[None, None] * normal(rng, 1, 2, 6, 6)
+    views = mx.broadcast_to(system[:, :1], (1, 2, 6, 6)), normal(rng, 1, 2, 8, 6).swapaxes(2, 3)
+    found = hybrid.solve_by_substitution(*views, 5)
+    assert mx.allclose(found, hybrid.solve_by_rounds(*views, 5), atol=1e-5)
+
+
+def test_the_kernel_is_the_solver_where_metal_is(metal, recwarn):
+    assert hybrid.choose_solver() is hybrid.solve_by_substitution
+    assert not recwarn.list
+    assert metal.launches == {"treeflash_substitution": 1}
+
+
+FAULTS = {
+    "one node too many": ("i < n", "i <= n", "out of bounds|two threadgroups"),
+    "one ancestor too many": ("j < i", "j <= i", "nothing has written"),
+    "a column of another thread": ("j) * width + column", "j) * width + (column ^ 1)", "written"),
+    "all nodes in one row": ("[(matrix * n + i) * width + column] = u", "[column] = u", "written"),
+    "a loop that does not end": ("++j", "j += 0", "does not end"),
+    "one ancestor too few": ("j < i", "j + 1 < i", None),
+    "the wrong sign": ("u -=", "u +=", None),
+    "a transposed system": ("(matrix * n + i) * n + j", "(matrix * n + j) * n + i", None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_substitution_is_noticed(metal, monkeypatch, fault):
+    """By the executor, or by the check of the solver at load."""
+    metal.max_seconds = 0.3
+    right, wrong, reason = FAULTS[fault]
+    assert right in hybrid.SUBSTITUTION
+    monkeypatch.setattr(hybrid, "SUBSTITUTION", hybrid.SUBSTITUTION.replace(right, wrong))
+    if reason:
+        with pytest.raises(MetalKernelError, match=reason):
+            hybrid.choose_solver()
+    else:
+        with pytest.warns(UserWarning, match="without their Metal kernel"):
+            assert hybrid.choose_solver() is hybrid.solve_by_rounds
+
+
+# --------------------------------------------------------------------------- kernels of mlx-lm
+
+
+def delta_inputs(rng, dtype, key_dim, by_channel):
+    """q, k, v, g, beta, state of two sequences of five tokens; a key head has two value heads."""
+    batch, length, heads, value_dim = 2, 5, 4, 16
+    gates = length, heads, *([key_dim] if by_channel else [])
+    return (
+        *(normal(rng, batch, length, heads // 2, key_dim, dtype=dtype) for _ in range(2)),
+        normal(rng, batch, length, heads, value_dim, dtype=dtype),
+        mx.exp(-mx.abs(normal(rng, batch, *gates))),
+        mx.sigmoid(normal(rng, batch, length, heads)).astype(dtype),
+        normal(rng, batch, heads, value_dim, key_dim),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "key_dim"), [(mx.float32, 64), (mx.bfloat16, 128), (mx.float16, 32)]
+)
+def test_gated_delta_kernels_equal_operations(metal, rng, dtype, key_dim, by_channel, masked):
+    inputs = delta_inputs(rng, dtype, key_dim, by_channel)
+    mask = mx.array(rng.random((2, 5)) < 0.7) if masked else None
+    outputs, state = gated_delta.gated_delta_kernel(*inputs, mask)
+    expected, expected_state = gated_delta.gated_delta_ops(*inputs, mask)
+    if masked:  # of a token that is masked, the operations have an output
+        expected = expected * mask[..., None, None]
+    assert outputs.dtype == expected.dtype == dtype
+    tolerance = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype]
+    assert mx.allclose(outputs.astype(mx.float32), expected.astype(mx.float32), tolerance, 1e-5)
+    assert mx.allclose(state, expected_state, 1e-5, 1e-5)
+    assert len(metal.launches) == 1
+
+
+def test_the_packed_kernel_has_the_bits_of_the_plain_ones(metal, rng):
+    """mlx-lm says so of its butterfly, and of `simd_sum` on Apple's GPUs."""
+    inputs = delta_inputs(rng, mx.bfloat16, 128, by_channel=False)
+    packed = gated_delta.gated_delta_kernel(*inputs)
+    for other in (gated_delta.gated_delta_kernel_xtree, gated_delta.gated_delta_kernel_unpacked):
+        for x, y in zip(packed, other(*inputs), strict=True):
+            assert mx.array_equal(x, y)
+    assert len(metal.launches) == 3
+
+
+def test_the_ssm_kernel_equals_operations(metal, rng):
+    heads, head_dim, size = 4, 16, 32
+    x, state = normal(rng, 2, 1, heads, head_dim), normal(rng, 2, heads, head_dim, size)
+    b, c = (normal(rng, 2, 1, heads // 2, size) for _ in range(2))
+    a_log, d, dt_bias = (normal(rng, heads) for _ in range(3))
+    arguments = x, a_log, b, c, d, normal(rng, 2, 1, heads), dt_bias, state, (0.001, 100.0)
+    found = ssm.ssm_update_kernel(*arguments)
+    expected = ssm.ssm_attn(*arguments)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mx.allclose(mine, theirs, 1e-4, 1e-5)
+    assert metal.launches == {"ssm_kernel": 1}
+
+
+# ---------------------------------------------------------------- whole models, as on a Mac
+
+
+@pytest.fixture
+def hybrid_pair(hybrid_pair_of):
+    """A tiny Qwen3.5 target whose key heads are as wide as mlx-lm's kernel needs, and a drafter."""
+    return hybrid_pair_of("qwen3_5", linear_key_head_dim=32)
+
+
+SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
+
+
+def generate(backend, sampling, **settings):
+    """(tokens, steps) of a sequence."""
+    config = DecodeConfig(max_tokens=40, sampling=sampling, **settings)
+    steps = list(decode(backend, PROMPT, config))
+    return [token for step in steps for token in step.tokens], len(steps)
+
+
+@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
+def test_plain_decoding_by_kernel_equals_drafting_on_trees(executor, hybrid_pair, monkeypatch):
+    """The prompt and plain steps run mlx-lm's kernel, trees run operations and the substitution."""
+    on_the_cpu = generate(load(*hybrid_pair, LoadConfig()), SAMPLINGS[0], method="ar")[0]
+    with monkeypatch.context() as patch:
+        install(executor, patch)
+        backend = load(*hybrid_pair, LoadConfig())
+        assert backend.device == "gpu"
+        for sampling in SAMPLINGS:
+            executor.launches.clear()
+            plain, _ = generate(backend, sampling, method="ar")
+            assert executor.launches.keys() == {"gated_delta_step"}
+            assert executor.launches["gated_delta_step"] >= 40
+            if sampling is SAMPLINGS[0]:
+                assert plain == on_the_cpu
+            executor.launches.clear()
+            drafted, steps = generate(backend, sampling, method="treeflash", budget=16)
+            assert drafted == plain
+            assert len(plain) / steps > 1.2
+            assert executor.launches["gated_delta_step"] < 20
+            assert executor.launches["treeflash_substitution"] > 20
+    assert not mx.metal.is_available()
+    assert gated_delta._gated_delta_kernel is None

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from treeflash.errors import UnsupportedModelError
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+from mlx import nn
+from transformers import AutoConfig
+from treeflash_mlx.target import compatible_settings
+
+THETA = 12345.0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi", "gpt_neox", "glm4"],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_theta"])
+def test_old_and_new_rope_settings_give_the_same_base(families, tmp_path, family, old):
+    """What transformers 5 saves, and what older files hold, give the same rotary base."""
+    saved = AutoConfig.for_model(family)
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = {"rope_theta": THETA, "partial_rotary_factor": 0.5}
+    config |= dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64)
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"head_dim": 16}
+    config.pop("rope_parameters")
+    if old:
+        config |= {"rotary_emb_base": THETA, "rotary_pct": 0.5, **rope}
+    else:
+        config["rope_parameters"] = {"rope_type": "default", **rope}
+    name = "llama" if family == "mistral" else family
+    module = __import__(f"mlx_lm.models.{name}", fromlist=["Model"])
+    model = module.Model(module.ModelArgs.from_dict({**config, **compatible_settings(config)}))
+    bases = [m.base for _, m in model.named_modules() if isinstance(m, nn.RoPE)]
+    assert bases == [THETA]
+
+
+def test_rope_settings_by_layer_type():
+    config = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    added = compatible_settings(config)
+    assert added["rope_theta"] == 1e6
+    assert added["rope_local_base_freq"] == 1e4
+    assert added["rope_scaling"]["type"] == added["rope_scaling"]["rope_type"] == "linear"
+    assert "rope_parameters" not in added
+
+
+def test_existing_settings_stay_as_they_are():
+    config = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    assert not {"rope_theta", "rope_scaling", "rope_parameters"} & set(compatible_settings(config))
+    inner = compatible_settings({"text_config": {"rope_theta": 5.0, "x": 1}})["text_config"]
+    assert inner == {
+        "rope_theta": 5.0,
+        "x": 1,
+        "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"},
+    }
+
+
+FULL, LINEAR = "full_attention", "linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "interval"),
+    [([LINEAR, LINEAR, FULL] * 2, 3), ([LINEAR] * 4, 5), ([FULL] * 2, 1), ([LINEAR, FULL], 2)],
+)
+def test_the_interval_of_attention_follows_from_the_types_of_layers(kinds, interval):
+    for name in ("qwen3_next", "qwen3_5_text"):
+        config = {"model_type": name, "layer_types": kinds, "full_attention_interval": 9}
+        assert compatible_settings(config)["full_attention_interval"] == interval
+    outer = {"model_type": "qwen3_5", "text_config": config}
+    assert compatible_settings(outer)["text_config"]["full_attention_interval"] == interval
+
+
+def test_layers_in_an_order_that_mlx_lm_lacks_are_refused():
+    config = {"model_type": "qwen3_next", "layer_types": [LINEAR, FULL, FULL]}
+    with pytest.raises(UnsupportedModelError, match="every n-th layer"):
+        compatible_settings(config)
+
+
+def test_types_of_layers_and_sizes_have_the_names_of_mlx_lm():
+    granite = {"model_type": "granitemoehybrid", "layer_types": [LINEAR, FULL, "mamba"]}
+    assert compatible_settings(granite)["layer_types"] == ["mamba", "attention", "mamba"]
+    assert compatible_settings(granite)["position_embedding_type"] == "nope"
+    rotated = granite | {"position_embedding_type": "rope"}
+    assert compatible_settings(rotated)["position_embedding_type"] == "rope"
+    lfm2 = {"model_type": "lfm2", "layer_types": ["conv", FULL], "hidden_size": 64}
+    assert compatible_settings(lfm2)["block_dim"] == 64

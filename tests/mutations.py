@@ -1,0 +1,205 @@
+"""Mutation testing: change the code in small ways, one at a time, and report what no test notices.
+
+    python -m tests.mutations treeflash/decoding/scheduler.py --sample 40
+
+The changes are those of cosmic-ray's operators, and statements that are left out. They are made in
+a copy of the package, which the tests import instead of the source tree. A change survives if the
+tests of its area pass; such a change is either without effect, or a promise without a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OPERATORS = (
+    "AddNot",
+    "NumberReplacer",
+    "RemoveDecorator",
+    "ReplaceAndWithOr",
+    "ReplaceBinaryOperator_Add_Sub",
+    "ReplaceBinaryOperator_FloorDiv_Mul",
+    "ReplaceBinaryOperator_Mul_Div",
+    "ReplaceBinaryOperator_Sub_Add",
+    "ReplaceBreakWithContinue",
+    "ReplaceComparisonOperator_Eq_NotEq",
+    "ReplaceComparisonOperator_GtE_Gt",
+    "ReplaceComparisonOperator_Gt_GtE",
+    "ReplaceComparisonOperator_IsNot_Is",
+    "ReplaceComparisonOperator_Is_IsNot",
+    "ReplaceComparisonOperator_LtE_Lt",
+    "ReplaceComparisonOperator_Lt_LtE",
+    "ReplaceComparisonOperator_NotEq_Eq",
+    "ReplaceContinueWithBreak",
+    "ReplaceFalseWithTrue",
+    "ReplaceOrWithAnd",
+    "ReplaceTrueWithFalse",
+    "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceUnaryOperator_Delete_USub",
+    "ZeroIterationForLoop",
+)
+MIN_SECONDS, FACTOR = 60.0, 4.0
+"""Tests of a mutant that take longer than this, or than this many times the time that they take on
+the whole code, hang: the mutant is killed."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A file with one change."""
+
+    file: Path  # below the root
+    operator: str
+    code: str
+
+    def diff(self) -> str:
+        """The changed lines."""
+        before = (ROOT / self.file).read_text(encoding="utf-8").splitlines()
+        lines = list(difflib.unified_diff(before, self.code.splitlines(), n=0, lineterm=""))
+        return "\n".join(lines[2:])
+
+
+def mutations(file: Path) -> Iterator[Mutation]:
+    """All changes of a file that change more than annotations and docstrings."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    code = (ROOT / file).read_text(encoding="utf-8")
+    whole = meaning(code)
+    for name in OPERATORS:
+        operator = get_operator(f"core/{name}")()
+        occurrence = 0
+        while (mutant := mutate_code(code, operator, occurrence)) is not None:
+            if meaning(mutant) != whole:
+                yield Mutation(file, name, mutant)
+            occurrence += 1
+    for mutant in without_statements(code):
+        yield Mutation(file, "RemoveStatement", mutant)
+
+
+def meaning(code: str) -> str:
+    """The syntax tree without annotations and docstrings."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                statement.value = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def without_statements(code: str) -> Iterator[str]:
+    """The code without one of its calls, changes of variables, or deletions."""
+    lines = code.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(code)):
+        is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        if is_call or isinstance(node, ast.AugAssign | ast.Delete | ast.Raise):
+            assert isinstance(node, ast.stmt)
+            assert node.end_lineno is not None
+            indent = lines[node.lineno - 1][: node.col_offset]
+            if indent.isspace():
+                rest = lines[node.end_lineno :]
+                yield "".join([*lines[: node.lineno - 1], f"{indent}pass\n", *rest])
+
+
+def tests_of(file: Path) -> list[str]:
+    """The tests of a file's area, the file's own tests first."""
+    parts = file.parts[1:]
+    area = Path("tests", "serving") if parts[0] == "serving" else Path("tests", "core")
+    if len(parts) > 1 and (ROOT / area / parts[0]).is_dir():
+        area /= parts[0]
+    files = sorted((ROOT / area).rglob("test_*.py"))
+    files.sort(key=lambda path: not path.stem.startswith(f"test_{file.stem}"))
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
+class Copy:
+    """A copy of the package in a temporary folder, which the tests import."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "treeflash", folder / "treeflash")
+        paths = [str(folder), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def passes(self, tests: Sequence[str], seconds: float | None = None) -> bool:
+        """Whether the tests pass, and in time."""
+        options = "-x", "-q", "-p", "no:cacheprovider"
+        # Without `-m pytest`, which would find the source tree in the working directory first.
+        command = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
+        try:
+            run = subprocess.run(
+                [sys.executable, "-c", command, *options, *tests],
+                cwd=ROOT,
+                env=self.environment,
+                capture_output=True,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return run.returncode == 0
+
+    def survives(self, mutation: Mutation, tests: Sequence[str], seconds: float) -> bool:
+        file = self.folder / mutation.file
+        whole = file.read_text(encoding="utf-8")
+        file.write_text(mutation.code, encoding="utf-8")
+        try:
+            return self.passes(tests, seconds)
+        finally:
+            file.write_text(whole, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a mutant survived, and 2 if the tests fail on the code as it is."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--sample", type=int, help="number of mutants of each file; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--tests", nargs="+", help="tests to run; by default the tests of the area")
+    options = parser.parse_args(arguments)
+    survivors = killed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder))
+        for path in options.files:
+            file = path.resolve().relative_to(ROOT)
+            tests = options.tests or tests_of(file)
+            started = time.monotonic()
+            if not copy.passes(tests):
+                print(f"the tests of {file} fail without a mutation; mend them first")
+                return 2
+            limit = max(FACTOR * (time.monotonic() - started), MIN_SECONDS)
+            chosen = list(mutations(file))
+            if options.sample is not None and options.sample < len(chosen):
+                chosen = random.Random(options.seed).sample(chosen, options.sample)
+            for mutation in chosen:
+                if copy.survives(mutation, tests, limit):
+                    survivors += 1
+                    print(f"survived: {file} {mutation.operator}\n{mutation.diff()}\n", flush=True)
+                else:
+                    killed += 1
+                print(f"{killed} killed, {survivors} survived", file=sys.stderr, end="\r")
+    print(f"{killed} killed, {survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,237 @@
+"""Codex and Claude Code: the npm packages themselves, and requests as they send them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from scripted_model import scripted_model
+from servers import serving
+
+from treeflash.serving.response_templates import QWEN
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
+PACKAGES = {"codex": "@openai/codex", "claude": "@anthropic-ai/claude-code"}
+CHAT_TEMPLATE = (
+    "{{ tools | tojson if tools }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+    "{% endfor %}{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% if messages | selectattr('role', 'equalto', 'tool') | list %}<|done|>"
+    "{% elif tools and 'a file' in users | map(attribute='content') | join %}<|call|>"
+    "{% else %}<|hello|>{% endif %}"
+)
+
+
+def agent_model(folder, name, arguments):
+    """A pair that says hello, or calls a function if it is asked for a file, and then says so."""
+    call = ["<tool_call>", f'{{"name": "{name}", ', f'"arguments": {json.dumps(arguments)}}}']
+    answers = {
+        "<|hello|>": ["Hel", "lo", "!"],
+        "<|call|>": [*call, "</tool_call>"],
+        "<|done|>": ["It", " is", " done."],
+    }
+    return scripted_model(folder, answers, CHAT_TEMPLATE, {**QWEN, "start_anchor": list(answers)})
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """The folder of the commands."""
+    if (npm := shutil.which("npm")) is None:
+        pytest.skip("npm is missing")
+    folder = tmp_path_factory.mktemp("npm")
+    (folder / "package.json").write_text("{}")
+    subprocess.run([npm, "install", *PACKAGES.values()], cwd=folder, check=True)
+    modules = folder / "node_modules"
+    # npm may not run the scripts of packages by itself.
+    subprocess.run(["node", str(modules / PACKAGES["claude"] / "install.cjs")], check=True)
+    return modules / ".bin"
+
+
+def documented(language_comment):
+    """The block of the documentation that has this line."""
+    blocks = re.findall(r"```\w+\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if language_comment in block]
+    return block
+
+
+def run_agent(packages, url, folder, command):
+    """Run a documented command in a folder and a home of its own, without a network."""
+    home, work = folder / "home", folder / "work"
+    (home / ".codex").mkdir(parents=True)
+    work.mkdir()
+    config = documented("# Codex: ~/.codex/config.toml")
+    (home / ".codex" / "config.toml").write_text(
+        config.replace("http://127.0.0.1:8000", url).replace("NAME", "tiny")
+    )
+    nowhere = "http://127.0.0.1:9"
+    environment = {
+        "HOME": str(home),
+        "PATH": f"{packages}:{os.environ['PATH']}",
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), nowhere),
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1"),
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=work, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, work
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("task", ["Say hello.", "Make a file."])
+@pytest.mark.parametrize("agent", PACKAGES)
+def test_agents(packages, tmp_path, agent, task):
+    """The client shows the answer, or runs the command that the model calls for."""
+    if agent == "codex":
+        model = agent_model(tmp_path / "model", "exec_command", {"cmd": "echo made > made.txt"})
+    else:
+        arguments = {"command": "echo made > made.txt", "description": "Make a file"}
+        model = agent_model(tmp_path / "model", "Bash", arguments)
+    with serving(model) as server:
+        if agent == "codex":
+            options = "--skip-git-repo-check --dangerously-bypass-approvals-and-sandbox"
+            command = f"codex exec {options} '{task}'"
+        else:
+            command = documented("ANTHROPIC_BASE_URL").strip().splitlines()[-1]
+            assert command.endswith(" claude")
+            command = command.replace("http://127.0.0.1:8000", server.url).replace("NAME", "tiny")
+            command += f" -p '{task}' --allowedTools Bash"
+        output, work = run_agent(packages, server.url, tmp_path, command)
+    if "hello" in task:
+        assert output.strip().endswith("Hello!")
+        assert not (work / "made.txt").exists()
+    else:
+        assert output.strip().endswith("It is done.")
+        assert (work / "made.txt").read_text() == "made\n"
+
+
+def function(name, **properties):
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"type": "function", "name": name, "strict": False, "parameters": schema}
+
+
+CODEX = {
+    "model": "tiny",
+    "input": [
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "You are a coding agent."}],
+        },
+        {
+            "type": "message",
+            "id": "msg_2",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Make a file."}],
+        },
+    ],
+    "tools": [
+        function("exec_command", cmd={"type": "string"}),
+        {
+            "type": "namespace",
+            "name": "multi_agent_v1",
+            "description": "Tools for spawning and managing sub-agents.",
+            "tools": [function("close_agent", target={"type": "string"})],
+        },
+        {"type": "web_search", "external_web_access": False},
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "01a21f0b",
+    "client_metadata": {"session": "01a21f0b"},
+}
+CLAUDE = {
+    "model": "tiny",
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Make a file."}]},
+        {"role": "system", "content": "Available agent types for the Agent tool: ..."},
+    ],
+    "system": [
+        {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+    ],
+    "tools": [{"name": "Bash", "description": "Run.", "input_schema": {"type": "object"}}],
+    "metadata": {"user_id": "{}"},
+    "max_tokens": 32000,
+    "thinking": {"type": "adaptive"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+}
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A server whose model calls a function of a namespace."""
+    folder = tmp_path_factory.mktemp("caller") / "model"
+    with serving(agent_model(folder, "multi_agent_v1.close_agent", {"target": "7"})) as running:
+        yield running
+
+
+def test_functions_of_a_namespace(caller, caplog):
+    """They reach the model as NAMESPACE.FUNCTION, and the client as it named them."""
+    with caplog.at_level("INFO", "treeflash.serving"):
+        response = caller.post("/v1/responses", CODEX)
+    assert response.status_code == 200, response.text
+    (call,) = response.json()["output"]
+    assert (call["type"], call["namespace"], call["name"]) == (
+        "function_call", "multi_agent_v1", "close_agent",
+    )  # fmt: skip
+    assert json.loads(call["arguments"]) == {"target": "7"}
+    assert "web_search is left out" in caplog.text
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Closed."}
+    history = {**CODEX, "input": [*CODEX["input"], call, result]}
+    (item,) = caller.post("/v1/responses", history).json()["output"]
+    assert item["content"][0]["text"] == "It is done."
+
+
+def test_the_model_reads_calls_and_tools_with_the_namespace(caller, monkeypatch):
+    seen = []
+    tokenizer = caller.engine.model.tokenizer
+    chat = type(tokenizer).chat
+    monkeypatch.setattr(
+        type(tokenizer),
+        "chat",
+        lambda self, *args, **named: seen.append(args) or chat(self, *args, **named),
+    )
+    call = {"type": "function_call", "call_id": "call_1", "arguments": "{}"}
+    call |= {"name": "close_agent", "namespace": "multi_agent_v1"}
+    caller.post("/v1/responses", {**CODEX, "input": [*CODEX["input"], call]})
+    ((messages, variables),) = seen
+    names = [tool["function"]["name"] for tool in variables["tools"]]
+    assert names == ["exec_command", "multi_agent_v1.close_agent"]
+    assert messages[-1]["tool_calls"][0]["function"]["name"] == "multi_agent_v1.close_agent"
+
+
+def test_claude_code_as_it_asks(caller):
+    assert caller.client.head("/").status_code == 200
+    response = caller.post("/v1/messages?beta=true", CLAUDE)
+    assert response.status_code == 200, response.text
+    assert response.json()["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fields", "says"),
+    [
+        ("/v1/responses", CODEX, {"tools": [{"type": "file_search"}]}, "tools.0"),
+        ("/v1/responses", CODEX, {"reasoning": {"effort": "high"}}, "does not support reasoning"),
+        ("/v1/messages", CLAUDE, {"thinking": {"type": "enabled"}}, "does not support reasoning"),
+        (
+            "/v1/messages",
+            CLAUDE,
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "context_management.edits.0.type",
+        ),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(caller, path, body, fields, says):
+    response = caller.post(path, {**body, **fields})
+    assert response.status_code == 400
+    assert says in response.json()["error"]["message"]

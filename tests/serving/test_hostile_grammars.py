@@ -1,0 +1,403 @@
+"""Grammars that would crash, stop or fill the server are refused, and it goes on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from servers import check_error, serving, wait_until
+from tool_models import tool_model
+
+from treeflash.serving.errors import APIError
+from treeflash.serving.service import Service
+from treeflash.serving.settings import Settings
+from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
+
+MANY = 6000
+"""References in a chain, of which half end a process with a stack of 8 MB."""
+
+
+def chain(link, length=MANY, last=None):
+    """A schema whose definitions each refer to the next one."""
+    definitions = {f"d{i}": link({"$ref": f"#/$defs/d{i + 1}"}) for i in range(length)}
+    definitions[f"d{length}"] = last or {"type": "string"}
+    return {"$defs": definitions, "$ref": "#/$defs/d0"}
+
+
+def nest(link, depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = link(schema)
+    return schema
+
+
+def rules(rule, length=MANY, name="r", define=":", start="start"):
+    """A grammar whose rules each refer to the next one; those of capital letters are terminals."""
+    lines = [f"{start} {define} {name}0"]
+    for i in range(length):
+        lines.append(f"{name}{i} {define} " + rule.replace("@", f"{name}{i + 1}"))
+    return "\n".join([*lines, f'{name}{length} {define} "a"\n'])
+
+
+def gbnf(rule, length=MANY):
+    return rules(rule, length, define="::=", start="root")
+
+
+LINKS = {
+    "reference": lambda inner: inner,
+    "array": lambda inner: {"type": "array", "items": inner},
+    "prefix": lambda inner: {"type": "array", "prefixItems": [inner], "items": False},
+    "property": lambda inner: {"type": "object", "properties": {"a": inner}},
+    "two properties": lambda inner: {"type": "object", "properties": {"a": inner, "b": inner}},
+    "any property": lambda inner: {"type": "object", "additionalProperties": inner},
+    "pattern": lambda inner: {"type": "object", "patternProperties": {"^a$": inner}},
+    "all": lambda inner: {"allOf": [inner]},
+    "all twice": lambda inner: {"allOf": [inner, inner]},
+    "any": lambda inner: {"anyOf": [inner, {"type": "null"}]},
+    "any twice": lambda inner: {"anyOf": [inner, inner]},
+    "one": lambda inner: {"oneOf": [inner]},
+    "sibling": lambda inner: {"type": "string", **inner},
+}
+ALTERNATIVES = [
+    {"anyOf": [{"properties": {f"{x}{i}": {"type": "null"}}} for x in "ab"]} for i in range(30)
+]
+SCHEMAS = {
+    **{f"chain, {name}": chain(link) for name, link in LINKS.items()},
+    **{f"nest, {name}": nest(LINKS[name], 300) for name in ("array", "property", "all", "any")},
+    "nest, 900": nest(LINKS["array"], 450),
+    "product": {"allOf": ALTERNATIVES},
+    "patterns": {"allOf": [{"type": "string", "pattern": f"x{i}.*y{i}"} for i in range(200)]},
+    "length": {"type": "string", "minLength": 10**18},
+    "no text": {"$ref": "#"},
+}
+LARK = {
+    "rules": rules("@"),
+    "rules, twice": rules("@ @"),
+    "rules, groups": rules('((((@ "b"))))'),
+    "rules, options": rules("[[@]]"),
+    "rules, repeated": rules('(@ "b"){2,3}'),
+    "rules, alternatives": rules('@ | "b" @'),
+    "terminals": rules("@", 3 * MANY, name="R"),
+    "terminals, sequence": rules('"b" @ "c"', name="R"),
+    "terminals, alternatives": rules('("b" @ | "c")', name="R"),
+    "terminals, not": rules('~("b" @ "c")', name="R"),
+    "terminals, and": rules('/[ab]*/ & ("b" @)', name="R"),
+    "terminals, doubled": rules("@ @", 40, name="R"),
+    "groups": "start: " + "(" * 5000 + '"a"' + ")" * 5000,
+    "options": "start: " + "[" * 5000 + '"a"' + "]" * 5000,
+    "conditions": 'start: r::0\nr::_ : "a" %if ' + "not(" * 50000 + "true" + ")" * 50000,
+    "grammars": "start: " + "%lark { start: " * 100 + '"a"' + " }" * 100,
+    "schema": 'start: %json {"const": ' + "[" * 5000 + "]" * 5000 + "}",
+    "intersection": "start: T\nT: " + " & ".join(f"/(?s:.*)x{i}(?s:.*)/" for i in range(90)),
+    "automaton": "start: T\nT: " + " & ".join(f"/(a|b)*a(a|b){{{i}}}/" for i in range(90)),
+    "sequence": "start: " + "s " * 60000 + '\ns: | "a" | s s',
+    "circle": "start: T\nT: T",
+    "count": 'start: "a"{1,1000000000000000000}',
+}
+GBNF = {
+    "rules": gbnf("@ | @ @"),
+    "terminals": gbnf('@ "b"'),
+    "groups": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000,
+    "lines": "\n" * 200_000 + "x",
+    "long": 'root ::= "' + "a" * 3_000_000 + '"',
+    "nothing": "",
+}
+REGEX = {
+    "groups": "(" * 5000 + "a" + ")" * 5000,
+    "stars": "(" * 200 + "a" + "*)" * 200,
+    "options": "a?" * 20000 + "a" * 20000,
+    "choices": "(a|b)?" * 20000,
+    "classes": r"[\w--a]*" * 30000,
+    "count": "a{1,1000000000000000000}",
+    "no text": r"[^\s\S]",
+}
+REFUSED = {
+    **{f"schema: {name}": Grammar.json(schema) for name, schema in SCHEMAS.items()},
+    **{f"lark: {name}": Grammar.lark_or_gbnf(text) for name, text in LARK.items()},
+    **{f"gbnf: {name}": Grammar.lark_or_gbnf(text) for name, text in GBNF.items()},
+    **{f"regex: {name}": Grammar.regex(pattern) for name, pattern in REGEX.items()},
+}
+TREE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "children": {"type": "array", "items": {"$ref": "#"}},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+ALL_TO_ALL = {
+    f"d{i}": {
+        "type": "object",
+        "properties": {f"p{j}": {"$ref": f"#/$defs/d{j}"} for j in range(40)},
+    }
+    for i in range(40)
+}
+ACCEPTED = {
+    **{f"chain, {name}": Grammar.json(chain(link, 50)) for name, link in LINKS.items()},
+    "200 definitions": Grammar.json(chain(LINKS["two properties"], 200)),
+    "400 definitions": Grammar.json(chain(LINKS["property"], 400)),
+    "all to all": Grammar.json({"$defs": ALL_TO_ALL, "$ref": "#/$defs/d0"}),
+    "tree": Grammar.json(TREE),
+    "tree in definitions": Grammar.json(
+        {
+            "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}},
+            "$ref": "#/$defs/t",
+        }
+    ),
+    "enum": Grammar.json({"enum": [f"value {i}" for i in range(2000)]}),
+    "nested": Grammar.json(nest(LINKS["array"], 40)),
+    "items": Grammar.json({"type": "array", "minItems": 10**9}),
+    "length": Grammar.json({"type": "string", "maxLength": 10**6}),
+    "choice": Grammar.choice([f"word {i}" for i in range(2000)]),
+    "lark": Grammar.lark_or_gbnf(rules('@ "b"', 200)),
+    "lark, terminals": Grammar.lark_or_gbnf(rules('@ "b"', 200, name="R")),
+    "lark, doubled": Grammar.lark_or_gbnf(rules("@ @", 20)),
+    "gbnf": Grammar.lark_or_gbnf(gbnf('@ "b"', 200)),
+    "gbnf, groups": Grammar.lark_or_gbnf("root ::= " + "(" * 50 + '"a"' + ")" * 50),
+    "regex, count": Grammar.regex("(a{1,1000000}b?){1,1000000}"),
+    "regex, empty": Grammar.regex(""),
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(model):
+    return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(compiler, name):
+    with pytest.raises(GrammarError, match=r"^invalid grammar: .") as caught:
+        compiler.compile(REFUSED[name])
+    assert "\n" not in str(caught.value)
+    assert "<backtrace>" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(compiler, name):
+    assert compiler.compile(ACCEPTED[name])().allowed().any()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        ("schema: chain, array", "its references are nested too deep"),
+        ("lark: terminals", "its references are nested too deep"),
+        ("lark: intersection", "it takes more than 0.5 s to compile"),
+        ("schema: nest, array", "recursion limit exceeded"),
+        ("regex: no text", "no text matches it"),
+        ("schema: no text", "no text matches it"),
+    ],
+)
+def test_reasons(compiler, grammar, says):
+    with pytest.raises(GrammarError, match=says):
+        compiler.compile(REFUSED[grammar])
+
+
+def test_a_schema_that_python_cannot_write(compiler):
+    with pytest.raises(GrammarError, match="nested too deep"):
+        compiler.compile(Grammar.json(nest(LINKS["all"], 5000)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not bound memory")
+def test_memory_is_bounded():
+    code = (
+        "from treeflash.text.grammar_trial import MEMORY, _limit_memory\n"
+        "_limit_memory()\n"
+        "bytearray(MEMORY // 2)\n"
+        "bytearray(2 * MEMORY)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "line 4" in done.stderr
+    assert "MemoryError" in done.stderr
+
+
+def test_a_process_that_was_killed_is_replaced(compiler):
+    compiler.compile(ACCEPTED["tree"])
+    compiler._parts[1]._process.kill()
+    compiler._parts[1]._process.wait()
+    compiler.compile(ACCEPTED["tree"])
+
+
+def test_the_process_ends_with_its_compiler(model):
+    compiler = GrammarCompiler(model.tokenizer, model.backend.vocab_size)
+    compiler.compile(ACCEPTED["tree"])
+    process = compiler._parts[1]._process
+    del compiler
+    gc.collect()
+    assert process.wait(timeout=20) != 0
+
+
+def test_no_process_can_be_started(model, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    service = Service(SimpleNamespace(model=model), Settings(), {}, ("model",))
+    with pytest.raises(APIError, match="cannot compile grammars now") as caught:
+        service.compile(ACCEPTED["tree"], "response_format")
+    assert caught.value.status == 503
+
+
+def test_random_chains(compiler):
+    """Chains of random links, lengths and order, with sides that meet again."""
+    rng = np.random.default_rng(0)
+    names, refused = list(LINKS), []
+    for _ in range(25):
+        length = int(10 ** rng.uniform(1, 4))
+        definitions = {}
+        for i in rng.permutation(length):
+            target = int(rng.integers(0, length)) if rng.random() < 0.02 else i + 1
+            link = LINKS[names[rng.integers(len(names))]]
+            definitions[f"d{i}"] = link({"$ref": f"#/$defs/d{target}"})
+        definitions[f"d{length}"] = {"type": "string"}
+        try:
+            compiler.compile(Grammar.json({"$defs": definitions, "$ref": "#/$defs/d0"}))
+            refused.append(False)
+        except GrammarError:
+            refused.append(True)
+    assert set(refused) == {False, True}
+
+
+# Through the endpoints.
+USER = {"role": "user", "content": "Hi"}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+FIRST = chain(LINKS["reference"], 3000)
+
+
+def json_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def function(schema, **fields):
+    return {"type": "function", "function": {"name": "f", "parameters": schema, **fields}}
+
+
+def chat(**fields):
+    return CHAT, {"messages": [USER], "max_tokens": 3, **fields}
+
+
+def text(**fields):
+    return TEXT, {"prompt": "Hi", "max_tokens": 3, **fields}
+
+
+def responses(**fields):
+    return RESPONSES, {"model": "tiny", "input": "Hi", "max_output_tokens": 3, **fields}
+
+
+def messages(**fields):
+    return MESSAGES, {"model": "tiny", "messages": [USER], "max_tokens": 3, **fields}
+
+
+def response_tool(schema, **fields):
+    return {"type": "function", "name": "f", "parameters": schema, **fields}
+
+
+def message_tools(schema):
+    tool = {"name": "f", "description": "F.", "input_schema": {"type": "object", **schema}}
+    return {"tools": [tool], "tool_choice": {"type": "any"}}
+
+
+def text_format(schema):
+    return {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+
+
+def config(schema):
+    return {"format": {"type": "json_schema", "schema": schema}}
+
+
+REQUESTS = [
+    (chat(response_format=json_format(FIRST)), "response_format"),
+    (chat(response_format=json_format(FIRST), stream=True), "response_format"),
+    (chat(response_format=json_format(SCHEMAS["chain, array"])), "response_format"),
+    (chat(response_format=json_format(SCHEMAS["nest, property"])), "response_format"),
+    (chat(response_format=json_format(SCHEMAS["nest, 900"])), "response_format"),
+    (chat(structured_outputs={"json": SCHEMAS["chain, all"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": LARK["rules, twice"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": LARK["terminals"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": LARK["intersection"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": GBNF["groups"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": GBNF["terminals"]}), "structured_outputs"),
+    (chat(structured_outputs={"grammar": GBNF["lines"]}), "structured_outputs"),
+    (chat(structured_outputs={"regex": REGEX["groups"]}), "structured_outputs"),
+    (chat(structured_outputs={"regex": REGEX["options"]}), "structured_outputs"),
+    (chat(tools=[function(FIRST)], tool_choice="required"), "tool_choice"),
+    (chat(tools=[function(FIRST, strict=True)]), "tools"),
+    (chat(tools=[function(SCHEMAS["nest, array"], strict=True)]), "tools"),
+    (text(response_format=json_format(FIRST)), "response_format"),
+    (text(structured_outputs={"json": SCHEMAS["chain, any"]}), "structured_outputs"),
+    (text(structured_outputs={"grammar": LARK["automaton"]}), "structured_outputs"),
+    (text(structured_outputs={"regex": REGEX["no text"]}), "structured_outputs"),
+    (responses(text=text_format(FIRST)), "text"),
+    (responses(text=text_format(SCHEMAS["chain, property"])), "text"),
+    (responses(text=text_format(SCHEMAS["nest, all"])), "text"),
+    (responses(tools=[response_tool(FIRST)], tool_choice="required"), "tool_choice"),
+    (responses(tools=[response_tool(FIRST, strict=True)]), "tools"),
+    (messages(output_config=config(FIRST)), None),
+    (messages(output_config=config(SCHEMAS["chain, one"])), None),
+    (messages(output_config=config(SCHEMAS["patterns"])), None),
+    (messages(**message_tools(FIRST)), None),
+]
+"""The first kills a server that compiles it, as most others do."""
+
+
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory):
+    # The prompt has the tools: some are long.
+    with serving(tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 0}) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog):
+    """Errors of clients leave no traceback in the log."""
+    with caplog.at_level(logging.INFO):
+        yield
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(("request_", "param"), REQUESTS, ids=range(len(REQUESTS)))
+def test_requests(hardened, request_, param):
+    path, body = request_
+    response = hardened.client.post(path, json=body, timeout=20)
+    if path == MESSAGES:
+        assert response.status_code == 400, response.text
+        assert "invalid grammar" in response.json()["error"]["message"]
+    else:
+        check_error(response, 400, "invalid grammar: ")
+        assert response.json()["error"]["param"] == param
+    assert hardened.chat(max_tokens=2).status_code == 200
+
+
+def test_others_go_on(hardened):
+    body = {"prompt": "Hi", "max_tokens": 250, "ignore_eos": True}
+    alone = hardened.frames(TEXT, **body)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(hardened.frames(TEXT, **body)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: hardened.engine.unfinished == 2)
+    statuses = {hardened.post(*request).status_code for request, _ in REQUESTS[:12]}
+    for thread in threads:
+        thread.join()
+    assert statuses == {400}
+
+    def texts(frames):
+        return "".join(choice["text"] for frame in frames for choice in frame["choices"])
+
+    assert [texts(found) for found in results] == [texts(alone)] * 2
+
+
+def test_legitimate_requests(hardened):
+    """After all of these, the server still follows grammars."""
+    fields = {"max_tokens": 40, "structured_outputs": {"json": TREE}}
+    response = hardened.chat(**fields, chat_template_kwargs={"enable_thinking": False})
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"].lstrip().startswith("{")

@@ -1,0 +1,462 @@
+"""Who may use the server: keys, bodies and origins, on every route, of replicas too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
+from servers import serving
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from treeflash.serving import authentication
+from treeflash.serving.authentication import AuthenticationMiddleware
+from treeflash.serving.relay import relay_application
+from treeflash.serving.settings import Settings
+
+KEYS = ("first-key", "second-key", "third-key", "Fourth key", "fünfter")
+OPEN = {
+    *("/", "/health", "/page.css", "/chat.js", "/stream.js", "/tree.js", "/markdown.js"),
+    *("/vendor/marked.js", "/vendor/purify.js"),
+}
+"""All paths that need no key, according to the documentation."""
+JSON = {"Content-Type": "application/json"}
+USER = [{"role": "user", "content": "Hi"}]
+REQUESTS = {
+    "/v1/chat/completions": {"messages": USER, "max_tokens": 1},
+    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+    "/v1/messages": {"messages": USER, "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": USER},
+    "/tokenize": {"prompt": "Hi"},
+}
+"""A valid request to each route with a body."""
+STREAMS = [path for path in REQUESTS if not path.endswith(("tokenize", "count_tokens"))]
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def content(path, **fields):
+    return json.dumps(REQUESTS[path] | fields).encode()
+
+
+@pytest.fixture(scope="module")
+def started(model):
+    """Servers by their settings; they live as long as the module's tests."""
+    running = {}
+
+    def start(**settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in running:
+            context = serving(model, **settings)
+            running[key] = (context, context.__enter__())
+        return running[key][1]
+
+    yield start
+    for context, _ in running.values():
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(params=["server", "ingress"])
+def application(request, started):
+    """The application with some settings: the server's own, or the one in front of replicas."""
+
+    def make(**settings):
+        server = started(**settings)
+        app = server.server.config.app
+        return ingress(app, server.engine.settings) if request.param == "ingress" else app
+
+    return make
+
+
+@pytest.fixture
+def guarded(application):
+    return application(api_keys=KEYS)
+
+
+@pytest.fixture(scope="module")
+def routes(started):
+    """Each method and path of the server's application, with examples for the parts in braces."""
+    routes = started(api_keys=KEYS).server.config.app.routes
+    found = {
+        (method, re.sub(r"\{[^}]*\}", "tiny", route.path))
+        for route in routes
+        for method in route.methods
+    }
+    assert {path for method, path in found if method == "POST"} == set(REQUESTS)
+    return sorted(found)
+
+
+def test_every_route_but_health_and_the_page_needs_a_key(guarded, routes):
+    assert {path for _, path in routes} > OPEN | {"/openapi.json", "/metrics", "/v1/models/tiny"}
+    for method, path in routes:
+        answer = ask(guarded, method, path, JSON)
+        if path in OPEN:
+            assert answer.status == 200, path
+        else:
+            assert answer.status == 401, (method, path)
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
+def test_every_method_and_every_other_path_needs_a_key(guarded, routes, method):
+    closed = {path for _, path in routes} - OPEN
+    odd = ["/nothing", "/health/", "/healthz", "/health/x", "//health", "/HEALTH", "/health.json"]
+    odd += ["/v1/../health", "/v1", "/index.html", "/page.css/../../metrics", "/docs", ""]
+    for path in [*closed, *odd]:
+        assert ask(guarded, method, path, JSON).status == 401, path
+
+
+def test_a_key_opens_every_route(guarded, routes):
+    for method, path in routes:
+        body = content(path) if method == "POST" else b""
+        headers = JSON | bearer("second-key")
+        assert ask(guarded, method, path, headers, [body]).status == 200, (method, path)
+
+
+def test_every_key_is_accepted_in_both_headers(guarded):
+    for key in KEYS:
+        sent = key.encode().decode("latin-1")
+        ascii_only = key.isascii()
+        for headers in (bearer(sent), {"Authorization": f"bearer {sent}"}, {"x-api-key": sent}):
+            status = ask(guarded, "GET", "/v1/models", headers).status
+            assert status == (200 if ascii_only else 401), (key, headers)
+
+
+@pytest.mark.parametrize("key", [k for k in KEYS if k.isascii()])
+def test_what_resembles_a_key_is_none(guarded, key):
+    digest = authentication._digest(key)
+    for wrong in ("", key[:-1], key + "x", key.swapcase(), f"{key},{key}", f'"{key}"', digest, "*"):
+        for headers in (bearer(wrong), {"x-api-key": wrong}, {"Authorization": wrong}):
+            assert ask(guarded, "GET", "/v1/models", headers).status == 401, headers
+    for headers in ({"Authorization": f"Basic {key}"}, {"api-key": key}, {"Cookie": f"key={key}"}):
+        assert ask(guarded, "GET", "/v1/models", headers).status == 401, headers
+    assert ask(guarded, "GET", f"/v1/models?api_key={key}").status == 401
+
+
+def test_the_time_of_a_check_does_not_depend_on_the_key(monkeypatch):
+    """A key is compared with all valid keys, whichever is right, by a function made for that."""
+    compared = []
+
+    def compare_digest(one, other):
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(authentication.hmac, "compare_digest", compare_digest)
+    app = AuthenticationMiddleware(JSONResponse({}), Settings(api_keys=KEYS))
+    counts = set()
+    for key in ("first-key", "third-key", "Fourth key", "wrong", ""):
+        compared.clear()
+        ask(app, "GET", "/v1/models", bearer(key))
+        counts.add(len(compared))
+        assert len({one for one, _ in compared}) == 1
+    assert counts == {len(KEYS)}
+
+
+def test_without_a_key_no_part_of_a_body_is_read(guarded, routes):
+    """Else anyone could fill the server's memory."""
+    posts = [path for method, path in routes if method == "POST"]
+    assert posts
+    for path in posts:
+        answer = ask(guarded, "POST", path, JSON, [b"x" * 1000] * 50)
+        assert (answer.status, answer.pieces_read) == (401, 0), path
+
+
+def test_websockets_are_refused(guarded):
+    """No route is one, and a key is not asked for before the application sees it."""
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    scope = {"type": "websocket", "path": "/v1/completions", "headers": [], "query_string": b""}
+    asyncio.run(asyncio.wait_for(guarded(scope | {"root_path": ""}, receive, send), 10))
+    assert sent == ["websocket.close"]
+
+
+@pytest.mark.parametrize("count", [400])
+def test_each_key_has_its_own_salt(count):
+    """The salt keeps cached states apart, so no two keys may have the same one."""
+    salts = []
+
+    async def endpoint(request):
+        salts.append(request.state.cache_salt)
+        return JSONResponse({})
+
+    keys = tuple(f"key-{i}" for i in range(count))
+    app = Starlette(routes=[Route("/{path:path}", endpoint)])
+    guarded = AuthenticationMiddleware(app, Settings(api_keys=keys))
+
+    async def send_all(header):
+        for key in keys:
+            await ask_async(guarded, "GET", "/v1/models", header(key))
+
+    asyncio.run(send_all(bearer))
+    assert len(set(salts)) == count
+    assert not set(salts) & {"", None, *keys}
+    first = salts.copy()
+    salts.clear()
+    asyncio.run(send_all(lambda key: {"x-api-key": key}))
+    assert salts == first, "a key has one salt, whatever header it is in"
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_no_route_shares_cached_states_between_keys(application, path, request):
+    """A client would learn from the usage, and from the time, what another has asked."""
+    keys = tuple(f"{request.node.name}-{i}" for i in range(6))
+    app = application(api_keys=keys)
+    secret = "A long secret that only some users have sent. " * 2
+    (field,) = {"prompt", "messages", "input"} & set(REQUESTS[path])
+    prompt = [USER[0] | {"content": secret}] if field == "messages" else secret
+
+    def cached(key):
+        answer = ask(app, "POST", path, JSON | bearer(key), [content(path, **{field: prompt})])
+        assert answer.status == 200, answer.body
+        return max(_cached(answer.json()["usage"]))
+
+    assert [cached(key) for key in keys] == [0] * len(keys)
+    assert min(cached(key) for key in keys) > 0
+
+
+def _cached(usage):
+    """The counts of cached tokens of a usage, in the form of any API."""
+    found = []
+    for name, value in usage.items():
+        found += _cached(value) if isinstance(value, dict) else []
+        found += [value] if name in ("cached_tokens", "cache_read_input_tokens") else []
+    return found
+
+
+WRONG_TYPES = [
+    "text/plain",
+    "text/plain; application/json",
+    "text/plain;charset=application/json",
+    "text/plain, application/json",
+    "multipart/form-data; boundary=application/json",
+    "application/x-www-form-urlencoded; application/json",
+    "application/jsonp",
+    "application/json-patch+json",
+    "application/vnd.api+json",
+    "application/ld+json; profile=application/json",
+    "x-application/json",
+    "application",
+    "json",
+    "",
+    None,
+]
+"""Types that a page of another origin may send without asking, and others that are not JSON."""
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_bodies_of_another_type_are_refused(application, path):
+    for kind in WRONG_TYPES:
+        headers = {} if kind is None else {"Content-Type": kind}
+        answer = ask(application(), "POST", path, headers, [content(path)])
+        assert answer.status == 415, kind
+        assert "send Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/json; charset=utf-8",
+        "Application/JSON",
+        "application/json ;x=y",
+        " application/json",
+    ],
+)
+def test_other_spellings_of_the_type_are_accepted(application, kind):
+    answer = ask(application(), "POST", "/tokenize", {"Content-Type": kind}, [content("/tokenize")])
+    assert answer.status == 200
+
+
+LIMIT = int(0.01 * 2**20)
+
+
+def padded(path, size):
+    """A valid request of some bytes."""
+    body = content(path)
+    return body + b" " * (size - len(body))
+
+
+def pieces(body, size=500):
+    return [body[i : i + size] for i in range(0, len(body), size)]
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("size", [100, 10**9])
+def test_a_body_is_limited_as_a_whole(application, path, size):
+    app = application(max_body_mb=0.01)
+    assert ask(app, "POST", path, JSON, pieces(padded(path, LIMIT), size)).status == 200
+    for length in (LIMIT + 1, 5 * LIMIT):
+        answer = ask(app, "POST", path, JSON, pieces(padded(path, length), size))
+        assert answer.status == 413, length
+        assert f"more than {LIMIT} bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("declared", ["10", None])
+def test_reading_stops_at_the_limit(application, declared):
+    """Whatever length the client declares, the server does not keep more than the limit."""
+    headers = JSON if declared is None else {**JSON, "Content-Length": declared}
+    answer = ask(application(max_body_mb=0.01), "POST", "/tokenize", headers, [b" " * 1000] * 200)
+    assert answer.status == 413
+    assert answer.pieces_read <= LIMIT // 1000 + 1
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
+    """A client cannot hold a connection by sending a bit of its body at times."""
+    app = application(body_timeout=0.2)
+    slow = pieces(padded(path, 800), 20)
+    answer = ask(app, "POST", path, JSON, slow, pause=0.05)
+    assert answer.status == 408
+    assert "did not arrive within 0.2 seconds" in answer.json()["error"]["message"]
+    assert answer.headers["Connection"] == "close", "the rest of the body is not a request"
+    assert answer.pieces_read < len(slow)
+
+
+def test_bodies_in_many_pieces_are_put_together(application):
+    body = json.dumps({"prompt": "Größe 🙂" * 30}).encode()
+    whole = ask(application(), "POST", "/tokenize", JSON, [body]).json()
+    assert ask(application(), "POST", "/tokenize", JSON, pieces(body, 1)).json() == whole
+    assert whole["count"] > 30
+
+
+ORIGIN, OTHER = "https://chat.example", "https://evil.example"
+
+
+def preflight(app, path, origin=ORIGIN, method="POST", headers="authorization, content-type"):
+    asked = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    return ask(app, "OPTIONS", path, {"Origin": origin, **asked})
+
+
+@pytest.mark.parametrize("path", [*REQUESTS, "/v1/models", "/metrics"])
+def test_pages_of_a_named_origin_may_use_every_route(application, path):
+    """Browsers send the preflight without a key."""
+    app = application(cors_origins=(ORIGIN, "https://b.example"), api_keys=KEYS)
+    answer = preflight(app, path)
+    assert answer.status == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert {"POST", "GET"} == set(answer.headers["Access-Control-Allow-Methods"].split(", "))
+    assert preflight(app, path, OTHER).status == 400
+    for method in ("DELETE", "PUT", "PATCH"):
+        assert preflight(app, path, method=method).status == 400
+    post = path in REQUESTS
+    for headers, status in ((bearer("wrong"), 401), (bearer("first-key"), 200)):
+        for origin, allowed in ((ORIGIN, ORIGIN), (OTHER, None)):
+            sent = JSON | headers | {"Origin": origin}
+            body = [content(path)] if post else [b""]
+            found = ask(app, "POST" if post else "GET", path, sent, body)
+            assert found.status == status
+            assert found.headers.get("Access-Control-Allow-Origin") == allowed
+            assert "Access-Control-Allow-Credentials" not in found.headers
+
+
+@pytest.mark.parametrize("origins", [(ORIGIN,), ("*",)])
+def test_pages_may_not_send_credentials(application, origins):
+    """A key is not a cookie: a page must have it, and not only the browser."""
+    app = application(cors_origins=origins)
+    assert "Access-Control-Allow-Credentials" not in preflight(app, "/v1/models").headers
+    found = ask(app, "GET", "/v1/models", {"Origin": ORIGIN, "Cookie": "a=b"})
+    assert "Access-Control-Allow-Credentials" not in found.headers
+    assert found.headers["Access-Control-Allow-Origin"] == origins[0]
+
+
+def test_no_origin_is_allowed_by_default(application):
+    for origin in (ORIGIN, "null", "http://127.0.0.1:8000", "http://localhost"):
+        assert preflight(application(), "/v1/completions", origin).status == 405
+        found = ask(application(), "GET", "/v1/models", {"Origin": origin})
+        assert not [name for name in found.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_proxies_are_asked_not_to_hold_streams_back(application, path):
+    answer = ask(application(), "POST", path, JSON, [content(path, stream=True)])
+    assert answer.status == 200
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    assert answer.headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_the_ingress_passes_on_what_the_server_answers(started, path):
+    server = started()
+    app, relayed = server.server.config.app, []
+    front = ingress(app, server.engine.settings, relayed)
+    whole = [ask(x, "POST", path, JSON, [content(path)]) for x in (front, app)]
+    assert len(relayed) == 1
+    bodies = [answer.json() for answer in whole]
+    for body in bodies:
+        for name in ("id", "created", "created_at", "completed_at", "usage", "output"):
+            body.pop(name, None)
+    assert bodies[0] == bodies[1]
+    assert dict(whole[0].headers).keys() == dict(whole[1].headers).keys()
+
+
+def test_a_lost_replica_is_an_error_that_says_so(caplog):
+    async def nothing():
+        raise LostReplicaError("it died")
+        yield
+
+    async def half():
+        yield 200, [(b"content-type", b"text/event-stream")]
+        yield b"data: 1\n\n"
+        raise LostReplicaError("it died")
+
+    before = relay_application(lambda request: Pieces(nothing()), LostReplicaError, Settings())
+    answer = ask(before, "POST", "/v1/completions", JSON, [b"{}"])
+    assert (answer.status, answer.json()["error"]["code"]) == (503, "replica_lost")
+    assert int(answer.headers["Retry-After"]) >= 1
+    amid = relay_application(lambda request: Pieces(half()), LostReplicaError, Settings())
+    frames = ask(amid, "POST", "/v1/completions", JSON, [b"{}"]).body.decode().split("\n\n")
+    assert frames[0] == "data: 1"
+    assert '"code":"replica_lost"' in frames[1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disconnect_reaches_the_replica(begun):
+    """Of whole answers too, whose status comes at their end."""
+    pieces = []
+
+    async def run():
+        disconnect = asyncio.Event()
+
+        async def answer():
+            if begun:
+                yield 200, []
+            disconnect.set()
+            await asyncio.sleep(60)
+            yield 200, []
+
+        def send(request):
+            pieces.append(Pieces(answer()))
+            return pieces[0]
+
+        app = relay_application(send, LostReplicaError, Settings())
+        request = ask_async(app, "POST", "/v1/completions", JSON, [b"{}"], disconnect=disconnect)
+        await asyncio.wait_for(request, 10)
+
+    asyncio.run(run())
+    assert pieces[0].cancelled
+
+
+def test_requests_of_one_key_are_routed_by_their_prompts_alone(started):
+    """A replica has cached states of the same key only."""
+    server = started(api_keys=KEYS)
+    relayed = []
+    app = ingress(server.server.config.app, server.engine.settings, relayed)
+    for key in ("first-key", "first-key", "second-key"):
+        ask(app, "POST", "/tokenize", JSON | bearer(key), [content("/tokenize")])
+    first, again, other = relayed
+    assert first.prompt == again.prompt == other.prompt
+    assert first.cache_salt == again.cache_salt != other.cache_salt

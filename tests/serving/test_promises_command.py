@@ -1,0 +1,98 @@
+"""The options of the command, as its documentation and its help name them; its end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from servers import Gate, serving, wait_until
+
+from treeflash import serve as command
+from treeflash.serving import application
+from treeflash.serving.settings import LIMITS, Settings
+
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the command would serve."""
+    found = {}
+
+    def serve(load, settings, defaults, names, **where):
+        found.update(where, settings=settings, defaults=defaults, names=names)
+        return 0
+
+    monkeypatch.setattr(application, "serve", serve)
+    return found
+
+
+def documented():
+    """The flags of the table of options, and their defaults."""
+    rows = re.findall(
+        r"^\| (`--[^|]*) \| ([^|]*) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    found = {}
+    for flags, defaults in rows:
+        names = re.findall(r"--[\w-]+", flags)
+        values = [value.strip() for value in defaults.split(",")]
+        found |= dict(zip(names, values if len(values) == len(names) else values * 2, strict=False))
+    return found
+
+
+def test_the_documented_defaults_are_those_of_the_command(told):
+    assert command.main([]) == 0
+    table = documented()
+    flags = {f"--{limit.name.replace('_', '-')}": limit.name for limit in LIMITS}
+    assert flags.keys() <= table.keys()
+    for flag, name in flags.items():
+        assert float(table[flag]) == getattr(told["settings"], name), flag
+    assert (table["--host"], int(table["--port"])) == (told["host"], told["port"])
+    assert told["settings"].api_keys == told["settings"].cors_origins == ()
+
+
+def test_the_help_has_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in documented():
+        assert flag in text
+    for limit in LIMITS:
+        assert f"{limit.metadata['help']} (default: {limit.default})" in text
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.name)
+def test_every_limit_can_be_set(told, limit):
+    assert command.main([f"--{limit.name.replace('_', '-')}", "7"]) == 0
+    assert told["settings"] == Settings(**{limit.name: 7})
+
+
+def test_the_model_has_all_of_its_names(model):
+    """Requests may use any of them; responses have the first."""
+    from treeflash.serving.engine import Engine
+    from treeflash.serving.metrics import Metrics
+    from treeflash.serving.service import Service
+
+    engine = Engine(lambda: model, Settings(), Metrics())
+    service = Service(engine, Settings(), {}, ("first", "second"))
+    for name in ("first", "second", None):
+        service.check_model(name)
+    with pytest.raises(Exception, match="this server has first, second"):
+        service.check_model("third")
+
+
+def test_a_second_signal_ends_the_server_at_once(model):
+    with serving(model) as server:
+        gate = Gate(server.engine)
+        body = {"prompt": "A", "stream": True, "max_tokens": 300, "ignore_eos": True}
+        with server.client.stream("POST", "/v1/completions", json=body):
+            gate.allow(1)
+            server.server.handle_exit(15, None)
+            assert not server.server.should_exit, "the answer is running"
+            server.server.handle_exit(15, None)
+            assert server.server.should_exit
+            assert server.server.force_exit
+        gate.open()
+        wait_until(lambda: server.engine.unfinished == 0)

@@ -1,0 +1,433 @@
+"""Base classes and helpers for backends.
+
+`BaseState` keeps the books of a sequence's state; `BaseBackend` and `load_pair` hold and load a
+target with its drafter; the `OneByOne...` classes make the three roles from methods that handle one
+sequence at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.decoding.interfaces import (
+    ARHead,
+    Backend,
+    Block,
+    Prefill,
+    SequenceState,
+    TableOptions,
+    Verify,
+)
+from treeflash.decoding.probe import check_trees
+from treeflash.decoding.sampling import SampledTokens, sample
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.config import DrafterConfig
+from treeflash.errors import UnsupportedModelError
+
+R = TypeVar("R")
+B = TypeVar("B", bound=Backend)
+
+MAX_SNAPSHOTS = 4
+"""Snapshots that a sequence keeps: the ends of its latest prompts and answers."""
+
+
+class Snapshots(Generic[R]):
+    """The latest snapshots, by length. States are never changed in place, so nothing is copied."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, R] = {}
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self._states.values())
+
+    def take(self, length: int, states: R) -> None:
+        """Keep the states at a length, which no earlier snapshot exceeds."""
+        self._states[length] = states
+        if len(self._states) > MAX_SNAPSHOTS:
+            del self._states[min(self._states)]
+
+    def longest(self, length: int) -> int:
+        """The longest length up to `length` that has a snapshot; 0 if there is none."""
+        return max((n for n in self._states if n <= length), default=0)
+
+    def get(self, length: int) -> R:
+        """The states at a length that has a snapshot."""
+        return self._states[length]
+
+    def truncate(self, length: int) -> None:
+        """Drop the snapshots beyond a length."""
+        self._states = {n: states for n, states in self._states.items() if n <= length}
+
+    def copy(self, length: int) -> Snapshots[R]:
+        """The snapshots up to a length, for a fork."""
+        new: Snapshots[R] = Snapshots()
+        new._states = dict(self._states)
+        new.truncate(length)
+        return new
+
+
+class KVCache(Protocol):
+    """The members of a KV cache that `BaseState` uses."""
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory, bytes."""
+
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on, if there are any."""
+
+    def read(self) -> NDArray[np.float32]:
+        """(layers, 2, kv_heads, length, head_dim) the committed keys and values."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+K = TypeVar("K", bound=KVCache)
+
+
+class BaseState(ABC, Generic[K, R]):
+    """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
+
+    A backend defines `copy`. If it runs targets with recurrent layers, it also defines
+    `recurrent_states`, `restore_recurrent` and `recurrent_arrays`.
+
+    Args:
+        kv_cache: the target's.
+        drafter: the drafter's KV cache; None if the sequence is not drafted for.
+        initial: the states of the target's recurrent layers before the first position; None if the
+            target has no recurrent layers.
+
+    Attributes:
+        context: arrays of (n, ...) features, in order, of the committed positions that the drafter
+            has not read yet.
+        snapshots: states of recurrent layers at earlier lengths.
+        outputs: of the layers that the drafter reads, from the latest forward pass.
+        first_row: the row of that pass at which the sequence begins.
+        pass_tokens: (n,) int32 of the sequence in that pass.
+        tokens: of the committed positions.
+    """
+
+    def __init__(self, kv_cache: K, drafter: K | None, initial: R | None = None) -> None:
+        self.kv_cache = kv_cache
+        self.drafter = drafter
+        self.initial = initial
+        self.context: list[Any] = []
+        self.snapshots: Snapshots[R] = Snapshots()
+        self.outputs: Any = None
+        self.first_row = 0
+        self.pass_tokens: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.tokens: list[int] = []
+
+    @abstractmethod
+    def copy(self, length: int, capacity: int, recurrent: R | None) -> Self:
+        """A new state with copies of the first positions of both KV caches and of their context.
+
+        Args:
+            length: positions to copy; see `context_before`.
+            capacity: positions that the new state can hold.
+            recurrent: the states of recurrent layers after `length` positions.
+        """
+
+    def recurrent_states(self) -> R | None:
+        """The states of the recurrent layers after the last position; no array changes later."""
+        return None
+
+    def restore_recurrent(self, states: R) -> None:
+        """Replace the states of the recurrent layers."""
+        raise NotImplementedError
+
+    def recurrent_arrays(self) -> Iterable[Any]:
+        """The arrays of the recurrent layers' states, the snapshots included."""
+        return ()
+
+    @property
+    def length(self) -> int:
+        return self.kv_cache.length
+
+    @property
+    def nbytes(self) -> int:
+        drafter = self.drafter.nbytes if self.drafter is not None else 0
+        arrays = (*self.context, *self.recurrent_arrays())
+        return self.kv_cache.nbytes + drafter + arrays_nbytes(arrays)
+
+    @property
+    def needs_snapshots(self) -> bool:
+        return self.initial is not None
+
+    def snapshot(self) -> None:
+        if (states := self.recurrent_states()) is not None:
+            self.snapshots.take(self.length, states)
+
+    def restorable(self, length: int) -> int:
+        if self.initial is None or length >= self.length:
+            return min(length, self.length)
+        return self.snapshots.longest(length)
+
+    def fork(self, length: int, capacity: int) -> Self:
+        new = self.copy(length, capacity, self._recurrent_at(length))
+        new.snapshots = self.snapshots.copy(length)
+        new.tokens = self.tokens[:length]
+        return new
+
+    def truncate(self, length: int) -> None:
+        """Drop the positions from `length` on, to a length that can be restored."""
+        length = min(length, self.length)
+        self.rollback(length, self._recurrent_at(length))
+
+    def rollback(self, length: int, recurrent: R | None) -> None:
+        """Drop the positions from `length` on, after which the recurrent layers had these states.
+
+        Also after a forward pass that failed, when no snapshot was taken before.
+        """
+        if recurrent is not None:
+            self.restore_recurrent(recurrent)
+        self.snapshots.truncate(length)
+        self.kv_cache.truncate(length)
+        del self.tokens[length:]
+        if self.drafter is not None:
+            self.context = self.context_before(length)
+            self.drafter.truncate(length)
+
+    def keep_tokens(self, path: NDArray[np.int32]) -> None:
+        """Note the tokens of a path of the latest forward pass, which is being committed."""
+        self.tokens += self.pass_tokens[path].tolist()
+
+    def context_before(self, length: int) -> list[Any]:
+        """The context of the positions below `length`."""
+        assert self.drafter is not None
+        parts, first = [], self.drafter.length
+        for part in self.context:
+            if first < length:
+                parts.append(part[: length - first])
+            first += len(part)
+        return parts
+
+    def close(self) -> None:
+        self.kv_cache.close()
+        if self.drafter is not None:
+            self.drafter.close()
+        if self.initial is not None:
+            self.restore_recurrent(self.initial)
+        self.context, self.snapshots, self.outputs, self.tokens = [], Snapshots(), None, []
+
+    def read_kv_cache(self) -> NDArray[np.float32]:
+        """The committed keys and values of the target, for tests."""
+        return self.kv_cache.read()
+
+    def read_drafter_kv_cache(self) -> NDArray[np.float32]:
+        """The keys and values of the drafter, for tests."""
+        assert self.drafter is not None
+        return self.drafter.read()
+
+    def read_recurrent_states(self) -> list[NDArray[np.float32]]:
+        """The states of the target's recurrent layers, for tests."""
+        return []
+
+    def _recurrent_at(self, length: int) -> R | None:
+        """The states of the recurrent layers at a length that can be restored."""
+        if self.initial is None or length >= self.length:
+            return self.recurrent_states()
+        return self.snapshots.get(length) if length else self.initial
+
+
+def arrays_nbytes(arrays: Iterable[Any]) -> int:
+    """The memory of arrays, each counted once however often it occurs, bytes."""
+    return sum({id(array): array.nbytes for array in arrays}.values())
+
+
+S = TypeVar("S", bound=BaseState[Any, Any])
+
+
+@dataclass(frozen=True, eq=False)
+class PassRows(Generic[S]):
+    """Committed rows of one forward pass, whose features the drafter will read.
+
+    Attributes:
+        outputs: of the pass.
+        states: of the sequences.
+        rows: (n,) int64 indices into the outputs, sequence by sequence.
+        sizes: rows of each sequence.
+    """
+
+    outputs: Any
+    states: list[S]
+    rows: NDArray[np.int64]
+    sizes: list[int]
+
+
+def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[S]]:
+    """Group the committed paths of the sequences that are drafted for by their forward passes.
+
+    Sequences that ran together share the outputs of one pass, so their features are projected
+    together.
+    """
+    passes: dict[int, list[tuple[S, NDArray[np.int32]]]] = {}
+    for state, path in paths:
+        if state.drafter is not None:
+            passes.setdefault(id(state.outputs), []).append((state, path))
+    return [
+        PassRows(
+            group[0][0].outputs,
+            [state for state, _ in group],
+            np.concatenate([state.first_row + path for state, path in group]),
+            [len(path) for _, path in group],
+        )
+        for group in passes.values()
+    ]
+
+
+class BaseBackend:
+    """The members of a `Backend` that follow from its target and its drafter.
+
+    Attributes:
+        target: has `dtype`, `vocab_size`, `max_positions`, `column_nbytes` (keys and values of one
+            position in all layers, bytes) and `states_nbytes` (recurrent states of one sequence).
+        drafter_model: the weights of the drafter, with their `config`; None without a drafter.
+    """
+
+    def __init__(self, target: Any, drafter_model: Any, head: ARHead | None) -> None:
+        self.target = target
+        self.drafter_model = drafter_model
+        self.head = head
+        self.dtype = str(target.dtype).rpartition(".")[2]
+        self.vocab_size: int = target.vocab_size
+        self.max_positions: int = target.max_positions
+        self.drafter_config: DrafterConfig | None = drafter_model.config if drafter_model else None
+        self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
+
+    def check_trees(self) -> None:
+        """As `Backend` describes it."""
+        if self._trees is False:
+            try:
+                check_trees(cast(Backend, self))
+                self._trees = True
+            except UnsupportedModelError as error:
+                self._trees = error
+        if isinstance(self._trees, UnsupportedModelError):
+            raise self._trees
+
+    def columns(self, capacity: int) -> int:
+        """Columns that a KV cache allocates for `capacity` positions."""
+        return capacity
+
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """The size of KV caches, recurrent states and their snapshots, bytes."""
+        nbytes: int = self.columns(capacity) * self.target.column_nbytes
+        nbytes += (1 + MAX_SNAPSHOTS) * self.target.states_nbytes
+        if drafts and (config := self.drafter_config):
+            columns = self.columns(capacity + config.scratch_rows)
+            nbytes += columns * config.column_size * (4 if self.dtype == "float32" else 2)
+        return nbytes
+
+
+def load_pair(
+    make_backend: Callable[[Any, Any], B],
+    drafter: Path | None,
+    load_drafter: Callable[[Path], tuple[Any, Any]],
+) -> B:
+    """The backend of a loaded target, with the drafter of a folder if there is one.
+
+    Args:
+        make_backend: from the drafter's model and its head, both None for plain decoding.
+        drafter: the folder.
+        load_drafter: reads the folder into a model, and a head or None.
+
+    Raises:
+        UnsupportedModelError: the target's logits on draft trees differ from plain decoding.
+    """
+    if drafter is None:
+        return make_backend(None, None)
+    backend = make_backend(*load_drafter(drafter))
+    backend.check_trees()
+    return backend
+
+
+class OneByOneVerifier(ABC):
+    """`TreeVerifier` from a forward pass over one tree and the commit of one path.
+
+    States are `BaseState`s, so that a call that fails in the middle of its commits can be undone.
+    """
+
+    @abstractmethod
+    def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
+        """(n, vocab) logits at the nodes of a tree under the committed positions.
+
+        New tokens of a prompt come as a chain. Nothing is committed.
+        """
+
+    @abstractmethod
+    def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:
+        """Keep a path of the tree that `forward` saw last."""
+
+    def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
+        sampled = [self._run(item) for item in work]
+        prompts = [item for item in work if isinstance(item, Prefill)]
+        self.commit([(x.state, np.arange(len(x.token_ids), dtype=np.int32)) for x in prompts])
+        return sampled
+
+    def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
+        before = [(state, state.length, state.recurrent_states()) for state, _ in paths]
+        try:
+            for state, path in paths:
+                self.commit_one(state, path)
+        except Exception:
+            for state, length, recurrent in before:
+                state.rollback(length, recurrent)
+            raise
+
+    def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
+        return [self._forward(state, tree) for state, tree in trees]
+
+    def _forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
+        state.pass_tokens = tree.tokens
+        return self.forward(state, tree)
+
+    def _run(self, item: Prefill | Verify) -> SampledTokens | None:
+        if isinstance(item, Verify):
+            return sample(self._forward(item.state, item.tree), item.params)
+        logits = self._forward(item.state, DraftTree.chain(np.array(item.token_ids, np.int32)))
+        return None if item.params is None else sample(logits[-1:], item.params)
+
+
+class OneByOneDrafter(ABC):
+    """`Drafter` from a draft for one sequence."""
+
+    @abstractmethod
+    def draft_one(self, state: Any, root: int, depths: int | None) -> Block:
+        """One entry of `Drafter.draft`."""
+
+    @abstractmethod
+    def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
+        """One entry of `Drafter.marginals`; the options have the noise of the block."""
+
+    def draft(
+        self, roots: Sequence[tuple[SequenceState, int]], depths: int | None = None
+    ) -> list[Block]:
+        return [self.draft_one(state, root, depths) for state, root in roots]
+
+    def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
+        return list(map(self.marginals_one, blocks, options.split(len(blocks))))
+
+
+class OneByOneHead(ABC):
+    """`ARHead` from the transitions of one block."""
+
+    @abstractmethod
+    def transitions_one(self, block: Block, options: TableOptions) -> TransitionTable:
+        """One entry of `ARHead.transitions`; the options have the noise of the block."""
+
+    def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
+        return list(map(self.transitions_one, blocks, options.split(len(blocks))))

@@ -1,0 +1,133 @@
+"""A sequence driven call by call: for probes, measurements and tests, not for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding.interfaces import Backend, Block, Prefill, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
+
+GREEDY = SamplingConfig()
+
+
+class SequenceSession:
+    """A sequence whose tokens the caller decides; empty at first.
+
+    Args:
+        backend: a loaded pair.
+        drafts: whether `draft` will be called.
+        capacity: positions, the nodes of the largest tree included.
+
+    Attributes:
+        state: of the sequence.
+    """
+
+    def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
+        self.backend = backend
+        self.state = backend.open(capacity, drafts=drafts)
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+        return self.state.length
+
+    def extend(self, token_ids: Sequence[int], sampling: SamplingConfig = GREEDY) -> int:
+        """Commit tokens; returns the target's token after them."""
+        after = np.array([self.length + len(token_ids)], np.int32)
+        work = Prefill(self.state, token_ids, SamplingParams.from_positions(sampling, after))
+        (sampled,) = self.backend.verifier.run([work])
+        assert sampled is not None
+        return int(sampled.tokens[-1])
+
+    def verify(self, tree: DraftTree, sampling: SamplingConfig = GREEDY) -> NDArray[np.int32]:
+        """(n,) int32 the target's tokens at the nodes of a tree."""
+        params = SamplingParams.from_positions(sampling, tree.positions(self.length + 1))
+        work = Verify(self.state, tree, params)
+        (sampled,) = self.backend.verifier.run([work])
+        assert sampled is not None
+        return sampled.tokens
+
+    def logits(self, tree: DraftTree) -> NDArray[np.float32]:
+        """(n, vocab) the target's logits at the nodes of a tree."""
+        (logits,) = self.backend.verifier.logits([(self.state, tree)])
+        return logits
+
+    def commit(self, path: NDArray[np.int32]) -> None:
+        """Keep a path of the tree that was verified last."""
+        self.backend.verifier.commit([(self.state, path)])
+
+    def draft(self, root: int, depths: int | None = None) -> Block:
+        """The drafter's block after `root`, the token at the next position; see `Drafter.draft`."""
+        assert self.backend.drafter is not None
+        (block,) = self.backend.drafter.draft([(self.state, root)], depths)
+        return block
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.state.close()
+
+    def __enter__(self) -> SequenceSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """A block that was drafted after a token of a known text.
+
+    Attributes:
+        tokens: the text from the root of the block on.
+        block: the drafter's block.
+        logits: (n, vocab) the target's logits after the first n tokens, n at most the depths of the
+            block; None if not requested.
+    """
+
+    tokens: Sequence[int]
+    block: Block
+    logits: NDArray[np.float32] | None
+
+
+STRIDE = 4
+"""Tokens from one anchor to the next: neighbouring blocks are nearly the same."""
+
+
+def draft_anchors(
+    backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
+) -> Iterator[Anchor]:
+    """Draft after every fourth token of a known text, except the last token.
+
+    Args:
+        backend: a loaded pair.
+        prompt_ids: the prompt.
+        text_ids: the text after the prompt.
+        logits: whether to run the target over the tokens that each block predicts.
+    """
+    assert backend.drafter_config is not None
+    depths = backend.drafter_config.depths
+    stride = min(STRIDE, depths)
+    capacity = len(prompt_ids) + len(text_ids) + depths
+    with SequenceSession(backend, drafts=True, capacity=capacity) as session:
+        session.extend(prompt_ids)
+        for start in range(0, len(text_ids) - 1, stride):
+            tokens = text_ids[start:]
+            known = np.array(tokens[:-1][:depths], np.int32)
+            rows = session.logits(DraftTree.chain(known)) if logits else None
+            yield Anchor(tokens, session.draft(tokens[0]), rows)
+            if logits:
+                session.commit(np.arange(min(stride, len(known)), dtype=np.int32))
+            elif start + stride < len(text_ids) - 1:
+                session.extend(tokens[:stride])

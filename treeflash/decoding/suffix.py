@@ -1,0 +1,555 @@
+"""Drafts without a drafter: what followed the last tokens where they occurred before.
+
+Text that edits, quotes or reformats repeats long parts of what stands before it. `SuffixIndex`
+finds the earlier occurrences of the last tokens, `best_tree` makes the tree of what followed them
+(SuffixDecoding, Oliaro et al., arXiv 2411.04975), `SuffixDrafter` does so for one sequence, and
+`merge` joins the tree with a drafter's table.
+
+SuffixDecoding. The occurrences of the last m tokens are one set of places for each m. A node of the
+tree is the set of places that agree with the path to it. A child has the share of its parent's
+places that continue with its token, and the probability of a path is the product of its shares.
+Nodes are taken best first, and of all m the one whose tree has the highest sum of path
+probabilities is drafted.
+
+Calibration. Shares say which continuation is the most frequent one, not how often the text repeats
+at all. So each sequence counts, by the length of the match, how often the most frequent token was
+right; the ratio to the sum of its shares multiplies the shares. Until something was seen, the ratio
+is `PRIOR_RATES`. A node's match is as much longer as its depth, so that deep nodes of a long match
+stay probable. Counts know nothing of the noise of sampling, so it is left out.
+
+The index. Places of n-grams of `ORDERS` are chained: a hash table has the latest place of a slot,
+and an array the place before each place. Everything else is read from the text. A token costs a
+microsecond or two and about 30 bytes, a proposal time that does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.tree import DraftTree
+
+ORDERS = (2, 5)
+"""Lengths of the n-grams whose places are chained. The longest one finds long matches whose end is
+frequent, the shortest one is the least match that is drafted from."""
+MAX_OCCURRENCES = 32
+"""Latest occurrences of an n-gram that are compared with the text."""
+MAX_MATCH = 32
+"""Tokens of a match at most; longer ones are not more reliable."""
+MIN_SLOTS = 64
+MULTIPLIER, HASH_SHIFT = 0x9E3779B97F4A7C15, 29
+"""Of the hash of an n-gram: a polynomial of its tokens modulo 2**64, without the lowest bits."""
+MAX_INDEX_BYTES = 1 << 25
+"""An index of a cache gets no further texts beyond this size, so that growing it takes no time that
+anybody notices."""
+ROUNDING = 1e-9
+"""Scores that are closer are equal."""
+SEPARATOR = -1
+"""Stands after each text of an index; it is no token."""
+
+
+class SuffixIndex:
+    """Where n-grams occur in a growing text, or in several texts one after the other.
+
+    Args:
+        orders: the lengths of the n-grams, ascending.
+        occurrences: that are compared with a context for each order, the latest first; None is all.
+
+    Attributes:
+        tokens: the text; texts end with `SEPARATOR` if there are several.
+    """
+
+    def __init__(
+        self, orders: Sequence[int] = ORDERS, occurrences: int | None = MAX_OCCURRENCES
+    ) -> None:
+        self.orders, self.occurrences = orders, occurrences
+        self.tokens = array("i")
+        # By order: the latest end of an n-gram in each slot, and the end before each end.
+        self._latest = [array("i", [-1]) * MIN_SLOTS for _ in orders]
+        self._previous = [array("i") for _ in orders]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, bytes."""
+        arrays = (self.tokens, *self._latest, *self._previous)
+        return sum(len(x) * x.itemsize for x in arrays)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens."""
+        first = len(self.tokens)
+        self.tokens.extend(tokens)
+        if len(self.tokens) > len(self._latest[0]):
+            self._rebuild()
+            return
+        for order, latest, previous in zip(self.orders, self._latest, self._previous, strict=True):
+            for end in range(first, len(self.tokens)):
+                if end + 1 < order:
+                    previous.append(-1)
+                    continue
+                slot = _slot(self.tokens[end + 1 - order : end + 1], len(latest))
+                previous.append(latest[slot])
+                latest[slot] = end
+
+    def _rebuild(self) -> None:
+        """Chain all n-grams again, with room for twice the tokens."""
+        slots = 1 << len(self.tokens).bit_length()
+        tokens = np.array(self.tokens, np.int64).astype(np.uint64)
+        for number, order in enumerate(self.orders):
+            latest = np.full(slots, -1, np.int32)
+            previous = np.full(len(tokens), -1, np.int32)
+            if (count := len(tokens) + 1 - order) > 0:
+                grams = (tokens[i : i + count] for i in range(order))
+                keys = np.zeros(count, np.uint64)
+                for gram in grams:
+                    keys = keys * np.uint64(MULTIPLIER) + gram
+                keys = (keys >> np.uint64(HASH_SHIFT)) & np.uint64(slots - 1)
+                by_slot = np.argsort(keys, kind="stable")
+                same = keys[by_slot[1:]] == keys[by_slot[:-1]]
+                ends = (by_slot + order - 1).astype(np.int32)
+                previous[ends[1:][same]] = ends[:-1][same]
+                latest[keys[by_slot]] = ends  # the last one of a slot remains
+            self._latest[number] = array("i", latest.tobytes())
+            self._previous[number] = array("i", previous.tobytes())
+
+    def find(self, context: Sequence[int], longest: int = MAX_MATCH) -> dict[int, int]:
+        """The places after earlier occurrences of the end of a context, and how much of it occurs.
+
+        Args:
+            context: tokens; may be the index's own.
+            longest: tokens of the context to compare at most.
+
+        Returns:
+            By place of the token after an occurrence, the length of the match, at least the
+            shortest order.
+        """
+        found: dict[int, int] = {}
+        for order, latest, previous in zip(
+            reversed(self.orders), reversed(self._latest), reversed(self._previous), strict=True
+        ):
+            if len(context) < order:
+                continue
+            end = latest[_slot(context[-order:], len(latest))]
+            compared = 0
+            while end >= 0 and (self.occurrences is None or compared < self.occurrences):
+                if end + 1 < len(self.tokens) and end + 1 not in found:
+                    length = self._match(context, end, longest)
+                    if length >= self.orders[0]:
+                        found[end + 1] = length
+                compared += 1
+                end = previous[end]
+        return found
+
+    def _match(self, context: Sequence[int], end: int, longest: int) -> int:
+        """How many of the last tokens of a context are the tokens up to a place."""
+        tokens, last = self.tokens, len(context) - 1
+        limit = min(longest, end + 1, len(context))
+        length = 0
+        while length < limit and tokens[end - length] == context[last - length]:
+            length += 1
+        return length
+
+
+def _slot(tokens: Iterable[int], slots: int) -> int:
+    """The slot of an n-gram, out of a power of two of them; `_rebuild` computes the same."""
+    key = 0
+    for token in tokens:
+        key = (key * MULTIPLIER + token) & (2**64 - 1)
+    return (key >> HASH_SHIFT) & (slots - 1)
+
+
+class SuffixCache:
+    """Indices over finished answers, separate for each salt; the oldest are dropped first.
+
+    They make other users' texts influence how fast a text comes, and never its tokens.
+
+    Attributes:
+        max_bytes: of all indices together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._indices: list[tuple[Hashable, SuffixIndex]] = []  # the newest last
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all indices, bytes."""
+        return sum(index.nbytes for _, index in self._indices)
+
+    def indices(self, salt: Hashable) -> list[SuffixIndex]:
+        """The indices of a salt, the newest first."""
+        return [index for other, index in reversed(self._indices) if other == salt]
+
+    def add(self, salt: Hashable, tokens: Sequence[int]) -> None:
+        """Add a finished answer."""
+        newest = next(iter(self.indices(salt)), None)
+        if newest is None or newest.nbytes >= min(self.max_bytes // 4, MAX_INDEX_BYTES):
+            newest = SuffixIndex()
+            self._indices.append((salt, newest))
+        newest.extend([*tokens, SEPARATOR])
+        while self.nbytes > self.max_bytes:
+            del self._indices[0]
+
+
+Edge: TypeAlias = Callable[[int, int, int], float]
+"""The probability of a child: of the match's length before it, and of its places and all places."""
+
+
+def share(length: int, places: int, all_places: int) -> float:
+    """The share of the places that continue with a token, as SuffixDecoding has it."""
+    return places / all_places
+
+
+@dataclass(frozen=True, eq=False)
+class SuffixTree:
+    """What followed earlier occurrences, best first; node 0 is the last token of the context.
+
+    Attributes:
+        tokens: of each node; that of node 0 has no meaning.
+        parents: of each node, before it; -1 for node 0.
+        probs: of the path to each node; 1 for node 0.
+        shares: of each node among its parent's places.
+        lengths: of the match before each node, the path to it included.
+        match: tokens of the context that match.
+    """
+
+    match: int
+    tokens: list[int] = field(default_factory=lambda: [SEPARATOR])
+    parents: list[int] = field(default_factory=lambda: [-1])
+    probs: list[float] = field(default_factory=lambda: [1.0])
+    shares: list[float] = field(default_factory=lambda: [1.0])
+    lengths: list[int] = field(default_factory=lambda: [0])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def score(self) -> float:
+        """The expected number of right nodes, node 0 not counted."""
+        return sum(self.probs) - 1
+
+    def children(self) -> list[list[int]]:
+        """The children of each node, best first."""
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for node in range(1, len(self)):
+            children[self.parents[node]].append(node)
+        return children
+
+
+def expand(
+    index: SuffixIndex,
+    places: Sequence[int],
+    match: int,
+    nodes: int,
+    *,
+    edge: Edge = share,
+    min_prob: float = 0.1,
+    deepest: int | None = None,
+) -> SuffixTree:
+    """The tree of the tokens from some places on, best first.
+
+    Args:
+        index: has the text.
+        places: of the tokens after the occurrences.
+        match: the length of these.
+        nodes: at most, node 0 not counted.
+        edge: the probability of a child of a node.
+        min_prob: a path below it is left out.
+        deepest: depth of the deepest nodes; None is no limit.
+    """
+    tree, tokens, end = SuffixTree(match), index.tokens, len(index.tokens)
+    # A heap of (-probability, number of the entry, depth, parent, token, share, places).
+    heap: list[tuple[float, int, int, int, int, float, Sequence[int]]] = []
+    count = 0
+    node, depth, prob = 0, 0, 1.0
+    while True:
+        if deepest is None or depth < deepest:
+            groups: dict[int, list[int]] = {}
+            for place in places:
+                if place < end and (token := tokens[place]) != SEPARATOR:
+                    groups.setdefault(token, []).append(place + 1)
+            for token, following in groups.items():
+                child = prob * edge(match + depth, len(following), len(places))
+                if child >= min_prob:
+                    count += 1
+                    part = len(following) / len(places)
+                    entry = (-child, count, depth + 1, node, token, part, following)
+                    heapq.heappush(heap, entry)
+        if not heap or len(tree) > nodes:
+            return tree
+        negative, _, depth, parent, token, part, places = heapq.heappop(heap)
+        node, prob = len(tree), -negative
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.probs.append(prob)
+        tree.shares.append(part)
+        tree.lengths.append(match + depth - 1)
+
+
+def best_tree(
+    index: SuffixIndex,
+    found: dict[int, int],
+    matches: Iterable[int],
+    nodes: Callable[[int], int],
+    *,
+    edge: Edge = share,
+    min_prob: float = 0.1,
+    deepest: Callable[[int], int | None] = lambda match: None,
+) -> SuffixTree | None:
+    """The tree of highest score of several lengths of a match; ties go to the longer match.
+
+    Args:
+        index: has the text.
+        found: places and lengths, from `SuffixIndex.find`.
+        matches: lengths to try, ascending.
+        nodes: at most, by length of the match.
+        edge: see `expand`.
+        min_prob: see `expand`.
+        deepest: by length of the match.
+    """
+    best: SuffixTree | None = None
+    for match in matches:
+        places = [place for place, length in found.items() if length >= match]
+        if not places:
+            break
+        tree = expand(
+            index,
+            places,
+            match,
+            nodes(match),
+            edge=edge,
+            min_prob=min_prob,
+            deepest=deepest(match),
+        )
+        if best is None or tree.score > best.score - ROUNDING:
+            best = tree
+    return best
+
+
+MATCH_LEVELS = (3, 5, 9, 17)
+"""Lengths of a match at which a level of `PRIOR_RATES` begins, after the first level."""
+PRIOR_RATES = (0.5, 0.6, 0.75, 0.85, 0.95)
+"""How often a continuation is right per share of the places that have it, by level, before anything
+was seen. SmolLM2-135M repeats itself more: 0.6, 0.7, 0.8, 0.88 and 0.97 on 250 of its answers."""
+PRIOR_WEIGHT = 4.0
+"""Weight of these rates, as a sum of shares that was seen."""
+MIN_RATE = 0.1
+"""Least rate: a text that did not repeat may begin to."""
+MIN_PROB = 0.03
+"""Least probability of a path that is proposed; verifying a node costs about that part of a token
+or more."""
+MAX_LENGTHS = 2
+"""Different lengths of a match that are tried, the longest ones."""
+MAX_NODES = 64
+"""Nodes of a proposal at most, so that it takes a fraction of a millisecond."""
+
+
+def match_level(length: int) -> int:
+    """The level of a match by its length, 0 to 4."""
+    return bisect_right(MATCH_LEVELS, length)
+
+
+class SuffixDrafter:
+    """Proposes continuations of one sequence, and learns how often they are right.
+
+    Args:
+        prompt_ids: the prompt.
+        shared: gives the indices over other texts.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
+    ) -> None:
+        self.index, self.shared = SuffixIndex(), shared
+        self.index.extend(prompt_ids)
+        self._right = [rate * PRIOR_WEIGHT for rate in PRIOR_RATES]
+        self._expected = [PRIOR_WEIGHT] * len(PRIOR_RATES)
+        self._proposal: SuffixTree | None = None
+
+    def propose(self, nodes: int, deepest: int) -> SuffixTree | None:
+        """What may follow the sequence's last token; None if nothing is known.
+
+        Args:
+            nodes: at most, the root included.
+            deepest: depth of the deepest nodes.
+        """
+        best: SuffixTree | None = None
+        for index in (self.index, *self.shared()):
+            found = index.find(self.index.tokens)
+            # Matches between two of these lengths have the places of the longer one.
+            matches = sorted(set(found.values()))[-MAX_LENGTHS:]
+            tree = best_tree(
+                index,
+                found,
+                matches,
+                lambda match: min(nodes - 1, MAX_NODES),
+                edge=self._edge,
+                min_prob=MIN_PROB,
+                deepest=lambda match: deepest,
+            )
+            if tree is not None and (best is None or tree.score > best.score):
+                best = tree
+        self._proposal = best
+        return best
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Append the target's tokens after the root, and learn from those that were proposed."""
+        tree, node = self._proposal, 0
+        children = [] if tree is None else tree.children()
+        for token in tokens:
+            if tree is None or not children[node]:
+                break
+            first = children[node][0]
+            level = match_level(tree.lengths[first])
+            self._expected[level] += tree.shares[first]
+            self._right[level] += tree.tokens[first] == token
+            following = [child for child in children[node] if tree.tokens[child] == token]
+            if not following:
+                break
+            node = following[0]
+        self._proposal = None
+        self.index.extend(tokens)
+
+    def _edge(self, length: int, places: int, all_places: int) -> float:
+        level = match_level(length)
+        rate = self._right[level] / self._expected[level]
+        return min(max(rate, MIN_RATE), 1.0) * places / all_places
+
+
+def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
+    """The draft tree of the best nodes of a proposal.
+
+    Args:
+        proposal: what may follow the root.
+        root: the root's token id.
+        nodes: at most, including the root.
+    """
+    parents = proposal.parents[:nodes]
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return DraftTree(
+        np.array([root, *proposal.tokens[1:nodes]], np.int32),
+        np.array(parents, np.int32),
+        np.array(depths, np.int32),
+        np.log(proposal.probs[:nodes]),
+        matches=np.array(proposal.lengths[:nodes], np.int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A possible child of a node of the merged tree.
+
+    Attributes:
+        token: its token.
+        log_prob: after its parent.
+        row: of the table, for its children; -1 if there is none.
+        source: the node of the proposal; -1 if it has none.
+        match: as in `DraftTree.matches`.
+        confidence: as in `DraftTree.confidences`.
+    """
+
+    token: int
+    log_prob: float
+    row: int = -1
+    source: int = -1
+    match: int = 0
+    confidence: float = 1.0
+
+
+def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
+    """The best paths of a drafter's table and of a proposal together, best first.
+
+    Equal tokens after one parent are one node, which has the higher of the two probabilities and
+    the children of both. The nodes of the proposal may be deeper than the table.
+
+    Args:
+        table: the drafter's, calibrated.
+        proposal: what may follow the root.
+        root: the root's token id.
+        nodes: at most, including the root.
+    """
+    sources = proposal.children()
+    chosen = [_Child(root, 0.0, 0, 0)]
+    parents, depths, log_probs = [-1], [0], [0.0]
+    # Each entry is the best child of its parent that is not chosen: a heap of (-log probability,
+    # number of the entry, parent, child, further children).
+    heap: list[tuple[float, int, int, _Child, Iterator[_Child]]] = []
+    count = 0
+
+    def push(parent: int, children: Iterator[_Child]) -> None:
+        nonlocal count
+        if (child := next(children, None)) is not None:
+            count += 1
+            entry = (-log_probs[parent] - child.log_prob, count, parent, child, children)
+            heapq.heappush(heap, entry)
+
+    def expand_node(node: int) -> None:
+        known = chosen[node]
+        copies = sources[known.source] if known.source >= 0 else []
+        children = _table_children(table, depths[node], known.row)
+        if copies:
+            children = _with_copies(list(children), proposal, copies)
+        push(node, children)
+
+    expand_node(0)
+    while heap and len(chosen) < nodes:
+        negative, _, parent, child, children = heapq.heappop(heap)
+        push(parent, children)
+        chosen.append(child)
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+        log_probs.append(-negative)
+        expand_node(len(chosen) - 1)
+    confidences = None
+    if table.confidences is not None:
+        confidences = np.array([child.confidence for child in chosen], np.float32)
+    return DraftTree(
+        np.array([child.token for child in chosen], np.int32),
+        np.array(parents, np.int32),
+        np.array(depths, np.int32),
+        np.array(log_probs),
+        confidences,
+        np.array([child.match for child in chosen], np.int32),
+    )
+
+
+def _table_children(table: TransitionTable, depth: int, row: int) -> Iterator[_Child]:
+    """The children of a row of a table, best first; none for row -1."""
+    if row < 0:
+        return
+    confidence = 1.0 if table.confidences is None else float(table.confidences[depth, row])
+    for token, log_prob, next_row in zip(
+        table.tokens[depth, row].tolist(),
+        table.log_probs[depth, row].tolist(),
+        table.next_row[depth, row].tolist(),
+        strict=True,
+    ):
+        if log_prob == -math.inf:
+            return
+        yield _Child(token, log_prob, next_row, confidence=confidence)
+
+
+def _with_copies(
+    children: list[_Child], proposal: SuffixTree, copies: Sequence[int]
+) -> Iterator[_Child]:
+    """The children of a row joined with the children of a proposal's node, best first."""
+    by_token = {child.token: child for child in children}
+    for copy in copies:
+        token = proposal.tokens[copy]
+        log_prob = math.log(proposal.probs[copy] / proposal.probs[proposal.parents[copy]])
+        child = by_token.get(token, _Child(token, -math.inf))
+        if log_prob >= child.log_prob:
+            child = replace(child, log_prob=log_prob, match=proposal.lengths[copy])
+        by_token[token] = replace(child, source=copy)
+    return iter(sorted(by_token.values(), key=lambda child: -child.log_prob))

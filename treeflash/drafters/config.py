@@ -1,0 +1,209 @@
+"""The configuration of a drafter of any format, and its rotary frequencies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """The shape of a drafter, from its checkpoint.
+
+    Attributes:
+        block_size: S, the slots of a block: the root and S - 1 masks.
+        mask_token_id: the token in the slots after the root.
+        target_layer_ids: target layers whose outputs are the context features, in order; -1 is the
+            output of the embeddings.
+        num_target_layers: depth of the target that it was trained for; None if not given.
+        vocab_size: the target's vocabulary size; None if not given.
+        inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
+        rope_scale: factor on the rotary cosines and sines; 1 except for YaRN.
+        interleaved_rope: whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored
+            tensors, instead of the halves of a head; `load_tensors` reorders them.
+        sliding_windows: per layer, the width of its window in positions, or None.
+        causal: per layer, whether a slot attends only to itself and earlier slots.
+        head: name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a
+            drafter of marginals.
+        input_scale: factor on the embeddings at the drafter's input.
+        first_slot: the first slot that predicts a token. 1: slot k predicts token k after the root
+            (DFlash); 0: slot k predicts token k + 1 (DSpark).
+        window_from_root: whether all slots of a sliding layer see the block and one window of
+            positions before the root, instead of a window around each slot.
+        conv_kernel_size: taps of the convolutions along a block (DFlash2); 0 without convolutions.
+        conv_group_size: channels that share a coefficient of these convolutions.
+        output_multiplier: factor on the drafter's logits.
+        softcap: bound of the drafter's logits after the factor, by a hyperbolic tangent.
+        own_vocabulary: whether the folder may hold embeddings and an output head.
+        draft_vocab_size: number of tokens that the drafter can propose; None is all of them.
+        head_rank: inner width of the heads of DFlash2, DSpark, Domino and X-PRESS.
+        head_state_size: width of the state of the heads `rnn`, `domino` and `xpress`, which depend
+            on all tokens of a path; 0 for other heads.
+        head_mlp_ratio: inner width of the feed-forward network of the head `xpress`, in ranks.
+        head_from_depth: the first depth that the head `domino` corrects.
+        selector_top_k: candidates of a slot that the head `selector` scores.
+        confidence_head: whether there is a head that predicts the acceptance of each token.
+        confidence_with_markov: whether the confidence head reads the previous token too.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    attention_bias: bool
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int | None
+    vocab_size: int | None
+    inv_freq: tuple[float, ...]
+    rope_scale: float
+    sliding_windows: tuple[int | None, ...]
+    causal: tuple[bool, ...]
+    interleaved_rope: bool = False
+    head: str | None = None
+    input_scale: float = 1.0
+    first_slot: int = 1
+    window_from_root: bool = False
+    conv_kernel_size: int = 0
+    conv_group_size: int = 1
+    output_multiplier: float = 1.0
+    softcap: float | None = None
+    own_vocabulary: bool = False
+    draft_vocab_size: int | None = None
+    head_rank: int = 0
+    head_state_size: int = 0
+    head_mlp_ratio: int = 0
+    head_from_depth: int = 1
+    selector_top_k: int = 0
+    confidence_head: bool = False
+    confidence_with_markov: bool = False
+
+    @property
+    def depths(self) -> int:
+        """D, the depths that a block predicts."""
+        return self.block_size - self.first_slot
+
+    @property
+    def has_marginals(self) -> bool:
+        """Whether all depths come from one pass, with distributions that ignore the drafts."""
+        return True
+
+    @property
+    def scratch_rows(self) -> int:
+        """Columns of the KV cache that a draft writes after the committed positions."""
+        return self.block_size
+
+    @property
+    def column_size(self) -> int:
+        """Numbers that the KV cache keeps for each position."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+SINK = 4
+"""First positions that a drafter with a window still sees: they are where attention puts surplus
+weight (StreamingLLM, arXiv 2309.17453)."""
+
+
+def window_gap(start: int, window: int | None) -> tuple[int, int]:
+    """The gap between the first `SINK` positions and the last `window` before a root at `start`.
+
+    It is (first, end), empty if `window` is None.
+    """
+    return (SINK, max(SINK, start - window)) if window is not None else (0, 0)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a `config.json`: `rope_parameters`, or older keys."""
+    current = config.get("rope_parameters") or {}
+    current = current.get("full_attention", current)  # some files have settings by layer type
+    parameters = {**(config.get("rope_scaling") or {}), **current}
+    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    if "max_position_embeddings" in config:
+        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return parameters
+
+
+def inverse_frequencies(
+    parameters: Mapping[str, Any], head_dim: int
+) -> tuple[NDArray[np.float64], float]:
+    """The (head_dim // 2,) rotary inverse frequencies, radians per position.
+
+    The second result is the factor on cosines and sines, 1 except for YaRN. `parameters` come from
+    `rope_parameters`. A CheckpointError is raised if the type is not supported, or a setting is
+    missing or not above 0.
+    """
+    base = _positive(parameters, "rope_theta")
+    plain = base ** -(np.arange(0, head_dim, 2) / head_dim)
+    kind = parameters["rope_type"]
+    try:
+        if kind == "default":
+            return plain, 1.0
+        if kind == "linear":
+            return plain / _positive(parameters, "factor"), 1.0
+        if kind == "llama3":
+            return _llama3(plain, parameters), 1.0
+        if kind == "yarn":
+            return _yarn(plain, parameters, base, head_dim)
+    except KeyError as error:
+        raise CheckpointError(f"rope type {kind!r} needs {error} in config.json") from error
+    raise CheckpointError(
+        f"rope type {kind!r} is not supported; supported are default, linear, llama3 and yarn"
+    )
+
+
+def _positive(parameters: Mapping[str, Any], key: str) -> float:
+    value = parameters[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} in config.json must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _llama3(plain: NDArray[np.float64], p: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Long wavelengths are stretched by `factor`, short ones unchanged, others interpolated."""
+    turns = p["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    share: NDArray[np.float64] = np.clip((turns - low) / (high - low), 0, 1)
+    return share * plain + (1 - share) * plain / _positive(p, "factor")
+
+
+def _yarn(
+    plain: NDArray[np.float64], p: Mapping[str, Any], base: float, head_dim: int
+) -> tuple[NDArray[np.float64], float]:
+    """YaRN (arXiv 2309.00071): a linear ramp over dimensions between two numbers of turns."""
+
+    def dimension(turns: float) -> float:
+        positions = p["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return head_dim * math.log(positions) / (2 * math.log(base))
+
+    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    span = high - low if high > low else 0.001
+    stretched = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
+    factor = _positive(p, "factor")
+
+    def attention_scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scale = p.get("attention_factor")
+    if scale is None:
+        weights = p.get("mscale"), p.get("mscale_all_dim")
+        scale = (
+            attention_scale(weights[0]) / attention_scale(weights[1])
+            if weights[0] and weights[1]
+            else attention_scale(1.0)
+        )
+    return stretched * plain / factor + (1 - stretched) * plain, float(scale)

@@ -1,0 +1,647 @@
+"""Heads that draft depth by depth: MTP heads and EAGLE-3, their formats and their tensors.
+
+A row head is one transformer layer over *rows*. Row i reads the embedding of the token at position
+i + 1 and the target's state at position i, and predicts the token at position i + 2. A drafted
+token becomes a row with the state that the head computed at its parent's row, so every depth costs
+one pass of the layer and of the output head.
+
+| family | who publishes it | how it is recognised |
+| --- | --- | --- |
+| Qwen MTP | Qwen3-Next, 3.5, 3.6, 3.8, in the target's folder | `mtp.fc.weight` |
+| GLM MTP | GLM-4.5 to 4.7, in the target's folder | `model.layers.N.eh_proj.weight` |
+| EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
+| EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from treeflash.config import LoadConfig
+from treeflash.drafters import backbone
+from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
+from treeflash.drafters.folder import check_dtype, read_config, stored_tensors
+from treeflash.drafters.loading import VOCABULARY
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+
+Tensor = TypeVar("Tensor")
+Config = Mapping[str, Any]
+Names = dict[str, str]
+"""Canonical names of tensors, by stored name."""
+DEPTHS = 8
+"""Depths that a row head drafts at most. Each costs a pass, and acceptance falls with depth."""
+MAX_PATHS = 16
+"""Paths that a row head expands at each depth at most; EAGLE-2's published trees expand 8 to 10."""
+NO_MARGINALS = (
+    "methods dflash and ddtree need a drafter that predicts all depths in one pass; with an MTP or "
+    "EAGLE-3 head use method treeflash or treeflash-chain"
+)
+TARGET_TENSORS = ("embed_tokens.weight", "shared_head.head.weight")
+"""Copies of the target's tensors in a layer of the DeepSeek-V3 layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in a row head's layer.
+
+    Attributes:
+        count: experts, of which `per_token` run for a token.
+        width: inner width of an expert.
+        shared_width: inner width of the expert that runs for every token.
+        shared_gate: whether the shared expert is weighed by a sigmoid of its own.
+        sigmoid: whether the router's scores are sigmoids, chosen with a bias; else a softmax.
+        normalised: whether the weights of a token's experts are divided by their sum.
+        scale: factor on these weights.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    shared_width: int
+    shared_gate: bool
+    sigmoid: bool
+    normalised: bool
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig(DrafterConfig):
+    """The shape of a row head. `block_size` is 1 + its depths; there is no mask token.
+
+    Attributes:
+        reads_both: the layer's attention reads the normed embedding and state side by side
+            (EAGLE-3), instead of a projection of both (MTP).
+        normed_residual: the residual of that attention is the normed state, not the state.
+        normed_feedback: the state for the next depth is taken after the final norm.
+        gated: the attention's output is multiplied by a sigmoid gate, from `q_proj`.
+        qk_norm: queries and keys are normed by head.
+        output_bias: `o_proj` has a bias, as q, k and v have with `attention_bias`.
+        experts: of the feed-forward network; None for a dense one.
+        norm_offset: added to the stored weights of norms.
+        feature_norms: norms before `fc`: of each feature, of all features together, or none.
+        final_state: the states come after the target's final norm; else from `target_layer_ids`
+            and through `fc`.
+    """
+
+    reads_both: bool
+    normed_residual: bool = False
+    normed_feedback: bool
+    gated: bool = False
+    qk_norm: bool = False
+    output_bias: bool = False
+    experts: Experts | None = None
+    norm_offset: float = 0.0
+    feature_norms: Literal["each", "all"] | None = None
+    final_state: bool = False
+
+    @property
+    def has_marginals(self) -> bool:
+        return False
+
+    @property
+    def scratch_rows(self) -> int:
+        return 1 + MAX_PATHS * (self.depths - 1)
+
+    @property
+    def column_size(self) -> int:
+        # A fork at any length needs the target's state at the position before.
+        return super().column_size + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTensors(Generic[Tensor]):
+    """The tensors of a row head by canonical name, and its own vocabulary, as in `loading`."""
+
+    config: RowConfig
+    weights: dict[str, Tensor]
+    vocabulary: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """A published format.
+
+    Attributes:
+        parse: reads a `config.json`; it also gets the stored names and the target's layers.
+        names: the tensors of the head among the stored ones.
+    """
+
+    name: str
+    parse: Callable[[Config, Collection[str], int], RowConfig]
+    names: Callable[[Config, Collection[str]], Names]
+
+
+REFUSED_TENSORS = {
+    r"mtp\.fc_(hidden|embedding)\.weight": "Qwen4",
+    r"mtp\.0\.": "DeepSeek-V4",
+    r"model\.mtp_layers\.0\.input_proj\.weight": "MiMo",
+    r"model\.mtp\.layers\.0\.eh_proj\.weight": "MiMo-V2",
+    r"mtp\.layers\.0\.eh_proj\.weight": "Nemotron-H",
+    r"mtp_layers\.0\.input_proj\.weight": "speculators",
+}
+"""Patterns of the tensors of MTP heads that are not supported, and who publishes them."""
+QWEN_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
+"""Folders with the head alone: names without `mtp.`, and norms that have the 1 in their weights."""
+
+
+def find_row_format(folder: Path) -> RowFormat | None:
+    """The format of the row head in a folder; None if the folder holds none.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+        UnsupportedModelError: the head is of a family that is not supported.
+    """
+    config, names = read_config(folder), set(stored_tensors(folder))
+    architectures = config.get("architectures") or ()
+    if config.get("speculators_model_type") == "eagle3":
+        return SPECULATORS_EAGLE3
+    if any("eagle3" in str(name).lower() for name in architectures):
+        return EAGLE3
+    if config.get("model_type") in QWEN_SIDECARS and "pre_fc_norm_hidden.weight" in names:
+        return QWEN_SIDECAR
+    kind = str(_text(config).get("model_type"))
+    if {"mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"} <= names:
+        return _supported(kind, QWEN_TYPES, QWEN_MTP)
+    if f"model.layers.{_text(config).get('num_hidden_layers')}.eh_proj.weight" in names:
+        return _supported(kind, ("glm4_moe",), GLM_MTP)
+    for pattern, family in REFUSED_TENSORS.items():
+        if any(re.match(pattern, name) for name in names):
+            raise UnsupportedModelError(
+                f"{folder} has an MTP head in the layout of {family}, which is not supported"
+            )
+    return None
+
+
+def load_row_tensors(
+    folder: Path,
+    format: RowFormat,
+    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
+    stack: Callable[[Sequence[Tensor]], Tensor],
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+) -> RowTensors[Tensor]:
+    """Read a row head and check that it belongs to a target of this shape.
+
+    Args:
+        folder: of the head; it may hold a whole target.
+        format: from `find_row_format`.
+        read: reads tensors with these names from a safetensors file.
+        stack: stacks tensors of one shape along a new first axis.
+        hidden_size: the target's.
+        vocab_size: the target's.
+        num_hidden_layers: the target's.
+
+    Raises:
+        CheckpointError: a setting or a tensor is missing, or does not fit or is not supported.
+    """
+    stored = stored_tensors(folder)
+    settings = read_config(folder)
+    try:
+        config = format.parse(settings, stored, num_hidden_layers)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
+    _check_pair(config, hidden_size, vocab_size, num_hidden_layers)
+    names = format.names(settings, stored)
+    for name in names:
+        check_dtype(stored[name].path, name, stored[name].dtype)
+    expected = row_shapes(config, vocab_size)
+    _check_shapes(folder, expected, {names[x]: stored[x].shape for x in names})
+    tensors: dict[str, Tensor] = {}
+    for path in sorted({stored[name].path for name in names}):
+        wanted = [name for name in names if stored[name].path == path]
+        tensors |= {names[name]: tensor for name, tensor in read(path, wanted).items()}
+    vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
+    weights = _stack_experts(tensors, config, stack)
+    return RowTensors(config=config, weights=weights, vocabulary=vocabulary)
+
+
+def refuse_window(config: LoadConfig) -> None:
+    """Raise a ConfigError for a window on the rows."""
+    if config.draft_window is not None:
+        raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
+
+
+def row_shapes(config: RowConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a row head by canonical name; optional ones are included."""
+    h, d = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    read = 2 * h if config.reads_both else h
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding_norm.weight": (h,),
+        "hidden_norm.weight": (h,),
+        "norm.weight": (h,),
+        "layer.post_attention_layernorm.weight": (h,),
+    }
+    projections = {"q": (q * (2 if config.gated else 1), read), "k": (kv, read), "v": (kv, read)}
+    for name, shape in {**projections, "o": (h, q)}.items():
+        shapes[f"layer.self_attn.{name}_proj.weight"] = shape
+        if config.output_bias if name == "o" else config.attention_bias:
+            shapes[f"layer.self_attn.{name}_proj.bias"] = shape[:1]
+    if config.qk_norm:
+        shapes |= {f"layer.self_attn.{name}_norm.weight": (d,) for name in "qk"}
+    if config.reads_both:
+        features = len(config.target_layer_ids)
+        shapes["fc.weight"] = (h, features * h)
+        if config.feature_norms == "all":
+            shapes["input_norm.weight"] = (features * h,)
+        if config.feature_norms == "each":
+            shapes |= {f"fc_norm.{i}.weight": (h,) for i in range(features)}
+    else:
+        shapes |= {"input_proj.weight": (h, 2 * h), "layer.input_layernorm.weight": (h,)}
+    if (experts := config.experts) is None:
+        shapes |= _mlp_shapes("layer.mlp.", h, config.intermediate_size)
+    else:
+        shapes["layer.mlp.gate.weight"] = (experts.count, h)
+        if experts.sigmoid:
+            shapes["layer.mlp.gate.e_score_correction_bias"] = (experts.count,)
+        if experts.shared_width:
+            shapes |= _mlp_shapes("layer.mlp.shared_expert.", h, experts.shared_width)
+        if experts.shared_gate:
+            shapes["layer.mlp.shared_expert_gate.weight"] = (1, h)
+        for i in range(experts.count):
+            shapes |= _mlp_shapes(f"layer.mlp.experts.{i}.", h, experts.width)
+    if config.own_vocabulary:
+        shapes["embed_tokens.weight"] = (vocab_size, h)
+        shapes["lm_head.weight"] = (config.draft_vocab_size or vocab_size, h)
+        if config.draft_vocab_size:
+            shapes["d2t"] = (config.draft_vocab_size,)
+    return shapes
+
+
+def _mlp_shapes(prefix: str, h: int, width: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate_proj": (width, h), "up_proj": (width, h), "down_proj": (h, width)}
+    return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _supported(kind: str, known: Collection[str], format: RowFormat) -> RowFormat:
+    if kind not in known:
+        raise UnsupportedModelError(
+            f"the MTP head of {kind} models is not supported; supported are {', '.join(known)}"
+        )
+    return format
+
+
+def _check_pair(config: RowConfig, hidden_size: int, vocab_size: int, layers: int) -> None:
+    problem = None
+    if config.hidden_size != hidden_size:
+        problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"
+    elif config.vocab_size != vocab_size:
+        problem = f"its vocabulary has {config.vocab_size} tokens, the target's has {vocab_size}"
+    elif config.num_target_layers not in (None, layers):
+        problem = f"it belongs to {config.num_target_layers} layers, this target has {layers}"
+    elif not all(-1 <= i < layers for i in config.target_layer_ids if not config.final_state):
+        problem = f"it reads target layers {list(config.target_layer_ids)}, the target has {layers}"
+    if problem:
+        raise CheckpointError(f"drafter and target do not fit: {problem}")
+
+
+def _check_shapes(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise a CheckpointError for the first missing, misshapen or unexpected tensor."""
+    actual = _split_fused(actual)
+    optional = {"embed_tokens.weight"}
+    if "d2t" not in expected:
+        optional.add("lm_head.weight")
+    for name, shape in expected.items():
+        if name not in actual and name not in optional:
+            raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
+        if actual.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {actual[name]}, config.json asks for {shape}"
+            )
+    if extra := sorted(set(actual) - set(expected)):
+        raise CheckpointError(f"{folder} holds an unexpected tensor for a row head: {extra[0]}")
+
+
+FUSED = "layer.mlp.experts.gate_up_proj"
+FUSED_DOWN = "layer.mlp.experts.down_proj"
+
+
+def _split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of experts that are stored together, as if each was a tensor of its own."""
+    split = dict(shapes)
+    if FUSED in split and FUSED_DOWN in split:
+        (count, both, h), (_, _, width) = split.pop(FUSED), split.pop(FUSED_DOWN)
+        for i in range(count):
+            split |= _mlp_shapes(f"layer.mlp.experts.{i}.", h, both // 2)
+            split[f"layer.mlp.experts.{i}.down_proj.weight"] = (h, width)
+    return split
+
+
+def _stack_experts(
+    tensors: dict[str, Any], config: RowConfig, stack: Callable[[Sequence[Any]], Any]
+) -> dict[str, Any]:
+    """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
+    if config.experts is None:
+        return tensors
+    if FUSED in tensors:
+        fused = tensors.pop(FUSED)
+        tensors["layer.mlp.experts.gate_proj"] = fused[:, : config.experts.width]
+        tensors["layer.mlp.experts.up_proj"] = fused[:, config.experts.width :]
+        return tensors
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        parts = [
+            tensors.pop(f"layer.mlp.experts.{i}.{name}.weight") for i in range(config.experts.count)
+        ]
+        tensors[f"layer.mlp.experts.{name}"] = stack(parts)
+    return tensors
+
+
+def _text(config: Config) -> Config:
+    """The settings of the language model in a `config.json`."""
+    return {**config, **(config.get("text_config") or {})}
+
+
+def _layer_config(config: Config, depths: int = DEPTHS, **settings: Any) -> RowConfig:
+    """The fields that describe one layer; `config` is the section that has its settings."""
+    backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
+    heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+    head_dim = int(config.get("head_dim") or hidden_size // heads)
+    rope = rope_parameters(config)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    inv_freq, rope_scale = inverse_frequencies(rope, int(head_dim * (share or 1.0)))
+    return RowConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        rms_norm_eps=float(config["rms_norm_eps"]),
+        attention_bias=bool(config.get("attention_bias", False)),
+        block_size=depths + 1,
+        mask_token_id=0,
+        vocab_size=int(config["vocab_size"]),
+        inv_freq=tuple(inv_freq.tolist()),
+        rope_scale=rope_scale,
+        sliding_windows=(None,),
+        causal=(True,),
+        **settings,
+    )
+
+
+def _parse_qwen(
+    config: Config,
+    stored: Collection[str],
+    target_layers: int,
+    *,
+    prefix: str = "mtp.",
+    offset: float = 1.0,
+) -> RowConfig:
+    """The layer always is full attention, whatever the target's last layer is."""
+    text = _text(config)
+    _refuse_keys(
+        text,
+        lambda key: key.startswith("mtp_"),
+        {"mtp_num_hidden_layers": (1,), "mtp_use_dedicated_embeddings": (False,)},
+    )
+    experts = None
+    if f"{prefix}layers.0.mlp.gate.weight" in stored:
+        experts = Experts(
+            count=int(text["num_experts"]),
+            per_token=int(text["num_experts_per_tok"]),
+            width=int(text["moe_intermediate_size"]),
+            shared_width=int(text["shared_expert_intermediate_size"]),
+            shared_gate=True,
+            sigmoid=False,
+            normalised=bool(text.get("norm_topk_prob", True)),
+        )
+    return _layer_config(
+        text,
+        intermediate_size=0 if experts else int(text["intermediate_size"]),
+        target_layer_ids=(target_layers,),
+        num_target_layers=int(text["num_hidden_layers"]),
+        final_state=True,
+        head="mtp",
+        reads_both=False,
+        normed_feedback=True,
+        gated=True,
+        qk_norm=True,
+        output_bias=bool(text.get("attention_bias", False)),
+        experts=experts,
+        norm_offset=offset,
+    )
+
+
+def _qwen_names(config: Config, stored: Collection[str], *, prefix: str = "mtp.") -> Names:
+    renamed = {
+        "fc": "input_proj",
+        "pre_fc_norm_embedding": "embedding_norm",
+        "pre_fc_norm_hidden": "hidden_norm",
+    }
+    names = {}
+    for name in stored:
+        if name.startswith(prefix):
+            first, _, rest = name.removeprefix(prefix).partition(".")
+            canonical = f"{renamed.get(first, first)}.{rest}"
+            names[name] = canonical.replace("layers.0.", "layer.", 1)
+    return names
+
+
+def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+    """GLM-4.5 to 4.7: the layer behind the last one is as the target's mixtures of experts."""
+    _refuse_keys(
+        config,
+        lambda key: "nextn" in key or "mtp" in key or key in ("n_group", "topk_group"),
+        {"num_nextn_predict_layers": (1,), "n_group": (1,), "topk_group": (1,)},
+    )
+    layers, width = int(config["num_hidden_layers"]), int(config["moe_intermediate_size"])
+    return _layer_config(
+        config,
+        intermediate_size=0,
+        target_layer_ids=(target_layers,),
+        num_target_layers=layers,
+        final_state=True,
+        head="mtp",
+        reads_both=False,
+        normed_feedback=True,
+        qk_norm=bool(config.get("use_qk_norm", False)),
+        experts=Experts(
+            count=int(config["n_routed_experts"]),
+            per_token=int(config["num_experts_per_tok"]),
+            width=width,
+            shared_width=width * int(config.get("n_shared_experts") or 0),
+            shared_gate=False,
+            sigmoid=True,
+            normalised=bool(config.get("norm_topk_prob", True)),
+            scale=float(config.get("routed_scaling_factor", 1.0)),
+        ),
+    )
+
+
+def _glm_names(config: Config, stored: Collection[str]) -> Names:
+    renamed = {
+        "enorm": "embedding_norm",
+        "hnorm": "hidden_norm",
+        "eh_proj": "input_proj",
+        "shared_head.norm": "norm",
+    }
+    prefix = f"model.layers.{config['num_hidden_layers']}."
+    names = {}
+    for name in stored:
+        part = name.removeprefix(prefix)
+        if part != name and part not in TARGET_TENSORS:
+            module = part.removesuffix(".weight")
+            canonical = f"{renamed[module]}.weight" if module in renamed else f"layer.{part}"
+            names[name] = canonical.replace("shared_experts.", "shared_expert.")
+    return names
+
+
+EAGLE_KEYS = {
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "eagle_config",
+    "fc_norm",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "num_aux_hidden_states",
+    "target_hidden_size",
+    "use_aux_norm",
+}
+EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "embed_requires_grad": (None, False, True),
+    "mlp_bias": (None, False),
+    "next_layer_regular": (None, True),
+    "parallel_draft_step": (None, 1),
+    "pretraining_tp": (None, 1),
+    "use_aux_hidden_state": (None, True),
+    "use_input_layernorm_in_first_layer": (None, True),
+    "use_last_layernorm": (None, True),
+    "use_mtp_layernorm": (None, False),
+}
+"""Keys that must have one of these values."""
+SPECULATORS_INERT = (
+    "speculators_config",
+    "speculators_model_type",
+    "speculators_version",
+    "transformer_layer_config",
+)
+
+
+def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+    """SafeAILab, SpecForge and ModelOpt: the settings of a Llama with one layer."""
+    nested = config.get("eagle_config") or {}
+    for section in (config, nested):
+        _refuse_keys(
+            section,
+            lambda key: key not in EAGLE_KEYS | backbone.KEYS and key not in backbone.INERT_KEYS,
+            EAGLE_NEUTRAL,
+        )
+    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    if ids is not None:
+        ids = [int(i) - 1 for i in ids]
+    elif (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
+        ids = [int(i) for i in ids]  # of the layers whose outputs are read
+    return _eagle_config(config, config, ids or _default_layers(target_layers), stored)
+
+
+def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+    layers = config["transformer_layer_config"]
+    _refuse_keys(
+        config,
+        lambda key: (
+            key not in EAGLE_KEYS
+            and key not in backbone.INERT_KEYS
+            and key not in SPECULATORS_INERT
+        ),
+        EAGLE_NEUTRAL,
+    )
+    ids = [int(i) - 1 for i in config.get("eagle_aux_hidden_state_layer_ids") or ()]
+    return _eagle_config(config, layers, ids or _default_layers(target_layers), stored)
+
+
+def _eagle_config(
+    config: Config, layers: Config, layer_ids: Sequence[int], stored: Collection[str]
+) -> RowConfig:
+    if int(layers["num_hidden_layers"]) != 1:
+        raise ValueError(f"num_hidden_layers = {layers['num_hidden_layers']} is not supported")
+    sliding = any(kind != "full_attention" for kind in layers.get("layer_types") or ())
+    if sliding or (layers.get("sliding_window") and layers.get("use_sliding_window")):
+        raise ValueError("a sliding window is not supported")
+    if config.get("target_hidden_size") not in (None, layers["hidden_size"]):
+        raise ValueError("a target_hidden_size unlike the drafter's hidden_size is not supported")
+    if config.get("num_aux_hidden_states") not in (None, len(layer_ids)):
+        raise ValueError(
+            f"num_aux_hidden_states = {config['num_aux_hidden_states']} contradicts "
+            f"{len(layer_ids)} layer ids"
+        )
+    each, whole = config.get("fc_norm") or config.get("use_aux_norm"), config.get("norm_before_fc")
+    if each and whole:
+        raise ValueError("fc_norm and norm_before_fc exclude each other")
+    vocab_size = int(layers["vocab_size"])
+    draft_vocab_size = int(config.get("draft_vocab_size") or vocab_size)
+    bias = bool(layers.get("attention_bias", False))
+    return _layer_config(
+        layers,
+        intermediate_size=int(layers["intermediate_size"]),
+        target_layer_ids=tuple(layer_ids),
+        num_target_layers=None,
+        head="eagle3",
+        reads_both=True,
+        normed_residual=bool(config.get("norm_before_residual")),
+        normed_feedback=bool(config.get("norm_output")),
+        qk_norm=any(name.endswith("self_attn.q_norm.weight") for name in stored),
+        output_bias=bias,
+        feature_norms="each" if each else "all" if whole else None,
+        own_vocabulary=True,
+        draft_vocab_size=None if draft_vocab_size == vocab_size else draft_vocab_size,
+    )
+
+
+def _default_layers(target_layers: int) -> list[int]:
+    """The layers whose outputs enter layers 2, N / 2 and N - 3, if no ids are given."""
+    return [1, target_layers // 2 - 1, target_layers - 4]
+
+
+def _eagle_names(config: Config, stored: Collection[str]) -> Names:
+    renamed = {"layer.hidden_norm": "hidden_norm", "layer.input_layernorm": "embedding_norm"}
+    names = {}
+    for name in stored:
+        part = re.sub(r"^model\.", "", name)
+        part = re.sub(r"^(midlayer|layers\.0)\.", "layer.", part)
+        if part == "t2d" or part.startswith("verifier_"):
+            continue
+        module = part.removesuffix(".weight")
+        names[name] = f"{renamed[module]}.weight" if module in renamed else part
+        if part == "d2t" and not _has_own_tokens(config):
+            del names[name]
+    return names
+
+
+def _has_own_tokens(config: Config) -> bool:
+    layers = config.get("transformer_layer_config") or config
+    return config.get("draft_vocab_size") not in (None, layers.get("vocab_size"))
+
+
+def _refuse_keys(
+    config: Config, selected: Callable[[str], bool], known: Mapping[str, Collection[Any]]
+) -> None:
+    """Raise a ValueError for the first selected setting with a value that is not known."""
+    for key, value in config.items():
+        if selected(key) and value not in (None, False) and value not in known.get(key, ()):
+            raise ValueError(f"{key} = {value!r} is not supported")
+
+
+def _parse_sidecar(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+    return _parse_qwen(config, stored, target_layers, prefix="", offset=0.0)
+
+
+def _sidecar_names(config: Config, stored: Collection[str]) -> Names:
+    return _qwen_names(config, stored, prefix="")
+
+
+QWEN_MTP = RowFormat(name="Qwen MTP", parse=_parse_qwen, names=_qwen_names)
+QWEN_SIDECAR = RowFormat(name="Qwen MTP", parse=_parse_sidecar, names=_sidecar_names)
+GLM_MTP = RowFormat(name="GLM MTP", parse=_parse_glm, names=_glm_names)
+EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_eagle, names=_eagle_names)
+SPECULATORS_EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_speculators, names=_eagle_names)

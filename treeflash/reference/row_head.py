@@ -1,0 +1,273 @@
+"""Heads that draft depth by depth; see `treeflash.drafters.row_heads`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig
+from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.reference.drafter_model import DrafterModel
+from treeflash.reference.numerics import (
+    Array,
+    Ints,
+    attention,
+    log_softmax,
+    rotate,
+    sigmoid,
+    silu,
+    top,
+)
+from treeflash.reference.state import State
+from treeflash.reference.target import Cache, Target
+
+
+class RowCache(Cache):
+    """The rows of one sequence, and the target's states that they read.
+
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
+
+    Attributes:
+        hidden: (length, hidden_size).
+    """
+
+    def __init__(self, config: RowConfig) -> None:
+        super().__init__(1, config.num_key_value_heads, config.head_dim)
+        self.hidden: Array = np.zeros((0, config.hidden_size), np.float32)
+
+    @property
+    def length(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.hidden.nbytes
+
+    def copy_from(self, other: Cache, length: int) -> None:
+        assert isinstance(other, RowCache)
+        super().copy_from(other, max(min(length, other.length) - 1, 0))
+        self.hidden = other.hidden[:length].copy()
+
+
+@dataclass(frozen=True, eq=False)
+class RowModel(DrafterModel):
+    """The tensors of a row head, with the target that it drafts for."""
+
+    config: RowConfig
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: RowConfig,
+        weights: dict[str, Array],
+        vocabulary: Mapping[str, NDArray[Any]],
+        target: Target,
+    ) -> RowModel:
+        if config.experts is not None:
+            raise UnsupportedModelError("the reference backend has no row heads with experts")
+        offset = np.float32(config.norm_offset)
+        tensors = {x: w + offset if x.endswith("norm.weight") else w for x, w in weights.items()}
+        return cls(config, tensors, {}, vocabulary, target)
+
+    def new_cache(self) -> RowCache:
+        return RowCache(self.config)
+
+    def project(self, features: Array) -> Array:
+        """(n, hidden_size) states of rows, from (n, feature_size) outputs of the target."""
+        if self.config.final_state:
+            return features
+        if self.config.feature_norms == "all":
+            features = self.normed("input_norm", features)
+        if self.config.feature_norms == "each":
+            parts = np.split(features, len(self.config.target_layer_ids), -1)
+            parts = [self.normed(f"fc_norm.{i}", part) for i, part in enumerate(parts)]
+            features = np.concatenate(parts, -1)
+        return self._linear("fc", features)
+
+    def read(self, tokens: Ints, states: Array) -> tuple[Array, Array]:
+        """What attention reads, and its residual, from (n,) tokens and (n, hidden_size) states."""
+        normed = self.normed("hidden_norm", states)
+        both = np.concatenate([self.normed("embedding_norm", self.embed(tokens)), normed], -1)
+        if self.config.reads_both:
+            return both, normed if self.config.normed_residual else states
+        x = self._linear("input_proj", both)
+        return self.normed("layer.input_layernorm", x), x
+
+    def keys_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
+        """(kv_heads, n, head_dim) each, of n rows."""
+        v = self._linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
+        return self._rotated("k", self._linear("layer.self_attn.k_proj", y), positions), (
+            v.swapaxes(0, 1)
+        )
+
+    def layer(
+        self,
+        read: tuple[Array, Array],
+        positions: Ints,
+        keys: Array,
+        values: Array,
+        mask: NDArray[np.bool_],
+    ) -> Array:
+        """(n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
+        y, x = read
+        q = self._linear("layer.self_attn.q_proj", y)
+        gate = None
+        if self.config.gated:
+            q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
+        out = attention(self._rotated("q", q, positions), keys, values, mask)
+        if gate is not None:
+            out = out * sigmoid(gate.reshape(out.shape))
+        x = x + self._linear("layer.self_attn.o_proj", out)
+        y = self.normed("layer.post_attention_layernorm", x)
+        up = silu(self._linear("layer.mlp.gate_proj", y)) * self._linear("layer.mlp.up_proj", y)
+        return x + self._linear("layer.mlp.down_proj", up)
+
+    def feedback(self, x: Array) -> Array:
+        """The states of the children of rows, from the rows' outputs."""
+        return self.normed("norm", x) if self.config.normed_feedback else x
+
+    def _rotated(self, name: str, x: Array, positions: Ints) -> Array:
+        config = self.config
+        y = x.reshape(len(x), -1, config.head_dim)
+        if config.qk_norm:
+            y = self.normed(f"layer.self_attn.{name}_norm", y)
+        first, rest = np.split(y.swapaxes(0, 1), [2 * len(config.inv_freq)], -1)
+        first = rotate(first, positions, config.inv_freq, config.rope_scale)
+        return np.concatenate([first, rest], -1)
+
+    def _linear(self, name: str, x: Array) -> Array:
+        y: Array = x @ self.tensors[name + ".weight"].T
+        bias = self.tensors.get(name + ".bias")
+        return y if bias is None else y + bias
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """The root's row after a draft.
+
+    Attributes:
+        root: token id.
+        output: (1, hidden_size) of the layer.
+        keys: (kv_heads, p, head_dim) of all rows of the sequence, the root's last; and values.
+        depths: wanted.
+    """
+
+    root: int
+    output: Array
+    keys: Array
+    values: Array
+    depths: int
+
+
+class RowDrafter(OneByOneDrafter):
+    """`treeflash.decoding.interfaces.Drafter` in NumPy: the rows of committed positions."""
+
+    def __init__(self, model: RowModel) -> None:
+        self.model = model
+
+    def draft_one(self, state: State, root: int, depths: int | None) -> RowBlock:
+        cache, model = state.drafter, self.model
+        assert isinstance(cache, RowCache)
+        first = max(cache.length - 1, 0)
+        if state.context:
+            hidden = model.project(np.concatenate(state.context))
+            cache.hidden, state.context = np.concatenate([cache.hidden, hidden]), []
+        tokens = np.array([*state.tokens[first + 1 :], root], np.int32)
+        positions = np.arange(first, cache.length, dtype=np.int32)
+        y, residual = model.read(tokens, cache.hidden[first:])
+        keys, values = cache.attend(0, *model.keys_values(y, positions))
+        cache.commit(np.arange(len(tokens) - 1, dtype=np.int32))
+        mask = np.ones((1, keys.shape[1]), np.bool_)
+        output = model.layer((y[-1:], residual[-1:]), positions[-1:], keys, values, mask)
+        most = model.config.depths
+        return RowBlock(root, output, keys, values, min(depths or most, most))
+
+    def marginals_one(self, block: RowBlock, options: TableOptions) -> TransitionTable:
+        raise ConfigError(NO_MARGINALS)
+
+    def log_probs(self, block: RowBlock) -> Array:
+        raise ConfigError(NO_MARGINALS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Paths:
+    """The rows of one depth, and all rows that they see.
+
+    Attributes:
+        output: (n, hidden_size) of the layer at the rows of this depth.
+        keys: (kv_heads, m, head_dim) of all rows so far; and values.
+        visible: (n, m) bool; whether a row of this depth descends from a row, or is it.
+    """
+
+    output: Array
+    keys: Array
+    values: Array
+    visible: NDArray[np.bool_]
+
+
+class RowHead(OneByOneHead):
+    """`treeflash.decoding.interfaces.ARHead` in NumPy, one pass of the layer for each depth."""
+
+    def __init__(self, model: RowModel) -> None:
+        self.model = model
+
+    def transitions_one(self, block: RowBlock, options: TableOptions) -> TransitionTable:
+        model, temperature = self.model, np.float32(options.temperature)
+        noise = np.zeros((block.depths, 1), np.float32)
+        if options.noise is not None:
+            noise = options.noise.values(model.token_ids)
+        width = min(options.m, MAX_PATHS if options.rows is None else options.rows, MAX_PATHS)
+        rows, path_log_probs = self._start(block), np.zeros(1)
+        tokens: list[Ints] = []
+        log_probs: list[Array] = []
+        kept: list[NDArray[np.int64]] = []
+        parents = np.zeros(1, np.int64)
+        for depth in range(block.depths):
+            if depth:
+                rows = self._step(block, rows, depth, tokens[-1].ravel()[kept[-1]], parents)
+            scores = (model.logits(rows.output) + noise[depth]) / temperature
+            best, best_log_probs = top(scores, options.k)
+            tokens.append(model.token_ids[best])
+            log_probs.append(best_log_probs)
+            children = (path_log_probs[:, None] + best_log_probs).ravel()
+            ranks = children.copy()
+            ranks[0] = np.inf  # the first row is the chain's, which must not end here
+            kept.append(np.argsort(-ranks, kind="stable")[:width])
+            parents = kept[-1] // best.shape[1]
+            path_log_probs = children[kept[-1]]
+        return TransitionTable.from_paths(tokens, log_probs, kept)
+
+    def log_probs(self, block: RowBlock, previous: Ints) -> Array:
+        rows = self._start(block)
+        outputs = [rows.output]
+        for depth in range(1, len(previous)):
+            rows = self._step(block, rows, depth, previous[depth : depth + 1], np.zeros(1, int))
+            outputs.append(rows.output)
+        log_probs = log_softmax(self.model.logits(np.concatenate(outputs)))
+        return self.model.over_target_vocabulary(log_probs)
+
+    def _start(self, block: RowBlock) -> _Paths:
+        visible = np.ones((1, block.keys.shape[1]), np.bool_)
+        return _Paths(block.output, block.keys, block.values, visible)
+
+    def _step(
+        self, block: RowBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
+    ) -> _Paths:
+        """The rows of (n,) tokens that follow (n,) rows of the depth before."""
+        model, n = self.model, len(tokens)
+        positions = np.full(n, block.keys.shape[1] - 1 + depth, np.int32)
+        y, residual = model.read(tokens, model.feedback(rows.output[parents]))
+        new_keys, new_values = model.keys_values(y, positions)
+        keys = np.concatenate([rows.keys, new_keys], 1)
+        values = np.concatenate([rows.values, new_values], 1)
+        visible = np.concatenate([rows.visible[parents], np.eye(n, dtype=np.bool_)], 1)
+        output = model.layer((y, residual), positions, keys, values, visible)
+        return _Paths(output, keys, values, visible)

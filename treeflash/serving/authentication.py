@@ -1,0 +1,122 @@
+"""Access to the server: the API key, the size and the arrival time of every request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Collection
+from contextlib import suppress
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from treeflash.serving import page
+from treeflash.serving.errors import APIError
+from treeflash.serving.settings import Settings
+
+OPEN_PATHS = page.PATHS | {"/health"}
+"""Paths that need no API key."""
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def authenticate(headers: Headers, digests: Collection[str]) -> str:
+    """Check the API key of a request, in `Authorization: Bearer KEY` or `x-api-key`.
+
+    Returns its digest, which is one of `digests`; raises an APIError if it is missing or wrong.
+    """
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    digest = _digest(key)
+    # All keys are compared, each in constant time, so that the time reveals nothing about them.
+    if not sum(hmac.compare_digest(digest, valid) for valid in digests):
+        raise APIError(
+            401,
+            "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return digest
+
+
+async def read_body(receive: Receive) -> AsyncIterator[bytes]:
+    """The pieces of a body, up to its end or until the client disconnects."""
+    with suppress(ClientDisconnect):
+        async for piece in Request({"type": "http"}, receive).stream():
+            yield piece
+
+
+def add_guard(app: Starlette, settings: Settings) -> None:
+    """Let an application see only requests with a key, with whole bodies, of allowed origins."""
+    app.add_middleware(AuthenticationMiddleware, settings=settings)
+    if settings.cors_origins:
+        # The middleware that is added last runs first, so errors have the headers of CORS too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+
+
+class AuthenticationMiddleware:
+    """Checks the API key of every request, then reads its body within the limits.
+
+    The digest of the key becomes the request's cache salt, so that sequences of different keys do
+    not share cached states. The class is plain ASGI, because a disconnect must reach the endpoint.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._digests = [_digest(key) for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            headers, path = Headers(scope=scope), scope["path"]
+            needs_key = self._digests and path not in OPEN_PATHS
+            cache_salt = authenticate(headers, self._digests) if needs_key else ""
+            scope.setdefault("state", {})["cache_salt"] = cache_salt
+            if scope["method"] == "POST":
+                receive = await self._read_body(headers, receive)
+        except APIError as error:
+            await error.response(scope["path"])(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
+        """Read the whole body; returns a callable that hands it to the application."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # A web page of another origin can send other types without a preflight request.
+            raise APIError(415, "the body must be JSON; send Content-Type: application/json")
+        limit, seconds = int(self._settings.max_body_mb * 2**20), self._settings.body_timeout
+        body = b""
+        try:
+            async with asyncio.timeout(seconds):
+                async for piece in read_body(receive):
+                    body += piece
+                    if len(body) > limit:
+                        message = f"the body has more than {limit} bytes, the limit of this server"
+                        raise APIError(413, message)
+        except TimeoutError:
+            raise APIError(
+                408,
+                f"the body did not arrive within {seconds:g} seconds",
+                headers={"Connection": "close"},
+            ) from None
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        return replay

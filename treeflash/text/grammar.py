@@ -1,0 +1,210 @@
+"""Grammars of texts, and the constraints of decoding that enforce them."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.errors import ConfigError
+from treeflash.text.grammar_trial import (
+    ANY_FORM,
+    LIMITS,
+    STACK,
+    GrammarTrial,
+    TrialError,
+    one_line,
+)
+from treeflash.text.tokenizer import Tokenizer
+
+ANSWER, OTHER, REST = "answer", "other", "rest"
+"""Names of grammars that another one refers to."""
+SPACE = r"[ \t\r\n]{0,4}"
+"""White space between parts; without a bound, small models may write nothing else."""
+JSON_SPACE = r" |\n[ \t]{0,20}"
+"""White space inside JSON."""
+
+
+class GrammarError(ConfigError):
+    """A grammar is invalid, unsupported, or takes too much to compile."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"invalid grammar: {one_line(reason)}")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar for llguidance: a text must match the first of the entries.
+
+    Each has a `json_schema`, a `lark_grammar` or an `ANY_FORM`, and a `name` if another one refers
+    to it as `@name`.
+    """
+
+    entries: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any] | bool) -> Grammar:
+        """JSON that conforms to a JSON schema."""
+        return cls(({"json_schema": bound_white_space(schema)},))
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Texts that match a regular expression as a whole."""
+        return cls.lark(f"start: /{escape_slashes(pattern)}/")
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Grammar:
+        """One of several texts."""
+        strings = (json.dumps(text, ensure_ascii=False) for text in texts)
+        return cls.lark("start: " + " | ".join(strings))
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md."""
+        return cls(({"lark_grammar": text},))
+
+    @classmethod
+    def lark_or_gbnf(cls, text: str) -> Grammar:
+        """A grammar in the Lark format or in llama.cpp's GBNF."""
+        return cls(({ANY_FORM: text},))
+
+    def either(self, other: Grammar) -> Grammar:
+        """The texts of this grammar and the texts of another one."""
+        entries: list[Mapping[str, Any]] = [{"lark_grammar": f"start: @{ANSWER} | @{OTHER}"}]
+        for name, (first, *others) in ((ANSWER, self.entries), (OTHER, other.entries)):
+            entries += {**first, "name": name}, *others
+        return Grammar(tuple(entries))
+
+    def prepend(self, lead: str, *, rule: str) -> Grammar:
+        """A match of `lead`, which may use the Lark `rule`, and then a text of this grammar."""
+        first, *others = self.entries
+        start = {"lark_grammar": f"start: {lead} @{REST}\n{rule}"}
+        return Grammar((start, {**first, "name": REST}, *others))
+
+
+def bound_white_space(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
+    """A JSON schema for llguidance that bounds the white space between JSON's tokens."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    given = schema.get("x-guidance")
+    options = {"whitespace_pattern": JSON_SPACE} | (given if isinstance(given, dict) else {})
+    return {**schema, "x-guidance": options}
+
+
+def escape_slashes(pattern: str) -> str:
+    """A regular expression, escaped for the slashes of the Lark format."""
+    return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern, flags=re.DOTALL)
+
+
+class GrammarConstraint:
+    """A `Constraint` of the decode loop that allows the texts of a grammar.
+
+    The matcher belongs to this constraint alone. `vocab_size` is the target's.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._words = -(-vocab_size // 32)
+        self._after_stop = 0  # a matcher that has stopped does not count further end tokens
+
+    def allowed(self) -> NDArray[np.uint32]:
+        """(ceil(vocab / 32),) bitmask of the tokens that may come next."""
+        mask = np.zeros((1, self._words), np.int32)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
+        self._check()
+        allowed: NDArray[np.uint32] = mask[0].view(np.uint32)
+        return allowed
+
+    def advance(self, token: int) -> None:
+        """Append a token that is allowed."""
+        if self._matcher.is_stopped():
+            self._after_stop += 1
+        else:
+            self._matcher.consume_token(token)
+            self._check()
+
+    def rollback(self, tokens: int) -> None:
+        """Remove the last tokens."""
+        beyond = min(tokens, self._after_stop)
+        self._after_stop -= beyond
+        if tokens > beyond:
+            self._matcher.rollback(tokens - beyond)
+            self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(self._matcher.get_error())
+
+
+class GrammarCompiler:
+    """Compiles grammars to constraints. Any thread may call it.
+
+    The first grammar takes a second more. The target's `vocab_size` may exceed the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._parts: tuple[llguidance.LLTokenizer, GrammarTrial] | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
+        """Compile a grammar; returns a function that makes a constraint for one answer.
+
+        Raises:
+            GrammarError: the grammar is invalid, unsupported, or takes too much to compile.
+            OSError: no process for grammars can be started.
+        """
+        vocabulary, trial = self._loaded()
+        try:
+            text = trial.run(grammar.entries)
+        except TrialError as error:
+            raise GrammarError(str(error)) from error
+        make = partial(llguidance.LLMatcher, log_level=0, limits=LIMITS)  # prints no errors
+        matcher = _in_deep_thread(partial(make, vocabulary, text))
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        return lambda: GrammarConstraint(matcher.deep_copy(), self._vocab_size)
+
+    def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarTrial]:
+        with self._lock:
+            if self._parts is None:
+                # As in `llguidance.hf`, whose vocabulary cannot be handed to another process.
+                backend = copy(self._tokenizer.transformers.backend_tokenizer)
+                backend.no_padding()
+                backend.no_truncation()
+                arguments = {
+                    "tokenizer": backend.to_str(),
+                    "n_vocab": self._vocab_size,
+                    "eos_token": sorted(self._tokenizer.stop_token_ids),
+                }
+                trial = GrammarTrial(arguments)  # loads the vocabulary meanwhile
+                self._parts = llguidance.LLTokenizer(**arguments), trial
+            return self._parts
+
+
+_STACK_SIZE = threading.Lock()
+"""The stack size of new threads is a setting of the whole process."""
+
+
+def _in_deep_thread(function: Callable[[], llguidance.LLMatcher]) -> llguidance.LLMatcher:
+    """Call a function in a thread with a larger stack than the trial's, on any system."""
+    with ThreadPoolExecutor(1, "treeflash-grammar") as pool:
+        with _STACK_SIZE:
+            before = threading.stack_size(2 * STACK)
+            try:
+                result = pool.submit(function)
+            finally:
+                threading.stack_size(before)
+        return result.result()
