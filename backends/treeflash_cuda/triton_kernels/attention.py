@@ -285,16 +285,17 @@ def _own_positions(
     for chunk in range(begin // CHUNK, tl.cdiv(end, CHUNK)):
         chunk_start, chunk_end = chunk * CHUNK, (chunk + 1) * CHUNK
         low = tl.where(chunk_start < sink, 0, start // TILE * TILE)
-        # Whether the first kernel has attended to some of the positions.
-        is_added = tl.maximum(low, chunk_start) < tl.minimum(tl.minimum(common, end), chunk_end)
+        # The first kernel has attended to some of the positions. Rows are compared, not numbers:
+        # Triton 3.9's interpreter takes no mask that combines a block with a single comparison.
+        added_end = tl.minimum(tl.minimum(common, end), chunk_end)
+        added = tl.where(is_row, tl.maximum(low, chunk_start), added_end) < added_end
         place = (((sequence * kv_heads + kv_head) * chunks + chunk).to(tl.int64) * n + row) * GROUPS
         place += group
-        added = is_row & is_added
         part_highest = tl.load(sums_pointer + place * 2, mask=added, other=float("-inf"))
         part_total = tl.load(sums_pointer + place * 2 + 1, mask=added, other=0.0)
         part_out = tl.load(
             outputs_pointer + place[:, None] * HEAD_DIM + dims[None, :],
-            mask=is_element & is_added,
+            mask=is_element & added[:, None],
             other=0.0,
         )
         tail = tl.maximum(tl.maximum(common, chunk_start), low)
