@@ -171,7 +171,7 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         raise ConfigError("device_map does not work under torchrun; remove one of them")
     if device_map is not None and config.device is not None:
         raise ConfigError("device_map chooses the devices itself; remove device")
-    model = Target(
+    model = Target.load(
         folder,
         device,
         dtype,
