@@ -29,7 +29,8 @@ LAYERS = [
     {"language_model"},
     {"cli"},
     {"evaluation", "diagnosis", "training", "serving", "transformers"},
-    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"},
+    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"}
+    | {"adapt"},
     {"__main__"},
 ]
 # What a backend may import besides its own modules: neither the loop nor the scheduler.

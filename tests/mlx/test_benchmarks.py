@@ -37,6 +37,19 @@ def test_mac(module, pair, tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in results["methods"])
 
 
+def test_metal_sources(module, tmp_path, monkeypatch, capsys):
+    """One file for each instantiation, as MLX writes it."""
+    sources = module("metal_sources")
+    monkeypatch.setattr(sources, "DTYPES", sources.DTYPES[:1])
+    assert sources.main([str(tmp_path / "kernels")]) == 0
+    texts = [path.read_text() for path in (tmp_path / "kernels").iterdir()]
+    assert f"{len(texts)} kernels" in capsys.readouterr().out
+    assert all(text.startswith(sources.PRELUDE) and "[[kernel]]" in text for text in texts)
+    assert (sources.INCLUDES / sources.PRELUDE.split('"')[1]).exists()
+    assert sum("void custom_kernel_treeflash_products_" in text for text in texts) == 12
+    assert sum("void custom_kernel_treeflash_substitution_" in text for text in texts) == 1
+
+
 def test_throughput(module, pair, tmp_path):
     prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
     prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
