@@ -16,7 +16,7 @@ from treeflash.drafters.conversion import convert
 from treeflash.drafters.formats import drafter_config
 from treeflash.hub.models import resolve_drafter
 from treeflash.reference.backend import load as load_reference
-from treeflash.testing.models import write_dialect, write_target
+from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 if find_spec("vllm") is None:
@@ -91,11 +91,21 @@ EXPORTS = [
 """A dialect, the format it is converted to, and vLLM's method and model class."""
 
 
+def drop_windows(config):
+    """Let all layers attend to all positions: exports have no windows."""
+    if config.pop("sliding_window", None):
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+
+
 def export(folder, dialect, to):
     """A random target, and a drafter of a dialect that was converted, or not for None."""
     target, drafter = folder / "target", folder / "drafter"
     write_target(target, "qwen3", seed=1)
-    write_dialect(drafter, target, dialect, seed=2)
+    if dialect == "dflash":
+        write_drafter(drafter, target, format="dflash", seed=2)
+    else:
+        write_dialect(drafter, target, dialect, seed=2)
+    edit_config(drafter, drop_windows)
     if to is not None:
         convert(drafter, folder / "converted", to, target=str(target))
         drafter = folder / "converted"

@@ -115,11 +115,14 @@ def score(job: Job) -> Job:
             initialize_model_parallel(1)
         draft_class = get_model_cls(draft)
         model = draft_class(vllm_config=config)
-        model.load_weights(load_file(Path(job["drafter"]) / "model.safetensors").items())
+        tensors = load_file(Path(job["drafter"]) / "model.safetensors")
+        model.load_weights(tensors.items())
         target = AutoModelForCausalLM.from_pretrained(job["target"], dtype=torch.float32)
         vocab = len(target.lm_head.weight)
-        model.model.embed_tokens.weight[:vocab] = target.model.embed_tokens.weight
-        model.lm_head.weight[:vocab] = target.lm_head.weight
+        if "embed_tokens.weight" not in tensors:
+            model.model.embed_tokens.weight[:vocab] = target.model.embed_tokens.weight
+        if "lm_head.weight" not in tensors:
+            model.lm_head.weight[:vocab] = target.lm_head.weight
         *context, root = job["context"]
         hidden = target(torch.tensor([context]), output_hidden_states=True).hidden_states
         features = torch.cat([hidden[i + 1][0] for i in job["layers"]], -1)
