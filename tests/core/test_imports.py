@@ -28,7 +28,7 @@ LAYERS = [
     {"registry"},
     {"language_model"},
     {"cli"},
-    {"evaluation", "diagnosis", "training", "serving"},
+    {"evaluation", "diagnosis", "training", "serving", "transformers"},
     {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"}
     | {"adapt"},
     {"__main__"},
