@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "train": "train a drafter on the responses of its target",
     "distill": "generate a target's responses to train a drafter on",
+    "adapt": "train a drafter on for a fine-tuned target",
     "evaluate": "measure a drafter by depth, method and budget",
     "doctor": "diagnose a target and its drafter",
     "convert": "write a drafter in another published format",

@@ -8,8 +8,8 @@ are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -300,6 +300,24 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
         module.weight = nn.Parameter(merged, requires_grad=False)
 
 
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model its own attention back at the end, whatever replaced it inside."""
+    implementation = attention_implementation(model.config)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def attention_implementation(config: Any) -> Any:
+    """The name of a model's attention; a dictionary of names if it has parts."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    own: str = config._attn_implementation
+    names = {name: attention_implementation(part) for name, part in parts.items() if part}
+    return {"": own, **names} if names else own
+
+
 class Target:
     """The model, and the outputs of the layers that a drafter reads."""
 
@@ -444,6 +462,13 @@ class Target:
                 f"{family} models compute attention in a way that the cuda backend does not "
                 f"support (relative error of the logits: {difference:.2f})"
             )
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
+        with own_attention(self.model):
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            yield
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.
