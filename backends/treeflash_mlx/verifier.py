@@ -14,7 +14,7 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens, check_finite
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
-from treeflash_mlx.cache import BatchStorage, release_freed_memory, share_storage
+from treeflash_mlx.cache import BatchStorage, share_storage, size_class
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.row_head import RowModel
 from treeflash_mlx.sampling import sample
@@ -23,8 +23,6 @@ from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass."""
-RELEASE_INTERVAL = 256
-"""Committed tokens of a sequence between two releases of freed memory."""
 
 PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 """A sequence, and the nodes of its latest pass to commit."""
@@ -61,15 +59,9 @@ class Verifier:
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        lengths = [state.length for state, _ in paths]
         self._commit(paths)
         # The device moves the rows while Python builds the next drafts.
         mx.async_eval([_committed_arrays(state) for state, _ in paths])
-        if any(
-            length // RELEASE_INTERVAL != state.length // RELEASE_INTERVAL
-            for length, (state, _) in zip(lengths, paths, strict=True)
-        ):
-            release_freed_memory()
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """(n, vocab) logits at the nodes of each tree, for tests."""
@@ -166,18 +158,20 @@ class Verifier:
             # Projected at once: the outputs of five layers take five times the memory.
             self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
             mx.eval(_committed_arrays(state))
-            if first:
-                release_freed_memory()
 
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False
     ) -> list[mx.array]:
-        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can.
+        """(n, vocab) logits at the nodes of each tree, from one forward pass for each group.
 
         In a `prefill` the trees are chains of new tokens, all of which will be committed.
         """
-        if len(sequences) > 1 and not self.target.batches:
-            return [part for sequence in sequences for part in self._forward([sequence])]
+        if len(groups := self._groups(sequences)) > 1:
+            logits: dict[State, mx.array] = {}
+            for group in groups:
+                parts = self._forward(group, prefill=prefill)
+                logits |= zip((state for state, _ in group), parts, strict=True)
+            return [logits[state] for state, _ in sequences]
         storage = share_storage([state.kv_cache for state, _ in sequences])
         by_row = sorted(sequences, key=lambda sequence: sequence[0].kv_cache.row)
         trees = [tree for _, tree in by_row]
@@ -186,7 +180,7 @@ class Verifier:
         starts, caches = zip(*((s.length, s.kv_cache) for s, _ in by_row), strict=True)
         solve = None if prefill else self.target.solve
         tree_pass = TreePass.build(trees, starts, storage.columns - 1, solve=solve)
-        logits, outputs = self.target.forward(
+        rows, outputs = self.target.forward(
             mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass
         )
         if outputs is not None:
@@ -195,7 +189,17 @@ class Verifier:
             state.outputs, state.first_row, state.ahead = outputs, row * n, None
         for state, tree in sequences:
             state.pass_tokens = tree.tokens
-        return [logits[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+        return [rows[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+
+    def _groups(
+        self, sequences: Sequence[tuple[State, DraftTree]]
+    ) -> list[list[tuple[State, DraftTree]]]:
+        """The sequences that share a pass: of similar capacity, or each alone."""
+        groups: dict[Any, list[tuple[State, DraftTree]]] = {}
+        for state, tree in sequences:
+            key = size_class(state.kv_cache.columns) if self.target.batches else state
+            groups.setdefault(key, []).append((state, tree))
+        return list(groups.values())
 
     def _commit(self, paths: Sequence[PathOfState]) -> None:
         """Commit paths of the latest passes, and project their features.
