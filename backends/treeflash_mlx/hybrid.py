@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -202,8 +204,7 @@ def solve_by_rounds(system: mx.array, targets: mx.array, depth: int) -> mx.array
 
 def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx.array:
     """A `Solver` in one Metal kernel with a thread per column; each round would be a launch."""
-    inputs, outputs = ["system", "targets"], ["solution"]
-    kernel: Any = mx.fast.metal_kernel("treeflash_substitution", inputs, outputs, SUBSTITUTION)
+    kernel = _substitution_kernel(mx.fast.metal_kernel)
     batch, heads, _, width = targets.shape
     return kernel(
         inputs=[system, targets],
@@ -212,6 +213,12 @@ def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx
         output_shapes=[targets.shape],
         output_dtypes=[targets.dtype],
     )[0]
+
+
+@cache
+def _substitution_kernel(make: Callable[..., Any]) -> Any:
+    """The kernel, made once: MLX would look up its source in every layer of every pass."""
+    return make("treeflash_substitution", ["system", "targets"], ["solution"], SUBSTITUTION)
 
 
 MAX_SOLVER_ERROR = 1e-3
@@ -494,6 +501,21 @@ class BatchStates:
         if self.layers:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))
+
+    @contextmanager
+    def committed_early(self) -> Iterator[list[RecurrentTreeCache | None]]:
+        """Let a pass read the states after the only token of the latest pass of one sequence.
+
+        Yields:
+            What its layers write, in place of `latest`, which stays as it is.
+        """
+        layers, latest = self.layers, self.latest
+        self.commit({0: np.zeros(1, np.int32)})
+        self.latest = [None] * len(layers)
+        try:
+            yield self.latest
+        finally:
+            self.layers, self.latest = layers, latest
 
 
 class RecurrentTreeCache(ArraysCache):

@@ -25,7 +25,7 @@ from treeflash_mlx.cache import KVCache, share_storage
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import MLP, OwnVocabulary
 from treeflash_mlx.numerics import log_softmax, top_log_probs
-from treeflash_mlx.state import State
+from treeflash_mlx.state import State, project_contexts
 from treeflash_mlx.target import Target
 
 CHUNK = 2048
@@ -285,6 +285,7 @@ class RowDrafter:
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        project_contexts([state for state, _ in roots], self.model.project)
         new: list[tuple[RowCache, int, list[int]]] = []
         for state, root in roots:
             cache, tokens = self._append(state)
