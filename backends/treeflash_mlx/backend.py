@@ -12,9 +12,9 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from treeflash.config import LoadConfig
+from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes, load_pair
-from treeflash.decoding.interfaces import DeviceReport, Prefill
+from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -49,6 +49,7 @@ Head: TypeAlias = ARHead | RecurrentHead | RowHead
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
+WARM_NODES = 24
 MAX_SUBMISSIONS = 4
 """Times that a forward pass submits work to the device, at most."""
 
@@ -155,7 +156,28 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     limit_memory(backend.weights_bytes, wired=config.wired)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
+        warm_up(backend)
     return backend
+
+
+def warm_up(backend: MlxBackend) -> None:
+    """Run everything that an answer needs once, so that Metal compiles its kernels now."""
+    parents = ((np.arange(WARM_NODES) - 1) // 2).astype(np.int32)
+    tree = DraftTree.from_parents(np.zeros(WARM_NODES, np.int32), parents)
+    options = TableOptions(k=16, m=16, shortlist=1024, rows=WARM_NODES)
+    drafter = backend.drafter
+    with SequenceSession(backend, drafts=drafter is not None, capacity=256) as sequence:
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.9)):
+            root = sequence.extend([0] * WARM_NODES, sampling)
+            sequence.verify(DraftTree.root_only(root), sampling)
+            if drafter is not None:
+                blocks = [sequence.draft(root)]
+                if backend.head is None:
+                    drafter.marginals(blocks, options)
+                else:
+                    backend.head.transitions(blocks, options)
+                sequence.verify(tree, sampling)
+            sequence.commit(np.zeros(1, np.int32))
 
 
 def check_config(config: LoadConfig) -> None:

@@ -228,3 +228,24 @@ def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, 
 
     monkeypatch.setattr(type(backend.verifier), "logits", first_twice)
     assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
+    """Everything that an answer needs runs once, so that the first answer compiles nothing."""
+    calls = []
+    backend = load(pair[0], pair[1] if drafts else None, LoadConfig())
+    for role in (backend.verifier, backend.drafter, backend.head):
+        for name in ("run", "commit", "draft", "transitions"):
+            if (method := getattr(type(role), name, None)) is not None:
+
+                def record(*args, name=name, method=method):
+                    calls.append(name)
+                    return method(*args)
+
+                monkeypatch.setattr(type(role), name, record)
+    backend_module.warm_up(backend)
+    assert set(calls) == {"run", "commit", *(("draft", "transitions") if drafts else ())}
+    calls.clear()
+    load(*pair, LoadConfig(device="cpu"))
+    assert "draft" not in calls  # a CPU has nothing to compile
