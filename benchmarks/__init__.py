@@ -10,6 +10,7 @@
 - `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
 - `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
 - `mac`: everything that MLX does with a target and a drafter.
+- `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.
 - `families`: the table of model types in `docs/families.md`.
 - `smollm2`: how the bundled drafter was trained.

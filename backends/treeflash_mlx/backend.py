@@ -32,6 +32,7 @@ from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
 from treeflash_mlx.linear import split_pairs
+from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
@@ -104,6 +105,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     def make_backend(drafter_model: Model | None, head: Head | None) -> MlxBackend:
         if isinstance(drafter_model, RowModel):
             refuse_window(config)
+        module = head.module if isinstance(head, ARHead | RecurrentHead) else None
+        choose_products(model.model, drafter_model, module)
         backend = MlxBackend(model, drafter_model, head, draft_window=config.draft_window)
         model.batches = runs_batches(backend)
         return backend
