@@ -28,7 +28,7 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
 from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
-from treeflash_cuda.kernels import flash_kernels
+from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
@@ -184,6 +184,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     model.operations = load_target_operations(model)
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
+    if model.operations is not None and (model.softcap is not None or model.has_sinks):
+        model.kernels = ChunkKernels(model.operations)
+        return model
     for part, _ in model.spans or [(device, len(model.layers))]:
         model.kernels, reason = flash_kernels(part, model.dtype, model.config)
         if model.kernels is None:
@@ -204,6 +207,9 @@ def load_target_operations(target: Target) -> Operations | None:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         hidden_size=hidden_size,
+        softcap=target.softcap,
+        sinks=target.has_sinks,
+        quantised=target.arena.dtype is not None,
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:
