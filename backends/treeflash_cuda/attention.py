@@ -113,8 +113,9 @@ def is_attending() -> bool:
 
 @torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
-    """Keep a layer's output for the caller of the current forward pass."""
-    _FORWARD_PASS.get()[1][layer_id] = output
+    """Keep a layer's output for the caller of the current forward pass, if it asks for outputs."""
+    if is_attending():
+        _FORWARD_PASS.get()[1][layer_id] = output
 
 
 @torch.compiler.disable

@@ -8,8 +8,8 @@ are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -300,39 +300,45 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
         module.weight = nn.Parameter(merged, requires_grad=False)
 
 
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model its own attention back at the end, whatever replaced it inside."""
+    implementation = attention_implementation(model.config)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def attention_implementation(config: Any) -> Any:
+    """The name of a model's attention; a dictionary of names if it has parts."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    own: str = config._attn_implementation
+    names = {name: attention_implementation(part) for name, part in parts.items() if part}
+    return {"": own, **names} if names else own
+
+
 class Target:
     """The model, and the outputs of the layers that a drafter reads."""
 
     def __init__(
         self,
-        folder: Path,  # of the checkpoint
-        device: torch.device,  # for the weights
-        dtype: torch.dtype | None,  # None is the checkpoint's own
+        model: PreTrainedModel,  # loaded, for inference
+        device: torch.device,  # of its embeddings, and of its inputs and outputs
         *,
         pack: bool,  # pack the weights for the device; the model is then for inference only
         kv_bits: int | None = None,  # of stored keys and values; None does not quantise them
-        processes: int = 1,  # of `torchrun`, each of which loads its part of every layer
-        # Places the layers on several devices; see `LoadConfig.device_map`.
-        device_map: str | None = None,
-        adapter: Path | None = None,  # a LoRA adapter to merge
+        split: bool = False,  # whether other processes have parts of its layers
+        placed: bool = False,  # whether its layers are on several devices
     ) -> None:
-        """Load a folder, and replace the model's attention.
+        """Replace the attention of a model.
 
         Raises:
-            CheckpointError: the folder is damaged or incomplete.
             ConfigError: the model cannot be placed or quantised in this way.
             UnsupportedModelError: the model cannot run a draft tree.
         """
-        config = read_model_config(folder)
-        refuse_stateful(config)
-        # A model of transformers, with its attention replaced.
-        self.model = load_model(
-            folder, config, dtype, device, processes=processes, device_map=device_map
-        )
-        if adapter is not None:
-            if processes > 1:
-                raise ConfigError("an adapter cannot be merged under torchrun; merge it beforehand")
-            merge_adapter(self.model, adapter)
+        refuse_stateful(model.config)
+        self.model = model  # with its attention replaced
         hooked = hook_recurrent_layers(self.model)
         refuse_unknown_layers(self.model, hooked)
         self.is_hybrid = bool(hooked)  # whether the model has recurrent layers
@@ -342,11 +348,11 @@ class Target:
         # index among all layers.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
-        self.config = config.get_text_config()  # transformers' configuration of the decoder
-        self.device = device  # of the embeddings, and of the model's inputs and outputs
+        self.config = model.config.get_text_config()  # transformers' configuration of the decoder
+        self.device = device
         self.layers = decoder_layers(self.model)  # of the decoder
         self.spans: list[Span] | None = None  # None for one device
-        if device_map is not None:
+        if placed:
             if self.is_hybrid:
                 raise ConfigError("device_map is not supported for models with recurrent layers")
             self.spans = layer_spans(self.layers)
@@ -355,8 +361,8 @@ class Target:
         self.embeddings: Tensor = join_ranks(self.model.get_input_embeddings().weight)
         self.dtype: torch.dtype = self.embeddings.dtype
         self.lm_head: nn.Module = self.model.get_output_embeddings()  # hidden_size to vocab
-        self.split = processes > 1  # whether other processes have parts of the layers
-        if self.split:
+        self.split = split
+        if split:
             self.lm_head = whole_output_head(self.lm_head)
         weight = getattr(self.lm_head, "weight", None)
         if weight is not None and (
@@ -379,6 +385,38 @@ class Target:
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._replace_attention(pack, kv_bits)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,  # of the checkpoint
+        device: torch.device,  # for the weights
+        dtype: torch.dtype | None,  # None is the checkpoint's own
+        *,
+        pack: bool,
+        kv_bits: int | None = None,
+        processes: int = 1,  # of `torchrun`, each of which loads its part of every layer
+        # Places the layers on several devices; see `LoadConfig.device_map`.
+        device_map: str | None = None,
+        adapter: Path | None = None,  # a LoRA adapter to merge
+    ) -> Target:
+        """Load the model of a folder, and replace its attention.
+
+        Raises:
+            CheckpointError: the folder is damaged or incomplete.
+            ConfigError, UnsupportedModelError: as the constructor raises them.
+        """
+        config = read_model_config(folder)
+        refuse_stateful(config)
+        if adapter is not None and processes > 1:
+            raise ConfigError("an adapter cannot be merged under torchrun; merge it beforehand")
+        model = load_model(
+            folder, config, dtype, device, processes=processes, device_map=device_map
+        )
+        if adapter is not None:
+            merge_adapter(model, adapter)
+        split, placed = processes > 1, device_map is not None
+        return cls(model, device, pack=pack, kv_bits=kv_bits, split=split, placed=placed)
 
     @property
     def column_nbytes(self) -> int:
@@ -427,6 +465,13 @@ class Target:
                 f"{family} models compute attention in a way that the cuda backend does not "
                 f"support (relative error of the logits: {difference:.2f})"
             )
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
+        with own_attention(self.model):
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            yield
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.

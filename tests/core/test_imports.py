@@ -28,8 +28,9 @@ LAYERS = [
     {"registry"},
     {"language_model"},
     {"cli"},
-    {"evaluation", "diagnosis", "training", "serving"},
-    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"},
+    {"evaluation", "diagnosis", "training", "serving", "transformers"},
+    {"convert", "generate", "serve", "evaluate", "doctor", "distill", "train", "chat", "models"}
+    | {"adapt"},
     {"__main__"},
 ]
 # What a backend may import besides its own modules: neither the loop nor the scheduler.

@@ -174,7 +174,7 @@ def attempt(name: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:100]
         try:
-            target = Target(Path(folder), torch.device("cpu"), torch.float32, pack=True)
+            target = Target.load(Path(folder), torch.device("cpu"), torch.float32, pack=True)
             backend = CudaBackend(target, None, None)
             rng = np.random.default_rng(0)
             error = tree_difference(backend, rng, PREFIX)
