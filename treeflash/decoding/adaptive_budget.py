@@ -77,6 +77,8 @@ few rows and for many read the keys at different speeds, which short prompts do 
 PREFILL_TOKENS = 2048
 COST_SMOOTHING = 0.1
 """Weight of the newest measurement in the running mean of its size."""
+COST_FORGETTING = 0.02
+"""The share of what trees cost more than their roots that a pass over roots alone forgets."""
 OUTLIER_FACTOR = 2.0
 """A forward pass that takes more than this many times its expected seconds was disturbed, and
 counts as this many times."""
@@ -93,7 +95,8 @@ class VerifyCosts:
         position_s: further seconds for each committed position of a sequence, by the number of its
             rows that read it.
         sequences_s: further seconds of a pass over several sequences, whose attention is computed
-            sequence by sequence; by number of sequences, rounded up to a power of two.
+            sequence by sequence; by number of sequences, rounded up to a power of two, and by
+            whether any of them has more than its root: the first such tree makes masks necessary.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not ascend from 1.
@@ -101,7 +104,7 @@ class VerifyCosts:
 
     seconds: dict[int, float]
     position_s: dict[int, float] = field(default_factory=dict)
-    sequences_s: dict[int, float] = field(default_factory=dict)
+    sequences_s: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes, seconds = list(self.seconds), list(self.seconds.values())
@@ -227,8 +230,15 @@ class VerifyCosts:
             alone += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
         alone = alone + self._read_s(np.asarray(rows) / sequences) * np.asarray(reads, np.float64)
         # The further seconds are negative if single trees were measured while others computed.
-        together = alone + self.sequences_s.get(power_of_two(sequences), 0.0)
+        roots, trees = (self._further_s(sequences, has_trees) for has_trees in (False, True))
+        together = alone + np.where(np.asarray(rows) > sequences, trees, roots)
         return np.asarray(np.maximum(together, alone / OUTLIER_FACTOR), np.float64)
+
+    def _further_s(self, sequences: int, has_trees: bool) -> float:
+        """The further seconds of a pass; of passes of the other kind until one was observed."""
+        number = power_of_two(sequences)
+        other = self.sequences_s.get((number, not has_trees), 0.0)
+        return self.sequences_s.get((number, has_trees), other)
 
     def _read_s(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n,) seconds for each row and position, of sequences with (n,) rows."""
@@ -244,10 +254,15 @@ class VerifyCosts:
         ratio = min(max(seconds / expected, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
         change = COST_SMOOTHING * (ratio - 1)
         if sequences > 1:
-            number = power_of_two(sequences)
-            weight = COST_SMOOTHING if number in self.sequences_s else 1.0
-            known = self.sequences_s.get(number, 0.0)
-            self.sequences_s[number] = known + weight * (ratio - 1) * expected
+            key = power_of_two(sequences), rows > sequences
+            weight = COST_SMOOTHING if key in self.sequences_s else 1.0
+            known = self._further_s(*key)
+            self.sequences_s[key] = known + weight * (ratio - 1) * expected
+            trees = key[0], True
+            if trees in self.sequences_s and not key[1]:
+                # Else trees that were dear once would never be tried again.
+                dearer = self.sequences_s[trees] - self.sequences_s[key]
+                self.sequences_s[trees] -= COST_FORGETTING * dearer
             return
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.
