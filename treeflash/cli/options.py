@@ -180,6 +180,9 @@ DECODE_FLAGS: Flags = {
         type=_parse_switch,
         metavar="on|off",
     ),
+    "draft_depths": _flag(
+        "depths to draft at most; each costs MTP and EAGLE-3 heads a pass (default: all)", type=int
+    ),
     "draft_temperature": _flag(
         "temperature of the drafter, which adapts to each text; it shapes the trees, never the "
         "text",
