@@ -82,7 +82,8 @@ class MlxBackend(BaseBackend):
         drafter = None
         if drafts and (config := self.drafter_config):
             cache_class = RowCache if isinstance(config, RowConfig) else KVCache
-            drafter = cache_class(config.num_hidden_layers, capacity + config.scratch_rows)
+            layers = config.num_hidden_layers + cache_class.layers_without_keys
+            drafter = cache_class(layers, capacity + config.scratch_rows)
         return State(self.target.new_kv_cache(capacity), drafter)
 
     def columns(self, capacity: int) -> int:
