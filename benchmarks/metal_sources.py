@@ -21,7 +21,8 @@ from unittest.mock import patch
 import mlx.core as mx
 from mlx import nn
 from treeflash_mlx import hybrid
-from treeflash_mlx.metal_kernels import products
+from treeflash_mlx.metal_kernels import gated_delta, products
+from treeflash_mlx.metal_kernels.gated_delta import Steps
 
 from benchmarks.common import Parser
 
@@ -30,6 +31,9 @@ INCLUDES = Path(mx.__file__).parent / "include"
 PRELUDE = '#include "mlx/backend/metal/kernels/utils.h"\n\n'
 """What MLX puts before the source of every kernel."""
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+DELTA_KINDS = {"packed": (128, ()), "by_head": (64, ()), "by_channel": (128, (128,))}
+"""Widths of keys and of the gates of a head; mlx-lm packs keys of 128."""
 
 Call: TypeAlias = tuple[Callable[..., Any], Sequence[mx.array]]
 """A function that calls kernels, and its arguments."""
@@ -41,6 +45,7 @@ def calls() -> Iterator[Call]:
     yield lambda *x: hybrid.solve_by_substitution(*x, 7), systems
     for dtype in DTYPES:
         yield from product_calls(dtype)
+        yield from gated_delta_calls(dtype)
 
 
 def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
@@ -51,6 +56,18 @@ def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
             layer = nn.QuantizedLinear.from_linear(linear, group, bits)
             for rows in (8, 16):
                 yield lambda x, y=layer: products.multiply(y, x), [mx.zeros((rows, 512), dtype)]
+
+
+def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
+    order, counts = mx.zeros((1, 8, 3), mx.int32), mx.zeros(1, mx.int32)
+    nodes, kept = mx.zeros((1, 8), mx.int32), mx.ones((1, 8), mx.bool_)
+    for key_dim, gates in DELTA_KINDS.values():
+        keys, values, betas = (mx.zeros((1, 8, *x), dtype) for x in ((2, key_dim), (4, 128), (4,)))
+        state = mx.zeros((1, 4, 128, key_dim))
+        steps = [keys, values, mx.zeros((1, 8, 4, *gates)), betas]
+        arrays = [*steps, keys, state, order, counts]
+        yield lambda k, v, g, b, *x: gated_delta.run_nodes(x[0], Steps(k, v, g, b), *x[1:]), arrays
+        yield lambda *x: Steps(*x[:4]).commit(*x[4:]), [*steps, state, nodes, kept]
 
 
 def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
 from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
-from treeflash_cuda.kernels import flash_kernels
+from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
@@ -215,6 +215,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
 def add_kernels(target: Target) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
     target.operations = load_target_operations(target)
+    if target.operations is not None and (target.softcap is not None or target.has_sinks):
+        target.kernels = ChunkKernels(target.operations)
+        return
     for part, _ in target.spans or [(target.device, len(target.layers))]:
         target.kernels, reason = flash_kernels(part, target.dtype, target.config)
         if target.kernels is None:
@@ -234,6 +237,9 @@ def load_target_operations(target: Target) -> Operations | None:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         hidden_size=hidden_size,
+        softcap=target.softcap,
+        sinks=target.has_sinks,
+        quantised=target.arena.dtype is not None,
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:

@@ -375,6 +375,8 @@ class Target:
         self.vocab_size = len(self.embeddings)
         self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
+        self.softcap: float | None = None  # of scores of attention, see `AttentionInputs`
+        self.has_sinks = False  # whether layers have attention sinks
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
@@ -455,6 +457,7 @@ class Target:
             layers = len(self.attention_slots) if self.is_hybrid else self.arena.layers
             self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
             state.close()
+        self.softcap, self.has_sinks = context.softcap, context.has_sinks
         if context.layers < len(self.attention_slots):
             raise UnsupportedModelError(refusal(family, FIXED_ATTENTION))
         if difference := self._significant_difference(actual, expected):
@@ -590,10 +593,14 @@ class Target:
 
 
 class _CountingContext(AttentionContext):
-    """Counts the attention layers that it serves."""
+    """Counts the attention layers that it serves, and keeps their kinds of scores."""
 
     layers = 0
+    softcap: float | None = None
+    has_sinks = False
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
+        self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
+        self.has_sinks |= inputs.sinks is not None
         return super().attend(inputs)

@@ -1,6 +1,8 @@
 """The benchmarks that need MLX run, on a tiny pair and whatever device MLX has here."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 from endless_pair import endless_pair
@@ -46,8 +48,11 @@ def test_metal_sources(module, tmp_path, monkeypatch, capsys):
     assert f"{len(texts)} kernels" in capsys.readouterr().out
     assert all(text.startswith(sources.PRELUDE) and "[[kernel]]" in text for text in texts)
     assert (sources.INCLUDES / sources.PRELUDE.split('"')[1]).exists()
-    assert sum("void custom_kernel_treeflash_products_" in text for text in texts) == 12
-    assert sum("void custom_kernel_treeflash_substitution_" in text for text in texts) == 1
+    names = re.findall(
+        r"void custom_kernel_treeflash_([a-z_]+?)__?(?:float|bfloat)", "".join(texts)
+    )
+    kinds = [f"gated_delta_{x}_{y}" for x in ("nodes", "replay") for y in sources.DELTA_KINDS]
+    assert Counter(names) == {"products": 12, "substitution": 1} | dict.fromkeys(kinds, 1)
 
 
 def test_throughput(module, pair, tmp_path):

@@ -15,6 +15,7 @@ from mlx import nn
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.backend import load
 from treeflash_mlx.metal_kernels import products
+from treeflash_mlx.metal_kernels import speedup as run_race
 
 require_compiler()
 
@@ -152,7 +153,7 @@ def test_a_race_compares_chains_of_calls(monkeypatch):
         return x + 1
 
     start = mx.array(0)
-    assert metal_kernels.speedup(link, lambda x, _: x, start) == 3
+    assert run_race(link, lambda x, _: x, start) == 3
     assert seen[: metal_kernels.CALLS] == [(n, n) for n in range(metal_kernels.CALLS)]
 
 
@@ -167,8 +168,7 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
 
     expected = tokens(load(*quantised_pair, settings), method="ar")
     with monkeypatch.context() as patch:
-        install(executor, patch)
-        patch.setattr(metal_kernels, "speedup", lambda *_: 2.0)
+        install(executor, patch, speedup=2)
         backend = load(*quantised_pair, settings)
         executor.launches.clear()
         assert tokens(backend, method="treeflash", budget=8) == expected
