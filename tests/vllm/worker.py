@@ -71,20 +71,27 @@ def decode(job: Job) -> list[list[list[int]]]:
     return passes
 
 
-class DenseAttention:
+class DenseAttention(torch.nn.Module):
     """In the place of vLLM's paged attention: of a block over its context and itself."""
 
+    kv_cache = None
+
     def __init__(self, layer: Any) -> None:
+        super().__init__()
         self.heads, self.kv_heads = layer.num_heads, layer.num_kv_heads
         self.head_dim, self.scale = layer.head_dim, layer.scaling
-        self.kv_cache, self.impl = None, self
         self.context: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def impl(self) -> DenseAttention:
+        """The part of vLLM's attention that takes keys and values."""
+        return self
 
     def do_kv_cache_update(self, _: Any, key: Any, value: Any, *__: Any) -> None:
         """Keep the keys and values of the context."""
         self.context = key, value
 
-    def __call__(self, query: Any, key: Any, value: Any) -> torch.Tensor:
+    def forward(self, query: Any, key: Any, value: Any) -> torch.Tensor:
         parts = zip(self.context, (key, value), strict=True)
         keys, values = (
             torch.cat([old, new.unflatten(-1, (self.kv_heads, self.head_dim))]).transpose(0, 1)
