@@ -31,7 +31,10 @@ from transformers import AutoModelForCausalLM
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.model_loader.utils import get_model_cls
+from vllm.model_executor.model_loader.utils import (
+    get_model_cls,
+    process_weights_after_loading,
+)
 
 Job = dict[str, Any]
 
@@ -136,6 +139,7 @@ def score(job: Job) -> Job:
         for layer in model.model.layers:
             layer.self_attn.attn = DenseAttention(layer.self_attn)
         model.model._build_fused_kv_buffers()
+        process_weights_after_loading(model, draft, torch.device("cpu"))
         n, drafts = len(context), job["drafts"]
         positions = torch.arange(n + 1 + drafts)
         slots = torch.zeros(n, dtype=torch.long)
