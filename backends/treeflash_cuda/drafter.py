@@ -119,6 +119,7 @@ class Block:
     all_hidden: Tensor  # the outputs at the slots of all depths
     slots: Tensor  # (S, hidden_size) outputs of the last layer at all slots
     before: int  # token id before the root
+    anchor: Tensor | None = None  # (hidden_size,) features of the last committed position
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,12 +294,15 @@ class Drafter:
             slab = state.drafter.allocate().slab if self._has_slab_pass else None
             passes.setdefault(slab, []).append(i)
         first, blocks = self.model.config.first_slot, {}
+        if self.model.config.correlation is not None:
+            for state, _ in roots:
+                state.anchor = state.context[-1][-1] if state.context else state.anchor
         for slab, members in passes.items():
             part = [roots[i] for i in members]
             for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
                 state, root = roots[i]
                 parts = hidden[first:][:depths], hidden[first:], hidden
-                blocks[i] = Block(root, token[None], *parts, state.tokens[-1])
+                blocks[i] = Block(root, token[None], *parts, state.tokens[-1], state.anchor)
         for state, _ in roots:
             # The block's keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
