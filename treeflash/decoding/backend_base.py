@@ -462,8 +462,9 @@ class CandidateHead(OneByOneHead):
         """Of the target."""
 
     def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:
+        tokens, log_probs, scores = self.candidates(block)
         depths = len(block.hidden)
-        tokens, log_probs, scores = (x[:depths] for x in self.candidates(block))
+        tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
         if options.noise is not None:
             scores = scores + options.noise.values(tokens)[:, None]
         rows = _log_softmax(scores[:, : options.m] / np.float32(options.temperature))
@@ -478,8 +479,9 @@ class CandidateHead(OneByOneHead):
 
     def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         """(D, vocab) after (D,) previous tokens; -inf for all but the candidates."""
+        tokens, log_probs, scores = self.candidates(block)
         depths = len(block.hidden)
-        tokens, log_probs, scores = (x[:depths] for x in self.candidates(block))
+        tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
         rows = _log_softmax(scores) + np.log(np.exp(log_probs).sum(-1))[:, None, None]
         wide = np.full((depths, self.vocab_size), -np.inf, np.float32)
         for depth, row in enumerate(rows):

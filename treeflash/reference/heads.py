@@ -374,8 +374,8 @@ class CorrelationHead(CandidateHead):
     def candidates(self, block: Block) -> tuple[Ints, Array, Array]:
         slots = block.slots[self.model.config.first_slot :]
         marginal = log_softmax(self.model.logits(slots))
-        tokens = np.argsort(-marginal, axis=-1, kind="stable")
-        tokens = tokens[:, : self.model.config.selector_top_k].astype(np.int32)
+        order = np.argsort(-marginal, axis=-1, kind="stable")
+        tokens = order[:, : self.model.config.selector_top_k].astype(np.int32)
         log_probs = np.take_along_axis(marginal, tokens, -1)
         return tokens, log_probs, self.scores.scores(block, tokens, log_probs)
 
