@@ -236,20 +236,18 @@ def winning_columns(heads: int, key_heads: int, head_dim: int, dtype: mx.Dtype) 
     tree = DraftTree.from_parents(
         np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
     )
-    for race in (False, True):
-        for columns in RACED_COLUMNS if race else (SPAN + RACED_NODES,):
-            if _wins(tree, columns, (heads, key_heads, head_dim), dtype, race):
-                if race:
-                    return columns
-            elif not race:
-                return math.inf
-    return math.inf
+    sizes = heads, key_heads, head_dim
+    # Two splits of committed positions, and a third that begins between the depths of the tree.
+    if not _wins(tree, 2 * SPAN - 2 + RACED_NODES, sizes, dtype, race=False):
+        return math.inf
+    races = (n for n in RACED_COLUMNS if _wins(tree, n, sizes, dtype, race=True))
+    return next(races, math.inf)
 
 
 def _wins(
-    tree: DraftTree, columns: int, sizes: tuple[int, int, int], dtype: mx.Dtype, race: bool
+    tree: DraftTree, columns: int, sizes: tuple[int, int, int], dtype: mx.Dtype, *, race: bool
 ) -> bool:
-    """Whether the kernel is right, or else whether it is faster too, with so many columns."""
+    """Whether the kernel is right or, in a race, faster, with this number of columns."""
     heads, key_heads, width = sizes
     n, start = len(tree), columns - len(tree)
     ks = mx.random.split(mx.random.key(0), 3)
@@ -270,5 +268,7 @@ def _wins(
     def error() -> float:
         return relative_error(by_kernel(q), by_operation(q))
 
-    contestants = (by_kernel, by_operation, q) if race else ()
-    return choose("attention of draft trees", error, 2 * ROUNDING[dtype], *contestants)
+    what, limit = "attention of draft trees", 2 * ROUNDING[dtype]
+    if race:
+        return choose(what, lambda: 0, limit, by_kernel, by_operation, q)
+    return choose(what, error, limit)
