@@ -37,6 +37,7 @@ def attend(rng, dtype, heads, key_heads, width, starts):
     n, columns = 7, max(starts) + 7
     shapes = [(2, heads, n, width), *[(2, key_heads, 64, width)] * 2]
     q, k, v = (mx.array(rng.normal(size=x).astype(np.float32)).astype(dtype) for x in shapes)
+    q = q.reshape(2, n, heads, width).swapaxes(1, 2)  # as models split heads
     ancestors, positions = np.zeros((2, n, n), bool), np.zeros((2, n), np.int32)
     visible = np.zeros((2, 1, n, columns), bool)
     for i, (tree, start) in enumerate(zip(TREES, starts, strict=True)):

@@ -46,15 +46,17 @@ PARTS = """
     const device T* values = v + b * v_strides[0] + key_head * v_strides[1];
     int start = starts[b], first = split * SPAN, stop = first + SPAN;
 
-    uint place[2];  // of this lane's two rows in the queries
+    uint place[2];  // of this lane's two rows in the output
     ulong seen[2];
     simdgroup_float8x8 query[D / 8], output[D / 8];
     for (uint i = 0; i < 2; ++i) {
         uint r = min(first_row + column + i, rows - 1);
-        place[i] = (b * heads + key_head * group + r / nodes) * nodes + r % nodes;
-        seen[i] = words[b * nodes + r % nodes];
+        uint head = key_head * group + r / nodes, node = r % nodes;
+        place[i] = (b * heads + head) * nodes + node;
+        seen[i] = words[b * nodes + node];
+        const device T* from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];
         for (uint d = 0; d < D / 32; ++d) {
-            vec<T, 4> x = *(const device vec<T, 4>*)(q + place[i] * D + 32 * d + 4 * row);
+            vec<T, 4> x = *(const device vec<T, 4>*)(from + 32 * d + 4 * row);
             for (uint j = 0; j < 4; ++j) {
                 query[4 * d + j].thread_elements()[i] = float(x[j]) * scale[0];
                 output[4 * d + j].thread_elements()[i] = 0.0f;
@@ -187,7 +189,7 @@ def tree_attention(
     """(batch, heads, n, head_dim) outputs at all nodes.
 
     Args:
-        q: (batch, heads, n, head_dim).
+        q: (batch, heads, n, head_dim); the entries of a row are neighbours in memory.
         k: (batch, key_heads, columns, head_dim), the committed positions and then the nodes.
         v: like `k`.
         words: (batch, n) uint64; see `ancestor_words`.
@@ -200,10 +202,10 @@ def tree_attention(
     key_heads, splits = k.shape[1], -(-length // SPAN)
     tiles = -(-(heads // key_heads * n) // (8 * SIMDGROUPS))
     template = {"T": q.dtype, "D": width, "SPAN": SPAN, "SIMDGROUPS": SIMDGROUPS}
-    # The storage of keys and values is longer than what is read of it: no copies.
+    # Keys and values are parts of a longer storage, and queries are often transposed.
     kernel = make_kernel("attention_parts", INPUTS, ("parts", "weights"), PARTS, copies=False)
     parts, weights = kernel(
-        inputs=[mx.contiguous(q), k, v, words, positions, starts, mx.array([scale])],
+        inputs=[q, k, v, words, positions, starts, mx.array([scale])],
         template=list(template.items()),
         grid=(32 * SIMDGROUPS * tiles, splits, batch * key_heads),
         threadgroup=(32 * SIMDGROUPS, 1, 1),
