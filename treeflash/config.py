@@ -222,6 +222,7 @@ class LoadConfig:
     cuda_graphs: bool = True
     compile: bool = False
     adapter: str | None = None
+    wired: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -237,6 +238,7 @@ class LoadConfig:
                 self.adapter is None or (isinstance(self.adapter, str) and self.adapter != ""),
                 "the folder of a LoRA adapter",
             ),
+            wired=(isinstance(self.wired, bool), "True or False"),
             draft_bits=(_is_optional_number(self.draft_bits), "1 or more"),
             draft_window=(_is_optional_number(self.draft_window), "1 or more"),
             kv_bits=(_is_optional_number(self.kv_bits), "1 or more"),

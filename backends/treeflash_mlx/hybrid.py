@@ -13,7 +13,8 @@ it, and `rebind` makes a model call them. `BatchStates` holds the committed stat
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -607,6 +608,21 @@ class BatchStates:
         if self.layers:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))
+
+    @contextmanager
+    def committed_early(self) -> Iterator[list[RecurrentTreeCache | None]]:
+        """Let a pass read the states after the only token of the latest pass of one sequence.
+
+        Yields:
+            What its layers write, in place of `latest`, which stays as it is.
+        """
+        layers, latest = self.layers, self.latest
+        self.commit({0: np.zeros(1, np.int32)})
+        self.latest = [None] * len(layers)
+        try:
+            yield self.latest
+        finally:
+            self.layers, self.latest = layers, latest
 
 
 class RecurrentTreeCache(ArraysCache):

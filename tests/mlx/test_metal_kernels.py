@@ -50,6 +50,20 @@ def test_substitution_equals_rounds(metal, rng, heads, nodes, width):
     assert metal.launches == {"treeflash_substitution": 1}
 
 
+def test_the_substitution_kernel_is_made_once(metal, rng, monkeypatch):
+    """MLX would look up its source in every layer of every pass."""
+    made, make = [], mx.fast.metal_kernel
+
+    def count(name, *args, **kwargs):
+        made.append(name)
+        return make(name, *args, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", count)
+    for nodes in (3, 4):
+        solve_both(rng, 2, nodes, 8)
+    assert made == ["treeflash_substitution"]
+
+
 def test_substitution_takes_views(metal, rng):
     """Its inputs may be transposed or broadcast; MLX copies them."""
     system = mx.tri(6, k=-1)[None, None] * normal(rng, 1, 2, 6, 6)

@@ -141,6 +141,11 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
         flag="--no-cuda-graphs",
         action="store_false",
     ),
+    "wired": _flag(
+        "keep the models and 5 GiB more in memory while the process runs, whatever other programs "
+        "need (mlx on a Mac)",
+        action="store_true",
+    ),
     "compile": _flag(
         "compile the target's layers with torch.compile, which takes minutes (cuda)",
         action="store_true",

@@ -60,17 +60,21 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import MATCH_LEVELS
 from treeflash.decoding.tree import DraftTree
 
-TIMED = (1, 5, 8, 10, 12, 16, 32, 64, 128, 256)
+TIMED = (1, 5, 8, 10, 12, 16, 24, 32, 33, 48, 64, 128, 256)
 """Tree sizes that are timed; hardware has steps; some are known to end at 5, 8, 10, 16 and 32."""
-SIZES = tuple(sorted({*TIMED, 2, 3, 4, 24, 48, 96, 192}))
+SIZES = tuple(sorted({*TIMED, 2, 3, 4, 96, 192}))
 """Tree sizes to choose from; those that are not timed are interpolated linearly."""
-MAX_RELATIVE_COST = 4.6
+MAX_RELATIVE_COST = 6.0
 """A size whose pass costs more plain passes than this is left out, and so are all larger ones."""
 MIN_ROUNDS, MAX_ROUNDS = 2, 8
 """Rounds of timing."""
 TIME_BUDGET_S = 0.2
 """No round begins once the rounds after the first have taken this many seconds."""
 PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 256
+GPU_PROMPT_TOKENS, GPU_READERS = 4096, (1, 8, 32)
+"""Length of the long prompt on a GPU, and the numbers of rows after it that are timed: kernels for
+few rows and for many read the keys at different speeds, which short prompts do not show."""
+PREFILL_TOKENS = 2048
 COST_SMOOTHING = 0.1
 """Weight of the newest measurement in the running mean of its size."""
 OUTLIER_FACTOR = 2.0
@@ -86,7 +90,8 @@ class VerifyCosts:
     Attributes:
         seconds: by number of nodes, ascending, 1 first, after a short prompt; all are finite and
             above 0.
-        read_s: further seconds for each row and committed position that it reads.
+        position_s: further seconds for each committed position of a sequence, by the number of its
+            rows that read it.
         sequences_s: further seconds of a pass over several sequences, whose attention is computed
             sequence by sequence; by number of sequences, rounded up to a power of two.
 
@@ -95,7 +100,7 @@ class VerifyCosts:
     """
 
     seconds: dict[int, float]
-    read_s: float = 0.0
+    position_s: dict[int, float] = field(default_factory=dict)
     sequences_s: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,8 +109,8 @@ class VerifyCosts:
             raise ValueError(f"tree sizes must ascend from 1, got {sizes}")
         if not all(0 < x < math.inf for x in seconds):
             raise ValueError(f"seconds must be finite and above 0, got {seconds}")
-        if not 0 <= self.read_s < math.inf:
-            raise ValueError(f"read_s must be finite and 0 or more, got {self.read_s}")
+        if not all(0 <= x < math.inf for x in self.position_s.values()):
+            raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
 
     @classmethod
     def measure(cls, backend: Backend) -> VerifyCosts:
@@ -117,8 +122,10 @@ class VerifyCosts:
             sequence.verify(tree)
             return time.perf_counter() - before
 
-        prompt = [token % backend.vocab_size for token in range(LONG_PROMPT_TOKENS)]
-        sequence = SequenceSession(backend, capacity=LONG_PROMPT_TOKENS + max(TIMED))
+        longest = LONG_PROMPT_TOKENS if backend.device == "cpu" else GPU_PROMPT_TOKENS
+        longest = min(longest, max(backend.max_positions, PROMPT_TOKENS))
+        prompt = [token % backend.vocab_size for token in range(longest)]
+        sequence = SequenceSession(backend, capacity=longest + max(TIMED))
         sequence.extend(prompt[:PROMPT_TOKENS])
         # The first forward pass of a size also compiles and allocates: the best time counts, and no
         # size is given up because of its first.
@@ -140,14 +147,18 @@ class VerifyCosts:
         pairs = zip(sizes, line, strict=True)
         limit = MAX_RELATIVE_COST * best[1]
         costs = {size: seconds for size, seconds in pairs if seconds <= limit}
-        rows = max(size for size in best if size in costs)
-        longer_s = 0.0
-        if backend.max_positions >= LONG_PROMPT_TOKENS:
-            sequence.extend(prompt[PROMPT_TOKENS:])
-            longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
+        timed_sizes = [size for size in best if size in costs]
+        position_s: dict[int, float] = {}
+        if longest >= LONG_PROMPT_TOKENS:
+            for first in range(PROMPT_TOKENS, longest, PREFILL_TOKENS):
+                sequence.extend(prompt[first : first + PREFILL_TOKENS])
+            on_gpu = longest > LONG_PROMPT_TOKENS
+            for rows in GPU_READERS if on_gpu else timed_sizes[-1:]:
+                if rows in timed_sizes:
+                    longer_s = min(timed(rows) for _ in range(MIN_ROUNDS)) - best[rows]
+                    position_s[rows] = max(longer_s, 0.0) / (longest - PROMPT_TOKENS)
         sequence.close()
-        reads = rows * (LONG_PROMPT_TOKENS - PROMPT_TOKENS)
-        return cls(costs, max(longer_s, 0.0) / reads)
+        return cls(costs, position_s)
 
     @classmethod
     def cached(
@@ -179,13 +190,14 @@ class VerifyCosts:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             seconds = {int(size): float(cost) for size, cost in stored["seconds"].items()}
-            return cls(seconds, float(stored["read_s"]))
+            position_s = {int(n): float(cost) for n, cost in stored["position_s"].items()}
+            return cls(seconds, position_s)
         except (OSError, ValueError, TypeError, AttributeError, KeyError):  # missing or torn
             costs = cls.measure(backend)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{time.monotonic_ns()}")
-            measured = {"seconds": costs.seconds, "read_s": costs.read_s}
+            measured = {"seconds": costs.seconds, "position_s": costs.position_s}
             scratch.write_text(json.dumps(measured), encoding="utf-8")
             scratch.replace(file)
         except OSError:
@@ -213,10 +225,18 @@ class VerifyCosts:
         if len(sizes) > 1:
             slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
             alone += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
-        alone = alone + self.read_s * np.asarray(reads, np.float64)
+        alone = alone + self._read_s(np.asarray(rows) / sequences) * np.asarray(reads, np.float64)
         # The further seconds are negative if single trees were measured while others computed.
         together = alone + self.sequences_s.get(power_of_two(sequences), 0.0)
         return np.asarray(np.maximum(together, alone / OUTLIER_FACTOR), np.float64)
+
+    def _read_s(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n,) seconds for each row and position, of sequences with (n,) rows."""
+        if not self.position_s:
+            return np.zeros(len(rows))
+        numbers, seconds = list(self.position_s), list(self.position_s.values())
+        known = np.clip(rows, numbers[0], numbers[-1])
+        return np.asarray(np.interp(known, numbers, seconds) / known, np.float64)
 
     def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
         """Take in a forward pass of decoding; machines change their speed."""

@@ -60,6 +60,8 @@ from treeflash.drafters.row_heads import NO_MARGINALS
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 
 MIB = 1 << 20
+SNAPSHOT_INTERVAL = 2048
+"""Prompt tokens between two snapshots of recurrent states."""
 RequestId = NewType("RequestId", int)
 """Names a request of one scheduler."""
 
@@ -195,10 +197,13 @@ class RunningSequence:
         """Tokens of the pending `Prefill` that may run next: all, or those before a snapshot.
 
         The last token of a prompt always has a chunk of its own where a snapshot is needed, because
-        the token before it is where sequences with the same prompt fork.
+        the token before it is where sequences with the same prompt fork. Other prompts may leave a
+        long one earlier, so there are snapshots on the way too.
         """
         rest = len(self.expect(Prefill).token_ids) - self.prefilled
-        return rest - 1 if rest > 1 and self.shared and self.state.needs_snapshots else rest
+        if rest == 1 or not (self.shared and self.state.needs_snapshots):
+            return rest
+        return min(rest - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
 
     def expect(self, kind: type[W]) -> W:
         """The pending work, which is of that kind."""
@@ -490,7 +495,8 @@ class Iteration:
                 continue
             sequence.prefilled += chunks[sequence.request_id]
             last = len(sequence.expect(Prefill).token_ids) - 1
-            if sequence.shared and sequence.prefilled == last:
+            on_the_way = sequence.state.length % SNAPSHOT_INTERVAL == 0
+            if sequence.shared and (sequence.prefilled == last or on_the_way):
                 sequence.state.snapshot()
             if sampled is not None:
                 prefilled.append((sequence, sampled))
@@ -744,7 +750,7 @@ class Scheduler:
             leader = self._leader(first)
             if leader is not None and leader.state.length < len(first.request.prompt_ids) - 1:
                 break  # it is still running the prompt
-            if not self._make_room(self.state_bytes(first.request)):
+            if not self._make_room(first.request):
                 break
             del self._waiting[0]
             try:
@@ -796,19 +802,32 @@ class Scheduler:
         self._running.append(sequence)
         sequence.resume(None)
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Shrink the prefix cache until a state fits beside the running sequences' states.
+    def _make_room(self, request: Request | None = None, copied: int = 0) -> bool:
+        """Shrink the prefix cache until the states of running sequences fit beside further ones.
 
-        Returns whether it fits at all.
+        Args:
+            request: that is to start, if any.
+            copied: size of a state that is to be copied, bytes.
+
+        Returns:
+            Whether they fit at all.
         """
         if self.config.max_bytes is None:
             return True
         # A state may grow up to its capacity.
-        reserved = sum(self.state_bytes(sequence.request) for sequence in self._running)
-        free = self.config.max_bytes - reserved - nbytes
+        requests = [sequence.request for sequence in self._running]
+        reserved = self._states_bytes(requests if request is None else [*requests, request])
+        free = self.config.max_bytes - reserved - copied
         if free >= 0 and self.prefix_cache is not None:
             self.prefix_cache.shrink(free)
         return free >= 0
+
+    def _states_bytes(self, requests: Sequence[Request]) -> int:
+        """Device memory that the states of sequences that run together may take, bytes."""
+        if (states_nbytes := getattr(self.backend, "states_nbytes", None)) is None:
+            return sum(map(self.state_bytes, requests))
+        nbytes: int = states_nbytes([(self._capacity(x), x.config.drafts) for x in requests])
+        return nbytes
 
     def _end(self, sequence: RunningSequence, *, keep: bool = False) -> None:
         """Remove a sequence; with `keep` the caches may take its state and its answer."""
@@ -828,7 +847,7 @@ class Scheduler:
         # A stop may have cut off the tokens of the last positions.
         length = sequence.state.restorable(len(sequence.tokens))
         nbytes = self.backend.state_nbytes(length, drafts=sequence.config.drafts)
-        if not length or not self._make_room(nbytes):
+        if not length or nbytes > cache.max_bytes or not self._make_room(copied=nbytes):
             return
         try:
             # A fork does not have the room for further tokens.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
     GatedRepoError,
     HTTPError,
@@ -153,6 +154,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
 HUB_REACHABLE_S = 5.0
+LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
+"""Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
 SELF = "self"
 """The drafter in the target's own folder."""
 MTP_TARGETS = r"qwen3-next-|qwen3-coder-next|qwen3\.[568]-|glm-4\.[567]"
@@ -278,6 +281,8 @@ def _resolve(name: str) -> Path:
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
+    if (local := find_local(name)) is not None:
+        return local
     try:
         folder = _snapshot(name)
     except GatedRepoError as error:
@@ -295,10 +300,44 @@ def _resolve(name: str) -> Path:
     return folder
 
 
+def local_folders() -> list[Path]:
+    """The folders of models that LM Studio and the hub's client have on this machine."""
+    folders = [x for root in LM_STUDIO_FOLDERS for x in Path(root).expanduser().glob("*/*")]
+    folders += Path(HF_HUB_CACHE).glob("models--*/snapshots/*")
+    return [
+        folder
+        for folder in sorted(folders)
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    ]
+
+
+def find_local(name: str) -> Path | None:
+    """The folder on this machine of a model without its publisher, or of an id in LM Studio.
+
+    Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
+    newest snapshot.
+
+    Raises:
+        CheckpointError: several publishers have a model of this name.
+    """
+    found: dict[str, Path] = {}
+    for folder in local_folders():
+        known = model_name(folder)
+        publisher = folder.parent.name if known == folder.name else None
+        names = [known.rpartition("/")[2]] + [f"{publisher}/{known}"] * (publisher is not None)
+        if name.lower() in map(str.lower, names):
+            found[names[-1] if publisher else known] = folder
+    if len(found) > 1:
+        raise CheckpointError(f"{name!r} may be {' or '.join(sorted(found))}; name one of them")
+    return next(iter(found.values()), None)
+
+
 def _local_folder(name: str | None) -> Path | None:
     """The folder of a target that is on this machine already; None if it is not."""
     if name is None or Path(name).is_dir():
         return None if name is None else Path(name)
+    if (local := find_local(name)) is not None:
+        return local
     try:
         return _snapshot(name, local_files_only=True)
     except (OSError, ValueError, HTTPError):

@@ -44,6 +44,8 @@ def machine(tmp_path, monkeypatch):
         repository("some/pickle", "config.json", "pytorch_model.bin"),
     ]
     monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
+    monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
+    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 
@@ -56,6 +58,14 @@ def run(capsys):
         return code, capsys.readouterr().out
 
     return run
+
+
+def test_models_of_lm_studio_are_listed(machine):
+    folder = machine / "studio" / "mlx-community" / "Qwen3-8B-4bit"
+    make_snapshot(folder, "config.json", "model.safetensors")
+    found = {model.name: model for model in cached_models()}
+    assert found["mlx-community/Qwen3-8B-4bit"].folder == folder
+    assert found["mlx-community/Qwen3-8B-4bit"].nbytes == 2000
 
 
 def test_models_of_all_caches_are_found(machine):
