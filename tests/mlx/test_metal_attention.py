@@ -27,14 +27,11 @@ TREES = [
 @pytest.fixture(autouse=True)
 def _short_splits(monkeypatch):
     monkeypatch.setattr(attention, "SPAN", 16)
-    attention.winning_columns.cache_clear()
-    yield
-    attention.winning_columns.cache_clear()
 
 
 def attend(rng, dtype, heads, key_heads, width, starts):
     """Outputs by the kernel and by NumPy, for `TREES` after committed positions."""
-    n, columns = 7, max(starts) + 7
+    n, columns = 7, max(start + len(tree) for tree, start in zip(TREES, starts, strict=True))
     shapes = [(2, heads, n, width), *[(2, key_heads, 64, width)] * 2]
     q, k, v = (mx.array(rng.normal(size=x).astype(np.float32)).astype(dtype) for x in shapes)
     q = q.reshape(2, n, heads, width).swapaxes(1, 2)  # as models split heads
@@ -46,7 +43,7 @@ def attend(rng, dtype, heads, key_heads, width, starts):
         positions[i] = start
         positions[i, : len(tree)] = tree.positions(start)
         visible[i, 0, :, :start] = True
-        visible[i, 0, :, start : start + n] = ancestors[i]
+        visible[i, 0, :, start : start + n] = ancestors[i][:, : columns - start]
     words = attention.ancestor_words(mx.array(ancestors))
     # A part of a longer storage, as in a forward pass.
     found = attention.tree_attention(
@@ -78,6 +75,7 @@ def test_attention_is_exact_up_to_rounding(metal, rng, dtype, heads, key_heads, 
 
 FAULTS = {
     "positions beyond the committed": ("min(stop, start)", "stop"),
+    "nodes beyond the last": ("min(start + int(nodes), k_shape[2])", "start + int(nodes) + 1"),
     "all nodes": ("(seen[i] >> (key - start) & 1)", "true"),
     "the nodes of another row": ("seen[i] >>", "seen[0] >>"),
     "nodes in every split": ("position >= first && position < stop", "true"),

@@ -74,7 +74,7 @@ PARTS = """
                 break;
             on_tree = true;
             c = start;
-            end = start + int(nodes);
+            end = min(start + int(nodes), k_shape[2]);
         }
         if (c >= end)
             break;
