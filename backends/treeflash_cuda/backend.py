@@ -143,6 +143,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
 
     make_backend = functools.partial(CudaBackend, model, draft_window=config.draft_window)
     backend = load_pair(make_backend, drafter, load_packed_drafter)
+    if config.exact:
+        backend.check_exact()
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
     return backend
@@ -181,6 +183,8 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         device_map=device_map,
         adapter=Path(config.adapter) if config.adapter else None,
     )
+    if config.exact:
+        model.make_exact()
     model.operations = load_target_operations(model)
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
