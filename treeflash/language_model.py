@@ -330,6 +330,8 @@ class LocatedPair:
             self.config,
             named=self.named,
         )
+        if self.config.exact and pair.inexact:
+            raise ConfigError(f"the {pair.name} backend has no exact mode; {pair.inexact}")
         return LanguageModel(
             pair,
             tokenizer,

@@ -151,16 +151,21 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for numbers of bits that this backend lacks."""
+    """Raise a ConfigError for settings that this backend lacks."""
     if config.draft_bits:
         raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
     if config.kv_bits not in (None, KV_BITS):
         raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
+    for option in ("kv_bits", "compile", "device_map"):
+        if config.exact and getattr(config, option):
+            raise ConfigError(f"exact mode does not support {option}; remove one of them")
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if config.exact and device.type != "cpu":
+        raise ConfigError(f"exact mode runs only on a CPU, not on {device}; use device cpu")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -183,9 +188,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         device_map=device_map,
         adapter=Path(config.adapter) if config.adapter else None,
     )
+    model.operations = load_target_operations(model)
     if config.exact:
         model.make_exact()
-    model.operations = load_target_operations(model)
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
     for part, _ in model.spans or [(device, len(model.layers))]:

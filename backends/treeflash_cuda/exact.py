@@ -13,7 +13,8 @@ rounded differently from the same token alone. In exact mode it is not, bit for 
   denominator is summed like the numerator: a column of ones is stored beside the values.
 
 Everything else computes each row by itself. None of this is promised by the libraries underneath,
-so `check_products` and `treeflash.decoding.probe.check_exact` test it on each machine at load.
+so `check_products`, `check_attention` and `treeflash.decoding.probe.check_exact` test it on each
+machine at load.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
@@ -34,6 +36,7 @@ from treeflash_cuda.attention import (
     additive_mask,
     evaluate,
 )
+from treeflash_cuda.cache import widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass
 
 GROUP = 128
@@ -282,3 +285,53 @@ def check_products(model: nn.Module, dtype: torch.dtype) -> None:
                     f"{INEXACT}: {dtype} products of {width} x {size} weights depend on the number "
                     f"of rows on this machine ({rows} rows differ from {CHECKED_ROWS[-1]})"
                 )
+
+
+CHECKED_NODES = 64
+
+
+def check_attention(heads: int, kv_heads: int, width: int) -> None:
+    """Compare attention over a random tree and over a prompt with single tokens, in float32.
+
+    The tree crosses the end of a group.
+
+    Raises:
+        UnsupportedModelError: a row's sum depends on the rows or keys beside it.
+    """
+    random = torch.Generator().manual_seed(0)
+    committed, nodes = 2 * GROUP - 7, CHECKED_NODES
+    query = torch.randn(1, heads, committed + nodes, width, generator=random)
+    keys, values = torch.randn(2, 1, kv_heads, committed + nodes, width, generator=random)
+    ancestors, depths = torch.eye(nodes, dtype=torch.bool), torch.zeros(nodes, dtype=torch.long)
+    for node in range(1, nodes):
+        parent = int(torch.randint(max(0, node - 5), node, (), generator=random))
+        ancestors[node] |= ancestors[parent]
+        depths[node] = depths[parent] + 1
+
+    def attend(columns: Tensor, rows: Tensor, context: ExactContext) -> Tensor:
+        mask = context.mask(causal_mask_function, torch.float32, None)
+        k, v = (widen(x[:, :, columns]) for x in (keys, values))
+        return context.attend(
+            AttentionInputs(nn.Module(), query[:, :, rows], k, v, mask, width**-0.5)
+        )[0]
+
+    everything = torch.arange(committed + nodes)
+    tree = ExactContext(committed, committed + depths, ancestors)
+    on_tree = attend(everything, everything[committed:], tree)
+    prompt = attend(everything, everything, ExactContext(0, everything, None))
+    # The deepest path of the tree, and some tokens of the prompt.
+    path = committed + ancestors[depths.argmax()].nonzero()[:, 0]
+    cases = [
+        (torch.cat([everything[:committed], path[: i + 1]]), path[i], on_tree[path[i] - committed])
+        for i in range(len(path))
+    ]
+    cases += [(everything[: row + 1], everything[row], prompt[row]) for row in range(0, nodes, 5)]
+    cases += [(everything[: row + 1], everything[row], prompt[row]) for row in (127, 128, 250)]
+    for columns, row, expected in cases:
+        last = len(columns) - 1
+        single = ExactContext(last, torch.tensor([last]), None)
+        if not torch.equal(attend(columns, row[None], single)[0], expected):
+            raise UnsupportedModelError(
+                f"{INEXACT}: attention over a draft tree or a prompt differs from single tokens "
+                "on this machine"
+            )

@@ -46,7 +46,7 @@ from treeflash_cuda.attention import (
     is_attending,
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
-from treeflash_cuda.exact import ExactContext, check_products, pad_products
+from treeflash_cuda.exact import ExactContext, check_attention, check_products, pad_products
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import (
     MAMBA_2,
@@ -451,14 +451,20 @@ class Target:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
         Raises:
+            ConfigError: the target attends with kernels.
             UnsupportedModelError: a layer cannot be computed in this way, or has other bits on this
                 machine.
         """
+        if self.operations is not None:
+            raise ConfigError("exact mode does not support the kernels of GPUs; use device cpu")
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
         pad_products(self.model)
         with torch.inference_mode():
             check_products(self.model, self.dtype)
+            assert self.arena.like is not None
+            _, kv_heads, _, width = self.arena.like.shape
+            check_attention(self.config.num_attention_heads, kv_heads, width)
         self.arena = self.arena.widened()
         self.is_exact = True
 

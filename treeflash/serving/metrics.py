@@ -45,6 +45,11 @@ class Metrics:
             "they bring; or no_drafter.",
             ["state"],
         )
+        self._exact = gauge(
+            "exact",
+            "1 if no answer depends on drafts or other requests, bit for bit; 0 with the reason.",
+            ["reason"],
+        )
         self._finished = counter("request_success", "Finished sequences.", ["finished_reason"])
         self._failed = counter("request_failure", "Sequences that ended with an error.")
         self._queue_time = histogram("request_queue_time_seconds", "Time before the prefill.")
@@ -88,6 +93,8 @@ class Metrics:
         self._state_bytes.set(scheduler.nbytes)
         for state in ("on", "paused", "no_drafter"):
             self._drafting.labels(state).set(state == _drafting_state(scheduler))
+        reason = scheduler.backend.inexact
+        self._exact.labels(reason or "").set(reason is None)
         cache = scheduler.prefix_cache
         self._prefix_bytes.set(0 if cache is None else cache.nbytes)
 
