@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import treeflash
-from treeflash.cli.console import guarded
+from treeflash.cli.console import Main, guarded
 from treeflash.cli.parser import Parser
 
 COMMANDS = {
@@ -19,10 +19,12 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "train": "train a drafter on the responses of its target",
     "distill": "generate a target's responses to train a drafter on",
+    "adapt": "train a drafter on for a fine-tuned target",
     "evaluate": "measure a drafter by depth, method and budget",
     "doctor": "diagnose a target and its drafter",
     "convert": "write a drafter in another published format",
-    "models": "list drafters and cached models, and download models",
+    "models": "list models on this machine, and download models",
+    "drafters": "list what can draft for a target, the best first",
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         # Only now, because the imports of a command take a second.
-        return int(_module(argv[0]).main(argv[1:]))
+        run, _ = _command(argv[0])
+        return run(argv[1:])
     parser, _ = _make_parser()
     shell = parser.parse_args(argv).completion
     if shell is None:
@@ -65,15 +68,20 @@ def _completion(shell: str) -> str:
 
     parser, commands = _make_parser()
     for name in COMMANDS:
-        command = commands.choices[name] = _module(name).make_parser()
+        command = commands.choices[name] = _command(name)[1]()
         for action in command._actions:
             if action.type is Path:
                 action.complete = shtab.FILE
     return shtab.complete(parser, shell)
 
 
-def _module(name: str) -> Any:
-    return import_module(f"treeflash.{name}")
+def _command(name: str) -> tuple[Main, Callable[[], Any]]:
+    """The main function of a command, and the function that makes its parser."""
+    if name == "drafters":  # its module would have the name of a package
+        models = import_module("treeflash.models")
+        return models.drafters, models.make_drafters_parser
+    module = import_module(f"treeflash.{name}")
+    return module.main, module.make_parser
 
 
 if __name__ == "__main__":

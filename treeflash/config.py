@@ -125,6 +125,8 @@ class DecodeConfig:
             block; None is all M at every depth, `auto` as many as a tree of this budget can use.
         suffix: whether the trees of `ddtree` and `treeflash` also have what followed the last
             tokens where they occurred before.
+        draft_depths: depths that the drafter drafts at most; None is all that it has. Each costs
+            MTP and EAGLE-3 heads a pass.
         draft_temperature: divides the drafter's logits, and is the start of the calibration of
             trees; it changes the tree, never the output.
         calibration: whether trees follow how sharp the drafter's distributions proved to be in the
@@ -144,6 +146,7 @@ class DecodeConfig:
     head_vocab: int | None = 1024
     head_rows: HeadRows = AUTO
     suffix: bool = True
+    draft_depths: int | None = None
     draft_temperature: float = 1.0
     calibration: bool = True
     max_tokens: int = 256
@@ -169,6 +172,7 @@ class DecodeConfig:
                 "auto, or 1 or more",
             ),
             suffix=(isinstance(self.suffix, bool), "true or false"),
+            draft_depths=(self.draft_depths is None or is_whole(self.draft_depths, 1), "1 or more"),
             draft_temperature=(_is_temperature(self.draft_temperature), "from 1e-6 to 1e6"),
             calibration=(isinstance(self.calibration, bool), "True or False"),
             max_tokens=(is_whole(self.max_tokens, 1), "1 or more"),
@@ -223,6 +227,7 @@ class LoadConfig:
     cuda_graphs: bool = True
     compile: bool = False
     adapter: str | None = None
+    wired: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -238,6 +243,7 @@ class LoadConfig:
                 self.adapter is None or (isinstance(self.adapter, str) and self.adapter != ""),
                 "the folder of a LoRA adapter",
             ),
+            wired=(isinstance(self.wired, bool), "True or False"),
             draft_bits=(_is_optional_number(self.draft_bits), "1 or more"),
             draft_window=(_is_optional_number(self.draft_window), "1 or more"),
             kv_bits=(_is_optional_number(self.kv_bits), "1 or more"),

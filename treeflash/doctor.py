@@ -19,7 +19,7 @@ from treeflash.diagnosis.checks import Diagnosis, diagnose
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.row_heads import find_row_format
 from treeflash.errors import UnsupportedModelError
-from treeflash.hub.models import drafter_training, resolve_drafter, resolve_target
+from treeflash.hub.models import draft_sources, drafter_training, resolve_drafter, resolve_target
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "treeflash evaluate"
         )
     trained = drafter_training(args.drafter, args.target)
+    sources = [source.name for source in draft_sources(args.target)]
     args.target = str(resolve_target(args.target))
 
     def load(drafter: Path) -> Backend:
@@ -80,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             target_config=read_config(Path(args.target)),
             report=report,
         )
-    print(json.dumps(diagnosis.to_dict()) if args.json else _report(diagnosis))
+    if args.json:
+        print(json.dumps({**diagnosis.to_dict(), "drafters": sources}))
+    else:
+        print(f"{_report(diagnosis)}\ncan draft, best first: {', '.join(sources)}")
     return 0 if diagnosis.ok else PROBLEM
 
 

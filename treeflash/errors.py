@@ -31,10 +31,29 @@ class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    # MLX, on Metal and on a CPU
+    "insufficient memory",
+    "unable to allocate",
+    "maximum allowed buffer size",
+    "resource limit",
+)
+DEVICE_LOST = ("gpu timeout", "submissionsignored")
+"""Parts of Metal's messages after which it refuses all further work of the process."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, according to an error of Python or of a framework."""
+    return isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether the device refuses all further work, so that only a new process can go on."""
+    return _says(error, DEVICE_LOST)
+
+
+def _says(error: Exception, parts: tuple[str, ...]) -> bool:
     message = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in message or "allocate memory" in message)
-    )
+    return isinstance(error, RuntimeError) and any(part in message for part in parts)

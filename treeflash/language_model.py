@@ -258,6 +258,7 @@ def load(
     cuda_graphs: bool = True,
     compile: bool = False,
     adapter: str | Path | None = None,
+    wired: bool = False,
 ) -> LanguageModel:
     """Load a target and its drafter, fetching them if needed.
 
@@ -280,6 +281,8 @@ def load(
         compile: compile the target's layers with `torch.compile` (cuda).
         adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A
             drafter of the base model still drafts.
+        wired: keep the models, and room for KV caches, in memory until the process ends, whatever
+            other programs need (mlx on a Mac).
 
     Raises:
         BackendError: the backend is unknown or not installed, or does not have the device.
@@ -301,6 +304,7 @@ def load(
         cuda_graphs=cuda_graphs,
         compile=compile,
         adapter=None if adapter is None else str(adapter),
+        wired=wired,
     ).load()
 
 

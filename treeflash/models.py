@@ -1,4 +1,4 @@
-"""List drafters and cached models, and fetch models ahead of use: `treeflash models`."""
+"""List models on this machine and drafters of targets: `treeflash models`, `treeflash drafters`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.filesize import decimal
 
 from treeflash.cli.console import guarded
 from treeflash.cli.parser import Parser
-from treeflash.errors import ConfigError
 from treeflash.hub.cached import CachedModel, cached_models, folder_nbytes
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     PUBLISHED_DRAFTERS,
-    PublishedDrafter,
+    DraftSource,
+    draft_sources,
     published_drafters,
     resolve_drafter,
     resolve_target,
@@ -25,57 +25,50 @@ from treeflash.hub.models import (
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, list or fetch models, and return the exit status."""
+    """Parse the command line of `models`, list or fetch models, and return the exit status."""
     args = make_parser().parse(argv)
-    if args.download is not None:
-        if args.target is not None:
-            raise ConfigError("--download names the model itself; remove the target")
-        models = [_row(model) for model in _download(args.download)]
-        print(json.dumps({"cached": models})) if args.json else _print(models)
-        return 0
+    models = cached_models() if args.download is None else _download(args.download)
+    rows = [_row(model) for model in models]
+    print(json.dumps({"cached": rows})) if args.json else _print(rows)
+    return 0
+
+
+@guarded
+def drafters(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line of `drafters`, list what can draft, and return the exit status."""
+    args = make_drafters_parser().parse(argv)
     cached = {model.name.lower(): model for model in cached_models()}
-    targets = PUBLISHED_DRAFTERS if args.target is None else {}
-    if args.target is not None:
-        targets = {args.target: published_drafters(args.target)}
     rows = {
-        target: [_drafter_row(drafter, cached) for drafter in drafters]
-        for target, drafters in targets.items()
+        target: [_source_row(source, cached) for source in draft_sources(target)]
+        for target in ([args.target] if args.target is not None else PUBLISHED_DRAFTERS)
     }
     if args.json:
-        models = [_row(model) for model in cached.values()]
-        print(json.dumps({"cached": models, "drafters": rows}))
+        print(json.dumps(rows))
         return 0
-    if args.target is None:
-        print("Models on this machine:")
-        _print([_row(model) for model in cached.values()])
-        print("\nPublished drafters by target, the default of each first:")
-    elif model := cached.get(args.target.lower()):
-        print(f"{decimal(model.nbytes)} in {model.folder}")
-    else:
-        print(f"{args.target} is not on this machine")
-    for target, drafters in rows.items():
-        print(target)
-        _print(drafters)
-        if not drafters:
-            print(
-                "  no published drafter is known; train one (treeflash distill, treeflash train), "
-                "name one (--drafter), or decode without one (--method suffix)"
-            )
+    for target, sources in rows.items():
+        model = cached.get(target.lower())
+        print(target if model is None else f"{target}: {decimal(model.nbytes)} in {model.folder}")
+        _print(sources)
     return 0
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
-    parser = Parser("models", "List drafters and cached models, and fetch models ahead of use.")
-    parser.add_argument(
-        "target", nargs="?", help="list the drafters of this target (default: of all targets)"
-    )
+    """The options of `models`."""
+    parser = Parser("models", "List models on this machine, and fetch models ahead of use.")
     parser.add_argument(
         "--download",
         metavar="ID",
         help=f"fetch this drafter, or this target and its published drafter ({DEFAULT_TARGET} is "
         "the default target)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def make_drafters_parser() -> Parser:
+    """The options of `drafters`."""
+    parser = Parser("drafters", "List what can draft for a target, the best first.")
+    parser.add_argument("target", nargs="?", help="folder or hub id (default: all known targets)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -99,13 +92,15 @@ def _row(model: CachedModel) -> dict[str, Any]:
     return {"name": model.name, "bytes": model.nbytes, "folder": str(model.folder)}
 
 
-def _drafter_row(drafter: PublishedDrafter, cached: Mapping[str, CachedModel]) -> dict[str, Any]:
-    model = cached.get(drafter.name.lower())
+def _source_row(source: DraftSource, cached: Mapping[str, CachedModel]) -> dict[str, Any]:
+    model = cached.get(source.name.lower())
     return {
-        "name": drafter.name,
+        "name": source.name,
         "bytes": None if model is None else model.nbytes,
-        "thinking": drafter.thinking,
-        "system": drafter.system,
+        "kind": source.kind,
+        "option": source.option,
+        "thinking": source.drafter is not None and source.drafter.thinking,
+        "system": None if source.drafter is None else source.drafter.system,
     }
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from treeflash.cli.console import INTERRUPTED, guarded, progress
+from treeflash.cli.console import INTERRUPTED, guarded
 from treeflash.cli.options import add_device_options, with_device
 from treeflash.cli.parser import Parser
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig, add_options, given_options, make_train_config
-from treeflash.training.interfaces import trainer
+from treeflash.training.interfaces import show_records, trainer
 from treeflash.training.responses import read_responses
 
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, lambda load: train(target, responses, args.output, config, load, held_out)
     )
     try:
-        _show(records, config, console)
+        show_records(records, config, console)
     except KeyboardInterrupt:
         if (args.output / "state").exists():
             console.print("interrupted; run the same command again to resume from the last state")
@@ -48,30 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     console.print(f"{args.output}: trained; pass it as --drafter")
     return 0
-
-
-def _show(records: Iterator[dict[str, Any]], config: TrainConfig, console: Console) -> None:
-    with progress(console) as bar:
-        shards = bar.add_task("features", total=None, visible=False)
-        steps = bar.add_task("steps", total=config.steps)
-        for record in records:
-            if "too_short" in record:
-                too_short, too_long = record["too_short"], record["too_long"]
-                console.print(
-                    f"dropped {too_short + too_long} responses: {too_short} shorter than two "
-                    f"tokens, {too_long} after truncation to --max-length {config.max_length}"
-                )
-            elif "shard" in record:
-                done, total = record["shard"], record["shards"]
-                bar.update(shards, completed=done, total=total, visible=True)
-            else:
-                loss = f"loss {record['loss']:.3f}"
-                bar.update(steps, completed=record["step"], description=loss)
-                if "validation" in record:
-                    metrics = record["validation"].items()
-                    chains = [f"{k} {v:.3f}" for k, v in metrics if k.startswith("chain")]
-                    console.print(f"step {record['step']}: {', '.join([loss, *chains])}")
-        bar.update(steps, completed=config.steps)  # a finished run has no records
 
 
 def make_parser() -> Parser:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend, load_pair
@@ -28,13 +29,13 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
 from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
-from treeflash_cuda.kernels import flash_kernels
+from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
 from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Target
+from treeflash_cuda.target import Target, own_attention
 from treeflash_cuda.verifier import Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
@@ -128,19 +129,29 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if model.is_hybrid and model.device.type == "cuda":
         warnings.warn("models with recurrent layers run without CUDA graphs", stacklevel=2)
 
+    backend = add_drafter(model, drafter, config)
+    if drafter is not None and model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
+    return backend
+
+
+def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> CudaBackend:
+    """The pair of a target and the drafter of a folder; plain decoding for None."""
+
     def load_packed_drafter(folder: Path) -> tuple[Model, Head | None]:
-        if (rows := load_row_head(folder, model)) is not None:
+        if (rows := load_row_head(folder, target)) is not None:
             refuse_window(config)
-            model.capture(rows.config.target_layer_ids)
-            return rows, RowHead(rows, model)
-        drafter_model, head = load_drafter(folder, model)
+            target.capture(rows.config.target_layer_ids)
+            return rows, RowHead(rows, target)
+        drafter_model, head = load_drafter(folder, target)
         fuse_linears(drafter_model, IN_DRAFTER)
         pack_linears(drafter_model)
         if head is not None:
             pack_linears(head.module)
-        model.capture(drafter_model.config.target_layer_ids)
+        target.capture(drafter_model.config.target_layer_ids)
         return drafter_model, head
 
+<<<<<<< HEAD
     make_backend = functools.partial(CudaBackend, model, draft_window=config.draft_window)
     backend = load_pair(make_backend, drafter, load_packed_drafter)
     if config.exact:
@@ -148,6 +159,28 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
     return backend
+=======
+    make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
+    return load_pair(make_backend, drafter, load_packed_drafter)
+
+
+def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
+    """A pair whose target is a loaded model that its owner goes on using.
+
+    Its weights stay as they are. Its attention is replaced inside `Target.attached` alone.
+
+    Raises:
+        ConfigError: the model's layers are on several devices.
+        CheckpointError, UnsupportedModelError: as `load` raises them.
+    """
+    device = model.get_input_embeddings().weight.device
+    if {parameter.device for parameter in model.parameters()} != {device}:
+        raise ConfigError("the model is on several devices; load it on one device")
+    with own_attention(model):
+        target = Target(model, device, pack=False)
+        add_kernels(target)
+        return add_drafter(target, drafter, LoadConfig())
+>>>>>>> main
 
 
 def check_config(config: LoadConfig) -> None:
@@ -188,18 +221,30 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         device_map=device_map,
         adapter=Path(config.adapter) if config.adapter else None,
     )
+<<<<<<< HEAD
     model.operations = load_target_operations(model)
     if config.exact:
         model.make_exact()
+=======
+    add_kernels(model)
+>>>>>>> main
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
-    for part, _ in model.spans or [(device, len(model.layers))]:
-        model.kernels, reason = flash_kernels(part, model.dtype, model.config)
-        if model.kernels is None:
+    return model
+
+
+def add_kernels(target: Target) -> None:
+    """Let a target use the kernels of its devices for prompts and trees."""
+    target.operations = load_target_operations(target)
+    if target.operations is not None and (target.softcap is not None or target.has_sinks):
+        target.kernels = ChunkKernels(target.operations)
+        return
+    for part, _ in target.spans or [(target.device, len(target.layers))]:
+        target.kernels, reason = flash_kernels(part, target.dtype, target.config)
+        if target.kernels is None:
             break
     if reason:
-        warnings.warn(f"prompts will be slow: {reason}", stacklevel=2)
-    return model
+        warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
 
 
 def load_target_operations(target: Target) -> Operations | None:
@@ -213,6 +258,9 @@ def load_target_operations(target: Target) -> Operations | None:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         hidden_size=hidden_size,
+        softcap=target.softcap,
+        sinks=target.has_sinks,
+        quantised=target.arena.dtype is not None,
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:

@@ -8,8 +8,8 @@ are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -301,6 +301,24 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
         module.weight = nn.Parameter(merged, requires_grad=False)
 
 
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model its own attention back at the end, whatever replaced it inside."""
+    implementation = attention_implementation(model.config)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def attention_implementation(config: Any) -> Any:
+    """The name of a model's attention; a dictionary of names if it has parts."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    own: str = config._attn_implementation
+    names = {name: attention_implementation(part) for name, part in parts.items() if part}
+    return {"": own, **names} if names else own
+
+
 class Target:
     """The model, and the outputs of the layers that a drafter reads."""
 
@@ -358,6 +376,8 @@ class Target:
         self.vocab_size = len(self.embeddings)
         self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
+        self.softcap: float | None = None  # of scores of attention, see `AttentionInputs`
+        self.has_sinks = False  # whether layers have attention sinks
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
         self.is_exact = False  # see `make_exact`
@@ -439,6 +459,7 @@ class Target:
             layers = len(self.attention_slots) if self.is_hybrid else self.arena.layers
             self.arena = self.arena.resized(layers, region, self.dtype if kv_bits else None)
             state.close()
+        self.softcap, self.has_sinks = context.softcap, context.has_sinks
         if context.layers < len(self.attention_slots):
             raise UnsupportedModelError(refusal(family, FIXED_ATTENTION))
         if difference := self._significant_difference(actual, expected):
@@ -447,6 +468,7 @@ class Target:
                 f"support (relative error of the logits: {difference:.2f})"
             )
 
+<<<<<<< HEAD
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
@@ -467,6 +489,14 @@ class Target:
             check_attention(self.config.num_attention_heads, kv_heads, width)
         self.arena = self.arena.widened()
         self.is_exact = True
+=======
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
+        with own_attention(self.model):
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            yield
+>>>>>>> main
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.
@@ -590,10 +620,14 @@ class Target:
 
 
 class _CountingContext(AttentionContext):
-    """Counts the attention layers that it serves."""
+    """Counts the attention layers that it serves, and keeps their kinds of scores."""
 
     layers = 0
+    softcap: float | None = None
+    has_sinks = False
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         self.layers += 1
+        self.softcap = inputs.softcap if inputs.softcap is not None else self.softcap
+        self.has_sinks |= inputs.sinks is not None
         return super().attend(inputs)

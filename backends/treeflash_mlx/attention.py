@@ -41,11 +41,11 @@ class TreePass:
     model's own functions run.
     """
 
-    start: int  # committed positions of the shortest sequence
+    starts: mx.array  # (batch, 1) int32 committed positions of each sequence
+    start: int  # of the shortest sequence
     columns: int  # keys of the longest sequence, with the keys of its tree
     positions: mx.array  # (batch, n) int32 absolute positions of the nodes
-    keys: mx.array  # (batch, columns) int32 absolute positions of the keys
-    visible: mx.array  # (batch, n, columns) bool; whether a node attends to a key
+    ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
 
@@ -71,31 +71,45 @@ class TreePass:
         batch, n = len(trees), max(map(len, trees))
         columns = max(start + len(tree) for tree, start in zip(trees, starts, strict=True))
         positions, index = np.zeros((2, batch, n), np.int32)
-        keys = np.zeros((batch, columns), np.int32)
-        visible = np.zeros((batch, n, columns), np.bool_)
+        ancestors = np.zeros((batch, n, n), np.bool_)
         for i, (tree, start) in enumerate(zip(trees, starts, strict=True)):
             size, stop = len(tree), start + len(tree)
             positions[i] = start
             positions[i, :size] = tree.positions(start)
             index[i] = spare
             index[i, :size] = np.arange(start, stop)
-            keys[i, :start] = np.arange(start)
-            keys[i, start:stop] = positions[i, :size]
-            visible[i, :, :start] = True
-            visible[i, :size, start:stop] = tree.ancestor_mask()
-            visible[i, size:, start] = True
+            ancestors[i, :size, :size] = tree.ancestor_mask()
+            ancestors[i, size:, 0] = True
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
         paths = NodePaths(trees, n, solve) if solve is not None and n > 1 else None
-        seen = mx.array(visible)
-        return cls(min(starts), columns, mx.array(positions), mx.array(keys), seen, written, paths)
+        return cls(
+            starts=mx.array(np.array(starts, np.int32)[:, None]),
+            start=min(starts),
+            columns=columns,
+            positions=mx.array(positions),
+            ancestors=mx.array(ancestors),
+            index=written,
+            paths=paths,
+        )
 
     def mask(self, window: int | None, first: int = 0) -> mx.array:
         """(n, columns - first) bool attention mask; (batch, 1, n, columns - first) of a batch.
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
-        mask, keys = self.visible[..., first:], self.keys[:, first:]
+        batch, n = self.positions.shape
+        last = mx.arange(self.start, self.columns)  # where sequences end and trees begin
+        nodes = mx.broadcast_to(last - self.starts, (batch, len(last)))
+        committed, nodes = nodes < 0, mx.clip(nodes, 0, n)
+        beyond = mx.zeros((batch, n, 1), mx.bool_)  # columns after the nodes of a sequence
+        ancestors = mx.concatenate([self.ancestors, beyond], 2)
+        index = mx.broadcast_to(nodes[:, None], (batch, n, len(last)))
+        seen = committed[:, None] | mx.take_along_axis(ancestors, index, 2)
+        mask = mx.concatenate([mx.ones((batch, n, self.start - first), mx.bool_), seen], 2)
         if window is not None and window < self.columns:
+            drafted = mx.take_along_axis(self.positions, mx.minimum(nodes, n - 1), 1)
+            before = mx.broadcast_to(mx.arange(first, self.start), (batch, self.start - first))
+            keys = mx.concatenate([before, mx.where(committed, last, drafted)], 1)
             mask = mask & (self.positions[:, :, None] - keys[:, None] < window)
         return mask[0] if self.index is None else mask[:, None]
 

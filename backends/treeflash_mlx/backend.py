@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_flatten
 
-from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import BaseBackend, load_pair
-from treeflash.decoding.interfaces import Prefill
-from treeflash.decoding.probe import TOLERANCES
+from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes, load_pair
+from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
+from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
@@ -25,13 +26,20 @@ from treeflash.drafters.row_heads import (
     load_row_tensors,
     refuse_window,
 )
-from treeflash.errors import BackendError, ConfigError
-from treeflash_mlx import TF32_MAY_BE_ON
-from treeflash_mlx.cache import KVCache, allocated_columns, release_freed_memory
+from treeflash.errors import ConfigError
+from treeflash_mlx.cache import KVCache, allocated_columns, size_class
+from treeflash_mlx.device import (
+    available_bytes,
+    choose_device,
+    device_facts,
+    limit_memory,
+    warn_of_tf32,
+)
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
 from treeflash_mlx.linear import split_pairs
+from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
@@ -42,6 +50,7 @@ Head: TypeAlias = ARHead | RecurrentHead | RowHead
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
+WARM_NODES = 24
 MAX_SUBMISSIONS = 4
 """Times that a forward pass submits work to the device, at most."""
 
@@ -73,16 +82,46 @@ class MlxBackend(BaseBackend):
         drafter = None
         if drafts and (config := self.drafter_config):
             cache_class = RowCache if isinstance(config, RowConfig) else KVCache
-            drafter = cache_class(config.num_hidden_layers, capacity + config.scratch_rows)
+            layers = config.num_hidden_layers + cache_class.layers_without_keys
+            drafter = cache_class(layers, capacity + config.scratch_rows)
         return State(self.target.new_kv_cache(capacity), drafter)
 
     def columns(self, capacity: int) -> int:
         """Columns of a sequence alone; sequences that run together have as many as the largest."""
         return allocated_columns(capacity)
 
+    def states_nbytes(self, states: Sequence[tuple[int, bool]]) -> int:
+        """Device memory of states that run together: as `state_nbytes`, and the padding of rows."""
+        nbytes = sum(self.state_nbytes(capacity, drafts=drafts) for capacity, drafts in states)
+        if not self.target.batches:
+            return nbytes
+        classes: dict[int, list[int]] = {}
+        for capacity, _ in states:
+            columns = allocated_columns(capacity)
+            classes.setdefault(size_class(columns), []).append(columns)
+        padding = sum(len(rows) * max(rows) - sum(rows) for rows in classes.values())
+        return nbytes + padding * int(self.target.column_nbytes)
+
     def check_trees(self) -> None:
         self.target.check_trees()
         super().check_trees()
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights of the target and the drafter, bytes."""
+        modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
+        own = getattr(self.drafter_model, "own", None)  # not among the drafter's parameters
+        arrays = [x for m in (*modules, own) if m for _, x in tree_flatten(m.parameters())]
+        return arrays_nbytes(arrays)
+
+    def device_report(self) -> DeviceReport:
+        """As `DeviceReport` describes it."""
+        return DeviceReport(
+            facts=device_facts(),
+            available_bytes=available_bytes(),
+            weights_bytes=self.weights_bytes,
+            batches=self.target.batches,
+        )
 
     def memory_bytes(self) -> int:
         return mx.get_peak_memory()
@@ -104,17 +143,45 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     def make_backend(drafter_model: Model | None, head: Head | None) -> MlxBackend:
         if isinstance(drafter_model, RowModel):
             refuse_window(config)
+        module = head.module if isinstance(head, ARHead | RecurrentHead) else None
+        choose_products(model.model, drafter_model, module)
         backend = MlxBackend(model, drafter_model, head, draft_window=config.draft_window)
         model.batches = runs_batches(backend)
+        if not model.batches:
+            logging.getLogger(__name__).warning(
+                "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
+                model.family,
+            )
         return backend
 
     backend = load_pair(
         make_backend, drafter, lambda folder: load_drafter(folder, model, config.draft_bits)
     )
+    limit_memory(backend.weights_bytes, wired=config.wired)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
-    release_freed_memory()
+        warm_up(backend)
     return backend
+
+
+def warm_up(backend: MlxBackend) -> None:
+    """Run everything that an answer needs once, so that Metal compiles its kernels now."""
+    parents = ((np.arange(WARM_NODES) - 1) // 2).astype(np.int32)
+    tree = DraftTree.from_parents(np.zeros(WARM_NODES, np.int32), parents)
+    options = TableOptions(k=16, m=16, shortlist=1024, rows=WARM_NODES)
+    drafter = backend.drafter
+    with SequenceSession(backend, drafts=drafter is not None, capacity=256) as sequence:
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.9)):
+            root = sequence.extend([0] * WARM_NODES, sampling)
+            sequence.verify(DraftTree.root_only(root), sampling)
+            if drafter is not None:
+                blocks = [sequence.draft(root)]
+                if backend.head is None:
+                    drafter.marginals(blocks, options)
+                else:
+                    backend.head.transitions(blocks, options)
+                sequence.verify(tree, sampling)
+            sequence.commit(np.zeros(1, np.int32))
 
 
 def check_config(config: LoadConfig) -> None:
@@ -132,59 +199,43 @@ def check_config(config: LoadConfig) -> None:
         )
 
 
-def choose_device(name: str | None) -> bool:
-    """Use the device of that name, or MLX's default; returns whether it is the CPU.
-
-    Raises:
-        BackendError: there is no such device.
-    """
-    if name not in (None, "cpu", "gpu"):
-        raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
-    if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
-        raise BackendError("this MLX has no GPU; use device cpu")
-    if name is not None:
-        mx.set_default_device(mx.Device(getattr(mx, name)))
-    if mx.metal.is_available() and mx.default_device().type == mx.gpu:
-        # As in mlx-lm: keep the weights resident, as far as the system recommends.
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    return mx.default_device().type == mx.cpu
-
-
-def warn_of_tf32() -> None:
-    """Warn if a GPU may round float32 products to TF32."""
-    if TF32_MAY_BE_ON:
-        warnings.warn(
-            "MLX was imported before treeflash_mlx and may compute in TF32, where drafting can "
-            "change tokens; set MLX_ENABLE_TF32=0 in the environment",
-            stacklevel=3,
-        )
-
-
 def runs_batches(backend: MlxBackend) -> bool:
     """Whether sequences of different lengths have the same logits in one pass as alone.
 
     Some models of mlx-lm take the mask or the offset of only one sequence; their sequences are run
-    one by one. This is also the first call of the model, and some models make arrays in it that
-    only the same thread can evaluate.
+    one by one. As in `check_trees`, differences are relative to the difference that another context
+    makes, and in half precision a mixture of experts may route a near-tie either way, so several
+    contexts may be tried. This is also the first call of the model, and some models make arrays in
+    it that only the same thread can evaluate.
     """
-    sequences = [SequenceSession(backend, capacity=32) for _ in range(2)]
-    states, tree = [sequence.state for sequence in sequences], DraftTree.root_only(0)
-    prompts = [0, 1], [i % 3 for i in range(12)]
+    rng = np.random.default_rng(0)
     try:
-        for state, prompt in zip(states, prompts, strict=True):
-            backend.verifier.run([Prefill(state, prompt, None)])
-        alone = [sequence.logits(tree) for sequence in sequences]
-        backend.target.batches = True
-        together = backend.verifier.logits([(state, tree) for state in states])
+        return any(batch_difference(backend, rng) <= LIMITS[backend.dtype] for _ in range(ATTEMPTS))
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
+
+
+def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
+    """The difference that a pass of two sequences makes, relative to that of another context."""
+    sequences = [SequenceSession(backend, capacity=32) for _ in range(2)]
+    states = [sequence.state for sequence in sequences]
+    tree = DraftTree.root_only(int(rng.integers(backend.vocab_size)))
+    batches = backend.target.batches
+    try:
+        for state, length in zip(states, (2, 12), strict=True):
+            prompt = rng.integers(0, backend.vocab_size, length).tolist()
+            backend.verifier.run([Prefill(state, prompt, None)])
+        backend.target.batches = False
+        alone = [sequence.logits(tree)[0] for sequence in sequences]
+        backend.target.batches = True
+        together = [x[0] for x in backend.verifier.logits([(state, tree) for state in states])]
     finally:
+        backend.target.batches = batches
         for sequence in sequences:
             sequence.close()
-    pairs = zip(together, alone, strict=True)
-    with np.errstate(invalid="ignore"):  # NaN is not an error yet
-        errors = [np.sqrt(np.mean((x - y) ** 2)) / y.std() for x, y in pairs]
-    return bool(np.max(errors) <= TOLERANCES[backend.dtype])
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN is not an error yet
+        worst = max(relative_difference(*pair) for pair in zip(together, alone, strict=True))
+        return worst / relative_difference(*alone)
 
 
 def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model, Head | None]:

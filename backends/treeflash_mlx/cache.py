@@ -7,9 +7,10 @@ one layer of a storage during one pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,8 @@ from treeflash_mlx.attention import TreePass
 from treeflash_mlx.hybrid import BatchStates, RecurrentStates, state_arrays
 
 STEP = 256
+SMALL_COLUMNS = 1024
+"""Sequences with at most this number of columns share a storage, whatever their capacities."""
 
 
 def allocated_columns(capacity: int) -> int:
@@ -27,8 +30,17 @@ def allocated_columns(capacity: int) -> int:
     return -(-(capacity + 1) // STEP) * STEP
 
 
+def size_class(columns: int) -> int:
+    """Only sequences of one class share a storage, so that padding at most doubles the large ones.
+
+    The largest of any sequences of a class has the most columns of all sequences that contain them:
+    a storage of some never needs more than a storage of all.
+    """
+    return (max(columns, SMALL_COLUMNS) - 1).bit_length()
+
+
 class BatchStorage:
-    """The keys, values and recurrent states of sequences that run together, a row per sequence.
+    """All arrays of the sequences that run together, a row per sequence.
 
     While the same sequences run together, nothing is copied.
 
@@ -41,30 +53,25 @@ class BatchStorage:
         states: of the recurrent layers.
     """
 
-    def __init__(
-        self,
-        sequences: Sequence[Sequence[Sequence[mx.array]]],
-        states: Sequence[RecurrentStates],
-        columns: int,
-    ) -> None:
-        """Copy sequences into the rows of a new storage.
-
-        Per sequence and layer there are arrays of shape (1, heads, n, width), or none.
-        """
-        self.batch_size, self.free_rows, self.columns = len(sequences), 0, columns
-        self.layers: list[list[mx.array]] = [[] for _ in sequences[0]]
-        self.latest: list[Sequence[mx.array]] = [()] * len(self.layers)
+    def __init__(self, states: Sequence[RecurrentStates], num_layers: int, columns: int) -> None:
+        """A storage without keys and values, for sequences with these recurrent states."""
+        self.batch_size, self.free_rows, self.columns = len(states), 0, columns
+        self.layers: list[list[mx.array]] = [[] for _ in range(num_layers)]
+        self.latest: list[Sequence[mx.array]] = [()] * num_layers
         self.states = BatchStates(states)
-        for layer, arrays in enumerate(self.layers):
-            parts = [sequence[layer] for sequence in sequences]
-            for i, x in enumerate(next((part for part in parts if part), ())):
-                array = mx.zeros((self.batch_size, x.shape[1], columns, x.shape[3]), x.dtype)
-                for row, part in enumerate(parts):
-                    if part:
-                        array[row : row + 1, :, : part[i].shape[2]] = part[i]
-                arrays.append(array)
+
+    def fill(self, layer: int, rows: Sequence[Sequence[mx.array]]) -> None:
+        """Copy arrays of shape (1, heads, n, width), or none, into each row of an empty layer."""
+        arrays = []
+        for i, x in enumerate(next((row for row in rows if row), ())):
+            array = mx.zeros((self.batch_size, x.shape[1], self.columns, x.shape[3]), x.dtype)
+            for number, row in enumerate(rows):
+                if row:
+                    array[number : number + 1, :, : row[i].shape[2]] = row[i]
+            arrays.append(array)
         # Evaluated now: the old arrays could not be written in place while these depend on them.
-        mx.eval(self.layers)
+        mx.eval(arrays)
+        self.layers[layer] = arrays
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +106,10 @@ class BatchStorage:
         """The columns of a layer from `first` to `stop`, of all sequences."""
         return [array[:, :, first:stop] for array in self.layers[layer]]
 
+    def read_row(self, layer: int, row: int, stop: int) -> list[mx.array]:
+        """The columns of a layer before `stop`, of one sequence."""
+        return [array[row : row + 1, :, :stop] for array in self.layers[layer]]
+
     def commit(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
         """Keep paths of the latest pass: by row, the first column to write, and the nodes."""
         self._move_columns(paths)
@@ -108,32 +119,23 @@ class BatchStorage:
         """Move the keys and values of paths to where their sequences continue."""
         if all(path[-1] == len(path) - 1 for _, path in paths.values()):
             return  # they are there already
-        # Taken from the rows as they were written: reading the storage before writing to it would
-        # force a copy.
-        if self.batch_size == 1:
-            ((start, path),) = paths.values()
-            nodes = mx.array(path)
-            for layer, rows in enumerate(self.latest):
-                self.write(layer, [mx.take(x, nodes, axis=2) for x in rows], start)
-            return
         longest = max(len(path) for _, path in paths.values())
         sources, targets = np.zeros((2, self.batch_size, 1, longest, 1), np.int32)
         targets += self.columns - 1
         for row, (start, path) in paths.items():
             sources[row, 0, : len(path), 0] = path
             targets[row, 0, : len(path), 0] = start + np.arange(len(path))
-        source, target = mx.array(sources), mx.array(targets)
+        source, index = mx.array(sources), mx.array(targets) if self.batch_size > 1 else None
         for layer, rows in enumerate(self.latest):
-            shapes = [(*x.shape[:2], longest, x.shape[3]) for x in rows]
-            indices = [mx.broadcast_to(source, shape) for shape in shapes]
-            moved = [mx.take_along_axis(x, i, 2) for x, i in zip(rows, indices, strict=True)]
-            self.write(layer, moved, 0, target)
-
-
-def release_freed_memory() -> None:
-    """Return freed GPU memory to the system; MLX keeps it, but the sizes needed keep changing."""
-    if mx.default_device().type == mx.gpu:
-        mx.clear_cache()
+            # Taken from the rows as they were written: reading the storage before writing to it
+            # would force a copy.
+            moved = [
+                mx.take_along_axis(
+                    x, mx.broadcast_to(source, (*x.shape[:2], longest, x.shape[3])), 2
+                )
+                for x in rows
+            ]
+            self.write(layer, moved, int(targets[0, 0, 0, 0]), index)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ class KVCache:
     after the sequence is closed.
     """
 
-    num_layers: int  # attention layers
+    layers_without_keys: ClassVar[int] = 0  # the last layers of a storage, which `read` leaves out
+
+    num_layers: int  # of its storage
     capacity: int  # positions
     quantisation: Quantisation | None = None
     state_counts: Sequence[int] = ()  # per recurrent layer
@@ -168,12 +172,16 @@ class KVCache:
             return 0
         return self.storage.nbytes // (self.storage.batch_size - self.storage.free_rows)
 
-    def first_columns(self, end: int) -> list[list[mx.array]]:
-        """Per layer, the columns before `end` as arrays of shape (1, heads, end, width)."""
+    @property
+    def columns(self) -> int:
+        """Columns that the sequence needs, whatever the sequences that it shares a storage with."""
+        return allocated_columns(self.capacity)
+
+    def first_columns(self, layer: int, end: int) -> list[mx.array]:
+        """The columns before `end` of a layer as arrays of shape (1, heads, end, width)."""
         if self.storage is None or not end:
-            return [[] for _ in range(self.num_layers)]
-        row = slice(self.row, self.row + 1)
-        return [[x[row, :, :end] for x in arrays] for arrays in self.storage.layers]
+            return []
+        return self.storage.read_row(layer, self.row, end)
 
     def recurrent_states(self) -> RecurrentStates:
         if self.storage is None:
@@ -188,8 +196,10 @@ class KVCache:
 
         `states` of the recurrent layers follow these positions; None without such layers.
         """
-        length, columns = min(length, self.length), allocated_columns(capacity)
-        storage = BatchStorage([self.first_columns(length)], [states or []], columns)
+        length = min(length, self.length)
+        storage = BatchStorage([states or []], self.num_layers, allocated_columns(capacity))
+        for layer in range(self.num_layers):
+            storage.fill(layer, [self.first_columns(layer, length)])
         return replace(self, capacity=capacity, storage=storage, row=0, length=length)
 
     def truncate(self, length: int) -> None:
@@ -209,7 +219,8 @@ class KVCache:
 
     def read(self) -> NDArray[np.float32]:
         """(layers, 2, heads, length, width) committed keys and values."""
-        layers = self.first_columns(self.length)
+        kv_layers = self.num_layers - self.layers_without_keys
+        layers = [self.first_columns(layer, self.length) for layer in range(kv_layers)]
         if not layers:
             return np.zeros((0, 2, 0, self.length, 0), np.float32)
         if self.quantisation is not None:
@@ -229,18 +240,49 @@ class KVCache:
 
 
 def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:
-    """The storage of exactly these sequences, which are copied into a new one if necessary."""
+    """The storage of exactly these sequences, which move into a new one if necessary.
+
+    They move layer by layer, and each layer of an old storage that is left by all is freed at once:
+    there are never two copies of everything.
+    """
     storage, size = sequences[0].storage, len(sequences)
     shared = all(sequence.storage is storage for sequence in sequences)
-    if storage is None or storage.batch_size != size or not shared:
-        columns = max(allocated_columns(sequence.capacity) for sequence in sequences)
-        rows = [sequence.first_columns(sequence.length) for sequence in sequences]
-        states = [sequence.recurrent_states() for sequence in sequences]
-        storage = BatchStorage(rows, states, columns)
-        for row, sequence in enumerate(sequences):
-            sequence.attach(storage, row)
-        release_freed_memory()
-    return storage
+    if storage is not None and storage.batch_size == size and shared:
+        return storage
+    columns = max(sequence.columns for sequence in sequences)
+    states = [sequence.recurrent_states() for sequence in sequences]
+    new = BatchStorage(states, sequences[0].num_layers, columns)
+    leaving = Counter(sequence.storage for sequence in sequences if sequence.storage is not None)
+    left = [old for old, rows in leaving.items() if rows == old.batch_size - old.free_rows]
+    for layer in range(len(new.layers)):
+        try:
+            new.fill(
+                layer, [sequence.first_columns(layer, sequence.length) for sequence in sequences]
+            )
+        except Exception:
+            for row, sequence in enumerate(sequences):
+                _separate(sequence, new, row, layer)
+            raise
+        for old in left:
+            old.layers[layer] = []
+    for row, sequence in enumerate(sequences):
+        sequence.attach(new, row)
+    return new
+
+
+def _separate(sequence: KVCache, new: BatchStorage, row: int, moved: int) -> None:
+    """Give a sequence a storage of its own, after a move of its storage has failed.
+
+    The first `moved` layers are in a row of the new storage, the others still in the old one.
+    Nothing is copied before the next pass: memory has just run out.
+    """
+    if sequence.storage is None:
+        return
+    own = BatchStorage([sequence.recurrent_states()], sequence.num_layers, sequence.columns)
+    for layer in range(sequence.num_layers):
+        source, place = (new, row) if layer < moved else (sequence.storage, sequence.row)
+        own.layers[layer] = source.read_row(layer, place, own.columns)
+    sequence.attach(own, 0)
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from treeflash.drafters.config import window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
+from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits
 
 
@@ -129,6 +130,7 @@ class Drafter:
         x = self.output.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
         if config.input_scale != 1:
             x = x * config.input_scale
+        project_contexts([state for state, _ in roots], self.model.project)
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length

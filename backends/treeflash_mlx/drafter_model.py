@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 
@@ -189,9 +191,37 @@ class OwnVocabulary(nn.Module):
         return self._token_ids
 
 
+CHUNK = 4096
+"""Rows of a quantised table that are compared at once."""
+
+
 def _differs(weight: mx.array, module: Any) -> bool:
-    """Whether a weight differs from a module's weight, rounded to the dtype of that weight."""
-    return not mx.array_equal(weight.astype(module.weight.dtype), module.weight).item()
+    """Whether a weight differs from a module's weight by more than rounding.
+
+    That is rounding to the dtype of the module's weight, or to its bits if it is quantised.
+    """
+    if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return not mx.array_equal(weight.astype(module.weight.dtype), module.weight).item()
+    if len(weight) != len(module.weight):
+        return True
+    # Normal weights in groups of 64 have an error of 1.5 / 2**bits, other weights of more than 1.
+    most = 3 / 2**module.bits
+    return not all(
+        _quantisation_error(weight, module, first) <= most for first in range(0, len(weight), CHUNK)
+    )
+
+
+def _quantisation_error(weight: mx.array, module: Any, first: int) -> float:
+    """The error of a module's quantised rows from `first` on, relative to a weight's rows."""
+    rows = slice(first, first + CHUNK)
+    expected = weight[rows].astype(mx.float32)
+    biases = None if module.biases is None else module.biases[rows]
+    options = module.group_size, module.bits, module.mode
+    found = mx.dequantize(module.weight[rows], module.scales[rows], biases, *options)
+    if found.shape != expected.shape:
+        return math.inf
+    error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
+    return float(np.array(error))
 
 
 class DrafterModel(nn.Module):

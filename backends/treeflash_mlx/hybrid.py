@@ -13,14 +13,16 @@ it, and `rebind` makes a model call them. `BatchStates` holds the committed stat
 from __future__ import annotations
 
 import types
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx_lm.models import gated_delta
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.ssm import compute_dt
 from numpy.typing import NDArray
@@ -28,6 +30,20 @@ from numpy.typing import NDArray
 from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
+from treeflash_mlx.metal_kernels import (
+    ROUNDING,
+    choose,
+    make_kernel,
+    relative_error,
+    uses_kernels,
+)
+from treeflash_mlx.metal_kernels.gated_delta import (
+    SLOTS,
+    Steps,
+    depth_first,
+    run_nodes,
+    runs_shape,
+)
 
 Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
 """Returns u with (1 + M) u = b.
@@ -63,6 +79,7 @@ class NodePaths:
             ancestors[i, 0, :size, :size] = tree.ancestor_mask()
             self._parents[i, :size] = tree.parents
         self.ancestors = mx.array(ancestors)
+        self._trees = trees
         self._windows: dict[int, mx.array] = {}
 
     def windows(self, kernel: int) -> mx.array:
@@ -71,6 +88,21 @@ class NodePaths:
             rows = np.stack([convolution_windows(parents, kernel) for parents in self._parents])
             self._windows[kernel] = mx.array(rows)
         return self._windows[kernel]
+
+    @cached_property
+    def visits(self) -> tuple[mx.array, mx.array] | None:
+        """(batch, n, 3) orders of the nodes and (batch,) numbers of them, for Metal kernels.
+
+        None where there are no kernels, or if the walk through a tree needs too many slots.
+        """
+        if not uses_kernels():
+            return None
+        orders = np.full((self.batch_size, self.nodes, 3), -1, np.int32)
+        for i, tree in enumerate(self._trees):
+            orders[i, : len(tree)], slots = depth_first(tree.parents)
+            if slots > SLOTS:
+                return None
+        return mx.array(orders), mx.array([len(tree) for tree in self._trees], mx.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +234,17 @@ def solve_by_rounds(system: mx.array, targets: mx.array, depth: int) -> mx.array
 
 def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx.array:
     """A `Solver` in one Metal kernel with a thread per column; each round would be a launch."""
-    inputs, outputs = ["system", "targets"], ["solution"]
-    kernel: Any = mx.fast.metal_kernel("treeflash_substitution", inputs, outputs, SUBSTITUTION)
+    kernel = make_kernel("substitution", ("system", "targets"), ("solution",), SUBSTITUTION)
     batch, heads, _, width = targets.shape
-    return kernel(
+    (solution,) = kernel(
         inputs=[system, targets],
         grid=(width, batch * heads, 1),
         threadgroup=(min(width, 256), 1, 1),
         output_shapes=[targets.shape],
         output_dtypes=[targets.dtype],
-    )[0]
+    )
+    result: mx.array = solution
+    return result
 
 
 MAX_SOLVER_ERROR = 1e-3
@@ -225,13 +258,9 @@ def choose_solver() -> Solver:
         UnsupportedModelError: no solver is correct.
     """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
-        try:
-            if (error := solver_error(solve_by_substitution)) <= MAX_SOLVER_ERROR:
-                return solve_by_substitution
-            reason = f"its relative error is {error:.1e}"
-        except (RuntimeError, ValueError) as failure:
-            reason = str(failure).partition("\n")[0]
-        warnings.warn(f"recurrent layers run without their Metal kernel: {reason}", stacklevel=2)
+        what = "recurrent layers"
+        if choose(what, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
+            return solve_by_substitution
     if not (error := solver_error(solve_by_rounds)) <= MAX_SOLVER_ERROR:
         raise UnsupportedModelError(
             "on this device recurrent layers compute different outputs on a draft tree than token "
@@ -270,7 +299,7 @@ def gated_delta_update(
     use_kernel: bool = True,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
-) -> tuple[mx.array, Writes]:
+) -> tuple[mx.array, Writes | Steps]:
     """The gated delta rule, with a gate per head or per key channel.
 
     Shapes: q and k (batch, n, key_heads, key_dim), normalised, q also scaled; v (batch, n, heads,
@@ -279,16 +308,101 @@ def gated_delta_update(
     if `allow_neg_eigval`.
     """
     beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+    if use_kernel and paths.visits is not None:
+        shape = k.shape[2], *v.shape[2:], k.shape[3], q.dtype, a.ndim == 4
+        if delta_kernel_wins(*shape):
+            if lower_bound is None:
+                decays = gated_delta.compute_g(A_log, a, dt_bias)
+            else:
+                decays = gated_delta.compute_lower_bound_g(A_log, a, dt_bias, lower_bound)
+            steps = Steps(k, v, decays, beta)
+            return run_nodes(q, steps, state, *paths.visits), steps
     rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
         log_decays = -rate * nn.softplus(a + dt_bias)
     else:
         log_decays = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+    return _delta_rule(paths, q, k, v, log_decays, beta, state)
+
+
+def _delta_rule(
+    paths: NodePaths,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    log_decays: mx.array,
+    beta: mx.array,
+    state: mx.array | None,
+) -> tuple[mx.array, Writes]:
+    """The gated delta rule by operations; see `gated_delta_update`."""
     if log_decays.ndim == 3:
         log_decays = log_decays[..., None]
     q_, k_, v_, g, betas = (_by_head(x, v.shape[2]) for x in (q, k, v, log_decays, beta[..., None]))
     outputs, writes = run_tree(q_, k_, v_, g, state, paths, betas)
     return outputs.swapaxes(1, 2).astype(q.dtype), writes
+
+
+RACED_TREE = DraftTree.from_parents(
+    np.zeros(12, np.int32), np.array([-1, 0, 0, 1, 2, 2, 3, 3, 6, 7, 8, 8], np.int32)
+)
+RACED_PATH = (0, 1, 3, 6, 8, 11)
+
+
+@lru_cache(64)
+def delta_kernel_wins(
+    key_heads: int, heads: int, value_dim: int, key_dim: int, dtype: mx.Dtype, by_channel: bool
+) -> bool:
+    """Whether gated delta nets of a shape run trees by their Metal kernel on this device.
+
+    It is decided at load, when a pass over a tree is first built, and once in a process. With the
+    kernel the states have the bits of plain decoding, or it is left out.
+    """
+    if not runs_shape(key_dim):
+        return False
+    n, paths = len(RACED_TREE), NodePaths([RACED_TREE], len(RACED_TREE), choose_solver())
+    assert paths.visits is not None
+    visits = paths.visits
+    gates = (1, n, heads, key_dim) if by_channel else (1, n, heads)
+    shapes = [(1, n, key_heads, key_dim)] * 2 + [(1, n, heads, value_dim), gates, (1, n, heads)]
+    shapes.append((1, heads, value_dim, key_dim))
+    keys = mx.random.split(mx.random.key(0), len(shapes))
+    q, k, v, log_decays, b, state = (
+        mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)
+    )
+    norm = key_dim**-0.5
+    q, k, v, beta = (x.astype(dtype) for x in (q * norm, k * norm, v, mx.sigmoid(b)))
+    log_decays = -mx.abs(log_decays)
+    steps = Steps(k, v, mx.exp(log_decays), beta)
+    nodes, kept = mx.array([RACED_PATH], mx.int32), mx.ones((1, len(RACED_PATH)), mx.bool_)
+
+    def by_kernel(state: mx.array) -> tuple[mx.array, mx.array]:
+        return run_nodes(q, steps, state, *visits), steps.commit(state, nodes, kept)
+
+    def by_operations(state: mx.array) -> tuple[mx.array, mx.array]:
+        outputs, writes = _delta_rule(paths, q, k, v, log_decays, beta, state)
+        return outputs, writes.commit(state, nodes, kept)
+
+    def error() -> float:
+        outputs, after = by_kernel(state)
+        expected = state
+        for node in RACED_PATH:
+            token = (x[:, node : node + 1] for x in (q, k, v, steps.g, beta))
+            output, expected = gated_delta.gated_delta_kernel(*token, expected)
+            if not mx.array_equal(output[:, 0], outputs[:, node]):
+                raise ValueError("its outputs have other bits than in plain decoding")
+        if not mx.array_equal(after, expected):
+            raise ValueError("its states have other bits than in plain decoding")
+        return relative_error(outputs, by_operations(state)[0])
+
+    def link(run: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
+        def call(state: mx.array, _: int) -> mx.array:
+            outputs, after = run(state)
+            return after + 0 * outputs.sum()
+
+        return call
+
+    race = link(by_kernel), link(by_operations), state
+    return choose("gated delta nets on trees", error, ROUNDING[dtype], *race)
 
 
 def ssm_update(
@@ -352,7 +466,7 @@ def _by_head(x: mx.array, heads: int) -> mx.array:
     return x if x.shape[1] == heads else mx.repeat(x, heads // x.shape[1], 1)
 
 
-FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes]]] = {
+FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes | Steps]]] = {
     f.__name__: f for f in (gated_delta_update, ssm_update, recurrent_gla)
 }
 """Functions over trees by the names of the functions of mlx-lm that they stand for."""
@@ -495,6 +609,21 @@ class BatchStates:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))
 
+    @contextmanager
+    def committed_early(self) -> Iterator[list[RecurrentTreeCache | None]]:
+        """Let a pass read the states after the only token of the latest pass of one sequence.
+
+        Yields:
+            What its layers write, in place of `latest`, which stays as it is.
+        """
+        layers, latest = self.layers, self.latest
+        self.commit({0: np.zeros(1, np.int32)})
+        self.latest = [None] * len(layers)
+        try:
+            yield self.latest
+        finally:
+            self.layers, self.latest = layers, latest
+
 
 class RecurrentTreeCache(ArraysCache):
     """One recurrent layer in one forward pass; some models write to no other class of cache.
@@ -504,7 +633,7 @@ class RecurrentTreeCache(ArraysCache):
     Attributes:
         paths: of the nodes; None if the pass is not over trees.
         written: by state, what the pass wrote: the state after all tokens, or in a pass over trees
-            the `Writes` of a matrix state.
+            the `Writes` or `Steps` of a matrix state.
         inputs: (batch, W - 1 + n, channels) of each short convolution over trees, in order: the
             last inputs of the committed sequence, then the inputs of the nodes.
     """
@@ -518,7 +647,7 @@ class RecurrentTreeCache(ArraysCache):
     ) -> None:
         super().__init__(len(batch.layers[layer]))
         self._batch, self._layer, self._on_read, self.paths = batch, layer, on_read, paths
-        self.written: dict[int, mx.array | Writes] = {}
+        self.written: dict[int, mx.array | Writes | Steps] = {}
         self.inputs: list[mx.array] = []
         batch.latest[layer] = self
 
@@ -530,7 +659,7 @@ class RecurrentTreeCache(ArraysCache):
         self._on_read(self)
         return self.states[i]
 
-    def __setitem__(self, i: int, value: mx.array | Writes) -> None:
+    def __setitem__(self, i: int, value: mx.array | Writes | Steps) -> None:
         self.written[i] = value
 
     def make_mask(self, n: int, **_: Any) -> None:
@@ -544,7 +673,7 @@ class RecurrentTreeCache(ArraysCache):
         if self.paths is None:
             return True
         inputs = [(x.shape[1] - self.paths.nodes, x.shape[2]) for x in self.inputs]
-        tails = [x.shape[1:] for x in self.written.values() if not isinstance(x, Writes)]
+        tails = [x.shape[1:] for x in self.written.values() if isinstance(x, mx.array)]
         return tails == inputs
 
 
@@ -569,7 +698,7 @@ class _Commit:
         new = list(states)
         for i, value in sorted(latest.written.items()):
             old = states[i]
-            if isinstance(value, Writes):
+            if not isinstance(value, mx.array):
                 new[i] = value.commit(old, self.nodes, self.kept)
                 continue
             if latest.paths is not None:

@@ -21,12 +21,11 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
 from treeflash.errors import ConfigError
-from treeflash_mlx.cache import BatchStorage, KVCache, allocated_columns, share_storage
+from treeflash_mlx.cache import KVCache, share_storage
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import MLP, OwnVocabulary
-from treeflash_mlx.hybrid import RecurrentStates
 from treeflash_mlx.numerics import log_softmax, top_log_probs
-from treeflash_mlx.state import State
+from treeflash_mlx.state import State, project_contexts
 from treeflash_mlx.target import Target
 
 CHUNK = 2048
@@ -229,43 +228,20 @@ class RowCache(KVCache):
     again for every draft.
     """
 
-    hidden: mx.array | None = None  # (columns, hidden_size); None before the first draft
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (0 if self.hidden is None else self.hidden.nbytes)
+    layers_without_keys = 1  # the last, which has the states as (1, 1, columns, hidden_size)
 
     def append(self, states: Sequence[mx.array]) -> None:
         """Note the (n, hidden_size) states of new committed positions."""
         for part in states:
-            if self.hidden is None:
-                shape = allocated_columns(self.capacity), part.shape[1]
-                self.hidden = mx.zeros(shape, part.dtype)
-            self.hidden[self.length : self.length + len(part)] = part
+            share_storage([self]).write(self.num_layers - 1, [part[None, None]], self.length)
             self.length += len(part)
 
-    def copy(self, length: int, capacity: int, states: RecurrentStates | None = None) -> RowCache:
-        new = super().copy(length, capacity, states)
-        assert isinstance(new, RowCache)
-        new.hidden = None
-        if self.hidden is not None:
-            kept = self.hidden[: new.length]
-            new.hidden = mx.zeros((allocated_columns(capacity), kept.shape[1]), kept.dtype)
-            new.hidden[: new.length] = kept
-            mx.eval(new.hidden)
-        return new
+    def states(self, first: int, stop: int) -> mx.array:
+        """(stop - first, hidden_size) states of committed positions."""
+        return share_storage([self]).read(self.num_layers - 1, stop, first)[0][0, 0]
 
     def read(self) -> NDArray[np.float32]:
         return super().read()[..., : max(self.length - 1, 0), :]
-
-    def close(self) -> None:
-        super().close()
-        self.hidden = None
-
-    def attach(self, storage: BatchStorage, row: int) -> None:
-        hidden = self.hidden
-        super().attach(storage, row)
-        self.hidden = hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,6 +284,7 @@ class RowDrafter:
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
+        project_contexts([state for state, _ in roots], self.model.project)
         new: list[tuple[RowCache, int, list[int]]] = []
         for state, root in roots:
             cache, tokens = self._append(state)
@@ -350,8 +327,7 @@ class RowDrafter:
         positions = mx.array(np.concatenate(numbers), mx.int32)
         states = []
         for cache, first, tokens in rows:
-            assert cache.hidden is not None
-            states.append(cache.hidden[first : first + len(tokens)])
+            states.append(cache.states(first, first + len(tokens)))
         read = self.model.read(self.output.embed(flat), mx.concatenate(states))
         k, v = self.model.layer.self_attn.keys_and_values(read[0], positions)
         write([(cache, first, len(tokens)) for cache, first, tokens in rows], k, v)

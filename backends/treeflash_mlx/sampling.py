@@ -42,7 +42,7 @@ def sample(
             assert rows is not None
             groups.setdefault(shared_sampling(params), []).append((i, rows, params))
     for sequences in groups.values():
-        edited = [_edit(rows, params) for _, rows, params in sequences]
+        edited = [edit(rows, params) for _, rows, params in sequences]
         sampling = sequences[0][2].sampling
         keys = None
         if not sampling.greedy:
@@ -52,12 +52,11 @@ def sample(
         )
         parts = np.split(tokens, np.cumsum([len(part) for part in edited])[:-1])
         for (i, rows, params), part in zip(sequences, parts, strict=True):
-            k = params.log_probs
-            sampled[i] = SampledTokens(part, None if k is None else _log_probs(rows, part, k))
+            sampled[i] = with_log_probs(part, rows, params)
     return sampled
 
 
-def _edit(logits: mx.array, params: SamplingParams) -> mx.array:
+def edit(logits: mx.array, params: SamplingParams) -> mx.array:
     """(n, vocab) edited logits, -inf for tokens that are not allowed."""
     if (edits := params.edits) is not None:
         logits = mx.array(logits.astype(mx.float32))  # a copy: its entries are assigned below
@@ -71,15 +70,20 @@ def _edit(logits: mx.array, params: SamplingParams) -> mx.array:
     return logits
 
 
-def _log_probs(logits: mx.array, tokens: NDArray[np.int32], k: int) -> LogProbs:
+def with_log_probs(
+    tokens: NDArray[np.int32], logits: mx.array, params: SamplingParams
+) -> SampledTokens:
+    """(n,) sampled tokens, with log probabilities from the (n, vocab) logits if asked for."""
+    if params.log_probs is None:
+        return SampledTokens(tokens)
     logits = logits.astype(mx.float32)
-    k = min(k, logits.shape[-1])
+    k = min(params.log_probs, logits.shape[-1])
     best = top_indices(logits, k) if k else mx.zeros((len(tokens), 0), mx.int32)
     index = mx.concatenate([mx.array(tokens)[:, None], best], axis=1)
     values = mx.take_along_axis(logits, index, axis=1) - logsumexp(logits)
     mx.eval(best, values)
     read = np.array(values)
-    return LogProbs(read[:, 0], np.array(best), read[:, 1:])
+    return SampledTokens(tokens, LogProbs(read[:, 0], np.array(best), read[:, 1:]))
 
 
 def sample_tokens(
@@ -90,6 +94,14 @@ def sample_tokens(
     A nucleus wider than the shortlist needs a second read. A CPU computes in float64, as the core
     function does; a GPU has no float64.
     """
+    return read_tokens(np.array(draw(logits, sampling, keys)), logits, sampling, keys)
+
+
+def draw(logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None) -> mx.array:
+    """(n + 2,) int32: tokens, whether the logits are finite, and whether the tokens are certain.
+
+    They are not where a nucleus is wider than the shortlist.
+    """
     best = logits.max(-1, keepdims=True)
     finite = mx.isfinite(best).all()
     if sampling.greedy:
@@ -97,12 +109,26 @@ def sample_tokens(
     else:
         tokens, covered = _sample(logits, best, sampling, keys, SHORTLIST)
     flags = mx.stack([finite, covered])
-    read = np.array(mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)]))
-    check_finite(read[-2])
-    if not read[-1]:
-        tokens, _ = _sample(logits, best, sampling, keys, logits.shape[-1])
-        return np.array(tokens.astype(mx.int32))
-    return read[:-2]
+    return mx.concatenate([tokens.astype(mx.int32), flags.astype(mx.int32)])
+
+
+def read_tokens(
+    drawn: NDArray[np.int32],
+    logits: mx.array,
+    sampling: SamplingConfig,
+    keys: NDArray[np.uint32] | None,
+) -> NDArray[np.int32]:
+    """(n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
+
+    Raises:
+        NumericalError: the largest logit of a row is not finite.
+    """
+    check_finite(drawn[-2])
+    if drawn[-1]:
+        return drawn[:-2]
+    best = logits.max(-1, keepdims=True)
+    tokens, _ = _sample(logits, best, sampling, keys, logits.shape[-1])
+    return np.array(tokens.astype(mx.int32))
 
 
 def _sample(

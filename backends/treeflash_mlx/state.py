@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import BaseState
 from treeflash_mlx.cache import KVCache
-from treeflash_mlx.hybrid import RecurrentStates, state_arrays
+from treeflash_mlx.hybrid import RecurrentStates, RecurrentTreeCache, state_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,28 @@ class Ahead:
     token: int
     logits: mx.array  # (1, vocab)
     outputs: mx.array | None  # (1, layers * hidden_size) of the captured layers
+    recurrent: list[RecurrentTreeCache | None]  # what the recurrent layers wrote
+
+
+@dataclass(frozen=True, eq=False)
+class Unprojected:
+    """Outputs of the captured layers at positions that were decoded one by one.
+
+    They are projected to features when the drafter reads them, all at once: while drafting pauses
+    it reads none.
+    """
+
+    rows: mx.array  # (n, layers * hidden_size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Unprojected:
+        return Unprojected(self.rows[part])
 
 
 class State(BaseState[KVCache, RecurrentStates]):
@@ -28,7 +51,7 @@ class State(BaseState[KVCache, RecurrentStates]):
 
     Attributes:
         kv_cache: the target's, with the states of its recurrent layers.
-        context: (n, hidden_size) each; projected features.
+        context: (n, hidden_size) projected features each, or `Unprojected`.
         outputs: (rows, layers * hidden_size) of the captured layers.
         single_until: positions until the end of the last pass over a single node.
         ahead: the pass after it, if it has been submitted.
@@ -47,9 +70,18 @@ class State(BaseState[KVCache, RecurrentStates]):
             drafter = self.drafter.copy(length, capacity + block)
         new = State(self.kv_cache.copy(length, capacity, recurrent), drafter)
         if self.drafter:
-            new.context = [mx.contiguous(part) for part in self.context_before(length)]
-            mx.eval(new.context)
+            new.context = [
+                Unprojected(mx.contiguous(part.rows))
+                if isinstance(part, Unprojected)
+                else mx.contiguous(part)
+                for part in self.context_before(length)
+            ]
+            mx.eval(new.context_arrays())
         return new
+
+    def context_arrays(self) -> list[mx.array]:
+        """The arrays of the context."""
+        return [part.rows if isinstance(part, Unprojected) else part for part in self.context]
 
     def recurrent_states(self) -> RecurrentStates | None:
         return self.kv_cache.recurrent_states() if self.kv_cache.state_counts else None
@@ -77,3 +109,19 @@ class State(BaseState[KVCache, RecurrentStates]):
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return self.kv_cache.read_states()
+
+
+def project_contexts(states: Sequence[State], project: Callable[[mx.array], mx.array]) -> None:
+    """Project what the contexts of sequences have unprojected, in one product."""
+    places = [
+        (state, i)
+        for state in states
+        for i, part in enumerate(state.context)
+        if isinstance(part, Unprojected)
+    ]
+    if not places:
+        return
+    features = project(mx.concatenate([state.context[i].rows for state, i in places]))
+    ends = np.cumsum([len(state.context[i]) for state, i in places])[:-1].tolist()
+    for (state, i), part in zip(places, mx.split(features, ends), strict=True):
+        state.context[i] = part

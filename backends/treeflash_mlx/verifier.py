@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -11,20 +12,18 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import rows_by_pass
 from treeflash.decoding.interfaces import Prefill, Verify
-from treeflash.decoding.sampling import SampledTokens, check_finite
+from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
-from treeflash_mlx.cache import BatchStorage, release_freed_memory, share_storage
+from treeflash_mlx.cache import BatchStorage, share_storage, size_class
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.row_head import RowModel
-from treeflash_mlx.sampling import sample
-from treeflash_mlx.state import Ahead, State
+from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
+from treeflash_mlx.state import Ahead, State, Unprojected
 from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass."""
-RELEASE_INTERVAL = 256
-"""Committed tokens of a sequence between two releases of freed memory."""
 
 PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 """A sequence, and the nodes of its latest pass to commit."""
@@ -61,22 +60,16 @@ class Verifier:
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        lengths = [state.length for state, _ in paths]
         self._commit(paths)
         # The device moves the rows while Python builds the next drafts.
         mx.async_eval([_committed_arrays(state) for state, _ in paths])
-        if any(
-            length // RELEASE_INTERVAL != state.length // RELEASE_INTERVAL
-            for length, (state, _) in zip(lengths, paths, strict=True)
-        ):
-            release_freed_memory()
 
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
         """(n, vocab) logits at the nodes of each tree, for tests."""
         return [np.array(part.astype(mx.float32)) for part in self._forward(trees)]
 
     def _run_single(self, work: Sequence[Prefill | Verify]) -> SampledTokens | None:
-        """Plain greedy decoding: submit the next pass before this token is read.
+        """Plain decoding: submit the next pass before this token is read.
 
         So the device does not wait for Python. Returns None for other work, and for the first pass
         over a single node, after which anything may follow.
@@ -88,36 +81,45 @@ class Verifier:
         state.pass_tokens = item.tree.tokens
         params, ahead, start = item.params, state.ahead, state.length
         follows, state.ahead, state.single_until = state.single_until == start, None, start + 1
-        plain = params.edits is None and params.allowed is None and params.log_probs is None
-        if not (follows and plain and params.sampling.greedy) or state.needs_snapshots:
+        if not follows:
             return None
         if ahead is not None and (ahead.start, ahead.token) == (start, int(item.tree.tokens[0])):
             logits, state.outputs, state.first_row = ahead.logits, ahead.outputs, 0
+            state.kv_cache.storage.states.latest = ahead.recurrent
         else:
             (logits,) = self._forward([(state, item.tree)])
-        token = logits.argmax(-1).astype(mx.int32)
-        submitted = self._submit_next(state, token)
-        finite = mx.isfinite(logits.max(-1)).astype(mx.int32)
-        read = np.array(mx.concatenate([token, finite]))
-        check_finite(read[1])
-        if submitted is not None:
-            state.ahead = Ahead(start + 1, int(read[0]), *submitted)
-        return SampledTokens(read[:1])
+        edited = edit(logits, params)
+        drawn = draw(edited, params.sampling, params.keys)
+        ahead = self._submit_next(state, drawn[:1])
+        read = np.array(drawn)
+        tokens = read_tokens(read, edited, params.sampling, params.keys)
+        if ahead is not None:
+            state.ahead = replace(ahead, token=int(read[0]))
+        return with_log_probs(tokens, logits, params)
 
-    def _submit_next(
-        self, state: State, token: mx.array
-    ) -> tuple[mx.array, mx.array | None] | None:
-        """Start the pass over the token after the next position, if there is room for it."""
+    def _submit_next(self, state: State, token: mx.array) -> Ahead | None:
+        """Start the pass over the token after the next position, if there is room for it.
+
+        Its recurrent layers read the states after the present token, which is yet to be committed.
+        """
         sequence = state.kv_cache
-        if sequence.storage is None or sequence.length + 2 >= sequence.storage.columns:
+        storage, length = sequence.storage, sequence.length
+        if storage is None or length + 2 >= storage.columns:
             return None
-        sequence.length += 1  # its length after the present token is committed
+        sequence.length = length + 1
         try:
-            logits, outputs = self.target.forward(token[None], [sequence], self._layer_ids)
+            with storage.states.committed_early() as recurrent:
+                logits, outputs = self.target.forward(token[None], [sequence], self._layer_ids)
         finally:
-            sequence.length -= 1
+            sequence.length = length
         mx.async_eval(logits, outputs)
-        return logits[0], None if outputs is None else outputs[0]
+        return Ahead(
+            start=length + 1,
+            token=-1,  # not read yet
+            logits=logits[0],
+            outputs=None if outputs is None else outputs[0],
+            recurrent=recurrent,
+        )
 
     def _run(
         self, work: Sequence[Prefill | Verify]
@@ -166,18 +168,20 @@ class Verifier:
             # Projected at once: the outputs of five layers take five times the memory.
             self._commit([(state, np.arange(len(chunk), dtype=np.int32))])
             mx.eval(_committed_arrays(state))
-            if first:
-                release_freed_memory()
 
     def _forward(
         self, sequences: Sequence[tuple[State, DraftTree]], *, prefill: bool = False
     ) -> list[mx.array]:
-        """(n, vocab) logits at the nodes of each tree, from one forward pass if the model can.
+        """(n, vocab) logits at the nodes of each tree, from one forward pass for each group.
 
         In a `prefill` the trees are chains of new tokens, all of which will be committed.
         """
-        if len(sequences) > 1 and not self.target.batches:
-            return [part for sequence in sequences for part in self._forward([sequence])]
+        if len(groups := self._groups(sequences)) > 1:
+            logits: dict[State, mx.array] = {}
+            for group in groups:
+                parts = self._forward(group, prefill=prefill)
+                logits |= zip((state for state, _ in group), parts, strict=True)
+            return [logits[state] for state, _ in sequences]
         storage = share_storage([state.kv_cache for state, _ in sequences])
         by_row = sorted(sequences, key=lambda sequence: sequence[0].kv_cache.row)
         trees = [tree for _, tree in by_row]
@@ -186,7 +190,7 @@ class Verifier:
         starts, caches = zip(*((s.length, s.kv_cache) for s, _ in by_row), strict=True)
         solve = None if prefill else self.target.solve
         tree_pass = TreePass.build(trees, starts, storage.columns - 1, solve=solve)
-        logits, outputs = self.target.forward(
+        rows, outputs = self.target.forward(
             mx.array(np.array(token_ids), mx.int32), caches, self._layer_ids, tree_pass
         )
         if outputs is not None:
@@ -195,18 +199,33 @@ class Verifier:
             state.outputs, state.first_row, state.ahead = outputs, row * n, None
         for state, tree in sequences:
             state.pass_tokens = tree.tokens
-        return [logits[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+        return [rows[state.kv_cache.row, : len(tree)] for state, tree in sequences]
+
+    def _groups(
+        self, sequences: Sequence[tuple[State, DraftTree]]
+    ) -> list[list[tuple[State, DraftTree]]]:
+        """The sequences that share a pass: of similar capacity, or each alone."""
+        groups: dict[Any, list[tuple[State, DraftTree]]] = {}
+        for state, tree in sequences:
+            key = size_class(state.kv_cache.columns) if self.target.batches else state
+            groups.setdefault(key, []).append((state, tree))
+        return list(groups.values())
 
     def _commit(self, paths: Sequence[PathOfState]) -> None:
         """Commit paths of the latest passes, and project their features.
 
         The projection may fail, so it comes first: a failed call must change no sequence.
         """
-        context: list[tuple[State, mx.array]] = []
+        context: list[tuple[State, mx.array | Unprojected]] = []
         for rows in rows_by_pass(paths):
             assert self.drafter is not None
-            features = self.drafter.project(rows.outputs[mx.array(rows.rows)])
+            outputs = rows.outputs[mx.array(rows.rows)]
             ends = np.cumsum(rows.sizes)[:-1].tolist()
+            if all(len(state.pass_tokens) == 1 for state in rows.states):  # the drafter may pause
+                parts = map(Unprojected, mx.split(outputs, ends))
+                context += zip(rows.states, parts, strict=True)
+                continue
+            features = self.drafter.project(outputs)
             context += zip(rows.states, mx.split(features, ends), strict=True)
         # Sequences that ran together share a storage and the outputs of a forward pass.
         by_storage: dict[BatchStorage, dict[int, tuple[int, NDArray[np.int32]]]] = {}
@@ -225,4 +244,4 @@ class Verifier:
 
 def _committed_arrays(state: State) -> list[Any]:
     storage = state.kv_cache.storage
-    return [storage and [storage.layers, storage.states.arrays], state.context]
+    return [storage and [storage.layers, storage.states.arrays], state.context_arrays()]

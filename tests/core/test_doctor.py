@@ -39,12 +39,13 @@ def test_report(run, prompts):
     assert lines[0].startswith("agreement by depth: ")
     assert lines[1].startswith("with the AR head:   ")
     assert lines[2].startswith("problem  depths         the drafter's top token at depth 1 ")
-    assert [line[9:23].strip() for line in lines[3:]] == [
+    assert [line[9:23].strip() for line in lines[3:-1]] == [
         "block offset",
         "prompting",
         "target layers",
         "mask token",
     ]
+    assert lines[-1] == "can draft, best first: suffix"
 
 
 def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypatch):

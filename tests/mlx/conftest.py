@@ -44,6 +44,18 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def quantised_pair(pair, tmp_path_factory):
+    """`pair`, with weights of 4 bits in the target's files."""
+    from mlx_lm.utils import load_model, quantize_model, save_model
+
+    target, drafter = tmp_path_factory.mktemp("quantised"), pair[1]
+    model, config = quantize_model(*load_model(pair[0]), 32, 4)
+    save_model(target, model)
+    (target / "config.json").write_text(json.dumps(config))
+    return target, drafter
+
+
+@pytest.fixture(scope="session")
 def hybrid_pair_of(families, tmp_path_factory):
     """Folders of a random target of a type and of a drafter for it, each made once."""
     made = {}

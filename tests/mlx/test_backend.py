@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.utils import load_model
 from treeflash_mlx import backend as backend_module
+from treeflash_mlx import device, drafter_model
 from treeflash_mlx.backend import load
 
 
@@ -31,6 +32,21 @@ def test_quantised_target(pair, tmp_path, bits):
     backend = load(tmp_path, pair[1], LoadConfig())
     assert isinstance(backend.target.lm_head, nn.QuantizedLinear)
     assert backend.target.embed(mx.array([1])).shape == (1, 128)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Linear])
+def test_a_table_equals_the_table_that_was_quantised_from_it(bits, kind):
+    """A drafter's copy of the target's table would take memory twice."""
+    weight = mx.random.normal((300, 128), key=mx.random.key(1)).astype(mx.bfloat16)
+    module = kind(300, 128) if kind is nn.Embedding else kind(128, 300, bias=False)
+    module.weight = weight
+    quantised = module.to_quantized(64, bits)
+    assert not drafter_model._differs(weight, quantised)
+    assert not drafter_model._differs(weight.astype(mx.float32), quantised)
+    assert drafter_model._differs(mx.roll(weight, 1, 0), quantised)
+    assert drafter_model._differs(weight[:200], quantised)
+    assert drafter_model._differs(-weight, quantised)
 
 
 def test_impossible_kv_bits_are_refused(families, pair, tmp_path):
@@ -100,8 +116,8 @@ def test_experts_in_half_precision_on_a_cpu_are_refused_in_one_line(families, tm
 
 @pytest.mark.parametrize("late", [False, True])
 def test_tf32_that_may_be_on_is_one_warning(monkeypatch, recwarn, late):
-    monkeypatch.setattr(backend_module, "TF32_MAY_BE_ON", late)
-    backend_module.warn_of_tf32()
+    monkeypatch.setattr(device, "TF32_MAY_BE_ON", late)
+    device.warn_of_tf32()
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == late
     assert all("MLX_ENABLE_TF32=0" in message and "\n" not in message for message in messages)
@@ -121,3 +137,115 @@ def test_tf32_may_be_on_if_mlx_was_imported_first(before, set_by_user, late):
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == str(late)
+
+
+@pytest.fixture
+def mac(monkeypatch):
+    """A Mac with a GPU, of which MLX may use 10 GiB; notes the limits that are set."""
+    limits = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    info = {"device_name": "Apple M4", "max_recommended_working_set_size": 10 << 30}
+    monkeypatch.setattr(mx, "device_info", lambda: info | {"memory_size": 16 << 30})
+    monkeypatch.setattr(mx, "set_cache_limit", lambda n: limits.append(("cache", n)))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.append(("wired", n)) or 7)
+    return limits
+
+
+def test_memory_is_wired_only_if_asked_for_and_given_back_at_exit(mac, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(device.atexit, "register", lambda *call: at_exit.append(call))
+    device.limit_memory(2 << 30, wired=False)
+    assert mac == [("cache", device.CACHE_BYTES)]
+    device.limit_memory(2 << 30, wired=True)
+    assert mac[-1] == ("wired", 7 << 30)  # weights, states and 1 GiB
+    ((restore, previous),) = at_exit
+    restore(previous)
+    assert mac[-1] == ("wired", 7)
+    device.limit_memory(4 << 30, wired=True)
+    assert mac[-1] == ("wired", 9 << 30)
+
+
+@pytest.mark.parametrize(("weights", "warned"), [(4 << 30, False), (6 << 30, True)])
+def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
+    device.limit_memory(weights, wired=False)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == warned
+    assert all("6.0 GiB" in message and "10.0 GiB" in message for message in messages)
+
+
+def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
+    outputs = {"ioreg": '    "gpu-core-count" = 40\n', "sysctl": "0\n"}
+    monkeypatch.setattr(device, "_output", lambda command: outputs[command[0]])
+    monkeypatch.setattr(device.platform, "mac_ver", lambda: ("15.5", (), ""))
+    assert device.device_facts() == {
+        "chip": "Apple M4",
+        "GPU cores": "40",
+        "macOS": "15.5",
+        "memory": "16 GiB",
+        "for the GPU": "10.0 GiB",
+        "wired limit": "set by macOS",
+    }
+    outputs["sysctl"] = "20000\n"
+    assert device.device_facts()["wired limit"] == "20000 MiB"
+    assert device.available_bytes() == 10 << 30
+
+
+def test_the_report_counts_the_weights(pair):
+    backend = load(*pair, LoadConfig())
+    arrays = [mx.load(str(folder / "model.safetensors")) for folder in pair]
+    stored = sum(x.nbytes for tensors in arrays for x in tensors.values())
+    assert backend.device_report().weights_bytes == stored
+    assert backend.device_report().available_bytes is None
+    assert backend.device_report().batches
+
+
+def test_batches_are_judged_relative_to_another_context_and_more_than_once(
+    pair, monkeypatch, caplog
+):
+    """And their absence is said in one line."""
+    differences = iter([9.0, 0.4, 0.2])
+    monkeypatch.setattr(backend_module, "batch_difference", lambda *_: next(differences))
+    assert load(pair[0], None, LoadConfig(dtype="bfloat16")).target.batches
+    assert not caplog.records
+    monkeypatch.setattr(backend_module, "batch_difference", lambda *_: float("nan"))
+    backend = load(pair[0], None, LoadConfig(dtype="bfloat16"))
+    assert not backend.target.batches
+    assert not backend.device_report().batches
+    assert [record.getMessage() for record in caplog.records] == [
+        "mlx-lm computes other logits for qwen3 models in a batch; sequences run one by one"
+    ]
+
+
+def test_the_difference_of_a_batch_is_small_beside_that_of_a_context(pair, rng, monkeypatch):
+    backend = load(pair[0], None, LoadConfig())
+    assert backend_module.batch_difference(backend, rng) < 1e-3
+    logits = type(backend.verifier).logits
+
+    def first_twice(verifier, trees):
+        found = logits(verifier, trees)
+        return found[:1] * len(found)
+
+    monkeypatch.setattr(type(backend.verifier), "logits", first_twice)
+    assert backend_module.batch_difference(backend, rng) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_gpu_is_warmed_up_at_load(pair, monkeypatch, drafts):
+    """Everything that an answer needs runs once, so that the first answer compiles nothing."""
+    calls = []
+    backend = load(pair[0], pair[1] if drafts else None, LoadConfig())
+    for role in (backend.verifier, backend.drafter, backend.head):
+        for name in ("run", "commit", "draft", "transitions"):
+            if (method := getattr(type(role), name, None)) is not None:
+
+                def record(*args, name=name, method=method):
+                    calls.append(name)
+                    return method(*args)
+
+                monkeypatch.setattr(type(role), name, record)
+    backend_module.warm_up(backend)
+    assert set(calls) == {"run", "commit", *(("draft", "transitions") if drafts else ())}
+    calls.clear()
+    load(*pair, LoadConfig(device="cpu"))
+    assert "draft" not in calls  # a CPU has nothing to compile

@@ -1,6 +1,8 @@
 """The benchmarks that need MLX run, on a tiny pair and whatever device MLX has here."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 from endless_pair import endless_pair
@@ -35,6 +37,22 @@ def test_mac(module, pair, tmp_path):
         ("mlx-lm", "generate"),
     ]
     assert all(row["tokens_per_s"] > 0 for row in results["methods"])
+
+
+def test_metal_sources(module, tmp_path, monkeypatch, capsys):
+    """One file for each instantiation, as MLX writes it."""
+    sources = module("metal_sources")
+    monkeypatch.setattr(sources, "DTYPES", sources.DTYPES[:1])
+    assert sources.main([str(tmp_path / "kernels")]) == 0
+    texts = [path.read_text() for path in (tmp_path / "kernels").iterdir()]
+    assert f"{len(texts)} kernels" in capsys.readouterr().out
+    assert all(text.startswith(sources.PRELUDE) and "[[kernel]]" in text for text in texts)
+    assert (sources.INCLUDES / sources.PRELUDE.split('"')[1]).exists()
+    names = re.findall(
+        r"void custom_kernel_treeflash_([a-z_]+?)__?(?:float|bfloat)", "".join(texts)
+    )
+    kinds = [f"gated_delta_{x}_{y}" for x in ("nodes", "replay") for y in sources.DELTA_KINDS]
+    assert Counter(names) == {"products": 12, "substitution": 1} | dict.fromkeys(kinds, 1)
 
 
 def test_throughput(module, pair, tmp_path):

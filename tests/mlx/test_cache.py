@@ -10,11 +10,13 @@ require("mlx_lm")
 import mlx.core as mx
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.cache import (
+    BatchStorage,
     KVCache,
     Quantisation,
     QuantisedTreeCache,
     TreeCache,
     share_storage,
+    size_class,
 )
 
 START = 3
@@ -84,12 +86,60 @@ def test_sequences_that_run_together_are_copied_once(rng):
         np.testing.assert_array_equal(sequence.read()[0], rows)
     assert sum(sequence.nbytes for sequence in sequences) == storage.nbytes
     sequences[1].close()
-    assert sum(sequence.nbytes for sequence in sequences) == storage.nbytes
+    before = storage.nbytes
+    assert sum(sequence.nbytes for sequence in sequences) == before
     joined = share_storage([sequences[2], sequences[0]])
     assert joined is not storage
     for i in (0, 2):
         np.testing.assert_array_equal(sequences[i].read()[0], expected[i])
-    assert joined.nbytes < storage.nbytes
+    assert (joined.nbytes, storage.nbytes) == (before * 2 // 3, 0)
+
+
+def test_a_move_frees_each_layer_before_it_copies_the_next(rng):
+    """The peak is one copy of everything and a layer, not two copies."""
+    layers, columns = 8, 5000
+    sequences = [KVCache(layers, columns) for _ in range(2)]
+    for sequence in sequences:
+        for layer in range(layers):
+            rows = mx.array(rng.normal(size=(2, 1, 2, 4, 32)), mx.float32)
+            share_storage([sequence]).write(layer, list(rows), 0)
+        sequence.length = 4
+        mx.eval(sequence.storage.layers)
+    held = sum(sequence.nbytes for sequence in sequences)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    share_storage(sequences)
+    assert mx.get_peak_memory() - before < 1.5 * held / layers
+    assert sum(sequence.nbytes for sequence in sequences) == held
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_move_that_fails_changes_no_sequence(rng, monkeypatch, failing):
+    sequences, expected = [KVCache(3, 40 + 300 * i) for i in range(2)], []
+    for sequence in sequences:
+        rows = mx.array(rng.normal(size=(3, 2, 1, 2, 9, 32)), mx.float32)
+        for layer in range(3):
+            share_storage([sequence]).write(layer, list(rows[layer]), 0)
+        sequence.length = 9
+        expected.append(np.array(rows)[:, :, 0])
+    fill = BatchStorage.fill
+
+    def fail(storage, layer, rows):
+        if layer == failing:
+            raise RuntimeError("[malloc] Unable to allocate 5 bytes.")
+        fill(storage, layer, rows)
+
+    monkeypatch.setattr(BatchStorage, "fill", fail)
+    with pytest.raises(RuntimeError):
+        share_storage(sequences)
+    monkeypatch.undo()
+    for sequence, rows in zip(sequences, expected, strict=True):
+        assert share_storage([sequence]).columns == sequence.columns
+        np.testing.assert_array_equal(sequence.read(), rows)
+    share_storage(sequences)
+    for sequence, rows in zip(sequences, expected, strict=True):
+        np.testing.assert_array_equal(sequence.read(), rows)
 
 
 def test_a_copy_is_independent(rng):
@@ -126,3 +176,31 @@ def test_layers_with_a_window_fetch_what_it_reaches(rng, nodes, branches):
     if mask is not None:
         assert mask.shape[-2:] == (nodes, 16 + nodes)
         assert mask[0].sum() == 17
+
+
+def test_only_sequences_of_similar_capacity_share_a_storage():
+    assert size_class(256) == size_class(1024) < size_class(1280) == size_class(2048)
+    assert size_class(2048) < size_class(2304) == size_class(4096)
+
+
+def test_a_mask_is_made_from_the_nodes_alone(rng):
+    """And equals the mask over all columns, with a window and without, alone and in a batch."""
+    trees, starts = [TREE, DraftTree.chain(np.arange(3, dtype=np.int32))], [9, 4]
+    for first, window in ((0, None), (0, 6), (2, 3)):
+        tree_pass = TreePass.build(trees, starts, 255)
+        assert sum(x.size for x in (tree_pass.positions, tree_pass.ancestors)) == 2 * (5 + 25)
+        found = np.array(tree_pass.mask(window, first))
+        assert found.shape == (2, 1, 5, 14 - first)
+        for i, (tree, start) in enumerate(zip(trees, starts, strict=True)):
+            size, keys = len(tree), np.arange(14)
+            positions = tree.positions(start)
+            keys[start : start + size] = positions
+            expected = np.zeros((size, 14), bool)
+            expected[:, :start] = True
+            expected[:, start : start + size] = tree.ancestor_mask()
+            if window is not None:
+                expected &= positions[:, None] - keys < window
+            np.testing.assert_array_equal(found[i, 0, :size], expected[:, first:])
+            if tree is TREE:
+                alone = TreePass.build([tree], [start], 255).mask(window, first)
+                np.testing.assert_array_equal(np.array(alone), expected[:, first : start + size])

@@ -1,13 +1,16 @@
 """Memory of the MLX backend over many sequences."""
 
+import pytest
 from memory import check_memory
 
-from treeflash.config import LoadConfig
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
 require("mlx_lm")
 
+import mlx.core as mx
 from treeflash_mlx.backend import load
 from treeflash_mlx.state import State
 
@@ -17,3 +20,46 @@ def test_no_state_stays_open_over_500_sequences(monkeypatch, tmp_path):
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="float32"))
     check_memory(monkeypatch, backend, State, lambda: 0)
+
+
+@pytest.mark.parametrize(("long_tokens", "limit"), [(20_000, 1.15), (900, 1.05)])
+def test_memory_that_is_admitted_is_memory_that_is_taken(tmp_path, long_tokens, limit):
+    """One sequence of 20k positions beside seven of 1k does not pad the seven to 20k."""
+    write_target(
+        tmp_path / "target", "qwen3", seed=1, vocab_size=40, layers=8, max_positions=1 << 15
+    )
+    backend = load(tmp_path / "target", None, LoadConfig(dtype="float32"))
+    lengths = [long_tokens] + [900] * 7
+    configs = [DecodeConfig(method="ar", max_tokens=length) for length in lengths]
+    each = [backend.state_nbytes(length + 3, drafts=False) for length in lengths]
+    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=int(limit * sum(each))))
+    for i, config in enumerate(configs):
+        scheduler.submit(Request(prompt_ids=[5, 6 + i], config=config))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(4):
+        scheduler.step()
+    assert scheduler.running == 8
+    assert sum(each) / 2 < scheduler.nbytes <= scheduler.config.max_bytes
+    # A move holds one layer twice, and a pass has its own arrays.
+    assert mx.get_peak_memory() - before < scheduler.config.max_bytes + sum(each) / 4
+    scheduler.close()
+
+
+def test_padding_is_admitted_too(tmp_path):
+    """Sequences of a class are padded to the largest, and wait where that does not fit."""
+    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40, max_positions=1 << 15)
+    backend = load(tmp_path / "target", None, LoadConfig(dtype="float32"))
+    states = [(2000, False), (1100, False), (1100, False)]
+    alone = [backend.state_nbytes(capacity, drafts=False) for capacity, _ in states]
+    assert backend.states_nbytes(states) == 3 * alone[0] > sum(alone)
+    scheduler = Scheduler(backend, SchedulerConfig(max_bytes=int(2.9 * alone[0])))
+    for capacity, _ in states:
+        config = DecodeConfig(method="ar", max_tokens=capacity - 3)
+        scheduler.submit(Request(prompt_ids=[5, 6], config=config))
+    for _ in range(2):
+        scheduler.step()
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+    assert scheduler.nbytes == 2 * alone[0]
+    scheduler.close()

@@ -1,9 +1,11 @@
 """Plain decoding of one sequence: the next pass is submitted before the token is read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
@@ -17,7 +19,9 @@ from treeflash.testing.models import write_drafter, write_target
 require("mlx")
 
 import mlx.core as mx
+from treeflash_mlx import sampling
 from treeflash_mlx.backend import load
+from treeflash_mlx.state import Unprojected, project_contexts
 
 ROOT = np.zeros(1, np.int32)
 
@@ -61,6 +65,99 @@ def prefilled(backend, tokens):
     return sequence
 
 
+def decoded(backend, prompt, config, n):
+    """New tokens, and the number of passes whose tokens the device had when they were asked for."""
+    found = []
+    for part in decode(backend, prompt, replace(config, max_tokens=n)):
+        found += part.tokens
+    return found
+
+
+PENALISED = Penalties(repetition=1.3, presence=0.2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecodeConfig(method="ar", sampling=SamplingConfig(temperature=1.0, seed=3)),
+        DecodeConfig(method="ar", sampling=SamplingConfig(temperature=2.0, top_p=0.9, seed=5)),
+        DecodeConfig(method="ar", penalties=PENALISED, log_probs=2),
+    ],
+    ids=["temperature", "nucleus", "penalties"],
+)
+@pytest.mark.parametrize("shortlist", [256, 2])
+def test_a_pass_is_ahead_however_tokens_are_sampled(
+    backend, passes, monkeypatch, config, shortlist
+):
+    """Also where a nucleus is wider than the shortlist; then the pass ahead may be dropped."""
+    monkeypatch.setattr(sampling, "SHORTLIST", shortlist)
+    ahead = decoded(backend, [3, 4, 5], config, 20)
+    # The prompt, its last token, the first token, and each further one with the one ahead of it.
+    assert len(passes) == 22 or (shortlist == 2 and config.sampling.top_p < 1 < 22 < len(passes))
+    monkeypatch.setattr(type(backend.verifier), "_run_single", lambda *_: None)
+    assert decoded(backend, [3, 4, 5], config, 20) == ahead
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "mamba2"])
+def test_hybrids_are_ahead_too(hybrid_pair_of, monkeypatch, family):
+    backend = load(*hybrid_pair_of(family), LoadConfig())
+    config = DecodeConfig(method="ar")
+    count, forward = [], backend.target.forward
+    monkeypatch.setattr(
+        backend.target, "forward", lambda *args: count.append(len(args)) or forward(*args)
+    )
+    ahead = decoded(backend, [3, 4, 5], config, 16)
+    # A call without trees that is not the prompt's is the verifier's own, ahead of its turn.
+    assert count.count(3) >= 13
+    monkeypatch.setattr(type(backend.verifier), "_run_single", lambda *_: None)
+    assert decoded(backend, [3, 4, 5], config, 16) == ahead
+
+
+def test_a_pass_ahead_changes_no_recurrent_state(hybrid_pair_of):
+    """A snapshot or a tree after it sees the states of the committed tokens."""
+    backend = load(*hybrid_pair_of("qwen3_next"), LoadConfig())
+    sequence, tokens = SequenceSession(backend), [3, 4, 5]
+    token = sequence.extend(tokens)
+    for _ in range(3):
+        tokens.append(token)
+        token = step(sequence, token)
+    fresh = prefilled(backend, tokens)
+    for found, expected_ in zip(
+        sequence.state.read_recurrent_states(), fresh.state.read_recurrent_states(), strict=True
+    ):
+        np.testing.assert_allclose(found, expected_, atol=1e-5)
+    tree = DraftTree.from_parents(np.array([token, 7, 8], np.int32), np.array([-1, 0, 0], np.int32))
+    np.testing.assert_allclose(sequence.logits(tree), fresh.logits(tree), atol=1e-4)
+
+
+def test_features_are_not_projected_while_drafting_pauses(backend, monkeypatch):
+    """But all at once when the drafter reads them."""
+    rows, project = [], backend.drafter_model.project
+
+    def record(model, outputs):
+        rows.append(len(outputs))
+        return project(outputs)
+
+    monkeypatch.setattr(type(backend.drafter_model), "project", record)
+    sequences = [SequenceSession(backend, drafts=True) for _ in range(2)]
+    tokens = [sequence.extend([3, 4, 5 + i]) for i, sequence in enumerate(sequences)]
+    for _ in range(4):
+        tokens = [step(*pair) for pair in zip(sequences, tokens, strict=True)]
+    assert rows == [2, 2]  # of the prompts, but for their last tokens
+    kept = sequences[0].state.context[1:]
+    assert len(kept) == 5
+    assert all(isinstance(part, Unprojected) for part in kept)
+    states = [sequence.state for sequence in sequences]
+    copy = sequences[0].state.fork(5, 40)
+    drafted = backend.drafter.draft(list(zip(states, tokens, strict=True)))
+    assert rows == [2, 2, 10]
+    fresh = SequenceSession(backend, drafts=True)
+    fresh.extend(sequences[0].state.tokens)
+    (expected_,) = backend.drafter.draft([(fresh.state, tokens[0])])
+    np.testing.assert_allclose(np.array(drafted[0].hidden), np.array(expected_.hidden), atol=1e-4)
+    backend.drafter.draft([(copy, 7)])
+
+
 def test_a_pass_is_ahead_from_the_second_token_on(backend, passes):
     sequence = SequenceSession(backend, drafts=True)
     token, prompt = sequence.extend([3, 4, 5]), [3, 4, 5]
@@ -77,6 +174,7 @@ def test_a_pass_is_ahead_from_the_second_token_on(backend, passes):
     np.testing.assert_allclose(
         sequence.state.read_kv_cache(), fresh.state.read_kv_cache(), atol=1e-5
     )
+    project_contexts([sequence.state, fresh.state], backend.drafter_model.project)
     features = [mx.concatenate(each.state.context) for each in (sequence, fresh)]
     np.testing.assert_allclose(*map(np.array, features), atol=1e-5)
 

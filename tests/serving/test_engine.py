@@ -7,10 +7,11 @@ import threading
 import pytest
 from servers import Gate, check_error, parse, serving, wait_until
 
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, NumericalError
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.settings import Settings
+from treeflash.serving.settings import GIB, Settings
 
 
 @pytest.fixture
@@ -78,6 +79,30 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
     assert server.complete("A", max_tokens=3, ignore_eos=True).status_code == 200
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert bool(tracebacks) == isinstance(error, KeyError)
+
+
+def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing):
+    """With a status other than 0, so that whoever started it starts it again."""
+    server = serve()
+    failing(server, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
+    check_error(server.complete("A"), 500, "its log has the reason")
+    wait_until(lambda: server.server.should_exit)
+    assert server.engine.device_lost
+    assert not server.engine.ready
+
+
+def test_memory_is_sized_from_the_device(model, monkeypatch):
+    assert Settings().memory(None) == (4 * GIB, 2 * GIB)
+    assert Settings().memory(20 * GIB) == (20 * GIB, 10 * GIB)
+    assert Settings().memory(0) == (GIB, GIB // 2)
+    assert Settings(max_memory_gb=2, prefix_cache_gb=0).memory(9 * GIB) == (2 * GIB, 0)
+    report = DeviceReport(available_bytes=10 * GIB, weights_bytes=3 * GIB, batches=False)
+    monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
+    with serving(model) as server:
+        scheduler = server.engine._loaded.result()[1]
+        assert scheduler.config.max_bytes == 6 * GIB
+        assert scheduler.prefix_cache.max_bytes == 3 * GIB
+        assert "treeflash:batches 0.0" in server.client.get("/metrics").text
 
 
 def test_the_end_waits_for_running_answers(model):

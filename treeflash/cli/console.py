@@ -19,11 +19,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from treeflash.errors import TreeflashError, is_out_of_memory
+from treeflash.errors import TreeflashError, is_device_lost, is_out_of_memory
 
+DEVICE_LOST = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # the exit status that shells report for SIGINT
 READER_GONE = 141  # the exit status that shells report for SIGPIPE
+DEVICE_LOST_ADVICE = (
+    "the GPU refuses further work of this process; start again, with smaller draft trees "
+    "(--budget) or without other programs on the GPU"
+)
 
 
 class Main(Protocol):
@@ -36,7 +41,8 @@ class Main(Protocol):
 def guarded(main: Main) -> Main:
     """Make the main function of a command end with an exit status, whatever the user does.
 
-    Invalid input prints a one-line error and exits with status 2; an interruption exits with 130.
+    Invalid input prints a one-line error and exits with status 2, a GPU that refuses further work
+    with 1; an interruption exits with 130.
     Other exceptions are faults of the program and are not caught.
     """
 
@@ -58,6 +64,8 @@ def guarded(main: Main) -> Main:
         except (TreeflashError, OSError) as error:
             return _fail(str(error))
         except (MemoryError, RuntimeError) as error:
+            if is_device_lost(error):
+                return _fail(f"{DEVICE_LOST_ADVICE} ({error})", DEVICE_LOST)
             if not is_out_of_memory(error):
                 raise
             return _fail(
@@ -76,9 +84,9 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = BAD_INPUT) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return BAD_INPUT
+    return status
 
 
 def progress(console: Console, *further: ProgressColumn) -> Progress:

@@ -146,6 +146,11 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
         flag="--no-cuda-graphs",
         action="store_false",
     ),
+    "wired": _flag(
+        "keep the models and 5 GiB more in memory while the process runs, whatever other programs "
+        "need (mlx on a Mac)",
+        action="store_true",
+    ),
     "compile": _flag(
         "compile the target's layers with torch.compile, which takes minutes (cuda)",
         action="store_true",
@@ -179,6 +184,9 @@ DECODE_FLAGS: Flags = {
         "whether trees also copy what followed the last tokens earlier in the text",
         type=_parse_switch,
         metavar="on|off",
+    ),
+    "draft_depths": _flag(
+        "depths to draft at most; each costs MTP and EAGLE-3 heads a pass (default: all)", type=int
     ),
     "draft_temperature": _flag(
         "temperature of the drafter, which adapts to each text; it shapes the trees, never the "

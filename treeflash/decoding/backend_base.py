@@ -35,8 +35,9 @@ from treeflash.errors import UnsupportedModelError
 R = TypeVar("R")
 B = TypeVar("B", bound=Backend)
 
-MAX_SNAPSHOTS = 4
-"""Snapshots that a sequence keeps: the ends of its latest prompts and answers."""
+MAX_SNAPSHOTS, NEWEST_SNAPSHOTS = 4, 2
+"""Snapshots that a sequence keeps, and the newest among them: the end of its latest prompt and the
+last before. The others are spread over the prompt."""
 
 
 class Snapshots(Generic[R]):
@@ -52,7 +53,11 @@ class Snapshots(Generic[R]):
         """Keep the states at a length, which no earlier snapshot exceeds."""
         self._states[length] = states
         if len(self._states) > MAX_SNAPSHOTS:
-            del self._states[min(self._states)]
+            lengths = sorted(self._states)
+            older = lengths[: MAX_SNAPSHOTS + 1 - NEWEST_SNAPSHOTS]
+            gaps = np.diff([0, *older])
+            # The one that is least missed: it is nearest to the snapshot before it.
+            del self._states[older[int(np.argmin(gaps))]]
 
     def longest(self, length: int) -> int:
         """The longest length up to `length` that has a snapshot; 0 if there is none."""

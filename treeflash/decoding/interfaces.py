@@ -10,7 +10,7 @@ raises has changed no sequence: it can be repeated with fewer sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -50,7 +50,8 @@ class SequenceState(Protocol):
     def snapshot(self) -> None:
         """Store the states of recurrent layers, so that a fork at the present length is possible.
 
-        The latest few snapshots are kept. Without recurrent layers it does nothing.
+        A few snapshots are kept, the two latest among them. Without recurrent layers it does
+        nothing.
         """
 
     def restorable(self, length: int) -> int:
@@ -300,6 +301,40 @@ class Backend(Protocol):
 
     def memory_bytes(self) -> int:
         """The most memory that the device has held for this process, bytes; 0 if unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceReport:
+    """What a backend tells about its device, for `doctor` and the server.
+
+    Attributes:
+        facts: about the machine, by name.
+        available_bytes: memory that models and states may take; None if unknown.
+        weights_bytes: memory that the loaded models take.
+        batches: whether sequences share forward passes.
+    """
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    available_bytes: int | None = None
+    weights_bytes: int = 0
+    batches: bool = True
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Memory that the models leave free for states; None if unknown."""
+        if self.available_bytes is None:
+            return None
+        return max(int(SAFE_SHARE * self.available_bytes) - self.weights_bytes, 0)
+
+
+SAFE_SHARE = 0.9
+"""Share of the available memory that weights and states may take; a pass needs some too."""
+
+
+def device_report(backend: Backend) -> DeviceReport:
+    """What a backend tells; an empty report if it has no method `device_report`."""
+    report: DeviceReport = getattr(backend, "device_report", DeviceReport)()
+    return report
 
 
 class Loader(Protocol):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import TreeflashError, UnsupportedModelError, is_out_of_memory
+from treeflash.errors import TreeflashError, UnsupportedModelError, is_device_lost, is_out_of_memory
 
 PARENTS = np.array([-1, 0, 1, 2, 0, 4, 1], np.int32)
 """A tree whose columns and depths have different orders, so that positions or masks that are taken
@@ -31,7 +31,7 @@ LARGE_PARENTS = ((np.arange(40) - 1) // 2).astype(np.int32)
 LARGE_PREFIX = 16
 ATTEMPTS = 8
 TOLERANCES = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
-"""Differences of the same computation by other kernels, by dtype; see `_difference`."""
+"""Differences of the same computation by other kernels, by dtype; see `relative_difference`."""
 LIMITS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}
 """Limits by dtype of the difference on and after a tree, relative to that of another context.
 
@@ -77,7 +77,7 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     except TreeflashError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or not _raised_by_model(error, backend):
+        if is_out_of_memory(error) or is_device_lost(error) or not _raised_by_model(error, backend):
             raise
         raise UnsupportedModelError(
             f"the {backend.name} backend cannot run this target on a draft tree ({error}); "
@@ -159,7 +159,7 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
         prefix_length: tokens before the tree.
 
     Returns:
-        The largest difference of a leaf, as `_difference` defines it.
+        The largest difference of a leaf, as `relative_difference` defines it.
     """
     prefix, tree = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
     with SequenceSession(backend) as sequence:
@@ -172,7 +172,7 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
             alone.extend(prefix)
             _append(alone, tree.tokens[path[:-1]].tolist())
             plain = alone.logits(DraftTree.root_only(int(tree.tokens[leaf])))
-        worst = max(worst, _difference(branched[leaf], plain[0]))
+        worst = max(worst, relative_difference(branched[leaf], plain[0]))
     return worst
 
 
@@ -210,9 +210,9 @@ def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[floa
         other.extend(prefix + others)
         after_others = other.logits(following)
     return (
-        _difference(on_tree, alone),
-        _difference(after_tree, after_text),
-        _difference(after_others, after_text),
+        relative_difference(on_tree, alone),
+        relative_difference(after_tree, after_text),
+        relative_difference(after_others, after_text),
     )
 
 
@@ -251,7 +251,7 @@ def state_difference(backend: Backend, rng: np.random.Generator, prefix_length: 
                 _append(alone, committed[prefix_length:])
                 for node in PATH:
                     plain = alone.logits(DraftTree.root_only(int(following.tokens[node])))
-                    worst = max(worst, _difference(logits[node], plain[0]))
+                    worst = max(worst, relative_difference(logits[node], plain[0]))
                     alone.commit(np.zeros(1, np.int32))
     return worst
 
@@ -278,7 +278,7 @@ def _prefix_and_tree(
     return prefix, DraftTree.from_parents(tokens, parents)
 
 
-def _difference(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """The root mean square difference, relative to the expected logits' standard deviation."""
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
 

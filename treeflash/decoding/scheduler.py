@@ -60,6 +60,8 @@ from treeflash.drafters.row_heads import NO_MARGINALS
 from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
 
 MIB = 1 << 20
+SNAPSHOT_INTERVAL = 2048
+"""Prompt tokens between two snapshots of recurrent states."""
 RequestId = NewType("RequestId", int)
 """Names a request of one scheduler."""
 
@@ -163,6 +165,8 @@ class RunningSequence:
         pending: the work that the loop waits for; None when the sequence is finished.
         prefilled: tokens of the pending `Prefill` that are committed already.
         has_drafted: whether a tree was drafted for it.
+        rest: drafts of a batch that pass it over, because its trees were cut to the root.
+        next_rest: the drafts that pass it over after the next such tree.
         shared: whether sequences that begin alike may fork its state.
         seconds: by phase, since the last step.
         events: steps, and the error that ended the sequence, not handed out yet.
@@ -176,6 +180,8 @@ class RunningSequence:
     pending: Work | None = None
     prefilled: int = 0
     has_drafted: bool = False
+    rest: int = 0
+    next_rest: int = 1
     shared: bool = False
     seconds: dict[Phase, float] = field(default_factory=dict)
     events: list[Step | Exception] = field(default_factory=list)
@@ -195,10 +201,13 @@ class RunningSequence:
         """Tokens of the pending `Prefill` that may run next: all, or those before a snapshot.
 
         The last token of a prompt always has a chunk of its own where a snapshot is needed, because
-        the token before it is where sequences with the same prompt fork.
+        the token before it is where sequences with the same prompt fork. Other prompts may leave a
+        long one earlier, so there are snapshots on the way too.
         """
         rest = len(self.expect(Prefill).token_ids) - self.prefilled
-        return rest - 1 if rest > 1 and self.shared and self.state.needs_snapshots else rest
+        if rest == 1 or not (self.shared and self.state.needs_snapshots):
+            return rest
+        return min(rest - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
 
     def expect(self, kind: type[W]) -> W:
         """The pending work, which is of that kind."""
@@ -229,6 +238,13 @@ class RunningSequence:
         if phase is not None:
             self.add_time(phase, started)
 
+    def drafted_nodes_kept(self, nodes: int) -> None:
+        """Rest from drafts, each time twice as long, if only the root of its tree was kept."""
+        if nodes > 1:
+            self.next_rest = 1
+        else:
+            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, MAX_REST)
+
     def fail(self, error: Exception) -> None:
         """End with an error."""
         self.pending = None
@@ -244,6 +260,8 @@ class RunningSequence:
         self.state.close()
 
 
+MAX_REST = 16
+"""Drafts of a batch that pass a sequence over at most, before it is drafted for again."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
@@ -384,6 +402,9 @@ class Iteration:
                 return config.drafts
             if not pays[config.method]:
                 return False
+            if sequence.rest:
+                sequence.rest -= 1
+                return False
             if proposal is None:
                 return True
             tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
@@ -411,7 +432,8 @@ class Iteration:
                 drafter = self.backend.drafter_config
                 if drafter is not None and not drafter.has_marginals:
                     lengths = [x.state.length for x in drafting if x.config.method == config.method]
-                    return TreeSize(*sizes, budget.passes_to_draft(drafter.depths, lengths))
+                    most = min(config.draft_depths or drafter.depths, drafter.depths)
+                    return TreeSize(*sizes, budget.passes_to_draft(most, lengths))
                 return TreeSize(*sizes, budget.depths_to_draft(count))
             # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
             # from the depth after it.
@@ -425,7 +447,10 @@ class Iteration:
             configs = [sequence.config for sequence in sequences]
             sizes = [size_of(config) for config in configs]
             all_depths = self.backend.drafter_config.depths
-            depths = max(min(size.depths or all_depths, all_depths) for size in sizes)
+            depths = max(
+                min(size.depths or all_depths, config.draft_depths or all_depths, all_depths)
+                for size, config in zip(sizes, configs, strict=True)
+            )
             blocks = self.backend.drafter.draft(roots, depths)
             after_root = np.arange(1, depths + 1, dtype=np.int32)
             positions = [sequence.state.length + after_root for sequence in sequences]
@@ -453,6 +478,8 @@ class Iteration:
             rows += sum(map(len, kept))
             for sequence, nodes in zip(sequences, kept, strict=True):
                 sequence.add_time("tree", started)
+                if len(sequences) > 1 and "draft" in sequence.seconds:
+                    sequence.drafted_nodes_kept(len(nodes))
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RequestId, int]:
@@ -490,7 +517,8 @@ class Iteration:
                 continue
             sequence.prefilled += chunks[sequence.request_id]
             last = len(sequence.expect(Prefill).token_ids) - 1
-            if sequence.shared and sequence.prefilled == last:
+            on_the_way = sequence.state.length % SNAPSHOT_INTERVAL == 0
+            if sequence.shared and (sequence.prefilled == last or on_the_way):
                 sequence.state.snapshot()
             if sampled is not None:
                 prefilled.append((sequence, sampled))
@@ -744,7 +772,7 @@ class Scheduler:
             leader = self._leader(first)
             if leader is not None and leader.state.length < len(first.request.prompt_ids) - 1:
                 break  # it is still running the prompt
-            if not self._make_room(self.state_bytes(first.request)):
+            if not self._make_room(first.request):
                 break
             del self._waiting[0]
             try:
@@ -796,19 +824,32 @@ class Scheduler:
         self._running.append(sequence)
         sequence.resume(None)
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Shrink the prefix cache until a state fits beside the running sequences' states.
+    def _make_room(self, request: Request | None = None, copied: int = 0) -> bool:
+        """Shrink the prefix cache until the states of running sequences fit beside further ones.
 
-        Returns whether it fits at all.
+        Args:
+            request: that is to start, if any.
+            copied: size of a state that is to be copied, bytes.
+
+        Returns:
+            Whether they fit at all.
         """
         if self.config.max_bytes is None:
             return True
         # A state may grow up to its capacity.
-        reserved = sum(self.state_bytes(sequence.request) for sequence in self._running)
-        free = self.config.max_bytes - reserved - nbytes
+        requests = [sequence.request for sequence in self._running]
+        reserved = self._states_bytes(requests if request is None else [*requests, request])
+        free = self.config.max_bytes - reserved - copied
         if free >= 0 and self.prefix_cache is not None:
             self.prefix_cache.shrink(free)
         return free >= 0
+
+    def _states_bytes(self, requests: Sequence[Request]) -> int:
+        """Device memory that the states of sequences that run together may take, bytes."""
+        if (states_nbytes := getattr(self.backend, "states_nbytes", None)) is None:
+            return sum(map(self.state_bytes, requests))
+        nbytes: int = states_nbytes([(self._capacity(x), x.config.drafts) for x in requests])
+        return nbytes
 
     def _end(self, sequence: RunningSequence, *, keep: bool = False) -> None:
         """Remove a sequence; with `keep` the caches may take its state and its answer."""
@@ -828,7 +869,7 @@ class Scheduler:
         # A stop may have cut off the tokens of the last positions.
         length = sequence.state.restorable(len(sequence.tokens))
         nbytes = self.backend.state_nbytes(length, drafts=sequence.config.drafts)
-        if not length or not self._make_room(nbytes):
+        if not length or nbytes > cache.max_bytes or not self._make_room(copied=nbytes):
             return
         try:
             # A fork does not have the room for further tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -12,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from treeflash.decoding.interfaces import Backend
+from treeflash.config import MAX_BUDGET
+from treeflash.decoding.interfaces import Backend, device_report
 from treeflash.diagnosis.scores import (
     DrafterScores,
     Gain,
@@ -38,6 +40,9 @@ COLLAPSE = 2.0
 CHANCE = 0.1
 """Agreement that guesses of frequent tokens nearly reach."""
 MASK_CANDIDATES = 8
+GIB = 1 << 30
+MAX_CONTEXT, USEFUL_CONTEXT = 1 << 20, 4096
+"""Tokens of the longest context that is asked about, and tokens that should fit."""
 IN_CONFIG = "set it in the drafter's config.json"
 
 
@@ -235,8 +240,44 @@ def diagnose(
             *judge(trials),
             *check_keys(drafter),
             *check_precision(target),
+            *pair.device,
         ],
     )
+
+
+def check_device(backend: Backend) -> list[Finding]:
+    """Findings about the machine, and whether the models and a context fit into its memory."""
+    report = device_report(backend)
+    findings = []
+    if report.facts:
+        message = ", ".join(f"{name}: {fact}" for name, fact in report.facts.items())
+        findings.append(Finding(check="device", ok=True, message=message))
+    if (free := report.free_bytes) is not None:
+        findings.append(_memory_finding(backend, report.weights_bytes, free))
+    if not report.batches:
+        message = "sequences run one by one: this model's logits in a batch are others"
+        findings.append(Finding(check="batches", ok=True, message=message))
+    return findings
+
+
+def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
+    """Whether a context fits into the memory that the weights leave free."""
+    drafts = backend.drafter_config is not None
+
+    def nbytes(positions: int) -> int:
+        return backend.state_nbytes(positions + MAX_BUDGET, drafts=drafts)
+
+    longest = min(backend.max_positions, MAX_CONTEXT)
+    fitting = bisect_right(range(longest), free, key=lambda n: nbytes(n + 1))
+    message = f"the models take {weights / GIB:.1f} GiB and leave {free / GIB:.1f} GiB, "
+    if fitting == longest:
+        message += f"enough for a context of {longest} tokens ({nbytes(longest) / GIB:.1f} GiB)"
+    else:
+        message += f"enough for a context of {fitting} of {longest} tokens"
+    if ok := fitting >= min(longest, USEFUL_CONTEXT):
+        return Finding(check="memory", ok=ok, message=message)
+    message += "; use a smaller model or fewer bits"
+    return Finding(check="memory", ok=ok, message=message)
 
 
 def check_keys(config: Mapping[str, Any]) -> list[Finding]:
@@ -291,6 +332,7 @@ class _Pair(NamedTuple):
     texts: list[Text]
     scores: DrafterScores
     prompted: dict[str, Gain | None]
+    device: list[Finding]
 
 
 def _measure_pair(
@@ -316,7 +358,8 @@ def _measure_pair(
             continue
         means = (s.text_means(len(prompts)) for s in (scores, other))
         prompted[str(way)] = Gain.between(*means)
-    return _Pair(backend.drafter_config, backend.vocab_size, texts, scores, prompted)
+    config, device = backend.drafter_config, check_device(backend)
+    return _Pair(config, backend.vocab_size, texts, scores, prompted, device)
 
 
 def _collapse(scores: TokenScores, name: str) -> str | None:

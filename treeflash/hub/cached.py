@@ -8,7 +8,14 @@ from pathlib import Path
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, cache_folder, resolve_drafter
+from treeflash.hub.models import (
+    BUNDLED_DRAFTER,
+    DEFAULT_TARGET,
+    cache_folder,
+    local_folders,
+    model_name,
+    resolve_drafter,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +28,9 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """The bundled drafter, the default target if it was fetched, and the hub's cached models.
+    """The bundled drafter, the default target if it was fetched, and LM Studio's and the hub's.
 
-    Models of the hub's cache without weights in safetensors files are left out.
+    Models without weights in safetensors files are left out.
     """
     folders = {
         BUNDLED_DRAFTER: resolve_drafter(None, None),
@@ -33,6 +40,13 @@ def cached_models() -> list[CachedModel]:
         CachedModel(name=name, folder=folder, nbytes=folder_nbytes(folder))
         for name, folder in folders.items()
         if (folder / "config.json").is_file()
+    ]
+    lm_studio = [folder for folder in local_folders() if model_name(folder) == folder.name]
+    found += [
+        CachedModel(
+            name=f"{folder.parent.name}/{folder.name}", folder=folder, nbytes=folder_nbytes(folder)
+        )
+        for folder in lm_studio
     ]
     try:
         repositories = scan_cache_dir().repos

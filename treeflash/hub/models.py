@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
     GatedRepoError,
     HTTPError,
@@ -42,6 +43,23 @@ class PublishedDrafter:
     name: str
     thinking: bool = False
     system: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSource:
+    """Something that can draft for a target.
+
+    Attributes:
+        name: of a drafter, or `self` or `suffix`.
+        kind: in words.
+        option: of the commands that chooses it.
+        drafter: the published drafter; None for other sources.
+    """
+
+    name: str
+    kind: str
+    option: str
+    drafter: PublishedDrafter | None = None
 
 
 def _drafters(*names: str, thinking: bool = False) -> tuple[PublishedDrafter, ...]:
@@ -70,21 +88,36 @@ PUBLISHED_DRAFTERS = {
         "RedHatAI/Qwen3-8B-speculator.dflash2",
         "RedHatAI/Qwen3-8B-speculator.dflash",
         "z-lab/Qwen3-8B-DFlash-b16",
+        "RedHatAI/Qwen3-8B-speculator.eagle3",
     ),
     "qwen3-14b": _drafters(
-        "deepseek-ai/dspark_qwen3_14b_block7", "deepseek-ai/dflash_qwen3_14b_block7"
+        "deepseek-ai/dspark_qwen3_14b_block7",
+        "deepseek-ai/dflash_qwen3_14b_block7",
+        "RedHatAI/Qwen3-14B-speculator.eagle3",
     ),
-    "qwen3-32b": _drafters("deepseek-ai/dspark_qwen3_32b_block7"),
+    "qwen3-32b": _drafters(
+        "deepseek-ai/dspark_qwen3_32b_block7", "RedHatAI/Qwen3-32B-speculator.eagle3"
+    ),
     "qwen3-coder-30b-a3b-instruct": _drafters(
         "peerrh/treeflash-qwen3-coder-30b-a3b", "z-lab/Qwen3-Coder-30B-A3B-DFlash"
     ),
     "qwen3-30b-a3b": _drafters("RedHatAI/Qwen3-30B-A3B-speculator.dflash"),
     "qwen3-30b-a3b-instruct-2507": _drafters(
-        "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash"
+        "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash",
+        "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
+    ),
+    "qwen3-30b-a3b-thinking-2507": _drafters(
+        "RedHatAI/Qwen3-30B-A3B-Thinking-2507-speculator.eagle3", thinking=True
     ),
     "minicpm5-2b": _drafters("openbmb/MiniCPM5-2B-DSpark"),
-    "llama-3.1-8b-instruct": _drafters("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
-    "meta-llama-3.1-8b-instruct": _drafters("z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+    **dict.fromkeys(
+        ("llama-3.1-8b-instruct", "meta-llama-3.1-8b-instruct"),
+        _drafters(
+            "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
+            "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
+        ),
+    ),
+    "llama-3.3-70b-instruct": _drafters("RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3"),
     "gemma-4-31b-it": _drafters(
         "RedHatAI/gemma-4-31B-it-speculator.dspark",
         "RedHatAI/gemma-4-31B-it-speculator.dflash2",
@@ -121,8 +154,12 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
 HUB_REACHABLE_S = 5.0
+LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
+"""Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
 SELF = "self"
 """The drafter in the target's own folder."""
+MTP_TARGETS = r"qwen3-next-|qwen3-coder-next|qwen3\.[568]-|glm-4\.[567]"
+"""Beginnings of the names of targets whose official checkpoints have an MTP head."""
 
 
 def resolve_target(name: str | None) -> Path:
@@ -149,6 +186,35 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     """
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
+
+
+def draft_sources(target: str | None) -> list[DraftSource]:
+    """What can draft for a target, the best first; loads and fetches nothing.
+
+    The folder of a target on this machine tells whether it has an MTP head; of other targets, the
+    name.
+    """
+    sources = [
+        DraftSource(
+            name=drafter.name,
+            kind="EAGLE-3 head" if "eagle3" in drafter.name.lower() else "block drafter",
+            option="the default" if number == 0 else f"--drafter {drafter.name}",
+            drafter=drafter,
+        )
+        for number, drafter in enumerate(published_drafters(target))
+    ]
+    folder = _local_folder(target)
+    name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
+    if folder is not None and (folder / "config.json").is_file():
+        has_head = find_row_format(folder) is not None
+    else:
+        has_head = re.match(MTP_TARGETS, name) is not None
+    if has_head:
+        option = "--drafter self" if sources else "the default"
+        kind = "MTP head in the target's folder"
+        sources.append(DraftSource(name=SELF, kind=kind, option=option))
+    option = "--method suffix" if sources else "the default"
+    return [*sources, DraftSource(name="suffix", kind="copies of the text", option=option)]
 
 
 def model_name(folder: Path) -> str:
@@ -215,6 +281,8 @@ def _resolve(name: str) -> Path:
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
+    if (local := find_local(name)) is not None:
+        return local
     try:
         folder = _snapshot(name)
     except GatedRepoError as error:
@@ -232,10 +300,44 @@ def _resolve(name: str) -> Path:
     return folder
 
 
+def local_folders() -> list[Path]:
+    """The folders of models that LM Studio and the hub's client have on this machine."""
+    folders = [x for root in LM_STUDIO_FOLDERS for x in Path(root).expanduser().glob("*/*")]
+    folders += Path(HF_HUB_CACHE).glob("models--*/snapshots/*")
+    return [
+        folder
+        for folder in sorted(folders)
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    ]
+
+
+def find_local(name: str) -> Path | None:
+    """The folder on this machine of a model without its publisher, or of an id in LM Studio.
+
+    Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
+    newest snapshot.
+
+    Raises:
+        CheckpointError: several publishers have a model of this name.
+    """
+    found: dict[str, Path] = {}
+    for folder in local_folders():
+        known = model_name(folder)
+        publisher = folder.parent.name if known == folder.name else None
+        names = [known.rpartition("/")[2]] + [f"{publisher}/{known}"] * (publisher is not None)
+        if name.lower() in map(str.lower, names):
+            found[names[-1] if publisher else known] = folder
+    if len(found) > 1:
+        raise CheckpointError(f"{name!r} may be {' or '.join(sorted(found))}; name one of them")
+    return next(iter(found.values()), None)
+
+
 def _local_folder(name: str | None) -> Path | None:
     """The folder of a target that is on this machine already; None if it is not."""
     if name is None or Path(name).is_dir():
         return None if name is None else Path(name)
+    if (local := find_local(name)) is not None:
+        return local
     try:
         return _snapshot(name, local_files_only=True)
     except (OSError, ValueError, HTTPError):

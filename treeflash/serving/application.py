@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from treeflash.cli.console import INTERRUPTED
+from treeflash.cli.console import DEVICE_LOST, INTERRUPTED
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel
 from treeflash.serving import anthropic, chat, completions, page, responses
@@ -187,6 +187,8 @@ class Server(uvicorn.Server):
         """Whether to end; called ten times a second."""
         if self._engine.draining and not self._engine.unfinished:
             self.should_exit = True
+        if self._engine.device_lost:
+            self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
 
@@ -224,7 +226,7 @@ def serve(
             asyncio.run(Server(config, engine).serve([listening]))
         finally:
             engine.stop()
-    return 0
+    return DEVICE_LOST if engine.device_lost else 0
 
 
 def _load(engine: Engine) -> None:

@@ -21,8 +21,10 @@ from functools import partial
 from itertools import groupby
 
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
+from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.suffix import SuffixCache
+from treeflash.errors import is_device_lost
 from treeflash.language_model import LanguageModel
 from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
@@ -158,6 +160,7 @@ class Engine:
 
     Attributes:
         draining: whether new requests are refused, because the server is about to end.
+        device_lost: whether the server must end, because its GPU refuses further work.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class Engine:
     ) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.draining = False
+        self.draining = self.device_lost = False
         self._load = load
         # Unfinished answers of each completion and the mean time of an answer, for all threads.
         self._backlog: dict[Completion, int] = {}
@@ -231,7 +234,9 @@ class Engine:
 
     def shorten(self, request: Request) -> Request:
         """The request with as many new tokens as the memory has room for, and at least one."""
-        scheduler, limit = self._loaded.result()[1], self.settings.max_memory_gb * GIB
+        scheduler = self._loaded.result()[1]
+        limit = scheduler.config.max_bytes
+        assert limit is not None
 
         def with_tokens(count: int) -> Request:
             return replace(request, config=replace(request.config, max_tokens=count))
@@ -275,10 +280,15 @@ class Engine:
         try:
             model = self._load()
             settings = self.settings
-            cache_bytes = int(settings.prefix_cache_gb * GIB)
-            cache = PrefixCache(cache_bytes) if settings.prefix_cache_gb else None
+            report = device_report(model.backend)
+            max_bytes, cache_bytes = settings.memory(report.free_bytes)
+            logger.info(
+                "%.3g GiB for KV caches, %.3g GiB of them for the prefix cache",
+                max_bytes / GIB,
+                cache_bytes / GIB,
+            )
+            cache = PrefixCache(cache_bytes) if cache_bytes else None
             copied = SuffixCache(int(settings.suffix_cache_gb * GIB))
-            max_bytes = int(settings.max_memory_gb * GIB)
             config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
             self._scheduler = model.scheduler(
                 config, cache, copied if settings.suffix_cache_gb else None
@@ -286,6 +296,7 @@ class Engine:
         except BaseException as error:
             self._loaded.set_exception(error)
             return
+        self.metrics.set_batches(report.batches)
         self._loaded.set_result((model, self._scheduler))
         while not self._stopping:
             self._run_commands()
@@ -321,8 +332,10 @@ class Engine:
         """Run one iteration and deliver its steps."""
         try:
             steps = self._scheduler.step()
-        except Exception:
+        except Exception as error:
             logger.exception("an iteration failed; its requests are dropped")
+            if is_device_lost(error):
+                self.device_lost = self.draining = self._stopping = True
             self._scheduler.close()
             for completion in {answer.completion for answer in self._answers.values()}:
                 self._fail(completion, APIError(500, SERVER_FAILED))

@@ -50,12 +50,19 @@ class Metrics:
             "1 if no answer depends on drafts or other requests, bit for bit; 0 with the reason.",
             ["reason"],
         )
+        self._batches = gauge(
+            "batches", "1 if sequences share forward passes, 0 if each has passes of its own."
+        )
         self._finished = counter("request_success", "Finished sequences.", ["finished_reason"])
         self._failed = counter("request_failure", "Sequences that ended with an error.")
         self._queue_time = histogram("request_queue_time_seconds", "Time before the prefill.")
         self._first = histogram("time_to_first_token_seconds", "Time to the first token.")
         self._between = histogram("inter_token_latency_seconds", "Time between two tokens.")
         self._latency = histogram("e2e_request_latency_seconds", "Time to the last token.")
+
+    def set_batches(self, batches: bool) -> None:
+        """Note whether sequences share forward passes."""
+        self._batches.set(batches)
 
     def count_prefill(self, chunk: Chunk, prompt_tokens: int, seconds: float) -> None:
         """Count a sequence's first token, `seconds` after its submission."""

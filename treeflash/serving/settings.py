@@ -12,9 +12,10 @@ from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
 
 GIB = 1 << 30
+MAX_MEMORY_GB = 4
 
 
-def _limit(default: float, metavar: str, help: str, minimum: int | None = None) -> Any:
+def _limit(default: float | None, metavar: str, help: str, minimum: int | None = None) -> Any:
     """A limit that is also an option; without a minimum it must be above 0."""
     return field(default=default, metadata={"metavar": metavar, "help": help, "minimum": minimum})
 
@@ -31,12 +32,17 @@ class Settings:
 
     max_parallel: int = _limit(16, "N", "answers to decode at once", 1)
     max_queue: int = _limit(128, "N", "answers that may wait; further requests get status 429", 0)
-    max_memory_gb: float = _limit(4.0, "GB", "GiB of device memory for the KV cache")
-    prefix_cache_gb: float = _limit(
-        1.0,
+    max_memory_gb: float | None = _limit(
+        None,
+        "GB",
+        "GiB of device memory for the KV cache (default: on a Mac the memory that the models leave "
+        f"free, elsewhere {MAX_MEMORY_GB})",
+    )
+    prefix_cache_gb: float | None = _limit(
+        None,
         "GB",
         "GiB of --max-memory-gb that finished sequences may keep for prompts that begin alike; 0 "
-        "turns the prefix cache off",
+        "turns the prefix cache off (default: half of --max-memory-gb)",
         0,
     )
     suffix_cache_gb: float = _limit(
@@ -62,9 +68,23 @@ class Settings:
     def __post_init__(self) -> None:
         for limit in LIMITS:
             minimum, value = limit.metadata["minimum"], getattr(self, limit.name)
+            if value is None:
+                continue
             if not (value > 0 if minimum is None else value >= minimum) or value == float("inf"):
                 least = "above 0" if minimum is None else f"{minimum} or more"
                 raise ConfigError(f"{limit.name} must be {least}, got {value}")
+
+    def memory(self, free: int | None) -> tuple[int, int]:
+        """The bytes of all KV caches, and of the prefix cache among them.
+
+        Args:
+            free: memory that the loaded models leave free on the device, bytes; None if unknown.
+        """
+        limit = MAX_MEMORY_GB * GIB if free is None else max(free, GIB)
+        if self.max_memory_gb is not None:
+            limit = int(self.max_memory_gb * GIB)
+        cache = self.prefix_cache_gb
+        return limit, limit // 2 if cache is None else int(cache * GIB)
 
 
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)
@@ -84,7 +104,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--model-name", help, action="append", metavar="NAME")
     add("--log-level", "level of the log", "info", choices=("error", "warning", "info", "debug"))
     for limit in LIMITS:
-        flag, kind = f"--{limit.name.replace('_', '-')}", type(limit.default)
+        flag = f"--{limit.name.replace('_', '-')}"
+        kind = int if isinstance(limit.default, int) else float
         metavar = limit.metadata["metavar"]
         add(flag, limit.metadata["help"], limit.default, type=kind, metavar=metavar)
     help = "form in which the model writes tool calls (default: that of its tokenizer or family)"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from treeflash.drafters.formats import HEADS as HEAD_FORMATS
@@ -27,6 +28,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": {"type": int},
     "int | None": {"type": int},
     "float": {"type": float},
+    "float | None": {"type": float},
     "bool": {"action": argparse.BooleanOptionalAction},
     "tuple[int, ...] | None": {"type": int, "nargs": "+", "metavar": "ID"},
     "tuple[float, ...]": {"type": float, "nargs": "+", "metavar": "T"},
@@ -54,11 +56,23 @@ def check_minimums(config: Any) -> None:
             raise ConfigError(f"{_flag(item.name)} must be {minimum} or more")
 
 
-def add_options(parser: Any, config: type) -> None:
-    """Add the fields of a configuration to a parser; options that are not given stay unset."""
+def add_options(
+    parser: Any,
+    config: type,
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Add the fields of a configuration to a parser; options that are not given stay unset.
+
+    `leave_out` names fields that get no option, and `defaults` has what the help shows in place of
+    the configuration's own defaults.
+    """
     for item in fields(config):
-        default = item.default if isinstance(item.default, tuple) else (item.default,)
-        shown = "" if item.default is None else f" (default: {' '.join(map(str, default))})"
+        if item.name in leave_out:
+            continue
+        value = defaults.get(item.name, item.default)
+        default = value if isinstance(value, tuple) else (value,)
+        shown = "" if value is None else f" (default: {' '.join(map(str, default))})"
         parser.add_argument(
             f"--{_flag(item.name)}",
             default=argparse.SUPPRESS,
@@ -113,6 +127,9 @@ class TrainConfig:
         "token that marks the positions to draft; by default the target's padding or end token",
     )
     freeze_backbone: bool = option(False, "train only the head")
+    freeze_layers: bool = option(
+        False, "train only the head and the projection of the target's features (fc)"
+    )
     loss: str = option("kl", "kl, ce, tv or lk, or a sum such as '0.1 ce + 0.9 tv'")
     marginal_weight: float = option(0.5, "weight of the loss without the previous token", 0)
     corrected_weight: float = option(
@@ -142,6 +159,17 @@ class TrainConfig:
         0,
     )
     steps: int = option(10_000, "optimiser steps", 1)
+    minutes: float | None = option(
+        None,
+        "stop after this time of training, though not all steps are done; the learning rate decays "
+        "with the time then",
+    )
+    patience: int | None = option(
+        None,
+        "stop when the validation loss has not fallen for N validations, and keep the drafter with "
+        "the lowest (default: train to the end)",
+        1,
+    )
     sequences: int = option(8, "sequences per forward pass and process", 1)
     anchors: int = option(64, "roots per sequence, drawn anew for every forward pass", 1)
     accumulation: int = option(1, "forward passes per step", 1)
@@ -176,13 +204,19 @@ class TrainConfig:
                     f"unknown {_flag(name)} {value!r}; choose one of {', '.join(known)}"
                 )
         parse_loss(self.loss)
-        for name in ("gamma", "learning_rate", "clip"):
-            if getattr(self, name) <= 0:
+        for name in ("gamma", "learning_rate", "clip", "minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be above 0")
         if not 0 <= self.on_policy <= 1:
             raise ConfigError("on-policy must be from 0 to 1")
         if not 0 <= self.warmup < 1:
             raise ConfigError("warmup must be at least 0 and below 1")
+        if self.patience is not None and not self.validation_sequences:
+            raise ConfigError("patience needs validation-sequences")
+        if self.freeze_layers and (self.freeze_backbone or self.init in NEW_DRAFTERS):
+            raise ConfigError(
+                "freeze-layers needs a folder as init, and freeze-backbone leaves nothing of it"
+            )
         if self.freeze_backbone and (self.head == "none" or self.init in NEW_DRAFTERS):
             raise ConfigError(
                 "freeze-backbone trains only the head of an existing drafter; "

@@ -1,4 +1,4 @@
-"""The entry point of a backend that can train, and how it is found."""
+"""The entry point of a backend that can train, how it is found, and how its records are shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from rich.console import Console
+
+from treeflash.cli.console import progress
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.registry import available, installed, load_entry_point
@@ -60,3 +63,28 @@ def trainer(name: str | None) -> Trainer:
     if name not in entries and name in available():
         raise BackendError(f"backend {name!r} cannot train; use --backend {', '.join(entries)}")
     return cast(Trainer, load_entry_point(name, entries))
+
+
+def show_records(records: Iterator[dict[str, Any]], config: TrainConfig, console: Console) -> None:
+    """Run a training to its end, with a progress bar and a line for each validation."""
+    with progress(console) as bar:
+        shards = bar.add_task("features", total=None, visible=False)
+        steps = bar.add_task("steps", total=config.steps)
+        for record in records:
+            if "too_short" in record:
+                too_short, too_long = record["too_short"], record["too_long"]
+                console.print(
+                    f"dropped {too_short + too_long} responses: {too_short} shorter than two "
+                    f"tokens, {too_long} after truncation to --max-length {config.max_length}"
+                )
+            elif "shard" in record:
+                done, total = record["shard"], record["shards"]
+                bar.update(shards, completed=done, total=total, visible=True)
+            else:
+                loss = f"loss {record['loss']:.3f}"
+                bar.update(steps, completed=record["step"], description=loss)
+                if "validation" in record:
+                    metrics = record["validation"].items()
+                    chains = [f"{k} {v:.3f}" for k, v in metrics if k.startswith("chain")]
+                    console.print(f"step {record['step']}: {', '.join([loss, *chains])}")
+        bar.update(steps, completed=config.steps)  # a finished run has no records

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
@@ -92,8 +93,9 @@ def train(
     )
     identity = {**known, "dtype": str(model.dtype).removeprefix("torch."), "data": data}
     run = Run(output, accelerator, identity, request)
-    if config.freeze_backbone:
+    if config.freeze_backbone or config.freeze_layers:
         drafter.requires_grad_(False)
+        drafter.fc.requires_grad_(config.freeze_layers)
     blocks: nn.Module = Blocks(drafter, head, model.embeddings, LMHead(model.lm_head))
     blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
     model.capture(layer_ids)
@@ -107,16 +109,28 @@ def train(
             store, config, depths, accelerator.process_index, accelerator.num_processes
         )
         validation = Validation(model, layer_ids, validation_data, depths, config)
-        for step in range(first, config.steps):
-            record = take_step(step, blocks, optimizer, batches, model, config, accelerator)
-            is_last = step + 1 == config.steps
-            if validation_data and (is_last or (step + 1) % config.validate_every == 0):
+        step, place = first, progress(first, run.records, config, accelerator)
+        while place.position < config.steps:
+            rate = learning_rate(place.position, config)
+            record = take_step(step, rate, blocks, optimizer, batches, model, config, accelerator)
+            step += 1
+            place = progress(step, [*run.records, record], config, accelerator)
+            is_last = place.position >= config.steps
+            if validation_data and (is_last or step % config.validate_every == 0):
+                started = time.perf_counter()
                 record["validation"] = validation.measure(blocks)
+                record["seconds"] += time.perf_counter() - started
+                place = progress(step, [*run.records, record], config, accelerator)
+                is_last = place.position >= config.steps
             run.log(record)
-            if is_last or (step + 1) % config.save_every == 0:
-                # In this order, so that a run with its last state also has its checkpoint.
+            is_saved = is_last or step % config.save_every == 0
+            is_lowest = config.patience is not None and "validation" in record and place.is_best
+            is_needed = config.patience is None or not has_checkpoint(output)
+            # In this order, so that a run with its last state also has its checkpoint.
+            if is_lowest or (is_saved and is_needed):
                 export(accelerator, blocks, settings, run)
-                run.save(step + 1)
+            if is_saved:
+                run.save(step, finished=is_last)
             yield record
         if not has_checkpoint(output):  # deleted after the run had finished
             export(accelerator, blocks, settings, run)
@@ -148,13 +162,50 @@ def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        position: its steps, or what they would be if every step took the same part of its time;
+            `TrainConfig.steps` or more when it is over.
+        is_best: whether the last validation has the lowest loss.
+    """
+
+    position: float
+    is_best: bool
+
+
+def progress(
+    step: int, records: Sequence[dict[str, Any]], config: TrainConfig, accelerator: Accelerator
+) -> Progress:
+    """The progress of a run after `step` steps, which only the first process has the log of."""
+    position = float(step)
+    if config.minutes is not None:
+        seconds = sum(record["seconds"] for record in records)
+        position = max(position, config.steps * seconds / (60 * config.minutes))
+    losses = [validation_loss(r["validation"], config) for r in records if "validation" in r]
+    since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    if config.patience is not None and since_best >= config.patience:
+        position = math.inf
+    values = torch.tensor([position, since_best], device=accelerator.device)
+    position, since_best = broadcast(values).tolist()
+    return Progress(position, since_best == 0)
+
+
+def validation_loss(validation: Mapping[str, Any], config: TrainConfig) -> float:
+    """The mean KL divergence over depths, with the head if there is one, as training weights it."""
+    divergences = validation.get("kl_corrected", validation["kl_marginal"])
+    weights = np.exp(-np.arange(len(divergences)) / config.gamma)
+    return float(np.average(divergences, weights=weights))
+
+
+def learning_rate(step: float, config: TrainConfig) -> float:
     """Linear warm-up, then cosine decay that reaches 0 after the last step."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        return config.learning_rate * min(1.0, (step + 1) / warmup)
+    decay = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (1 + math.cos(math.pi * decay)) / 2
 
 
 def fill_cache(store: FeatureStore, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
@@ -171,6 +222,7 @@ def fill_cache(store: FeatureStore, accelerator: Accelerator) -> Iterator[dict[s
 
 def take_step(
     step: int,
+    rate: float,
     blocks: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
@@ -184,7 +236,6 @@ def take_step(
         NumericalError: the loss is not finite.
     """
     started = time.perf_counter()
-    rate = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
     record: dict[str, Any] = {"step": step + 1, "learning_rate": rate}

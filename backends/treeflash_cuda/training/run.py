@@ -99,10 +99,10 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, request: str) -> bool:
-    """Whether a run for this request has done all its steps and has its drafter."""
+    """Whether a run for this request is over and has its drafter."""
     try:
         saved = json.loads((folder / "state" / "run.json").read_text())
-        done = saved["request"] == request and saved["step"] == saved["steps"]
+        done = saved["request"] == request and saved["finished"] is True
     except (OSError, ValueError, LookupError, TypeError):
         return False  # `Run` then says what is wrong
     return done and has_checkpoint(folder)
@@ -173,8 +173,8 @@ class Run:
         if self._log:
             self._log.append(record)
 
-    def save(self, step: int) -> None:
-        """Replace the saved state by the state after `step`.
+    def save(self, step: int, *, finished: bool) -> None:
+        """Replace the saved state by the state after `step`, which may be the last one.
 
         Raises:
             ConfigError: the state cannot be written; the earlier state is kept.
@@ -186,7 +186,8 @@ class Run:
         self._accelerator.wait_for_everyone()
         if self._main:
             with writing(scratch):
-                saved = {"step": step, "request": self._request, **self.identity}
+                saved = {"step": step, "finished": finished, "request": self._request}
+                saved |= self.identity
                 (scratch / "run.json").write_text(json.dumps(saved))
             old = self.folder / "state.old"
             shutil.rmtree(old, ignore_errors=True)  # left by an interrupted save

@@ -20,6 +20,19 @@ from treeflash.errors import CheckpointError
             2,
             "error: out of memory; try shorter texts, smaller draft trees (--budget)",
         ),
+        (
+            RuntimeError("[malloc] Unable to allocate 99 bytes."),
+            2,
+            "error: out of memory; try shorter texts",
+        ),
+        (
+            RuntimeError(
+                "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+                "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)"
+            ),
+            1,
+            "error: the GPU refuses further work of this process; start again",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -129,7 +129,9 @@ def test_plain_decoding_loads_no_drafter_by_default(parser, monkeypatch, args, m
         "kv_bits": 8,
         "adapter": None,
     }
-    assert calls == [(("t", drafter), keywords | {"cuda_graphs": True, "compile": False})]
+    assert calls == [
+        (("t", drafter), keywords | {"cuda_graphs": True, "compile": False, "wired": False})
+    ]
 
 
 def test_a_spinner_says_what_is_being_loaded(monkeypatch):

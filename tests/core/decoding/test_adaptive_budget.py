@@ -265,7 +265,9 @@ def test_corrections_choose_the_nodes_of_a_tree():
 
 
 def test_nodes_of_long_texts_cost_more():
-    budget = AdaptiveBudget(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}, read_s=1e-4))
+    budget = AdaptiveBudget(
+        VerifyCosts({size: 1 + 0.01 * size for size in SIZES}, position_s={1: 1e-4})
+    )
     assert sizes(budget, [chain(0.3), chain(0.3)], [10, 10_000]) == [2, 1]
 
 

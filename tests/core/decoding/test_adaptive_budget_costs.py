@@ -11,10 +11,12 @@ from treeflash.config import LoadConfig
 from treeflash.decoding import adaptive_budget
 from treeflash.decoding.adaptive_budget import (
     COST_SMOOTHING,
+    GPU_PROMPT_TOKENS,
     LONG_PROMPT_TOKENS,
     OUTLIER_FACTOR,
     PROMPT_TOKENS,
     SIZES,
+    TIMED,
     VerifyCosts,
 )
 from treeflash.decoding.interfaces import Prefill
@@ -113,9 +115,9 @@ def test_costs_are_the_best_times_of_each_size_and_lie_on_lines_between(monkeypa
 def test_sizes_that_cannot_pay_are_not_timed_for_long(monkeypatch):
     timed = Timed(monkeypatch, lambda nodes: 0.0625 * nodes)
     found = VerifyCosts.measure(timed).seconds
-    assert set(found) == {1, 2, 3, 4}
-    assert timed.verified.count(1) == timed.verified.count(8) == 2
-    assert max(timed.verified) == 8
+    assert set(found) == {1, 2, 3, 4, 5}
+    assert timed.verified.count(1) == timed.verified.count(10) == 2
+    assert max(timed.verified) == 10
 
 
 def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
@@ -123,14 +125,39 @@ def test_no_size_is_given_up_for_what_its_first_forward_compiles(monkeypatch):
     assert VerifyCosts.measure(timed).seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
 
 
-def test_rows_cost_more_after_a_long_text(monkeypatch):
+@pytest.mark.parametrize(("length", "readers"), [(LONG_PROMPT_TOKENS, 256), (10**6, 32)])
+def test_rows_cost_more_after_a_long_text(monkeypatch, length, readers):
     timed = Timed(monkeypatch, lambda rows: 0.01 + 1e-6 * rows * (timed.length - PROMPT_TOKENS))
-    assert VerifyCosts.measure(timed).read_s == 0
-    timed.max_positions = LONG_PROMPT_TOKENS
+    assert VerifyCosts.measure(timed).position_s == {}
+    timed.max_positions = length
     found = VerifyCosts.measure(timed)
-    assert found.read_s == pytest.approx(1e-6)
+    assert found.position_s[readers] == pytest.approx(readers * 1e-6)
+    assert timed.length == min(length, GPU_PROMPT_TOKENS)
     assert found.seconds == pytest.approx(dict.fromkeys(SIZES, 0.01))
     assert found.predict([8, 8], [0, 8 * 100]) == pytest.approx([0.01, 0.0108])
+
+
+def test_few_rows_read_a_position_at_another_speed_than_many():
+    """A GPU is timed with 1, 8 and 32 rows after 4k positions, and with a step at 32 rows."""
+    found = VerifyCosts({1: 1.0, 32: 1.0}, {1: 0.001, 8: 0.001, 32: 0.004})
+    reads = [1000.0 * rows for rows in (1, 8, 20, 32, 64)]
+    assert found.predict([1, 8, 20, 32, 64], reads) == pytest.approx([2.0, 2.0, 3.5, 5.0, 9.0])
+    assert found.predict([16], [16_000.0], 2) == pytest.approx([3.0])  # of 8 rows each
+    assert {24, 32, 33, 48} < set(TIMED)
+
+
+def test_a_gpu_is_timed_with_few_and_with_many_rows_after_a_long_text(monkeypatch):
+    def seconds(rows):
+        long = timed.length > LONG_PROMPT_TOKENS
+        return 0.01 + long * (0.001 if rows <= 8 else 0.003)
+
+    timed = Timed(monkeypatch, seconds)
+    timed.max_positions = 10**6
+    found = VerifyCosts.measure(timed).position_s
+    per_position = 1 / (GPU_PROMPT_TOKENS - PROMPT_TOKENS)
+    assert found == pytest.approx(
+        {1: 0.001 * per_position, 8: 0.001 * per_position, 32: 0.003 * per_position}
+    )
 
 
 def test_rows_beyond_the_largest_size_cost_as_the_last_ones_do():
@@ -147,6 +174,25 @@ def test_several_texts_take_further_time():
         found.observe(8, 0, 3, 1.7 + 0.6)
     assert found.predict([8, 3], [0, 0], 4) == pytest.approx([1.7 + 0.6, 1.2 + 0.6], rel=0.01)
     assert found.predict([8], [0], 2) == found.predict([8], [0]) == pytest.approx([1.7])
+
+
+def test_roots_alone_cost_less_than_trees_of_several_texts():
+    """A batch without trees needs no masks; what one kind costs says little about the other."""
+    found = linear_costs(0.1)
+    found.observe(3, 0, 3, 1.2 + 0.2)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.4, 1.9]), "trees are not known yet"
+    found.observe(8, 0, 3, 1.7 + 0.6)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.2 + 0.2, 1.7 + 0.6])
+
+
+def test_trees_that_were_dear_once_are_tried_again():
+    """Else the pass that a disturbance slowed down would be the last one with trees."""
+    found = linear_costs(0.1)
+    found.observe(3, 0, 3, 1.2 + 0.2)
+    found.observe(8, 0, 3, 1.7 + 1.0)
+    for _ in range(300):
+        found.observe(3, 0, 3, 1.2 + 0.2)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.4, 1.9], rel=0.01)
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1e9])
@@ -229,10 +275,13 @@ def test_costs_belong_to_the_targets_weights(measured, target):
         '{"1": 1}',
         '{"seconds": {"1": 1}}',
         *(
-            f'{{"seconds": {seconds}, "read_s": 0}}'
+            f'{{"seconds": {seconds}, "position_s": {{}}}}'
             for seconds in ("3", '{"1": 0}', '{"1": null}', '{"1": NaN}', '{"8": 1}', '{"x": 1}')
         ),
-        *(f'{{"seconds": {{"1": 1}}, "read_s": {cost}}}' for cost in ("-1", "NaN", "null")),
+        *(
+            f'{{"seconds": {{"1": 1}}, "position_s": {{"1": {cost}}}}}'
+            for cost in ("-1", "NaN", "null")
+        ),
     ],
 )
 def test_a_file_without_usable_costs_is_measured_anew(measured, tmp_path, content):

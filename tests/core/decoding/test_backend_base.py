@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import MAX_SNAPSHOTS, Snapshots, arrays_nbytes, rows_by_pass
+from treeflash.decoding.backend_base import (
+    MAX_SNAPSHOTS,
+    NEWEST_SNAPSHOTS,
+    Snapshots,
+    arrays_nbytes,
+    rows_by_pass,
+)
 from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -14,17 +20,26 @@ from treeflash.reference.backend import load
 from treeflash.reference.verifier import Verifier
 
 
-def test_the_latest_snapshots_are_kept():
+def test_the_latest_snapshots_are_kept_and_some_that_are_spread_over_the_prompt():
     snapshots = Snapshots()
-    for length in range(1, MAX_SNAPSHOTS + 3):
+    for length in range(1, 11):
         snapshots.take(10 * length, f"at {length}")
-    assert len(list(snapshots)) == MAX_SNAPSHOTS
-    assert snapshots.longest(20) == 0
-    assert snapshots.longest(39) == 30
-    assert snapshots.get(30) == "at 3"
-    assert list(snapshots.copy(45)) == ["at 3", "at 4"]
-    snapshots.truncate(35)
-    assert list(snapshots) == ["at 3"]
+        assert len(list(snapshots)) <= MAX_SNAPSHOTS
+    assert list(snapshots)[-NEWEST_SNAPSHOTS:] == ["at 9", "at 10"]
+    older = [snapshots.longest(length) for length in (60, 80)]
+    assert 20 <= older[0] < older[1]
+    assert snapshots.get(100) == "at 10"
+    assert list(snapshots.copy(95))[-1] == "at 9"
+    snapshots.truncate(older[0])
+    assert list(snapshots) == [f"at {older[0] // 10}"]
+
+
+def test_the_end_of_a_prompt_is_kept_beside_the_snapshots_on_the_way():
+    """The snapshot before the prompt's last token is where other prompts fork most often."""
+    snapshots = Snapshots()
+    for length in (2048, 4096, 6144, 8192, 8200, 8300):
+        snapshots.take(length, length)
+    assert list(snapshots) == [4096, 8192, 8200, 8300]
 
 
 def test_arrays_are_counted_once():

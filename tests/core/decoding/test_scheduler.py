@@ -9,9 +9,10 @@ from memory import watch_states
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode
+from treeflash.decoding import scheduler as scheduler_module
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import ConfigError, NumericalError, PromptError
+from treeflash.errors import ConfigError, NumericalError, PromptError, is_device_lost
 from treeflash.reference.backend import load
 from treeflash.reference.state import State
 from treeflash.reference.verifier import Verifier
@@ -351,6 +352,78 @@ def test_finished_texts_serve_prompts_that_begin_alike(backend):
     scheduler.close()
     cache.close()
     assert cache.nbytes == 0
+
+
+METAL_MESSAGES = (
+    "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...OutOfMemory)",
+    "[malloc] Unable to allocate 1073741824 bytes.",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
+    "buffer size of 8 bytes.",
+    "[metal::malloc] Resource limit (499000) exceeded.",
+)
+LOST = (
+    "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPU...Timeout)",
+    "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
+    "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)",
+)
+
+
+@pytest.mark.parametrize("message", [*METAL_MESSAGES, *LOST])
+def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, monkeypatch, message):
+    """And a GPU that refuses further work ends them all."""
+    run = type(backend.verifier).run
+
+    def fail(self, work):
+        if any(isinstance(item, Prefill) and item.token_ids == [9] for item in work):
+            raise RuntimeError(message)
+        return run(self, work)
+
+    scheduler = Scheduler(backend)
+    good, bad = (
+        scheduler.submit(Request(prompt_ids=prompt, config=config_of())) for prompt in ([5, 6], [9])
+    )
+    monkeypatch.setattr(type(backend.verifier), "run", fail)
+    if message in LOST:
+        with pytest.raises(RuntimeError, match="GPU"):
+            finish(scheduler)
+        assert is_device_lost(RuntimeError(message))
+        return
+    found = {}
+    events = scheduler.step()
+    (error,) = (event for request_id, event in events if request_id == bad)
+    assert str(error) == message
+    (first,) = (event for request_id, event in events if request_id == good)
+    found[good] = [*first.tokens, *finish(scheduler)[good]]
+    assert found[good] == alone(backend, [5, 6], config_of())
+
+
+def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend, monkeypatch):
+    """An agent's prompt would be copied, and dropped at once."""
+    nbytes = backend.state_nbytes(2 + 4 - 1, drafts=True)
+    forks = []
+    fork = State.fork
+    monkeypatch.setattr(State, "fork", lambda *args: forks.append(1) or fork(*args))
+    for missing, copies in ((1, 0), (0, 1)):
+        scheduler = Scheduler(backend, prefix_cache=PrefixCache(nbytes - missing))
+        scheduler.submit(Request(prompt_ids=[5, 6], config=config_of(max_tokens=4)))
+        finish(scheduler)
+        assert len(forks) == len(scheduler.prefix_cache) == copies
+
+
+def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
+    """So that a prompt that differs in the middle need not start anew."""
+    monkeypatch.setattr(scheduler_module, "SNAPSHOT_INTERVAL", 8)
+    monkeypatch.setattr(State, "needs_snapshots", True)
+    taken = []
+    monkeypatch.setattr(State, "snapshot", lambda state: taken.append(state.length))
+    for cache, lengths in ((PrefixCache(10**9), [8, 16, 24, 26]), (None, [])):
+        scheduler = Scheduler(backend, prefix_cache=cache)
+        scheduler.submit(Request(prompt_ids=list(range(2, 29)), config=config_of(method="ar")))
+        while not scheduler.step():
+            pass
+        assert taken == lengths
+        taken.clear()
+        scheduler.close()
 
 
 def out_of_memory(*_, **__):

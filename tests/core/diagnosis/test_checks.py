@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from made_up_pairs import VOCAB, Head, MadeUp
 
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.diagnosis.checks import (
     Trial,
+    check_device,
     check_keys,
     check_precision,
     diagnose,
@@ -219,3 +221,42 @@ def test_messages_of_trials():
         "no significant improvement (best alternative: changed, 0.90x)",
         "no alternative to try",
     ]
+
+
+class Machine:
+    """A backend on a machine with some free memory, whose KV cache takes 1 MiB for a position."""
+
+    drafter_config, max_positions = None, 10_000
+
+    def __init__(self, free_gb, **settings):
+        weights, available = 3 << 30, int((free_gb + 3) * (1 << 30) / 0.9) + 1
+        self.report = DeviceReport(available_bytes=available, weights_bytes=weights, **settings)
+
+    def device_report(self):
+        return self.report
+
+    def state_nbytes(self, capacity, *, drafts):
+        return capacity << 20
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "ok", "says"),
+    [
+        (11, True, "leave 11.0 GiB, enough for a context of 10000 tokens (10.8 GiB)"),
+        (6, True, "leave 6.0 GiB, enough for a context of 5120 of 10000 tokens"),
+        (2, False, "enough for a context of 1024 of 10000 tokens; use a smaller model"),
+        (-1, False, "leave 0.0 GiB, enough for a context of 0 of 10000 tokens"),
+    ],
+)
+def test_whether_a_context_fits(free_gb, ok, says):
+    (finding,) = check_device(Machine(free_gb))
+    assert (finding.check, finding.ok) == ("memory", ok)
+    assert says in finding.message
+
+
+def test_facts_about_the_machine_and_batches_are_told():
+    facts = {"chip": "Apple M4", "GPU cores": "10"}
+    device, _, batches = check_device(Machine(20, facts=facts, batches=False))
+    assert device.message == "chip: Apple M4, GPU cores: 10"
+    assert (batches.check, batches.ok) == ("batches", True)
+    assert check_device(object()) == []

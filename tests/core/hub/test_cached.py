@@ -1,8 +1,9 @@
-"""The command `treeflash models`, and what it finds on this machine."""
+"""The commands `treeflash models` and `treeflash drafters`, and what they find on this machine."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,8 @@ def machine(tmp_path, monkeypatch):
         repository("some/pickle", "config.json", "pytorch_model.bin"),
     ]
     monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
+    monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
+    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 
@@ -55,6 +58,14 @@ def run(capsys):
         return code, capsys.readouterr().out
 
     return run
+
+
+def test_models_of_lm_studio_are_listed(machine):
+    folder = machine / "studio" / "mlx-community" / "Qwen3-8B-4bit"
+    make_snapshot(folder, "config.json", "model.safetensors")
+    found = {model.name: model for model in cached_models()}
+    assert found["mlx-community/Qwen3-8B-4bit"].folder == folder
+    assert found["mlx-community/Qwen3-8B-4bit"].nbytes == 2000
 
 
 def test_models_of_all_caches_are_found(machine):
@@ -75,34 +86,77 @@ def test_a_machine_without_a_cache_has_the_bundled_drafter(tmp_path, monkeypatch
     assert model.nbytes > 30_000_000
 
 
-def test_all_targets_and_drafters_are_listed(machine, run):
+def test_models_on_this_machine_are_listed(machine, run):
     code, out = run()
     assert code == 0
     assert "7.0 MB" in out
-    for target, drafters in PUBLISHED_DRAFTERS.items():
-        assert f"\n{target}\n" in out
-        assert all(f"\n  {drafter.name}" in out for drafter in drafters)
+    names = [model["name"] for model in json.loads(run("--json")[1])["cached"]]
+    assert names[:2] == [BUNDLED_DRAFTER, DEFAULT_TARGET]
 
 
-def test_the_drafters_of_one_target(machine, run):
-    code, out = run("mlx-community/Qwen3-4B-4bit")
-    lines = out.splitlines()
-    assert code == 0
-    assert lines[0] == "mlx-community/Qwen3-4B-4bit is not on this machine"
-    assert lines[2].split() == ["peerrh/treeflash-qwen3-4b", "7.0", "MB"]
+@pytest.fixture
+def drafters(capsys, monkeypatch):
+    """Run the command `drafters` without the hub: its standard output."""
+    monkeypatch.setattr(models, "_snapshot", lambda name, **_: Path("nowhere"))
+
+    def drafters(*arguments: str) -> str:
+        assert command.drafters(arguments) == 0
+        return capsys.readouterr().out
+
+    return drafters
+
+
+def test_all_targets_and_drafters_are_listed(machine, drafters):
+    out = drafters()
+    for target, published in PUBLISHED_DRAFTERS.items():
+        assert f"\n{target}\n" in f"\n{out}"
+        assert all(f"\n  {drafter.name} " in out for drafter in published)
+
+
+def test_what_can_draft_for_one_target(machine, drafters):
+    lines = drafters("mlx-community/Qwen3-4B-4bit").splitlines()
+    assert lines[0] == "mlx-community/Qwen3-4B-4bit"
+    words = ["peerrh/treeflash-qwen3-4b", "7.0", "MB", "block", "drafter", "the", "default"]
+    assert lines[1].split() == words
+    assert "system message 'You are a helpful assistant.'" in lines[2]
+    assert lines[-1].split() == ["suffix", "copies", "of", "the", "text", "--method", "suffix"]
     assert len(lines) == 2 + len(PUBLISHED_DRAFTERS["qwen3-4b"])
-    assert "system message 'You are a helpful assistant.'" in out
-    assert "no published drafter is known" in run("some/model")[1]
-    assert "4.0 kB in " in run(DEFAULT_TARGET)[1]
+    assert "4.0 kB in " in drafters(DEFAULT_TARGET)
 
 
-def test_json(machine, run):
-    values = json.loads(run("Qwen/Qwen3.5-4B", "--json")[1])
-    assert [model["name"] for model in values["cached"]][:2] == [BUNDLED_DRAFTER, DEFAULT_TARGET]
-    (drafter,) = values["drafters"]["Qwen/Qwen3.5-4B"]
-    assert drafter == {
+@pytest.mark.parametrize(
+    ("target", "names", "default"),
+    [
+        ("some/model", ["suffix"], "suffix"),
+        ("Qwen/Qwen3.6-27B", ["z-lab/Qwen3.6-27B-DFlash", "self", "suffix"], None),
+        ("zai-org/GLM-4.6", ["self", "suffix"], "self"),
+        (
+            "meta-llama/Llama-3.3-70B-Instruct",
+            ["RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3", "suffix"],
+            "RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3",
+        ),
+    ],
+)
+def test_sources_are_listed_best_first(machine, drafters, target, names, default):
+    (rows,) = json.loads(drafters(target, "--json")).values()
+    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows if row["option"] == "the default"] == [default or names[0]]
+
+
+def test_a_folder_tells_whether_it_has_a_head(machine, drafters, monkeypatch, tmp_path):
+    make_snapshot(tmp_path / "Qwen3.6-27B", "config.json")
+    for has_head in (True, False):
+        monkeypatch.setattr(models, "find_row_format", lambda _, has=has_head: has or None)
+        assert ("--drafter self" in drafters(str(tmp_path / "Qwen3.6-27B"))) is has_head
+
+
+def test_json(machine, drafters):
+    (rows,) = json.loads(drafters("Qwen/Qwen3.5-4B", "--json")).values()
+    assert rows[0] == {
         "name": "z-lab/Qwen3.5-4B-DFlash",
         "bytes": None,
+        "kind": "block drafter",
+        "option": "the default",
         "thinking": True,
         "system": None,
     }
@@ -133,4 +187,3 @@ def test_a_download_that_fails_is_one_line(machine, capsys, monkeypatch):
     monkeypatch.setattr(models, "_resolve", fail)
     assert command.main(["--download", "some/model"]) == 2
     assert capsys.readouterr().err == "error: not reachable\n"
-    assert command.main(["some/model", "--download", "some/model"]) == 2

@@ -253,3 +253,49 @@ def test_hub_download_takes_neither_pickles_nor_code(
     assert asked["name"] == "some/model"
     for name in ("pytorch_model.bin", "modeling.py", "tokenizer.py", "model.pt"):
         assert not any(Path(name).match(pattern) for pattern in asked["allow_patterns"])
+
+
+@pytest.fixture
+def machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Models of LM Studio and of the hub's client."""
+    monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
+    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in (
+        "studio/lmstudio-community/Qwen3-8B-MLX-4bit",
+        "studio/mlx-community/Llama-4bit",
+        "studio/other/Llama-4bit",
+        "hub/models--Qwen--Qwen3-4B/snapshots/0a1b",
+        "hub/models--Qwen--Without-Weights/snapshots/0a1b",
+    ):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        if "Without" not in name:
+            (folder / "model.safetensors").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("Qwen3-8B-MLX-4bit", "studio/lmstudio-community/Qwen3-8B-MLX-4bit"),
+        ("lmstudio-community/qwen3-8b-mlx-4bit", "studio/lmstudio-community/Qwen3-8B-MLX-4bit"),
+        ("other/Llama-4bit", "studio/other/Llama-4bit"),
+        ("Qwen3-4B", "hub/models--Qwen--Qwen3-4B/snapshots/0a1b"),
+    ],
+)
+def test_models_of_lm_studio_and_of_the_hub_are_found_by_name(
+    machine: Path, name: str, folder: str
+) -> None:
+    assert models.resolve_target(name) == machine / folder
+
+
+def test_a_name_of_two_publishers_is_refused(machine: Path) -> None:
+    with pytest.raises(CheckpointError, match="mlx-community/Llama-4bit or other/Llama-4bit"):
+        models.resolve_target("llama-4bit")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "Without-Weights", "Qwen3-4"])
+def test_other_names_are_left_to_the_hub(machine: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a local folder nor a reachable hub id"):
+        models.resolve_target(name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Iterable
+from functools import lru_cache
 
 import mlx.core as mx
 import pytest
+from treeflash_mlx import hybrid, metal_kernels
 
 from metal_executor.execution import MetalExecutor, MetalKernel
 
@@ -24,7 +26,10 @@ DEVICE_INFO = {
 
 
 def install(
-    executor: MetalExecutor, patch: pytest.MonkeyPatch, modules: Iterable[str] = MODULES
+    executor: MetalExecutor,
+    patch: pytest.MonkeyPatch,
+    modules: Iterable[str] = MODULES,
+    speedup: float = 1,
 ) -> None:
     """Let code see an MLX with Metal, whose custom kernels the executor runs.
 
@@ -35,6 +40,7 @@ def install(
         executor: runs the kernels.
         patch: takes everything back.
         modules: those that make kernels when they are imported; they get them now.
+        speedup: of the backend's kernels in their races, which are not run.
     """
     importlib.import_module("mlx_lm.generate")  # makes a stream of the default device
     imported = [importlib.import_module(name) for name in modules]
@@ -43,6 +49,9 @@ def install(
     patch.setattr(mx, "device_info", lambda *_: dict(DEVICE_INFO))
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
+    patch.setattr(metal_kernels, "speedup", lambda *_: speedup)
+    undecided = lru_cache(hybrid.delta_kernel_wins.__wrapped__)
+    patch.setattr(hybrid, "delta_kernel_wins", undecided)
     for module in imported:
         for name, kernel in kernels_of(module).items():
             patch.setattr(module, name, kernel)

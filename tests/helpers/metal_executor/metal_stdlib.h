@@ -175,6 +175,11 @@ struct vec : vec_data<T, N> {
     fill(filled, a), fill(filled, b), (fill(filled, rest), ...);
     if (filled != N) scheduler::metal_fail("a vector is made of another number of components");
   }
+  vec(const vec&) = default;
+  vec& operator=(const vec& other) {
+    for (int i = 0; i < N; ++i) v[i] = other.v[i];
+    return *this;
+  }
   T& operator[](uint i) { return v[i]; }
   const T& operator[](uint i) const { return v[i]; }
 

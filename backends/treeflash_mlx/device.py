@@ -1,0 +1,115 @@
+"""The device: its choice, the limits of its memory, and what `doctor` tells about it."""
+
+from __future__ import annotations
+
+import atexit
+import platform
+import re
+import subprocess
+import warnings
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from treeflash.decoding.interfaces import SAFE_SHARE
+from treeflash.errors import BackendError
+from treeflash_mlx import TF32_MAY_BE_ON
+
+GIB = 1 << 30
+CACHE_BYTES = GIB
+"""Freed memory that MLX keeps for further arrays. Without a limit it keeps all, although the sizes
+that are needed keep changing."""
+STATE_BYTES = 4 * GIB
+"""Memory that the states of sequences take at most, if nothing else is asked for."""
+COMMAND_TIMEOUT_S = 5.0
+
+
+def on_metal() -> bool:
+    """Whether arrays are computed by a GPU of Apple."""
+    return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def choose_device(name: str | None) -> bool:
+    """Use the device of that name, or MLX's default; returns whether it is the CPU.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if name not in (None, "cpu", "gpu"):
+        raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
+    if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        raise BackendError("this MLX has no GPU; use device cpu")
+    if name is not None:
+        mx.set_default_device(mx.Device(getattr(mx, name)))
+    return mx.default_device().type == mx.cpu
+
+
+def available_bytes() -> int | None:
+    """Memory that macOS recommends to use on the GPU; None on other devices."""
+    if not on_metal():
+        return None
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
+def limit_memory(weights: int, *, wired: bool) -> None:
+    """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
+
+    Args:
+        weights: of the loaded models, bytes.
+        wired: whether the models and the states of sequences stay in memory, whatever other
+            programs need. macOS has crashed where this limit was high, so it is as low as possible
+            and taken back when the process ends.
+    """
+    if mx.default_device().type == mx.cpu:
+        return
+    mx.set_cache_limit(CACHE_BYTES)
+    if (available := available_bytes()) is None:
+        return
+    if weights + STATE_BYTES > SAFE_SHARE * available:
+        warnings.warn(
+            f"the models take {weights / GIB:.1f} GiB and KV caches may take {STATE_BYTES // GIB} "
+            f"GiB of the {available / GIB:.1f} GiB that macOS recommends to use; use a smaller "
+            "model or fewer bits, or keep contexts short",
+            stacklevel=3,
+        )
+    if wired:
+        previous = mx.set_wired_limit(min(weights + STATE_BYTES + GIB, available))
+        atexit.register(mx.set_wired_limit, previous)
+
+
+def warn_of_tf32() -> None:
+    """Warn if a GPU may round float32 products to TF32."""
+    if TF32_MAY_BE_ON:
+        warnings.warn(
+            "MLX was imported before treeflash_mlx and may compute in TF32, where drafting can "
+            "change tokens; set MLX_ENABLE_TF32=0 in the environment",
+            stacklevel=3,
+        )
+
+
+def device_facts() -> dict[str, str]:
+    """The chip, its GPU cores, macOS, the memory and its limits; less on other systems."""
+    info = mx.device_info()
+    facts = {"chip": str(info["device_name"])}
+    if cores := re.search(r'"gpu-core-count" = (\d+)', _output(["ioreg", "-rc", "AGXAccelerator"])):
+        facts["GPU cores"] = cores[1]
+    if macos := platform.mac_ver()[0]:
+        facts["macOS"] = macos
+    if (memory := info.get("memory_size")) is not None:
+        facts["memory"] = f"{int(memory) / GIB:.0f} GiB"
+    if (available := available_bytes()) is not None:
+        facts["for the GPU"] = f"{available / GIB:.1f} GiB"
+        limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+        facts["wired limit"] = "set by macOS" if limit in ("", "0") else f"{limit} MiB"
+    return facts
+
+
+def _output(command: Sequence[str]) -> str:
+    """The output of a command; empty where the command is missing or fails."""
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout

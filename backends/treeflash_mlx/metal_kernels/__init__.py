@@ -1,0 +1,110 @@
+"""Metal kernels in the place of MLX's operations, and how they are chosen at load.
+
+A kernel is used on a device only if its results there are those of the operations, and if a race
+shows that it is faster: `choose` decides both, for one kernel and one shape. The races are chains
+of calls, each of which waits for the one before, as layers do. M1 and M2 allow some kernels only
+448 threads in a threadgroup, and no kernel here has more.
+
+Kernels are written for `mx.fast.metal_kernel`, so they are bodies of functions in Metal's language,
+for which MLX writes the signature. `python -m benchmarks.metal_sources` prints them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+
+MIN_SPEEDUP = 1.15
+MAX_THREADS = 448
+MAX_FAMILY = 16
+"""The latest GPU family that kernels are used on, M4's. On M5 (17) none has been tried for minutes,
+and others report kernels that won their races there and stalled in generations."""
+CALLS = 20
+"""Calls of a chain."""
+ROUNDS = 3
+"""Chains of each contestant in a race; the fastest counts."""
+ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
+"""Relative errors that rounding explains, by the dtype of results."""
+
+Link: TypeAlias = Callable[[mx.array, int], mx.array]
+"""A call in a chain: from the array that the call before returned, and the number of the call."""
+
+
+def uses_kernels() -> bool:
+    """Whether kernels may be used on the default device."""
+    if not mx.metal.is_available() or mx.default_device().type != mx.gpu:
+        return False
+    family = re.fullmatch(r"applegpu_g(\d+)\w*", str(mx.device_info().get("architecture")))
+    return family is not None and int(family[1]) <= MAX_FAMILY
+
+
+def make_kernel(
+    name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, copies: bool = True
+) -> Any:
+    """A kernel of `mx.fast.metal_kernel`, made once.
+
+    Inputs that are not contiguous are copied before each call, or come with their strides if the
+    kernel is one that does not need `copies`.
+    """
+    return _make(mx.fast.metal_kernel, name, tuple(inputs), tuple(outputs), source, copies)
+
+
+@lru_cache(64)
+def _make(
+    factory: Callable[..., Any],
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    source: str,
+    copies: bool,
+) -> Any:
+    return factory(f"treeflash_{name}", inputs, outputs, source, ensure_row_contiguous=copies)
+
+
+def choose(what: str, error: Callable[[], float], limit: float, *race: Any) -> bool:
+    """Whether a kernel is right on this device, and wins its race.
+
+    A kernel that is wrong or does not compile is left out with a warning of one line.
+
+    Args:
+        what: computes without the kernel, in the warning.
+        error: of the kernel's results.
+        limit: of the error.
+        race: arguments of `speedup`; a kernel without them need not win.
+    """
+    try:
+        if (found := error()) <= limit:
+            return not race or speedup(*race) >= MIN_SPEEDUP
+        reason = f"its relative error is {found:.1e}"
+    except (RuntimeError, ValueError) as failure:
+        reason = str(failure).partition("\n")[0]
+    warnings.warn(f"{what} run without their Metal kernel: {reason}", stacklevel=3)
+    return False
+
+
+def speedup(kernel: Link, plain: Link, start: mx.array) -> float:
+    """How many times as fast a chain of calls is with a kernel as with operations."""
+
+    def seconds(link: Link) -> float:
+        x, started = start, time.perf_counter()
+        for call in range(CALLS):
+            x = link(x, call)
+        mx.eval(x)
+        return time.perf_counter() - started
+
+    seconds(kernel), seconds(plain)  # compiles
+    times = [(seconds(plain), seconds(kernel)) for _ in range(ROUNDS)]
+    return min(slow for slow, _ in times) / min(fast for _, fast in times)
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """The root mean square of the difference, relative to the root mean square of the expected."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    error: Any = mx.sqrt(mx.mean((found - expected) ** 2) / mx.mean(expected**2)).item()
+    return float(error)

@@ -1,0 +1,213 @@
+"""Gated delta nets on draft trees, step by step.
+
+`run_nodes` computes the outputs of all nodes of a tree, each on the state after its parent, and
+keeps no states. `replay` computes the state after an accepted path from the inputs of its nodes.
+Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state of a
+node has the bits that plain decoding would give it for the same inputs.
+
+A simdgroup has one row of a state, which is in its registers while it walks through the tree depth
+first. Where a node has several children, threadgroup memory keeps its row for the later ones. The
+child that needs most memory comes last, so that few rows are kept at once: a tree that needs more
+than `SLOTS` has at least 2 ** (SLOTS + 2) - 1 nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash_mlx.metal_kernels import make_kernel
+
+SLOTS = 6
+MAX_KEY_DIM = 256  # for which the slots fill 24 KiB of threadgroup memory
+LANES, ROWS = 32, 4  # of a simdgroup, and simdgroups of a threadgroup
+
+WALK = """
+    constexpr int SHARE = Dk / 32;  // of a row, for each lane
+    uint n = thread_position_in_grid.z, b = n / Hv, head = n % Hv, key_head = head / (Hv / Hk);
+    uint row = thread_position_in_grid.y, own = thread_position_in_threadgroup.y;
+    uint first = SHARE * thread_index_in_simdgroup;
+    threadgroup float saved[SLOTS][ROWS][Dk];
+    float state[SHARE];
+    for (int i = 0; i < SHARE; ++i)
+        state[i] = static_cast<float>(state_in[(n * Dv + row) * Dk + first + i]);
+    uint nodes = k_shape[1], visits = counts[b];
+    for (uint visit = 0; visit < visits; ++visit) {
+        uint step = 3 * (b * order_shape[1] + visit), t = b * nodes + order[step];
+        int from = order[step + 1], to = order[step + 2];
+        if (from >= 0)
+            for (int i = 0; i < SHARE; ++i)
+                state[i] = saved[from][own][first + i];
+        uint keys = (t * Hk + key_head) * Dk + first;
+        float memory = 0.0f;
+        for (int i = 0; i < SHARE; ++i) {
+            state[i] = state[i] * g[GATE];
+            memory += state[i] * static_cast<float>(k[keys + i]);
+        }
+        SUM(memory)
+        float delta = (static_cast<float>(v[(t * Hv + head) * Dv + row]) - memory)
+            * static_cast<float>(beta[t * Hv + head]);
+        float output = 0.0f;
+        for (int i = 0; i < SHARE; ++i) {
+            state[i] = state[i] + static_cast<float>(k[keys + i]) * delta;
+            OUTPUT
+        }
+        WRITE
+        for (int i = 0; i < SHARE; ++i)
+            state[i] = static_cast<float>(static_cast<StT>(state[i]));
+        if (to >= 0)
+            for (int i = 0; i < SHARE; ++i)
+                saved[to][own][first + i] = state[i];
+    }
+    END
+"""
+SUMS = {
+    False: "{0} = simd_sum({0});",
+    # mlx-lm's kernel for wide keys writes its sums like this.
+    True: "".join(f"{{0}} += simd_shuffle_xor({{0}}, {1 << i}); " for i in range(5)),
+}
+OUTPUTS = {
+    "OUTPUT": "output += state[i] * static_cast<float>(q[keys + i]);",
+    "WRITE": """SUM(output)
+        if (thread_index_in_simdgroup == 0)
+            y[(t * Hv + head) * Dv + row] = static_cast<InT>(output);""",
+    "END": """for (uint t = visits; t < nodes; ++t)  // rows without a node
+        if (thread_index_in_simdgroup == 0)
+            y[((b * nodes + t) * Hv + head) * Dv + row] = static_cast<InT>(0.0f);""",
+}
+STATES = {
+    "OUTPUT": "",
+    "WRITE": "",
+    "END": """for (int i = 0; i < SHARE; ++i)
+        state_out[(n * Dv + row) * Dk + first + i] = static_cast<StT>(state[i]);""",
+}
+GATES = {3: "t * Hv + head", 4: "(t * Hv + head) * Dk + first + i"}
+INPUTS = ("k", "v", "g", "beta", "state_in", "order", "counts")
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The inputs of all nodes of a pass, in place of the states after them.
+
+    Shapes: k (batch, n, key_heads, key_dim), v (batch, n, heads, value_dim), g (batch, n, heads) or
+    (batch, n, heads, key_dim) float32 decays, beta (batch, n, heads).
+    """
+
+    k: mx.array
+    v: mx.array
+    g: mx.array
+    beta: mx.array
+
+    def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
+        """The states after a path of each sequence; see `treeflash_mlx.hybrid.Writes.commit`."""
+        order = mx.stack([nodes, *[mx.full(nodes.shape, -1, mx.int32)] * 2], -1)
+        return _walk(self, state, order, kept.sum(1).astype(mx.int32), None)
+
+
+def run_nodes(
+    q: mx.array, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
+) -> mx.array:
+    """(batch, n, heads, value_dim) outputs at all nodes; rows without a node are 0.
+
+    Args:
+        q: (batch, n, key_heads, key_dim).
+        steps: of the nodes.
+        state: (batch, heads, value_dim, key_dim) before the trees; None for zeros.
+        order: (batch, n, 3) int32, see `depth_first`.
+        counts: (batch,) int32 nodes of each tree.
+    """
+    return _walk(steps, state, order, counts, q)
+
+
+def _walk(
+    steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array, q: mx.array | None
+) -> mx.array:
+    batch, _, key_heads, key_dim = steps.k.shape
+    heads, value_dim = steps.v.shape[2:]
+    if state is None:
+        state = mx.zeros((batch, heads, value_dim, key_dim), mx.float32)
+    packed = _packs(steps, state)
+    output, shape, dtype = "state_out", state.shape, state.dtype
+    if q is not None:
+        output, shape, dtype = "y", steps.v.shape, q.dtype
+    template = {"StT": state.dtype, "Dk": key_dim, "Dv": value_dim}
+    template |= {"Hk": key_heads, "Hv": heads, "SLOTS": SLOTS, "ROWS": ROWS}
+    # MLX keeps one source for each name.
+    kind = "by_channel" if steps.g.ndim == 4 else "packed" if packed else "by_head"
+    name, inputs = f"gated_delta_replay_{kind}", list(INPUTS)
+    arrays = [steps.k, steps.v, steps.g, steps.beta, state, order, counts]
+    if q is not None:
+        name, inputs, arrays = f"gated_delta_nodes_{kind}", [*INPUTS, "q"], [*arrays, q]
+        template["InT"] = q.dtype
+    text = source(steps.g.ndim, packed=packed, outputs=q is not None)
+    (result,) = make_kernel(name, inputs, [output], text)(
+        inputs=arrays,
+        template=list(template.items()),
+        grid=(LANES, value_dim, batch * heads),
+        threadgroup=(LANES, ROWS, 1),
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+    )
+    states_or_outputs: mx.array = result
+    return states_or_outputs
+
+
+def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:
+    """The source for gates of so many dimensions, with the sums of mlx-lm's packed kernel or not.
+
+    It writes outputs of nodes, or else the state after the last one.
+    """
+    text = WALK
+    for name, part in (OUTPUTS if outputs else STATES).items():
+        text = text.replace(name, part)
+    for name in ("memory", "output"):
+        text = text.replace(f"SUM({name})", SUMS[packed].format(name))
+    return text.replace("GATE", GATES[gate_dims])
+
+
+def _packs(steps: Steps, state: mx.array) -> bool:
+    """Whether mlx-lm runs its packed kernel for these shapes."""
+    return (
+        steps.g.ndim == 3
+        and steps.k.shape[3] == 128
+        and steps.v.shape[3] % 8 == 0
+        and steps.g.dtype == state.dtype == mx.float32
+    )
+
+
+def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+    """The order in which a tree's nodes are visited, and the number of slots that it takes.
+
+    Returns:
+        (n, 3) int32 rows: a node; the slot that its parent's state is in, or -1 if the parent is
+        the node before it; the slot that its own state is kept in, or -1.
+    """
+    n = len(parents)
+    children: list[list[int]] = [[] for _ in range(n)]
+    for node in range(1, n):
+        children[parents[node]].append(node)
+    slots = [0] * n  # that the subtree of a node takes
+    for node in reversed(range(n)):
+        children[node].sort(key=lambda child: slots[child])
+        needs = [slots[child] for child in children[node]]
+        slots[node] = max(needs[-1:] + [1 + need for need in needs[:-1]], default=0)
+    rows, waiting = [], [(0, -1, 0)]  # a node, the slot of its parent, and the first free slot
+    while waiting:
+        node, parent_slot, free = waiting.pop()
+        slot = free if len(children[node]) > 1 else -1
+        rows.append((node, parent_slot, slot))
+        if children[node]:
+            # The stack turns the order round: the last child, which frees the slot, comes first.
+            first, *others = [(child, slot, free + 1) for child in children[node]]
+            waiting += [(child, kept, free) for child, kept, _ in others[-1:]]
+            waiting += [*reversed(others[:-1]), (first[0], -1, free + (slot >= 0))]
+    return np.array(rows, np.int32), slots[0]
+
+
+def runs_shape(key_dim: int) -> bool:
+    """Whether the kernel can run layers of this width of a key."""
+    return key_dim % LANES == 0 and key_dim <= MAX_KEY_DIM

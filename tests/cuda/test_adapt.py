@@ -1,0 +1,163 @@
+"""`treeflash adapt` on a tiny pair: cost, measurements, training within limits, and resuming."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_training import ON_CPU, VOCAB, write_predictable_target
+
+from treeflash import adapt
+from treeflash.config import LoadConfig
+from treeflash.drafters.folder import read_tensors
+from treeflash.drafters.formats import drafter_config
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter
+from treeflash.training.config import TrainConfig
+from treeflash.training.responses import Response
+
+require("torch")
+
+from treeflash_cuda.training import loop
+from treeflash_cuda.training.entry import train
+
+SMALL = ["--max-tokens", "24", "--measured", "3", "--sequences", "4", "--anchors", "8"]
+SMALL += ["--validation-sequences", "2", "--top-tokens", "8", "--learning-rate", "4e-3"]
+
+
+def tensors(folder):
+    return {name.removeprefix("model."): x for name, x in read_tensors(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_predictable_target(tmp_path_factory.mktemp("target"), "llama")
+
+
+@pytest.fixture
+def run(target, tmp_path, capsys):
+    """Adapt a random drafter to the target: exit status, standard output and standard error."""
+
+    def run(*options, format="treeflash"):
+        drafter = tmp_path / format
+        if not drafter.exists():
+            write_drafter(drafter, target, seed=2, format=format, block_size=6, layers=2)
+        prompts = tmp_path / "prompts.jsonl"
+        words = ("".join(chr(97 + n * k % 26) for k in range(1, 6)) for n in range(14))
+        rows = [{"id": n, "prompt": word} for n, word in enumerate(words)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = ["--target", str(target), "--drafter", str(drafter), "--prompts", str(prompts)]
+        arguments += ["--output", str(tmp_path / "out"), *ON_CPU, *SMALL, *options]
+        capsys.readouterr()
+        return adapt.main(arguments), *capsys.readouterr()
+
+    return run
+
+
+def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "show_records", interrupted)
+        code, _, error = run("--steps", "24")
+    assert code == 130
+    assert "run the same command again to resume" in error
+    assert "answers: at most 264 tokens to 11 prompts, in 24 passes" in error
+    assert "block efficiency: at most 144 tokens, 3 prompts before and after" in error
+    assert "10 minutes or 24 steps at most; a step runs the target over 4 answers" in error
+    count = sum(tensor.size for tensor in read_tensors(tmp_path / "treeflash").values())
+    assert f"for {count:,} trained parameters" in error
+    before = json.loads((out / "before.json").read_text())
+    answers = (out / "answers.jsonl").read_text()
+    trained = {json.loads(line)["id"] for line in answers.splitlines()}
+    assert len(trained) == 11
+    assert not trained & set(before["prompts"])
+
+    code, table, error = run("--steps", "24")
+    assert code == 0
+    assert (out / "answers.jsonl").read_text() == answers
+    lines = table.splitlines()
+    ratio = float(lines[-1].split("|")[3].split()[0])
+    assert ratio > 1.2, table
+    card = (out / "README.md").read_text()
+    assert card.endswith("\n".join(lines) + "\n")
+    assert "After 24 of 24 steps" in card
+
+    with monkeypatch.context() as patch:  # a finished run is only reported
+        patch.setattr(adapt.Evaluation, "run", interrupted)
+        patch.setattr(loop, "load_target", interrupted)
+        assert run("--steps", "24")[1] == table
+    assert (out / "README.md").read_text() == card
+    code, _, error = run("--steps", "24", "--temperature", "0", "1")
+    assert code == 2
+    assert "answers.jsonl has lines generated with temperature 0.0, not 1" in error
+
+
+def test_a_new_head_is_trained_alone(run, tmp_path):
+    code, _, error = run("--steps", "2", "--head", "swiglu", format="dflash")
+    assert code == 0, error
+    assert drafter_config(tmp_path / "out").head == "swiglu"
+    before, after = tensors(tmp_path / "dflash"), tensors(tmp_path / "out")
+    frozen = sum(tensor.size for tensor in before.values())
+    head = sum(tensor.size for name, tensor in after.items() if name not in before)
+    assert f"for {head:,} trained parameters" in error
+    assert f"for {frozen:,} frozen ones" in error
+    name = "layers.0.self_attn.q_proj.weight"
+    assert np.allclose(before[name], after[name], rtol=1e-2)
+
+
+def responses(count=8):
+    ids = np.random.default_rng(2).integers(3, VOCAB, (count, 20)).tolist()
+    return [Response(prompt_ids=tuple(row[:5]), response_ids=tuple(row[5:])) for row in ids]
+
+
+TINY = TrainConfig(
+    layers=2, block_size=5, head_size=48, top_tokens=8, steps=6, sequences=2, anchors=8,
+    validation_sequences=1, validate_every=1,
+)  # fmt: skip
+
+
+def records(target, output, **changes):
+    load = LoadConfig(device="cpu", dtype="float32")
+    found = train(target, responses(), output, replace(TINY, **changes), load)
+    return [record for record in found if "step" in record]
+
+
+def test_the_head_and_fc_are_trained_alone(target, tmp_path):
+    write_drafter(tmp_path / "drafter", target, seed=2, block_size=5, layers=2)
+    init = str(tmp_path / "drafter")
+    records(target, tmp_path / "out", init=init, head_size=None, freeze_layers=True)
+    before, after = tensors(tmp_path / "drafter"), tensors(tmp_path / "out")
+    changed = {name for name in before if not np.allclose(before[name], after[name], rtol=1e-2)}
+    assert "fc.weight" in changed
+    assert changed - {"fc.weight"}
+    assert all(name == "fc.weight" or "ar_approximation" in name for name in changed)
+
+
+def test_training_stops_when_the_time_is_over(target, tmp_path, monkeypatch):
+    def take_step(step, rate, *_):
+        return {"step": step + 1, "learning_rate": rate, "loss": 1.0, "seconds": 6.0}
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    limits = {"steps": 100, "minutes": 0.5, "warmup": 0.0, "validate_every": 50}
+    found = records(target, tmp_path / "out", **limits)
+    assert len(found) == 5
+    rates = [record["learning_rate"] for record in found]
+    assert rates[0] == TINY.learning_rate
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < TINY.learning_rate / 2, "the learning rate decays with the time"
+    assert "validation" in found[-1]
+    assert records(target, tmp_path / "out", **limits) == [], "the run is over"
+
+
+def test_the_best_drafter_is_kept_when_the_validation_loss_rises(target, tmp_path, monkeypatch):
+    losses, exported = iter([3.0, 2.0, 2.5, 2.4, 0.0]), []
+    monkeypatch.setattr(loop.Validation, "measure", lambda *_: {"kl_marginal": [next(losses)]})
+    monkeypatch.setattr(loop, "export", lambda *parts: exported.append(len(parts[-1].records)))
+    monkeypatch.setattr(loop, "has_checkpoint", lambda folder: bool(exported))
+    found = records(target, tmp_path / "out", patience=2, save_every=1)
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    assert exported == [1, 2], "the second validation was the best"

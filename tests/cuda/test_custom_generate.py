@@ -1,0 +1,212 @@
+"""`treeflash.transformers` gives what transformers' own `generate` gives, and refuses the rest."""
+
+import copy
+import gc
+import weakref
+from functools import partial
+
+import pytest
+
+from treeflash.errors import ConfigError
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.transformers import PAIRS, disable, enable, generate
+
+require("torch")
+
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+VOCAB = 40
+LENGTHS = 12, 5, 12
+TOKENS = {"max_new_tokens": 16, "pad_token_id": 3, "eos_token_id": None}
+
+
+def write_models(folder, family):
+    """A random target and drafter; the loaded target, and the options that name the drafter."""
+    write_target(folder / "target", family, seed=1, vocab_size=VOCAB)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
+    options = {"custom_generate": generate, "drafter": folder / "drafter", "budget": 16}
+    return model, options
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def prompts(lengths=LENGTHS):
+    """Random prompts, padded on the left."""
+    ids = torch.randint(4, VOCAB, (len(lengths), max(lengths)), generator=torch.Generator())
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids.where(mask, 3), "attention_mask": mask.long()}
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class After(StoppingCriteria):
+    """Ends a sequence after a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "qwen3_5"])
+def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
+    model, options = write_models(tmp_path, family)
+    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
+    for method in ("treeflash", "suffix"):
+        given = options | {"method": method}
+        actual = model.generate(**prompts(), **TOKENS, do_sample=False, **given)
+        assert actual.tolist() == expected.tolist(), method
+
+
+def test_the_model_stays_its_owners(models):
+    model, options = models
+    before = model(**prompts()).logits
+    model.generate(**prompts(), **TOKENS, **options)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**prompts()).logits, before)
+
+
+def test_the_attention_is_restored_after_an_error(models):
+    model, options = models
+    with pytest.raises(ConfigError, match="budget"):
+        model.generate(**prompts(), **TOKENS, **options | {"budget": 0})
+    failing = StoppingCriteriaList([lambda ids, scores: 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        model.generate(**prompts(), **TOKENS, stopping_criteria=failing, **options)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_pair_ends_with_its_model(tmp_path):
+    model, options = write_models(tmp_path, "llama")
+    model.generate(**prompts(), **TOKENS, **options)
+    pair = weakref.ref(next(iter(vars(model)[PAIRS].values())))
+    assert vars(copy.deepcopy(model))[PAIRS] == {}
+    model.generate(**prompts(), **TOKENS, **options)
+    assert pair() is next(iter(vars(model)[PAIRS].values()))
+    del model
+    gc.collect()
+    assert pair() is None
+
+
+def test_other_weights_make_another_pair(tmp_path):
+    model, options = write_models(tmp_path, "llama")
+    model.generate(**prompts(), **TOKENS, **options)
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
+    assert model.generate(**prompts(), **TOKENS, **options).tolist() == expected.tolist()
+
+
+def test_sampled_sequences_follow_the_seed_of_pytorch(models):
+    model, options = models
+    settings = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        given = prompts([7]) | TOKENS | settings | {"num_return_sequences": 3}
+        outputs.append(model.generate(**given, **options).tolist())
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert len({tuple(row) for row in outputs[0]}) == 3
+
+
+def test_sampling_settings_and_the_repetition_penalty_arrive(models):
+    model, options = models
+    given = prompts([7]) | TOKENS
+    greedy = model.generate(**given, do_sample=False).tolist()
+    for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
+        assert model.generate(**given, do_sample=True, **setting, **options).tolist() == greedy
+    expected = model.generate(**given, do_sample=False, repetition_penalty=1.8).tolist()
+    actual = model.generate(**given, do_sample=False, repetition_penalty=1.8, **options).tolist()
+    assert actual == expected != greedy
+
+
+def test_sequences_end_at_end_tokens_and_at_criteria(models):
+    model, options = models
+    free = model.generate(**prompts(), **TOKENS, do_sample=False)
+    token = int(free[0, LENGTHS[0] + 3])
+    criteria = StoppingCriteriaList([After(token)])
+    after_all = StoppingCriteriaList([lambda ids, scores: ids.shape[1] == LENGTHS[0] + 6])
+    for ends in (
+        {"eos_token_id": token},
+        {"stopping_criteria": criteria},
+        {"stopping_criteria": criteria, "eos_token_id": 2},
+        {"stopping_criteria": criteria + after_all},
+    ):
+        given = prompts() | TOKENS | ends
+        expected = model.generate(**given, do_sample=False)
+        assert expected.tolist() != free.tolist()
+        assert model.generate(**given, **options).tolist() == expected.tolist()
+
+
+def test_streamers_get_every_token_in_turn(models):
+    model, options = models
+    given = prompts() | TOKENS
+    own, ours, through_enable = Streamer(), Streamer(), Streamer()
+    model.generate(**given, do_sample=False, streamer=own)
+    loop = partial(generate, streamer=ours)
+    model.generate(**given, **options | {"custom_generate": loop})
+    enable(model, drafter=options["drafter"], budget=16)
+    output = model.generate(**given, streamer=through_enable, return_dict_in_generate=True)
+    disable(model)
+    assert own.tokens == through_enable.tokens
+    assert own.tokens[len(prompts()["input_ids"].flatten()) :] == ours.tokens
+    assert output.sequences[:, LENGTHS[0] :].T.flatten().tolist() == ours.tokens
+    assert ours.ended
+    assert "generate" not in vars(model)
+
+
+def test_a_folder_of_the_hub_decodes(models, tmp_path):
+    model, options = models
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "from treeflash.transformers import run as generate\n"
+    )
+    (tmp_path / "custom_generate" / "requirements.txt").write_text("treeflash\n")
+    expected = model.generate(**prompts(), **TOKENS, do_sample=False)
+    given = options | {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    assert model.generate(**prompts(), **TOKENS, **given).tolist() == expected.tolist()
+    assert PAIRS in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"min_new_tokens": 2, "eos_token_id": 2}, "MinLengthLogitsProcessor"),
+        ({"typical_p": 0.5, "do_sample": True}, "TypicalLogitsWarper"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"cache_implementation": "static"}, "cache_implementation 'static'"),
+        ({"position_ids": torch.arange(12)[None].expand(3, -1)}, "position_ids"),
+        ({"attention_mask": prompts()["attention_mask"].flip(-1)}, "attention_mask"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(models, setting, named):
+    model, options = models
+    with pytest.raises(ValueError, match=named) as error:
+        model.generate(**prompts() | TOKENS | setting, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_training_mode_is_refused(models):
+    model, options = models
+    model.train()
+    with pytest.raises(ConfigError, match="training mode"):
+        model.generate(**prompts(), **TOKENS, **options)
+    model.eval()

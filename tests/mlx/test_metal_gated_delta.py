@@ -1,0 +1,162 @@
+"""Gated delta nets on draft trees: the Metal kernels, and how they are chosen."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+
+import mlx.core as mx
+from metal_executor import MetalKernelError, require_compiler
+from mlx_lm.models import gated_delta
+from treeflash_mlx import hybrid, metal_kernels
+from treeflash_mlx.metal_kernels import gated_delta as kernels
+
+require_compiler()
+
+PARENTS = [-1, 0, 1, 0, 1, 3, 3, 5]
+SHAPE = (1, 2, 8, 32, mx.float32, False)  # of `delta_kernel_wins`
+
+
+def random_arrays(rng, dtype, key_dim, by_channel, batch=2, n=8, heads=2, value_dim=8):
+    def normal(*shape):
+        return mx.array(rng.normal(size=shape).astype(np.float32))
+
+    q, k = (normal(batch, n, 1, key_dim).astype(dtype) * key_dim**-0.5 for _ in range(2))
+    gates = (batch, n, heads, key_dim) if by_channel else (batch, n, heads)
+    steps = kernels.Steps(
+        k,
+        normal(batch, n, heads, value_dim).astype(dtype),
+        mx.exp(-mx.abs(normal(*gates))),
+        mx.sigmoid(normal(batch, n, heads)).astype(dtype),
+    )
+    return q, steps, normal(batch, heads, value_dim, key_dim)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_dim", "by_channel"),
+    [(mx.float32, 32, False), (mx.bfloat16, 128, False), (mx.float16, 64, True)],
+)
+def test_nodes_have_the_bits_of_plain_decoding(metal, rng, dtype, key_dim, by_channel):
+    """Outputs of all nodes, and states after paths, of two trees of different sizes."""
+    q, steps, state = random_arrays(rng, dtype, key_dim, by_channel)
+    trees = [
+        DraftTree.from_parents(np.zeros(len(x), np.int32), np.array(x, np.int32))
+        for x in (PARENTS, PARENTS[:3])
+    ]
+    paths = hybrid.NodePaths(trees, 8, hybrid.solve_by_rounds)
+    outputs = kernels.run_nodes(q, steps, state, *paths.visits)
+    assert not outputs[1, 3:].any()
+    assert outputs.dtype == dtype
+    for row, tree in enumerate(trees):
+        for node in range(len(tree)):
+            path = [i for i in range(node + 1) if tree.ancestor_mask()[node, i]]
+            after = state[row : row + 1]
+            for i in path:
+                token = (
+                    x[row : row + 1, i : i + 1] for x in (q, steps.k, steps.v, steps.g, steps.beta)
+                )
+                output, after = gated_delta.gated_delta_kernel(*token, after)
+            assert mx.array_equal(output[0, 0], outputs[row, node])
+        chosen, kept = np.zeros((2, len(path) + 1), np.int32), np.zeros((2, len(path) + 1), bool)
+        chosen[row, : len(path)], kept[row, : len(path)] = path, True
+        replayed = steps.commit(state, mx.array(chosen), mx.array(kept))
+        assert mx.array_equal(replayed[row], after[0])
+        assert mx.array_equal(replayed[1 - row], state[1 - row])  # without a path
+
+
+def test_states_in_half_precision_are_rounded_after_every_node(metal, rng):
+    q, steps, state = random_arrays(rng, mx.float16, 32, by_channel=False, batch=1, n=3)
+    state = state.astype(mx.float16)
+    tree = DraftTree.chain(np.zeros(3, np.int32))
+    paths = hybrid.NodePaths([tree], 3, hybrid.solve_by_rounds)
+    outputs, after = kernels.run_nodes(q, steps, state, *paths.visits), state
+    for i in range(3):
+        token = (x[:, i : i + 1] for x in (q, steps.k, steps.v, steps.g, steps.beta))
+        output, after = gated_delta.gated_delta_kernel(*token, after)
+        assert mx.array_equal(output[:, 0], outputs[:, i])
+    replayed = steps.commit(state, mx.array([[0, 1, 2]]), mx.ones((1, 3), mx.bool_))
+    assert mx.array_equal(replayed, after)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2**16), max_size=60))
+def test_a_walk_finds_the_state_of_every_parent(numbers):
+    parents = [-1, *(number % (i + 1) for i, number in enumerate(numbers))]
+    order, count = kernels.depth_first(parents)
+    assert sorted(order[:, 0]) == list(range(len(parents)))
+    held, state = {}, -1  # by slot, and in registers, the node whose state it is
+    for node, source, target in order.tolist():
+        state = held[source] if source >= 0 else state
+        assert state == parents[node]
+        state = node
+        if target >= 0:
+            held[target] = node
+    assert max(held, default=-1) + 1 == count
+    assert len(parents) >= 2 ** (count + 1) - 1
+
+
+def test_a_full_binary_tree_needs_a_slot_for_each_depth():
+    parents = [-1, *((i - 1) // 2 for i in range(1, 127))]
+    assert kernels.depth_first(parents)[1] == kernels.SLOTS
+    tree = DraftTree.from_parents(
+        np.zeros(255, np.int32), np.array([-1, *((i - 1) // 2 for i in range(1, 255))], np.int32)
+    )
+    assert kernels.depth_first(tree.parents)[1] == kernels.SLOTS + 1
+
+
+FAULTS = {
+    "no parent's state": ("if (from >= 0)", "if (false)"),
+    "the state of another tree's branch": ("saved[from][own]", "saved[0][own]"),
+    "a state that is never kept": ("if (to >= 0)", "if (to > 0)"),
+    "rows of other threads": ("saved[to][own]", "saved[to][0]"),
+    "no decay": ("state[i] * g[GATE]", "state[i]"),
+    "the gate of another node": ("t * Hv + head", "head"),
+    "the memory before the decay": ("memory += state[i] *", "memory += state[i] / g[GATE] *"),
+    "another order of operations": ("state[i] + static_cast<float>(k[keys + i]) * delta;",
+                                    "fma(static_cast<float>(k[keys + i]), delta, state[i]);"),
+    "one node too many": ("visit < visits", "visit <= visits"),
+    "no sum": ("SUM(memory)", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
+    """By the executor, or by the check at load."""
+    right, wrong = FAULTS[fault]
+    assert right in kernels.WALK
+    monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(right, wrong))
+    monkeypatch.setattr(metal_kernels, "speedup", lambda *_: 2.0)
+    try:
+        assert not hybrid.delta_kernel_wins(*SHAPE)
+    except MetalKernelError:
+        return
+    assert "gated delta nets on trees run without" in str(recwarn.pop().message)
+
+
+def test_the_kernel_runs_where_it_wins(metal, monkeypatch, recwarn):
+    for speedup in (1.1, 1.2):
+        hybrid.delta_kernel_wins.cache_clear()
+        monkeypatch.setattr(metal_kernels, "speedup", lambda *_, x=speedup: x)
+        assert hybrid.delta_kernel_wins(*SHAPE) == (speedup > 1.15)
+        assert not hybrid.delta_kernel_wins(1, 2, 8, 48, mx.float32, False)  # not by lanes
+    assert not recwarn.list
+
+
+def test_the_race_is_between_the_kernels_and_operations(metal, monkeypatch):
+    """Both give the same states and outputs."""
+    seen = []
+
+    def speedup(kernel, plain, start):
+        seen.append(mx.abs(kernel(start, 0) - plain(start, 0)).max().item())
+        return 2.0
+
+    monkeypatch.setattr(metal_kernels, "speedup", speedup)
+    for shape in (SHAPE, (2, 2, 4, 64, mx.float32, True)):
+        assert hybrid.delta_kernel_wins(*shape)
+    assert max(seen) < 1e-5

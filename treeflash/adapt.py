@@ -1,0 +1,333 @@
+"""Train a drafter on for a fine-tuned target: `treeflash adapt`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
+
+from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.options import add_device_options, load_located, with_device
+from treeflash.cli.parser import Parser
+from treeflash.config import AUTO, LoadConfig
+from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.folder import read_config, stored_tensors
+from treeflash.drafters.formats import HEADS, drafter_config
+from treeflash.errors import ConfigError, PromptError
+from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.run import Case, Evaluation, encode_rows
+from treeflash.hub.models import model_name, resolve_drafter, resolve_target
+from treeflash.language_model import locate
+from treeflash.registry import available
+from treeflash.text.prompt import Row, read_rows
+from treeflash.text.tokenizer import Tokenizer
+from treeflash.training.config import (
+    SHAPE,
+    TrainConfig,
+    add_options,
+    given_options,
+    make_train_config,
+    trained_head_name,
+)
+from treeflash.training.distillation import Distillation, DistillConfig, mix, response_file
+from treeflash.training.interfaces import GROUP, show_records, trainer
+from treeflash.training.responses import read_responses
+
+DEFAULTS: dict[str, Any] = {
+    "minutes": 10.0,
+    "patience": 5,
+    "learning_rate": 2e-4,
+    "validate_every": 25,
+    "save_every": 25,
+}
+"""Options of `TrainConfig` that have other defaults than in `treeflash train`."""
+LEFT_OUT = {"init", "seed", *SHAPE}
+"""Options of `TrainConfig` that the drafter determines, or that `DistillConfig` has too."""
+MEASURED = 32
+BUDGET = 16
+"""Nodes of the draft trees that measure block efficiency."""
+SHARE_MEASURED = 4
+"""At most one in this number of prompts measures; the others are trained on."""
+TRAINED_BYTES = 16
+"""Bytes of a trained parameter: float32 weight and gradient, and two averages of AdamW."""
+FROZEN_BYTES = 4
+CARD = """
+## Block efficiency
+
+Tokens per target forward pass on {prompts} prompts that were not trained on, trees of {budget} nodes, at most
+{max_tokens} tokens at temperature {temperature}, target {target}; in brackets 95 % bootstrap intervals over prompts.
+
+| drafter | method | tokens per pass |
+| --- | --- | --- |
+"""  # noqa: E501
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, adapt the drafter, and return the exit status."""
+    args = make_parser().parse(argv)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    distill = DistillConfig(**given_options(args, DistillConfig))
+    base = resolve_drafter(args.drafter, args.target)
+    config = _train_config(args, base, distill)
+    # A backend without training answers and measures, and PyTorch trains.
+    trains = args.backend is None or args.backend in available(GROUP)
+    train = trainer(args.backend if trains else None).train
+    target = resolve_target(args.target)
+    rows = mix([read_rows(path) for path in args.prompts], [1.0] * len(args.prompts), None, 0)
+    measured = min(args.measured, len(rows) // SHARE_MEASURED)
+    if measured < 1:
+        raise PromptError(f"adapt needs {SHARE_MEASURED} prompts or more, got {len(rows)}")
+    for line in _cost(target, base, config, distill, len(rows) - measured, measured):
+        console.print(line)
+    args.output.mkdir(parents=True, exist_ok=True)
+    answers = args.output / "answers.jsonl"
+    try:
+        with response_file(answers) as file:
+            model = load_located(_locate(args, base))
+            distillation = Distillation(model, distill, file, rows[measured:])
+            distillation.check()
+            before = _measure(args, base, rows[:measured], distill, console, model)
+            distillation.run(console)
+            console.print(distillation.report())
+            del model, distillation
+        responses = read_responses(answers, Tokenizer.from_folder(target))
+        device = args if trains else argparse.Namespace(**{**vars(args), "device": None})
+
+        def start(load: LoadConfig) -> Any:
+            load = replace(load, adapter=args.adapter)
+            return train(target, responses, args.output, config, load)
+
+        show_records(with_device(device, start), config, console)
+        after = _measure(args, args.output, rows[:measured], distill, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to resume")
+        return INTERRUPTED
+    table = _table(before, after)
+    _extend_card(args.output / "README.md", before, distill, table)
+    print("\n".join(table))
+    console.print(f"{args.output}: adapted; pass it as --drafter")
+    return 0
+
+
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("adapt", "Train a drafter on for a fine-tuned target, and measure the gain.")
+    parser.add_config_option()
+    parser.add_argument(
+        "--drafter",
+        metavar="FOLDER_OR_ID",
+        help="the drafter of the base model (default: the published drafter of the target)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE.jsonl",
+        help="prompts of the kind that will be decoded: JSON objects with an id, and turns, a "
+        "prompt, or messages",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for the drafter, the target's answers, the measurements and the state to "
+        "resume from",
+    )
+    parser.add_argument(
+        "--measured",
+        type=int,
+        default=MEASURED,
+        metavar="N",
+        help="prompts that measure the block efficiency before and after, and are not trained on; "
+        f"at most a quarter of all (default: {MEASURED})",
+    )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or mlx-lm into the target"
+    )
+    add_options(parser.add_argument_group("answers"), DistillConfig)
+    add_options(parser.add_argument_group("training"), TrainConfig, LEFT_OUT, DEFAULTS)
+    add_device_options(parser)
+    return parser
+
+
+def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) -> TrainConfig:
+    given = {k: v for k, v in given_options(args, TrainConfig).items() if k not in LEFT_OUT}
+    options = {**DEFAULTS, **given, "init": str(base), "seed": distill.seed}
+    options.setdefault("head", trained_head_name(drafter_config(base).head))
+    if drafter_config(base).head is None and options["head"] != "none":
+        # The layers are right already; a new head has everything to learn.
+        options.setdefault("freeze_backbone", "freeze_layers" not in given)
+    return make_train_config(options)
+
+
+def _locate(args: argparse.Namespace, drafter: Path) -> Any:
+    return locate(
+        args.target,
+        str(drafter),
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        adapter=args.adapter,
+    )
+
+
+def _cost(
+    target: Path,
+    base: Path,
+    config: TrainConfig,
+    distill: DistillConfig,
+    prompts: int,
+    measured: int,
+) -> list[str]:
+    """What the command will take, before a model is loaded: tokens, passes and memory."""
+    length = min(config.max_length, distill.max_prompt_tokens + distill.max_tokens)
+    passes = math.ceil(prompts / distill.slots) * distill.max_tokens
+    sequences = config.sequences * config.accumulation
+    trained, frozen = _parameters(target, base, config)
+    return [
+        f"answers: at most {prompts * distill.max_tokens:,} tokens to {prompts} prompts, "
+        f"in {passes:,} passes of up to {distill.slots} sequences",
+        f"block efficiency: at most {2 * measured * distill.max_tokens:,} tokens, "
+        f"{measured} prompts before and after",
+        f"training: {config.minutes:g} minutes or {config.steps:,} steps at most; a step runs the "
+        f"target over {sequences} answers, at most {sequences * length:,} tokens",
+        f"memory: {decimal(_weight_nbytes(target))} for the target as stored, "
+        f"{decimal(trained * TRAINED_BYTES)} for {trained:,} trained parameters, "
+        f"{decimal(frozen * FROZEN_BYTES)} for {frozen:,} frozen ones, and the activations",
+    ]
+
+
+def _weight_nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int]:
+    """The numbers of trained and of frozen parameters of the drafter."""
+    drafter = drafter_config(base)
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(base).items()}
+    prefix = "" if drafter.head is None else HEADS[drafter.head].prefix
+    parts = {"head": 0, "fc": 0, "layers": 0}
+    for name, shape in shapes.items():
+        part = "fc" if name.endswith("fc.weight") else "layers"
+        parts["head" if prefix and prefix in name else part] += math.prod(shape)
+    if trained_head_name(drafter.head) != config.head:
+        parts["head"] = _new_head(drafter, target, config)
+    frozen = {"fc": config.freeze_backbone, "layers": config.freeze_backbone}
+    frozen["layers"] |= config.freeze_layers
+    idle = sum(count for part, count in parts.items() if frozen.get(part))
+    return sum(parts.values()) - idle, idle
+
+
+def _new_head(drafter: DrafterConfig, target: Path, config: TrainConfig) -> int:
+    if config.head == "none":
+        return 0
+    name = next(name for name, head in HEADS.items() if head.training_name == config.head)
+    size = config.head_size or drafter.intermediate_size
+    changed = replace(drafter, head=name, head_rank=config.head_size or drafter.head_rank)
+    settings = read_config(target)
+    vocab = {**settings, **settings.get("text_config", {})}["vocab_size"]
+    return sum(math.prod(shape) for shape in HEADS[name].shapes(changed, vocab, size).values())
+
+
+def _measure(
+    args: argparse.Namespace,
+    drafter: Path,
+    rows: Sequence[Row],
+    distill: DistillConfig,
+    console: Console,
+    model: Any = None,
+) -> dict[str, Any]:
+    """The accepted lengths of a drafter by prompt; measured once for each output folder."""
+    is_base = drafter != args.output
+    path = args.output / f"{'before' if is_base else 'after'}.json"
+    settings = {
+        "target": model_name(resolve_target(args.target)),
+        "drafter": model_name(drafter),
+        "prompts": [row.id for row in rows],
+        "budget": BUDGET,
+        "max_tokens": distill.max_tokens,
+        "temperature": distill.temperature[0],
+    }
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if found[name] != value:
+                raise ConfigError(
+                    f"{path} was measured with {name} {found[name]}, not {value}; use the same "
+                    "options, or give another --output"
+                )
+        return found
+    model = model or load_located(_locate(args, drafter))
+    method = model.best_method
+    configs = {
+        Case(method, BUDGET): model.decode_config(
+            {
+                "method": method,
+                "budget": BUDGET,
+                "suffix": False,
+                "max_tokens": distill.max_tokens,
+                "temperature": distill.temperature[0],
+                "seed": distill.seed,
+            }
+        )
+    }
+    evaluation = Evaluation()
+    evaluation.run(
+        model.backend, {"prompts": encode_rows(model, rows, configs)}, configs, console, AUTO
+    )
+    samples = evaluation.samples.get("prompts", [])
+    if not samples:
+        raise PromptError("every answer ended with its first token, so nothing was drafted")
+    lengths = [list(run.accepted_lengths) for sample in samples for run in sample.runs.values()]
+    measured = {**settings, "method": method, "lengths": lengths}
+    path.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    return measured
+
+
+def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The rows of the card's table: both drafters, and the ratio of their block efficiencies."""
+    rows, values = [], []
+    for record in (before, after):
+        sums = np.array([(sum(lengths), len(lengths)) for lengths in record["lengths"]]).T
+        # The same resampled prompts for both.
+        indices = resamples(sums.shape[1], np.random.default_rng(0))
+        tokens, passes = (counts[indices].sum(1) for counts in sums)
+        values.append(tokens / passes)
+        rows.append(f"| {record['drafter']} | {record['method']} | {_with_interval(values[-1])} |")
+    return [*rows, f"| ratio | | {_with_interval(values[1] / values[0])} |"]
+
+
+def _with_interval(values: Any) -> str:
+    low, high = interval(values)
+    return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _extend_card(
+    path: Path, before: Mapping[str, Any], distill: DistillConfig, table: Sequence[str]
+) -> None:
+    """Add the measurements to the card that the training wrote."""
+    heading = CARD.format(
+        prompts=len(before["prompts"]),
+        budget=BUDGET,
+        max_tokens=distill.max_tokens,
+        temperature=before["temperature"],
+        target=before["target"],
+    )
+    card = path.read_text(encoding="utf-8").partition(CARD.splitlines()[1])[0].rstrip()
+    path.write_text(card + "\n" + heading + "\n".join(table) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

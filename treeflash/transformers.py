@@ -1,0 +1,407 @@
+"""Faster `generate` of models that transformers has loaded.
+
+`generate` is a decoding loop for transformers: `model.generate(..., custom_generate=generate)`.
+transformers prepares the inputs, the logits processors and the stopping criteria, and treeflash
+decodes. Whatever would change the output and is not supported raises a ConfigError, which is a
+ValueError.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, SamplingConfig
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.drafters.row_heads import find_row_format
+from treeflash.errors import ConfigError
+from treeflash.hub.models import published_drafter, resolve_drafter
+from treeflash.registry import loader
+
+MODES = ("GREEDY_SEARCH", "SAMPLE")
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+WARPERS = {
+    "TemperatureLogitsWarper": "temperature",
+    "TopKLogitsWarper": "top_k",
+    "TopPLogitsWarper": "top_p",
+    "MinPLogitsWarper": "min_p",
+}
+"""Logits processors of sampling: the attribute, and the setting of `SamplingConfig`."""
+REPETITION = "RepetitionPenaltyLogitsProcessor"
+PREPARED = ("attention_mask", "position_ids", "cache", "past_key_values")
+"""Model inputs that `generate` prepares, which are checked."""
+IRRELEVANT = ("use_cache", "logits_to_keep", "cache_position")
+
+Drafter = str | Path | Literal[False] | None
+
+
+def generate(
+    model: Any,
+    input_ids: Any,
+    logits_processor: Sequence[Any],
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    *,
+    drafter: Drafter = None,
+    method: Method | None = None,
+    budget: Budget = AUTO,
+    seed: int | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Decode with draft trees: a value of `custom_generate`.
+
+    In float32 greedy output is the same as without it. Sampled output has the same distribution.
+
+    Args:
+        model: a causal language model of transformers, in PyTorch, on one device.
+        input_ids: (batch, n) token ids, padded on the left.
+        logits_processor: of temperature, top-k, top-p, min-p and the repetition penalty.
+        stopping_criteria: are asked after every token, without scores.
+        generation_config: as transformers completed it.
+        synced_gpus: must be False.
+        streamer: gets every token. transformers does not hand its own to a callable; see `enable`.
+        drafter: a folder or a hub id; None is the published drafter of the model, and False none.
+        method: see `treeflash.text.options.Options`; None is the best that the drafter supports,
+            and `suffix` without a drafter.
+        budget: nodes of a draft tree, or `auto`.
+        seed: of the first sequence when sampling, the next has the next; None draws one from
+            PyTorch's generator.
+        **model_kwargs: inputs of the model; those that transformers prepares.
+
+    Returns:
+        (batch, n + m) token ids, or a `GenerateDecoderOnlyOutput` with them.
+
+    Raises:
+        ConfigError: an option is not supported or invalid.
+        CheckpointError: the drafter is missing, damaged, or does not fit the model.
+        UnsupportedModelError: the model cannot run a draft tree.
+    """
+    _refuse(model, generation_config, synced_gpus, model_kwargs)
+    prompts = _prompts(input_ids, model_kwargs)
+    rows = _Rows.start(input_ids, stopping_criteria, generation_config, streamer)
+    if seed is None:
+        seed = int(input_ids.new_empty((), device="cpu").random_())
+    sampling, penalties = _processing(logits_processor, bool(generation_config.do_sample))
+    pair = _pair(model, _drafter_folder(model.name_or_path, drafter))
+    limit = pair.backend.max_positions
+    if max(map(len, prompts)) + rows.max_tokens > limit:
+        warnings.warn(f"sequences end at {limit} tokens, the model's limit", stacklevel=2)
+    requests = [
+        Request(
+            prompt_ids=prompt,
+            config=DecodeConfig(
+                method=method or pair.best_method,
+                budget=budget,
+                max_tokens=rows.max_tokens,
+                stop_token_ids=rows.stop_token_ids,
+                sampling=SamplingConfig(**sampling, seed=(seed + number) % 2**64),
+                penalties=penalties,
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    _decode(pair, requests, rows)
+    if streamer is not None:
+        streamer.end()
+    sequences = rows.ids[:, : rows.width + rows.length]
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    return GenerateDecoderOnlyOutput(sequences=sequences)
+
+
+def enable(
+    model: Any,
+    *,
+    drafter: Drafter = None,
+    method: Method | None = None,
+    budget: Budget = AUTO,
+    seed: int | None = None,
+) -> None:
+    """Let `model.generate` decode with draft trees, also when a library calls it.
+
+    Unlike `custom_generate=generate`, this hands streamers on. See `generate` for the arguments.
+    """
+    model.generate = partial(
+        run, model=model, drafter=drafter, method=method, budget=budget, seed=seed
+    )
+
+
+def disable(model: Any) -> None:
+    """Undo `enable`, and free the drafter and what else treeflash keeps with a model."""
+    for name in ("generate", PAIRS):
+        vars(model).pop(name, None)
+
+
+def run(
+    inputs: Any = None,
+    generation_config: Any = None,
+    *,
+    model: Any,
+    streamer: Any = None,
+    custom_generate: Any = None,
+    drafter: Drafter = None,
+    method: Method | None = None,
+    budget: Budget = AUTO,
+    seed: int | None = None,
+    **arguments: Any,
+) -> Any:
+    """`model.generate` with draft trees: the `generate` of a folder `custom_generate` of the hub.
+
+    See `generate` for the options, and transformers for the other arguments.
+    """
+    loop = custom_generate or partial(
+        generate, streamer=streamer, drafter=drafter, method=method, budget=budget, seed=seed
+    )
+    return type(model).generate(
+        model, inputs, generation_config, streamer=streamer, custom_generate=loop, **arguments
+    )
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The rows of a batch, which get one token each at a time, as in transformers.
+
+    Rows are decoded at different speeds: a token waits until all other rows have one.
+
+    Attributes:
+        ids: (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers.
+        width: tokens of the prompts, with padding.
+        max_tokens: new tokens at most.
+        stop_token_ids: that end a row. Without any, rows go on until all have ended.
+        criteria: the other criteria: of the user, and of `max_time` and `stop_strings`.
+        pad: follows the end of a row.
+        streamer: gets the new tokens; None for none.
+        answers: tokens of each row, of which `length` are in `ids`.
+        complete: rows whose answers do not grow any more.
+        ended: rows that have ended.
+        length: new tokens in `ids`.
+    """
+
+    ids: Any
+    width: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    criteria: Any
+    pad: int
+    streamer: Any
+    answers: list[list[int]]
+    complete: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    length: int = 0
+
+    @classmethod
+    def start(
+        cls, input_ids: Any, stopping_criteria: Any, generation_config: Any, streamer: Any
+    ) -> _Rows:
+        """The rows before their first tokens; the criteria are taken apart."""
+        stop: set[int] = set()
+        others = type(stopping_criteria)()
+        for one in stopping_criteria:
+            if hasattr(one, "eos_token_id"):
+                stop.update(one.eos_token_id.flatten().tolist())
+            elif not hasattr(one, "max_length"):
+                others.append(one)
+        batch, width = input_ids.shape
+        max_tokens = stopping_criteria.max_length - width
+        ids = input_ids.new_zeros((batch, width + max_tokens))
+        ids[:, :width] = input_ids
+        pad = generation_config._pad_token_tensor
+        return cls(
+            ids,
+            width,
+            max_tokens,
+            frozenset(stop),
+            others,
+            0 if pad is None else int(pad),
+            streamer,
+            [[] for _ in range(batch)],
+        )
+
+    def add(self, row: int, step: Step) -> None:
+        """Take the tokens of a step, and write those that all rows have."""
+        self.answers[row] += step.tokens
+        if step.finish_reason is not None:
+            self.complete.add(row)
+        while not self.all_ended and all(map(self._has_next, range(len(self.answers)))):
+            self._write()
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether all rows have ended."""
+        return len(self.ended) == len(self.answers)
+
+    def is_padded(self, row: int) -> bool:
+        """Whether a row gets no further token."""
+        return row in self.ended and bool(self.stop_token_ids)
+
+    def _has_next(self, row: int) -> bool:
+        grown = len(self.answers[row]) > self.length
+        return grown or row in self.complete or self.is_padded(row)
+
+    def _write(self) -> None:
+        column = [
+            self.pad if self.is_padded(row) or len(answer) <= self.length else answer[self.length]
+            for row, answer in enumerate(self.answers)
+        ]
+        at = self.width + self.length
+        self.ids[:, at] = self.ids.new_tensor(column)
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(self.ids[:, at].cpu())
+        self.ended.update(row for row in self.complete if len(self.answers[row]) <= self.length)
+        if self.criteria:
+            done = self.criteria(self.ids[:, : at + 1], None).tolist()
+            self.ended.update(row for row, is_done in enumerate(done) if is_done)
+
+
+PAIRS = "_treeflash_pairs"
+"""The attribute of a model that holds its pairs: they refer to the model, and end with it."""
+
+
+class _Pairs(dict[Any, Any]):
+    """The pairs of a model. They belong to it alone: copies of the model begin without any."""
+
+    def __reduce__(self) -> Any:
+        return _Pairs, ()
+
+    def __deepcopy__(self, _: Any) -> _Pairs:
+        return _Pairs()
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A model with a drafter, and what the budget `auto` learned."""
+
+    backend: Any
+    weights: tuple[int, ...]
+    budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets)
+
+    @property
+    def best_method(self) -> Method:
+        """The best method that the drafter supports."""
+        if self.backend.drafter_config is None:
+            return "suffix"
+        return "ddtree" if self.backend.head is None else "treeflash"
+
+
+def _pair(model: Any, drafter: Path | None) -> _Pair:
+    """The pair of a model and a drafter, which is made at the first call.
+
+    It is made again if weights were moved or replaced meanwhile.
+    """
+    pairs = vars(model).setdefault(PAIRS, _Pairs())
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    pair: _Pair | None = pairs.get(drafter)
+    if pair is None or pair.weights != weights:
+        backend = inspect.getmodule(loader("cuda"))
+        pair = pairs[drafter] = _Pair(backend.wrap(model, drafter), weights)  # type: ignore[union-attr]
+    return pair
+
+
+def _drafter_folder(name: str, drafter: Drafter) -> Path | None:
+    """The folder of a drafter; None for no drafter."""
+    if drafter is False or (drafter is None and not name):
+        return None
+    if drafter is None and published_drafter(name) is None:
+        folder = Path(name)  # it may have an MTP head
+        return folder if folder.is_dir() and find_row_format(folder) else None
+    return resolve_drafter(None if drafter is None else str(drafter), name or None)
+
+
+def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:
+    """Decode all rows together; equal prompts that follow each other are run once."""
+    config = SchedulerConfig(max_parallel=len(requests))
+    scheduler = Scheduler(pair.backend, config, budgets=pair.budgets)
+    numbers: dict[RequestId, int] = {}
+    with pair.backend.target.attached():
+        if requests[0].config.method == "suffix":
+            pair.backend.check_trees()
+        for _, equal in groupby(range(len(requests)), lambda i: requests[i].prompt_ids):
+            group = list(equal)
+            numbers |= zip(scheduler.submit_group([requests[i] for i in group]), group, strict=True)
+        with closing(scheduler.run()) as events:
+            for request_id, event in events:
+                if isinstance(event, Exception):
+                    raise event
+                rows.add(numbers[request_id], event)
+                if rows.all_ended:
+                    break
+                for other, row in numbers.items():
+                    if rows.is_padded(row):
+                        scheduler.cancel(other)
+
+
+def _refuse(
+    model: Any, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> None:
+    """Raise a ConfigError that names the first option that is not supported."""
+    mode = generation_config.get_generation_mode().name
+    cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+    implementation = generation_config.cache_implementation
+    unknown = [
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and name not in (*PREPARED, *IRRELEVANT)
+    ]
+    problems = {
+        "a model in training mode; call model.eval()": model.training,
+        f"the generation mode {mode.lower()}": mode not in MODES,
+        "synced_gpus": synced_gpus,
+        f"cache_implementation {implementation!r}": implementation not in (None, "dynamic"),
+        "a cache that is not empty": cache is not None and cache.get_seq_length() > 0,
+        **{name: getattr(generation_config, name) for name in OUTPUTS},
+        **{f"the model input {name}": True for name in unknown},
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(f"treeflash does not support {problem}")
+
+
+def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
+    """The tokens of each row of a batch, without padding.
+
+    Raises:
+        ConfigError: padding is not on the left, or positions do not start at 0.
+    """
+    mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+    if mask is None:
+        mask = input_ids.new_ones(input_ids.shape)
+    starts = (mask.cumsum(-1) == 0).sum(-1).tolist()
+    if not bool((mask[:, -1] == 1).all()) or mask.sum(-1).tolist() != [
+        mask.shape[1] - start for start in starts
+    ]:
+        raise ConfigError("attention_mask must be ones, after zeros at the left of short prompts")
+    expected = mask.cumsum(-1) - 1
+    if positions is not None and bool(((positions != expected) & (mask == 1)).any()):
+        raise ConfigError("treeflash does not support position_ids that do not count from 0")
+    return [ids[start:] for ids, start in zip(input_ids.tolist(), starts, strict=True)]
+
+
+def _processing(processors: Sequence[Any], do_sample: bool) -> tuple[dict[str, Any], Penalties]:
+    """The settings of `SamplingConfig`, and the penalties; a ConfigError for other processors."""
+    settings: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
+    penalties = Penalties()
+    for processor in processors:
+        name = type(processor).__name__
+        if name in WARPERS:
+            settings[WARPERS[name]] = getattr(processor, WARPERS[name])
+        elif name == REPETITION and not processor.prompt_ignore_length:
+            penalties = Penalties(repetition=processor.penalty)
+        elif name != "LogitNormalization":  # which changes no choice
+            raise ConfigError(
+                f"treeflash does not support the logits processor {name}; remove the option that "
+                "adds it"
+            )
+    return settings, penalties
