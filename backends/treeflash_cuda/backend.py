@@ -151,17 +151,11 @@ def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> Cud
         target.capture(drafter_model.config.target_layer_ids)
         return drafter_model, head
 
-<<<<<<< HEAD
-    make_backend = functools.partial(CudaBackend, model, draft_window=config.draft_window)
+    make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
     backend = load_pair(make_backend, drafter, load_packed_drafter)
     if config.exact:
         backend.check_exact()
-    if drafter is not None and model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
     return backend
-=======
-    make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
-    return load_pair(make_backend, drafter, load_packed_drafter)
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
@@ -180,7 +174,6 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         target = Target(model, device, pack=False)
         add_kernels(target)
         return add_drafter(target, drafter, LoadConfig())
->>>>>>> main
 
 
 def check_config(config: LoadConfig) -> None:
@@ -197,8 +190,8 @@ def check_config(config: LoadConfig) -> None:
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
-    if config.exact and device.type != "cpu":
-        raise ConfigError(f"exact mode runs only on a CPU, not on {device}; use device cpu")
+    if config.exact and (device.type != "cpu" or processes > 1):
+        raise ConfigError("exact mode needs device cpu, and does not work under torchrun")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -221,13 +214,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         device_map=device_map,
         adapter=Path(config.adapter) if config.adapter else None,
     )
-<<<<<<< HEAD
-    model.operations = load_target_operations(model)
+    add_kernels(model)
     if config.exact:
         model.make_exact()
-=======
-    add_kernels(model)
->>>>>>> main
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
     return model

@@ -468,7 +468,6 @@ class Target:
                 f"support (relative error of the logits: {difference:.2f})"
             )
 
-<<<<<<< HEAD
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
@@ -478,7 +477,7 @@ class Target:
                 machine.
         """
         if self.operations is not None:
-            raise ConfigError("exact mode does not support the kernels of GPUs; use device cpu")
+            raise ConfigError("exact mode needs device cpu, without kernels")
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
         pad_products(self.model)
@@ -489,14 +488,13 @@ class Target:
             check_attention(self.config.num_attention_heads, kv_heads, width)
         self.arena = self.arena.widened()
         self.is_exact = True
-=======
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
         with own_attention(self.model):
             self.model.set_attn_implementation(IMPLEMENTATION)
             yield
->>>>>>> main
 
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.
