@@ -62,6 +62,7 @@ def cases(name: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
     of_text = [
         {k[:-2]: arrays[k] for k in arrays if k.endswith(f".{i}")} for i in range(len(texts))
     ]
+    assert texts, "most tests go through the cases"
     return list(zip(texts, of_text, strict=True))
 
 

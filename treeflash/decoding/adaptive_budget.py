@@ -29,7 +29,8 @@ would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for `FI
 iterations; each further pause is twice as long until drafting pays again. Several sequences must
 draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no draft, so they are
 verified in pauses of the drafter too; and where they promise more tokens per second than drafted
-iterations brought lately, the drafter is not called. Measurements are kept by the number of
+iterations brought lately, the drafter is not called. That has a balance and pauses of its own: text
+may look like earlier text and go on otherwise. Measurements are kept by the number of
 sequences that ran together, rounded up to a power of two.
 """
 
@@ -77,6 +78,8 @@ few rows and for many read the keys at different speeds, which short prompts do 
 PREFILL_TOKENS = 2048
 COST_SMOOTHING = 0.1
 """Weight of the newest measurement in the running mean of its size."""
+COST_FORGETTING = 0.02
+"""The share of what trees cost more than their roots that a pass over roots alone forgets."""
 OUTLIER_FACTOR = 2.0
 """A forward pass that takes more than this many times its expected seconds was disturbed, and
 counts as this many times."""
@@ -93,7 +96,8 @@ class VerifyCosts:
         position_s: further seconds for each committed position of a sequence, by the number of its
             rows that read it.
         sequences_s: further seconds of a pass over several sequences, whose attention is computed
-            sequence by sequence; by number of sequences, rounded up to a power of two.
+            sequence by sequence; by number of sequences, rounded up to a power of two, and by
+            whether any of them has more than its root: the first such tree makes masks necessary.
 
     Raises:
         ValueError: a number is out of range, or the sizes do not ascend from 1.
@@ -101,7 +105,7 @@ class VerifyCosts:
 
     seconds: dict[int, float]
     position_s: dict[int, float] = field(default_factory=dict)
-    sequences_s: dict[int, float] = field(default_factory=dict)
+    sequences_s: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes, seconds = list(self.seconds), list(self.seconds.values())
@@ -178,6 +182,7 @@ class VerifyCosts:
             backend.device_name,
             backend.dtype,
             loaded.kv_bits,
+            loaded.exact,
             loaded.cuda_graphs,
             loaded.compile,
         ]
@@ -227,8 +232,15 @@ class VerifyCosts:
             alone += np.maximum(np.asarray(rows) - sizes[-1], 0) * max(slope, 0.0)
         alone = alone + self._read_s(np.asarray(rows) / sequences) * np.asarray(reads, np.float64)
         # The further seconds are negative if single trees were measured while others computed.
-        together = alone + self.sequences_s.get(power_of_two(sequences), 0.0)
+        roots, trees = (self._further_s(sequences, has_trees) for has_trees in (False, True))
+        together = alone + np.where(np.asarray(rows) > sequences, trees, roots)
         return np.asarray(np.maximum(together, alone / OUTLIER_FACTOR), np.float64)
+
+    def _further_s(self, sequences: int, has_trees: bool) -> float:
+        """The further seconds of a pass; of passes of the other kind until one was observed."""
+        number = power_of_two(sequences)
+        other = self.sequences_s.get((number, not has_trees), 0.0)
+        return self.sequences_s.get((number, has_trees), other)
 
     def _read_s(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n,) seconds for each row and position, of sequences with (n,) rows."""
@@ -244,10 +256,15 @@ class VerifyCosts:
         ratio = min(max(seconds / expected, 1 / OUTLIER_FACTOR), OUTLIER_FACTOR)
         change = COST_SMOOTHING * (ratio - 1)
         if sequences > 1:
-            number = power_of_two(sequences)
-            weight = COST_SMOOTHING if number in self.sequences_s else 1.0
-            known = self.sequences_s.get(number, 0.0)
-            self.sequences_s[number] = known + weight * (ratio - 1) * expected
+            key = power_of_two(sequences), rows > sequences
+            weight = COST_SMOOTHING if key in self.sequences_s else 1.0
+            known = self._further_s(*key)
+            self.sequences_s[key] = known + weight * (ratio - 1) * expected
+            trees = key[0], True
+            if trees in self.sequences_s and not key[1]:
+                # Else trees that were dear once would never be tried again.
+                dearer = self.sequences_s[trees] - self.sequences_s[key]
+                self.sequences_s[trees] -= COST_FORGETTING * dearer
             return
         for size in self.seconds:
             # A slowdown of one size probably affects the others too, but less surely.
@@ -296,8 +313,35 @@ Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 
 
 @dataclass
-class Throughput:
+class Balance:
+    """What a choice brought beyond the alternative; the choice pauses where it does not pay.
+
+    Attributes:
+        balance: tokens beyond those that the alternative would have emitted in the same time,
+            divided by the square root of the number of sequences, as their noise is.
+        pause: iterations until the choice is made again.
+        next_pause: length of the next pause, iterations.
+    """
+
+    balance: float = 0.0
+    pause: int = 0
+    next_pause: int = FIRST_PAUSE
+
+    def add(self, gained: float) -> None:
+        """Add the tokens of an iteration beyond those of the alternative."""
+        self.balance = min(self.balance + gained, HIGHEST_BALANCE)
+        if self.balance <= LOWEST_BALANCE:
+            self.pause, self.balance = self.next_pause, LOWEST_BALANCE / 2
+            self.next_pause = min(2 * self.next_pause, MAX_PAUSE)
+        elif self.balance > 0:
+            self.next_pause = FIRST_PAUSE
+
+
+@dataclass
+class Throughput(Balance):
     """Measurements with about the same number of sequences at once.
+
+    Its balance is of drafting, beyond plain decoding.
 
     Attributes:
         tokens: of iterations with a draft or a copy, a running sum; without a drafter, of all
@@ -305,10 +349,7 @@ class Throughput:
         seconds: of these iterations, a running sum.
         drafted_tokens: of the iterations in which the drafter ran, a running sum.
         drafted_seconds: of these iterations, a running sum.
-        balance: tokens beyond those that plain decoding would have emitted in the same time,
-            divided by the square root of the number of sequences, as their noise is.
-        pause: iterations until the next draft.
-        next_pause: length of the next pause, iterations.
+        copying: of copies of the text in place of a draft, beyond iterations that draft.
         nodes: of the last drafted trees, on average.
         reach: depth that drafted trees reached lately.
     """
@@ -317,9 +358,7 @@ class Throughput:
     seconds: float = 0.0
     drafted_tokens: float = 0.0
     drafted_seconds: float = 0.0
-    balance: float = 0.0
-    pause: int = 0
-    next_pause: int = FIRST_PAUSE
+    copying: Balance = field(default_factory=Balance)
     nodes: float | None = None
     reach: float | None = None
 
@@ -364,6 +403,7 @@ class AdaptiveBudget:
         """Begin an iteration of some sequences; returns whether it should draft."""
         now = self.throughput_with(sequences)
         now.pause -= now.pause > 0
+        now.copying.pause -= now.copying.pause > 0
         before = self.iterations.get(sequences, 0)
         self.iterations[sequences] = before + 1
         return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
@@ -398,7 +438,7 @@ class AdaptiveBudget:
             sequences: that ask for drafts.
         """
         now = self.throughput_with(sequences)
-        if not now.drafted_seconds:
+        if not now.drafted_seconds or now.copying.pause:
             return False
         expected = np.cumsum(np.exp(tree.log_probs) * self._corrections(tree))
         sizes = np.array([*(n for n in self.costs.seconds if n < len(tree)), len(tree)])
@@ -498,16 +538,15 @@ class AdaptiveBudget:
         if drafted:
             now.drafted_tokens = (1 - SMOOTHING) * now.drafted_tokens + tokens
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
-        if plain or (self.has_drafter and not drafted):
+        if plain:
+            return
+        if self.has_drafter and not drafted:
+            if now.drafted_seconds and not now.pause:
+                due = all_s * now.drafted_tokens / now.drafted_seconds
+                now.copying.add((tokens - due) / math.sqrt(sequences))
             return
         due = all_s * self._plain_rate(sequences, lengths) * (MIN_ADVANTAGE if sequences > 1 else 1)
-        gained = (tokens - due) / math.sqrt(sequences)
-        now.balance = min(now.balance + gained, HIGHEST_BALANCE)
-        if now.balance <= LOWEST_BALANCE:
-            now.pause, now.balance = now.next_pause, LOWEST_BALANCE / 2
-            now.next_pause = min(2 * now.next_pause, MAX_PAUSE)
-        elif now.balance > 0:
-            now.next_pause = FIRST_PAUSE
+        now.add((tokens - due) / math.sqrt(sequences))
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):

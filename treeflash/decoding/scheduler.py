@@ -165,6 +165,8 @@ class RunningSequence:
         pending: the work that the loop waits for; None when the sequence is finished.
         prefilled: tokens of the pending `Prefill` that are committed already.
         has_drafted: whether a tree was drafted for it.
+        rest: drafts of a batch that pass it over, because its trees were cut to the root.
+        next_rest: the drafts that pass it over after the next such tree.
         shared: whether sequences that begin alike may fork its state.
         seconds: by phase, since the last step.
         events: steps, and the error that ended the sequence, not handed out yet.
@@ -178,6 +180,8 @@ class RunningSequence:
     pending: Work | None = None
     prefilled: int = 0
     has_drafted: bool = False
+    rest: int = 0
+    next_rest: int = 1
     shared: bool = False
     seconds: dict[Phase, float] = field(default_factory=dict)
     events: list[Step | Exception] = field(default_factory=list)
@@ -234,6 +238,13 @@ class RunningSequence:
         if phase is not None:
             self.add_time(phase, started)
 
+    def drafted_nodes_kept(self, nodes: int) -> None:
+        """Rest from drafts, each time twice as long, if only the root of its tree was kept."""
+        if nodes > 1:
+            self.next_rest = 1
+        else:
+            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, MAX_REST)
+
     def fail(self, error: Exception) -> None:
         """End with an error."""
         self.pending = None
@@ -249,6 +260,8 @@ class RunningSequence:
         self.state.close()
 
 
+MAX_REST = 16
+"""Drafts of a batch that pass a sequence over at most, before it is drafted for again."""
 ROWS_PER_NODE, MIN_ROWS = 4, 16
 """Rows of the AR head for a tree: on average the block efficiency stays within 1.5 % of that with
 all rows for 8 nodes, and within 1 % for more (docs/history.md)."""
@@ -389,6 +402,9 @@ class Iteration:
                 return config.drafts
             if not pays[config.method]:
                 return False
+            if sequence.rest:
+                sequence.rest -= 1
+                return False
             if proposal is None:
                 return True
             tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
@@ -416,7 +432,8 @@ class Iteration:
                 drafter = self.backend.drafter_config
                 if drafter is not None and not drafter.has_marginals:
                     lengths = [x.state.length for x in drafting if x.config.method == config.method]
-                    return TreeSize(*sizes, budget.passes_to_draft(drafter.depths, lengths))
+                    most = min(config.draft_depths or drafter.depths, drafter.depths)
+                    return TreeSize(*sizes, budget.passes_to_draft(most, lengths))
                 return TreeSize(*sizes, budget.depths_to_draft(count))
             # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
             # from the depth after it.
@@ -430,7 +447,10 @@ class Iteration:
             configs = [sequence.config for sequence in sequences]
             sizes = [size_of(config) for config in configs]
             all_depths = self.backend.drafter_config.depths
-            depths = max(min(size.depths or all_depths, all_depths) for size in sizes)
+            depths = max(
+                min(size.depths or all_depths, config.draft_depths or all_depths, all_depths)
+                for size, config in zip(sizes, configs, strict=True)
+            )
             blocks = self.backend.drafter.draft(roots, depths)
             after_root = np.arange(1, depths + 1, dtype=np.int32)
             positions = [sequence.state.length + after_root for sequence in sequences]
@@ -458,6 +478,8 @@ class Iteration:
             rows += sum(map(len, kept))
             for sequence, nodes in zip(sequences, kept, strict=True):
                 sequence.add_time("tree", started)
+                if len(sequences) > 1 and "draft" in sequence.seconds:
+                    sequence.drafted_nodes_kept(len(nodes))
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RequestId, int]:

@@ -176,6 +176,25 @@ def test_several_texts_take_further_time():
     assert found.predict([8], [0], 2) == found.predict([8], [0]) == pytest.approx([1.7])
 
 
+def test_roots_alone_cost_less_than_trees_of_several_texts():
+    """A batch without trees needs no masks; what one kind costs says little about the other."""
+    found = linear_costs(0.1)
+    found.observe(3, 0, 3, 1.2 + 0.2)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.4, 1.9]), "trees are not known yet"
+    found.observe(8, 0, 3, 1.7 + 0.6)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.2 + 0.2, 1.7 + 0.6])
+
+
+def test_trees_that_were_dear_once_are_tried_again():
+    """Else the pass that a disturbance slowed down would be the last one with trees."""
+    found = linear_costs(0.1)
+    found.observe(3, 0, 3, 1.2 + 0.2)
+    found.observe(8, 0, 3, 1.7 + 1.0)
+    for _ in range(300):
+        found.observe(3, 0, 3, 1.2 + 0.2)
+    assert found.predict([3, 8], [0, 0], 3) == pytest.approx([1.4, 1.9], rel=0.01)
+
+
 @pytest.mark.parametrize("seconds", [1e-9, 1e9])
 def test_an_outlier_of_several_texts_counts_as_the_shortest_or_longest_plausible(seconds):
     found = linear_costs(0.1)

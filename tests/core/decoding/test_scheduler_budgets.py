@@ -102,6 +102,32 @@ def test_several_sequences_first_measure_plain_decoding(drafts):
     assert [sequences for sequences, _ in calls] == [3]
 
 
+def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely(
+    drafts, monkeypatch
+):
+    """The others of the batch are drafted for as before, until it has a tree again."""
+    backend = scripted(SCRIPT)
+    calls, scheduler = drafts(backend), adaptive(backend)
+    cut = True
+
+    def prune(budget, trees, lengths, other_rows=0):
+        whole = [np.arange(len(tree)) for tree in trees]
+        return [whole[0][:1], *whole[1:]] if cut and len(trees) == 3 else whole
+
+    monkeypatch.setattr(AdaptiveBudget, "begin", lambda budget, sequences: True)
+    monkeypatch.setattr(AdaptiveBudget, "prune", prune)
+    for _ in range(3):
+        submit(scheduler, budget="auto", suffix=False, max_tokens=200)
+    for _ in range(13):
+        scheduler.step()
+    together = [sequences for sequences, _ in calls]
+    assert together == [3, 2, 3, 2, 2, 3, *[2] * 4, 3, 2]
+    cut = False
+    for _ in range(9):
+        scheduler.step()
+    assert [sequences for sequences, _ in calls[12:]] == [*[2] * 7, 3, 3]
+
+
 def test_nothing_is_learned_from_iterations_that_also_run_prompts(learned):
     """Their time says nothing about trees."""
     config = SchedulerConfig(prefill_chunk=2)
