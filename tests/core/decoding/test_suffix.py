@@ -406,6 +406,23 @@ class TestBudget:
         assert budget.prefers_copy(chain, 100)
         assert not budget.prefers_copy(chain.first(2), 100)
 
+    def test_copies_that_fail_do_not_replace_the_draft(self) -> None:
+        """On text that only looks like earlier text they cost less than 3 % in the long run."""
+        budget = AdaptiveBudget(VerifyCosts({1: 1.0, 8: 1.1, 32: 1.5}))
+        chain = DraftTree.chain(np.arange(20, dtype=np.int32), np.log(0.9) * np.arange(20))
+        tokens, seconds, copied = 0, 0.0, 0
+        for _ in range(1000):
+            budget.begin()
+            copies = budget.prefers_copy(chain, 100)
+            phases = {"verify": 1.1} if copies else {"draft": 0.5, "verify": 1.1}
+            path = np.arange(1 if copies else 4, dtype=np.int32)
+            # The promise of the copy stays: its level is right elsewhere.
+            budget.observe([DraftTree.chain(np.arange(8, dtype=np.int32))], [path], [100], phases)
+            tokens, seconds = tokens + len(path), seconds + sum(phases.values())
+            copied += copies
+        assert 0 < copied < 20
+        assert tokens / seconds > 0.97 * 4 / 1.6
+
     def test_copies_that_fail_pause(self) -> None:
         budgets = AdaptiveBudgets(VerifyCosts({1: 1.0, 8: 1.4, 32: 3.0}))
         budget = budgets.get("suffix", lambda: VerifyCosts({1: 1.0}))
