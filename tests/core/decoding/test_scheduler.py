@@ -443,6 +443,18 @@ def test_no_two_salts_share_a_state(backend):
             finish(scheduler)
 
 
+def test_a_group_shares_its_prompt_among_equal_salts_alone(backend):
+    requests = [
+        Request(prompt_ids=[5, 6, 7, 8], config=config_of(), cache_salt=salt) for salt in "aab"
+    ]
+    scheduler = Scheduler(backend)
+    request_ids = scheduler.submit_group(requests)
+    cached = {}
+    for request_id, step in scheduler.run():
+        cached.setdefault(request_id, step.cached_tokens)
+    assert [cached[request_id] for request_id in request_ids] == [0, 3, 0]
+
+
 @pytest.mark.parametrize("methods", [("ar", "treeflash"), ("treeflash", "ar")])
 def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
     """A state that was opened for plain decoding has nothing to draft from."""
