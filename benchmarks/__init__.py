@@ -3,12 +3,15 @@
 - `performance` runs `peers`, `decoding` and `throughput` and writes `docs/performance.md`.
 - `decoding.methods`: block efficiency and speed by method, budget and prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
+- `decoding.branches`: best drafts on the spine and after siblings, trees against chains.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
 - `throughput`: many sequences at once, beside the batched generation of other packages.
 - `peers`: other systems with the same weights and prompts, each in its own process.
 - `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
 - `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
+- `launches`: the operations and bytes of an iteration on a GPU, counted without one.
+- `kernels`: what the Triton kernels take of each GPU, compiled without one.
 - `mac`: everything that MLX does with a target and a drafter.
 - `metal_sources`: the sources of the MLX backend's Metal kernels, to compile them on a Mac.
 - `ablation` and `training_cost`: what each choice in training is worth, and what a step costs.

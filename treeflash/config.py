@@ -125,6 +125,8 @@ class DecodeConfig:
             block; None is all M at every depth, `auto` as many as a tree of this budget can use.
         suffix: whether the trees of `ddtree` and `treeflash` also have what followed the last
             tokens where they occurred before.
+        draft_depths: depths that the drafter drafts at most; None is all that it has. Each costs
+            MTP and EAGLE-3 heads a pass.
         draft_temperature: divides the drafter's logits, and is the start of the calibration of
             trees; it changes the tree, never the output.
         calibration: whether trees follow how sharp the drafter's distributions proved to be in the
@@ -144,6 +146,7 @@ class DecodeConfig:
     head_vocab: int | None = 1024
     head_rows: HeadRows = AUTO
     suffix: bool = True
+    draft_depths: int | None = None
     draft_temperature: float = 1.0
     calibration: bool = True
     max_tokens: int = 256
@@ -169,6 +172,7 @@ class DecodeConfig:
                 "auto, or 1 or more",
             ),
             suffix=(isinstance(self.suffix, bool), "true or false"),
+            draft_depths=(self.draft_depths is None or is_whole(self.draft_depths, 1), "1 or more"),
             draft_temperature=(_is_temperature(self.draft_temperature), "from 1e-6 to 1e6"),
             calibration=(isinstance(self.calibration, bool), "True or False"),
             max_tokens=(is_whole(self.max_tokens, 1), "1 or more"),
@@ -219,6 +223,7 @@ class LoadConfig:
     draft_bits: int | None = None
     draft_window: int | None = None
     kv_bits: int | None = None
+    exact: bool = False
     cuda_graphs: bool = True
     compile: bool = False
     adapter: str | None = None

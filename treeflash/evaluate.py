@@ -26,7 +26,7 @@ from treeflash.text.stream import AUTO_BYTES, AUTO_SEQUENCES
 
 DEFAULT_METHODS = "dflash,ddtree,treeflash,treeflash-chain"
 DEFAULT_BUDGETS = "16,64"
-DECODE_OPTIONS = ("head_vocab", "head_rows", "calibration", "suffix", "max_tokens")
+DECODE_OPTIONS = ("head_vocab", "head_rows", "calibration", "suffix", "draft_depths", "max_tokens")
 OPTIONS = (*DECODE_OPTIONS, "temperature", "seed")
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -60,8 +61,13 @@ class AttentionInputs:
     value: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it
     mask: Tensor | None  # the result of `Context.mask` for the layer's mask function
     scale: float  # factor on the scores
-    softcap: float | None = None  # bound on the scores, of models that have one
-    sinks: Tensor | None = None  # (heads,) of models that have attention sinks
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: Tensor | None = None  # (heads,) scores of a key per head whose value is zero
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether PyTorch's fused attention does not compute these scores."""
+        return self.softcap is not None or self.sinks is not None
 
 
 class Context(Protocol):
@@ -133,18 +139,9 @@ def attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that a model's attention layers call.
-
-    Raises:
-        UnsupportedModelError: the layer uses a variant of attention that is not implemented.
-    """
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} uses soft-capped scores or attention sinks, which the cuda "
-            "backend does not support"
-        )
+    """The function that a model's attention layers call."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = AttentionInputs(module, query, key, value, attention_mask, scale)
+    inputs = AttentionInputs(module, query, key, value, attention_mask, scale, softcap, s_aux)
     return _FORWARD_PASS.get()[0].attend(inputs), None
 
 
@@ -210,6 +207,8 @@ def grouped_attention(
     masks: Sequence[Tensor | None],
     rows: Sequence[int],  # of each sequence
     scale: float,  # factor on the scores
+    softcap: float | None = None,  # see `AttentionInputs`
+    sinks: Tensor | None = None,  # see `AttentionInputs`
 ) -> Tensor:
     """Grouped-query attention of one or more sequences, without repeated keys.
 
@@ -226,7 +225,9 @@ def grouped_attention(
     on_cuda = query.device.type == "cuda" and head_dim % ALIGNMENT == 0
     outputs = []
     for q, (k, v), mask, n in parts:
-        if on_cuda and (mask is not None or n == 1):
+        if softcap is not None or sinks is not None:
+            outputs.append(_products(q, k, v, mask, scale, softcap, sinks))
+        elif on_cuda and (mask is not None or n == 1):
             # cuDNN's attention builds a plan for every new number of keys: each step has a new one.
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention
             bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
@@ -236,6 +237,34 @@ def grouped_attention(
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     # CUDA's kernels return other strides than the CPU's: no view may join dimensions here.
     return output.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def _products(
+    q: Tensor,  # (batch, kv_heads, n * groups, head_dim)
+    k: Tensor,  # (batch, kv_heads, m, head_dim)
+    v: Tensor,  # (batch, kv_heads, m, head_dim)
+    mask: Tensor | None,  # (1, 1, n * groups, m)
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # (kv_heads * groups,)
+) -> Tensor:
+    """(batch, kv_heads, n * groups, head_dim) attention with soft-capped scores or sinks."""
+    outputs, first = [], 0
+    if sinks is not None:
+        sinks = sinks.float().view(k.shape[1], 1, -1)
+    for part in q.split(MANY_QUERIES * (1 if sinks is None else sinks.shape[2]), 2):
+        end = first + part.shape[2]
+        scores = (part @ k.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        if mask is not None:
+            scores = scores + mask[..., first:end, :]
+        if sinks is not None:
+            column = sinks.expand(-1, part.shape[2] // sinks.shape[2], -1).reshape(len(sinks), -1)
+            scores = torch.cat([scores, column.expand(*scores.shape[:-1])[..., None]], -1)
+        outputs.append(scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v)
+        first = end
+    return torch.cat(outputs, 2)
 
 
 class AttentionContext:
@@ -265,6 +294,11 @@ class AttentionContext:
     def is_whole_sequence(self) -> bool:
         """Whether the block is a whole sequence in order, for which kernels need no mask."""
         return self.ancestors is None and self.committed == 0
+
+    @property
+    def attends_alone(self) -> bool:
+        """Whether the block cannot attend together with other sequences."""
+        return self.has_kernel or (self.is_whole_sequence and len(self.positions) > 1)
 
     @property
     def has_kernel(self) -> bool:
@@ -301,7 +335,8 @@ class AttentionContext:
         n, scale = query.shape[2], inputs.scale
         if self.kernels is not None and id(mask) in self._windows:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            return self.kernels.causal(q, k, v, self._windows[id(mask)][1], scale)[None]
+            window, options = self._windows[id(mask)][1], (inputs.softcap, inputs.sinks)
+            return self.kernels.causal(q, k, v, window, scale, *options)[None]
         causal = mask is None and n > 1
         if causal and not self.is_whole_sequence:
             raise UnsupportedModelError(
@@ -309,13 +344,23 @@ class AttentionContext:
                 "tree"
             )
         # With a mask, only the CPU's kernel shares keys between heads without copying them.
-        if causal or (n >= MANY_QUERIES and query.device.type == "cpu"):
+        many = n >= MANY_QUERIES and query.device.type == "cpu"
+        if (causal or many) and not inputs.needs_products:
             output = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
             )
             return output.transpose(1, 2).contiguous()
-        grouped = self.masks.get(mask, query.shape[1] // key.shape[1], query.device)
-        return grouped_attention(query, [(key, value)], [grouped], [n], scale)
+        grouped = self.masks.get(
+            self._causal_mask if causal else mask, query.shape[1] // key.shape[1], query.device
+        )
+        options = inputs.softcap, inputs.sinks
+        return grouped_attention(query, [(key, value)], [grouped], [n], scale, *options)
+
+    @cached_property
+    def _causal_mask(self) -> Tensor:
+        """(1, 1, n, n) additive mask of a whole sequence, float32."""
+        visible = self.positions[:, None] >= self.positions
+        return additive_mask(visible, torch.float32)[None, None]
 
 
 class PackedContext:
@@ -328,8 +373,7 @@ class PackedContext:
         self.rows = list(cache.rows)  # of each sequence
         # Whether each sequence attends in its own way, as long parts of prompts do.
         self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
-            sequence.has_kernel or (sequence.is_whole_sequence and n > 1)
-            for sequence, n in zip(sequences, self.rows, strict=True)
+            sequence.attends_alone for sequence in sequences
         )
         self.masks = GroupedMasks()  # of the layers
         self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
@@ -353,7 +397,8 @@ class PackedContext:
         if not self.one_by_one:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
-            return grouped_attention(query, kv_caches, grouped, self.rows, inputs.scale)
+            options = inputs.scale, inputs.softcap, inputs.sinks
+            return grouped_attention(query, kv_caches, grouped, self.rows, *options)
         parts = zip(self.sequences, query.split(self.rows, 2), kv_caches, masks, strict=True)
         outputs = [
             sequence.attend(replace(inputs, query=q, key=k, value=v, mask=mask))

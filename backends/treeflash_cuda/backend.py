@@ -29,7 +29,7 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
 from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
-from treeflash_cuda.kernels import flash_kernels
+from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
@@ -152,7 +152,10 @@ def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> Cud
         return drafter_model, head
 
     make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
-    return load_pair(make_backend, drafter, load_packed_drafter)
+    backend = load_pair(make_backend, drafter, load_packed_drafter)
+    if config.exact:
+        backend.check_exact()
+    return backend
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
@@ -174,16 +177,21 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for numbers of bits that this backend lacks."""
+    """Raise a ConfigError for settings that this backend lacks."""
     if config.draft_bits:
         raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
     if config.kv_bits not in (None, KV_BITS):
         raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
+    for option in ("kv_bits", "compile", "device_map"):
+        if config.exact and getattr(config, option):
+            raise ConfigError(f"exact mode does not support {option}; remove one of them")
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if config.exact and (device.type != "cpu" or processes > 1):
+        raise ConfigError("exact mode needs device cpu, and does not work under torchrun")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -207,6 +215,8 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         adapter=Path(config.adapter) if config.adapter else None,
     )
     add_kernels(model)
+    if config.exact:
+        model.make_exact()
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
     return model
@@ -215,6 +225,9 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
 def add_kernels(target: Target) -> None:
     """Let a target use the kernels of its devices for prompts and trees."""
     target.operations = load_target_operations(target)
+    if target.operations is not None and (target.softcap is not None or target.has_sinks):
+        target.kernels = ChunkKernels(target.operations)
+        return
     for part, _ in target.spans or [(target.device, len(target.layers))]:
         target.kernels, reason = flash_kernels(part, target.dtype, target.config)
         if target.kernels is None:
@@ -234,6 +247,9 @@ def load_target_operations(target: Target) -> Operations | None:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         hidden_size=hidden_size,
+        softcap=target.softcap,
+        sinks=target.has_sinks,
+        quantised=target.arena.dtype is not None,
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:

@@ -1,4 +1,8 @@
-"""FlashAttention for prompts, where it can be used, and the products that it is checked with."""
+"""Attention of prompts: FlashAttention where it can be used, and the operation for trees.
+
+FlashAttention is checked with that operation. It has neither soft-capped scores nor attention
+sinks.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,13 @@ import torch
 from torch import Tensor
 
 from treeflash.errors import is_out_of_memory
+from treeflash_cuda.operations import Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
 softmax to the dtype before they multiply it by the values: an error of 0.002 in bfloat16."""
+MAX_QUERIES = 512
+"""Rows of a prompt that the operation for trees computes at once, which limits its memory."""
 MIN_CAPABILITY = 8, 0
 """FlashAttention needs an Ampere GPU."""
 
@@ -21,30 +28,58 @@ MIN_CAPABILITY = 8, 0
 class Kernels(Protocol):
     """Attention of prompts."""
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def causal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """(n, heads, head_dim) of the last n positions of a sequence over the whole sequence.
 
         q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions. Each
-        position sees `window` positions, itself included; None for all before it.
+        position sees `window` positions, itself included; None for all before it. `softcap` and
+        `sinks` are explained at `treeflash_cuda.operations.tree_attention`.
         """
 
 
-class PlainKernels:
-    """Products in float32, with which the kernels of a GPU are compared."""
+class ChunkKernels:
+    """The operation for trees, in which a prompt is a tree without branches."""
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-        columns = torch.arange(len(k), device=q.device)
-        distance = columns[len(k) - len(q) :, None] - columns
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        queries = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).float()
-        keys, values = (x.transpose(0, 1)[:, None].float() for x in (k, v))
-        scores = (queries @ keys.transpose(-1, -2)) * scale
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        return self.weighted(weights, values, q.dtype).permute(2, 0, 1, 3).flatten(1, 2)
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
 
-    def weighted(self, weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """The outputs in a dtype, from float32 weights and values."""
-        return (weights @ values).to(dtype)
+    def causal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        outputs, length = [], len(k) - len(q)
+        for part in q.split(MAX_QUERIES):
+            end = length + len(part)
+            positions = torch.arange(length, end, dtype=torch.int32, device=q.device)
+            keys = VisibleKeys.of_chunks(
+                torch.zeros_like(positions[:1]), positions[:1], positions[None]
+            )
+            output = self.operations.tree_attention(
+                *(part, k.transpose(0, 1), v.transpose(0, 1)),
+                keys if window is None else keys.within(window),
+                max_length=end,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+            )
+            outputs.append(output)
+            length = end
+        return torch.cat(outputs)
 
 
 class FlashKernels:
@@ -63,7 +98,18 @@ class FlashKernels:
         # As many splits as the kernel likes; cuDNN's kernels do not take the argument.
         self.varlen: Any = functools.partial(varlen_attn, enable_gqa=True, num_splits=0)
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def causal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        assert softcap is None
+        assert sinks is None
         # 0 and the length, made on the device: nothing is uploaded.
         queries, keys = (
             torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=q.device) for x in (q, k)
@@ -115,7 +161,8 @@ def _difference(
     errors = []
     for window in (None, 100):
         actual, expected = (
-            part.causal(q, k, v, window, scale).float() for part in (kernels, PlainKernels())
+            part.causal(q, k, v, window, scale).float()
+            for part in (kernels, ChunkKernels(Operations()))
         )
         errors.append((actual - expected).square().mean().sqrt() / expected.std())
     return float(torch.stack(errors).max())

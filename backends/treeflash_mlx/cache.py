@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -154,7 +154,9 @@ class KVCache:
     after the sequence is closed.
     """
 
-    num_layers: int  # attention layers
+    layers_without_keys: ClassVar[int] = 0  # the last layers of a storage, which `read` leaves out
+
+    num_layers: int  # of its storage
     capacity: int  # positions
     quantisation: Quantisation | None = None
     state_counts: Sequence[int] = ()  # per recurrent layer
@@ -217,7 +219,8 @@ class KVCache:
 
     def read(self) -> NDArray[np.float32]:
         """(layers, 2, heads, length, width) committed keys and values."""
-        layers = [self.first_columns(layer, self.length) for layer in range(self.num_layers)]
+        kv_layers = self.num_layers - self.layers_without_keys
+        layers = [self.first_columns(layer, self.length) for layer in range(kv_layers)]
         if not layers:
             return np.zeros((0, 2, 0, self.length, 0), np.float32)
         if self.quantisation is not None:

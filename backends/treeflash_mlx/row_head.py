@@ -228,8 +228,7 @@ class RowCache(KVCache):
     again for every draft.
     """
 
-    def __post_init__(self) -> None:
-        self.num_layers += 1  # the last has the states, as (1, 1, columns, hidden_size)
+    layers_without_keys = 1  # the last, which has the states as (1, 1, columns, hidden_size)
 
     def append(self, states: Sequence[mx.array]) -> None:
         """Note the (n, hidden_size) states of new committed positions."""

@@ -15,6 +15,7 @@ SHORT = ["--limit", "2", "--max-tokens", "6"]
 SCRIPTS = {
     "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
     "decoding.acceptance_rules": SHORT,
+    "decoding.branches": [*SHORT, "--parallel", "2"],
     "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
     "decoding.half_precision": [*SHORT, "--budget", "4"],
     "decoding.iteration": [

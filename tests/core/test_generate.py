@@ -23,7 +23,7 @@ TEXT = "Es war einmal ein Bär 🐻, der schlief."
 NAMES = {
     "target", "drafter", "text", "token_ids", "prompt_tokens", "accepted_lengths",
     "block_efficiency", "tokens_per_s", "prefill_s", "decode_s", "method", "budget", "backend",
-    "device", "dtype", "seed", "finish_reason",
+    "device", "dtype", "inexact", "seed", "finish_reason",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
   tensor with NumPy, and copying between host and device while a graph is captured all raise.
 """
 
+import math
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ SCALARS = {getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "it
 ALLOCATIONS = {
     getattr(torch.ops.aten, x) for x in ("empty", "empty_like", "new_empty", "lift_fresh")
 }
+SELECTIONS = {
+    getattr(torch.ops.aten, name) for name in ("embedding", "gather", "index", "index_select")
+}
+WRITES = {getattr(torch.ops.aten, name) for name in ("index_copy_", "index_put_", "scatter_")}
 PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear")}
 
 
@@ -98,6 +103,7 @@ class FakeCuda(TorchDispatchMode):
         capturing: whether a graph is being captured.
         count: copies between host and device.
         launches: the names of the operations that launched a kernel on a device, in order.
+        nbytes: what these operations read and wrote, if each of them does so once.
         free_bytes: memory that a device says is free.
     """
 
@@ -106,6 +112,7 @@ class FakeCuda(TorchDispatchMode):
         self.capturing = False
         self.count = Transfers()
         self.launches = []
+        self.nbytes = 0
         self.free_bytes = 1 << 32
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
@@ -131,7 +138,7 @@ class FakeCuda(TorchDispatchMode):
             _check_dtypes(*args)
         out = func(*args, **kwargs)
         if _launches(func, args, out):
-            self.launches.append(str(func))
+            self._launch(str(func), _traffic(func, args, kwargs, out))
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if _is_data(x)}
         if len(devices) > 1:
             self._check_not_capturing(func)
@@ -143,6 +150,10 @@ class FakeCuda(TorchDispatchMode):
         """Count the copies between host and device that are made inside."""
         self.count = Transfers()
         yield self.count
+
+    def _launch(self, name, nbytes):
+        self.launches.append(name)
+        self.nbytes += nbytes
 
     def _check_not_capturing(self, func):
         if self.capturing:
@@ -181,24 +192,27 @@ class FakeCuda(TorchDispatchMode):
     def _operations(self):
         """The operations of one kernel each that models use."""
 
-        def tree_attention(q, k, v, keys, **_):
+        def tree_attention(q, k, v, keys, *, max_length, **_):
             assert {x.device for x in (k, v, keys.first, keys.paths)} == {q.device}
-            self.launches.append("tree_attention")
+            sequences, nodes = keys.end.shape
+            columns = sequences * (max_length + nodes)
+            used = 2 * k.shape[0] * columns * k.shape[2] * k.element_size()
+            self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
         def rms_norm(x, weight, eps, residual=None):
-            self.launches.append("rms_norm")
+            self._launch("rms_norm", 2 * _nbytes(x))
             return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
 
         def gated(gate, up, activation="silu"):
-            self.launches.append("gated")
+            self._launch("gated", 3 * _nbytes(up))
             return torch.empty(up.shape, dtype=up.dtype, device=up.device)
 
         return Operations(tree_attention=tree_attention, rms_norm=rms_norm, gated=gated)
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy
-        math = F.scaled_dot_product_attention
+        products = F.scaled_dot_product_attention
 
         def to_numpy(tensor):
             if not isinstance(tensor, FakeTensor):
@@ -216,7 +230,7 @@ class FakeCuda(TorchDispatchMode):
 
         def attention(query, key, value, **settings):
             out = kernel_output(query, key, value, **settings)
-            return math(query, key, value, **settings) if out is None else out
+            return products(query, key, value, **settings) if out is None else out
 
         monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
         monkeypatch.setattr(torch, "from_numpy", from_numpy)
@@ -268,6 +282,23 @@ class _Stream:
 
     def wait_stream(self, stream):
         pass
+
+
+def _nbytes(x):
+    """Bytes of a tensor's elements; those that `expand` repeats count once."""
+    sizes = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return math.prod(sizes) * x.element_size()
+
+
+def _traffic(func, args, kwargs, out):
+    """Bytes that an operation reads and writes; of tables only the rows that it selects."""
+    results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if func.overloadpacket in SELECTIONS:
+        inputs = [*inputs[1:], *results]
+    elif func.overloadpacket in WRITES:
+        inputs, results = inputs[1:], inputs[-1:]
+    return sum(map(_nbytes, [*inputs, *results]))
 
 
 def _launches(func, args, out):

@@ -9,8 +9,7 @@ from parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
-from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.interfaces import Prefill, TableOptions
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens
@@ -19,6 +18,8 @@ from treeflash.testing.models import write_drafter, write_target
 require("torch")
 
 from treeflash_cuda import backend as loading
+
+from benchmarks import launches
 
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
@@ -79,34 +80,26 @@ def test_free_memory_is_shared_by_target_and_drafter(cuda, pair):
 @pytest.mark.parametrize("sequences", [1, 8])
 def test_operations_of_an_iteration(cuda, pair, sequences):
     """They do not depend on the number of sequences."""
-    found = count_operations(cuda, loading.load(*pair, LoadConfig(dtype="bfloat16")), sequences)
+    found = launches.count_operations(
+        cuda, loading.load(*pair, LoadConfig(dtype="bfloat16")), sequences
+    )
     for part, limit in MAX_LAUNCHES.items():
-        assert 0 < found[part] <= limit, found
+        assert 0 < found[part][0] <= limit, found
 
 
-def count_operations(cuda, backend, sequences):
-    """Operations that an iteration launches on a device, by part."""
-    backend.target.graphs.enabled = False
-    marks, layer = [], backend.target.layers[1]
-    layer.register_forward_pre_hook(lambda *_: marks.append(len(cuda.launches)))
-    layer.register_forward_hook(lambda *_: marks.append(len(cuda.launches)))
-    states = [backend.open(200, drafts=True) for _ in range(sequences)]
-    backend.verifier.run([Prefill(state, [3, 4, 5], None) for state in states])
-    backend.drafter.draft([(state, 1) for state in states])
-    found = {}
-
-    def count(name, call):
-        before = len(cuda.launches)
-        result = call()
-        found[name] = len(cuda.launches) - before
-        return result
-
-    marks.clear()
-    work = [Verify(state, TREE, SamplingParams()) for state in states]
-    count("verify", lambda: backend.verifier.run(work))
-    found["layer"] = marks[1] - marks[0]
-    paths = [(state, np.array([0, 2], np.int32)) for state in states]
-    count("commit", lambda: backend.verifier.commit(paths))
-    blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
-    count("head", lambda: backend.head.transitions(blocks, OPTIONS))
-    return found
+def test_the_command_counts_operations_and_bytes(cuda):
+    """The bytes of a pass are at least those of the weights, and grow with the context."""
+    shape, found = launches.SHAPES["tiny"], []
+    for settings in ("--nodes 8 --context 16", "--nodes 8 --context 64"):
+        args = launches.parser().parse_args(["--sequences", "1,8", *settings.split()])
+        rows = launches.rows(cuda, shape, args)
+        found.append({(row["sequences"], row["part"]): row for row in rows})
+    one, eight = (found[0][n, "iteration"] for n in (1, 8))
+    assert eight["operations"] < one["operations"] + 10
+    assert one["slabs"] == eight["slabs"] == 2
+    weights = 2 * (4 * 64 * (64 * 4 + 3 * 128) + 64 * 2048)
+    for part in ("verify", "layer"):
+        sizes = [rows[8, part]["megabytes"] for rows in found]
+        assert sizes[0] < sizes[1], part
+        assert found[0][1, part]["megabytes"] < sizes[0], part
+    assert found[0][1, "verify"]["megabytes"] > weights / 1e6

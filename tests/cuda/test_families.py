@@ -1,13 +1,23 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
+from parts import load_with_parts
 
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding.probe import tree_difference
+from treeflash.decoding.scheduler import Request, Scheduler
 from treeflash.testing import require
+from treeflash.testing.comparisons import random_tokens
+from treeflash.testing.models import write_drafter
 
 require("torch")
 
+import torch
 from transformers import CONFIG_MAPPING
+from treeflash_cuda import verifier
+from treeflash_cuda.backend import load
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +53,48 @@ def test_a_tiny_model_that_lacks_layers_is_not_tried(families, monkeypatch):
     outcome, reason = families.attempt("lfm3")
     assert outcome == "not tried"
     assert "Lfm3ShortConv" in reason
+
+
+@pytest.fixture(scope="module")
+def capped(families, tmp_path_factory):
+    """Pairs whose scores are soft-capped or have sinks, and transformers' models of the targets."""
+    pairs = {}
+    for name in ("gemma2", "gpt_oss"):
+        target, drafter = (tmp_path_factory.mktemp(name) for _ in range(2))
+        model = families.write(target, name)
+        write_drafter(drafter, target, seed=2)
+        pairs[name] = model, target, drafter
+    return pairs
+
+
+@pytest.mark.parametrize("operations", [False, True], ids=["masks", "operations"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_soft_capped_scores_and_sinks_are_those_of_transformers(
+    capped, name, operations, monkeypatch
+):
+    """In prompts of one and of several chunks, in trees, alone and side by side."""
+    model, target, drafter = capped[name]
+    if operations:
+        backend = load_with_parts(monkeypatch, target, drafter)
+    else:
+        backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
+    assert (backend.target.softcap is None, backend.target.has_sinks) == (
+        (False, False) if name == "gemma2" else (True, True)
+    )
+    assert tree_difference(backend, np.random.default_rng(0), 24) < 1e-4
+    config = DecodeConfig(budget=6, max_tokens=8, suffix=False)
+    prompts = [random_tokens(np.random.default_rng(n), 96, n) for n in (300, 30)]
+    expected = []
+    for prompt in prompts:
+        inputs = torch.tensor([prompt])
+        settings = {"attention_mask": torch.ones_like(inputs), "eos_token_id": None}
+        with torch.inference_mode():
+            text = model.generate(inputs, max_new_tokens=8, do_sample=False, **settings)
+        expected.append(text[0, len(prompt) :].tolist())
+    requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
+    for chunk in (verifier.FIRST_CHUNK, 270):
+        monkeypatch.setattr(verifier, "FIRST_CHUNK", chunk)
+        tokens: list[list[int]] = [[], []]
+        for number, step in Scheduler(backend).decode(requests):
+            tokens[number] += step.tokens
+        assert tokens == expected

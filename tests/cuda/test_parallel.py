@@ -34,6 +34,7 @@ from pathlib import Path
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 
@@ -54,7 +55,8 @@ verifier.sample = fail_once
 config = DecodeConfig(**{CONFIG})
 requests = [Request(prompt_ids=prompt, config=config) for prompt in ({PROMPT}, {PROMPT}[::-1])]
 texts = [[], []]
-for number, step in Scheduler(backend).decode(requests):
+scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 30))  # copies the final states
+for number, step in scheduler.decode(requests):
     texts[number] += step.tokens
 found += texts
 written.write_text(json.dumps(found))

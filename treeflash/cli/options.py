@@ -136,6 +136,11 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
     "kv_bits": _flag(
         "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", type=int, metavar="N"
     ),
+    "exact": _flag(
+        "make the target's logits bitwise equal for every method, budget and batch, or refuse "
+        "(cuda, on a CPU)",
+        action="store_true",
+    ),
     "cuda_graphs": _flag(
         "do not replay trees and drafts as CUDA graphs (cuda)",
         flag="--no-cuda-graphs",
@@ -179,6 +184,9 @@ DECODE_FLAGS: Flags = {
         "whether trees also copy what followed the last tokens earlier in the text",
         type=_parse_switch,
         metavar="on|off",
+    ),
+    "draft_depths": _flag(
+        "depths to draft at most; each costs MTP and EAGLE-3 heads a pass (default: all)", type=int
     ),
     "draft_temperature": _flag(
         "temperature of the drafter, which adapts to each text; it shapes the trees, never the "

@@ -29,7 +29,8 @@ would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for `FI
 iterations; each further pause is twice as long until drafting pays again. Several sequences must
 draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no draft, so they are
 verified in pauses of the drafter too; and where they promise more tokens per second than drafted
-iterations brought lately, the drafter is not called. Measurements are kept by the number of
+iterations brought lately, the drafter is not called. That has a balance and pauses of its own: text
+may look like earlier text and go on otherwise. Measurements are kept by the number of
 sequences that ran together, rounded up to a power of two.
 """
 
@@ -181,6 +182,7 @@ class VerifyCosts:
             backend.device_name,
             backend.dtype,
             loaded.kv_bits,
+            loaded.exact,
             loaded.cuda_graphs,
             loaded.compile,
         ]
@@ -311,8 +313,35 @@ Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 
 
 @dataclass
-class Throughput:
+class Balance:
+    """What a choice brought beyond the alternative; the choice pauses where it does not pay.
+
+    Attributes:
+        balance: tokens beyond those that the alternative would have emitted in the same time,
+            divided by the square root of the number of sequences, as their noise is.
+        pause: iterations until the choice is made again.
+        next_pause: length of the next pause, iterations.
+    """
+
+    balance: float = 0.0
+    pause: int = 0
+    next_pause: int = FIRST_PAUSE
+
+    def add(self, gained: float) -> None:
+        """Add the tokens of an iteration beyond those of the alternative."""
+        self.balance = min(self.balance + gained, HIGHEST_BALANCE)
+        if self.balance <= LOWEST_BALANCE:
+            self.pause, self.balance = self.next_pause, LOWEST_BALANCE / 2
+            self.next_pause = min(2 * self.next_pause, MAX_PAUSE)
+        elif self.balance > 0:
+            self.next_pause = FIRST_PAUSE
+
+
+@dataclass
+class Throughput(Balance):
     """Measurements with about the same number of sequences at once.
+
+    Its balance is of drafting, beyond plain decoding.
 
     Attributes:
         tokens: of iterations with a draft or a copy, a running sum; without a drafter, of all
@@ -320,10 +349,7 @@ class Throughput:
         seconds: of these iterations, a running sum.
         drafted_tokens: of the iterations in which the drafter ran, a running sum.
         drafted_seconds: of these iterations, a running sum.
-        balance: tokens beyond those that plain decoding would have emitted in the same time,
-            divided by the square root of the number of sequences, as their noise is.
-        pause: iterations until the next draft.
-        next_pause: length of the next pause, iterations.
+        copying: of copies of the text in place of a draft, beyond iterations that draft.
         nodes: of the last drafted trees, on average.
         reach: depth that drafted trees reached lately.
     """
@@ -332,9 +358,7 @@ class Throughput:
     seconds: float = 0.0
     drafted_tokens: float = 0.0
     drafted_seconds: float = 0.0
-    balance: float = 0.0
-    pause: int = 0
-    next_pause: int = FIRST_PAUSE
+    copying: Balance = field(default_factory=Balance)
     nodes: float | None = None
     reach: float | None = None
 
@@ -379,6 +403,7 @@ class AdaptiveBudget:
         """Begin an iteration of some sequences; returns whether it should draft."""
         now = self.throughput_with(sequences)
         now.pause -= now.pause > 0
+        now.copying.pause -= now.copying.pause > 0
         before = self.iterations.get(sequences, 0)
         self.iterations[sequences] = before + 1
         return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
@@ -413,7 +438,7 @@ class AdaptiveBudget:
             sequences: that ask for drafts.
         """
         now = self.throughput_with(sequences)
-        if not now.drafted_seconds:
+        if not now.drafted_seconds or now.copying.pause:
             return False
         expected = np.cumsum(np.exp(tree.log_probs) * self._corrections(tree))
         sizes = np.array([*(n for n in self.costs.seconds if n < len(tree)), len(tree)])
@@ -513,16 +538,15 @@ class AdaptiveBudget:
         if drafted:
             now.drafted_tokens = (1 - SMOOTHING) * now.drafted_tokens + tokens
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
-        if plain or (self.has_drafter and not drafted):
+        if plain:
+            return
+        if self.has_drafter and not drafted:
+            if now.drafted_seconds and not now.pause:
+                due = all_s * now.drafted_tokens / now.drafted_seconds
+                now.copying.add((tokens - due) / math.sqrt(sequences))
             return
         due = all_s * self._plain_rate(sequences, lengths) * (MIN_ADVANTAGE if sequences > 1 else 1)
-        gained = (tokens - due) / math.sqrt(sequences)
-        now.balance = min(now.balance + gained, HIGHEST_BALANCE)
-        if now.balance <= LOWEST_BALANCE:
-            now.pause, now.balance = now.next_pause, LOWEST_BALANCE / 2
-            now.next_pause = min(2 * now.next_pause, MAX_PAUSE)
-        elif now.balance > 0:
-            now.next_pause = FIRST_PAUSE
+        now.add((tokens - due) / math.sqrt(sequences))
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):

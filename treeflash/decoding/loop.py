@@ -216,7 +216,7 @@ def decode_loop(
             drafted = yield Draft(tokens[-1], deepest, suffix)
         if drafted is not None:
             if drafted.table is not None:
-                table = drafted.table.truncate(deepest)
+                table = drafted.table.truncate(min(deepest, config.draft_depths or deepest))
                 if calibration is not None:
                     table = calibration.correct(table)
                 if constraint is not None:

@@ -432,7 +432,8 @@ class Iteration:
                 drafter = self.backend.drafter_config
                 if drafter is not None and not drafter.has_marginals:
                     lengths = [x.state.length for x in drafting if x.config.method == config.method]
-                    return TreeSize(*sizes, budget.passes_to_draft(drafter.depths, lengths))
+                    most = min(config.draft_depths or drafter.depths, drafter.depths)
+                    return TreeSize(*sizes, budget.passes_to_draft(most, lengths))
                 return TreeSize(*sizes, budget.depths_to_draft(count))
             # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
             # from the depth after it.
@@ -446,7 +447,10 @@ class Iteration:
             configs = [sequence.config for sequence in sequences]
             sizes = [size_of(config) for config in configs]
             all_depths = self.backend.drafter_config.depths
-            depths = max(min(size.depths or all_depths, all_depths) for size in sizes)
+            depths = max(
+                min(size.depths or all_depths, config.draft_depths or all_depths, all_depths)
+                for size, config in zip(sizes, configs, strict=True)
+            )
             blocks = self.backend.drafter.draft(roots, depths)
             after_root = np.arange(1, depths + 1, dtype=np.int32)
             positions = [sequence.state.length + after_root for sequence in sequences]

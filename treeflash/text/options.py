@@ -38,6 +38,8 @@ class Options(TypedDict, total=False):
             None is all, `auto` follows the budget. Default: "auto".
         suffix (bool): whether the trees of `treeflash` and `ddtree` also copy what followed the
             last tokens earlier in the text. Default: True.
+        draft_depths (int or None): depths to draft at most, None for all; each costs MTP and
+            EAGLE-3 heads a pass. Default: None.
         draft_temperature (float): temperature of the drafter; it shapes trees, never the text.
             Default: 1.0.
         calibration (bool): adapt the trees to how sharp the drafter's distributions proved to be
@@ -82,6 +84,7 @@ class Options(TypedDict, total=False):
     head_vocab: int | None
     head_rows: HeadRows
     suffix: bool
+    draft_depths: int | None
     draft_temperature: float
     calibration: bool
     max_tokens: int

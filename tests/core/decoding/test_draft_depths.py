@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from tests.helpers.fake_models import PROMPT, SCRIPT, config_of, scripted
+from treeflash.decoding import decode
 from treeflash.decoding.draft_depths import DraftDepths
 from treeflash.decoding.tree import DraftTree
 
@@ -54,3 +56,23 @@ def test_one_slow_draft_changes_little() -> None:
     depths.choose(8, 0.0)
     depths.observe([CHAIN], [np.arange(3, dtype=np.int32)], 100.0)
     assert depths.seconds < 1.1 * before
+
+
+@pytest.mark.parametrize("method", ["ddtree", "dflash"])
+@pytest.mark.parametrize("depths", [1, 2, 9])
+def test_a_setting_limits_the_depths(method: str, depths: int) -> None:
+    backend, asked = scripted(SCRIPT), []
+    draft = backend.drafter.draft
+
+    def recorded(roots: object, most: int) -> object:
+        asked.append(most)
+        return draft(roots, most)
+
+    backend.drafter.draft = recorded
+    room = len(SCRIPT) - len(PROMPT)
+    settings = {"method": method, "budget": 16, "suffix": False, "max_tokens": room}
+    steps = list(decode(backend, PROMPT, config_of(**settings, draft_depths=depths)))
+    assert [token for step in steps for token in step.tokens] == SCRIPT[len(PROMPT) :]
+    trees = [step.tree for step in steps[1:-1] if step.tree is not None]
+    assert max(int(tree.depths.max()) for tree in trees) == min(depths, 5)
+    assert set(asked) == {min(depths, 5)}

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,19 +42,42 @@ from treeflash.decoding.tree import DraftTree, build_tree
 FIXTURES = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", "."))
 
 
+def published_drafts() -> Iterator[tuple[dict[str, Any], list[list[int]], list[int], int]]:
+    """The drafts of the published code, with their texts, contexts and depths of trees."""
+    folders = (FIXTURES / "suffix", FIXTURES.parent / "more-drafters" / "suffix")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        pytest.skip("TREEFLASH_DRAFTER_FIXTURES does not name the folder of the numbers")
+    for case in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["cases"]:
+        texts = case["sequences"]
+        for draft in case["drafts"]:
+            context = [*texts, case["unseen"]][draft["sequence"]][: draft["length"]]
+            yield draft, texts, context, case["max_depth"]
+
+
+def published_index(texts: list[list[int]]) -> SuffixIndex:
+    index = SuffixIndex(orders=(1,), occurrences=None)
+    for text in texts:
+        index.extend([*text, SEPARATOR])
+    return index
+
+
+def room_of(settings: dict[str, Any], match: int) -> int:
+    """The most nodes after a match of this length."""
+    factor, offset = settings["max_spec_factor"], settings["max_spec_offset"]
+    return min(int(settings["max_spec_tokens"]), int(match * factor + offset))
+
+
 def published_tree(
     texts: list[list[int]], context: list[int], max_depth: int, settings: dict[str, float]
 ) -> SuffixTree:
     """The tree of SuffixDecoding over some texts."""
-    index = SuffixIndex(orders=(1,), occurrences=None)
-    for text in texts:
-        index.extend([*text, SEPARATOR])
-    factor, offset = settings["max_spec_factor"], settings["max_spec_offset"]
+    index = published_index(texts)
     tree = best_tree(
         index,
         index.find(context, max_depth),
         range(1, max_depth + 1),
-        lambda match: min(int(settings["max_spec_tokens"]), int(match * factor + offset)),
+        lambda match: room_of(settings, match),
         min_prob=settings["min_token_prob"],
         deepest=lambda match: max_depth - match,
     )
@@ -97,25 +122,37 @@ def naive_score(
 
 class TestPublished:
     def test_trees_of_arctic_inference(self) -> None:
-        folders = (FIXTURES / "suffix", FIXTURES.parent / "more-drafters" / "suffix")
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is None:
-            pytest.skip("TREEFLASH_DRAFTER_FIXTURES does not name the folder of the numbers")
-        cases = json.loads((folder / "expected.json").read_text(encoding="utf-8"))["cases"]
         compared = 0
-        for case in cases:
-            texts = case["sequences"]
-            for draft in case["drafts"]:
-                if not draft["use_tree_spec"]:
-                    continue  # where counts tie, chains follow the order of a list
-                context = [*texts, case["unseen"]][draft["sequence"]][: draft["length"]]
-                tree = published_tree(texts, context, case["max_depth"], draft)
-                assert tree.score == pytest.approx(draft["score"], abs=1e-4)
-                assert tree.match == draft["match_len"]
-                np.testing.assert_allclose(
-                    sorted(tree.probs[1:]), sorted(draft["probs"]), atol=1e-5
-                )
-                compared += 1
+        for draft, texts, context, max_depth in published_drafts():
+            if not draft["use_tree_spec"]:
+                continue
+            tree = published_tree(texts, context, max_depth, draft)
+            assert tree.score == pytest.approx(draft["score"], abs=1e-4)
+            assert tree.match == draft["match_len"]
+            np.testing.assert_allclose(sorted(tree.probs[1:]), sorted(draft["probs"]), atol=1e-5)
+            compared += 1
+        assert compared == 48
+
+    def test_chains_of_arctic_inference(self) -> None:
+        """They take the best child at every node; where counts tie, one of the best."""
+        compared = 0
+        for draft, texts, context, max_depth in published_drafts():
+            if draft["use_tree_spec"]:
+                continue
+            match, minimum = draft["match_len"], draft["min_token_prob"]
+            index = published_index(texts)
+            found = index.find(context, max_depth)
+            places = [place for place, length in found.items() if length >= match]
+            deepest = max_depth - match
+            tree = expand(index, places, match, 10_000, min_prob=minimum, deepest=deepest)
+            children, node = tree.children(), 0
+            for token, prob in zip(draft["token_ids"], draft["probs"], strict=True):
+                best = max(tree.probs[child] for child in children[node])
+                node = next(child for child in children[node] if tree.tokens[child] == token)
+                assert tree.probs[node] == pytest.approx(best) == pytest.approx(prob, abs=1e-5)
+            assert sum(draft["probs"]) == pytest.approx(draft["score"], abs=1e-4)
+            assert not children[node] or len(draft["probs"]) == room_of(draft, match)
+            compared += 1
         assert compared == 48
 
     @pytest.mark.parametrize(("factor", "offset"), [(1.0, 0.0), (2.0, 1.0)])
@@ -368,6 +405,23 @@ class TestBudget:
             budget.observe([drafted], [np.arange(3, dtype=np.int32)], [100], seconds)
         assert budget.prefers_copy(chain, 100)
         assert not budget.prefers_copy(chain.first(2), 100)
+
+    def test_copies_that_fail_do_not_replace_the_draft(self) -> None:
+        """On text that only looks like earlier text they cost less than 3 % in the long run."""
+        budget = AdaptiveBudget(VerifyCosts({1: 1.0, 8: 1.1, 32: 1.5}))
+        chain = DraftTree.chain(np.arange(20, dtype=np.int32), np.log(0.9) * np.arange(20))
+        tokens, seconds, copied = 0, 0.0, 0
+        for _ in range(1000):
+            budget.begin()
+            copies = budget.prefers_copy(chain, 100)
+            phases = {"verify": 1.1} if copies else {"draft": 0.5, "verify": 1.1}
+            path = np.arange(1 if copies else 4, dtype=np.int32)
+            # The promise of the copy stays: its level is right elsewhere.
+            budget.observe([DraftTree.chain(np.arange(8, dtype=np.int32))], [path], [100], phases)
+            tokens, seconds = tokens + len(path), seconds + sum(phases.values())
+            copied += copies
+        assert 0 < copied < 20
+        assert tokens / seconds > 0.97 * 4 / 1.6
 
     def test_copies_that_fail_pause(self) -> None:
         budgets = AdaptiveBudgets(VerifyCosts({1: 1.0, 8: 1.4, 32: 3.0}))

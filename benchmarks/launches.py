@@ -1,0 +1,186 @@
+"""Count what an iteration launches on a GPU, and the bytes that it moves, without a GPU.
+
+    python -m benchmarks.launches
+    python -m benchmarks.launches --shape qwen3-4b --sequences 1,4 --nodes 16 --json FILE
+
+Weights and activations are tensors without values on a CUDA device that need not be there, so that
+models of any size fit. It needs a build of PyTorch with CUDA, and pytest.
+
+- `operations`: operations that compute something on the device. Each counts as one kernel; those
+  that have a Triton kernel (see `treeflash_cuda/operations.py`) count as one, too, though attention
+  launches two. `layer` is one layer of the target, and a part of `verify`.
+- `megabytes`: what the operations read and write, if each of them reads its inputs and writes its
+  outputs once.
+- `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
+
+All sequences have the same context, a tree of the same size, and capacity for 2,000 more tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.common import Parser, Row, show, write_json
+from benchmarks.random_pair import SHAPES, drafter_config
+from treeflash.cli.console import guarded
+from treeflash.config import LoadConfig
+from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.formats import HEADS, drafter_shapes, head_shapes, parse_drafter_config
+from treeflash.drafters.loading import DrafterTensors
+from treeflash.errors import ConfigError
+
+HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
+CAPACITY = 2000
+MEMORY = 80 << 30
+"""Bytes that the device has free."""
+
+
+def count_operations(
+    cuda: Any,  # the fake device
+    backend: Any,
+    sequences: int,
+    *,
+    nodes: int = 6,
+    context: int = 3,
+    options: TableOptions | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Operations and bytes of the parts of an iteration of some sequences."""
+    backend.target.graphs.enabled = False
+    marks: list[tuple[int, int]] = []
+    layer = backend.target.layers[1]
+
+    def mark(*_: Any) -> None:
+        marks.append((len(cuda.launches), cuda.nbytes))
+
+    hooks = layer.register_forward_pre_hook(mark), layer.register_forward_hook(mark)
+    states = [backend.open(context + CAPACITY, drafts=True) for _ in range(sequences)]
+    backend.verifier.run([Prefill(state, [3] * context, None) for state in states])
+    backend.drafter.draft([(state, 1) for state in states])
+    found: dict[str, tuple[int, int]] = {}
+
+    def difference(first: tuple[int, int], last: tuple[int, int]) -> tuple[int, int]:
+        return last[0] - first[0], last[1] - first[1]
+
+    def count(name: str, call: Callable[[], Any]) -> Any:
+        before = len(cuda.launches), cuda.nbytes
+        result = call()
+        found[name] = difference(before, (len(cuda.launches), cuda.nbytes))
+        return result
+
+    marks.clear()
+    parents = np.array([-1, *((i - 1) // 2 for i in range(1, nodes))])
+    tree = DraftTree.from_parents(np.arange(nodes, dtype=np.int32), parents)
+    work = [Verify(state, tree, SamplingParams()) for state in states]
+    count("verify", lambda: backend.verifier.run(work))
+    found["layer"] = difference(*marks[:2])
+    path = np.array([0, 2], np.int32)
+    count("commit", lambda: backend.verifier.commit([(state, path) for state in states]))
+    blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
+    options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
+    count("head", lambda: backend.head.transitions(blocks, options))
+    found["slabs"] = sum(len(x.slabs) for x in (backend.target.arena, backend.drafter_arena)), 0
+    for hook in hooks:
+        hook.remove()
+    for state in states:
+        state.close()
+    return found
+
+
+def load_without_weights(shape: dict[str, Any]) -> Any:
+    """A pair in a published shape whose weights have no values."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from treeflash_cuda import backend, target
+
+    config = parse_drafter_config(drafter_config(shape))
+    head = shape["intermediate_size"]
+
+    def load_model(_: Path, settings: Any, dtype: torch.dtype, device: Any, **__: Any) -> Any:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation="eager"
+            )
+        return model.eval()
+
+    def load_tensors(*_: Any, **__: Any) -> DrafterTensors[torch.Tensor]:
+        names = head_shapes(config, head, shape["vocab_size"])
+        assert config.head is not None
+        prefix = HEADS[config.head].prefix
+        parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}}
+        for name, size in drafter_shapes(config, head).items():
+            part = "head" if name in names else "backbone"
+            stored = name.removeprefix(prefix) if name in names else name
+            parts[part][stored] = torch.empty(size, dtype=torch.bfloat16)
+        return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
+
+    stand_ins = {"load_row_head": lambda *_: None, "load_tensors": load_tensors}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):
+        settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
+        Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        with mock.patch.object(target, "load_model", load_model):
+            return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
+
+
+def rows(cuda: Any, shape: dict[str, Any], args: Any) -> list[Row]:
+    """A row for each number of sequences and part of an iteration."""
+    found, backend = [], load_without_weights(shape)
+    for sequences in args.sequences:
+        parts = count_operations(
+            *(cuda, backend, sequences),
+            nodes=args.nodes,
+            context=args.context,
+            options=TableOptions(m=16, k=16, shortlist=1024, rows=128),
+        )
+        slabs, _ = parts.pop("slabs")
+        totals = zip(*(parts[name] for name in parts if name != "layer"), strict=True)
+        operations, nbytes = map(sum, totals)
+        parts["iteration"] = operations, nbytes
+        for name, (count, size) in parts.items():
+            row: Row = {"sequences": sequences, "part": name, "operations": count}
+            found.append(row | {"megabytes": size / 1e6, "slabs": slabs})
+    return found
+
+
+def parser() -> Parser:
+    """The command line."""
+    options = Parser(__doc__)
+    options.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="(default: qwen3-8b)")
+    options.add_numbers("--sequences", [1, 8, 32], "numbers of sequences")
+    options.add_number("--nodes", 64, "nodes of each tree")
+    options.add_number("--context", 1024, "committed positions of each sequence")
+    return options
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count, print, write."""
+    args = parser().parse_args(argv)
+    import pytest
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        raise ConfigError("this needs a build of PyTorch with CUDA; a GPU is not needed")
+    sys.path.append(str(HARNESS))
+    from fake_cuda import FakeCuda
+
+    with pytest.MonkeyPatch.context() as patch, FakeCuda(patch) as cuda:
+        cuda.free_bytes = MEMORY
+        found = rows(cuda, SHAPES[args.shape], args)
+    about = {"shape": args.shape, "nodes": args.nodes, "context": args.context}
+    show("an iteration", found)
+    write_json(args.json, "launches", about | {"rows": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
