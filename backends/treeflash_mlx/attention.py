@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +22,21 @@ from mlx import nn
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.hybrid import (
+    FUNCTIONS,
     NodePaths,
     RecurrentTreeCache,
     Solver,
     convolve_nodes,
     is_short_convolution,
     rebind,
+)
+from treeflash_mlx.metal_kernels import uses_kernels
+from treeflash_mlx.metal_kernels.attention import (
+    MAX_NODES,
+    ancestor_words,
+    runs_shape,
+    tree_attention,
+    winning_columns,
 )
 
 
@@ -97,6 +106,22 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
+        if first == 0 and (window is None or window >= self.columns):
+            return self.whole_mask
+        return self._mask(window, first)
+
+    @cached_property
+    def whole_mask(self) -> mx.array:
+        """The mask of layers without a window, which is one array for all of them."""
+        return self._mask(None, 0)
+
+    @cached_property
+    def words(self) -> mx.array | None:
+        """The ancestors as `tree_attention` takes them; None where there are no kernels."""
+        small = self.ancestors.shape[2] <= MAX_NODES
+        return ancestor_words(self.ancestors) if small and uses_kernels() else None
+
+    def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
         last = mx.arange(self.start, self.columns)  # where sequences end and trees begin
         nodes = mx.broadcast_to(last - self.starts, (batch, len(last)))
@@ -176,8 +201,13 @@ class TreeHooks:
             if is_short_convolution(module):
                 _subclass(module, self._convolve)
             else:
-                names |= rebind(module, lambda: self.paths)
+                names |= rebind(module, FUNCTIONS, lambda: self.paths)
         return names
+
+    def hook_attention(self, model: nn.Module) -> None:
+        """Let the attention of a model run trees by the Metal kernel where it wins."""
+        for module in {id(m): m for _, m in model.named_modules()}.values():
+            rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""
@@ -228,6 +258,35 @@ class TreeHooks:
         assert cache is not None, "a convolution came before its layer's states were read"
         cache.inputs.append(inputs)
         return convolve_nodes(base, module, inputs, self.paths)
+
+
+def attend(
+    tree: TreePass,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None = None,
+) -> Any:
+    """mlx-lm's attention by the Metal kernel; NotImplemented where it does not run or win.
+
+    Only with the mask that the pass has for layers without a window: models may change a mask.
+    """
+    if tree.words is None or mask is not tree.whole_mask or sinks is not None:
+        return NotImplemented
+    if not isinstance(keys, mx.array) or keys.shape != values.shape:
+        return NotImplemented  # they are quantised, or have other widths
+    _, heads, nodes, width = queries.shape
+    dtypes = {queries.dtype, keys.dtype, values.dtype}
+    if len(dtypes) > 1 or width != keys.shape[3] or not runs_shape(width, nodes):
+        return NotImplemented
+    if tree.columns < winning_columns(heads, keys.shape[1], width, queries.dtype):
+        return NotImplemented
+    return tree_attention(
+        *(queries, keys, values, tree.words, tree.positions, tree.starts), scale, tree.columns
+    )
 
 
 def is_rope(module: nn.Module) -> bool:
