@@ -30,7 +30,6 @@ Row: TypeAlias = dict[str, Any]
 MEAN = "mean"
 """The name of the mean over prompt sets."""
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
-LOG_WIDTH = 160  # of tables in a file
 TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
 
 
@@ -128,15 +127,19 @@ def random_prompt(vocab_size: int, length: int) -> list[int]:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a table; the keys of the first row are the columns."""
+    """Print rows as a table, in a file or pipe as a Markdown table; keys are the columns."""
+    console = Console()
+    if not console.is_terminal:
+        named = [{key.replace("_", " "): value for key, value in row.items()} for row in rows]
+        print(f"{title}\n\n{markdown_table(named)}\n", flush=True)
+        return
     table = Table(title=title, title_justify="left")
     for column, value in rows[0].items():
         justify: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
         table.add_column(column.replace("_", " "), justify=justify)
     for row in rows:
         table.add_row(*(format_cell(value, digits=3) for value in row.values()))
-    console = Console()
-    Console(width=console.width if console.is_terminal else LOG_WIDTH).print(table)
+    console.print(table)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

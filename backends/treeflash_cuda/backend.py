@@ -159,7 +159,10 @@ def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> Cud
         return drafter_model, head
 
     make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
-    return load_pair(make_backend, drafter, load_packed_drafter)
+    backend = load_pair(make_backend, drafter, load_packed_drafter)
+    if config.exact:
+        backend.check_exact()
+    return backend
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
@@ -181,16 +184,21 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for numbers of bits that this backend lacks."""
+    """Raise a ConfigError for settings that this backend lacks."""
     if config.draft_bits:
         raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
     if config.kv_bits not in (None, KV_BITS):
         raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
+    for option in ("kv_bits", "compile", "device_map"):
+        if config.exact and getattr(config, option):
+            raise ConfigError(f"exact mode does not support {option}; remove one of them")
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if config.exact and (device.type != "cpu" or processes > 1):
+        raise ConfigError("exact mode needs device cpu, and does not work under torchrun")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -214,6 +222,8 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         adapter=Path(config.adapter) if config.adapter else None,
     )
     add_kernels(model)
+    if config.exact:
+        model.make_exact()
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
     return model

@@ -139,6 +139,7 @@ def follow(target: Target) -> None:
         os._exit(1)
 
 
+@torch.inference_mode()  # as on rank 0, whose tensors are changed in place later
 def _follow(target: Target) -> None:
     verifier = FollowerVerifier(target, None)
     states: dict[int, State] = {}

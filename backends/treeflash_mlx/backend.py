@@ -193,9 +193,9 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    if config.compile or config.device_map:
-        option = "compile" if config.compile else "device_map"
-        raise ConfigError(f"{option} is supported only by the cuda backend")
+    for option in ("compile", "device_map", "exact"):
+        if getattr(config, option):
+            raise ConfigError(f"{option} is supported only by the cuda backend")
     if config.kv_bits not in (None, *KV_BITS):
         raise ConfigError(
             f"kv_bits must be one of {KV_BITS} on the mlx backend, got {config.kv_bits}"

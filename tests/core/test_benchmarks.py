@@ -15,8 +15,11 @@ SHORT = ["--limit", "2", "--max-tokens", "6"]
 SCRIPTS = {
     "decoding.methods": [*SHORT, "--budgets", "4,auto", "--heads", "full:full,64:auto"],
     "decoding.acceptance_rules": SHORT,
+    "decoding.branches": [*SHORT, "--parallel", "2"],
     "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
-    "decoding.half_precision": [*SHORT, "--budget", "4"],
+    "decoding.half_precision": [
+        *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
+    ],
     "decoding.iteration": [
         *(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--sequences", "1,2")
     ],

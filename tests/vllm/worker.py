@@ -1,8 +1,9 @@
-"""Decodes greedily with vLLM in a process of its own: a JSON job on stdin, JSON on the last line.
+"""Runs vLLM in a process of its own: a JSON job on stdin, JSON on the last line of stdout.
 
-A job has `target`, `prompts` (token ids), `max_tokens`, and perhaps `drafter` with `drafts`, the
-number of tokens that are drafted in each pass. The result has, for each prompt, the lists of tokens
-that the passes added: a pass that accepts n drafts adds n + 1 tokens.
+A job has `target`, `drafter`, perhaps its `method`, and `drafts`, the number of tokens that are
+drafted in each pass. With `prompts` (token ids) they are decoded greedily, all together, up to
+`max_tokens`. The result has, for each prompt, the tokens that each pass added: a pass that accepts
+n drafts adds n + 1. A list of jobs with a `context` each gives a list of results of `score`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.update(
@@ -20,20 +23,25 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-from vllm import LLM, SamplingParams, TokensPrompt
+import torch
+import torch.nn.functional as F
+import treeflash_vllm
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.model_loader.utils import get_model_cls
+
+Job = dict[str, Any]
 
 
-def main() -> None:
-    """Run the job; all prompts are decoded together."""
-    job: dict[str, Any] = json.load(sys.stdin)
-    speculative = None
-    if drafter := job.get("drafter"):
-        speculative = {
-            "method": "dflash",
-            "model": drafter,
-            "num_speculative_tokens": job["drafts"],
-        }
-    engine = LLM(
+def arguments(job: Job) -> EngineArgs:
+    """The arguments of an engine in float32."""
+    speculative = {"model": job["drafter"], "num_speculative_tokens": job["drafts"]}
+    if job["method"] is not None:
+        speculative["method"] = job["method"]
+    return EngineArgs(
         model=job["target"],
         dtype="float32",
         enforce_eager=True,
@@ -41,19 +49,120 @@ def main() -> None:
         max_model_len=256,
         max_num_seqs=4,
         enable_prefix_caching=False,
+        skip_tokenizer_init=True,
         speculative_config=speculative,
-    ).llm_engine
-    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    )
+
+
+def decode(job: Job) -> list[list[list[int]]]:
+    """The tokens that each pass added, for each prompt."""
+    engine = LLMEngine.from_engine_args(arguments(job))
+    params = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
+    )
     for i, prompt in enumerate(job["prompts"]):
         engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
     passes: list[list[list[int]]] = [[] for _ in job["prompts"]]
     while engine.has_unfinished_requests():
         for output in engine.step():
             known = passes[int(output.request_id.partition("-")[0])]
-            tokens = list(output.outputs[0].token_ids)
-            if new := tokens[sum(map(len, known)) :]:
+            if new := list(output.outputs[0].token_ids)[sum(map(len, known)) :]:
                 known.append(new)
-    print(json.dumps(passes))
+    return passes
+
+
+class DenseAttention:
+    """In the place of vLLM's paged attention: of a block over its context and itself."""
+
+    def __init__(self, layer: Any) -> None:
+        self.heads, self.kv_heads = layer.num_heads, layer.num_kv_heads
+        self.head_dim, self.scale = layer.head_dim, layer.scaling
+        self.kv_cache, self.impl = None, self
+        self.context: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def do_kv_cache_update(self, _: Any, key: Any, value: Any, *__: Any) -> None:
+        """Keep the keys and values of the context."""
+        self.context = key, value
+
+    def __call__(self, query: Any, key: Any, value: Any) -> torch.Tensor:
+        parts = zip(self.context, (key, value), strict=True)
+        keys, values = (
+            torch.cat([old, new.unflatten(-1, (self.kv_heads, self.head_dim))]).transpose(0, 1)
+            for old, new in parts
+        )
+        queries = query.unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1)
+        out = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], scale=self.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+
+@torch.inference_mode()
+def score(job: Job) -> Job:
+    """The method and model class of a drafter, and what the class computes for a block.
+
+    The root of the block is the last token of the context. `marginals` are the (N, vocab) log
+    probabilities of the slots. For DSpark `conditional` has the log probabilities after the tokens
+    `previous`. For DFlash2 `candidates` and `scores` have the tokens of each slot and their logits
+    after `previous`.
+    """
+    config = arguments(job).create_engine_config()
+    draft = config.speculative_config.draft_model_config
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            store = Path(tempfile.mkdtemp()) / "store"
+            init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+            initialize_model_parallel(1)
+        draft_class = get_model_cls(draft)
+        model = draft_class(vllm_config=config)
+        tensors = load_file(Path(job["drafter"]) / "model.safetensors")
+        model.load_weights(tensors.items())
+        target = AutoModelForCausalLM.from_pretrained(job["target"], dtype=torch.float32)
+        vocab = len(target.lm_head.weight)
+        if "embed_tokens.weight" not in tensors:
+            model.model.embed_tokens.weight[:vocab] = target.model.embed_tokens.weight
+        if "lm_head.weight" not in tensors:
+            model.lm_head.weight[:vocab] = target.lm_head.weight
+        *context, root = job["context"]
+        hidden = target(torch.tensor([context]), output_hidden_states=True).hidden_states
+        features = torch.cat([hidden[i + 1][0] for i in job["layers"]], -1)
+        for layer in model.model.layers:
+            layer.self_attn.attn = DenseAttention(layer.self_attn)
+        model.model._build_fused_kv_buffers()
+        n, drafts = len(context), job["drafts"]
+        positions = torch.arange(n + 1 + drafts)
+        slots = torch.zeros(n, dtype=torch.long)
+        states = model.combine_hidden_states(features)
+        model.precompute_and_store_context_kv(states, positions[:n], slots)
+        rows = drafts if job["first_slot"] == 0 else 1 + drafts
+        tokens = torch.tensor([root] + [job["mask_token_id"]] * (rows - 1))
+        outputs = model(tokens, positions[n : n + rows])[-drafts:]
+        logits = model.compute_logits(outputs)[:, :vocab]
+        previous = torch.tensor(job["previous"])
+        found: Job = {
+            "method": config.speculative_config.method,
+            "class": draft_class.__name__,
+            "marginals": logits.log_softmax(-1).tolist(),
+        }
+        if hasattr(model, "markov_embed"):
+            embedded = model.markov_embed(previous)
+            biased = logits + model.markov_bias(embedded)[:, :vocab]
+            found["conditional"] = biased.log_softmax(-1).tolist()
+        if hasattr(model, "compute_candidates"):
+            values, tokens = model.compute_candidates(outputs)
+            selector = model.model.candidate_selector
+            projected = selector.hidden_projection(outputs)
+            query = selector.predecessor_codebook[previous] * projected
+            edges = torch.einsum("nr,ncr->nc", query, selector.successor_codebook[tokens])
+            found["candidates"], found["scores"] = tokens.tolist(), (values + edges).tolist()
+    return found
+
+
+def main() -> None:
+    """Run the job or the jobs."""
+    treeflash_vllm.register()  # vLLM does so if the package is installed
+    job = json.load(sys.stdin)
+    print(json.dumps(list(map(score, job)) if isinstance(job, list) else decode(job)))
 
 
 if __name__ == "__main__":

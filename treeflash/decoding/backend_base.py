@@ -25,7 +25,7 @@ from treeflash.decoding.interfaces import (
     TableOptions,
     Verify,
 )
-from treeflash.decoding.probe import check_trees
+from treeflash.decoding.probe import check_exact, check_trees
 from treeflash.decoding.sampling import SampledTokens, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -308,10 +308,20 @@ class BaseBackend:
         self.drafter_model = drafter_model
         self.head = head
         self.dtype = str(target.dtype).rpartition(".")[2]
+        self.inexact: str | None = (
+            "float32 rounding may differ"
+            if self.dtype == "float32"
+            else "half precision: near-ties may differ"
+        )
         self.vocab_size: int = target.vocab_size
         self.max_positions: int = target.max_positions
         self.drafter_config: DrafterConfig | None = drafter_model.config if drafter_model else None
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
+
+    def check_exact(self) -> None:
+        """Say that the backend is exact; raises an UnsupportedModelError if it is not."""
+        check_exact(cast(Backend, self))
+        self.inexact = None
 
     def check_trees(self) -> None:
         """As `Backend` describes it."""

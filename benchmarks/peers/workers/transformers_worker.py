@@ -1,41 +1,79 @@
-"""transformers: `generate` and its two ways to draft."""
+"""transformers: `generate`, its own ways to draft, and the loop of `treeflash.transformers`."""
 
 from __future__ import annotations
 
+import json
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from serve import NO_ASSISTANT, answer, describe, serve
 from torch import Tensor
 from torch_target import load_model
+from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 from transformers.generation.streamers import BaseStreamer
+
+from treeflash.transformers import generate
 
 LOOKUP_TOKENS = 10  # as in the documentation of transformers
 
 
 class Clock(BaseStreamer):
-    """Records the number and the time of arriving tokens: the prompt, then each forward pass."""
+    """Records the time of the first token, and counts the target's forward passes."""
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-        self.times: list[float] = []
+    def __init__(self, target: Any) -> None:
+        self.forwards = 0
+        self.prefilled = 0.0
+        target.register_forward_hook(self._count)
+
+    def start(self) -> None:
+        """Begin a text."""
+        self.forwards, self.prefilled = 0, 0.0
 
     def put(self, value: Tensor) -> None:
-        """Called with the tokens of a forward pass."""
-        self.lengths.append(value.numel())
-        self.times.append(time.perf_counter())
+        """Called with new tokens, and perhaps with the prompt before the first forward pass."""
+        if self.forwards and not self.prefilled:
+            self.prefilled = time.perf_counter()
 
     def end(self) -> None:
         """Called after the last tokens."""
+
+    def _count(self, *_: Any) -> None:
+        self.forwards += 1
+
+
+def load_dflash(folder: Path, dtype: torch.dtype) -> Any:
+    """A DFlash drafter as the assistant that transformers has for its own DFlash.
+
+    transformers 5.24 has one class for it, which has the layers of every DFlash drafter.
+    """
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= settings.pop("dflash_config") | {"model_type": "muse_glimmer_assistant"}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    model = MuseGlimmerAssistantModel(MuseGlimmerAssistantConfig(**settings))
+    names = {
+        "fc.weight": "encoder.fc.weight",
+        "hidden_norm.weight": "encoder.output_norm_enc.weight",
+    }
+    tensors = load_file(folder / "model.safetensors")
+    model.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
+    return model.to(dtype).eval()
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the target and the assistant, if given."""
     model = load_model(setup["target"], setup)
+    clock = Clock(model)
+    dflash = load_dflash(Path(setup["dflash_drafter"]), model.dtype).to(model.device)
+    loop = partial(generate, streamer=clock)
     options: dict[str, dict[str, Any]] = {
         "generate": {},
         "prompt-lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
+        "dflash": {"assistant_model": dflash, "speculation_type": "dflash"},
+        "treeflash": {"custom_generate": loop, "drafter": setup["drafter"]},
     }
     skipped = {"assisted": NO_ASSISTANT}
     if setup["assistant"]:
@@ -44,7 +82,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
 
     def decode(prompt_ids: list[int], method: str, budget: object, max_tokens: int) -> dict:
         prompt = torch.tensor([prompt_ids], device=model.device)
-        clock = Clock()
+        clock.start()
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -53,9 +91,8 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
             **options[method],
         )
         token_ids = output[0, len(prompt_ids) :].tolist()
-        seconds = time.perf_counter() - clock.times[1]
-        lengths = clock.lengths[2:]
-        return answer(token_ids, sum(lengths), len(lengths), seconds)
+        seconds = time.perf_counter() - clock.prefilled
+        return answer(token_ids, len(token_ids) - 1, clock.forwards - 1, seconds)
 
     packages = ("transformers", "torch")
     return describe(list(options), model.device, model.dtype, packages, skipped), decode

@@ -443,6 +443,36 @@ def test_no_two_salts_share_a_state(backend):
             finish(scheduler)
 
 
+def test_a_group_shares_its_prompt_among_equal_salts_alone(backend):
+    requests = [
+        Request(prompt_ids=[5, 6, 7, 8], config=config_of(), cache_salt=salt) for salt in "aab"
+    ]
+    scheduler = Scheduler(backend)
+    request_ids = scheduler.submit_group(requests)
+    cached = {}
+    for request_id, step in scheduler.run():
+        cached.setdefault(request_id, step.cached_tokens)
+    assert [cached[request_id] for request_id in request_ids] == [0, 3, 0]
+
+
+def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
+    """Though its beginning is cached: logits of cached positions are not kept."""
+
+    def scores(scheduler):
+        request = Request(prompt_ids=[5, 6, 7, 8], config=config_of(), scores_prompt=True)
+        (first, *_) = [step for _, step in scheduler.decode([request])]
+        assert first.cached_tokens == 0
+        return first.prompt_log_probs.sampled
+
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of()))
+    finish(scheduler)
+    assert len(scheduler.prefix_cache)
+    expected = scores(Scheduler(backend))
+    assert len(expected) == 3
+    assert scores(scheduler) == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("methods", [("ar", "treeflash"), ("treeflash", "ar")])
 def test_drafted_and_plain_sequences_do_not_share_states(backend, methods):
     """A state that was opened for plain decoding has nothing to draft from."""
