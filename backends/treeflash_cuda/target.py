@@ -353,6 +353,8 @@ class Target:
         self.device = device
         self.layers = decoder_layers(self.model)  # of the decoder
         self.spans: list[Span] | None = None  # None for one device
+        if split and self.is_hybrid:  # the other ranks would have to keep its states as well
+            raise ConfigError("torchrun is not supported for models with recurrent layers")
         if placed:
             if self.is_hybrid:
                 raise ConfigError("device_map is not supported for models with recurrent layers")

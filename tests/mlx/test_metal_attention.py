@@ -14,6 +14,8 @@ require("mlx_lm")
 import mlx.core as mx
 from metal_executor import MetalKernelError, require_compiler
 from treeflash_mlx import metal_kernels
+from treeflash_mlx.attention import TreePass
+from treeflash_mlx.attention import attend as attend_nodes
 from treeflash_mlx.metal_kernels import attention
 
 require_compiler()
@@ -121,3 +123,38 @@ def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
     monkeypatch.setattr(metal_kernels, "speedup", speedup)
     assert attention.winning_columns(4, 2, 32, mx.float32) == 40
     assert races == [(1, 4, attention.RACED_NODES, 32)] * 2
+
+
+def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, monkeypatch, rng):
+    """Windows, sinks, masks that a model has changed, quantised keys, and short contexts."""
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
+    made = [
+        TreePass.build(trees, starts, 63)
+        for trees, starts in ((TREES, (33, 16)), (TREES, (4, 5)), ([random_tree(65)], [40]))
+    ]
+    for tree, usual in zip(made, (True, False, False), strict=True):
+        batch, n = tree.positions.shape
+        shapes = [(batch, 4, n, 32), *[(batch, 2, tree.columns, 32)] * 2]
+        q, k, v = (mx.array(rng.normal(size=x).astype(np.float32)) for x in shapes)
+        mask, windowed = tree.mask(None), tree.mask(6)
+        found = attend_nodes(tree, q, k, v, None, scale=0.2, mask=mask)
+        assert (found is not NotImplemented) == usual
+        if usual:
+            expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+            assert mx.allclose(found[0], expected[0], atol=1e-5)
+        others = [
+            ((q, k, v, None, 0.2, windowed), {}),
+            ((q, k, v, None, 0.2, mask & mask), {}),
+            ((q, k, v, None, 0.2, mask), {"sinks": mx.zeros(4)}),
+            ((q, (k, k, k), (v, v, v), None, 0.2, mask), {}),
+            ((q, k, v[..., :16], None, 0.2, mask), {}),
+            ((q, k.astype(mx.float16), v, None, 0.2, mask), {}),
+        ]
+        assert all(attend_nodes(tree, *a, **b) is NotImplemented for a, b in others)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert TreePass.build(TREES, (33, 16), 63).words is None
+
+
+def random_tree(nodes):
+    parents = np.maximum(np.arange(nodes) // 2 - 1, 0) - (np.arange(nodes) == 0)
+    return DraftTree.from_parents(np.zeros(nodes, np.int32), parents.astype(np.int32))

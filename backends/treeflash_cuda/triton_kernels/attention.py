@@ -398,6 +398,7 @@ def tree_attention(
         *(chunks, *keys.paths.stride()[:2], *strides, *factors),
         SINKS=sinks is not None,
         num_warps=8 if wide else 4,
+        num_stages=1,  # few tiles follow each other, and loads ahead of them take registers
         **shapes,
     )
     return result
