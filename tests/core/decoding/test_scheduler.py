@@ -1,7 +1,8 @@
 """Sequences that join, leave, wait and fail; each has the tokens that it has alone."""
 
-from __future__ import time
+from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
