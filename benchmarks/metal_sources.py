@@ -21,7 +21,7 @@ from unittest.mock import patch
 import mlx.core as mx
 from mlx import nn
 from treeflash_mlx import hybrid
-from treeflash_mlx.metal_kernels import gated_delta, products
+from treeflash_mlx.metal_kernels import attention, gated_delta, products
 from treeflash_mlx.metal_kernels.gated_delta import Steps
 
 from benchmarks.common import Parser
@@ -46,6 +46,7 @@ def calls() -> Iterator[Call]:
     for dtype in DTYPES:
         yield from product_calls(dtype)
         yield from gated_delta_calls(dtype)
+        yield from attention_calls(dtype)
 
 
 def product_calls(dtype: mx.Dtype) -> Iterator[Call]:
@@ -68,6 +69,14 @@ def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
         arrays = [*steps, keys, state, order, counts]
         yield lambda k, v, g, b, *x: gated_delta.run_nodes(x[0], Steps(k, v, g, b), *x[1:]), arrays
         yield lambda *x: Steps(*x[:4]).commit(*x[4:]), [*steps, state, nodes, kept]
+
+
+def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
+    words, positions = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16), mx.int32)
+    for width in (64, 128, 256):
+        arrays = [mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2, 2)]
+        arrays += [words, positions, mx.zeros(1, mx.int32)]
+        yield lambda *x: attention.tree_attention(*x, 0.1, 600), arrays
 
 
 def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str, str]:

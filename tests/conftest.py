@@ -1,11 +1,19 @@
 """What the tests of both backends share."""
 
 import importlib
+import os
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu" and find_spec("mlx") is not None:
+    import treeflash_mlx  # noqa: F401 - before MLX reads its environment
+    import mlx.core as mx  # isort: skip
+
+    mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session")

@@ -81,16 +81,19 @@ def mutations(file: Path) -> Iterator[Mutation]:
         operator = get_operator(f"core/{name}")()
         occurrence = 0
         while (mutant := mutate_code(code, operator, occurrence)) is not None:
-            if meaning(mutant) != whole:
+            if meaning(mutant) not in (whole, None):
                 yield Mutation(file, name, mutant)
             occurrence += 1
     for mutant in without_statements(code):
         yield Mutation(file, "RemoveStatement", mutant)
 
 
-def meaning(code: str) -> str:
-    """The syntax tree without annotations and docstrings."""
-    tree = ast.parse(code)
+def meaning(code: str) -> str | None:
+    """The syntax tree without annotations and docstrings; None if the code is not Python."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:  # cosmic-ray negates an assignment expression without its parentheses
+        return None
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
             node.annotation = ast.Constant(None)

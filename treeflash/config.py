@@ -223,6 +223,7 @@ class LoadConfig:
     draft_bits: int | None = None
     draft_window: int | None = None
     kv_bits: int | None = None
+    exact: bool = False
     cuda_graphs: bool = True
     compile: bool = False
     adapter: str | None = None

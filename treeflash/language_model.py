@@ -254,6 +254,7 @@ def load(
     draft_bits: int | None = None,
     draft_window: int | None = None,
     kv_bits: int | None = None,
+    exact: bool = False,
     cuda_graphs: bool = True,
     compile: bool = False,
     adapter: str | Path | None = None,
@@ -274,6 +275,8 @@ def load(
         draft_bits: quantise the drafter to this number of bits (mlx).
         draft_window: the drafter sees only the first few and this number of latest positions.
         kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
+        exact: make the target's logits bitwise equal for every method, budget, batch and prompt
+            chunk (cuda, on a CPU); an error where that does not hold.
         cuda_graphs: replay trees and drafts as CUDA graphs (cuda).
         compile: compile the target's layers with `torch.compile` (cuda).
         adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A
@@ -297,6 +300,7 @@ def load(
         draft_bits=draft_bits,
         draft_window=draft_window,
         kv_bits=kv_bits,
+        exact=exact,
         cuda_graphs=cuda_graphs,
         compile=compile,
         adapter=None if adapter is None else str(adapter),
@@ -330,6 +334,8 @@ class LocatedPair:
             self.config,
             named=self.named,
         )
+        if self.config.exact and pair.inexact:
+            raise ConfigError(f"the {pair.name} backend has no exact mode; {pair.inexact}")
         return LanguageModel(
             pair,
             tokenizer,

@@ -296,6 +296,11 @@ class AttentionContext:
         return self.ancestors is None and self.committed == 0
 
     @property
+    def attends_alone(self) -> bool:
+        """Whether the block cannot attend together with other sequences."""
+        return self.has_kernel or (self.is_whole_sequence and len(self.positions) > 1)
+
+    @property
     def has_kernel(self) -> bool:
         """Whether the block is a part of a prompt for which there are kernels."""
         return self.kernels is not None and self.ancestors is None
@@ -368,8 +373,7 @@ class PackedContext:
         self.rows = list(cache.rows)  # of each sequence
         # Whether each sequence attends in its own way, as long parts of prompts do.
         self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
-            sequence.has_kernel or (sequence.is_whole_sequence and n > 1)
-            for sequence, n in zip(sequences, self.rows, strict=True)
+            sequence.attends_alone for sequence in sequences
         )
         self.masks = GroupedMasks()  # of the layers
         self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}

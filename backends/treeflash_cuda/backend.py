@@ -28,7 +28,14 @@ from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
-from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
+from treeflash_cuda.heads import (
+    HEADS,
+    ARHead,
+    Correlation,
+    CorrelationHead,
+    RecurrentCell,
+    RecurrentHead,
+)
 from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
@@ -39,7 +46,7 @@ from treeflash_cuda.target import Target, own_attention
 from treeflash_cuda.verifier import Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
-Head: TypeAlias = ARHead | RecurrentHead | RowHead
+Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 
 
 class CudaBackend(BaseBackend):
@@ -152,7 +159,10 @@ def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> Cud
         return drafter_model, head
 
     make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
-    return load_pair(make_backend, drafter, load_packed_drafter)
+    backend = load_pair(make_backend, drafter, load_packed_drafter)
+    if config.exact:
+        backend.check_exact()
+    return backend
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
@@ -174,16 +184,21 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
 
 
 def check_config(config: LoadConfig) -> None:
-    """Raise a ConfigError for numbers of bits that this backend lacks."""
+    """Raise a ConfigError for settings that this backend lacks."""
     if config.draft_bits:
         raise ConfigError("the cuda backend does not quantise drafters; remove draft_bits")
     if config.kv_bits not in (None, KV_BITS):
         raise ConfigError(f"kv_bits must be {KV_BITS} on the cuda backend, got {config.kv_bits}")
+    for option in ("kv_bits", "compile", "device_map"):
+        if config.exact and getattr(config, option):
+            raise ConfigError(f"exact mode does not support {option}; remove one of them")
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if config.exact and (device.type != "cpu" or processes > 1):
+        raise ConfigError("exact mode needs device cpu, and does not work under torchrun")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -207,6 +222,8 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         adapter=Path(config.adapter) if config.adapter else None,
     )
     add_kernels(model)
+    if config.exact:
+        model.make_exact()
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
     return model
@@ -321,6 +338,8 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
         module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
     module = module.to(target.device, target.dtype).eval()
+    if isinstance(module, Correlation):
+        return model, CorrelationHead(module, model, target)
     if isinstance(module, RecurrentCell):
         return model, RecurrentHead(module, model, target)
     return model, ARHead(module, model, target)

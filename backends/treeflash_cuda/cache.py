@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
@@ -23,6 +24,9 @@ KV_BITS = 8
 MAX_INT8 = 127
 SCALE_BYTES = 4
 """A float32, which must begin at a multiple of its size: so must the head's width."""
+
+WIDE_ALIGNMENT = 8
+"""Elements: products of other widths have kernels for their edges, which add in another order."""
 
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short sequences share an allocation."""
@@ -56,6 +60,15 @@ def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
     numbers, scale = x.split([x.shape[-1] - SCALE_BYTES, SCALE_BYTES], -1)
     # One kernel reads bytes and writes floats.
     return numbers * scale.view(torch.float32).to(dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
+
+    The width is the next multiple of `WIDE_ALIGNMENT` above head_dim.
+    """
+    missing = WIDE_ALIGNMENT - x.shape[-1] % WIDE_ALIGNMENT
+    return F.pad(x.float(), (0, missing), value=1.0)
 
 
 def check_quantisation(like: Region | None, family: str) -> None:
@@ -157,8 +170,11 @@ class Arena:
     ) -> None:
         self.layers = layers  # of the model
         self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
-        self.dtype = dtype  # of keys and values in 8 bits; None stores them unquantised
+        # Of keys and values that are stored in another format; None stores them as they are.
+        self.dtype = dtype
         self.spans = spans  # devices and their numbers of layers; None for one device
+        # Of keys and values that are stored as `widen` makes them; None for other formats.
+        self.head_dim: int | None = None
         # Keys as they are stored, (1, kv_heads, any, width); None as long as they are unknown.
         self.like: Tensor | None = None
         # Bytes of the first slab, which is then kept for ever; None allocates `SLAB_BYTES`.
@@ -175,6 +191,14 @@ class Arena:
         arena.set_shape(arena.encode(keys[:, :, :1]))
         return arena
 
+    def widened(self) -> Arena:
+        """An empty arena for the same keys and values in the format of exact mode."""
+        assert self.like is not None
+        arena = Arena(self.layers, spans=self.spans, dtype=self.like.dtype)
+        arena.head_dim = self.like.shape[-1]
+        arena.set_shape(widen(self.like))
+        return arena
+
     def set_shape(self, like: Tensor) -> None:
         """Fix the shape of stored keys, (1, kv_heads, n, width)."""
         _, heads, _, width = like.shape
@@ -187,10 +211,14 @@ class Arena:
 
     def encode(self, x: Tensor) -> Tensor:
         """Keys or values in the format in which they are stored."""
+        if self.head_dim is not None:
+            return widen(x)
         return x if self.dtype is None else quantise(x)
 
     def decode(self, x: Tensor) -> Tensor:
         """Keys or values from the format in which they are stored."""
+        if self.head_dim is not None:
+            return x[..., : self.head_dim].to(self.dtype)
         return x if self.dtype is None else dequantise(x, self.dtype)
 
     def take(self, capacity: int, like: Tensor) -> Region:
@@ -391,9 +419,14 @@ class TreeCache(Cache):
         return self.visible_columns()[0]
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`."""
-        decode = self.sequences[0].arena.decode
-        return [(decode(k), decode(v)) for k, v in (views[self.layer] for views in self._views)]
+        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`.
+
+        In the format of exact mode they stay as `widen` made them.
+        """
+        arena, columns = self.sequences[0].arena, [views[self.layer] for views in self._views]
+        if arena.head_dim is not None:
+            return columns
+        return [(arena.decode(k), arena.decode(v)) for k, v in columns]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions; models are given the positions of all rows."""

@@ -24,7 +24,7 @@ from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.hybrid import UNSUPPORTED, refusal
-from treeflash.decoding.probe import TOLERANCES
+from treeflash.decoding.probe import INEXACT, TOLERANCES
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config, weight_files
@@ -46,6 +46,7 @@ from treeflash_cuda.attention import (
     is_attending,
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
+from treeflash_cuda.exact import ExactContext, check_attention, check_products, pad_products
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import (
     MAMBA_2,
@@ -352,6 +353,8 @@ class Target:
         self.device = device
         self.layers = decoder_layers(self.model)  # of the decoder
         self.spans: list[Span] | None = None  # None for one device
+        if split and self.is_hybrid:  # the other ranks would have to keep its states as well
+            raise ConfigError("torchrun is not supported for models with recurrent layers")
         if placed:
             if self.is_hybrid:
                 raise ConfigError("device_map is not supported for models with recurrent layers")
@@ -379,6 +382,7 @@ class Target:
         self.has_sinks = False  # whether layers have attention sinks
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
+        self.is_exact = False  # see `make_exact`
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
@@ -466,6 +470,27 @@ class Target:
                 f"support (relative error of the logits: {difference:.2f})"
             )
 
+    def make_exact(self) -> None:
+        """Compute each position in the same way whatever is computed with it; see `exact`.
+
+        Raises:
+            ConfigError: the target attends with kernels.
+            UnsupportedModelError: a layer cannot be computed in this way, or has other bits on this
+                machine.
+        """
+        if self.operations is not None:
+            raise ConfigError("exact mode needs device cpu, without kernels")
+        if self.is_hybrid:
+            raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
+        pad_products(self.model)
+        with torch.inference_mode():
+            check_products(self.model, self.dtype)
+            assert self.arena.like is not None
+            _, kv_heads, _, width = self.arena.like.shape
+            check_attention(self.config.num_attention_heads, kv_heads, width)
+        self.arena = self.arena.widened()
+        self.is_exact = True
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
@@ -550,6 +575,8 @@ class Target:
         self, committed: int, positions: Tensor, ancestors: Tensor | None
     ) -> AttentionContext:
         """The context of a block of tokens of one sequence; see `AttentionContext`."""
+        if self.is_exact:
+            return ExactContext(committed, positions, ancestors)
         return AttentionContext(committed, positions, ancestors, self.kernels)
 
     def new_recurrent_states(self) -> RecurrentStates | None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +22,21 @@ from mlx import nn
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.hybrid import (
+    FUNCTIONS,
     NodePaths,
     RecurrentTreeCache,
     Solver,
     convolve_nodes,
     is_short_convolution,
     rebind,
+)
+from treeflash_mlx.metal_kernels import uses_kernels
+from treeflash_mlx.metal_kernels.attention import (
+    MAX_NODES,
+    ancestor_words,
+    runs_shape,
+    tree_attention,
+    winning_columns,
 )
 
 
@@ -97,6 +106,22 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
+        if first == 0 and (window is None or window >= self.columns):
+            return self.whole_mask
+        return self._mask(window, first)
+
+    @cached_property
+    def whole_mask(self) -> mx.array:
+        """The mask of layers without a window, which is one array for all of them."""
+        return self._mask(None, 0)
+
+    @cached_property
+    def words(self) -> mx.array | None:
+        """The ancestors as `tree_attention` takes them; None where there are no kernels."""
+        small = self.ancestors.shape[2] <= MAX_NODES
+        return ancestor_words(self.ancestors) if small and uses_kernels() else None
+
+    def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
         last = mx.arange(self.start, self.columns)  # where sequences end and trees begin
         nodes = mx.broadcast_to(last - self.starts, (batch, len(last)))
@@ -176,8 +201,13 @@ class TreeHooks:
             if is_short_convolution(module):
                 _subclass(module, self._convolve)
             else:
-                names |= rebind(module, lambda: self.paths)
+                names |= rebind(module, FUNCTIONS, lambda: self.paths)
         return names
+
+    def hook_attention(self, model: nn.Module) -> None:
+        """Let the attention of a model run trees by the Metal kernel where it wins."""
+        for module in {id(m): m for _, m in model.named_modules()}.values():
+            rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""
@@ -228,6 +258,75 @@ class TreeHooks:
         assert cache is not None, "a convolution came before its layer's states were read"
         cache.inputs.append(inputs)
         return convolve_nodes(base, module, inputs, self.paths)
+
+
+def attend(
+    tree: TreePass,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None = None,
+) -> Any:
+    """Attention by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's own."""
+    if sinks is not None or not isinstance(keys, mx.array):
+        return NotImplemented  # the keys are quantised
+    if (found := _attend_by_kernel(tree, queries, keys, values, scale, mask)) is not None:
+        return found
+    _, heads, nodes, width = queries.shape
+    on_gpu = mx.default_device().type == mx.gpu
+    if not on_gpu or width <= MAX_FUSED_WIDTH or nodes <= FEW_ROWS or heads == keys.shape[1]:
+        return NotImplemented
+    if not isinstance(mask, mx.array) or (mask.ndim > 2 and mask.shape[1] > 1):
+        return NotImplemented
+    return fold_group(queries, keys, values, scale, mask)
+
+
+MAX_FUSED_WIDTH, FEW_ROWS = 128, 8
+"""The widest heads of MLX's fused kernel for many rows, and the rows that another kernel takes."""
+
+
+def fold_group(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array
+) -> mx.array:
+    """(batch, heads, n, width) attention in which the heads of a group are rows of one head.
+
+    MLX has no fused kernel for wide heads and many rows; its operations would read the keys of a
+    group once for each of its heads. The mask is (n, columns) or (batch, 1, n, columns).
+    """
+    batch, heads, nodes, width = queries.shape
+    groups = keys.shape[1]
+    rows = queries.reshape(batch, groups, heads // groups * nodes, width)
+    masks = mx.concatenate([mask] * (heads // groups), -2)
+    out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale, mask=masks)
+    return out.reshape(batch, heads, nodes, -1)
+
+
+def _attend_by_kernel(
+    tree: TreePass,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | None,
+) -> mx.array | None:
+    """Attention by the Metal kernel; None where it does not run or win.
+
+    Only with the mask that the pass has for layers without a window: models may change a mask.
+    """
+    if tree.words is None or mask is not tree.whole_mask or keys.shape != values.shape:
+        return None
+    _, heads, nodes, width = queries.shape
+    dtypes = {queries.dtype, keys.dtype, values.dtype}
+    if len(dtypes) > 1 or width != keys.shape[3] or not runs_shape(width, nodes):
+        return None
+    if tree.columns < winning_columns(heads, keys.shape[1], width, queries.dtype):
+        return None
+    return tree_attention(
+        *(queries, keys, values, tree.words, tree.positions, tree.starts), scale, tree.columns
+    )
 
 
 def is_rope(module: nn.Module) -> bool:

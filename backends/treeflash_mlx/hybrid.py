@@ -472,14 +472,24 @@ FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes | Steps]]] = {
 """Functions over trees by the names of the functions of mlx-lm that they stand for."""
 
 
-def rebind(module: nn.Module, current_paths: Callable[[], NodePaths | None]) -> set[str]:
-    """Let the methods of one module, and of no other, call `FUNCTIONS` in a pass over trees.
+def rebind(
+    module: nn.Module,
+    functions: Mapping[str, Callable[..., Any]],
+    current: Callable[[], Any],
+) -> set[str]:
+    """Let the methods of one module, and of no other, call other functions in a pass over trees.
 
     A method looks up the functions it calls among the globals of its Python module. The module gets
     a class whose methods have the same code, with other functions among their globals.
 
-    `current_paths` returns the paths of the pass that is being built, or None if the pass is not
-    over trees. Returns the names of the functions that the module calls.
+    Args:
+        module: a layer, or a part of one.
+        functions: by the names of the functions that they stand for. They get what `current`
+            returns before the other arguments, and may return NotImplemented.
+        current: what the pass that is being built has for them; None if it is not over trees.
+
+    Returns:
+        The names of the functions that the module calls.
     """
     cls = type(module)
     methods: dict[str, Any] = {}
@@ -489,9 +499,9 @@ def rebind(module: nn.Module, current_paths: Callable[[], NodePaths | None]) -> 
             if not isinstance(method, types.FunctionType):
                 continue
             scope = method.__globals__
-            if not (called := FUNCTIONS.keys() & scope.keys() & set(method.__code__.co_names)):
+            if not (called := functions.keys() & scope.keys() & set(method.__code__.co_names)):
                 continue
-            replaced = {key: _dispatch(scope[key], FUNCTIONS[key], current_paths) for key in called}
+            replaced = {key: _dispatch(scope[key], functions[key], current) for key in called}
             code, defaults, closure = method.__code__, method.__defaults__, method.__closure__
             copy = types.FunctionType(code, {**scope, **replaced}, name, defaults, closure)
             copy.__kwdefaults__ = method.__kwdefaults__
@@ -503,14 +513,13 @@ def rebind(module: nn.Module, current_paths: Callable[[], NodePaths | None]) -> 
 
 
 def _dispatch(
-    original: Callable[..., Any],
-    over_trees: Callable[..., Any],
-    current_paths: Callable[[], NodePaths | None],
+    original: Callable[..., Any], over_trees: Callable[..., Any], current: Callable[[], Any]
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if (paths := current_paths()) is None:
+        if (trees := current()) is None:
             return original(*args, **kwargs)
-        return over_trees(paths, *args, **kwargs)
+        result = over_trees(trees, *args, **kwargs)
+        return original(*args, **kwargs) if result is NotImplemented else result
 
     return call
 

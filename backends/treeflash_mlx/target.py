@@ -301,6 +301,7 @@ class Target:
             windows[:] = [self.config.get("sliding_window")] * len(windows)
         self.hooks = TreeHooks()
         self.hooks.hook_ropes(self.model)
+        self.hooks.hook_attention(self.model)
         self.keys_first = "recurrent_gla" in self.hooks.hook_recurrent_layers(self.model)
         self.quantisation: Quantisation | None = None
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
@@ -496,11 +497,17 @@ def shortlist_logits(module: nn.Module, hidden: mx.array, tokens: mx.array) -> m
 
     The module is a linear layer or an embedding, quantised or not.
     """
-    weight = module.weight[tokens]
+    weight, logits = module.weight[tokens], hidden[..., :0]
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        biases = None if module.biases is None else module.biases[tokens]
-        weight = mx.dequantize(
-            weight, module.scales[tokens], biases, module.group_size, module.bits, module.mode
+        logits = mx.quantized_matmul(
+            hidden,
+            weight,
+            module.scales[tokens],
+            None if module.biases is None else module.biases[tokens],
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
         )
-    logits: mx.array = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
+    else:
+        logits = hidden @ weight.astype(hidden.dtype).swapaxes(-1, -2)
     return logits + module["bias"][tokens][..., None, :] if "bias" in module else logits

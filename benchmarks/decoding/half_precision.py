@@ -1,53 +1,163 @@
-"""Where drafting first diverges from plain decoding in half precision, and by what margin.
+"""Texts of drafting compared with plain decoding in half precision, and what exact mode costs.
 
-    python -m benchmarks.decoding.half_precision gsm8k.jsonl --dtype bfloat16 [--json FILE]
+    python -m benchmarks.decoding.half_precision SETS... --exact --device cpu --texts FILE.jsonl
+    python -m benchmarks.decoding.half_precision SETS... --speed --device cpu --dtypes bfloat16
 
-In float32 both give the same tokens, and tests hold that. In bfloat16 and float16 the logits of a
-node depend slightly on how many others are computed with it, so two tokens of nearly equal
-probability can swap. For each prompt this reports the first token that differs, the gap between the
-top two logits of plain decoding there, and the spacing of floating-point numbers of that size.
+Without `--exact` the logits of a node depend slightly on how many others are computed with it, so
+two tokens of nearly equal probability can swap. The first command decodes each prompt with every
+dtype, temperature, method, budget and number of sequences at once, and reports the texts that
+differ from plain decoding. For the first token that differs of a greedy text it also reports the
+gap between the top two logits of plain decoding there, and the spacing of floating-point numbers of
+that size. The records of a case are kept in the file `--texts`, and a later run goes on after them.
+
+The second command decodes each prompt with and without exact mode in turn, plainly and with the
+budget `auto`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from operator import ne
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from benchmarks.common import Parser, Row, describe, show, write_json
+from benchmarks.common import Parser, Row, describe, mean_row, names, show, write_json
 from treeflash.cli.console import guarded
-from treeflash.cli.options import add_model_options, load_model
+from treeflash.cli.options import add_model_options, load_model, parse_budget
+from treeflash.config import METHODS
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import encode, read_rows
 
 FRACTION_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
+SEED = 7
 
 
 def parser() -> Parser:
     """The command line."""
     options = Parser(__doc__)
-    options.add_prompts(limit=8, max_tokens=64)
-    options.add_number("--budget", 16, "nodes of a draft tree")
+    options.add_prompts(limit=8, max_tokens=128)
+    options.add_argument(
+        "--budgets",
+        type=lambda text: [parse_budget(part) for part in names(text)],
+        default=[16, 64, "auto"],
+        metavar="N|auto,...",
+        help="budgets (default: 16,64,auto)",
+    )
+    options.add_argument(
+        "--methods",
+        type=names,
+        default=["dflash", "ddtree", "treeflash"],
+        metavar="NAME,...",
+        help=f"methods, out of {', '.join(METHODS)} (default: dflash,ddtree,treeflash)",
+    )
+    options.add_argument(
+        "--dtypes",
+        type=names,
+        default=["bfloat16", "float16"],
+        metavar="NAME,...",
+        help="number formats (default: bfloat16,float16)",
+    )
+    options.add_numbers("--temperatures", [0, 1], "temperatures", minimum=0)
+    options.add_numbers("--parallel", [1, 8], "sequences at once")
+    options.add_argument("--texts", type=Path, metavar="FILE.jsonl", help="keep records here")
+    options.add_argument(
+        "--speed", action="store_true", help="measure what exact mode costs instead"
+    )
     add_model_options(options)
     return options
 
 
-def compare(model: LanguageModel, prompt_ids: list[int], max_tokens: int, budget: int) -> Row:
-    """The first difference between drafting and plain decoding of one prompt, and the margin."""
-    plain = model.generate(prompt_ids, method="ar", max_tokens=max_tokens).token_ids
-    drafted = model.generate(prompt_ids, budget=budget, max_tokens=max_tokens).token_ids
-    pairs = enumerate(zip(plain, drafted, strict=False))
-    first = next((i for i, (expected, token) in pairs if expected != token), None)
-    row = {"tokens": len(plain), "first_difference": first, "margin": None, "spacing": None}
-    if first is not None:
-        best, second = top_two_logits(model, prompt_ids + plain[:first])
+class Records:
+    """The records of cases, in a file that a later run goes on after."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text("utf-8").splitlines() if path and path.exists() else []
+        self.by_case: dict[str, Row] = {
+            json.dumps(record["case"]): record for record in map(json.loads, lines)
+        }
+
+    def get(self, case: Row) -> Row | None:
+        """The record of a case; None if it was not run."""
+        return self.by_case.get(json.dumps(case))
+
+    def add(self, case: Row, **values: Any) -> Row:
+        """Keep the values of a case."""
+        record = {"case": case, **values}
+        self.by_case[json.dumps(case)] = record
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+
+def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Records) -> list[Row]:
+    """One row per set, temperature, method, budget and number of sequences at once."""
+    rows = []
+    shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
+    for path, temperature in product(args.prompts, args.temperatures):
+        prompts = [encode(model.tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        case = {**shared, "set": path.stem, "temperature": temperature, "prompts": len(prompts)}
+        case["tokens"] = args.max_tokens
+        options = {"max_tokens": args.max_tokens, "temperature": temperature, "seed": SEED}
+        plain = _texts(model, records, {**case, "method": "ar"}, prompts, options, 1)
+        cases = list(product(args.methods, args.budgets, args.parallel))
+        for method, budget, parallel in track(cases, f"{path.stem}, temperature {temperature}"):
+            settings = {"method": method, "budget": budget, "parallel": parallel}
+            drafted = _texts(model, records, case | settings, prompts, options, parallel)
+            row = {**case, **settings, "differ": sum(map(ne, plain, drafted))}
+            if temperature == 0:
+                row |= first_margin(model, prompts, plain, drafted)
+            rows.append(row)
+    return rows
+
+
+def _texts(
+    model: LanguageModel,
+    records: Records,
+    case: Row,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    parallel: int,
+) -> list[list[int]]:
+    """The tokens of each prompt's text, from the records if they have the case."""
+    if (record := records.get(case)) is None:
+        settings = {key: case[key] for key in ("method", "budget") if key in case}
+        texts: list[list[int]] = [[] for _ in prompts]
+        for number, text in model.generate_many(prompts, parallel=parallel, **options, **settings):
+            texts[number] = text.token_ids
+        record = records.add(case, texts=texts)
+    found: list[list[int]] = record["texts"]
+    return found
+
+
+def first_margin(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    plain: list[list[int]],
+    drafted: list[list[int]],
+) -> Row:
+    """The largest margin between two logits of plain decoding at the first token that differs."""
+    found: Row = {"margin": None, "spacing": None}
+    for prompt, expected, actual in zip(prompts, plain, drafted, strict=True):
+        pairs = enumerate(zip(expected, actual, strict=False))
+        first = next((i for i, (x, y) in pairs if x != y), None)
+        if first is None:
+            continue
+        best, second = top_two_logits(model, prompt + expected[:first])
         spacing = 2.0 ** (np.floor(np.log2(abs(best))) - FRACTION_BITS[model.backend.dtype])
-        row |= {"margin": best - second, "spacing": float(spacing)}
-    return row
+        if found["margin"] is None or best - second > found["margin"]:
+            found = {"margin": best - second, "spacing": float(spacing)}
+    return found
 
 
 def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
@@ -59,32 +169,57 @@ def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, floa
     return float(logits[-1]), float(logits[-2])
 
 
+def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
+    """Per set, tokens per second without and with exact mode, which take turns by prompt."""
+    models = [
+        load_model(argparse.Namespace(**{**vars(args), "dtype": dtype, "exact": exact}))
+        for exact in (False, True)
+    ]
+    methods = ("ar", models[0].best_method)
+    for path in args.prompts:
+        prompts = [encode(models[0].tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        for method in methods:
+            tokens, seconds = np.zeros(2), np.zeros(2)
+            for number, prompt in enumerate(track(prompts, f"{path.stem}, {method}")):
+                for i in (0, 1) if number % 2 else (1, 0):
+                    text = models[i].generate(prompt, method=method, max_tokens=args.max_tokens)
+                    tokens[i] += len(text.token_ids)
+                    seconds[i] += sum(text.seconds.values())
+            plain, exact = (tokens / seconds).tolist()
+            yield {
+                **{"dtype": dtype, "set": path.stem, "method": method, "prompts": len(prompts)},
+                **{"tokens_per_s": plain, "exact_tokens_per_s": exact, "ratio": exact / plain},
+            }
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """One line for all prompts."""
-    margins = [row["margin"] for row in rows if row["margin"] is not None]
-    if not margins:
-        return f"all {len(rows)} sequences are equal to plain decoding"
-    return (
-        f"{len(margins)} of {len(rows)} sequences diverge from plain decoding; the margin at the "
-        f"first difference has the median {np.median(margins):.3g} and the maximum "
-        f"{max(margins):.3g}"
-    )
+    """One line for all texts."""
+    texts, differ = (sum(row[key] for row in rows) for key in ("prompts", "differ"))
+    if not differ:
+        return f"all {texts} texts are equal to plain decoding"
+    return f"{differ} of {texts} texts differ from plain decoding"
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
-    model = load_model(args)
-    rows = []
-    for path in args.prompts:
-        for prompt in track(read_rows(path)[: args.limit], path.stem):
-            ids = encode(model.tokenizer, prompt.turns[0])
-            difference = compare(model, ids, args.max_tokens, args.budget)
-            rows.append({"set": path.stem, "id": prompt.id, **difference})
-    pair = describe(model.backend)
+    rows: list[Row] = []
+    pair: dict[str, str] = {}
+    for dtype in args.dtypes:
+        if args.speed:
+            found = list(compare_speeds(args, dtype))
+            for method in {row["method"]: None for row in found}:
+                same = [row for row in found if row["method"] == method]
+                found.append(mean_row(same, {"dtype": dtype, "method": method}, ["ratio"]))
+            rows += found
+            continue
+        model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+        pair = describe(model.backend)
+        rows += compare_texts(args, model, Records(args.texts))
     show(f"half precision, {', '.join(pair.values())}", rows)
-    print(summary(rows))
+    if not args.speed:
+        print(summary(rows))
     write_json(args.json, "half_precision", pair | {"rows": rows})
     return 0
 

@@ -67,6 +67,7 @@ class ScriptedBackend:
     """
 
     name, device, device_name, dtype = "scripted", "cpu", "none", "float32"
+    inexact: str | None = "rounding may differ"
     vocab_size = len(SPECIAL) + 256
     max_positions = 400
 

@@ -17,7 +17,9 @@ SCRIPTS = {
     "decoding.acceptance_rules": SHORT,
     "decoding.branches": [*SHORT, "--parallel", "2"],
     "decoding.calibration": [*SHORT, "--budgets", "4", "--parallel", "2"],
-    "decoding.half_precision": [*SHORT, "--budget", "4"],
+    "decoding.half_precision": [
+        *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
+    ],
     "decoding.iteration": [
         *(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--sequences", "1,2")
     ],

@@ -124,3 +124,21 @@ def test_the_drafters_of_the_table_are_documented():
     for name in others:
         pattern = rf"(?:^|[ ,]){re.escape(name)}(?:,|$| \|)"
         assert any(re.search(pattern, row) for row in rows), name
+
+
+def test_the_workflow_runs_what_exists():
+    """Its jobs on Macs cannot be tried here."""
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    environments = re.findall(r"tox -e ([\w,-]+)", text)
+    assert {"core", "mlx", "conformance"} <= set(",".join(environments).split(","))
+    for name in ",".join(environments).split(","):
+        assert f"[testenv:{name}]" in tox
+    (variable,) = re.findall(r"(TREEFLASH_TEST_\w+): cpu", text)
+    assert variable in tox
+    assert variable in (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    (module,) = set(re.findall(r"(?:-m|from) (benchmarks\.\w+)", text))
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert "\nINCLUDES = " in source
+    assert re.search(r'print\(f"xcrun -sdk macosx metal -c -I ', source), "the same command"
+    assert "xcrun -sdk macosx metal -c -I " in text

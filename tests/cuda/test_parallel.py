@@ -14,16 +14,18 @@ import pytest
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, decode
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import NumericalError
+from treeflash.errors import ConfigError, NumericalError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
+import torch
 from treeflash_cuda import parallel, verifier
 from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.state import State
+from treeflash_cuda.target import Target, load_model, read_model_config
 from treeflash_cuda.verifier import Verifier
 
 PROMPT = [3, 4, 5, 6]
@@ -254,3 +256,14 @@ def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatc
     with pytest.raises(RuntimeError, match="restart torchrun"):
         ranks.backend.open(20, drafts=False)
     state.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("split", "torchrun is not"), ("placed", "device_map is not")]
+)
+def test_hybrid_targets_on_several_devices_are_refused(tmp_path, option, reason):
+    write_target(tmp_path, "qwen3_5", seed=1)
+    device = torch.device("cpu")
+    model = load_model(tmp_path, read_model_config(tmp_path), torch.float32, device)
+    with pytest.raises(ConfigError, match=f"^{reason} supported for models with recurrent layers$"):
+        Target(model, device, pack=False, **{option: True})

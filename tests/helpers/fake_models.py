@@ -154,7 +154,7 @@ class FakeHead:
 class FakeBackend:
     """Any function as the target, any function as the drafter."""
 
-    name = device = dtype = "fake"
+    name = device = dtype = inexact = "fake"
 
     def __init__(
         self, logits: Logits, propose: Proposal, vocab_size: int, max_positions: int = 1000

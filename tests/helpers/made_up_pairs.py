@@ -66,6 +66,7 @@ class MadeUp:
     depths: int = DEPTHS
     head: Head | None = None
     vocab_size: int = VOCAB
+    inexact: str | None = "rounding may differ"
     max_positions: int = 1000
 
     def __post_init__(self):

@@ -127,6 +127,15 @@ def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
         assert not products.wins([layer(4, 64, mx.float32)], 5)
 
 
+def test_threadgroups_are_as_small_as_m1_needs(metal, monkeypatch):
+    """Where metal is installed, the executor refuses more threads."""
+    monkeypatch.setattr(products, "SPLITS", metal_kernels.MAX_THREADS // 32)
+    products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32))
+    monkeypatch.setattr(products, "SPLITS", metal_kernels.MAX_THREADS // 32 + 1)
+    with pytest.raises(ValueError, match="greater than 448"):
+        products.multiply(layer(4, 64, mx.float32), inputs(5, mx.float32))
+
+
 def _fail(**_):
     raise RuntimeError("no such type\nand more")
 

@@ -11,7 +11,7 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from treeflash_mlx.numerics import gumbel_on_device, top_indices, top_log_probs
+from treeflash_mlx.numerics import gumbel_on_device, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.sampling import _filter, sample_tokens
 
 
@@ -100,3 +100,14 @@ def test_a_top_p_next_to_zero_keeps_one_token(rng):
     probs, covered = _filter(mx.softmax(mx.array(logits), axis=-1), config, 256)
     assert covered.item()
     np.testing.assert_array_equal((np.array(probs) > 0).sum(-1), 1)
+
+
+def test_a_gpu_takes_one_kernel_for_the_normaliser(rng, monkeypatch):
+    """And a CPU adds in blocks, because its own sums are too inexact."""
+    x = mx.array(rng.normal(size=(3, 5000)), mx.float32)
+    on_cpu, calls = logsumexp(x), []
+    one_kernel = mx.logsumexp
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "logsumexp", lambda *a, **k: calls.append(1) or one_kernel(*a, **k))
+    assert mx.allclose(logsumexp(x), on_cpu, atol=1e-3)
+    assert calls == [1]

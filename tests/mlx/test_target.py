@@ -211,3 +211,19 @@ def test_shortlist_logits_are_those_of_the_whole_vocabulary(families, tmp_path, 
     tokens = mx.array([5, 0, 90])
     expected = target.output_head(hidden)[:, tokens]
     assert mx.allclose(shortlist_logits(target.output_module, hidden, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_shortlist_logits_of_a_quantised_head_are_products_of_its_rows_alone(
+    rng, monkeypatch, bits, batch
+):
+    """The rows are not dequantised, which would take more memory traffic than the product."""
+    head = nn.Linear(64, 96, bias=True).to_quantized(32, bits)
+    hidden = mx.array(rng.normal(size=(*batch, 3, 64)), mx.float32)
+    tokens = mx.array(rng.integers(0, 96, (*batch, 5)))
+    monkeypatch.setattr(mx, "dequantize", None)
+    found = shortlist_logits(head, hidden, tokens)
+    assert found.shape == (*batch, 3, 5)
+    columns = mx.broadcast_to(tokens[..., None, :], found.shape)
+    assert mx.allclose(found, mx.take_along_axis(head(hidden), columns, -1), atol=1e-4)

@@ -54,7 +54,8 @@ def compare(generation: Generation, stream: Stream) -> Comparison:
         logits, pairs[first], sampling, len(stream.assembler.prompt_ids) + first
     )
     rounding = spacing(float(np.abs(logits[list(pairs[first])]).max()), generation.dtype)
-    near_tie = generation.dtype != "float32" and margin <= NEAR_TIE * rounding
+    rounds = generation.dtype != "float32" and generation.inexact is not None
+    near_tie = rounds and margin <= NEAR_TIE * rounding
     return replace(comparison, margin=margin, spacing=rounding, near_tie=near_tie)
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from treeflash.cli.single_prompt import explain, summarise
 from treeflash.decoding import Scheduler, SchedulerConfig
+from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
 from treeflash.language_model import LanguageModel
@@ -30,7 +31,8 @@ from treeflash.text.prompt import Message
 from treeflash.text.stream import Assembler
 
 CACHE_BYTES = 1 << 30
-"""Device memory that may keep the conversation so far, so that only new messages are prefilled."""
+"""Device memory that may keep the conversation so far, so that only new messages are prefilled, on
+a device that does not tell its memory; else half of what the models leave free."""
 STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """The text of iteration n has style n, in turn."""
 COMMANDS = {
@@ -155,7 +157,8 @@ class Conversation:
     @cached_property
     def _scheduler(self) -> Scheduler:
         config = SchedulerConfig(max_parallel=1)
-        return self.model.scheduler(config, PrefixCache(CACHE_BYTES))
+        free = device_report(self.model.backend).free_bytes
+        return self.model.scheduler(config, PrefixCache(CACHE_BYTES if free is None else free // 2))
 
     def _answer(self) -> Assembler:
         if self.answer is None:

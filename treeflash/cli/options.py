@@ -136,6 +136,11 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
     "kv_bits": _flag(
         "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", type=int, metavar="N"
     ),
+    "exact": _flag(
+        "make the target's logits bitwise equal for every method, budget and batch, or refuse "
+        "(cuda, on a CPU)",
+        action="store_true",
+    ),
     "cuda_graphs": _flag(
         "do not replay trees and drafts as CUDA graphs (cuda)",
         flag="--no-cuda-graphs",

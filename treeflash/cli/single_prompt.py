@@ -130,6 +130,7 @@ def summarise(generation: Generation) -> str:
         f"({forwards} target forward{'s'[: forwards != 1]} after the prefill)",
         f"method {generation.method}, budget {generation.budget}, backend {generation.backend} on "
         f"{generation.device}, {generation.dtype}, seed {generation.seed}, "
+        f"{generation.inexact or 'exact'}, "
         f"finish reason: {generation.finish_reason}",
         *_histogram(generation.histogram),
         "time: "

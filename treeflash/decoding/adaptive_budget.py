@@ -182,6 +182,7 @@ class VerifyCosts:
             backend.device_name,
             backend.dtype,
             loaded.kv_bits,
+            loaded.exact,
             loaded.cuda_graphs,
             loaded.compile,
         ]

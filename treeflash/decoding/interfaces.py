@@ -263,6 +263,9 @@ class Backend(Protocol):
     vocab_size: int
     max_positions: int
     """The target's limit, prompt and new tokens together."""
+    inexact: str | None
+    """Why a sequence's logits may depend on what is computed together with them; None if they are
+    bitwise equal for every tree, batch, prompt chunk, fork and prefix-cache hit."""
     drafter_config: DrafterConfig | None
     """None when no drafter was loaded: then only plain decoding works."""
 

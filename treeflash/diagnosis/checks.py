@@ -260,6 +260,12 @@ def check_device(backend: Backend) -> list[Finding]:
     return findings
 
 
+def check_exact_mode(backend: Backend) -> Finding:
+    """Whether texts depend on drafts or other sequences in any bit."""
+    message = backend.inexact or "exact: no token depends on drafts or on other sequences"
+    return Finding(check="exact mode", ok=True, message=message)
+
+
 def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
     """Whether a context fits into the memory that the weights leave free."""
     drafts = backend.drafter_config is not None
@@ -358,7 +364,7 @@ def _measure_pair(
             continue
         means = (s.text_means(len(prompts)) for s in (scores, other))
         prompted[str(way)] = Gain.between(*means)
-    config, device = backend.drafter_config, check_device(backend)
+    config, device = backend.drafter_config, [*check_device(backend), check_exact_mode(backend)]
     return _Pair(config, backend.vocab_size, texts, scores, prompted, device)
 
 

@@ -63,9 +63,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    if config.compile or config.device_map:
-        option = "compile" if config.compile else "device_map"
-        raise ConfigError(f"{option} is supported only by the cuda backend")
+    for option in ("compile", "device_map", "exact"):
+        if getattr(config, option):
+            raise ConfigError(f"{option} is supported only by the cuda backend")
     if config.dtype not in (None, "float32"):
         raise ConfigError(f"dtype must be float32 on the reference backend, got {config.dtype}")
     if config.draft_bits or config.kv_bits:

@@ -45,6 +45,11 @@ class Metrics:
             "they bring; or no_drafter.",
             ["state"],
         )
+        self._exact = gauge(
+            "exact",
+            "1 if no answer depends on drafts or other requests, bit for bit; 0 with the reason.",
+            ["reason"],
+        )
         self._batches = gauge(
             "batches", "1 if sequences share forward passes, 0 if each has passes of its own."
         )
@@ -95,6 +100,8 @@ class Metrics:
         self._state_bytes.set(scheduler.nbytes)
         for state in ("on", "paused", "no_drafter"):
             self._drafting.labels(state).set(state == _drafting_state(scheduler))
+        reason = scheduler.backend.inexact
+        self._exact.labels(reason or "").set(reason is None)
         cache = scheduler.prefix_cache
         self._prefix_bytes.set(0 if cache is None else cache.nbytes)
 

@@ -42,13 +42,12 @@ KERNEL = 4
 def gated_delta_net(config: Config, tensors: Tensors, rng: Generator) -> Config:
     """Qwen3.5: every other layer is a gated delta net; laid out as the published folders."""
     h, layers = config["hidden_size"], config["num_hidden_layers"]
-    key_heads, heads, key_dim, value_dim = 2, 4, 8, h // 4
+    key_heads, heads, key_dim, value_dim = 2, 4, config["linear_key_head_dim"], h // 4
     channels = 2 * key_heads * key_dim + heads * value_dim
     sequence = config | {
         "model_type": "qwen3_5_text",
         "linear_num_key_heads": key_heads,
         "linear_num_value_heads": heads,
-        "linear_key_head_dim": key_dim,
         "linear_value_head_dim": value_dim,
         "linear_conv_kernel_dim": KERNEL,
         "full_attention_interval": 2,
@@ -197,12 +196,13 @@ def write_target(
     max_positions: int = 4096,
     sliding_window: int = 8,
     tied: bool = False,
+    key_dim: int = 8,
 ) -> None:
     """Write a target of two key-value heads for four query heads.
 
     The vocabulary is small, so that even a random drafter is right at times. `hidden_size` is
-    divisible by 8, and `sliding_window` is that of Mistral's layers. If `tied`, the embedding
-    serves as the output head.
+    divisible by 8, and `sliding_window` is that of Mistral's layers. `key_dim` is the width of keys
+    in gated delta nets. If `tied`, the embedding serves as the output head.
     """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
@@ -227,6 +227,8 @@ def write_target(
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+    if family == "qwen3_5":
+        config["linear_key_head_dim"] = key_dim
     rng = np.random.default_rng(seed)
     tensors = _target_tensors(rng, config)
     if family in HYBRIDS:

@@ -9,6 +9,7 @@ import pytest
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.testing.batches import BatchTests, ScheduleTests
 from treeflash.testing.checkpoints import CheckpointTests, DrafterTests, ErrorTests
+from treeflash.testing.exactness import ExactTests
 from treeflash.testing.generations import DistributionTests, GenerationTests, StopTests
 from treeflash.testing.pairs import Pair, PairMaker, Pairs
 from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests
@@ -28,6 +29,7 @@ class BackendSuite(
     GenerationTests,
     ScheduleTests,
     BatchTests,
+    ExactTests,
     StopTests,
     DistributionTests,
     CheckpointTests,
@@ -42,11 +44,13 @@ class BackendSuite(
         hybrids: families with recurrent layers that it can load, out of `HYBRID_FAMILIES`.
         dialects: published formats of drafters, besides plain DFlash and TreeFlash, that the
             backend can load, out of `DIALECTS`; it must refuse the others.
+        exact_dtypes: dtypes in which the backend has an exact mode; without any it must refuse it.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")
     hybrids: ClassVar[tuple[str, ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = ()
+    exact_dtypes: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture
     def load(self) -> Loader:
@@ -88,6 +92,7 @@ class BackendSuite(
             ("representative", suite.families[:1] + suite.hybrids),
             ("hybrid", suite.hybrids),
             ("dialect", suite.dialects),
+            ("exact_dtype", suite.exact_dtypes),
         ):
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values)

@@ -99,7 +99,7 @@ class Comparison:
             sampled: when greedy, the distance of the two best logits. None without two tokens to
             compare.
         spacing: distance of neighbouring numbers of the model's dtype around these logits.
-        near_tie: whether rounding explains the difference; never in float32.
+        near_tie: whether rounding explains the difference; never in float32 or exact mode.
     """
 
     equal: bool
@@ -150,6 +150,7 @@ class Generation(Timings):
     Attributes:
         text: the new text, without special tokens, ending before a stop string.
         token_ids: the new tokens; the last may be a stop token, or have completed a stop string.
+        inexact: why other methods, budgets or batches may give other texts; None in exact mode.
         finish_reason: `stop` (a stop token or string), `length` (`max_tokens`), or `interrupted`.
     """
 
@@ -165,6 +166,7 @@ class Generation(Timings):
     dtype: str
     seed: int
     finish_reason: str
+    inexact: str | None = None
     compare: Comparison | None = None
     log_probs: list[TokenLogProb] | None = None
 
@@ -172,7 +174,8 @@ class Generation(Timings):
         """A JSON object with the names that scripts rely on."""
         names = (
             "text token_ids prompt_tokens accepted_lengths block_efficiency tokens_per_s "
-            "prefill_s decode_s method budget backend device dtype seed finish_reason"
+            "prefill_s decode_s method budget backend device dtype inexact seed "
+            "finish_reason"
         )
         values = {name: getattr(self, name) for name in names.split()}
         if self.compare is not None:

@@ -115,6 +115,7 @@ class Assembler:
             backend=self.backend.name,
             device=self.backend.device,
             dtype=self.backend.dtype,
+            inexact=self.backend.inexact,
             seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
             finish_reason=self.finish_reason or "interrupted",
             log_probs=None if self.config.log_probs is None else self._log_probs(),

@@ -22,6 +22,7 @@ from treeflash import chat
 from treeflash.cli import conversation
 from treeflash.cli.conversation import COMMANDS, STYLES, Conversation, make_session
 from treeflash.decoding import SchedulerConfig
+from treeflash.decoding.interfaces import DeviceReport
 
 TEXT = "Es war einmal ein Bär, der schlief den ganzen Winter lang."
 INTERRUPT, END, NEW_LINE = "\x03", "\x04", "\x1b\r"
@@ -241,3 +242,14 @@ def test_the_file_of_messages_is_private(tmp_path, monkeypatch):
     assert "a secret" in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert isinstance(chat._history(True), InMemoryHistory)
+
+
+@pytest.mark.parametrize(("available", "kept"), [(None, 1 << 30), (20 << 30, 9 << 30)])
+def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(
+    scripted, monkeypatch, available, kept
+):
+    model = scripted(TEXT)
+    report = DeviceReport(available_bytes=available)
+    monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
+    talked = Conversation(model, {}, Console(file=io.StringIO()))
+    assert talked._scheduler.prefix_cache.max_bytes == kept

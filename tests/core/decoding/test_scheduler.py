@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -441,6 +442,47 @@ def test_no_two_salts_share_a_state(backend):
             ((_, first),) = scheduler.step()
             assert first.cached_tokens == wanted
             finish(scheduler)
+
+
+def test_a_group_shares_its_prompt_among_equal_salts_alone(backend):
+    requests = [
+        Request(prompt_ids=[5, 6, 7, 8], config=config_of(), cache_salt=salt) for salt in "aab"
+    ]
+    scheduler = Scheduler(backend)
+    request_ids = scheduler.submit_group(requests)
+    cached = {}
+    for request_id, step in scheduler.run():
+        cached.setdefault(request_id, step.cached_tokens)
+    assert [cached[request_id] for request_id in request_ids] == [0, 3, 0]
+
+
+def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
+    """Though its beginning is cached: logits of cached positions are not kept."""
+
+    def scores(scheduler):
+        request = Request(prompt_ids=[5, 6, 7, 8], config=config_of(), scores_prompt=True)
+        (first, *_) = [step for _, step in scheduler.decode([request])]
+        assert first.cached_tokens == 0
+        return first.prompt_log_probs.sampled
+
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of()))
+    finish(scheduler)
+    assert len(scheduler.prefix_cache)
+    expected = scores(Scheduler(backend))
+    assert len(expected) == 3
+    assert scores(scheduler) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_seconds_of_steps_are_parts_of_the_time_that_has_passed(backend):
+    scheduler = Scheduler(backend)
+    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of(method="treeflash")))
+    started = time.perf_counter()
+    steps = [step for _, step in scheduler.run()]
+    passed = time.perf_counter() - started
+    assert {phase for step in steps for phase in step.seconds} >= {"prefill", "draft", "verify"}
+    assert all(seconds > 0 for step in steps for seconds in step.seconds.values())
+    assert sum(seconds for step in steps for seconds in step.seconds.values()) < passed
 
 
 @pytest.mark.parametrize("methods", [("ar", "treeflash"), ("treeflash", "ar")])

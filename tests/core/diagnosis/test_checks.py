@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from made_up_pairs import VOCAB, Head, MadeUp
 
@@ -9,6 +11,7 @@ from treeflash.decoding.interfaces import DeviceReport
 from treeflash.diagnosis.checks import (
     Trial,
     check_device,
+    check_exact_mode,
     check_keys,
     check_precision,
     diagnose,
@@ -260,3 +263,10 @@ def test_facts_about_the_machine_and_batches_are_told():
     assert device.message == "chip: Apple M4, GPU cores: 10"
     assert (batches.check, batches.ok) == ("batches", True)
     assert check_device(object()) == []
+
+
+@pytest.mark.parametrize(("inexact", "start"), [(None, "exact"), ("near-ties may differ", "near")])
+def test_exact_mode_is_reported(inexact, start):
+    finding = check_exact_mode(SimpleNamespace(inexact=inexact))
+    assert finding.ok
+    assert finding.message.startswith(start)

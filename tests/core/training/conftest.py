@@ -45,6 +45,7 @@ class EchoBackend:
     """
 
     device, max_positions, vocab_size = "cpu", 400, 259
+    inexact = "rounding may differ"
     drafter_config = drafter = head = None
 
     def __init__(self, name: str, dtype: str, interrupt_at: int | None) -> None:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from metal_executor.compiler import Compiler, line_of
 from metal_executor.kernel_source import KernelSource
 
-MAX_THREADS = 1024  # of a threadgroup
 Template: TypeAlias = Sequence[tuple[str, bool | int | mx.Dtype]]
 Size: TypeAlias = tuple[int, int, int]
 
@@ -99,12 +98,14 @@ class MetalExecutor:
         folder: for compiled kernels.
         schedules: every kernel runs under each.
         max_seconds: of the processor in a run; more are taken for a loop that does not end.
+        max_threads: of a threadgroup.
         launches: how often each kernel was run, by name.
     """
 
     folder: Path
     schedules: tuple[Schedule, ...] = SCHEDULES
     max_seconds: float = 60
+    max_threads: int = 1024
     launches: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,8 +181,8 @@ class MetalKernel:
                     f"{len(found)}."
                 )
         group = tuple(map(min, threadgroup, grid))
-        if prod(threadgroup) > MAX_THREADS:
-            raise ValueError(f"Thread group size ({prod(threadgroup)}) is greater than 1024.")
+        if prod(threadgroup) > (most := self.executor.max_threads):
+            raise ValueError(f"Thread group size ({prod(threadgroup)}) is greater than {most}.")
         if min(*grid, *threadgroup) < 1:
             raise MetalKernelError(f"kernel {self.name}: grid {grid}, threadgroup {threadgroup}")
         source = KernelSource.write(

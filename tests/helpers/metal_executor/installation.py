@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Iterable
-from functools import lru_cache
 
 import mlx.core as mx
 import pytest
 from treeflash_mlx import hybrid, metal_kernels
+from treeflash_mlx.metal_kernels import attention
 
 from metal_executor.execution import MetalExecutor, MetalKernel
 
@@ -50,8 +50,9 @@ def install(
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
     patch.setattr(metal_kernels, "speedup", lambda *_: speedup)
-    undecided = lru_cache(hybrid.delta_kernel_wins.__wrapped__)
-    patch.setattr(hybrid, "delta_kernel_wins", undecided)
+    executor.max_threads = metal_kernels.MAX_THREADS
+    hybrid.delta_kernel_wins.cache_clear()
+    attention.winning_columns.cache_clear()
     for module in imported:
         for name, kernel in kernels_of(module).items():
             patch.setattr(module, name, kernel)

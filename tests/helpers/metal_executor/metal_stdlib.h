@@ -695,6 +695,8 @@ Index elem_to_loc(Index element, const int* shape, const int64_t* strides, int n
 template <class T, class U>
 T ceildiv(T a, U b) { return (a + b - 1) / b; }
 
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 // Address spaces of pointers and references. Variables in threadgroup memory are rewritten before.
 #define device
 #define threadgroup

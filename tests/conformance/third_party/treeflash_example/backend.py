@@ -9,6 +9,7 @@ from treeflash_example.target import Target, Verifier
 
 class ExampleBackend:
     name, device, dtype, device_name = "example", "cpu", "float32", "NumPy"
+    inexact = "float32 rounding may differ"
 
     def __init__(self, target, drafter):
         self.target, self.model = target, drafter
@@ -38,6 +39,8 @@ def load(target, drafter, config):
         raise BackendError(f"the example backend runs on cpu, not on {config.device!r}")
     if config.dtype not in (None, "float32") or config.draft_bits or config.kv_bits:
         raise ConfigError("the example backend computes in float32 and does not quantise")
+    if config.exact:
+        raise ConfigError("the example backend has no exact mode")
     if config.draft_window:
         raise ConfigError("the example backend has no --draft-window")
     model = Target(target)

@@ -1,0 +1,191 @@
+"""Exact mode: a sequence's logits are bitwise equal whatever is computed together with them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.testing import require
+from treeflash.testing.models import write_target
+
+require("torch")
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from treeflash_cuda import exact
+from treeflash_cuda.backend import load
+
+VOCAB_SIZE = 24
+WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+
+def load_exact(folder, dtype="bfloat16", **settings):
+    return load(folder, None, LoadConfig(device="cpu", dtype=dtype, exact=True, **settings))
+
+
+def write(folder, family="llama", **settings):
+    write_target(folder, family, seed=1, vocab_size=VOCAB_SIZE)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def tree_of(rng, nodes, spread):
+    """A random tree: the larger the spread, the shorter its paths."""
+    parents = [-1, *(int(rng.integers(max(0, i - spread), i)) for i in range(1, nodes))]
+    tokens = rng.integers(0, VOCAB_SIZE, nodes).astype(np.int32)
+    return DraftTree.from_parents(tokens, np.array(parents, np.int32))
+
+
+def assert_nodes_equal_single_tokens(backend, length, tree, rng, step=1):
+    """Compare every `step`-th node of a tree's longest path."""
+    prefix = rng.integers(0, VOCAB_SIZE, length).tolist()
+    with SequenceSession(backend) as branched, SequenceSession(backend) as plain:
+        branched.extend(prefix)
+        plain.extend(prefix)
+        logits = branched.logits(tree)
+        path = np.flatnonzero(tree.ancestor_mask()[np.argmax(tree.depths)])
+        for first in range(0, len(path), step):
+            if first:
+                plain.extend(tree.tokens[path[first - step : first]].tolist())
+            (alone,) = plain.logits(DraftTree.root_only(int(tree.tokens[path[first]])))
+            np.testing.assert_array_equal(alone, logits[path[first]])
+
+
+@pytest.mark.parametrize(("dtype", "family"), [("bfloat16", "llama"), ("float16", "qwen3")])
+def test_nodes_of_trees_have_the_logits_of_plain_decoding(tmp_path, dtype, family):
+    settings = WINDOWS if family == "qwen3" else {}
+    backend = load_exact(write(tmp_path, family, **settings), dtype)
+    rng = np.random.default_rng(0)
+    for length in (1, 126, 300):
+        for nodes, spread in ((2, 1), (17, 3), (64, 9)):
+            assert_nodes_equal_single_tokens(backend, length, tree_of(rng, nodes, spread), rng, 3)
+    # More keys than one product may have, and paths longer than a group.
+    assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 400, 60), rng, 2)
+    assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 300, 2), rng, 50)
+
+
+def test_prompts_are_computed_in_blocks_of_rows(tmp_path, monkeypatch):
+    backend = load_exact(write(tmp_path))
+    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 200).tolist()
+    logits = []
+    for rows in (7, 128):
+        monkeypatch.setattr(exact, "PROMPT_ROWS", rows)
+        with SequenceSession(backend) as sequence:
+            sequence.extend(tokens)
+            logits.append(sequence.logits(DraftTree.root_only(3)))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_exact_attention_is_attention():
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 6, 3, 16, generator=random)
+    k, v = torch.randn(2, 1, 2, 203, 16, generator=random)
+    context = exact.ExactContext(200, torch.arange(200, 203), None)
+    mask = context.mask(lambda b, h, query, key: key <= query, torch.float32, None)
+    wide = (exact.widen(x) for x in (k, v))
+    inputs = exact.AttentionInputs(nn.Module(), q, *wide, mask, 0.3)
+    visible = torch.arange(203) <= torch.arange(200, 203)[:, None]
+    repeated = (x.repeat_interleave(3, 1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=visible, scale=0.3)
+    torch.testing.assert_close(context.attend(inputs), expected.transpose(1, 2))
+
+
+class OneRow(nn.Linear):
+    """A product whose single row has other bits."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 2.0**-7 * (x.shape[-2] == 1))
+
+
+def test_a_product_with_one_row_is_padded_or_refused(monkeypatch):
+    model = nn.Sequential(OneRow(16, 8).to(torch.bfloat16))
+    with torch.inference_mode():
+        with pytest.raises(UnsupportedModelError, match="products of 16 x 8 weights depend"):
+            exact.check_products(model, torch.bfloat16)
+        exact.pad_products(model)
+        exact.check_products(model, torch.bfloat16)
+
+
+def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
+    """Without the padding the check at load finds them."""
+
+    def with_one_row(model):
+        for module in model.modules():
+            if isinstance(module, exact.FusedPart | exact.PackedLinear | nn.Linear):
+                part = module.fused if isinstance(module, exact.FusedPart) else module
+                name = "product" if part is not module else "forward"
+                setattr(part, name, spoilt(getattr(part, name)))
+
+    def spoilt(product):
+        return lambda x: product(x) * (1 + 2.0**-6 * (x.shape[-2] == 1))
+
+    monkeypatch.setattr("treeflash_cuda.target.pad_products", with_one_row)
+    with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
+        load_exact(write(tmp_path))
+    monkeypatch.setattr("treeflash_cuda.target.check_products", lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
+        load_exact(tmp_path)
+
+
+def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
+    def by_column(self, visible, columns, start):
+        middle = (start + len(columns)) // 2
+        yield exact.Part(0, len(visible), slice(start, middle))
+        yield exact.Part(0, len(visible), slice(middle, len(columns)))
+
+    monkeypatch.setattr(exact.ExactContext, "_tree_parts", by_column)
+    with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):
+        load_exact(write(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_operations_compute_each_row_by_itself(dtype):
+    """Norms, activations and rotary angles; all 65,536 numbers for the activation."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    whole = F.silu(numbers)
+    assert torch.equal(F.silu(torch.stack([numbers, numbers], 1)[:, 0]), whole)
+    assert torch.equal(torch.cat([F.silu(x.clone()) for x in numbers.split(7)]), whole)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 576, generator=random)
+    norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    angles = torch.arange(64)[:, None] * torch.rand(32, generator=random)
+    for n in (1, 2, 3, 7, 33):
+        part = x[:, :n]
+        assert torch.equal(torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-6), norm[:, :n])
+        assert torch.equal(angles[:n].clone().cos(), angles.cos()[:n])
+        assert torch.equal(part.clone().neg().exp(), x.neg().exp()[:, :n])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_bits": 8}, "exact mode does not support kv_bits"),
+        ({"compile": True}, "exact mode does not support compile"),
+    ],
+)
+def test_settings_without_an_exact_mode_are_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_exact(write(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("qwen3_moe", "does not support the products of Qwen3Moe"),
+        ("qwen3_5", "does not support recurrent layers"),
+    ],
+)
+def test_layers_without_an_exact_mode_are_refused_by_name(tmp_path, family, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_exact(write(tmp_path, family))

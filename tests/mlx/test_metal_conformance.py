@@ -1,0 +1,99 @@
+"""Laws of the conformance suite with every Metal kernel in its place.
+
+The kernels run under one schedule here; their own tests run them under all.
+"""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from treeflash.testing import BackendSuite, require
+from treeflash.testing.batches import BatchTests
+from treeflash.testing.models import save, write_target
+
+require("mlx_lm")
+
+from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
+from treeflash_mlx.backend import load as load_mlx
+from treeflash_mlx.metal_kernels import attention
+
+require_compiler()
+
+LAWS = {
+    "test_logits_match_reference",
+    "test_verifier_cache_equals_prefill",
+    "test_states_match_reference",
+    "test_settings_of_the_tree_match_reference",
+}
+OTHERS = {name for name in dir(BackendSuite) if name.startswith("test_")} - LAWS
+KERNELS = {
+    "treeflash_products",
+    "treeflash_attention_parts",
+    "treeflash_attention_merge",
+    "treeflash_gated_delta_nodes_by_head",
+    "treeflash_gated_delta_replay_by_head",
+}
+GROUP, BITS = 32, 8
+
+
+def write_wide_target(folder, family, **options):
+    """Write a target whose shapes the kernels run.
+
+    The weights of a Qwen3 are those of a second folder, `quantised`, as numbers of 32 bits.
+    """
+    write_target(folder, family, **({"hidden_size": 64, "key_dim": 32} | options))
+    if family != "qwen3":
+        return
+    config = json.loads((folder / "config.json").read_text())
+    tensors, stored = load_file(folder / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        stored[name] = tensor
+        if tensor.ndim == 2:
+            parts = mx.quantize(mx.array(tensor), GROUP, BITS)
+            tensors[name] = np.array(mx.dequantize(*parts, GROUP, BITS))
+            names = (name, *(name.replace("weight", x) for x in ("scales", "biases")))
+            stored |= {n: np.array(part) for n, part in zip(names, parts, strict=True)}
+    save(folder, config, tensors)
+    save(
+        folder.with_name("quantised"),
+        config | {"quantization": {"group_size": GROUP, "bits": BITS}},
+        stored,
+    )
+
+
+def load_quantised(target, drafter, config):
+    quantised = target.with_name("quantised")
+    return load_mlx(quantised if quantised.exists() else target, drafter, config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels(metal_kernels_folder):
+    executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,))
+    with pytest.MonkeyPatch.context() as patch:
+        install(executor, patch, speedup=2)
+        patch.setattr(attention, "SPAN", 16)
+        patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+        patch.setattr("treeflash.testing.pairs.write_target", write_wide_target)
+        patch.setattr("treeflash.testing.trees.MASK_NODES", 16)
+        patch.setattr("treeflash.testing.states.ROUNDS", 3)
+        yield
+    assert executor.launches.keys() >= KERNELS
+
+
+@pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
+class TestConformance(BackendSuite):
+    families = ("qwen3",)
+    hybrids = ("qwen3_5",)
+    vars().update(dict.fromkeys(OTHERS))  # not collected
+
+    @pytest.fixture
+    def load(self):
+        return load_quantised
+
+    def test_logits_of_two_batches_equal_those_alone(self, pair, representative):
+        law = BatchTests.test_logits_of_a_batch_equal_those_alone.hypothesis.inner_test
+        for seed in (1, 2):
+            law(self, pair, representative, seed)
