@@ -28,7 +28,14 @@ from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
 from treeflash_cuda.fused_layers import fuse_layers
-from treeflash_cuda.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
+from treeflash_cuda.heads import (
+    HEADS,
+    ARHead,
+    Correlation,
+    CorrelationHead,
+    RecurrentCell,
+    RecurrentHead,
+)
 from treeflash_cuda.kernels import ChunkKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
@@ -39,7 +46,7 @@ from treeflash_cuda.target import Target, own_attention
 from treeflash_cuda.verifier import Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
-Head: TypeAlias = ARHead | RecurrentHead | RowHead
+Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 
 
 class CudaBackend(BaseBackend):
@@ -331,6 +338,8 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
         module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
     module = module.to(target.device, target.dtype).eval()
+    if isinstance(module, Correlation):
+        return model, CorrelationHead(module, model, target)
     if isinstance(module, RecurrentCell):
         return model, RecurrentHead(module, model, target)
     return model, ARHead(module, model, target)

@@ -19,7 +19,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import SINK, DrafterConfig, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
-from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
+from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation
 from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import gumbel, top_log_probs, upload, upload_all
@@ -119,6 +119,7 @@ class Block:
     all_hidden: Tensor  # the outputs at the slots of all depths
     slots: Tensor  # (S, hidden_size) outputs of the last layer at all slots
     before: int  # token id before the root
+    anchor: Tensor | None = None  # (hidden_size,) features of the last committed position
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +161,10 @@ class DraftAttention(Protocol):
     def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the blocks over all positions before them and themselves.
 
-        The (1, heads, t * S, head_dim) queries belong to the blocks. The (1, kv_heads, c + t *
-        S, head_dim) keys and values, of the new context of all sequences and then of the blocks,
-        are written to the drafter's KV cache first.
+        Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
+        head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
+        values, of the new context of all sequences and then of the blocks, are written to the
+        drafter's KV cache first.
 
         Returns:
             (1, t * S, heads, head_dim).
@@ -226,7 +228,8 @@ class SlabDrafts:
     """The sequences of one slab attend by the operation `tree_attention`: a function of tensors."""
 
     operations: Operations
-    config: DrafterConfig
+    model: DrafterModel
+    rotation: Rotation  # (c + t * S, head_dim) of the new context, and then of the blocks
     window: int | None  # positions that a block sees besides the first few; None for all
     slab: Slab  # of the drafter's KV caches
     columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
@@ -236,30 +239,45 @@ class SlabDrafts:
     _keys: dict[Kind, VisibleKeys] = field(default_factory=dict)
 
     def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, new_keys, new_values = (x[0].transpose(0, 1) for x in (q, k, v))
+        attention: Any = self.model.layers[layer].self_attn
         keys, values = self.slab.layer(layer)
-        for part, new in ((keys, k), (values, v)):
-            part.index_copy_(1, self.columns, new[0])
+        context = len(new_keys) - len(queries)
+
+        def store(part: Tensor, rows: slice) -> Tensor:
+            return self.operations.rotate_and_store(
+                *(part, new_keys[rows], new_values[rows]),
+                *(self.rotation[0][rows], self.rotation[1][rows]),
+                *(keys, values, self.columns[rows]),
+                norms=(attention.q_norm.weight, attention.k_norm.weight),
+                eps=self.model.config.rms_norm_eps,
+            )
+
+        store(new_keys[:context], slice(context))  # the context has no queries: any will do
+        queries = store(queries, slice(context, None))
         if kind not in self._keys:
             self._keys[kind] = self._visible(kind)
         out = self.operations.tree_attention(
-            q[0].transpose(0, 1),
+            queries,
             keys,
             values,
             self._keys[kind],
             max_length=self.max_length,
-            scale=self.config.head_dim**-0.5,
+            scale=self.model.config.head_dim**-0.5,
         )
         return out[None]
 
     def _visible(self, kind: Kind) -> VisibleKeys:
         """The keys that the slots of the blocks see in a kind of layer."""
         window, causal = kind
-        slots = torch.arange(self.config.block_size, dtype=torch.int32, device=self.start.device)
+        slots = torch.arange(
+            self.model.config.block_size, dtype=torch.int32, device=self.start.device
+        )
         start = self.start[:, None]
         positions = start + slots
         end = positions + 1 if causal else (start + len(slots)).expand_as(positions)
         low = torch.zeros_like(positions)
-        if window is not None and self.config.window_from_root:
+        if window is not None and self.model.config.window_from_root:
             low = (start - window).clamp(min=0).expand_as(positions)
         elif window is not None:
             low = (positions - (window - 1)).clamp(min=0)
@@ -293,12 +311,15 @@ class Drafter:
             slab = state.drafter.allocate().slab if self._has_slab_pass else None
             passes.setdefault(slab, []).append(i)
         first, blocks = self.model.config.first_slot, {}
+        if self.model.config.correlation is not None:
+            for state, _ in roots:
+                state.anchor = state.context[-1][-1] if state.context else state.anchor
         for slab, members in passes.items():
             part = [roots[i] for i in members]
             for i, hidden, token in zip(members, *self._draft(part, slab), strict=True):
                 state, root = roots[i]
                 parts = hidden[first:][:depths], hidden[first:], hidden
-                blocks[i] = Block(root, token[None], *parts, state.tokens[-1])
+                blocks[i] = Block(root, token[None], *parts, state.tokens[-1], state.anchor)
         for state, _ in roots:
             # The block's keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
@@ -339,14 +360,16 @@ class Drafter:
 
         def draft(*inputs: Tensor) -> Outputs:
             tokens, start, first, positions, columns, context = inputs
+            positions = torch.cat([positions, block_positions(start, size)])
+            rotation = self.model.rotary(positions, context.dtype)
             if slab is None:
-                attention: DraftAttention = MaskedDrafts(self.model.config, states, self.window)
-            else:
-                assert self.target.operations is not None
-                columns = torch.cat([columns, block_positions(first + start, size)])
-                options = self.target.operations, self.model.config, self.window
-                attention = SlabDrafts(*options, slab, columns.long(), first, start, longest)
-            return (self._blocks(tokens, start, positions, context, attention),)
+                masked = MaskedDrafts(self.model.config, states, self.window)
+                return (self._blocks(tokens, context, rotation, masked),)
+            assert self.target.operations is not None
+            columns = torch.cat([columns, block_positions(first + start, size)])
+            options = self.target.operations, self.model, rotation, self.window
+            attention = SlabDrafts(*options, slab, columns.long(), first, start, longest)
+            return (self._blocks(tokens, context, None, attention),)
 
         settings = slab, len(order), longest
         inputs = *uploaded, torch.cat(parts)
@@ -356,16 +379,13 @@ class Drafter:
     def _blocks(
         self,
         tokens: Tensor,  # (t,) roots
-        start: Tensor,  # (t,) their positions
-        positions: Tensor,  # (c,) committed positions that the drafter has not read
-        context: Tensor,  # (c, hidden_size) their features
+        context: Tensor,  # (c, hidden_size) features of positions that the drafter has not read
+        rotation: Rotation | None,  # of the context and the blocks; None if `attention` rotates
         attention: DraftAttention,
     ) -> Tensor:
         """(t * S, hidden_size) outputs of the blocks."""
         config = self.model.config
         x = embed_blocks(self.output, tokens[:, None])
-        positions = torch.cat([positions, block_positions(start, config.block_size)])
-        rotation = self.model.rotary(positions, x.dtype)
         for n, (layer, kind) in enumerate(zip(self.model.layers, layer_kinds(config), strict=True)):
             x = layer(x, context[None], rotation, functools.partial(attention.attend, n, kind))
         return x[0]

@@ -14,6 +14,8 @@ from treeflash_cuda.target import Target
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convolve: TypeAlias = Callable[[Tensor], Tensor]
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines, (..., n, head_dim) each."""
 
 
 class Rotary(nn.Module):
@@ -39,7 +41,7 @@ class Rotary(nn.Module):
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary embedding of (..., n, head_dim); element i is paired with i + head_dim / 2."""
     cos, sin = rotation
     first, second = x.chunk(2, -1)
@@ -69,14 +71,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(batch, heads, n, head_dim) from (batch, n, hidden_size)."""
-        return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), rotation)
+    def queries(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """(batch, heads, n, head_dim) from (batch, n, hidden_size).
 
-    def kv_cache(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        Without a rotation they are neither normed nor rotated, and `kv_cache` returns such keys.
+        """
+        heads = self._heads(self.q_proj(x))
+        if rotation is None:
+            return heads.transpose(1, 2)
+        return rotate(self.q_norm(heads).transpose(1, 2), rotation)
+
+    def kv_cache(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, n, head_dim) each, of context and block."""
-        keys = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), rotation)
-        return keys, self._heads(self.v_proj(x)).transpose(1, 2)
+        keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x)).transpose(1, 2)
+        if rotation is None:
+            return keys.transpose(1, 2), values
+        return rotate(self.k_norm(keys).transpose(1, 2), rotation), values
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -146,19 +156,20 @@ class Layer(nn.Module):
         self.mlp_conv = Convolution(config) if convolves else None
 
     def forward(
-        self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
+        self, x: Tensor, context: Tensor, rotation: Rotation | None, attend: Attend
     ) -> Tensor:
         """(batch, n, hidden_size) to (batch, n, hidden_size), for a block.
 
         The (batch, c, hidden_size) context are projected features of the positions before it. The
-        rotation covers the context's positions and then the block's. `attend` maps queries of
+        rotation covers the context's positions and then the block's; without one `attend` norms
+        and rotates. `attend` maps queries of
         the block, and keys and values of context and block, to (batch, n, heads, head_dim).
         """
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)
         y = before(y)
         attention, n = self.self_attn, x.shape[1]
-        block_rotation = rotation[0][..., -n:, :], rotation[1][..., -n:, :]
+        block_rotation = rotation and (rotation[0][..., -n:, :], rotation[1][..., -n:, :])
         kv_cache = attention.kv_cache(torch.cat([context, y], 1), rotation)
         out = attend(attention.queries(y, block_rotation), *kv_cache)
         x = x + after(attention.o_proj(out.flatten(2)))

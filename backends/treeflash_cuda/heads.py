@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, concatenate
 from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
@@ -344,7 +346,100 @@ class XPress(RecurrentCell):
         return self.in_proj(torch.cat([hidden, inputs[:, 0], embedded], -1))
 
 
-HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell]] = {
+class BiasedAttention(nn.Module):
+    """Attention with a bias on its scores, with the tensors of PyTorch's `MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(n, width) from (n, width) and a (heads, n, n) bias."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out_proj(y.transpose(0, 1).flatten(1))
+
+
+class CorrelationLayer(nn.Module):
+    """A layer of LiLiCorr's transformer, whose attention has a bias by slots."""
+
+    def __init__(self, shape: CorrelationShape, eps: float) -> None:
+        super().__init__()
+        w = shape.hidden_size
+        self.attn_norm, self.mlp_norm = RMSNorm(w, eps), RMSNorm(w, eps)
+        self.attn = BiasedAttention(w, shape.heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(w, shape.inner_size), nn.SiLU(), nn.Linear(shape.inner_size, w)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
+        x = x + self.attn(self.attn_norm(x), bias)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Correlation(Head):
+    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
+
+    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
+        super().__init__()
+        assert config.correlation is not None
+        self.shape = shape = config.correlation
+        h, w, r, slots = config.hidden_size, shape.hidden_size, config.head_rank, config.depths
+        self.token_proj = nn.Linear(h, w) if w != h else nn.Identity()
+        self.pass_hidden_proj, self.context_proj = nn.Linear(h, w), nn.Linear(h, w)
+        self.feature_mlp = nn.Sequential(
+            nn.LayerNorm(5), nn.Linear(5, w), nn.SiLU(), nn.Linear(w, w)
+        )
+        self.factor_input_proj = nn.Linear(3 * w, w)
+        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(w, r) for _ in range(3))
+        eps = config.rms_norm_eps
+        self.anchor_norm, self.output_norm = RMSNorm(w, eps), RMSNorm(w, eps)
+        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, config.selector_top_k, w))
+        self.slot_embedding = nn.Parameter(torch.empty(1, 1, slots, 1, w))
+        self.relative_slot_bias = nn.Parameter(torch.empty(shape.heads, 2 * slots + 1))
+        self.same_slot_bias = nn.Parameter(torch.empty(shape.heads))
+        self.layers = nn.ModuleList(CorrelationLayer(shape, eps) for _ in range(shape.layers))
+
+    def forward(
+        self, embedded: Tensor, normed: Tensor, log_probs: Tensor, anchor: Tensor
+    ) -> Tensor:
+        """(S - 1, k, k) scores of candidates after the candidates of the slot before.
+
+        From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
+        the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.
+        """
+        slots, k = log_probs.shape
+        ranks = torch.arange(k, device=log_probs.device, dtype=torch.float32).expand(slots, k)
+        parts = [log_probs, log_probs.exp(), log_probs - log_probs[:, :1]]
+        features = torch.stack([*parts, ranks / max(k - 1, 1), (ranks == 0).float()], -1)
+        x = self.token_proj(embedded) + self.pass_hidden_proj(normed)[:, None]
+        x = x + self.feature_mlp(features.to(x.dtype))
+        x = (x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]).flatten(0, 1)
+        slot = torch.arange(slots, device=x.device).repeat_interleave(k)
+        distance = slot[:, None] - slot
+        bias = self.relative_slot_bias[:, distance + slots]
+        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
+        for layer in self.layers:
+            x = layer(x, bias)
+        known = self.anchor_norm(self.context_proj(anchor))
+        x = self.output_norm(x)
+        joint = torch.cat([x, known.expand_as(x), x * known], -1)
+        factors = F.silu(self.factor_input_proj(joint)).unflatten(0, (slots, k))
+        start = self._unit(self.anchor_out_head(known)).expand(1, k, -1)
+        before = torch.cat([start, self._unit(self.out_head(factors))[:-1]])
+        return self.shape.logit_scale * before @ self._unit(self.in_head(factors)).mT
+
+    def _unit(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x / x.norm(dim=-1, keepdim=True).clamp(min=self.shape.vector_eps)
+
+
+HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlation]] = {
     "swiglu": SwiGLU,
     "linear": Linear,
     "selector": Selector,
@@ -353,6 +448,7 @@ HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell]] = {
     "rnn": MarkovRNN,
     "domino": Domino,
     "xpress": XPress,
+    "lilicorr": Correlation,
 }
 """By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
 
@@ -521,6 +617,31 @@ def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
         return x.index_select(1, tokens)
     slots = len(x) // len(tokens)
     return x.gather(1, tokens if slots == 1 else tokens.repeat_interleave(slots, 0))
+
+
+class CorrelationHead(CandidateHead):
+    """`treeflash.decoding.interfaces.ARHead` in PyTorch, for the head of LiLiCorr."""
+
+    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
+        self.module = module
+        self.output = OutputStage(model, target)
+        self._vocab_size = target.vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @torch.inference_mode()
+    def candidates(
+        self, block: Block
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+        assert block.anchor is not None
+        normed = self.output.norm(block.all_hidden)
+        marginal = self.output.logits(normed).float().log_softmax(-1)
+        log_probs, tokens = topk(marginal, self.output.config.selector_top_k)
+        embedded = self.output.embed(tokens)
+        scores = self.module(embedded, normed, log_probs, block.anchor)
+        return tokens.int().cpu().numpy(), log_probs.cpu().numpy(), scores.cpu().numpy()
 
 
 class RecurrentHead:

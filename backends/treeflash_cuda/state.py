@@ -35,6 +35,7 @@ class State(BaseState[KVCache, CommittedStates]):
         self.arenas = target, drafter
         self.block = block
         self.recurrent = recurrent
+        self.anchor: Tensor | None = None  # see `Block.anchor`
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> State:
@@ -46,6 +47,7 @@ class State(BaseState[KVCache, CommittedStates]):
             new.kv_cache.copy_from(self.kv_cache, length)
             if self.drafter and new.drafter:
                 new.drafter.copy_from(self.drafter, length)
+                new.anchor = self.anchor
                 new.context = [part.clone() for part in self.context_before(length)]
         except BaseException:
             new.close()  # regions of the arena are not given back by themselves

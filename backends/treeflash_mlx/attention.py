@@ -270,20 +270,60 @@ def attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> Any:
-    """mlx-lm's attention by the Metal kernel; NotImplemented where it does not run or win.
+    """Attention by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's own."""
+    if sinks is not None or not isinstance(keys, mx.array):
+        return NotImplemented  # the keys are quantised
+    if (found := _attend_by_kernel(tree, queries, keys, values, scale, mask)) is not None:
+        return found
+    _, heads, nodes, width = queries.shape
+    on_gpu = mx.default_device().type == mx.gpu
+    if not on_gpu or width <= MAX_FUSED_WIDTH or nodes <= FEW_ROWS or heads == keys.shape[1]:
+        return NotImplemented
+    if not isinstance(mask, mx.array) or (mask.ndim > 2 and mask.shape[1] > 1):
+        return NotImplemented
+    return fold_group(queries, keys, values, scale, mask)
+
+
+MAX_FUSED_WIDTH, FEW_ROWS = 128, 8
+"""The widest heads of MLX's fused kernel for many rows, and the rows that another kernel takes."""
+
+
+def fold_group(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array
+) -> mx.array:
+    """(batch, heads, n, width) attention in which the heads of a group are rows of one head.
+
+    MLX has no fused kernel for wide heads and many rows; its operations would read the keys of a
+    group once for each of its heads. The mask is (n, columns) or (batch, 1, n, columns).
+    """
+    batch, heads, nodes, width = queries.shape
+    groups = keys.shape[1]
+    rows = queries.reshape(batch, groups, heads // groups * nodes, width)
+    masks = mx.concatenate([mask] * (heads // groups), -2)
+    out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale, mask=masks)
+    return out.reshape(batch, heads, nodes, -1)
+
+
+def _attend_by_kernel(
+    tree: TreePass,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | None,
+) -> mx.array | None:
+    """Attention by the Metal kernel; None where it does not run or win.
 
     Only with the mask that the pass has for layers without a window: models may change a mask.
     """
-    if tree.words is None or mask is not tree.whole_mask or sinks is not None:
-        return NotImplemented
-    if not isinstance(keys, mx.array) or keys.shape != values.shape:
-        return NotImplemented  # they are quantised, or have other widths
+    if tree.words is None or mask is not tree.whole_mask or keys.shape != values.shape:
+        return None
     _, heads, nodes, width = queries.shape
     dtypes = {queries.dtype, keys.dtype, values.dtype}
     if len(dtypes) > 1 or width != keys.shape[3] or not runs_shape(width, nodes):
-        return NotImplemented
+        return None
     if tree.columns < winning_columns(heads, keys.shape[1], width, queries.dtype):
-        return NotImplemented
+        return None
     return tree_attention(
         *(queries, keys, values, tree.words, tree.positions, tree.starts), scale, tree.columns
     )

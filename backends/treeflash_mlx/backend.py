@@ -37,7 +37,14 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.heads import HEADS, ARHead, RecurrentCell, RecurrentHead
+from treeflash_mlx.heads import (
+    HEADS,
+    ARHead,
+    Correlation,
+    CorrelationHead,
+    RecurrentCell,
+    RecurrentHead,
+)
 from treeflash_mlx.linear import split_pairs
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
@@ -46,7 +53,7 @@ from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
-Head: TypeAlias = ARHead | RecurrentHead | RowHead
+Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
@@ -259,6 +266,8 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
         return model, None
     module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     _fill(module, split_pairs(module, tensors.head), target.dtype, bits)
+    if isinstance(module, Correlation):
+        return model, CorrelationHead(module, model, target)
     if isinstance(module, RecurrentCell):
         return model, RecurrentHead(module, model, target)
     return model, ARHead(module, model, target)

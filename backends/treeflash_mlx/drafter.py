@@ -88,6 +88,7 @@ class Block:
     hidden: mx.array  # (D, hidden_size) outputs of the last layer at the wanted slots
     slots: mx.array  # (S, hidden_size) outputs of the last layer at all slots
     before: int  # token id before the root
+    anchor: mx.array | None = None  # (hidden_size,) features of the last committed position
 
 
 def join_blocks(blocks: Sequence[Block]) -> mx.array:
@@ -131,6 +132,9 @@ class Drafter:
         if config.input_scale != 1:
             x = x * config.input_scale
         project_contexts([state for state, _ in roots], self.model.project)
+        if config.correlation is not None:
+            for state, _ in roots:
+                state.anchor = state.context[-1][-1] if state.context else state.anchor
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length
@@ -156,7 +160,10 @@ class Drafter:
         hidden = mx.split(x, len(roots)) if len(roots) > 1 else [x]
         pairs = zip(roots, hidden, strict=True)
         return [
-            Block(root, part[config.first_slot :][:depths], part, state.tokens[-1])
+            Block(
+                *(root, part[config.first_slot :][:depths], part),
+                *(state.tokens[-1], state.anchor),
+            )
             for (state, root), part in pairs
         ]
 

@@ -16,8 +16,10 @@ import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
 
+from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
 from treeflash_mlx.drafter import Block, OutputStage, join_blocks
 from treeflash_mlx.drafter_model import DrafterModel
@@ -374,7 +376,107 @@ class XPress(RecurrentCell):
         return self.in_proj(mx.concatenate([hidden, inputs[:, 0], embedded], -1))
 
 
-HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell]] = {
+class BiasedAttention(nn.Module):
+    """Attention with a bias on its scores, with the tensors of PyTorch's `MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = mx.zeros((3 * width, width))
+        self.in_proj_bias = mx.zeros((3 * width,))
+        self.out_proj = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        """(n, width) from (n, width) and a (heads, n, n) bias."""
+        qkv = x @ self.in_proj_weight.T + self.in_proj_bias
+        q, k, v = qkv.reshape(len(x), 3, self.heads, -1).transpose(1, 2, 0, 3)
+        scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
+        y = mx.softmax(scores, -1, precise=True) @ v
+        return self.out_proj(y.swapaxes(0, 1).reshape(x.shape))
+
+
+class CorrelationLayer(nn.Module):
+    """A layer of LiLiCorr's transformer, whose attention has a bias by slots."""
+
+    def __init__(self, shape: CorrelationShape, eps: float) -> None:
+        super().__init__()
+        w, inner = shape.hidden_size, shape.inner_size
+        self.attn_norm, self.mlp_norm = nn.RMSNorm(w, eps), nn.RMSNorm(w, eps)
+        self.attn = BiasedAttention(w, shape.heads)
+        self.mlp = [nn.Linear(w, inner), nn.SiLU(), nn.Linear(inner, w)]
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        """(n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
+        x = x + self.attn(self.attn_norm(x), bias)
+        y = self.mlp_norm(x)
+        for part in self.mlp:
+            y = part(y)
+        return x + y
+
+
+class Correlation(Head):
+    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
+
+    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
+        super().__init__()
+        assert config.correlation is not None
+        self.shape = shape = config.correlation
+        h, w, r, slots = config.hidden_size, shape.hidden_size, config.head_rank, config.depths
+        if w != h:
+            self.token_proj = nn.Linear(h, w)
+        self.pass_hidden_proj, self.context_proj = nn.Linear(h, w), nn.Linear(h, w)
+        self.feature_mlp = [nn.LayerNorm(5), nn.Linear(5, w), nn.SiLU(), nn.Linear(w, w)]
+        self.factor_input_proj = nn.Linear(3 * w, w)
+        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(w, r) for _ in range(3))
+        eps = config.rms_norm_eps
+        self.anchor_norm, self.output_norm = nn.RMSNorm(w, eps), nn.RMSNorm(w, eps)
+        self.rank_embedding = mx.zeros((1, 1, 1, config.selector_top_k, w))
+        self.slot_embedding = mx.zeros((1, 1, slots, 1, w))
+        self.relative_slot_bias = mx.zeros((shape.heads, 2 * slots + 1))
+        self.same_slot_bias = mx.zeros((shape.heads,))
+        self.layers = [CorrelationLayer(shape, eps) for _ in range(shape.layers)]
+
+    def __call__(
+        self, embedded: mx.array, normed: mx.array, log_probs: mx.array, anchor: mx.array
+    ) -> mx.array:
+        """(S - 1, k, k) scores of candidates after the candidates of the slot before.
+
+        From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
+        the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.
+        """
+        slots, k = log_probs.shape
+        ranks = mx.broadcast_to(mx.arange(k, dtype=mx.float32), (slots, k))
+        parts = [log_probs, mx.exp(log_probs), log_probs - log_probs[:, :1]]
+        features = mx.stack([*parts, ranks / max(k - 1, 1), (ranks == 0).astype(mx.float32)], -1)
+        y = features.astype(embedded.dtype)
+        for part in self.feature_mlp:
+            y = part(y)
+        x = self.token_proj(embedded) if "token_proj" in self else embedded
+        x = x + self.pass_hidden_proj(normed)[:, None] + y
+        x = x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]
+        x = x.reshape(slots * k, -1)
+        slot = mx.repeat(mx.arange(slots), k)
+        distance = slot[:, None] - slot
+        bias = self.relative_slot_bias[:, distance + slots]
+        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
+        for layer in self.layers:
+            x = layer(x, bias)
+        known = self.anchor_norm(self.context_proj(anchor[None]))
+        x = self.output_norm(x)
+        joint = mx.concatenate([x, mx.broadcast_to(known, x.shape), x * known], -1)
+        factors = nn.silu(self.factor_input_proj(joint)).reshape(slots, k, -1)
+        after = self._unit(self.in_head(factors))
+        start = mx.broadcast_to(self._unit(self.anchor_out_head(known)), (1, *after.shape[1:]))
+        before = mx.concatenate([start, self._unit(self.out_head(factors))[:-1]])
+        return self.shape.logit_scale * before @ after.swapaxes(-1, -2)
+
+    def _unit(self, x: mx.array) -> mx.array:
+        x = x.astype(mx.float32)
+        lengths = mx.linalg.norm(x, axis=-1, keepdims=True)
+        return x / mx.maximum(lengths, self.shape.vector_eps)
+
+
+HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlation]] = {
     "swiglu": SwiGLU,
     "linear": Linear,
     "selector": Selector,
@@ -383,6 +485,7 @@ HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell]] = {
     "rnn": MarkovRNN,
     "domino": Domino,
     "xpress": XPress,
+    "lilicorr": Correlation,
 }
 """By `DrafterConfig.head`; made with the configuration, I and the size of the target's vocabulary.
 """
@@ -515,6 +618,32 @@ def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array
     weights = mx.take_along_axis(flat, best, 1).reshape(batch, -1)
     kept = mx.sort(mx.argsort(-weights)[:, :rows]).astype(mx.int32)
     return kept, mx.take_along_axis(best.reshape(batch, -1), kept, 1)
+
+
+class CorrelationHead(CandidateHead):
+    """`treeflash.decoding.interfaces.ARHead` in MLX, for the head of LiLiCorr."""
+
+    def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
+        self.module = module
+        self.output = OutputStage(model, target)
+        self._vocab_size = target.vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def candidates(
+        self, block: Block
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+        assert block.anchor is not None
+        normed = self.output.norm(block.slots[self.output.config.first_slot :])
+        marginal = log_softmax(self.output.logits(normed))
+        tokens = top_indices(marginal, self.output.config.selector_top_k)
+        log_probs = mx.take_along_axis(marginal, tokens, -1)
+        embedded = self.output.embed(tokens)
+        scores = self.module(embedded, normed, log_probs, block.anchor)
+        mx.eval(tokens, log_probs, scores)
+        return np.array(tokens, np.int32), np.array(log_probs), np.array(scores)
 
 
 class RecurrentHead:

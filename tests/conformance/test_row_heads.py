@@ -502,6 +502,40 @@ def test_xpress(backend: str) -> None:
         assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
+@needs_fixtures
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lilicorr(backend: str) -> None:
+    """Candidates are scored after each other, and share the mass that their marginal gives them."""
+    pytest.importorskip(BACKENDS[backend])
+    pair = loader(backend)(ROOT / "block-target", ROOT / "lilicorr", FLOAT32)
+    for case, arrays in cases("lilicorr"):
+        candidates, k = arrays["candidates"], case.get("candidate_topk", 4)
+        mass = np.log(np.exp(arrays["candidate_log_probs"]).sum(-1))
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend(case["prompt"])
+            block = sequence.draft(case["root"])
+            marginals = pair.drafter.log_probs(block)
+            np.testing.assert_allclose(marginals, arrays["marginal_log_probs"], atol=TOLERANCE)
+            for rank in range(k):
+                previous = np.array([case["root"], *candidates[:-1, rank]], np.int32)
+                actual = pair.head.log_probs(block, previous)
+                for depth, tokens in enumerate(candidates):
+                    row = arrays["log_pair"][depth - 1, rank] if depth else arrays["log_start"]
+                    expected = row - np.log(np.exp(row).sum()) + mass[depth]
+                    np.testing.assert_allclose(actual[depth, tokens], expected, atol=TOLERANCE)
+                    assert np.isneginf(actual[depth]).sum() == actual.shape[1] - k
+            (table,) = pair.head.transitions([block], TableOptions(m=k, k=k))
+            assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["draft"]
+            assert case["draft"] != case["draft_argmax_of_marginals"]
+            (short,) = pair.head.transitions(
+                [sequence.draft(case["root"], 3)], TableOptions(m=k, k=k)
+            )
+            np.testing.assert_allclose(short.log_probs, table.log_probs[:3], atol=TOLERANCE)
+        config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
+        steps = list(decode(pair, case["prompt"], config))
+        assert [token for step in steps for token in step.tokens] == case["greedy"]
+
+
 def test_the_budget_auto_learns_the_price_of_a_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

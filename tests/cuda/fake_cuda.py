@@ -208,7 +208,12 @@ class FakeCuda(TorchDispatchMode):
             self._launch("gated", 3 * _nbytes(up))
             return torch.empty(up.shape, dtype=up.dtype, device=up.device)
 
-        return Operations(tree_attention=tree_attention, rms_norm=rms_norm, gated=gated)
+        def rotate_and_store(q, k, v, cos, sin, k_cache, v_cache, slots, **_):
+            assert {x.device for x in (k, v, cos, k_cache, slots)} == {q.device}
+            self._launch("rotate_and_store", 2 * sum(map(_nbytes, (q, k, v, cos))))
+            return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+        return Operations(tree_attention, rms_norm, rotate_and_store, gated)
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy

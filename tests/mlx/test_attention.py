@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx_lm.models
 from mlx import nn
 from mlx_lm.models.phixtral import RoPEAttention
-from treeflash_mlx.attention import TreeHooks, TreePass, is_rope
+from treeflash_mlx.attention import TreeHooks, TreePass, attend, fold_group, is_rope
 from treeflash_mlx.backend import load
 
 BRANCHED = DraftTree(
@@ -98,3 +98,30 @@ def run_in_thread(function):
     thread.start()
     thread.join()
     return results[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_heads_of_a_group_are_rows_where_mlx_has_no_fused_kernel(rng, monkeypatch, batch):
+    """Wide heads and many rows; the keys of a group are then read once."""
+    tree = DraftTree.from_parents(np.zeros(9, np.int32), (np.arange(9, dtype=np.int32) - 1) // 2)
+    tree_pass = TreePass.build([tree] * batch, [6] * batch, 99)
+    mask = tree_pass.mask(None)
+    q = mx.array(rng.normal(size=(batch, 6, 9, 160)), mx.float32)
+    k, v = (mx.array(rng.normal(size=(batch, 2, 15, 160)), mx.float32) for _ in "kv")
+    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask)
+    assert mx.allclose(fold_group(q, k, v, 0.1, mask), expected, atol=1e-5)
+    calls, operation = [], mx.fast.scaled_dot_product_attention
+
+    def record(queries, *args, **kwargs):
+        calls.append(queries.shape)
+        return operation(queries, *args, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
+    assert attend(tree_pass, q, k, v, None, 0.1, mask) is NotImplemented  # on a CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert mx.allclose(attend(tree_pass, q, k, v, None, 0.1, mask), expected, atol=1e-5)
+    assert calls == [(batch, 2, 27, 160)]
+    for part in (q[:, :, :8], q[:, :2], q[..., :128]):  # few rows, no groups, narrow heads
+        width = part.shape[-1]
+        others = part, k[..., :width], v[..., :width], None, 0.1, mask[..., : part.shape[2], :]
+        assert attend(tree_pass, *others) is NotImplemented

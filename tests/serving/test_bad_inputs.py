@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 from servers import check_error
@@ -232,6 +233,15 @@ def test_paths(server, method, path, status):
 
 def test_error_before_a_stream_has_a_status(server):
     check_error(server.chat("x" * 600, stream=True), 400, "shorten the prompt")
+
+
+def test_no_field_of_a_request_names_a_file_a_url_or_a_template(server):
+    """Else a client could have the server read what it has no right to, or run code."""
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    names = {name for schema in schemas.values() for name in schema.get("properties", ())}
+    assert names >= {"prompt", "messages", "input", "system", "tools", "input_schema"}
+    odd = {name for name in names if re.search("ur[li]|file|path|folder|template", name)}
+    assert odd == {"chat_template_kwargs"}, "whose `chat_template` is reserved"
 
 
 def test_there_are_enough_bad_inputs():

@@ -446,3 +446,61 @@ class OneByOneHead(ABC):
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         return list(map(self.transitions_one, blocks, options.split(len(blocks))))
+
+
+class CandidateHead(OneByOneHead):
+    """A head that scores the best tokens of all slots of a block after each other (LiLiCorr).
+
+    A row's scores are distributed over the candidates, and share the probability that the slot's
+    marginal gives to all of them. The scores depend on all slots, so that all are computed even if
+    fewer depths are wanted.
+    """
+
+    @abstractmethod
+    def candidates(
+        self, block: Any
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+        """(D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
+
+        Scores are of candidates after the candidates of the slot before; all rows of the first slot
+        are those after the root.
+        """
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Of the target."""
+
+    def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:
+        tokens, log_probs, scores = self.candidates(block)
+        depths = len(block.hidden)
+        tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
+        if options.noise is not None:
+            scores = scores + options.noise.values(tokens)[:, None]
+        rows = _log_softmax(scores[:, : options.m] / np.float32(options.temperature))
+        rows = rows + np.log(np.exp(log_probs).sum(-1))[:, None, None]
+        order = np.argsort(-rows, axis=-1, kind="stable")[..., : options.k]
+        children = np.broadcast_to(tokens[:, None], rows.shape)
+        return TransitionTable.from_candidates(
+            tokens[:-1, : options.m],
+            np.take_along_axis(children, order, -1),
+            np.take_along_axis(rows, order, -1),
+        )
+
+    def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+        """(D, vocab) after (D,) previous tokens; -inf for all but the candidates."""
+        tokens, log_probs, scores = self.candidates(block)
+        depths = len(block.hidden)
+        tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]
+        rows = _log_softmax(scores) + np.log(np.exp(log_probs).sum(-1))[:, None, None]
+        wide = np.full((depths, self.vocab_size), -np.inf, np.float32)
+        for depth, row in enumerate(rows):
+            places = np.flatnonzero(tokens[depth - 1] == previous[depth]) if depth else [0]
+            if len(places):  # nothing is scored after other tokens
+                wide[depth, tokens[depth]] = row[places[0]]
+        return wide
+
+
+def _log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = scores - scores.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)

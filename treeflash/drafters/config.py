@@ -14,6 +14,27 @@ from treeflash.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """The shape of the head `lilicorr`, a small transformer over the candidates of all slots.
+
+    Attributes:
+        hidden_size: its width.
+        layers: its layers.
+        heads: of its attention.
+        inner_size: of its feed-forward networks.
+        logit_scale: factor on the products of unit vectors.
+        vector_eps: least length that a vector is divided by.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    inner_size: int
+    logit_scale: float
+    vector_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     """The shape of a drafter, from its checkpoint.
 
@@ -43,12 +64,13 @@ class DrafterConfig:
         softcap: bound of the drafter's logits after the factor, by a hyperbolic tangent.
         own_vocabulary: whether the folder may hold embeddings and an output head.
         draft_vocab_size: number of tokens that the drafter can propose; None is all of them.
-        head_rank: inner width of the heads of DFlash2, DSpark, Domino and X-PRESS.
+        head_rank: inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr.
         head_state_size: width of the state of the heads `rnn`, `domino` and `xpress`, which depend
             on all tokens of a path; 0 for other heads.
         head_mlp_ratio: inner width of the feed-forward network of the head `xpress`, in ranks.
         head_from_depth: the first depth that the head `domino` corrects.
-        selector_top_k: candidates of a slot that the head `selector` scores.
+        selector_top_k: candidates of a slot that the heads `selector` and `lilicorr` score.
+        correlation: the shape of the head `lilicorr`; None for other heads.
         confidence_head: whether there is a head that predicts the acceptance of each token.
         confidence_with_markov: whether the confidence head reads the previous token too.
     """
@@ -86,6 +108,7 @@ class DrafterConfig:
     head_mlp_ratio: int = 0
     head_from_depth: int = 1
     selector_top_k: int = 0
+    correlation: Correlation | None = None
     confidence_head: bool = False
     confidence_with_markov: bool = False
 

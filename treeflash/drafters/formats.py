@@ -7,6 +7,7 @@
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
 | DeepSpec | deepseek-ai, LiquidAI | `Qwen3DSparkModel`, `Lfm2DSparkDraftModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
+| LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
 
 All of them have the backbone of `treeflash.drafters.backbone`. A drafter's own settings are in the
@@ -23,12 +24,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import Correlation, DrafterConfig
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError
 
 Config: TypeAlias = Mapping[str, Any]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
+CORRELATION_KEYS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "mlp_ratio",
+    "logit_scale",
+    "vector_eps",
+)
+"""The settings of LiLiCorr's transformer, without their prefix; they have no defaults."""
 TREEFLASH_PREFIX = "ar_approximation."
 CONFIDENCE_PREFIX = "confidence_head."
 
@@ -119,6 +129,48 @@ def _xpress_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> S
     return {f"refiner_head.{name}": shape for name, shape in shapes.items()}
 
 
+def _lilicorr_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
+    own = config.correlation
+    assert own is not None
+    h, w, r, i = config.hidden_size, own.hidden_size, config.head_rank, own.inner_size
+    slots, k = config.depths, config.selector_top_k
+    linears = {
+        "pass_hidden_proj": (w, h),
+        "context_proj": (w, h),
+        "feature_mlp.1": (w, 5),
+        "feature_mlp.3": (w, w),
+        "factor_input_proj": (w, 3 * w),
+        "out_head": (r, w),
+        "in_head": (r, w),
+        "anchor_out_head": (r, w),
+    }
+    if w != h:
+        linears["token_proj"] = (w, h)
+    shapes: Shapes = {
+        "anchor_norm.weight": (w,),
+        "output_norm.weight": (w,),
+        "feature_mlp.0.weight": (5,),
+        "feature_mlp.0.bias": (5,),
+        "rank_embedding": (1, 1, 1, k, w),
+        "slot_embedding": (1, 1, slots, 1, w),
+        "relative_slot_bias": (own.heads, 2 * slots + 1),
+        "same_slot_bias": (own.heads,),
+    }
+    for n in range(own.layers):
+        layer = f"layers.{n}."
+        linears |= {f"{layer}mlp.0": (i, w), f"{layer}mlp.2": (w, i)}
+        linears[f"{layer}attn.out_proj"] = (w, w)
+        shapes |= {
+            f"{layer}attn_norm.weight": (w,),
+            f"{layer}mlp_norm.weight": (w,),
+            f"{layer}attn.in_proj_weight": (3 * w, w),
+            f"{layer}attn.in_proj_bias": (3 * w,),
+        }
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {f"lilicorr.{name}": shape for name, shape in shapes.items()}
+
+
 _treeflash_head = partial(
     HeadFormat,
     family="TreeFlash",
@@ -167,6 +219,16 @@ HEADS = {
         prefix="refiner_head.",
         settings={"xpress_rank": "head_rank", "xpress_mlp_ratio": "head_mlp_ratio"},
     ),
+    "lilicorr": HeadFormat(
+        family="LiLiCorr",
+        shapes=_lilicorr_shapes,
+        prefix="lilicorr.",
+        settings={
+            "lilicorr_factor_dim": "head_rank",
+            "lilicorr_candidate_topk": "selector_top_k",
+            **{f"lilicorr_{name}": "correlation" for name in CORRELATION_KEYS},
+        },
+    ),
 }
 """By `DrafterConfig.head`."""
 
@@ -191,7 +253,7 @@ REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
-    "Qwen35DSparkModel": "DSpark for Qwen3.5 layers",
+    "Gemma4AssistantForCausalLM": "Gemma 4's assistant",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
 OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
@@ -249,13 +311,17 @@ def detect_format(config: Config) -> Format:
     if any(key.startswith("dspark_") for key in config):
         raise ValueError("the layout of DeepSeek-V4's DSpark is not supported")
     projector = find_setting(config, "projector_type")
-    if projector not in (None, "dflash", "dspark", "domino"):
+    if projector not in (None, "dflash", "dspark", "domino", "lilicorr"):
         raise ValueError(f"projector_type = {projector!r} is not supported")
     if projector == "domino" or architecture == "DominoDraftModel":
         return DOMINO
+    if projector == "lilicorr" or architecture == "LiLiCorrDraftModel":
+        return LILICORR
     if projector == "dspark" or architecture == "DSparkDraftModel":
         return SPECFORGE
-    if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel"):
+    if architecture == "Qwen35DSparkModel" and config.get("enable_qwen35_gated_q_proj"):
+        raise ValueError("enable_qwen35_gated_q_proj = True is not supported")
+    if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"):
         return DEEPSPEC
     dflash2 = architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model")
     if dflash2 or find_setting(config, "selector_top_k"):
@@ -510,6 +576,35 @@ def _parse_domino(config: Config) -> DrafterConfig:
     )
 
 
+def _parse_lilicorr(config: Config) -> DrafterConfig:
+    """DFlash, perhaps with DFlash2's convolutions, and a transformer over the candidates."""
+    values = {}
+    for key in HEADS["lilicorr"].settings:
+        if (value := find_setting(config, key)) is None:
+            raise KeyError(key)
+        values[key.removeprefix("lilicorr_")] = value
+    width = int(values["hidden_size"]) or int(config["hidden_size"])
+    taps, group = (find_setting(config, f"conv_{name}") for name in ("kernel_size", "group_size"))
+    if (taps is None) != (group is None):
+        raise ValueError("conv_kernel_size and conv_group_size must be given together")
+    return _parse_sections(
+        config,
+        head="lilicorr",
+        head_rank=int(values["factor_dim"]),
+        selector_top_k=int(values["candidate_topk"]),
+        conv_kernel_size=int(taps or 0),
+        conv_group_size=int(group or 1),
+        correlation=Correlation(
+            hidden_size=width,
+            layers=int(values["num_layers"]),
+            heads=int(values["num_heads"]),
+            inner_size=int(width * float(values["mlp_ratio"])),
+            logit_scale=float(values["logit_scale"]),
+            vector_eps=float(values["vector_eps"]),
+        ),
+    )
+
+
 def _parse_speculators(config: Config) -> DrafterConfig:
     """DFlash, DFlash2, DSpark and X-PRESS in a nested configuration.
 
@@ -618,6 +713,13 @@ DOMINO = Format(
     name="SpecForge Domino",
     parse=_parse_domino,
     keys=DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
+)
+LILICORR = Format(
+    name="LiLiCorr",
+    parse=_parse_lilicorr,
+    keys=DFLASH_KEYS
+    | HEADS["lilicorr"].settings.keys()
+    | {"lilicorr_enabled", "conv_kernel_size", "conv_group_size"},
 )
 SPECULATORS = Format(
     name="speculators",

@@ -35,6 +35,7 @@ class Block:
     hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
     slots: Array  # (S, hidden_size) outputs of the last layer at all slots
     before: int  # token id before the root
+    anchor: Array  # (hidden_size,) projected features of the last committed position
 
 
 class Drafter(OneByOneDrafter):
@@ -51,7 +52,7 @@ class Drafter(OneByOneDrafter):
         cache = state.drafter
         assert cache is not None
         if state.context:
-            self._read(cache, np.concatenate(state.context))
+            state.anchor = self._read(cache, np.concatenate(state.context))
             state.context = []
         config, start = self.model.config, cache.length
         tokens = np.full(config.block_size, config.mask_token_id)
@@ -77,7 +78,8 @@ class Drafter(OneByOneDrafter):
             gate = silu(self._linear(layer + "mlp.gate_proj", y))
             up = self._linear(layer + "mlp.up_proj", y)
             x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
-        return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1])
+        assert state.anchor is not None
+        return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1], state.anchor)
 
     def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
         logits = self.model.logits(block.hidden)
@@ -89,14 +91,15 @@ class Drafter(OneByOneDrafter):
     def log_probs(self, block: Block) -> Array:
         return self.model.over_target_vocabulary(log_softmax(self.model.logits(block.hidden)))
 
-    def _read(self, cache: Cache, features: Array) -> None:
-        """Project positions to keys and values, once for all blocks."""
+    def _read(self, cache: Cache, features: Array) -> Array:
+        """Project positions to keys and values, once for all blocks; returns the last context."""
         context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
             k, v = self._kv_cache(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
+        return np.asarray(context[-1])
 
     def _convolutions(self, name: str, y: Array) -> list[Callable[[Array], Array]]:
         """The convolutions before and after a sublayer, whose normed input is `y`."""

@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from treeflash.decoding.backend_base import OneByOneHead
+from treeflash.decoding.backend_base import CandidateHead, OneByOneHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import Array, Ints, log_softmax, rms_norm, sigmoid, silu, top
 
+LAYER_NORM_EPS = 1e-5
 NORM_EPS = 1e-6
 
 
@@ -215,6 +216,78 @@ class XPress(Cell):
         return np.asarray(x @ self.tensors["in_proj.weight"].T)
 
 
+class Correlation:
+    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
+
+    def __init__(self, model: DrafterModel) -> None:
+        self.model, self.tensors = model, model.head_tensors
+
+    def scores(self, block: Block, tokens: Ints, log_probs: Array) -> Array:
+        """(S - 1, k, k) scores of the candidates of a slot after the candidates before.
+
+        The first slot's are after the root, and equal in all rows. They come from (S - 1, k)
+        candidates, the best first, and their log probabilities.
+        """
+        own, (slots, k) = self.model.config.correlation, tokens.shape
+        assert own is not None
+        ranks = np.broadcast_to(np.arange(k, dtype=np.float32), tokens.shape)
+        parts = [log_probs, np.exp(log_probs), log_probs - log_probs[:, :1]]
+        features = np.stack([*parts, ranks / max(k - 1, 1), (ranks == 0) + 0.0], -1)
+        features = features - features.mean(-1, keepdims=True)
+        features /= np.sqrt((features**2).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+        features = features * self.tensors["feature_mlp.0.weight"]
+        features = silu(
+            self._linear("feature_mlp.1", features + self.tensors["feature_mlp.0.bias"])
+        )
+        embedded = self.model.embed(tokens)
+        x = (
+            self._linear("token_proj", embedded)
+            if "token_proj.weight" in self.tensors
+            else embedded
+        )
+        normed = self.model.normed("norm", block.slots[self.model.config.first_slot :])
+        x = x + self._linear("pass_hidden_proj", normed)[:, None]
+        x = x + self._linear("feature_mlp.3", features)
+        x = x + self.tensors["slot_embedding"][0, 0] + self.tensors["rank_embedding"][0, 0]
+        x = x.reshape(slots * k, -1)
+        slot = np.repeat(np.arange(slots), k)
+        distance = slot[:, None] - slot
+        bias = self.tensors["relative_slot_bias"][:, distance + slots]
+        bias = bias + self.tensors["same_slot_bias"][:, None, None] * (distance == 0)
+        for n in range(own.layers):
+            layer = f"layers.{n}."
+            y = self._normed(layer + "attn_norm", x)
+            qkv = y @ self.tensors[layer + "attn.in_proj_weight"].T
+            qkv = qkv + self.tensors[layer + "attn.in_proj_bias"]
+            q, key, value = qkv.reshape(len(x), 3, own.heads, -1).transpose(1, 2, 0, 3)
+            weights = q @ key.swapaxes(-1, -2) / np.sqrt(np.float32(q.shape[-1])) + bias
+            y = (np.exp(log_softmax(weights)) @ value).swapaxes(0, 1).reshape(x.shape)
+            x = x + self._linear(layer + "attn.out_proj", y)
+            y = silu(self._linear(layer + "mlp.0", self._normed(layer + "mlp_norm", x)))
+            x = x + self._linear(layer + "mlp.2", y)
+        anchor = self._normed("anchor_norm", self._linear("context_proj", block.anchor))
+        x = self._normed("output_norm", x)
+        joint = np.concatenate([x, np.broadcast_to(anchor, x.shape), x * anchor], -1)
+        factors = silu(self._linear("factor_input_proj", joint))
+        outs, ins = (self._unit(name, factors).reshape(slots, k, -1) for name in ("out", "in"))
+        start = np.broadcast_to(self._unit("anchor_out", anchor), (1, k, outs.shape[-1]))
+        before = np.concatenate([start, outs[:-1]])
+        return np.asarray(np.float32(own.logit_scale) * before @ ins.swapaxes(-1, -2))
+
+    def _linear(self, name: str, x: Array) -> Array:
+        return np.asarray(x @ self.tensors[name + ".weight"].T + self.tensors[name + ".bias"])
+
+    def _normed(self, name: str, x: Array) -> Array:
+        return rms_norm(x, self.tensors[name + ".weight"], self.model.config.rms_norm_eps)
+
+    def _unit(self, name: str, x: Array) -> Array:
+        vectors = self._linear(name + "_head", x)
+        own = self.model.config.correlation
+        assert own is not None
+        lengths = np.sqrt((vectors**2).sum(-1, keepdims=True))
+        return np.asarray(vectors / np.maximum(lengths, np.float32(own.vector_eps)))
+
+
 HEADS: dict[str | None, type[Scores | Cell]] = {
     "swiglu": Corrected,
     "linear": Corrected,
@@ -228,7 +301,9 @@ HEADS: dict[str | None, type[Scores | Cell]] = {
 """By `DrafterConfig.head`."""
 
 
-def make_head(model: DrafterModel) -> ARHead | RecurrentHead:
+def make_head(model: DrafterModel) -> ARHead | RecurrentHead | CorrelationHead:
+    if model.config.correlation is not None:
+        return CorrelationHead(model, Correlation(model))
     head = HEADS[model.config.head](model)
     return ARHead(model, head) if isinstance(head, Scores) else RecurrentHead(model, head)
 
@@ -284,6 +359,25 @@ class ARHead(OneByOneHead):
             best = np.argsort(-marginal.max(0), kind="stable")[:shortlist]
             best = np.tile(best, (len(marginal), 1))
         return np.sort(best, -1).astype(np.int32)
+
+
+class CorrelationHead(CandidateHead):
+    """`treeflash.decoding.interfaces.ARHead` in NumPy, for the head of LiLiCorr."""
+
+    def __init__(self, model: DrafterModel, scores: Correlation) -> None:
+        self.model, self.scores = model, scores
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.target.vocab_size
+
+    def candidates(self, block: Block) -> tuple[Ints, Array, Array]:
+        slots = block.slots[self.model.config.first_slot :]
+        marginal = log_softmax(self.model.logits(slots))
+        order = np.argsort(-marginal, axis=-1, kind="stable")
+        tokens = order[:, : self.model.config.selector_top_k].astype(np.int32)
+        log_probs = np.take_along_axis(marginal, tokens, -1)
+        return tokens, log_probs, self.scores.scores(block, tokens, log_probs)
 
 
 class RecurrentHead(OneByOneHead):

@@ -398,7 +398,8 @@ def tree_attention(
         *(chunks, *keys.paths.stride()[:2], *strides, *factors),
         SINKS=sinks is not None,
         num_warps=8 if wide else 4,
-        num_stages=1,  # few tiles follow each other, and loads ahead of them take registers
+        # Few tiles follow each other, and loading ahead makes some GPUs spill registers.
+        num_stages=3 if wide or head_dim > MAX_NARROW else 1,
         **shapes,
     )
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -471,6 +472,17 @@ def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
     expected = scores(Scheduler(backend))
     assert len(expected) == 3
     assert scores(scheduler) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_seconds_of_steps_are_parts_of_the_time_that_has_passed(backend):
+    scheduler = Scheduler(backend)
+    scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of(method="treeflash")))
+    started = time.perf_counter()
+    steps = [step for _, step in scheduler.run()]
+    passed = time.perf_counter() - started
+    assert {phase for step in steps for phase in step.seconds} >= {"prefill", "draft", "verify"}
+    assert all(seconds > 0 for step in steps for seconds in step.seconds.values())
+    assert sum(seconds for step in steps for seconds in step.seconds.values()) < passed
 
 
 @pytest.mark.parametrize("methods", [("ar", "treeflash"), ("treeflash", "ar")])

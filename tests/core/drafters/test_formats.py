@@ -5,18 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from treeflash.config import LoadConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import decode
+from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, read_file, read_tensors
-from treeflash.drafters.formats import detect_format, drafter_config, unknown_keys
+from treeflash.drafters.formats import (
+    detect_format,
+    drafter_config,
+    head_shapes,
+    parse_drafter_config,
+    unknown_keys,
+)
 from treeflash.drafters.loading import load_tensors, refuse_extensions
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.registry import loader
@@ -526,3 +535,82 @@ def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> 
             sequence.extend([1, 2, 3, 4, 5])
             log_probs.append(pair.drafter.log_probs(sequence.draft(6)))
     np.testing.assert_allclose(*log_probs, atol=1e-5)
+
+
+def test_dspark_for_qwen3_5_is_deepspec_unless_its_queries_are_gated(
+    write: Callable[[str], Path],
+) -> None:
+    folder = write("deepspec")
+    expected = drafter_config(folder)
+    edit_config(folder, lambda c: c.update(architectures=["Qwen35DSparkModel"]))
+    assert drafter_config(folder) == expected
+    edit_config(folder, lambda c: c.update(enable_qwen35_gated_q_proj=True))
+    with pytest.raises(CheckpointError, match="enable_qwen35_gated_q_proj = True is not supported"):
+        drafter_config(folder)
+
+
+LILICORR = {
+    "candidate_topk": 5,
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "mlp_ratio": 1.5,
+    "factor_dim": 8,
+    "vector_eps": 1e-4,
+    "logit_scale": 8.0,
+}
+
+
+def write_lilicorr(folder: Path, **changes: Any) -> Path:
+    """Write a small target, and a random drafter with the head of LiLiCorr."""
+    write_target(folder / "target", "qwen3", seed=0)
+    write_dialect(folder / "dflash", folder / "target", "dflash", seed=1)
+    config, tensors = read_config(folder / "dflash"), read_tensors(folder / "dflash")
+    config["architectures"] = ["LiLiCorrDraftModel"]
+    own = {f"lilicorr_{key}": value for key, value in (LILICORR | changes).items()}
+    config["dflash_config"] |= {"projector_type": "lilicorr", **own}
+    shapes = head_shapes(parse_drafter_config(config), 0, None)
+    rng = np.random.default_rng(2)
+    tensors |= {name: rng.normal(size=x).astype(np.float32) / 2 for name, x in shapes.items()}
+    save(folder / "drafter", config, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("width", [0, 24])
+def test_backends_agree_on_lilicorr(width: int, tmp_path: Path) -> None:
+    folder = write_lilicorr(tmp_path, hidden_size=width, num_heads=4 if width == 0 else 3)
+    found, texts = [], []
+    for backend, package in {"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}.items():
+        if find_spec(package) is None:
+            continue
+        options = LoadConfig(device="cpu", dtype="float32")
+        pair = loader(backend)(folder / "target", folder / "drafter", options)
+        with SequenceSession(pair, drafts=True) as sequence:
+            sequence.extend([1, 2, 3, 4, 5])
+            for _ in range(2):  # also without new positions
+                block = sequence.draft(6)
+            found.append(pair.head.transitions([block], TableOptions(m=5, k=5))[0])
+        sampling = SamplingConfig(temperature=0.8, seed=3)
+        config = DecodeConfig(method="treeflash", budget=12, max_tokens=16, sampling=sampling)
+        plain, drafted = (
+            [token for step in decode(pair, [1, 2, 3], x) for token in step.tokens]
+            for x in (replace(config, method="ar"), config)
+        )
+        assert plain == drafted
+        texts.append(drafted)
+    for table in found[1:]:
+        np.testing.assert_array_equal(table.tokens[0], found[0].tokens[0])
+        np.testing.assert_allclose(table.log_probs, found[0].log_probs, atol=1e-4)
+    assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("key", [*LILICORR, "unknown"])
+def test_every_setting_of_lilicorr_is_needed(key: str, tmp_path: Path) -> None:
+    folder = write_lilicorr(tmp_path) / "drafter"
+    name = f"lilicorr_{key}"
+    if key == "unknown":
+        edit_config(folder, lambda c: c["dflash_config"].update({name: 1}))
+    else:
+        edit_config(folder, lambda c: c["dflash_config"].pop(name))
+    with pytest.raises(CheckpointError, match=name):
+        drafter_config(folder)
