@@ -46,6 +46,7 @@ NAMES = [
     "backend",
     "device",
     "dtype",
+    "inexact",
     "seed",
     "finish_reason",
 ]
