@@ -92,8 +92,9 @@ EXPORTS = [
 
 
 def complete(config):
-    """Name the architecture, as published folders do, and drop windows, which exports lack."""
+    """Add settings that published folders have, and drop windows, which exports lack."""
     config.setdefault("architectures", ["DFlashDraftModel"])
+    config.setdefault("hidden_act", "silu")
     if config.pop("sliding_window", None):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
 
