@@ -11,10 +11,12 @@ rounded differently from the same token alone. In exact mode it is not, bit for 
   of their positions, so its sum has the terms of plain decoding in the order of plain decoding.
 - Scores are sums over the head's width, and the largest score does not depend on an order. The
   denominator is summed like the numerator: a column of ones is stored beside the values.
+- Activations read contiguous numbers: PyTorch has another kernel of GELU for the others
+  (`pack_activations`).
 
 Everything else computes each row by itself. None of this is promised by the libraries underneath,
-so `check_products`, `check_attention` and `treeflash.decoding.probe.check_exact` test it on each
-machine at load.
+so `check_products`, `check_activations`, `check_attention` and
+`treeflash.decoding.probe.check_exact` test it on each machine at load.
 """
 
 from __future__ import annotations
@@ -258,6 +260,36 @@ class _Padded:
 
 def _padded(product: Callable[[Tensor], Tensor], least: int) -> Callable[[Tensor], Tensor]:
     return product if isinstance(product, _Padded) else _Padded(product, least)
+
+
+def activations(model: nn.Module) -> Iterator[nn.Module]:
+    modules = "transformers.activations", "torch.nn.modules.activation"
+    return (x for x in model.modules() if type(x).__module__ in modules)
+
+
+def pack_activations(model: nn.Module) -> None:
+    """Let the activations of a loaded model read contiguous numbers."""
+    for module in activations(model):
+        module.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+
+
+def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compare activations of all 65,536 numbers bit for bit, in rows of other lengths and strides.
+
+    Raises:
+        UnsupportedModelError: an activation depends on a number's place.
+    """
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = numbers.view(dtype) if dtype.itemsize == 2 else numbers.to(dtype)
+    numbers = numbers[numbers.isfinite()]
+    for module in {type(x): x for x in activations(model)}.values():
+        expected = module(numbers)
+        strided = module(torch.stack([numbers, numbers], 1)[:, 0])
+        shifted = [module(numbers[place:].clone()) for place in (1, 3, 7)]
+        if any(not torch.equal(x, expected[-len(x) :]) for x in (strided, *shifted)):
+            raise UnsupportedModelError(
+                f"{INEXACT}: {type(module).__name__} depends on a number's place on this machine"
+            )
 
 
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)

@@ -46,7 +46,14 @@ from treeflash_cuda.attention import (
     is_attending,
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
-from treeflash_cuda.exact import ExactContext, check_attention, check_products, pad_products
+from treeflash_cuda.exact import (
+    ExactContext,
+    check_activations,
+    check_attention,
+    check_products,
+    pack_activations,
+    pad_products,
+)
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import (
     MAMBA_2,
@@ -483,8 +490,10 @@ class Target:
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
         pad_products(self.model)
+        pack_activations(self.model)
         with torch.inference_mode():
             check_products(self.model, self.dtype)
+            check_activations(self.model, self.dtype)
             assert self.arena.like is not None
             _, kv_heads, _, width = self.arena.like.shape
             check_attention(self.config.num_attention_heads, kv_heads, width)

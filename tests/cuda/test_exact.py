@@ -17,6 +17,7 @@ require("torch")
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from treeflash_cuda import exact
 from treeflash_cuda.backend import load
 
@@ -149,13 +150,22 @@ def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_operations_compute_each_row_by_itself(dtype):
-    """Norms, activations and rotary angles; all 65,536 numbers for the activation."""
-    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    numbers = numbers[numbers.isfinite()]
-    whole = F.silu(numbers)
-    assert torch.equal(F.silu(torch.stack([numbers, numbers], 1)[:, 0]), whole)
-    assert torch.equal(torch.cat([F.silu(x.clone()) for x in numbers.split(7)]), whole)
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_activations_do_not_depend_on_the_place_of_a_number(dtype, name):
+    model = nn.Sequential(ACT2FN[name])
+    if name != "silu":
+        with pytest.raises(UnsupportedModelError, match="depends on a number.s place"):
+            exact.check_activations(model, dtype)
+    exact.pack_activations(model)
+    exact.check_activations(model, dtype)
+
+
+def test_gelu_is_exact(tmp_path):
+    load_exact(write(tmp_path, hidden_act="gelu"))
+
+
+def test_other_operations_compute_each_row_by_itself():
+    """Norms, rotary angles and the parts of SiLU."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 576, generator=random)
     norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
