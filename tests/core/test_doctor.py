@@ -44,6 +44,7 @@ def test_report(run, prompts):
         "prompting",
         "target layers",
         "mask token",
+        "exact mode",
     ]
     assert lines[-1] == "can draft, best first: suffix"
 

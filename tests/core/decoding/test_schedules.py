@@ -111,7 +111,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a double commit": (FaultyVerifier, "commit", commit_twice),
     "a failed state in the prefix cache": (Scheduler, "_end", keep_failed),
     "a prefix cache without a limit": (PrefixCache, "put", put_without_a_limit),
-    "a prefix cache that does not make room": (Scheduler, "_make_room", lambda *_: True),
+    "a prefix cache that does not make room": (Scheduler, "_make_room", lambda *_, **__: True),
     "states shared by all salts": (Scheduler, "_cache_key", share_with_all),
     "prompts without a limit": (Iteration, "_chunks", give_every_prompt_the_whole_room),
     "an error that ends the whole batch": (Iteration, "_batch", end_all),
