@@ -67,7 +67,7 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="FILE.jsonl",
-        help="responses to validate on (default: as many of --responses as --validation-sequences)",
+        help="responses to validate on (default: --validation-sequences of --responses)",
     )
     parser.add_argument(
         "--output",

@@ -138,7 +138,7 @@ def _by_depth(
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` depth by depth.
 
-    The decayed keys on a node's path are those of its parent, decayed once more. That takes n *
+    The decayed keys on a node's path are its parent's keys, decayed once more. That takes n *
     depth * key_dim products, and no exponentials but the gates'.
     """
     depths = np.zeros(len(parents), np.int32)

@@ -223,7 +223,7 @@ def runs_batches(backend: MlxBackend) -> bool:
 
 
 def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
-    """The difference that a pass of two sequences makes, relative to that of another context."""
+    """The difference that a pass of two sequences makes, relative to what another context makes."""
     sequences = [SequenceSession(backend, capacity=32) for _ in range(2)]
     states = [sequence.state for sequence in sequences]
     tree = DraftTree.root_only(int(rng.integers(backend.vocab_size)))
@@ -325,4 +325,6 @@ def _fill(
             return hasattr(m, "to_quantized") and m.weight.shape[-1] % GROUP_SIZE == 0
 
         nn.quantize(module, GROUP_SIZE, bits, class_predicate=fits)
-    mx.eval([child.parameters() for child in module.modules()])  # also those of `DrafterModel.own`
+    mx.eval(
+        [child.parameters() for child in module.modules()]
+    )  # also the parameters of `DrafterModel.own`

@@ -272,7 +272,7 @@ def choose_solver() -> Solver:
 def solver_error(solver: Solver) -> float:
     """The largest error of a solver, relative to the largest entry of the solution.
 
-    The system is that of a chain whose keys resemble each other, so that what a node writes depends
+    The system belongs to a chain whose keys resemble each other, so that what a node writes depends
     on all nodes before it. In a whole model the deepest nodes may count for less than rounding.
     """
     nodes, width = 24, 32

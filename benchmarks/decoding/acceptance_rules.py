@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding.acceptance_rules gsm8k.jsonl --temperatures 0.6,1 [--json FILE]
 
-Drafter, AR head, chain length and prompts are the same for all rules:
+All rules have the same drafter, AR head, chain length and prompts:
 
 - `shared`: draft and target add the same noise to their logits; a draft is accepted if it is the
   target's token (Daliri et al. 2024, arXiv 2408.07978). It is the rule of this package.

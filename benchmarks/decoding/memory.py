@@ -6,7 +6,7 @@
 - `peak`: the most memory that was held until then, in MiB: after loading, and after each sequence.
   The first prompt is continued for `--max-tokens` tokens, ignoring stop tokens, again and again.
   Every sequence needs as much memory as the first, so the peak should stay where the first left it.
-  On a GPU this is the memory of tensors, on a CPU that of the process.
+  On a GPU this is the memory of tensors, on a CPU the memory of the process.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_operations_of_an_iteration(cuda, pair, sequences):
 
 
 def test_the_command_counts_operations_and_bytes(cuda):
-    """The bytes of a pass are at least those of the weights, and grow with the context."""
+    """The bytes of a pass are at least the weights' bytes, and grow with the context."""
     shape, found = launches.SHAPES["tiny"], []
     for settings in ("--nodes 8 --context 16", "--nodes 8 --context 64"):
         args = launches.parser().parse_args(["--sequences", "1,8", *settings.split()])

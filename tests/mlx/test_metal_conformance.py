@@ -42,7 +42,7 @@ GROUP, BITS = 32, 8
 def write_wide_target(folder, family, **options):
     """Write a target whose shapes the kernels run.
 
-    The weights of a Qwen3 are those of a second folder, `quantised`, as numbers of 32 bits.
+    The weights of a Qwen3 come from a second folder, `quantised`, as numbers of 32 bits.
     """
     write_target(folder, family, **({"hidden_size": 64, "key_dim": 32} | options))
     if family != "qwen3":

@@ -328,7 +328,7 @@ class Balance:
     next_pause: int = FIRST_PAUSE
 
     def add(self, gained: float) -> None:
-        """Add the tokens of an iteration beyond those of the alternative."""
+        """Add the tokens of an iteration beyond the alternative's tokens."""
         self.balance = min(self.balance + gained, HIGHEST_BALANCE)
         if self.balance <= LOWEST_BALANCE:
             self.pause, self.balance = self.next_pause, LOWEST_BALANCE / 2

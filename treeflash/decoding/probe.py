@@ -33,7 +33,7 @@ ATTEMPTS = 8
 TOLERANCES = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
 """Differences of the same computation by other kernels, by dtype; see `relative_difference`."""
 LIMITS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}
-"""Limits by dtype of the difference on and after a tree, relative to that of another context.
+"""Limits by dtype of the difference on and after a tree, relative to another context's.
 
 Rounding reaches 1e-5 in float32 and 0.2 in bfloat16 (SmolLM2), a wrong row or position 0.5 or more.
 """

@@ -64,8 +64,8 @@ class SamplingParams:
         edits: changes of the logits, before everything else; None for none.
         allowed: (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may
             be sampled. It takes effect after the edits. None allows every token.
-        log_probs: number of the best tokens whose log probabilities to return beside that of the
-            sampled token; None returns none at all.
+        log_probs: number of the best tokens whose log probabilities to return beside the
+            sampled token's; None returns none at all.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -212,7 +212,7 @@ class SuffixTree:
     """What followed earlier occurrences, best first; node 0 is the last token of the context.
 
     Attributes:
-        tokens: of each node; that of node 0 has no meaning.
+        tokens: of each node; the token of node 0 has no meaning.
         parents: of each node, before it; -1 for node 0.
         probs: of the path to each node; 1 for node 0.
         shares: of each node among its parent's places.

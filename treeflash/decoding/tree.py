@@ -147,7 +147,7 @@ def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The `budget - 1` most probable paths of the table, under the root, best first.
 
-    The result is that of best-first expansion with a heap (OPT-Tree, section 3.2), as a child is
+    The result equals best-first expansion with a heap (OPT-Tree, section 3.2), as a child is
     never more probable than its parent or than an earlier sibling. It is built level by level
     instead, and a level keeps only candidates that may still be among the best. Paths of equal
     probability are ordered by their ranks among siblings, the lexicographically smaller first.

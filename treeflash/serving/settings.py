@@ -108,7 +108,9 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         kind = int if isinstance(limit.default, int) else float
         metavar = limit.metadata["metavar"]
         add(flag, limit.metadata["help"], limit.default, type=kind, metavar=metavar)
-    help = "form in which the model writes tool calls (default: that of its tokenizer or family)"
+    help = (
+        "form in which the model writes tool calls (default: the form of its tokenizer or family)"
+    )
     add("--tool-call-parser", help, choices=tuple(TOOL_CALL_PARSERS))
     help = "file with one API key per line; every request must have one of them"
     add("--api-key-file", help, type=Path, metavar="FILE")

@@ -201,7 +201,7 @@ def write_target(
     """Write a target of two key-value heads for four query heads.
 
     The vocabulary is small, so that even a random drafter is right at times. `hidden_size` is
-    divisible by 8, and `sliding_window` is that of Mistral's layers. `key_dim` is the width of keys
+    divisible by 8, and `sliding_window` belongs to Mistral's layers. `key_dim` is the width of keys
     in gated delta nets. If `tied`, the embedding serves as the output head.
     """
     config: dict[str, Any] = {
@@ -253,7 +253,7 @@ def write_drafter(
 
     The format `treeflash` has an AR head, `swiglu` or `linear`, and `dflash` has none; both get the
     same backbone from a seed. Without `target_layer_ids` the key is left out. The sliding window is
-    that of the first layer. If `sharded`, the tensors are spread over two files.
+    the first layer's. If `sharded`, the tensors are spread over two files.
     """
     target = text_settings(read_config(target_folder))
     hidden_size, vocab_size = target["hidden_size"], target["vocab_size"]

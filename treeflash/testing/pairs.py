@@ -94,7 +94,7 @@ class PairMaker(Protocol):
     ) -> Pair:
         """A pair of a family, the suite's first by default.
 
-        Further options are those of `write_target`, and of `write_drafter` or `write_dialect`.
+        Further options go to `write_target`, and to `write_drafter` or `write_dialect`.
         """
 
 

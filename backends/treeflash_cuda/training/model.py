@@ -1,6 +1,6 @@
 """The drafter in training: many blocks of many sequences in one forward pass.
 
-The conditional heads are those of decoding (`treeflash_cuda.heads`), applied to all positions.
+The conditional heads are the heads of decoding (`treeflash_cuda.heads`), applied to all positions.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class Blocks(nn.Module):
         positions = (batch.anchors[:, :, None] + torch.arange(size, device=device)).flatten(1)
         columns = torch.arange(length, device=device).expand(rows, -1)
         cos, sin = self.model.rotary(torch.cat([columns, positions], 1), torch.float32)
-        rotation = cos[:, None], sin[:, None]  # the same for all heads
+        rotation = cos[:, None], sin[:, None]  # shared by all heads
         tokens = torch.full((rows, anchors, size), config.mask_token_id, device=device)
         tokens[:, :, 0] = batch.tokens.gather(1, batch.anchors)
         x = F.embedding(tokens.flatten(1), self.embeddings[0]) * config.input_scale

@@ -1,6 +1,6 @@
 """Metal kernels in the place of MLX's operations, and how they are chosen at load.
 
-A kernel is used on a device only if its results there are those of the operations, and if a race
+A kernel is used on a device only if its results there equal the operations' results, and if a race
 shows that it is faster: `choose` decides both, for one kernel and one shape. The races are chains
 of calls, each of which waits for the one before, as layers do. M1 and M2 allow some kernels only
 448 threads in a threadgroup, and no kernel here has more.

@@ -225,7 +225,7 @@ def tree_attention(
 
 
 def runs_shape(head_dim: int, nodes: int) -> bool:
-    """Whether the kernel can run trees of so many nodes with heads of this width."""
+    """Whether the kernel can run trees of this size with heads of this width."""
     return head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and nodes <= MAX_NODES
 
 

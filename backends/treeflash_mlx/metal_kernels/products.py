@@ -206,7 +206,7 @@ def wins(layers: Sequence[Quantised], rows: int) -> bool:
 
 
 def _use_kernel(module: Quantised, rows: frozenset[int]) -> None:
-    """Give one module, and no other, a class whose products of so many rows use the kernel."""
+    """Give one module, and no other, a class whose products of 5 to 16 rows use the kernel."""
     cls = type(module)
     name = "__call__" if isinstance(module, nn.QuantizedLinear) else "as_linear"
     plain = getattr(cls, name)

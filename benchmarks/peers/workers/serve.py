@@ -63,7 +63,7 @@ def answer(token_ids: list[int], tokens: int, forwards: int, seconds: float) -> 
 
     Args:
         token_ids: all new tokens.
-        tokens: number of new tokens without those of the prefill.
+        tokens: number of new tokens, without the prefill's.
         forwards: target forward passes after the prefill.
         seconds: from the end of the prefill to the last token.
     """
