@@ -11,8 +11,8 @@
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
 
 All of them have the backbone of `treeflash.drafters.backbone`. A drafter's own settings are in the
-section `dflash_config` of its `config.json`, in `treeflash_config`, or at the top level. Settings of
-speculators are at the top level, and the layers' settings in `transformer_layer_config`.
+section `dflash_config` of its `config.json`, in `treeflash_config`, or at the top level. Settings
+of speculators are at the top level, and the layers' settings in `transformer_layer_config`.
 """
 
 from __future__ import annotations

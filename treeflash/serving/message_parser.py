@@ -45,7 +45,7 @@ class ResponseTemplate:
 
     @classmethod
     def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
-        """The template of a tool call parser, the tokenizer's own, or the template of the model's family.
+        """The template of a tool call parser, of the tokenizer, or of the model's family.
 
         `parser` is a name of `TOOL_CALL_PARSERS`, and None if there is no choice.
         """

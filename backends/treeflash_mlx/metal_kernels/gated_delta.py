@@ -157,7 +157,7 @@ def _walk(
 
 
 def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:
-    """The source for gates of this number of dimensions, with the sums of mlx-lm's packed kernel or not.
+    """The source for gates of `gate_dims` dimensions, with mlx-lm's packed kernel's sums or not.
 
     It writes outputs of nodes, or else the state after the last one.
     """
