@@ -61,7 +61,7 @@ def passes_of(target, drafter, prompts, method):
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     nodes = backend.drafter_config.depths + 1
     # As the plugin does: every token is scored, after any previous token that may be drafted.
-    options = {"head_vocab": None, "head_rows": None, "top_m": 64}
+    options = {"head_vocab": None, "head_rows": None, "top_m": 64, "suffix": False}
     config = DecodeConfig(method=method, budget=nodes, max_tokens=48, **options)
     return [[list(step.tokens) for step in decode(backend, ids, config)] for ids in prompts]
 
