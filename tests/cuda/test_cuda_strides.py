@@ -16,6 +16,7 @@ from treeflash_cuda.backend import load as load_cuda
 
 class TestConformance(BackendSuite):
     dialects = tuple(DIALECTS)
+    exact_dtypes = ("bfloat16",)
 
     @pytest.fixture(autouse=True)
     def _strides(self, monkeypatch):

@@ -19,13 +19,16 @@ require("torch")
 
 from treeflash_cuda import backend as loading
 
-from benchmarks import launches
-
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
 OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
 MAX_LAUNCHES = {"layer": 25, "commit": 9, "draft": 80, "head": 60}
 """Operations of a layer of the target, of a commit, of a draft, and of a head."""
+
+
+@pytest.fixture
+def launches(module):
+    return module("launches")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_free_memory_is_shared_by_target_and_drafter(cuda, pair):
 
 
 @pytest.mark.parametrize("sequences", [1, 8])
-def test_operations_of_an_iteration(cuda, pair, sequences):
+def test_operations_of_an_iteration(cuda, launches, pair, sequences):
     """They do not depend on the number of sequences."""
     found = launches.count_operations(
         cuda, loading.load(*pair, LoadConfig(dtype="bfloat16")), sequences
@@ -87,7 +90,7 @@ def test_operations_of_an_iteration(cuda, pair, sequences):
         assert 0 < found[part][0] <= limit, found
 
 
-def test_the_command_counts_operations_and_bytes(cuda):
+def test_the_command_counts_operations_and_bytes(cuda, launches):
     """The bytes of a pass are at least the weights' bytes, and grow with the context."""
     shape, found = launches.SHAPES["tiny"], []
     for settings in ("--nodes 8 --context 16", "--nodes 8 --context 64"):

@@ -184,8 +184,9 @@ def test_command_line(target, trained, tmp_path, capsys):
     code = main([*options, "--target", str(target), "--drafter", str(trained)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
-    assert len(lines) == 7
-    assert all(line.startswith("ok ") for line in lines[2:])
+    assert len(lines) == 9
+    assert all(line.startswith("ok ") for line in lines[2:-1])
+    assert lines[-1].startswith("can draft, best first: ")
 
 
 @pytest.fixture(scope="module")
