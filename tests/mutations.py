@@ -2,7 +2,7 @@
 
     python -m tests.mutations treeflash/decoding/scheduler.py --sample 40
 
-The changes are those of cosmic-ray's operators, and statements that are left out. They are made in
+The changes are cosmic-ray's operators, and statements that are left out. They are made in
 a copy of the package, which the tests import instead of the source tree. A change survives if the
 tests of its area pass; such a change is either without effect, or a promise without a test.
 """

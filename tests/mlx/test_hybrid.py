@@ -21,7 +21,7 @@ RULES = pytest.mark.parametrize("rule", ["delta", "delta by channel", "linear"])
 
 
 class Inputs:
-    """Random inputs of two trees, whose keys resemble each other as those of a sequence do."""
+    """Random inputs of two trees, whose keys resemble each other, as a sequence's keys do."""
 
     def __init__(self, rng, rule):
         self.trees = [random_tree(rng, 0, n, 100) for n in SIZES]

@@ -45,7 +45,7 @@ ATTRIBUTES = {
     "threads_per_threadgroup": "uint3",
 }
 CONSTANT_ELEMENTS = 8  # an input with fewer elements is in the address space `constant`
-BODY_MARK = "\n#line 1\n"  # lines of messages are those of the body, with its first line as 1
+BODY_MARK = "\n#line 1\n"  # messages count lines from the body's first line, 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class KernelSource:
     """A kernel as MLX compiles it, for given inputs.
 
     Attributes:
-        name: of the function; the same for the same text.
+        name: of the function; equal texts have equal names.
         header: what stands before the function.
         template: the line `template <...>`, or nothing.
         specialisation: the arguments of the template, `<...>`, or nothing.
@@ -106,7 +106,7 @@ class KernelSource:
             sign, star = ("&", "*") if array.ndim == 0 else ("*", "")
             declaration = f"const {space} {TYPES[array.dtype]}{sign} {input_name}"
             parameters.append(Parameter(declaration, f"{star}({pointer}){{}}", index, "input"))
-            # MLX looks for these names in the text, so that those of longer names count too.
+            # MLX looks for these names in the text, so that longer names count too.
             for kind, form in (("shape", "int*"), ("strides", "int64_t*"), ("ndim", "int&")):
                 if array.ndim > 0 and f"{input_name}_{kind}" in body:
                     declaration = f"const constant {form} {input_name}_{kind}"
