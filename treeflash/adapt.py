@@ -15,9 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.console import INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, load_located, with_device
-from treeflash.cli.parser import Parser
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
@@ -38,9 +37,14 @@ from treeflash.training.config import (
     make_train_config,
     trained_head_name,
 )
-from treeflash.training.distillation import Distillation, DistillConfig, mix, response_file
+from treeflash.training.distillation import (
+    Distillation,
+    DistillConfig,
+    mix,
+    read_responses,
+    response_file,
+)
 from treeflash.training.interfaces import GROUP, show_records, trainer
-from treeflash.training.responses import read_responses
 
 DEFAULTS: dict[str, Any] = {
     "minutes": 10.0,

@@ -9,14 +9,15 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
-from treeflash.hub.cached import CachedModel, cached_models, folder_nbytes
+from treeflash.cli.console import Parser, guarded
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     PUBLISHED_DRAFTERS,
+    CachedModel,
     DraftSource,
+    cached_models,
     draft_sources,
+    folder_nbytes,
     published_drafters,
     resolve_drafter,
     resolve_target,

@@ -14,7 +14,7 @@ import treeflash
 from treeflash import evaluate
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
-from treeflash.evaluation.depth_metrics import METRICS
+from treeflash.evaluation.run import METRICS
 from treeflash.testing.models import save_tokenizer
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]

@@ -25,8 +25,8 @@ from treeflash.reference.numerics import (
     silu,
     top,
 )
-from treeflash.reference.state import State
 from treeflash.reference.target import Cache, Target
+from treeflash.reference.verifier import State
 
 
 class RowCache(Cache):

@@ -7,9 +7,8 @@ from typing import ClassVar
 import pytest
 
 from treeflash.decoding.interfaces import Backend, Loader
-from treeflash.testing.batches import BatchTests, ScheduleTests
+from treeflash.testing.batches import BatchTests, ExactTests, ScheduleTests
 from treeflash.testing.checkpoints import CheckpointTests, DrafterTests, ErrorTests
-from treeflash.testing.exactness import ExactTests
 from treeflash.testing.generations import DistributionTests, GenerationTests, StopTests
 from treeflash.testing.pairs import Pair, PairMaker, Pairs
 from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests

@@ -13,7 +13,7 @@ from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.registry import available, installed, load_entry_point
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 GROUP = "treeflash.trainers"
 """The group of entry points."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.target import Target

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch

@@ -6,7 +6,7 @@ import pytest
 
 from treeflash.errors import PromptError
 from treeflash.testing.models import END
-from treeflash.training.responses import Response, read_responses
+from treeflash.training.distillation import Response, read_responses
 
 
 def write(tmp_path, *records):
