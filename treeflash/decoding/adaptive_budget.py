@@ -169,11 +169,7 @@ class VerifyCosts:
     ) -> VerifyCosts:
         """The costs that were measured before for this target, device and dtype, or measured now.
 
-        Args:
-            backend: holds the target.
-            target: the target's folder.
-            loaded: how the target was loaded.
-            folder: where measurements are kept; a folder that cannot be written is not an error.
+        `folder` has the measurements; that it cannot be written is not an error.
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
         key = [
@@ -216,12 +212,10 @@ class VerifyCosts:
     def predict(
         self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
     ) -> NDArray[np.float64]:
-        """(n,) seconds of n forward passes.
+        """(n,) seconds of n forward passes over `sequences` trees each.
 
-        Args:
-            rows: (n,) nodes of all trees together.
-            reads: (n,) the sum over rows of the committed positions that each reads.
-            sequences: trees in a pass.
+        `rows` are (n,) nodes of all trees together, `reads` the (n,) sums over rows of the
+        committed positions that each reads.
         """
         sizes, seconds = list(self.seconds), list(self.seconds.values())
         alone = np.interp(rows, sizes, seconds)
@@ -431,10 +425,7 @@ class AdaptiveBudget:
     def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
         """Whether a copy of the text promises more tokens per second than the drafter brought.
 
-        Args:
-            tree: the copy, best first.
-            length: committed positions of the sequence.
-            sequences: that ask for drafts.
+        `length` is the number of committed positions; `sequences` ask for drafts.
         """
         now = self.throughput_with(sequences)
         if not now.drafted_seconds or now.copying.pause:
@@ -447,12 +438,7 @@ class AdaptiveBudget:
         return bool(rates.max() > now.drafted_tokens / now.drafted_seconds)
 
     def passes_to_draft(self, most: int, lengths: Sequence[int]) -> int:
-        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth.
-
-        Args:
-            most: depths that the drafter has.
-            lengths: committed positions of each sequence.
-        """
+        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth."""
         sequences = len(lengths)
         most = min(self.depths_to_draft(sequences) or most, most)
         depths = self.draft_depths.setdefault(power_of_two(sequences), DraftDepths())
@@ -463,10 +449,7 @@ class AdaptiveBudget:
     ) -> list[NDArray[np.int64]]:
         """The nodes of each tree that pay, ascending, with the root and every node's parent.
 
-        Args:
-            trees: of all sequences that are verified together.
-            lengths: committed positions of each sequence.
-            other_rows: further rows of the same forward pass.
+        `lengths` are committed positions, `other_rows` further rows of the same forward pass.
         """
         gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
         ranks = [_ranks(tree, gain) for tree, gain in zip(trees, gains, strict=True)]
@@ -500,15 +483,11 @@ class AdaptiveBudget:
         *,
         first: bool = False,
     ) -> None:
-        """Learn from an iteration.
+        """Learn from an iteration that verified `trees` and accepted the (a,) nodes `paths`.
 
-        Args:
-            trees: that were verified together; the root alone if nothing was drafted for it.
-            paths: (a,) accepted nodes of each tree.
-            lengths: committed positions of each sequence before the iteration.
-            seconds: by phase, of the whole iteration.
-            first: whether a sequence drafted for the first time. The drafter then also reads its
-                prompt, and perhaps compiles kernels: the time says nothing about later iterations.
+        `lengths` are committed positions before the iteration; `seconds` are of its phases. A
+        sequence that drafts for the `first` time also reads its prompt, and perhaps compiles
+        kernels: the time says nothing about later iterations.
         """
         sequences = len(trees)
         rows = sum(len(tree) for tree in trees)
@@ -650,13 +629,9 @@ def _drafted_depth(tree: DraftTree) -> int:
 
 @dataclass(eq=False)
 class AdaptiveBudgets:
-    """The adaptive budgets of one pair, which share the costs of its target.
+    """The adaptive budgets of one pair, by method; schedulers and threads may share them.
 
-    Schedulers and threads may share them.
-
-    Attributes:
-        costs: of the target's forward pass; None until a budget is needed, which measures them.
-        by_method: the budgets, each added when its method is first used.
+    The budgets share the costs of the target's forward pass, which are None until one is needed.
     """
 
     costs: VerifyCosts | None = None
@@ -703,13 +678,7 @@ class DraftDepths:
     accepted: dict[int, float] = field(default_factory=dict)
 
     def choose(self, most: int, rate: float, sequences: int = 1) -> int:
-        """The depths that pay, from 1 to `most`.
-
-        Args:
-            most: that the drafter and the expected trees have.
-            rate: tokens per second of all sequences together.
-            sequences: in the draft.
-        """
+        """The depths that pay, from 1 to `most`, at a `rate` of tokens per second in all."""
         self.depths = most
         if self.seconds is not None:
             share, price = 1.0, rate * self.seconds / sequences
@@ -726,12 +695,9 @@ class DraftDepths:
         paths: Sequence[NDArray[np.int32]],
         seconds: float | None,
     ) -> None:
-        """Learn from an iteration that drafted.
+        """Learn from an iteration that drafted, from its trees and the (a,) accepted nodes of each.
 
-        Args:
-            trees: that were verified.
-            paths: (a,) accepted nodes of each tree.
-            seconds: of the draft; None if they say nothing about later drafts.
+        `seconds` are of the draft; None if they say nothing about later drafts.
         """
         if seconds is not None:
             newest = seconds / self.depths
