@@ -59,13 +59,10 @@ HELP = "\n".join(
 
 @dataclass(eq=False)
 class Conversation:
-    """A conversation with a loaded model.
+    """A conversation with a loaded model: the messages so far, without the system message.
 
-    Attributes:
-        options: of decoding; a random seed is chosen for each answer unless they have one.
-        color: whether the text is coloured by the iteration that brought it.
-        messages: so far, without the system message.
-        answer: the last answer.
+    A random seed is chosen for each answer unless the `options` have one. `color` colours the text
+    by the iteration that brought it.
     """
 
     model: LanguageModel

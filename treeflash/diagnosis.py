@@ -41,11 +41,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """Scores of the target's tokens; nan after the end of a text.
+    """(blocks, D) scores of the target's tokens; nan after the end of a text.
 
-    Attributes:
-        log_probs: (blocks, D) log probability of the target's token, nats.
-        hits: (blocks, D) 1 if the target's token is the drafter's most probable one, else 0.
+    `log_probs` are their log probabilities, nats; `hits` are 1 for the drafter's most probable
+    token.
     """
 
     log_probs: NDArray[np.float64]
@@ -85,9 +84,7 @@ class DrafterScores:
 class Gain:
     """How much more probable the target's tokens are with one way of drafting than with another.
 
-    Attributes:
-        nats: mean difference of log probabilities.
-        error: standard error of `nats`.
+    `nats` is the mean difference of log probabilities, `error` its standard error.
     """
 
     nats: float
@@ -187,11 +184,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Alternatives to one setting, each tried alone.
+    """Alternatives to one setting, each with its gain; None if the pair cannot run with it.
 
-    Attributes:
-        gains: the gain of each alternative by name; None if the pair cannot run with it.
-        least: smallest gain that matters, nats.
+    `least` is the smallest gain that matters, nats.
     """
 
     check: str
@@ -277,10 +272,8 @@ def list_alternatives(
 class Diagnosis:
     """The outcome of all checks.
 
-    Attributes:
-        marginal: by depth, the fraction of blocks whose top token is the target's.
-        corrected: by depth, this fraction for the AR head after the previous token; None without a
-            head.
+    `marginal` and `corrected` are, by depth, the fraction of blocks whose top token is the
+    target's, without the AR head and with it; None without a head.
     """
 
     marginal: list[float]

@@ -84,11 +84,8 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
-        Returns:
-            An iterator of chunks; its `generation()` joins them into one result.
-
-        Raises:
-            ConfigError, PromptError, NumericalError: see `generate`; the last while iterating.
+        The `generation()` of the iterator joins its chunks. A NumericalError is raised while
+        iterating.
         """
         assembler = self.assembler(prompt, options)
         self._measure_costs(assembler.config)

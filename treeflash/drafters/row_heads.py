@@ -189,17 +189,9 @@ def load_row_tensors(
 ) -> RowTensors[Tensor]:
     """Read a row head and check that it belongs to a target of this shape.
 
-    Args:
-        folder: of the head; it may hold a whole target.
-        format: from `find_row_format`.
-        read: reads tensors with these names from a safetensors file.
-        stack: stacks tensors of one shape along a new first axis.
-        hidden_size: the target's.
-        vocab_size: the target's.
-        num_hidden_layers: the target's.
-
-    Raises:
-        CheckpointError: a setting or a tensor is missing, or does not fit or is not supported.
+    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
+    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
+    raised if a setting or a tensor is missing, or does not fit or is not supported.
     """
     stored = stored_tensors(folder)
     settings = read_config(folder)

@@ -39,9 +39,8 @@ METRICS = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
 class DepthMetrics:
     """Metrics by depth, summed over anchors, the tokens after which blocks were drafted.
 
-    Attributes:
-        anchors: (D,) number of anchors by depth.
-        sums: (D, len(METRICS)) by source; `corrected` is missing without an AR head.
+    `anchors` are (D,) numbers of anchors, `sums` (D, len(METRICS)) by source; `corrected` is
+    missing without an AR head.
     """
 
     anchors: NDArray[np.int64]
@@ -227,9 +226,6 @@ class Evaluation:
 
         The cases differ only in method and budget. Budgets are fixed, so that a sequence has the
         same iterations as alone.
-
-        Raises:
-            NumericalError: a model produced values that are not finite.
         """
         finished: dict[str, dict[int, Sample]] = {name: {} for name in sets}
         scheduler = Scheduler(backend, scheduler_config(parallel))

@@ -48,13 +48,9 @@ class PublishedDrafter:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSource:
-    """Something that can draft for a target.
+    """Something that can draft for a target: its name, its kind in words, the option for it.
 
-    Attributes:
-        name: of a drafter, or `self` or `suffix`.
-        kind: in words.
-        option: of the commands that chooses it.
-        drafter: the published drafter; None for other sources.
+    `drafter` is the published drafter; None for the sources `self` and `suffix`.
     """
 
     name: str

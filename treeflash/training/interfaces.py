@@ -31,7 +31,7 @@ class Trainer(Protocol):
         load: LoadConfig,
         held_out: Sequence[Response] = (),
     ) -> Iterator[dict[str, Any]]:
-        """Train a drafter, or resume a run of the same configuration.
+        """Train a drafter for the target of a folder, or resume a run of the same configuration.
 
         Args:
             target: its folder.
