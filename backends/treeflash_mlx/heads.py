@@ -34,10 +34,7 @@ NORM_EPS = 1e-6
 class Slots:
     """The outputs of the drafter at the slots of blocks, which follow one another.
 
-    Attributes:
-        output: of the drafter.
-        hidden: (slots, hidden_size) outputs of the last layer.
-        normed: (slots, hidden_size) u = norm(hidden).
+    They are (slots, hidden_size): of the last layer, and normed, u = norm(hidden).
     """
 
     output: OutputStage
@@ -55,7 +52,6 @@ class ScoredTokens:
     """The tokens of blocks that a head scores.
 
     Attributes:
-        output: of the drafter.
         logits: (batch, D, v) of the marginals.
         rows: (batch, n) the depth of each query, from 0.
         tokens: of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with
@@ -74,10 +70,7 @@ class Head(nn.Module):
     def confidence(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array | None:
         """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
 
-        Args:
-            slots: of all blocks.
-            previous: (n,) tokens of the target's vocabulary.
-            rows: (n,) the slot that each previous token belongs to.
+        It follows from (n,) previous tokens of the target's vocabulary, and the slot of each.
         """
         return None
 
@@ -85,9 +78,7 @@ class Head(nn.Module):
 class ConditionalHead(Head):
     """A head whose scores depend on a slot and one previous token.
 
-    Attributes:
-        candidates: tokens of a slot that the head scores, the most probable by their marginal; None
-            for all tokens.
+    It scores the `candidates` most probable tokens of a slot by their marginal; None scores all.
     """
 
     candidates: int | None = None
@@ -107,9 +98,7 @@ class ConditionalHead(Head):
 class RecurrentCell(Head):
     """A head with a state for each path of previous tokens, and a bias on the logits of children.
 
-    Attributes:
-        token_rows: embedding with a row of r numbers for each of the drafter's tokens. The products
-            of the rows with a query are the bias.
+    The bias is the product of a query with the row of r numbers that `token_rows` has for a token.
     """
 
     token_rows: nn.Embedding
@@ -121,16 +110,10 @@ class RecurrentCell(Head):
     def step(
         self, slots: Slots, state: mx.array, previous: mx.array, depth: int
     ) -> tuple[mx.array, mx.array]:
-        """Advance n paths by their last token.
+        """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
 
-        Args:
-            slots: of one block.
-            state: (n, state_size) of the paths without the token; `start` before the root.
-            previous: (n,) last tokens, of the target's vocabulary.
-            depth: of the children, from 0.
-
-        Returns:
-            (n, state_size) states, and (n, r) queries.
+        They come from (n, state_size) states, `start` before the root, (n,) tokens of the target's
+        vocabulary, and the children's depth, from 0.
         """
         raise NotImplementedError
 
@@ -141,10 +124,8 @@ class Corrected(ConditionalHead):
     def correction(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
         """(n, hidden_size) corrections of hidden states.
 
-        Args:
-            embedded: (n, hidden_size) embeddings of the previous tokens.
-            normed: (D, hidden_size) u.
-            rows: (n,) the row of `normed` that each previous token belongs to.
+        They come from (n, hidden_size) embeddings of the previous tokens, and the (n,) `rows` of
+        the (D, hidden_size) outputs u that these belong to.
         """
         raise NotImplementedError
 
@@ -579,15 +560,10 @@ class ARHead:
         return np.array(self.output.over_target_vocabulary(log_probs))
 
     def _vocab(self, marginal: mx.array, shortlist: int | None) -> mx.array | None:
-        """The tokens that are scored, of the drafter's vocabulary.
+        """The tokens that are scored, of the drafter's vocabulary; None for all.
 
-        Args:
-            marginal: (batch, D, Vd), in the order of the marginal probabilities.
-            shortlist: as in `TableOptions`.
-
-        Returns:
-            (batch, D, v) candidates of each depth, or (batch, 1, v) tokens of the whole block,
-            ascending; None for all.
+        They are (batch, D, v) candidates of each depth, or (batch, 1, v) tokens of the whole block,
+        ascending. `marginal` is (batch, D, Vd), in the order of the marginal probabilities.
         """
         batch, depths, vocab_size = marginal.shape
         if (candidates := self.module.candidates) is not None:
@@ -599,16 +575,10 @@ class ARHead:
 
 
 def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array, mx.array]:
-    """The previous tokens whose children are scored.
+    """(batch, r) ascending indices, and (batch, r) previous tokens whose children are scored.
 
-    Args:
-        marginal: (batch, D - 1, vocab) log probabilities.
-        m: tokens of each depth to choose from.
-        rows: tokens of each sequence to keep, the most probable ones; None keeps all.
-
-    Returns:
-        (batch, r) indices into the (D - 1) * m tokens of a sequence, ascending, and (batch, r) the
-        tokens.
+    The indices are into the (D - 1) * m most probable tokens of a sequence, by (batch, D - 1,
+    vocab) log probabilities. `rows` of them are kept, the most probable ones; None keeps all.
     """
     batch, depths, vocab = marginal.shape
     if not depths:  # a block of two; MLX before 0.32.4 crashes when it sorts nothing

@@ -277,12 +277,9 @@ class Target:
     ) -> None:
         """Load a folder in the Hugging Face format, whose weights mlx-lm may have quantised.
 
-        Without `dtype` or `kv_bits`, parameters or keys and values stay as they are.
-
-        Raises:
-            CheckpointError: the folder is damaged, or its weights do not fit its configuration.
-            UnsupportedModelError: mlx-lm lacks the model type, or cannot run it on draft trees.
-            ConfigError: the model does not work with `dtype` or `kv_bits`.
+        Without `dtype` or `kv_bits`, parameters or keys and values stay as they are. It raises what
+        `load_model` does, an UnsupportedModelError also for a model that cannot run draft trees,
+        and a ConfigError if it does not work with `dtype` or `kv_bits`.
         """
         config = read_config(folder)
         self.family = str(config.get("model_type"))
