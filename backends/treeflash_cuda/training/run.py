@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from treeflash.errors import ConfigError, is_out_of_memory
-from treeflash.training.model_card import model_card
+from treeflash.training.interfaces import model_card
 from treeflash_cuda.training.files import replacing, writing
 
 Record: TypeAlias = dict[str, Any]
