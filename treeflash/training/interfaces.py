@@ -1,4 +1,4 @@
-"""The entry point of a backend that can train, how it is found, and what a run shows: records, card."""
+"""The entry point of a backend that can train, how it is found, and how a run is shown."""
 
 from __future__ import annotations
 
