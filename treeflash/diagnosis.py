@@ -53,21 +53,13 @@ class TokenScores:
 
 @dataclass(frozen=True, eq=False)
 class DrafterScores:
-    """A drafter's scores on some blocks, computed in four ways.
+    """A drafter's scores on some blocks, computed in four ways."""
 
-    Attributes:
-        marginal: each row of a block, compared with the token at the depth of the row.
-        earlier: each row, compared with the token one depth earlier.
-        later: each row, compared with the token one depth later.
-        corrected: the rows of the AR head after the target's previous tokens; None if not
-            requested.
-        texts: (blocks,) index of the text of each block.
-    """
-
-    marginal: TokenScores
-    earlier: TokenScores
-    later: TokenScores
-    texts: NDArray[np.int64]
+    marginal: TokenScores  # each row of a block, compared with the token at the depth of the row
+    earlier: TokenScores  # each row, compared with the token one depth earlier
+    later: TokenScores  # each row, compared with the token one depth later
+    texts: NDArray[np.int64]  # (blocks,) index of the text of each block
+    # the rows of the AR head after the target's previous tokens; None if not requested
     corrected: TokenScores | None = None
 
     def compare(self, other: TokenScores) -> Gain:

@@ -307,21 +307,15 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedPair:
-    """A target and perhaps a drafter, which are on this machine, and how to load them.
-
-    Attributes:
-        thinking: whether thinking is on in a conversation that does not set it.
-        named: whether the user chose the backend or the device.
-        unknown: whether a drafter was looked for, and none is known for the target.
-    """
+    """A target and perhaps a drafter, which are on this machine, and how to load them."""
 
     target: Path
     drafter: Path | None
-    thinking: bool
+    thinking: bool  # whether thinking is on in a conversation that does not set it
     loader: Loader
     config: LoadConfig
-    named: bool
-    unknown: bool
+    named: bool  # whether the user chose the backend or the device
+    unknown: bool  # whether a drafter was looked for, and none is known for the target
 
     def load(self) -> LanguageModel:
         """Load the models; see `load`."""

@@ -80,18 +80,13 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens of blocks that a head scores.
-
-    Attributes:
-        logits: (batch, D, v) of the marginals.
-        rows: (batch, n) the depth of each query, from 0.
-        tokens: of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with
-            candidates; None for all.
-    """
+    """The tokens of blocks that a head scores."""
 
     output: OutputStage
-    logits: mx.array
-    rows: mx.array
+    logits: mx.array  # (batch, D, v) of the marginals
+    rows: mx.array  # (batch, n) the depth of each query, from 0
+    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
+    # for all
     tokens: mx.array | None
 
 

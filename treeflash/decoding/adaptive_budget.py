@@ -307,18 +307,13 @@ Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 
 @dataclass
 class Balance:
-    """What a choice brought beyond the alternative; the choice pauses where it does not pay.
+    """What a choice brought beyond the alternative; the choice pauses where it does not pay."""
 
-    Attributes:
-        balance: tokens beyond those that the alternative would have emitted in the same time,
-            divided by the square root of the number of sequences, as their noise is.
-        pause: iterations until the choice is made again.
-        next_pause: length of the next pause, iterations.
-    """
-
+    # tokens beyond those that the alternative would have emitted in the same time, divided by the
+    # square root of the number of sequences, as their noise is
     balance: float = 0.0
-    pause: int = 0
-    next_pause: int = FIRST_PAUSE
+    pause: int = 0  # iterations until the choice is made again
+    next_pause: int = FIRST_PAUSE  # length of the next pause, iterations
 
     def add(self, gained: float) -> None:
         """Add the tokens of an iteration beyond the alternative's tokens."""
@@ -335,52 +330,39 @@ class Throughput(Balance):
     """Measurements with about the same number of sequences at once.
 
     Its balance is of drafting, beyond plain decoding.
-
-    Attributes:
-        tokens: of iterations with a draft or a copy, a running sum; without a drafter, of all
-            iterations outside of pauses.
-        seconds: of these iterations, a running sum.
-        drafted_tokens: of the iterations in which the drafter ran, a running sum.
-        drafted_seconds: of these iterations, a running sum.
-        copying: of copies of the text in place of a draft, beyond iterations that draft.
-        nodes: of the last drafted trees, on average.
-        reach: depth that drafted trees reached lately.
     """
 
+    # of iterations with a draft or a copy, a running sum; without a drafter, of all iterations
+    # outside of pauses
     tokens: float = 0.0
-    seconds: float = 0.0
-    drafted_tokens: float = 0.0
-    drafted_seconds: float = 0.0
+    seconds: float = 0.0  # of these iterations, a running sum
+    drafted_tokens: float = 0.0  # of the iterations in which the drafter ran, a running sum
+    drafted_seconds: float = 0.0  # of these iterations, a running sum
+    # of copies of the text in place of a draft, beyond iterations that draft
     copying: Balance = field(default_factory=Balance)
-    nodes: float | None = None
-    reach: float | None = None
+    nodes: float | None = None  # of the last drafted trees, on average
+    reach: float | None = None  # depth that drafted trees reached lately
 
 
 @dataclass
 class AdaptiveBudget:
-    """The adaptive budget of one pair and method; it outlives sequences.
+    """The adaptive budget of one pair and method; it outlives sequences."""
 
-    Attributes:
-        costs: of the target's forward pass.
-        has_drafter: whether a drafter drafts; else trees only have copies of the text.
-        expected: by depth, by depth and level of confidence, and by level of a match: the running
-            sum of the probabilities of the children of accepted nodes.
-        accepted: the running count of those children that were accepted.
-        throughput: by number of sequences, rounded up to a power of two.
-        iterations: begun with each number of sequences.
-        plain_s: by number of sequences, the seconds of the latest iterations without a draft, which
-            the costs of single trees do not tell.
-        draft_depths: by number of sequences, rounded up to a power of two, for a drafter that runs
-            a pass for each depth.
-    """
-
-    costs: VerifyCosts
-    has_drafter: bool = True
+    costs: VerifyCosts  # of the target's forward pass
+    has_drafter: bool = True  # whether a drafter drafts; else trees only have copies of the text
+    # by depth, by depth and level of confidence, and by level of a match: the running sum of the
+    # probabilities of the children of accepted nodes
     expected: dict[Key, float] = field(default_factory=dict)
+    # the running count of those children that were accepted
     accepted: dict[Key, float] = field(default_factory=dict)
+    # by number of sequences, rounded up to a power of two
     throughput: dict[int, Throughput] = field(default_factory=dict)
-    iterations: dict[int, int] = field(default_factory=dict)
+    iterations: dict[int, int] = field(default_factory=dict)  # begun with each number of sequences
+    # by number of sequences, the seconds of the latest iterations without a draft, which the costs
+    # of single trees do not tell
     plain_s: dict[int, deque[float]] = field(default_factory=dict)
+    # by number of sequences, rounded up to a power of two, for a drafter that runs a pass for each
+    # depth
     draft_depths: dict[int, DraftDepths] = field(default_factory=dict)
 
     @property
@@ -663,18 +645,13 @@ MAX_RATIO = 2.0
 
 @dataclass
 class DraftDepths:
-    """What the iterations with about the same number of sequences have shown.
+    """What the iterations with about the same number of sequences have shown."""
 
-    Attributes:
-        seconds: of a depth, a running mean; None before the first draft.
-        depths: of the latest draft.
-        reached: by depth, a running count of the paths that could go on to it.
-        accepted: by depth, a running count of those that did.
-    """
-
-    seconds: float | None = None
-    depths: int = 1
+    seconds: float | None = None  # of a depth, a running mean; None before the first draft
+    depths: int = 1  # of the latest draft
+    # by depth, a running count of the paths that could go on to it
     reached: dict[int, float] = field(default_factory=dict)
+    # by depth, a running count of those that did
     accepted: dict[int, float] = field(default_factory=dict)
 
     def choose(self, most: int, rate: float, sequences: int = 1) -> int:

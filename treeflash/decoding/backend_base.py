@@ -255,19 +255,12 @@ S = TypeVar("S", bound=BaseState[Any, Any])
 
 @dataclass(frozen=True, eq=False)
 class PassRows(Generic[S]):
-    """Committed rows of one forward pass, whose features the drafter will read.
+    """Committed rows of one forward pass, whose features the drafter will read."""
 
-    Attributes:
-        outputs: of the pass.
-        states: of the sequences.
-        rows: (n,) int64 indices into the outputs, sequence by sequence.
-        sizes: rows of each sequence.
-    """
-
-    outputs: Any
-    states: list[S]
-    rows: NDArray[np.int64]
-    sizes: list[int]
+    outputs: Any  # of the pass
+    states: list[S]  # of the sequences
+    rows: NDArray[np.int64]  # (n,) int64 indices into the outputs, sequence by sequence
+    sizes: list[int]  # rows of each sequence
 
 
 def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[S]]:

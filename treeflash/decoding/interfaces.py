@@ -77,15 +77,11 @@ Block: TypeAlias = Any
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """Run the target over more tokens of a sequence and commit them.
-
-    Attributes:
-        token_ids: at least one; they take positions length, length + 1, ...
-        params: how to sample the token after the last one; None if it is not needed.
-    """
+    """Run the target over more tokens of a sequence and commit them."""
 
     state: SequenceState
-    token_ids: Sequence[int]
+    token_ids: Sequence[int]  # at least one, at positions length, length + 1 and so on
+    # None if no token is to be sampled after the last one
     params: SamplingParams | None
 
 
@@ -275,19 +271,12 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceReport:
-    """What a backend tells about its device, for `doctor` and the server.
+    """What a backend tells about its device, for `doctor` and the server."""
 
-    Attributes:
-        facts: about the machine, by name.
-        available_bytes: memory that models and states may take; None if unknown.
-        weights_bytes: memory that the loaded models take.
-        batches: whether sequences share forward passes.
-    """
-
-    facts: Mapping[str, str] = field(default_factory=dict)
-    available_bytes: int | None = None
-    weights_bytes: int = 0
-    batches: bool = True
+    facts: Mapping[str, str] = field(default_factory=dict)  # about the machine, by name
+    available_bytes: int | None = None  # memory that models and states may take; None if unknown
+    weights_bytes: int = 0  # memory that the loaded models take
+    batches: bool = True  # whether sequences share forward passes
 
     @property
     def free_bytes(self) -> int | None:

@@ -32,18 +32,12 @@ class LogitEdits:
     """Sparse changes of logits: `x / factor` if x > 0, else `x * factor`; then `+ addition`.
 
     A pair of row and token occurs at most once.
-
-    Attributes:
-        rows: (m,) int64 node indices.
-        tokens: (m,) int64 token ids.
-        factors: (m,) float32, above 0; 1 changes nothing.
-        additions: (m,) float32.
     """
 
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    factors: NDArray[np.float32]
-    additions: NDArray[np.float32]
+    rows: NDArray[np.int64]  # (m,) int64 node indices
+    tokens: NDArray[np.int64]  # (m,) int64 token ids
+    factors: NDArray[np.float32]  # (m,) float32, above 0; 1 changes nothing
+    additions: NDArray[np.float32]  # (m,) float32
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, vocab) edited logits; the definition that backends are held to."""
@@ -56,22 +50,17 @@ class LogitEdits:
 
 @dataclass(frozen=True, eq=False)
 class SamplingParams:
-    """How to sample the token that follows each of n nodes.
+    """How to sample the token that follows each of n nodes."""
 
-    Attributes:
-        sampling: temperature and filters.
-        keys: (n, 2) of the noise at the position after each node; None if greedy.
-        edits: changes of the logits, before everything else; None for none.
-        allowed: (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may
-            be sampled. It takes effect after the edits. None allows every token.
-        log_probs: number of the best tokens whose log probabilities to return beside the
-            sampled token's; None returns none at all.
-    """
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # temperature and filters
+    # (n, 2) of the noise at the position after each node; None if greedy
     keys: NDArray[np.uint32] | None = None
-    edits: LogitEdits | None = None
+    edits: LogitEdits | None = None  # changes of the logits, before everything else; None for none
+    # (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may be sampled.
+    # It takes effect after the edits. None allows every token
     allowed: NDArray[np.uint32] | None = None
+    # number of the best tokens whose log probabilities to return beside the sampled token's; None
+    # returns none at all
     log_probs: int | None = None
 
     @classmethod
@@ -84,17 +73,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class LogProbs:
-    """Log probabilities of the target at temperature 1, before edits, masks and filters; nats.
+    """Log probabilities of the target at temperature 1, before edits, masks and filters; nats."""
 
-    Attributes:
-        sampled: (n,) float32 of the sampled tokens.
-        tokens: (n, k) int32 the best tokens, best first.
-        values: (n, k) float32 of the best tokens.
-    """
-
-    sampled: NDArray[np.float32]
-    tokens: NDArray[np.int32]
-    values: NDArray[np.float32]
+    sampled: NDArray[np.float32]  # (n,) float32 of the sampled tokens
+    tokens: NDArray[np.int32]  # (n, k) int32 the best tokens, best first
+    values: NDArray[np.float32]  # (n, k) float32 of the best tokens
 
     def rows(self, rows: NDArray[np.int32]) -> LogProbs:
         """The log probabilities at some nodes."""
@@ -112,15 +95,10 @@ class LogProbs:
 
 @dataclass(frozen=True, eq=False)
 class SampledTokens:
-    """The target's tokens.
+    """The target's tokens."""
 
-    Attributes:
-        tokens: (n,) int32 the token that follows each node.
-        log_probs: of those tokens; None if they were not asked for.
-    """
-
-    tokens: NDArray[np.int32]
-    log_probs: LogProbs | None = None
+    tokens: NDArray[np.int32]  # (n,) int32 the token that follows each node
+    log_probs: LogProbs | None = None  # of those tokens; None if they were not asked for
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams) -> SampledTokens:
@@ -282,14 +260,10 @@ def _row(low: int, high: int, vocab_size: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The noise with which the target will sample, for a drafter.
+    """The noise with which the target will sample, for a drafter."""
 
-    Attributes:
-        keys: (n, 2) of the positions of n drafted tokens.
-        scales: (n,) float32 factors on the noise: the sampling temperatures, 0 if greedy.
-    """
-
-    keys: NDArray[np.uint32]
+    keys: NDArray[np.uint32]  # (n, 2) of the positions of n drafted tokens
+    # (n,) float32 factors on the noise: the sampling temperatures, 0 if greedy
     scales: NDArray[np.float32]
 
     @classmethod

@@ -154,36 +154,22 @@ W = TypeVar("W", bound=Work)
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A sequence that has started.
-
-    Attributes:
-        request_id: of its request.
-        request: what to decode.
-        state: on the device.
-        loop: its decode loop.
-        tokens: of the prompt, then the emitted ones.
-        pending: the work that the loop waits for; None when the sequence is finished.
-        prefilled: tokens of the pending `Prefill` that are committed already.
-        has_drafted: whether a tree was drafted for it.
-        rest: drafts of a batch that pass it over, because its trees were cut to the root.
-        next_rest: the drafts that pass it over after the next such tree.
-        shared: whether sequences that begin alike may fork its state.
-        seconds: by phase, since the last step.
-        events: steps, and the error that ended the sequence, not handed out yet.
-    """
+    """A sequence that has started."""
 
     request_id: RequestId
     request: Request
     state: SequenceState
     loop: Loop
-    tokens: list[int]
+    tokens: list[int]  # of the prompt, then the emitted ones
+    # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
-    prefilled: int = 0
-    has_drafted: bool = False
-    rest: int = 0
-    next_rest: int = 1
-    shared: bool = False
-    seconds: dict[Phase, float] = field(default_factory=dict)
+    prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
+    has_drafted: bool = False  # whether a tree was drafted for it
+    rest: int = 0  # drafts of a batch that pass it over, because its trees were cut to the root
+    next_rest: int = 1  # the drafts that pass it over after the next such tree
+    shared: bool = False  # whether sequences that begin alike may fork its state
+    seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
+    # steps, and the error that ended the sequence, not handed out yet
     events: list[Step | Exception] = field(default_factory=list)
 
     @property
@@ -322,17 +308,11 @@ def propose(
 
 @dataclass(frozen=True)
 class TreeSize:
-    """How much of a draft a tree can use.
+    """How much of a draft a tree can use."""
 
-    Attributes:
-        expected: nodes of the tree that is verified.
-        built: nodes of the tree that is built, and perhaps pruned.
-        depths: depths that the tree is likely to reach; None for all.
-    """
-
-    expected: int
-    built: int
-    depths: int | None
+    expected: int  # nodes of the tree that is verified
+    built: int  # nodes of the tree that is built, and perhaps pruned
+    depths: int | None  # depths that the tree is likely to reach; None for all
 
 
 @dataclass(frozen=True, eq=False)

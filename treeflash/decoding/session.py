@@ -82,17 +82,12 @@ class SequenceSession:
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """A block that was drafted after a token of a known text.
+    """A block that was drafted after a token of a known text."""
 
-    Attributes:
-        tokens: the text from the root of the block on.
-        block: the drafter's block.
-        logits: (n, vocab) the target's logits after the first n tokens, n at most the depths of the
-            block; None if not requested.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # the text from the root of the block on
     block: Block
+    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
+    # None if not requested
     logits: NDArray[np.float32] | None
 
 

@@ -201,22 +201,18 @@ def share(length: int, places: int, all_places: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class SuffixTree:
-    """What followed earlier occurrences, best first; node 0 is the last token of the context.
+    """What followed earlier occurrences, best first; node 0 is the last token of the context."""
 
-    Attributes:
-        tokens: of each node; the token of node 0 has no meaning.
-        parents: of each node, before it; -1 for node 0.
-        probs: of the path to each node; 1 for node 0.
-        shares: of each node among its parent's places.
-        lengths: of the match before each node, the path to it included.
-        match: tokens of the context that match.
-    """
-
-    match: int
+    match: int  # tokens of the context that match
+    # of each node; the token of node 0 has no meaning
     tokens: list[int] = field(default_factory=lambda: [SEPARATOR])
+    # of each node, before it; -1 for node 0
     parents: list[int] = field(default_factory=lambda: [-1])
+    # of the path to each node; 1 for node 0
     probs: list[float] = field(default_factory=lambda: [1.0])
+    # of each node among its parent's places
     shares: list[float] = field(default_factory=lambda: [1.0])
+    # of the match before each node, the path to it included
     lengths: list[int] = field(default_factory=lambda: [0])
 
     def __len__(self) -> int:
@@ -424,23 +420,14 @@ def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A possible child of a node of the merged tree.
-
-    Attributes:
-        token: its token.
-        log_prob: after its parent.
-        row: of the table, for its children; -1 if there is none.
-        source: the node of the proposal; -1 if it has none.
-        match: as in `DraftTree.matches`.
-        confidence: as in `DraftTree.confidences`.
-    """
+    """A possible child of a node of the merged tree."""
 
     token: int
-    log_prob: float
-    row: int = -1
-    source: int = -1
-    match: int = 0
-    confidence: float = 1.0
+    log_prob: float  # after its parent
+    row: int = -1  # of the table, for its children; -1 if there is none
+    source: int = -1  # the node of the proposal; -1 if it has none
+    match: int = 0  # as in `DraftTree.matches`
+    confidence: float = 1.0  # as in `DraftTree.confidences`
 
 
 def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -> DraftTree:

@@ -241,16 +241,12 @@ def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray
 
 @dataclass(frozen=True, eq=False)
 class Acceptance:
-    """The outcome of verifying one tree.
+    """The outcome of verifying one tree."""
 
-    Attributes:
-        path: (a,) int32 node indices from the root down; path[0] == 0, each the parent of the
-            next.
-        tokens: the a emitted tokens: the tokens of path[1:], then the bonus token, which the target
-            sampled at the last node of the path and which is the next root.
-    """
-
+    # (a,) int32 node indices from the root down; path[0] == 0, each the parent of the next
     path: NDArray[np.int32]
+    # the a emitted tokens: the tokens of path[1:], then the bonus token, which the target sampled
+    # at the last node of the path and which is the next root
     tokens: tuple[int, ...]
 
 

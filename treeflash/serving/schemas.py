@@ -121,17 +121,11 @@ CallMode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class AllowedTools:
-    """The calls that a message may have.
+    """The calls that a message may have."""
 
-    Attributes:
-        functions: that may be called, as chat templates read them.
-        must_call: whether the message must consist of calls.
-        parallel: whether the message may have several enforced calls.
-    """
-
-    functions: Sequence[Mapping[str, Any]] = ()
-    must_call: bool = False
-    parallel: bool = True
+    functions: Sequence[Mapping[str, Any]] = ()  # that may be called, as chat templates read them
+    must_call: bool = False  # whether the message must consist of calls
+    parallel: bool = True  # whether the message may have several enforced calls
 
     @property
     def strict(self) -> bool:

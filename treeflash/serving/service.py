@@ -132,20 +132,14 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A conversation, and the form of the assistant's next message.
+    """A conversation, and the form of the assistant's next message."""
 
-    Attributes:
-        messages: the messages so far, in the form that chat templates read.
-        template_args: variables of the chat template.
-        tools: the calls that the message may have.
-        continues: whether the last of the messages is the beginning of this one.
-        grammar: the grammar of the content, and the field of the request that asks for it.
-    """
-
+    # the messages so far, in the form that chat templates read
     messages: Sequence[Mapping[str, Any]]
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    tools: AllowedTools = field(default_factory=AllowedTools)
-    continues: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    tools: AllowedTools = field(default_factory=AllowedTools)  # the calls that the message may have
+    continues: bool = False  # whether the last of the messages is the beginning of this one
+    # the grammar of the content, and the field of the request that asks for it
     grammar: tuple[Grammar, str] | None = None
 
     async def encode(self, service: Service) -> list[int]:

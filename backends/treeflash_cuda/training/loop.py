@@ -163,16 +163,12 @@ def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        position: its steps, or what they would be if every step took the same part of its time;
-            `TrainConfig.steps` or more when it is over.
-        is_best: whether the last validation has the lowest loss.
-    """
-
+    # its steps, or what they would be if every step took the same part of its time;
+    # `TrainConfig.steps` or more when it is over
     position: float
-    is_best: bool
+    is_best: bool  # whether the last validation has the lowest loss
 
 
 def progress(
