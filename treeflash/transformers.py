@@ -359,8 +359,7 @@ def _refuse(
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
     """The tokens of each row of a batch, without padding.
 
-    Raises:
-        ConfigError: padding is not on the left, or positions do not start at 0.
+    Raises a ConfigError if padding is not on the left, or positions do not start at 0.
     """
     mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     if mask is None:

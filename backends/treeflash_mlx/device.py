@@ -32,8 +32,7 @@ def on_metal() -> bool:
 def choose_device(name: str | None) -> bool:
     """Use the device of that name, or MLX's default; returns whether it is the CPU.
 
-    Raises:
-        BackendError: there is no such device.
+    Raises a BackendError if there is no such device.
     """
     if name not in (None, "cpu", "gpu"):
         raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")

@@ -249,8 +249,7 @@ MAX_SOLVER_ERROR = 1e-3
 def choose_solver() -> Solver:
     """The fastest correct solver on this device.
 
-    Raises:
-        UnsupportedModelError: no solver is correct.
+    Raises an UnsupportedModelError if no solver is correct.
     """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         what = "recurrent layers"

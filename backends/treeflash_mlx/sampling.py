@@ -117,8 +117,7 @@ def read_tokens(
 ) -> NDArray[np.int32]:
     """(n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
 
-    Raises:
-        NumericalError: the largest logit of a row is not finite.
+    Raises a NumericalError if the largest logit of a row is not finite.
     """
     check_finite(drawn[-2])
     if drawn[-1]:

@@ -53,11 +53,9 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     A small tree is compared on all of its paths; one of 40 nodes on one path, which is then
     committed and continued. A target with recurrent layers commits several paths, with passes in
     between that are not committed. In half precision a mixture of experts may route a near-tie
-    either way, so several trees may be tried. A target that cannot branch fails them all.
-
-    Raises:
-        UnsupportedModelError: the logits differ, or the target's own code fails on a tree.
-        NumericalError: the logits are not finite.
+    either way, so several trees may be tried. A target that cannot branch fails them all. Raises an
+    UnsupportedModelError if the logits differ, or the target's own code fails on a tree, and a
+    NumericalError if the logits are not finite.
     """
     rng = np.random.default_rng(seed)
     smallest = np.full(2, np.inf)

@@ -630,10 +630,9 @@ class Scheduler:
     def submit(self, request: Request) -> RequestId:
         """Add a sequence, which starts with one of the next iterations.
 
-        Raises:
-            PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-            ConfigError: the method needs a drafter or head that was not loaded, or the sequence
-                alone needs more memory than the limit.
+        Raises a PromptError if the prompt is empty, too long, or has tokens outside the vocabulary,
+        and a ConfigError if the method needs a drafter or head that was not loaded, or the sequence
+        alone needs more memory than the limit.
         """
         self.check(request)
         return self._add(request, None)

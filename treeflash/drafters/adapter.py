@@ -64,9 +64,8 @@ class LowRankUpdate:
 def read_adapter(folder: Path) -> list[LowRankUpdate]:
     """Read the folder of a LoRA adapter.
 
-    Raises:
-        CheckpointError: the folder is no adapter, or damaged.
-        UnsupportedModelError: the adapter has more than updates of linear layers.
+    Raises a CheckpointError if the folder is no adapter, or damaged, and an UnsupportedModelError
+    if the adapter has more than updates of linear layers.
     """
     config = _read_config(folder)
     if (folder / PEFT_WEIGHTS).is_file():

@@ -312,10 +312,7 @@ def find_local(name: str) -> Path | None:
     """The folder on this machine of a model without its publisher, or of an id in LM Studio.
 
     Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
-    newest snapshot.
-
-    Raises:
-        CheckpointError: several publishers have a model of this name.
+    newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
     """
     found: dict[str, Path] = {}
     for folder in local_folders():

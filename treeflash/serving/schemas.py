@@ -141,8 +141,7 @@ def allowed_tools(
 ) -> AllowedTools:
     """The calls that a request allows; a named function is called once.
 
-    Raises:
-        APIError: two tools have the same name, or the choice does not fit the tools.
+    Raises an APIError if two tools have the same name, or the choice does not fit the tools.
     """
     if choice == "none":
         return AllowedTools()
@@ -336,8 +335,7 @@ def answer_grammar(
 ) -> tuple[Grammar, str] | None:
     """The grammar that a request asks for, and the field that asks for it; None for free text.
 
-    Raises:
-        APIError: both fields ask for a grammar, or `structured_outputs` for several.
+    Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
     """
     has_format = response_format is not None and response_format.type != "text"
     if structured_outputs is None:

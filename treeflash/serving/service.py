@@ -59,8 +59,7 @@ class Service:
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
 
-        Raises:
-            APIError: the grammar is invalid, unsupported, or takes too much to compile.
+        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
         """
         try:
             return self.grammars.compile(grammar)
@@ -145,9 +144,8 @@ class Conversation:
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises:
-            PromptError: the chat template rejects the messages.
-            APIError: the model does not support tools.
+        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
+        does not support tools.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

@@ -261,10 +261,8 @@ class Distillation:
     def run(self, console: Console) -> None:
         """Answer the missing turns; each response is on disk as soon as it ends.
 
-        Raises:
-            ConfigError: the output has responses to other prompts or with other settings, or all
-                prompts are too long.
-            PromptError: the chat template rejects a row.
+        Raises a ConfigError if the output has responses to other prompts or with other settings, or
+        all prompts are too long, and a PromptError if the chat template rejects a row.
         """
         self.check()
         self.output.resume()

@@ -228,8 +228,7 @@ def take_step(
 ) -> dict[str, Any]:
     """Take one optimiser step; returns its record.
 
-    Raises:
-        NumericalError: the loss is not finite.
+    Raises a NumericalError if the loss is not finite.
     """
     started = time.perf_counter()
     for group in optimizer.param_groups:
