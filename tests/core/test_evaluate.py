@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from byte_tokens import save_tokenizer
 from row_pairs import write_row_pair
 
 import treeflash
@@ -15,7 +16,6 @@ from treeflash import evaluate
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
 from treeflash.evaluation.run import METRICS
-from treeflash.testing.models import save_tokenizer
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
 RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from byte_tokens import END
 
 from treeflash.errors import PromptError
-from treeflash.testing.models import END
 from treeflash.training.distillation import Response, read_responses
 
 
