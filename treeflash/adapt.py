@@ -200,6 +200,7 @@ def _cost(
     passes = math.ceil(prompts / distill.slots) * distill.max_tokens
     sequences = config.sequences * config.accumulation
     trained, frozen = _parameters(target, base, config)
+    stored = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return [
         f"answers: at most {prompts * distill.max_tokens:,} tokens to {prompts} prompts, "
         f"in {passes:,} passes of up to {distill.slots} sequences",
@@ -207,14 +208,10 @@ def _cost(
         f"{measured} prompts before and after",
         f"training: {config.minutes:g} minutes or {config.steps:,} steps at most; a step runs the "
         f"target over {sequences} answers, at most {sequences * length:,} tokens",
-        f"memory: {decimal(_weight_nbytes(target))} for the target as stored, "
+        f"memory: {decimal(stored)} for the target as stored, "
         f"{decimal(trained * TRAINED_BYTES)} for {trained:,} trained parameters, "
         f"{decimal(frozen * FROZEN_BYTES)} for {frozen:,} frozen ones, and the activations",
     ]
-
-
-def _weight_nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from treeflash.hub.models import (
     DraftSource,
     cached_models,
     draft_sources,
-    folder_nbytes,
     published_drafters,
     resolve_drafter,
     resolve_target,
@@ -83,10 +82,7 @@ def _download(name: str) -> list[CachedModel]:
         folders = {name: resolve_target(name)}
         if drafters := published_drafters(name):
             folders[drafters[0].name] = resolve_drafter(None, name)
-    return [
-        CachedModel(name=name, folder=folder, nbytes=folder_nbytes(folder))
-        for name, folder in folders.items()
-    ]
+    return [CachedModel.from_folder(name, folder) for name, folder in folders.items()]
 
 
 def _row(model: CachedModel) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
             "decode without one (drafter=False, --method suffix)"
         )
     if name == BUNDLED_DRAFTER and not Path(name).exists():
-        return _bundled(name)
+        return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
     return _resolve(name)
 
 
@@ -259,10 +259,6 @@ def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafte
         name = model_name(Path(name))
     known = chain.from_iterable(PUBLISHED_DRAFTERS.values())
     return next((d for d in known if d.name.lower() == name.lower()), PublishedDrafter(name=name))
-
-
-def _bundled(name: str) -> Path:
-    return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
 
 
 def _resolve(name: str) -> Path:
@@ -449,6 +445,12 @@ class CachedModel:
     folder: Path
     nbytes: int
 
+    @classmethod
+    def from_folder(cls, name: str, folder: Path) -> CachedModel:
+        """The model of a folder; its size is the size of the files there."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return cls(name=name, folder=folder, nbytes=sum(path.stat().st_size for path in files))
+
 
 def cached_models() -> list[CachedModel]:
     """The bundled drafter, the default target if it was fetched, and LM Studio's and the hub's.
@@ -460,16 +462,14 @@ def cached_models() -> list[CachedModel]:
         DEFAULT_TARGET: cache_folder() / DEFAULT_TARGET.rpartition("/")[2],
     }
     found = [
-        CachedModel(name=name, folder=folder, nbytes=folder_nbytes(folder))
+        CachedModel.from_folder(name, folder)
         for name, folder in folders.items()
         if (folder / "config.json").is_file()
     ]
-    lm_studio = [folder for folder in local_folders() if model_name(folder) == folder.name]
     found += [
-        CachedModel(
-            name=f"{folder.parent.name}/{folder.name}", folder=folder, nbytes=folder_nbytes(folder)
-        )
-        for folder in lm_studio
+        CachedModel.from_folder(f"{folder.parent.name}/{folder.name}", folder)
+        for folder in local_folders()
+        if model_name(folder) == folder.name  # LM Studio's
     ]
     try:
         repositories = scan_cache_dir().repos
@@ -481,8 +481,3 @@ def cached_models() -> list[CachedModel]:
             name, nbytes = repository.repo_id, repository.size_on_disk
             found.append(CachedModel(name=name, folder=folder, nbytes=nbytes))
     return found
-
-
-def folder_nbytes(folder: Path) -> int:
-    """The size of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -30,10 +30,6 @@ class DrafterModel:
     vocabulary: Mapping[str, NDArray[Any]]
     target: Target
 
-    @property
-    def feature_size(self) -> int:
-        return len(self.config.target_layer_ids) * self.config.hidden_size
-
     @cached_property
     def token_ids(self) -> Ints:
         """(Vd,) the target's ids of the tokens that the drafter can propose."""

@@ -78,7 +78,7 @@ class RowModel(DrafterModel):
         return RowCache(self.config)
 
     def project(self, features: Array) -> Array:
-        """(n, hidden_size) states of rows, from (n, feature_size) outputs of the target."""
+        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
         if self.config.final_state:
             return features
         if self.config.feature_norms == "all":
