@@ -192,6 +192,7 @@ def score(job: Job) -> Job:
             found["conditional"] = biased.log_softmax(-1).tolist()
         if hasattr(model, "compute_candidates"):
             values, tokens = model.compute_candidates(outputs)
+            tokens = tokens.long()
             selector = model.model.candidate_selector
             projected = selector.hidden_projection(outputs)
             query = selector.predecessor_codebook[previous] * projected
