@@ -100,6 +100,8 @@ def complete(config):
     """Add settings that published folders have, and drop windows, which exports lack."""
     config.setdefault("architectures", ["DFlashDraftModel"])
     config.setdefault("hidden_act", "silu")
+    if "enable_confidence_head" in config:
+        config.setdefault("confidence_head_with_markov", True)
     if config.pop("sliding_window", None):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
 
