@@ -585,14 +585,16 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         encode: Callable[[Tensor], Tensor],  # see `SlabCache`
         slots: Tensor,  # see `SlabCache`
         attention_slots: dict[int, int],
-        states: CommittedStates,  # with the sequences as first axis
+        layout: StateLayout,  # of the target
+        states: Sequence[Tensor],  # before the trees; see `StateLayout.stack`
         # (sequences, n, n) bool of the trees. A node that is not its own ancestor is a copy of the
         # root that fills a tree up.
         ancestors: Tensor,
     ) -> None:
         SlabCache.__init__(self, slab, encode, slots)
         self.begin(attention_slots, slots.device)
-        self.states = states
+        self.layout = layout
+        self.states = layout.split(states)  # with the sequences as first axis
         # A copy of the root computes what the root computes, if it sees itself alone.
         itself = torch.eye(ancestors.shape[1], dtype=torch.bool, device=self.device)
         is_node = ancestors.diagonal(dim1=1, dim2=2)[..., None]
@@ -600,10 +602,10 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self._inputs: dict[Key, Tensor] = {}
         self._writes: dict[Key, Writes] = {}
 
-    def outputs(self, layout: StateLayout) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         """See `TreeWrites.outputs`."""
-        found = [torch.stack([self._inputs[key] for key in keys]) for keys in layout.tails]
-        for keys in layout.matrices:
+        found = [torch.stack([self._inputs[key] for key in keys]) for keys in self.layout.tails]
+        for keys in self.layout.matrices:
             writes = [self._writes[key] for key in keys]
             parts = [x.u for x in writes], [x.k for x in writes], [x.log_g for x in writes]
             found += map(torch.stack, parts)

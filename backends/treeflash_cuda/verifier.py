@@ -68,7 +68,7 @@ class TreePass:
         regions = [region_of(state) for state, _ in trees]
         for (state, tree), region in zip(trees, regions, strict=True):
             assert region is None or state.length + len(tree) <= region.columns, OUTGROWN
-        slab, sizes = regions[0] and regions[0].slab, (sequences, nodes, longest)
+        slab, sizes = slab_of(trees[0][0]), (sequences, nodes, longest)
         forward = functools.partial(self._forward, slab, *sizes)
         uploaded = upload(_inputs(trees, regions, sequences, nodes), self.target.device)
         layout, before = self.target.state_layout, []
@@ -114,13 +114,13 @@ class TreePass:
         cache = (
             SlabCache(*storage)
             if layout is None
-            else HybridTreeCache(*storage, target.attention_slots, layout.split(states), ancestors)
+            else HybridTreeCache(*storage, target.attention_slots, layout, states, ancestors)
         )
         by_tree = positions.view(sequences, nodes).int()
         keys = VisibleKeys.of_trees(first, length, by_tree, ancestors)
         context = TreeContext(target.operations, cache, keys, positions, longest)
         logits, outputs = target.forward(tokens, context, cache, logits_to_keep=0)
-        writes = cache.outputs(layout) if isinstance(cache, HybridTreeCache) else []
+        writes = cache.outputs() if isinstance(cache, HybridTreeCache) else []
         return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
 
 
@@ -128,6 +128,12 @@ def region_of(state: State) -> Region | None:
     """The columns of a sequence; None if no layer of the target has keys and values."""
     cache = state.kv_cache
     return None if cache.arena.like is None else cache.allocate()
+
+
+def slab_of(state: State) -> Slab | None:
+    """The allocation that has the columns of a sequence."""
+    region = region_of(state)
+    return None if region is None else region.slab
 
 
 def _inputs(
@@ -219,8 +225,7 @@ class Verifier:
         others = dict(enumerate(rows))
         for i, (state, tokens) in enumerate(rows):
             if self._has_tree_pass and isinstance(tokens, DraftTree):
-                region = region_of(state)
-                passes.setdefault(region and region.slab, {})[i] = others.pop(i)[0], tokens
+                passes.setdefault(slab_of(state), {})[i] = others.pop(i)[0], tokens
         results: dict[int, tuple[Tensor, Tensor | None]] = {}
         try:
             for trees in passes.values():
