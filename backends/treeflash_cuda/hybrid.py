@@ -101,11 +101,7 @@ def delta_rule(
     state: Tensor,  # (trees, heads, key_dim, value_dim)
     nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule on trees.
-
-    Returns:
-        Outputs, and values that the nodes write, (trees, heads, n, value_dim) each.
-    """
+    """(trees, heads, n, value_dim) outputs of the gated delta rule on trees, and written values."""
     if log_g.ndim == 4 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
     pairs, total = _decays(log_g, nodes.ancestors)
