@@ -252,6 +252,14 @@ def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
     assert set(names) == (others if sampling.greedy else others | {"sampling"})
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_parts_of_products_are_not_added_in_half_precision(cuda, folders, monkeypatch, dtype):
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    monkeypatch.setattr(torch.backends.cuda.matmul, name, True)
+    load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
+    assert not getattr(torch.backends.cuda.matmul, name)
+
+
 def test_a_graph_that_was_used_lately_is_kept(cuda):
     graphs, double = Graphs(DEVICE), lambda x: (2 * x,)
     graphs.enabled = True

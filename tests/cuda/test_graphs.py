@@ -146,6 +146,14 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
         np.testing.assert_allclose(backend.verifier.logits([(state, tree)])[0], logits, atol=1e-4)
 
 
+def test_trees_beyond_the_capacity_of_a_sequence_are_not_written(backend):
+    state = backend.open(5, drafts=False)
+    backend.verifier.run([Prefill(state, [3, 4, 5], None)])
+    with pytest.raises(AssertionError, match="outgrown"):
+        backend.verifier.run([Verify(state, chain(6, 7, 8), SamplingParams())])
+    assert state.length == 3
+
+
 def test_drafts_after_one_another_are_equal(backend):
     states = started(backend, [[3, 4, 5], [6]])
     (first,) = backend.drafter.draft([(states[0], 6)])
