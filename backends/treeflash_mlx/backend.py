@@ -27,6 +27,7 @@ from treeflash.drafters.row_heads import (
     refuse_window,
 )
 from treeflash.errors import ConfigError
+from treeflash_mlx import metal_kernels
 from treeflash_mlx.cache import KVCache, allocated_columns, size_class
 from treeflash_mlx.device import (
     available_bytes,
@@ -128,6 +129,7 @@ class MlxBackend(BaseBackend):
             available_bytes=available_bytes(),
             weights_bytes=self.weights_bytes,
             batches=self.target.batches,
+            kernels=metal_kernels.VERDICTS,
         )
 
     def memory_bytes(self) -> int:

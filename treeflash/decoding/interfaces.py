@@ -312,12 +312,14 @@ class DeviceReport:
         available_bytes: memory that models and states may take; None if unknown.
         weights_bytes: memory that the loaded models take.
         batches: whether sequences share forward passes.
+        kernels: whether each of the backend's own kernels is used, and why, by kernel and size.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
     available_bytes: int | None = None
     weights_bytes: int = 0
     batches: bool = True
+    kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def free_bytes(self) -> int | None:
