@@ -413,10 +413,9 @@ class _Contest:
         sinks: mx.array | None,
     ) -> mx.array:
         if self.shape.bits:
-            sizes = self.shape.group_size, self.shape.bits
-            result: mx.array = quantized_scaled_dot_product_attention(
-                1 * q, k, v, self.scale, mask, *sizes  # it changes its queries
-            )
+            options = self.scale, mask, self.shape.group_size, self.shape.bits
+            copied = 1 * q  # the function changes its queries
+            result: mx.array = quantized_scaled_dot_product_attention(copied, k, v, *options)
             return result
         return mx.fast.scaled_dot_product_attention(
             q, *k, *v, scale=self.scale, mask=mask, sinks=sinks
