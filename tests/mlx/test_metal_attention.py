@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 
@@ -12,13 +13,15 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import MetalKernelError, require_compiler
+from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
 from mlx_lm.models.base import scaled_dot_product_attention
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.attention import attend as attend_nodes
+from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.attention import Shape
+from treeflash_mlx.target import Target
 
 require_compiler()
 
@@ -63,7 +66,11 @@ def attend(rng, shape, starts, window=None, sinks=None):
     )  # fmt: skip
     options = {"window": window, "first": first, "sinks": sinks, "bits": shape.bits}
     found = attention.tree_attention(q, k, v, nodes, 0.3, **options)
-    pair = [mx.dequantize(*x, *sizes) if shape.bits else x[0] for x in stored]
+    if shape.bits:
+        pair = [
+            mx.dequantize(x, *(part.astype(mx.float32) for part in parts), *sizes)
+            for x, *parts in stored
+        ]
     q, k, v = (np.array(x.astype(mx.float32)) for x in (q, *pair))
     k, v = (np.repeat(x[:, :, :columns], groups, 1) for x in (k, v))
     scores = np.where(visible, 0.3 * q @ k.swapaxes(2, 3), -np.inf)
@@ -247,6 +254,34 @@ def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, monkeypa
         assert all(attend_nodes(tree, *a, **b) is NotImplemented for a, b in others)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     assert TreePass.build(TREES, (33, 16), 63).nodes is None
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_bits"), [("gpt_oss", None), ("gemma3_text", None), ("llama", 4), ("llama", 8)]
+)
+def test_models_run_trees_by_the_kernel(
+    executor, families, tmp_path, monkeypatch, rng, family, kv_bits
+):
+    """Models with windows, with sinks, or with quantised keys have MLX's logits."""
+    executor.schedules = (DESCENDING,)
+    monkeypatch.setattr(families, "FIELDS", families.FIELDS | {"head_dim": 32})
+    families.write(tmp_path, family)
+    tokens = rng.integers(0, 96, 30).tolist()
+
+    def logits():
+        backend = MlxBackend(Target(tmp_path, mx.float32, kv_bits), None, None)
+        sequence = SequenceSession(backend)
+        sequence.extend(tokens)
+        return sequence.logits(TREES[0])
+
+    expected = logits()
+    with monkeypatch.context() as patch:
+        install(executor, patch, speedup=2)
+        patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+        found = logits()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    kernel = "treeflash_attention_parts" + "_quantised" * (kv_bits is not None)
+    assert executor.launches[kernel] == 4 + 2  # layers, and the check at load
 
 
 def random_tree(nodes):
