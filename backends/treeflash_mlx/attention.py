@@ -344,8 +344,10 @@ def _attend_by_kernel(
     if columns < winning_columns(shape):
         return None
     window, first = bounds
-    options = {"window": window, "first": first, "sinks": sinks, "bits": bits}
-    return tree_attention(queries, keys, values, tree.nodes, scale, **options)
+    arrays = queries, keys, values
+    return tree_attention(
+        *arrays, tree.nodes, scale, window=window, first=first, sinks=sinks, bits=bits
+    )
 
 
 def is_rope(module: nn.Module) -> bool:

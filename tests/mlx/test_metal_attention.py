@@ -166,7 +166,6 @@ MERGE_FAULTS = {
     "a weight": ("factor =", "factor = 1.0f +"),
     "the sink of another head": ("row / nodes %", "row %"),
     "no sink": ("sum += exp(sink - highest);", ""),
-    "a sink above the highest score": ("highest = sink", "highest = -INFINITY"),
 }
 
 

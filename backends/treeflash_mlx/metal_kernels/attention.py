@@ -378,15 +378,16 @@ class _Contest:
             np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
         )
         self.shape, self.start = shape, columns - RACED_NODES
-        keys = mx.random.split(mx.random.key(0), 3)
+        *keys, key = mx.random.split(mx.random.key(0), 4)
         sizes = [(shape.heads, RACED_NODES), *[(shape.key_heads, columns)] * 2]
         self.q, *pair = (
-            mx.random.normal((1, *size, shape.head_dim), key=key).astype(shape.dtype)
-            for size, key in zip(sizes, keys, strict=True)
+            mx.random.normal((1, *size, shape.head_dim), key=random_key).astype(shape.dtype)
+            for size, random_key in zip(sizes, keys, strict=True)
         )
         options = shape.group_size, shape.bits
         self.k, self.v = (mx.quantize(x, *options) if shape.bits else [x] for x in pair)
-        self.scale, self.sinks = shape.head_dim**-0.5, mx.ones(shape.heads, shape.dtype)
+        self.scale = shape.head_dim**-0.5
+        self.sinks = mx.random.normal((shape.heads,), key=key).astype(shape.dtype)
         ancestors = mx.array(self.tree.ancestor_mask())
         self.mask = mx.concatenate([mx.ones((RACED_NODES, self.start), mx.bool_), ancestors], 1)
         self.nodes = Nodes(
@@ -396,12 +397,10 @@ class _Contest:
             self.start + int(self.tree.depths.max()) + 1,
         )
 
-    def by_kernel(self, q: mx.array, _: int = 0, **options: Any) -> mx.array:
-        return tree_attention(
-            q, self.k, self.v, self.nodes, self.scale, bits=self.shape.bits, **options
-        )
+    def by_kernel(self, q: mx.array, _: int) -> mx.array:
+        return tree_attention(q, self.k, self.v, self.nodes, self.scale, bits=self.shape.bits)
 
-    def by_operation(self, q: mx.array, _: int = 0) -> mx.array:
+    def by_operation(self, q: mx.array, _: int) -> mx.array:
         return self.operation(q, self.k, self.v, self.mask, None)
 
     def operation(
@@ -431,8 +430,8 @@ class _Contest:
             mask = (mask & mx.array(distances < window))[:, first:]
             sinks = None if self.shape.bits else self.sinks  # mlx-lm has no sinks beside these
         k, v = ([x[:, :, first:] for x in parts] for parts in (self.k, self.v))
+        arrays, bits = (self.q, k, v), self.shape.bits
         found = tree_attention(
-            *(self.q, k, v, self.nodes, self.scale),
-            **{"window": window, "first": first, "sinks": sinks, "bits": self.shape.bits},
+            *arrays, self.nodes, self.scale, window=window, first=first, sinks=sinks, bits=bits
         )
         return relative_error(found, self.operation(self.q, k, v, mask, sinks))
