@@ -355,8 +355,8 @@ def winning_columns(shape: Shape) -> float:
 
     @cache
     def error() -> float:
-        # A window that begins in the second split, too.
-        return max(checked.error(), checked.error(window=SPAN // 2 + 3))
+        # Windows that begin in the second split, and between the depths of the tree.
+        return max(map(checked.error, (None, SPAN // 2 + 3, int(checked.tree.depths.max()))))
 
     what = "attention of draft trees"
     name = f"{shape.heads} heads of {shape.head_dim}"
@@ -420,7 +420,7 @@ class _Contest:
             q, *k, *v, scale=self.scale, mask=mask, sinks=sinks
         )
 
-    def error(self, window: int | None = None) -> float:
+    def error(self, window: int | None) -> float:
         """The relative error of the kernel; with a window, layers also have sinks."""
         first, mask, sinks = 0, self.mask, None
         if window is not None:
