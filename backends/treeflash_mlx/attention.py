@@ -269,19 +269,19 @@ class TreeHooks:
 def attend(
     tree: TreePass,
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: mx.array | Sequence[mx.array],
+    values: mx.array | Sequence[mx.array],
     cache: object,
     scale: float,
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> Any:
     """Attention by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's own."""
-    parts = [x if isinstance(x, tuple) else (x,) for x in (keys, values)]
-    if (found := _attend_by_kernel(tree, queries, *parts, cache, scale, mask, sinks)) is not None:
+    k, v = ((x,) if isinstance(x, mx.array) else x for x in (keys, values))
+    if (found := _attend_by_kernel(tree, queries, k, v, cache, scale, mask, sinks)) is not None:
         return found
-    if sinks is not None or not isinstance(keys, mx.array):
-        return NotImplemented  # the keys are quantised
+    if sinks is not None or not (isinstance(keys, mx.array) and isinstance(values, mx.array)):
+        return NotImplemented
     _, heads, nodes, width = queries.shape
     on_gpu = mx.default_device().type == mx.gpu
     if not on_gpu or width <= MAX_FUSED_WIDTH or nodes <= FEW_ROWS or heads == keys.shape[1]:

@@ -186,7 +186,7 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
         assert [message.partition(",")[0] for message in told] == [
             *["products of few rows"] * 4, "attention of draft trees"
         ]  # fmt: skip
-        assert "products of few rows, 128 x 128 in 4 bits: 5 rows used, 2.00 times as" in told[0]
+        assert "products of few rows, 64 x 128 in 4 bits: 5 rows used, 2.00 times as" in told[0]
         executor.launches.clear()
         assert tokens(backend, method="treeflash", budget=8) == expected
         assert executor.launches[KERNEL] > 20

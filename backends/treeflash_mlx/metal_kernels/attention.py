@@ -225,7 +225,7 @@ MERGE = """
     out[row * width + d] = static_cast<T>(output / sum);
 """
 ROWS = ("words", "positions", "starts", "scale", "bounds")
-INPUTS = ("q", "k", "v", *ROWS)
+INPUTS: tuple[str, ...] = ("q", "k", "v", *ROWS)
 QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_biases")), *ROWS)
 NO_WINDOW = 1 << 30
 
@@ -356,7 +356,7 @@ def winning_columns(shape: Shape) -> float:
     @cache
     def error() -> float:
         # Windows that begin in the second split, and between the depths of the tree.
-        return max(map(checked.error, (None, SPAN // 2 + 3, int(checked.tree.depths.max()))))
+        return max(map(checked.error, (None, SPAN // 2 + 3, 2)))
 
     what = "attention of draft trees"
     name = f"{shape.heads} heads of {shape.head_dim}"
