@@ -4,7 +4,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
-from treeflash.diagnosis.checks import check_device
+from treeflash.diagnosis import check_device
 from treeflash.testing import require
 
 require("mlx.core")
