@@ -184,8 +184,9 @@ class Conversation:
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise ConfigError(f"{name} cannot be written: {error.strerror}") from None
+        except (OSError, RuntimeError) as error:  # a RuntimeError for the home of an unknown user
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"{name} cannot be written: {reason}") from None
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
 
 

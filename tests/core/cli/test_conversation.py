@@ -202,6 +202,7 @@ def test_iterations_have_colours(talk):
     ("line", "message"),
     [
         ("/nothing", "unknown command /nothing; /help lists the commands"),
+        ("/save ~no-such-user/x", "~no-such-user/x cannot be written: Could not determine home"),
         ("x" * 500, "/reset begins a new conversation"),
     ],
 )
