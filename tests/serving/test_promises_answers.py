@@ -202,6 +202,15 @@ def formats(path, schema, **fields):
     return {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}, **form}
 
 
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize("choice", ["required", "wash"])
+def test_a_required_call_has_no_content_to_constrain(submitted, path, choice):
+    """`Mode.RESPONSES_TOOLS` of instructor asks for both."""
+    _, accepts = submitted(path, formats(path, COLOUR) | request(path, [WASH], choice))
+    assert accepts(call("wash", RED))
+    assert not accepts(RED)
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES, MESSAGES])
 @pytest.mark.parametrize("fields", [{}, {"strict": False}, {"strict": True}])
 def test_schemas_are_always_enforced(submitted, path, fields):

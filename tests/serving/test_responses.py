@@ -101,16 +101,6 @@ def test_structured_output(client):
     assert json.loads(found.output_text)["colour"] in ("red", "blue")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "paint"}])
-def test_a_required_call_has_no_content_to_constrain(client, choice):
-    """`Mode.RESPONSES_TOOLS` of instructor sends both."""
-    body = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
-    found = client.responses.create(model=NAME, input="Paint it.", text=FORMAT, **body)
-    (call,) = (item for item in found.output if item.type != "reasoning")
-    assert call.type == "function_call"
-    assert json.loads(call.arguments)["colour"] in ("red", "blue")
-
-
 def test_reasoning(client):
     found = client.responses.create(
         model=NAME, input="Hi", reasoning={"effort": "low"}, max_output_tokens=8
