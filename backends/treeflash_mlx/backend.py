@@ -261,6 +261,10 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     config = tensors.config
     target.capture(config.target_layer_ids)
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
+    if offset := config.norm_offset:  # in float32, where adding it rounds nothing
+        for name, weight in tensors.backbone.items():
+            if name.endswith("norm.weight"):
+                tensors.backbone[name] = weight.astype(mx.float32) + offset
     _fill(model, tensors.backbone, target.dtype, bits)
     if config.head is None:
         return model, None

@@ -111,6 +111,7 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     for n in range(config.num_hidden_layers):
         layer = f"layers.{n}."
         for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
+            rows = 2 * rows if name == "q" and config.gated else rows
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
             if config.attention_bias:
                 shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)

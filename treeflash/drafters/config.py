@@ -45,10 +45,14 @@ class DrafterConfig:
             output of the embeddings.
         num_target_layers: depth of the target that it was trained for; None if not given.
         vocab_size: the target's vocabulary size; None if not given.
-        inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
+        inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position. The last ones
+            are 0 if only the first channels of a head are rotated; `load_tensors` reorders them.
         rope_scale: factor on the rotary cosines and sines; 1 except for YaRN.
         interleaved_rope: whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored
             tensors, instead of the halves of a head; `load_tensors` reorders them.
+        gated: whether the attention's output is multiplied by a sigmoid gate, which `q_proj` of the
+            stored tensors computes behind each head's queries.
+        norm_offset: added to the stored weights of the norms.
         sliding_windows: per layer, the width of its window in positions, or None.
         causal: per layer, whether a slot attends only to itself and earlier slots.
         head: name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a
@@ -93,6 +97,8 @@ class DrafterConfig:
     sliding_windows: tuple[int | None, ...]
     causal: tuple[bool, ...]
     interleaved_rope: bool = False
+    gated: bool = False
+    norm_offset: float = 0.0
     head: str | None = None
     input_scale: float = 1.0
     first_slot: int = 1

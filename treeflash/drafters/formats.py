@@ -5,7 +5,7 @@
 | DFlash (arXiv 2602.06036) | z-lab, JetSpec, NVIDIA | nothing of what follows |
 | TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
-| DeepSpec | deepseek-ai, LiquidAI | `Qwen3DSparkModel`, `Lfm2DSparkDraftModel` |
+| DeepSpec | deepseek-ai, LiquidAI | `{Qwen3,Qwen35}DSparkModel`, `Lfm2DSparkDraftModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
 | LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
@@ -18,13 +18,18 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import Correlation, DrafterConfig
+from treeflash.drafters.config import (
+    Correlation,
+    DrafterConfig,
+    inverse_frequencies,
+    rope_parameters,
+)
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError
 
@@ -319,8 +324,6 @@ def detect_format(config: Config) -> Format:
         return LILICORR
     if projector == "dspark" or architecture == "DSparkDraftModel":
         return SPECFORGE
-    if architecture == "Qwen35DSparkModel" and config.get("enable_qwen35_gated_q_proj"):
-        raise ValueError("enable_qwen35_gated_q_proj = True is not supported")
     if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"):
         return DEEPSPEC
     dflash2 = architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model")
@@ -523,7 +526,22 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
     if "target_layer_ids" not in config and "dflash_config" not in config:
         raise KeyError("target_layer_ids")
     head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
-    return _parse_sections(config, first_slot=0, own_vocabulary=True, **head)
+    parsed = _parse_sections(config, first_slot=0, own_vocabulary=True, **head)
+    if "Qwen35DSparkModel" not in (config.get("architectures") or ()):
+        return parsed  # the same key of a copy of the target's configuration means nothing
+    return _gated(parsed, config) if config.get("enable_qwen35_gated_q_proj") else parsed
+
+
+def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
+    """A drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
+    rope = rope_parameters(config)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * share))
+    if scale != 1:
+        raise ValueError(f"rope type {rope['rope_type']!r} is not supported with gated queries")
+    still = (0.0,) * (parsed.head_dim // 2 - len(rotated))
+    inv_freq = (*rotated.tolist(), *still)
+    return replace(parsed, gated=True, norm_offset=1.0, inv_freq=inv_freq)
 
 
 def _parse_specforge(config: Config) -> DrafterConfig:

@@ -77,11 +77,9 @@ class RowConfig(DrafterConfig):
             (EAGLE-3), instead of a projection of both (MTP).
         normed_residual: the residual of that attention is the normed state, not the state.
         normed_feedback: the state for the next depth is taken after the final norm.
-        gated: the attention's output is multiplied by a sigmoid gate, from `q_proj`.
         qk_norm: queries and keys are normed by head.
         output_bias: `o_proj` has a bias, as q, k and v have with `attention_bias`.
         experts: of the feed-forward network; None for a dense one.
-        norm_offset: added to the stored weights of norms.
         feature_norms: norms before `fc`: of each feature, of all features together, or none.
         final_state: the states come after the target's final norm; else from `target_layer_ids`
             and through `fc`.
@@ -90,11 +88,9 @@ class RowConfig(DrafterConfig):
     reads_both: bool
     normed_residual: bool = False
     normed_feedback: bool
-    gated: bool = False
     qk_norm: bool = False
     output_bias: bool = False
     experts: Experts | None = None
-    norm_offset: float = 0.0
     feature_norms: Literal["each", "all"] | None = None
     final_state: bool = False
 

@@ -542,11 +542,113 @@ def test_dspark_for_qwen3_5_is_deepspec_unless_its_queries_are_gated(
 ) -> None:
     folder = write("deepspec")
     expected = drafter_config(folder)
-    edit_config(folder, lambda c: c.update(architectures=["Qwen35DSparkModel"]))
-    assert drafter_config(folder) == expected
+    rope = {"rope_theta": 1000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    edit_config(folder, lambda c: c.update(rope_parameters=rope))
+    for architecture, gated in (("Qwen3DSparkModel", True), ("Qwen35DSparkModel", False)):
+        settings = {"architectures": [architecture], "enable_qwen35_gated_q_proj": gated}
+        edit_config(folder, lambda c, settings=settings: c.update(settings))
+        assert drafter_config(folder) == expected  # the keys are the target's
     edit_config(folder, lambda c: c.update(enable_qwen35_gated_q_proj=True))
-    with pytest.raises(CheckpointError, match="enable_qwen35_gated_q_proj = True is not supported"):
+    found = drafter_config(folder)
+    assert found.gated
+    assert found.norm_offset == 1
+    assert found.inv_freq == pytest.approx((1, 1000**-0.5, 0, 0))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight has shape \(32, 32\), .* \(64, 32\)"):
+        load_tensors(folder, read_file, **TARGET)
+    yarn = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}
+    edit_config(folder, lambda c: c.update(rope_parameters=yarn))
+    with pytest.raises(CheckpointError, match="'yarn' is not supported with gated queries"):
         drafter_config(folder)
+
+
+def write_gated(folder: Path) -> tuple[Config, dict[str, np.ndarray[Any, Any]]]:
+    """Write a small target, and a random drafter whose layers are Qwen3.5's."""
+    write_target(folder / "target", "qwen3", seed=0)
+    write_dialect(folder / "drafter", folder / "target", "deepspec", seed=1)
+    config, tensors = read_config(folder / "drafter"), read_tensors(folder / "drafter")
+    config |= {
+        "architectures": ["Qwen35DSparkModel"],
+        "enable_qwen35_gated_q_proj": True,
+        "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    }
+    rng = np.random.default_rng(2)
+    for name, x in tensors.items():
+        if name.endswith("q_proj.weight"):
+            size = 2 * len(x), x.shape[1]
+            tensors[name] = rng.normal(scale=0.5, size=size).astype(np.float32)
+        if name.endswith("norm.weight"):
+            tensors[name] = rng.normal(scale=0.3, size=x.shape).astype(np.float32)
+    save(folder / "drafter", config, tensors)
+    return config, tensors
+
+
+def gated_block(
+    config: Config, stored: dict[str, Any], features: np.ndarray[Any, Any], root: int
+) -> np.ndarray[Any, Any]:
+    """(S, vocab) log probabilities of a block, by the published formula on the stored tensors."""
+    t = {name.removeprefix("model."): x.astype(np.float64) for name, x in stored.items()}
+    d, kv_heads, p = config["head_dim"], config["num_key_value_heads"], len(features)
+
+    def norm(name: str, x: Any) -> Any:
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"])
+        return x / scale * (1 + t[f"{name}.weight"])
+
+    def linear(name: str, x: Any) -> Any:
+        return x @ t[f"{name}.weight"].T
+
+    def rotated(x: Any, first: int) -> Any:
+        turned = d // 2
+        angles = (first + np.arange(len(x)))[:, None, None] * 1000.0 ** -(
+            np.arange(0, turned, 2) / turned
+        )
+        a, b, rest = x[..., : turned // 2], x[..., turned // 2 : turned], x[..., turned:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + np.exp(-x))
+
+    context = norm("hidden_norm", linear("fc", features))
+    tokens = [root] + [config["mask_token_id"]] * (config["block_size"] - 1)
+    x = t["embed_tokens.weight"][tokens]
+    for n in range(config["num_hidden_layers"]):
+        layer, own = f"layers.{n}.", f"layers.{n}.self_attn."
+        y = norm(layer + "input_layernorm", x)
+        rows = np.concatenate([context, y])
+        both = linear(own + "q_proj", y).reshape(len(y), -1, 2 * d)
+        q = rotated(norm(own + "q_norm", both[..., :d]), p)
+        keys = linear(own + "k_proj", rows).reshape(len(rows), kv_heads, d)
+        k = rotated(norm(own + "k_norm", keys), 0)
+        v = linear(own + "v_proj", rows).reshape(len(rows), kv_heads, d)
+        k, v = (z.repeat(q.shape[1] // kv_heads, 1) for z in (k, v))
+        scores = np.exp(np.einsum("ihd,jhd->hij", q, k) * d**-0.5)
+        out = np.einsum("hij,jhd->ihd", scores / scores.sum(-1, keepdims=True), v)
+        out = out * sigmoid(both[..., d:])
+        x = x + linear(own + "o_proj", out.reshape(len(y), -1))
+        y = norm(layer + "post_attention_layernorm", x)
+        gate = linear(layer + "mlp.gate_proj", y)
+        x = x + linear(
+            layer + "mlp.down_proj", gate * sigmoid(gate) * linear(layer + "mlp.up_proj", y)
+        )
+    logits = linear("lm_head", norm("norm", x))
+    return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+def test_gated_queries_follow_the_published_formula(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
+    config, tensors = write_gated(tmp_path)
+    features, paths = [], (tmp_path / "target", tmp_path / "drafter")
+    reference = loader("reference")(*paths, LoadConfig(device="cpu", dtype="float32"))
+    with SequenceSession(reference, drafts=True) as sequence:
+        sequence.extend([1, 2, 3, 4, 5])
+        features = np.concatenate(sequence.state.context)
+    expected = gated_block(config, tensors, features, 6)
+    pair = loader(backend)(*paths, LoadConfig(device="cpu", dtype="float32"))
+    with SequenceSession(pair, drafts=True) as sequence:
+        sequence.extend([1, 2, 3, 4, 5])
+        actual = pair.drafter.log_probs(sequence.draft(6))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 LILICORR = {
