@@ -258,7 +258,6 @@ REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
-    "Gemma4AssistantForCausalLM": "Gemma 4's assistant",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
 OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
