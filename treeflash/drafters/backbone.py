@@ -30,9 +30,12 @@ INERT_KEYS = frozenset(
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_mode": (None, "gqa"),
     "attention_sink_bias": (None, False),
+    "dflash_query_causal": (None, False),
     "hidden_act": (None, "silu"),
     "is_neox_style": (None, True),
+    "log_snr_conditioning": (None, False),
     "log_snr_embed": (None, False),
+    "logits_start": (None, 0),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
     "rope_is_neox_style": (None, True),

@@ -299,9 +299,12 @@ def drafter_config(folder: Path) -> DrafterConfig:
 def parse_drafter_config(config: Config) -> DrafterConfig:
     """Parse the configuration of a drafter in any format; raises what its `Format.parse` does."""
     published = detect_format(config)
-    if published is not SPECULATORS:  # it has no such sections
+    if published is SPECULATORS:  # its top level is its section, and no copy of the target's
+        backbone.refuse(config)
+        _refuse_unread(config, "", config, published.keys)
+    else:
         for name, section in _sections(config).items():
-            _refuse_unread(config, name, section, published.keys)
+            _refuse_unread(config, f"{name}.", section, published.keys)
     return published.parse(config)
 
 
@@ -428,8 +431,10 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
     return {name: dict(config.get(name) or {}) for name in SECTIONS}
 
 
-def _refuse_unread(config: Config, name: str, section: Config, keys: Iterable[str]) -> None:
+def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[str]) -> None:
     """Raise a ValueError for a setting in a drafter's section that nothing would read.
+
+    `prefix` is the section's name before its keys in messages.
 
     Such a setting may change the drafts without an error: the target verifies them, and they are
     merely accepted less often. At the top level unknown keys are ignored, since many drafters'
@@ -441,12 +446,12 @@ def _refuse_unread(config: Config, name: str, section: Config, keys: Iterable[st
         top_key = "sliding_window" if key == "swa_window_size" else key
         if top_key not in backbone.KEYS:
             raise ValueError(
-                f"{name}.{key} = {value!r} is not supported; "
+                f"{prefix}{key} = {value!r} is not supported; "
                 "remove it if it does not change the drafter's output"
             )
         if value != config.get(top_key):
             raise ValueError(
-                f"{name}.{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
+                f"{prefix}{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
                 "at the top level"
             )
 
@@ -525,7 +530,8 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
     if "target_layer_ids" not in config and "dflash_config" not in config:
         raise KeyError("target_layer_ids")
     head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
-    parsed = _parse_sections(config, first_slot=0, own_vocabulary=True, **head)
+    first_slot = 0 if find_setting(config, "sample_from_anchor", default=True) else 1
+    parsed = _parse_sections(config, first_slot=first_slot, own_vocabulary=True, **head)
     if "Qwen35DSparkModel" not in (config.get("architectures") or ()):
         return parsed  # the same key of a copy of the target's configuration means nothing
     return _gated(parsed, config) if config.get("enable_qwen35_gated_q_proj") else parsed
@@ -714,12 +720,18 @@ SPECULATORS_KEYS = frozenset(
         "transformer_layer_config"
     ).split()
 )
-MARKOV_KEYS = frozenset({*HEADS["vanilla"].settings, "confidence_head_alpha"})
+MARKOV_KEYS = frozenset(
+    {*HEADS["vanilla"].settings, "confidence_head_alpha", "confidence_temperatures"}
+)
 DFLASH = Format(name="DFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
 TREEFLASH = Format(name="TreeFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
 DFLASH2 = Format(name="DFlash2", parse=_parse_dflash2, keys=DFLASH_KEYS | SELECTOR_DEFAULTS.keys())
 DEEPSPEC = Format(
-    name="DeepSpec", parse=_parse_deepspec, keys=DFLASH_KEYS | MARKOV_KEYS | {"draft_vocab_size"}
+    name="DeepSpec",
+    parse=_parse_deepspec,
+    keys=DFLASH_KEYS
+    | MARKOV_KEYS
+    | {"draft_vocab_size", "enable_qwen35_gated_q_proj", "sample_from_anchor"},
 )
 SPECFORGE = Format(
     name="SpecForge DSpark",

@@ -513,6 +513,67 @@ def test_a_mask_embedding_is_refused(write: Callable[[str], Path]) -> None:
         drafter_config(folder)
 
 
+BACKBONE_KEYS = (
+    "head_dim hidden_act layer_types rope_parameters rope_theta sliding_window vocab_size"
+)
+PUBLISHED_KEYS = {
+    "dflash": "block_size causal causal_head final_logit_softcapping input_embedding_scale "
+    "is_causal is_neox_style mask_token_id num_target_layers "
+    "output_multiplier target_layer_ids use_swa",
+    "dflash2": "conv_group_size conv_kernel_size selector_rank selector_top_k use_sliding_window",
+    "deepspec": "confidence_head_with_markov confidence_temperatures enable_confidence_head "
+    "enable_qwen35_gated_q_proj markov_head_type markov_rank num_anchors rope_is_neox_style",
+    "specforge": "attention_mode confidence_head_alpha markov_rank projector_type shift_label",
+    "specforge-domino": "emb_dim gru_hidden_dim pure_draft_prefix_len shift_label",
+    "speculators-dflash": "aux_hidden_state_layer_ids draft_vocab_size sample_from_anchor "
+    "sliding_window_non_causal speculators_config target_hidden_size tie_word_embeddings",
+    "speculators-dflash2": "conv_group_size conv_kernel_size selector_rank selector_top_k",
+    "speculators-dspark": "confidence_head_with_markov enable_confidence_head markov_head_type",
+}
+"""By dialect, settings that its publishers write, from their code."""
+
+
+@pytest.mark.parametrize("dialect", PUBLISHED_KEYS)
+def test_every_published_setting_is_known(write: Callable[[str], Path], dialect: str) -> None:
+    config = read_config(write(dialect))
+    keys = f"{BACKBONE_KEYS} {PUBLISHED_KEYS[dialect]}".split()
+    assert unknown_keys({**dict.fromkeys(keys), **config}) == []
+
+
+@pytest.mark.parametrize("key", ["norm_power", "rotary_shift", "slot_gain"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_unknown_setting_of_a_drafter_is_refused_by_name(
+    write: Callable[[str], Path], dialect: str, key: str
+) -> None:
+    """At the top level too if the file is no copy of the target's."""
+    folder = write(dialect)
+    own = dialect.startswith("speculators")
+
+    def add(config: Config) -> None:
+        (config if own else config.setdefault("dflash_config", {}))[key] = 0.5
+
+    edit_config(folder, add)
+    name = key if own else f"dflash_config.{key}"
+    with pytest.raises(CheckpointError, match=f"{name} = 0.5 is not supported; remove it if"):
+        drafter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dflash_query_causal", True), ("log_snr_conditioning", True), ("logits_start", 1)],
+)
+def test_settings_that_change_the_arithmetic_are_refused_in_copies_of_the_target(
+    write: Callable[[str], Path], key: str, value: object
+) -> None:
+    folder = write("deepspec")
+    with pytest.raises(CheckpointError, match=f"{key} = {value} is not supported"):
+        edited(folder, **{key: value})
+
+
+def test_the_first_slot_of_deepspec_may_be_the_anchors_alone(write: Callable[[str], Path]) -> None:
+    assert edited(write("deepspec"), sample_from_anchor=False).first_slot == 1
+
+
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
 def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> None:
     """The same drafter with the channels of its heads in the other order drafts the same."""
