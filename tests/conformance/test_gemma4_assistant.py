@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from transformers import (
     Gemma4ForCausalLM,
     Gemma4TextConfig,
 )
+from treeflash_mlx import assistant
+from treeflash_mlx.drafter import OutputStage
 
 FLOAT32 = LoadConfig(device="cpu", dtype="float32")
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21])
@@ -39,9 +42,7 @@ SHAPE = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_global_key_value_heads": 1,
     "head_dim": 8,
-    "global_head_dim": 16,
     "attention_k_eq_v": True,
     "sliding_window": WINDOW,
     "hidden_size_per_layer_input": 0,
@@ -59,42 +60,50 @@ SHAPE = {
 }
 
 
-def layers(count: int, **settings: Any) -> dict[str, Any]:
-    """The settings of layers that slide, but for every other one."""
-    kinds = ["sliding_attention", "full_attention"] * count
-    return {**SHAPE, "num_hidden_layers": count, "layer_types": kinds[:count], **settings}
+WIDE = {"global_head_dim": 16, "num_global_key_value_heads": 1}
+"""Settings of published files, which transformers writes as `per_layer_config`."""
 
 
-def randomise(model: Any, folder: Path, scale: float) -> Any:
+def layers(kinds: str, **settings: Any) -> dict[str, Any]:
+    """The settings of layers, by the first letters of their types."""
+    types = ["sliding_attention" if kind == "s" else "full_attention" for kind in kinds]
+    return {**SHAPE, **WIDE, "num_hidden_layers": len(types), "layer_types": types, **settings}
+
+
+def publish(settings: dict[str, Any]) -> None:
+    del settings["per_layer_config"]
+    settings.update(WIDE)
+
+
+def randomise(model: Any, folder: Path, scale: float) -> None:
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
         is_factor = "norm" in name or "scalar" in name
         weight.data = 1 + 0.1 * noise if is_factor else scale * noise
-    model.save_pretrained(folder)
-    return model.eval()
+    model.eval().save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all tokens", "clusters"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a target and its assistant, and both in transformers."""
     folder = tmp_path_factory.mktemp("gemma4")
-    target = Gemma4ForCausalLM(Gemma4TextConfig(**layers(4, num_kv_shared_layers=1)))
+    target = Gemma4ForCausalLM(Gemma4TextConfig(**layers("sfsf", num_kv_shared_layers=1)))
     config = Gemma4AssistantConfig(
-        text_config=layers(3, hidden_size=16, intermediate_size=24, num_kv_shared_layers=3),
+        text_config=layers("ssf", hidden_size=16, intermediate_size=24, num_kv_shared_layers=3),
         backbone_hidden_size=32,
         use_ordered_embeddings=request.param,
         num_centroids=12,
         centroid_intermediate_top_k=7,
     )
-    assistant = Gemma4AssistantForCausalLM(config)
+    drafter = Gemma4AssistantForCausalLM(config)
     if request.param:
         order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-        assistant.masked_embedding.token_ordering.copy_(order)
-    return (
-        folder,
-        randomise(target, folder / "target", 0.15),
-        randomise(assistant, folder / "assistant", 0.25),
-    )
+        drafter.masked_embedding.token_ordering.copy_(order)
+    randomise(target, folder / "target", 0.15)
+    randomise(drafter, folder / "assistant", 0.25)
+    edit_config(folder / "target", publish)
+    edit_config(folder / "assistant", lambda config: publish(config["text_config"]))
+    return folder, target, drafter
 
 
 def load_pair(folder: Path, config: LoadConfig = FLOAT32) -> Any:
@@ -102,7 +111,7 @@ def load_pair(folder: Path, config: LoadConfig = FLOAT32) -> Any:
 
 
 @torch.inference_mode()
-def published(target: Any, assistant: Any, prompt: list[int], path: list[int]) -> Any:
+def published(target: Any, drafter: Any, prompt: list[int], path: list[int]) -> Any:
     """(depths, vocab) log probabilities after each token of a path, which begins with the root."""
     outputs = target(
         torch.tensor([prompt]),
@@ -113,13 +122,13 @@ def published(target: Any, assistant: Any, prompt: list[int], path: list[int]) -
     state, rows = outputs.hidden_states[-1][:, -1:], []
     for token in path:
         embedded = target.get_input_embeddings()(torch.tensor([[token]]))
-        out = assistant(
+        out = drafter(
             inputs_embeds=torch.cat([embedded, state], -1),
             position_ids=torch.tensor([[len(prompt)]]),
             shared_kv_states=outputs.shared_kv_states,
         )
         logits, state = out.logits[0, 0], out.last_hidden_state
-        if assistant.config.use_ordered_embeddings:  # least - 1 stands for no probability
+        if drafter.config.use_ordered_embeddings:  # least - 1 stands for no probability
             logits = torch.where(logits > logits.min(), logits, -torch.inf)
         rows.append(logits.log_softmax(-1))
     return torch.stack(rows).numpy()
@@ -127,20 +136,59 @@ def published(target: Any, assistant: Any, prompt: list[int], path: list[int]) -
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2], ids=["beyond the window", "within the window"])
 def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> None:
-    folder, target, assistant = pair
+    folder, target, drafter = pair
     mlx = load_pair(folder)
     with SequenceSession(mlx, drafts=True) as sequence:
         sequence.extend(prompt)
         block = sequence.draft(7)
         for path in ([7, 3, 9, 30], [7, 41, 7, 7]):
             actual = mlx.head.log_probs(block, np.array(path, np.int32))
-            expected = published(target, assistant, prompt, path)
+            expected = published(target, drafter, prompt, path)
             np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def one_position_high(
+    self: Any, attention: Any, y: Any, positions: Any, caches: Any, source: int
+) -> Any:
+    return ATTEND(self, attention, y, positions + 1, caches, source)
+
+
+ATTEND = assistant.AssistantModel._attend
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Any], None]] = {
+    "embeddings without their factor": lambda patch, model: patch.setattr(
+        assistant.AssistantOutput, "embed", OutputStage.embed
+    ),
+    "fed back before the norm": lambda patch, model: patch.setattr(
+        assistant.AssistantModel, "feedback", lambda self, x: self.post_projection(x)
+    ),
+    "one position high": lambda patch, model: patch.setattr(
+        assistant.AssistantModel, "_attend", one_position_high
+    ),
+    "the keys of the first layers": lambda patch, model: patch.setattr(
+        model, "_sources", [0, 0, 1]
+    ),
+    "a window around the root": lambda patch, model: patch.setattr(model, "window", WINDOW - 2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_usual_mistakes(pair: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target, drafter = pair
+    mlx = load_pair(folder)
+    FAULTS[fault](monkeypatch, mlx.drafter_model)
+    with SequenceSession(mlx, drafts=True) as sequence:
+        sequence.extend(PROMPTS[0])
+        path = [7, 3, 9, 30]
+        actual = mlx.head.log_probs(sequence.draft(7), np.array(path, np.int32))
+    expected = published(target, drafter, PROMPTS[0], path)
+    with np.errstate(invalid="ignore"):
+        difference = np.nan_to_num(np.abs(actual - expected))
+    assert difference.max() > 0.05
 
 
 def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
     """In a batch of sequences, after forks, and after other tokens."""
-    folder, target, assistant = pair
+    folder, target, drafter = pair
     mlx = load_pair(folder)
     sequences = [SequenceSession(mlx, drafts=True) for _ in range(2)]
     sequences[0].extend(PROMPTS[0])
@@ -158,7 +206,7 @@ def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
         for depth in range(table.depths):
             below: dict[int, list[int]] = {}
             for row, path in known.items():
-                expected = published(target, assistant, prompt, path)[-1]
+                expected = published(target, drafter, prompt, path)[-1]
                 tokens = table.tokens[depth, row]
                 np.testing.assert_allclose(table.log_probs[depth, row], expected[tokens], atol=1e-4)
                 for token, following in zip(tokens, table.next_row[depth, row], strict=True):
@@ -202,12 +250,12 @@ def test_texts_equal_plain_decoding(pair: Any, temperature: float, kv_bits: int 
 def test_refusals(pair: Any, tmp_path: Path) -> None:
     folder = pair[0]
     write_target(tmp_path / "other", "qwen3", seed=0, vocab_size=48)
-    other, assistant = tmp_path / "other", folder / "assistant"
+    other, drafter = tmp_path / "other", folder / "assistant"
     with pytest.raises(UnsupportedModelError, match="reads keys that this qwen3 target does not"):
-        loader("mlx")(other, assistant, FLOAT32)
+        loader("mlx")(other, drafter, FLOAT32)
     for backend in ("reference", "cuda"):
         with pytest.raises(UnsupportedModelError, match=f"not supported by the {backend} backend"):
-            loader(backend)(other, assistant, FLOAT32)
+            loader(backend)(other, drafter, FLOAT32)
     with pytest.raises(ConfigError, match="draft_window is not supported"):
         load_pair(folder, replace(FLOAT32, draft_window=8))
 

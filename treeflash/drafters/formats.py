@@ -299,10 +299,7 @@ def drafter_config(folder: Path) -> DrafterConfig:
 def parse_drafter_config(config: Config) -> DrafterConfig:
     """Parse the configuration of a drafter in any format; raises what its `Format.parse` does."""
     published = detect_format(config)
-    if published is SPECULATORS:  # its top level is its section, and no copy of the target's
-        backbone.refuse(config)
-        _refuse_unread(config, "", config, published.keys)
-    else:
+    if published is not SPECULATORS:  # it has no such sections
         for name, section in _sections(config).items():
             _refuse_unread(config, f"{name}.", section, published.keys)
     return published.parse(config)
@@ -638,6 +635,8 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     if kind not in ("dflash", "dflash2", "dspark", "xpress"):
         known = "dflash, dflash2, dspark, xpress"
         raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
+    backbone.refuse(config)
+    _refuse_unread(config, "", config, SPECULATORS.keys)  # the top level is no copy of a target's
     layers = dict(config["transformer_layer_config"])
     rope = dict(layers.get("rope_parameters") or {})
     layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
