@@ -146,9 +146,8 @@ class ExactContext(AttentionContext):
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend; key and value have float32 columns of the committed positions and the block.
 
-        Raises:
-            UnsupportedModelError: the layer changes its mask, or uses a variant of attention whose
-                order of sums is not known.
+        Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
+        attention whose order of sums is not known.
         """
         if id(inputs.mask) not in self._layouts or inputs.softcap or inputs.sinks is not None:
             raise UnsupportedModelError(
@@ -227,8 +226,7 @@ def _missing_rows(count: int, width: int) -> int:
 def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows.
 
-    Raises:
-        UnsupportedModelError: a module computes products in another way.
+    Raises an UnsupportedModelError if a module computes products in another way.
     """
     for name, module in model.named_modules():
         if isinstance(module, FusedPart):
@@ -276,8 +274,7 @@ def pack_activations(model: nn.Module) -> None:
 def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
     """Compare activations of all 65,536 numbers bit for bit, in rows of other lengths and strides.
 
-    Raises:
-        UnsupportedModelError: an activation depends on a number's place.
+    Raises an UnsupportedModelError if an activation depends on a number's place.
     """
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     numbers = numbers.view(dtype) if dtype.itemsize == 2 else numbers.to(dtype)
@@ -298,8 +295,7 @@ CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 def check_products(model: nn.Module, dtype: torch.dtype) -> None:
     """Compare products of 1 to 64 random rows bit for bit, for each shape of a linear layer.
 
-    Raises:
-        UnsupportedModelError: a product's rows depend on the number of rows.
+    Raises an UnsupportedModelError if a product's rows depend on the number of rows.
     """
     random = torch.Generator().manual_seed(0)
     products: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
@@ -325,10 +321,8 @@ CHECKED_NODES = 64
 def check_attention(heads: int, kv_heads: int, width: int) -> None:
     """Compare attention over a random tree and over a prompt with single tokens, in float32.
 
-    The tree crosses the end of a group.
-
-    Raises:
-        UnsupportedModelError: a row's sum depends on the rows or keys beside it.
+    The tree crosses the end of a group. Raises an UnsupportedModelError if a row's sum depends on
+    the rows or keys beside it.
     """
     random = torch.Generator().manual_seed(0)
     committed, nodes = 2 * GROUP - 7, CHECKED_NODES
