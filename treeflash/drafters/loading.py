@@ -117,6 +117,8 @@ def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
     if config.interleaved_rope:
         return tensor.reshape(-1, half, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
     pairs = sum(frequency > 0 for frequency in config.inv_freq)
+    if pairs == half:
+        return tensor
     heads = tensor.reshape(-1, 2 * half, *shape[1:])
     ordered = heads + 0  # a copy in every framework
     ordered[:, pairs:half] = heads[:, 2 * pairs : half + pairs]
