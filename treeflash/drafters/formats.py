@@ -532,8 +532,8 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
 def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
     """A drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
     rope = rope_parameters(config)
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * share))
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * float(share)))
     if scale != 1:
         raise ValueError(f"rope type {rope['rope_type']!r} is not supported with gated queries")
     still = (0.0,) * (parsed.head_dim // 2 - len(rotated))
