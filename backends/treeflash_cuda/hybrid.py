@@ -80,11 +80,7 @@ def delta_rule(
     ancestors: Tensor,  # (n, n) bool, as `DraftTree.ancestor_mask`
     parents: NDArray[np.int32],  # (n,) as in `DraftTree`
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule on a tree.
-
-    Returns:
-        (1, heads, n, value_dim) outputs, and (1, heads, n, value_dim) values that the nodes write.
-    """
+    """(1, heads, n, value_dim) outputs of the gated delta rule on a tree, and written values."""
     if log_g.ndim == 4 and len(parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, parents)
     pairs, total = _decays(log_g, ancestors)
@@ -373,11 +369,7 @@ class HybridCache(TreeCache):
         # Takes a `SequenceRows`, rows and a state (or None), returns outputs and writes.
         tree: Callable[..., tuple[Tensor, Writes]],
     ) -> Tensor:
-        """Run a recurrence sequence by sequence.
-
-        Returns:
-            (1, rows, ...) outputs.
-        """
+        """Run a recurrence sequence by sequence; returns (1, rows, ...) outputs."""
         self._pending.add((layer, 0))
         outputs = []
         for part in self.parts:

@@ -603,9 +603,8 @@ class Target:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
 
-        Returns:
-            Logits of the last `logits_to_keep` rows, of all for 0, or of those with these indices;
-            and (n, hidden_size) outputs of the captured layers, by index.
+        Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
+        indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         running = cache.running() if isinstance(cache, HybridCache) else nullcontext()
         with attention_context(context) as outputs, running:

@@ -42,8 +42,7 @@ class Block:
 class Drafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy.
 
-    Attributes:
-        window: positions before a draft that the drafter sees, besides the first few; None is all.
+    It sees `window` positions before a draft, besides the first few; None is all.
     """
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
