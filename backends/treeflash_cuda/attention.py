@@ -385,23 +385,15 @@ class PackedContext:
         self._sequence_masks[id(placeholder)] = placeholder, masks
         return placeholder
 
-    def sequence_masks(self, inputs: AttentionInputs) -> list[Tensor | None]:
-        """The masks of all sequences for a layer.
-
-        Raises:
-            UnsupportedModelError: the layer does not use the mask that `mask` returned.
-        """
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend sequence by sequence; key and value cover the new rows alone."""
         if id(inputs.mask) not in self._sequence_masks:
             raise UnsupportedModelError(
                 f"{type(inputs.module).__name__} changes its mask, so it cannot run several "
                 "sequences at once"
             )
-        return self._sequence_masks[id(inputs.mask)][1]
-
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend sequence by sequence; key and value cover the new rows alone."""
-        masks = self.sequence_masks(inputs)
         query, kv_caches = inputs.query, self.cache.visible_columns()
+        masks = self._sequence_masks[id(inputs.mask)][1]
         if not self.one_by_one:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]

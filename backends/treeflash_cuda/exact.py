@@ -39,11 +39,10 @@ from treeflash_cuda.attention import (
     AttentionContext,
     AttentionInputs,
     MaskFunction,
-    PackedContext,
     additive_mask,
     evaluate,
 )
-from treeflash_cuda.cache import PackedRows, TreeCache, widen
+from treeflash_cuda.cache import Columns, PackedRows, TreeCache, widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass
 from treeflash_cuda.operations import TOLERANCES
 
@@ -61,8 +60,6 @@ PROMPT_ROWS = 128
 """Tokens of a prompt that attend at once, to bound the memory of scores."""
 LINEAR_ROWS = 2
 
-Columns = slice | Tensor
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -70,7 +67,7 @@ class Part:
 
     first: int  # the rows' first token
     end: int  # the token after the rows' last one
-    columns: Columns  # of the keys, counted from `Rows.first_column`
+    columns: slice | Tensor  # of the keys, counted from the first of `Rows.columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,26 +220,46 @@ class ExactContext(AttentionContext):
             torch.div(sums[..., :width], sums[..., width : width + 1], out=out)
 
 
-class PackedExactContext(PackedContext):
-    """`ExactContext` of several sequences."""
+class PackedExactContext:
+    """`Context` of several sequences, which attend one by one."""
 
-    sequences: Sequence[ExactContext]
+    def __init__(self, sequences: Sequence[ExactContext], cache: ExactCache) -> None:
+        self.sequences = sequences  # the context of each sequence, in the order of their rows
+        self.cache = cache  # of the same sequences
+        self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
+        self._masks: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
+        """A tensor that stands for the masks of all sequences."""
+        placeholder = self.positions.new_empty(1, 1, 1, 1)
+        masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
+        self._masks[id(placeholder)] = placeholder, masks
+        return placeholder
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend sequence by sequence; key and value cover the new rows alone."""
-        query = inputs.query[0]
+        """Attend sequence by sequence; key and value cover the new rows alone.
+
+        Raises:
+            UnsupportedModelError: see `ExactContext.attend`.
+        """
+        query, place = inputs.query[0], id(inputs.mask)
         output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
-        masks = self.sequence_masks(inputs)
-        caches, first = self.cache.visible_columns(), 0
-        for sequence, n, (k, v), mask in zip(self.sequences, self.rows, caches, masks, strict=True):
-            block = slice(first, first + n)
-            sequence.attend_to(inputs, query[:, block], k[0], v[0], mask, output[block])
-            first += n
+        masks = self._masks[place][1] if place in self._masks else [None] * len(self.sequences)
+        first = 0
+        for sequence, columns, mask in zip(self.sequences, self.cache.columns, masks, strict=True):
+            block = slice(first, first + sequence.tokens)
+            keys, values = columns[self.cache.layer]
+            parts = query[:, block], keys[0], values[0], mask, output[block]
+            sequence.attend_to(inputs, *parts)
+            first = block.stop
         return output.view(1, len(output), -1, query.shape[2])
 
 
 class ExactCache(TreeCache):
     """Stores keys and values in float32, beside the ones that the arena has after them."""
+
+    columns: Sequence[Columns] = ()
+    """Of each sequence, once a layer has been updated."""
 
     @torch.compiler.disable
     def update(
@@ -251,13 +268,13 @@ class ExactCache(TreeCache):
         """As `TreeCache.update` does it; rows that `ExactContext.repeat` adds are not stored."""
         self.layer, width = layer_idx, key_states.shape[3]
         states = key_states, value_states
-        if not self._views:
+        if not self.columns:
             self._reserve(widen(key_states[:, :, :1]), width)
         if self._packed is None:
             (n,) = self.rows
             for storage, x in zip(self._new[layer_idx], states, strict=True):
                 storage.copy_(x if x.shape[2] == n else x[:, :, :n])
-            return self._views[0][layer_idx]
+            return self.columns[0][layer_idx]
         wide = [x[0].float() for x in states]
         for slab, rows, columns in self._packed.slabs:
             for storage, x in zip(slab.layer(layer_idx), wide, strict=True):
@@ -267,16 +284,15 @@ class ExactCache(TreeCache):
 
     def _reserve(self, like: Tensor, width: int) -> None:
         """Reserve columns for stored keys like these, whose first `width` numbers are written."""
-        parts = list(zip(self.sequences, self.rows, strict=True))
-        if len(parts) > 1:
-            segments = [(x, x.length, n) for x, n in parts]
+        segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
+        if len(segments) > 1:
             self._packed = PackedRows(segments, like)
         else:
-            sequence, n = parts[0]
-            sequence.reserve(like, like, sequence.length + n)
-            new = sequence.columns(sequence.length, sequence.length + n)
+            ((sequence, first, n),) = segments
+            sequence.reserve(like, like, first + n)
+            new = sequence.columns(first, first + n)
             self._new = [(k[..., :width], v[..., :width]) for k, v in new]
-        self._views = [x.columns(0, x.length + n) for x, n in parts]
+        self.columns = [x.columns(0, first + n) for x, first, n in segments]
 
 
 def _heads(query: Tensor, keys: Tensor) -> tuple[int, int, int]:

@@ -602,12 +602,11 @@ class Target:
             return ExactContext(committed, positions, ancestors)
         return AttentionContext(committed, positions, ancestors, self.kernels)
 
-    def packed_context(
-        self, contexts: Sequence[AttentionContext], cache: TreeCache
-    ) -> PackedContext:
+    def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
         """The context of several sequences, from the result of `context` for each."""
-        make = PackedExactContext if self.sums_by_position else PackedContext
-        return make(contexts, cache)
+        if isinstance(cache, ExactCache):
+            return PackedExactContext(contexts, cache)
+        return PackedContext(contexts, cache)
 
     def new_recurrent_states(self) -> RecurrentStates | None:
         """The recurrent states of an empty sequence; None if the model has none."""
