@@ -35,9 +35,8 @@ from treeflash.text.output_file import OutputFile, has_fields
 from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import respond
+from treeflash.training.distillation import Response, read_responses, respond
 from treeflash.training.interfaces import trainer
-from treeflash.training.responses import Response, read_responses
 
 BASE = TrainConfig(
     layers=2,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import treeflash
-from treeflash.cli.console import Main, guarded
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Main, Parser, guarded
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",

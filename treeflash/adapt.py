@@ -15,9 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.console import INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, load_located, with_device
-from treeflash.cli.parser import Parser
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
@@ -38,9 +37,14 @@ from treeflash.training.config import (
     make_train_config,
     trained_head_name,
 )
-from treeflash.training.distillation import Distillation, DistillConfig, mix, response_file
+from treeflash.training.distillation import (
+    Distillation,
+    DistillConfig,
+    mix,
+    read_responses,
+    response_file,
+)
 from treeflash.training.interfaces import GROUP, show_records, trainer
-from treeflash.training.responses import read_responses
 
 DEFAULTS: dict[str, Any] = {
     "minutes": 10.0,
@@ -196,6 +200,7 @@ def _cost(
     passes = math.ceil(prompts / distill.slots) * distill.max_tokens
     sequences = config.sequences * config.accumulation
     trained, frozen = _parameters(target, base, config)
+    stored = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return [
         f"answers: at most {prompts * distill.max_tokens:,} tokens to {prompts} prompts, "
         f"in {passes:,} passes of up to {distill.slots} sequences",
@@ -203,14 +208,10 @@ def _cost(
         f"{measured} prompts before and after",
         f"training: {config.minutes:g} minutes or {config.steps:,} steps at most; a step runs the "
         f"target over {sequences} answers, at most {sequences * length:,} tokens",
-        f"memory: {decimal(_weight_nbytes(target))} for the target as stored, "
+        f"memory: {decimal(stored)} for the target as stored, "
         f"{decimal(trained * TRAINED_BYTES)} for {trained:,} trained parameters, "
         f"{decimal(frozen * FROZEN_BYTES)} for {frozen:,} frozen ones, and the activations",
     ]
-
-
-def _weight_nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int]:

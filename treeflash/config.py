@@ -104,31 +104,24 @@ class Penalties:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How one sequence is decoded.
+    """How one sequence is decoded; `treeflash.text.options.Options` says more about the settings.
 
     The defaults of `top_m`, `top_k_children` and `draft_temperature` are the published ones
     (TreeFlash, section 4). Those of `budget` and `head_vocab` were measured (docs/history.md);
     published are 64 nodes and the whole vocabulary.
 
     Attributes:
-        method: `ar` decodes without drafting; `dflash` verifies the chain of the drafter's best
-            tokens, `ddtree` a tree of its marginals, `treeflash` a tree of the AR head's
-            predictions, `treeflash-chain` the AR head's best chain, `suffix` a tree of what
-            followed the last tokens where they occurred before, which needs no drafter.
+        method: what trees or chains are drafted from; `ar` decodes without drafting.
         budget: nodes of a draft tree including the root, at most 1024; `auto` chooses the size
             that maximises expected tokens per second in every iteration, or turns drafting off.
         top_m: previous-token candidates per depth (M).
         top_k_children: children per depth and previous token (K).
-        head_vocab: number of tokens that the AR head scores, the most probable of a block; None is
-            the whole vocabulary. Small trees need few.
-        head_rows: number of previous tokens that the AR head conditions on, the most probable of a
-            block; None is all M at every depth, `auto` as many as a tree of this budget can use.
-        suffix: whether the trees of `ddtree` and `treeflash` also have what followed the last
-            tokens where they occurred before.
-        draft_depths: depths that the drafter drafts at most; None is all that it has. Each costs
-            MTP and EAGLE-3 heads a pass.
-        draft_temperature: divides the drafter's logits, and is the start of the calibration of
-            trees; it changes the tree, never the output.
+        head_vocab: number of tokens that the AR head scores; None is the whole vocabulary.
+        head_rows: number of previous tokens that the AR head conditions on; None is all M at every
+            depth, `auto` as many as a tree of this budget can use.
+        suffix: whether trees also have what followed the last tokens where they occurred before.
+        draft_depths: depths that the drafter drafts at most; None is all that it has.
+        draft_temperature: divides the drafter's logits, and is the start of the calibration.
         calibration: whether trees follow how sharp the drafter's distributions proved to be in the
             text so far; False builds the trees as published.
         max_tokens: maximum number of new tokens.

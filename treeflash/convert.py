@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Parser, guarded
 from treeflash.drafters.conversion import CONVERSIONS, convert
 from treeflash.hub.models import resolve_drafter
 

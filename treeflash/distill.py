@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.console import INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, load_located
-from treeflash.cli.parser import Parser
 from treeflash.errors import ConfigError
 from treeflash.language_model import locate
 from treeflash.text.prompt import Row, read_rows

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import guarded
+from treeflash.cli.console import Parser, guarded
 from treeflash.cli.options import add_model_options, locate_model
-from treeflash.cli.parser import Parser
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
-from treeflash.diagnosis.checks import Diagnosis, diagnose
+from treeflash.diagnosis import Diagnosis, diagnose
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.row_heads import find_row_format
 from treeflash.errors import UnsupportedModelError

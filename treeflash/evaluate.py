@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from treeflash.cli import options as cli
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Parser, guarded
 from treeflash.config import METHODS, DecodeConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import MEAN, compute_records

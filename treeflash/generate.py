@@ -12,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from treeflash.cli import options as cli
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Parser, guarded
 from treeflash.cli.prompt_batch import run_batch
 from treeflash.cli.single_prompt import read_prompt, run_answers, run_text
 from treeflash.decoding.suffix import SuffixCache

@@ -84,11 +84,8 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
-        Returns:
-            An iterator of chunks; its `generation()` joins them into one result.
-
-        Raises:
-            ConfigError, PromptError, NumericalError: see `generate`; the last while iterating.
+        The `generation()` of the iterator joins its chunks. A NumericalError is raised while
+        iterating.
         """
         assembler = self.assembler(prompt, options)
         self._measure_costs(assembler.config)
@@ -310,21 +307,15 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedPair:
-    """A target and perhaps a drafter, which are on this machine, and how to load them.
-
-    Attributes:
-        thinking: whether thinking is on in a conversation that does not set it.
-        named: whether the user chose the backend or the device.
-        unknown: whether a drafter was looked for, and none is known for the target.
-    """
+    """A target and perhaps a drafter, which are on this machine, and how to load them."""
 
     target: Path
     drafter: Path | None
-    thinking: bool
+    thinking: bool  # whether thinking is on in a conversation that does not set it
     loader: Loader
     config: LoadConfig
-    named: bool
-    unknown: bool
+    named: bool  # whether the user chose the backend or the device
+    unknown: bool  # whether a drafter was looked for, and none is known for the target
 
     def load(self) -> LanguageModel:
         """Load the models; see `load`."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
-from treeflash.hub.cached import CachedModel, cached_models, folder_nbytes
+from treeflash.cli.console import Parser, guarded
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     PUBLISHED_DRAFTERS,
+    CachedModel,
     DraftSource,
+    cached_models,
     draft_sources,
     published_drafters,
     resolve_drafter,
@@ -82,10 +82,7 @@ def _download(name: str) -> list[CachedModel]:
         folders = {name: resolve_target(name)}
         if drafters := published_drafters(name):
             folders[drafters[0].name] = resolve_drafter(None, name)
-    return [
-        CachedModel(name=name, folder=folder, nbytes=folder_nbytes(folder))
-        for name, folder in folders.items()
-    ]
+    return [CachedModel.from_folder(name, folder) for name, folder in folders.items()]
 
 
 def _row(model: CachedModel) -> dict[str, Any]:

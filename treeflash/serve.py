@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from treeflash.cli import options as cli
-from treeflash.cli.console import guarded
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Parser, guarded
 from treeflash.errors import ConfigError
 from treeflash.serving.settings import add_server_options, read_settings
 

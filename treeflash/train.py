@@ -9,14 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import INTERRUPTED, guarded
+from treeflash.cli.console import INTERRUPTED, Parser, guarded
 from treeflash.cli.options import add_device_options, with_device
-from treeflash.cli.parser import Parser
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig, add_options, given_options, make_train_config
+from treeflash.training.distillation import read_responses
 from treeflash.training.interfaces import show_records, trainer
-from treeflash.training.responses import read_responses
 
 
 @guarded

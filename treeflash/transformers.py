@@ -174,32 +174,19 @@ class _Rows:
     """The rows of a batch, which get one token each at a time, as in transformers.
 
     Rows are decoded at different speeds: a token waits until all other rows have one.
-
-    Attributes:
-        ids: (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers.
-        width: tokens of the prompts, with padding.
-        max_tokens: new tokens at most.
-        stop_token_ids: that end a row. Without any, rows go on until all have ended.
-        criteria: the other criteria: of the user, and of `max_time` and `stop_strings`.
-        pad: follows the end of a row.
-        streamer: gets the new tokens; None for none.
-        answers: tokens of each row, of which `length` are in `ids`.
-        complete: rows whose answers do not grow any more.
-        ended: rows that have ended.
-        length: new tokens in `ids`.
     """
 
-    ids: Any
-    width: int
-    max_tokens: int
-    stop_token_ids: frozenset[int]
-    criteria: Any
-    pad: int
-    streamer: Any
-    answers: list[list[int]]
-    complete: set[int] = field(default_factory=set)
-    ended: set[int] = field(default_factory=set)
-    length: int = 0
+    ids: Any  # (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers
+    width: int  # tokens of the prompts, with padding
+    max_tokens: int  # new tokens at most
+    stop_token_ids: frozenset[int]  # that end a row. Without any, rows go on until all have ended
+    criteria: Any  # the other criteria: of the user, and of `max_time` and `stop_strings`
+    pad: int  # follows the end of a row
+    streamer: Any  # gets the new tokens; None for none
+    answers: list[list[int]]  # tokens of each row, of which `length` are in `ids`
+    complete: set[int] = field(default_factory=set)  # rows whose answers do not grow any more
+    ended: set[int] = field(default_factory=set)  # rows that have ended
+    length: int = 0  # new tokens in `ids`
 
     @classmethod
     def start(
@@ -372,8 +359,7 @@ def _refuse(
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
     """The tokens of each row of a batch, without padding.
 
-    Raises:
-        ConfigError: padding is not on the left, or positions do not start at 0.
+    Raises a ConfigError if padding is not on the left, or positions do not start at 0.
     """
     mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     if mask is None:

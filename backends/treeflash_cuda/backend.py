@@ -267,8 +267,7 @@ def load_target_operations(target: Target) -> Operations | None:
 def choose_device(name: str | None) -> torch.device:
     """The device with a name; None is the first CUDA device.
 
-    Raises:
-        BackendError: there is no such device.
+    Raises a BackendError if there is no such device.
     """
     try:
         device = torch.device(name or "cuda")

@@ -278,8 +278,7 @@ class KVCache:
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
 
-        Raises:
-            UnsupportedModelError: the layers' keys and values differ in shape.
+        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
         """
         end = first + k.shape[2]
         k, v = self.arena.encode(k), self.arena.encode(v)
@@ -296,8 +295,7 @@ class KVCache:
     def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
         """The region, which can hold stored keys and values like `k` and `v` before column `end`.
 
-        Raises:
-            UnsupportedModelError: the layers' keys and values differ in shape.
+        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
         """
         if self.region is None:
             self.region = self.arena.take(self.capacity, k)

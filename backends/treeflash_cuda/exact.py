@@ -174,9 +174,8 @@ class ExactContext(AttentionContext):
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend; key and value have float32 columns of the committed positions and the block.
 
-        Raises:
-            UnsupportedModelError: the layer changes its mask, or uses a variant of attention whose
-                order of sums is not known.
+        Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
+        attention whose order of sums is not known.
         """
         query = inputs.query[0]
         output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
@@ -239,8 +238,7 @@ class PackedExactContext:
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend sequence by sequence; key and value cover the new rows alone.
 
-        Raises:
-            UnsupportedModelError: see `ExactContext.attend`.
+        Raises what `ExactContext.attend` raises.
         """
         query, place = inputs.query[0], id(inputs.mask)
         output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
@@ -384,10 +382,8 @@ def _missing_rows(count: int, width: int) -> int:
 def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows.
 
-    Passes of one token have two rows anyway; this is for the output head of a longer pass.
-
-    Raises:
-        UnsupportedModelError: a module computes products in another way.
+    Passes of one token have two rows anyway; this is for the output head of a longer pass. Raises
+    an UnsupportedModelError if a module computes products in another way.
     """
     for owner, name in _products(model):
         setattr(owner, name, _padded(getattr(owner, name), least))
@@ -396,9 +392,8 @@ def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
 def use_kernel_for_products(model: nn.Module) -> None:
     """Let a Triton kernel compute the linear layers of a loaded model; see `triton_kernels`.
 
-    Raises:
-        UnsupportedModelError: a module computes products in another way, or the kernel's results
-            differ from PyTorch's.
+    Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
+    results differ from PyTorch's.
     """
     from treeflash_cuda.triton_kernels.products import linear
 
@@ -470,8 +465,7 @@ def pack_activations(model: nn.Module, dtype: torch.dtype) -> None:
 def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
     """Compare activations of all 65,536 numbers bit for bit, in rows of other lengths and strides.
 
-    Raises:
-        UnsupportedModelError: an activation depends on a number's place.
+    Raises an UnsupportedModelError if an activation depends on a number's place.
     """
     for module in {type(x): x for x in activations(model)}.values():
         if _depends_on_place(module, dtype):
@@ -498,8 +492,7 @@ CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 def check_products(model: nn.Module, dtype: torch.dtype) -> None:
     """Compare products of 1 to 64 random rows bit for bit, for each shape of a linear layer.
 
-    Raises:
-        UnsupportedModelError: a product's rows depend on the number of rows.
+    Raises an UnsupportedModelError if a product's rows depend on the number of rows.
     """
     random, device = torch.Generator().manual_seed(0), next(model.parameters()).device
     products: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
@@ -525,10 +518,8 @@ CHECKED_NODES = 64
 def check_attention(heads: int, kv_heads: int, width: int) -> None:
     """Compare attention over a random tree and over a prompt with single tokens, in float32.
 
-    The tree crosses the end of a group.
-
-    Raises:
-        UnsupportedModelError: a row's sum depends on the rows or keys beside it.
+    The tree crosses the end of a group. Raises an UnsupportedModelError if a row's sum depends on
+    the rows or keys beside it.
     """
     random = torch.Generator().manual_seed(0)
     committed, nodes = 2 * GROUP - 7, CHECKED_NODES

@@ -187,10 +187,8 @@ def sample_tokens(
 ) -> NDArray[np.int32]:
     """Sample a token per row, as `treeflash.decoding.sampling.sample_tokens` does.
 
-    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`.
-
-    Raises:
-        NumericalError: a row's largest logit is not finite.
+    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`. Raises a
+    NumericalError if a row's largest logit is not finite.
     """
     if logits.device.type == "cpu":
         return sample_on_cpu(logits, sampling, keys).astype(np.int32)
@@ -227,10 +225,8 @@ def sample(
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
 
     Sequences with the same sampling are computed together, with one read from a GPU. Log
-    probabilities of all sequences take one more read.
-
-    Raises:
-        NumericalError: a row's largest logit is not finite.
+    probabilities of all sequences take one more read. Raises a NumericalError if a row's largest
+    logit is not finite.
     """
     parts, counts = logits.parts, [len(part) for part in logits.parts]
     sampled = {i: params for i, params in enumerate(all_params) if params is not None}

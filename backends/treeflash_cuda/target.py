@@ -91,8 +91,7 @@ TOLERANCE_FACTOR = 5
 def read_model_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a folder, as transformers reads it.
 
-    Raises:
-        CheckpointError: the configuration is damaged, or of a type that transformers lacks.
+    Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
     """
     read_config(folder)  # has the clearer message about a damaged file
     try:
@@ -124,10 +123,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a folder in the Hugging Face format, for inference; see `Target`.
 
-    Raises:
-        CheckpointError: the folder is damaged or incomplete, or its weights do not fit its
-            configuration.
-        UnsupportedModelError: the weights are quantised, and a package for that is not installed.
+    Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
+    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
+    is not installed.
     """
     weight_files(folder)
     # A quantised model must not be moved; other models would be in memory twice.
@@ -220,8 +218,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
     """Devices and their numbers of consecutive layers.
 
-    Raises:
-        ConfigError: a layer is not on a GPU.
+    Raises a ConfigError if a layer is not on a GPU.
     """
     devices = [next(layer.parameters()).device for layer in layers]
     if any(device.type in ("cpu", "meta") for device in devices):
@@ -288,10 +285,9 @@ def whole_output_head(head: Any) -> nn.Module:
 def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
 
-    Raises:
-        CheckpointError: the adapter is damaged.
-        UnsupportedModelError: the adapter has other parts, or the model has no such layers, has
-            quantised them, or shares their weights with others.
+    Raises a CheckpointError if the adapter is damaged, and an UnsupportedModelError if the adapter
+    has other parts, or the model has no such layers, has quantised them, or shares their weights
+    with others.
     """
     modules = dict(model.named_modules())
     embeddings = model.get_input_embeddings().weight
@@ -346,9 +342,8 @@ class Target:
     ) -> None:
         """Replace the attention of a model.
 
-        Raises:
-            ConfigError: the model cannot be placed or quantised in this way.
-            UnsupportedModelError: the model cannot run a draft tree.
+        Raises a ConfigError if the model cannot be placed or quantised in this way, and an
+        UnsupportedModelError if the model cannot run a draft tree.
         """
         refuse_stateful(model.config)
         self.model = model  # with its attention replaced
@@ -442,10 +437,9 @@ class Target:
     def _replace_attention(self, pack: bool, kv_bits: int | None) -> None:
         """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
-        Raises:
-            ConfigError: the keys and values cannot be quantised.
-            UnsupportedModelError: the logits differ, so the model computes attention in a way that
-                the replacement does not.
+        Raises a ConfigError if the keys and values cannot be quantised, and an
+        UnsupportedModelError if the logits differ, so the model computes attention in a way that
+        the replacement does not.
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
@@ -485,9 +479,8 @@ class Target:
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises:
-            UnsupportedModelError: a layer cannot be computed in this way, or has other bits on this
-                machine.
+        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
+        on this machine.
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
@@ -524,8 +517,7 @@ class Target:
     def find_scale(self) -> None:
         """Find `scale`, so that `logits` needs only the output head.
 
-        Raises:
-            UnsupportedModelError: the model does more to its logits than multiply them.
+        Raises an UnsupportedModelError if the model does more to its logits than multiply them.
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)

@@ -67,13 +67,11 @@ class TreePass:
         *,
         solve: Solver | None = None,
     ) -> TreePass | None:
-        """The pass over the trees of several sequences; None if all tokens continue one sequence.
+        """The pass over trees, one per sequence; None if all tokens continue one sequence.
 
-        Args:
-            trees: one per sequence.
-            starts: committed positions of each sequence.
-            spare: the column that rows without a node are written to.
-            solve: for recurrent layers; None without them, or for chains that are committed whole.
+        `starts` are the committed positions of each sequence. Rows without a node are written to
+        the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
+        committed whole.
         """
         if len(trees) == 1 and (len(trees[0]) == 1 or (trees[0].is_chain and solve is None)):
             return None

@@ -44,8 +44,8 @@ from treeflash_mlx.heads import (
     CorrelationHead,
     RecurrentCell,
     RecurrentHead,
+    split_pairs,
 )
-from treeflash_mlx.linear import split_pairs
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
 from treeflash_mlx.state import State

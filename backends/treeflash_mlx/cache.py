@@ -42,11 +42,10 @@ def size_class(columns: int) -> int:
 class BatchStorage:
     """All arrays of the sequences that run together, a row per sequence.
 
-    While the same sequences run together, nothing is copied.
+    While the same sequences run together, nothing is copied. No sequence reaches the last column,
+    which takes the padding of a pass. Sequences that have left free their rows.
 
     Attributes:
-        free_rows: rows whose sequence has left.
-        columns: of every row. No sequence reaches the last one, which takes the padding of a pass.
         layers: per layer, arrays of shape (batch, heads, columns, width): the keys and the values,
             or the three parts of both if they are quantised; empty before the first pass.
         latest: per layer, (batch, heads, n, width) as the latest pass wrote them.

@@ -32,8 +32,7 @@ def on_metal() -> bool:
 def choose_device(name: str | None) -> bool:
     """Use the device of that name, or MLX's default; returns whether it is the CPU.
 
-    Raises:
-        BackendError: there is no such device.
+    Raises a BackendError if there is no such device.
     """
     if name not in (None, "cpu", "gpu"):
         raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
@@ -54,11 +53,9 @@ def available_bytes() -> int | None:
 def limit_memory(weights: int, *, wired: bool) -> None:
     """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
 
-    Args:
-        weights: of the loaded models, bytes.
-        wired: whether the models and the states of sequences stay in memory, whatever other
-            programs need. macOS has crashed where this limit was high, so it is as low as possible
-            and taken back when the process ends.
+    Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
+    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
+    when the process ends.
     """
     if mx.default_device().type == mx.cpu:
         return

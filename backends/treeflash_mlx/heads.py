@@ -23,9 +23,40 @@ from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
 from treeflash_mlx.drafter import Block, OutputStage, join_blocks
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.linear import PairLinear
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
+
+
+class PairLinear(nn.Module):
+    """A linear layer of two concatenated vectors of equal size; many rows share the second one."""
+
+    def __init__(self, size: int, out: int, bias: bool) -> None:
+        super().__init__()
+        # A product with a concatenation is the sum of two products.
+        self.first = nn.Linear(size, out, bias=False)
+        self.second = nn.Linear(size, out, bias=bias)
+
+    def __call__(self, first: mx.array, second: mx.array, rows: mx.array) -> mx.array:
+        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
+        return self.first(first) + self.second(second)[rows]
+
+
+def split_pairs(module: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A checkpoint's tensors by name, with the weights of the `PairLinear`s in a module split.
+
+    A pair has an (out, 2 * size) weight in the checkpoint, and perhaps an (out,) bias.
+    """
+    tensors = dict(tensors)
+    for name, child in module.named_modules():
+        if isinstance(child, PairLinear):
+            first, second = mx.split(tensors.pop(f"{name}.weight"), 2, -1)
+            # A strided half of a matrix would be copied in every product.
+            tensors[f"{name}.first.weight"] = mx.contiguous(first)
+            tensors[f"{name}.second.weight"] = mx.contiguous(second)
+            if f"{name}.bias" in tensors:
+                tensors[f"{name}.second.bias"] = tensors.pop(f"{name}.bias")
+    return tensors
+
 
 NORM_EPS = 1e-6
 
@@ -34,10 +65,7 @@ NORM_EPS = 1e-6
 class Slots:
     """The outputs of the drafter at the slots of blocks, which follow one another.
 
-    Attributes:
-        output: of the drafter.
-        hidden: (slots, hidden_size) outputs of the last layer.
-        normed: (slots, hidden_size) u = norm(hidden).
+    They are (slots, hidden_size): of the last layer, and normed, u = norm(hidden).
     """
 
     output: OutputStage
@@ -52,19 +80,13 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens of blocks that a head scores.
-
-    Attributes:
-        output: of the drafter.
-        logits: (batch, D, v) of the marginals.
-        rows: (batch, n) the depth of each query, from 0.
-        tokens: of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with
-            candidates; None for all.
-    """
+    """The tokens of blocks that a head scores."""
 
     output: OutputStage
-    logits: mx.array
-    rows: mx.array
+    logits: mx.array  # (batch, D, v) of the marginals
+    rows: mx.array  # (batch, n) the depth of each query, from 0
+    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
+    # for all
     tokens: mx.array | None
 
 
@@ -74,10 +96,7 @@ class Head(nn.Module):
     def confidence(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array | None:
         """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
 
-        Args:
-            slots: of all blocks.
-            previous: (n,) tokens of the target's vocabulary.
-            rows: (n,) the slot that each previous token belongs to.
+        It follows from (n,) previous tokens of the target's vocabulary, and the slot of each.
         """
         return None
 
@@ -85,9 +104,7 @@ class Head(nn.Module):
 class ConditionalHead(Head):
     """A head whose scores depend on a slot and one previous token.
 
-    Attributes:
-        candidates: tokens of a slot that the head scores, the most probable by their marginal; None
-            for all tokens.
+    It scores the `candidates` most probable tokens of a slot by their marginal; None scores all.
     """
 
     candidates: int | None = None
@@ -107,9 +124,7 @@ class ConditionalHead(Head):
 class RecurrentCell(Head):
     """A head with a state for each path of previous tokens, and a bias on the logits of children.
 
-    Attributes:
-        token_rows: embedding with a row of r numbers for each of the drafter's tokens. The products
-            of the rows with a query are the bias.
+    The bias is the product of a query with the row of r numbers that `token_rows` has for a token.
     """
 
     token_rows: nn.Embedding
@@ -121,16 +136,10 @@ class RecurrentCell(Head):
     def step(
         self, slots: Slots, state: mx.array, previous: mx.array, depth: int
     ) -> tuple[mx.array, mx.array]:
-        """Advance n paths by their last token.
+        """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
 
-        Args:
-            slots: of one block.
-            state: (n, state_size) of the paths without the token; `start` before the root.
-            previous: (n,) last tokens, of the target's vocabulary.
-            depth: of the children, from 0.
-
-        Returns:
-            (n, state_size) states, and (n, r) queries.
+        They come from (n, state_size) states, `start` before the root, (n,) tokens of the target's
+        vocabulary, and the children's depth, from 0.
         """
         raise NotImplementedError
 
@@ -141,10 +150,8 @@ class Corrected(ConditionalHead):
     def correction(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
         """(n, hidden_size) corrections of hidden states.
 
-        Args:
-            embedded: (n, hidden_size) embeddings of the previous tokens.
-            normed: (D, hidden_size) u.
-            rows: (n,) the row of `normed` that each previous token belongs to.
+        They come from (n, hidden_size) embeddings of the previous tokens, and the (n,) `rows` of
+        the (D, hidden_size) outputs u that these belong to.
         """
         raise NotImplementedError
 
@@ -579,15 +586,10 @@ class ARHead:
         return np.array(self.output.over_target_vocabulary(log_probs))
 
     def _vocab(self, marginal: mx.array, shortlist: int | None) -> mx.array | None:
-        """The tokens that are scored, of the drafter's vocabulary.
+        """The tokens that are scored, of the drafter's vocabulary; None for all.
 
-        Args:
-            marginal: (batch, D, Vd), in the order of the marginal probabilities.
-            shortlist: as in `TableOptions`.
-
-        Returns:
-            (batch, D, v) candidates of each depth, or (batch, 1, v) tokens of the whole block,
-            ascending; None for all.
+        They are (batch, D, v) candidates of each depth, or (batch, 1, v) tokens of the whole block,
+        ascending. `marginal` is (batch, D, Vd), in the order of the marginal probabilities.
         """
         batch, depths, vocab_size = marginal.shape
         if (candidates := self.module.candidates) is not None:
@@ -599,16 +601,10 @@ class ARHead:
 
 
 def _scored_rows(marginal: mx.array, m: int, rows: int | None) -> tuple[mx.array, mx.array]:
-    """The previous tokens whose children are scored.
+    """(batch, r) ascending indices, and (batch, r) previous tokens whose children are scored.
 
-    Args:
-        marginal: (batch, D - 1, vocab) log probabilities.
-        m: tokens of each depth to choose from.
-        rows: tokens of each sequence to keep, the most probable ones; None keeps all.
-
-    Returns:
-        (batch, r) indices into the (D - 1) * m tokens of a sequence, ascending, and (batch, r) the
-        tokens.
+    The indices are into the (D - 1) * m most probable tokens of a sequence, by (batch, D - 1,
+    vocab) log probabilities. `rows` of them are kept, the most probable ones; None keeps all.
     """
     batch, depths, vocab = marginal.shape
     if not depths:  # a block of two; MLX before 0.32.4 crashes when it sorts nothing

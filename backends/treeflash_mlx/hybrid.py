@@ -58,14 +58,9 @@ class NodePaths:
     """The ancestors of the nodes of several trees, for the recurrent layers of one forward pass.
 
     Trees smaller than the largest one are padded with nodes that continue the committed sequence,
-    as a root does.
-
-    Attributes:
-        batch_size: trees.
-        nodes: n, of the largest tree.
-        depth: of the deepest node; a root has depth 0.
-        ancestors: (batch, 1, n, n) bool; [i, 0, j, k] is true if k is j or an ancestor of j.
-        solve: for the delta rule.
+    as a root does. There are `batch_size` trees of n `nodes`, down to a `depth`; a root has depth
+    0. (batch, 1, n, n) `ancestors` [i, 0, j, k] is true if k is j or an ancestor of j. `solve`
+    serves the delta rule.
     """
 
     def __init__(self, trees: Sequence[DraftTree], nodes: int, solve: Solver) -> None:
@@ -254,8 +249,7 @@ MAX_SOLVER_ERROR = 1e-3
 def choose_solver() -> Solver:
     """The fastest correct solver on this device.
 
-    Raises:
-        UnsupportedModelError: no solver is correct.
+    Raises an UnsupportedModelError if no solver is correct.
     """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         what = "recurrent layers"
@@ -480,16 +474,11 @@ def rebind(
     """Let the methods of one module, and of no other, call other functions in a pass over trees.
 
     A method looks up the functions it calls among the globals of its Python module. The module gets
-    a class whose methods have the same code, with other functions among their globals.
-
-    Args:
-        module: a layer, or a part of one.
-        functions: by the names of the functions that they stand for. They get what `current`
-            returns before the other arguments, and may return NotImplemented.
-        current: what the pass that is being built has for them; None if it is not over trees.
-
-    Returns:
-        The names of the functions that the module calls.
+    a class whose methods have the same code, with other functions among their globals. The
+    functions, by the names that they stand for, get what `current` returns before the other
+    arguments, and may return NotImplemented. `current` returns what the pass that is being built
+    has for them; None if it is not over trees. The names of the functions that the module calls are
+    returned.
     """
     cls = type(module)
     methods: dict[str, Any] = {}

@@ -14,14 +14,11 @@ BLOCK = 256
 
 
 def top_indices(logits: mx.array, k: int) -> mx.array:
-    """The k largest entries of each row, largest first.
+    """(n, k) int32 columns of the k largest entries of (n, vocab) logits, largest first.
 
     The k blocks with the highest maxima contain them, so only these blocks are sorted. This is many
-    times faster than partitioning the rows, which Metal implements by sorting them.
-
-    Returns:
-        (n, k) int32 columns of (n, vocab) logits. Equal entries are in the order of their columns,
-        but entries equal to the last one may be missing.
+    times faster than partitioning the rows, which Metal implements by sorting them. Equal entries
+    are in the order of their columns, but entries equal to the last one may be missing.
     """
     n, vocab = logits.shape
     size = 2 ** round(math.log2(vocab / k) / 2)  # sorts the fewest block maxima and entries

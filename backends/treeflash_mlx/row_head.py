@@ -246,14 +246,9 @@ class RowCache(KVCache):
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """The root's row after a draft.
+    """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
-    Attributes:
-        root: token id.
-        output: (1, hidden_size) of the layer.
-        cache: of the sequence.
-        length: rows of the sequence, the root's last.
-        depths: wanted.
+    The sequence has `length` rows, the root's last.
     """
 
     root: int
@@ -265,11 +260,9 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The rows of one depth of all sequences, n of each.
+    """The rows of one depth of all sequences, n of each: (sequences * n, hidden_size) outputs.
 
-    Attributes:
-        outputs: (sequences * n, hidden_size) of the layer.
-        visible: (sequences, n, c) bool: the drafted rows so far that each row sees.
+    (sequences, n, c) `visible` says which of the c drafted rows so far each row sees.
     """
 
     outputs: mx.array
@@ -356,17 +349,11 @@ def attend(
     ends: Sequence[int],
     visible: mx.array | None,
 ) -> mx.array:
-    """Attention of each sequence's rows to its own columns.
+    """(sequences * n, heads, head_dim) attention of each sequence's rows to its own columns.
 
-    Args:
-        config: of the head.
-        queries: (1, heads, sequences * n, head_dim).
-        caches: of the sequences.
-        ends: columns of each sequence that its rows see, or that are masked.
-        visible: (sequences, n, c) bool, of the last c columns; None if n is 1.
-
-    Returns:
-        (sequences * n, heads, head_dim).
+    The queries are (1, heads, sequences * n, head_dim). `ends` are the columns of each sequence
+    that its rows see, or that are masked; (sequences, n, c) `visible` is about the last c of them,
+    None if n is 1.
     """
     n, out = queries.shape[2] // len(caches), []
     for i, (cache, end) in enumerate(zip(caches, ends, strict=True)):

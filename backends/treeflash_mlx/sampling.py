@@ -26,14 +26,11 @@ SHORTLIST = 256
 def sample(
     logits: Sequence[mx.array | None], all_params: Sequence[SamplingParams | None]
 ) -> list[SampledTokens | None]:
-    """`treeflash.decoding.sampling.sample` for several sequences.
+    """`treeflash.decoding.sampling.sample` for several sequences with (n, vocab) logits.
 
-    Sequences with the same sampling are computed together, with one read from the device.
-
-    The logits of a sequence are (n, vocab). Without parameters no token is needed.
-
-    Raises:
-        NumericalError: the largest logit of a row is not finite.
+    Sequences with the same sampling are computed together, with one read from the device. Without
+    parameters no token is needed. A NumericalError is raised if a row's largest logit is not
+    finite.
     """
     sampled: list[SampledTokens | None] = [None] * len(all_params)
     groups: dict[object, list[tuple[int, mx.array, SamplingParams]]] = {}
@@ -120,8 +117,7 @@ def read_tokens(
 ) -> NDArray[np.int32]:
     """(n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
 
-    Raises:
-        NumericalError: the largest logit of a row is not finite.
+    Raises a NumericalError if the largest logit of a row is not finite.
     """
     check_finite(drawn[-2])
     if drawn[-1]:

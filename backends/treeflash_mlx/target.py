@@ -45,9 +45,8 @@ WEIGHTS: Mapping[str, Mapping[str, str]] = {
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     """The model of a folder in the Hugging Face format; a `dtype` of None keeps the weights' own.
 
-    Raises:
-        CheckpointError: the folder is damaged, or its weights do not fit its configuration.
-        UnsupportedModelError: mlx-lm lacks the model type, or the order of the layers.
+    Raises a CheckpointError if the folder is damaged, or its weights do not fit its configuration,
+    and an UnsupportedModelError if mlx-lm lacks the model type, or the order of the layers.
     """
     if not list(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder} has no model*.safetensors, which mlx-lm needs")
@@ -104,10 +103,8 @@ def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
     files have `rope_theta` and `rope_scaling`. Most models of mlx-lm know one of the two, and
     silently use a default if they do not find it. Existing entries stay as they are, except the
-    types of the layers of hybrid models.
-
-    Raises:
-        UnsupportedModelError: mlx-lm would order the layers differently.
+    types of the layers of hybrid models. Raises an UnsupportedModelError if mlx-lm would order the
+    layers differently.
     """
     added: dict[str, Any] = {}
     if config.get("rope_parameters"):
@@ -234,10 +231,8 @@ SIBLINGS = DraftTree.from_parents(np.zeros(3, np.int32), np.array([-1, 0, 0], np
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Add the updates of a LoRA adapter to the weights of a model, computed in float32.
 
-    Raises:
-        CheckpointError: the adapter is damaged.
-        UnsupportedModelError: the adapter has other parts, or the model has no such layers, or
-            has quantised them.
+    Raises a CheckpointError if the adapter is damaged, and an UnsupportedModelError if the adapter
+    has other parts, or the model has no such layers, or has quantised them.
     """
     modules = dict(model.named_modules())
     for update in read_adapter(folder):
@@ -277,12 +272,9 @@ class Target:
     ) -> None:
         """Load a folder in the Hugging Face format, whose weights mlx-lm may have quantised.
 
-        Without `dtype` or `kv_bits`, parameters or keys and values stay as they are.
-
-        Raises:
-            CheckpointError: the folder is damaged, or its weights do not fit its configuration.
-            UnsupportedModelError: mlx-lm lacks the model type, or cannot run it on draft trees.
-            ConfigError: the model does not work with `dtype` or `kv_bits`.
+        Without `dtype` or `kv_bits`, parameters or keys and values stay as they are. It raises what
+        `load_model` does, an UnsupportedModelError also for a model that cannot run draft trees,
+        and a ConfigError if it does not work with `dtype` or `kv_bits`.
         """
         config = read_config(folder)
         self.family = str(config.get("model_type"))
@@ -319,8 +311,7 @@ class Target:
     def check_drafting(self) -> None:
         """Check what a drafter needs of this model and `check_trees` would not notice.
 
-        Raises:
-            UnsupportedModelError: the model has no embedding table.
+        Raises an UnsupportedModelError if the model has no embedding table.
         """
         if self.embedding is None:
             raise UnsupportedModelError(
@@ -331,9 +322,8 @@ class Target:
     def check_trees(self) -> None:
         """Check what draft trees need of this model and a comparison of logits would not notice.
 
-        Raises:
-            UnsupportedModelError: the model scales queries by column, or has recurrent layers that
-                the hooks do not reach.
+        Raises an UnsupportedModelError if the model scales queries by column, or has recurrent
+        layers that the hooks do not reach.
         """
         if self.solve is not None:
             self.solve = choose_solver()

@@ -11,8 +11,7 @@ from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.reference.backend import load as load_reference
 from treeflash.reference.drafter import Drafter
-from treeflash.reference.state import State
-from treeflash.reference.verifier import Verifier
+from treeflash.reference.verifier import State, Verifier
 from treeflash.testing import batches
 
 
@@ -203,7 +202,7 @@ def test_broken_batch_fails(tmp_path, monkeypatch, part, name):
         return backend
 
     if issubclass(part, State):
-        monkeypatch.setattr("treeflash.reference.state.State", part)  # of forks too
+        monkeypatch.setattr("treeflash.reference.verifier.State", part)  # of forks too
     if issubclass(part, PrefixCache):
         monkeypatch.setattr(batches, "PrefixCache", part)
     # A crash would prove nothing: the test must have compared something and found it wrong.

@@ -19,8 +19,7 @@ from row_pairs import SETTINGS, write_row_pair
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Scheduler, SchedulerConfig, decode
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
-from treeflash.decoding.draft_depths import DraftDepths
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths, VerifyCosts
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.scheduler import Request

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from byte_tokens import END, SPECIAL, save_tokenizer
 
 from treeflash.cli import options
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
@@ -16,14 +17,7 @@ from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
-from treeflash.testing.models import (
-    END,
-    SPECIAL,
-    edit_config,
-    save_tokenizer,
-    write_drafter,
-    write_target,
-)
+from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 DEPTHS, CHILDREN = 4, 3

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from byte_tokens import save_tokenizer
 from row_pairs import write_row_pair
 
 import treeflash
 from treeflash import evaluate
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
-from treeflash.evaluation.depth_metrics import METRICS
-from treeflash.testing.models import save_tokenizer
+from treeflash.evaluation.run import METRICS
 
 ROW = ["set", "method", "budget", "block_efficiency", "low", "high", "prompts", "tokens"]
 RATIO = ["set", "method", "baseline", "budget", "ratio", "low", "high"]

@@ -14,7 +14,7 @@ from treeflash.drafters.formats import drafter_config
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

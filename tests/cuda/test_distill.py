@@ -9,8 +9,7 @@ from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import respond
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response, respond
 
 require("torch")
 

@@ -4,19 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from byte_tokens import save_tokenizer
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request
-from treeflash.diagnosis.checks import diagnose
+from treeflash.diagnosis import diagnose
 from treeflash.doctor import PROMPTS, main
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.models import edit_config, save_tokenizer, write_target
+from treeflash.testing.models import edit_config, write_target
 from treeflash.text.prompt import Prompting
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
-from treeflash.training.distillation import respond
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response, respond
 
 require("torch")
 require("accelerate")

@@ -12,7 +12,7 @@ from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require, write_drafter
 from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import DRAFTER_SEED
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

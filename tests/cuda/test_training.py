@@ -15,8 +15,7 @@ from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig, trained_head_name
-from treeflash.training.distillation import respond
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response, respond
 
 require("torch")
 

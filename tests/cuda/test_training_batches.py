@@ -7,7 +7,7 @@ import pytest
 
 from treeflash.testing import require
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

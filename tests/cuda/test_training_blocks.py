@@ -12,7 +12,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

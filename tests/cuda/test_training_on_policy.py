@@ -6,7 +6,7 @@ import pytest
 from treeflash.config import LoadConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_target
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

@@ -16,7 +16,7 @@ from treeflash.errors import ConfigError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

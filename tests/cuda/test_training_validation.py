@@ -8,7 +8,7 @@ from treeflash.config import LoadConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("torch")
 

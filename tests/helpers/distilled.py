@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from byte_tokens import save_tokenizer
+
 from treeflash import distill
 from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import decode
 from treeflash.language_model import load
-from treeflash.testing.models import save_tokenizer, write_target
+from treeflash.testing.models import write_target
 
 
 def check_plain_decoding(backend: str, family: str, folder: Path, *options: str) -> None:

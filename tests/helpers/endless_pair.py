@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from treeflash.testing.models import edit_config, save_tokenizer, write_drafter, write_target
+from byte_tokens import save_tokenizer
+
+from treeflash.testing.models import edit_config, write_drafter, write_target
 
 
 def endless_pair(folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ from treeflash.drafters.folder import read_config
 from treeflash.drafters.loading import load_tensors
 from treeflash.testing.models import save
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 CONFIG = TrainConfig(loss="ce", top_tokens=1)
 LEARNING_RATE = 4e-3

@@ -32,8 +32,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
 from treeflash.reference.backend import ReferenceBackend, load
 from treeflash.reference.drafter import Drafter
-from treeflash.reference.state import State
-from treeflash.reference.verifier import Verifier
+from treeflash.reference.verifier import State, Verifier
 from treeflash.testing.batches import Alternating
 from treeflash.testing.models import edit_config, write_drafter, write_target
 

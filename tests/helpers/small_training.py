@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from byte_tokens import SPECIAL, save_tokenizer
+
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.testing.models import SPECIAL, edit_config, save, save_tokenizer, write_target
+from treeflash.testing.models import edit_config, save, write_target
 
 VOCAB = len(SPECIAL) + 256
 ON_CPU = ["--backend", "cuda", "--device", "cpu", "--dtype", "float32"]

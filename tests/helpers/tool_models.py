@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from byte_tokens import SPECIAL, save_tokenizer
+
 from treeflash.config import LoadConfig
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
 from treeflash.reference import backend as reference
-from treeflash.testing.models import SPECIAL, save_tokenizer, write_drafter, write_target
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (

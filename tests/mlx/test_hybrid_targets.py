@@ -18,7 +18,7 @@ from treeflash.drafters.folder import read_config
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import path_to, random_tokens, random_tree
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 
 require("mlx.core")
 require("mlx_lm")

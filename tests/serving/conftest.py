@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
+from byte_tokens import SPECIAL, save_tokenizer
 from servers import MAX_POSITIONS, serving
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
 from treeflash.reference import backend as reference
-from treeflash.testing.models import SPECIAL, save_tokenizer, write_drafter, write_target
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 

@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from byte_tokens import SPECIAL
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
-from treeflash.testing.models import SPECIAL
 from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarConstraint, GrammarError
 
 SCHEMA = {

@@ -6,13 +6,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from byte_tokens import END
 from tool_models import RESPONSE_TEMPLATE, tool_tokenizer
 
 from treeflash.decoding.loop import Step
 from treeflash.language_model import LanguageModel
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
-from treeflash.testing.models import END
 from treeflash.text.stream import Chunk
 from treeflash.text.tokenizer import TextStream
 

@@ -77,10 +77,8 @@ class Turn(NamedTuple):
 class Batch:
     """Conversations to decode, and the file of the turns that are decoded.
 
-    Attributes:
-        output: records of `id`, `turn` and the generation, or the `error` that prevented it.
-        tokens: number of tokens of this run.
-        seconds: that decoding took in this run.
+    The `output` has records of `id`, `turn` and the generation, or the `error` that prevented it.
+    `tokens` and `seconds` count this run.
     """
 
     rows: Sequence[Row]
@@ -128,11 +126,9 @@ class Batch:
 
         Several conversations are decoded at once, each turn by turn. A turn that cannot be decoded
         is recorded as an error, and ends its conversation; the next run tries it again. If the run
-        is interrupted, the unfinished texts are recorded as interrupted.
-
-        Raises:
-            ConfigError: the output holds turns of other settings or prompts, a row needs the
-                chat template, or `parallel` is below 1.
+        is interrupted, the unfinished texts are recorded as interrupted. A ConfigError is raised if
+        the output holds turns of other settings or prompts, a row needs the chat template, or
+        `parallel` is below 1.
         """
         config = model.decode_config(options)
         settings = {**provenance(model), "method": config.method} | _settings(options)

@@ -55,7 +55,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import LoadConfig, Method
-from treeflash.decoding.draft_depths import DraftDepths
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import MATCH_LEVELS
@@ -170,11 +169,7 @@ class VerifyCosts:
     ) -> VerifyCosts:
         """The costs that were measured before for this target, device and dtype, or measured now.
 
-        Args:
-            backend: holds the target.
-            target: the target's folder.
-            loaded: how the target was loaded.
-            folder: where measurements are kept; a folder that cannot be written is not an error.
+        `folder` has the measurements; that it cannot be written is not an error.
         """
         weights = sorted((path.name, path.stat().st_size) for path in target.glob("*.safetensors"))
         key = [
@@ -217,12 +212,10 @@ class VerifyCosts:
     def predict(
         self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
     ) -> NDArray[np.float64]:
-        """(n,) seconds of n forward passes.
+        """(n,) seconds of n forward passes over `sequences` trees each.
 
-        Args:
-            rows: (n,) nodes of all trees together.
-            reads: (n,) the sum over rows of the committed positions that each reads.
-            sequences: trees in a pass.
+        `rows` are (n,) nodes of all trees together, `reads` the (n,) sums over rows of the
+        committed positions that each reads.
         """
         sizes, seconds = list(self.seconds), list(self.seconds.values())
         alone = np.interp(rows, sizes, seconds)
@@ -314,18 +307,13 @@ Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 
 @dataclass
 class Balance:
-    """What a choice brought beyond the alternative; the choice pauses where it does not pay.
+    """What a choice brought beyond the alternative; the choice pauses where it does not pay."""
 
-    Attributes:
-        balance: tokens beyond those that the alternative would have emitted in the same time,
-            divided by the square root of the number of sequences, as their noise is.
-        pause: iterations until the choice is made again.
-        next_pause: length of the next pause, iterations.
-    """
-
+    # tokens beyond those that the alternative would have emitted in the same time, divided by the
+    # square root of the number of sequences, as their noise is
     balance: float = 0.0
-    pause: int = 0
-    next_pause: int = FIRST_PAUSE
+    pause: int = 0  # iterations until the choice is made again
+    next_pause: int = FIRST_PAUSE  # length of the next pause, iterations
 
     def add(self, gained: float) -> None:
         """Add the tokens of an iteration beyond the alternative's tokens."""
@@ -342,52 +330,39 @@ class Throughput(Balance):
     """Measurements with about the same number of sequences at once.
 
     Its balance is of drafting, beyond plain decoding.
-
-    Attributes:
-        tokens: of iterations with a draft or a copy, a running sum; without a drafter, of all
-            iterations outside of pauses.
-        seconds: of these iterations, a running sum.
-        drafted_tokens: of the iterations in which the drafter ran, a running sum.
-        drafted_seconds: of these iterations, a running sum.
-        copying: of copies of the text in place of a draft, beyond iterations that draft.
-        nodes: of the last drafted trees, on average.
-        reach: depth that drafted trees reached lately.
     """
 
+    # of iterations with a draft or a copy, a running sum; without a drafter, of all iterations
+    # outside of pauses
     tokens: float = 0.0
-    seconds: float = 0.0
-    drafted_tokens: float = 0.0
-    drafted_seconds: float = 0.0
+    seconds: float = 0.0  # of these iterations, a running sum
+    drafted_tokens: float = 0.0  # of the iterations in which the drafter ran, a running sum
+    drafted_seconds: float = 0.0  # of these iterations, a running sum
+    # of copies of the text in place of a draft, beyond iterations that draft
     copying: Balance = field(default_factory=Balance)
-    nodes: float | None = None
-    reach: float | None = None
+    nodes: float | None = None  # of the last drafted trees, on average
+    reach: float | None = None  # depth that drafted trees reached lately
 
 
 @dataclass
 class AdaptiveBudget:
-    """The adaptive budget of one pair and method; it outlives sequences.
+    """The adaptive budget of one pair and method; it outlives sequences."""
 
-    Attributes:
-        costs: of the target's forward pass.
-        has_drafter: whether a drafter drafts; else trees only have copies of the text.
-        expected: by depth, by depth and level of confidence, and by level of a match: the running
-            sum of the probabilities of the children of accepted nodes.
-        accepted: the running count of those children that were accepted.
-        throughput: by number of sequences, rounded up to a power of two.
-        iterations: begun with each number of sequences.
-        plain_s: by number of sequences, the seconds of the latest iterations without a draft, which
-            the costs of single trees do not tell.
-        draft_depths: by number of sequences, rounded up to a power of two, for a drafter that runs
-            a pass for each depth.
-    """
-
-    costs: VerifyCosts
-    has_drafter: bool = True
+    costs: VerifyCosts  # of the target's forward pass
+    has_drafter: bool = True  # whether a drafter drafts; else trees only have copies of the text
+    # by depth, by depth and level of confidence, and by level of a match: the running sum of the
+    # probabilities of the children of accepted nodes
     expected: dict[Key, float] = field(default_factory=dict)
+    # the running count of those children that were accepted
     accepted: dict[Key, float] = field(default_factory=dict)
+    # by number of sequences, rounded up to a power of two
     throughput: dict[int, Throughput] = field(default_factory=dict)
-    iterations: dict[int, int] = field(default_factory=dict)
+    iterations: dict[int, int] = field(default_factory=dict)  # begun with each number of sequences
+    # by number of sequences, the seconds of the latest iterations without a draft, which the costs
+    # of single trees do not tell
     plain_s: dict[int, deque[float]] = field(default_factory=dict)
+    # by number of sequences, rounded up to a power of two, for a drafter that runs a pass for each
+    # depth
     draft_depths: dict[int, DraftDepths] = field(default_factory=dict)
 
     @property
@@ -432,10 +407,7 @@ class AdaptiveBudget:
     def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
         """Whether a copy of the text promises more tokens per second than the drafter brought.
 
-        Args:
-            tree: the copy, best first.
-            length: committed positions of the sequence.
-            sequences: that ask for drafts.
+        `length` is the number of committed positions; `sequences` ask for drafts.
         """
         now = self.throughput_with(sequences)
         if not now.drafted_seconds or now.copying.pause:
@@ -448,12 +420,7 @@ class AdaptiveBudget:
         return bool(rates.max() > now.drafted_tokens / now.drafted_seconds)
 
     def passes_to_draft(self, most: int, lengths: Sequence[int]) -> int:
-        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth.
-
-        Args:
-            most: depths that the drafter has.
-            lengths: committed positions of each sequence.
-        """
+        """Depths worth drafting, at most `most`, for a drafter that runs a pass for each depth."""
         sequences = len(lengths)
         most = min(self.depths_to_draft(sequences) or most, most)
         depths = self.draft_depths.setdefault(power_of_two(sequences), DraftDepths())
@@ -464,10 +431,7 @@ class AdaptiveBudget:
     ) -> list[NDArray[np.int64]]:
         """The nodes of each tree that pay, ascending, with the root and every node's parent.
 
-        Args:
-            trees: of all sequences that are verified together.
-            lengths: committed positions of each sequence.
-            other_rows: further rows of the same forward pass.
+        `lengths` are committed positions, `other_rows` further rows of the same forward pass.
         """
         gains = [np.exp(tree.log_probs) * self._corrections(tree) for tree in trees]
         ranks = [_ranks(tree, gain) for tree, gain in zip(trees, gains, strict=True)]
@@ -501,15 +465,11 @@ class AdaptiveBudget:
         *,
         first: bool = False,
     ) -> None:
-        """Learn from an iteration.
+        """Learn from an iteration that verified `trees` and accepted the (a,) nodes `paths`.
 
-        Args:
-            trees: that were verified together; the root alone if nothing was drafted for it.
-            paths: (a,) accepted nodes of each tree.
-            lengths: committed positions of each sequence before the iteration.
-            seconds: by phase, of the whole iteration.
-            first: whether a sequence drafted for the first time. The drafter then also reads its
-                prompt, and perhaps compiles kernels: the time says nothing about later iterations.
+        `lengths` are committed positions before the iteration; `seconds` are of its phases. A
+        sequence that drafts for the `first` time also reads its prompt, and perhaps compiles
+        kernels: the time says nothing about later iterations.
         """
         sequences = len(trees)
         rows = sum(len(tree) for tree in trees)
@@ -651,13 +611,9 @@ def _drafted_depth(tree: DraftTree) -> int:
 
 @dataclass(eq=False)
 class AdaptiveBudgets:
-    """The adaptive budgets of one pair, which share the costs of its target.
+    """The adaptive budgets of one pair, by method; schedulers and threads may share them.
 
-    Schedulers and threads may share them.
-
-    Attributes:
-        costs: of the target's forward pass; None until a budget is needed, which measures them.
-        by_method: the budgets, each added when its method is first used.
+    The budgets share the costs of the target's forward pass, which are None until one is needed.
     """
 
     costs: VerifyCosts | None = None
@@ -679,3 +635,63 @@ class AdaptiveBudgets:
             budgets = list(self.by_method.values())
         found = [x.throughput.get(power_of_two(sequences)) for x in budgets]
         return bool(found) and all(now is not None and now.pause > 0 for now in found)
+
+
+PRIOR_SHARE = 0.8
+"""The share of paths that go on to the next depth before any iteration was seen."""
+MAX_RATIO = 2.0
+"""A draft whose depths take more than this many times the expected seconds counts as this many."""
+
+
+@dataclass
+class DraftDepths:
+    """What the iterations with about the same number of sequences have shown."""
+
+    seconds: float | None = None  # of a depth, a running mean; None before the first draft
+    depths: int = 1  # of the latest draft
+    # by depth, a running count of the paths that could go on to it
+    reached: dict[int, float] = field(default_factory=dict)
+    # by depth, a running count of those that did
+    accepted: dict[int, float] = field(default_factory=dict)
+
+    def choose(self, most: int, rate: float, sequences: int = 1) -> int:
+        """The depths that pay, from 1 to `most`, at a `rate` of tokens per second in all."""
+        self.depths = most
+        if self.seconds is not None:
+            share, price = 1.0, rate * self.seconds / sequences
+            for depth in range(1, most + 1):
+                share *= self._share(depth)
+                if share < price:
+                    self.depths = max(depth - 1, 1)
+                    break
+        return self.depths
+
+    def observe(
+        self,
+        trees: Sequence[DraftTree],
+        paths: Sequence[NDArray[np.int32]],
+        seconds: float | None,
+    ) -> None:
+        """Learn from an iteration that drafted, from its trees and the (a,) accepted nodes of each.
+
+        `seconds` are of the draft; None if they say nothing about later drafts.
+        """
+        if seconds is not None:
+            newest = seconds / self.depths
+            known = newest if self.seconds is None else self.seconds
+            self.seconds = known + SMOOTHING * (min(newest, MAX_RATIO * known) - known)
+        # Depths that are not drafted any more slowly go back to the prior, so they are tried again.
+        for counts in (self.reached, self.accepted):
+            for depth in counts:
+                counts[depth] *= 1 - SMOOTHING
+        for tree, path in zip(trees, paths, strict=True):
+            for depth, parent in enumerate(path, 1):
+                if not (tree.parents == parent).any():
+                    break
+                self.reached[depth] = self.reached.get(depth, 0.0) + 1 / len(trees)
+                if depth < len(path):
+                    self.accepted[depth] = self.accepted.get(depth, 0.0) + 1 / len(trees)
+
+    def _share(self, depth: int) -> float:
+        reached, accepted = self.reached.get(depth, 0.0), self.accepted.get(depth, 0.0)
+        return (accepted + PRIOR_WEIGHT * PRIOR_SHARE) / (reached + PRIOR_WEIGHT)

@@ -138,12 +138,9 @@ class BaseState(ABC, Generic[K, R]):
 
     @abstractmethod
     def copy(self, length: int, capacity: int, recurrent: R | None) -> Self:
-        """A new state with copies of the first positions of both KV caches and of their context.
+        """A new state with copies of the first `length` positions of the KV caches and context.
 
-        Args:
-            length: positions to copy; see `context_before`.
-            capacity: positions that the new state can hold.
-            recurrent: the states of recurrent layers after `length` positions.
+        `recurrent` are the states of recurrent layers after these positions.
         """
 
     def recurrent_states(self) -> R | None:
@@ -258,27 +255,16 @@ S = TypeVar("S", bound=BaseState[Any, Any])
 
 @dataclass(frozen=True, eq=False)
 class PassRows(Generic[S]):
-    """Committed rows of one forward pass, whose features the drafter will read.
+    """Committed rows of one forward pass, whose features the drafter will read."""
 
-    Attributes:
-        outputs: of the pass.
-        states: of the sequences.
-        rows: (n,) int64 indices into the outputs, sequence by sequence.
-        sizes: rows of each sequence.
-    """
-
-    outputs: Any
-    states: list[S]
-    rows: NDArray[np.int64]
-    sizes: list[int]
+    outputs: Any  # of the pass
+    states: list[S]  # of the sequences
+    rows: NDArray[np.int64]  # (n,) int64 indices into the outputs, sequence by sequence
+    sizes: list[int]  # rows of each sequence
 
 
 def rows_by_pass(paths: Iterable[tuple[S, NDArray[np.int32]]]) -> list[PassRows[S]]:
-    """Group the committed paths of the sequences that are drafted for by their forward passes.
-
-    Sequences that ran together share the outputs of one pass, so their features are projected
-    together.
-    """
+    """Group committed paths by forward pass, so that their features are projected together."""
     passes: dict[int, list[tuple[S, NDArray[np.int32]]]] = {}
     for state, path in paths:
         if state.drafter is not None:
@@ -355,13 +341,9 @@ def load_pair(
 ) -> B:
     """The backend of a loaded target, with the drafter of a folder if there is one.
 
-    Args:
-        make_backend: from the drafter's model and its head, both None for plain decoding.
-        drafter: the folder.
-        load_drafter: reads the folder into a model, and a head or None.
-
-    Raises:
-        UnsupportedModelError: the target's logits on draft trees differ from plain decoding.
+    `load_drafter` reads the folder into a model and a head or None, from which `make_backend` makes
+    the backend; both are None for plain decoding. An UnsupportedModelError is raised if the
+    target's logits on draft trees differ from plain decoding.
     """
     if drafter is None:
         return make_backend(None, None)

@@ -49,27 +49,16 @@ UNSUPPORTED: Mapping[str, str] = {
 
 
 def refusal(model_type: str, reason: str | None = None) -> str:
-    """The message for a target whose layers cannot run a draft tree.
-
-    Args:
-        model_type: of the target.
-        reason: None looks it up in `UNSUPPORTED`.
-    """
+    """The message for a target whose layers cannot run a draft tree, or `UNSUPPORTED`'s reason."""
     reason = reason or UNSUPPORTED.get(model_type, "their recurrent layers are of an unknown kind")
     return f"{model_type} models cannot run a draft tree: {reason}"
 
 
 def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
-    """The inputs of a short causal convolution at every node of a tree.
+    """(n, W) int32 inputs of a causal convolution of width W = `kernel` at every node of a tree.
 
-    Args:
-        parents: (n,) as in `DraftTree`.
-        kernel: the width W of the convolution.
-
-    Returns:
-        (n, W) int32 row numbers, where the rows are the W - 1 last inputs of the committed sequence
-        and then the inputs of the n nodes: for each node its W - 1 nearest ancestors, the nearest
-        last, and the node itself.
+    They are row numbers: the rows are the W - 1 last inputs of the committed sequence and then the
+    inputs of the n nodes. Each node has its W - 1 nearest ancestors, the nearest last, and itself.
     """
     windows = np.empty((len(parents), kernel), np.int32)
     current = np.arange(len(parents), dtype=np.int32)
@@ -80,14 +69,9 @@ def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.i
 
 
 def convolution_tail(path: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
-    """The last inputs of the sequence once a path is committed.
+    """(W - 1,) int32 last inputs once the (a,) nodes of a path are committed, the root first.
 
-    Args:
-        path: (a,) nodes, the root first.
-        kernel: the width W of the convolution.
-
-    Returns:
-        (W - 1,) int32 row numbers as in `convolution_windows`.
+    They are row numbers as in `convolution_windows`.
     """
     rows = np.concatenate([np.arange(kernel - 1), kernel - 1 + path])
     return rows[len(path) :].astype(np.int32)

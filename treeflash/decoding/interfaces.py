@@ -64,9 +64,7 @@ class SequenceState(Protocol):
     def fork(self, length: int, capacity: int) -> SequenceState:
         """A new state with a copy of the first `length` positions, and of their snapshots.
 
-        Args:
-            length: a length that `restorable` returned.
-            capacity: positions that the new state can hold.
+        `length` is one that `restorable` returned; the new state can hold `capacity` positions.
         """
 
     def close(self) -> None:
@@ -79,16 +77,11 @@ Block: TypeAlias = Any
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """Run the target over more tokens of a sequence and commit them.
-
-    Attributes:
-        state: of the sequence.
-        token_ids: at least one; they take positions length, length + 1, ...
-        params: how to sample the token after the last one; None if it is not needed.
-    """
+    """Run the target over more tokens of a sequence and commit them."""
 
     state: SequenceState
-    token_ids: Sequence[int]
+    token_ids: Sequence[int]  # at least one, at positions length, length + 1 and so on
+    # None if no token is to be sampled after the last one
     params: SamplingParams | None
 
 
@@ -96,13 +89,8 @@ class Prefill:
 class Verify:
     """Run the target over a draft tree and sample a token at every node.
 
-    Node i stands at position length + depths[i] and sees the committed positions, its ancestors
-    and itself. Nothing is committed; a second verification replaces the first.
-
-    Attributes:
-        state: of the sequence.
-        tree: n nodes.
-        params: for n nodes.
+    Node i stands at position length + depths[i] and sees the committed positions, its ancestors and
+    itself. Nothing is committed; a second verification replaces the first.
     """
 
     state: SequenceState
@@ -164,8 +152,7 @@ class TreeVerifier(Protocol):
     def commit(self, paths: Sequence[tuple[SequenceState, NDArray[np.int32]]]) -> None:
         """Keep a path of the tree that each sequence verified last, and drop the other nodes.
 
-        Args:
-            paths: states, and (a,) int32 node indices, 0 first, each the parent of the next.
+        A path is (a,) int32 node indices, 0 first, each the parent of the next.
         """
 
     def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
@@ -185,28 +172,20 @@ class Drafter(Protocol):
                 opens the block, and S - 1 mask tokens follow.
             depths: the number of depths to return, at least 1, because a small tree has no use for
                 all D depths of the block. None, or more than D, is all. It changes no depth's
-                output.
-
-        Returns:
-            The blocks, valid until the next call.
+                output. The blocks are valid until the next call.
         """
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """The most probable tokens of each depth, whatever was drafted before (DDTree).
 
-        Args:
-            blocks: from one call of `draft`.
-            options: `m`, `shortlist` and `rows` are not used.
+        The blocks are from one call of `draft`; of the options, `m`, `shortlist` and `rows` are not
+        used.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """Log probabilities of all tokens, in nats and at temperature 1, for analysis.
+        """(D, vocab) log probabilities of all tokens, in nats and at temperature 1, for analysis.
 
-        Args:
-            block: from `draft`.
-
-        Returns:
-            (D, vocab); row i is depth i + 1. Tokens that cannot be drafted have -inf.
+        Row i is depth i + 1. Tokens that cannot be drafted have -inf.
         """
 
 
@@ -223,30 +202,20 @@ class ARHead(Protocol):
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """The most probable tokens of each depth after each of several previous tokens.
 
-        The previous tokens of depth d >= 2 are the `m` of highest marginal logit at depth d - 1,
-        best first; depth 1 has the root alone (TreeFlash, section 3).
+        The blocks are from one call of `Drafter.draft`. The previous tokens of depth d >= 2 are the
+        `m` of highest marginal logit at depth d - 1, best first; depth 1 has the root alone
+        (TreeFlash, section 3).
 
         A recurrent head depends on all tokens before: a row of its table stands for one path. It
         expands the root, and at each further depth the `m` most probable paths so far, the chain of
         the best child after each token first.
-
-        Args:
-            blocks: from one call of `Drafter.draft`.
-            options: sizes of the tables, temperature and noise.
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Log probabilities of all tokens after a given previous token at each depth.
+        """(D, vocab) log probabilities of all tokens after a given previous token at each depth.
 
-        In nats and at temperature 1, for analysis.
-
-        Args:
-            block: from `Drafter.draft`.
-            previous: (D,) int32; previous[i] is the token before depth i + 1, so previous[0] is the
-                root. A recurrent head takes the tokens as one path.
-
-        Returns:
-            (D, vocab); row i is depth i + 1. Tokens that cannot be drafted have -inf.
+        They are as `Drafter.log_probs`. `previous` are (D,) int32: previous[i] is the token before
+        depth i + 1, so previous[0] is the root. A recurrent head takes the tokens as one path.
         """
 
 
@@ -282,21 +251,18 @@ class Backend(Protocol):
         """None when the drafter has no AR head."""
 
     def open(self, capacity: int, *, drafts: bool) -> SequenceState:
-        """The empty state of a new sequence.
+        """The empty state of a new sequence, which needs a drafter if it `drafts`.
 
-        Args:
-            capacity: positions that it can hold, the nodes of the tree under verification included.
-            drafts: whether it will be drafted for, which needs a drafter.
+        `capacity` counts positions, the nodes of the tree under verification included.
         """
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
         """Device memory that a state opened with these arguments may hold, bytes."""
 
     def check_trees(self) -> None:
-        """Check, once, that the target runs draft trees; loading a drafter does so too.
+        """Check, once, that the target runs draft trees, as loading a drafter does.
 
-        Raises:
-            UnsupportedModelError: it does not; plain decoding still works.
+        Raises an UnsupportedModelError if it does not; plain decoding still works.
         """
 
     def memory_bytes(self) -> int:
@@ -305,19 +271,12 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceReport:
-    """What a backend tells about its device, for `doctor` and the server.
+    """What a backend tells about its device, for `doctor` and the server."""
 
-    Attributes:
-        facts: about the machine, by name.
-        available_bytes: memory that models and states may take; None if unknown.
-        weights_bytes: memory that the loaded models take.
-        batches: whether sequences share forward passes.
-    """
-
-    facts: Mapping[str, str] = field(default_factory=dict)
-    available_bytes: int | None = None
-    weights_bytes: int = 0
-    batches: bool = True
+    facts: Mapping[str, str] = field(default_factory=dict)  # about the machine, by name
+    available_bytes: int | None = None  # memory that models and states may take; None if unknown
+    weights_bytes: int = 0  # memory that the loaded models take
+    batches: bool = True  # whether sequences share forward passes
 
     @property
     def free_bytes(self) -> int | None:

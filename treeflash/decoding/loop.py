@@ -79,12 +79,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Draft after this root. The outcome is `Drafted`, or None if drafting does not pay now.
+    """Draft after the newest token, `root`, up to `depths`, which can be accepted at most.
 
-    Attributes:
-        root: the newest token.
-        depths: that can be accepted at most.
-        suffix: proposes what followed earlier occurrences; None if it is not asked to.
+    The outcome is `Drafted`, or None if drafting does not pay now. `suffix` proposes what followed
+    earlier occurrences; None if it is not asked to.
     """
 
     root: int
@@ -94,12 +92,9 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Drafted:
-    """The outcome of a draft, which has a table or a proposal, or both.
+    """The outcome of a draft: the drafter's table or a proposal of copies, or both.
 
-    Attributes:
-        table: the drafter's tokens that may follow one another.
-        nodes: size of the tree to build.
-        proposal: what followed earlier occurrences of the last tokens.
+    `nodes` is the size of the tree to build.
     """
 
     table: TransitionTable | None
@@ -140,11 +135,11 @@ def decode_loop(
     cached_tokens: int = 0,
     shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
 ) -> Loop:
-    """Decode one sequence; see the module's table.
+    """Decode one sequence with `limit` new tokens at most; see the module's table.
 
     Args:
-        state: of the sequence; the loop passes it on and never looks into it.
-        prompt_ids: the prompt.
+        state: the loop passes it on and never looks into it.
+        prompt_ids: at least one token.
         config: how to decode.
         limit: new tokens at most.
         vocab_size: of the target.

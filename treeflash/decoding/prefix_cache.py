@@ -25,11 +25,7 @@ class _Entry:
 
 
 class PrefixCache:
-    """A cache of states, of which the least recently used are closed when the limit is reached.
-
-    Attributes:
-        max_bytes: of device memory.
-    """
+    """A cache of states; at `max_bytes` of device memory the least recently used are closed."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -44,15 +40,10 @@ class PrefixCache:
         return len(self._entries)
 
     def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[SequenceState, int] | None:
-        """The state that can be forked at the longest common prefix, and the prefix's length.
+        """The state to fork at a prompt's longest common prefix, and the length; None without one.
 
-        Args:
-            key: the dependencies of a state besides its tokens: the loaded pair, whether the state
-                was opened for drafting, and the caller's salt.
-            tokens: of a prompt.
-
-        Returns:
-            None if no state can be forked at a common prefix.
+        `key` has the dependencies of a state besides its tokens: the loaded pair, whether the state
+        was opened for drafting, and the caller's salt.
         """
         prompt = np.array(tokens, np.int32)
         best: _Entry | None = None
@@ -67,12 +58,9 @@ class PrefixCache:
         return best.state, longest
 
     def put(self, key: Hashable, tokens: Sequence[int], state: SequenceState) -> None:
-        """Take over a state.
+        """Take over a state with the tokens of its committed positions.
 
-        Args:
-            key: as in `find`.
-            tokens: of the state's committed positions.
-            state: is closed when it leaves the cache: at once if it alone is above the limit.
+        It is closed when it leaves the cache: at once if it alone is above the limit.
         """
         if state.nbytes > self.max_bytes:
             state.close()

@@ -53,15 +53,9 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     A small tree is compared on all of its paths; one of 40 nodes on one path, which is then
     committed and continued. A target with recurrent layers commits several paths, with passes in
     between that are not committed. In half precision a mixture of experts may route a near-tie
-    either way, so several trees may be tried. A target that cannot branch fails them all.
-
-    Args:
-        backend: just loaded.
-        seed: of the tokens.
-
-    Raises:
-        UnsupportedModelError: the logits differ, or the target's own code fails on a tree.
-        NumericalError: the logits are not finite.
+    either way, so several trees may be tried. A target that cannot branch fails them all. Raises an
+    UnsupportedModelError if the logits differ, or the target's own code fails on a tree, and a
+    NumericalError if the logits are not finite.
     """
     rng = np.random.default_rng(seed)
     smallest = np.full(2, np.inf)
@@ -91,17 +85,11 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
 
 
 def check_exact(backend: Backend, seed: int = 0) -> None:
-    """Check bit for bit that logits depend on the tokens up to their position alone.
+    """Check bit for bit that the target's logits depend on the tokens up to their position alone.
 
     Random trees are compared with single tokens, a sequence with the same one in a batch, prompts
     with the same ones in other chunks, and forks and committed paths with sequences without them.
-
-    Args:
-        backend: loaded in exact mode; only its target is used.
-        seed: of the tokens and trees.
-
-    Raises:
-        UnsupportedModelError: logits differ; the message names the operation.
+    An UnsupportedModelError names the operation that makes logits differ.
     """
     rng = np.random.default_rng(seed)
     for length in EXACT_PREFIXES:
@@ -151,16 +139,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
 
 
 def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: int = 5) -> float:
-    """The difference between the logits on a small tree of random tokens and on plain sequences.
-
-    Args:
-        backend: only its target is used.
-        rng: for the tokens.
-        prefix_length: tokens before the tree.
-
-    Returns:
-        The largest difference of a leaf, as `relative_difference` defines it.
-    """
+    """The largest `relative_difference` of a leaf of a small random tree from plain sequences."""
     prefix, tree = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
     with SequenceSession(backend) as sequence:
         sequence.extend(prefix)
@@ -179,13 +158,10 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
 def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[float, float, float]:
     """Differences between a large tree and plain sequences, and after a commit.
 
-    The large tree is run together with another sequence. Both sequences are prefilled in the same
-    chunks, so that a mixture of experts routes near-ties alike.
-
-    Returns:
-        The difference at the tree's last leaf; the difference on a tree that follows after that
-        leaf's path was committed; and, for comparison, the difference that other tokens in the
-        place of the path make.
+    The large tree is run together with another sequence. Both are prefilled in the same chunks, so
+    that a mixture of experts routes near-ties alike. Returns the difference at the tree's last
+    leaf, the difference on a tree that follows after that leaf's path was committed, and, for
+    comparison, the difference that other tokens in the place of the path make.
     """
     length = max(1, min(LARGE_PREFIX, backend.max_positions - len(LARGE_PARENTS)))
     prefix, tree = _prefix_and_tree(backend, rng, length, LARGE_PARENTS)
@@ -217,19 +193,12 @@ def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[floa
 
 
 def state_difference(backend: Backend, rng: np.random.Generator, prefix_length: int = 5) -> float:
-    """The difference that commits make to the logits on later trees of random tokens.
+    """The largest difference that commits make to the logits on later trees of random tokens.
 
     Paths are committed, each after passes that are not committed, and nodes of the next tree are
     compared with the same sequence run a token at a time. That reveals a state that decayed
-    wrongly, was taken from the wrong node, or was changed by a pass that was not committed.
-
-    Args:
-        backend: only its target is used.
-        rng: for the tokens.
-        prefix_length: tokens before the first tree.
-
-    Returns:
-        The largest difference of a node; 0 for a target without recurrent layers.
+    wrongly, was taken from the wrong node, or was changed by a pass that was not committed. It is 0
+    for a target without recurrent layers.
     """
     prefix, _ = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
     worst, committed = 0.0, list(prefix)

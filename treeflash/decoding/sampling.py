@@ -32,18 +32,12 @@ class LogitEdits:
     """Sparse changes of logits: `x / factor` if x > 0, else `x * factor`; then `+ addition`.
 
     A pair of row and token occurs at most once.
-
-    Attributes:
-        rows: (m,) int64 node indices.
-        tokens: (m,) int64 token ids.
-        factors: (m,) float32, above 0; 1 changes nothing.
-        additions: (m,) float32.
     """
 
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    factors: NDArray[np.float32]
-    additions: NDArray[np.float32]
+    rows: NDArray[np.int64]  # (m,) int64 node indices
+    tokens: NDArray[np.int64]  # (m,) int64 token ids
+    factors: NDArray[np.float32]  # (m,) float32, above 0; 1 changes nothing
+    additions: NDArray[np.float32]  # (m,) float32
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, vocab) edited logits; the definition that backends are held to."""
@@ -56,22 +50,17 @@ class LogitEdits:
 
 @dataclass(frozen=True, eq=False)
 class SamplingParams:
-    """How to sample the token that follows each of n nodes.
+    """How to sample the token that follows each of n nodes."""
 
-    Attributes:
-        sampling: temperature and filters.
-        keys: (n, 2) of the noise at the position after each node; None if greedy.
-        edits: changes of the logits, before everything else; None for none.
-        allowed: (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may
-            be sampled. It takes effect after the edits. None allows every token.
-        log_probs: number of the best tokens whose log probabilities to return beside the
-            sampled token's; None returns none at all.
-    """
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # temperature and filters
+    # (n, 2) of the noise at the position after each node; None if greedy
     keys: NDArray[np.uint32] | None = None
-    edits: LogitEdits | None = None
+    edits: LogitEdits | None = None  # changes of the logits, before everything else; None for none
+    # (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may be sampled.
+    # It takes effect after the edits. None allows every token
     allowed: NDArray[np.uint32] | None = None
+    # number of the best tokens whose log probabilities to return beside the sampled token's; None
+    # returns none at all
     log_probs: int | None = None
 
     @classmethod
@@ -84,17 +73,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class LogProbs:
-    """Log probabilities of the target at temperature 1, before edits, masks and filters; nats.
+    """Log probabilities of the target at temperature 1, before edits, masks and filters; nats."""
 
-    Attributes:
-        sampled: (n,) float32 of the sampled tokens.
-        tokens: (n, k) int32 the best tokens, best first.
-        values: (n, k) float32 of the best tokens.
-    """
-
-    sampled: NDArray[np.float32]
-    tokens: NDArray[np.int32]
-    values: NDArray[np.float32]
+    sampled: NDArray[np.float32]  # (n,) float32 of the sampled tokens
+    tokens: NDArray[np.int32]  # (n, k) int32 the best tokens, best first
+    values: NDArray[np.float32]  # (n, k) float32 of the best tokens
 
     def rows(self, rows: NDArray[np.int32]) -> LogProbs:
         """The log probabilities at some nodes."""
@@ -112,26 +95,16 @@ class LogProbs:
 
 @dataclass(frozen=True, eq=False)
 class SampledTokens:
-    """The target's tokens.
+    """The target's tokens."""
 
-    Attributes:
-        tokens: (n,) int32 the token that follows each node.
-        log_probs: of those tokens; None if they were not asked for.
-    """
-
-    tokens: NDArray[np.int32]
-    log_probs: LogProbs | None = None
+    tokens: NDArray[np.int32]  # (n,) int32 the token that follows each node
+    log_probs: LogProbs | None = None  # of those tokens; None if they were not asked for
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams) -> SampledTokens:
-    """Sample a token for each row of logits: the definition that backends are held to.
+    """Sample a token for each row of (n, vocab) logits: the definition that backends are held to.
 
-    Args:
-        logits: (n, vocab) float32.
-        params: for n nodes.
-
-    Raises:
-        NumericalError: a row's largest logit is not finite.
+    Raises a NumericalError if a row's largest logit is not finite.
     """
     edited = logits if params.edits is None else params.edits.apply(logits)
     if params.allowed is not None:
@@ -187,20 +160,10 @@ def sample_tokens(
     sampling: SamplingConfig,
     keys: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.int32]:
-    """The target's token for each row of logits, edited and masked.
+    """(n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
-    It is the token of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
-
-    Args:
-        logits: (n, vocab) float32.
-        sampling: temperature and filters.
-        keys: (n, 2) of the positions that the tokens will take; may be None when greedy.
-
-    Returns:
-        (n,) int32 token ids.
-
-    Raises:
-        NumericalError: a row's largest logit is not finite.
+    `keys` are (n, 2) of the positions that the tokens will take; they may be None when greedy. A
+    NumericalError is raised if a row's largest logit is not finite.
     """
     check_finite(np.isfinite(logits.max(-1)).all())
     if sampling.greedy:
@@ -212,30 +175,17 @@ def sample_tokens(
 def noisy_logits(
     logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32]
 ) -> NDArray[np.float64]:
-    """(n, vocab) logits plus noise, of which the largest is sampled; dropped tokens have -inf.
-
-    Args:
-        logits: (n, vocab).
-        sampling: not greedy.
-        keys: (n, 2) as in `sample_tokens`.
-    """
+    """(n, vocab) logits plus noise of (n, 2) keys, for a temperature; dropped tokens have -inf."""
     noise = vocabulary_noise(keys, logits.shape[-1]).astype(np.float64)
     kept = filtered_probs(logits, sampling) > 0
     return np.where(kept, logits + sampling.temperature * noise, -np.inf)
 
 
 def filtered_probs(logits: NDArray[np.float32], sampling: SamplingConfig) -> NDArray[np.float64]:
-    """Probabilities after temperature and filters, not normalised again.
+    """(n, vocab) float64 probabilities after temperature and filters, not normalised again.
 
-    A filter keeps or drops tokens of equal probability together, so that the result does not
-    depend on how a sort breaks ties.
-
-    Args:
-        logits: (n, vocab) float32.
-        sampling: not greedy.
-
-    Returns:
-        (n, vocab) float64; dropped tokens are 0.
+    A filter keeps or drops tokens of equal probability together, so that the result does not depend
+    on how a sort breaks ties. Dropped tokens are 0. The sampling must not be greedy.
     """
     scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / sampling.temperature
     probs: NDArray[np.float64] = np.exp(scaled)
@@ -262,18 +212,11 @@ CACHED_ROWS = 64
 
 
 def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """The keys of the noise at `positions`.
+    """(n, 2) keys of the noise at (n,) int32 absolute positions, for a seed below 2**64.
 
-    A key depends on the seed and the position alone, not on the method, the budget or other draws.
-    Therefore a seed gives the same output with every method and budget.
-
-    Args:
-        seed: below 2**64.
-        positions: (n,) int32 absolute positions, 0 or more.
-
-    Returns:
-        (n, 2): number `p` of the Philox stream of the seed (Salmon et al. 2011), its lower half
-        first.
+    A key depends on the seed and the position alone, so that a seed gives the same output with
+    every method and budget: it is number `p` of the Philox stream of the seed (Salmon et al. 2011),
+    its lower half first.
     """
     # One counter step of NumPy's Philox makes four numbers, so any of them is reached in O(1).
     first = int(positions.min()) // 4
@@ -284,16 +227,10 @@ def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]
 
 
 def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Noise of the standard Gumbel distribution: the definition that backends must match.
+    """(n, v) finite float32 noise of the standard Gumbel distribution: the definition of backends.
 
-    Each token is hashed with one half of the key, then with the other half.
-
-    Args:
-        keys: (n, 2).
-        tokens: (v,) token ids, or (n, v).
-
-    Returns:
-        (n, v) float32, finite.
+    Each of (v,) or (n, v) tokens is hashed with one half of its (n, 2) key, then with the other
+    half.
     """
     x = _mix(tokens.astype(np.uint32) ^ keys[:, :1])
     x = _mix(x ^ keys[:, 1:])
@@ -323,23 +260,15 @@ def _row(low: int, high: int, vocab_size: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The noise with which the target will sample, for a drafter.
+    """The noise with which the target will sample, for a drafter."""
 
-    Attributes:
-        keys: (n, 2) of the positions of n drafted tokens.
-        scales: (n,) float32 factors on the noise: the sampling temperatures, 0 if greedy.
-    """
-
-    keys: NDArray[np.uint32]
+    keys: NDArray[np.uint32]  # (n, 2) of the positions of n drafted tokens
+    # (n,) float32 factors on the noise: the sampling temperatures, 0 if greedy
     scales: NDArray[np.float32]
 
     @classmethod
     def from_positions(cls, sequences: Sequence[tuple[SamplingConfig, NDArray[np.int32]]]) -> Noise:
-        """The noise of several sequences, one after another.
-
-        Args:
-            sequences: the configuration and the positions of each.
-        """
+        """The noise of several sequences, one after another, from their positions."""
         keys = [
             # Equal keys, whose noise is computed once: it is multiplied by 0.
             np.zeros((len(positions), 2), np.uint32)
@@ -379,11 +308,7 @@ class PenaltyState:
         self.generated.update(tokens)
 
     def edits(self, tree: DraftTree) -> LogitEdits | None:
-        """The edits of the logits at each node; None if the penalties change nothing.
-
-        Args:
-            tree: its root is counted already, the tokens below it are not.
-        """
+        """The edits of the logits at each node; None for none. The root is counted already."""
         penalties = self.penalties
         if not penalties.active:
             return None
@@ -439,15 +364,9 @@ def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) 
 def constrain(tree: DraftTree, constraint: Constraint) -> tuple[DraftTree, NDArray[np.uint32]]:
     """The tree without forbidden nodes and their descendants, and the mask of each remaining node.
 
-    The nodes are visited depth first, so that the constraint advances and rolls back one token at a
-    time. Afterwards its state is the same as before.
-
-    Args:
-        tree: the constraint has advanced over its root.
-        constraint: of the sequence.
-
-    Returns:
-        The tree of n nodes, and (n, ceil(vocab / 32)) bitmasks.
+    The masks are (n, ceil(vocab / 32)) bits. The constraint has advanced over the tree's root.
+    Nodes are visited depth first, so that it advances and rolls back one token at a time; its state
+    is the same afterwards.
     """
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(tree.parents.tolist()):

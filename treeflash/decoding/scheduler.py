@@ -154,36 +154,22 @@ W = TypeVar("W", bound=Work)
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A sequence that has started.
-
-    Attributes:
-        request_id: of its request.
-        request: what to decode.
-        state: on the device.
-        loop: its decode loop.
-        tokens: of the prompt, then the emitted ones.
-        pending: the work that the loop waits for; None when the sequence is finished.
-        prefilled: tokens of the pending `Prefill` that are committed already.
-        has_drafted: whether a tree was drafted for it.
-        rest: drafts of a batch that pass it over, because its trees were cut to the root.
-        next_rest: the drafts that pass it over after the next such tree.
-        shared: whether sequences that begin alike may fork its state.
-        seconds: by phase, since the last step.
-        events: steps, and the error that ended the sequence, not handed out yet.
-    """
+    """A sequence that has started."""
 
     request_id: RequestId
     request: Request
     state: SequenceState
     loop: Loop
-    tokens: list[int]
+    tokens: list[int]  # of the prompt, then the emitted ones
+    # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
-    prefilled: int = 0
-    has_drafted: bool = False
-    rest: int = 0
-    next_rest: int = 1
-    shared: bool = False
-    seconds: dict[Phase, float] = field(default_factory=dict)
+    prefilled: int = 0  # tokens of the pending `Prefill` that are committed already
+    has_drafted: bool = False  # whether a tree was drafted for it
+    rest: int = 0  # drafts of a batch that pass it over, because its trees were cut to the root
+    next_rest: int = 1  # the drafts that pass it over after the next such tree
+    shared: bool = False  # whether sequences that begin alike may fork its state
+    seconds: dict[Phase, float] = field(default_factory=dict)  # by phase, since the last step
+    # steps, and the error that ended the sequence, not handed out yet
     events: list[Step | Exception] = field(default_factory=list)
 
     @property
@@ -215,11 +201,9 @@ class RunningSequence:
         return self.pending
 
     def resume(self, outcome: Any, phase: Phase | None = None) -> None:
-        """Send the outcome of the pending work to the loop.
+        """Send the outcome of the pending work to the loop; None starts it.
 
-        Args:
-            outcome: as the work's class describes it; None starts the loop.
-            phase: the loop's own time counts as this phase; None does not count it.
+        The loop's own time counts as the `phase`; None does not count it.
         """
         started = time.perf_counter()
         self.pending = None
@@ -324,28 +308,19 @@ def propose(
 
 @dataclass(frozen=True)
 class TreeSize:
-    """How much of a draft a tree can use.
+    """How much of a draft a tree can use."""
 
-    Attributes:
-        expected: nodes of the tree that is verified.
-        built: nodes of the tree that is built, and perhaps pruned.
-        depths: depths that the tree is likely to reach; None for all.
-    """
-
-    expected: int
-    built: int
-    depths: int | None
+    expected: int  # nodes of the tree that is verified
+    built: int  # nodes of the tree that is built, and perhaps pruned
+    depths: int | None  # depths that the tree is likely to reach; None for all
 
 
 @dataclass(frozen=True, eq=False)
 class Iteration:
-    """The calls of one iteration.
+    """The calls of one iteration, over all running sequences.
 
-    Attributes:
-        backend: the loaded pair.
-        sequences: that are running.
-        budget: gives a method's adaptive budget.
-        prefill_chunks: prompt tokens to run if trees are verified too, and if none are.
+    `budget` gives a method's adaptive budget. `prefill_chunks` are the prompt tokens to run if
+    trees are verified too, and if none are.
     """
 
     backend: Backend
@@ -606,8 +581,6 @@ class Scheduler:
     """Decodes many sequences with one loaded pair. It must not be called by two threads at once.
 
     Args:
-        backend: a loaded pair.
-        config: limits.
         budgets: for the budget `auto`; they keep learning, and schedulers may share them. By
             default the costs of the target's forward passes are measured when they are needed.
         prefix_cache: takes the states of finished sequences and gives them to prompts that begin
@@ -657,10 +630,9 @@ class Scheduler:
     def submit(self, request: Request) -> RequestId:
         """Add a sequence, which starts with one of the next iterations.
 
-        Raises:
-            PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-            ConfigError: the method needs a drafter or head that was not loaded, or the sequence
-                alone needs more memory than the limit.
+        Raises a PromptError if the prompt is empty, too long, or has tokens outside the vocabulary,
+        and a ConfigError if the method needs a drafter or head that was not loaded, or the sequence
+        alone needs more memory than the limit.
         """
         self.check(request)
         return self._add(request, None)
@@ -711,14 +683,10 @@ class Scheduler:
             self.close()
 
     def decode(self, requests: Iterable[Request]) -> Generator[tuple[int, Step], None, None]:
-        """Submit requests and run until they are finished.
+        """Run requests until all are finished; yields the number of a request and a step of it.
 
-        Returns:
-            An iterator of the number of a request and a step of it. Closing it drops all sequences
-            that are not finished; an error that ends a sequence is raised and drops the others.
-
-        Raises:
-            PromptError, ConfigError: see `submit`; before anything is decoded.
+        Raises what `submit` does before anything is decoded. An error that ends a sequence is
+        raised and drops the others, as closing the iterator does.
         """
         requests = list(requests)
         for request in requests:
@@ -825,14 +793,9 @@ class Scheduler:
         sequence.resume(None)
 
     def _make_room(self, request: Request | None = None, copied: int = 0) -> bool:
-        """Shrink the prefix cache until the states of running sequences fit beside further ones.
+        """Shrink the prefix cache until the running sequences' states fit; whether they do.
 
-        Args:
-            request: that is to start, if any.
-            copied: size of a state that is to be copied, bytes.
-
-        Returns:
-            Whether they fit at all.
+        Room is made for a `request` that is to start, and for `copied` bytes of a state.
         """
         if self.config.max_bytes is None:
             return True
@@ -918,19 +881,10 @@ def decode(
 ) -> Generator[Step, None, None]:
     """Decode one sequence step by step. Closing the iterator early loses nothing already yielded.
 
-    Args:
-        backend: a loaded pair.
-        prompt_ids: the prompt, at least one token.
-        config: method, budget, limits, sampling.
-        budgets: for the budget `auto`; they keep learning and may be shared by sequences of the
-            same pair. None measures new ones, which takes about a second. They never change a
-            token.
-        constraint: see `Request`.
-
-    Raises:
-        PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-        ConfigError: the method needs a drafter, or a head, that was not loaded.
-        NumericalError: a model produced values that are not finite.
+    The errors are those of `Scheduler.submit`, and a NumericalError if a model produced values that
+    are not finite. `constraint` is as in `Request`. `budgets`, for the budget `auto`, keep learning
+    and may be shared by sequences of the same pair; None measures new ones, which takes about a
+    second. They never change a token.
     """
     request = Request(prompt_ids=prompt_ids, config=config, constraint=constraint)
     return _steps(Scheduler(backend, budgets=budgets).decode([request]))

@@ -20,13 +20,8 @@ GREEDY = SamplingConfig()
 class SequenceSession:
     """A sequence whose tokens the caller decides; empty at first.
 
-    Args:
-        backend: a loaded pair.
-        drafts: whether `draft` will be called.
-        capacity: positions, the nodes of the largest tree included.
-
-    Attributes:
-        state: of the sequence.
+    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
+    largest tree included.
     """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
@@ -87,17 +82,12 @@ class SequenceSession:
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """A block that was drafted after a token of a known text.
+    """A block that was drafted after a token of a known text."""
 
-    Attributes:
-        tokens: the text from the root of the block on.
-        block: the drafter's block.
-        logits: (n, vocab) the target's logits after the first n tokens, n at most the depths of the
-            block; None if not requested.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # the text from the root of the block on
     block: Block
+    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
+    # None if not requested
     logits: NDArray[np.float32] | None
 
 
@@ -110,11 +100,7 @@ def draft_anchors(
 ) -> Iterator[Anchor]:
     """Draft after every fourth token of a known text, except the last token.
 
-    Args:
-        backend: a loaded pair.
-        prompt_ids: the prompt.
-        text_ids: the text after the prompt.
-        logits: whether to run the target over the tokens that each block predicts.
+    `logits` asks for the target's over the tokens that each block predicts.
     """
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths

@@ -120,15 +120,10 @@ class SuffixIndex:
             self._previous[number] = array("i", previous.tobytes())
 
     def find(self, context: Sequence[int], longest: int = MAX_MATCH) -> dict[int, int]:
-        """The places after earlier occurrences of the end of a context, and how much of it occurs.
+        """By place of the token after an earlier occurrence of a context, the length of the match.
 
-        Args:
-            context: tokens; may be the index's own.
-            longest: tokens of the context to compare at most.
-
-        Returns:
-            By place of the token after an occurrence, the length of the match, at least the
-            shortest order.
+        At most `longest` tokens of the context are compared, and at least the shortest order
+        matches. The context may be the index's own tokens.
         """
         found: dict[int, int] = {}
         for order, latest, previous in zip(
@@ -166,12 +161,9 @@ def _slot(tokens: Iterable[int], slots: int) -> int:
 
 
 class SuffixCache:
-    """Indices over finished answers, separate for each salt; the oldest are dropped first.
+    """Indices over finished answers, separate for each salt; the oldest are dropped at `max_bytes`.
 
     They make other users' texts influence how fast a text comes, and never its tokens.
-
-    Attributes:
-        max_bytes: of all indices together.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -209,22 +201,18 @@ def share(length: int, places: int, all_places: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class SuffixTree:
-    """What followed earlier occurrences, best first; node 0 is the last token of the context.
+    """What followed earlier occurrences, best first; node 0 is the last token of the context."""
 
-    Attributes:
-        tokens: of each node; the token of node 0 has no meaning.
-        parents: of each node, before it; -1 for node 0.
-        probs: of the path to each node; 1 for node 0.
-        shares: of each node among its parent's places.
-        lengths: of the match before each node, the path to it included.
-        match: tokens of the context that match.
-    """
-
-    match: int
+    match: int  # tokens of the context that match
+    # of each node; the token of node 0 has no meaning
     tokens: list[int] = field(default_factory=lambda: [SEPARATOR])
+    # of each node, before it; -1 for node 0
     parents: list[int] = field(default_factory=lambda: [-1])
+    # of the path to each node; 1 for node 0
     probs: list[float] = field(default_factory=lambda: [1.0])
+    # of each node among its parent's places
     shares: list[float] = field(default_factory=lambda: [1.0])
+    # of the match before each node, the path to it included
     lengths: list[int] = field(default_factory=lambda: [0])
 
     def __len__(self) -> int:
@@ -305,14 +293,8 @@ def best_tree(
 ) -> SuffixTree | None:
     """The tree of highest score of several lengths of a match; ties go to the longer match.
 
-    Args:
-        index: has the text.
-        found: places and lengths, from `SuffixIndex.find`.
-        matches: lengths to try, ascending.
-        nodes: at most, by length of the match.
-        edge: see `expand`.
-        min_prob: see `expand`.
-        deepest: by length of the match.
+    `found` has places and lengths, as `SuffixIndex.find` returns them. `matches` are the lengths to
+    try, ascending; `nodes` and `deepest` give limits by length. The rest is as for `expand`.
     """
     best: SuffixTree | None = None
     for match in matches:
@@ -359,9 +341,7 @@ def match_level(length: int) -> int:
 class SuffixDrafter:
     """Proposes continuations of one sequence, and learns how often they are right.
 
-    Args:
-        prompt_ids: the prompt.
-        shared: gives the indices over other texts.
+    `shared` gives the indices over other texts.
     """
 
     def __init__(
@@ -378,9 +358,7 @@ class SuffixDrafter:
     def propose(self, nodes: int, deepest: int) -> SuffixTree | None:
         """What may follow the sequence's last token; None if nothing is known.
 
-        Args:
-            nodes: at most, the root included.
-            deepest: depth of the deepest nodes.
+        It has at most `nodes`, the root included, down to the depth `deepest`.
         """
         best: SuffixTree | None = None
         for index in (self.index, *self.shared()):
@@ -426,13 +404,7 @@ class SuffixDrafter:
 
 
 def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
-    """The draft tree of the best nodes of a proposal.
-
-    Args:
-        proposal: what may follow the root.
-        root: the root's token id.
-        nodes: at most, including the root.
-    """
+    """The draft tree of the best nodes of a proposal, at most `nodes` with the root."""
     parents = proposal.parents[:nodes]
     depths = [0]
     for parent in parents[1:]:
@@ -448,36 +420,22 @@ def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A possible child of a node of the merged tree.
-
-    Attributes:
-        token: its token.
-        log_prob: after its parent.
-        row: of the table, for its children; -1 if there is none.
-        source: the node of the proposal; -1 if it has none.
-        match: as in `DraftTree.matches`.
-        confidence: as in `DraftTree.confidences`.
-    """
+    """A possible child of a node of the merged tree."""
 
     token: int
-    log_prob: float
-    row: int = -1
-    source: int = -1
-    match: int = 0
-    confidence: float = 1.0
+    log_prob: float  # after its parent
+    row: int = -1  # of the table, for its children; -1 if there is none
+    source: int = -1  # the node of the proposal; -1 if it has none
+    match: int = 0  # as in `DraftTree.matches`
+    confidence: float = 1.0  # as in `DraftTree.confidences`
 
 
 def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
-    """The best paths of a drafter's table and of a proposal together, best first.
+    """The best paths of a drafter's calibrated table and of a proposal together, best first.
 
     Equal tokens after one parent are one node, which has the higher of the two probabilities and
-    the children of both. The nodes of the proposal may be deeper than the table.
-
-    Args:
-        table: the drafter's, calibrated.
-        proposal: what may follow the root.
-        root: the root's token id.
-        nodes: at most, including the root.
+    the children of both. The nodes of the proposal may be deeper than the table. There are at most
+    `nodes`, including the root.
     """
     sources = proposal.children()
     chosen = [_Child(root, 0.0, 0, 0)]

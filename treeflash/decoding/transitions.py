@@ -68,9 +68,8 @@ class TransitionTable:
     ) -> TransitionTable:
         """The table of a drafter without an AR head: children do not depend on the previous token.
 
-        Args:
-            tokens: (D, K) the best tokens of each depth, most probable first.
-            log_probs: (D, K) their marginal log probabilities.
+        It has (D, K) tokens of each depth, most probable first, and their marginal log
+        probabilities.
         """
         next_row = np.zeros((len(tokens), 1, tokens.shape[1]), np.int32)
         next_row[-1] = -1
@@ -190,16 +189,10 @@ class TransitionTable:
 
 
 def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The index of each token among its depth's previous tokens; -1 if it is none of them.
+    """(D, M, K) index of each token among its depth's (D, M) previous tokens; -1 if it is none.
 
-    Sorts and searches, so that memory grows with the number of rows and not with its square.
-
-    Args:
-        previous: (D, M), at least one; -1 matches no token.
-        tokens: (D, M, K), 0 or more.
-
-    Returns:
-        (D, M, K) indices below M, or -1.
+    A previous token of -1 matches none. It sorts and searches, so that memory grows with the number
+    of rows and not with its square.
     """
     depth = np.arange(len(previous), dtype=np.int64) << 32
     keys = (previous + depth[:, None]).ravel()
@@ -254,12 +247,7 @@ class Calibration:
         return replace(table, log_probs=calibrated.astype(np.float32))
 
     def observe(self, table: TransitionTable, tokens: Sequence[int]) -> None:
-        """Learn from an iteration.
-
-        Args:
-            table: as it was drafted.
-            tokens: the target's tokens after the root.
-        """
+        """Learn from a table as it was drafted, and the target's tokens after the root."""
         row = 0
         for depth, token in enumerate(tokens[: table.depths]):
             log_probs = table.log_probs[depth, row].astype(np.float64)

@@ -46,12 +46,9 @@ class DraftTree:
         log_probs: NDArray[np.float64] | None = None,
         confidences: NDArray[np.float32] | None = None,
     ) -> DraftTree:
-        """The tree in which each token follows the one before it.
+        """The tree in which each of (n,) tokens follows the one before it, the root first.
 
-        Args:
-            tokens: (n,) the root first.
-            log_probs: (n,) of the path to each node, nats; None for tokens that are certain.
-            confidences: (n,) as in `DraftTree`.
+        `log_probs` are (n,) of the paths, nats; None for tokens that are certain.
         """
         order = np.arange(len(tokens), dtype=np.int32)
         if log_probs is None:
@@ -60,12 +57,7 @@ class DraftTree:
 
     @classmethod
     def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
-        """The tree of a shape, whose paths are all equally probable.
-
-        Args:
-            tokens: (n,) the root first.
-            parents: (n,) as in `DraftTree`.
-        """
+        """The tree of (n,) tokens and their parents, whose paths are all equally probable."""
         depths = np.zeros(len(parents), np.int32)
         for node in range(1, len(parents)):
             depths[node] = depths[parents[node]] + 1
@@ -147,15 +139,11 @@ def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The `budget - 1` most probable paths of the table, under the root, best first.
 
-    The result equals best-first expansion with a heap (OPT-Tree, section 3.2), as a child is
-    never more probable than its parent or than an earlier sibling. It is built level by level
-    instead, and a level keeps only candidates that may still be among the best. Paths of equal
-    probability are ordered by their ranks among siblings, the lexicographically smaller first.
-
-    Args:
-        table: the candidate children.
-        root: the root's token id.
-        budget: the most nodes, including the root; the table may allow fewer.
+    The result equals best-first expansion with a heap (OPT-Tree, section 3.2), as a child is never
+    more probable than its parent or than an earlier sibling. It is built level by level instead,
+    and a level keeps only candidates that may still be among the best. Paths of equal probability
+    are ordered by their ranks among siblings, the lexicographically smaller first. The table may
+    allow fewer nodes than the budget.
     """
     room = budget - 1
     if room == 0:
@@ -253,28 +241,20 @@ def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray
 
 @dataclass(frozen=True, eq=False)
 class Acceptance:
-    """The outcome of verifying one tree.
+    """The outcome of verifying one tree."""
 
-    Attributes:
-        path: (a,) int32 node indices from the root down; path[0] == 0, each the parent of the
-            next.
-        tokens: the a emitted tokens: the tokens of path[1:], then the bonus token, which the target
-            sampled at the last node of the path and which is the next root.
-    """
-
+    # (a,) int32 node indices from the root down; path[0] == 0, each the parent of the next
     path: NDArray[np.int32]
+    # the a emitted tokens: the tokens of path[1:], then the bonus token, which the target sampled
+    # at the last node of the path and which is the next root
     tokens: tuple[int, ...]
 
 
 def accept(tree: DraftTree, sampled: NDArray[np.int32]) -> Acceptance:
-    """Follow the target's tokens through the tree (TreeFlash, section 3; SpecInfer).
+    """Follow the target's (n,) int32 tokens through the tree (TreeFlash, section 3; SpecInfer).
 
     The target sampled each token after its true prefix, and the tree was fixed before. So the
     accepted tokens have exactly the distribution of plain decoding, at every temperature.
-
-    Args:
-        tree: the verified tree.
-        sampled: (n,) int32 the target's token at each node.
     """
     children = {
         (parent, token): node

@@ -40,13 +40,9 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate:
-    """What an adapter adds to the weight of one linear layer.
+    """`scale * up @ down` of (r, in) and (out, r) float32: an addition to a linear layer's weight.
 
-    Attributes:
-        name: of the layer's module, as the format names it.
-        down: (r, in) float32.
-        up: (out, r) float32.
-        scale: of their product.
+    `name` is of the layer's module, as the format names it.
     """
 
     name: str
@@ -68,9 +64,8 @@ class LowRankUpdate:
 def read_adapter(folder: Path) -> list[LowRankUpdate]:
     """Read the folder of a LoRA adapter.
 
-    Raises:
-        CheckpointError: the folder is no adapter, or damaged.
-        UnsupportedModelError: the adapter has more than updates of linear layers.
+    Raises a CheckpointError if the folder is no adapter, or damaged, and an UnsupportedModelError
+    if the adapter has more than updates of linear layers.
     """
     config = _read_config(folder)
     if (folder / PEFT_WEIGHTS).is_file():

@@ -15,65 +15,19 @@ from treeflash.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """The shape of the head `lilicorr`, a small transformer over the candidates of all slots.
-
-    Attributes:
-        hidden_size: its width.
-        layers: its layers.
-        heads: of its attention.
-        inner_size: of its feed-forward networks.
-        logit_scale: factor on the products of unit vectors.
-        vector_eps: least length that a vector is divided by.
-    """
+    """The shape of the head `lilicorr`, a small transformer over the candidates of all slots."""
 
     hidden_size: int
     layers: int
-    heads: int
-    inner_size: int
-    logit_scale: float
-    vector_eps: float
+    heads: int  # of its attention
+    inner_size: int  # of its feed-forward networks
+    logit_scale: float  # factor on the products of unit vectors
+    vector_eps: float  # least length that a vector is divided by
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """The shape of a drafter, from its checkpoint.
-
-    Attributes:
-        block_size: S, the slots of a block: the root and S - 1 masks.
-        mask_token_id: the token in the slots after the root.
-        target_layer_ids: target layers whose outputs are the context features, in order; -1 is the
-            output of the embeddings.
-        num_target_layers: depth of the target that it was trained for; None if not given.
-        vocab_size: the target's vocabulary size; None if not given.
-        inv_freq: (head_dim // 2,) rotary inverse frequencies, radians per position.
-        rope_scale: factor on the rotary cosines and sines; 1 except for YaRN.
-        interleaved_rope: whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored
-            tensors, instead of the halves of a head; `load_tensors` reorders them.
-        sliding_windows: per layer, the width of its window in positions, or None.
-        causal: per layer, whether a slot attends only to itself and earlier slots.
-        head: name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a
-            drafter of marginals.
-        input_scale: factor on the embeddings at the drafter's input.
-        first_slot: the first slot that predicts a token. 1: slot k predicts token k after the root
-            (DFlash); 0: slot k predicts token k + 1 (DSpark).
-        window_from_root: whether all slots of a sliding layer see the block and one window of
-            positions before the root, instead of a window around each slot.
-        conv_kernel_size: taps of the convolutions along a block (DFlash2); 0 without convolutions.
-        conv_group_size: channels that share a coefficient of these convolutions.
-        output_multiplier: factor on the drafter's logits.
-        softcap: bound of the drafter's logits after the factor, by a hyperbolic tangent.
-        own_vocabulary: whether the folder may hold embeddings and an output head.
-        draft_vocab_size: number of tokens that the drafter can propose; None is all of them.
-        head_rank: inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr.
-        head_state_size: width of the state of the heads `rnn`, `domino` and `xpress`, which depend
-            on all tokens of a path; 0 for other heads.
-        head_mlp_ratio: inner width of the feed-forward network of the head `xpress`, in ranks.
-        head_from_depth: the first depth that the head `domino` corrects.
-        selector_top_k: candidates of a slot that the heads `selector` and `lilicorr` score.
-        correlation: the shape of the head `lilicorr`; None for other heads.
-        confidence_head: whether there is a head that predicts the acceptance of each token.
-        confidence_with_markov: whether the confidence head reads the previous token too.
-    """
+    """The shape of a drafter, from its checkpoint."""
 
     hidden_size: int
     intermediate_size: int
@@ -83,34 +37,52 @@ class DrafterConfig:
     head_dim: int
     rms_norm_eps: float
     attention_bias: bool
-    block_size: int
-    mask_token_id: int
+    block_size: int  # S, the slots of a block: the root and S - 1 masks
+    mask_token_id: int  # the token in the slots after the root
+    # target layers whose outputs are the context features, in order; -1 is the output of the
+    # embeddings
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int | None
-    vocab_size: int | None
-    inv_freq: tuple[float, ...]
-    rope_scale: float
+    num_target_layers: int | None  # depth of the target that it was trained for; None if not given
+    vocab_size: int | None  # the target's vocabulary size; None if not given
+    inv_freq: tuple[float, ...]  # (head_dim // 2,) rotary inverse frequencies, radians per position
+    rope_scale: float  # factor on the rotary cosines and sines; 1 except for YaRN
+    # per layer, the width of its window in positions, or None
     sliding_windows: tuple[int | None, ...]
-    causal: tuple[bool, ...]
+    causal: tuple[bool, ...]  # per layer, whether a slot attends only to itself and earlier slots
+    # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
+    # the halves of a head; `load_tensors` reorders them
     interleaved_rope: bool = False
+    # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a drafter
+    # of marginals
     head: str | None = None
-    input_scale: float = 1.0
+    input_scale: float = 1.0  # factor on the embeddings at the drafter's input
+    # the first slot that predicts a token. 1: slot k predicts token k after the root (DFlash); 0:
+    # slot k predicts token k + 1 (DSpark)
     first_slot: int = 1
+    # whether all slots of a sliding layer see the block and one window of positions before the
+    # root, instead of a window around each slot
     window_from_root: bool = False
+    # taps of the convolutions along a block (DFlash2); 0 without convolutions
     conv_kernel_size: int = 0
-    conv_group_size: int = 1
-    output_multiplier: float = 1.0
+    conv_group_size: int = 1  # channels that share a coefficient of these convolutions
+    output_multiplier: float = 1.0  # factor on the drafter's logits
+    # bound of the drafter's logits after the factor, by a hyperbolic tangent
     softcap: float | None = None
-    own_vocabulary: bool = False
+    own_vocabulary: bool = False  # whether the folder may hold embeddings and an output head
+    # number of tokens that the drafter can propose; None is all of them
     draft_vocab_size: int | None = None
-    head_rank: int = 0
+    head_rank: int = 0  # inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr
+    # width of the state of the heads `rnn`, `domino` and `xpress`, which depend on all tokens of a
+    # path; 0 for other heads
     head_state_size: int = 0
+    # inner width of the feed-forward network of the head `xpress`, in ranks
     head_mlp_ratio: int = 0
-    head_from_depth: int = 1
-    selector_top_k: int = 0
-    correlation: Correlation | None = None
+    head_from_depth: int = 1  # the first depth that the head `domino` corrects
+    selector_top_k: int = 0  # candidates of a slot that the heads `selector` and `lilicorr` score
+    correlation: Correlation | None = None  # the shape of the head `lilicorr`; None for other heads
+    # whether there is a head that predicts the acceptance of each token
     confidence_head: bool = False
-    confidence_with_markov: bool = False
+    confidence_with_markov: bool = False  # whether the confidence head reads the previous token too
 
     @property
     def depths(self) -> int:

@@ -59,23 +59,15 @@ ARCHITECTURES = {
 
 
 def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -> str | None:
-    """Write a drafter in another format.
+    """Write a drafter in another format, into a folder that does not exist or is empty.
 
-    Args:
-        folder: the drafter to convert.
-        output: a folder that does not exist, or is empty.
-        to: one of `CONVERSIONS`: `treeflash` adds a head that changes nothing to a DFlash drafter;
-            `speculators` takes z-lab's DFlash and DFlash2, DeepSpec's DSpark and DFlash, and
-            SpecForge's DSpark; `dflash` (z-lab's DFlash and DFlash2) and `deepspec` lead back, and
-            `dflash` also takes a TreeFlash drafter without its AR head.
-        target: name of the target, which `speculators` needs.
-
-    Returns:
-        The kind of AR head that was left out; None if the converted drafter is complete.
-
-    Raises:
-        CheckpointError: the folder is not a drafter, or is damaged.
-        ConfigError: the format cannot express the drafter, or `output` is not empty.
+    `to` is one of `CONVERSIONS`: `treeflash` adds a head that changes nothing to a DFlash drafter;
+    `speculators` takes z-lab's DFlash and DFlash2, DeepSpec's DSpark and DFlash, and SpecForge's
+    DSpark, and needs the name of the `target`; `dflash` (z-lab's DFlash and DFlash2) and `deepspec`
+    lead back, and `dflash` also takes a TreeFlash drafter without its AR head. The kind of AR head
+    that was left out is returned; None if the converted drafter is complete. Raises a
+    CheckpointError if the folder is not a drafter, or is damaged, and a ConfigError if the format
+    cannot express the drafter, or `output` is not empty.
     """
     parsed, config = formats.drafter_config(folder), read_config(folder)
     source = formats.detect_format(config)

@@ -53,8 +53,7 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """A folder's tensors by stored name, from the headers of its files.
 
-    Raises:
-        CheckpointError: a file is damaged, or there are none.
+    Raises a CheckpointError if a file is damaged, or there are none.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):

@@ -45,21 +45,16 @@ CONFIDENCE_PREFIX = "confidence_head."
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFormat:
-    """How checkpoints hold a conditional head.
-
-    Attributes:
-        shapes: the shapes of its tensors by canonical name, from the drafter's configuration, the
-            size of the target's vocabulary, and the inner width of a TreeFlash head.
-        prefix: prefix of the tensors' names, which `DrafterTensors.head` leaves out.
-        settings: its keys in `config.json`, and the fields of `DrafterConfig` that they give.
-        training_name: its name for `train --head`; None if it cannot be trained.
-    """
+    """How checkpoints hold a conditional head."""
 
     family: str
+    # the shapes of its tensors by canonical name, from the drafter's configuration, the size of the
+    # target's vocabulary, and the inner width of a TreeFlash head
     shapes: Callable[[DrafterConfig, int, int], Shapes]
-    prefix: str = ""
+    prefix: str = ""  # prefix of the tensors' names, which `DrafterTensors.head` leaves out
+    # its keys in `config.json`, and the fields of `DrafterConfig` that they give
     settings: Mapping[str, str]
-    training_name: str | None = None
+    training_name: str | None = None  # its name for `train --head`; None if it cannot be trained
 
 
 def _treeflash_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:

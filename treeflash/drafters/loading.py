@@ -22,21 +22,14 @@ TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.w
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterTensors(Generic[Tensor]):
-    """The tensors of a drafter's folder, checked against the target that it drafts for.
-
-    Attributes:
-        backbone: tensors of the layers and norms, by canonical name.
-        head: tensors of the conditional head, by name without the prefix of the head; empty
-            without a head.
-        head_size: I, the inner width of a TreeFlash head; 0 for other heads.
-        vocabulary: the tensors of `VOCABULARY` that the folder has.
-    """
+    """The tensors of a drafter's folder, checked against the target that it drafts for."""
 
     config: DrafterConfig
-    backbone: dict[str, Tensor]
+    backbone: dict[str, Tensor]  # tensors of the layers and norms, by canonical name
+    # tensors of the conditional head, by name without the prefix of the head; empty without a head
     head: dict[str, Tensor]
-    head_size: int
-    vocabulary: dict[str, Tensor]
+    head_size: int  # I, the inner width of a TreeFlash head; 0 for other heads
+    vocabulary: dict[str, Tensor]  # the tensors of `VOCABULARY` that the folder has
 
 
 def refuse_extensions(

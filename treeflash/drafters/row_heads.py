@@ -46,56 +46,36 @@ TARGET_TENSORS = ("embed_tokens.weight", "shared_head.head.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in a row head's layer.
+    """A mixture of experts in a row head's layer."""
 
-    Attributes:
-        count: experts, of which `per_token` run for a token.
-        width: inner width of an expert.
-        shared_width: inner width of the expert that runs for every token.
-        shared_gate: whether the shared expert is weighed by a sigmoid of its own.
-        sigmoid: whether the router's scores are sigmoids, chosen with a bias; else a softmax.
-        normalised: whether the weights of a token's experts are divided by their sum.
-        scale: factor on these weights.
-    """
-
-    count: int
+    count: int  # experts, of which `per_token` run for a token
     per_token: int
-    width: int
-    shared_width: int
-    shared_gate: bool
-    sigmoid: bool
-    normalised: bool
-    scale: float = 1.0
+    width: int  # inner width of an expert
+    shared_width: int  # inner width of the expert that runs for every token
+    shared_gate: bool  # whether the shared expert is weighed by a sigmoid of its own
+    sigmoid: bool  # whether the router's scores are sigmoids, chosen with a bias; else a softmax
+    normalised: bool  # whether the weights of a token's experts are divided by their sum
+    scale: float = 1.0  # factor on these weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowConfig(DrafterConfig):
-    """The shape of a row head. `block_size` is 1 + its depths; there is no mask token.
+    """The shape of a row head. `block_size` is 1 + its depths; there is no mask token."""
 
-    Attributes:
-        reads_both: the layer's attention reads the normed embedding and state side by side
-            (EAGLE-3), instead of a projection of both (MTP).
-        normed_residual: the residual of that attention is the normed state, not the state.
-        normed_feedback: the state for the next depth is taken after the final norm.
-        gated: the attention's output is multiplied by a sigmoid gate, from `q_proj`.
-        qk_norm: queries and keys are normed by head.
-        output_bias: `o_proj` has a bias, as q, k and v have with `attention_bias`.
-        experts: of the feed-forward network; None for a dense one.
-        norm_offset: added to the stored weights of norms.
-        feature_norms: norms before `fc`: of each feature, of all features together, or none.
-        final_state: the states come after the target's final norm; else from `target_layer_ids`
-            and through `fc`.
-    """
-
+    # the layer's attention reads the normed embedding and state side by side (EAGLE-3), instead of
+    # a projection of both (MTP)
     reads_both: bool
+    # the residual of that attention is the normed state, not the state
     normed_residual: bool = False
-    normed_feedback: bool
-    gated: bool = False
-    qk_norm: bool = False
-    output_bias: bool = False
-    experts: Experts | None = None
-    norm_offset: float = 0.0
+    normed_feedback: bool  # the state for the next depth is taken after the final norm
+    gated: bool = False  # the attention's output is multiplied by a sigmoid gate, from `q_proj`
+    qk_norm: bool = False  # queries and keys are normed by head
+    output_bias: bool = False  # `o_proj` has a bias, as q, k and v have with `attention_bias`
+    experts: Experts | None = None  # of the feed-forward network; None for a dense one
+    norm_offset: float = 0.0  # added to the stored weights of norms
+    # norms before `fc`: of each feature, of all features together, or none
     feature_norms: Literal["each", "all"] | None = None
+    # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
     final_state: bool = False
 
     @property
@@ -152,9 +132,8 @@ QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 def find_row_format(folder: Path) -> RowFormat | None:
     """The format of the row head in a folder; None if the folder holds none.
 
-    Raises:
-        CheckpointError: the folder is damaged.
-        UnsupportedModelError: the head is of a family that is not supported.
+    Raises a CheckpointError if the folder is damaged, and an UnsupportedModelError if the head is
+    of a family that is not supported.
     """
     config, names = read_config(folder), set(stored_tensors(folder))
     architectures = config.get("architectures") or ()
@@ -189,17 +168,9 @@ def load_row_tensors(
 ) -> RowTensors[Tensor]:
     """Read a row head and check that it belongs to a target of this shape.
 
-    Args:
-        folder: of the head; it may hold a whole target.
-        format: from `find_row_format`.
-        read: reads tensors with these names from a safetensors file.
-        stack: stacks tensors of one shape along a new first axis.
-        hidden_size: the target's.
-        vocab_size: the target's.
-        num_hidden_layers: the target's.
-
-    Raises:
-        CheckpointError: a setting or a tensor is missing, or does not fit or is not supported.
+    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
+    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
+    raised if a setting or a tensor is missing, or does not fit or is not supported.
     """
     stored = stored_tensors(folder)
     settings = read_config(folder)

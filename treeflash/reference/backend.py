@@ -17,9 +17,8 @@ from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
 from treeflash.reference.row_head import RowDrafter, RowHead, RowModel
-from treeflash.reference.state import State
 from treeflash.reference.target import Target
-from treeflash.reference.verifier import Verifier
+from treeflash.reference.verifier import State, Verifier
 
 
 class ReferenceBackend(BaseBackend):

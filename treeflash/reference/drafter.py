@@ -23,8 +23,8 @@ from treeflash.reference.numerics import (
     top,
     visible,
 )
-from treeflash.reference.state import State
 from treeflash.reference.target import Cache
+from treeflash.reference.verifier import State
 
 
 @dataclass(frozen=True, eq=False)

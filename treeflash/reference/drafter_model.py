@@ -19,12 +19,9 @@ from treeflash.reference.target import Cache, Target
 class DrafterModel:
     """A drafter's tensors, with the target that it drafts for.
 
-    Attributes:
-        config: the drafter's shape.
-        tensors: of the backbone, by canonical name.
-        head_tensors: of the conditional head, by name without a prefix.
-        vocabulary: the drafter's embeddings, output head and token map, as far as it has its own.
-        target: the other embeddings or output head are the target's.
+    `tensors` are of the backbone, by canonical name, and `head_tensors` of the conditional head, by
+    name without a prefix. `vocabulary` has the drafter's embeddings, output head and token map, as
+    far as it has its own; the others are the target's.
     """
 
     config: DrafterConfig
@@ -32,10 +29,6 @@ class DrafterModel:
     head_tensors: dict[str, Array]
     vocabulary: Mapping[str, NDArray[Any]]
     target: Target
-
-    @property
-    def feature_size(self) -> int:
-        return len(self.config.target_layer_ids) * self.config.hidden_size
 
     @cached_property
     def token_ids(self) -> Ints:

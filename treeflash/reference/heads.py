@@ -24,10 +24,7 @@ NORM_EPS = 1e-6
 class Scores(ABC):
     """A conditional head that depends on one previous token.
 
-    Attributes:
-        tensors: of the head, by name without a prefix.
-        candidates: it scores only this many tokens of a slot, those with the highest marginals;
-            None for all.
+    It scores only `candidates` tokens of a slot, those with the highest marginals; None scores all.
     """
 
     candidates: int | None = None
@@ -114,9 +111,7 @@ class Markov(Scores):
 class Cell(ABC):
     """A recurrent head: a state for each path, and a bias on the logits of its children.
 
-    Attributes:
-        tensors: of the head, by name without a prefix.
-        keys: (Vd, r) of the drafter's tokens: their products with a query are the bias.
+    The bias is the product of a query with the `keys`, (Vd, r) of the drafter's tokens.
     """
 
     keys: Array

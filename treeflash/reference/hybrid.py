@@ -29,13 +29,9 @@ Step: TypeAlias = Callable[[Array, LayerState], tuple[Array, LayerState]]
 
 
 def run(step: Step, x: Array, parents: Ints, state: LayerState) -> tuple[Array, list[LayerState]]:
-    """Run a layer over a tree: each node continues the state after its parent.
+    """Run the `step` of a layer over (n, hidden_size) nodes, each from the state after its parent.
 
-    Args:
-        step: of the layer, for one token.
-        x: (n, hidden_size).
-        parents: (n,) as in `DraftTree`.
-        state: after the committed sequence.
+    `state` is the state after the committed sequence.
     """
     outputs: list[Array] = []
     states: list[LayerState] = []

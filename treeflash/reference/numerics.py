@@ -64,13 +64,10 @@ def attention(
 
 
 def visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:
-    """(n, m) bool; whether one of n query positions attends to one of m key positions.
+    """(n, m) bool; whether one of (n,) query positions attends to one of (m,) key positions.
 
-    Args:
-        queries: (n,) positions.
-        keys: (m,) positions.
-        window: a query attends to fewer than `window` positions on each side; None is all.
-        causal: whether it attends only to itself and earlier positions.
+    If `causal`, a query attends only to itself and earlier positions, and in any case to fewer than
+    `window` positions on each side; None is all.
     """
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0 if causal else np.ones(distance.shape, np.bool_)

@@ -25,18 +25,15 @@ from treeflash.reference.numerics import (
     silu,
     top,
 )
-from treeflash.reference.state import State
 from treeflash.reference.target import Cache, Target
+from treeflash.reference.verifier import State
 
 
 class RowCache(Cache):
-    """The rows of one sequence, and the target's states that they read.
+    """The rows of one sequence, and the target's (length, hidden_size) states that they read.
 
     The row of the last position holds the token after it, which is not committed: it is computed
     again for every draft.
-
-    Attributes:
-        hidden: (length, hidden_size).
     """
 
     def __init__(self, config: RowConfig) -> None:
@@ -81,7 +78,7 @@ class RowModel(DrafterModel):
         return RowCache(self.config)
 
     def project(self, features: Array) -> Array:
-        """(n, hidden_size) states of rows, from (n, feature_size) outputs of the target."""
+        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
         if self.config.final_state:
             return features
         if self.config.feature_norms == "all":
@@ -151,13 +148,9 @@ class RowModel(DrafterModel):
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """The root's row after a draft.
+    """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
-    Attributes:
-        root: token id.
-        output: (1, hidden_size) of the layer.
-        keys: (kv_heads, p, head_dim) of all rows of the sequence, the root's last; and values.
-        depths: wanted.
+    The keys and values are (kv_heads, p, head_dim) of all rows of the sequence, the root's last.
     """
 
     root: int
@@ -199,12 +192,10 @@ class RowDrafter(OneByOneDrafter):
 
 @dataclass(frozen=True, eq=False)
 class _Paths:
-    """The rows of one depth, and all rows that they see.
+    """The rows of one depth, with (n, hidden_size) outputs of the layer, and the rows they see.
 
-    Attributes:
-        output: (n, hidden_size) of the layer at the rows of this depth.
-        keys: (kv_heads, m, head_dim) of all rows so far; and values.
-        visible: (n, m) bool; whether a row of this depth descends from a row, or is it.
+    The keys and values are (kv_heads, m, head_dim) of all rows so far; (n, m) `visible` says
+    whether a row of this depth descends from a row, or is it.
     """
 
     output: Array

@@ -33,9 +33,8 @@ class Cache:
 
     Attributes:
         start: by layer, the first states of the recurrent layers.
-        committed: keys and values of each attention layer.
         pending: keys and values of the block.
-        slots: the attention layers' places there, by layer.
+        slots: the attention layers' places in `committed` and `pending`, by layer.
         states: of each recurrent layer after the committed positions, by layer.
         node_states: of each recurrent layer after each row of the block, by layer.
     """
@@ -155,13 +154,10 @@ def _merge(tensors: dict[str, Any], updates: Sequence[LowRankUpdate]) -> None:
 class Target:
     """The weights of a target, read from a Hugging Face folder, and its forward pass.
 
-    Attributes:
-        column_nbytes: keys and values of one position in all layers, bytes.
-        states_nbytes: recurrent states of one sequence, bytes.
-
-    Raises:
-        CheckpointError: the folder is damaged or lacks a tensor.
-        UnsupportedModelError: the family, or its variant, is not supported.
+    A CheckpointError is raised if the folder is damaged or lacks a tensor, an UnsupportedModelError
+    if the family or its variant is not supported. `column_nbytes` are the bytes of the keys and
+    values of one position in all layers, `states_nbytes` the bytes of a sequence's recurrent
+    states.
     """
 
     dtype = "float32"
@@ -221,17 +217,11 @@ class Target:
     def forward(
         self, token_ids: Ints, positions: Ints, mask: NDArray[np.bool_], cache: Cache
     ) -> tuple[Array, list[Array]]:
-        """Run n tokens after the committed ones, all of which they attend to.
+        """Run n tokens at absolute positions after the committed ones, all of which they attend to.
 
-        Args:
-            token_ids: (n,).
-            positions: (n,) absolute.
-            mask: (n, n) bool; whether a token attends to another.
-            cache: holds the tokens' keys and values afterwards, uncommitted.
-
-        Returns:
-            (n, vocab) logits, and (n, hidden_size) outputs of the embeddings, of each layer and
-            of the final norm.
+        The (n, n) mask says whether a token attends to another. The cache holds the tokens' keys
+        and values afterwards, uncommitted. Returns (n, vocab) logits, and (n, hidden_size) outputs
+        of the embeddings, of each layer and of the final norm.
         """
         keys = np.concatenate([np.arange(cache.length), positions])
         parents = nearest_ancestors(mask)

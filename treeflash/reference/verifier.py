@@ -1,14 +1,55 @@
-"""The target: forward passes over trees, and commits."""
+"""The target and the states of its sequences: forward passes over trees, and commits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from treeflash.decoding.backend_base import OneByOneVerifier
+from treeflash.decoding.backend_base import BaseState, OneByOneVerifier
 from treeflash.decoding.tree import DraftTree
+from treeflash.reference.drafter_model import DrafterModel
+from treeflash.reference.hybrid import LayerState
 from treeflash.reference.numerics import Array, Ints
-from treeflash.reference.state import State
-from treeflash.reference.target import Target
+from treeflash.reference.target import Cache, States, Target
+
+
+class State(BaseState[Cache, States]):
+    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
+
+    `outputs` are (n, hidden_size) of the embeddings and of each layer, for the rows that were run
+    last.
+    """
+
+    def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
+        cache = target.new_cache()
+        super().__init__(cache, drafter.new_cache() if drafter else None, cache.start or None)
+        self.target, self.drafter_model, self.capacity = target, drafter, capacity
+        # (hidden_size,) projected features of the last position that the drafter has read
+        self.anchor: Array | None = None
+
+    def copy(self, length: int, capacity: int, recurrent: States | None) -> State:
+        new = type(self)(self.target, self.drafter_model, capacity)
+        new.kv_cache.copy_from(self.kv_cache, length)
+        if recurrent is not None:
+            new.restore_recurrent(recurrent)
+        if self.drafter and new.drafter:
+            new.drafter.copy_from(self.drafter, length)
+            new.context = [part.copy() for part in self.context_before(length)]
+            new.anchor = self.anchor
+        return new
+
+    def recurrent_states(self) -> States | None:
+        return self.kv_cache.states or None
+
+    def restore_recurrent(self, states: States) -> None:
+        self.kv_cache.states = states
+
+    def recurrent_arrays(self) -> Iterable[LayerState]:
+        return [x for states in (self.kv_cache.states, *self.snapshots) for x in states.values()]
+
+    def read_recurrent_states(self) -> list[Array]:
+        return [x for _, s in sorted(self.kv_cache.states.items()) for x in (s.tail, s.matrix)]
 
 
 class Verifier(OneByOneVerifier):

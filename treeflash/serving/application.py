@@ -204,11 +204,9 @@ def serve(
 ) -> int:
     """Load the models and serve them; returns the exit status.
 
-    `defaults` are decoding options of requests that leave them out; port 0 chooses a free one.
-
-    Raises:
-        TreeflashError, OSError: the models cannot be loaded, the chat template rejects the
-            defaults, or the port is taken.
+    `defaults` are decoding options of requests that leave them out; port 0 chooses a free one. A
+    TreeflashError or OSError is raised if the models cannot be loaded, the chat template rejects
+    the defaults, or the port is taken.
     """
     listening = bind(host, port)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s: %(message)s")

@@ -20,16 +20,18 @@ from treeflash.serving.schemas import (
     Message,
     NamedToolChoice,
     ReasoningEffort,
+    ResponseFormat,
+    StructuredOutputs,
     Tool,
     Verbosity,
     allowed_tools,
+    answer_grammar,
     function_call,
     reasoning_args,
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import ChoicesFormatter, log_probs, respond, token_name
-from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
 from treeflash.text.options import Options
 from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer

@@ -13,7 +13,14 @@ from pydantic import Field
 
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import bad_request
-from treeflash.serving.schemas import MAX_LOG_PROBS, DecodingSchema, TokenId
+from treeflash.serving.schemas import (
+    MAX_LOG_PROBS,
+    DecodingSchema,
+    ResponseFormat,
+    StructuredOutputs,
+    TokenId,
+    answer_grammar,
+)
 from treeflash.serving.service import Service
 from treeflash.serving.streaming import (
     ChoicesFormatter,
@@ -22,7 +29,6 @@ from treeflash.serving.streaming import (
     token_log_probs,
     token_name,
 )
-from treeflash.serving.structured_output import ResponseFormat, StructuredOutputs, answer_grammar
 from treeflash.text.options import Options
 from treeflash.text.stream import Assembler, Chunk
 

@@ -91,10 +91,8 @@ class ResponseTemplate:
 
         The arguments of `strict` functions follow their schemas; if the message must consist of
         calls, the arguments of all functions do. With `free` the calls may follow free text, or
-        there may be none. `param` is the field of the request that enforces the calls.
-
-        Raises:
-            APIError: the model does not write its calls in JSON.
+        there may be none. `param` is the field of the request that enforces the calls. Raises an
+        APIError if the model does not write its calls in JSON.
         """
         field = self.fields.get("tool_calls", {})
         opening, close = _pattern(field, "open"), _pattern(field, "close") or ""

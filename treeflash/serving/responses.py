@@ -24,11 +24,16 @@ from treeflash.serving.schemas import (
     Function,
     FunctionName,
     FunctionTyped,
+    JSONObjectFormat,
+    JSONSchemaFormat,
     NamedFunction,
+    NamedSchema,
     ReasoningEffort,
     Schema,
+    TextFormat,
     Verbosity,
     allowed_tools,
+    answer_grammar,
     function_call,
     parsed_arguments,
     reasoning_args,
@@ -36,13 +41,6 @@ from treeflash.serving.schemas import (
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import draft_details, frame, respond
-from treeflash.serving.structured_output import (
-    JSONObjectFormat,
-    JSONSchemaFormat,
-    NamedSchema,
-    TextFormat,
-    answer_grammar,
-)
 
 logger = logging.getLogger("treeflash.serving")
 

@@ -1,4 +1,4 @@
-"""The fields that requests of several endpoints share: decoding, tools, and chat messages."""
+"""The fields that requests of several endpoints share: decoding, grammars, tools, messages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from treeflash.config import MAX_BUDGET, Method
 from treeflash.serving.errors import bad_request
+from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 
 MAX_LOG_PROBS = 20
@@ -120,17 +121,11 @@ CallMode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class AllowedTools:
-    """The calls that a message may have.
+    """The calls that a message may have."""
 
-    Attributes:
-        functions: that may be called, as chat templates read them.
-        must_call: whether the message must consist of calls.
-        parallel: whether the message may have several enforced calls.
-    """
-
-    functions: Sequence[Mapping[str, Any]] = ()
-    must_call: bool = False
-    parallel: bool = True
+    functions: Sequence[Mapping[str, Any]] = ()  # that may be called, as chat templates read them
+    must_call: bool = False  # whether the message must consist of calls
+    parallel: bool = True  # whether the message may have several enforced calls
 
     @property
     def strict(self) -> bool:
@@ -146,8 +141,7 @@ def allowed_tools(
 ) -> AllowedTools:
     """The calls that a request allows; a named function is called once.
 
-    Raises:
-        APIError: two tools have the same name, or the choice does not fit the tools.
+    Raises an APIError if two tools have the same name, or the choice does not fit the tools.
     """
     if choice == "none":
         return AllowedTools()
@@ -273,3 +267,88 @@ def reasoning_args(thinks: bool | None, *, supports_reasoning: bool, param: str)
     if thinks and not supports_reasoning:
         raise bad_request(f"this model does not support reasoning; remove `{param}`", param)
     return {} if thinks is None or not supports_reasoning else {"enable_thinking": thinks}
+
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class TextFormat(Schema):
+    type: Literal["text"]
+
+
+class JSONObjectFormat(Schema):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Schema):
+    """A JSON schema, which is always enforced, whatever the value of `strict`."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JSONSchemaFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+AnyFormat = TextFormat | JSONObjectFormat | JSONSchemaFormat
+ResponseFormat = Annotated[AnyFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Schema):
+    """vLLM's field for structured output; exactly one of its own fields must be set.
+
+    Attributes:
+        json_schema: a JSON schema; vLLM calls it `json`.
+        regex: a regular expression that the whole answer matches.
+        choice: the answer is one of these texts.
+        grammar: a grammar in the Lark format or in GBNF, the format of llama.cpp.
+        json_object: any JSON object.
+    """
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+    def to_grammar(self) -> Grammar:
+        """The grammar of the answer; raises an APIError unless exactly one field is set."""
+        if len(self.model_fields_set) != 1:
+            names = "json, regex, choice, grammar and json_object"
+            message = f"structured_outputs must have exactly one of {names}"
+            raise bad_request(message, "structured_outputs")
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        if self.choice is not None:
+            return Grammar.choice(self.choice)
+        if self.grammar is not None:
+            return Grammar.lark_or_gbnf(self.grammar)
+        return Grammar.json(ANY_OBJECT if self.json_schema is None else self.json_schema)
+
+
+def answer_grammar(
+    response_format: AnyFormat | None, structured_outputs: StructuredOutputs | None
+) -> tuple[Grammar, str] | None:
+    """The grammar that a request asks for, and the field that asks for it; None for free text.
+
+    Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
+    """
+    has_format = response_format is not None and response_format.type != "text"
+    if structured_outputs is None:
+        if not has_format:
+            return None
+        schema = None
+        if isinstance(response_format, JSONSchemaFormat):
+            schema = response_format.json_schema.json_schema
+        return Grammar.json(ANY_OBJECT if schema is None else schema), "response_format"
+    if has_format:
+        raise bad_request(
+            "response_format and structured_outputs both set the form of the answer; remove one of "
+            "them",
+            "structured_outputs",
+        )
+    return structured_outputs.to_grammar(), "structured_outputs"

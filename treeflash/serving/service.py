@@ -59,8 +59,7 @@ class Service:
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
 
-        Raises:
-            APIError: the grammar is invalid, unsupported, or takes too much to compile.
+        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
         """
         try:
             return self.grammars.compile(grammar)
@@ -132,28 +131,21 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A conversation, and the form of the assistant's next message.
+    """A conversation, and the form of the assistant's next message."""
 
-    Attributes:
-        messages: the messages so far, in the form that chat templates read.
-        template_args: variables of the chat template.
-        tools: the calls that the message may have.
-        continues: whether the last of the messages is the beginning of this one.
-        grammar: the grammar of the content, and the field of the request that asks for it.
-    """
-
+    # the messages so far, in the form that chat templates read
     messages: Sequence[Mapping[str, Any]]
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    tools: AllowedTools = field(default_factory=AllowedTools)
-    continues: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    tools: AllowedTools = field(default_factory=AllowedTools)  # the calls that the message may have
+    continues: bool = False  # whether the last of the messages is the beginning of this one
+    # the grammar of the content, and the field of the request that asks for it
     grammar: tuple[Grammar, str] | None = None
 
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises:
-            PromptError: the chat template rejects the messages.
-            APIError: the model does not support tools.
+        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
+        does not support tools.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from treeflash.drafters.folder import read_config, read_tensors
 
@@ -146,27 +145,6 @@ def _recurrence(rng: Generator, mixer: str, channels: int, heads: int) -> Tensor
         mixer + "A_log": normal(rng, heads, scale=0.5) - 1,
         mixer + "dt_bias": normal(rng, heads, scale=0.5),
     }
-
-
-SPECIAL = ["<|start|>", "<|end|>", "<|stop|>"]
-END = 1
-TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-    "<|start|>assistant: {% if enable_thinking is not false %}<think>{% endif %}"
-)
-
-
-def save_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of single bytes and a template that knows thinking."""
-    vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(SPECIAL)
-    raw.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 ARCHITECTURES = {

@@ -7,9 +7,8 @@ from typing import ClassVar
 import pytest
 
 from treeflash.decoding.interfaces import Backend, Loader
-from treeflash.testing.batches import BatchTests, ScheduleTests
+from treeflash.testing.batches import BatchTests, ExactTests, ScheduleTests
 from treeflash.testing.checkpoints import CheckpointTests, DrafterTests, ErrorTests
-from treeflash.testing.exactness import ExactTests
 from treeflash.testing.generations import DistributionTests, GenerationTests, StopTests
 from treeflash.testing.pairs import Pair, PairMaker, Pairs
 from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests
@@ -38,13 +37,11 @@ class BackendSuite(
 ):
     """Inherit, name the class `Test...`, and override the fixture `load`.
 
-    Attributes:
-        families: model families that the backend can load as targets, out of `FAMILIES`; most
-            tests use the first one.
-        hybrids: families with recurrent layers that it can load, out of `HYBRID_FAMILIES`.
-        dialects: published formats of drafters, besides plain DFlash and TreeFlash, that the
-            backend can load, out of `DIALECTS`; it must refuse the others.
-        exact_dtypes: dtypes in which the backend has an exact mode; without any it must refuse it.
+    The `families` and `hybrids` (families with recurrent layers) are the ones of `FAMILIES` and
+    `HYBRID_FAMILIES` that the backend can load as targets; most tests use the first family.
+    `dialects` are published formats of drafters, besides plain DFlash and TreeFlash, that it can
+    load, out of `DIALECTS`; it must refuse the others. Without `exact_dtypes` it must refuse the
+    exact mode.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")

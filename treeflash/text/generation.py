@@ -14,12 +14,10 @@ PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
 
 
 class Timings:
-    """Figures that follow from accepted lengths and times.
+    """Figures that follow from accepted lengths and times by phase.
 
-    Attributes:
-        accepted_lengths: number of tokens that each iteration committed, accepted draft tokens and
-            the bonus token. The prefill and its token are not an iteration.
-        seconds: time by phase: prefill, draft, tree, verify, commit.
+    `accepted_lengths` are the numbers of tokens that each iteration committed, accepted draft
+    tokens and the bonus token. The prefill and its token are not an iteration.
     """
 
     accepted_lengths: list[int]
@@ -124,15 +122,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogProb:
-    """The target's log probabilities of a new token and of the most probable tokens.
+    """The target's log probabilities of a new token and of the most probable tokens, best first.
 
-    They are natural logarithms at temperature 1, before penalties, biases and filters.
-
-    Attributes:
-        token_id: the new token.
-        log_prob: its log probability.
-        top: the most probable tokens and their log probabilities, best first; the option
-            `log_probs` is their number.
+    They are natural logarithms at temperature 1, before penalties, biases and filters. The option
+    `log_probs` is the number of `top`.
     """
 
     token_id: int

@@ -162,9 +162,8 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> Callable[[], GrammarConstraint]:
         """Compile a grammar; returns a function that makes a constraint for one answer.
 
-        Raises:
-            GrammarError: the grammar is invalid, unsupported, or takes too much to compile.
-            OSError: no process for grammars can be started.
+        A GrammarError is raised if the grammar is invalid, unsupported, or takes too much to
+        compile, an OSError if no process for grammars can be started.
         """
         vocabulary, trial = self._loaded()
         try:

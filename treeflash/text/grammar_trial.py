@@ -62,9 +62,8 @@ class GrammarTrial:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        Raises:
-            TrialError: a grammar is invalid, or compiling it takes too much.
-            OSError: no process can be started.
+        A TrialError is raised if a grammar is invalid, or compiling it takes too much, an OSError
+        if no process can be started.
         """
         try:
             text = json.dumps({"grammars": list(grammars)})

@@ -53,9 +53,8 @@ class OutputFile:
     def __enter__(self) -> OutputFile:
         """Lock and read the file.
 
-        Raises:
-            ConfigError: it is not a regular file, cannot be written, is being written by another
-                process, or has lines of another program.
+        A ConfigError is raised if it is not a regular file, cannot be written, is being written by
+        another process, or has lines of another program.
         """
         with ExitStack() as stack:
             try:

@@ -195,14 +195,10 @@ def _row(value: Any, number: int) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """A way to turn messages into a prompt.
-
-    Attributes:
-        thinking: whether thinking is on, if the chat template has a switch for it.
-    """
+    """A way to turn messages into a prompt."""
 
     raw: bool = False
-    thinking: bool = False
+    thinking: bool = False  # whether thinking is on, if the chat template has a switch for it
     system: str | None = None
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -135,18 +135,10 @@ class Assembler:
 
 
 class Stream(Iterator[Chunk]):
-    """An iterator of chunks. The generation so far is available at any moment.
+    """An iterator of chunks, which are added to the assembler. It raises what `decode` does.
 
     Decoding starts with the first chunk. An interruption loses no complete chunk: `generation`
     joins them, with the finish reason `interrupted`.
-
-    Args:
-        assembler: the sequence to decode, without chunks; the stream adds them.
-        budgets: see `decode`.
-
-    Raises:
-        PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-        ConfigError: the method needs a drafter or a head that was not loaded.
     """
 
     def __init__(self, assembler: Assembler, budgets: AdaptiveBudgets | None = None) -> None:
@@ -229,11 +221,8 @@ def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[R
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
-    Args:
-        backend: a loaded pair.
-        parallel: number of sequences that run at once, 1 or more; further sequences wait in order.
-        budgets: for the budget `auto`; they keep learning.
-        suffix_cache: keeps the finished sequences, which later ones may copy; None keeps none.
+    At most `parallel` run at once; further ones wait in order. A `suffix_cache` keeps the finished
+    sequences, which later ones may copy.
     """
 
     def __init__(
@@ -258,12 +247,7 @@ class BatchStream:
         return len(self._assemblers) < self._scheduler.config.max_parallel
 
     def submit(self, assemblers: Sequence[Assembler]) -> None:
-        """Add sequences with the same prompt, which is prefilled once.
-
-        Raises:
-            PromptError: the prompt is empty, too long, or has tokens outside the vocabulary.
-            ConfigError: the method needs a drafter or a head that was not loaded.
-        """
+        """Add sequences with the same prompt, which is prefilled once; raises as `decode` does."""
         requests = [assembler.request() for assembler in assemblers]
         request_ids = submit_any_size(self._scheduler, requests)
         self._assemblers |= zip(request_ids, assemblers, strict=True)

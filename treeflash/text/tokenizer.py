@@ -131,11 +131,8 @@ class Tokenizer:
         """The ids of a conversation up to the start of the assistant's next response.
 
         `template_args` are extra variables for the chat template. If the response `continues` the
-        last message, the ids end with that message.
-
-        Raises:
-            PromptError: there is no chat template, or it rejects the conversation; or the text
-                is not valid Unicode.
+        last message, the ids end with that message. A PromptError is raised if there is no chat
+        template, or it rejects the conversation; or the text is not valid Unicode.
         """
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template; use raw for plain text")
@@ -262,13 +259,10 @@ def _eos_token_ids(path: Path) -> set[int]:
 class TextStream:
     """The text of a growing sequence of ids, piece by piece.
 
-    The joined pieces are exactly the text of all ids or, if a stop string occurs, the text before
-    it. A piece never ends inside a character, nor in characters that may begin a stop string. Only
-    a short window of ids is decoded at a time. An empty stop string raises a ConfigError.
-
-    Args:
-        tokenizer: decodes the ids.
-        stop: strings to stop at, none of them empty; the first one in the text counts.
+    The joined pieces are exactly the text of all ids or, if a string of `stop` occurs, the text
+    before the first one. A piece never ends inside a character, nor in characters that may begin a
+    stop string. Only a short window of ids is decoded at a time. An empty stop string raises a
+    ConfigError.
 
     Attributes:
         stopped: whether a stop string occurred; further ids are ignored.

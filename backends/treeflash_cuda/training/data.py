@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.target import Target
@@ -73,10 +73,8 @@ def split(
 ) -> tuple[list[Response], list[Response]]:
     """Split into validation and training data; responses to one prompt stay together.
 
-    If there is no validation data, some of `responses` are held out.
-
-    Raises:
-        ConfigError: nothing is left to train on.
+    If there is no validation data, some of `responses` are held out. Raises a ConfigError if
+    nothing is left to train on.
     """
     groups: dict[tuple[int, ...], list[Response]] = {}
     for response in responses:

@@ -10,7 +10,7 @@ from typing import Any
 from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 from treeflash_cuda.backend import choose_device
 
 

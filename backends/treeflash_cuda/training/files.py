@@ -16,8 +16,7 @@ from treeflash.errors import ConfigError, is_out_of_memory
 def writing(path: Path) -> Iterator[None]:
     """Turn the errors of writing a file or folder into one that names it.
 
-    Raises:
-        ConfigError: the disk is full, or the path cannot be written for another reason.
+    Raises a ConfigError if the disk is full, or the path cannot be written for another reason.
     """
     try:
         yield
@@ -34,8 +33,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which then replaces `path`: readers never see half a file.
 
-    Raises:
-        ConfigError: the file cannot be written.
+    Raises a ConfigError if the file cannot be written.
     """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):

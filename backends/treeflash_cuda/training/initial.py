@@ -40,9 +40,8 @@ RANDOM_STD = 0.02
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     """The `config.json` of the drafter to train, in the published TreeFlash format.
 
-    Raises:
-        ConfigError: the configuration does not fit the target.
-        CheckpointError: `init` names a folder without a drafter.
+    Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
+    `init` names a folder without a drafter.
     """
     if config.init in NEW_DRAFTERS:
         return with_head(_new_settings(config, target), config)
@@ -182,8 +181,7 @@ def initial_drafter(
 ) -> tuple[DrafterModel, nn.Module | None]:
     """A drafter and its head, float32, on the target's device.
 
-    Raises:
-        ConfigError: the target's layers cannot be copied, or the head has a different size.
+    Raises a ConfigError if the target's layers cannot be copied, or the head has a different size.
     """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
-from treeflash.training.responses import Response
+from treeflash.training.distillation import Response
 from treeflash_cuda.backend import choose_device, load_target
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch
@@ -163,16 +163,12 @@ def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        position: its steps, or what they would be if every step took the same part of its time;
-            `TrainConfig.steps` or more when it is over.
-        is_best: whether the last validation has the lowest loss.
-    """
-
+    # its steps, or what they would be if every step took the same part of its time;
+    # `TrainConfig.steps` or more when it is over
     position: float
-    is_best: bool
+    is_best: bool  # whether the last validation has the lowest loss
 
 
 def progress(
@@ -232,8 +228,7 @@ def take_step(
 ) -> dict[str, Any]:
     """Take one optimiser step; returns its record.
 
-    Raises:
-        NumericalError: the loss is not finite.
+    Raises a NumericalError if the loss is not finite.
     """
     started = time.perf_counter()
     for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from treeflash.errors import ConfigError, is_out_of_memory
-from treeflash.training.model_card import model_card
+from treeflash.training.interfaces import model_card
 from treeflash_cuda.training.files import replacing, writing
 
 Record: TypeAlias = dict[str, Any]
@@ -31,8 +31,7 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         """Open the log and drop its records after `step`, as these steps will be repeated.
 
-        Raises:
-            ConfigError: the log cannot be written.
+        Raises a ConfigError if the log cannot be written.
         """
         self._path = folder / "log.jsonl"
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
@@ -57,8 +56,7 @@ class Log:
     def append(self, record: Record) -> None:
         """Add the record of a step.
 
-        Raises:
-            ConfigError: the log cannot be written.
+        Raises a ConfigError if the log cannot be written.
         """
         self.records.append(record)
         with writing(self._path), self._path.open("a") as file:
@@ -148,8 +146,7 @@ class Run:
     def resume(self) -> int:
         """Load the last state, if there is one; returns the number of steps it has done.
 
-        Raises:
-            ConfigError: the state is damaged.
+        Raises a ConfigError if the state is damaged.
         """
         step = 0
         if self._state.exists():
@@ -248,8 +245,7 @@ class Run:
 def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
     """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder.
 
-    Raises:
-        ConfigError: a file cannot be written.
+    Raises a ConfigError if a file cannot be written.
     """
     state = accelerator.get_state_dict(blocks)
     if not accelerator.is_main_process:

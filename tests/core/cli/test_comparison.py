@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treeflash.cli.comparison import compare, decision_margin, spacing
+from treeflash.cli.single_prompt import compare, decision_margin, spacing
 from treeflash.config import SamplingConfig
 from treeflash.decoding.sampling import position_keys, sample_tokens
 from treeflash.language_model import load

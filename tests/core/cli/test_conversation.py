@@ -19,8 +19,7 @@ from rich.console import Console
 
 import treeflash
 from treeflash import chat
-from treeflash.cli import conversation
-from treeflash.cli.conversation import COMMANDS, STYLES, Conversation, make_session
+from treeflash.chat import COMMANDS, STYLES, Conversation, make_session
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.interfaces import DeviceReport
 
@@ -216,7 +215,7 @@ def test_a_message_may_begin_with_a_slash(talk):
 
 
 def test_answers_have_random_seeds_unless_one_is_given(talk, monkeypatch):
-    monkeypatch.setattr(conversation.secrets, "randbits", lambda bits: 77)
+    monkeypatch.setattr(chat.secrets, "randbits", lambda bits: 77)
     assert talk("hi", ENTER)[0].answer.config.sampling.seed == 77
     assert talk("hi", ENTER, seed=5)[0].answer.config.sampling.seed == 5
 

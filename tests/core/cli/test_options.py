@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from treeflash.cli import options
+from treeflash.cli.console import Parser
 from treeflash.cli.options import (
     add_decode_options,
     add_model_options,
     decode_options,
     locate_model,
 )
-from treeflash.cli.parser import Parser
 from treeflash.errors import ConfigError
 
 

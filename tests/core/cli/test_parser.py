@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from treeflash import distill, doctor, evaluate, generate, train
-from treeflash.cli.parser import Parser
+from treeflash.cli.console import Parser
 from treeflash.errors import ConfigError, PromptError
 
 REQUIRED = {

@@ -3,7 +3,7 @@ import pytest
 
 from tests.helpers.fake_models import PROMPT, SCRIPT, config_of, scripted
 from treeflash.decoding import decode
-from treeflash.decoding.draft_depths import DraftDepths
+from treeflash.decoding.adaptive_budget import DraftDepths
 from treeflash.decoding.tree import DraftTree
 
 CHAIN = DraftTree.chain(np.arange(9, dtype=np.int32))

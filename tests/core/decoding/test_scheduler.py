@@ -15,8 +15,7 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, NumericalError, PromptError, is_device_lost
 from treeflash.reference.backend import load
-from treeflash.reference.state import State
-from treeflash.reference.verifier import Verifier
+from treeflash.reference.verifier import State, Verifier
 
 SAMPLED = SamplingConfig(temperature=0.9, seed=3)
 PROMPTS = [[5, 6, 7], [9, 8], [4, 4, 4, 4, 4, 1], [30]]

@@ -8,7 +8,8 @@ import pytest
 from made_up_pairs import VOCAB, Head, MadeUp
 
 from treeflash.decoding.interfaces import DeviceReport
-from treeflash.diagnosis.checks import (
+from treeflash.diagnosis import (
+    Gain,
     Trial,
     check_device,
     check_exact_mode,
@@ -19,7 +20,6 @@ from treeflash.diagnosis.checks import (
     mask_candidates,
     write_changed,
 )
-from treeflash.diagnosis.scores import Gain
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import drafter_config
 from treeflash.hub.models import DEEPSPEC_SYSTEM

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_pairs import COMMON, DEPTHS, VOCAB, Head, MadeUp, token_at
 
-from treeflash.diagnosis.scores import Gain, Text, depth_means, measure
+from treeflash.diagnosis import Gain, Text, depth_means, measure
 from treeflash.errors import NumericalError, PromptError
 
 

@@ -11,7 +11,7 @@ import treeflash
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.evaluation.depth_metrics import BEST, DepthMetrics, measure_depth_metrics
+from treeflash.evaluation.run import BEST, DepthMetrics, measure_depth_metrics
 
 DEPTHS = 5  # of the tiny pair
 

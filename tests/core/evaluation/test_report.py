@@ -11,10 +11,9 @@ import pytest
 
 from treeflash.errors import ConfigError
 from treeflash.evaluation import report
-from treeflash.evaluation.depth_metrics import METRICS, DepthMetrics
 from treeflash.evaluation.records import compute_records
 from treeflash.evaluation.report import check_report, tables, write_report
-from treeflash.evaluation.run import BestDraft, Case, Run, Sample
+from treeflash.evaluation.run import METRICS, BestDraft, Case, DepthMetrics, Run, Sample
 
 PNG = b"\x89PNG\r\n"
 

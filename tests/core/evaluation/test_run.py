@@ -17,17 +17,18 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation import run as evaluation_run
-from treeflash.evaluation.depth_metrics import DepthMetrics, measure_depth_metrics
 from treeflash.evaluation.records import compute_records, interval, resamples
 from treeflash.evaluation.run import (
     BestDraft,
     Case,
+    DepthMetrics,
     Evaluation,
     Run,
     Sample,
     best_drafts,
     encode_rows,
     list_cases,
+    measure_depth_metrics,
     rejection_reason,
 )
 from treeflash.text.prompt import Row

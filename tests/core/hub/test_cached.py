@@ -11,9 +11,8 @@ from huggingface_hub.errors import CacheNotFound
 
 from treeflash import models as command
 from treeflash.errors import CheckpointError
-from treeflash.hub import cached, models
-from treeflash.hub.cached import cached_models
-from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
+from treeflash.hub import models
+from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS, cached_models
 
 
 def make_snapshot(folder, *files):
@@ -43,7 +42,7 @@ def machine(tmp_path, monkeypatch):
         repository("peerrh/treeflash-qwen3-4b", "config.json", "model.safetensors"),
         repository("some/pickle", "config.json", "pytorch_model.bin"),
     ]
-    monkeypatch.setattr(cached, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
+    monkeypatch.setattr(models, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories))
     monkeypatch.setattr(models, "LM_STUDIO_FOLDERS", (str(tmp_path / "studio"),))
     monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -80,7 +79,7 @@ def test_a_machine_without_a_cache_has_the_bundled_drafter(tmp_path, monkeypatch
         raise CacheNotFound("no cache", tmp_path)
 
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
-    monkeypatch.setattr(cached, "scan_cache_dir", fail)
+    monkeypatch.setattr(models, "scan_cache_dir", fail)
     (model,) = cached_models()
     assert model.name == BUNDLED_DRAFTER
     assert model.nbytes > 30_000_000

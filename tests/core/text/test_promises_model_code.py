@@ -6,11 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from byte_tokens import save_tokenizer
 from hostile_folders import plant_code
 from transformers import AutoConfig, AutoTokenizer
 
 from treeflash.errors import CheckpointError
-from treeflash.testing.models import save_tokenizer, write_target
+from treeflash.testing.models import write_target
 from treeflash.text.tokenizer import Tokenizer
 
 

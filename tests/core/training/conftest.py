@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from byte_tokens import END
 
 from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.language_model import LanguageModel
-from treeflash.testing.models import END
 from treeflash.text.tokenizer import Tokenizer
 
 

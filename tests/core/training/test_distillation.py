@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from byte_tokens import END
 from rich.console import Console
 
 from treeflash.config import SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.testing.models import END
 from treeflash.text.prompt import Row
 from treeflash.training.distillation import Distillation, DistillConfig, response_file
 

@@ -10,7 +10,7 @@ import pytest
 from treeflash.drafters.folder import read_config
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig
-from treeflash.training.model_card import model_card
+from treeflash.training.interfaces import model_card
 
 
 @pytest.mark.parametrize("layers", [1, 2])

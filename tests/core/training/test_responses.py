@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from byte_tokens import END
 
 from treeflash.errors import PromptError
-from treeflash.testing.models import END
-from treeflash.training.responses import Response, read_responses
+from treeflash.training.distillation import Response, read_responses
 
 
 def write(tmp_path, *records):

@@ -13,23 +13,142 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from treeflash.config import MAX_BUDGET
-from treeflash.decoding.interfaces import Backend, device_report
-from treeflash.diagnosis.scores import (
-    DrafterScores,
-    Gain,
-    Text,
-    TokenScores,
-    answer,
-    depth_means,
-    measure,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from treeflash.config import MAX_BUDGET, DecodeConfig
+from treeflash.decoding import decode
+from treeflash.decoding.interfaces import ARHead, Backend, device_report
+from treeflash.decoding.session import draft_anchors
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, weight_files
 from treeflash.drafters.formats import SPECULATORS, detect_format, replace_settings, unknown_keys
 from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.text.prompt import Message, Prompting
 from treeflash.text.tokenizer import Tokenizer
+
+SIGNIFICANT = 3.0
+"""Standard errors from which a gain is not noise."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and the target's greedy answer to it, as token ids."""
+
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """(blocks, D) scores of the target's tokens; nan after the end of a text.
+
+    `log_probs` are their log probabilities, nats; `hits` are 1 for the drafter's most probable
+    token.
+    """
+
+    log_probs: NDArray[np.float64]
+    hits: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class DrafterScores:
+    """A drafter's scores on some blocks, computed in four ways."""
+
+    marginal: TokenScores  # each row of a block, compared with the token at the depth of the row
+    earlier: TokenScores  # each row, compared with the token one depth earlier
+    later: TokenScores  # each row, compared with the token one depth later
+    texts: NDArray[np.int64]  # (blocks,) index of the text of each block
+    # the rows of the AR head after the target's previous tokens; None if not requested
+    corrected: TokenScores | None = None
+
+    def compare(self, other: TokenScores) -> Gain:
+        """The gain of other scores of these blocks over the marginal scores."""
+        return Gain.between(self.marginal.log_probs, other.log_probs)
+
+    def text_means(self, count: int) -> NDArray[np.float64]:
+        """(count, 1) mean marginal log probability of each text; nan for a text without a block."""
+        texts = [self.marginal.log_probs[self.texts == number] for number in range(count)]
+        return np.array([[np.nanmean(text) if text.size else np.nan] for text in texts])
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much more probable the target's tokens are with one way of drafting than with another.
+
+    `nats` is the mean difference of log probabilities, `error` its standard error.
+    """
+
+    nats: float
+    error: float
+
+    @classmethod
+    def between(cls, base: NDArray[np.float64], other: NDArray[np.float64]) -> Gain:
+        """The gain from `base` to `other`, (blocks, depths) log probabilities; nan is ignored."""
+        difference = other - base
+        difference = difference[~np.isnan(difference).all(1)]
+        if len(difference) < 2:
+            return cls(0.0, math.inf)
+        means = np.nanmean(difference, 1)
+        return cls(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))))
+
+    def is_clear(self, least: float) -> bool:
+        """Whether the gain is statistically significant and at least `least` nats."""
+        return self.nats >= max(least, SIGNIFICANT * self.error)
+
+    def __str__(self) -> str:
+        return f"{math.exp(self.nats):.2f}x"
+
+
+def answer(
+    backend: Backend, prompt_ids: Sequence[int], max_tokens: int, stop_token_ids: frozenset[int]
+) -> Text:
+    """Decode an answer without drafting."""
+    config = DecodeConfig(method="ar", max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+    steps = decode(backend, prompt_ids, config)
+    return Text(prompt_ids, [token for step in steps for token in step.tokens])
+
+
+def measure(backend: Backend, texts: Sequence[Text], head: ARHead | None = None) -> DrafterScores:
+    """Score the tokens after every fourth token of some texts; a PromptError if they are short."""
+    assert backend.drafter is not None
+    rows: dict[str, list[NDArray[np.float64]]] = {}
+    numbers: list[int] = []
+    for number, text in enumerate(texts):
+        for anchor in draft_anchors(backend, text.prompt_ids, text.answer_ids):
+            marginal = backend.drafter.log_probs(anchor.block)
+            tables = {"marginal": (marginal, 1), "earlier": (marginal, 0), "later": (marginal, 2)}
+            if head is not None:
+                previous = np.resize(np.array(anchor.tokens, np.int32), len(marginal))
+                tables["corrected"] = head.log_probs(anchor.block, previous), 1
+            for name, (table, first) in tables.items():
+                rows.setdefault(name, []).append(_score(table, anchor.tokens[first:]))
+            numbers.append(number)
+    if not numbers:
+        raise PromptError(
+            "the target's answers are too short to score a drafter; use other prompts"
+        )
+    scores = {name: TokenScores(*np.stack(blocks, 1)) for name, blocks in rows.items()}
+    return DrafterScores(texts=np.array(numbers), **scores)
+
+
+def depth_means(values: NDArray[np.float64]) -> list[float]:
+    """Means over the blocks, for each depth that the texts reach."""
+    reached = ~np.isnan(values).all(0)
+    return [float(mean) for mean in np.nanmean(values[:, reached], 0)]
+
+
+def _score(table: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """(2, D) log probabilities and hits of tokens in (D, vocab) rows, one token per row."""
+    if np.isnan(table).any():
+        raise NumericalError("the drafter's output is not a number (NaN): its weights are damaged")
+    count = min(len(table), len(tokens))
+    expected = np.array(tokens[:count], np.int64)
+    scores = np.full((2, len(table)), np.nan)
+    scores[0, :count] = table[np.arange(count), expected]
+    scores[1, :count] = table[:count].argmax(-1) == expected
+    return scores
+
 
 MIN_GAIN = 0.1
 """Smallest gain that matters on the same texts, nats: tokens become 1.1 times as probable."""
@@ -57,11 +176,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Alternatives to one setting, each tried alone.
+    """Alternatives to one setting, each with its gain; None if the pair cannot run with it.
 
-    Attributes:
-        gains: the gain of each alternative by name; None if the pair cannot run with it.
-        least: smallest gain that matters, nats.
+    `least` is the smallest gain that matters, nats.
     """
 
     check: str
@@ -147,10 +264,8 @@ def list_alternatives(
 class Diagnosis:
     """The outcome of all checks.
 
-    Attributes:
-        marginal: by depth, the fraction of blocks whose top token is the target's.
-        corrected: by depth, this fraction for the AR head after the previous token; None without a
-            head.
+    `marginal` and `corrected` are, by depth, the fraction of blocks whose top token is the
+    target's, without the AR head and with it; None without a head.
     """
 
     marginal: list[float]
