@@ -12,11 +12,12 @@ from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCos
 from treeflash.generate import main
 from treeflash.language_model import LanguageModel
 from treeflash.testing import require
-from treeflash.testing.models import SPECIAL, save_tokenizer, write_drafter, write_target
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 
+from byte_tokens import SPECIAL, save_tokenizer
 from servers import MAX_POSITIONS, parse, serving
 from treeflash_cuda.backend import load
 
