@@ -12,12 +12,15 @@ models of any size fit. It needs a build of PyTorch with CUDA, and pytest.
 - `megabytes`: what the operations read and write, if each of them reads its inputs and writes its
   outputs once.
 - `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
+- `graphs`: CUDA graphs that `--budget auto` captures in `--iterations` iterations of texts of
+  `TEXT` tokens, one text after another. Drafts are made up, and so are the tokens of the target.
 
 All sequences have the same context, a tree of the same size, and capacity for 2,000 more tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -31,7 +34,8 @@ import numpy as np
 from benchmarks.common import Parser, Row, show, write_json
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
-from treeflash.config import LoadConfig
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
@@ -40,7 +44,7 @@ from treeflash.drafters.loading import DrafterTensors
 from treeflash.errors import ConfigError
 
 HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
-CAPACITY = 2000
+CAPACITY, TEXT = 2000, 200
 MEMORY = 80 << 30
 """Bytes that the device has free."""
 
@@ -96,6 +100,16 @@ def count_operations(
     return found
 
 
+def count_graphs(backend: Any, iterations: int) -> int:
+    """Graphs that an adaptive budget captures in a number of iterations."""
+    backend.target.graphs.enabled = True
+    before, left = backend.captures, iterations
+    while left > 0:
+        config = DecodeConfig(budget="auto", max_tokens=TEXT)
+        left -= len(list(itertools.islice(decode(backend, [3, 4, 5], config), left)))
+    return int(backend.captures - before)
+
+
 def load_without_weights(shape: dict[str, Any]) -> Any:
     """A pair in a published shape whose weights have no values."""
     import torch
@@ -131,9 +145,9 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
             return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
 
 
-def rows(cuda: Any, shape: dict[str, Any], args: Any) -> list[Row]:
+def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
     """A row for each number of sequences and part of an iteration."""
-    found, backend = [], load_without_weights(shape)
+    found = []
     for sequences in args.sequences:
         parts = count_operations(
             *(cuda, backend, sequences),
@@ -158,6 +172,7 @@ def parser() -> Parser:
     options.add_numbers("--sequences", [1, 8, 32], "numbers of sequences")
     options.add_number("--nodes", 64, "nodes of each tree")
     options.add_number("--context", 1024, "committed positions of each sequence")
+    options.add_number("--iterations", 500, "iterations in which graphs are counted")
     return options
 
 
@@ -175,10 +190,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with pytest.MonkeyPatch.context() as patch, FakeCuda(patch) as cuda:
         cuda.free_bytes = MEMORY
-        found = rows(cuda, SHAPES[args.shape], args)
+        backend = load_without_weights(SHAPES[args.shape])
+        found = rows(cuda, backend, args)
+        graphs: Row = {
+            "iterations": args.iterations,
+            "graphs": count_graphs(backend, args.iterations),
+        }
     about = {"shape": args.shape, "nodes": args.nodes, "context": args.context}
     show("an iteration", found)
-    write_json(args.json, "launches", about | {"rows": found})
+    show("graphs of --budget auto", [graphs])
+    write_json(args.json, "launches", about | {"rows": found, "auto": graphs})
     return 0
 
 

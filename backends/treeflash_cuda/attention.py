@@ -111,6 +111,12 @@ def is_attending() -> bool:
     return _FORWARD_PASS.get(None) is not None
 
 
+def tree_context() -> TreeContext | None:
+    """The context of the current forward pass, if it is a `TreeContext`."""
+    context, _ = _FORWARD_PASS.get((None, None))
+    return context if isinstance(context, TreeContext) else None
+
+
 @torch.compiler.disable
 def capture_output(layer_id: int, output: Tensor) -> None:
     """Keep a layer's output for the caller of the current forward pass, if it asks for outputs."""
@@ -407,6 +413,14 @@ class PackedContext:
         return torch.cat(outputs, 1)
 
 
+@dataclass(frozen=True)
+class Norms:
+    """RMSNorms of the queries and keys of a layer, before their rotation."""
+
+    weights: tuple[Tensor, Tensor]  # (head_dim,) each
+    eps: float
+
+
 class TreeContext:
     """`Context` of t trees of n nodes, in the columns after the sequences that they continue."""
 
@@ -422,9 +436,44 @@ class TreeContext:
         self.cache = cache
         self.positions = positions
         self.max_length = max_length
+        self.norms: Norms | None = None  # of the layer that calls `rotate`; None for none
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
+        # Queries of the layer as it gave them, and rotated, until it attends.
+        self._rotated: tuple[Tensor, Tensor] | None = None
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm, rotate and store a layer's keys by one operation, once it stores them.
+
+        Returns the (1, heads, n, head_dim) queries and keys as they are: `attend` replaces the
+        queries. The cosines and sines are (1, n, rotary_dim).
+
+        Raises:
+            UnsupportedModelError: they have other shapes; or, later, the layer changes its queries
+                or its keys in between.
+        """
+        if query.ndim != 4 or cos.ndim != 3 or len(cos) != 1 or cos.shape[2] > query.shape[3]:
+            raise UnsupportedModelError("a layer's cosines and sines are of an unknown shape")
+
+        def store(keys: Tensor, values: Tensor) -> None:
+            if keys is not key:
+                raise UnsupportedModelError("a layer changes its keys after their rotation")
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, values))
+            slots, norms = self.cache.slots.to(q.device), self.norms
+            rotated = self.operations.rotate_and_store(
+                *(q, k, v, cos[0], sin[0], *self.cache.stored_columns(), slots),
+                norms=None if norms is None else norms.weights,
+                eps=0.0 if norms is None else norms.eps,
+            )
+            self._rotated = query, rotated
+
+        self.cache.store = store
+        return query, key
+
+    def drop_rotation(self) -> None:
+        """Forget what `rotate` was given by a layer that failed."""
+        self.cache.store = self._rotated = None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """A tensor that stands for the layers' window.
@@ -444,8 +493,12 @@ class TreeContext:
         if id(inputs.mask) not in self._windows:
             raise UnsupportedModelError(f"{type(inputs.module).__name__} changes its mask")
         window = self._windows[id(inputs.mask)][1]
+        given, query = self._rotated or (inputs.query, inputs.query[0].transpose(0, 1))
+        self._rotated = None
+        if given is not inputs.query or self.cache.store is not None:
+            raise UnsupportedModelError("a layer changes its queries after their rotation")
         output = self.operations.tree_attention(
-            inputs.query[0].transpose(0, 1),
+            query,
             *self.cache.stored_columns(),
             self._visible(window, inputs.query.device),
             max_length=self.max_length,

@@ -9,9 +9,11 @@ import platform
 import sys
 import warnings
 from collections.abc import Collection
+from copy import copy
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -21,13 +23,14 @@ from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend, load_pair
+from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
 from treeflash.errors import BackendError, ConfigError
 from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
-from treeflash_cuda.fused_layers import fuse_layers
+from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import (
     HEADS,
     ARHead,
@@ -42,8 +45,8 @@ from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
 from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Target, own_attention
-from treeflash_cuda.verifier import Verifier
+from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
+from treeflash_cuda.verifier import TreePass, Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
 Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
@@ -133,9 +136,6 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
             layer.compile()
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and not split and config.device_map is None
-    if model.is_hybrid and model.device.type == "cuda":
-        warnings.warn("models with recurrent layers run without CUDA graphs", stacklevel=2)
-
     backend = add_drafter(model, drafter, config)
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
@@ -226,7 +226,18 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         model.make_exact()
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
+        fuse_rotation(model.model, functools.partial(run_tree, model))
     return model
+
+
+@torch.inference_mode()
+def run_tree(target: Target) -> None:
+    """Run a tree whose keys, values and states are dropped."""
+    arena = copy(target.arena)
+    arena.slabs = []  # the target's own memory is allocated later
+    state = State(arena, None, CHECKED_TOKENS, recurrent=target.new_recurrent_states())
+    tokens = np.arange(CHECKED_TOKENS, dtype=np.int32) % target.vocab_size
+    TreePass(target).run([(state, DraftTree.chain(tokens, np.zeros(len(tokens))))])
 
 
 def add_kernels(target: Target) -> None:
@@ -324,11 +335,18 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
     tensors = load_tensors(
         folder, load_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
-    config = tensors.config
+    config, offset = tensors.config, tensors.config.norm_offset
     own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
     with torch.device("meta"):  # no memory for weights that are replaced
         model = DrafterModel(config, own)
-    model.load_state_dict(tensors.backbone, assign=True)
+    model.load_state_dict(
+        {
+            # In float32, where adding the offset rounds nothing.
+            name: x.float() + offset if offset and name.endswith("norm.weight") else x
+            for name, x in tensors.backbone.items()
+        },
+        assign=True,
+    )
     model.rotary = Rotary(config)
     model = model.to(target.device, target.dtype).eval()
     if config.head is None:

@@ -444,11 +444,15 @@ class TreeCache(Cache):
 class SlabCache(TreeCache):
     """The columns of a slab; a tensor says which of them are written, as CUDA graphs need it."""
 
-    def __init__(self, slab: Slab, encode: Callable[[Tensor], Tensor], slots: Tensor) -> None:
-        super().__init__([], [])
-        self.slab = slab  # of all sequences
+    def __init__(
+        self, slab: Slab | None, encode: Callable[[Tensor], Tensor], slots: Tensor
+    ) -> None:
+        TreeCache.__init__(self, [], [])
+        self.slab = slab  # of all sequences; None for a model without attention layers
         self.encode = encode  # see `Arena.encode`
         self.slots = slots  # (rows,) int64 the column of each row
+        # Stores the next keys and values in place of `update`; see `TreeContext.rotate`.
+        self.store: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.compiler.disable
     def update(
@@ -456,12 +460,17 @@ class SlabCache(TreeCache):
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows, and return them."""
         self.layer = layer_idx
-        for storage, x in zip(self.slab.layer(layer_idx), (key_states, value_states), strict=True):
+        if self.store is not None:
+            store, self.store = self.store, None
+            store(key_states, value_states)
+            return key_states, value_states
+        for storage, x in zip(self.stored_columns(), (key_states, value_states), strict=True):
             storage.index_copy_(1, self.slots.to(x.device), self.encode(x)[0])
         return key_states, value_states
 
     def stored_columns(self) -> tuple[Tensor, Tensor]:
         """(kv_heads, columns, width) stored keys and values of the layer that was updated last."""
+        assert self.slab is not None
         keys, values = self.slab.layer(self.layer)
         return keys, values
 

@@ -159,15 +159,12 @@ class DraftAttention(Protocol):
     """The attention of the blocks of a draft."""
 
     def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the blocks over all positions before them and themselves.
+        """(1, t * S, heads, head_dim) attention of blocks over the positions before and themselves.
 
         Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
         head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
         values, of the new context of all sequences and then of the blocks, are written to the
         drafter's KV cache first.
-
-        Returns:
-            (1, t * S, heads, head_dim).
         """
 
 

@@ -323,12 +323,9 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
 def _sums(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
     """(kv_heads, tokens, groups, columns of values) sums of the values, by row.
 
-    Args:
-        queries: (kv_heads, tokens, groups, width) of the rows.
-        keys: (kv_heads, columns, width), float32.
-        values: (kv_heads, columns, more than width), float32, with ones after the values.
-        rows: the keys that each token sees.
-        scale: factor on the scores.
+    The queries are (kv_heads, tokens, groups, width), the keys (kv_heads, columns, width) in
+    float32. The values are (kv_heads, columns, more than width) in float32, with ones after the
+    values. `rows` are the keys that each token sees; `scale` multiplies the scores.
     """
     kv_heads, tokens, groups, width = queries.shape
     if (missing := MIN_COLUMNS - keys.shape[1]) > 0:

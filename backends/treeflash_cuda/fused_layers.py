@@ -1,23 +1,59 @@
-"""Norms and gated feed-forward networks of a model, computed by one operation each.
+"""Parts of a model's layers, computed by one operation each.
 
-A module is replaced only if the operation gives what the module gives: other models may have norms
-that add 1 to their weights, or other activations.
+These are norms, gated feed-forward networks, and the rotation of queries and keys with the write to
+the KV cache. A part is replaced only if the operation gives what the part gives: other models may
+have other activations, or rotate other pairs of elements.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from treeflash_cuda.operations import Operations
+from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.attention import Norms, TreeContext, tree_context
+from treeflash_cuda.cache import dequantise
+from treeflash_cuda.operations import TOLERANCES, Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""
+QUANTISED_TOLERANCE = 0.02
+"""Of keys in 8 bits, of which some are rounded to another number."""
 ROWS = 4
 """Rows of the input on which a module and the operation are compared."""
+ROTARY = "apply_rotary_pos_emb"
+"""The function that rotates queries and keys, by the name that attention layers call it."""
+
+Forward: TypeAlias = Callable[..., Any]
+
+
+def names_in_forward(module: nn.Module) -> set[str]:
+    """The names of functions and attributes that a module's `forward` uses."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
+def forward_with(
+    module: nn.Module, functions: Mapping[str, Callable[..., Any]]
+) -> tuple[Forward, set[str]]:
+    """A module's `forward` that calls other functions, and the names of those that it finds.
+
+    `functions` replace the globals of the same names, which they get as their first argument.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    used = names_in_forward(module) & functions.keys() & forward.__globals__.keys()
+    changed = {name: partial(functions[name], forward.__globals__[name]) for name in used}
+    rest = forward.__name__, forward.__defaults__, forward.__closure__
+    copy = FunctionType(forward.__code__, {**forward.__globals__, **changed}, *rest)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(copy, module), used
 
 
 def fuse_layers(model: nn.Module, operations: Operations) -> None:
@@ -27,25 +63,50 @@ def fuse_layers(model: nn.Module, operations: Operations) -> None:
             len(inspect.signature(module.forward).parameters) != 1
         ):  # a norm with a gate, for example
             continue
-        for make in (_norm, _gated):
+        for make in (_norm, _gemma_norm, _gated):
             candidate = make(module, operations)
             if candidate is not None and _agree(module, *candidate):
                 module.forward = candidate[0]
+                break
 
 
 Candidate = tuple[Callable[[Tensor], Tensor], Tensor]
 """Another `forward` of a module, and inputs of the module."""
 
 
+@dataclass(frozen=True, eq=False)
+class FusedNorm:
+    """The `forward` of an RMSNorm."""
+
+    operations: Operations
+    weight: Tensor  # (size,)
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., size) to (..., size); unchanged if the rotation will norm it."""
+        context = tree_context()
+        norms = None if context is None else context.norms
+        if norms is not None and any(weight is self.weight for weight in norms.weights):
+            return x
+        return self.operations.rms_norm(x, self.weight, self.eps)[0]
+
+
 def _norm(module: nn.Module, operations: Operations) -> Candidate | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
         return None
+    return FusedNorm(operations, weight, eps), _numbers(len(weight), weight)
 
-    def forward(x: Tensor) -> Tensor:
-        return operations.rms_norm(x, weight, eps)[0]
 
-    return forward, _numbers(len(weight), weight)
+def _gemma_norm(module: nn.Module, operations: Operations) -> Candidate | None:
+    """A norm that adds 1 to its weight, in float32."""
+    candidate = _norm(module, operations)
+    if candidate is None:
+        return None
+    norm, x = candidate
+    assert isinstance(norm, FusedNorm)
+    return replace(norm, weight=norm.weight.detach().float() + 1), x
 
 
 def _gated(module: nn.Module, operations: Operations) -> Candidate | None:
@@ -67,6 +128,105 @@ def _gated(module: nn.Module, operations: Operations) -> Candidate | None:
     return forward, _numbers(weight.shape[1], weight)
 
 
+def fuse_rotation(model: nn.Module, run: Callable[[], object]) -> None:
+    """Let attention layers norm, rotate and store by one operation in passes over trees.
+
+    `run` runs a tree through the model, on which each layer is compared with itself.
+    """
+    layers = {
+        module: RotatingLayer(module)
+        for module in model.modules()
+        if ROTARY in names_in_forward(module) and "forward" not in vars(module)
+    }
+    for module, layer in layers.items():
+        module.forward = layer.compare
+    try:
+        if layers:
+            run()
+    except UnsupportedModelError:  # of a target that has no passes over trees
+        return
+    finally:
+        for module, layer in layers.items():
+            del module.forward
+            if layer.agrees:
+                module.forward = layer
+
+
+class RotatingLayer:
+    """The `forward` of an attention layer whose rotation `TreeContext.rotate` takes over."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.plain: Forward = module.forward
+        self.rotating, _ = forward_with(module, {ROTARY: _rotate})
+        self.norms: Norms | None = None
+        self.agrees = False  # whether its queries and keys are those of the plain layer
+        norms = [getattr(getattr(module, x, None), "forward", None) for x in ("q_norm", "k_norm")]
+        found = [x for x in norms if isinstance(x, FusedNorm)]
+        if len(found) == 2 and found[0].eps == found[1].eps:
+            self.norms = Norms((found[0].weight, found[1].weight), found[0].eps)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = tree_context()
+        if context is None:
+            return self.plain(*args, **kwargs)
+        context.norms = self.norms
+        try:
+            return self.rotating(*args, **kwargs)
+        finally:
+            context.norms = None
+
+    def compare(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain layer's output; finds out whether this one computes the same."""
+        context = tree_context()
+        assert context is not None
+        output, expected = _watch(context, self.plain, args, kwargs)
+        for norms in (self.norms, None):
+            self.norms = norms
+            try:
+                _, actual = _watch(context, self, args, kwargs)
+            except UnsupportedModelError:
+                context.drop_rotation()
+                continue
+            if actual and len(actual) == len(expected):
+                pairs = zip(actual, expected, strict=True)
+                self.agrees = all(_close(x, y, limit) for (x, limit), (y, _) in pairs)
+            if self.agrees:
+                break
+        return output
+
+
+def _rotate(original: Forward, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The hook of `ROTARY`, which most models give queries, keys, cosines and sines."""
+    context = tree_context()
+    assert context is not None
+    if len(args) != 4 or kwargs:
+        raise UnsupportedModelError("a layer's rotation has other arguments")
+    return context.rotate(*args)
+
+
+def _watch(
+    context: TreeContext, forward: Forward, args: Any, kwargs: Any
+) -> tuple[Any, list[tuple[Tensor, float]]]:
+    """The output of an attention layer; its queries and stored keys, with their tolerances."""
+    seen: list[tuple[Tensor, float]] = []
+    operations = context.operations
+
+    def tree_attention(q: Tensor, k: Tensor, v: Tensor, keys: VisibleKeys, **kwargs: Any) -> Tensor:
+        stored = k.index_select(1, context.cache.slots.to(k.device))
+        seen.append((q, TOLERANCES[q.dtype]))
+        if stored.dtype == torch.int8:
+            seen.append((dequantise(stored, q.dtype), QUANTISED_TOLERANCE))
+        else:
+            seen.append((stored, TOLERANCES[q.dtype]))
+        return operations.tree_attention(q, k, v, keys, **kwargs)
+
+    context.operations = replace(operations, tree_attention=tree_attention)
+    try:
+        return forward(*args, **kwargs), seen
+    finally:
+        context.operations = operations
+
+
 def _numbers(size: int, like: Tensor) -> Tensor:
     """(1, rows, size) random inputs."""
     random = torch.randn(1, ROWS, size, generator=torch.Generator().manual_seed(0))
@@ -75,6 +235,11 @@ def _numbers(size: int, like: Tensor) -> Tensor:
 
 def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     with torch.inference_mode():
-        expected, actual = module(x).float(), forward(x).float()
-        difference = (actual - expected).square().mean().sqrt()
-        return float(difference) <= TOLERANCE * float(expected.square().mean().sqrt())
+        return _close(forward(x), module(x), TOLERANCE)
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether the root mean square difference is below a share of the expected numbers'."""
+    actual, expected = actual.float(), expected.float()
+    difference = (actual - expected).square().mean().sqrt()
+    return float(difference) <= tolerance * float(expected.square().mean().sqrt())

@@ -2,25 +2,28 @@
 
 `treeflash.decoding.hybrid` has the formulas. Everything is computed in float32.
 
-Rows of several sequences follow one another; recurrent layers run sequence by sequence. A forward
-pass changes no state: it leaves pending states, which are committed or dropped later.
+A forward pass changes no state: it leaves what commits need, which is used or dropped later. There
+are two kinds of passes:
+
+- `HybridCache`: the rows of several sequences follow one another, and recurrent layers run sequence
+  by sequence.
+- `HybridTreeCache`: trees of equally many nodes. Recurrent layers run all of them at once, in
+  operations on tensors alone, with shapes that a CUDA graph can have.
 
 The `forward` of a mixer finds its convolution and its recurrence under names of its module, which
 are the same in all models. Each mixer gets a copy of its `forward`, whose globals have the hooks of
 this module under those names: no module and no class is changed. For the next tokens of a sequence,
-and outside of a pass with a `HybridCache`, the hooks call the model's own functions, so that
+and outside of such a pass, the hooks call the model's own functions, so that
 installed kernels serve prompts and plain decoding.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,11 +33,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from treeflash.decoding.hybrid import convolution_windows
+from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import KVCache, TreeCache
+from treeflash_cuda.cache import KVCache, Slab, SlabCache, TreeCache
+from treeflash_cuda.fused_layers import forward_with, names_in_forward
 from treeflash_cuda.numerics import upload
+from treeflash_cuda.operations import ancestor_paths
 
 MANY_NODES = 8
 """From this many nodes on, gates of single channels are applied depth by depth: the decays of all
@@ -49,45 +54,57 @@ Original: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Writes:
-    """The updates of a layer's state by the nodes of a tree."""
+class TreeNodes:
+    """The nodes of the trees that a recurrence runs at once, n of each tree."""
 
-    state: Tensor  # (1, heads, key_dim, value_dim) before the tree
-    u: Tensor  # (1, heads, n, value_dim)
-    k: Tensor  # (1, heads, n, key_dim)
-    log_g: Tensor  # (1, heads, n) log decays, or (1, heads, n, key_dim) of single channels
-    transposed: bool = False  # whether the model keeps its state as (1, heads, value_dim, key_dim)
+    ancestors: Tensor  # (trees, n, n) bool, as `DraftTree.ancestor_mask`
+    parents: NDArray[np.int32] | None = None  # (n,) of a single tree, if the host knows them
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """The updates of a layer's state by the nodes of trees."""
+
+    # (trees, heads, key_dim, value_dim) before the trees, float32; transposed if the model's is.
+    state: Tensor
+    u: Tensor  # (trees, heads, n, value_dim)
+    k: Tensor  # (trees, heads, n, key_dim)
+    log_g: Tensor  # (trees, heads, n) log decays, or (trees, heads, n, key_dim) of single channels
+    transposed: bool = False  # whether states are (trees, heads, value_dim, key_dim)
 
     def commit(self, path: Tensor) -> Tensor:
-        """The state after a path of (a,) nodes, in the model's layout."""
+        """The state after a path of (a,) nodes of a single tree."""
         u, k, log_g = (x.index_select(2, path) for x in (self.u, self.k, self.log_g))
-        log_g = log_g[..., None] if log_g.ndim == 3 else log_g
-        # Decays after each node, summed directly: a difference of two sums would lose digits.
-        later = log_g[:, :, 1:].flip(2).cumsum(2).flip(2)
-        later = torch.cat([later, torch.zeros_like(log_g[:, :, :1])], 2)
-        update = (k * later.exp()).transpose(-1, -2) @ u
-        state = log_g.sum(2).exp()[..., None] * self.state + update
-        return state.transpose(-1, -2).contiguous() if self.transposed else state
+        return torch.addcmul(*state_update(u, k, log_g, self.transposed), self.state)
+
+
+def state_update(u: Tensor, k: Tensor, log_g: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """What rows add to a state, and the factor of the state before them; see `Writes`.
+
+    The rows follow one another. A row whose u and log_g are 0 changes nothing.
+    """
+    log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
+    # Decays after each row, summed directly: a difference of two sums would lose digits.
+    later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    left, right = k * later.exp(), u
+    if transposed:
+        left, right = right, left
+    return left.transpose(-1, -2) @ right, log_g.sum(-2).exp()[..., None]
 
 
 def delta_rule(
-    q: Tensor,  # (1, heads, n, key_dim), normalised and scaled
-    k: Tensor,  # (1, heads, n, key_dim), normalised
-    v: Tensor,  # (1, heads, n, value_dim)
-    log_g: Tensor,  # (1, heads, n), or (1, heads, n, key_dim) for gates of single channels
-    beta: Tensor,  # (1, heads, n, 1)
-    state: Tensor,  # (1, heads, key_dim, value_dim)
-    ancestors: Tensor,  # (n, n) bool, as `DraftTree.ancestor_mask`
-    parents: NDArray[np.int32],  # (n,) as in `DraftTree`
+    q: Tensor,  # (trees, heads, n, key_dim), normalised and scaled
+    k: Tensor,  # (trees, heads, n, key_dim), normalised
+    v: Tensor,  # (trees, heads, n, value_dim)
+    log_g: Tensor,  # (trees, heads, n), or (trees, heads, n, key_dim) for gates of single channels
+    beta: Tensor,  # (trees, heads, n, 1)
+    state: Tensor,  # (trees, heads, key_dim, value_dim)
+    nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule on a tree.
-
-    Returns:
-        (1, heads, n, value_dim) outputs, and (1, heads, n, value_dim) values that the nodes write.
-    """
-    if log_g.ndim == 4 and len(parents) >= MANY_NODES:
-        return _by_depth(q, k, v, log_g, beta, state, parents)
-    pairs, total = _decays(log_g, ancestors)
+    """(trees, heads, n, value_dim) outputs of the gated delta rule on trees, and written values."""
+    if log_g.ndim == 4 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
+        return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
+    pairs, total = _decays(log_g, nodes.ancestors)
     decay = total.exp()
     right = beta * (v - (decay * k) @ state)
     # The solver reads the lower triangle, and takes the diagonal to be 1.
@@ -97,31 +114,31 @@ def delta_rule(
 
 
 def linear_rule(
-    q: Tensor, k: Tensor, u: Tensor, log_g: Tensor, state: Tensor, ancestors: Tensor
+    q: Tensor, k: Tensor, u: Tensor, log_g: Tensor, state: Tensor, nodes: TreeNodes
 ) -> Tensor:
-    """Gated linear attention on a tree; shapes as in `delta_rule`, `u` are the values written."""
-    pairs, total = _decays(log_g, ancestors)
+    """Gated linear attention on trees; shapes as in `delta_rule`, `u` are the values written."""
+    pairs, total = _decays(log_g, nodes.ancestors)
     return (total.exp() * q) @ state + _products(q, k, pairs) @ u
 
 
 def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
     """Decays from node j to node i, 0 where i does not see j; and log decays from the state to i.
 
-    (1, heads, n, n) and (1, heads, n, 1), or both with key_dim as the last axis. Differences are
-    masked before the exponential: off the paths they are positive and overflow.
+    (trees, heads, n, n) and (trees, heads, n, 1), or both with key_dim as the last axis.
+    Differences are masked before the exponential: off the paths they are positive and overflow.
     """
-    below = ancestors.to(log_g.dtype)
+    below, others = ancestors.to(log_g.dtype), ~ancestors[:, None]
     if log_g.ndim == 3:
-        total = log_g @ below.T
+        total = log_g @ below.transpose(1, 2)
         difference = total[..., :, None] - total[..., None, :]
-        return difference.masked_fill(~ancestors, float("-inf")).exp(), total[..., None]
-    total = below @ log_g
+        return difference.masked_fill(others, float("-inf")).exp(), total[..., None]
+    total = below[:, None] @ log_g
     difference = total[..., :, None, :] - total[..., None, :, :]
-    return difference.masked_fill(~ancestors[..., None], float("-inf")).exp(), total
+    return difference.masked_fill(others[..., None], float("-inf")).exp(), total
 
 
 def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
-    """(1, heads, n, n) decayed products of rows."""
+    """(trees, heads, n, n) decayed products of rows."""
     if pairs.ndim == 4:
         return (x @ k.transpose(-1, -2)) * pairs
     return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
@@ -136,7 +153,7 @@ def _by_depth(
     state: Tensor,
     parents: NDArray[np.int32],
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` depth by depth.
+    """`delta_rule` for a single tree, depth by depth.
 
     The decayed keys on a node's path are its parent's keys, decayed once more. That takes n *
     depth * key_dim products, and no exponentials but the gates'.
@@ -172,12 +189,110 @@ class CommittedStates:
 
     # (1, channels, kernel - 1) the last inputs of each short convolution.
     tails: Mapping[Key, Tensor] = field(default_factory=dict)
-    # (1, heads, key_dim, value_dim) or, of Mamba-2, (1, heads, value_dim, key_dim).
+    # (1, heads, key_dim, value_dim) or, if they are transposed, (1, heads, value_dim, key_dim).
     matrices: Mapping[Key, Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.tails.values(), *self.matrices.values()]
+
+
+class StateLayout:
+    """Groups of layers whose states have one shape: `HybridTreeCache` has a tensor for each group.
+
+    The groups of tails come before the groups of matrices.
+    """
+
+    def __init__(self, states: CommittedStates, transposed: frozenset[int]) -> None:
+        """Take the shapes from the states of any sequence."""
+        self.transposed = transposed  # see `RecurrentStates`
+        self._zeros = [
+            {key: torch.zeros_like(x, device="meta") for key, x in part.items()}
+            for part in (states.tails, states.matrices)
+        ]
+        self.tails, self.matrices = (self._groups(part) for part in self._zeros)
+
+    def _groups(self, part: Mapping[Key, Tensor]) -> list[list[Key]]:
+        groups: dict[Hashable, list[Key]] = {}
+        for key, x in sorted(part.items(), key=lambda pair: pair[0]):
+            groups.setdefault((x.shape, x.dtype, key[0] in self.transposed), []).append(key)
+        return list(groups.values())
+
+    def stack(self, states: Sequence[CommittedStates], device: torch.device) -> list[Tensor]:
+        """(layers, sequences, ...) tails and float32 matrices of each group."""
+        stacked = []
+        for keys in self.tails:
+            parts = [x.tails.get(key) for key in keys for x in states]
+            stacked.append(self._join(parts, self._zeros[0][keys[0]], len(keys), device))
+        for keys in self.matrices:
+            parts = [x.matrices.get(key) for key in keys for x in states]
+            like = self._zeros[1][keys[0]].float()
+            stacked.append(self._join(parts, like, len(keys), device))
+        return stacked
+
+    @staticmethod
+    def _join(
+        parts: Sequence[Tensor | None], like: Tensor, layers: int, device: torch.device
+    ) -> Tensor:
+        """Empty sequences have no states yet, which stands for zeros."""
+        found = [torch.zeros_like(like, device=device) if x is None else x for x in parts]
+        return torch.cat([x.to(like.dtype) for x in found]).unflatten(0, (layers, -1))
+
+    def split(self, stacked: Sequence[Tensor]) -> CommittedStates:
+        """Views of the tensors of all groups, by layer."""
+        groups = [*self.tails, *self.matrices]
+        pairs = [list(zip(keys, x, strict=True)) for keys, x in zip(groups, stacked, strict=True)]
+        first = len(self.tails)
+        tails, matrices = ([x for part in y for x in part] for y in (pairs[:first], pairs[first:]))
+        return CommittedStates(dict(tails), dict(matrices))
+
+
+@dataclass(frozen=True, eq=False)
+class TreeWrites:
+    """What the trees of several sequences write to the states of all layers, n nodes each."""
+
+    layout: StateLayout
+    nodes: int  # n
+    before: Sequence[Tensor]  # the states, see `StateLayout.stack`
+    # (layers, sequences, channels, kernel - 1 + n) inputs of convolutions for each group of tails;
+    # and (layers, sequences, ...) u, k and log_g of `Writes` for each group of matrices.
+    outputs: Sequence[Tensor]
+
+    def rows(self, paths: Mapping[int, NDArray[np.int32]]) -> NDArray[np.int32]:
+        """(sequences, ...) int32: which nodes are on a path, and the rows of each group's tail."""
+        widths = [x.shape[3] for x in self.before[: len(self.layout.tails)]]
+        rows = np.zeros((self.before[0].shape[1], self.nodes + sum(widths)), np.int32)
+        for i, path in paths.items():
+            rows[i, path] = 1
+            tails = [convolution_tail(path, width + 1) for width in widths]
+            rows[i, self.nodes :] = np.concatenate([path[:0], *tails])
+        return rows
+
+    def commit(self, rows: Tensor, sequences: Sequence[int]) -> list[CommittedStates]:
+        """The states of some sequences after their paths, from the result of `rows`.
+
+        Each sequence gets tensors of its own: the others may be kept for longer, or dropped.
+        """
+        tails, first = len(self.layout.tails), self.nodes
+        stacked: list[list[Tensor]] = [[] for _ in sequences]
+        for before, inputs in zip(self.before[:tails], self.outputs[:tails], strict=True):
+            index = rows[:, first : first + before.shape[3]]
+            first += before.shape[3]
+            for i, parts in zip(sequences, stacked, strict=True):
+                parts.append(inputs[:, i].index_select(2, index[i]))
+        on_path = rows[None, :, None, : self.nodes, None].bool()
+        for n, (keys, before) in enumerate(
+            zip(self.layout.matrices, self.before[tails:], strict=True)
+        ):
+            u, k, log_g = self.outputs[tails + 3 * n :][:3]
+            log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
+            transposed = keys[0][0] in self.layout.transposed
+            update, decay = state_update(
+                u.masked_fill(~on_path, 0), k, log_g.masked_fill(~on_path, 0), transposed
+            )
+            for i, parts in zip(sequences, stacked, strict=True):
+                parts.append(torch.addcmul(update[:, i], decay[:, i], before[:, i]))
+        return [self.layout.split([x[:, None] for x in parts]) for parts in stacked]
 
 
 class RecurrentStates:
@@ -194,9 +309,11 @@ class RecurrentStates:
         # channels, kernel - 1 + n), or only their end if all rows will be committed.
         self.inputs: dict[Key, tuple[Tensor, int]] = {}
         self.pending: dict[Key, Tensor | Writes] = {}  # matrices, or the writes of nodes
+        # After a pass with a `HybridTreeCache`: its writes, and the index of the sequence.
+        self.tree: tuple[TreeWrites, int] | None = None
 
     def states_after(self, path: Tensor) -> CommittedStates:
-        """The states after a path of (a,) nodes of the last forward pass."""
+        """The states after a path of (a,) nodes of the last pass with a `HybridCache`."""
         return CommittedStates(
             {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()},
             {
@@ -238,30 +355,27 @@ class SequenceRows:
     tree: DraftTree | None
     ancestors: Tensor | None  # (count, count) bool of the tree
 
+    @property
+    def nodes(self) -> TreeNodes:
+        """The nodes of the tree."""
+        assert self.tree is not None
+        assert self.ancestors is not None
+        return TreeNodes(self.ancestors[None], self.tree.parents)
+
     def select(self, x: Tensor, axis: int = 1) -> Tensor:
         """The rows of this sequence in a tensor of all rows."""
         return x.narrow(axis, self.first, self.count)
 
 
-class HybridCache(TreeCache):
+class RecurrentCache(TreeCache):
     """`TreeCache` with recurrent states, under the names by which transformers' models use them."""
 
-    def __init__(
-        self,
-        sequences: Sequence[KVCache],
-        parts: Sequence[SequenceRows],
-        slots: dict[int, int],
-        device: torch.device,
-    ) -> None:
-        super().__init__(sequences, [part.count for part in parts])
-        self.parts = parts  # the rows of each sequence
+    def begin(self, attention_slots: dict[int, int], device: torch.device) -> None:
+        """Prepare a forward pass."""
         # The index of every attention layer among the attention layers, by its index among all
         # layers; layers are added when they are called first.
-        self.slots = slots
+        self.attention_slots = attention_slots
         self.device = device
-        self.is_step = sum(self.rows) == 1  # models have special functions for a single row
-        for part in parts:
-            part.states.drop_pending()
         self._windows: dict[int, Tensor] = {}
         self._not_convolved: list[Tensor] = []
         self._pending: set[Key] = set()
@@ -285,7 +399,7 @@ class HybridCache(TreeCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Use the index among attention layers: recurrent layers have no columns."""
-        slot = self.slots.setdefault(layer_idx, len(self.slots))
+        slot = self.attention_slots.setdefault(layer_idx, len(self.attention_slots))
         return super().update(key_states, value_states, slot, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
@@ -306,41 +420,22 @@ class HybridCache(TreeCache):
         """(1, channels, ...) inputs per sequence: the last kernel - 1 inputs, then its rows."""
         if conv_kernel_size is None:
             raise UnsupportedModelError("cannot determine the convolution's kernel size")
-        key, width = (layer_idx, state_idx), conv_kernel_size - 1
-        joined = []
-        for part in self.parts:
-            tail = part.states.committed.tails.get(key)
-            if tail is None:
-                tail = conv_states.new_zeros(1, conv_states.shape[1], width)
-            inputs = torch.cat([tail, part.select(conv_states, 2)], 2)
-            joined.append(inputs)
-            if part.tree is None:
-                # The end is enough: a copy, so that the other inputs can be freed.
-                inputs = inputs[:, :, inputs.shape[2] - width :].clone()
-            part.states.inputs[key] = inputs, width
-        result = joined[0] if len(joined) == 1 else torch.cat(joined, 2)
+        result = self._join_inputs(conv_states, (layer_idx, state_idx), conv_kernel_size - 1)
         self._not_convolved.append(result)
         return result
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """A copy, which the model may change in place, for a pass of one row; else None."""
-        states, key = self.parts[0].states, (layer_idx, state_idx)
-        if not self.is_step or (state := states.committed.matrices.get(key)) is None:
-            return None
-        states.pending[key] = state = state.clone()
-        return state
+        """Return None: the hooks have the states."""
+        return None
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> Tensor:
-        """Take the state after a single row; after more rows `recur` has taken it."""
-        key = layer_idx, state_idx
-        if key not in self._pending:
-            if not self.is_step:
-                raise UnsupportedModelError(
-                    f"the recurrence of layer {layer_idx} is computed by an unsupported function"
-                )
-            self.parts[0].states.pending[key] = recurrent_states
+        """Check that `recur` has taken the states."""
+        if (layer_idx, state_idx) not in self._pending:
+            raise UnsupportedModelError(
+                f"the recurrence of layer {layer_idx} is computed by an unsupported function"
+            )
         return recurrent_states
 
     def convolve(
@@ -354,10 +449,10 @@ class HybridCache(TreeCache):
     ) -> Tensor:
         """(1, channels, rows) of a depthwise convolution."""
         self._not_convolved = [x for x in self._not_convolved if x is not inputs]
-        if len(self.parts) == 1 and (self.is_step or self.parts[0].tree is None):
-            out = original(inputs, weight, bias, activation=activation, **kwargs)
-            return out[..., -self.parts[0].count :]
-        windows = inputs[0][:, self._input_rows(weight.shape[1])]  # (channels, rows, kernel)
+        kernel = weight.shape[1]
+        if kernel not in self._windows:  # made once for all layers
+            self._windows[kernel] = self._input_rows(kernel)
+        windows = inputs[0][:, self._windows[kernel]]  # (channels, rows, kernel)
         out = (windows.float() * weight[:, None].float()).sum(-1)  # kernels sum in float32
         if bias is not None:
             out = out + bias[:, None].float()
@@ -370,37 +465,180 @@ class HybridCache(TreeCache):
         rows: Sequence[Tensor],  # (1, rows, ...) inputs
         # Takes rows and a state (or None), returns outputs and the next state.
         next_tokens: Callable[..., tuple[Tensor, Tensor]],
-        # Takes a `SequenceRows`, rows and a state (or None), returns outputs and writes.
+        # Takes `TreeNodes`, (trees, n, ...) rows and states (or None), returns outputs and writes.
         tree: Callable[..., tuple[Tensor, Writes]],
     ) -> Tensor:
-        """Run a recurrence sequence by sequence.
+        """(1, rows, ...) outputs of a recurrence."""
+        raise NotImplementedError
 
-        Returns:
-            (1, rows, ...) outputs.
-        """
+    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
+        """See `update_conv_state`."""
+        raise NotImplementedError
+
+    def _input_rows(self, kernel: int) -> Tensor:
+        """(rows, kernel) the inputs that each row's convolution reads."""
+        raise NotImplementedError
+
+
+class HybridCache(RecurrentCache):
+    """The rows of several sequences; see the module's description."""
+
+    def __init__(
+        self,
+        sequences: Sequence[KVCache],
+        parts: Sequence[SequenceRows],
+        attention_slots: dict[int, int],
+        device: torch.device,
+    ) -> None:
+        super().__init__(sequences, [part.count for part in parts])
+        self.begin(attention_slots, device)
+        self.parts = parts  # the rows of each sequence
+        self.is_step = sum(self.rows) == 1  # models have special functions for a single row
+        for part in parts:
+            part.states.drop_pending()
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A copy, which the model may change in place, for a pass of one row; else None."""
+        states, key = self.parts[0].states, (layer_idx, state_idx)
+        if not self.is_step or (state := states.committed.matrices.get(key)) is None:
+            return None
+        states.pending[key] = state = state.clone()
+        return state
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Take the state after a single row; after more rows `recur` has taken it."""
+        key = layer_idx, state_idx
+        if self.is_step and key not in self._pending:
+            self.parts[0].states.pending[key] = recurrent_states
+            return recurrent_states
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def convolve(
+        self,
+        original: Callable[..., Tensor],
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Convolve the next tokens of a single sequence by the model's own function."""
+        if len(self.parts) > 1 or (self.parts[0].tree is not None and not self.is_step):
+            return super().convolve(original, inputs, weight, bias, activation, **kwargs)
+        self._not_convolved = [x for x in self._not_convolved if x is not inputs]
+        out = original(inputs, weight, bias, activation=activation, **kwargs)
+        return out[..., -self.parts[0].count :]
+
+    def recur(
+        self,
+        layer: int,
+        rows: Sequence[Tensor],
+        next_tokens: Callable[..., tuple[Tensor, Tensor]],
+        tree: Callable[..., tuple[Tensor, Writes]],
+    ) -> Tensor:
+        """Run the recurrence sequence by sequence."""
         self._pending.add((layer, 0))
         outputs = []
         for part in self.parts:
             state = part.states.committed.matrices.get((layer, 0))
             inputs = [part.select(x) for x in rows]
-            run = next_tokens if part.tree is None else partial(tree, part)
+            run = next_tokens if part.tree is None else partial(tree, part.nodes)
             output, part.states.pending[layer, 0] = run(*inputs, state)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
+    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
+        joined = []
+        for part in self.parts:
+            tail = part.states.committed.tails.get(key)
+            if tail is None:
+                tail = rows.new_zeros(1, rows.shape[1], width)
+            inputs = torch.cat([tail, part.select(rows, 2)], 2)
+            joined.append(inputs)
+            if part.tree is None:
+                # The end is enough: a copy, so that the other inputs can be freed.
+                inputs = inputs[:, :, inputs.shape[2] - width :].clone()
+            part.states.inputs[key] = inputs, width
+        return joined[0] if len(joined) == 1 else torch.cat(joined, 2)
+
     def _input_rows(self, kernel: int) -> Tensor:
-        """(rows, kernel) the inputs that each row's convolution reads, made once for all layers."""
-        if kernel not in self._windows:
-            windows, first = [], 0
-            for part in self.parts:
-                tree = part.tree or DraftTree.chain(np.zeros(part.count, np.int32))
-                windows.append(first + convolution_windows(tree.parents, kernel))
-                first += kernel - 1 + part.count
-            self._windows[kernel] = upload(np.concatenate(windows), self.device).long()
-        return self._windows[kernel]
+        windows, first = [], 0
+        for part in self.parts:
+            tree = part.tree or DraftTree.chain(np.zeros(part.count, np.int32))
+            windows.append(first + convolution_windows(tree.parents, kernel))
+            first += kernel - 1 + part.count
+        return upload(np.concatenate(windows), self.device).long()
 
 
-_RUNNING: ContextVar[HybridCache | None] = ContextVar("hybrid_cache", default=None)
+class HybridTreeCache(RecurrentCache, SlabCache):
+    """Trees of equally many nodes; see the module's description."""
+
+    def __init__(
+        self,
+        slab: Slab | None,  # of the sequences; None for a model without attention layers
+        encode: Callable[[Tensor], Tensor],  # see `SlabCache`
+        slots: Tensor,  # see `SlabCache`
+        attention_slots: dict[int, int],
+        layout: StateLayout,  # of the target
+        states: Sequence[Tensor],  # before the trees; see `StateLayout.stack`
+        # (sequences, n, n) bool of the trees. A node that is not its own ancestor is a copy of the
+        # root that fills a tree up.
+        ancestors: Tensor,
+    ) -> None:
+        SlabCache.__init__(self, slab, encode, slots)
+        self.begin(attention_slots, slots.device)
+        self.layout = layout
+        self.states = layout.split(states)  # with the sequences as first axis
+        # A copy of the root computes what the root computes, if it sees itself alone.
+        itself = torch.eye(ancestors.shape[1], dtype=torch.bool, device=self.device)
+        is_node = ancestors.diagonal(dim1=1, dim2=2)[..., None]
+        self.nodes = TreeNodes(torch.where(is_node, ancestors, itself))
+        self._inputs: dict[Key, Tensor] = {}
+        self._writes: dict[Key, Writes] = {}
+
+    def outputs(self) -> list[Tensor]:
+        """See `TreeWrites.outputs`."""
+        found = [torch.stack([self._inputs[key] for key in keys]) for keys in self.layout.tails]
+        for keys in self.layout.matrices:
+            writes = [self._writes[key] for key in keys]
+            parts = [x.u for x in writes], [x.k for x in writes], [x.log_g for x in writes]
+            found += map(torch.stack, parts)
+        return found
+
+    def recur(
+        self,
+        layer: int,
+        rows: Sequence[Tensor],
+        next_tokens: Callable[..., tuple[Tensor, Tensor]],
+        tree: Callable[..., tuple[Tensor, Writes]],
+    ) -> Tensor:
+        """Run the recurrence of all trees at once."""
+        self._pending.add((layer, 0))
+        by_tree = [x[0].unflatten(0, self.nodes.ancestors.shape[:2]) for x in rows]
+        state = self.states.matrices[layer, 0]
+        output, self._writes[layer, 0] = tree(self.nodes, *by_tree, state)
+        return output.flatten(0, 1)[None]
+
+    def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
+        by_tree = rows[0].unflatten(1, self.nodes.ancestors.shape[:2]).transpose(0, 1)
+        self._inputs[key] = torch.cat([self.states.tails[key], by_tree], 2)
+        return self._inputs[key].transpose(0, 1).flatten(1)[None]
+
+    def _input_rows(self, kernel: int) -> Tensor:
+        """`convolution_windows` on the device."""
+        ancestors = self.nodes.ancestors
+        trees, n, _ = ancestors.shape
+        back = torch.arange(kernel - 1, -1, -1, device=self.device)
+        depths = ancestors.sum(2, keepdim=True) - 1 - back  # of the inputs; negative in the tail
+        nodes = ancestor_paths(ancestors).long().gather(2, depths.clamp(min=0))
+        rows = kernel - 1 + torch.where(depths < 0, depths, nodes)
+        first = torch.arange(trees, device=self.device) * (kernel - 1 + n)
+        return (rows + first[:, None, None]).flatten(0, 1)
+
+
+_RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default=None)
 """The cache of the current forward pass."""
 
 
@@ -408,28 +646,15 @@ def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
     """Hook every mixer of a model; returns the names of the hooked functions, by layer."""
     hooked: dict[int, set[str]] = {}
     for module in model.modules():
-        forward: Any = inspect.unwrap(type(module).forward)
-        code: CodeType | None = getattr(forward, "__code__", None)
-        if code is None or not hasattr(module, "layer_idx"):
-            continue
-        names = [name for name in HOOKS if name in code.co_names]
-        if not names:
-            continue
-        layer: Any = module.layer_idx
-        hooks = {
-            name: partial(HOOKS[name], forward.__globals__[name], layer)
-            for name in names
-            if name in forward.__globals__
-        }
-        rest = forward.__name__, forward.__defaults__, forward.__closure__
-        copy = FunctionType(code, {**forward.__globals__, **hooks}, *rest)
-        copy.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(copy, module)
-        hooked.setdefault(layer, set()).update(hooks)
+        layer: Any = getattr(module, "layer_idx", None)
+        if layer is not None and not HOOKS.keys().isdisjoint(names_in_forward(module)):
+            hooks = {name: partial(hook, layer) for name, hook in HOOKS.items()}
+            module.forward, names = forward_with(module, hooks)
+            hooked.setdefault(layer, set()).update(names)
     return hooked
 
 
-def _convolution(original: Original, layer: int, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _convolution(layer: int, original: Original, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The hook of `causal_conv1d_fn`."""
     cache = _RUNNING.get()
     if cache is None:
@@ -438,8 +663,8 @@ def _convolution(original: Original, layer: int, inputs: Tensor, *args: Any, **k
 
 
 def _gated_delta_rule(
-    original: Original,
     layer: int,
+    original: Original,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -461,7 +686,7 @@ def _gated_delta_rule(
         return original(q, k, v, g=g, beta=beta, initial_state=state, **kwargs)
 
     def tree(
-        part: SequenceRows,
+        nodes: TreeNodes,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -469,8 +694,6 @@ def _gated_delta_rule(
         beta: Tensor,
         state: Tensor | None,
     ) -> tuple[Tensor, Writes]:
-        assert part.tree is not None
-        assert part.ancestors is not None
         dtype, repeats = q.dtype, v.shape[2] // k.shape[2]
         if repeats > 1:
             q, k = (x.repeat_interleave(repeats, 2) for x in (q, k))
@@ -479,9 +702,9 @@ def _gated_delta_rule(
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
         q = q * q.shape[-1] ** -0.5
         if state is None:
-            state = q.new_zeros(1, q.shape[1], q.shape[3], v.shape[3])
+            state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
         state, beta = state.float(), beta.transpose(1, 2).float()[..., None]
-        out, u = delta_rule(q, k, v, g, beta, state, part.ancestors, part.tree.parents)
+        out, u = delta_rule(q, k, v, g, beta, state, nodes)
         return out.transpose(1, 2).to(dtype), Writes(state, u, k, g)
 
     out = cache.recur(layer, (query, key, value, g, beta), next_tokens, tree)
@@ -489,8 +712,8 @@ def _gated_delta_rule(
 
 
 def _mamba_2(
-    original: Original,
     layer: int,
+    original: Original,
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -518,9 +741,8 @@ def _mamba_2(
         return original(x, dt, a, b, c, **kwargs | states)
 
     def tree(
-        part: SequenceRows, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+        nodes: TreeNodes, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Writes]:
-        assert part.ancestors is not None
         if (bias := kwargs.get("dt_bias")) is not None:
             dt = dt + bias.to(dt.dtype)
         if kwargs.get("dt_softplus"):
@@ -531,9 +753,9 @@ def _mamba_2(
         u = (x * dt[..., None]).transpose(1, 2)
         g = (a.float() * dt).transpose(1, 2)
         if state is None:
-            state = x.new_zeros(1, x.shape[2], x.shape[3], k.shape[3])
-        state = state.float().transpose(-1, -2)
-        out = linear_rule(q, k, u, g, state, part.ancestors).transpose(1, 2)
+            state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], k.shape[3])
+        state = state.float()
+        out = linear_rule(q, k, u, g, state.transpose(-1, -2), nodes).transpose(1, 2)
         if (skip := kwargs.get("D")) is not None:
             out = out + skip[:, None] * x
         return out.contiguous(), Writes(state, u, k, g, transposed=True)

@@ -42,9 +42,8 @@ def broadcast(message: Any = None) -> Any:
 class Followers:
     """The other ranks, as rank 0 sees them.
 
-    Attributes:
-        lost: whether rank 0 failed in the middle of a forward pass. The others then wait for it in
-            a collective call, where no message reaches them.
+    They are `lost` if rank 0 failed in the middle of a forward pass: they then wait for it in a
+    collective call, where no message reaches them.
     """
 
     lost = False

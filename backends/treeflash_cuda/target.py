@@ -63,8 +63,10 @@ from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import (
     MAMBA_2,
     HybridCache,
+    RecurrentCache,
     RecurrentStates,
     SequenceRows,
+    StateLayout,
     hook_recurrent_layers,
 )
 from treeflash_cuda.kernels import ChunkKernels, Kernels
@@ -356,6 +358,7 @@ class Target:
         # index among all layers.
         self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
+        self.state_layout: StateLayout | None = None  # of recurrent states; None without them
         self.config = model.config.get_text_config()  # transformers' configuration of the decoder
         self.device = device
         self.layers = decoder_layers(self.model)  # of the decoder
@@ -459,6 +462,7 @@ class Target:
                 raise UnsupportedModelError(refusal(family, str(error))) from error
             if state.recurrent is not None:
                 state.recurrent.resume(state.recurrent.states_after(tokens))
+                self.state_layout = StateLayout(state.recurrent.committed, self.transposed_layers)
                 self.states_nbytes = arrays_nbytes(state.recurrent_arrays())
             region = state.kv_cache.region
             if kv_bits is not None:
@@ -625,15 +629,14 @@ class Target:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
 
-        Returns:
-            Logits of the last `logits_to_keep` rows, of all for 0, or of those with these indices;
-            and (n, hidden_size) outputs of the captured layers, by index.
+        Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
+        indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         rows = len(token_ids)
         if isinstance(context, ExactContext) and rows < LINEAR_ROWS:
             context.repeat(LINEAR_ROWS)
             token_ids = token_ids.repeat(LINEAR_ROWS)
-        running = cache.running() if isinstance(cache, HybridCache) else nullcontext()
+        running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(
                 input_ids=token_ids[None],

@@ -21,6 +21,7 @@ from treeflash_cuda.attention import AttentionContext, TreeContext
 from treeflash_cuda.cache import Region, Slab, SlabCache
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
+from treeflash_cuda.hybrid import HybridTreeCache, RecurrentStates, TreeWrites
 from treeflash_cuda.numerics import upload, upload_all
 from treeflash_cuda.operations import VisibleKeys
 from treeflash_cuda.row_head import RowModel
@@ -43,9 +44,9 @@ Path: TypeAlias = tuple[State, NDArray[np.int32]]
 class TreePass:
     """One forward pass over trees of sequences of one slab, as a function of tensors.
 
-    Where a sequence begins and how long it is are tensors. For CUDA graphs the sizes are rounded up
-    to powers of two: the number of sequences, the nodes of the largest tree, and the length of the
-    longest sequence.
+    Where a sequence begins, how long it is, and its recurrent states are tensors. For CUDA graphs
+    the sizes are rounded up to powers of two: the number of sequences, the nodes of the largest
+    tree, and the length of the longest sequence.
     """
 
     def __init__(self, target: Target) -> None:
@@ -64,40 +65,82 @@ class TreePass:
         if captured:
             sequences, nodes = power_of_two(sequences), power_of_two(nodes)
             longest = max(power_of_two(longest), MIN_LENGTH)
-        regions = [state.kv_cache.allocate() for state, _ in trees]
+        regions = [region_of(state) for state, _ in trees]
         for (state, tree), region in zip(trees, regions, strict=True):
-            assert state.length + len(tree) <= region.columns, OUTGROWN
-        sizes = sequences, nodes, longest
-        forward = functools.partial(self._forward, regions[0].slab, *sizes)
+            assert region is None or state.length + len(tree) <= region.columns, OUTGROWN
+        slab, sizes = slab_of(trees[0][0]), (sequences, nodes, longest)
+        forward = functools.partial(self._forward, slab, *sizes)
         uploaded = upload(_inputs(trees, regions, sequences, nodes), self.target.device)
-        settings = regions[0].slab, sizes
-        results = graphs.run("the target", settings, forward, uploaded, capture=captured)
+        layout, before = self.target.state_layout, []
+        recurrent = [state.recurrent for state, _ in trees if state.recurrent is not None]
+        if layout is not None:
+            committed = [states.committed for states in recurrent]
+            committed += committed[:1] * (sequences - len(trees))
+            before = layout.stack(committed, self.target.device)
+        results = graphs.run(
+            "the target", (slab, sizes), forward, uploaded, *before, capture=captured
+        )
         logits, best, layers, *outputs = results
-        by_layer = dict(zip(layers, outputs, strict=True))
+        by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
+        if layout is not None:
+            writes = TreeWrites(layout, nodes, before, outputs[len(layers) :])
+            for i, states in enumerate(recurrent):
+                states.drop_pending()
+                states.tree = writes, i
         rows = [slice(i * nodes, i * nodes + len(tree)) for i, (_, tree) in enumerate(trees)]
         for (state, _), part in zip(trees, rows, strict=True):
             state.outputs, state.first_row = by_layer, part.start
         return [(logits[part], best[part]) for part in rows]
 
     def _forward(
-        self, slab: Slab, sequences: int, nodes: int, longest: int, inputs: Tensor
+        self,
+        slab: Slab | None,
+        sequences: int,
+        nodes: int,
+        longest: int,
+        inputs: Tensor,  # see `_inputs`
+        *states: Tensor,  # the recurrent states; see `StateLayout.stack`
     ) -> Outputs:
-        """Logits, the best token of each row, indices of captured layers, and their outputs."""
+        """Logits, the best token of each row, indices of captured layers, and their outputs.
+
+        With recurrent layers `TreeWrites.outputs` follow.
+        """
         target, rows = self.target, sequences * nodes
         assert target.operations is not None
         tokens, positions, slots = inputs[: 3 * rows].long().view(3, rows)
         first, length = inputs[3 * rows : 3 * rows + 2 * sequences].view(2, sequences)
         ancestors = inputs[3 * rows + 2 * sequences :].view(sequences, nodes, nodes).bool()
-        cache = SlabCache(slab, target.arena.encode, slots)
+        layout, storage = target.state_layout, (slab, target.arena.encode, slots)
+        cache = (
+            SlabCache(*storage)
+            if layout is None
+            else HybridTreeCache(*storage, target.attention_slots, layout, states, ancestors)
+        )
         by_tree = positions.view(sequences, nodes).int()
         keys = VisibleKeys.of_trees(first, length, by_tree, ancestors)
         context = TreeContext(target.operations, cache, keys, positions, longest)
         logits, outputs = target.forward(tokens, context, cache, logits_to_keep=0)
-        return logits, finite_argmax(logits), tuple(outputs), *outputs.values()
+        writes = cache.outputs() if isinstance(cache, HybridTreeCache) else []
+        return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
+
+
+def region_of(state: State) -> Region | None:
+    """The columns of a sequence; None if no layer of the target has keys and values."""
+    cache = state.kv_cache
+    return None if cache.arena.like is None else cache.allocate()
+
+
+def slab_of(state: State) -> Slab | None:
+    """The allocation that has the columns of a sequence."""
+    region = region_of(state)
+    return None if region is None else region.slab
 
 
 def _inputs(
-    trees: Sequence[tuple[State, DraftTree]], regions: Sequence[Region], sequences: int, nodes: int
+    trees: Sequence[tuple[State, DraftTree]],
+    regions: Sequence[Region | None],  # of the sequences; None for a model without attention layers
+    sequences: int,
+    nodes: int,
 ) -> NDArray[np.int32]:
     """Tokens, positions and slots of all nodes, first columns and lengths of sequences, ancestors.
 
@@ -108,11 +151,11 @@ def _inputs(
     ends = np.zeros((2, sequences), np.int32)
     ancestors = np.zeros((sequences, nodes, nodes), np.int32)
     for i, ((state, tree), region) in enumerate(zip(trees, regions, strict=True)):
-        n, start = len(tree), state.length
+        n, start, first = len(tree), state.length, 0 if region is None else region.first
         node = np.arange(nodes)
         node[n:] = 0
-        rows[:, i] = tree.tokens[node], tree.positions(start)[node], region.first + start + node
-        ends[:, i] = region.first, start
+        rows[:, i] = tree.tokens[node], tree.positions(start)[node], first + start + node
+        ends[:, i] = first, start
         ancestors[i, :n, :n] = tree.ancestor_mask()
         ancestors[i, n:, 0] = 1
     for array in (rows.swapaxes(0, 1), ends.swapaxes(0, 1), ancestors):
@@ -127,8 +170,7 @@ class Verifier:
         self.target = target
         self.drafter = drafter  # projects outputs of target layers to features; None for none
         self.trees = TreePass(target)
-        # Recurrent layers run sequence by sequence.
-        self._has_tree_pass = target.operations is not None and not target.is_hybrid
+        self._has_tree_pass = target.operations is not None
 
     @torch.inference_mode()
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
@@ -179,12 +221,11 @@ class Verifier:
         for state, tokens in rows:
             ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
             state.pass_tokens = np.asarray(ids, np.int32)
-        passes: dict[Slab, dict[int, tuple[State, DraftTree]]] = {}
+        passes: dict[Slab | None, dict[int, tuple[State, DraftTree]]] = {}
         others = dict(enumerate(rows))
         for i, (state, tokens) in enumerate(rows):
             if self._has_tree_pass and isinstance(tokens, DraftTree):
-                slab = state.kv_cache.allocate().slab
-                passes.setdefault(slab, {})[i] = others.pop(i)[0], tokens
+                passes.setdefault(slab_of(state), {})[i] = others.pop(i)[0], tokens
         results: dict[int, tuple[Tensor, Tensor | None]] = {}
         try:
             for trees in passes.values():
@@ -256,12 +297,21 @@ class Verifier:
                 pair = start + path[moved], start + places[moved]
                 moves.setdefault(region.slab, []).append(pair)
         passes = rows_by_pass(paths)
-        hybrid = [(state.recurrent, path) for state, path in paths if state.recurrent is not None]
+        hybrid: list[tuple[RecurrentStates, NDArray[np.int32]]] = []
+        by_tree: dict[TreeWrites, dict[int, tuple[RecurrentStates, NDArray[np.int32]]]] = {}
+        for state, path in paths:
+            if (states := state.recurrent) is not None and states.tree is not None:
+                writes, i = states.tree
+                by_tree.setdefault(writes, {})[i] = states, path
+            elif states is not None:
+                hybrid.append((states, path))
         arrays: list[NDArray[Any]] = []
         for pairs in moves.values():
             arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
         arrays += [group.rows for group in passes]
         arrays += [path for _, path in hybrid]
+        for writes, members in by_tree.items():
+            arrays.append(writes.rows({i: path for i, (_, path) in members.items()}))
         uploaded = iter(upload_all(arrays, self.target.device))
         copies = [(slab, slab.gather(next(uploaded)), next(uploaded).long()) for slab in moves]
         context: list[tuple[State, Tensor]] = []
@@ -269,6 +319,9 @@ class Verifier:
             features = self._project(group.outputs, next(uploaded))
             context += zip(group.states, features.split(group.sizes), strict=True)
         committed = [(states, states.states_after(next(uploaded))) for states, _ in hybrid]
+        for writes, members in by_tree.items():
+            after = writes.commit(next(uploaded), list(members))
+            committed += zip((states for states, _ in members.values()), after, strict=True)
         for slab, columns, destination in copies:
             slab.write(destination, columns)
         for state, path in paths:

@@ -177,8 +177,7 @@ class TreeHooks:
     ) -> Iterator[dict[int, mx.array]]:
         """Describe one call of the model; `tree` is None for a plain causal pass.
 
-        Yields:
-            (batch, n, hidden_size) outputs of the captured layers, filled during the call.
+        It yields (batch, n, hidden_size) outputs of the captured layers, filled during the call.
         """
         outputs: dict[int, mx.array] = {}
         self._pass.tree, self._pass.outputs = tree, outputs if capture else None

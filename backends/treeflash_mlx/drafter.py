@@ -115,8 +115,7 @@ class _DraftedSequence:
 class Drafter:
     """`treeflash.decoding.interfaces.Drafter` in MLX.
 
-    Attributes:
-        window: positions before a block that it sees, beside the first few; None for all.
+    It sees `window` positions before a block, beside the first few; None for all.
     """
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:

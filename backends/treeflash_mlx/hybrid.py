@@ -551,10 +551,8 @@ def state_arrays(states: Sequence[Sequence[mx.array | None]]) -> list[mx.array]:
 class BatchStates:
     """The recurrent states of the sequences that run together; only a commit changes them.
 
-    Attributes:
-        layers: per recurrent layer and state, an array (batch, ...) after the committed positions;
-            None before the first pass.
-        latest: per recurrent layer, its cache in the latest forward pass.
+    The `layers` have, per state, an array (batch, ...) after the committed positions; None before
+    the first pass. `latest` has the cache of each recurrent layer in the latest forward pass.
     """
 
     def __init__(self, sequences: Sequence[RecurrentStates]) -> None:
@@ -611,8 +609,7 @@ class BatchStates:
     def committed_early(self) -> Iterator[list[RecurrentTreeCache | None]]:
         """Let a pass read the states after the only token of the latest pass of one sequence.
 
-        Yields:
-            What its layers write, in place of `latest`, which stays as it is.
+        It yields what its layers write, in place of `latest`, which stays as it is.
         """
         layers, latest = self.layers, self.latest
         self.commit({0: np.zeros(1, np.int32)})

@@ -381,10 +381,8 @@ class Target:
         """Build a forward pass of (batch, n) tokens, and write their keys and values.
 
         The sequences are all of one storage, by row. `tree` is None if the tokens continue one.
-
-        Returns:
-            (batch, n, vocab) logits; (batch, n, len(layer_ids) * hidden_size) outputs of captured
-            layers, None without layers.
+        Returns (batch, n, vocab) logits; and (batch, n, len(layer_ids) * hidden_size) outputs of
+        captured layers, None without layers.
         """
         storage = share_storage(sequences)
         start, windows = sequences[0].length, self.layout.windows

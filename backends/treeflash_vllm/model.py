@@ -48,8 +48,21 @@ class Head(nn.Module):
         return F.linear(inputs, weights.d_weight)
 
 
+def norm_context_keys(model: DFlashQwen3Model, keys: Tensor) -> Tensor:
+    """Norm the (layers, positions, kv_heads, head_dim) keys of the context, layer by layer."""
+    pairs = zip(model.layers, keys, strict=True)
+    return torch.stack([layer.self_attn.k_norm(own) for layer, own in pairs])
+
+
 class Backbone(DFlashQwen3Model):
     """vLLM's DFlash backbone without its final norm: the head corrects what the norm reads."""
+
+    def _normalize_context_k(self, all_k: Tensor) -> Tensor:
+        # vLLM hands `rms_norm` the weights of all layers. Its kernel for CPUs, `rms_norm` in
+        # csrc/cpu/layernorm.cpp of 0.32, norms the keys of every layer with those of the first.
+        return (
+            norm_context_keys(self, all_k) if all_k.is_cpu else super()._normalize_context_k(all_k)
+        )
 
     def forward(
         self,

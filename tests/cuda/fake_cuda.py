@@ -104,6 +104,7 @@ class FakeCuda(TorchDispatchMode):
         count: copies between host and device.
         launches: the names of the operations that launched a kernel on a device, in order.
         nbytes: what these operations read and wrote, if each of them does so once.
+        converted: elements of 8 bits on a device from which operations made floating-point numbers.
         free_bytes: memory that a device says is free.
     """
 
@@ -113,6 +114,7 @@ class FakeCuda(TorchDispatchMode):
         self.count = Transfers()
         self.launches = []
         self.nbytes = 0
+        self.converted = 0
         self.free_bytes = 1 << 32
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
@@ -136,7 +138,8 @@ class FakeCuda(TorchDispatchMode):
             return 0
         if func.overloadpacket in PRODUCTS:
             _check_dtypes(*args)
-        out = func(*args, **kwargs)
+        out = _computed(func, args, kwargs)
+        self.converted += _converted(args, out)
         if _launches(func, args, out):
             self._launch(str(func), _traffic(func, args, kwargs, out))
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if _is_data(x)}
@@ -287,6 +290,31 @@ class _Stream:
 
     def wait_stream(self, stream):
         pass
+
+
+def _computed(func, args, kwargs):
+    """The result of an operation.
+
+    Some versions of PyTorch know the shapes of grouped products in bfloat16 alone, though their
+    kernels take other dtypes.
+    """
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
+    if func.overloadpacket is not grouped or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    _check_dtypes(*args[:2])
+    same = [x.bfloat16() if _is_floating(x) else x for x in args]
+    return func(*same, **kwargs).to(args[0].dtype)
+
+
+def _converted(args, out):
+    if not _is_floating(out) or out.device.type != "cuda":
+        return 0
+    numbers = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.int8]
+    return sum(x.numel() for x in numbers if not torch._C._is_alias_of(x, out))
+
+
+def _is_floating(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _nbytes(x):

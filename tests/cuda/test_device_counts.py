@@ -9,21 +9,28 @@ from parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
-from treeflash.decoding.interfaces import Prefill, TableOptions
+from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
+from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
-from treeflash.testing import require
+from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.comparisons import random_tokens
 from treeflash.testing.models import write_drafter, write_target
 
 require("torch")
 
 from treeflash_cuda import backend as loading
+from treeflash_cuda.cache import SCALE_BYTES
 
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
 OPTIONS = TableOptions(m=4, k=8, shortlist=256, rows=16)
-MAX_LAUNCHES = {"layer": 25, "commit": 9, "draft": 80, "head": 60}
+MAX_LAUNCHES = {"layer": 11, "commit": 9, "draft": 56, "head": 58}
 """Operations of a layer of the target, of a commit, of a draft, and of a head."""
+MAX_HYBRID_LAUNCHES = {
+    "qwen3_5": {"layer": 14, "commit": 23, "verify": 258},
+    "granitemoehybrid": {"layer": 14, "commit": 23, "verify": 217},
+}
+"""The layer is one with attention; the targets have four layers."""
 
 
 @pytest.fixture
@@ -92,10 +99,10 @@ def test_operations_of_an_iteration(cuda, launches, pair, sequences):
 
 def test_the_command_counts_operations_and_bytes(cuda, launches):
     """The bytes of a pass are at least the weights' bytes, and grow with the context."""
-    shape, found = launches.SHAPES["tiny"], []
+    backend, found = launches.load_without_weights(launches.SHAPES["tiny"]), []
     for settings in ("--nodes 8 --context 16", "--nodes 8 --context 64"):
         args = launches.parser().parse_args(["--sequences", "1,8", *settings.split()])
-        rows = launches.rows(cuda, shape, args)
+        rows = launches.rows(cuda, backend, args)
         found.append({(row["sequences"], row["part"]): row for row in rows})
     one, eight = (found[0][n, "iteration"] for n in (1, 8))
     assert eight["operations"] < one["operations"] + 10
@@ -106,3 +113,35 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
         assert sizes[0] < sizes[1], part
         assert found[0][1, part]["megabytes"] < sizes[0], part
     assert found[0][1, "verify"]["megabytes"] > weights / 1e6
+    assert 4 <= launches.count_graphs(backend, 40) <= 20
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequences):
+    """A commit writes each kind of state once for each sequence; nothing else depends on them."""
+    write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    backend = loading.load(tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16"))
+    found = launches.count_operations(cuda, backend, sequences)
+    for part, limit in MAX_HYBRID_LAUNCHES[family].items():
+        more = 2 * sequences if part == "commit" else 0
+        assert 0 < found[part][0] <= limit + more, found
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_keys_in_8_bits_are_converted_for_prompts_alone(cuda, pair, chunks):
+    """Trees, drafts and commits read and write the 8 bits as they are."""
+    backend = loading.load(*pair, LoadConfig(dtype="bfloat16", kv_bits=8))
+    state = backend.open(2000, drafts=True)
+    shape = np.array(backend.target.arena.like.shape)
+    column = 2 * len(backend.target.layers) * shape[1] * (shape[3] - SCALE_BYTES)
+    for length in (700, 1000)[:chunks]:
+        before = cuda.converted
+        backend.verifier.run([Prefill(state, [3] * (length - state.length), None)])
+        assert cuda.converted - before == length * column
+    before = cuda.converted
+    backend.drafter.draft([(state, 1)])
+    backend.verifier.run([Verify(state, TREE, SamplingParams())])
+    backend.verifier.commit([(state, np.array([0, 2], np.int32))])
+    assert cuda.converted == before

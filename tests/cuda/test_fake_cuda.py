@@ -13,7 +13,7 @@ from treeflash.decoding.sampling import LogitEdits, SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
-from treeflash.testing import require
+from treeflash.testing import HYBRID_FAMILIES, require
 from treeflash.testing.models import save, write_dialect, write_drafter, write_target
 from treeflash.testing.trees import noise_of_depths
 
@@ -43,11 +43,11 @@ OPTIONS = TableOptions(m=4, k=8, temperature=0.7, shortlist=16, rows=7)
 def folders(tmp_path_factory):
     """Pairs by family of the target."""
     folder = tmp_path_factory.mktemp("pairs")
-    for family in FAMILIES:
+    for family in (*FAMILIES, *HYBRID_FAMILIES):
         write_target(folder / family, family, seed=1, vocab_size=40)
         window = 4 if family == "mistral" else None
         write_drafter(folder / f"{family}-drafter", folder / family, seed=2, sliding_window=window)
-    return {family: (folder / family, folder / f"{family}-drafter") for family in FAMILIES}
+    return {x.name: (x, folder / f"{x.name}-drafter") for x in folder.iterdir()}
 
 
 @pytest.fixture(params=DTYPES)
@@ -62,7 +62,7 @@ def tree():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + HYBRID_FAMILIES)
 def test_prefill_verify_commit_and_draft(cuda, folders, family, dtype):
     backend = load(*folders[family], LoadConfig(dtype=dtype))
     assert backend.device == "cuda:0"
@@ -231,7 +231,10 @@ def test_choices_with_edits_masks_and_log_probs(backend, sampling):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("family", "bits"), [*[(x, None) for x in FAMILIES], ("mistral", 8)])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [*((x, None) for x in FAMILIES), ("mistral", 8), *((x, None) for x in HYBRID_FAMILIES)],
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS[::3], ids=["greedy", "sampled"])
 def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
     backend = load(*folders[family], LoadConfig(dtype=dtype, kv_bits=bits))

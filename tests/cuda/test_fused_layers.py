@@ -43,7 +43,8 @@ class Gated(nn.Module):
     ("make", "replaced"),
     [
         (lambda: Norm(0), True),
-        (lambda: Norm(1), False),  # Gemma's
+        (lambda: Norm(1), True),  # Gemma's
+        (lambda: Norm(2), False),
         (lambda: Gated(nn.SiLU()), True),
         (lambda: Gated(nn.ReLU()), False),
     ],

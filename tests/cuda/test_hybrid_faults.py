@@ -55,7 +55,7 @@ def causal_mask(patch):
 def own_decay_left_out(patch):
     def without(log_g, ancestors):
         pairs, _ = decays(log_g, ancestors)
-        _, total = decays(log_g, ancestors & ~torch.eye(len(ancestors), dtype=torch.bool))
+        _, total = decays(log_g, ancestors & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
         return pairs, total
 
     patch.setattr(hybrid, "_decays", without)

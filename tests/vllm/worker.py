@@ -4,6 +4,10 @@ A job has `target`, `drafter`, perhaps its `method`, and `drafts`, the number of
 drafted in each pass. With `prompts` (token ids) they are decoded greedily, all together, up to
 `max_tokens`. The result has, for each prompt, the tokens that each pass added: a pass that accepts
 n drafts adds n + 1. A list of jobs with a `context` each gives a list of results of `score`.
+
+vLLM's kernel for CPUs norms the context's keys of every layer with the weights of the first layer,
+so that vLLM's own DFlash classes draft worse. `mends_keys` in a job, and every list of jobs, gives
+these classes the plugin's `norm_context_keys`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -26,17 +31,21 @@ os.environ.update(
 import torch
 import torch.nn.functional as F
 import treeflash_vllm
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from treeflash_vllm.model import norm_context_keys
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.model_loader.utils import (
     get_model_cls,
     process_weights_after_loading,
 )
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
 Job = dict[str, Any]
+vllm_norm_context_keys = DFlashQwen3Model._normalize_context_k
 
 
 def arguments(job: Job) -> EngineArgs:
@@ -107,6 +116,23 @@ class DenseAttention(torch.nn.Module):
         return out[0].transpose(0, 1).flatten(1)
 
 
+def refusal(job: Job) -> str | None:
+    """Why vLLM's model runner for CPUs refuses a drafter; None if it runs it."""
+    try:
+        arguments(job).create_engine_config()
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    return None
+
+
+def layers_that_vllm_norms(model: DFlashQwen3Model) -> list[bool]:
+    """For each layer, whether vLLM's kernel norms the context's keys with the layer's weights."""
+    attention = model.layers[0].self_attn
+    keys = torch.randn(len(model.layers), 3, attention.num_kv_heads, attention.head_dim)
+    pairs = zip(vllm_norm_context_keys(model, keys), norm_context_keys(model, keys), strict=True)
+    return [torch.allclose(actual, expected, atol=1e-5) for actual, expected in pairs]
+
+
 @torch.inference_mode()
 def score(job: Job) -> Job:
     """The method and model class of a drafter, and what the class computes for a block.
@@ -114,9 +140,12 @@ def score(job: Job) -> Job:
     The root of the block is the last token of the context. `marginals` are the (N, vocab) log
     probabilities of the slots. For DSpark `conditional` has the log probabilities after the tokens
     `previous`. For DFlash2 `candidates` and `scores` have the tokens of each slot and their logits
-    after `previous`.
+    after `previous`. `refusal` and `normed_layers` are the results of the two functions above; the
+    class is built even if vLLM's runner refuses it.
     """
-    config = arguments(job).create_engine_config()
+    refused = refusal(job)
+    with patch.object(VllmConfig, "_validate_v1_model_runner"):
+        config = arguments(job).create_engine_config()
     draft = config.speculative_config.draft_model_config
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
@@ -153,6 +182,8 @@ def score(job: Job) -> Job:
         found: Job = {
             "method": config.speculative_config.method,
             "class": draft_class.__name__,
+            "refusal": refused,
+            "normed_layers": layers_that_vllm_norms(model.model),
             "marginals": logits.log_softmax(-1).tolist(),
         }
         if hasattr(model, "markov_embed"):
@@ -161,6 +192,7 @@ def score(job: Job) -> Job:
             found["conditional"] = biased.log_softmax(-1).tolist()
         if hasattr(model, "compute_candidates"):
             values, tokens = model.compute_candidates(outputs)
+            tokens = tokens.long()
             selector = model.model.candidate_selector
             projected = selector.hidden_projection(outputs)
             query = selector.predecessor_codebook[previous] * projected
@@ -173,6 +205,8 @@ def main() -> None:
     """Run the job or the jobs."""
     treeflash_vllm.register()  # vLLM does so if the package is installed
     job = json.load(sys.stdin)
+    if isinstance(job, list) or job["mends_keys"]:
+        DFlashQwen3Model._normalize_context_k = norm_context_keys
     print(json.dumps(list(map(score, job)) if isinstance(job, list) else decode(job)))
 
 

@@ -277,14 +277,10 @@ def propose(
     nodes: Sequence[int],
     positions: Sequence[NDArray[np.int32]] = (),
 ) -> list[TransitionTable]:
-    """The tables that chains or trees are built from.
+    """The tables that chains or trees are built from, for the blocks of all sequences of one draft.
 
-    Args:
-        backend: the loaded pair.
-        blocks: of all sequences, from one draft.
-        configs: of the sequences.
-        nodes: that the trees of the sequences are expected to have.
-        positions: (D,) of each block's depths; not used if the sequences are greedy.
+    `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
+    greedy sequences do not need.
     """
     # Sequences with the same options are computed together.
     groups: dict[tuple[bool, TableOptions], list[int]] = {}

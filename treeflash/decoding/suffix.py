@@ -57,14 +57,10 @@ SEPARATOR = -1
 
 
 class SuffixIndex:
-    """Where n-grams occur in a growing text, or in several texts one after the other.
+    """Where n-grams occur in a growing text, or in several texts, which end with `SEPARATOR`.
 
-    Args:
-        orders: the lengths of the n-grams, ascending.
-        occurrences: that are compared with a context for each order, the latest first; None is all.
-
-    Attributes:
-        tokens: the text; texts end with `SEPARATOR` if there are several.
+    `orders` are the lengths of the n-grams, ascending. A context is compared with the latest
+    `occurrences` for each order; None is all.
     """
 
     def __init__(

@@ -32,13 +32,9 @@ COMPARED: tuple[tuple[Method, Method], ...] = (
 
 
 def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
-    """Aggregate finished samples.
+    """Aggregate finished samples by set, all of which have the same cases.
 
     Intervals are 95 % bootstrap intervals over prompts; all cases share the resampled prompts.
-
-    Args:
-        samples: by set, at least one per set; all have the same cases.
-        seed: random seed of the bootstrap.
 
     Returns:
         - `rows`, by set and case: tokens per target forward pass after the prefill;

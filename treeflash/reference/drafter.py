@@ -19,6 +19,7 @@ from treeflash.reference.numerics import (
     block_visible,
     log_softmax,
     rotate,
+    sigmoid,
     silu,
     top,
     visible,
@@ -41,8 +42,7 @@ class Block:
 class Drafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy.
 
-    Attributes:
-        window: positions before a draft that the drafter sees, besides the first few; None is all.
+    It sees `window` positions before a draft, besides the first few; None is all.
     """
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
@@ -71,7 +71,10 @@ class Drafter(OneByOneDrafter):
             y = before(y)
             q = self._heads(layer, "q", y, positions)
             k, v = cache.attend(n, *self._kv_cache(layer, y, positions))
-            x = x + after(self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask)))
+            out = attention(q, k, v, mask)
+            if config.gated:
+                out = out * sigmoid(self._linear(layer + "self_attn.gate_proj", y))
+            x = x + after(self._linear(layer + "self_attn.o_proj", out))
             y = self.model.normed(layer + "post_attention_layernorm", x)
             before, after = self._convolutions(layer + "mlp_conv", y)
             y = before(y)

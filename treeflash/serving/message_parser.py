@@ -242,8 +242,7 @@ Delta = tuple[Literal["content", "reasoning"], str] | ToolCall
 class MessageParser:
     """Splits one answer into the parts of a message; without a form, all of it is content.
 
-    Attributes:
-        parts: the parts so far. A finished message has at least an empty content.
+    A finished message has at least an empty content.
     """
 
     def __init__(

@@ -77,8 +77,7 @@ class Settings:
     def memory(self, free: int | None) -> tuple[int, int]:
         """The bytes of all KV caches, and of the prefix cache among them.
 
-        Args:
-            free: memory that the loaded models leave free on the device, bytes; None if unknown.
+        The loaded models leave `free` bytes on the device; None if unknown.
         """
         limit = MAX_MEMORY_GB * GIB if free is None else max(free, GIB)
         if self.max_memory_gb is not None:

@@ -52,10 +52,8 @@ class Chunk:
 class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
-    A ConfigError is raised if a string to stop at is empty.
-
-    Attributes:
-        make_constraint: makes a constraint of the new tokens; None leaves them free.
+    A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
+    the new tokens; None leaves them free.
     """
 
     backend: Backend

@@ -39,14 +39,11 @@ BATCHES_PER_SORT = 16
 def truncated_responses(
     responses: Sequence[Response], config: TrainConfig, target: Target
 ) -> tuple[list[Response], dict[str, int]]:
-    """The responses that have a token to predict after truncation.
+    """The responses that have a token to predict after truncation, and the numbers of dropped ones.
 
-    Returns:
-        The truncated responses; and the numbers of dropped ones, `too_short` before truncation, or
-        `too_long` because their prompts leave no room.
-
-    Raises:
-        ConfigError: no response is left, or they have tokens outside the target's vocabulary.
+    A response is `too_short` before truncation, or `too_long` because its prompt leaves no room.
+    Raises a ConfigError if no response is left, or they have tokens outside the target's
+    vocabulary.
     """
     long_enough = [x for x in responses if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
     limit = min(config.max_length, target.max_positions)

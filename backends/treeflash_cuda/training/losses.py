@@ -127,11 +127,7 @@ def objective(
     config: TrainConfig,  # the losses, and the weights of losses and depths
     generator: torch.Generator,  # samples the shortlist
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a batch, and its parts.
-
-    Returns:
-        The loss; and as numbers the losses `marginal`, `corrected` (with a head) and `loss`.
-    """
+    """The loss of a batch; and as numbers `marginal`, `corrected` (with a head) and `loss`."""
     rows = batch.target_rows()
     scored = rows.scored_tokens()
     shortlist = None

@@ -269,16 +269,12 @@ class Blocks(nn.Module):
     def forward(
         self, batch: Batch, scored: Tensor | None = None, shortlist: Shortlist | None = None
     ) -> tuple[Prediction, Prediction | None] | Tensor:
-        """Predict the n tokens of a batch, or draft blocks.
+        """Predict the n tokens of a batch, whose anchors are the roots, or draft blocks.
 
-        Args:
-            batch: its anchors are the roots.
-            scored: (n, w) the tokens whose log probabilities to return; None drafts.
-            shortlist: contains all of `scored`; None is the whole vocabulary.
-
-        Returns:
-            The predictions without and with the previous token; the second is None if the drafter
-            has no head. Or the (rows, A, D) drafts: chains of the best tokens.
+        `scored` are (n, w) tokens whose log probabilities to return; None drafts. The `shortlist`
+        contains all of them; None is the whole vocabulary. Returns the predictions without and with
+        the previous token; the second is None if the drafter has no head. Or the (rows, A, D)
+        drafts: chains of the best tokens.
         """
         hidden = self.hidden(batch)
         if scored is None:

@@ -1,0 +1,115 @@
+"""Trees of hybrid targets as functions of tensors, against one sequence after another."""
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.probe import state_difference, tree_difference
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing import HYBRID_FAMILIES, require, write_drafter, write_target
+from treeflash.testing.comparisons import path_to, random_tokens, random_tree
+
+require("torch")
+
+import families
+import torch
+from parts import load_with_parts
+from replayed_graphs import enable, replay_graphs
+from treeflash_cuda.backend import CudaBackend, load
+from treeflash_cuda.graphs import Graphs
+from treeflash_cuda.hybrid import TreeNodes, delta_rule
+from treeflash_cuda.operations import Operations
+from treeflash_cuda.target import Target
+
+VOCAB = 40
+TYPES = ("mamba2", "lfm2")  # without attention layers; without matrices
+OTHERS = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid", "lara_mini"),
+    *("bamba", "granitemoehybrid", "nemotron_h", "zamba2", "lfm2_moe", "lfm3", "falcon_h1"),
+)
+
+
+@pytest.fixture(params=HYBRID_FAMILIES)
+def folders(request, tmp_path):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, request.param, seed=1, vocab_size=VOCAB)
+    write_drafter(drafter, target, seed=2)
+    return target, drafter
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, sequences):
+    """Logits, states, keys and features, in graphs with the addresses and sizes of a capture."""
+    static = load_with_parts(monkeypatch, *folders)
+    static.target.graphs = enable(Graphs(static.target.device))
+    names = replay_graphs(monkeypatch)
+    found = []
+    for backend in (static, load(*folders, LoadConfig(device="cpu", dtype="float32"))):
+        rng, results = np.random.default_rng(sequences), []
+        states = [backend.open(100, drafts=True) for _ in range(sequences)]
+        prompts = [random_tokens(rng, VOCAB, n) for n in (12, 1, 5)[:sequences]]
+        work = [Prefill(state, x, None) for state, x in zip(states, prompts, strict=True)]
+        backend.verifier.run(work)
+        for sizes in ((9, 1, 14), (6, 12, 16), (1, 1, 1), (10, 9, 3)):
+            trees = [random_tree(rng, 7, n, VOCAB) for n in sizes[:sequences]]
+            pairs = list(zip(states, trees, strict=True))
+            backend.verifier.logits([(state, DraftTree.root_only(3)) for state in states])
+            results += backend.verifier.logits(pairs)
+            backend.verifier.run([Verify(*x, SamplingParams()) for x in pairs])
+            paths = [path_to(tree, int(rng.integers(len(tree)))) for tree in trees]
+            # One of them drops its tree.
+            backend.verifier.commit(list(zip(states, paths, strict=True))[-2:])
+            results += [x for state in states for x in state.read_recurrent_states()]
+            results += [torch.cat(state.context).numpy() for state in states]
+        results += [state.read_kv_cache() for state in states]
+        found.append(results)
+    assert len(found[0]) == len(found[1])
+    for graph, plain in zip(*found, strict=True):
+        np.testing.assert_allclose(graph, plain, atol=1e-4 * max(1, np.abs(plain).max()))
+    assert names.count("the target") > 1
+
+
+@pytest.mark.parametrize(
+    "name", [*TYPES, *(pytest.param(x, marks=pytest.mark.full) for x in OTHERS)]
+)
+def test_other_types_agree_with_plain_text(tmp_path, name):
+    families.write(tmp_path, name)
+    target = Target.load(tmp_path, torch.device("cpu"), torch.float32, pack=True)
+    target.operations = Operations()
+    backend, rng = CudaBackend(target, None, None), np.random.default_rng(0)
+    assert tree_difference(backend, rng, families.PREFIX) < families.TOLERANCE
+    assert state_difference(backend, rng, families.PREFIX) < families.TOLERANCE
+    state = backend.open(8, drafts=False)
+    backend.verifier.run([Verify(state, DraftTree.root_only(3), SamplingParams())])
+    assert state.recurrent.tree is not None  # and not the pass of one sequence after another
+
+
+def test_the_state_of_a_finished_sequence_keeps_no_other_alive(folders, monkeypatch):
+    backend = load_with_parts(monkeypatch, folders[0])
+    states = [backend.open(20, drafts=False) for _ in range(4)]
+    tree = DraftTree.root_only(3)
+    backend.verifier.run([Verify(state, tree, SamplingParams()) for state in states])
+    backend.verifier.commit([(state, np.zeros(1, np.int32)) for state in states])
+    owners = {x.untyped_storage().data_ptr(): x for x in states[0].recurrent_arrays()}
+    held = sum(x.untyped_storage().nbytes() for x in owners.values())
+    assert held == sum(x.nbytes for x in states[0].recurrent_arrays())
+
+
+def test_gates_of_single_channels_without_the_depths():
+    """As `chunk_kimi_delta_attention` has them: a device does not tell how deep a tree is."""
+    rng, torch_rng = np.random.default_rng(4), torch.Generator().manual_seed(4)
+    tree, heads, n, dk, dv = random_tree(rng, 0, 12, 9), 2, 12, 8, 6
+
+    def draw(*shape):
+        return torch.randn(shape, generator=torch_rng)
+
+    q, k, v = draw(1, heads, n, dk), draw(1, heads, n, dk) / 3, draw(1, heads, n, dv)
+    g, beta = -draw(1, heads, n, dk).abs(), draw(1, heads, n, 1).sigmoid()
+    inputs = q, k, v, g, beta, draw(1, heads, dk, dv)
+    ancestors = torch.from_numpy(tree.ancestor_mask())[None]
+    by_pairs = delta_rule(*inputs, TreeNodes(ancestors))
+    by_depth = delta_rule(*inputs, TreeNodes(ancestors, tree.parents))
+    for one, other in zip(by_pairs, by_depth, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
