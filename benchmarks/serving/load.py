@@ -38,11 +38,11 @@ from benchmarks.serving.servers import (
 )
 
 PATH = "/v1/chat/completions"
-KINDS = ("stream", "stream", "stream", "whole", "whole", "leave", "leave", "wrong", "long", "none")
+KINDS = (*["stream"] * 3, *["whole"] * 2, *["leave"] * 2, "invalid", "long", "none")
 LONG = " ".join(QUESTIONS * 4)
 """More tokens than a chunk of a prompt has while other sequences are decoded."""
 EXACT: dict[str, Any] = {"backend": "cuda", "device": "cpu", "dtype": "bfloat16"}
-WRONG = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
+INVALID = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
 
 
 @dataclass
@@ -80,9 +80,9 @@ async def client(
             whole = response.json()
             text = whole["choices"][0]["message"]["content"]
             observed.answers.append((job, text, whole["usage"]["completion_tokens"]))
-        elif kind == "wrong":
+        elif kind == "invalid":
             headers = {"Content-Type": "application/json"}
-            response = await http.post(PATH, content=rng.choice(WRONG), headers=headers)
+            response = await http.post(PATH, content=rng.choice(INVALID), headers=headers)
             expect(response, 400)
         elif kind == "long":
             expect(await http.post(PATH, json=Job("word " * 20000, 4).body), 400)
