@@ -198,7 +198,12 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    for option in ("compile", "device_map", "exact"):
+    if config.exact:
+        raise ConfigError(
+            "exact is supported only by the cuda backend: in Metal's kernels a row's bits depend "
+            "on the rows beside it"
+        )
+    for option in ("compile", "device_map"):
         if getattr(config, option):
             raise ConfigError(f"{option} is supported only by the cuda backend")
     if config.kv_bits not in (None, *KV_BITS):
