@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 from treeflash_cuda.operations import VisibleKeys
-from treeflash_cuda.triton_kernels import attention, layers
+from treeflash_cuda.triton_kernels import attention, layers, products
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -115,6 +115,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
     layers.rms_norm(x, x[0], 1e-6, x)
     layers.gated(gate, gate)
+    products.linear(x, numbers(4 * hidden, hidden), gate[0])
     q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]
     cos, slots = numbers(64, head_dim), numbers(64, of=torch.int64)
     cache = numbers(kv_heads, 256, head_dim)

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -73,10 +74,18 @@ def gated_delta_calls(dtype: mx.Dtype) -> Iterator[Call]:
 
 def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
     words, positions = mx.zeros((1, 16), mx.uint64), mx.zeros((1, 16), mx.int32)
+    rows = [words, positions, mx.zeros(1, mx.int32)]
     for width in (64, 128, 256):
-        arrays = [mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2, 2)]
-        arrays += [words, positions, mx.zeros(1, mx.int32)]
-        yield lambda *x: attention.tree_attention(*x, 0.1, 600), arrays
+        q, key = (mx.zeros((1, heads, 16, width), dtype) for heads in (8, 2))
+        for bits, group in ((0, 0), *product(attention.BITS, attention.GROUP_SIZES)):
+            stored = mx.quantize(key, group, bits) if bits else [key]
+
+            def call(q: mx.array, *x: mx.array, bits: int = bits) -> mx.array:
+                n = (len(x) - len(rows)) // 2
+                nodes = attention.Nodes(*x[2 * n :], 600)
+                return attention.tree_attention(q, x[:n], x[n : 2 * n], nodes, 0.1, bits=bits)
+
+            yield call, [q, *stored, *stored, *rows]
 
 
 def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str, str]:

@@ -119,9 +119,9 @@ class Conversation:
         match command:
             case "/system":
                 self.options = self.options | {"system": argument or None}
-                self.messages = []
+                self._begin_anew()
             case "/reset":
-                self.messages = []
+                self._begin_anew()
             case "/save":
                 self._save(argument)
             case "/tree":
@@ -130,6 +130,7 @@ class Conversation:
                 self.console.print(summarise(self._answer().generation()), markup=False)
             case "/color":
                 self.color = not self.color
+                self.console.print(f"colours are {'on' if self.color else 'off'}", style="dim")
             case "/help":
                 self.console.print(HELP, markup=False)
             case _:
@@ -137,6 +138,10 @@ class Conversation:
                     f"unknown command {command}; /help lists the commands, and a message that "
                     "begins with / needs a space before it"
                 )
+
+    def _begin_anew(self) -> None:
+        self.messages = []
+        self.console.print("a new conversation begins", style="dim")
 
     def _decode(self, assembler: Assembler) -> None:
         """Print the text of a sequence as it is decoded, until Ctrl-C is pressed."""
@@ -185,8 +190,9 @@ class Conversation:
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise ConfigError(f"{name} cannot be written: {error.strerror}") from None
+        except (OSError, RuntimeError) as error:  # a RuntimeError for the home of an unknown user
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"{name} cannot be written: {reason}") from None
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
 
 

@@ -361,7 +361,7 @@ def diagnose(
 
 
 def check_device(backend: Backend) -> list[Finding]:
-    """Findings about the machine, and whether the models and a context fit into its memory."""
+    """Findings about the machine and its kernels, and whether models and a context fit into it."""
     report = device_report(backend)
     findings = []
     if report.facts:
@@ -372,6 +372,9 @@ def check_device(backend: Backend) -> list[Finding]:
     if not report.batches:
         message = "sequences run one by one: this model's logits in a batch are others"
         findings.append(Finding(check="batches", ok=True, message=message))
+    for kernel, verdicts in report.kernels.items():
+        message = f"{kernel}: {'; '.join(f'{size} {used}' for size, used in verdicts.items())}"
+        findings.append(Finding(check="kernel", ok=True, message=message))
     return findings
 
 

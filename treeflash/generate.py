@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} needs --prompts; remove it for a single prompt")
+    if args.n is not None and args.n < 1:
+        raise ConfigError(f"n must be 1 or more, got {args.n}")
     if args.n is not None and (args.compare or args.explain):
         raise ConfigError("--compare and --explain are for a single answer; remove --n")
     prompt = read_prompt(args.prompt, args.prompt_file, console)

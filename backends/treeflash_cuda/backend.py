@@ -197,8 +197,8 @@ def check_config(config: LoadConfig) -> None:
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
-    if config.exact and (device.type != "cpu" or processes > 1):
-        raise ConfigError("exact mode needs device cpu, and does not work under torchrun")
+    if config.exact and processes > 1:
+        raise ConfigError("exact mode does not work under torchrun; remove exact")
     if device.type == "cuda":
         # Products that are split would otherwise add their parts in half precision.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -335,11 +335,18 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
     tensors = load_tensors(
         folder, load_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
-    config = tensors.config
+    config, offset = tensors.config, tensors.config.norm_offset
     own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
     with torch.device("meta"):  # no memory for weights that are replaced
         model = DrafterModel(config, own)
-    model.load_state_dict(tensors.backbone, assign=True)
+    model.load_state_dict(
+        {
+            # In float32, where adding the offset rounds nothing.
+            name: x.float() + offset if offset and name.endswith("norm.weight") else x
+            for name, x in tensors.backbone.items()
+        },
+        assign=True,
+    )
     model.rotary = Rotary(config)
     model = model.to(target.device, target.dtype).eval()
     if config.head is None:

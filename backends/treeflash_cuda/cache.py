@@ -235,6 +235,9 @@ class Arena:
             spans = self.spans or [(like.device, self.layers)]
             with torch.inference_mode():
                 parts = [torch.empty((n, *shape), dtype=like.dtype, device=x) for x, n in spans]
+                if self.head_dim is not None:
+                    for part in parts:  # exact mode writes only what comes before them
+                        part[..., self.head_dim :] = 1
             self.slabs.append(Slab(parts))
             region = self.slabs[-1].take(capacity)
             assert region is not None

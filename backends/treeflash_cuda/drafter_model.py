@@ -65,6 +65,7 @@ class Attention(nn.Module):
         heads = config.num_attention_heads, config.num_key_value_heads
         q, kv = (n * self.head_dim for n in heads)
         self.q_proj = nn.Linear(h, q, bias)
+        self.gate_proj = nn.Linear(h, q, bias) if config.gated else None
         self.k_proj = nn.Linear(h, kv, bias)
         self.v_proj = nn.Linear(h, kv, bias)
         self.o_proj = nn.Linear(q, h, bias)
@@ -171,8 +172,10 @@ class Layer(nn.Module):
         attention, n = self.self_attn, x.shape[1]
         block_rotation = rotation and (rotation[0][..., -n:, :], rotation[1][..., -n:, :])
         kv_cache = attention.kv_cache(torch.cat([context, y], 1), rotation)
-        out = attend(attention.queries(y, block_rotation), *kv_cache)
-        x = x + after(attention.o_proj(out.flatten(2)))
+        out = attend(attention.queries(y, block_rotation), *kv_cache).flatten(2)
+        if attention.gate_proj is not None:
+            out = out * attention.gate_proj(y).sigmoid()
+        x = x + after(attention.o_proj(out))
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y) if self.mlp_conv else (unchanged, unchanged)
         return x + after(self.mlp(before(y)))

@@ -1,9 +1,11 @@
-"""Exact arithmetic on a CPU: what is computed for a position depends on the tokens up to it alone.
+"""Exact arithmetic: what is computed for a position depends on the tokens up to it alone.
 
 Floating-point sums depend on their order, so a token that is computed beside others is usually
-rounded differently from the same token alone. In exact mode it is not, bit for bit:
+rounded differently from the same token alone. In exact mode it is not, bit for bit. On a GPU the
+Triton kernels see to that, with one more for products (`use_kernel_for_products`). On a CPU:
 
-- A linear layer never runs with a single row, for which oneDNN has another kernel (`pad_products`).
+- A linear layer never runs with a single row, for which oneDNN has another kernel: a pass of one
+  token has two rows of it (`ExactContext.repeat`), and other products are padded (`pad_products`).
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them. Keys that a row
@@ -11,8 +13,8 @@ rounded differently from the same token alone. In exact mode it is not, bit for 
   of their positions, so its sum has the terms of plain decoding in the order of plain decoding.
 - Scores are sums over the head's width, and the largest score does not depend on an order. The
   denominator is summed like the numerator: a column of ones is stored beside the values.
-- Activations read contiguous numbers: PyTorch has another kernel of GELU for the others
-  (`pack_activations`).
+- Activations whose result depends on a number's place read contiguous numbers, as PyTorch's GELU
+  does (`pack_activations`).
 
 Everything else computes each row by itself. None of this is promised by the libraries underneath,
 so `check_products`, `check_activations`, `check_attention` and
@@ -21,8 +23,10 @@ so `check_products`, `check_activations`, `check_attention` and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +42,9 @@ from treeflash_cuda.attention import (
     additive_mask,
     evaluate,
 )
-from treeflash_cuda.cache import widen
+from treeflash_cuda.cache import Columns, PackedRows, TreeCache, widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass
+from treeflash_cuda.operations import TOLERANCES
 
 GROUP = 128
 """Positions whose sum is computed by one product."""
@@ -55,8 +60,6 @@ PROMPT_ROWS = 128
 """Tokens of a prompt that attend at once, to bound the memory of scores."""
 LINEAR_ROWS = 2
 
-Columns = slice | Tensor
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -64,7 +67,7 @@ class Part:
 
     first: int  # the rows' first token
     end: int  # the token after the rows' last one
-    columns: Columns  # of the keys, counted from `Rows.first_column`
+    columns: slice | Tensor  # of the keys, counted from the first of `Rows.columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +76,36 @@ class Rows:
 
     first: int  # the first token
     end: int  # the token after the last one
-    first_column: int  # a multiple of `GROUP`; no token sees a column before it
-    visible: Tensor  # (tokens, columns) bool, from `first_column` on
+    columns: slice  # of the keys; begins at a multiple of `GROUP`, before which no token sees a key
+    visible: Tensor | None  # (tokens, columns) bool; None if every column is visible
     parts: list[Part]  # in the order of their groups
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # Numbers of columns of the parts, if these follow each other and have the weights of all rows.
+    sizes: list[int] | None = None
+    inputs: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def mask(self, groups: int, width: int) -> Tensor:
-        """(rows, columns) additive: each token once for each head of a group, padded."""
-        if (groups, width) not in self.masks:
-            mask = additive_mask(self.visible, torch.float32).repeat_interleave(groups, 0)
-            missing = max(MIN_COLUMNS - mask.shape[1], 0)
-            mask = F.pad(mask, (0, missing), value=float("-inf"))
-            self.masks[groups, width] = F.pad(mask, (0, 0, 0, _missing_rows(len(mask), width)))
-        return self.masks[groups, width]
+    def prepared(self, kv_heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What all layers with these heads share.
+
+        Returns:
+            A (kv_heads, rows, width) float32 buffer of queries, with zeros in the rows that are
+            padding; its (kv_heads, tokens, groups, width) rows of the tokens; and the additive mask
+            of (rows or 1, columns), padded.
+        """
+        key = kv_heads, groups, width
+        if key not in self.inputs:
+            tokens, columns = self.end - self.first, self.columns.stop - self.columns.start
+            rows = tokens * groups
+            padding = _missing_rows(rows, width)
+            queries = torch.zeros(kv_heads, rows + padding, width)
+            if self.visible is None:
+                mask = torch.zeros(1, columns)
+            else:
+                mask = additive_mask(self.visible, torch.float32).repeat_interleave(groups, 0)
+                mask = F.pad(mask, (0, 0, 0, padding))
+            mask = F.pad(mask, (0, max(MIN_COLUMNS - columns, 0)), value=float("-inf"))
+            own = queries[:, :rows].unflatten(1, (tokens, groups))
+            self.inputs[key] = queries, own, mask
+        return self.inputs[key]
 
 
 class ExactContext(AttentionContext):
@@ -93,11 +113,13 @@ class ExactContext(AttentionContext):
 
     def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
         super().__init__(committed, positions, ancestors)
+        self.tokens = len(positions)  # of the block, without those that `repeat` adds
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
 
-    @property
-    def attends_alone(self) -> bool:
-        return True
+    def repeat(self, times: int) -> None:
+        """Attend with several equal rows for a block of one token, which stays one column."""
+        assert self.tokens == 1
+        self.positions = self.positions.repeat(times)
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """A tensor that stands for the layers' mask function."""
@@ -107,11 +129,15 @@ class ExactContext(AttentionContext):
 
     def _layout(self, function: MaskFunction) -> Iterator[Rows]:
         n, device = len(self.positions), self.positions.device
-        is_tree = self.ancestors is not None and n > 1
+        if self.tokens == 1 and function is causal_mask_function:
+            yield _consecutive_parts(0, n, slice(0, self.committed + 1), None)
+            return
+        is_tree = self.ancestors is not None and self.tokens > 1
         step = n if is_tree else PROMPT_ROWS
         for first in range(0, n, step):
             end = min(first + step, n)
-            columns = torch.arange(self.committed + end, device=device)
+            last = self.committed + min(end, self.tokens)
+            columns = torch.arange(last, device=device)
             if is_tree:
                 columns[self.committed :] = self.positions
             visible = evaluate(function, self.positions[first:end, None], columns)
@@ -123,25 +149,27 @@ class ExactContext(AttentionContext):
             # Groups that no token sees, of a sliding window, would add zeros.
             start = int(visible.any(0).int().argmax()) // GROUP * GROUP
             visible, columns = visible[:, start:], columns[start:]
-            shared = (self.committed if is_tree else self.committed + end) - start
-            parts = [
-                Part(first, end, slice(column, min(column + GROUP, shared)))
-                for column in range(0, shared // GROUP * GROUP if is_tree else shared, GROUP)
-            ]
             if is_tree:
-                parts += self._tree_parts(visible, columns, shared // GROUP * GROUP)
-            yield Rows(first, end, start, visible, parts)
+                yield self._tree_rows(slice(start, last), visible, columns)
+            else:
+                yield _consecutive_parts(first, end, slice(start, last), visible)
 
-    def _tree_parts(self, visible: Tensor, columns: Tensor, start: int) -> Iterator[Part]:
-        """The parts from the last group on that has a committed position, or begins after them."""
-        groups = columns[start:] // GROUP
+    def _tree_rows(self, place: slice, visible: Tensor, columns: Tensor) -> Rows:
+        """The rows of a tree, whose (columns,) positions are not in the order of the columns."""
+        shared = (self.committed - place.start) // GROUP * GROUP
+        groups = columns[shared:] // GROUP
         first, last = int(groups.min()), int(groups.max())
         if first == last and len(groups) <= MAX_KEYS:
-            yield Part(0, len(visible), slice(start, len(columns)))
-            return
+            sizes = [GROUP] * (shared // GROUP) + [len(groups)]
+            return _consecutive_parts(0, self.tokens, place, visible, sizes)
+        parts = [
+            Part(0, self.tokens, slice(column, column + GROUP))
+            for column in range(0, shared, GROUP)
+        ]
         for group in range(first, last + 1):
-            places = start + (groups == group).nonzero()[:, 0]
-            yield from _bounded_parts(visible, 0, len(visible), places)
+            places = shared + (groups == group).nonzero()[:, 0]
+            parts += _bounded_parts(visible, 0, self.tokens, places)
+        return Rows(0, self.tokens, place, visible, parts)
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend; key and value have float32 columns of the committed positions and the block.
@@ -149,24 +177,136 @@ class ExactContext(AttentionContext):
         Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
         attention whose order of sums is not known.
         """
-        if id(inputs.mask) not in self._layouts or inputs.softcap or inputs.sinks is not None:
+        query = inputs.query[0]
+        output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
+        self.attend_to(inputs, query, inputs.key[0], inputs.value[0], inputs.mask, output)
+        return output.view(1, len(output), -1, query.shape[2])
+
+    def attend_to(
+        self,
+        inputs: AttentionInputs,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        output: Tensor,
+    ) -> None:
+        """Write the attention of the block.
+
+        Args:
+            inputs: of the layer, which may have other sequences too.
+            query: (heads, tokens, width) of the block.
+            keys: (kv_heads, columns, width or more), float32.
+            values: (kv_heads, columns, more than width), float32, with ones after the values.
+            mask: the result of `mask` for the layer's mask function.
+            output: (tokens, kv_heads, groups, width).
+        """
+        if id(mask) not in self._layouts or inputs.softcap or inputs.sinks is not None:
             raise UnsupportedModelError(
                 f"{type(inputs.module).__name__} changes its mask or its scores, which exact mode "
                 "does not support"
             )
-        query, keys, values = inputs.query[0], inputs.key[0], inputs.value[0]
-        (heads, n, width), kv_heads = query.shape, keys.shape[0]
-        groups = heads // kv_heads
+        _, kv_heads, groups, width = output.shape
         queries = query.unflatten(0, (kv_heads, groups)).transpose(1, 2)
-        output = query.new_empty(n, kv_heads, groups, width)
-        for rows in self._layouts[id(inputs.mask)][1]:
-            last = rows.first_column + rows.visible.shape[1]
-            k, v = (x[:, rows.first_column : last] for x in (keys, values))
-            sums = _sums(queries[:, rows.first : rows.end], k[..., :width], v, rows, inputs.scale)
-            sums = sums[:, : (rows.end - rows.first) * groups].unflatten(1, (-1, groups))
-            place = output[rows.first : rows.end].transpose(0, 1)
-            torch.div(sums[..., :width], sums[..., width : width + 1], out=place)
-        return output.view(1, n, heads, width)
+        layout = self._layouts[id(mask)][1]
+        for rows in layout:
+            tokens = slice(rows.first, rows.end)
+            q, k, v = queries, keys[:, rows.columns, :width], values[:, rows.columns]
+            out = output.transpose(0, 1)
+            if len(layout) > 1:
+                q, out = q[:, tokens], out[:, tokens]
+            sums = _sums(q, k, v, rows, inputs.scale)
+            torch.div(sums[..., :width], sums[..., width : width + 1], out=out)
+
+
+class PackedExactContext:
+    """`Context` of several sequences, which attend one by one."""
+
+    def __init__(self, sequences: Sequence[ExactContext], cache: ExactCache) -> None:
+        self.sequences = sequences  # the context of each sequence, in the order of their rows
+        self.cache = cache  # of the same sequences
+        self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
+        self._masks: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
+        """A tensor that stands for the masks of all sequences."""
+        placeholder = self.positions.new_empty(1, 1, 1, 1)
+        masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
+        self._masks[id(placeholder)] = placeholder, masks
+        return placeholder
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend sequence by sequence; key and value cover the new rows alone.
+
+        Raises what `ExactContext.attend` raises.
+        """
+        query, place = inputs.query[0], id(inputs.mask)
+        output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
+        masks = self._masks[place][1] if place in self._masks else [None] * len(self.sequences)
+        first = 0
+        for sequence, columns, mask in zip(self.sequences, self.cache.columns, masks, strict=True):
+            block = slice(first, first + sequence.tokens)
+            keys, values = columns[self.cache.layer]
+            parts = query[:, block], keys[0], values[0], mask, output[block]
+            sequence.attend_to(inputs, *parts)
+            first = block.stop
+        return output.view(1, len(output), -1, query.shape[2])
+
+
+class ExactCache(TreeCache):
+    """Stores keys and values in float32, beside the ones that the arena has after them."""
+
+    columns: Sequence[Columns] = ()
+    """Of each sequence, once a layer has been updated."""
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `TreeCache.update` does it; rows that `ExactContext.repeat` adds are not stored."""
+        self.layer, width = layer_idx, key_states.shape[3]
+        states = key_states, value_states
+        if not self.columns:
+            self._reserve(widen(key_states[:, :, :1]), width)
+        if self._packed is None:
+            (n,) = self.rows
+            for storage, x in zip(self._new[layer_idx], states, strict=True):
+                storage.copy_(x if x.shape[2] == n else x[:, :, :n])
+            return self.columns[0][layer_idx]
+        wide = [x[0].float() for x in states]
+        for slab, rows, columns in self._packed.slabs:
+            for storage, x in zip(slab.layer(layer_idx), wide, strict=True):
+                x = x if rows is None else x.index_select(1, rows)
+                storage[..., :width].index_copy_(1, columns, x)
+        return key_states, value_states
+
+    def _reserve(self, like: Tensor, width: int) -> None:
+        """Reserve columns for stored keys like these, whose first `width` numbers are written."""
+        segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
+        if len(segments) > 1:
+            self._packed = PackedRows(segments, like)
+        else:
+            ((sequence, first, n),) = segments
+            sequence.reserve(like, like, first + n)
+            new = sequence.columns(first, first + n)
+            self._new = [(k[..., :width], v[..., :width]) for k, v in new]
+        self.columns = [x.columns(0, first + n) for x, first, n in segments]
+
+
+def _heads(query: Tensor, keys: Tensor) -> tuple[int, int, int]:
+    """Key heads, query heads of each, and the width, of (heads, n, width) queries."""
+    kv_heads = keys.shape[1]
+    return kv_heads, query.shape[0] // kv_heads, query.shape[2]
+
+
+def _consecutive_parts(
+    first: int, end: int, columns: slice, visible: Tensor | None, sizes: list[int] | None = None
+) -> Rows:
+    """Rows whose parts follow each other in the columns; None splits these at groups."""
+    count = columns.stop - columns.start
+    if sizes is None:
+        sizes = [min(GROUP, count - column) for column in range(0, count, GROUP)]
+    return Rows(first, end, columns, visible, [], sizes)
 
 
 def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Iterator[Part]:
@@ -181,7 +321,7 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
 
 
 def _sums(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
-    """(kv_heads, tokens * groups or more, columns of values) sums of the values, by row.
+    """(kv_heads, tokens, groups, columns of values) sums of the values, by row.
 
     The queries are (kv_heads, tokens, groups, width), the keys (kv_heads, columns, width) in
     float32. The values are (kv_heads, columns, more than width) in float32, with ones after the
@@ -190,26 +330,42 @@ def _sums(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: floa
     kv_heads, tokens, groups, width = queries.shape
     if (missing := MIN_COLUMNS - keys.shape[1]) > 0:
         keys = F.pad(keys, (0, 0, 0, missing))
-    count, wide = tokens * groups, values.shape[2]
-    mask = rows.mask(groups, wide)
-    padded = keys.new_zeros(kv_heads, len(mask), width)
-    padded[:, :count].unflatten(1, (tokens, groups)).copy_(queries)
+    padded, own, mask = rows.prepared(kv_heads, groups, width)
+    own.copy_(queries)
     weights = torch.baddbmm(mask[None], padded, keys.transpose(1, 2), alpha=scale)
     weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-    sums = values.new_zeros(kv_heads, len(mask), wide)
+    if rows.sizes is not None:
+        sums = _add_consecutive(weights, values, rows.sizes)
+    else:
+        sums = _add_parts(weights, values, rows, groups)
+    return sums[:, : tokens * groups].unflatten(1, (tokens, groups))
+
+
+def _add_consecutive(weights: Tensor, values: Tensor, sizes: list[int]) -> Tensor:
+    """(kv_heads, rows, columns of values) sums over parts that follow each other."""
+    if weights.shape[2] > values.shape[1]:  # padding
+        weights = weights[..., : values.shape[1]]
+    pairs = zip(weights.split(sizes, 2), values.split(sizes, 1), strict=True)
+    sums = torch.bmm(*next(pairs))
+    for p, v in pairs:
+        sums.baddbmm_(p, v)
+    return sums
+
+
+def _add_parts(weights: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
+    """(kv_heads, rows, columns of values) sums over parts with columns and rows of their own."""
+    sums = values.new_zeros(*weights.shape[:2], values.shape[2])
     for part in rows.parts:
         if isinstance(part.columns, slice):
             p, v = weights[:, :, part.columns], values[:, part.columns]
         else:
-            p, v = (
-                weights.index_select(2, part.columns),
-                values.index_select(1, part.columns),
-            )
-        first, end = ((x - rows.first) * groups for x in (part.first, part.end))
-        if end - first == count:
+            p = weights.index_select(2, part.columns)
+            v = values.index_select(1, part.columns)
+        if (part.first, part.end) == (rows.first, rows.end):
             sums.baddbmm_(p, v)
         else:
-            missing = _missing_rows(end - first, wide)
+            first, end = ((x - rows.first) * groups for x in (part.first, part.end))
+            missing = _missing_rows(end - first, values.shape[2])
             p, old = (F.pad(x[:, first:end], (0, 0, 0, missing)) for x in (p, sums))
             sums[:, first:end] = torch.baddbmm(old, p, v)[:, : end - first]
     return sums
@@ -223,14 +379,45 @@ def _missing_rows(count: int, width: int) -> int:
 def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows.
 
-    Raises an UnsupportedModelError if a module computes products in another way.
+    Passes of one token have two rows anyway; this is for the output head of a longer pass. Raises
+    an UnsupportedModelError if a module computes products in another way.
     """
+    for owner, name in _products(model):
+        setattr(owner, name, _padded(getattr(owner, name), least))
+
+
+def use_kernel_for_products(model: nn.Module) -> None:
+    """Let a Triton kernel compute the linear layers of a loaded model; see `triton_kernels`.
+
+    Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
+    results differ from PyTorch's.
+    """
+    from treeflash_cuda.triton_kernels.products import linear
+
+    random = torch.Generator().manual_seed(0)
+    for owner, name in _products(model):
+        product = getattr(owner, name)
+        parameters = (
+            product.keywords if isinstance(product, partial) else vars(owner)["_parameters"]
+        )
+        weight, bias = parameters["weight"], parameters["bias"]
+        x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
+        actual, expected = linear(x, weight, bias).float(), F.linear(x, weight, bias).float()
+        difference = float((actual - expected).square().mean().sqrt() / expected.std())
+        if not difference <= TOLERANCES[weight.dtype]:
+            raise UnsupportedModelError(
+                f"{INEXACT}: the results of the kernel for products differ by {difference:.2%}"
+            )
+        setattr(owner, name, partial(linear, weight=weight, bias=bias))
+
+
+def _products(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """The objects that compute products of a model, and the names of the functions that do it."""
     for name, module in model.named_modules():
         if isinstance(module, FusedPart):
-            fused = module.fused
-            fused.product = _padded(fused.product, least)
+            yield module.fused, "product"
         elif isinstance(module, nn.Linear | PackedLinear) and not is_subclass(module.weight):
-            setattr(module, "forward", _padded(module.forward, least))  # noqa: B010
+            yield module, "forward"
         elif not isinstance(module, nn.Embedding) and any(
             x.ndim > 1 for x in module.parameters(recurse=False)
         ):
@@ -262,10 +449,14 @@ def activations(model: nn.Module) -> Iterator[nn.Module]:
     return (x for x in model.modules() if type(x).__module__ in modules)
 
 
-def pack_activations(model: nn.Module) -> None:
-    """Let the activations of a loaded model read contiguous numbers."""
+def pack_activations(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the activations of a loaded model read contiguous numbers, where that matters.
+
+    In half precision all numbers tell whether it does.
+    """
     for module in activations(model):
-        module.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+        if dtype.itemsize > 2 or _depends_on_place(module, dtype):
+            module.register_forward_pre_hook(lambda _, x: tuple(part.contiguous() for part in x))
 
 
 def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
@@ -273,19 +464,25 @@ def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises an UnsupportedModelError if an activation depends on a number's place.
     """
-    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    numbers = numbers.view(dtype) if dtype.itemsize == 2 else numbers.to(dtype)
-    numbers = numbers[numbers.isfinite()]
     for module in {type(x): x for x in activations(model)}.values():
-        expected = module(numbers)
-        strided = module(torch.stack([numbers, numbers], 1)[:, 0])
-        shifted = [module(numbers[place:].clone()) for place in (1, 3, 7)]
-        if any(not torch.equal(x, expected[-len(x) :]) for x in (strided, *shifted)):
+        if _depends_on_place(module, dtype):
             raise UnsupportedModelError(
                 f"{INEXACT}: {type(module).__name__} depends on a number's place on this machine"
             )
 
 
+def _depends_on_place(module: nn.Module, dtype: torch.dtype) -> bool:
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = numbers.view(dtype) if dtype.itemsize == 2 else numbers.to(dtype)
+    numbers = numbers[numbers.isfinite()]
+    expected = module(numbers)
+    strided = module(torch.stack([numbers, numbers], 1)[:, 0])
+    shifted = [module(numbers[place:].clone()) for place in (1, 3, 7)]
+    return any(not torch.equal(x, expected[-len(x) :]) for x in (strided, *shifted))
+
+
+CHECKED_TOKENS = 4
+"""Rows on which the kernel for products is compared with PyTorch."""
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 
 
@@ -294,7 +491,7 @@ def check_products(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises an UnsupportedModelError if a product's rows depend on the number of rows.
     """
-    random = torch.Generator().manual_seed(0)
+    random, device = torch.Generator().manual_seed(0), next(model.parameters()).device
     products: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
         if isinstance(module, FusedPart):
@@ -302,7 +499,7 @@ def check_products(model: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(module, nn.Linear | PackedLinear):
             products[tuple(module.weight.shape)] = module.forward
     for (size, width), product in products.items():
-        x = torch.randn(1, CHECKED_ROWS[-1], width, generator=random).to(dtype)
+        x = torch.randn(1, CHECKED_ROWS[-1], width, generator=random).to(device, dtype)
         expected = product(x)
         for rows in CHECKED_ROWS:
             if not torch.equal(product(x[:, :rows]), expected[:, :rows]):

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig, RowTensors
+from treeflash.drafters.row_heads import (
+    MAX_PATHS,
+    NO_MARGINALS,
+    Experts,
+    RowConfig,
+    RowTensors,
+    refuse_assistant,
+)
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows
@@ -195,6 +202,7 @@ class RowModel(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: RowTensors[Tensor], target: Target) -> RowModel:
         config = tensors.config
+        refuse_assistant(config, "cuda")
         weights = {
             name: weight.float() + config.norm_offset if name.endswith("norm.weight") else weight
             for name, weight in tensors.weights.items()

@@ -41,18 +41,23 @@ from treeflash_cuda.attention import (
     AttentionContext,
     AttentionInputs,
     Context,
+    PackedContext,
     attention_context,
     capture_output,
     is_attending,
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
 from treeflash_cuda.exact import (
+    LINEAR_ROWS,
+    ExactCache,
     ExactContext,
+    PackedExactContext,
     check_activations,
     check_attention,
     check_products,
     pack_activations,
     pad_products,
+    use_kernel_for_products,
 )
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import (
@@ -64,7 +69,7 @@ from treeflash_cuda.hybrid import (
     StateLayout,
     hook_recurrent_layers,
 )
-from treeflash_cuda.kernels import Kernels
+from treeflash_cuda.kernels import ChunkKernels, Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
@@ -478,23 +483,33 @@ class Target:
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises a ConfigError if the target attends with kernels, and an UnsupportedModelError if a
-        layer cannot be computed in this way, or has other bits on this machine.
+        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
+        on this machine.
         """
-        if self.operations is not None:
-            raise ConfigError("exact mode needs device cpu, without kernels")
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
-        pad_products(self.model)
-        pack_activations(self.model)
+        if self.operations is not None:
+            if self.operations.fallbacks:
+                raise UnsupportedModelError(f"{INEXACT}: {self.operations.fallbacks[0]}")
+            self.kernels = ChunkKernels(self.operations)
         with torch.inference_mode():
+            if self.operations is not None:
+                use_kernel_for_products(self.model)
+            else:
+                pad_products(self.model)
+                pack_activations(self.model, self.dtype)
+                check_activations(self.model, self.dtype)
+                assert self.arena.like is not None
+                _, kv_heads, _, width = self.arena.like.shape
+                check_attention(self.config.num_attention_heads, kv_heads, width)
+                self.arena = self.arena.widened()
             check_products(self.model, self.dtype)
-            check_activations(self.model, self.dtype)
-            assert self.arena.like is not None
-            _, kv_heads, _, width = self.arena.like.shape
-            check_attention(self.config.num_attention_heads, kv_heads, width)
-        self.arena = self.arena.widened()
         self.is_exact = True
+
+    @property
+    def sums_by_position(self) -> bool:
+        """Whether attention runs in an `ExactContext`: in exact mode without kernels."""
+        return self.is_exact and self.operations is None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -579,9 +594,15 @@ class Target:
         self, committed: int, positions: Tensor, ancestors: Tensor | None
     ) -> AttentionContext:
         """The context of a block of tokens of one sequence; see `AttentionContext`."""
-        if self.is_exact:
+        if self.sums_by_position:
             return ExactContext(committed, positions, ancestors)
         return AttentionContext(committed, positions, ancestors, self.kernels)
+
+    def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
+        """The context of several sequences, from the result of `context` for each."""
+        if isinstance(cache, ExactCache):
+            return PackedExactContext(contexts, cache)
+        return PackedContext(contexts, cache)
 
     def new_recurrent_states(self) -> RecurrentStates | None:
         """The recurrent states of an empty sequence; None if the model has none."""
@@ -593,7 +614,8 @@ class Target:
         """The cache of a forward pass over trees, which have ancestors, and next tokens."""
         kv_caches = [state.kv_cache for state, _ in rows]
         if not self.is_hybrid:
-            return TreeCache(kv_caches, [len(tokens) for _, tokens in rows])
+            cache = ExactCache if self.sums_by_position else TreeCache
+            return cache(kv_caches, [len(tokens) for _, tokens in rows])
         parts, first = [], 0
         for (state, tokens), mask in zip(rows, ancestors, strict=True):
             assert state.recurrent is not None
@@ -610,6 +632,10 @@ class Target:
         Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
         indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
+        rows = len(token_ids)
+        if isinstance(context, ExactContext) and rows < LINEAR_ROWS:
+            context.repeat(LINEAR_ROWS)
+            token_ids = token_ids.repeat(LINEAR_ROWS)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(
@@ -619,7 +645,7 @@ class Target:
                 logits_to_keep=logits_to_keep,
                 **{self.cache_argument: cache},
             )
-        return output.logits[0], {i: x[0].to(self.device) for i, x in outputs.items()}
+        return output.logits[0, :rows], {i: x[0].to(self.device) for i, x in outputs.items()}
 
 
 class _CountingContext(AttentionContext):

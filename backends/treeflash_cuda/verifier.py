@@ -17,7 +17,7 @@ from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.attention import AttentionContext, PackedContext, TreeContext
+from treeflash_cuda.attention import AttentionContext, TreeContext
 from treeflash_cuda.cache import Region, Slab, SlabCache
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
@@ -231,6 +231,8 @@ class Verifier:
             for trees in passes.values():
                 results |= zip(trees, self.trees.run(list(trees.values())), strict=True)
         except UnsupportedModelError as error:
+            if self.target.is_exact:
+                raise
             self._has_tree_pass = False
             warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
             others = dict(enumerate(rows))
@@ -277,7 +279,7 @@ class Verifier:
             logits_to_keep = next(uploaded).long()
         logits, outputs = self.target.forward(
             torch.cat(token_ids),
-            PackedContext(contexts, cache) if len(contexts) > 1 else contexts[0],
+            self.target.packed_context(contexts, cache) if len(contexts) > 1 else contexts[0],
             cache,
             logits_to_keep=logits_to_keep,
         )

@@ -33,6 +33,8 @@ from treeflash_mlx.hybrid import (
 from treeflash_mlx.metal_kernels import uses_kernels
 from treeflash_mlx.metal_kernels.attention import (
     MAX_NODES,
+    Nodes,
+    Shape,
     ancestor_words,
     runs_shape,
     tree_attention,
@@ -104,20 +106,24 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
-        if first == 0 and (window is None or window >= self.columns):
-            return self.whole_mask
-        return self._mask(window, first)
+        if first == 0 and window is not None and window >= self.columns:
+            window = None
+        if (window, first) not in self.masks:
+            self.masks[window, first] = self._mask(window, first)
+        return self.masks[window, first]
 
     @cached_property
-    def whole_mask(self) -> mx.array:
-        """The mask of layers without a window, which is one array for all of them."""
-        return self._mask(None, 0)
+    def masks(self) -> dict[tuple[int | None, int], mx.array]:
+        """The masks that layers have got, by window and first column: one for equal layers."""
+        return {}
 
     @cached_property
-    def words(self) -> mx.array | None:
-        """The ancestors as `tree_attention` takes them; None where there are no kernels."""
-        small = self.ancestors.shape[2] <= MAX_NODES
-        return ancestor_words(self.ancestors) if small and uses_kernels() else None
+    def nodes(self) -> Nodes | None:
+        """The nodes as `tree_attention` takes them; None where there are no kernels."""
+        if self.ancestors.shape[2] > MAX_NODES or not uses_kernels():
+            return None
+        words = ancestor_words(self.ancestors)
+        return Nodes(words, self.positions, self.starts, self.columns)
 
     def _mask(self, window: int | None, first: int) -> mx.array:
         batch, n = self.positions.shape
@@ -260,18 +266,19 @@ class TreeHooks:
 def attend(
     tree: TreePass,
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: mx.array | Sequence[mx.array],
+    values: mx.array | Sequence[mx.array],
     cache: object,
     scale: float,
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> Any:
     """Attention by the Metal kernel, or as `fold_group` does; NotImplemented for mlx-lm's own."""
-    if sinks is not None or not isinstance(keys, mx.array):
-        return NotImplemented  # the keys are quantised
-    if (found := _attend_by_kernel(tree, queries, keys, values, scale, mask)) is not None:
+    k, v = ((x,) if isinstance(x, mx.array) else x for x in (keys, values))
+    if (found := _attend_by_kernel(tree, queries, k, v, cache, scale, mask, sinks)) is not None:
         return found
+    if sinks is not None or not (isinstance(keys, mx.array) and isinstance(values, mx.array)):
+        return NotImplemented
     _, heads, nodes, width = queries.shape
     on_gpu = mx.default_device().type == mx.gpu
     if not on_gpu or width <= MAX_FUSED_WIDTH or nodes <= FEW_ROWS or heads == keys.shape[1]:
@@ -304,25 +311,39 @@ def fold_group(
 def _attend_by_kernel(
     tree: TreePass,
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: Sequence[mx.array],
+    values: Sequence[mx.array],
+    cache: object,
     scale: float,
     mask: mx.array | None,
+    sinks: mx.array | None,
 ) -> mx.array | None:
     """Attention by the Metal kernel; None where it does not run or win.
 
-    Only with the mask that the pass has for layers without a window: models may change a mask.
+    Keys and values are one array each, or the three parts of quantised ones. The kernel runs only
+    with a mask that the pass has made: models may change a mask.
     """
-    if tree.words is None or mask is not tree.whole_mask or keys.shape != values.shape:
+    bounds = next((x for x, made in tree.masks.items() if made is mask), None)
+    if tree.nodes is None or bounds is None:
+        return None
+    bits = getattr(cache, "bits", 0) if len(keys) > 1 else 0
+    if [x.shape for x in keys] != [x.shape for x in values] or (bits and sinks is not None):
         return None
     _, heads, nodes, width = queries.shape
-    dtypes = {queries.dtype, keys.dtype, values.dtype}
-    if len(dtypes) > 1 or width != keys.shape[3] or not runs_shape(width, nodes):
+    key_heads, columns, stored = keys[0].shape[1:]
+    dtypes = {x.dtype for x in (queries, *keys[bits > 0 :], *values[bits > 0 :])}
+    if len(dtypes) > 1 or not runs_shape(width, nodes) or columns != tree.columns - bounds[1]:
         return None
-    if tree.columns < winning_columns(heads, keys.shape[1], width, queries.dtype):
+    if width != (stored * 32 // bits if bits else stored):
         return None
+    group_size = width // keys[1].shape[3] if bits else 0
+    shape = Shape(heads, key_heads, width, queries.dtype, bits, group_size)
+    if columns < winning_columns(shape):
+        return None
+    window, first = bounds
+    arrays = queries, keys, values
     return tree_attention(
-        *(queries, keys, values, tree.words, tree.positions, tree.starts), scale, tree.columns
+        *arrays, tree.nodes, scale, window=window, first=first, sinks=sinks, bits=bits
     )
 
 

@@ -27,6 +27,8 @@ from treeflash.drafters.row_heads import (
     refuse_window,
 )
 from treeflash.errors import ConfigError
+from treeflash_mlx import metal_kernels
+from treeflash_mlx.assistant import AssistantDrafter, AssistantHead, AssistantModel
 from treeflash_mlx.cache import KVCache, allocated_columns, size_class
 from treeflash_mlx.device import (
     available_bytes,
@@ -52,7 +54,7 @@ from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
 
-Model: TypeAlias = DrafterModel | RowModel
+Model: TypeAlias = DrafterModel | RowModel | AssistantModel
 Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -78,7 +80,9 @@ class MlxBackend(BaseBackend):
         super().__init__(target, drafter_model, head)
         self.verifier = Verifier(target, drafter_model)
         self.drafter: Drafter | RowDrafter | None = None
-        if isinstance(drafter_model, RowModel):
+        if isinstance(drafter_model, AssistantModel):
+            self.drafter = AssistantDrafter(drafter_model, target)
+        elif isinstance(drafter_model, RowModel):
             self.drafter = RowDrafter(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
@@ -128,6 +132,7 @@ class MlxBackend(BaseBackend):
             available_bytes=available_bytes(),
             weights_bytes=self.weights_bytes,
             batches=self.target.batches,
+            kernels=metal_kernels.VERDICTS,
         )
 
     def memory_bytes(self) -> int:
@@ -148,7 +153,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         warn_of_tf32()
 
     def make_backend(drafter_model: Model | None, head: Head | None) -> MlxBackend:
-        if isinstance(drafter_model, RowModel):
+        if isinstance(drafter_model, RowModel | AssistantModel):
             refuse_window(config)
         module = head.module if isinstance(head, ARHead | RecurrentHead) else None
         choose_products(model.model, drafter_model, module)
@@ -193,7 +198,12 @@ def warm_up(backend: MlxBackend) -> None:
 
 def check_config(config: LoadConfig) -> None:
     """Raise a ConfigError for settings that this backend lacks."""
-    for option in ("compile", "device_map", "exact"):
+    if config.exact:
+        raise ConfigError(
+            "exact is supported only by the cuda backend: in Metal's kernels a row's bits depend "
+            "on the rows beside it"
+        )
+    for option in ("compile", "device_map"):
         if getattr(config, option):
             raise ConfigError(f"{option} is supported only by the cuda backend")
     if config.kv_bits not in (None, *KV_BITS):
@@ -250,6 +260,8 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     target.check_drafting()
     if (row_format := find_row_format(folder)) is not None:
         rows = load_row_head(folder, row_format, target, bits)
+        if isinstance(rows, AssistantModel):
+            return rows, AssistantHead(rows, target)
         return rows, RowHead(rows, target)
     tensors = load_tensors(
         folder,
@@ -261,6 +273,10 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     config = tensors.config
     target.capture(config.target_layer_ids)
     model = DrafterModel(config, OwnVocabulary(tensors.vocabulary, target))
+    if offset := config.norm_offset:  # in float32, where adding it rounds nothing
+        for name, weight in tensors.backbone.items():
+            if name.endswith("norm.weight"):
+                tensors.backbone[name] = weight.astype(mx.float32) + offset
     _fill(model, tensors.backbone, target.dtype, bits)
     if config.head is None:
         return model, None
@@ -275,7 +291,7 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
 
 def load_row_head(
     folder: Path, row_format: RowFormat, target: Target, bits: int | None
-) -> RowModel:
+) -> RowModel | AssistantModel:
     """Read the row head of a folder; see `load_row_tensors`."""
 
     def read(path: Path, names: Collection[str]) -> dict[str, mx.array]:
@@ -293,7 +309,12 @@ def load_row_head(
     )
     config = tensors.config
     target.capture(config.target_layer_ids)
-    model = RowModel(config, OwnVocabulary(tensors.vocabulary, target))
+    own = OwnVocabulary(tensors.vocabulary, target)
+    if config.assistant is not None:
+        assistant = AssistantModel(config, config.assistant, own, target)
+        _fill(assistant, tensors.weights, target.dtype, bits)
+        return assistant
+    model = RowModel(config, own)
     weights = {
         f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
         for name, weight in tensors.weights.items()

@@ -14,6 +14,7 @@ import mlx.core as mx
 from treeflash.decoding.interfaces import SAFE_SHARE
 from treeflash.errors import BackendError
 from treeflash_mlx import TF32_MAY_BE_ON
+from treeflash_mlx.metal_kernels import uses_kernels
 
 GIB = 1 << 30
 CACHE_BYTES = GIB
@@ -98,6 +99,8 @@ def device_facts() -> dict[str, str]:
         facts["for the GPU"] = f"{available / GIB:.1f} GiB"
         limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
         facts["wired limit"] = "set by macOS" if limit in ("", "0") else f"{limit} MiB"
+        if not uses_kernels():
+            facts["kernels"] = "MLX's alone, treeflash's are not tried on this GPU"
     return facts
 
 

@@ -29,6 +29,7 @@ class Attention(nn.Module):
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
         self.q_proj = nn.Linear(h, q, bias=bias)
+        self.gate_proj = nn.Linear(h, q, bias=bias) if config.gated else None
         self.k_proj = nn.Linear(h, kv, bias=bias)
         self.v_proj = nn.Linear(h, kv, bias=bias)
         self.o_proj = nn.Linear(q, h, bias=bias)
@@ -155,6 +156,8 @@ class Layer(nn.Module):
         attention = self.self_attn
         queries = attention.queries(y, block_positions)
         out = attend(queries, *attention.keys_and_values(rows, row_positions))
+        if attention.gate_proj is not None:
+            out = out * mx.sigmoid(attention.gate_proj(y))
         x = x + after(attention.o_proj(out))
         y = self.post_attention_layernorm(x)
         before, after = self.mlp_conv(y) if self.mlp_conv else (_identity, _identity)

@@ -252,8 +252,8 @@ def choose_solver() -> Solver:
     Raises an UnsupportedModelError if no solver is correct.
     """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
-        what = "recurrent layers"
-        if choose(what, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
+        what, of = "recurrent layers", ("substitution", "all sizes")
+        if choose(what, *of, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
             return solve_by_substitution
     if not (error := solver_error(solve_by_rounds)) <= MAX_SOLVER_ERROR:
         raise UnsupportedModelError(
@@ -395,8 +395,10 @@ def delta_kernel_wins(
 
         return call
 
+    what = "gated delta nets on trees"
+    shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
     race = link(by_kernel), link(by_operations), state
-    return choose("gated delta nets on trees", error, ROUNDING[dtype], *race)
+    return choose(what, shape, f"{n} nodes", error, ROUNDING[dtype], *race)
 
 
 def ssm_update(

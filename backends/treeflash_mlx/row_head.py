@@ -248,18 +248,19 @@ class RowCache(KVCache):
 class RowBlock:
     """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
-    The sequence has `length` rows, the root's last.
+    The sequence has `length` rows, the root's last. The cache is the sequence's, or with Gemma 4's
+    assistant the target's.
     """
 
     root: int
     output: mx.array
-    cache: RowCache
+    cache: KVCache
     length: int
     depths: int
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class Rows:
     """The rows of one depth of all sequences, n of each: (sequences * n, hidden_size) outputs.
 
     (sequences, n, c) `visible` says which of the c drafted rows so far each row sees.
@@ -333,7 +334,7 @@ class RowDrafter:
         raise ConfigError(NO_MARGINALS)
 
 
-def write(segments: Sequence[tuple[RowCache, int, int]], k: mx.array, v: mx.array) -> None:
+def write(segments: Sequence[tuple[KVCache, int, int]], k: mx.array, v: mx.array) -> None:
     """Write the rows of several sequences: each cache, its first column and its number of rows."""
     row = 0
     for cache, first, n in segments:
@@ -345,7 +346,7 @@ def write(segments: Sequence[tuple[RowCache, int, int]], k: mx.array, v: mx.arra
 def attend(
     config: RowConfig,
     queries: mx.array,
-    caches: Sequence[RowCache],
+    caches: Sequence[KVCache],
     ends: Sequence[int],
     visible: mx.array | None,
 ) -> mx.array:
@@ -434,18 +435,18 @@ class RowHead:
         logits = self.output.logits(self.model.norm(mx.concatenate(outputs)))
         return np.array(self.output.over_target_vocabulary(log_softmax(logits)))
 
-    def _start(self, blocks: Sequence[RowBlock]) -> _Rows:
+    def _start(self, blocks: Sequence[RowBlock]) -> Rows:
         outputs = mx.concatenate([block.output for block in blocks])
-        return _Rows(outputs, mx.zeros((len(blocks), 1, 0), mx.bool_))
+        return Rows(outputs, mx.zeros((len(blocks), 1, 0), mx.bool_))
 
     def _step(
         self,
         blocks: Sequence[RowBlock],
-        rows: _Rows,
+        rows: Rows,
         depth: int,
         tokens: mx.array,
         parents: mx.array,
-    ) -> _Rows:
+    ) -> Rows:
         """The rows of (sequences, n) tokens, which follow rows of the depth before.
 
         `parents` are (sequences, n) indices of these rows in each sequence.
@@ -466,4 +467,4 @@ class RowHead:
         itself = mx.broadcast_to(mx.eye(n, dtype=mx.bool_), (batch, n, n))
         visible = mx.concatenate([ancestors, itself], 2)
         attended = attend(model.config, q, caches, [start + n for start in starts], visible)
-        return _Rows(model.finish(attended, gate, residual), visible)
+        return Rows(model.finish(attended, gate, residual), visible)

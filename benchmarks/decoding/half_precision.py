@@ -11,7 +11,7 @@ gap between the top two logits of plain decoding there, and the spacing of float
 that size. The records of a case are kept in the file `--texts`, and a later run goes on after them.
 
 The second command decodes each prompt with and without exact mode in turn, plainly and with the
-budget `auto`.
+budget `auto`, for each number of sequences at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from operator import ne
@@ -170,7 +171,10 @@ def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, floa
 
 
 def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
-    """Per set, tokens per second without and with exact mode, which take turns by prompt."""
+    """Tokens per second without and with exact mode, for each set, method and number of sequences.
+
+    They take turns by prompt, or by as many prompts as are decoded at once.
+    """
     models = [
         load_model(argparse.Namespace(**{**vars(args), "dtype": dtype, "exact": exact}))
         for exact in (False, True)
@@ -178,17 +182,22 @@ def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
     methods = ("ar", models[0].best_method)
     for path in args.prompts:
         prompts = [encode(models[0].tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
-        for method in methods:
+        for method, parallel in product(methods, args.parallel):
             tokens, seconds = np.zeros(2), np.zeros(2)
-            for number, prompt in enumerate(track(prompts, f"{path.stem}, {method}")):
+            options = {"method": method, "max_tokens": args.max_tokens, "parallel": parallel}
+            starts = range(0, len(prompts), parallel)
+            for number, start in enumerate(track(starts, f"{path.stem}, {method}, {parallel}")):
                 for i in (0, 1) if number % 2 else (1, 0):
-                    text = models[i].generate(prompt, method=method, max_tokens=args.max_tokens)
-                    tokens[i] += len(text.token_ids)
-                    seconds[i] += sum(text.seconds.values())
+                    started = time.perf_counter()
+                    part = prompts[start : start + parallel]
+                    texts = list(models[i].generate_many(part, **options))
+                    seconds[i] += time.perf_counter() - started
+                    tokens[i] += sum(len(text.token_ids) for _, text in texts)
             plain, exact = (tokens / seconds).tolist()
             yield {
-                **{"dtype": dtype, "set": path.stem, "method": method, "prompts": len(prompts)},
-                **{"tokens_per_s": plain, "exact_tokens_per_s": exact, "ratio": exact / plain},
+                **{"dtype": dtype, "set": path.stem, "method": method, "parallel": parallel},
+                **{"prompts": len(prompts), "tokens_per_s": plain, "exact_tokens_per_s": exact},
+                "ratio": exact / plain,
             }
 
 
@@ -209,9 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype in args.dtypes:
         if args.speed:
             found = list(compare_speeds(args, dtype))
-            for method in {row["method"]: None for row in found}:
-                same = [row for row in found if row["method"] == method]
-                found.append(mean_row(same, {"dtype": dtype, "method": method}, ["ratio"]))
+            for method, parallel in dict.fromkeys((x["method"], x["parallel"]) for x in found):
+                case = {"dtype": dtype, "method": method, "parallel": parallel}
+                means = mean_row(found, case, ["tokens_per_s", "exact_tokens_per_s", "ratio"])
+                found.append({key: means[key] for key in found[0]})
             rows += found
             continue
         model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))

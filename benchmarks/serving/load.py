@@ -1,10 +1,13 @@
 """The server under load: clients that ask, disconnect, and send invalid requests.
 
     python -m benchmarks.serving.load --seconds 600 --clients 32
+    python -m benchmarks.serving.load --seconds 600 --clients 32 --exact
 
 No answer may be lost, mixed up or different: every finished answer is compared with the answer of
 the Python API to the same question and seed, in float32. It may differ only where rounding explains
-it; see `near_ties`. The results are printed as a JSON object.
+it; see `near_ties`. With `--exact` the server runs in bfloat16 and exact mode on the CPU, some
+prompts are so long that they run in chunks, and every answer must be the one of plain decoding. The
+results are printed as a JSON object.
 """
 
 from __future__ import annotations
@@ -17,18 +20,29 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
 import treeflash
 from benchmarks.serving.near_ties import Judge
-from benchmarks.serving.servers import Job, Server, jobs, percentiles, resident_bytes, server
+from benchmarks.serving.servers import (
+    QUESTIONS,
+    Job,
+    Server,
+    jobs,
+    percentiles,
+    resident_bytes,
+    server,
+)
 
 PATH = "/v1/chat/completions"
-KINDS = ("stream", "stream", "stream", "whole", "whole", "leave", "leave", "wrong", "long", "none")
-WRONG = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
+KINDS = (*["stream"] * 3, *["whole"] * 2, *["leave"] * 2, "invalid", "long", "none")
+LONG = " ".join(QUESTIONS * 4)
+"""More tokens than a chunk of a prompt has while other sequences are decoded."""
+EXACT: dict[str, Any] = {"backend": "cuda", "device": "cpu", "dtype": "bfloat16"}
+INVALID = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
 
 
 @dataclass
@@ -66,9 +80,9 @@ async def client(
             whole = response.json()
             text = whole["choices"][0]["message"]["content"]
             observed.answers.append((job, text, whole["usage"]["completion_tokens"]))
-        elif kind == "wrong":
+        elif kind == "invalid":
             headers = {"Content-Type": "application/json"}
-            response = await http.post(PATH, content=rng.choice(WRONG), headers=headers)
+            response = await http.post(PATH, content=rng.choice(INVALID), headers=headers)
             expect(response, 400)
         elif kind == "long":
             expect(await http.post(PATH, json=Job("word " * 20000, 4).body), 400)
@@ -166,18 +180,34 @@ def compare(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
     return comparison
 
 
+def compare_exactly(answers: Sequence[tuple[Job, str, int]]) -> Comparison:
+    """Compare each answer with plain decoding in exact mode, which must give the same tokens."""
+    model, comparison = treeflash.load(exact=True, **EXACT), Comparison(rounding=0.0)
+    for (job, text, tokens), times in Counter(answers).items():
+        messages = [{"role": "user", "content": job.question}]
+        plain = model.generate(messages, method="ar", **job.options)
+        if (plain.text, len(plain.token_ids)) != (text, tokens):
+            comparison.different += [f"{job}: {text!r}"] * times
+    return comparison
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the load, print the report, and return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=600, help="(default: 600)")
     parser.add_argument("--clients", type=int, default=32, help="(default: 32)")
     parser.add_argument("--jobs", type=int, default=24, help="questions with seeds (default: 24)")
+    parser.add_argument("--exact", action="store_true", help="bfloat16 in exact mode")
     args = parser.parse_args(argv)
-    with server("--dtype", "float32") as running:
-        observed = asyncio.run(load(running, args.clients, args.seconds, jobs(args.jobs)))
+    pool, options = jobs(args.jobs), ["--dtype", "float32"]
+    if args.exact:
+        pool += [replace(job, question=f"{LONG} {job.question}") for job in pool[::4]]
+        options = ["--exact", *(x for name, value in EXACT.items() for x in (f"--{name}", value))]
+    with server(*options) as running:
+        observed = asyncio.run(load(running, args.clients, args.seconds, pool))
         log = running.log.read_text()
     third = len(observed.memory) // 3
-    comparison = compare(observed.answers)
+    comparison = (compare_exactly if args.exact else compare)(observed.answers)
     report: dict[str, Any] = {
         "clients": args.clients,
         "seconds": args.seconds,

@@ -454,7 +454,14 @@ def test_invalid_input_prints_one_line_and_exits_with_2(
     assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1, "prompt": "x"}\n'
 
 
-@pytest.mark.parametrize("prompt", ["", "x" * 500, "\udce9"])
+@pytest.mark.parametrize("arguments", [[" \n"], ["--n", "0", "hi"]])
+def test_what_the_command_line_tells_is_refused_before_loading(run, monkeypatch, arguments):
+    monkeypatch.setattr(generate.cli, "load_model", lambda *args: pytest.fail("loaded"))
+    code, _, err = run(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "x" * 500, "\udce9"])
 def test_invalid_prompts_print_one_line(use, run, scripted, prompt):
     use(scripted(SHORT_TEXT))
     code, out, err = run(prompt)

@@ -55,6 +55,21 @@ def test_a_comparison_runs(name, module, pair, tmp_path):
     assert {row["method"] for row in results["skipped"]} <= {"assisted"}
 
 
+def test_the_speed_of_exact_mode_is_measured(module, pair, tmp_path):
+    file = tmp_path / "out.json"
+    options = ["--speed", "--dtypes", "bfloat16", "--parallel", "1,2", "--limit", "2"]
+    options += ["--max-tokens", "4", "--json", str(file)]
+    assert module("decoding.half_precision").main([*pair, *options]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["set"], row["method"], row["parallel"]) for row in rows} == {
+        (name, method, parallel)
+        for name in ("a", "mean")
+        for method in ("ar", "treeflash")
+        for parallel in (1, 2)
+    }
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 def test_the_ablation_resumes(module, tmp_path, capsys, monkeypatch):
     require("accelerate")
     ablation = module("ablation")

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from treeflash_cuda import exact
+from treeflash_cuda import exact, linear
 from treeflash_cuda.backend import load
+from treeflash_cuda.operations import Operations
 
 VOCAB_SIZE = 24
 WINDOWS = {
@@ -134,17 +135,18 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
     monkeypatch.setattr("treeflash_cuda.target.check_products", lambda *_: None)
+    monkeypatch.setattr("treeflash_cuda.target.LINEAR_ROWS", 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
 
 
 def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
-    def by_column(self, visible, columns, start):
-        middle = (start + len(columns)) // 2
-        yield exact.Part(0, len(visible), slice(start, middle))
-        yield exact.Part(0, len(visible), slice(middle, len(columns)))
+    def by_column(self, place, visible, columns):
+        middle = len(columns) // 2
+        sizes = [middle, len(columns) - middle]
+        return exact.Rows(0, self.tokens, place, visible, [], sizes)
 
-    monkeypatch.setattr(exact.ExactContext, "_tree_parts", by_column)
+    monkeypatch.setattr(exact.ExactContext, "_tree_rows", by_column)
     with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):
         load_exact(write(tmp_path))
 
@@ -156,8 +158,9 @@ def test_activations_do_not_depend_on_the_place_of_a_number(dtype, name):
     if name != "silu":
         with pytest.raises(UnsupportedModelError, match="depends on a number"):
             exact.check_activations(model, dtype)
-    exact.pack_activations(model)
+    exact.pack_activations(model, dtype)
     exact.check_activations(model, dtype)
+    assert bool(model[0]._forward_pre_hooks) == (name != "silu")
 
 
 def test_gelu_is_exact(tmp_path):
@@ -175,6 +178,50 @@ def test_other_operations_compute_each_row_by_itself():
         assert torch.equal(torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-6), norm[:, :n])
         assert torch.equal(angles[:n].clone().cos(), angles.cos()[:n])
         assert torch.equal(part.clone().neg().exp(), x.neg().exp()[:, :n])
+
+
+def test_one_token_has_two_rows_and_one_column(tmp_path):
+    backend = load_exact(write(tmp_path))
+    rows = []
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
+    with SequenceSession(backend) as sequence:
+        sequence.extend([3, 4, 5])
+        assert len(sequence.logits(DraftTree.root_only(3))) == 1
+        sequence.commit(np.zeros(1, np.int32))
+        assert sequence.state.kv_cache.length == sequence.state.length == 4
+    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 2)]
+
+
+def test_kernels_are_exact(tmp_path, monkeypatch):
+    """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
+    require("triton")
+    import triton_interpreter  # noqa: F401 - repairs it
+    from treeflash_cuda.triton_kernels import attention, layers
+
+    kernels = Operations(
+        attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+    )
+    fallback = Operations(fallbacks=("tree_attention runs in PyTorch: ptxas is missing",))
+    write_target(tmp_path, "llama", seed=1, vocab_size=VOCAB_SIZE, layers=1)
+    monkeypatch.setattr(linear, "can_pack", lambda _: False)
+    # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
+    monkeypatch.setattr(attention, "MAX_TILE", 16)
+    monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIXES", (12,))
+    monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
+    monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
+    for operations, dtype, message in (
+        (kernels, "bfloat16", None),
+        (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
+        (fallback, "bfloat16", "tree_attention runs in PyTorch: ptxas is missing"),
+    ):
+        monkeypatch.setattr(
+            "treeflash_cuda.backend.load_target_operations", lambda _, x=operations: x
+        )
+        if message is None:
+            assert load_exact(tmp_path, dtype).inexact is None
+        else:
+            with pytest.raises(UnsupportedModelError, match=message):
+                load_exact(tmp_path, dtype)
 
 
 @pytest.mark.parametrize(

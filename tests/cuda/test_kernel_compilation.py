@@ -14,7 +14,14 @@ require("torch")
 require("triton")
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"shared_positions", "own_positions", "rms_norm", "gated", "rotate_and_store"}
+KERNELS = {
+    "shared_positions",
+    "own_positions",
+    "rms_norm",
+    "gated",
+    "rotate_and_store",
+    "linear",
+}
 PAIRS = [
     *((capability, "qwen3-8b") for capability in (80, 90, 100, 120)),
     (120, "gemma-2-9b"),

@@ -13,7 +13,7 @@ from treeflash.drafters.formats import drafter_config
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.training.config import TrainConfig, trained_head_name
 from treeflash.training.distillation import Response, respond
 
@@ -163,6 +163,25 @@ def test_dropped_responses_are_counted(target, responses, tmp_path):
 def test_a_target_is_not_an_initial_drafter(target, responses, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         run(target, responses, tmp_path, replace(TINY, init=str(target)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "part"),
+    [
+        ("Lfm2DSparkDraftModel", {"rope_is_neox_style": False}, "interleaved rotary embeddings"),
+        ("Qwen35DSparkModel", {"enable_qwen35_gated_q_proj": True}, "gated queries"),
+    ],
+)
+def test_channels_in_another_order_are_not_trained(
+    architecture, settings, part, target, responses, tmp_path
+):
+    """They would be written in the order in which they were loaded."""
+    run(target, responses, tmp_path / "first", replace(TINY, head="markov", steps=1))
+    settings = {"architectures": [architecture], **settings}
+    edit_config(tmp_path / "first", lambda config: config.update(settings))
+    config = replace(TINY, head_size=None, head="markov", init=str(tmp_path / "first"))
+    with pytest.raises(ConfigError, match=f"training does not support .* has {part}"):
+        run(target, responses, tmp_path / "second", config)
 
 
 def test_responses_of_another_vocabulary_are_refused(target, tmp_path):

@@ -13,11 +13,12 @@ require("torch")
 require("triton")
 
 import torch
+import torch.nn.functional as F
 import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
 from treeflash_cuda.operations import CHECKS, TOLERANCES, Numbers, Operations, Shapes, checked
-from treeflash_cuda.triton_kernels import attention, layers
+from treeflash_cuda.triton_kernels import attention, layers, products
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
@@ -135,6 +136,22 @@ def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
         found = rotate(slice(row, row + 1))
         assert torch.equal(found[0][0], rotated[row])
         assert torch.equal(found[1][:, :, 0], columns[:, :, row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(dtype):
+    """Rows do not depend on their number or place, and PyTorch computes the same numbers."""
+    numbers = Numbers(CPU, dtype)
+    x, weight, bias = numbers.draw(35, 100), numbers.draw(90, 100), numbers.draw(90)
+    for shift in (None, bias):
+        found = products.linear(x, weight, shift)
+        assert worst_row(found, F.linear(x, weight, shift)) < TOLERANCES[dtype]
+        for first, end in ((0, 1), (34, 35), (3, 20), (17, 19)):
+            assert torch.equal(products.linear(x[first:end], weight, shift), found[first:end])
+    strided = numbers.draw(2, 3, 200)[..., :100]
+    assert torch.equal(
+        products.linear(strided, weight)[1, 2], products.linear(strided[1, 2], weight)
+    )
 
 
 def faulty(module, tmp_path, right, wrong):

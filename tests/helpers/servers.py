@@ -89,14 +89,19 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 
 
 class Gate:
-    """Lets an engine run as many iterations as a test allows."""
+    """Lets an engine run as many iterations as a test allows, and all after the `with` block.
+
+    An engine that stayed shut after a failed test would never end.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.iterations = 0
         self.engine = engine
         self._permits = threading.Semaphore(0)
         self._open = False
-        step = engine._scheduler.step
+
+    def __enter__(self) -> Gate:
+        step = self.engine._scheduler.step
 
         def gated():
             if not self._open:
@@ -104,7 +109,11 @@ class Gate:
             self.iterations += 1
             return step()
 
-        engine._scheduler.step = gated
+        self.engine._scheduler.step = gated
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.open()
 
     def allow(self, iterations: int) -> None:
         """Allow some iterations, and wait until they have run."""

@@ -185,9 +185,12 @@ def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
         "memory": "16 GiB",
         "for the GPU": "10.0 GiB",
         "wired limit": "set by macOS",
+        "kernels": "MLX's alone, treeflash's are not tried on this GPU",
     }
     outputs["sysctl"] = "20000\n"
+    monkeypatch.setattr(device, "uses_kernels", lambda: True)
     assert device.device_facts()["wired limit"] == "20000 MiB"
+    assert "kernels" not in device.device_facts()
     assert device.available_bytes() == 10 << 30
 
 

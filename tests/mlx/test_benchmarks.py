@@ -52,7 +52,8 @@ def test_metal_sources(module, tmp_path, monkeypatch, capsys):
         r"void custom_kernel_treeflash_([a-z_]+?)__?(?:float|bfloat)", "".join(texts)
     )
     kinds = [f"gated_delta_{x}_{y}" for x in ("nodes", "replay") for y in sources.DELTA_KINDS]
-    counts = {"products": 12, "substitution": 1, "attention_parts": 3, "attention_merge": 1}
+    attention = {"attention_parts": 3, "attention_parts_quantised": 12, "attention_merge": 1}
+    counts = {"products": 12, "substitution": 1, **attention}
     assert Counter(names) == counts | dict.fromkeys(kinds, 1)
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 
@@ -12,11 +13,15 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import MetalKernelError, require_compiler
+from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
+from mlx_lm.models.base import scaled_dot_product_attention
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.attention import attend as attend_nodes
+from treeflash_mlx.backend import MlxBackend
 from treeflash_mlx.metal_kernels import attention
+from treeflash_mlx.metal_kernels.attention import Shape
+from treeflash_mlx.target import Target
 
 require_compiler()
 
@@ -31,12 +36,18 @@ def _short_splits(monkeypatch):
     monkeypatch.setattr(attention, "SPAN", 16)
 
 
-def attend(rng, dtype, heads, key_heads, width, starts):
+def attend(rng, shape, starts, window=None, sinks=None):
     """Outputs by the kernel and by NumPy, for `TREES` after committed positions."""
     n, columns = 7, max(start + len(tree) for tree, start in zip(TREES, starts, strict=True))
-    shapes = [(2, heads, n, width), *[(2, key_heads, 64, width)] * 2]
-    q, k, v = (mx.array(rng.normal(size=x).astype(np.float32)).astype(dtype) for x in shapes)
-    q = q.reshape(2, n, heads, width).swapaxes(1, 2)  # as models split heads
+    first = 0 if window is None else max(min(starts) - window + 1, 0)
+    width, groups = shape.head_dim, shape.heads // shape.key_heads
+    shapes = [(2, shape.heads, n, width), *[(2, shape.key_heads, 64, width)] * 2]
+    q, *pair = (mx.array(rng.normal(size=x).astype(np.float32)).astype(shape.dtype) for x in shapes)
+    q = q.reshape(2, n, shape.heads, width).swapaxes(1, 2)  # as models split heads
+    sizes = shape.group_size, shape.bits
+    stored = [mx.quantize(x, *sizes) if shape.bits else [x] for x in pair]
+    # A part of a longer storage, as in a forward pass.
+    k, v = ([x[:, :, first:columns] for x in parts] for parts in stored)
     ancestors, positions = np.zeros((2, n, n), bool), np.zeros((2, n), np.int32)
     visible = np.zeros((2, 1, n, columns), bool)
     for i, (tree, start) in enumerate(zip(TREES, starts, strict=True)):
@@ -46,69 +57,125 @@ def attend(rng, dtype, heads, key_heads, width, starts):
         positions[i, : len(tree)] = tree.positions(start)
         visible[i, 0, :, :start] = True
         visible[i, 0, :, start : start + n] = ancestors[i][:, : columns - start]
-    words = attention.ancestor_words(mx.array(ancestors))
-    # A part of a longer storage, as in a forward pass.
-    found = attention.tree_attention(
-        q, k[:, :, :columns], v[:, :, :columns], words, mx.array(positions),
-        mx.array(starts, mx.int32), 0.3, int(positions.max()) + 1,
+        if window is not None:
+            keys = np.concatenate([np.arange(start), positions[i], np.zeros(columns, int)])
+            visible[i, 0] &= positions[i][:, None] - keys[:columns] < window
+    nodes = attention.Nodes(
+        attention.ancestor_words(mx.array(ancestors)), mx.array(positions),
+        mx.array(starts, mx.int32), int(positions.max()) + 1,
     )  # fmt: skip
-    q, k, v = (np.array(x.astype(mx.float32)) for x in (q, k, v))
-    k, v = (np.repeat(x[:, :, :columns], heads // key_heads, 1) for x in (k, v))
+    options = {"window": window, "first": first, "sinks": sinks, "bits": shape.bits}
+    found = attention.tree_attention(q, k, v, nodes, 0.3, **options)
+    if shape.bits:
+        pair = [
+            mx.dequantize(x, *(part.astype(mx.float32) for part in parts), *sizes)
+            for x, *parts in stored
+        ]
+    q, k, v = (np.array(x.astype(mx.float32)) for x in (q, *pair))
+    k, v = (np.repeat(x[:, :, :columns], groups, 1) for x in (k, v))
     scores = np.where(visible, 0.3 * q @ k.swapaxes(2, 3), -np.inf)
+    if sinks is not None:
+        sunk = np.broadcast_to(np.array(sinks)[None, :, None, None], (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, sunk], -1)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
-    return found, shares / shares.sum(-1, keepdims=True) @ v
+    return found, (shares / shares.sum(-1, keepdims=True))[..., :columns] @ v
 
 
-@pytest.mark.parametrize(
-    ("dtype", "heads", "key_heads", "width", "starts"),
-    [
-        (mx.float32, 4, 2, 32, (33, 16)),  # splits end in a tree, and before one
-        (mx.bfloat16, 6, 1, 64, (0, 20)),  # 42 rows are two threadgroups
-        (mx.float16, 2, 2, 128, (14, 47)),
-    ],
-)
-def test_attention_is_exact_up_to_rounding(metal, rng, dtype, heads, key_heads, width, starts):
-    found, expected = attend(rng, dtype, heads, key_heads, width, starts)
-    assert found.dtype == dtype
+SHAPES = [
+    (Shape(4, 2, 32, mx.float32), (33, 16)),  # splits end in a tree, and before one
+    (Shape(6, 1, 64, mx.bfloat16), (0, 20)),  # 42 rows are two threadgroups
+    (Shape(2, 2, 128, mx.float16), (14, 47)),
+    (Shape(4, 2, 64, mx.float32, 8, 32), (33, 16)),
+    (Shape(2, 1, 64, mx.bfloat16, 4, 64), (14, 47)),
+]
+
+
+@pytest.mark.parametrize("window", [None, 3, 20])
+@pytest.mark.parametrize(("shape", "starts"), SHAPES)
+def test_attention_is_exact_up_to_rounding(metal, rng, shape, starts, window):
+    """With a window, also of layers with sinks."""
+    sinks = None if window is None else mx.array(rng.normal(size=shape.heads), mx.float32)
+    found, expected = attend(rng, shape, starts, window, sinks)
+    assert found.dtype == shape.dtype
     error = np.abs(np.array(found.astype(mx.float32)) - expected).max() / np.abs(expected).max()
-    assert error < {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
-    assert metal.launches == {"treeflash_attention_parts": 1, "treeflash_attention_merge": 1}
+    assert error < {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}[shape.dtype]
+    first = "treeflash_attention_parts" + "_quantised" * (shape.bits > 0)
+    assert metal.launches == {first: 1, "treeflash_attention_merge": 1}
 
 
 FAULTS = {
     "positions beyond the committed": ("min(stop, start)", "stop"),
-    "nodes beyond the last": ("min(start + int(nodes), k_shape[2])", "start + int(nodes) + 1"),
+    "nodes beyond the last": (
+        "min(start + int(nodes), k_shape[2] + offset)",
+        "start + int(nodes) + 1",
+    ),
     "all nodes": ("(seen[i] >> (key - start) & 1)", "true"),
     "the nodes of another row": ("seen[i] >>", "seen[0] >>"),
     "nodes in every split": ("position >= first && position < stop", "true"),
-    "keys beyond the last": ("keys + min(key, end - 1)", "keys + (key + 64 * int(on_tree))"),
+    "keys beyond the last": ("at = min(key, end - 1)", "at = (key + 64 * int(on_tree))"),
     "no new maximum": ("max(top, highest[i])", "top"),
     "the largest key of some lanes": ("top = max(top, simd_shuffle_xor(top, 16));", ""),
     "the sum of some lanes": ("sum[i] += simd_shuffle_xor(sum[i], 4);", ""),
     "outputs of an older maximum": ("output[d].thread_elements()[i] *= factor;", ";"),
     "the values of a transposed matrix": ("8 * u + column);", "8 * u + row);"),
     "another key head": ("key_head * v_strides[1]", "0 * v_strides[1]"),
+    "positions before the window": ("position < oldest[i]", "false"),
+    "another row's window": ("position < oldest[i]", "position < oldest[0]"),
+    "a window of one position more": ("- window + 1;", "- window;"),
+    "the tree's columns as positions": (
+        "position = positions[b * nodes + key - start];",
+        "position += 0 * positions[0];",
+    ),
+    "splits from the first position on": ("(split + offset / SPAN)", "split"),
+    "keys from the first position on": (
+        "at = min(key, end - 1) - offset",
+        "at = min(key, end - 1)",
+    ),
     "rows beyond the last": ("min(first_row + column + i, rows - 1)", "first_row + column + i"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
+QUANTISED_FAULTS = {
+    "no biases": ("(BITS * j) & ((1 << BITS) - 1)) + bias", "(BITS * j) & ((1 << BITS) - 1))"),
+    "the first group's scales": ("uint g = (32 * d + 4 * column) / GROUP", "uint g = 0"),
+    "another order of keys": ("4 * d + column / 2", "4 * d + (column / 2 ^ 1)"),
+    "the other half of a word": ("16 * (row & 1)", "0"),
+    "one value twice": ("values[at[i] *", "values[at[0] *"),
+    "scales of another value": ("values_scales[at[i]", "values_scales[at[0]"),
+}
+CASES = [
+    *((*fault, Shape(6, 2, 32, mx.float32)) for fault in FAULTS.values()),
+    *((*fault, Shape(6, 2, 64, mx.float32, 4, 32)) for fault in QUANTISED_FAULTS.values()),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=[*FAULTS, *QUANTISED_FAULTS])
+def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, right, wrong, shape):
     """By the executor, or by the check at load."""
-    right, wrong = FAULTS[fault]
-    assert right in attention.PARTS
-    monkeypatch.setattr(attention, "PARTS", attention.PARTS.replace(right, wrong))
+    text = attention.source(quantised=shape.bits > 0)
+    assert right in text
+    monkeypatch.setattr(attention, "source", lambda **_: text.replace(right, wrong))
     try:
-        assert attention.winning_columns(6, 2, 32, mx.float32) == math.inf
+        assert attention.winning_columns(shape) == math.inf
     except MetalKernelError:
         return
     assert "attention of draft trees run without" in str(recwarn.pop().message)
 
 
-def test_a_fault_in_the_merge_is_noticed(metal, monkeypatch):
-    monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace("factor =", "factor = 1.0f +"))
+MERGE_FAULTS = {
+    "a weight": ("factor =", "factor = 1.0f +"),
+    "the sink of another head": ("row / nodes %", "row %"),
+    "no sink": ("sum += exp(sink - highest);", ""),
+}
+
+
+@pytest.mark.parametrize("fault", MERGE_FAULTS)
+def test_a_fault_in_the_merge_is_noticed(metal, monkeypatch, fault):
+    right, wrong = MERGE_FAULTS[fault]
+    assert right in attention.MERGE
+    monkeypatch.setattr(attention, "MERGE", attention.MERGE.replace(right, wrong))
     with pytest.warns(UserWarning, match="its relative error is"):
-        assert attention.winning_columns(6, 2, 32, mx.float32) == math.inf
+        assert attention.winning_columns(Shape(6, 2, 32, mx.float32)) == math.inf
 
 
 def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
@@ -121,38 +188,99 @@ def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
         return 1.2 if len(races) == 2 else 1.1
 
     monkeypatch.setattr(metal_kernels, "speedup", speedup)
-    assert attention.winning_columns(4, 2, 32, mx.float32) == 40
+    assert attention.winning_columns(Shape(4, 2, 32, mx.float32)) == 40
     assert races == [(1, 4, attention.RACED_NODES, 32)] * 2
+    assert metal_kernels.VERDICTS["attention of draft trees, 4 heads of 32"] == {
+        "30 columns": "not used, 1.10 times as fast as MLX's operation",
+        "40 columns": "used, 1.20 times as fast as MLX's operation",
+    }
+
+
+class Storage:
+    """The cache of a layer with quantised keys, as mlx-lm sees it."""
+
+    bits, group_size = 8, 32
+
+
+def layer_inputs(rng, tree, first=0, bits=0):
+    """Queries, keys and values of a pass."""
+    batch, n = tree.positions.shape
+    shapes = [(batch, 4, n, 32), *[(batch, 2, tree.columns - first, 32)] * 2]
+    q, *pair = (mx.array(rng.normal(size=x).astype(np.float32)) for x in shapes)
+    return q, *(mx.quantize(x, 32, bits) if bits else x for x in pair)
+
+
+@pytest.mark.parametrize("trees", [(TREES, (33, 16)), (TREES[:1], (33,))])
+def test_layers_that_the_kernel_runs(metal, monkeypatch, rng, trees):
+    """With and without windows, sinks, and quantised keys."""
+    monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
+    tree = TreePass.build(*trees, 63)
+    first, sinks = 16 - 6 + 1, mx.arange(4) / 2
+    for mask, start in ((tree.mask(None), 0), (tree.mask(6, first), first)):
+        q, k, v = layer_inputs(rng, tree, start)
+        for options in ({}, {"sinks": sinks}):
+            found = attend_nodes(tree, q, k, v, None, scale=0.2, mask=mask, **options)
+            expected = mx.fast.scaled_dot_product_attention(
+                q, k, v, scale=0.2, mask=mask, **options
+            )
+            assert mx.allclose(found[0], expected[0], atol=1e-5)
+        q, k, v = layer_inputs(rng, tree, start, bits=8)
+        found = attend_nodes(tree, q, k, v, Storage, 0.2, mask)
+        expected = scaled_dot_product_attention(q, k, v, Storage, 0.2, mask)
+        assert mx.allclose(found[0], expected[0], atol=1e-5)
 
 
 def test_layers_that_the_kernel_does_not_run_keep_their_function(metal, monkeypatch, rng):
-    """Windows, sinks, masks that a model has changed, quantised keys, and short contexts."""
+    """Short contexts, large trees, and masks and widths that a model has changed."""
     monkeypatch.setattr("treeflash_mlx.attention.winning_columns", lambda *_: 20)
     made = [
         TreePass.build(trees, starts, 63)
         for trees, starts in ((TREES, (33, 16)), (TREES, (4, 5)), ([random_tree(65)], [40]))
     ]
     for tree, usual in zip(made, (True, False, False), strict=True):
-        batch, n = tree.positions.shape
-        shapes = [(batch, 4, n, 32), *[(batch, 2, tree.columns, 32)] * 2]
-        q, k, v = (mx.array(rng.normal(size=x).astype(np.float32)) for x in shapes)
-        mask, windowed = tree.mask(None), tree.mask(6)
+        q, k, v = layer_inputs(rng, tree)
+        mask = tree.mask(None)
         found = attend_nodes(tree, q, k, v, None, scale=0.2, mask=mask)
         assert (found is not NotImplemented) == usual
-        if usual:
-            expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
-            assert mx.allclose(found[0], expected[0], atol=1e-5)
+        quantised = layer_inputs(rng, tree, bits=8)[1:]
         others = [
-            ((q, k, v, None, 0.2, windowed), {}),
             ((q, k, v, None, 0.2, mask & mask), {}),
-            ((q, k, v, None, 0.2, mask), {"sinks": mx.zeros(4)}),
-            ((q, (k, k, k), (v, v, v), None, 0.2, mask), {}),
+            ((q, k, v, None, 0.2, tree.mask(6, 2)), {}),
+            ((q, *quantised, Storage, 0.2, mask), {"sinks": mx.zeros(4)}),
             ((q, k, v[..., :16], None, 0.2, mask), {}),
             ((q, k.astype(mx.float16), v, None, 0.2, mask), {}),
         ]
         assert all(attend_nodes(tree, *a, **b) is NotImplemented for a, b in others)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert TreePass.build(TREES, (33, 16), 63).words is None
+    assert TreePass.build(TREES, (33, 16), 63).nodes is None
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_bits"), [("gpt_oss", None), ("gemma3_text", None), ("llama", 4), ("llama", 8)]
+)
+def test_models_run_trees_by_the_kernel(
+    executor, families, tmp_path, monkeypatch, rng, family, kv_bits
+):
+    """Models with windows, with sinks, or with quantised keys have MLX's logits."""
+    executor.schedules = (DESCENDING,)
+    monkeypatch.setattr(families, "FIELDS", families.FIELDS | {"head_dim": 32})
+    families.write(tmp_path, family)
+    tokens = rng.integers(0, 96, 30).tolist()
+
+    def logits():
+        backend = MlxBackend(Target(tmp_path, mx.float32, kv_bits), None, None)
+        sequence = SequenceSession(backend)
+        sequence.extend(tokens)
+        return sequence.logits(TREES[0])
+
+    expected = logits()
+    with monkeypatch.context() as patch:
+        install(executor, patch, speedup=2)
+        patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
+        found = logits()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    kernel = "treeflash_attention_parts" + "_quantised" * (kv_bits is not None)
+    assert executor.launches[kernel] == 4 + 3  # layers, and the check at load
 
 
 def random_tree(nodes):

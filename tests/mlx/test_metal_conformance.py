@@ -8,11 +8,12 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 from safetensors.numpy import load_file
 
 from treeflash.testing import BackendSuite, require
-from treeflash.testing.batches import BatchTests
 from treeflash.testing.models import save, write_target
+from treeflash.testing.pairs import repeated
 
 require("mlx_lm")
 
@@ -23,10 +24,27 @@ from treeflash_mlx.metal_kernels import attention
 require_compiler()
 
 LAWS = {
+    # Trees, paths, windows
     "test_logits_match_reference",
+    "test_depth_beyond_the_window",
     "test_verifier_cache_equals_prefill",
-    "test_states_match_reference",
+    "test_verifying_again_replaces_the_tree",
+    "test_a_tree_that_is_not_committed_leaves_no_trace",
     "test_settings_of_the_tree_match_reference",
+    "test_iterations_of_each_family_match_reference",
+    # Recurrent states: commits, snapshots, forks
+    "test_states_match_reference",
+    "test_part_of_a_chain_can_be_committed",
+    "test_texts_shorter_than_a_convolution",
+    "test_a_state_is_restored_where_a_snapshot_was_taken",
+    "test_snapshots_of_dropped_tokens_are_dropped",
+    "test_two_prompts_in_one_pass",
+    "test_a_prompt_that_was_run_before_is_forked",
+    # Batches, chunks and schedules
+    "test_logits_of_a_batch_equal_those_alone",
+    "test_states_equal_prefills_after_forks_and_truncations",
+    "test_texts_of_a_schedule_equal_texts_alone",
+    "test_pieces_equal_one_prefill",
 }
 OTHERS = {name for name in dir(BackendSuite) if name.startswith("test_")} - LAWS
 KERNELS = {
@@ -37,6 +55,7 @@ KERNELS = {
     "treeflash_gated_delta_replay_by_head",
 }
 GROUP, BITS = 32, 8
+EXAMPLES = 1
 
 
 def write_wide_target(folder, family, **options):
@@ -44,7 +63,8 @@ def write_wide_target(folder, family, **options):
 
     The weights of a Qwen3 come from a second folder, `quantised`, as numbers of 32 bits.
     """
-    write_target(folder, family, **({"hidden_size": 64, "key_dim": 32} | options))
+    size = 128 if family == "mistral" else 64
+    write_target(folder, family, **({"hidden_size": size, "key_dim": 32} | options))
     if family != "qwen3":
         return
     config = json.loads((folder / "config.json").read_text())
@@ -79,21 +99,20 @@ def _kernels(metal_kernels_folder):
         patch.setattr("treeflash.testing.pairs.write_target", write_wide_target)
         patch.setattr("treeflash.testing.trees.MASK_NODES", 16)
         patch.setattr("treeflash.testing.states.ROUNDS", 3)
+        few = settings(repeated, max_examples=EXAMPLES)
+        for name in dir(BackendSuite):
+            if hasattr(law := getattr(BackendSuite, name), "hypothesis"):
+                patch.setattr(law, "_hypothesis_internal_use_settings", few)
         yield
     assert executor.launches.keys() >= KERNELS
 
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
 class TestConformance(BackendSuite):
-    families = ("qwen3",)
+    families = ("qwen3", "mistral")
     hybrids = ("qwen3_5",)
     vars().update(dict.fromkeys(OTHERS))  # not collected
 
     @pytest.fixture
     def load(self):
         return load_quantised
-
-    def test_logits_of_two_batches_equal_those_alone(self, pair, representative):
-        law = BatchTests.test_logits_of_a_batch_equal_those_alone.hypothesis.inner_test
-        for seed in (1, 2):
-            law(self, pair, representative, seed)

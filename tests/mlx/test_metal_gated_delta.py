@@ -144,6 +144,10 @@ def test_the_kernel_runs_where_it_wins(metal, monkeypatch, recwarn):
         hybrid.delta_kernel_wins.cache_clear()
         monkeypatch.setattr(metal_kernels, "speedup", lambda *_, x=speedup: x)
         assert hybrid.delta_kernel_wins(*SHAPE) == (speedup > 1.15)
+        assert metal_kernels.VERDICTS["gated delta nets on trees, 2 heads of 8 x 32"] == {
+            "12 nodes": f"{'used' if speedup > 1.15 else 'not used'}, {speedup:.2f} times as fast "
+            "as MLX's operation"
+        }
         assert not hybrid.delta_kernel_wins(1, 2, 8, 48, mx.float32, False)  # not by lanes
     assert not recwarn.list
 

@@ -14,7 +14,7 @@ require("mlx_lm")
 import mlx.core as mx
 import mlx_lm.models.ssm as ssm
 from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
-from treeflash_mlx import hybrid
+from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.backend import load
 
 require_compiler()
@@ -76,6 +76,7 @@ def test_the_kernel_is_the_solver_where_metal_is(metal, recwarn):
     assert hybrid.choose_solver() is hybrid.solve_by_substitution
     assert not recwarn.list
     assert metal.launches == {"treeflash_substitution": 1}
+    assert metal_kernels.VERDICTS == {"recurrent layers, substitution": {"all sizes": "used"}}
 
 
 FAULTS = {

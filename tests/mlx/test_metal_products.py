@@ -4,6 +4,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
+from treeflash.diagnosis import check_device
 from treeflash.testing import require
 
 require("mlx.core")
@@ -125,6 +126,8 @@ def test_a_kernel_that_fails_is_left_out_with_one_line(metal, monkeypatch):
     monkeypatch.setattr(mx.fast, "metal_kernel", metal.metal_kernel)
     with pytest.warns(UserWarning, match=r"few rows run without their Metal kernel: no such type$"):
         assert not products.wins([layer(4, 64, mx.float32)], 5)
+    (verdicts,) = metal_kernels.VERDICTS.values()
+    assert verdicts == {"5 rows": "not used, no such type"}
 
 
 def test_threadgroups_are_as_small_as_m1_needs(metal, monkeypatch):
@@ -179,6 +182,11 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
     with monkeypatch.context() as patch:
         install(executor, patch, speedup=2)
         backend = load(*quantised_pair, settings)
+        told = [x.message for x in check_device(backend) if x.check == "kernel"]
+        assert [message.partition(",")[0] for message in told] == [
+            *["products of few rows"] * 4, "attention of draft trees"
+        ]  # fmt: skip
+        assert "products of few rows, 64 x 128 in 4 bits: 5 rows used, 2.00 times as" in told[0]
         executor.launches.clear()
         assert tokens(backend, method="treeflash", budget=8) == expected
         assert executor.launches[KERNEL] > 20

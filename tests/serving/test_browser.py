@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from servers import Gate, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.full
@@ -134,6 +135,32 @@ def test_markdown_and_copy(server, open_page):
     shot(page, "markdown")
     page.get_by_role("button", name="Copy").click()
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_an_answer_that_is_still_growing_is_shown_beside_markdown(serve, open_page):
+    server = serve()
+    page = open_page(server.url)
+    page.get_by_label("Show Markdown").check()
+    with Gate(server.engine) as gate:
+        page.get_by_label("Message").fill("Hi")
+        page.keyboard.press("Enter")
+        wait_until(lambda: server.engine.unfinished)
+        gate.allow(3)
+        page.locator(".token").first.wait_for(timeout=10_000)
+        page.get_by_role("button", name="Stop").click()
+
+
+def test_copy_without_the_interface_for_the_clipboard(server, open_page):
+    """Browsers keep it from pages of other machines without TLS."""
+    page = open_page(server.url)
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    fake(page, "The", " Rhine")
+    ask(page, "Hi")
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    page.get_by_label("Message").focus()
+    page.keyboard.press("Control+V")
+    assert page.get_by_label("Message").input_value() == "The Rhine"
 
 
 def test_a_chat_survives_a_reload(server, open_page):

@@ -118,6 +118,15 @@ def test_echo_with_log_probs_of_the_prompt(server, model, text, new, stream):
         np.testing.assert_allclose(sorted(top.values()), np.sort(row)[-2:], atol=1e-4)
 
 
+def test_parts_of_characters_are_written_as_bytes(server):
+    """As OpenAI and vLLM write them."""
+    body = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    found = server.complete("A\N{OTTER}é", **body).json()["choices"][0]["logprobs"]
+    parts = [rf"bytes:\x{byte:02x}" for byte in "\N{OTTER}é".encode()]
+    assert found["tokens"] == ["A", *parts]
+    assert found["text_offset"] == [0, 1, 2, 2, 2, 2, 3]
+
+
 def test_echo_of_several_answers_and_prompts(server):
     body = {"echo": True, "logprobs": 0, "max_tokens": 0, "n": 2}
     answer = server.complete(TEXTS, **body).json()

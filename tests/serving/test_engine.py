@@ -106,8 +106,7 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
 
 
 def test_the_end_waits_for_running_answers(model):
-    with serving(model) as server:
-        gate = Gate(server.engine)
+    with serving(model) as server, Gate(server.engine) as gate:
         body = {"prompt": "A", "stream": True, "max_tokens": 30, "ignore_eos": True}
         with server.client.stream("POST", "/v1/completions", json=body) as response:
             gate.allow(1)

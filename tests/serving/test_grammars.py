@@ -178,6 +178,15 @@ def test_invalid_grammars(compiler, grammar):
     assert "\n" not in str(caught.value)
 
 
+def test_errors_do_not_show_the_state_of_the_parser(compiler, model):
+    """Clients read them."""
+    constraint = compiler.compile(GRAMMARS["choice"])()
+    (token,) = model.tokenizer.encode("#")
+    with pytest.raises(GrammarError) as caught:
+        constraint.advance(token)
+    assert not re.search(r"[<⟦\n]|Tokens|lexer_cost|slices", str(caught.value))
+
+
 def test_special_tokens_are_not_text(compiler, model):
     """The target cannot write an end token as a part of a string."""
     constraint = compiler.compile(Grammar.json({"type": "string"}))()

@@ -32,16 +32,15 @@ def in_background():
 
 def test_full_queue(serve, in_background):
     server = serve(max_parallel=1, max_queue=2)
-    gate = Gate(server.engine)
-    answers = in_background(lambda: server.chat(n=2, max_tokens=4))
-    wait_until(lambda: server.engine.unfinished == 2)
-    refused = server.chat(n=2)
-    check_error(refused, 429, "2 answers are being generated or waiting, and the limit is 3")
-    assert int(refused.headers["Retry-After"]) >= 1
-    last = in_background(lambda: server.chat(max_tokens=4))
-    wait_until(lambda: server.engine.unfinished == 3)
-    check_error(server.chat(), 429, "try again")
-    gate.open()
+    with Gate(server.engine):
+        answers = in_background(lambda: server.chat(n=2, max_tokens=4))
+        wait_until(lambda: server.engine.unfinished == 2)
+        refused = server.chat(n=2)
+        check_error(refused, 429, "2 answers are being generated or waiting, and the limit is 3")
+        assert int(refused.headers["Retry-After"]) >= 1
+        last = in_background(lambda: server.chat(max_tokens=4))
+        wait_until(lambda: server.engine.unfinished == 3)
+        check_error(server.chat(), 429, "try again")
     wait_until(lambda: answers and last)
     assert answers[0].status_code == last[0].status_code == 200
     assert server.engine.unfinished == 0
@@ -67,16 +66,15 @@ def test_body_that_does_not_arrive(serve):
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_limit(serve, stream):
     server = serve(timeout=0.3)
-    gate = Gate(server.engine)
-    if stream:
-        with server.client.stream(
-            "POST", "/v1/completions", json={"prompt": "A", "stream": True}
-        ) as response:
-            assert response.status_code == 200
-            assert '"code":"timeout"' in response.read().decode()
-    else:
-        check_error(server.complete("A"), 504, "longer than this server allows")
-    gate.open()
+    with Gate(server.engine):
+        if stream:
+            with server.client.stream(
+                "POST", "/v1/completions", json={"prompt": "A", "stream": True}
+            ) as response:
+                assert response.status_code == 200
+                assert '"code":"timeout"' in response.read().decode()
+        else:
+            check_error(server.complete("A"), 504, "longer than this server allows")
     wait_until(lambda: server.engine.unfinished == 0)
     assert not server.engine._scheduler.busy
 
@@ -96,51 +94,50 @@ def test_an_answer_without_a_length_takes_the_memory_that_there_is(serve):
 
 def test_keep_alive(serve):
     server = serve(keep_alive=0.05)
-    gate = Gate(server.engine)
-    body = {"prompt": "A", "stream": True, "max_tokens": 2}
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()
-        assert next(lines) == ": ping"
-        assert next(lines) == ""
-        assert next(lines) == ": ping"
-        gate.open()
-        assert "data: [DONE]" in list(lines)
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "stream": True, "max_tokens": 2}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": ping"
+            assert next(lines) == ""
+            assert next(lines) == ": ping"
+            gate.open()
+            assert "data: [DONE]" in list(lines)
 
 
 def test_disconnect_of_a_stream_ends_it_within_one_iteration(serve):
     server = serve()
-    gate = Gate(server.engine)
-    body = {"prompt": "A", "stream": True, **FOREVER}
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
-        gate.allow(2)
-        next(response.iter_lines())
-        assert server.engine._scheduler.running == 1
-    wait_until(lambda: not server.engine._commands.empty())
-    gate.allow(1)
-    wait_until(lambda: server.engine.unfinished == 0)
-    assert not server.engine._scheduler.busy
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "stream": True, **FOREVER}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            gate.allow(2)
+            next(response.iter_lines())
+            assert server.engine._scheduler.running == 1
+        wait_until(lambda: not server.engine._commands.empty())
+        gate.allow(1)
+        wait_until(lambda: server.engine.unfinished == 0)
+        assert not server.engine._scheduler.busy
 
 
 def test_disconnect_of_a_whole_answer_ends_it_within_one_iteration(serve):
     server = serve()
-    gate = Gate(server.engine)
-    with httpx.Client(base_url=server.url) as client:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
-        wait_until(lambda: not server.engine._commands.empty())
-    gate.allow(1)
-    wait_until(lambda: server.engine.unfinished == 0)
-    assert not server.engine._scheduler.busy
+    with Gate(server.engine) as gate:
+        with httpx.Client(base_url=server.url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
+            wait_until(lambda: not server.engine._commands.empty())
+        gate.allow(1)
+        wait_until(lambda: server.engine.unfinished == 0)
+        assert not server.engine._scheduler.busy
 
 
 def test_disconnect_while_waiting(serve, in_background):
     server = serve(max_parallel=1)
-    gate = Gate(server.engine)
-    first = in_background(lambda: server.complete("A", max_tokens=3))
-    wait_until(lambda: server.engine.unfinished == 1)
-    with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
-    gate.open()
+    with Gate(server.engine):
+        first = in_background(lambda: server.complete("A", max_tokens=3))
+        wait_until(lambda: server.engine.unfinished == 1)
+        with httpx.Client(base_url=server.url) as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"prompt": "A", **FOREVER}, timeout=0.3)
     wait_until(lambda: first and server.engine.unfinished == 0)
     assert first[0].status_code == 200
 

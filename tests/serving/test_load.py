@@ -25,6 +25,6 @@ def test_load():
     assert report["different"] == 0
     assert report["rounding"] < 1e-3  # what is larger than that is not rounding
     assert report["requests"]["leave"] > 0
-    assert report["requests"]["wrong"] > 0
+    assert report["requests"]["invalid"] > 0
     before, most = report["memory_mib"]
     assert most <= 1.1 * before

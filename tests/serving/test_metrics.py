@@ -50,14 +50,13 @@ def test_counts_are_those_of_the_usage(serve):
 
 def test_running_and_waiting(serve):
     server = serve(max_parallel=1)
-    gate = Gate(server.engine)
-    body = {"prompt": "A", "n": 3, "max_tokens": 300, "ignore_eos": True, "stream": True}
-    with server.client.stream("POST", "/v1/completions", json=body):
-        gate.allow(2)
-        wait_until(lambda: values(server)["num_requests_running"] == 1)
-        assert values(server)["num_requests_waiting"] == 2
-        assert values(server)["kv_cache_bytes"] > 0
-    gate.open()
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "n": 3, "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body):
+            gate.allow(2)
+            wait_until(lambda: values(server)["num_requests_running"] == 1)
+            assert values(server)["num_requests_waiting"] == 2
+            assert values(server)["kv_cache_bytes"] > 0
     wait_until(lambda: values(server)["num_requests_running"] == 0)
 
 

@@ -202,6 +202,15 @@ def formats(path, schema, **fields):
     return {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}, **form}
 
 
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize("choice", ["required", "wash"])
+def test_a_required_call_has_no_content_to_constrain(submitted, path, choice):
+    """`Mode.RESPONSES_TOOLS` of instructor asks for both."""
+    _, accepts = submitted(path, formats(path, COLOUR) | request(path, [WASH], choice))
+    assert accepts(call("wash", RED))
+    assert not accepts(RED)
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES, MESSAGES])
 @pytest.mark.parametrize("fields", [{}, {"strict": False}, {"strict": True}])
 def test_schemas_are_always_enforced(submitted, path, fields):
@@ -351,33 +360,32 @@ def test_the_time_limit_is_for_the_whole_answer(model, path, stream):
 
 def test_time_in_the_queue_counts(serve):
     server = serve(timeout=0.5, max_parallel=1)
-    gate = Gate(server.engine)
-    for _ in range(2):
-        check_error(server.complete("A"), 504, "longer than this server allows")
-    gate.open()
+    with Gate(server.engine):
+        for _ in range(2):
+            check_error(server.complete("A"), 504, "longer than this server allows")
 
 
 def test_a_full_queue_says_when_to_come_back(serve):
     """In whole seconds, which grow with the answers that are before."""
     server = serve(max_parallel=2, max_queue=6)
-    gate = Gate(server.engine)
-    told = []
-    body = {"prompt": "A", "stream": True, "n": 4, "max_tokens": 4}
-    with server.client.stream("POST", TEXT, json=body):
-        for answers in (5, 8):
-            refused = server.complete("A", n=answers)
-            check_error(
-                refused, 429, "4 answers are being generated or waiting, and the limit is 8"
-            )
-            assert refused.json()["error"]["code"] == "queue_full"
-            told.append(int(refused.headers["Retry-After"]))
-            assert f"again in {told[-1]} second" in refused.json()["error"]["message"]
+    with Gate(server.engine) as gate:
+        told = []
+        body = {"prompt": "A", "stream": True, "n": 4, "max_tokens": 4}
         with server.client.stream("POST", TEXT, json=body):
-            refused = server.complete("A")
-            told.append(int(refused.headers["Retry-After"]))
-        gate.open()
-    assert told[0] == told[1] >= 1
-    assert told[2] > told[0]
+            for answers in (5, 8):
+                refused = server.complete("A", n=answers)
+                check_error(
+                    refused, 429, "4 answers are being generated or waiting, and the limit is 8"
+                )
+                assert refused.json()["error"]["code"] == "queue_full"
+                told.append(int(refused.headers["Retry-After"]))
+                assert f"again in {told[-1]} second" in refused.json()["error"]["message"]
+            with server.client.stream("POST", TEXT, json=body):
+                refused = server.complete("A")
+                told.append(int(refused.headers["Retry-After"]))
+            gate.open()
+        assert told[0] == told[1] >= 1
+        assert told[2] > told[0]
 
 
 def test_slow_answers_make_clients_wait_longer(serve):
@@ -385,12 +393,12 @@ def test_slow_answers_make_clients_wait_longer(serve):
     slow_down(server, 0.3)
     for _ in range(3):
         assert server.complete("A", max_tokens=12, ignore_eos=True, method="ar").status_code == 200
-    gate = Gate(server.engine)
-    body = {"prompt": "A", "stream": True, "n": 2, "max_tokens": 1}
-    with server.client.stream("POST", TEXT, json=body):
-        refused = server.complete("A")
-        assert int(refused.headers["Retry-After"]) > 2, "answers take three seconds"
-        gate.open()
+    with Gate(server.engine) as gate:
+        body = {"prompt": "A", "stream": True, "n": 2, "max_tokens": 1}
+        with server.client.stream("POST", TEXT, json=body):
+            refused = server.complete("A")
+            assert int(refused.headers["Retry-After"]) > 2, "answers take three seconds"
+            gate.open()
 
 
 def test_more_answers_than_the_server_has_room_for_are_an_error_of_the_request(serve):

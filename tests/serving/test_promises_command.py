@@ -98,14 +98,13 @@ def test_the_model_has_all_of_its_names(model):
 
 def test_a_second_signal_ends_the_server_at_once(model):
     with serving(model) as server:
-        gate = Gate(server.engine)
-        body = {"prompt": "A", "stream": True, "max_tokens": 300, "ignore_eos": True}
-        with server.client.stream("POST", "/v1/completions", json=body):
-            gate.allow(1)
-            server.server.handle_exit(15, None)
-            assert not server.server.should_exit, "the answer is running"
-            server.server.handle_exit(15, None)
-            assert server.server.should_exit
-            assert server.server.force_exit
-        gate.open()
+        with Gate(server.engine) as gate:
+            body = {"prompt": "A", "stream": True, "max_tokens": 300, "ignore_eos": True}
+            with server.client.stream("POST", "/v1/completions", json=body):
+                gate.allow(1)
+                server.server.handle_exit(15, None)
+                assert not server.server.should_exit, "the answer is running"
+                server.server.handle_exit(15, None)
+                assert server.server.should_exit
+                assert server.server.force_exit
         wait_until(lambda: server.engine.unfinished == 0)

@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
+from starlette.testclient import TestClient
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.full
@@ -37,6 +39,18 @@ def url():
     yield "http://127.0.0.1:8123"
     serve.shutdown()
     ray.shutdown()
+
+
+def test_the_ingress_has_the_keys_of_its_settings(monkeypatch):
+    from treeflash.serving import ray_app
+
+    answers = SimpleNamespace(remote=lambda request: pytest.fail("passed on"))
+    handle = SimpleNamespace(options=lambda **_: answers)
+    context = SimpleNamespace(app_name="treeflash")
+    monkeypatch.setattr(ray_app.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(ray_app.serve, "get_deployment_handle", lambda *_, **__: handle)
+    app = ray_app.ingress(ray_app.RayConfig(settings={"api_keys": ("secret",)}))
+    assert TestClient(app).post("/v1/completions", json={"prompt": "A"}).status_code == 401
 
 
 def chat(content, **fields):

@@ -1,9 +1,10 @@
 """Runs vLLM in a process of its own: a JSON job on stdin, JSON on the last line of stdout.
 
-A job has `target`, `drafter`, perhaps its `method`, and `drafts`, the number of tokens that are
-drafted in each pass. With `prompts` (token ids) they are decoded greedily, all together, up to
-`max_tokens`. The result has, for each prompt, the tokens that each pass added: a pass that accepts
-n drafts adds n + 1. A list of jobs with a `context` each gives a list of results of `score`.
+A job has `target`, `drafter`, its `method` or None for a folder of speculators, and `drafts`, the
+number of tokens that are drafted in each pass. With `prompts` (token ids) they are decoded
+greedily, all together, up to `max_tokens`. The result has, for each prompt, the tokens that each
+pass added: a pass that accepts n drafts adds n + 1. A list of jobs with a `context` each gives a
+list of results of `score`.
 
 vLLM's kernel for CPUs norms the context's keys of every layer with the weights of the first layer,
 so that vLLM's own DFlash classes draft worse. `mends_keys` in a job, and every list of jobs, gives
@@ -50,11 +51,13 @@ vllm_norm_context_keys = DFlashQwen3Model._normalize_context_k
 
 def arguments(job: Job) -> EngineArgs:
     """The arguments of an engine in float32."""
-    speculative = {"model": job["drafter"], "num_speculative_tokens": job["drafts"]}
-    if job["method"] is not None:
-        speculative["method"] = job["method"]
+    model = job["target"]
+    speculative = {"model": job["drafter"], "method": job["method"]}
+    speculative["num_speculative_tokens"] = job["drafts"]
+    if job["method"] is None:  # a folder of speculators names the target, the method and N
+        model, speculative = job["drafter"], None
     return EngineArgs(
-        model=job["target"],
+        model=model,
         dtype="float32",
         enforce_eager=True,
         block_size=32,

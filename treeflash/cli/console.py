@@ -65,8 +65,11 @@ def guarded(main: Main) -> Main:
             # Python flushes standard output again at exit, which must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return READER_GONE
-        except (TreeflashError, OSError) as error:
+        except TreeflashError as error:
             return _fail(str(error))
+        except OSError as error:
+            named = error.filename is not None
+            return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
         except (MemoryError, RuntimeError) as error:
             if is_device_lost(error):
                 return _fail(f"{DEVICE_LOST_ADVICE} ({error})", DEVICE_LOST)

@@ -116,7 +116,7 @@ def read_prompt(prompt: str | None, file: Path | None, console: Console) -> str:
     A final newline is dropped. A text that is empty or cannot be read raises a PromptError.
     """
     if prompt is not None and prompt != STANDARD_INPUT:
-        if not prompt:
+        if not prompt.strip():
             raise PromptError("the prompt is empty; give some text")
         return prompt
     if file is not None:

@@ -277,6 +277,8 @@ class DeviceReport:
     available_bytes: int | None = None  # memory that models and states may take; None if unknown
     weights_bytes: int = 0  # memory that the loaded models take
     batches: bool = True  # whether sequences share forward passes
+    # whether each kernel of the backend is used, and why, by kernel and size
+    kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def free_bytes(self) -> int | None:

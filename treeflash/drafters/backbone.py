@@ -30,9 +30,12 @@ INERT_KEYS = frozenset(
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_mode": (None, "gqa"),
     "attention_sink_bias": (None, False),
+    "dflash_query_causal": (None, False),
     "hidden_act": (None, "silu"),
     "is_neox_style": (None, True),
+    "log_snr_conditioning": (None, False),
     "log_snr_embed": (None, False),
+    "logits_start": (None, 0),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
     "rope_is_neox_style": (None, True),
@@ -111,6 +114,7 @@ def backbone_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     for n in range(config.num_hidden_layers):
         layer = f"layers.{n}."
         for name, (rows, columns) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
+            rows = 2 * rows if name == "q" and config.gated else rows
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
             if config.attention_bias:
                 shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)

@@ -44,7 +44,9 @@ class DrafterConfig:
     target_layer_ids: tuple[int, ...]
     num_target_layers: int | None  # depth of the target that it was trained for; None if not given
     vocab_size: int | None  # the target's vocabulary size; None if not given
-    inv_freq: tuple[float, ...]  # (head_dim // 2,) rotary inverse frequencies, radians per position
+    # (head_dim // 2,) rotary inverse frequencies, radians per position; the last ones are 0 if only
+    # the first channels of a head are rotated, which `load_tensors` reorders
+    inv_freq: tuple[float, ...]
     rope_scale: float  # factor on the rotary cosines and sines; 1 except for YaRN
     # per layer, the width of its window in positions, or None
     sliding_windows: tuple[int | None, ...]
@@ -52,6 +54,10 @@ class DrafterConfig:
     # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
     # the halves of a head; `load_tensors` reorders them
     interleaved_rope: bool = False
+    # whether the attention's output is multiplied by a sigmoid gate, which the stored `q_proj` has
+    # behind the queries of each head
+    gated: bool = False
+    norm_offset: float = 0.0  # added to the stored weights of the norms
     # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a drafter
     # of marginals
     head: str | None = None

@@ -119,6 +119,7 @@ def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:
         "a factor on its embeddings": config.input_scale != 1,
         "a factor on its logits": config.output_multiplier != 1,
         "interleaved rotary embeddings": config.interleaved_rope,
+        "gated queries": config.gated,
         "a softcap": config.softcap is not None,
     }
     for name, present in properties.items():

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from treeflash.errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32", "F64")
-INTEGERS = {"d2t": "I64", "t2d": "BOOL"}
-"""Types of the tensors that map a drafter's own vocabulary, by stored name."""
+INTEGERS = {"d2t": "I64", "t2d": "BOOL", "masked_embedding.token_ordering": "I64"}
+"""Types of the tensors that map or order a drafter's vocabulary, by stored name."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 | DFlash (arXiv 2602.06036) | z-lab, JetSpec, NVIDIA | nothing of what follows |
 | TreeFlash (arXiv 2606.03819) | TreeFlash | `ar_approximation` names a head |
 | DFlash2 | z-lab, incoai | `DFlash2DraftModel`, or `selector_top_k` |
-| DeepSpec | deepseek-ai, LiquidAI | `Qwen3DSparkModel`, `Lfm2DSparkDraftModel` |
+| DeepSpec | deepseek-ai, LiquidAI | `{Qwen3,Qwen35}DSparkModel`, `Lfm2DSparkDraftModel` |
 | SpecForge DSpark, SpecForge Domino | sgl-project | `projector_type` `dspark` or `domino` |
 | LiLiCorr (arXiv 2608.20530) | NVIDIA | `LiLiCorrDraftModel`, or `projector_type` `lilicorr` |
 | speculators | vllm-project, RedHatAI, poolside | `speculators_model_type` |
@@ -18,13 +18,18 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import Correlation, DrafterConfig
+from treeflash.drafters.config import (
+    Correlation,
+    DrafterConfig,
+    inverse_frequencies,
+    rope_parameters,
+)
 from treeflash.drafters.folder import read_config
 from treeflash.errors import CheckpointError
 
@@ -248,7 +253,6 @@ REFUSED = {
     "DFlashLagunaForCausalLM": "poolside's Laguna",
     "Gemma4DSparkModel": "DeepSpec's for Gemma 4",
     "K3DSparkModel": "DSpark for Kimi K3",
-    "Gemma4AssistantForCausalLM": "Gemma 4's assistant",
 }
 """Layouts that are not supported, by the first entry of `architectures`."""
 OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
@@ -292,7 +296,7 @@ def parse_drafter_config(config: Config) -> DrafterConfig:
     published = detect_format(config)
     if published is not SPECULATORS:  # it has no such sections
         for name, section in _sections(config).items():
-            _refuse_unread(config, name, section, published.keys)
+            _refuse_unread(config, f"{name}.", section, published.keys)
     return published.parse(config)
 
 
@@ -314,8 +318,6 @@ def detect_format(config: Config) -> Format:
         return LILICORR
     if projector == "dspark" or architecture == "DSparkDraftModel":
         return SPECFORGE
-    if architecture == "Qwen35DSparkModel" and config.get("enable_qwen35_gated_q_proj"):
-        raise ValueError("enable_qwen35_gated_q_proj = True is not supported")
     if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"):
         return DEEPSPEC
     dflash2 = architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model")
@@ -421,8 +423,10 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
     return {name: dict(config.get(name) or {}) for name in SECTIONS}
 
 
-def _refuse_unread(config: Config, name: str, section: Config, keys: Iterable[str]) -> None:
+def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[str]) -> None:
     """Raise a ValueError for a setting in a drafter's section that nothing would read.
+
+    `prefix` is the section's name before its keys in messages.
 
     Such a setting may change the drafts without an error: the target verifies them, and they are
     merely accepted less often. At the top level unknown keys are ignored, since many drafters'
@@ -434,12 +438,12 @@ def _refuse_unread(config: Config, name: str, section: Config, keys: Iterable[st
         top_key = "sliding_window" if key == "swa_window_size" else key
         if top_key not in backbone.KEYS:
             raise ValueError(
-                f"{name}.{key} = {value!r} is not supported; "
+                f"{prefix}{key} = {value!r} is not supported; "
                 "remove it if it does not change the drafter's output"
             )
         if value != config.get(top_key):
             raise ValueError(
-                f"{name}.{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
+                f"{prefix}{key} = {value!r} contradicts {top_key} = {config.get(top_key)!r} "
                 "at the top level"
             )
 
@@ -518,7 +522,23 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
     if "target_layer_ids" not in config and "dflash_config" not in config:
         raise KeyError("target_layer_ids")
     head = _markov_fields({key: find_setting(config, key) for key in MARKOV_KEYS})
-    return _parse_sections(config, first_slot=0, own_vocabulary=True, **head)
+    first_slot = 0 if find_setting(config, "sample_from_anchor", default=True) else 1
+    parsed = _parse_sections(config, first_slot=first_slot, own_vocabulary=True, **head)
+    if "Qwen35DSparkModel" not in (config.get("architectures") or ()):
+        return parsed  # the same key of a copy of the target's configuration means nothing
+    return _gated(parsed, config) if config.get("enable_qwen35_gated_q_proj") else parsed
+
+
+def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
+    """A drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
+    rope = rope_parameters(config)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    rotated, scale = inverse_frequencies(rope, int(parsed.head_dim * float(share)))
+    if scale != 1:
+        raise ValueError(f"rope type {rope['rope_type']!r} is not supported with gated queries")
+    still = (0.0,) * (parsed.head_dim // 2 - len(rotated))
+    inv_freq = (*rotated.tolist(), *still)
+    return replace(parsed, gated=True, norm_offset=1.0, inv_freq=inv_freq)
 
 
 def _parse_specforge(config: Config) -> DrafterConfig:
@@ -610,6 +630,8 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     if kind not in ("dflash", "dflash2", "dspark", "xpress"):
         known = "dflash, dflash2, dspark, xpress"
         raise ValueError(f"speculators of type {kind!r} are not supported; supported are {known}")
+    backbone.refuse(config)
+    _refuse_unread(config, "", config, SPECULATORS.keys)  # the top level is no copy of a target's
     layers = dict(config["transformer_layer_config"])
     rope = dict(layers.get("rope_parameters") or {})
     layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
@@ -692,12 +714,18 @@ SPECULATORS_KEYS = frozenset(
         "transformer_layer_config"
     ).split()
 )
-MARKOV_KEYS = frozenset({*HEADS["vanilla"].settings, "confidence_head_alpha"})
+MARKOV_KEYS = frozenset(
+    {*HEADS["vanilla"].settings, "confidence_head_alpha", "confidence_temperatures"}
+)
 DFLASH = Format(name="DFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
 TREEFLASH = Format(name="TreeFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
 DFLASH2 = Format(name="DFlash2", parse=_parse_dflash2, keys=DFLASH_KEYS | SELECTOR_DEFAULTS.keys())
 DEEPSPEC = Format(
-    name="DeepSpec", parse=_parse_deepspec, keys=DFLASH_KEYS | MARKOV_KEYS | {"draft_vocab_size"}
+    name="DeepSpec",
+    parse=_parse_deepspec,
+    keys=DFLASH_KEYS
+    | MARKOV_KEYS
+    | {"draft_vocab_size", "enable_qwen35_gated_q_proj", "sample_from_anchor"},
 )
 SPECFORGE = Format(
     name="SpecForge DSpark",

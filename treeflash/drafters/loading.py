@@ -51,6 +51,7 @@ def refuse_extensions(
         "a factor on its logits": config.output_multiplier != 1,
         "a softcap": config.softcap is not None,
         "interleaved rotary embeddings": config.interleaved_rope,
+        "gated queries": config.gated,
         "features of the embeddings": -1 in config.target_layer_ids,
         "embeddings or an output head of its own": config.own_vocabulary and vocabulary,
     }
@@ -69,8 +70,9 @@ def load_tensors(
 ) -> DrafterTensors[Tensor]:
     """Read a drafter and check that it belongs to a target of this shape.
 
-    `read` reads a safetensors file into the tensors of a framework, by stored name. Raises a
-    CheckpointError if the folder is damaged, incomplete, or not made for this target.
+    `read` reads a safetensors file into the tensors of a framework, by stored name. The gates of
+    queries become tensors of their own, `gate_proj`. Raises a CheckpointError if the folder is
+    damaged, incomplete, or not made for this target.
     """
     config = formats.drafter_config(folder)
     check_pair(
@@ -90,17 +92,38 @@ def load_tensors(
             elif name in VOCABULARY:
                 parts["vocabulary"][name] = tensor
             elif name not in TRAINING_TENSORS:
-                if config.interleaved_rope and re.search(r"\.[qk]_(proj|norm)\.", name):
-                    tensor = _join_halves(tensor, config.head_dim)
+                if config.gated and ".self_attn.q_proj." in name:
+                    tensor, gate = _split_gate(tensor, config.head_dim)
+                    parts["backbone"][name.replace("q_proj", "gate_proj")] = gate
+                if re.search(r"\.[qk]_(proj|norm)\.", name):
+                    tensor = _join_halves(tensor, config)
                 parts["backbone"][name] = tensor
     return DrafterTensors(config=config, head_size=head_size, **parts)
 
 
-def _join_halves(tensor: Any, head_dim: int) -> Any:
-    """Rows of heads whose rotary pairs are neighbours, in the order in which halves are pairs."""
-    shape = tuple(tensor.shape)
-    pairs = tensor.reshape(-1, head_dim // 2, 2, *shape[1:])
-    return pairs.swapaxes(1, 2).reshape(shape)
+def _split_gate(tensor: Any, head_dim: int) -> tuple[Any, Any]:
+    """The rows of the queries and the rows of the gates, which alternate by head."""
+    rest = tuple(tensor.shape[1:])
+    heads = tensor.reshape(-1, 2, head_dim, *rest)
+    return heads[:, 0].reshape(-1, *rest), heads[:, 1].reshape(-1, *rest)
+
+
+def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
+    """Rows of queries or keys in the order in which the halves of a head are rotary pairs.
+
+    In the stored tensors neighbours may be pairs, or the halves of the first channels alone.
+    """
+    shape, half = tuple(tensor.shape), config.head_dim // 2
+    if config.interleaved_rope:
+        return tensor.reshape(-1, half, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    pairs = sum(frequency > 0 for frequency in config.inv_freq)
+    if pairs == half:
+        return tensor
+    heads = tensor.reshape(-1, 2 * half, *shape[1:])
+    ordered = heads + 0  # a copy in every framework
+    ordered[:, pairs:half] = heads[:, 2 * pairs : half + pairs]
+    ordered[:, half : half + pairs] = heads[:, pairs : 2 * pairs]
+    return ordered.reshape(shape)
 
 
 def check_pair(

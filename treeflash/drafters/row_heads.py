@@ -11,6 +11,10 @@ one pass of the layer and of the output head.
 | GLM MTP | GLM-4.5 to 4.7, in the target's folder | `model.layers.N.eh_proj.weight` |
 | EAGLE-3 | SafeAILab, SpecForge, ModelOpt | architecture `LlamaForCausalLMEagle3` |
 | EAGLE-3 | speculators | `speculators_model_type` `eagle3` |
+| Gemma 4's assistant | Google | `model_type` `gemma4_assistant` |
+
+Gemma 4's assistant has several layers and no rows: they read the keys and values of the target's
+committed positions, so that the state which a draft passes on is all that its children need.
 """
 
 from __future__ import annotations
@@ -59,6 +63,15 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assistant:
+    """The layers of Gemma 4's assistant, which attend to the target's keys."""
+
+    settings: Config  # of the layers, `text_config` in `config.json`
+    clusters: int = 0  # of tokens, of which the best get logits; 0 if all tokens get logits
+    scored: int = 0  # number of clusters that get logits
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowConfig(DrafterConfig):
     """The shape of a row head. `block_size` is 1 + its depths; there is no mask token."""
 
@@ -68,15 +81,16 @@ class RowConfig(DrafterConfig):
     # the residual of that attention is the normed state, not the state
     normed_residual: bool = False
     normed_feedback: bool  # the state for the next depth is taken after the final norm
-    gated: bool = False  # the attention's output is multiplied by a sigmoid gate, from `q_proj`
     qk_norm: bool = False  # queries and keys are normed by head
     output_bias: bool = False  # `o_proj` has a bias, as q, k and v have with `attention_bias`
     experts: Experts | None = None  # of the feed-forward network; None for a dense one
-    norm_offset: float = 0.0  # added to the stored weights of norms
     # norms before `fc`: of each feature, of all features together, or none
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
     final_state: bool = False
+    # the layers of Gemma 4's assistant, which has no layer with keys of its own
+    # (`num_hidden_layers` is 0); None for other heads
+    assistant: Assistant | None = None
 
     @property
     def has_marginals(self) -> bool:
@@ -84,7 +98,7 @@ class RowConfig(DrafterConfig):
 
     @property
     def scratch_rows(self) -> int:
-        return 1 + MAX_PATHS * (self.depths - 1)
+        return 0 if self.assistant else 1 + MAX_PATHS * (self.depths - 1)
 
     @property
     def column_size(self) -> int:
@@ -143,6 +157,8 @@ def find_row_format(folder: Path) -> RowFormat | None:
         return EAGLE3
     if config.get("model_type") in QWEN_SIDECARS and "pre_fc_norm_hidden.weight" in names:
         return QWEN_SIDECAR
+    if config.get("model_type") in ASSISTANT_TYPES:
+        return ASSISTANT
     kind = str(_text(config).get("model_type"))
     if {"mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"} <= names:
         return _supported(kind, QWEN_TYPES, QWEN_MTP)
@@ -201,8 +217,18 @@ def refuse_window(config: LoadConfig) -> None:
         raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
 
 
+def refuse_assistant(config: RowConfig, backend: str) -> None:
+    """Raise an UnsupportedModelError for Gemma 4's assistant, whose target a backend lacks."""
+    if config.assistant is not None:
+        raise UnsupportedModelError(
+            f"Gemma 4's assistant is not supported by the {backend} backend; use the mlx backend"
+        )
+
+
 def row_shapes(config: RowConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors of a row head by canonical name; optional ones are included."""
+    if config.assistant is not None:
+        return _assistant_shapes(config, config.assistant, vocab_size)
     h, d = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     read = 2 * h if config.reads_both else h
@@ -248,6 +274,36 @@ def row_shapes(config: RowConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+def _assistant_shapes(
+    config: RowConfig, assistant: Assistant, vocab_size: int
+) -> dict[str, tuple[int, ...]]:
+    settings, h = assistant.settings, config.hidden_size
+    width, inner = int(settings["hidden_size"]), int(settings["intermediate_size"])
+    sizes = {"sliding_attention": int(settings["head_dim"])}
+    sizes["full_attention"] = int(settings.get("global_head_dim") or settings["head_dim"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "pre_projection.weight": (width, 2 * h),
+        "post_projection.weight": (h, width),
+        "norm.weight": (width,),
+        "lm_head.weight": (vocab_size, width),
+    }
+    if assistant.clusters:
+        shapes["masked_embedding.centroids.weight"] = (assistant.clusters, width)
+        shapes["masked_embedding.token_ordering"] = (vocab_size,)
+    for n, kind in enumerate(settings["layer_types"]):
+        layer, size = f"layers.{n}.", sizes[kind]
+        queries = int(settings["num_attention_heads"]) * size
+        shapes |= {
+            f"{layer}self_attn.q_proj.weight": (queries, width),
+            f"{layer}self_attn.q_norm.weight": (size,),
+            f"{layer}self_attn.o_proj.weight": (width, queries),
+            f"{layer}layer_scalar": (1,),
+            **_mlp_shapes(f"{layer}mlp.", width, inner),
+            **{f"{layer}{name}.weight": (width,) for name in ASSISTANT_NORMS},
+        }
+    return shapes
+
+
 def _mlp_shapes(prefix: str, h: int, width: int) -> dict[str, tuple[int, ...]]:
     shapes = {"gate_proj": (width, h), "up_proj": (width, h), "down_proj": (h, width)}
     return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
@@ -281,7 +337,7 @@ def _check_shapes(
     """Raise a CheckpointError for the first missing, misshapen or unexpected tensor."""
     actual = _split_fused(actual)
     optional = {"embed_tokens.weight"}
-    if "d2t" not in expected:
+    if "d2t" not in expected and "pre_projection.weight" not in expected:
         optional.add("lm_head.weight")
     for name, shape in expected.items():
         if name not in actual and name not in optional:
@@ -611,8 +667,98 @@ def _sidecar_names(config: Config, stored: Collection[str]) -> Names:
     return _qwen_names(config, stored, prefix="")
 
 
+ASSISTANT_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+ASSISTANT_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+ASSISTANT_KEYS = {
+    "backbone_hidden_size",
+    "centroid_intermediate_top_k",
+    "num_centroids",
+    "text_config",
+    "use_ordered_embeddings",
+}
+ASSISTANT_LAYER_KEYS = {
+    "attention_k_eq_v",  # of the target's keys, as the next two
+    "num_global_key_value_heads",
+    "num_key_value_heads",
+    "final_logit_softcapping",  # the published code bounds no logits
+    "global_head_dim",
+    "num_kv_shared_layers",
+    "sliding_window",
+    "use_bidirectional_attention",  # of prompts; a draft sees committed positions alone
+}
+ASSISTANT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (None, False),
+    "hidden_act": (None,),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_size_per_layer_input": (0,),
+    "vocab_size_per_layer_input": (0,),
+}
+"""Settings of the layers that must have one of these values."""
+
+
+def _parse_assistant(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+    """The layers are computed from their settings, as in the target; here they are checked."""
+    settings = config["text_config"]
+
+    def is_unknown(key: str, known: Collection[str]) -> bool:
+        return key not in known and key not in backbone.INERT_KEYS and not key.endswith("_token_id")
+
+    _refuse_keys(config, lambda key: is_unknown(key, ASSISTANT_KEYS), {})
+    known = (ASSISTANT_LAYER_KEYS | backbone.KEYS) - ASSISTANT_NEUTRAL.keys()
+    _refuse_keys(settings, lambda key: is_unknown(key, known), ASSISTANT_NEUTRAL)
+    layers = int(settings["num_hidden_layers"])
+    kinds = settings["layer_types"]
+    if len(kinds) != layers or not set(kinds) <= set(backbone.LAYER_TYPES):
+        raise ValueError(f"layer_types = {kinds!r} is not supported with {layers} layers")
+    vocab_size, clusters, scored = int(settings["vocab_size"]), 0, 0
+    if config.get("use_ordered_embeddings"):
+        clusters = int(config["num_centroids"])
+        scored = int(config["centroid_intermediate_top_k"])
+        if vocab_size % clusters or not 0 < scored <= clusters:
+            raise ValueError(
+                f"{scored} of {clusters} clusters of {vocab_size} tokens are not valid"
+            )
+    return RowConfig(
+        hidden_size=int(config["backbone_hidden_size"]),
+        intermediate_size=int(settings["intermediate_size"]),
+        num_hidden_layers=0,
+        num_attention_heads=int(settings["num_attention_heads"]),
+        num_key_value_heads=int(settings["num_key_value_heads"]),
+        head_dim=int(settings["head_dim"]),
+        rms_norm_eps=float(settings["rms_norm_eps"]),
+        attention_bias=False,
+        block_size=DEPTHS + 1,
+        mask_token_id=0,
+        vocab_size=vocab_size,
+        target_layer_ids=(target_layers,),
+        num_target_layers=None,
+        inv_freq=(),
+        rope_scale=1.0,
+        sliding_windows=(),
+        causal=(),
+        head="assistant",
+        own_vocabulary=True,
+        reads_both=False,
+        normed_feedback=True,
+        final_state=True,
+        assistant=Assistant(settings=settings, clusters=clusters, scored=scored),
+    )
+
+
+def _assistant_names(config: Config, stored: Collection[str]) -> Names:
+    names = {name: name.removeprefix("model.") for name in stored if name != "lm_head.weight"}
+    embeddings = "model.embed_tokens.weight"  # of the drafted tokens: the output head, tied
+    return {**names, embeddings: "lm_head.weight"} if embeddings in names else names
+
+
 QWEN_MTP = RowFormat(name="Qwen MTP", parse=_parse_qwen, names=_qwen_names)
 QWEN_SIDECAR = RowFormat(name="Qwen MTP", parse=_parse_sidecar, names=_sidecar_names)
 GLM_MTP = RowFormat(name="GLM MTP", parse=_parse_glm, names=_glm_names)
 EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_eagle, names=_eagle_names)
 SPECULATORS_EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_speculators, names=_eagle_names)
+ASSISTANT = RowFormat(name="Gemma 4's assistant", parse=_parse_assistant, names=_assistant_names)

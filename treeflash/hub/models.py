@@ -120,9 +120,16 @@ PUBLISHED_DRAFTERS = {
         "RedHatAI/gemma-4-31B-it-speculator.dflash2",
         "RedHatAI/gemma-4-31B-it-speculator.dflash",
         "z-lab/gemma-4-31B-it-DFlash",
+        "google/gemma-4-31B-it-assistant",
     ),
-    "gemma-4-26b-a4b-it": _drafters("z-lab/gemma-4-26B-A4B-it-DFlash"),
-    "gemma-4-12b-it": _drafters("z-lab/gemma4-12B-it-DFlash"),
+    "gemma-4-26b-a4b-it": _drafters(
+        "z-lab/gemma-4-26B-A4B-it-DFlash", "google/gemma-4-26B-A4B-it-assistant"
+    ),
+    "gemma-4-12b-it": _drafters("z-lab/gemma4-12B-it-DFlash", "google/gemma-4-12B-it-assistant"),
+    **{
+        f"gemma-4-{size.lower()}-it": _drafters(f"google/gemma-4-{size}-it-assistant")
+        for size in ("E4B", "E2B")
+    },
     **{
         f"qwen3.5-{size.lower()}": _drafters(f"z-lab/Qwen3.5-{size}-DFlash", thinking=True)
         for size in ("4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
@@ -153,6 +160,8 @@ HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 HUB_REACHABLE_S = 5.0
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
+KINDS = {"eagle3": "EAGLE-3 head", "-assistant": "assistant"}
+"""By a part of their names, drafters that are no block drafters."""
 SELF = "self"
 """The drafter in the target's own folder."""
 MTP_TARGETS = r"qwen3-next-|qwen3-coder-next|qwen3\.[568]-|glm-4\.[567]"
@@ -194,7 +203,7 @@ def draft_sources(target: str | None) -> list[DraftSource]:
     sources = [
         DraftSource(
             name=drafter.name,
-            kind="EAGLE-3 head" if "eagle3" in drafter.name.lower() else "block drafter",
+            kind=next((x for part, x in KINDS.items() if part in drafter.name), "block drafter"),
             option="the default" if number == 0 else f"--drafter {drafter.name}",
             drafter=drafter,
         )

@@ -98,4 +98,8 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         vocab_size=vocab_size,
         num_hidden_layers=layers,
     )
-    return DrafterModel(tensors.config, tensors.backbone, tensors.head, tensors.vocabulary, target)
+    offset = np.float32(tensors.config.norm_offset)
+    backbone = {
+        x: w + offset if x.endswith("norm.weight") else w for x, w in tensors.backbone.items()
+    }
+    return DrafterModel(tensors.config, backbone, tensors.head, tensors.vocabulary, target)

@@ -19,6 +19,7 @@ from treeflash.reference.numerics import (
     block_visible,
     log_softmax,
     rotate,
+    sigmoid,
     silu,
     top,
     visible,
@@ -70,7 +71,10 @@ class Drafter(OneByOneDrafter):
             y = before(y)
             q = self._heads(layer, "q", y, positions)
             k, v = cache.attend(n, *self._kv_cache(layer, y, positions))
-            x = x + after(self._linear(layer + "self_attn.o_proj", attention(q, k, v, mask)))
+            out = attention(q, k, v, mask)
+            if config.gated:
+                out = out * sigmoid(self._linear(layer + "self_attn.gate_proj", y))
+            x = x + after(self._linear(layer + "self_attn.o_proj", out))
             y = self.model.normed(layer + "post_attention_layernorm", x)
             before, after = self._convolutions(layer + "mlp_conv", y)
             y = before(y)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig, refuse_assistant
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
@@ -68,6 +68,7 @@ class RowModel(DrafterModel):
         vocabulary: Mapping[str, NDArray[Any]],
         target: Target,
     ) -> RowModel:
+        refuse_assistant(config, "reference")
         if config.experts is not None:
             raise UnsupportedModelError("the reference backend has no row heads with experts")
         offset = np.float32(config.norm_offset)

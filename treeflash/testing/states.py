@@ -273,11 +273,14 @@ class RecurrenceTests:
         tokens = random_tokens(np.random.default_rng(23), backend.vocab_size, 12)
         sequence = SequenceSession(backend, drafts=True)
         assert sequence.state.needs_snapshots
-        sequence.extend(tokens[:5])
-        before = sequence.state.nbytes
-        sequence.state.snapshot()
-        sequence.extend(tokens[5:])
-        assert sequence.state.nbytes > before
+        without = SequenceSession(backend, drafts=True)
+        for each in (sequence, without):
+            each.extend(tokens[:5])
+            if each is sequence:
+                each.state.snapshot()
+            each.extend(tokens[5:])
+        assert sequence.state.nbytes > without.state.nbytes
+        without.state.close()
         assert [sequence.state.restorable(n) for n in (4, 5, 11, 12, 99)] == [0, 5, 5, 12, 12]
         whole = sequence.state.fork(12, 40)
         short = sequence.state.fork(5, 40)

@@ -84,6 +84,9 @@ def _refuse_untrainable_parts(folder: Path, config: DrafterConfig) -> None:
         "a factor on its logits": config.output_multiplier != 1,
         "a softcap": config.softcap is not None,
         "features of the embeddings": -1 in config.target_layer_ids,
+        # Their channels are loaded in another order than they are stored in.
+        "interleaved rotary embeddings": config.interleaved_rope,
+        "gated queries": config.gated,
     }
     for name, present in parts.items():
         if present:

@@ -11,7 +11,6 @@ for which MLX writes the signature. `python -m benchmarks.metal_sources` prints 
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 import warnings
@@ -35,6 +34,9 @@ ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 
 Link: TypeAlias = Callable[[mx.array, int], mx.array]
 """A call in a chain: from the array that the call before returned, and the number of the call."""
+
+VERDICTS: dict[str, dict[str, str]] = {}
+"""What `choose` decided in this process and why, by kernel with its shape, and by size."""
 
 
 def uses_kernels() -> bool:
@@ -68,29 +70,34 @@ def _make(
     return factory(f"treeflash_{name}", inputs, outputs, source, ensure_row_contiguous=copies)
 
 
-def choose(what: str, error: Callable[[], float], limit: float, *race: Any) -> bool:
-    """Whether a kernel is right on this device, and wins its race.
+def choose(
+    what: str, shape: str, size: str, error: Callable[[], float], limit: float, *race: Any
+) -> bool:
+    """Whether a kernel is right on this device, and wins its race; noted in `VERDICTS`.
 
     A kernel that is wrong or does not compile is left out with a warning of one line.
 
     Args:
         what: computes without the kernel, in the warning.
+        shape: of the layers that would use it.
+        size: the number of rows, nodes or columns of this decision.
         error: of the kernel's results.
         limit: of the error.
         race: arguments of `speedup`; a kernel without them need not win.
     """
+    verdicts = VERDICTS.setdefault(f"{what}, {shape}", {})
     try:
         if (found := error()) <= limit:
-            if not race:
-                return True
-            gain = speedup(*race)
-            logging.getLogger(__name__).info(
-                "%s take 1 / %.2f of the time by their Metal kernel", what, gain
-            )
-            return gain >= MIN_SPEEDUP
+            gain = speedup(*race) if race else MIN_SPEEDUP
+            used = gain >= MIN_SPEEDUP
+            verdicts[size] = ("" if used else "not ") + "used"
+            if race:
+                verdicts[size] += f", {gain:.2f} times as fast as MLX's operation"
+            return used
         reason = f"its relative error is {found:.1e}"
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).partition("\n")[0]
+    verdicts[size] = f"not used, {reason}"
     warnings.warn(f"{what} run without their Metal kernel: {reason}", stacklevel=3)
     return False
 

@@ -2,7 +2,8 @@
 
 The rows are the nodes in all heads that share a key. MLX's operation reads the keys again for each
 of these heads, and a mask of the size of the context. Here committed positions take no mask, and
-each node has a word of 64 bits that says which nodes it sees.
+each node has a word of 64 bits that says which nodes it sees. Layers may have a sliding window,
+sinks, or keys and values of 4 or 8 bits, which are dequantised on the way.
 
 Keys are divided by logical position: a split has `SPAN` positions and the nodes at these positions,
 wherever the columns of the nodes are. Each split has its own softmax, and a second kernel merges
@@ -12,10 +13,14 @@ the splits in the order of positions.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error
@@ -25,6 +30,8 @@ SPAN = 512
 MAX_NODES = 64
 MAX_HEAD_DIM = 256
 SIMDGROUPS = 4
+BITS, GROUP_SIZES = (4, 8), (32, 64)
+"""Quantised keys and values that the kernel reads."""
 RACED_COLUMNS = (1024, 4096, 16384)
 RACED_NODES = 12
 
@@ -42,17 +49,20 @@ PARTS = """
         8 * (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
     if (first_row >= rows)
         return;
-    const device T* keys = k + b * k_strides[0] + key_head * k_strides[1];
-    const device T* values = v + b * v_strides[0] + key_head * v_strides[1];
-    int start = starts[b], first = split * SPAN, stop = first + SPAN;
+    KEY_PARTS
+    VALUE_PARTS
+    int window = bounds[0], offset = bounds[1];  // the position of the first key
+    int start = starts[b], first = (split + offset / SPAN) * SPAN, stop = first + SPAN;
 
     uint place[2];  // of this lane's two rows in the output
+    int oldest[2];  // position in the window
     ulong seen[2];
     simdgroup_float8x8 query[D / 8], output[D / 8];
     for (uint i = 0; i < 2; ++i) {
         uint r = min(first_row + column + i, rows - 1);
         uint head = key_head * group + r / nodes, node = r % nodes;
         place[i] = (b * heads + head) * nodes + node;
+        oldest[i] = positions[b * nodes + node] - window + 1;
         seen[i] = words[b * nodes + node];
         const device T* from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];
         for (uint d = 0; d < D / 32; ++d) {
@@ -67,25 +77,24 @@ PARTS = """
 
     // First the committed positions, then the nodes, in tiles of 16.
     bool on_tree = false;
-    int c = first, end = min(stop, start);
+    int c = max(first, max(offset, start - window + 1)), end = min(stop, start);
     while (true) {
         if (!on_tree && c >= end) {
             if (stop <= start)
                 break;
             on_tree = true;
             c = start;
-            end = min(start + int(nodes), k_shape[2]);
+            end = min(start + int(nodes), k_shape[2] + offset);
         }
         if (c >= end)
             break;
         simdgroup_float8x8 scores[2];
         for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + row);
-            const device T* from = keys + min(key, end - 1) * k_strides[2] + 4 * column;
+            int at = min(key, end - 1) - offset;
             scores[u] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
             for (uint d = 0; d < D / 32; ++d) {
-                vec<T, 4> x = *(const device vec<T, 4>*)(from + 32 * d);
-                vec<T, 4> y = *(const device vec<T, 4>*)(from + 32 * d + 4);
+                LOAD_KEY
                 for (uint j = 0; j < 4; ++j) {
                     simdgroup_float8x8 left;
                     left.thread_elements()[0] = float(x[j]);
@@ -94,12 +103,14 @@ PARTS = """
                 }
             }
             bool here = key < end;
+            int position = key;
             if (on_tree && here) {
-                int position = positions[b * nodes + key - start];
+                position = positions[b * nodes + key - start];
                 here = position >= first && position < stop;
             }
             for (uint i = 0; i < 2; ++i)
-                if (!here || (on_tree && !(seen[i] >> (key - start) & 1)))
+                if (!here || position < oldest[i]
+                        || (on_tree && !(seen[i] >> (key - start) & 1)))
                     scores[u].thread_elements()[i] = -INFINITY;
         }
         for (uint i = 0; i < 2; ++i) {
@@ -121,12 +132,9 @@ PARTS = """
         }
         for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + column);
-            const device T* from[2];
-            for (int i = 0; i < 2; ++i)
-                from[i] = values + min(key + i, end - 1) * v_strides[2] + 4 * row;
+            int at[2] = {min(key, end - 1) - offset, min(key + 1, end - 1) - offset};
             for (uint d = 0; d < D / 32; ++d) {
-                vec<T, 4> x = *(const device vec<T, 4>*)(from[0] + 32 * d);
-                vec<T, 4> y = *(const device vec<T, 4>*)(from[1] + 32 * d);
+                LOAD_VALUES
                 for (uint j = 0; j < 4; ++j) {
                     simdgroup_float8x8 left;
                     left.thread_elements()[0] = float(x[j]);
@@ -153,10 +161,58 @@ PARTS = """
         }
     }
 """
+# A lane reads 8 neighbours of a key as x and y, and 4 of each of two values.
+PLAIN = {
+    "KEY_PARTS": "const device T* keys = k + b * k_strides[0] + key_head * k_strides[1];",
+    "VALUE_PARTS": "const device T* values = v + b * v_strides[0] + key_head * v_strides[1];",
+    "LOAD_KEY": """const device T* from = keys + at * k_strides[2] + 4 * column + 32 * d;
+                vec<T, 4> x = *(const device vec<T, 4>*)from;
+                vec<T, 4> y = *(const device vec<T, 4>*)(from + 4);""",
+    "LOAD_VALUES": """const device T* from = values + 4 * row + 32 * d;
+                vec<T, 4> x = *(const device vec<T, 4>*)(from + at[0] * v_strides[2]);
+                vec<T, 4> y = *(const device vec<T, 4>*)(from + at[1] * v_strides[2]);""",
+}
+PARTS_OF_QUANTISED = """
+    const device uint* {0} = {1} + b * {1}_strides[0] + key_head * {1}_strides[1];
+    const device T* {0}_scales =
+        {1}_scales + b * {1}_scales_strides[0] + key_head * {1}_scales_strides[1];
+    const device T* {0}_biases =
+        {1}_biases + b * {1}_biases_strides[0] + key_head * {1}_biases_strides[1];"""
+QUANTISED = {
+    "KEY_PARTS": PARTS_OF_QUANTISED.format("keys", "k"),
+    "VALUE_PARTS": PARTS_OF_QUANTISED.format("values", "v"),
+    "LOAD_KEY": """uint g = (32 * d + 4 * column) / GROUP;
+                float factor = float(keys_scales[at * k_scales_strides[2] + g]);
+                float bias = float(keys_biases[at * k_biases_strides[2] + g]);
+                const device uint* from =
+                    keys + at * k_strides[2] + (4 * d + column / 2) * (BITS / 4);
+                uint low = from[0], high = BITS == 4 ? low >> 16 : from[BITS / 4 - 1];
+                float4 x, y;
+                for (uint j = 0; j < 4; ++j) {
+                    x[j] = factor * float(low >> (BITS * j) & ((1 << BITS) - 1)) + bias;
+                    y[j] = factor * float(high >> (BITS * j) & ((1 << BITS) - 1)) + bias;
+                }""",
+    "LOAD_VALUES": """uint g = (32 * d + 4 * row) / GROUP;
+                float4 x, y;
+                for (uint i = 0; i < 2; ++i) {
+                    float factor = float(values_scales[at[i] * v_scales_strides[2] + g]);
+                    float bias = float(values_biases[at[i] * v_biases_strides[2] + g]);
+                    uint word = values[at[i] * v_strides[2] + (8 * d + row) * BITS / 8]
+                        >> (BITS == 4 ? 16 * (row & 1) : 0);
+                    for (uint j = 0; j < 4; ++j) {
+                        float value = factor * float(word >> (BITS * j) & ((1 << BITS) - 1)) + bias;
+                        if (i == 0)
+                            x[j] = value;
+                        else
+                            y[j] = value;
+                    }
+                }""",
+}
 MERGE = """
-    uint d = thread_position_in_grid.x, row = thread_position_in_grid.y, width = parts_shape[2];
-    uint splits = parts_shape[1];
-    float highest = -INFINITY, output = 0.0f, sum = 0.0f;
+    uint d = thread_position_in_grid.x, row = thread_position_in_grid.y, width = parts_shape[3];
+    uint nodes = parts_shape[1], splits = parts_shape[2];
+    float sink = sinks[row / nodes % sinks_shape[0]];
+    float highest = sink, output = 0.0f, sum = 0.0f;
     for (uint s = 0; s < splits; ++s)
         highest = max(highest, weights[2 * (row * splits + s)]);
     for (uint s = 0; s < splits; ++s) {
@@ -165,9 +221,30 @@ MERGE = """
         output += factor * parts[part * width + d];
         sum += factor * weights[2 * part + 1];
     }
+    sum += exp(sink - highest);
     out[row * width + d] = static_cast<T>(output / sum);
 """
-INPUTS = ("q", "k", "v", "words", "positions", "starts", "scale")
+ROWS = ("words", "positions", "starts", "scale", "bounds")
+INPUTS: tuple[str, ...] = ("q", "k", "v", *ROWS)
+QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_biases")), *ROWS)
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a pass, as the kernel takes them.
+
+    Attributes:
+        words: (batch, n) uint64; see `ancestor_words`.
+        positions: (batch, n) int32 logical positions of the nodes.
+        starts: (batch,) int32 committed positions.
+        length: of the longest sequence, with the deepest node.
+    """
+
+    words: mx.array
+    positions: mx.array
+    starts: mx.array
+    length: int
 
 
 def ancestor_words(ancestors: mx.array) -> mx.array:
@@ -176,44 +253,64 @@ def ancestor_words(ancestors: mx.array) -> mx.array:
     return mx.where(ancestors, bits, mx.array(0, mx.uint64)).sum(2)
 
 
+def source(*, quantised: bool) -> str:
+    """The source of the first kernel, for keys and values of `BITS` bits or for others."""
+    text = PARTS
+    for name, part in (QUANTISED if quantised else PLAIN).items():
+        text = text.replace(name, part)
+    return text
+
+
 def tree_attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    words: mx.array,
-    positions: mx.array,
-    starts: mx.array,
+    k: Sequence[mx.array],
+    v: Sequence[mx.array],
+    nodes: Nodes,
     scale: float,
-    length: int,
+    *,
+    window: int | None = None,
+    first: int = 0,
+    sinks: mx.array | None = None,
+    bits: int = 0,
 ) -> mx.array:
     """(batch, heads, n, head_dim) outputs at all nodes.
 
     Args:
         q: (batch, heads, n, head_dim); the entries of a row are neighbours in memory.
-        k: (batch, key_heads, columns, head_dim), the committed positions and then the nodes.
+        k: one array of shape (batch, key_heads, columns, head_dim), the committed positions from
+            `first` on and then the nodes; or its three parts, if it is quantised.
         v: like `k`.
-        words: (batch, n) uint64; see `ancestor_words`.
-        positions: (batch, n) int32 logical positions of the nodes.
-        starts: (batch,) int32 committed positions.
+        nodes: of the pass.
         scale: of the scores.
-        length: of the longest sequence, with the deepest node.
+        window: positions that a node sees, with its own; None for all.
+        first: the position of the first column.
+        sinks: (heads,) scores of a position without a value; None without sinks.
+        bits: of quantised keys and values.
     """
     batch, heads, n, width = q.shape
-    key_heads, splits = k.shape[1], -(-length // SPAN)
+    key_heads, splits = k[0].shape[1], -(-nodes.length // SPAN) - first // SPAN
     tiles = -(-(heads // key_heads * n) // (8 * SIMDGROUPS))
-    template = {"T": q.dtype, "D": width, "SPAN": SPAN, "SIMDGROUPS": SIMDGROUPS}
+    template: dict[str, Any] = {"T": q.dtype, "D": width, "SPAN": SPAN, "SIMDGROUPS": SIMDGROUPS}
+    name, inputs = "attention_parts", INPUTS
+    if bits:
+        template |= {"BITS": bits, "GROUP": width // k[1].shape[3]}
+        name, inputs = "attention_parts_quantised", QUANTISED_INPUTS
     # Keys and values are parts of a longer storage, and queries are often transposed.
-    kernel = make_kernel("attention_parts", INPUTS, ("parts", "weights"), PARTS, copies=False)
+    text = source(quantised=bits > 0)
+    kernel = make_kernel(name, inputs, ("parts", "weights"), text, copies=False)
+    bounds = mx.array([NO_WINDOW if window is None else window, first], mx.int32)
+    rows = [nodes.words, nodes.positions, nodes.starts, mx.array([scale]), bounds]
     parts, weights = kernel(
-        inputs=[q, k, v, words, positions, starts, mx.array([scale])],
+        inputs=[q, *k, *v, *rows],
         template=list(template.items()),
         grid=(32 * SIMDGROUPS * tiles, splits, batch * key_heads),
         threadgroup=(32 * SIMDGROUPS, 1, 1),
-        output_shapes=[(batch * heads * n, splits, width), (batch * heads * n, splits, 2)],
+        output_shapes=[(batch * heads, n, splits, x) for x in (width, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    (out,) = make_kernel("attention_merge", ("parts", "weights"), ("out",), MERGE)(
-        inputs=[parts, weights],
+    sinks = mx.full(heads, -mx.inf) if sinks is None else sinks.astype(mx.float32)
+    (out,) = make_kernel("attention_merge", ("parts", "weights", "sinks"), ("out",), MERGE)(
+        inputs=[parts, weights, sinks],
         template=[("T", q.dtype)],
         grid=(width, batch * heads * n, 1),
         threadgroup=(width, 1, 1),
@@ -229,48 +326,112 @@ def runs_shape(head_dim: int, nodes: int) -> bool:
     return head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and nodes <= MAX_NODES
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a layer.
+
+    Attributes:
+        dtype: of the queries.
+        bits: of keys and values; 0 if they have the queries' dtype.
+        group_size: of quantised keys and values.
+    """
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    dtype: mx.Dtype
+    bits: int = 0
+    group_size: int = 0
+
+
 @lru_cache(64)
-def winning_columns(heads: int, key_heads: int, head_dim: int, dtype: mx.Dtype) -> float:
+def winning_columns(shape: Shape) -> float:
     """The number of columns from which on the kernel wins on this device; infinite if never.
 
     It is decided at load, when a pass over a tree is first built, and once in a process.
     """
-    tree = DraftTree.from_parents(
-        np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
-    )
-    sizes = heads, key_heads, head_dim
     # Two splits of committed positions, and a third that begins between the depths of the tree.
-    if not _wins(tree, 2 * SPAN - 2 + RACED_NODES, sizes, dtype, race=False):
-        return math.inf
-    races = (n for n in RACED_COLUMNS if _wins(tree, n, sizes, dtype, race=True))
-    return next(races, math.inf)
+    checked = _Contest(shape, 2 * SPAN - 2 + RACED_NODES)
 
-
-def _wins(
-    tree: DraftTree, columns: int, sizes: tuple[int, int, int], dtype: mx.Dtype, *, race: bool
-) -> bool:
-    """Whether the kernel is right or, in a race, faster, with this number of columns."""
-    heads, key_heads, width = sizes
-    n, start = len(tree), columns - len(tree)
-    ks = mx.random.split(mx.random.key(0), 3)
-    q = mx.random.normal((1, heads, n, width), key=ks[0]).astype(dtype)
-    k, v = (mx.random.normal((1, key_heads, columns, width), key=x).astype(dtype) for x in ks[1:])
-    ancestors = mx.array(tree.ancestor_mask())
-    mask = mx.concatenate([mx.ones((n, start), mx.bool_), ancestors], 1)
-    words, positions = ancestor_words(ancestors[None]), mx.array(tree.positions(start)[None])
-    starts, length = mx.array([start], mx.int32), start + int(tree.depths.max()) + 1
-    scale = width**-0.5
-
-    def by_kernel(q: mx.array, _: int = 0) -> mx.array:
-        return tree_attention(q, k, v, words, positions, starts, scale, length)
-
-    def by_operation(q: mx.array, _: int = 0) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-
+    @cache
     def error() -> float:
-        return relative_error(by_kernel(q), by_operation(q))
+        # Windows that begin in the second split, and between the depths of the tree.
+        return max(map(checked.error, (None, SPAN // 2 + 3, 2)))
 
-    what, limit = "attention of draft trees", 2 * ROUNDING[dtype]
-    if race:
-        return choose(what, lambda: 0, limit, by_kernel, by_operation, q)
-    return choose(what, error, limit)
+    what = "attention of draft trees"
+    name = f"{shape.heads} heads of {shape.head_dim}"
+    if shape.bits:
+        name += f", keys of {shape.bits} bits"
+    for columns in RACED_COLUMNS:
+        contest, limit = _Contest(shape, columns), 2 * ROUNDING[shape.dtype]
+        race = contest.by_kernel, contest.by_operation, contest.q
+        if choose(what, name, f"{columns} columns", error, limit, *race):
+            return columns
+    return math.inf
+
+
+class _Contest:
+    """A tree after committed positions, on which the kernel is compared with the operation."""
+
+    def __init__(self, shape: Shape, columns: int) -> None:
+        self.tree = DraftTree.from_parents(
+            np.zeros(RACED_NODES, np.int32), (np.arange(RACED_NODES, dtype=np.int32) - 1) // 2
+        )
+        self.shape, self.start = shape, columns - RACED_NODES
+        *keys, key = mx.random.split(mx.random.key(0), 4)
+        sizes = [(shape.heads, RACED_NODES), *[(shape.key_heads, columns)] * 2]
+        self.q, *pair = (
+            mx.random.normal((1, *size, shape.head_dim), key=random_key).astype(shape.dtype)
+            for size, random_key in zip(sizes, keys, strict=True)
+        )
+        options = shape.group_size, shape.bits
+        self.k, self.v = (mx.quantize(x, *options) if shape.bits else [x] for x in pair)
+        self.scale = shape.head_dim**-0.5
+        self.sinks = mx.random.normal((shape.heads,), key=key).astype(shape.dtype)
+        ancestors = mx.array(self.tree.ancestor_mask())
+        self.mask = mx.concatenate([mx.ones((RACED_NODES, self.start), mx.bool_), ancestors], 1)
+        self.nodes = Nodes(
+            ancestor_words(ancestors[None]),
+            mx.array(self.tree.positions(self.start)[None]),
+            mx.array([self.start], mx.int32),
+            self.start + int(self.tree.depths.max()) + 1,
+        )
+
+    def by_kernel(self, q: mx.array, _: int) -> mx.array:
+        return tree_attention(q, self.k, self.v, self.nodes, self.scale, bits=self.shape.bits)
+
+    def by_operation(self, q: mx.array, _: int) -> mx.array:
+        return self.operation(q, self.k, self.v, self.mask, None)
+
+    def operation(
+        self,
+        q: mx.array,
+        k: Sequence[mx.array],
+        v: Sequence[mx.array],
+        mask: mx.array,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if self.shape.bits:
+            options = self.scale, mask, self.shape.group_size, self.shape.bits
+            copied = 1 * q  # the function changes its queries
+            result: mx.array = quantized_scaled_dot_product_attention(copied, k, v, *options)
+            return result
+        return mx.fast.scaled_dot_product_attention(
+            q, *k, *v, scale=self.scale, mask=mask, sinks=sinks
+        )
+
+    def error(self, window: int | None) -> float:
+        """The relative error of the kernel; with a window, layers also have sinks."""
+        first, mask, sinks = 0, self.mask, None
+        if window is not None:
+            first = self.start - window + 1
+            positions = np.concatenate([np.arange(self.start), self.tree.positions(self.start)])
+            distances = positions[self.start :, None] - positions
+            mask = (mask & mx.array(distances < window))[:, first:]
+            sinks = None if self.shape.bits else self.sinks  # mlx-lm has no sinks beside these
+        k, v = ([x[:, :, first:] for x in parts] for parts in (self.k, self.v))
+        arrays, bits = (self.q, k, v), self.shape.bits
+        found = tree_attention(
+            *arrays, self.nodes, self.scale, window=window, first=first, sinks=sinks, bits=bits
+        )
+        return relative_error(found, self.operation(self.q, k, v, mask, sinks))

@@ -197,6 +197,8 @@ def wins(layers: Sequence[Quantised], rows: int) -> bool:
 
     return choose(
         "products of few rows",
+        f"{first.weight.shape[0]} x {width} in {first.bits} bits",
+        f"{rows} rows",
         lambda: relative_error(multiply(first, x), multiply_plainly(first, x)),
         ROUNDING[x.dtype],
         link(multiply),

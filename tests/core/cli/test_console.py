@@ -12,7 +12,7 @@ from treeflash.errors import CheckpointError
     ("error", "code", "line"),
     [
         (CheckpointError("x is\n  damaged"), 2, "error: x is damaged"),
-        (OSError(28, "No space left", "out"), 2, "error: [Errno 28] No space left: 'out'"),
+        (OSError(28, "No space left", "out"), 2, "error: out: No space left"),
         (MemoryError(), 2, "error: out of memory; try shorter texts"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; try shorter texts"),
         (

@@ -158,8 +158,9 @@ def test_system_begins_anew(talk, scripted):
 
 
 def test_reset_forgets(talk):
-    talked, _ = talk("hi", ENTER, "/reset", ENTER)
+    talked, shown = talk("hi", ENTER, "/reset", ENTER)
     assert talked.messages == []
+    assert "a new conversation begins" in shown
 
 
 def test_save_writes_what_train_reads(talk, tmp_path):
@@ -194,13 +195,16 @@ def test_iterations_have_colours(talk):
     codes = Console(color_system="standard")
     found = [style for style in STYLES if codes.get_style(style).render("x")[:5] in shown]
     assert len(found) > 2
-    assert "\x1b[36m" not in talk("/color", ENTER, "hi", ENTER, color=True)[1]
+    _, shown = talk("/color", ENTER, "hi", ENTER, color=True)
+    assert "\x1b[36m" not in shown
+    assert "colours are off" in shown
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/nothing", "unknown command /nothing; /help lists the commands"),
+        ("/save ~no-such-user/x", "~no-such-user/x cannot be written: Could not determine home"),
         ("x" * 500, "/reset begins a new conversation"),
     ],
 )

@@ -9,6 +9,7 @@ from made_up_pairs import VOCAB, Head, MadeUp
 
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.diagnosis import (
+    Diagnosis,
     Gain,
     Trial,
     check_device,
@@ -263,6 +264,20 @@ def test_facts_about_the_machine_and_batches_are_told():
     assert device.message == "chip: Apple M4, GPU cores: 10"
     assert (batches.check, batches.ok) == ("batches", True)
     assert check_device(object()) == []
+
+
+def test_kernels_that_are_used_and_that_are_not_are_told():
+    """A line for each, in the JSON too."""
+    verdicts = {"5 rows": "not used, 1.10 times as fast", "9 rows": "used, 1.60 times as fast"}
+    kernels = {"products": verdicts, "attention": {"64 columns": "not used, no such type"}}
+    _, *findings = check_device(Machine(20, kernels=kernels))
+    assert [(finding.check, finding.ok) for finding in findings] == [("kernel", True)] * 2
+    assert [finding.message for finding in findings] == [
+        "products: 5 rows not used, 1.10 times as fast; 9 rows used, 1.60 times as fast",
+        "attention: 64 columns not used, no such type",
+    ]
+    diagnosis = Diagnosis(marginal=[], corrected=None, findings=findings)
+    assert diagnosis.to_dict()["findings"][1]["message"] == findings[1].message
 
 
 @pytest.mark.parametrize(("inexact", "start"), [(None, "exact"), ("near-ties may differ", "near")])

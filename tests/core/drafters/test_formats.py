@@ -513,6 +513,67 @@ def test_a_mask_embedding_is_refused(write: Callable[[str], Path]) -> None:
         drafter_config(folder)
 
 
+BACKBONE_KEYS = (
+    "head_dim hidden_act layer_types rope_parameters rope_theta sliding_window vocab_size"
+)
+PUBLISHED_KEYS = {
+    "dflash": "block_size causal causal_head final_logit_softcapping input_embedding_scale "
+    "is_causal is_neox_style mask_token_id num_target_layers "
+    "output_multiplier target_layer_ids use_swa",
+    "dflash2": "conv_group_size conv_kernel_size selector_rank selector_top_k use_sliding_window",
+    "deepspec": "confidence_head_with_markov confidence_temperatures enable_confidence_head "
+    "enable_qwen35_gated_q_proj markov_head_type markov_rank num_anchors rope_is_neox_style",
+    "specforge": "attention_mode confidence_head_alpha markov_rank projector_type shift_label",
+    "specforge-domino": "emb_dim gru_hidden_dim pure_draft_prefix_len shift_label",
+    "speculators-dflash": "aux_hidden_state_layer_ids draft_vocab_size sample_from_anchor "
+    "sliding_window_non_causal speculators_config target_hidden_size tie_word_embeddings",
+    "speculators-dflash2": "conv_group_size conv_kernel_size selector_rank selector_top_k",
+    "speculators-dspark": "confidence_head_with_markov enable_confidence_head markov_head_type",
+}
+"""By dialect, settings that its publishers write, from their code."""
+
+
+@pytest.mark.parametrize("dialect", PUBLISHED_KEYS)
+def test_every_published_setting_is_known(write: Callable[[str], Path], dialect: str) -> None:
+    config = read_config(write(dialect))
+    keys = f"{BACKBONE_KEYS} {PUBLISHED_KEYS[dialect]}".split()
+    assert unknown_keys({**dict.fromkeys(keys), **config}) == []
+
+
+@pytest.mark.parametrize("key", ["norm_power", "rotary_shift", "slot_gain"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_unknown_setting_of_a_drafter_is_refused_by_name(
+    write: Callable[[str], Path], dialect: str, key: str
+) -> None:
+    """At the top level too if the file is no copy of the target's."""
+    folder = write(dialect)
+    own = dialect.startswith("speculators")
+
+    def add(config: Config) -> None:
+        (config if own else config.setdefault("dflash_config", {}))[key] = 0.5
+
+    edit_config(folder, add)
+    name = key if own else f"dflash_config.{key}"
+    with pytest.raises(CheckpointError, match=f"{name} = 0.5 is not supported; remove it if"):
+        drafter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dflash_query_causal", True), ("log_snr_conditioning", True), ("logits_start", 1)],
+)
+def test_settings_that_change_the_arithmetic_are_refused_in_copies_of_the_target(
+    write: Callable[[str], Path], key: str, value: object
+) -> None:
+    folder = write("deepspec")
+    with pytest.raises(CheckpointError, match=f"{key} = {value} is not supported"):
+        edited(folder, **{key: value})
+
+
+def test_the_first_slot_of_deepspec_may_be_the_anchors_alone(write: Callable[[str], Path]) -> None:
+    assert edited(write("deepspec"), sample_from_anchor=False).first_slot == 1
+
+
 @pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
 def test_interleaved_rotary_embeddings_of_lfm2(backend: str, tmp_path: Path) -> None:
     """The same drafter with the channels of its heads in the other order drafts the same."""
@@ -542,11 +603,113 @@ def test_dspark_for_qwen3_5_is_deepspec_unless_its_queries_are_gated(
 ) -> None:
     folder = write("deepspec")
     expected = drafter_config(folder)
-    edit_config(folder, lambda c: c.update(architectures=["Qwen35DSparkModel"]))
-    assert drafter_config(folder) == expected
+    rope = {"rope_theta": 1000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    edit_config(folder, lambda c: c.update(rope_parameters=rope))
+    for architecture, gated in (("Qwen3DSparkModel", True), ("Qwen35DSparkModel", False)):
+        settings = {"architectures": [architecture], "enable_qwen35_gated_q_proj": gated}
+        edit_config(folder, lambda c, settings=settings: c.update(settings))
+        assert drafter_config(folder) == expected  # the keys are the target's
     edit_config(folder, lambda c: c.update(enable_qwen35_gated_q_proj=True))
-    with pytest.raises(CheckpointError, match="enable_qwen35_gated_q_proj = True is not supported"):
+    found = drafter_config(folder)
+    assert found.gated
+    assert found.norm_offset == 1
+    assert found.inv_freq == pytest.approx((1, 1000**-0.5, 0, 0))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight has shape \(32, 32\), .* \(64, 32\)"):
+        load_tensors(folder, read_file, **TARGET)
+    yarn = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}
+    edit_config(folder, lambda c: c.update(rope_parameters=yarn))
+    with pytest.raises(CheckpointError, match="'yarn' is not supported with gated queries"):
         drafter_config(folder)
+
+
+def write_gated(folder: Path) -> tuple[Config, dict[str, np.ndarray[Any, Any]]]:
+    """Write a small target, and a random drafter whose layers are Qwen3.5's."""
+    write_target(folder / "target", "qwen3", seed=0)
+    write_dialect(folder / "drafter", folder / "target", "deepspec", seed=1)
+    config, tensors = read_config(folder / "drafter"), read_tensors(folder / "drafter")
+    config |= {
+        "architectures": ["Qwen35DSparkModel"],
+        "enable_qwen35_gated_q_proj": True,
+        "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    }
+    rng = np.random.default_rng(2)
+    for name, x in tensors.items():
+        if name.endswith("q_proj.weight"):
+            size = 2 * len(x), x.shape[1]
+            tensors[name] = rng.normal(scale=0.5, size=size).astype(np.float32)
+        if name.endswith("norm.weight"):
+            tensors[name] = rng.normal(scale=0.3, size=x.shape).astype(np.float32)
+    save(folder / "drafter", config, tensors)
+    return config, tensors
+
+
+def gated_block(
+    config: Config, stored: dict[str, Any], features: np.ndarray[Any, Any], root: int
+) -> np.ndarray[Any, Any]:
+    """(S, vocab) log probabilities of a block, by the published formula on the stored tensors."""
+    t = {name.removeprefix("model."): x.astype(np.float64) for name, x in stored.items()}
+    d, kv_heads, p = config["head_dim"], config["num_key_value_heads"], len(features)
+
+    def norm(name: str, x: Any) -> Any:
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"])
+        return x / scale * (1 + t[f"{name}.weight"])
+
+    def linear(name: str, x: Any) -> Any:
+        return x @ t[f"{name}.weight"].T
+
+    def rotated(x: Any, first: int) -> Any:
+        turned = d // 2
+        angles = (first + np.arange(len(x)))[:, None, None] * 1000.0 ** -(
+            np.arange(0, turned, 2) / turned
+        )
+        a, b, rest = x[..., : turned // 2], x[..., turned // 2 : turned], x[..., turned:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + np.exp(-x))
+
+    context = norm("hidden_norm", linear("fc", features))
+    tokens = [root] + [config["mask_token_id"]] * (config["block_size"] - 1)
+    x = t["embed_tokens.weight"][tokens]
+    for n in range(config["num_hidden_layers"]):
+        layer, own = f"layers.{n}.", f"layers.{n}.self_attn."
+        y = norm(layer + "input_layernorm", x)
+        rows = np.concatenate([context, y])
+        both = linear(own + "q_proj", y).reshape(len(y), -1, 2 * d)
+        q = rotated(norm(own + "q_norm", both[..., :d]), p)
+        keys = linear(own + "k_proj", rows).reshape(len(rows), kv_heads, d)
+        k = rotated(norm(own + "k_norm", keys), 0)
+        v = linear(own + "v_proj", rows).reshape(len(rows), kv_heads, d)
+        k, v = (z.repeat(q.shape[1] // kv_heads, 1) for z in (k, v))
+        scores = np.exp(np.einsum("ihd,jhd->hij", q, k) * d**-0.5)
+        out = np.einsum("hij,jhd->ihd", scores / scores.sum(-1, keepdims=True), v)
+        out = out * sigmoid(both[..., d:])
+        x = x + linear(own + "o_proj", out.reshape(len(y), -1))
+        y = norm(layer + "post_attention_layernorm", x)
+        gate = linear(layer + "mlp.gate_proj", y)
+        x = x + linear(
+            layer + "mlp.down_proj", gate * sigmoid(gate) * linear(layer + "mlp.up_proj", y)
+        )
+    logits = linear("lm_head", norm("norm", x))
+    return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "mlx"])
+def test_gated_queries_follow_the_published_formula(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip({"reference": "numpy", "cuda": "torch", "mlx": "mlx_lm"}[backend])
+    config, tensors = write_gated(tmp_path)
+    features, paths = [], (tmp_path / "target", tmp_path / "drafter")
+    reference = loader("reference")(*paths, LoadConfig(device="cpu", dtype="float32"))
+    with SequenceSession(reference, drafts=True) as sequence:
+        sequence.extend([1, 2, 3, 4, 5])
+        features = np.concatenate(sequence.state.context)
+    expected = gated_block(config, tensors, features, 6)
+    pair = loader(backend)(*paths, LoadConfig(device="cpu", dtype="float32"))
+    with SequenceSession(pair, drafts=True) as sequence:
+        sequence.extend([1, 2, 3, 4, 5])
+        actual = pair.drafter.log_probs(sequence.draft(6))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 LILICORR = {

@@ -56,6 +56,12 @@ def test_an_unknown_drafter_was_trained_as_most_are(name: str):
     assert not models.drafter_training(name, None).thinking
 
 
+def test_what_kind_of_drafter_a_target_has():
+    kinds = [source.kind for source in models.draft_sources("google/gemma-4-31B-it")]
+    assert kinds == [*["block drafter"] * 4, "assistant", "copies of the text"]
+    assert models.draft_sources("meta-llama/Llama-3.3-70B-Instruct")[0].kind == "EAGLE-3 head"
+
+
 def test_every_drafter_of_the_table_is_a_hub_id_and_named_once():
     names = [drafter.name for drafters in PUBLISHED_DRAFTERS.values() for drafter in drafters]
     ids = [name for name in names if name != BUNDLED_DRAFTER]

@@ -11,7 +11,8 @@ from treeflash.text.prompt import encode, read_rows
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "Expecting property name"),
+        ("{", "the line is not JSON: Expecting property name"),
+        ("A plain line.", "the line is not JSON: Expecting value"),
         ("[1]", "must be a JSON object"),
         ("[" * 100000, "recursion"),
         ('{"id": null, "prompt": "x"}', "'id' must be a string or an integer"),

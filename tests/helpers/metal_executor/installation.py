@@ -50,6 +50,7 @@ def install(
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
     patch.setattr(metal_kernels, "speedup", lambda *_: speedup)
+    patch.setattr(metal_kernels, "VERDICTS", {})
     executor.max_threads = metal_kernels.MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
     attention.winning_columns.cache_clear()

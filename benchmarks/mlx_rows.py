@@ -1,0 +1,99 @@
+"""Which operations of MLX give a row the same bits whatever rows and keys are beside it.
+
+    python -m benchmarks.mlx_rows
+    python -m benchmarks.mlx_rows --device cpu --json rows.json
+
+Each operation is computed for many rows at once and for the first few of them. Attention of a token
+is also computed where a key that it does not see lies between its keys, as in a draft tree. An
+exact mode needs all of them to be equal bit for bit; see docs/exact.md. The sizes are SmolLM2's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from benchmarks.common import Parser, Row, show, write_json
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+HIDDEN, WIDE, VOCABULARY = 576, 1536, 49152
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+KEYS = 300
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63)
+ROWS = 64
+
+RowFunction = Callable[[int], mx.array]
+"""(n, ...) results of the first n of `ROWS` rows."""
+
+
+def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
+    """The operations of a layer, by name."""
+    keys = iter(mx.random.split(mx.random.key(0), 16))
+
+    def numbers(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=next(keys)).astype(dtype)
+
+    x, wide = numbers(ROWS, HIDDEN), numbers(ROWS, WIDE)
+    weight = numbers(HIDDEN)
+    for size, out in ((HIDDEN, WIDE), (WIDE, HIDDEN), (HIDDEN, VOCABULARY)):
+        matrix, rows = numbers(out, size), x if size == HIDDEN else wide
+        yield f"product {size} x {out}", lambda n, m=matrix, r=rows: r[:n] @ m.T
+    yield "RMSNorm", lambda n: mx.fast.rms_norm(x[:n], weight, 1e-5)
+    yield "SiLU", lambda n: nn.silu(wide[:n])
+    q, (k, v) = numbers(1, HEADS, ROWS, HEAD_DIM), numbers(2, 1, KV_HEADS, KEYS, HEAD_DIM)
+    yield "rotary angles", lambda n: rotate(q[:, :, :n]).transpose(0, 2, 1, 3)[0]
+    yield "attention, rows", lambda n: attend(q[:, :, :n], k, v, mx.ones((n, KEYS), mx.bool_))
+    yield "attention, keys", lambda n: attend_beside(q[:, :, :n], k, v)
+
+
+def rotate(x: mx.array) -> mx.array:
+    """(1, heads, n, head_dim) rotated rows at the positions from 100 on."""
+    return mx.fast.rope(x, HEAD_DIM, traditional=False, base=1e5, scale=1.0, offset=100)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
+    """(n, heads, head_dim) attention of (1, heads, n, head_dim) rows."""
+    scale = HEAD_DIM**-0.5
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
+    return out.transpose(0, 2, 1, 3)[0]
+
+
+def attend_beside(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Attention to all keys; for fewer than `ROWS` rows without the keys that no row sees."""
+    hidden = mx.arange(KEYS) % 5 == 4
+    if q.shape[2] == ROWS:
+        return attend(q, k, v, mx.broadcast_to(~hidden, (ROWS, KEYS)))
+    seen = mx.array([i for i in range(KEYS) if i % 5 < 4])
+    visible = mx.ones((q.shape[2], len(seen)), mx.bool_)
+    return attend(q, mx.take(k, seen, axis=2), mx.take(v, seen, axis=2), visible)
+
+
+def differing(function: RowFunction) -> list[int]:
+    """The numbers of rows whose results are not the first of `ROWS` rows, bit for bit."""
+    expected = function(ROWS)
+    return [n for n in COUNTS if not mx.array_equal(function(n), expected[:n]).item()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compute, print, write."""
+    parser = Parser(__doc__)
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="(default: MLX's own)")
+    args = parser.parse_args(argv)
+    if args.device is not None:
+        mx.set_default_device(mx.Device(getattr(mx, args.device)))
+    rows: list[Row] = []
+    for dtype in DTYPES:
+        for name, function in operations(dtype):
+            numbers = differing(function)
+            answer = "equal" if not numbers else f"differs: {', '.join(map(str, numbers))}"
+            rows.append({"dtype": str(dtype).split(".")[-1], "operation": name, "rows": answer})
+    show(f"rows of MLX on {mx.default_device()}", rows)
+    write_json(args.json, "mlx_rows", {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

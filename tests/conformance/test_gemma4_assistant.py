@@ -1,0 +1,288 @@
+"""Gemma 4's assistant on MLX against transformers, on random checkpoints that transformers writes.
+
+`test_row_heads` compares it with published numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding import Scheduler, SchedulerConfig
+from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.scheduler import Request
+from treeflash.decoding.session import SequenceSession
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.registry import loader
+from treeflash.testing.models import edit_config, write_target
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mlx_lm")
+from transformers import (
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+)
+from treeflash_mlx import assistant
+from treeflash_mlx.drafter import OutputStage
+
+FLOAT32 = LoadConfig(device="cpu", dtype="float32")
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13, 21])
+WINDOW = 5
+SHAPE = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "attention_k_eq_v": True,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+    "max_position_embeddings": 256,
+    "rope_parameters": {
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1000.0,
+            "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 100.0, "rope_type": "default"},
+    },
+}
+
+
+WIDE = {"global_head_dim": 64, "num_global_key_value_heads": 1}
+"""Settings of published files, which transformers writes as `per_layer_config`."""
+
+
+def layers(kinds: str, **settings: Any) -> dict[str, Any]:
+    """The settings of layers, by the first letters of their types."""
+    types = ["sliding_attention" if kind == "s" else "full_attention" for kind in kinds]
+    return {**SHAPE, **WIDE, "num_hidden_layers": len(types), "layer_types": types, **settings}
+
+
+def publish(settings: dict[str, Any]) -> None:
+    del settings["per_layer_config"]
+    settings.update(WIDE)
+
+
+def randomise(model: Any, folder: Path, scale: float) -> None:
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+        is_factor = "norm" in name or "scalar" in name
+        weight.data = 1 + 0.1 * noise if is_factor else scale * noise
+    model.eval().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["all tokens", "clusters"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a target and its assistant, and both in transformers."""
+    folder = tmp_path_factory.mktemp("gemma4")
+    target = Gemma4ForCausalLM(
+        Gemma4TextConfig(**layers("sfsf", num_kv_shared_layers=0 if request.param else 1))
+    )
+    config = Gemma4AssistantConfig(
+        text_config=layers("ssf", hidden_size=16, intermediate_size=24, num_kv_shared_layers=3),
+        backbone_hidden_size=32,
+        use_ordered_embeddings=request.param,
+        num_centroids=12,
+        centroid_intermediate_top_k=7,
+    )
+    drafter = Gemma4AssistantForCausalLM(config)
+    if request.param:
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+        drafter.masked_embedding.token_ordering.copy_(order)
+    randomise(target, folder / "target", 0.15)
+    randomise(drafter, folder / "assistant", 0.25)
+    edit_config(folder / "target", publish)
+    edit_config(folder / "assistant", lambda config: publish(config["text_config"]))
+    return folder, target, drafter
+
+
+def load_pair(folder: Path, config: LoadConfig = FLOAT32) -> Any:
+    return loader("mlx")(folder / "target", folder / "assistant", config)
+
+
+@torch.inference_mode()
+def published(target: Any, drafter: Any, prompt: list[int], path: list[int]) -> Any:
+    """(depths, vocab) log probabilities after each token of a path, which begins with the root."""
+    outputs = target(
+        torch.tensor([prompt]),
+        use_cache=True,
+        output_hidden_states=True,
+        return_shared_kv_states=True,
+    )
+    state, rows = outputs.hidden_states[-1][:, -1:], []
+    for token in path:
+        embedded = target.get_input_embeddings()(torch.tensor([[token]]))
+        out = drafter(
+            inputs_embeds=torch.cat([embedded, state], -1),
+            position_ids=torch.tensor([[len(prompt)]]),
+            shared_kv_states=outputs.shared_kv_states,
+        )
+        logits, state = out.logits[0, 0], out.last_hidden_state
+        if drafter.config.use_ordered_embeddings:  # least - 1 stands for no probability
+            logits = torch.where(logits > logits.min(), logits, -torch.inf)
+        rows.append(logits.log_softmax(-1))
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2], ids=["beyond the window", "within the window"])
+def test_log_probs_equal_those_of_transformers(pair: Any, prompt: list[int]) -> None:
+    folder, target, drafter = pair
+    mlx = load_pair(folder)
+    with SequenceSession(mlx, drafts=True) as sequence:
+        sequence.extend(prompt)
+        block = sequence.draft(7)
+        for path in ([7, 3, 9, 30], [7, 41, 7, 7]):
+            actual = mlx.head.log_probs(block, np.array(path, np.int32))
+            expected = published(target, drafter, prompt, path)
+            np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def one_position_high(
+    self: Any, attention: Any, y: Any, positions: Any, caches: Any, source: int
+) -> Any:
+    return ATTEND(self, attention, y, positions + 1, caches, source)
+
+
+ATTEND = assistant.AssistantModel._attend
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Any], None]] = {
+    "embeddings without their factor": lambda patch, model: patch.setattr(
+        assistant.AssistantOutput, "embed", OutputStage.embed
+    ),
+    "fed back before the norm": lambda patch, model: patch.setattr(
+        assistant.AssistantModel, "feedback", lambda self, x: self.post_projection(x)
+    ),
+    "one position high": lambda patch, model: patch.setattr(
+        assistant.AssistantModel, "_attend", one_position_high
+    ),
+    "the keys of the first layers": lambda patch, model: patch.setattr(
+        model, "_sources", [0, 0, 1]
+    ),
+    "a window around the root": lambda patch, model: patch.setattr(model, "window", WINDOW - 2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_usual_mistakes(pair: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target, drafter = pair
+    mlx = load_pair(folder)
+    FAULTS[fault](monkeypatch, mlx.drafter_model)
+    with SequenceSession(mlx, drafts=True) as sequence:
+        sequence.extend(PROMPTS[0])
+        path = [7, 3, 9, 30]
+        actual = mlx.head.log_probs(sequence.draft(7), np.array(path, np.int32))
+    expected = published(target, drafter, PROMPTS[0], path)
+    with np.errstate(invalid="ignore"):
+        difference = np.nan_to_num(np.abs(actual - expected))
+    assert difference.max() > 0.05
+
+
+def test_rows_of_a_table_are_the_log_probs_of_their_paths(pair: Any) -> None:
+    """In a batch of sequences, after forks, and after other tokens."""
+    folder, target, drafter = pair
+    mlx = load_pair(folder)
+    sequences = [SequenceSession(mlx, drafts=True) for _ in range(2)]
+    sequences[0].extend(PROMPTS[0])
+    sequences[0].draft(1)
+    sequences[1].state = sequences[0].state.fork(6, 64)
+    sequences[0].state.truncate(3)
+    prompts = [[*PROMPTS[0][:3], 9, 9], [*PROMPTS[0][:6], 8]]
+    for sequence, prompt, kept in zip(sequences, prompts, (3, 6), strict=True):
+        sequence.extend(prompt[kept:])
+    blocks = mlx.drafter.draft([(sequence.state, 5) for sequence in sequences], 3)
+    for table, prompt in zip(
+        mlx.head.transitions(blocks, TableOptions(m=3, k=4)), prompts, strict=True
+    ):
+        known = {0: [5]}
+        for depth in range(table.depths):
+            below: dict[int, list[int]] = {}
+            for row, path in known.items():
+                expected = published(target, drafter, prompt, path)[-1]
+                tokens = table.tokens[depth, row]
+                np.testing.assert_allclose(table.log_probs[depth, row], expected[tokens], atol=1e-4)
+                for token, following in zip(tokens, table.next_row[depth, row], strict=True):
+                    if following >= 0:
+                        below[int(following)] = [*path, int(token)]
+            known = below
+        assert len(table.tokens) == 3
+
+
+@pytest.mark.parametrize(("temperature", "bits"), [(0.0, None), (1.0, 8)])
+def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | None) -> None:
+    folder, target, _ = pair
+    shares = target.config.num_kv_shared_layers > 0  # mlx-lm does not quantise the keys then
+    mlx = load_pair(folder, replace(FLOAT32, kv_bits=None if shares else bits))
+
+    def texts(method: Any, budget: Any) -> list[list[int]]:
+        requests = [
+            Request(
+                prompt_ids=prompt,
+                config=DecodeConfig(
+                    method=method,
+                    budget=budget,
+                    max_tokens=8,
+                    suffix=False,
+                    sampling=SamplingConfig(temperature=temperature, seed=i),
+                ),
+            )
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        tokens: list[list[int]] = [[] for _ in PROMPTS]
+        for i, step in Scheduler(mlx, SchedulerConfig(max_parallel=2)).decode(requests):
+            tokens[i] += step.tokens
+        return tokens
+
+    plain = texts("ar", 1)
+    assert texts("treeflash", 12) == plain
+    assert texts("treeflash", "auto") == plain
+
+
+def test_refusals(pair: Any, tmp_path: Path) -> None:
+    folder = pair[0]
+    write_target(tmp_path / "other", "qwen3", seed=0, vocab_size=48)
+    other, drafter = tmp_path / "other", folder / "assistant"
+    with pytest.raises(UnsupportedModelError, match="reads keys that this qwen3 target does not"):
+        loader("mlx")(other, drafter, FLOAT32)
+    for backend in ("reference", "cuda"):
+        with pytest.raises(UnsupportedModelError, match=f"not supported by the {backend} backend"):
+            loader(backend)(other, drafter, FLOAT32)
+    with pytest.raises(ConfigError, match="draft_window is not supported"):
+        load_pair(folder, replace(FLOAT32, draft_window=8))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (None, "slot_gain", 2, "slot_gain = 2 is not supported"),
+        ("text_config", "norm_power", 2, "norm_power = 2 is not supported"),
+        ("text_config", "hidden_activation", "relu", "hidden_activation = 'relu' is not supported"),
+        ("text_config", "enable_moe_block", True, "enable_moe_block = True is not supported"),
+        ("text_config", "layer_types", ["full_attention"], "is not supported with 3 layers"),
+        (None, "num_centroids", 7, "clusters of 48 tokens are not valid"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(
+    pair: Any, section: str | None, key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    folder = pair[0]
+    for file in (folder / "assistant").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def edit(config: dict[str, Any]) -> None:
+        config["use_ordered_embeddings"] = True
+        (config[section] if section else config)[key] = value
+
+    edit_config(tmp_path, edit)
+    with pytest.raises(CheckpointError, match=message):
+        loader("mlx")(folder / "target", tmp_path, FLOAT32)
