@@ -591,10 +591,7 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self.begin(attention_slots, slots.device)
         self.layout = layout
         self.states = layout.split(states)  # with the sequences as first axis
-        # A copy of the root computes what the root computes, if it sees itself alone.
-        itself = torch.eye(ancestors.shape[1], dtype=torch.bool, device=self.device)
-        is_node = ancestors.diagonal(dim1=1, dim2=2)[..., None]
-        self.nodes = TreeNodes(torch.where(is_node, ancestors, itself))
+        self.nodes = TreeNodes(ancestors)
         self._inputs: dict[Key, Tensor] = {}
         self._writes: dict[Key, Writes] = {}
 
