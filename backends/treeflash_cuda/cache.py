@@ -420,13 +420,8 @@ class TreeCache(Cache):
         return self.visible_columns()[0]
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`.
-
-        In the format of exact mode they stay as `widen` made them.
-        """
+        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`."""
         arena, columns = self.sequences[0].arena, [views[self.layer] for views in self._views]
-        if arena.head_dim is not None:
-            return columns
         return [(arena.decode(k), arena.decode(v)) for k, v in columns]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -208,6 +208,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "MAX_TILE", 16)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIXES", (12,))
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
+    monkeypatch.setattr("treeflash.decoding.probe.EXACT_CHUNKS", (1,))
     monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
     for operations, dtype, message in (
         (kernels, "bfloat16", None),

@@ -166,6 +166,16 @@ def test_memory_is_wired_only_if_asked_for_and_given_back_at_exit(mac, monkeypat
     assert mac[-1] == ("wired", 9 << 30)
 
 
+@pytest.mark.parametrize(("options", "wired"), [({}, False), ({"wired": True}, True)])
+def test_models_are_wired_as_the_configuration_says(pair, monkeypatch, options, wired):
+    asked = []
+    monkeypatch.setattr(
+        "treeflash_mlx.backend.limit_memory", lambda weights, *, wired: asked.append(wired)
+    )
+    load(*pair, LoadConfig(**options))
+    assert asked == [wired]
+
+
 @pytest.mark.parametrize(("weights", "warned"), [(4 << 30, False), (6 << 30, True)])
 def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
     device.limit_memory(weights, wired=False)
