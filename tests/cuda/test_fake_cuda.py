@@ -253,9 +253,9 @@ def test_an_iteration_is_captured(cuda, folders, family, bits, dtype, sampling):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_parts_of_products_are_not_added_in_half_precision(cuda, folders, monkeypatch, dtype):
+def test_parts_of_products_are_not_added_in_half_precision(cuda, folders, dtype):
     name = f"allow_{dtype}_reduced_precision_reduction"
-    monkeypatch.setattr(torch.backends.cuda.matmul, name, True)
+    setattr(torch.backends.cuda.matmul, name, True)
     load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
     assert not getattr(torch.backends.cuda.matmul, name)
 

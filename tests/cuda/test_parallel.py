@@ -101,6 +101,21 @@ def test_a_rank_that_fails_ends_all_ranks(tmp_path):
     assert not (tmp_path / "tokens.json").exists()
 
 
+def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
+    """Whatever the communication library does with an open connection."""
+
+    def fail(target):
+        raise RuntimeError("out of paper\nand ink")
+
+    statuses = []
+    monkeypatch.setattr(parallel, "_follow", fail)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.os, "_exit", statuses.append)
+    parallel.follow(None)
+    assert statuses == [1]
+    assert capsys.readouterr().err == "error: rank 1 failed: out of paper\n"
+
+
 def test_two_processes_give_the_tokens_of_one(tmp_path):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1)
