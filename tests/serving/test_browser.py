@@ -145,8 +145,8 @@ def test_an_answer_that_is_still_growing_is_shown_beside_markdown(serve, open_pa
         page.get_by_label("Message").fill("Hi")
         page.keyboard.press("Enter")
         wait_until(lambda: server.engine.unfinished)
-        gate.allow(3)
-        page.locator(".token").first.wait_for(timeout=10_000)
+        gate.allow(8)
+        page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
         page.get_by_role("button", name="Stop").click()
 
 

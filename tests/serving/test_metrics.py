@@ -46,6 +46,7 @@ def test_counts_are_those_of_the_usage(serve):
     assert found["e2e_request_latency_seconds_sum"] >= found["time_to_first_token_seconds_sum"] > 0
     assert found["num_requests_running"] == found["num_requests_waiting"] == 0
     assert found["exactfloat32 rounding may differ"] == 0
+    assert found["batches"] == 1
 
 
 def test_running_and_waiting(serve):
