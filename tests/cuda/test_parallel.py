@@ -13,6 +13,7 @@ import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, NumericalError
 from treeflash.testing import require
@@ -245,6 +246,16 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
         else:
             tokens += event.tokens
     assert tokens == expected
+
+
+def test_positions_are_dropped_on_every_rank(ranks):
+    state = ranks.backend.open(20, drafts=False)
+    ranks.backend.verifier.run([Prefill(state, [5, 6, 7, 8], None)])
+    state.truncate(2)
+    ranks.check()
+    ranks.backend.verifier.run([Prefill(state, [9, 5], None)])
+    ranks.check()
+    state.close()
 
 
 def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
