@@ -397,10 +397,12 @@ def use_kernel_for_products(model: nn.Module) -> None:
     random = torch.Generator().manual_seed(0)
     for owner, name in _products(model):
         product = getattr(owner, name)
-        parameters = (
-            product.keywords if isinstance(product, partial) else vars(owner)["_parameters"]
-        )
-        weight, bias = parameters["weight"], parameters["bias"]
+        if isinstance(product, partial):
+            weight, bias = product.keywords["weight"], product.keywords["bias"]
+        elif isinstance(owner, nn.Linear):
+            weight, bias = owner.weight, owner.bias
+        else:
+            raise UnsupportedModelError(f"{INEXACT}: the products of its layers are packed")
         x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
         actual, expected = linear(x, weight, bias).float(), F.linear(x, weight, bias).float()
         difference = float((actual - expected).square().mean().sqrt() / expected.std())

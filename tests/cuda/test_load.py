@@ -4,7 +4,6 @@ from functools import partialmethod
 
 import numpy as np
 import pytest
-from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
@@ -150,15 +149,6 @@ def test_recurrent_families_that_cannot_branch_are_refused_by_name(kind, tmp_pat
     expected = f"{kind.model_type} models cannot run a draft tree: their .*"
     with pytest.raises(UnsupportedModelError, match=expected):
         load(tmp_path, None, CPU)
-
-
-def test_trees_on_recurrent_layers_have_no_static_shapes(tmp_path, monkeypatch):
-    write_target(tmp_path, "qwen3_5", seed=1)
-    backend = load_with_parts(monkeypatch, tmp_path)
-    sequence = SequenceSession(backend)
-    sequence.extend([1, 2, 3])
-    sequence.verify(DraftTree.chain(np.array([4, 5], np.int32)))
-    assert not backend.target.graphs.keys
 
 
 def test_layers_that_attend_in_chunks_are_refused(tmp_path):
