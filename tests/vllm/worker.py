@@ -194,7 +194,7 @@ def score(job: Job) -> Job:
             biased = logits + model.markov_bias(embedded)[:, :vocab]
             found["conditional"] = biased.log_softmax(-1).tolist()
         if hasattr(model, "compute_candidates"):
-            values, tokens = model.compute_candidates(outputs)
+            tokens, values = model.compute_candidates(outputs)
             tokens = tokens.long()
             selector = model.model.candidate_selector
             projected = selector.hidden_projection(outputs)
