@@ -172,7 +172,9 @@ class Drafter(Protocol):
                 opens the block, and S - 1 mask tokens follow.
             depths: the number of depths to return, at least 1, because a small tree has no use for
                 all D depths of the block. None, or more than D, is all. It changes no depth's
-                output. The blocks are valid until the next call.
+                output.
+
+        The blocks are valid until the next call.
         """
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
