@@ -27,7 +27,7 @@ def test_while_models_are_fetched(capsys, monkeypatch):
     code = command.main(["--port", "0"])
     err = capsys.readouterr().err
     assert code == 2
-    assert err == "error: [Errno 28] No space left on device: 'model.safetensors'\n"
+    assert err == "error: model.safetensors: No space left on device\n"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
