@@ -27,11 +27,12 @@ that were measured, because hardware has steps.
 Pausing. The budget keeps a balance: the tokens that drafting brought beyond what plain decoding
 would have emitted in the same time. At `LOWEST_BALANCE` drafting pauses for `FIRST_PAUSE`
 iterations; each further pause is twice as long until drafting pays again. Several sequences must
-draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no draft, so they are
+draft faster than plain decoding by `MIN_ADVANTAGE`, and pause until the iterations that drafted
+have cost them at most `MAX_LOSS` of their tokens. Copies of the text cost no draft, so they are
 verified in pauses of the drafter too; and where they promise more tokens per second than drafted
-iterations brought lately, the drafter is not called. That has a balance and pauses of its own: text
-may look like earlier text and go on otherwise. Measurements are kept by the number of
-sequences that ran together, rounded up to a power of two.
+iterations brought lately, the drafter is not called. Copies without a draft have a balance and
+pauses of their own: text may look like earlier text and go on otherwise. Measurements are kept by
+the number of sequences that ran together, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -286,10 +287,10 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Upper ends of the levels of confidence; closer near 1, because drafters overstate theirs."""
 LOWEST_BALANCE, HIGHEST_BALANCE = -2.0, 8.0
 """Bounds of the balance, tokens: drafting pauses at the lower one."""
-MIN_ADVANTAGE = 1.05
-"""In a batch, draft only if it is at least this much faster than plain decoding. Drafting also
-makes the drafter read every prompt, and lets sequences end at different times, which leaves smaller
-batches."""
+MIN_ADVANTAGE = 1.1
+"""In a batch, draft or copy only if it is at least this much faster than plain decoding. Drafting
+also makes the drafter read every prompt, and lets sequences end at different times, which leaves
+smaller batches."""
 EXTRA_DEPTHS, REACH_DECAY = 1, 0.25
 """Depths that are drafted beyond the depth that trees reached lately, and the depths by which that
 depth shrinks in every iteration whose trees are shallower."""
@@ -298,8 +299,12 @@ MIN_SPARE = 8
 MIN_PLAIN, MAX_PLAIN = 2, 8
 """Iterations without a draft that several sequences run before they draft, and the iterations that
 are remembered. The one after the prompts were read is slower than the others."""
-FIRST_PAUSE, MAX_PAUSE = 16, 256
-"""Iterations of a pause; each is twice as long as the pause before while drafting does not pay."""
+FIRST_PAUSE, FIRST_PAUSE_TOGETHER, MAX_PAUSE = 16, 4, 256
+"""Iterations of the first pause of one sequence and of several, and of any pause; each is twice as
+long as the pause before while drafting does not pay."""
+MAX_LOSS, GAIN_SMOOTHING = 0.01, 0.3
+"""The share of their tokens that several sequences may lose by trying drafts that do not pay: their
+pauses are as long as that takes. The weight of the newest iteration in the mean of gains."""
 
 Key: TypeAlias = int | tuple[int, int] | tuple[Literal["match"], int]
 """A depth, a depth and a level of confidence, or the level of a match."""
@@ -313,16 +318,24 @@ class Balance:
     # square root of the number of sequences, as their noise is
     balance: float = 0.0
     pause: int = 0  # iterations until the choice is made again
-    next_pause: int = FIRST_PAUSE  # length of the next pause, iterations
+    # length of the next pause, iterations; None for the first one after the choice paid
+    next_pause: int | None = None
+    # tokens that an iteration brings beyond the alternative's tokens, a running mean
+    gain: float | None = None
 
-    def add(self, gained: float) -> None:
-        """Add the tokens of an iteration beyond the alternative's tokens."""
-        self.balance = min(self.balance + gained, HIGHEST_BALANCE)
+    def add(self, gained: float, sequences: int) -> None:
+        """Add the tokens of an iteration of some sequences beyond the alternative's tokens."""
+        first = FIRST_PAUSE if sequences == 1 else FIRST_PAUSE_TOGETHER
+        self.balance = min(self.balance + gained / math.sqrt(sequences), HIGHEST_BALANCE)
+        known = gained if self.gain is None else self.gain
+        self.gain = known + GAIN_SMOOTHING * (gained - known)
         if self.balance <= LOWEST_BALANCE:
-            self.pause, self.balance = self.next_pause, LOWEST_BALANCE / 2
-            self.next_pause = min(2 * self.next_pause, MAX_PAUSE)
+            # Trying again may lose as much.
+            enough = round(-self.gain / (MAX_LOSS * sequences)) if sequences > 1 else 0
+            self.pause = min(max(self.next_pause or first, enough), MAX_PAUSE)
+            self.balance, self.next_pause = LOWEST_BALANCE / 2, min(2 * self.pause, MAX_PAUSE)
         elif self.balance > 0:
-            self.next_pause = FIRST_PAUSE
+            self.next_pause = None
 
 
 @dataclass
@@ -338,8 +351,10 @@ class Throughput(Balance):
     seconds: float = 0.0  # of these iterations, a running sum
     drafted_tokens: float = 0.0  # of the iterations in which the drafter ran, a running sum
     drafted_seconds: float = 0.0  # of these iterations, a running sum
-    # of copies of the text in place of a draft, beyond iterations that draft
+    # of copies of the text in place of a draft, beyond iterations that draft; in pauses of the
+    # drafter, beyond plain decoding
     copying: Balance = field(default_factory=Balance)
+    draft_s: float | None = None  # of the last draft before which all sequences had drafted
     nodes: float | None = None  # of the last drafted trees, on average
     reach: float | None = None  # depth that drafted trees reached lately
 
@@ -382,6 +397,14 @@ class AdaptiveBudget:
         before = self.iterations.get(sequences, 0)
         self.iterations[sequences] = before + 1
         return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
+
+    def copies_alone(self, sequences: int = 1) -> bool:
+        """Whether copies of the text are verified in iterations that do not draft.
+
+        They are not while plain decoding is timed, and where they do not pay.
+        """
+        now = self.throughput_with(sequences)
+        return self.has_drafter and now.pause > 0 and now.copying.pause == 0
 
     def nodes_to_build(self, sequences: int = 1) -> int:
         """Nodes that a tree is built with before it is pruned."""
@@ -469,7 +492,7 @@ class AdaptiveBudget:
 
         `lengths` are committed positions before the iteration; `seconds` are of its phases. A
         sequence that drafts for the `first` time also reads its prompt, and perhaps compiles
-        kernels: the time says nothing about later iterations.
+        kernels: its time says nothing about later iterations.
         """
         sequences = len(trees)
         rows = sum(len(tree) for tree in trees)
@@ -478,6 +501,11 @@ class AdaptiveBudget:
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
         self.costs.observe(rows, reads, sequences, seconds["verify"])
         now = self.throughput_with(sequences)
+        if "draft" in seconds and not first:
+            now.draft_s = seconds["draft"]
+        elif first and now.draft_s is not None:
+            # The draft counts as if it had read no prompt.
+            all_s -= max(seconds["draft"] - now.draft_s, 0.0)
         tokens = sum(len(path) for path in paths)
         drafted = "draft" in seconds
         plain = not drafted and rows == sequences
@@ -491,7 +519,7 @@ class AdaptiveBudget:
             now.reach = max(deepest, (now.reach or 0) - REACH_DECAY)
             if depths := self.draft_depths.get(power_of_two(sequences)):
                 depths.observe(trees, paths, None if first else seconds["draft"])
-        if first or (plain and (self.has_drafter or now.pause)):
+        if (first and now.draft_s is None) or (plain and (self.has_drafter or now.pause)):
             return
         now.tokens = (1 - SMOOTHING) * now.tokens + tokens
         now.seconds = (1 - SMOOTHING) * now.seconds + all_s
@@ -500,13 +528,18 @@ class AdaptiveBudget:
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
         if plain:
             return
+        advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
         if self.has_drafter and not drafted:
-            if now.drafted_seconds and not now.pause:
-                due = all_s * now.drafted_tokens / now.drafted_seconds
-                now.copying.add((tokens - due) / math.sqrt(sequences))
+            if now.pause:
+                rate = advantage * self._plain_rate(sequences, lengths)
+            elif now.drafted_seconds:
+                rate = now.drafted_tokens / now.drafted_seconds
+            else:
+                return
+            now.copying.add(tokens - all_s * rate, sequences)
             return
-        due = all_s * self._plain_rate(sequences, lengths) * (MIN_ADVANTAGE if sequences > 1 else 1)
-        now.add((tokens - due) / math.sqrt(sequences))
+        due = all_s * advantage * self._plain_rate(sequences, lengths)
+        now.add(tokens - due, sequences)
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):

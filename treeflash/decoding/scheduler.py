@@ -362,9 +362,10 @@ class Iteration:
                 return None
             if not config.is_adaptive:
                 return work.suffix.propose(int(config.budget), work.depths)
-            if not config.drafts and not pays[config.method]:
+            budget, count = self.budget(config.method), adaptive[config.method]
+            if not pays[config.method] and not budget.copies_alone(count):
                 return None
-            nodes = self.budget(config.method).nodes_to_copy(adaptive[config.method])
+            nodes = budget.nodes_to_copy(count)
             return work.suffix.propose(nodes, work.depths)
 
         def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:

@@ -11,6 +11,7 @@ from treeflash.decoding.adaptive_budget import (
     AdaptiveBudgets,
     VerifyCosts,
 )
+from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.tree import DraftTree
 
@@ -100,6 +101,28 @@ def test_several_sequences_first_measure_plain_decoding(drafts):
     assert calls == []
     scheduler.step()
     assert [sequences for sequences, _ in calls] == [3]
+
+
+def test_copies_alone_are_looked_for_where_they_pay(monkeypatch):
+    """Neither while plain decoding is timed, nor in their pauses."""
+    sought, propose = [], SuffixDrafter.propose
+
+    def spy(suffix, *args):
+        sought.append(args)
+        return propose(suffix, *args)
+
+    monkeypatch.setattr(SuffixDrafter, "propose", spy)
+    scheduler = adaptive(scripted(SCRIPT))
+    for _ in range(3):
+        submit(scheduler, budget="auto")
+    for _ in range(3):
+        scheduler.step()
+    assert sought == []
+    now = scheduler.budgets.by_method["ddtree"].throughput_with(3)
+    now.pause, now.copying.pause = 10, 2
+    for calls in (0, 3, 6):
+        scheduler.step()
+        assert len(sought) == calls
 
 
 def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more_rarely(
