@@ -182,8 +182,9 @@ class VerifyCosts:
             loaded.cuda_graphs,
             loaded.compile,
         ]
-        threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS")
-        machine = platform.node(), platform.processor(), *threads
+        # A preloaded BLAS may be many times as fast with several rows.
+        variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
+        machine = platform.node(), platform.processor(), os.cpu_count(), *variables
         versions = [version(name) for name in FRAMEWORKS if find_spec(name)]
         digest = hashlib.sha256(json.dumps([*key, *machine, versions, weights, TIMED]).encode())
         digest.update((target / "config.json").read_bytes())

@@ -251,6 +251,11 @@ def test_costs_belong_to_the_way_of_loading(measured, loaded):
     assert measured(lambda timed: None, loaded)
 
 
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LD_PRELOAD"])
+def test_costs_belong_to_the_threads_and_to_a_preloaded_library(measured, monkeypatch, variable):
+    assert measured(lambda timed: monkeypatch.setenv(variable, "7"))
+
+
 def test_costs_belong_to_the_targets_configuration(measured, target):
     """Weights of one size may be those of another architecture."""
     assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
