@@ -159,7 +159,7 @@ class RotatingLayer:
         self.plain: Forward = module.forward
         self.rotating, _ = forward_with(module, {ROTARY: _rotate})
         self.norms: Norms | None = None
-        self.agrees = False  # whether its queries and keys are those of the plain layer
+        self.agrees = False  # whether it computes the plain queries and keys
         norms = [getattr(getattr(module, x, None), "forward", None) for x in ("q_norm", "k_norm")]
         found = [x for x in norms if isinstance(x, FusedNorm)]
         if len(found) == 2 and found[0].eps == found[1].eps:
