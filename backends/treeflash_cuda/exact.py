@@ -39,6 +39,7 @@ from treeflash_cuda.attention import (
     AttentionContext,
     AttentionInputs,
     MaskFunction,
+    PackedContext,
     additive_mask,
     evaluate,
 )
@@ -219,21 +220,11 @@ class ExactContext(AttentionContext):
             torch.div(sums[..., :width], sums[..., width : width + 1], out=out)
 
 
-class PackedExactContext:
+class PackedExactContext(PackedContext):
     """`Context` of several sequences, which attend one by one."""
 
-    def __init__(self, sequences: Sequence[ExactContext], cache: ExactCache) -> None:
-        self.sequences = sequences  # the context of each sequence, in the order of their rows
-        self.cache = cache  # of the same sequences
-        self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
-        self._masks: dict[int, tuple[Tensor, list[Tensor]]] = {}
-
-    def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """A tensor that stands for the masks of all sequences."""
-        placeholder = self.positions.new_empty(1, 1, 1, 1)
-        masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
-        self._masks[id(placeholder)] = placeholder, masks
-        return placeholder
+    sequences: Sequence[ExactContext]
+    cache: ExactCache
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend sequence by sequence; key and value cover the new rows alone.
@@ -242,7 +233,7 @@ class PackedExactContext:
         """
         query, place = inputs.query[0], id(inputs.mask)
         output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
-        masks = self._masks[place][1] if place in self._masks else [None] * len(self.sequences)
+        _, masks = self._sequence_masks.get(place, (None, [None] * len(self.sequences)))
         first = 0
         for sequence, columns, mask in zip(self.sequences, self.cache.columns, masks, strict=True):
             block = slice(first, first + sequence.tokens)

@@ -59,7 +59,7 @@ class Backbone(DFlashQwen3Model):
 
     def _normalize_context_k(self, all_k: Tensor) -> Tensor:
         # vLLM hands `rms_norm` the weights of all layers. Its kernel for CPUs, `rms_norm` in
-        # csrc/cpu/layernorm.cpp of 0.32, norms the keys of every layer with those of the first.
+        # csrc/cpu/layernorm.cpp of 0.32, uses the first layer's for the keys of every layer.
         return (
             norm_context_keys(self, all_k) if all_k.is_cpu else super()._normalize_context_k(all_k)
         )

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scheduled_texts import scheduled_texts
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Scheduler, SchedulerConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.scheduler import Request
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.registry import loader
@@ -224,24 +223,9 @@ def test_texts_equal_plain_decoding(pair: Any, temperature: float, bits: int | N
     shares = target.config.num_kv_shared_layers > 0  # mlx-lm does not quantise the keys then
     mlx = load_pair(folder, replace(FLOAT32, kv_bits=None if shares else bits))
 
-    def texts(method: Any, budget: Any) -> list[list[int]]:
-        requests = [
-            Request(
-                prompt_ids=prompt,
-                config=DecodeConfig(
-                    method=method,
-                    budget=budget,
-                    max_tokens=8,
-                    suffix=False,
-                    sampling=SamplingConfig(temperature=temperature, seed=i),
-                ),
-            )
-            for i, prompt in enumerate(PROMPTS)
-        ]
-        tokens: list[list[int]] = [[] for _ in PROMPTS]
-        for i, step in Scheduler(mlx, SchedulerConfig(max_parallel=2)).decode(requests):
-            tokens[i] += step.tokens
-        return tokens
+    def texts(method: Any, budget: Any) -> Any:
+        options = {"method": method, "budget": budget, "max_tokens": 8, "suffix": False}
+        return scheduled_texts(mlx, PROMPTS, temperature=temperature, **options)
 
     plain = texts("ar", 1)
     assert texts("treeflash", 12) == plain

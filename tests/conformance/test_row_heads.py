@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from row_pairs import SETTINGS, write_row_pair
+from scheduled_texts import scheduled_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Scheduler, SchedulerConfig, decode
+from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths, VerifyCosts
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
-from treeflash.decoding.scheduler import Request
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain, build_tree
 from treeflash.drafters import row_heads
@@ -375,23 +375,9 @@ def test_texts_equal_plain_decoding(
 ) -> None:
     pair = load_pair(backend, tmp_path, kind)
 
-    def texts(method: Any, budget: Any) -> list[list[int]]:
-        requests = [
-            Request(
-                prompt_ids=prompt,
-                config=DecodeConfig(
-                    method=method,
-                    budget=budget,
-                    max_tokens=12,
-                    sampling=SamplingConfig(temperature=temperature, seed=i),
-                ),
-            )
-            for i, prompt in enumerate(PROMPTS)
-        ]
-        tokens: list[list[int]] = [[] for _ in PROMPTS]
-        for i, step in Scheduler(pair, SchedulerConfig(max_parallel=2)).decode(requests):
-            tokens[i] += step.tokens
-        return tokens
+    def texts(method: Any, budget: Any) -> Any:
+        options = {"method": method, "budget": budget, "max_tokens": 12}
+        return scheduled_texts(pair, PROMPTS, temperature=temperature, **options)
 
     plain = texts("ar", 1)
     assert texts("treeflash", 12) == plain

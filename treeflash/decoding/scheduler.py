@@ -878,8 +878,8 @@ def decode(
 ) -> Generator[Step, None, None]:
     """Decode one sequence step by step. Closing the iterator early loses nothing already yielded.
 
-    The errors are those of `Scheduler.submit`, and a NumericalError if a model produced values that
-    are not finite. `constraint` is as in `Request`. `budgets`, for the budget `auto`, keep learning
+    Raises what `Scheduler.submit` raises, and a NumericalError if a model produced values that are
+    not finite. `constraint` is as in `Request`. `budgets`, for the budget `auto`, keep learning
     and may be shared by sequences of the same pair; None measures new ones, which takes about a
     second. They never change a token.
     """
