@@ -701,10 +701,7 @@ class DraftDepths:
         return self.depths
 
     def observe(
-        self,
-        trees: Sequence[DraftTree],
-        paths: Sequence[NDArray[np.int32]],
-        seconds: float | None,
+        self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]], seconds: float | None
     ) -> None:
         """Learn from an iteration that drafted, from its trees and the (a,) accepted nodes of each.
 

@@ -298,13 +298,7 @@ def best_tree(
         if not places:
             break
         tree = expand(
-            index,
-            places,
-            match,
-            nodes(match),
-            edge=edge,
-            min_prob=min_prob,
-            deepest=deepest(match),
+            index, places, match, nodes(match), edge=edge, min_prob=min_prob, deepest=deepest(match)
         )
         if best is None or tree.score > best.score - ROUNDING:
             best = tree
@@ -341,9 +335,7 @@ class SuffixDrafter:
     """
 
     def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
+        self, prompt_ids: Sequence[int], shared: Callable[[], Sequence[SuffixIndex]] = lambda: ()
     ) -> None:
         self.index, self.shared = SuffixIndex(), shared
         self.index.extend(prompt_ids)

@@ -92,11 +92,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         )
         return RowModel.from_tensors(rows.config, rows.weights, rows.vocabulary, target)
     tensors = load_tensors(
-        folder,
-        read_file,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=layers,
+        folder, read_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
     offset = np.float32(tensors.config.norm_offset)
     backbone = {

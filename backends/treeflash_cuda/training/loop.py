@@ -55,11 +55,7 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     accelerator = make_accelerator(config, load)
-    known = {
-        **asdict(config),
-        "processes": accelerator.num_processes,
-        "target": target.name,
-    }
+    known = {**asdict(config), "processes": accelerator.num_processes, "target": target.name}
     request = fingerprint(
         [*held_out, *responses], held_out=len(held_out), dtype=load.dtype, **known
     )
