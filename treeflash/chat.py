@@ -267,7 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("chat", "Talk to a model in the terminal, with draft trees.")
     parser.add_config_option()
     parser.add_argument(

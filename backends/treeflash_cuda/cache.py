@@ -206,7 +206,6 @@ class Arena:
         self.column_nbytes = 2 * self.layers * heads * width * like.element_size()
 
     def new_cache(self, capacity: int) -> KVCache:
-        """The empty cache of a sequence."""
         return KVCache(self, capacity)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -99,8 +99,6 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.config = config
@@ -150,8 +148,6 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The only layer."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)

@@ -64,7 +64,6 @@ class Snapshots(Generic[R]):
         return max((n for n in self._states if n <= length), default=0)
 
     def get(self, length: int) -> R:
-        """The states at a length that has a snapshot."""
         return self._states[length]
 
     def truncate(self, length: int) -> None:
@@ -310,7 +309,6 @@ class BaseBackend:
         self.inexact = None
 
     def check_trees(self) -> None:
-        """As `Backend` describes it."""
         if self._trees is False:
             try:
                 check_trees(cast(Backend, self))

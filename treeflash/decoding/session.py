@@ -65,7 +65,6 @@ class SequenceSession:
         return block
 
     def close(self) -> None:
-        """Give the memory back."""
         self.state.close()
 
     def __enter__(self) -> SequenceSession:

@@ -79,7 +79,6 @@ class SuffixIndex:
         return sum(len(x) * x.itemsize for x in arrays)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens."""
         first = len(self.tokens)
         self.tokens.extend(tokens)
         if len(self.tokens) > len(self._latest[0]):
@@ -176,7 +175,6 @@ class SuffixCache:
         return [index for other, index in reversed(self._indices) if other == salt]
 
     def add(self, salt: Hashable, tokens: Sequence[int]) -> None:
-        """Add a finished answer."""
         newest = next(iter(self.indices(salt)), None)
         if newest is None or newest.nbytes >= min(self.max_bytes // 4, MAX_INDEX_BYTES):
             newest = SuffixIndex()

@@ -50,7 +50,6 @@ class ReferenceBackend(BaseBackend):
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
-    """Load a pair as `Loader` describes."""
     check_config(config)
     choose_device(config.device)
     model = Target(target, Path(config.adapter) if config.adapter else None)

@@ -84,7 +84,6 @@ class RelayedRequest:
 
     @classmethod
     async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
-        """Read a request."""
         body = b"".join([piece async for piece in read_body(receive)])
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
         plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}

@@ -142,8 +142,6 @@ def is_finished(folder: Path, request: str) -> bool:
 
 
 class Run:
-    """The folder of a run."""
-
     def __init__(
         self, folder: Path, accelerator: Accelerator, identity: Record, request: str
     ) -> None:
