@@ -98,10 +98,7 @@ class PackedPairLinear(nn.Module):
 
 
 class FusedLinear:
-    """Layers that read the same input, computed as one product; packed where that is possible.
-
-    It is no module: PyTorch looks the children of modules up slowly.
-    """
+    """Layers of one input as one product, packed if possible; no module, as look-ups are slow."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([x.weight.detach() for x in linears])
@@ -193,10 +190,7 @@ def is_subclass(weight: Tensor) -> bool:
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A parameter with a weight's dtype, device and shape, in the memory of one element.
-
-    Models read these properties of layers whose weights are packed.
-    """
+    """A parameter with a packed weight's dtype, device and shape, in the memory of one element."""
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 

@@ -305,10 +305,7 @@ class Target:
         )
 
     def check_drafting(self) -> None:
-        """Check what a drafter needs of this model and `check_trees` would not notice.
-
-        Raises an UnsupportedModelError if the model has no embedding table.
-        """
+        """Raise an UnsupportedModelError if the model lacks the embedding table of drafters."""
         if self.embedding is None:
             raise UnsupportedModelError(
                 f"no embedding table was found in the {self.family} model, which a drafter needs; "

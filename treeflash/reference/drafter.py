@@ -38,10 +38,7 @@ class Block:
 
 
 class Drafter(OneByOneDrafter):
-    """`treeflash.decoding.interfaces.Drafter` in NumPy.
-
-    It sees `window` positions before a draft, besides the first few; None is all.
-    """
+    """`treeflash.decoding.interfaces.Drafter` in NumPy; see `LoadConfig.draft_window`."""
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
         self.model, self.window = model, window

@@ -222,10 +222,7 @@ def take_step(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Take one optimiser step; returns its record.
-
-    Raises a NumericalError if the loss is not finite.
-    """
+    """Take an optimiser step and return its record; a NumericalError if the loss is not finite."""
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate
