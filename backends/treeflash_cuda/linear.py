@@ -37,8 +37,7 @@ def token_products(
 ) -> Tensor:
     """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
 
-    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
-    is added.
+    The tokens are (v,), (b, v) for each of b equal parts of x, or None for all; bias is (vocab,).
     """
     if tokens is None:
         return F.linear(x, table, bias)
@@ -125,8 +124,7 @@ class FusedPart(nn.Module):
     """One of several fused layers, in its place in a model that calls them one by one.
 
     The first part that is called computes the outputs of all layers and leaves them with the input.
-    They belong to that call and are freed with it; the module itself holds nothing, so threads can
-    share it.
+    They belong to that call and are freed with it; threads can share the module.
     """
 
     def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:

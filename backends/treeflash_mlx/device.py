@@ -52,8 +52,7 @@ def limit_memory(weights: int, *, wired: bool) -> None:
     """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
 
     Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
-    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
-    when the process ends.
+    need. macOS has crashed where this limit was high, so it is low, and ends with the process.
     """
     if mx.default_device().type == mx.cpu:
         return

@@ -20,8 +20,7 @@ GREEDY = SamplingConfig()
 class SequenceSession:
     """A sequence whose tokens the caller decides; empty at first.
 
-    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
-    largest tree included.
+    `drafts` allows `draft`; `capacity` counts positions, with the nodes of the largest tree.
     """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:

@@ -59,8 +59,7 @@ class GrammarTrial:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        A TrialError is raised if a grammar is invalid, or compiling it takes too much, an OSError
-        if no process can be started.
+        Raises a TrialError for an invalid or too costly grammar, an OSError if no process starts.
         """
         try:
             text = json.dumps({"grammars": list(grammars)})
