@@ -243,7 +243,8 @@ class RowCache(KVCache):
 class RowBlock:
     """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
-    It has `length` rows. For Gemma 4's assistant `cache` is the target's."""
+    It has `length` rows. For Gemma 4's assistant `cache` is the target's.
+    """
 
     root: int
     output: mx.array
