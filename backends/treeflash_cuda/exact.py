@@ -227,10 +227,7 @@ class PackedExactContext(PackedContext):
     cache: ExactCache
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend sequence by sequence; key and value cover the new rows alone.
-
-        Raises what `ExactContext.attend` raises.
-        """
+        """Attend sequence by sequence to the new rows' key and value; see `ExactContext`."""
         query, place = inputs.query[0], id(inputs.mask)
         output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
         _, masks = self._sequence_masks.get(place, (None, [None] * len(self.sequences)))

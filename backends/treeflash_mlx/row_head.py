@@ -306,10 +306,7 @@ class RowDrafter:
     def _write(
         self, rows: Sequence[tuple[RowCache, int, list[int]]]
     ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-        """Write the keys and values of rows: their cache, the first one, and their tokens.
-
-        Returns what `RowModel.read` does, and the positions.
-        """
+        """Write rows of (cache, first row, tokens); returns what `read` does, and positions."""
         flat = mx.array([token for _, _, tokens in rows for token in tokens], mx.int32)
         numbers = [first + np.arange(len(tokens)) for _, first, tokens in rows]
         positions = mx.array(np.concatenate(numbers), mx.int32)

@@ -122,10 +122,7 @@ def block_attention(
 
 
 class GroupedAttention:
-    """Attention with a mask, by groups of blocks that share a row of keys; for any device.
-
-    No block sees another, so small groups waste little.
-    """
+    """Masked attention on any device by small groups of blocks, since no block sees another."""
 
     def __init__(
         self, anchors: Tensor, size: int, length: int, window: int | None, causal: bool
