@@ -5,7 +5,8 @@ rounded differently from the same token alone. In exact mode it is not, bit for 
 Triton kernels see to that, with one more for products (`use_kernel_for_products`). On a CPU:
 
 - A linear layer never runs with a single row, for which oneDNN has another kernel: a pass of one
-  token has two rows of it (`ExactContext.repeat`), and other products are padded (`pad_products`).
+  token has equal rows of it (`ExactContext.repeat`), and other products are padded
+  (`pad_products`).
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them. Keys that a row
@@ -62,6 +63,11 @@ MIN_SIZE = 400
 PROMPT_ROWS = 128
 """Tokens of a prompt that attend at once, to bound the memory of scores."""
 LINEAR_ROWS = 2
+STREAMED_ROWS = 4
+"""Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
+than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
+CACHE_NBYTES = 64 << 20
+"""Larger weights are read from memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +123,7 @@ class Sums:
         self.weights = scratch[: math.prod(shape)].view(shape)
         sizes = rows.sizes or [count]
         self.parts = self.weights[..., :count].split(sizes, 2)
+        self.scores = self.weights[:, : rows.tokens * groups]  # without padded rows
         self.keys: list[Tensor] = []  # by layer
         self.values: list[tuple[Tensor, ...]] = []  # by layer, then by part
         for x in stored:
@@ -136,7 +143,7 @@ class Sums:
         if self.missing:
             keys = F.pad(keys.transpose(1, 2), (0, 0, 0, self.missing)).transpose(1, 2)
         torch.baddbmm(self.mask, self.queries, keys, alpha=scale, out=weights)
-        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        self.scores.sub_(self.scores.amax(-1, keepdim=True)).exp_()
         if self.rows.sizes is None:
             self._add_parts(*self.values[layer])
             return
@@ -175,7 +182,8 @@ class Run:
         members: Members,
         kv_heads: int,
         width: int,
-        output: Tensor,  # (tokens of all members, kv_heads, groups, width), the result
+        # (tokens of all members, kv_heads, groups, width), the result; equal rows for a lone token.
+        output: Tensor,
     ) -> None:
         n, groups, tokens = len(members), output.shape[2], members[0][0].tokens
         used = tokens * groups
@@ -192,9 +200,9 @@ class Run:
         # In the order of the model: (kv_heads, groups, members, tokens, width).
         self.queries = own.permute(1, 3, 0, 2, 4)
         # In the order of the output: (members, tokens, kv_heads, groups, columns of values).
-        results = results.transpose(1, 2)
+        self.output = output.unflatten(0, (-1, tokens))
+        results = results.transpose(1, 2).expand(len(self.output), -1, -1, -1, -1)
         self.numerators, self.denominators = results[..., :width], results[..., width : width + 1]
-        self.output = output.unflatten(0, (n, tokens))
 
     def compute(self, query: Tensor, layer: int, scale: float) -> None:
         """Write the attention of a layer, from the (1, heads, tokens, width) queries of the run."""
@@ -218,17 +226,20 @@ class Plan:
         # Every layer writes it after the layer before has read it.
         self.output = output.view(1, tokens, heads, width)
         self.runs: list[tuple[slice, Run]] = []
+        self.is_repeated = sum(rows.tokens for rows, _ in members) < tokens  # a lone token
         first = 0
         for size, group in groupby(members, lambda member: member[0].tokens):
             run = list(group)
             place = slice(first, first + size * len(run))
-            self.runs.append((place, Run(run, kv_heads, width, output[place])))
+            own = output if self.is_repeated else output[place]
+            self.runs.append((place, Run(run, kv_heads, width, own)))
             first = place.stop
 
     def attend(self, query: Tensor, layer: int, scale: float) -> Tensor:
         """(1, tokens, heads, width) attention of a layer, overwritten by the next call."""
+        is_whole = len(self.runs) == 1 and not self.is_repeated
         for place, run in self.runs:
-            run.compute(query if len(self.runs) == 1 else query[:, :, place], layer, scale)
+            run.compute(query if is_whole else query[:, :, place], layer, scale)
         return self.output
 
 
@@ -243,7 +254,7 @@ class ExactContext(AttentionContext):
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
 
     def repeat(self, times: int) -> None:
-        """Attend with several equal rows for a block of one token, which stays one column."""
+        """Let a block of one token have several equal rows, of which the first one attends."""
         assert self.tokens == 1
         self.positions = self.positions.repeat(times)
 
@@ -254,7 +265,7 @@ class ExactContext(AttentionContext):
         return placeholder
 
     def _layout(self, function: MaskFunction) -> Iterator[Rows]:
-        n, device = len(self.positions), self.positions.device
+        n, device = self.tokens, self.positions.device
         if self.tokens == 1 and function is causal_mask_function:
             yield _consecutive_parts(0, n, slice(0, self.committed + 1), None)
             return
@@ -262,7 +273,7 @@ class ExactContext(AttentionContext):
         step = n if is_tree else PROMPT_ROWS
         for first in range(0, n, step):
             end = min(first + step, n)
-            last = self.committed + min(end, self.tokens)
+            last = self.committed + end
             columns = torch.arange(last, device=device)
             if is_tree:
                 columns[self.committed :] = self.positions
@@ -372,8 +383,8 @@ class ExactCache(TreeCache):
     def _reserve(self, like: Tensor, tokens: int, width: int) -> None:
         """Reserve columns for stored keys like these, whose first `width` numbers are written.
 
-        A row that `ExactContext.repeat` adds is stored in the column after the last one, which no
-        row reads, if there is room.
+        Rows that `ExactContext.repeat` adds are stored in the columns after the last one, which no
+        row reads, as far as there is room.
         """
         segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
         if len(segments) > 1:
@@ -440,7 +451,7 @@ def _missing_rows(count: int, width: int) -> int:
 def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows.
 
-    Passes of one token have two rows anyway; this is for the output head of a longer pass. Raises
+    Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises
     an UnsupportedModelError if a module computes products in another way.
     """
     for owner, name in _products(model):
