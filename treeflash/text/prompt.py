@@ -39,11 +39,6 @@ def encode(
         check_unicode(prompt)
         if not raw:
             prompt = [{"role": "user", "content": prompt}]
-        elif system is not None or template_args:
-            raise ConfigError(
-                "a raw prompt does not use the chat template; remove either raw, or the "
-                "system message and the template arguments"
-            )
         else:
             return tokenizer.encode(prompt)
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
