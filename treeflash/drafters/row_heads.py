@@ -147,8 +147,7 @@ QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 def find_row_format(folder: Path) -> RowFormat | None:
     """The format of the row head in a folder; None if the folder holds none.
 
-    Raises a CheckpointError if the folder is damaged, and an UnsupportedModelError if the head is
-    of a family that is not supported.
+    Raises a CheckpointError for a damaged folder, an UnsupportedModelError for an unknown family.
     """
     config, names = read_config(folder), set(stored_tensors(folder))
     architectures = config.get("architectures") or ()
