@@ -621,9 +621,12 @@ class Target:
         indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         rows = len(token_ids)
-        if isinstance(context, ExactContext) and rows < LINEAR_ROWS:
-            context.repeat(LINEAR_ROWS)
-            token_ids = token_ids.repeat(LINEAR_ROWS)
+        if isinstance(context, ExactContext):
+            assert isinstance(cache, ExactCache)
+            context.cache = cache
+            if rows < LINEAR_ROWS:
+                context.repeat(LINEAR_ROWS)
+                token_ids = token_ids.repeat(LINEAR_ROWS)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(
