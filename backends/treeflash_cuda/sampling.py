@@ -187,8 +187,7 @@ def sample_tokens(
 ) -> NDArray[np.int32]:
     """Sample a token per row, as `treeflash.decoding.sampling.sample_tokens` does.
 
-    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`. Raises a
-    NumericalError if a row's largest logit is not finite.
+    A GPU is read again for a nucleus above `SHORTLIST`. NaN or infinity raise a NumericalError.
     """
     if logits.device.type == "cpu":
         return sample_on_cpu(logits, sampling, keys).astype(np.int32)
@@ -225,8 +224,7 @@ def sample(
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
 
     Sequences with the same sampling are computed together, with one read from a GPU. Log
-    probabilities of all sequences take one more read. Raises a NumericalError if a row's largest
-    logit is not finite.
+    probabilities take one more. Raises a NumericalError if a row's largest logit is not finite.
     """
     parts, counts = logits.parts, [len(part) for part in logits.parts]
     sampled = {i: params for i, params in enumerate(all_params) if params is not None}

@@ -74,19 +74,15 @@ class Slots:
 
     @classmethod
     def read(cls, output: OutputStage, hidden: mx.array) -> Slots:
-        """The slots with these outputs of the last layer."""
         return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens of blocks that a head scores."""
-
     output: OutputStage
     logits: mx.array  # (batch, D, v) of the marginals
     rows: mx.array  # (batch, n) the depth of each query, from 0
-    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
-    # for all
+    # of the drafter's vocabulary: (batch, 1, v), (batch, D, v) of candidates, or None for all
     tokens: mx.array | None
 
 
@@ -114,10 +110,7 @@ class ConditionalHead(Head):
         raise NotImplementedError
 
     def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        """(batch, n, v) scores of (batch, n, size) queries.
-
-        They are float32, or have the dtype of the output head.
-        """
+        """(batch, n, v) scores of (batch, n, size) queries, float32 or the output head's dtype."""
         raise NotImplementedError
 
 
@@ -622,11 +615,7 @@ class CorrelationHead(CandidateHead):
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
         self.module = module
         self.output = OutputStage(model, target)
-        self._vocab_size = target.vocab_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = target.vocab_size
 
     def candidates(
         self, block: Block

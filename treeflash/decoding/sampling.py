@@ -59,8 +59,7 @@ class SamplingParams:
     # (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may be sampled.
     # It takes effect after the edits. None allows every token
     allowed: NDArray[np.uint32] | None = None
-    # number of the best tokens whose log probabilities to return beside the sampled token's; None
-    # returns none at all
+    # number of best tokens whose log probabilities to return beside the sampled token's, or None
     log_probs: int | None = None
 
     @classmethod
@@ -156,9 +155,7 @@ def check_finite(finite: object) -> None:
 
 
 def sample_tokens(
-    logits: NDArray[np.float32],
-    sampling: SamplingConfig,
-    keys: NDArray[np.uint32] | None = None,
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int32]:
     """(n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
@@ -229,8 +226,7 @@ def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]
 def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """(n, v) finite float32 noise of the standard Gumbel distribution: the definition of backends.
 
-    Each of (v,) or (n, v) tokens is hashed with one half of its (n, 2) key, then with the other
-    half.
+    Each of (v,) or (n, v) tokens is hashed with the halves of its (n, 2) key in turn.
     """
     x = _mix(tokens.astype(np.uint32) ^ keys[:, :1])
     x = _mix(x ^ keys[:, 1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,7 @@ GREEDY = SamplingConfig()
 
 
 class SequenceSession:
-    """A sequence whose tokens the caller decides; empty at first.
-
-    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
-    largest tree included.
-    """
+    """A sequence whose tokens the caller decides; `capacity` includes the largest tree's nodes."""
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
         self.backend = backend
@@ -65,18 +60,12 @@ class SequenceSession:
         return block
 
     def close(self) -> None:
-        """Give the memory back."""
         self.state.close()
 
     def __enter__(self) -> SequenceSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -86,8 +75,7 @@ class Anchor:
 
     tokens: Sequence[int]  # the text from the root of the block on
     block: Block
-    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
-    # None if not requested
+    # (n, vocab) the target's logits after the first n tokens, at most D; None if not requested
     logits: NDArray[np.float32] | None
 
 
@@ -98,10 +86,7 @@ STRIDE = 4
 def draft_anchors(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
 ) -> Iterator[Anchor]:
-    """Draft after every fourth token of a known text, except the last token.
-
-    `logits` asks for the target's over the tokens that each block predicts.
-    """
+    """Draft after every fourth token of a known text but the last; `logits` asks for logits too."""
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths
     stride = min(STRIDE, depths)

@@ -42,9 +42,8 @@ CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Write configuration, bfloat16 weights and tokenizer of a GGUF Llama model into a folder.
 
-    The tokenizer must be a `smollm` byte-level BPE. The folder exists. Raises a CheckpointError if
-    the file is damaged, or holds another kind of model or tokenizer, and an OSError if the folder
-    cannot be written.
+    The tokenizer must be a `smollm` BPE. Raises a CheckpointError if the file is damaged, or holds
+    another kind of model or tokenizer, and an OSError if the folder cannot be written.
     """
     try:
         reader = GGUFReader(path)
@@ -187,8 +186,7 @@ def _weights(
 def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size).
 
-    GGUF rotates the rows (2i, 2i + 1) of a head as a pair, transformers row i of the first half
-    with row i of the second half.
+    GGUF rotates the rows (2i, 2i + 1) of a head as a pair, transformers row i of both its halves.
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)

@@ -84,7 +84,6 @@ class RelayedRequest:
 
     @classmethod
     async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
-        """Read a request."""
         body = b"".join([piece async for piece in read_body(receive)])
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
         plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}
@@ -171,10 +170,7 @@ class Pieces(Protocol):
 def relay_application(
     answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
 ) -> Starlette:
-    """An application that checks requests as the server does, and passes them to `answer`.
-
-    `lost` is the error of a replica that has ended.
-    """
+    """An application that checks requests and lets `answer` answer; `lost`: a replica has ended."""
     app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
     add_guard(app, settings)
     return app

@@ -33,8 +33,7 @@ MESSAGE_START_TOKENS = 1024
 class Service:
     """One loaded pair, and how it is offered.
 
-    `defaults` are decoding options of requests that leave them out. Responses have the first of the
-    model's names, and requests may have any.
+    `defaults` are options of requests without them. Responses have the first of the model's names.
     """
 
     engine: Engine
@@ -57,10 +56,7 @@ class Service:
         return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
 
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
-        """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
-
-        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
-        """
+        """Compile a field's grammar; an APIError if it is invalid, unsupported or too costly."""
         try:
             return self.grammars.compile(grammar)
         except GrammarError as error:
@@ -100,10 +96,8 @@ class Service:
     ) -> Completion:
         """Start to generate the answers to each of the prompts of a request.
 
-        `constraint` makes one for each answer; see `Request` for `scores_prompt`.
-
-        Raises:
-            ConfigError, PromptError, APIError: too many answers, or see `Engine.submit`.
+        `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
+        APIError for too many answers, and the errors of `Engine.submit`.
         """
         answers = request.n or 1
         if answers > self.settings.max_choices:
@@ -144,8 +138,7 @@ class Conversation:
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
-        does not support tools.
+        Raises a PromptError for rejected messages, an APIError if tools are not supported.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

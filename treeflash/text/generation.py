@@ -45,10 +45,7 @@ class Timings:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of the iterations per second of `decode_s`; 0 without an iteration.
-
-        In a batch, the tokens count one text and the seconds count the whole batch.
-        """
+        """Tokens per second of `decode_s`, which counts the whole batch; 0 without an iteration."""
         return sum(self.accepted_lengths) / self.decode_s if self.decode_s else 0.0
 
 
@@ -124,8 +121,7 @@ class Comparison:
 class TokenLogProb:
     """The target's log probabilities of a new token and of the most probable tokens, best first.
 
-    They are natural logarithms at temperature 1, before penalties, biases and filters. The option
-    `log_probs` is the number of `top`.
+    They are natural logarithms at temperature 1, before edits; `log_probs` is the number of `top`.
     """
 
     token_id: int

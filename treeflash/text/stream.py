@@ -52,8 +52,7 @@ class Chunk:
 class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
-    A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
-    the new tokens; None leaves them free.
+    An empty stop string raises a ConfigError. `make_constraint` constrains new tokens, if given.
     """
 
     backend: Backend
@@ -171,10 +170,7 @@ class Stream(Iterator[Chunk]):
         return Stream(replace(self.assembler, config=config, prompt_ids=ids), self._budgets)
 
     def next_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """(vocab,) raw logits of the target after the prompt and some new tokens, without drafting.
-
-        For analysis: the target runs over the whole sequence again.
-        """
+        """(vocab,) raw logits after the prompt and new tokens, which run again, for analysis."""
         *context, last = *self.assembler.prompt_ids, *token_ids
         with SequenceSession(self.assembler.backend, capacity=len(context) + 1) as session:
             if context:
@@ -204,8 +200,7 @@ def scheduler_config(parallel: Parallel) -> SchedulerConfig:
 def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[RequestId]:
     """Add sequences with the same prompt as `Scheduler.submit_group` does.
 
-    A sequence that needs more memory than the scheduler's limit raises the limit, so that it can
-    be decoded alone.
+    A sequence above the scheduler's memory limit raises it, so that it can be decoded alone.
     """
     for request in requests:
         check(scheduler.backend, request.prompt_ids, request.config)
@@ -219,8 +214,7 @@ def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[R
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
-    At most `parallel` run at once; further ones wait in order. A `suffix_cache` keeps the finished
-    sequences, which later ones may copy.
+    At most `parallel` run at once, in order. Later ones may copy finished ones of `suffix_cache`.
     """
 
     def __init__(

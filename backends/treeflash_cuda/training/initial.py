@@ -40,8 +40,7 @@ RANDOM_STD = 0.02
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     """The `config.json` of the drafter to train, in the published TreeFlash format.
 
-    Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
-    `init` names a folder without a drafter.
+    Raises a ConfigError if it does not fit the target, a CheckpointError if `init` has no drafter.
     """
     if config.init in NEW_DRAFTERS:
         return with_head(_new_settings(config, target), config)
@@ -182,10 +181,7 @@ def initial_drafter(
     # Tokens of a few sequences, to measure the scale of queries and keys on.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
-    """A drafter and its head, float32, on the target's device.
-
-    Raises a ConfigError if the target's layers cannot be copied, or the head has a different size.
-    """
+    """A float32 drafter and head on the target's device; a ConfigError if they do not fit it."""
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
     head: nn.Module | None = None
@@ -267,10 +263,9 @@ def _neutralise(module: nn.Module) -> None:
 def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequence[int]]) -> None:
     """Copy the target's last layers into the drafter.
 
-    Context and block reach a layer through different norms, so the target's norm is folded into
-    the projections. If the target has no norms of queries and keys, the drafter's norms get the
-    scale of the target's queries and keys on `sequences`. `fc` passes on the features of the
-    deepest layer.
+    Context and block reach a layer through different norms, so the target's norm is folded into the
+    projections. If the target has no norms of queries and keys, the drafter's get the scale of
+    these on `sequences`. `fc` passes on the deepest layer's features.
     """
     count = len(model.layers)
     layers: Sequence[Any] = list(model.layers)
