@@ -82,7 +82,8 @@ class ScoredTokens:
     output: OutputStage
     logits: mx.array  # (batch, D, v) of the marginals
     rows: mx.array  # (batch, n) the depth of each query, from 0
-    # of the drafter's vocabulary: (batch, 1, v), (batch, D, v) of candidates, or None for all
+    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
+    # for all
     tokens: mx.array | None
 
 

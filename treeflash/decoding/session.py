@@ -75,7 +75,8 @@ class Anchor:
 
     tokens: Sequence[int]  # the text from the root of the block on
     block: Block
-    # (n, vocab) the target's logits after the first n tokens, at most D; None if not requested
+    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
+    # None if not requested
     logits: NDArray[np.float32] | None
 
 

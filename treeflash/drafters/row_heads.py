@@ -76,7 +76,8 @@ class Assistant:
 class RowConfig(DrafterConfig):
     """The shape of a row head. `block_size` is 1 + its depths; there is no mask token."""
 
-    # attention reads normed embedding and state side by side (EAGLE-3), else a projection (MTP)
+    # the layer's attention reads the normed embedding and state side by side (EAGLE-3), instead of
+    # a projection of both (MTP)
     reads_both: bool
     # the residual of that attention is the normed state, not the state
     normed_residual: bool = False
@@ -88,7 +89,8 @@ class RowConfig(DrafterConfig):
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
     final_state: bool = False
-    # the layers of Gemma 4's assistant, for which `num_hidden_layers` is 0; None for other heads
+    # the layers of Gemma 4's assistant, which has no layer with keys of its own
+    # (`num_hidden_layers` is 0); None for other heads
     assistant: Assistant | None = None
 
     @property
