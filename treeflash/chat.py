@@ -62,7 +62,8 @@ HELP = "\n".join(
 class Conversation:
     """A conversation with a loaded model: the messages so far, without the system message.
 
-    Without a seed in `options`, each answer has a random one. `color` colours text by iteration.
+    A random seed is chosen for each answer unless the `options` have one. `color` colours the text
+    by the iteration that brought it.
     """
 
     model: LanguageModel

@@ -122,7 +122,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse a command line, by default the process's, and the file of its `--config`.
 
-        Raises a ConfigError for an invalid option or TOML, a PromptError for an unreadable file.
+        A ConfigError is raised if an option is unknown or invalid, or the file is not TOML, a
+        PromptError if the file cannot be read.
         """
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_args([*self._configured(argv), *argv])

@@ -37,7 +37,8 @@ def run_batch(
 ) -> int:
     """Decode the file `--prompts` into `--output`, and return the exit status.
 
-    The model is loaded once both files are usable and a turn is missing; see `SuffixCache`.
+    The model is loaded once both files are known to be usable and a turn is missing. With a
+    `suffix_cache`, answers may copy earlier ones.
     """
     prompts, output = args.prompts, args.output
     rows = read_rows(prompts)
@@ -76,7 +77,8 @@ class Turn(NamedTuple):
 class Batch:
     """Conversations to decode, and the file of the turns that are decoded.
 
-    `output` has records of `id`, `turn` and the generation or `error`; the counts are this run's.
+    The `output` has records of `id`, `turn` and the generation, or the `error` that prevented it.
+    `tokens` and `seconds` count this run.
     """
 
     rows: Sequence[Row]

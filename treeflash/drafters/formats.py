@@ -373,7 +373,8 @@ def drafter_shapes(
 ) -> Shapes:
     """The shapes of a drafter's tensors, by canonical name.
 
-    `head_size` is I, the inner width of a TreeFlash head; the target's `vocab_size` is a default.
+    `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
+    configuration does not give it.
     """
     shapes = backbone.backbone_shapes(config) | head_shapes(config, head_size, vocab_size)
     if config.draft_vocab_size:
@@ -510,7 +511,8 @@ def _selector_fields(settings: Config, layers: Config) -> dict[str, Any]:
 def _parse_deepspec(config: Config) -> DrafterConfig:
     """DSpark, and the DFlash of DeepSeek, which is DSpark without heads.
 
-    Slot k predicts token k + 1, so the root's slot counts. The other settings copy the target's.
+    Slot k of a block predicts token k + 1, so that the root's slot counts. The rest of the
+    configuration is a copy of the target's.
     """
     draft_vocab_size = config.get("draft_vocab_size")
     if draft_vocab_size not in (None, config.get("vocab_size")):
@@ -619,7 +621,8 @@ def _parse_lilicorr(config: Config) -> DrafterConfig:
 def _parse_speculators(config: Config) -> DrafterConfig:
     """DFlash, DFlash2, DSpark and X-PRESS in a nested configuration.
 
-    Layer ids count the embeddings as 0, as transformers does. It may have its own vocabulary.
+    Its layer ids index the hidden states of transformers, of which the first are the embeddings. It
+    may have a smaller vocabulary of its own.
     """
     kind = config["speculators_model_type"]
     if kind not in ("dflash", "dflash2", "dspark", "xpress"):

@@ -147,7 +147,8 @@ QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 def find_row_format(folder: Path) -> RowFormat | None:
     """The format of the row head in a folder; None if the folder holds none.
 
-    Raises a CheckpointError for a damaged folder, an UnsupportedModelError for an unknown family.
+    Raises a CheckpointError if the folder is damaged, and an UnsupportedModelError if the head is
+    of a family that is not supported.
     """
     config, names = read_config(folder), set(stored_tensors(folder))
     architectures = config.get("architectures") or ()

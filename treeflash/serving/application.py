@@ -229,7 +229,8 @@ def serve(
 def _load(engine: Engine) -> None:
     """Start the engine; an interruption ends the process.
 
-    The engine's thread cannot be stopped while it loads, and the interpreter would abort.
+    The engine's thread cannot be stopped while it loads, and the interpreter would abort if it shut
+    down beside threads of a framework.
     """
     try:
         engine.start()

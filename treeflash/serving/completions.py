@@ -38,7 +38,8 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 class CompletionRequest(DecodingSchema):
     """The body of a request; with several prompts, each has `n` choices, in order.
 
-    `echo` puts the prompt before each answer, with `logprobs` of both; `max_tokens` may then be 0.
+    `echo` puts the prompt before each answer, with its log probabilities if `logprobs` is set. Only
+    with `echo` may `max_tokens` be 0.
     """
 
     prompt: (

@@ -33,7 +33,8 @@ MESSAGE_START_TOKENS = 1024
 class Service:
     """One loaded pair, and how it is offered.
 
-    `defaults` are options of requests without them. Responses have the first of the model's names.
+    `defaults` are decoding options of requests that leave them out. Responses have the first of the
+    model's names, and requests may have any.
     """
 
     engine: Engine

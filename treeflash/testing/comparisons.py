@@ -75,7 +75,8 @@ def assert_close(
 class Inspectable(SequenceState, Protocol):
     """The further members that the state of a backend under test must have.
 
-    `BaseState` has them all, but with recurrent layers a backend defines `read_recurrent_states`.
+    `treeflash.decoding.backend_base.BaseState` has them all, but a backend with recurrent layers
+    defines `read_recurrent_states`.
     """
 
     def truncate(self, length: int) -> None:

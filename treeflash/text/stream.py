@@ -52,7 +52,8 @@ class Chunk:
 class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
-    An empty stop string raises a ConfigError. `make_constraint` constrains new tokens, if given.
+    A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
+    the new tokens; None leaves them free.
     """
 
     backend: Backend
@@ -214,7 +215,8 @@ def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[R
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
-    At most `parallel` run at once, in order. Later ones may copy finished ones of `suffix_cache`.
+    At most `parallel` run at once; further ones wait in order. A `suffix_cache` keeps the finished
+    sequences, which later ones may copy.
     """
 
     def __init__(

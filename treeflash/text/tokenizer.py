@@ -214,7 +214,8 @@ def check_unicode(text: str) -> None:
 def _is_helpful(record: logging.LogRecord) -> bool:
     """Drop two warnings of transformers.
 
-    One advises to install torch needlessly; the other precedes an error that says more.
+    One advises to install torch, which a tokenizer does not need. The other precedes the error for
+    an unknown type of model, and says less.
     """
     message = record.getMessage()
     return (
