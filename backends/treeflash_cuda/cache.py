@@ -63,7 +63,10 @@ def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """(..., width) float32, filled with ones to a multiple of `WIDE_ALIGNMENT`, for exact mode."""
+    """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
+
+    The width is the next multiple of `WIDE_ALIGNMENT` above head_dim.
+    """
     missing = WIDE_ALIGNMENT - x.shape[-1] % WIDE_ALIGNMENT
     return F.pad(x.float(), (0, missing), value=1.0)
 

@@ -353,7 +353,10 @@ class RowDrafter:
     def _write(
         self, rows: Sequence[tuple[RowCache, int, list[int]]]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Write rows of (cache, first row, tokens); returns what `read` does, and the rotation."""
+        """Write the keys and values of rows: their cache, the first one, and their tokens.
+
+        Returns what `RowModel.read` does, and the rotation.
+        """
         device = self.target.device
         flat = np.array([token for _, _, tokens in rows for token in tokens])
         numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])

@@ -28,7 +28,10 @@ from treeflash_mlx.target import Target, shortlist_logits
 
 
 class OutputStage:
-    """What a drafter and its head share: embeddings, the final `norm`, and `logits`."""
+    """From tokens to embeddings and from hidden states to logits, for a drafter and its head.
+
+    `norm` is the final norm, to apply before `logits`.
+    """
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
         self.config, self.norm = model.config, model.norm
@@ -224,7 +227,10 @@ def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
 def block_mask(
     start: int, size: int, window: int | None, causal: bool, from_root: bool = False
 ) -> mx.array | None:
-    """(size, start + size) mask, None if all is visible; the window is `from_root` or a slot's."""
+    """(size, start + size) mask of a block at position `start`; None if everything is visible.
+
+    The window is around each slot, or `from_root` before the root.
+    """
     if window is not None and window >= start + size:
         window = None
     if window is None and not causal:

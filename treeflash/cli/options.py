@@ -264,7 +264,10 @@ def add_decode_options(
     names: Collection[str] = DECODE_FLAGS.keys(),
     note: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Add these decoding options, unset unless given; `note` has defaults for the help."""
+    """Add the decoding options of these names; options that are not given stay unset.
+
+    `note` has defaults that differ from a configuration's, for the help.
+    """
     flags: Flags = {}
     for name in names:
         default = getattr(DecodeConfig, name, getattr(SamplingConfig, name, None))

@@ -17,7 +17,10 @@ GREEDY = SamplingConfig()
 
 
 class SequenceSession:
-    """A sequence whose tokens the caller decides; `capacity` includes the largest tree's nodes."""
+    """A sequence whose tokens the caller decides; empty at first.
+
+    `drafts` allows `draft`; `capacity` counts positions, with the nodes of the largest tree.
+    """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
         self.backend = backend

@@ -182,7 +182,10 @@ def published_drafter(target: str | None) -> str | None:
 
 
 def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
-    """The known drafters by the last part of a target's name without its precision, best first."""
+    """The known drafters of a target, the best first.
+
+    The last part of a name counts, without regard to case or a precision such as `-MLX-4bit`.
+    """
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
 

@@ -22,7 +22,10 @@ NORM_EPS = 1e-6
 
 
 class Scores(ABC):
-    """A head of one previous token, which scores `candidates` of highest marginal, or all."""
+    """A conditional head that depends on one previous token.
+
+    It scores only `candidates` tokens of a slot, those with the highest marginals; None scores all.
+    """
 
     candidates: int | None = None
 

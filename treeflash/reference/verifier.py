@@ -15,7 +15,10 @@ from treeflash.reference.target import Cache, States, Target
 
 
 class State(BaseState[Cache, States]):
-    """`SequenceState` in NumPy; outputs are (n, hidden_size) of the embeddings and layers."""
+    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
+
+    `outputs` are (n, hidden_size) of the embeddings and each layer, for the latest rows.
+    """
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
         cache = target.new_cache()

@@ -137,7 +137,10 @@ class GrammarConstraint:
 
 
 class GrammarCompiler:
-    """Compiles grammars in any thread; the first takes a second. `vocab_size` is the target's."""
+    """Compiles grammars to constraints. Any thread may call it.
+
+    The first grammar takes a second more. The target's `vocab_size` may exceed the tokenizer's.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer

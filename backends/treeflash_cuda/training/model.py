@@ -122,7 +122,10 @@ def block_attention(
 
 
 class GroupedAttention:
-    """Masked attention on any device by small groups of blocks, since no block sees another."""
+    """Attention with a mask, by groups of blocks that share a row of keys; for any device.
+
+    No block sees another, so small groups waste little.
+    """
 
     def __init__(
         self, anchors: Tensor, size: int, length: int, window: int | None, causal: bool
