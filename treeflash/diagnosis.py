@@ -43,7 +43,8 @@ class Text:
 class TokenScores:
     """(blocks, D) scores of the target's tokens; nan after the end of a text.
 
-    `log_probs` are in nats; `hits` are 1 for the drafter's most probable token.
+    `log_probs` are their log probabilities, nats; `hits` are 1 for the drafter's most probable
+    token.
     """
 
     log_probs: NDArray[np.float64]
@@ -231,7 +232,8 @@ def list_alternatives(
 ) -> list[Alternatives]:
     """Other values for the settings of a drafter that may be wrong.
 
-    `masks` names possible mask tokens by id; the target's configuration is empty if unknown.
+    `masks` names tokens that may be the mask, by id. The `config.json` of the target is empty if
+    unknown.
     """
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     layer_ids = {f"target_layer_ids {ids}": {"target_layer_ids": ids} for ids in layers}

@@ -84,7 +84,8 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
-        The iterator's `generation()` joins its chunks; a NumericalError comes while iterating.
+        The `generation()` of the iterator joins its chunks. A NumericalError is raised while
+        iterating.
         """
         assembler = self.assembler(prompt, options)
         self._measure_costs(assembler.config)

@@ -156,8 +156,9 @@ class DraftAttention(Protocol):
         """(1, t * S, heads, head_dim) attention of blocks over the positions before and themselves.
 
         Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
-        head_dim) queries are of the blocks; (1, kv_heads, c + t * S, head_dim) keys and values, of
-        all new contexts and then of the blocks, are written to the KV cache first.
+        head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
+        values, of the new context of all sequences and then of the blocks, are written to the
+        drafter's KV cache first.
         """
 
 

@@ -718,7 +718,8 @@ def _mamba_2(
 ) -> Any:
     """The hook of `mamba2_chunk_scan`.
 
-    On a tree dt is not limited: a single step does not limit it, and a tree must equal it.
+    On a tree dt is not limited: the models' single step does not limit it, and a tree must equal
+    plain decoding.
     """
     cache = _RUNNING.get()
     if cache is None:

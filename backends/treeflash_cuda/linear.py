@@ -37,7 +37,8 @@ def token_products(
 ) -> Tensor:
     """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
 
-    The tokens are (v,), (b, v) for each of b equal parts of x, or None for all; bias is (vocab,).
+    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
+    is added.
     """
     if tokens is None:
         return F.linear(x, table, bias)
@@ -124,7 +125,8 @@ class FusedPart(nn.Module):
     """One of several fused layers, in its place in a model that calls them one by one.
 
     The first part that is called computes the outputs of all layers and leaves them with the input.
-    They belong to that call and are freed with it; threads can share the module.
+    They belong to that call and are freed with it; the module itself holds nothing, so threads can
+    share it.
     """
 
     def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:

@@ -253,7 +253,8 @@ class RowModel(nn.Module):
 class RowCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
-    The last position's row has an uncommitted token: it is computed again for every draft.
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
     """
 
     hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft

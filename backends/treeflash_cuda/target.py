@@ -123,7 +123,8 @@ def load_model(
     """The model of a folder in the Hugging Face format, for inference; see `Target`.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
-    configuration, and an UnsupportedModelError if a package for quantised weights is missing.
+    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
+    is not installed.
     """
     weight_files(folder)
     # A quantised model must not be moved; other models would be in memory twice.
@@ -434,7 +435,8 @@ class Target:
         """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
         Raises a ConfigError if the keys and values cannot be quantised, and an
-        UnsupportedModelError if the replaced attention gives other logits.
+        UnsupportedModelError if the logits differ, so the model computes attention in a way that
+        the replacement does not.
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
@@ -475,7 +477,8 @@ class Target:
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises an UnsupportedModelError if a layer cannot be computed so, or has other bits here.
+        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
+        on this machine.
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")

@@ -52,7 +52,8 @@ def limit_memory(weights: int, *, wired: bool) -> None:
     """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
 
     Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
-    need. macOS has crashed where this limit was high, so it is low, and ends with the process.
+    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
+    when the process ends.
     """
     if mx.default_device().type == mx.cpu:
         return

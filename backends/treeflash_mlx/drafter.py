@@ -195,8 +195,9 @@ class Drafter:
     ) -> mx.array:
         """Attention of each sequence's block over the positions before it and itself.
 
-        (batch * S, heads * head_dim), from (1, heads, batch * S, head_dim) queries, and (1,
-        kv_heads, rows, head_dim) keys and values of each sequence's new context and block in turn.
+        From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
+        head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
+        heads * head_dim).
         """
         size = self.model.config.block_size
         out, row = [], 0

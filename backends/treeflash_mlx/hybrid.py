@@ -92,7 +92,8 @@ class NodePaths:
 class Writes:
     """What the nodes of a pass write into matrix states, each on the state after its parent.
 
-    The log decays are each node's own, with key_dim columns if every key channel has a gate.
+    The log decays are each node's own, not summed along paths. They have key_dim columns if
+    every key channel has a gate.
     """
 
     values: mx.array  # (batch, heads, n, value_dim) float32, u in the formulas
@@ -461,7 +462,8 @@ def rebind(
     a class whose methods have the same code, with other functions among their globals. The
     functions, by the names that they stand for, get what `current` returns before the other
     arguments, and may return NotImplemented. `current` returns what the pass that is being built
-    has for them; None if it is not over trees. Returns the names of called functions.
+    has for them; None if it is not over trees. The names of the functions that the module calls are
+    returned.
     """
     cls = type(module)
     methods: dict[str, Any] = {}

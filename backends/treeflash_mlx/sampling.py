@@ -29,7 +29,8 @@ def sample(
     """`treeflash.decoding.sampling.sample` for several sequences with (n, vocab) logits.
 
     Sequences with the same sampling are computed together, with one read from the device. Without
-    parameters no token is needed. Raises a NumericalError if a largest logit is not finite.
+    parameters no token is needed. A NumericalError is raised if a row's largest logit is not
+    finite.
     """
     sampled: list[SampledTokens | None] = [None] * len(all_params)
     groups: dict[object, list[tuple[int, mx.array, SamplingParams]]] = {}

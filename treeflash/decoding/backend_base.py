@@ -441,7 +441,8 @@ class CandidateHead(OneByOneHead):
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
         """(D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
 
-        Scores are after the candidates of the slot before, in the first slot after the root.
+        Scores are of candidates after the candidates of the slot before; all rows of the first slot
+        are those after the root.
         """
 
     def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:

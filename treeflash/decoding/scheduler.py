@@ -273,7 +273,8 @@ def propose(
 ) -> list[TransitionTable]:
     """The tables that chains or trees are built from, for the blocks of all sequences of one draft.
 
-    `nodes` are expected sizes of trees, `positions` (D,) of each block, for sampling alone.
+    `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
+    greedy sequences do not need.
     """
     # Sequences with the same options are computed together.
     groups: dict[tuple[bool, TableOptions], list[int]] = {}
@@ -631,7 +632,8 @@ class Scheduler:
         """Add sequences with the same prompt, which is run once.
 
         It is run twice if some sequences are drafted for and others are not: a state that was
-        opened for plain decoding cannot be drafted for. Raises what `submit` does, and adds none.
+        opened for plain decoding cannot be drafted for. Raises what `submit` does, and then adds no
+        sequence.
         """
         if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
             raise PromptError("the texts of a group must have the same prompt")
@@ -662,7 +664,8 @@ class Scheduler:
     def run(self) -> Generator[Event, None, None]:
         """Iterate until all sequences are finished; yields their steps and errors.
 
-        Sequences may be added and cancelled meanwhile; closing drops unfinished ones.
+        Sequences may be submitted and cancelled meanwhile. Closing the iterator drops all that are
+        not finished.
         """
         try:
             while self.busy:

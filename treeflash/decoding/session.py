@@ -19,7 +19,8 @@ GREEDY = SamplingConfig()
 class SequenceSession:
     """A sequence whose tokens the caller decides; empty at first.
 
-    `drafts` allows `draft`; `capacity` counts positions, with the nodes of the largest tree.
+    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
+    largest tree included.
     """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:

@@ -414,7 +414,8 @@ def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -
     """The best paths of a drafter's calibrated table and of a proposal together, best first.
 
     Equal tokens after one parent are one node, which has the higher of the two probabilities and
-    the children of both. The proposal may be deeper than the table. There are at most `nodes`.
+    the children of both. The nodes of the proposal may be deeper than the table. There are at most
+    `nodes`, including the root.
     """
     sources = proposal.children()
     chosen = [_Child(root, 0.0, 0, 0)]

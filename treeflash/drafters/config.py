@@ -139,7 +139,8 @@ def inverse_frequencies(
     """The (head_dim // 2,) rotary inverse frequencies, radians per position.
 
     The second result is the factor on cosines and sines, 1 except for YaRN. `parameters` come from
-    `rope_parameters`. Raises a CheckpointError for an unsupported type or an invalid setting.
+    `rope_parameters`. A CheckpointError is raised if the type is not supported, or a setting is
+    missing or not above 0.
     """
     base = _positive(parameters, "rope_theta")
     plain = base ** -(np.arange(0, head_dim, 2) / head_dim)

@@ -184,7 +184,8 @@ def published_drafter(target: str | None) -> str | None:
 def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     """The known drafters of a target, the best first.
 
-    The last part of a name counts, without regard to case or a precision such as `-MLX-4bit`.
+    The last part of the target's name is looked up, without regard to case and to a precision such
+    as `-4bit` or `-MLX-4bit`.
     """
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
@@ -193,7 +194,8 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
 def draft_sources(target: str | None) -> list[DraftSource]:
     """What can draft for a target, the best first; loads and fetches nothing.
 
-    The folder of a local target tells whether it has an MTP head, else the name does.
+    The folder of a target on this machine tells whether it has an MTP head; of other targets, the
+    name.
     """
     sources = [
         DraftSource(

@@ -139,7 +139,8 @@ class Conversation:
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises a PromptError for rejected messages, an APIError if tools are not supported.
+        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
+        does not support tools.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

@@ -40,7 +40,8 @@ class GrammarError(ConfigError):
 class Grammar:
     """A grammar for llguidance: a text must match the first of the entries.
 
-    Each has a `json_schema`, `lark_grammar` or `ANY_FORM`, and a `name` if it is `@name` elsewhere.
+    Each has a `json_schema`, a `lark_grammar` or an `ANY_FORM`, and a `name` if another one refers
+    to it as `@name`.
     """
 
     entries: tuple[Mapping[str, Any], ...]

@@ -59,7 +59,8 @@ class GrammarTrial:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        Raises a TrialError for an invalid or too costly grammar, an OSError if no process starts.
+        A TrialError is raised if a grammar is invalid, or compiling it takes too much, an OSError
+        if no process can be started.
         """
         try:
             text = json.dumps({"grammars": list(grammars)})

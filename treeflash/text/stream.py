@@ -201,7 +201,8 @@ def scheduler_config(parallel: Parallel) -> SchedulerConfig:
 def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[RequestId]:
     """Add sequences with the same prompt as `Scheduler.submit_group` does.
 
-    A sequence above the scheduler's memory limit raises it, so that it can be decoded alone.
+    A sequence that needs more memory than the scheduler's limit raises the limit, so that it can
+    be decoded alone.
     """
     for request in requests:
         check(scheduler.backend, request.prompt_ids, request.config)

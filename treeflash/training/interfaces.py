@@ -117,7 +117,8 @@ def model_card(
 ) -> str:
     """The text of a checkpoint's `README.md`.
 
-    It takes the drafter's `config.json`, what identifies the run, and the run's log.
+    It takes the drafter's `config.json`, the configuration, target and data of the run, and the
+    run's log.
     """
     # An existing drafter keeps its shape, whatever the options say.
     omitted = {"data"} if identity["init"] in NEW_DRAFTERS else {"data", *SHAPE}

@@ -264,9 +264,10 @@ def _neutralise(module: nn.Module) -> None:
 def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequence[int]]) -> None:
     """Copy the target's last layers into the drafter.
 
-    Context and block reach a layer through different norms, so the target's norm is folded into the
-    projections. If the target has no norms of queries and keys, the drafter's get the scale of
-    these on `sequences`. `fc` passes on the deepest layer's features.
+    Context and block reach a layer through different norms, so the target's norm is folded into
+    the projections. If the target has no norms of queries and keys, the drafter's norms get the
+    scale of the target's queries and keys on `sequences`. `fc` passes on the features of the
+    deepest layer.
     """
     count = len(model.layers)
     layers: Sequence[Any] = list(model.layers)

@@ -132,7 +132,8 @@ class GroupedAttention:
     ) -> None:
         """Make the mask of blocks of S slots after the roots at (rows, A) anchors.
 
-        A is a multiple of `GROUP`; a slot sees `window` positions far, all for None.
+        A is a multiple of `GROUP`. The window is how far a slot sees, in positions; None is
+        everything.
         """
         device = anchors.device
         columns = torch.arange(length, device=device)
@@ -168,7 +169,8 @@ class GroupedAttention:
 class FlexBlockAttention:
     """Attention with FlexAttention, which makes no mask in memory and skips what no block sees.
 
-    It needs a compiler and a GPU; unless `compiled` it runs on a CPU, slowly, without gradient.
+    It needs a compiler and a GPU. With `compiled` False it runs on a CPU, slowly and without a
+    gradient.
     """
 
     def __init__(
