@@ -122,7 +122,10 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class BlockBatch:
-    """Blocks as tables take them; for CUDA graphs with all depths, and a power of two of them."""
+    """Blocks as the functions of tables take them.
+
+    For CUDA graphs it has all depths, and a power of two of blocks.
+    """
 
     hidden: Tensor  # (blocks * D, hidden_size) outputs of all blocks
     roots: Tensor  # (blocks,)
@@ -197,7 +200,10 @@ class MaskedDrafts:
         return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
-        """The grouped mask of a block at `start`, like the query; None if everything is visible."""
+        """The grouped mask of a block at position `start`; None if everything is visible.
+
+        It has the dtype and the device of the query.
+        """
         config, (window, causal) = self.config, kind
         if window is None and not causal:
             return None

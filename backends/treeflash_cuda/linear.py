@@ -98,7 +98,10 @@ class PackedPairLinear(nn.Module):
 
 
 class FusedLinear:
-    """Layers of one input as one product, packed if possible; no module, as look-ups are slow."""
+    """Layers that read the same input, computed as one product; packed where that is possible.
+
+    It is no module: PyTorch looks the children of modules up slowly.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([x.weight.detach() for x in linears])
@@ -190,7 +193,10 @@ def is_subclass(weight: Tensor) -> bool:
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A parameter with a packed weight's dtype, device and shape, in the memory of one element."""
+    """A parameter with a weight's dtype, device and shape, in the memory of one element.
+
+    Models read these properties of layers whose weights are packed.
+    """
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 

@@ -91,7 +91,10 @@ TOLERANCE_FACTOR = 5
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder; a CheckpointError if it is damaged or of an unknown type."""
+    """The configuration of a folder, as transformers reads it.
+
+    Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
+    """
     read_config(folder)  # has the clearer message about a damaged file
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -215,7 +218,10 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 
 
 def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
-    """Devices and their numbers of consecutive layers; a ConfigError if a layer is on no GPU."""
+    """Devices and their numbers of consecutive layers.
+
+    Raises a ConfigError if a layer is not on a GPU.
+    """
     devices = [next(layer.parameters()).device for layer in layers]
     if any(device.type in ("cpu", "meta") for device in devices):
         raise ConfigError(
@@ -513,7 +519,10 @@ class Target:
             yield
 
     def find_scale(self) -> None:
-        """Find `scale` of `logits`; an UnsupportedModelError if the model does more than scale."""
+        """Find `scale`, so that `logits` needs only the output head.
+
+        Raises an UnsupportedModelError if the model does more to its logits than multiply them.
+        """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)
         inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}

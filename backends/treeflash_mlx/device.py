@@ -31,7 +31,10 @@ def on_metal() -> bool:
 
 
 def choose_device(name: str | None) -> bool:
-    """Use a device, by default MLX's; returns whether it is the CPU, or raises a BackendError."""
+    """Use the device of that name, or MLX's default; returns whether it is the CPU.
+
+    Raises a BackendError if there is no such device.
+    """
     if name not in (None, "cpu", "gpu"):
         raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
     if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):

@@ -111,7 +111,10 @@ class _DraftedSequence:
 
 
 class Drafter:
-    """`treeflash.decoding.interfaces.Drafter` in MLX; see `LoadConfig.draft_window`."""
+    """`treeflash.decoding.interfaces.Drafter` in MLX.
+
+    It sees `window` positions before a block, beside the first few; None for all.
+    """
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
         self.model, self.window, self.output = model, window, OutputStage(model, target)

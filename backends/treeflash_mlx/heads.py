@@ -111,7 +111,10 @@ class ConditionalHead(Head):
         raise NotImplementedError
 
     def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        """(batch, n, v) scores of (batch, n, size) queries, float32 or the output head's dtype."""
+        """(batch, n, v) scores of (batch, n, size) queries.
+
+        They are float32, or have the dtype of the output head.
+        """
         raise NotImplementedError
 
 

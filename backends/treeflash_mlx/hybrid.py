@@ -235,7 +235,10 @@ MAX_SOLVER_ERROR = 1e-3
 
 
 def choose_solver() -> Solver:
-    """The fastest correct solver on this device; an UnsupportedModelError if none is correct."""
+    """The fastest correct solver on this device.
+
+    Raises an UnsupportedModelError if no solver is correct.
+    """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         what, of = "recurrent layers", ("substitution", "all sizes")
         if choose(what, *of, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
@@ -582,7 +585,10 @@ class BatchStates:
         self.layers = [list(map(merge, *pair)) for pair in zip(self.layers, states, strict=True)]
 
     def commit(self, paths: Mapping[int, NDArray[np.int32]]) -> None:
-        """Change to the states after paths by row, the root first; other rows keep their states."""
+        """Change to the states after paths of the latest pass, by row, the root first.
+
+        Other sequences keep their states.
+        """
         if self.layers:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))

@@ -30,7 +30,10 @@ PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 
 
 class Verifier:
-    """`treeflash.decoding.interfaces.TreeVerifier` in MLX, which projects outputs to features."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in MLX.
+
+    The drafter projects the outputs of its target layers to features.
+    """
 
     def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
         self.target, self.drafter = target, drafter

@@ -341,7 +341,10 @@ class Balance:
 
 @dataclass
 class Throughput(Balance):
-    """Measurements with about the same number of sequences; the balance is of drafting."""
+    """Measurements with about the same number of sequences at once.
+
+    Its balance is of drafting, beyond plain decoding.
+    """
 
     # of iterations with a draft or a copy, a running sum; without a drafter, of all iterations
     # outside of pauses

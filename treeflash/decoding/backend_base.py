@@ -358,7 +358,10 @@ class OneByOneVerifier(ABC):
 
     @abstractmethod
     def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        """(n, vocab) logits of a tree, or of new tokens as a chain; nothing is committed."""
+        """(n, vocab) logits at the nodes of a tree under the committed positions.
+
+        New tokens of a prompt come as a chain. Nothing is committed.
+        """
 
     @abstractmethod
     def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:

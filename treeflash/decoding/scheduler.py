@@ -200,7 +200,10 @@ class RunningSequence:
         return self.pending
 
     def resume(self, outcome: Any, phase: Phase | None = None) -> None:
-        """Send the outcome of the pending work, at first None; the loop's time is the `phase`'s."""
+        """Send the outcome of the pending work to the loop; None starts it.
+
+        The loop's own time counts as the `phase`; None does not count it.
+        """
         started = time.perf_counter()
         self.pending = None
         try:

@@ -91,7 +91,10 @@ STRIDE = 4
 def draft_anchors(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
 ) -> Iterator[Anchor]:
-    """Draft after every fourth token of a known text but the last; `logits` asks for logits too."""
+    """Draft after every fourth token of a known text, except the last token.
+
+    `logits` asks for the target's over the tokens that each block predicts.
+    """
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths
     stride = min(STRIDE, depths)

@@ -117,7 +117,10 @@ weight (StreamingLLM, arXiv 2309.17453)."""
 
 
 def window_gap(start: int, window: int | None) -> tuple[int, int]:
-    """(first, end) of the positions between `SINK` and a window before `start`; equal for None."""
+    """The gap between the first `SINK` positions and the last `window` before a root at `start`.
+
+    It is (first, end), empty if `window` is None.
+    """
     return (SINK, max(SINK, start - window)) if window is not None else (0, 0)
 
 

@@ -154,7 +154,10 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     vocab_size: int | None = None,
 ) -> None:
-    """Raise as `compare_shapes` does; `vocab_size` is for configurations that leave it out."""
+    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor.
+
+    `vocab_size` is the target's, if the configuration does not give it.
+    """
     required = formats.drafter_shapes(
         config, formats.head_inner_size(shapes), vocab_size=vocab_size
     )

@@ -199,7 +199,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt in every case; depth metrics of the last case's text, None without a drafter."""
+    """One prompt, decoded in every case.
+
+    The depth metrics are measured on the text of the last case; None without a drafter.
+    """
 
     runs: Mapping[Case, Run]
     depth_metrics: DepthMetrics | None

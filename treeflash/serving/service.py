@@ -57,7 +57,10 @@ class Service:
         return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
 
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
-        """Compile a field's grammar; an APIError if it is invalid, unsupported or too costly."""
+        """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
+
+        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
+        """
         try:
             return self.grammars.compile(grammar)
         except GrammarError as error:

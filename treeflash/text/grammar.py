@@ -101,7 +101,10 @@ def escape_slashes(pattern: str) -> str:
 
 
 class GrammarConstraint:
-    """A `Constraint` by a grammar; the matcher is its own, and `vocab_size` the target's."""
+    """A `Constraint` of the decode loop that allows the texts of a grammar.
+
+    The matcher belongs to this constraint alone. `vocab_size` is the target's.
+    """
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher

@@ -47,7 +47,10 @@ class TrialError(ValueError):
 
 
 class GrammarTrial:
-    """A process that compiles grammars of any thread one by one, and is replaced if it dies."""
+    """A process that compiles grammars, one at a time, and is replaced if it dies.
+
+    Any thread may call it.
+    """
 
     def __init__(self, vocabulary: Mapping[str, Any]) -> None:
         """Start the process, which needs a second; `vocabulary` has arguments of `LLTokenizer`."""

@@ -182,7 +182,10 @@ def initial_drafter(
     # Tokens of a few sequences, to measure the scale of queries and keys on.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
-    """A float32 drafter and head on the target's device; a ConfigError if they do not fit it."""
+    """A drafter and its head, float32, on the target's device.
+
+    Raises a ConfigError if the target's layers cannot be copied, or the head has a different size.
+    """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
     head: nn.Module | None = None

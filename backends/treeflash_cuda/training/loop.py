@@ -222,7 +222,10 @@ def take_step(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Take an optimiser step and return its record; a NumericalError if the loss is not finite."""
+    """Take one optimiser step; returns its record.
+
+    Raises a NumericalError if the loss is not finite.
+    """
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate

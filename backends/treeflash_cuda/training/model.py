@@ -227,7 +227,10 @@ class Prediction(NamedTuple):
 
 
 class Blocks(nn.Module):
-    """A drafter and its head as one module; wrappers need all of training in `forward`."""
+    """A drafter and its conditional head as one module.
+
+    All of training goes through `forward`, as wrappers for several processes need.
+    """
 
     def __init__(
         self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor, lm_head: LMHead
