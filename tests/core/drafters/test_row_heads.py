@@ -38,7 +38,7 @@ LAYER = {
     "num_key_value_heads": 1,
     "head_dim": 4,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 100.0,
+    "rope_theta": 16.0,
     "vocab_size": 10,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 5}
@@ -173,7 +173,7 @@ def test_mtp_of_qwen() -> None:
         scratch_rows=1 + 16 * 7,
         column_size=2 * 4 + 8,
     )
-    check(parse(QWEN_MTP, QWEN), output_bias=False, inv_freq=(1.0, 0.1))
+    check(parse(QWEN_MTP, QWEN), output_bias=False, inv_freq=(1.0, 0.25))
     assert parse(QWEN_SIDECAR, QWEN) == replace(parse(QWEN_MTP, QWEN), norm_offset=0.0)
     nested = {"text_config": QWEN, "hidden_size": 99}
     assert parse(QWEN_MTP, nested) == parse(QWEN_MTP, QWEN)
