@@ -301,3 +301,6 @@ def test_a_failure_ends_the_stream_with_an_error(server, client, monkeypatch):
         client.messages.stream(model=NAME, max_tokens=9, messages=HELLO) as stream,
     ):
         stream.until_done()
+    body = {"messages": HELLO, "max_tokens": 9, "stream": True}
+    lines = server.post("/v1/messages", body).text.splitlines()
+    assert [line for line in lines if line.startswith("event: ")] == ["event: error"]

@@ -76,7 +76,9 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
     if stream:
         body = {"prompt": "A", "stream": True}
         with server.client.stream("POST", "/v1/completions", json=body) as response:
-            assert says in response.read().decode()
+            text = response.read().decode()
+        assert says in text
+        assert "[DONE]" not in text, "the answer would seem complete"
     else:
         check_error(server.complete("A"), status, says)
     assert server.engine.unfinished == 0
@@ -109,14 +111,21 @@ def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
 
 
 def test_an_answer_that_cannot_be_added_fails_alone(serve, monkeypatch):
+    """And no part of it is decoded."""
     server = serve()
+    scheduler = server.engine._scheduler
+    submit = scheduler.submit_group
+    first = list(server.engine.model.tokenizer.encode("A"))
 
     def fail(requests):
-        raise KeyError("a fault")
+        if list(requests[0].prompt_ids) != first:
+            raise KeyError("a fault")
+        return submit(requests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.engine._scheduler, "submit_group", fail)
-        check_error(server.complete("A"), 500, "its log has the reason")
+        patch.setattr(scheduler, "submit_group", fail)
+        check_error(server.complete(["A", "B"], n=2), 500, "its log has the reason")
+        assert not scheduler.busy
     assert server.engine.unfinished == 0
     assert server.complete("A", max_tokens=3).status_code == 200
 

@@ -278,6 +278,9 @@ def test_a_prompt_goes_where_its_beginning_went(ray_app):
     assert choose(text + "An end.") == ["b", "ac"]
     assert choose(text, salt="another user") == ["", "abc"]
     assert choose("Something else. " * 20) == ["", "abc"]
+    router.on_request_routed(SimpleNamespace(args=(prompt_of("x" * 64 + "y" * 90),)), "c", None)
+    assert choose("x" * 64 + "z" * 90) == ["c", "ab"]
+    assert choose("x" * 63 + "z" * 90) == ["", "abc"], "prompts are compared in blocks"
     router.replica_queue_len_cache = {"b": 2}
     assert choose(text) == ["b", "ac"]
     router.replica_queue_len_cache = {"b": 3}
