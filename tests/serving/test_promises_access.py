@@ -360,6 +360,16 @@ def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
     assert answer.pieces_read < len(slow)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE"])
+def test_the_ingress_reads_no_body_without_a_limit(started, method):
+    """Which only a POST has, as no other route reads a body."""
+    server, relayed = started(max_body_mb=0.01), []
+    app = ingress(server.server.config.app, server.engine.settings, relayed)
+    for path in ("/v1/models", "/v1/completions"):
+        ask(app, method, path, JSON, [b"x" * 1000] * 50)
+    assert [request.body for request in relayed] == [b"", b""]
+
+
 def test_bodies_in_many_pieces_are_put_together(application):
     body = json.dumps({"prompt": "Größe 🙂" * 30}).encode()
     whole = ask(application(), "POST", "/tokenize", JSON, [body]).json()

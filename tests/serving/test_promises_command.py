@@ -9,6 +9,7 @@ import pytest
 from servers import Gate, serving, wait_until
 
 from treeflash import serve as command
+from treeflash.errors import ConfigError
 from treeflash.serving import application
 from treeflash.serving.settings import LIMITS, Settings
 
@@ -80,6 +81,15 @@ def test_the_help_has_every_option_with_its_default(capsys):
 def test_every_limit_can_be_set(told, limit):
     assert command.main([f"--{limit.name.replace('_', '-')}", "7"]) == 0
     assert told["settings"] == Settings(**{limit.name: 7})
+
+
+@pytest.mark.parametrize("name", ["api_keys", "cors_origins"])
+def test_keys_and_origins_are_lists_without_empty_texts(name):
+    """A file of Ray may have a text instead; and a request without a key has the empty one."""
+    for wrong in ("secret", "", ("secret", ""), ("",)):
+        with pytest.raises(ConfigError, match=f"{name} must be a list"):
+            Settings(**{name: wrong})
+    assert Settings(**{name: ["one", "two"]})
 
 
 def test_the_model_has_all_of_its_names(model):

@@ -118,6 +118,7 @@ def test_prompts_of_all_apis():
 
         names = ("method", "path", "raw_path", "query_string", "headers", "http_version")
         scope = dict.fromkeys((*names, "scheme", "client", "server", "type"))
+        scope["method"] = "POST"
         scope["state"] = {"cache_salt": ""}
         return (await RelayedRequest.receive(scope, receive)).prompt
 
