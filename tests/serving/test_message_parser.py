@@ -97,7 +97,7 @@ def test_what_is_not_a_call_is_content(tokenizer, call):
     assert not parser.calls
 
 
-@pytest.mark.parametrize("call", ["{", '{"arguments": {}}', "[" * 100_000])
+@pytest.mark.parametrize("call", ["{", "[" * 100_000])
 def test_a_broken_call_in_the_prompt_makes_all_of_the_answer_content(tokenizer, call):
     prompt = f"{PROMPT}<call>{call}</call>"
     parser, _ = read(tokenizer, f"Hello.{ADD}", 6, prompt=prompt)
