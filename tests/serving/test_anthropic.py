@@ -179,6 +179,19 @@ def test_fields_that_do_not_fit(fields, param):
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+def test_fields_keep_their_meaning():
+    tool = {"name": "paint", "description": "Paints.", "input_schema": {}, "strict": True}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
+    request = MessagesRequest(
+        messages=HELLO, max_tokens=9, stop_sequences=["a"], tools=[tool], **sampling
+    )
+    options = request.decoding().options()
+    assert options == {"max_tokens": 9, "stop": ["a"], **sampling}
+    (function,) = request.conversation(supports_reasoning=False).tools.functions
+    expected = {"name": "paint", "description": "Paints.", "parameters": {}, "strict": True}
+    assert function == {"type": "function", "function": expected}
+
+
 def test_a_budget_of_reasoning_is_below_the_length():
     for budget in (8, 9):
         thinking = {"type": "enabled", "budget_tokens": budget}
@@ -223,13 +236,15 @@ def test_a_message_that_ends_by_itself(model, serve, stream):
         assert field in response.text.replace(" ", "")
 
 
-def test_thinking(client):
-    found = client.messages.create(
-        model=NAME,
-        max_tokens=8,
-        messages=HELLO,
-        thinking={"type": "enabled", "budget_tokens": 4},
-    )
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking(client, stream):
+    fields = {"model": NAME, "max_tokens": 8, "messages": HELLO}
+    fields["thinking"] = {"type": "enabled", "budget_tokens": 4}
+    if stream:
+        with client.messages.stream(**fields) as events:
+            found = events.get_final_message()
+    else:
+        found = client.messages.create(**fields)
     (block,) = found.content
     assert (block.type, bool(block.thinking)) == ("thinking", True)
 
@@ -302,5 +317,6 @@ def test_a_failure_ends_the_stream_with_an_error(server, client, monkeypatch):
     ):
         stream.until_done()
     body = {"messages": HELLO, "max_tokens": 9, "stream": True}
-    lines = server.post("/v1/messages", body).text.splitlines()
-    assert [line for line in lines if line.startswith("event: ")] == ["event: error"]
+    text = server.post("/v1/messages", body).text
+    assert text.startswith("event: error\n")
+    assert text.count("data: ") == 1, "nothing follows an error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import suppress
 from types import SimpleNamespace
@@ -130,7 +131,9 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve, monkeypatch):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
-def test_the_status_tells_that_the_device_was_lost(model, failing, monkeypatch):
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_status_tells_whether_the_device_was_lost(model, failing, monkeypatch, lost):
+    """And no thread of a framework is left, beside which the interpreter would abort."""
     started = []
 
     class WatchedServer(application.Server):
@@ -140,17 +143,22 @@ def test_the_status_tells_that_the_device_was_lost(model, failing, monkeypatch):
 
     def post():
         wait_until(lambda: started and started[0].started)
+        if not lost:
+            started[0].handle_exit(signal.SIGTERM, None)
+            return
         port = started[0].servers[0].sockets[0].getsockname()[1]
         with suppress(httpx.TransportError):  # the server ends
             httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "A"})
 
     monkeypatch.setattr(application, "Server", WatchedServer)
-    loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
-    failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
+    if lost:
+        loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
+        failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
     client = threading.Thread(target=post)
     client.start()
     where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
-    assert application.serve(lambda: model, Settings(), {}, ("tiny",), **where) != 0
+    status = application.serve(lambda: model, Settings(), {}, ("tiny",), **where)
+    assert bool(status) == lost
     client.join()
     assert not started[0]._engine._thread.is_alive()
 

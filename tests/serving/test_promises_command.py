@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 from servers import Gate, serving, wait_until
 
 from treeflash import serve as command
@@ -104,6 +107,24 @@ def test_the_model_has_all_of_its_names(model):
         service.check_model(name)
     with pytest.raises(Exception, match="this server has first, second"):
         service.check_model("third")
+
+
+@pytest.mark.parametrize(
+    ("draining", "unfinished", "lost", "ends"),
+    [
+        (False, 0, False, False),
+        (False, 3, False, False),
+        (True, 3, False, False),
+        (True, 0, False, True),
+        (False, 3, True, True),
+    ],
+)
+def test_when_the_server_ends(draining, unfinished, lost, ends):
+    """After the running answers, or when the device is lost, whatever is unfinished."""
+    engine = SimpleNamespace(draining=draining, unfinished=unfinished, device_lost=lost)
+    server = application.Server(uvicorn.Config("nothing:app", log_config=None), engine)
+    assert asyncio.run(server.on_tick(1)) == ends
+    assert server.force_exit == lost
 
 
 def test_a_second_signal_ends_the_server_at_once(model):
