@@ -77,7 +77,6 @@ Tokens per target forward pass on {prompts} prompts that were not trained on, tr
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, adapt the drafter, and return the exit status."""
     args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     distill = DistillConfig(**given_options(args, DistillConfig))
@@ -124,7 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("adapt", "Train a drafter on for a fine-tuned target, and measure the gain.")
     parser.add_config_option()
     parser.add_argument(

@@ -207,10 +207,7 @@ class _Interrupted:
 
 @contextmanager
 def _interruption() -> Iterator[_Interrupted]:
-    """Take note of Ctrl-C, which would leave an iteration half done, in place of an exception.
-
-    Pressed again, it raises a KeyboardInterrupt.
-    """
+    """Take note of Ctrl-C once, so that no iteration is left half done; the second one raises."""
     interrupted = _Interrupted()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -267,7 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("chat", "Talk to a model in the terminal, with draft trees.")
     parser.add_config_option()
     parser.add_argument(

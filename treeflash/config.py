@@ -205,10 +205,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where and how a backend loads its models. A backend refuses settings that it lacks.
-
-    `treeflash.load` describes the settings.
-    """
+    """The settings of `treeflash.load` for a backend, which refuses settings that it lacks."""
 
     device: str | None = None
     dtype: str | None = None

@@ -34,10 +34,7 @@ PROBLEM = 1
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, diagnose the pair, and return the exit status.
-
-    0: no problem found; 1: problems found; 2: invalid input; 130: interrupted.
-    """
+    """Diagnose a pair; 0: no problem found, 1: problems, 2: invalid input, 130: interrupted."""
     args = make_parser().parse(argv)
     prompts: list[Sequence[Message]] = [[{"role": "user", "content": text}] for text in PROMPTS]
     if args.prompts is not None:
@@ -88,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("doctor", "Diagnose a target and its drafter.")
     parser.add_config_option()
     parser.add_argument(

@@ -31,11 +31,7 @@ OPTIONS = (*DECODE_OPTIONS, "temperature", "seed")
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, measure, and return the exit status.
-
-    0: done; 2: invalid input; 130: interrupted. The results so far are printed and written however
-    the run ends.
-    """
+    """Measure; 0: done, 2: invalid input, 130: interrupted. Results so far are always written."""
     args = make_parser().parse(argv)
     options = _case_options(args)
     rows = _rows(args)
@@ -65,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("evaluate", "Measure a drafter by depth, method and budget.")
     parser.add_config_option()
     parser.add_argument(

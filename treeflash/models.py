@@ -53,7 +53,6 @@ def drafters(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of `models`."""
     parser = Parser("models", "List models on this machine, and fetch models ahead of use.")
     parser.add_argument(
         "--download",
@@ -66,7 +65,6 @@ def make_parser() -> Parser:
 
 
 def make_drafters_parser() -> Parser:
-    """The options of `drafters`."""
     parser = Parser("drafters", "List what can draft for a target, the best first.")
     parser.add_argument("target", nargs="?", help="folder or hub id (default: all known targets)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -20,8 +20,7 @@ REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, load the models, and serve until a signal ends the server.
 
-    The exit status is 0 after a signal and the end of the running answers, 2 if the input is
-    invalid or the port is taken.
+    The status is 0 after a signal and the running answers, 2 for invalid input or a taken port.
     """
     args = make_parser().parse(argv)
     settings = read_settings(args)
@@ -46,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
     parser.add_config_option()
     add_server_options(parser)

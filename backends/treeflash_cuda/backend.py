@@ -276,10 +276,7 @@ def load_target_operations(target: Target) -> Operations | None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device with a name; None is the first CUDA device.
-
-    Raises a BackendError if there is no such device.
-    """
+    """The device with a name, by default the first GPU; a BackendError if there is none such."""
     try:
         device = torch.device(name or "cuda")
     except RuntimeError:
@@ -324,7 +321,6 @@ def load_row_head(folder: Path, target: Target) -> RowModel | None:
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Some tensors of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 

@@ -63,10 +63,7 @@ def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
-
-    The width is the next multiple of `WIDE_ALIGNMENT` above head_dim.
-    """
+    """(..., width) float32, filled with ones to a multiple of `WIDE_ALIGNMENT`, for exact mode."""
     missing = WIDE_ALIGNMENT - x.shape[-1] % WIDE_ALIGNMENT
     return F.pad(x.float(), (0, missing), value=1.0)
 
@@ -109,6 +106,15 @@ class KVStorage:
                 return part[n]
             n -= len(part)
         raise IndexError("there is no such layer")
+
+    def views(self, columns: slice, width: int | None = None) -> Columns:
+        """Views of some columns of all layers, without the numbers that follow the first `width`.
+
+        They are made for all layers at once.
+        """
+        parts = [x[:, :, None, :, columns, :width].flatten(0, 1).unbind(0) for x in self.parts]
+        views = [view for part in parts for view in part]
+        return list(zip(views[::2], views[1::2], strict=True))
 
     @property
     def columns(self) -> int:
@@ -206,7 +212,6 @@ class Arena:
         self.column_nbytes = 2 * self.layers * heads * width * like.element_size()
 
     def new_cache(self, capacity: int) -> KVCache:
-        """The empty cache of a sequence."""
         return KVCache(self, capacity)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -244,10 +249,7 @@ class Arena:
             return region
 
     def give_back(self, region: Region) -> None:
-        """Take a region back; of the slabs that are free afterwards one is kept.
-
-        That is the reserved one, or the smallest one.
-        """
+        """Take a region back; of the free slabs the reserved or the smallest one is kept."""
         with self.lock:
             region.slab.give_back(region)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
@@ -276,10 +278,7 @@ class KVCache:
         return 0 if self.region is None else self.region.nbytes
 
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
-
-        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
-        """
+        """Write (1, kv_heads, n, head_dim) keys and values; raises what `reserve` does."""
         end = first + k.shape[2]
         k, v = self.arena.encode(k), self.arena.encode(v)
         for storage, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
@@ -306,18 +305,13 @@ class KVCache:
         return region
 
     def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """The columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
-
-        They are views unless they are stored in 8 bits.
-        """
+        """(1, kv_heads, end, head_dim) keys and values of a layer; views unless in 8 bits."""
         k, v = self.taken.layer(layer)[:, None, :, :end]
         return self.arena.decode(k), self.arena.decode(v)
 
     def columns(self, first: int, end: int) -> Columns:
         """Views of the stored columns from `first` to `end`, made for all layers at once."""
-        parts = [x[:, :, None, :, first:end].flatten(0, 1).unbind(0) for x in self.taken.parts]
-        views = [view for part in parts for view in part]
-        return list(zip(views[::2], views[1::2], strict=True))
+        return self.taken.views(slice(first, end))
 
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""

@@ -111,8 +111,6 @@ class OutputStage:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block."""
-
     root: int  # token id of the first slot
     token: Tensor  # (1,) the root on the device
     hidden: Tensor  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
@@ -124,10 +122,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class BlockBatch:
-    """Blocks as the functions of tables take them.
-
-    For CUDA graphs it has all depths, and a power of two of blocks.
-    """
+    """Blocks as tables take them; for CUDA graphs with all depths, and a power of two of them."""
 
     hidden: Tensor  # (blocks * D, hidden_size) outputs of all blocks
     roots: Tensor  # (blocks,)
@@ -136,7 +131,6 @@ class BlockBatch:
 
     @classmethod
     def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs) -> BlockBatch:
-        """Join blocks, with the noise of their wanted depths."""
         wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
         roots, depths = [block.token for block in blocks], wanted
         if graphs.is_capturing:
@@ -162,9 +156,8 @@ class DraftAttention(Protocol):
         """(1, t * S, heads, head_dim) attention of blocks over the positions before and themselves.
 
         Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
-        head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
-        values, of the new context of all sequences and then of the blocks, are written to the
-        drafter's KV cache first.
+        head_dim) queries are of the blocks; (1, kv_heads, c + t * S, head_dim) keys and values, of
+        all new contexts and then of the blocks, are written to the KV cache first.
         """
 
 
@@ -203,10 +196,7 @@ class MaskedDrafts:
         return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
-        """The grouped mask of a block at position `start`; None if everything is visible.
-
-        It has the dtype and the device of the query.
-        """
+        """The grouped mask of a block at `start`, like the query; None if everything is visible."""
         config, (window, causal) = self.config, kind
         if window is None and not causal:
             return None

@@ -48,14 +48,11 @@ class Slots:
 
     @classmethod
     def read(cls, output: OutputStage, hidden: Tensor) -> Slots:
-        """The slots with these outputs of the last layer."""
         return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens that a head scores."""
-
     output: OutputStage  # of the drafter
     logits: Tensor  # (slots, v) of the marginals, of these tokens
     rows: RowIndex  # (n,) the slot of each query

@@ -37,8 +37,7 @@ def token_products(
 ) -> Tensor:
     """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
 
-    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
-    is added.
+    The tokens are (v,), (b, v) for each of b equal parts of x, or None for all; bias is (vocab,).
     """
     if tokens is None:
         return F.linear(x, table, bias)
@@ -98,10 +97,7 @@ class PackedPairLinear(nn.Module):
 
 
 class FusedLinear:
-    """Layers that read the same input, computed as one product; packed where that is possible.
-
-    It is no module: PyTorch looks the children of modules up slowly.
-    """
+    """Layers of one input as one product, packed if possible; no module, as look-ups are slow."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([x.weight.detach() for x in linears])
@@ -128,8 +124,7 @@ class FusedPart(nn.Module):
     """One of several fused layers, in its place in a model that calls them one by one.
 
     The first part that is called computes the outputs of all layers and leaves them with the input.
-    They belong to that call and are freed with it; the module itself holds nothing, so threads can
-    share it.
+    They belong to that call and are freed with it; threads can share the module.
     """
 
     def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
@@ -193,10 +188,7 @@ def is_subclass(weight: Tensor) -> bool:
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A parameter with a weight's dtype, device and shape, in the memory of one element.
-
-    Models read these properties of layers whose weights are packed.
-    """
+    """A parameter with a packed weight's dtype, device and shape, in the memory of one element."""
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 

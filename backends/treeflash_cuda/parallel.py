@@ -127,8 +127,7 @@ class FollowerVerifier(Verifier):
 def follow(target: Target) -> None:
     """Make the calls that rank 0 broadcasts, until it ends.
 
-    A failure ends the process at once: `torchrun` then ends the other ranks, which would wait for
-    this one for ever.
+    A failure ends the process at once: `torchrun` then ends the other ranks, which would wait.
     """
     try:
         _follow(target)

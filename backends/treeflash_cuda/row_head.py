@@ -128,8 +128,6 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.config = config
@@ -166,8 +164,6 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The only layer."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -218,7 +214,6 @@ class RowModel(nn.Module):
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """The layers that have a KV cache."""
         return [self.layer]
 
     def project(self, features: Tensor) -> Tensor:
@@ -258,8 +253,7 @@ class RowModel(nn.Module):
 class RowCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
-    The row of the last position holds the token after it, which is not committed: it is computed
-    again for every draft.
+    The last position's row has an uncommitted token: it is computed again for every draft.
     """
 
     hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft
@@ -359,10 +353,7 @@ class RowDrafter:
     def _write(
         self, rows: Sequence[tuple[RowCache, int, list[int]]]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Write the keys and values of rows: their cache, the first one, and their tokens.
-
-        Returns what `RowModel.read` does, and the rotation.
-        """
+        """Write rows of (cache, first row, tokens); returns what `read` does, and the rotation."""
         device = self.target.device
         flat = np.array([token for _, _, tokens in rows for token in tokens])
         numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])

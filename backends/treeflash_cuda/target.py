@@ -91,10 +91,7 @@ TOLERANCE_FACTOR = 5
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder, as transformers reads it.
-
-    Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
-    """
+    """The configuration of a folder; a CheckpointError if it is damaged or of an unknown type."""
     read_config(folder)  # has the clearer message about a damaged file
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -126,8 +123,7 @@ def load_model(
     """The model of a folder in the Hugging Face format, for inference; see `Target`.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
-    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
-    is not installed.
+    configuration, and an UnsupportedModelError if a package for quantised weights is missing.
     """
     weight_files(folder)
     # A quantised model must not be moved; other models would be in memory twice.
@@ -218,10 +214,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 
 
 def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
-    """Devices and their numbers of consecutive layers.
-
-    Raises a ConfigError if a layer is not on a GPU.
-    """
+    """Devices and their numbers of consecutive layers; a ConfigError if a layer is on no GPU."""
     devices = [next(layer.parameters()).device for layer in layers]
     if any(device.type in ("cpu", "meta") for device in devices):
         raise ConfigError(
@@ -441,8 +434,7 @@ class Target:
         """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
         Raises a ConfigError if the keys and values cannot be quantised, and an
-        UnsupportedModelError if the logits differ, so the model computes attention in a way that
-        the replacement does not.
+        UnsupportedModelError if the replaced attention gives other logits.
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
@@ -483,8 +475,7 @@ class Target:
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
-        on this machine.
+        Raises an UnsupportedModelError if a layer cannot be computed so, or has other bits here.
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
@@ -519,10 +510,7 @@ class Target:
             yield
 
     def find_scale(self) -> None:
-        """Find `scale`, so that `logits` needs only the output head.
-
-        Raises an UnsupportedModelError if the model does more to its logits than multiply them.
-        """
+        """Find `scale` of `logits`; an UnsupportedModelError if the model does more than scale."""
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)
         inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}
@@ -633,9 +621,12 @@ class Target:
         indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         rows = len(token_ids)
-        if isinstance(context, ExactContext) and rows < LINEAR_ROWS:
-            context.repeat(LINEAR_ROWS)
-            token_ids = token_ids.repeat(LINEAR_ROWS)
+        if isinstance(context, ExactContext):
+            assert isinstance(cache, ExactCache)
+            context.cache = cache
+            if rows < LINEAR_ROWS:
+                context.repeat(LINEAR_ROWS)
+                token_ids = token_ids.repeat(LINEAR_ROWS)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(

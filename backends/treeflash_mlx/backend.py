@@ -126,7 +126,6 @@ class MlxBackend(BaseBackend):
         return arrays_nbytes(arrays)
 
     def device_report(self) -> DeviceReport:
-        """As `DeviceReport` describes it."""
         return DeviceReport(
             facts=device_facts(),
             available_bytes=available_bytes(),
@@ -140,10 +139,7 @@ class MlxBackend(BaseBackend):
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
-    """Load a pair as `Loader` describes.
-
-    MLX has one default device for the whole process, and `config.device` sets it.
-    """
+    """Load a pair as `Loader` describes; `config.device` sets MLX's device for the process."""
     check_config(config)
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
@@ -329,7 +325,6 @@ def load_row_head(
 
 
 def read_file(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file by name."""
     tensors: Any = mx.load(str(path), format="safetensors")  # another type for each format
     return dict(tensors)
 

@@ -149,8 +149,7 @@ class Quantisation:
 class KVCache:
     """Keys and values of all layers of one sequence: committed positions, then one tree.
 
-    The storage is shared by sequences that run together. There is none before the first pass, and
-    after the sequence is closed.
+    Sequences that run together share a storage, from the first pass until they are closed.
     """
 
     layers_without_keys: ClassVar[int] = 0  # the last layers of a storage, which `read` leaves out

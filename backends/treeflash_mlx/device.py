@@ -31,10 +31,7 @@ def on_metal() -> bool:
 
 
 def choose_device(name: str | None) -> bool:
-    """Use the device of that name, or MLX's default; returns whether it is the CPU.
-
-    Raises a BackendError if there is no such device.
-    """
+    """Use a device, by default MLX's; returns whether it is the CPU, or raises a BackendError."""
     if name not in (None, "cpu", "gpu"):
         raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
     if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
@@ -55,8 +52,7 @@ def limit_memory(weights: int, *, wired: bool) -> None:
     """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
 
     Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
-    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
-    when the process ends.
+    need. macOS has crashed where this limit was high, so it is low, and ends with the process.
     """
     if mx.default_device().type == mx.cpu:
         return

@@ -74,14 +74,11 @@ class Slots:
 
     @classmethod
     def read(cls, output: OutputStage, hidden: mx.array) -> Slots:
-        """The slots with these outputs of the last layer."""
         return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens of blocks that a head scores."""
-
     output: OutputStage
     logits: mx.array  # (batch, D, v) of the marginals
     rows: mx.array  # (batch, n) the depth of each query, from 0
@@ -114,10 +111,7 @@ class ConditionalHead(Head):
         raise NotImplementedError
 
     def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        """(batch, n, v) scores of (batch, n, size) queries.
-
-        They are float32, or have the dtype of the output head.
-        """
+        """(batch, n, v) scores of (batch, n, size) queries, float32 or the output head's dtype."""
         raise NotImplementedError
 
 

@@ -30,20 +30,8 @@ from numpy.typing import NDArray
 from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_mlx.metal_kernels import (
-    ROUNDING,
-    choose,
-    make_kernel,
-    relative_error,
-    uses_kernels,
-)
-from treeflash_mlx.metal_kernels.gated_delta import (
-    SLOTS,
-    Steps,
-    depth_first,
-    run_nodes,
-    runs_shape,
-)
+from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
+from treeflash_mlx.metal_kernels.gated_delta import SLOTS, Steps, depth_first, run_nodes, runs_shape
 
 Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
 """Returns u with (1 + M) u = b.
@@ -104,8 +92,7 @@ class NodePaths:
 class Writes:
     """What the nodes of a pass write into matrix states, each on the state after its parent.
 
-    The log decays are each node's own, not summed along paths. They have key_dim columns if
-    every key channel has a gate.
+    The log decays are each node's own, with key_dim columns if every key channel has a gate.
     """
 
     values: mx.array  # (batch, heads, n, value_dim) float32, u in the formulas
@@ -247,10 +234,7 @@ MAX_SOLVER_ERROR = 1e-3
 
 
 def choose_solver() -> Solver:
-    """The fastest correct solver on this device.
-
-    Raises an UnsupportedModelError if no solver is correct.
-    """
+    """The fastest correct solver on this device; an UnsupportedModelError if none is correct."""
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         what, of = "recurrent layers", ("substitution", "all sizes")
         if choose(what, *of, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
@@ -469,9 +453,7 @@ FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes | Steps]]] = {
 
 
 def rebind(
-    module: nn.Module,
-    functions: Mapping[str, Callable[..., Any]],
-    current: Callable[[], Any],
+    module: nn.Module, functions: Mapping[str, Callable[..., Any]], current: Callable[[], Any]
 ) -> set[str]:
     """Let the methods of one module, and of no other, call other functions in a pass over trees.
 
@@ -479,8 +461,7 @@ def rebind(
     a class whose methods have the same code, with other functions among their globals. The
     functions, by the names that they stand for, get what `current` returns before the other
     arguments, and may return NotImplemented. `current` returns what the pass that is being built
-    has for them; None if it is not over trees. The names of the functions that the module calls are
-    returned.
+    has for them; None if it is not over trees. Returns the names of called functions.
     """
     cls = type(module)
     methods: dict[str, Any] = {}
@@ -599,10 +580,7 @@ class BatchStates:
         self.layers = [list(map(merge, *pair)) for pair in zip(self.layers, states, strict=True)]
 
     def commit(self, paths: Mapping[int, NDArray[np.int32]]) -> None:
-        """Change to the states after paths of the latest pass, by row, the root first.
-
-        Other sequences keep their states.
-        """
+        """Change to the states after paths by row, the root first; other rows keep their states."""
         if self.layers:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))

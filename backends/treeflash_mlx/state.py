@@ -29,8 +29,7 @@ class Ahead:
 class Unprojected:
     """Outputs of the captured layers at positions that were decoded one by one.
 
-    They are projected to features when the drafter reads them, all at once: while drafting pauses
-    it reads none.
+    They are projected when the drafter reads them, all at once: not while drafting pauses.
     """
 
     rows: mx.array  # (n, layers * hidden_size)
@@ -82,7 +81,6 @@ class State(BaseState[KVCache, RecurrentStates]):
         return new
 
     def context_arrays(self) -> list[mx.array]:
-        """The arrays of the context."""
         return [part.rows if isinstance(part, Unprojected) else part for part in self.context]
 
     def recurrent_states(self) -> RecurrentStates | None:

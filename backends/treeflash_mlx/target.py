@@ -264,11 +264,7 @@ class Target:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: mx.Dtype | None,
-        kv_bits: int | None,
-        adapter: Path | None = None,
+        self, folder: Path, dtype: mx.Dtype | None, kv_bits: int | None, adapter: Path | None = None
     ) -> None:
         """Load a folder in the Hugging Face format, whose weights mlx-lm may have quantised.
 
@@ -309,10 +305,7 @@ class Target:
         )
 
     def check_drafting(self) -> None:
-        """Check what a drafter needs of this model and `check_trees` would not notice.
-
-        Raises an UnsupportedModelError if the model has no embedding table.
-        """
+        """Raise an UnsupportedModelError if the model lacks the embedding table of drafters."""
         if self.embedding is None:
             raise UnsupportedModelError(
                 f"no embedding table was found in the {self.family} model, which a drafter needs; "

@@ -36,8 +36,6 @@ DEVICE_LOST_ADVICE = (
 
 
 class Main(Protocol):
-    """The main function of a command."""
-
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Run with arguments, by default the process's, and return the exit status."""
 

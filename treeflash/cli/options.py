@@ -268,10 +268,7 @@ def add_decode_options(
     names: Collection[str] = DECODE_FLAGS.keys(),
     note: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Add the decoding options of these names; options that are not given stay unset.
-
-    `note` has defaults that differ from a configuration's, for the help.
-    """
+    """Add these decoding options, unset unless given; `note` has defaults for the help."""
     flags: Flags = {}
     for name in names:
         default = getattr(DecodeConfig, name, getattr(SamplingConfig, name, None))

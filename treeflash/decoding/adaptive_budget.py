@@ -341,10 +341,7 @@ class Balance:
 
 @dataclass
 class Throughput(Balance):
-    """Measurements with about the same number of sequences at once.
-
-    Its balance is of drafting, beyond plain decoding.
-    """
+    """Measurements with about the same number of sequences; the balance is of drafting."""
 
     # of iterations with a draft or a copy, a running sum; without a drafter, of all iterations
     # outside of pauses
@@ -701,10 +698,7 @@ class DraftDepths:
         return self.depths
 
     def observe(
-        self,
-        trees: Sequence[DraftTree],
-        paths: Sequence[NDArray[np.int32]],
-        seconds: float | None,
+        self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]], seconds: float | None
     ) -> None:
         """Learn from an iteration that drafted, from its trees and the (a,) accepted nodes of each.
 

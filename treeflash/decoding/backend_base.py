@@ -64,7 +64,6 @@ class Snapshots(Generic[R]):
         return max((n for n in self._states if n <= length), default=0)
 
     def get(self, length: int) -> R:
-        """The states at a length that has a snapshot."""
         return self._states[length]
 
     def truncate(self, length: int) -> None:
@@ -310,7 +309,6 @@ class BaseBackend:
         self.inexact = None
 
     def check_trees(self) -> None:
-        """As `Backend` describes it."""
         if self._trees is False:
             try:
                 check_trees(cast(Backend, self))
@@ -360,10 +358,7 @@ class OneByOneVerifier(ABC):
 
     @abstractmethod
     def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        """(n, vocab) logits at the nodes of a tree under the committed positions.
-
-        New tokens of a prompt come as a chain. Nothing is committed.
-        """
+        """(n, vocab) logits of a tree, or of new tokens as a chain; nothing is committed."""
 
     @abstractmethod
     def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:
@@ -444,8 +439,7 @@ class CandidateHead(OneByOneHead):
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
         """(D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
 
-        Scores are of candidates after the candidates of the slot before; all rows of the first slot
-        are those after the root.
+        Scores are after the candidates of the slot before, in the first slot after the root.
         """
 
     @property

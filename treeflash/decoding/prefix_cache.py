@@ -58,10 +58,7 @@ class PrefixCache:
         return best.state, longest
 
     def put(self, key: Hashable, tokens: Sequence[int], state: SequenceState) -> None:
-        """Take over a state with the tokens of its committed positions.
-
-        It is closed when it leaves the cache: at once if it alone is above the limit.
-        """
+        """Take over a state with its tokens; a state above the limit alone is closed at once."""
         if state.nbytes > self.max_bytes:
             state.close()
             return
@@ -78,7 +75,6 @@ class PrefixCache:
             self._drop(self._entries[0])
 
     def close(self) -> None:
-        """Close all states."""
         self.shrink(-1)
 
     def _drop(self, entry: _Entry) -> None:

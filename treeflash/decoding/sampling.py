@@ -156,9 +156,7 @@ def check_finite(finite: object) -> None:
 
 
 def sample_tokens(
-    logits: NDArray[np.float32],
-    sampling: SamplingConfig,
-    keys: NDArray[np.uint32] | None = None,
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int32]:
     """(n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
@@ -229,8 +227,7 @@ def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]
 def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """(n, v) finite float32 noise of the standard Gumbel distribution: the definition of backends.
 
-    Each of (v,) or (n, v) tokens is hashed with one half of its (n, 2) key, then with the other
-    half.
+    Each of (v,) or (n, v) tokens is hashed with the halves of its (n, 2) key in turn.
     """
     x = _mix(tokens.astype(np.uint32) ^ keys[:, :1])
     x = _mix(x ^ keys[:, 1:])

@@ -174,7 +174,6 @@ class RunningSequence:
 
     @property
     def config(self) -> DecodeConfig:
-        """How it is decoded."""
         return self.request.config
 
     @property
@@ -201,10 +200,7 @@ class RunningSequence:
         return self.pending
 
     def resume(self, outcome: Any, phase: Phase | None = None) -> None:
-        """Send the outcome of the pending work to the loop; None starts it.
-
-        The loop's own time counts as the `phase`; None does not count it.
-        """
+        """Send the outcome of the pending work, at first None; the loop's time is the `phase`'s."""
         started = time.perf_counter()
         self.pending = None
         try:
@@ -230,12 +226,10 @@ class RunningSequence:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, MAX_REST)
 
     def fail(self, error: Exception) -> None:
-        """End with an error."""
         self.pending = None
         self.events.append(error)
 
     def add_time(self, phase: Phase, started: float) -> None:
-        """Add the time since `started` to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def close(self) -> None:
@@ -279,8 +273,7 @@ def propose(
 ) -> list[TransitionTable]:
     """The tables that chains or trees are built from, for the blocks of all sequences of one draft.
 
-    `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
-    greedy sequences do not need.
+    `nodes` are expected sizes of trees, `positions` (D,) of each block, for sampling alone.
     """
     # Sequences with the same options are computed together.
     groups: dict[tuple[bool, TableOptions], list[int]] = {}
@@ -638,8 +631,7 @@ class Scheduler:
         """Add sequences with the same prompt, which is run once.
 
         It is run twice if some sequences are drafted for and others are not: a state that was
-        opened for plain decoding cannot be drafted for. Raises what `submit` does, and then adds no
-        sequence.
+        opened for plain decoding cannot be drafted for. Raises what `submit` does, and adds none.
         """
         if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
             raise PromptError("the texts of a group must have the same prompt")
@@ -670,8 +662,7 @@ class Scheduler:
     def run(self) -> Generator[Event, None, None]:
         """Iterate until all sequences are finished; yields their steps and errors.
 
-        Sequences may be submitted and cancelled meanwhile. Closing the iterator drops all that are
-        not finished.
+        Sequences may be added and cancelled meanwhile; closing drops unfinished ones.
         """
         try:
             while self.busy:

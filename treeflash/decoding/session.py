@@ -18,11 +18,7 @@ GREEDY = SamplingConfig()
 
 
 class SequenceSession:
-    """A sequence whose tokens the caller decides; empty at first.
-
-    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
-    largest tree included.
-    """
+    """A sequence whose tokens the caller decides; `capacity` includes the largest tree's nodes."""
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
         self.backend = backend
@@ -65,7 +61,6 @@ class SequenceSession:
         return block
 
     def close(self) -> None:
-        """Give the memory back."""
         self.state.close()
 
     def __enter__(self) -> SequenceSession:
@@ -98,10 +93,7 @@ STRIDE = 4
 def draft_anchors(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
 ) -> Iterator[Anchor]:
-    """Draft after every fourth token of a known text, except the last token.
-
-    `logits` asks for the target's over the tokens that each block predicts.
-    """
+    """Draft after every fourth token of a known text but the last; `logits` asks for logits too."""
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths
     stride = min(STRIDE, depths)

@@ -79,7 +79,6 @@ class SuffixIndex:
         return sum(len(x) * x.itemsize for x in arrays)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens."""
         first = len(self.tokens)
         self.tokens.extend(tokens)
         if len(self.tokens) > len(self._latest[0]):
@@ -176,7 +175,6 @@ class SuffixCache:
         return [index for other, index in reversed(self._indices) if other == salt]
 
     def add(self, salt: Hashable, tokens: Sequence[int]) -> None:
-        """Add a finished answer."""
         newest = next(iter(self.indices(salt)), None)
         if newest is None or newest.nbytes >= min(self.max_bytes // 4, MAX_INDEX_BYTES):
             newest = SuffixIndex()
@@ -298,13 +296,7 @@ def best_tree(
         if not places:
             break
         tree = expand(
-            index,
-            places,
-            match,
-            nodes(match),
-            edge=edge,
-            min_prob=min_prob,
-            deepest=deepest(match),
+            index, places, match, nodes(match), edge=edge, min_prob=min_prob, deepest=deepest(match)
         )
         if best is None or tree.score > best.score - ROUNDING:
             best = tree
@@ -335,15 +327,10 @@ def match_level(length: int) -> int:
 
 
 class SuffixDrafter:
-    """Proposes continuations of one sequence, and learns how often they are right.
-
-    `shared` gives the indices over other texts.
-    """
+    """Proposes continuations from a sequence and `shared` texts, and learns how often they hold."""
 
     def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
+        self, prompt_ids: Sequence[int], shared: Callable[[], Sequence[SuffixIndex]] = lambda: ()
     ) -> None:
         self.index, self.shared = SuffixIndex(), shared
         self.index.extend(prompt_ids)
@@ -352,10 +339,7 @@ class SuffixDrafter:
         self._proposal: SuffixTree | None = None
 
     def propose(self, nodes: int, deepest: int) -> SuffixTree | None:
-        """What may follow the sequence's last token; None if nothing is known.
-
-        It has at most `nodes`, the root included, down to the depth `deepest`.
-        """
+        """At most `nodes` nodes that may follow the last token, down to `deepest`; or None."""
         best: SuffixTree | None = None
         for index in (self.index, *self.shared()):
             found = index.find(self.index.tokens)
@@ -430,8 +414,7 @@ def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -
     """The best paths of a drafter's calibrated table and of a proposal together, best first.
 
     Equal tokens after one parent are one node, which has the higher of the two probabilities and
-    the children of both. The nodes of the proposal may be deeper than the table. There are at most
-    `nodes`, including the root.
+    the children of both. The proposal may be deeper than the table. There are at most `nodes`.
     """
     sources = proposal.children()
     chosen = [_Child(root, 0.0, 0, 0)]

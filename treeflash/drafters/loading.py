@@ -157,24 +157,32 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     vocab_size: int | None = None,
 ) -> None:
-    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor.
-
-    `vocab_size` is the target's, if the configuration does not give it.
-    """
+    """Raise as `compare_shapes` does; `vocab_size` is for configurations that leave it out."""
     required = formats.drafter_shapes(
         config, formats.head_inner_size(shapes), vocab_size=vocab_size
     )
-    expected = required | formats.optional_shapes(config, vocab_size)
+    optional = formats.optional_shapes(config, vocab_size)
+    stored = {name: shape for name, shape in shapes.items() if name not in TRAINING_TENSORS}
+    compare_shapes(folder, required | optional, stored, optional.keys(), "its configuration")
+
+
+def compare_shapes(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+    owner: str,
+) -> None:
+    """Raise a CheckpointError for the first tensor that is missing, misshapen or unexpected.
+
+    The tensors named `optional` may be missing; `owner` is what the others belong to, for messages.
+    """
     for name, shape in expected.items():
-        if name not in required and name not in shapes:
-            continue
-        if name not in shapes:
+        if name not in stored and name not in optional:
             raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
-        if shapes[name] != shape:
+        if stored.get(name, shape) != shape:
             raise CheckpointError(
-                f"{folder}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}"
+                f"{folder}: tensor {name} has shape {stored[name]}, config.json asks for {shape}"
             )
-    if extra := sorted(set(shapes) - set(expected) - TRAINING_TENSORS):
-        raise CheckpointError(
-            f"{folder} holds an unexpected tensor for its configuration: {extra[0]}"
-        )
+    if extra := sorted(set(stored) - set(expected)):
+        raise CheckpointError(f"{folder} holds an unexpected tensor for {owner}: {extra[0]}")

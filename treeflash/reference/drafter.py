@@ -30,8 +30,6 @@ from treeflash.reference.verifier import State
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block."""
-
     root: int  # token id of the first slot
     hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
     slots: Array  # (S, hidden_size) outputs of the last layer at all slots
@@ -40,10 +38,7 @@ class Block:
 
 
 class Drafter(OneByOneDrafter):
-    """`treeflash.decoding.interfaces.Drafter` in NumPy.
-
-    It sees `window` positions before a draft, besides the first few; None is all.
-    """
+    """`treeflash.decoding.interfaces.Drafter` in NumPy; see `LoadConfig.draft_window`."""
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
         self.model, self.window = model, window

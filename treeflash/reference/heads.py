@@ -22,10 +22,7 @@ NORM_EPS = 1e-6
 
 
 class Scores(ABC):
-    """A conditional head that depends on one previous token.
-
-    It scores only `candidates` tokens of a slot, those with the highest marginals; None scores all.
-    """
+    """A head of one previous token, which scores `candidates` of highest marginal, or all."""
 
     candidates: int | None = None
 
@@ -128,9 +125,8 @@ class Cell(ABC):
     def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
         """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
 
-        They come from (n, state_size) states, `start` before the root, the (hidden_size,)
-        normalised output at this depth, (n,) tokens of the target's vocabulary, and the children's
-        depth.
+        They come from (n, state_size) states, `start` before the root, the (hidden_size,) normed
+        output, (n,) tokens of the target's vocabulary, and the children's depth.
         """
 
     def confidence(self, hidden: Array, previous: Ints) -> Array | None:

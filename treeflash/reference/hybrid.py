@@ -29,10 +29,7 @@ Step: TypeAlias = Callable[[Array, LayerState], tuple[Array, LayerState]]
 
 
 def run(step: Step, x: Array, parents: Ints, state: LayerState) -> tuple[Array, list[LayerState]]:
-    """Run the `step` of a layer over (n, hidden_size) nodes, each from the state after its parent.
-
-    `state` is the state after the committed sequence.
-    """
+    """Run `step` over (n, hidden_size) nodes, each after its parent, from the committed `state`."""
     outputs: list[Array] = []
     states: list[LayerState] = []
     for row, parent in zip(x, parents.tolist(), strict=True):
@@ -135,5 +132,4 @@ class Mamba2(RecurrentLayer):
 
 
 def softplus(x: Array) -> Array:
-    """log(1 + exp(x))."""
     return np.asarray(np.logaddexp(x, 0), np.float32)

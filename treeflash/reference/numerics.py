@@ -18,7 +18,6 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """The sigmoid linear unit, x * sigmoid(x)."""
     return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
@@ -39,8 +38,7 @@ def log_softmax(x: Array) -> Array:
 def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -> Array:
     """Rotary embedding of (heads, n, head_dim), the two halves of a head paired.
 
-    It has (head_dim // 2,) frequencies in radians per position; `scale` multiplies cosines and
-    sines.
+    Frequencies are (head_dim // 2,) radians per position; `scale` multiplies cosines and sines.
     """
     angles = positions[:, None] * np.asarray(inv_freq)
     cos, sin = np.float32(np.cos(angles) * scale), np.float32(np.sin(angles) * scale)
@@ -85,7 +83,6 @@ def block_visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x))."""
     return np.asarray(1 / (1 + np.exp(-x)), np.float32)
 
 

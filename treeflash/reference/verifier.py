@@ -15,11 +15,7 @@ from treeflash.reference.target import Cache, States, Target
 
 
 class State(BaseState[Cache, States]):
-    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
-
-    `outputs` are (n, hidden_size) of the embeddings and of each layer, for the rows that were run
-    last.
-    """
+    """`SequenceState` in NumPy; outputs are (n, hidden_size) of the embeddings and layers."""
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
         cache = target.new_cache()

@@ -67,13 +67,11 @@ class CompletionRequest(DecodingSchema):
         return options
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoint `/v1/completions`."""
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:

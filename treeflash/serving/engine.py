@@ -89,7 +89,6 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        """The token counts so far."""
         firsts = self.answers[:: len(self.answers) // self.prompts]
         chunks = [chunk for answer in self.answers for chunk in answer.chunks]
         steps = [chunk.step for chunk in chunks]

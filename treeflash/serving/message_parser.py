@@ -45,10 +45,7 @@ class ResponseTemplate:
 
     @classmethod
     def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
-        """The template of a tool call parser, of the tokenizer, or of the model's family.
-
-        `parser` is a name of `TOOL_CALL_PARSERS`, and None if there is no choice.
-        """
+        """The template named in `TOOL_CALL_PARSERS`; for None the tokenizer's or the family's."""
         if parser is not None:
             return cls(TOOL_CALL_PARSERS[parser])
         source = getattr(model.tokenizer.transformers, "response_template", None)
@@ -247,10 +244,7 @@ Delta = tuple[Literal["content", "reasoning"], str] | ToolCall
 
 
 class MessageParser:
-    """Splits one answer into the parts of a message; without a form, all of it is content.
-
-    A finished message has at least an empty content.
-    """
+    """Splits one answer into parts, at least an empty content; without a form all is content."""
 
     def __init__(
         self, form: MessageForm | None, tokenizer: Tokenizer, stop: Sequence[str] = ()

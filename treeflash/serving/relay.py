@@ -172,10 +172,7 @@ class Pieces(Protocol):
 def relay_application(
     answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
 ) -> Starlette:
-    """An application that checks requests as the server does, and passes them to `answer`.
-
-    `lost` is the error of a replica that has ended.
-    """
+    """An application that checks requests and lets `answer` answer; `lost`: a replica has ended."""
     app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
     add_guard(app, settings)
     return app

@@ -57,10 +57,7 @@ class Service:
         return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
 
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
-        """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
-
-        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
-        """
+        """Compile a field's grammar; an APIError if it is invalid, unsupported or too costly."""
         try:
             return self.grammars.compile(grammar)
         except GrammarError as error:
@@ -144,8 +141,7 @@ class Conversation:
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
-        does not support tools.
+        Raises a PromptError for rejected messages, an APIError if tools are not supported.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

@@ -18,14 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.errors import ConfigError
-from treeflash.text.grammar_trial import (
-    ANY_FORM,
-    LIMITS,
-    STACK,
-    GrammarTrial,
-    TrialError,
-    one_line,
-)
+from treeflash.text.grammar_trial import ANY_FORM, LIMITS, STACK, GrammarTrial, TrialError, one_line
 from treeflash.text.tokenizer import Tokenizer
 
 ANSWER, OTHER, REST = "answer", "other", "rest"
@@ -47,8 +40,7 @@ class GrammarError(ConfigError):
 class Grammar:
     """A grammar for llguidance: a text must match the first of the entries.
 
-    Each has a `json_schema`, a `lark_grammar` or an `ANY_FORM`, and a `name` if another one refers
-    to it as `@name`.
+    Each has a `json_schema`, `lark_grammar` or `ANY_FORM`, and a `name` if it is `@name` elsewhere.
     """
 
     entries: tuple[Mapping[str, Any], ...]
@@ -108,10 +100,7 @@ def escape_slashes(pattern: str) -> str:
 
 
 class GrammarConstraint:
-    """A `Constraint` of the decode loop that allows the texts of a grammar.
-
-    The matcher belongs to this constraint alone. `vocab_size` is the target's.
-    """
+    """A `Constraint` by a grammar; the matcher is its own, and `vocab_size` the target's."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -148,10 +137,7 @@ class GrammarConstraint:
 
 
 class GrammarCompiler:
-    """Compiles grammars to constraints. Any thread may call it.
-
-    The first grammar takes a second more. The target's `vocab_size` may exceed the tokenizer's.
-    """
+    """Compiles grammars in any thread; the first takes a second. `vocab_size` is the target's."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer

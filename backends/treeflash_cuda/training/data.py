@@ -22,8 +22,8 @@ from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
-from treeflash_cuda.training.files import replacing
 from treeflash_cuda.training.model import GROUP
+from treeflash_cuda.training.run import replacing
 
 MIN_RESPONSE_TOKENS = 2
 """An anchor and a token to predict."""
@@ -42,8 +42,7 @@ def truncated_responses(
     """The responses that have a token to predict after truncation, and the numbers of dropped ones.
 
     A response is `too_short` before truncation, or `too_long` because its prompt leaves no room.
-    Raises a ConfigError if no response is left, or they have tokens outside the target's
-    vocabulary.
+    Raises a ConfigError if none is left, or the target lacks their tokens.
     """
     long_enough = [x for x in responses if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
     limit = min(config.max_length, target.max_positions)
@@ -70,8 +69,7 @@ def split(
 ) -> tuple[list[Response], list[Response]]:
     """Split into validation and training data; responses to one prompt stay together.
 
-    If there is no validation data, some of `responses` are held out. Raises a ConfigError if
-    nothing is left to train on.
+    Without validation data, some responses are held out; a ConfigError if none is left.
     """
     groups: dict[tuple[int, ...], list[Response]] = {}
     for response in responses:

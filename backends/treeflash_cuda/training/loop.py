@@ -55,11 +55,7 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     accelerator = make_accelerator(config, load)
-    known = {
-        **asdict(config),
-        "processes": accelerator.num_processes,
-        "target": target.name,
-    }
+    known = {**asdict(config), "processes": accelerator.num_processes, "target": target.name}
     request = fingerprint(
         [*held_out, *responses], held_out=len(held_out), dtype=load.dtype, **known
     )
@@ -226,10 +222,7 @@ def take_step(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Take one optimiser step; returns its record.
-
-    Raises a NumericalError if the loss is not finite.
-    """
+    """Take an optimiser step and return its record; a NumericalError if the loss is not finite."""
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate

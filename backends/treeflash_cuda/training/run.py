@@ -1,17 +1,21 @@
-"""The folder of a run: its configuration, log, checkpoints, and the exported drafter."""
+"""The folder of a run: its files, configuration, log, checkpoints, and the exported drafter."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -20,19 +24,41 @@ from torch import nn
 
 from treeflash.errors import ConfigError, is_out_of_memory
 from treeflash.training.interfaces import model_card
-from treeflash_cuda.training.files import replacing, writing
 
 Record: TypeAlias = dict[str, Any]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a path, such as a full disk, into a ConfigError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError) as error:  # from safetensors and torch.save
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path} cannot be written; is the disk full? ({reason})") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path that replaces `path` at the end: nobody reads half a file. See `writing`."""
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)
+        yield scratch
+        scratch.chmod(mode)  # safetensors makes files that only their owner can read
+        scratch.replace(path)
 
 
 class Log:
     """The files `log.jsonl` and `tensorboard/` of a run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open the log and drop its records after `step`, as these steps will be repeated.
-
-        Raises a ConfigError if the log cannot be written.
-        """
+        """Open the log and drop its records after `step`, which will be repeated; see `writing`."""
         self._path = folder / "log.jsonl"
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         finished = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -54,10 +80,7 @@ class Log:
             self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def append(self, record: Record) -> None:
-        """Add the record of a step.
-
-        Raises a ConfigError if the log cannot be written.
-        """
+        """Add the record of a step; a ConfigError if the log cannot be written."""
         self.records.append(record)
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -107,8 +130,6 @@ def is_finished(folder: Path, request: str) -> bool:
 
 
 class Run:
-    """The folder of a run."""
-
     def __init__(
         self, folder: Path, accelerator: Accelerator, identity: Record, request: str
     ) -> None:
@@ -144,10 +165,7 @@ class Run:
         return folder
 
     def resume(self) -> int:
-        """Load the last state, if there is one; returns the number of steps it has done.
-
-        Raises a ConfigError if the state is damaged.
-        """
+        """Load the last state, if any, and return its steps; a ConfigError if it is damaged."""
         step = 0
         if self._state.exists():
             step = int(self._read_state()["step"])
@@ -171,11 +189,7 @@ class Run:
             self._log.append(record)
 
     def save(self, step: int, *, finished: bool) -> None:
-        """Replace the saved state by the state after `step`, which may be the last one.
-
-        Raises:
-            ConfigError: the state cannot be written; the earlier state is kept.
-        """
+        """Replace the saved state; a ConfigError if it cannot be written keeps the earlier one."""
         state, scratch = self._state, self.folder / "state.new"
         with writing(scratch):
             self._accelerator.save_state(str(scratch), safe_serialization=False)
@@ -243,10 +257,7 @@ class Run:
 
 
 def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
-    """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder.
-
-    Raises a ConfigError if a file cannot be written.
-    """
+    """Write `config.json`, a bfloat16 `model.safetensors` and `README.md`; see `replacing`."""
     state = accelerator.get_state_dict(blocks)
     if not accelerator.is_main_process:
         return
