@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -61,8 +62,7 @@ HELP = "\n".join(
 class Conversation:
     """A conversation with a loaded model: the messages so far, without the system message.
 
-    A random seed is chosen for each answer unless the `options` have one. `color` colours the text
-    by the iteration that brought it.
+    Without a seed in `options`, each answer has a random one. `color` colours text by iteration.
     """
 
     model: LanguageModel
@@ -153,7 +153,7 @@ class Conversation:
                 style = STYLES[iteration % len(STYLES)] if self.color else ""
                 self._print(chunk.text, style)
                 printed += len(chunk.text)
-                if chunk.finish_reason is not None or interrupted:
+                if chunk.finish_reason is not None or interrupted.is_set():
                     break
         self._print(assembler.generation().text[printed:])
 
@@ -196,22 +196,13 @@ class Conversation:
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
 
 
-class _Interrupted:
-    """Whether Ctrl-C was pressed."""
-
-    value = False
-
-    def __bool__(self) -> bool:
-        return self.value
-
-
 @contextmanager
-def _interruption() -> Iterator[_Interrupted]:
+def _interruption() -> Iterator[Event]:
     """Take note of Ctrl-C once, so that no iteration is left half done; the second one raises."""
-    interrupted = _Interrupted()
+    interrupted = Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupted.value = True
+        interrupted.set()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, note)

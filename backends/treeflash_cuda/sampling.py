@@ -187,8 +187,7 @@ def sample_tokens(
 ) -> NDArray[np.int32]:
     """Sample a token per row, as `treeflash.decoding.sampling.sample_tokens` does.
 
-    A GPU is read once, and once more if a nucleus is larger than `SHORTLIST`. Raises a
-    NumericalError if a row's largest logit is not finite.
+    A GPU is read again for a nucleus above `SHORTLIST`. NaN or infinity raise a NumericalError.
     """
     if logits.device.type == "cpu":
         return sample_on_cpu(logits, sampling, keys).astype(np.int32)

@@ -82,8 +82,7 @@ class ScoredTokens:
     output: OutputStage
     logits: mx.array  # (batch, D, v) of the marginals
     rows: mx.array  # (batch, n) the depth of each query, from 0
-    # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
-    # for all
+    # of the drafter's vocabulary: (batch, 1, v), (batch, D, v) of candidates, or None for all
     tokens: mx.array | None
 
 
@@ -616,11 +615,7 @@ class CorrelationHead(CandidateHead):
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
         self.module = module
         self.output = OutputStage(model, target)
-        self._vocab_size = target.vocab_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = target.vocab_size
 
     def candidates(
         self, block: Block

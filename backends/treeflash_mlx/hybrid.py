@@ -103,8 +103,7 @@ class Writes:
     def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
         """The states after a path of each sequence, from those before it; None stands for zeros.
 
-        The nodes of the paths are (batch, a) int32. `kept`, (batch, a) bool, is false for nodes
-        that only fill the row of a shorter path.
+        The paths' nodes are (batch, a) int32; (batch, a) bool `kept` is false beyond a short path.
         """
         kept = kept[:, None, :, None]
         values, keys, log_decays = (

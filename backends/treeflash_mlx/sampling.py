@@ -87,8 +87,7 @@ def sample_tokens(
 ) -> NDArray[np.int32]:
     """`treeflash.decoding.sampling.sample_tokens` with one read from the device.
 
-    A nucleus wider than the shortlist needs a second read. A CPU computes in float64, as the core
-    function does; a GPU has no float64.
+    A nucleus wider than the shortlist needs a second read. A CPU computes in float64, as the core.
     """
     return read_tokens(np.array(draw(logits, sampling, keys)), logits, sampling, keys)
 

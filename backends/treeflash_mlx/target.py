@@ -315,8 +315,7 @@ class Target:
     def check_trees(self) -> None:
         """Check what draft trees need of this model and a comparison of logits would not notice.
 
-        Raises an UnsupportedModelError if the model scales queries by column, or has recurrent
-        layers that the hooks do not reach.
+        Raises an UnsupportedModelError for queries scaled by column or layers without hooks.
         """
         if self.solve is not None:
             self.solve = choose_solver()

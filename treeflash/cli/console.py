@@ -44,8 +44,7 @@ def guarded(main: Main) -> Main:
     """Make the main function of a command end with an exit status, whatever the user does.
 
     Invalid input prints a one-line error and exits with status 2, a GPU that refuses further work
-    with 1; an interruption exits with 130.
-    Other exceptions are faults of the program and are not caught.
+    with 1, and an interruption with 130. Other exceptions, faults of the program, are not caught.
     """
 
     @functools.wraps(main)
@@ -123,8 +122,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse a command line, by default the process's, and the file of its `--config`.
 
-        A ConfigError is raised if an option is unknown or invalid, or the file is not TOML, a
-        PromptError if the file cannot be read.
+        Raises a ConfigError for an invalid option or TOML, a PromptError for an unreadable file.
         """
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_args([*self._configured(argv), *argv])

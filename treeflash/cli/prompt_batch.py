@@ -37,8 +37,7 @@ def run_batch(
 ) -> int:
     """Decode the file `--prompts` into `--output`, and return the exit status.
 
-    The model is loaded once both files are known to be usable and a turn is missing. With a
-    `suffix_cache`, answers may copy earlier ones.
+    The model is loaded once both files are usable and a turn is missing; see `SuffixCache`.
     """
     prompts, output = args.prompts, args.output
     rows = read_rows(prompts)
@@ -77,8 +76,7 @@ class Turn(NamedTuple):
 class Batch:
     """Conversations to decode, and the file of the turns that are decoded.
 
-    The `output` has records of `id`, `turn` and the generation, or the `error` that prevented it.
-    `tokens` and `seconds` count this run.
+    `output` has records of `id`, `turn` and the generation or `error`; the counts are this run's.
     """
 
     rows: Sequence[Row]

@@ -216,8 +216,7 @@ class VerifyCosts:
     ) -> NDArray[np.float64]:
         """(n,) seconds of n forward passes over `sequences` trees each.
 
-        `rows` are (n,) nodes of all trees together, `reads` the (n,) sums over rows of the
-        committed positions that each reads.
+        `rows` are (n,) nodes of all trees, `reads` (n,) sums of the positions that each reads.
         """
         sizes, seconds = list(self.seconds), list(self.seconds.values())
         alone = np.interp(rows, sizes, seconds)

@@ -433,6 +433,8 @@ class CandidateHead(OneByOneHead):
     fewer depths are wanted.
     """
 
+    vocab_size: int  # of the target
+
     @abstractmethod
     def candidates(
         self, block: Any
@@ -441,11 +443,6 @@ class CandidateHead(OneByOneHead):
 
         Scores are after the candidates of the slot before, in the first slot after the root.
         """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Of the target."""
 
     def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:
         tokens, log_probs, scores = self.candidates(block)

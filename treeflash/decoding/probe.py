@@ -255,8 +255,7 @@ def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float3
 def _raised_by_model(error: Exception, backend: Backend) -> bool:
     """Whether an error comes from a model's own code, and not from treeflash or the backend.
 
-    The innermost frame outside the numerical frameworks decides. An error of the backend's own code
-    is a bug, not a property of the model.
+    The innermost frame outside the frameworks decides; an error of the backend's own is a bug.
     """
     ours = {"treeflash", type(backend).__module__.split(".")[0]}
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):

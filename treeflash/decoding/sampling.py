@@ -59,8 +59,7 @@ class SamplingParams:
     # (n, ceil(vocab / 32)) uint32; bit t % 32 of word t // 32 says whether token t may be sampled.
     # It takes effect after the edits. None allows every token
     allowed: NDArray[np.uint32] | None = None
-    # number of the best tokens whose log probabilities to return beside the sampled token's; None
-    # returns none at all
+    # number of best tokens whose log probabilities to return beside the sampled token's, or None
     log_probs: int | None = None
 
     @classmethod

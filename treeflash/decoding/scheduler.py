@@ -308,8 +308,7 @@ class TreeSize:
 class Iteration:
     """The calls of one iteration, over all running sequences.
 
-    `budget` gives a method's adaptive budget. `prefill_chunks` are the prompt tokens to run if
-    trees are verified too, and if none are.
+    `prefill_chunks` are the prompt tokens to run if trees are verified too, and if none are.
     """
 
     backend: Backend

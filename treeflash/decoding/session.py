@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,12 +65,7 @@ class SequenceSession:
     def __enter__(self) -> SequenceSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -81,8 +75,7 @@ class Anchor:
 
     tokens: Sequence[int]  # the text from the root of the block on
     block: Block
-    # (n, vocab) the target's logits after the first n tokens, n at most the depths of the block;
-    # None if not requested
+    # (n, vocab) the target's logits after the first n tokens, at most D; None if not requested
     logits: NDArray[np.float32] | None
 
 

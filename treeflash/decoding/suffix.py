@@ -59,8 +59,7 @@ SEPARATOR = -1
 class SuffixIndex:
     """Where n-grams occur in a growing text, or in several texts, which end with `SEPARATOR`.
 
-    `orders` are the lengths of the n-grams, ascending. A context is compared with the latest
-    `occurrences` for each order; None is all.
+    `orders` are ascending lengths; a context is compared with the latest `occurrences`, or all.
     """
 
     def __init__(

@@ -189,8 +189,7 @@ class TransitionTable:
 def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
     """(D, M, K) index of each token among its depth's (D, M) previous tokens; -1 if it is none.
 
-    A previous token of -1 matches none. It sorts and searches, so that memory grows with the number
-    of rows and not with its square.
+    -1 matches none. It sorts and searches, so that memory grows with the rows, not their square.
     """
     depth = np.arange(len(previous), dtype=np.int64) << 32
     keys = (previous + depth[:, None]).ravel()

@@ -39,8 +39,7 @@ class DrafterConfig:
     attention_bias: bool
     block_size: int  # S, the slots of a block: the root and S - 1 masks
     mask_token_id: int  # the token in the slots after the root
-    # target layers whose outputs are the context features, in order; -1 is the output of the
-    # embeddings
+    # target layers whose outputs are the context features, in order; -1 is the embeddings'
     target_layer_ids: tuple[int, ...]
     num_target_layers: int | None  # depth of the target that it was trained for; None if not given
     vocab_size: int | None  # the target's vocabulary size; None if not given
@@ -51,22 +50,17 @@ class DrafterConfig:
     # per layer, the width of its window in positions, or None
     sliding_windows: tuple[int | None, ...]
     causal: tuple[bool, ...]  # per layer, whether a slot attends only to itself and earlier slots
-    # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
-    # the halves of a head; `load_tensors` reorders them
+    # whether rotary pairs are stored as neighbours (2i, 2i + 1), which `load_tensors` reorders
     interleaved_rope: bool = False
-    # whether the attention's output is multiplied by a sigmoid gate, which the stored `q_proj` has
-    # behind the queries of each head
+    # whether a sigmoid gate, stored in `q_proj` behind each head's queries, multiplies attention
     gated: bool = False
     norm_offset: float = 0.0  # added to the stored weights of the norms
-    # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a drafter
-    # of marginals
+    # name of the conditional head in `treeflash.drafters.formats.HEADS`; None without a head
     head: str | None = None
     input_scale: float = 1.0  # factor on the embeddings at the drafter's input
-    # the first slot that predicts a token. 1: slot k predicts token k after the root (DFlash); 0:
-    # slot k predicts token k + 1 (DSpark)
+    # the first slot that predicts: with 1, slot k predicts token k (DFlash); with 0, token k + 1
     first_slot: int = 1
-    # whether all slots of a sliding layer see the block and one window of positions before the
-    # root, instead of a window around each slot
+    # whether slots of sliding layers see a window before the root, instead of around each slot
     window_from_root: bool = False
     # taps of the convolutions along a block (DFlash2); 0 without convolutions
     conv_kernel_size: int = 0
@@ -78,8 +72,7 @@ class DrafterConfig:
     # number of tokens that the drafter can propose; None is all of them
     draft_vocab_size: int | None = None
     head_rank: int = 0  # inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr
-    # width of the state of the heads `rnn`, `domino` and `xpress`, which depend on all tokens of a
-    # path; 0 for other heads
+    # width of the state of the heads `rnn`, `domino` and `xpress`, which follow paths; else 0
     head_state_size: int = 0
     # inner width of the feed-forward network of the head `xpress`, in ranks
     head_mlp_ratio: int = 0

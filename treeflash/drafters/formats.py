@@ -373,8 +373,7 @@ def drafter_shapes(
 ) -> Shapes:
     """The shapes of a drafter's tensors, by canonical name.
 
-    `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
-    configuration does not give it.
+    `head_size` is I, the inner width of a TreeFlash head; the target's `vocab_size` is a default.
     """
     shapes = backbone.backbone_shapes(config) | head_shapes(config, head_size, vocab_size)
     if config.draft_vocab_size:
@@ -426,11 +425,9 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
 def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[str]) -> None:
     """Raise a ValueError for a setting in a drafter's section that nothing would read.
 
-    `prefix` is the section's name before its keys in messages.
-
     Such a setting may change the drafts without an error: the target verifies them, and they are
     merely accepted less often. At the top level unknown keys are ignored, since many drafters'
-    files are copies of their target's.
+    files are copies of their target's. `prefix` is the section's name in messages.
     """
     for key, value in section.items():
         if value in (None, False) or key in (*keys, *backbone.INERT_KEYS, *backbone.NEUTRAL):
@@ -513,8 +510,7 @@ def _selector_fields(settings: Config, layers: Config) -> dict[str, Any]:
 def _parse_deepspec(config: Config) -> DrafterConfig:
     """DSpark, and the DFlash of DeepSeek, which is DSpark without heads.
 
-    Slot k of a block predicts token k + 1, so that the root's slot counts. The rest of the
-    configuration is a copy of the target's.
+    Slot k predicts token k + 1, so the root's slot counts. The other settings copy the target's.
     """
     draft_vocab_size = config.get("draft_vocab_size")
     if draft_vocab_size not in (None, config.get("vocab_size")):
@@ -623,8 +619,7 @@ def _parse_lilicorr(config: Config) -> DrafterConfig:
 def _parse_speculators(config: Config) -> DrafterConfig:
     """DFlash, DFlash2, DSpark and X-PRESS in a nested configuration.
 
-    Its layer ids index the hidden states of transformers, of which the first are the embeddings. It
-    may have a smaller vocabulary of its own.
+    Layer ids count the embeddings as 0, as transformers does. It may have its own vocabulary.
     """
     kind = config["speculators_model_type"]
     if kind not in ("dflash", "dflash2", "dspark", "xpress"):

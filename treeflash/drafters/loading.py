@@ -37,11 +37,8 @@ def refuse_extensions(
 ) -> None:
     """Refuse a drafter that is neither DFlash nor TreeFlash, for a backend that has only these.
 
-    The error names `user`, such as `the mlx backend`. `vocabulary` has the names of the drafter's
-    own tensors of `VOCABULARY`, if they are known.
-
-    Raises:
-        UnsupportedModelError: names the first property that DFlash and TreeFlash do not have.
+    The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
+    `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
     """
     extensions = {
         f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),

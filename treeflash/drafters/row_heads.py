@@ -76,8 +76,7 @@ class Assistant:
 class RowConfig(DrafterConfig):
     """The shape of a row head. `block_size` is 1 + its depths; there is no mask token."""
 
-    # the layer's attention reads the normed embedding and state side by side (EAGLE-3), instead of
-    # a projection of both (MTP)
+    # attention reads normed embedding and state side by side (EAGLE-3), else a projection (MTP)
     reads_both: bool
     # the residual of that attention is the normed state, not the state
     normed_residual: bool = False
@@ -89,8 +88,7 @@ class RowConfig(DrafterConfig):
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
     final_state: bool = False
-    # the layers of Gemma 4's assistant, which has no layer with keys of its own
-    # (`num_hidden_layers` is 0); None for other heads
+    # the layers of Gemma 4's assistant, for which `num_hidden_layers` is 0; None for other heads
     assistant: Assistant | None = None
 
     @property
@@ -147,8 +145,7 @@ QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 def find_row_format(folder: Path) -> RowFormat | None:
     """The format of the row head in a folder; None if the folder holds none.
 
-    Raises a CheckpointError if the folder is damaged, and an UnsupportedModelError if the head is
-    of a family that is not supported.
+    Raises a CheckpointError for a damaged folder, an UnsupportedModelError for an unknown family.
     """
     config, names = read_config(folder), set(stored_tensors(folder))
     architectures = config.get("architectures") or ()

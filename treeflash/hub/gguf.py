@@ -186,8 +186,7 @@ def _weights(
 def _half_rotation_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Reorder the rows of a query or key matrix, (heads * head_dim, hidden_size).
 
-    GGUF rotates the rows (2i, 2i + 1) of a head as a pair, transformers row i of the first half
-    with row i of the second half.
+    GGUF rotates the rows (2i, 2i + 1) of a head as a pair, transformers row i of both its halves.
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)

@@ -229,8 +229,7 @@ def serve(
 def _load(engine: Engine) -> None:
     """Start the engine; an interruption ends the process.
 
-    The engine's thread cannot be stopped while it loads, and the interpreter would abort if it shut
-    down beside threads of a framework.
+    The engine's thread cannot be stopped while it loads, and the interpreter would abort.
     """
     try:
         engine.start()

@@ -33,8 +33,7 @@ MESSAGE_START_TOKENS = 1024
 class Service:
     """One loaded pair, and how it is offered.
 
-    `defaults` are decoding options of requests that leave them out. Responses have the first of the
-    model's names, and requests may have any.
+    `defaults` are options of requests without them. Responses have the first of the model's names.
     """
 
     engine: Engine
@@ -97,10 +96,8 @@ class Service:
     ) -> Completion:
         """Start to generate the answers to each of the prompts of a request.
 
-        `constraint` makes one for each answer; see `Request` for `scores_prompt`.
-
-        Raises:
-            ConfigError, PromptError, APIError: too many answers, or see `Engine.submit`.
+        `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
+        APIError for too many answers, and the errors of `Engine.submit`.
         """
         answers = request.n or 1
         if answers > self.settings.max_choices:

@@ -121,8 +121,7 @@ class Comparison:
 class TokenLogProb:
     """The target's log probabilities of a new token and of the most probable tokens, best first.
 
-    They are natural logarithms at temperature 1, before penalties, biases and filters. The option
-    `log_probs` is the number of `top`.
+    They are natural logarithms at temperature 1, before edits; `log_probs` is the number of `top`.
     """
 
     token_id: int

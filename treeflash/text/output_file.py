@@ -150,8 +150,7 @@ class OutputFile:
 def _remove_lock_file(lock: Path) -> None:
     """Remove a lock file whose lock this process still holds.
 
-    A process that has already opened the file sees, once it gets the lock, that the file is gone,
-    and does not count it as locked.
+    A process that has opened it sees, once it gets the lock, that it is gone: that lock is void.
     """
     with suppress(PermissionError):  # Windows keeps open files; there filelock removes them
         lock.unlink(missing_ok=True)

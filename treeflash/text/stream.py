@@ -52,8 +52,7 @@ class Chunk:
 class Assembler:
     """Turns the steps of one sequence into chunks, and all chunks so far into a generation.
 
-    A ConfigError is raised if a string to stop at is empty. `make_constraint` makes a constraint of
-    the new tokens; None leaves them free.
+    An empty stop string raises a ConfigError. `make_constraint` constrains new tokens, if given.
     """
 
     backend: Backend
@@ -215,8 +214,7 @@ def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[R
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
-    At most `parallel` run at once; further ones wait in order. A `suffix_cache` keeps the finished
-    sequences, which later ones may copy.
+    At most `parallel` run at once, in order. Later ones may copy finished ones of `suffix_cache`.
     """
 
     def __init__(

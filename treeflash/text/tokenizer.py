@@ -214,8 +214,7 @@ def check_unicode(text: str) -> None:
 def _is_helpful(record: logging.LogRecord) -> bool:
     """Drop two warnings of transformers.
 
-    One advises to install torch, which a tokenizer does not need. The other precedes the error for
-    an unknown type of model, and says less.
+    One advises to install torch needlessly; the other precedes an error that says more.
     """
     message = record.getMessage()
     return (

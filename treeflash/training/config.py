@@ -64,8 +64,7 @@ def add_options(
 ) -> None:
     """Add the fields of a configuration to a parser; options that are not given stay unset.
 
-    `leave_out` names fields that get no option, and `defaults` has what the help shows in place of
-    the configuration's own defaults.
+    `leave_out` names fields without an option; `defaults` replace the configuration's in the help.
     """
     for item in fields(config):
         if item.name in leave_out:

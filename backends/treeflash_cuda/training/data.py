@@ -108,8 +108,7 @@ FEATURE_NAMES = ("features", "top_tokens", "top_log_probs")
 class FeatureStore:
     """The features of responses by number, computed by the target when they are first needed.
 
-    They are cached in shards of consecutive responses. The features of responses beyond the size
-    limit are computed anew each time.
+    They are cached in shards of consecutive responses; beyond the limit they are computed anew.
     """
 
     target: Target  # captures the outputs of the layers in `layer_ids`

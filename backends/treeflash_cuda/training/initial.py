@@ -40,8 +40,7 @@ RANDOM_STD = 0.02
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
     """The `config.json` of the drafter to train, in the published TreeFlash format.
 
-    Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
-    `init` names a folder without a drafter.
+    Raises a ConfigError if it does not fit the target, a CheckpointError if `init` has no drafter.
     """
     if config.init in NEW_DRAFTERS:
         return with_head(_new_settings(config, target), config)

@@ -135,9 +135,8 @@ class Run:
     ) -> None:
         """Open a folder, which need not exist.
 
-        Raises:
-            ConfigError: the folder has a run with another configuration or other data, a drafter
-                without the state of its training, or a damaged state; or it cannot be written.
+        Raises a ConfigError if the folder has a run with another configuration or other data, a
+        drafter without its state, or a damaged state; or it cannot be written.
         """
         # It has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they are
         # cached.

@@ -52,8 +52,7 @@ def make_kernel(
 ) -> Any:
     """A kernel of `mx.fast.metal_kernel`, made once.
 
-    Inputs that are not contiguous are copied before each call, or come with their strides if the
-    kernel is one that does not need `copies`.
+    Strided inputs are copied before each call, or come with their strides without `copies`.
     """
     return _make(mx.fast.metal_kernel, name, tuple(inputs), tuple(outputs), source, copies)
 
