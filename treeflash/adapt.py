@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(distillation.report())
             del model, distillation
         responses = read_responses(answers, Tokenizer.from_folder(target))
-        device = args if trains else argparse.Namespace(**{**vars(args), "device": None})
+        # The named device is one of the backend that answers; PyTorch's may be missing.
+        own = {} if trains else {"backend": None, "device": None}
+        device = argparse.Namespace(**{**vars(args), **own})
 
         def start(load: LoadConfig) -> Any:
             load = replace(load, adapter=args.adapter)

@@ -205,7 +205,10 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """The settings of `treeflash.load` for a backend, which refuses settings that it lacks."""
+    """Where and how a backend loads its models. A backend refuses settings that it lacks.
+
+    `treeflash.load` describes the settings.
+    """
 
     device: str | None = None
     dtype: str | None = None

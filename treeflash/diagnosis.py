@@ -41,7 +41,11 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """(blocks, D) nats of the target's tokens, and 1 for hits; nan after the end of a text."""
+    """(blocks, D) scores of the target's tokens; nan after the end of a text.
+
+    `log_probs` are their log probabilities, nats; `hits` are 1 for the drafter's most probable
+    token.
+    """
 
     log_probs: NDArray[np.float64]
     hits: NDArray[np.float64]
@@ -172,7 +176,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Alternatives to one setting with their gains, None if they cannot run; `least` is in nats."""
+    """Alternatives to one setting, each with its gain; None if the pair cannot run with it.
+
+    `least` is the smallest gain that matters, nats.
+    """
 
     check: str
     gains: Mapping[str, Gain | None]
@@ -223,7 +230,11 @@ def list_alternatives(
     target: Mapping[str, Any],
     masks: Mapping[int, str],
 ) -> list[Alternatives]:
-    """Other values for settings that may be wrong; `masks` names possible mask tokens by id."""
+    """Other values for the settings of a drafter that may be wrong.
+
+    `masks` names tokens that may be the mask, by id. The `config.json` of the target is empty if
+    unknown.
+    """
     layers = [[i + step for i in config.target_layer_ids] for step in (-1, 1)]
     layer_ids = {f"target_layer_ids {ids}": {"target_layer_ids": ids} for ids in layers}
     tokens = {f"mask_token_id {i} ({name})": {"mask_token_id": i} for i, name in masks.items()}

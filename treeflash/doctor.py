@@ -34,7 +34,10 @@ PROBLEM = 1
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Diagnose a pair; 0: no problem found, 1: problems, 2: invalid input, 130: interrupted."""
+    """Parse the command line, diagnose the pair, and return the exit status.
+
+    0: no problem found; 1: problems found; 2: invalid input; 130: interrupted.
+    """
     args = make_parser().parse(argv)
     prompts: list[Sequence[Message]] = [[{"role": "user", "content": text}] for text in PROMPTS]
     if args.prompts is not None:

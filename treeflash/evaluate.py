@@ -31,7 +31,11 @@ OPTIONS = (*DECODE_OPTIONS, "temperature", "seed")
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; 0: done, 2: invalid input, 130: interrupted. Results so far are always written."""
+    """Parse the command line, measure, and return the exit status.
+
+    0: done; 2: invalid input; 130: interrupted. The results so far are printed and written however
+    the run ends.
+    """
     args = make_parser().parse(argv)
     options = _case_options(args)
     rows = _rows(args)

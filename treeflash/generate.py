@@ -28,7 +28,11 @@ EXPLAINED_ITERATIONS = 3
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generate; 0: done, 1: `--compare` differs, 2: invalid input, 130: interrupted."""
+    """Parse the command line, generate, and return the exit status.
+
+    0: done; 1: `--compare` found a difference that rounding does not explain; 2: invalid input,
+    which may be one prompt of many; 130: interrupted.
+    """
     args = make_parser().parse(argv)
     options = cli.decode_options(args)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

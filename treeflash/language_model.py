@@ -84,7 +84,8 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
-        The iterator's `generation()` joins its chunks; a NumericalError comes while iterating.
+        The `generation()` of the iterator joins its chunks. A NumericalError is raised while
+        iterating.
         """
         assembler = self.assembler(prompt, options)
         self._measure_costs(assembler.config)
@@ -139,7 +140,10 @@ class LanguageModel:
     def batch_stream(
         self, parallel: Parallel, config: DecodeConfig, suffix_cache: SuffixCache | None = None
     ) -> BatchStream:
-        """Start a batch, which may copy from the cache; a ConfigError if `parallel` is below 1."""
+        """Start an empty batch; raises a ConfigError if `parallel` is below 1.
+
+        With a `suffix_cache`, sequences may copy what earlier ones of the batch wrote.
+        """
         self._measure_costs(config)
         return BatchStream(self.backend, parallel, self.adaptive_budgets, suffix_cache)
 
@@ -149,7 +153,10 @@ class LanguageModel:
         prefix_cache: PrefixCache | None,
         suffix_cache: SuffixCache | None = None,
     ) -> Scheduler:
-        """Start a scheduler; costs of `auto` and tree support for `suffix` are measured now."""
+        """Start a scheduler; costs for the budget `auto` are measured now, if not known.
+
+        So is whether the target runs draft trees, as requests may ask for the method `suffix`.
+        """
         with suppress(UnsupportedModelError):  # raised again for such requests
             self.backend.check_trees()
         self._measure_costs(self.decode_config({}))

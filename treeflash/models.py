@@ -10,6 +10,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded
+from treeflash.errors import ConfigError
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     PUBLISHED_DRAFTERS,
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def drafters(argv: Sequence[str] | None = None) -> int:
     """Parse the command line of `drafters`, list what can draft, and return the exit status."""
     args = make_drafters_parser().parse(argv)
+    if args.target == "":
+        raise ConfigError("the name of the target is empty; give a folder or a hub id")
     cached = {model.name.lower(): model for model in cached_models()}
     rows = {
         target: [_source_row(source, cached) for source in draft_sources(target)]

@@ -20,7 +20,8 @@ REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, load the models, and serve until a signal ends the server.
 
-    The status is 0 after a signal and the running answers, 2 for invalid input or a taken port.
+    The exit status is 0 after a signal and the end of the running answers, 2 if the input is
+    invalid or the port is taken.
     """
     args = make_parser().parse(argv)
     settings = read_settings(args)

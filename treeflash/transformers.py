@@ -171,7 +171,10 @@ def run(
 
 @dataclass(eq=False)
 class _Rows:
-    """Rows that get one token at a time as in transformers: a token waits for all other rows."""
+    """The rows of a batch, which get one token each at a time, as in transformers.
+
+    Rows are decoded at different speeds: a token waits until all other rows have one.
+    """
 
     ids: Any  # (batch, width + max_tokens) tokens of the prompts, with padding, and of the answers
     width: int  # tokens of the prompts, with padding
@@ -281,7 +284,10 @@ class _Pair:
 
 
 def _pair(model: Any, drafter: Path | None) -> _Pair:
-    """The pair of a model and a drafter, made again if weights were moved or replaced."""
+    """The pair of a model and a drafter, which is made at the first call.
+
+    It is made again if weights were moved or replaced meanwhile.
+    """
     pairs = vars(model).setdefault(PAIRS, _Pairs())
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     pair: _Pair | None = pairs.get(drafter)
@@ -351,7 +357,10 @@ def _refuse(
 
 
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
-    """Each row's tokens; a ConfigError for padding on the right or positions that start above 0."""
+    """The tokens of each row of a batch, without padding.
+
+    Raises a ConfigError if padding is not on the left, or positions do not start at 0.
+    """
     mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     if mask is None:
         mask = input_ids.new_ones(input_ids.shape)

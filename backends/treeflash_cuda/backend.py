@@ -276,7 +276,10 @@ def load_target_operations(target: Target) -> Operations | None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device with a name, by default the first GPU; a BackendError if there is none such."""
+    """The device with a name; None is the first CUDA device.
+
+    Raises a BackendError if there is no such device.
+    """
     try:
         device = torch.device(name or "cuda")
     except RuntimeError:

@@ -63,7 +63,10 @@ def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """(..., width) float32, filled with ones to a multiple of `WIDE_ALIGNMENT`, for exact mode."""
+    """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
+
+    The width is the next multiple of `WIDE_ALIGNMENT` above head_dim.
+    """
     missing = WIDE_ALIGNMENT - x.shape[-1] % WIDE_ALIGNMENT
     return F.pad(x.float(), (0, missing), value=1.0)
 
@@ -249,7 +252,10 @@ class Arena:
             return region
 
     def give_back(self, region: Region) -> None:
-        """Take a region back; of the free slabs the reserved or the smallest one is kept."""
+        """Take a region back; of the slabs that are free afterwards one is kept.
+
+        That is the reserved one, or the smallest one.
+        """
         with self.lock:
             region.slab.give_back(region)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
@@ -278,7 +284,10 @@ class KVCache:
         return 0 if self.region is None else self.region.nbytes
 
     def write(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
-        """Write (1, kv_heads, n, head_dim) keys and values; raises what `reserve` does."""
+        """Write keys and values, (1, kv_heads, n, head_dim) each, from a column on.
+
+        Raises an UnsupportedModelError if the layers' keys and values differ in shape.
+        """
         end = first + k.shape[2]
         k, v = self.arena.encode(k), self.arena.encode(v)
         for storage, x in zip(self.reserve(k, v, end).layer(layer), (k[0], v[0]), strict=True):
@@ -305,7 +314,10 @@ class KVCache:
         return region
 
     def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """(1, kv_heads, end, head_dim) keys and values of a layer; views unless in 8 bits."""
+        """The columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
+
+        They are views unless they are stored in 8 bits.
+        """
         k, v = self.taken.layer(layer)[:, None, :, :end]
         return self.arena.decode(k), self.arena.decode(v)
 

@@ -122,7 +122,10 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class BlockBatch:
-    """Blocks as tables take them; for CUDA graphs with all depths, and a power of two of them."""
+    """Blocks as the functions of tables take them.
+
+    For CUDA graphs it has all depths, and a power of two of blocks.
+    """
 
     hidden: Tensor  # (blocks * D, hidden_size) outputs of all blocks
     roots: Tensor  # (blocks,)
@@ -156,8 +159,9 @@ class DraftAttention(Protocol):
         """(1, t * S, heads, head_dim) attention of blocks over the positions before and themselves.
 
         Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
-        head_dim) queries are of the blocks; (1, kv_heads, c + t * S, head_dim) keys and values, of
-        all new contexts and then of the blocks, are written to the KV cache first.
+        head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
+        values, of the new context of all sequences and then of the blocks, are written to the
+        drafter's KV cache first.
         """
 
 
@@ -196,7 +200,10 @@ class MaskedDrafts:
         return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
-        """The grouped mask of a block at `start`, like the query; None if everything is visible."""
+        """The grouped mask of a block at position `start`; None if everything is visible.
+
+        It has the dtype and the device of the query.
+        """
         config, (window, causal) = self.config, kind
         if window is None and not causal:
             return None

@@ -716,7 +716,11 @@ def _mamba_2(
     return_final_states: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The hook of `mamba2_chunk_scan`; on a tree dt has no limit, as in the models' single step."""
+    """The hook of `mamba2_chunk_scan`.
+
+    On a tree dt is not limited: the models' single step does not limit it, and a tree must equal
+    plain decoding.
+    """
     cache = _RUNNING.get()
     if cache is None:
         kwargs |= {"initial_states": initial_states, "return_final_states": return_final_states}

@@ -83,7 +83,11 @@ class ChunkKernels:
 
 
 class FlashKernels:
-    """FlashAttention of PyTorch for half precision on CUDA; ImportError without `varlen_attn`."""
+    """FlashAttention through PyTorch, in half precision on a CUDA device.
+
+    Raises:
+        ImportError: this version of PyTorch has no `varlen_attn`, or one with fewer arguments.
+    """
 
     def __init__(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -142,7 +146,10 @@ def flash_kernels(
 def _difference(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
 ) -> float:
-    """The root mean square error on random numbers, in standard deviations; the worst window's."""
+    """The root mean square error of the kernels on random numbers, in standard deviations.
+
+    Of several windows the largest one.
+    """
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:

@@ -37,7 +37,8 @@ def token_products(
 ) -> Tensor:
     """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
 
-    The tokens are (v,), (b, v) for each of b equal parts of x, or None for all; bias is (vocab,).
+    The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
+    is added.
     """
     if tokens is None:
         return F.linear(x, table, bias)
@@ -97,7 +98,10 @@ class PackedPairLinear(nn.Module):
 
 
 class FusedLinear:
-    """Layers of one input as one product, packed if possible; no module, as look-ups are slow."""
+    """Layers that read the same input, computed as one product; packed where that is possible.
+
+    It is no module: PyTorch looks the children of modules up slowly.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([x.weight.detach() for x in linears])
@@ -124,7 +128,8 @@ class FusedPart(nn.Module):
     """One of several fused layers, in its place in a model that calls them one by one.
 
     The first part that is called computes the outputs of all layers and leaves them with the input.
-    They belong to that call and are freed with it; threads can share the module.
+    They belong to that call and are freed with it; the module itself holds nothing, so threads can
+    share it.
     """
 
     def __init__(self, fused: FusedLinear, part: int, linear: nn.Linear) -> None:
@@ -188,7 +193,10 @@ def is_subclass(weight: Tensor) -> bool:
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A parameter with a packed weight's dtype, device and shape, in the memory of one element."""
+    """A parameter with a weight's dtype, device and shape, in the memory of one element.
+
+    Models read these properties of layers whose weights are packed.
+    """
     return nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 

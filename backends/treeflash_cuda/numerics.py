@@ -49,7 +49,10 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """(n, k) ascending indices of the largest of (n, size) float32 numbers; NaN is the largest."""
+    """(n, k) indices of the largest elements of (n, size) float32 numbers, ascending.
+
+    NaN counts as larger than any number, as in `Tensor.topk`.
+    """
     if x.device.type != "cpu":
         return topk(x, k)[1].sort().values
     return torch.stack([_largest(row.numpy(), k) for row in x])

@@ -68,7 +68,10 @@ class VisibleKeys:
 
 
 def ancestor_paths(ancestors: Tensor) -> Tensor:
-    """(t, n, n) int32 rows of nodes' ancestors by depth, then 0, from (t, n, n) bool ancestors."""
+    """(t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
+
+    Entries beyond a node's own depth are 0.
+    """
     n = ancestors.shape[-1]
     rank = ancestors.cumsum(-1) - 1
     rows = torch.arange(n, dtype=torch.int32, device=ancestors.device).expand_as(ancestors)

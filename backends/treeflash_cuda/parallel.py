@@ -127,7 +127,8 @@ class FollowerVerifier(Verifier):
 def follow(target: Target) -> None:
     """Make the calls that rank 0 broadcasts, until it ends.
 
-    A failure ends the process at once: `torchrun` then ends the other ranks, which would wait.
+    A failure ends the process at once: `torchrun` then ends the other ranks, which would wait for
+    this one for ever.
     """
     try:
         _follow(target)

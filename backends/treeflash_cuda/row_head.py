@@ -253,7 +253,8 @@ class RowModel(nn.Module):
 class RowCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
-    The last position's row has an uncommitted token: it is computed again for every draft.
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
     """
 
     hidden: Tensor | None = None  # (columns, hidden_size); None before the first draft
@@ -353,7 +354,10 @@ class RowDrafter:
     def _write(
         self, rows: Sequence[tuple[RowCache, int, list[int]]]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Write rows of (cache, first row, tokens); returns what `read` does, and the rotation."""
+        """Write the keys and values of rows: their cache, the first one, and their tokens.
+
+        Returns what `RowModel.read` does, and the rotation.
+        """
         device = self.target.device
         flat = np.array([token for _, _, tokens in rows for token in tokens])
         numbers = np.concatenate([first + np.arange(len(tokens)) for _, first, tokens in rows])

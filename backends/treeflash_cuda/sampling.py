@@ -225,7 +225,8 @@ def sample(
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
 
     Sequences with the same sampling are computed together, with one read from a GPU. Log
-    probabilities take one more. Raises a NumericalError if a row's largest logit is not finite.
+    probabilities of all sequences take one more read. Raises a NumericalError if a row's largest
+    logit is not finite.
     """
     parts, counts = logits.parts, [len(part) for part in logits.parts]
     sampled = {i: params for i, params in enumerate(all_params) if params is not None}

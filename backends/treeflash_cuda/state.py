@@ -15,7 +15,8 @@ from treeflash_cuda.hybrid import CommittedStates, RecurrentStates
 class State(BaseState[KVCache, CommittedStates]):
     """`treeflash.decoding.interfaces.SequenceState` in PyTorch.
 
-    The context are (n, hidden_size) projected features, the outputs captured layers', by layer.
+    The context are (n, hidden_size) projected features. The outputs come from captured layers,
+    by layer.
     """
 
     def __init__(

@@ -93,7 +93,10 @@ TOLERANCE_FACTOR = 5
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder; a CheckpointError if it is damaged or of an unknown type."""
+    """The configuration of a folder, as transformers reads it.
+
+    Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
+    """
     read_config(folder)  # has the clearer message about a damaged file
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -125,7 +128,8 @@ def load_model(
     """The model of a folder in the Hugging Face format, for inference; see `Target`.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
-    configuration, and an UnsupportedModelError if a package for quantised weights is missing.
+    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
+    is not installed.
     """
     weight_files(folder)
     # A quantised model must not be moved; other models would be in memory twice.
@@ -216,7 +220,10 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 
 
 def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
-    """Devices and their numbers of consecutive layers; a ConfigError if a layer is on no GPU."""
+    """Devices and their numbers of consecutive layers.
+
+    Raises a ConfigError if a layer is not on a GPU.
+    """
     devices = [next(layer.parameters()).device for layer in layers]
     if any(device.type in ("cpu", "meta") for device in devices):
         raise ConfigError(
@@ -437,7 +444,8 @@ class Target:
         """Replace the model's attention, and check that its logits on a short prompt stay equal.
 
         Raises a ConfigError if the keys and values cannot be quantised, and an
-        UnsupportedModelError if the replaced attention gives other logits.
+        UnsupportedModelError if the logits differ, so the model computes attention in a way that
+        the replacement does not.
         """
         family = self.model.config.model_type
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
@@ -478,7 +486,8 @@ class Target:
     def make_exact(self) -> None:
         """Compute each position in the same way whatever is computed with it; see `exact`.
 
-        Raises an UnsupportedModelError if a layer cannot be computed so, or has other bits here.
+        Raises an UnsupportedModelError if a layer cannot be computed in this way, or has other bits
+        on this machine.
         """
         if self.is_hybrid:
             raise UnsupportedModelError(f"{INEXACT}: it does not support recurrent layers")
@@ -515,7 +524,10 @@ class Target:
             yield
 
     def find_scale(self) -> None:
-        """Find `scale` of `logits`; an UnsupportedModelError if the model does more than scale."""
+        """Find `scale`, so that `logits` needs only the output head.
+
+        Raises an UnsupportedModelError if the model does more to its logits than multiply them.
+        """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)
         inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}

@@ -48,7 +48,8 @@ class TreePass:
 
     Every sequence has n rows, as many as the largest tree has nodes. Rows without a node repeat the
     root, and no other row depends on them. The nodes of one sequence are written to consecutive
-    columns, without an index. Where each sequence goes on by one token there are no paths.
+    columns, without an index. There are no paths if each sequence goes on by one token, which the
+    model's own functions run.
     """
 
     starts: mx.array  # (batch, 1) int32 committed positions of each sequence
@@ -71,7 +72,8 @@ class TreePass:
         """The pass over trees, one per sequence; None if all tokens continue one sequence.
 
         `starts` are the committed positions of each sequence. Rows without a node are written to
-        the column `spare`. Recurrent layers `solve`; None without them, or for committed chains.
+        the column `spare`. Recurrent layers `solve`; None without them, or for chains that are
+        committed whole.
         """
         if len(trees) == 1 and (len(trees[0]) == 1 or (trees[0].is_chain and solve is None)):
             return None
@@ -153,7 +155,8 @@ class TreeHooks:
     """Hooks on the modules of one model, and the forward pass that they read.
 
     MLX evaluates a pass after Python has built it, so the hooks act only while the model is being
-    called. Each thread has its own pass. Outside `forward_pass` hooks do nothing.
+    called. Each thread has its own pass. Outside `forward_pass` a hooked model computes the same as
+    without hooks.
     """
 
     def __init__(self) -> None:

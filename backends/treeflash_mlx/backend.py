@@ -139,7 +139,10 @@ class MlxBackend(BaseBackend):
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
-    """Load a pair as `Loader` describes; `config.device` sets MLX's device for the process."""
+    """Load a pair as `Loader` describes.
+
+    MLX has one default device for the whole process, and `config.device` sets it.
+    """
     check_config(config)
     on_cpu = choose_device(config.device)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)

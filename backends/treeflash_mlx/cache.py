@@ -149,7 +149,8 @@ class Quantisation:
 class KVCache:
     """Keys and values of all layers of one sequence: committed positions, then one tree.
 
-    Sequences that run together share a storage, from the first pass until they are closed.
+    The storage is shared by sequences that run together. There is none before the first pass, and
+    after the sequence is closed.
     """
 
     layers_without_keys: ClassVar[int] = 0  # the last layers of a storage, which `read` leaves out

@@ -31,7 +31,10 @@ def on_metal() -> bool:
 
 
 def choose_device(name: str | None) -> bool:
-    """Use a device, by default MLX's; returns whether it is the CPU, or raises a BackendError."""
+    """Use the device of that name, or MLX's default; returns whether it is the CPU.
+
+    Raises a BackendError if there is no such device.
+    """
     if name not in (None, "cpu", "gpu"):
         raise BackendError(f"the mlx backend runs on gpu or cpu, not on {name!r}")
     if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
@@ -52,7 +55,8 @@ def limit_memory(weights: int, *, wired: bool) -> None:
     """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
 
     Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
-    need. macOS has crashed where this limit was high, so it is low, and ends with the process.
+    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
+    when the process ends.
     """
     if mx.default_device().type == mx.cpu:
         return

@@ -28,7 +28,10 @@ from treeflash_mlx.target import Target, shortlist_logits
 
 
 class OutputStage:
-    """What a drafter and its head share: embeddings, the final `norm`, and `logits`."""
+    """From tokens to embeddings and from hidden states to logits, for a drafter and its head.
+
+    `norm` is the final norm, to apply before `logits`.
+    """
 
     def __init__(self, model: DrafterModel, target: Target) -> None:
         self.config, self.norm = model.config, model.norm
@@ -108,7 +111,10 @@ class _DraftedSequence:
 
 
 class Drafter:
-    """`treeflash.decoding.interfaces.Drafter` in MLX; see `LoadConfig.draft_window`."""
+    """`treeflash.decoding.interfaces.Drafter` in MLX.
+
+    It sees `window` positions before a block, beside the first few; None for all.
+    """
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
         self.model, self.window, self.output = model, window, OutputStage(model, target)
@@ -192,8 +198,9 @@ class Drafter:
     ) -> mx.array:
         """Attention of each sequence's block over the positions before it and itself.
 
-        (batch * S, heads * head_dim), from (1, heads, batch * S, head_dim) queries, and (1,
-        kv_heads, rows, head_dim) keys and values of each sequence's new context and block in turn.
+        From (1, heads, batch * S, head_dim) queries of the blocks, and (1, kv_heads, rows,
+        head_dim) keys and values of each sequence's new context and block in turn, to (batch * S,
+        heads * head_dim).
         """
         size = self.model.config.block_size
         out, row = [], 0
@@ -224,7 +231,10 @@ def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:
 def block_mask(
     start: int, size: int, window: int | None, causal: bool, from_root: bool = False
 ) -> mx.array | None:
-    """(size, start + size) mask, None if all is visible; the window is `from_root` or a slot's."""
+    """(size, start + size) mask of a block at position `start`; None if everything is visible.
+
+    The window is around each slot, or `from_root` before the root.
+    """
     if window is not None and window >= start + size:
         window = None
     if window is None and not causal:

@@ -165,7 +165,10 @@ class Layer(nn.Module):
 
 
 class OwnVocabulary(nn.Module):
-    """The embeddings, output head and token map of a drafter; None for what is the target's."""
+    """The embeddings, output head and token map of a drafter that does not use the target's.
+
+    A part that is the target's is None.
+    """
 
     embed_tokens: nn.Embedding | None  # (vocab, hidden_size)
     lm_head: nn.Linear | None  # (Vd, hidden_size)

@@ -111,7 +111,10 @@ class ConditionalHead(Head):
         raise NotImplementedError
 
     def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        """(batch, n, v) scores of (batch, n, size) queries, float32 or the output head's dtype."""
+        """(batch, n, v) scores of (batch, n, size) queries.
+
+        They are float32, or have the dtype of the output head.
+        """
         raise NotImplementedError
 
 
@@ -616,11 +619,7 @@ class CorrelationHead(CandidateHead):
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
         self.module = module
         self.output = OutputStage(model, target)
-        self._vocab_size = target.vocab_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = target.vocab_size
 
     def candidates(
         self, block: Block

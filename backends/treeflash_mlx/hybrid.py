@@ -92,7 +92,8 @@ class NodePaths:
 class Writes:
     """What the nodes of a pass write into matrix states, each on the state after its parent.
 
-    The log decays are each node's own, with key_dim columns if every key channel has a gate.
+    The log decays are each node's own, not summed along paths. They have key_dim columns if
+    every key channel has a gate.
     """
 
     values: mx.array  # (batch, heads, n, value_dim) float32, u in the formulas
@@ -234,7 +235,10 @@ MAX_SOLVER_ERROR = 1e-3
 
 
 def choose_solver() -> Solver:
-    """The fastest correct solver on this device; an UnsupportedModelError if none is correct."""
+    """The fastest correct solver on this device.
+
+    Raises an UnsupportedModelError if no solver is correct.
+    """
     if mx.metal.is_available() and mx.default_device().type == mx.gpu:
         what, of = "recurrent layers", ("substitution", "all sizes")
         if choose(what, *of, lambda: solver_error(solve_by_substitution), MAX_SOLVER_ERROR):
@@ -461,7 +465,8 @@ def rebind(
     a class whose methods have the same code, with other functions among their globals. The
     functions, by the names that they stand for, get what `current` returns before the other
     arguments, and may return NotImplemented. `current` returns what the pass that is being built
-    has for them; None if it is not over trees. Returns the names of called functions.
+    has for them; None if it is not over trees. The names of the functions that the module calls are
+    returned.
     """
     cls = type(module)
     methods: dict[str, Any] = {}
@@ -580,7 +585,10 @@ class BatchStates:
         self.layers = [list(map(merge, *pair)) for pair in zip(self.layers, states, strict=True)]
 
     def commit(self, paths: Mapping[int, NDArray[np.int32]]) -> None:
-        """Change to the states after paths by row, the root first; other rows keep their states."""
+        """Change to the states after paths of the latest pass, by row, the root first.
+
+        Other sequences keep their states.
+        """
         if self.layers:
             commit = _Commit(paths, self.batch_size)
             self.layers = list(map(commit.layer_states, self.layers, self.latest))

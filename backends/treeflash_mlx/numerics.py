@@ -40,7 +40,10 @@ def top_indices(logits: mx.array, k: int) -> mx.array:
 
 
 def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.array]:
-    """(n, k) int32 tokens and float32 nats of (n, vocab) logits / temperature, best first."""
+    """(n, k) int32 most probable tokens of (n, vocab) logits, and their (n, k) float32 nats.
+
+    The temperature divides the logits; k is at most vocab.
+    """
     tokens = top_indices(logits, k)
     best = mx.take_along_axis(logits, tokens, axis=1).astype(mx.float32) / temperature
     # One normaliser per row instead of a log-softmax over the vocabulary.

@@ -306,7 +306,10 @@ class RowDrafter:
     def _write(
         self, rows: Sequence[tuple[RowCache, int, list[int]]]
     ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-        """Write rows of (cache, first row, tokens); returns what `read` does, and positions."""
+        """Write the keys and values of rows: their cache, the first one, and their tokens.
+
+        Returns what `RowModel.read` does, and the positions.
+        """
         flat = mx.array([token for _, _, tokens in rows for token in tokens], mx.int32)
         numbers = [first + np.arange(len(tokens)) for _, first, tokens in rows]
         positions = mx.array(np.concatenate(numbers), mx.int32)

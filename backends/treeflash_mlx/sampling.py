@@ -29,7 +29,8 @@ def sample(
     """`treeflash.decoding.sampling.sample` for several sequences with (n, vocab) logits.
 
     Sequences with the same sampling are computed together, with one read from the device. Without
-    parameters no token is needed. Raises a NumericalError if a largest logit is not finite.
+    parameters no token is needed. A NumericalError is raised if a row's largest logit is not
+    finite.
     """
     sampled: list[SampledTokens | None] = [None] * len(all_params)
     groups: dict[object, list[tuple[int, mx.array, SamplingParams]]] = {}
@@ -94,7 +95,10 @@ def sample_tokens(
 
 
 def draw(logits: mx.array, sampling: SamplingConfig, keys: NDArray[np.uint32] | None) -> mx.array:
-    """(n + 2,) int32: tokens; whether logits are finite; whether nuclei fit the shortlist."""
+    """(n + 2,) int32: tokens, whether the logits are finite, and whether the tokens are certain.
+
+    They are not where a nucleus is wider than the shortlist.
+    """
     best = logits.max(-1, keepdims=True)
     finite = mx.isfinite(best).all()
     if sampling.greedy:
@@ -111,7 +115,10 @@ def read_tokens(
     sampling: SamplingConfig,
     keys: NDArray[np.uint32] | None,
 ) -> NDArray[np.int32]:
-    """(n,) tokens of `draw`, drawn again if uncertain; a NumericalError if one is not finite."""
+    """(n,) tokens of what `draw` returned, or of a second draw with the whole vocabulary.
+
+    Raises a NumericalError if the largest logit of a row is not finite.
+    """
     check_finite(drawn[-2])
     if drawn[-1]:
         return drawn[:-2]

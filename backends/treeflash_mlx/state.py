@@ -29,7 +29,8 @@ class Ahead:
 class Unprojected:
     """Outputs of the captured layers at positions that were decoded one by one.
 
-    They are projected when the drafter reads them, all at once: not while drafting pauses.
+    They are projected to features when the drafter reads them, all at once: while drafting pauses
+    it reads none.
     """
 
     rows: mx.array  # (n, layers * hidden_size)

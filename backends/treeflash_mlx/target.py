@@ -305,7 +305,10 @@ class Target:
         )
 
     def check_drafting(self) -> None:
-        """Raise an UnsupportedModelError if the model lacks the embedding table of drafters."""
+        """Check what a drafter needs of this model and `check_trees` would not notice.
+
+        Raises an UnsupportedModelError if the model has no embedding table.
+        """
         if self.embedding is None:
             raise UnsupportedModelError(
                 f"no embedding table was found in the {self.family} model, which a drafter needs; "

@@ -30,7 +30,10 @@ PathOfState: TypeAlias = tuple[State, NDArray[np.int32]]
 
 
 class Verifier:
-    """`treeflash.decoding.interfaces.TreeVerifier` in MLX, which projects outputs to features."""
+    """`treeflash.decoding.interfaces.TreeVerifier` in MLX.
+
+    The drafter projects the outputs of its target layers to features.
+    """
 
     def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
         self.target, self.drafter = target, drafter
@@ -121,7 +124,10 @@ class Verifier:
     def _run(
         self, work: Sequence[Prefill | Verify]
     ) -> tuple[list[mx.array | None], list[PathOfState]]:
-        """Logits of all nodes and, if needed, of last new tokens; and tokens not yet committed."""
+        """Logits at the nodes of each tree and at the last of new tokens, if they are needed.
+
+        Also returns the new tokens that are not committed yet.
+        """
         largest = max((len(x.tree) for x in work if isinstance(x, Verify)), default=0)
         logits: list[mx.array | None] = [None] * len(work)
         batch: list[tuple[int, State, DraftTree]] = []
@@ -206,7 +212,10 @@ class Verifier:
         return list(groups.values())
 
     def _commit(self, paths: Sequence[PathOfState]) -> None:
-        """Commit paths; projecting features comes first, as a failed call must change nothing."""
+        """Commit paths of the latest passes, and project their features.
+
+        The projection may fail, so it comes first: a failed call must change no sequence.
+        """
         context: list[tuple[State, mx.array | Unprojected]] = []
         for rows in rows_by_pass(paths):
             assert self.drafter is not None

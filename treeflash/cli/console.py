@@ -44,8 +44,7 @@ def guarded(main: Main) -> Main:
     """Make the main function of a command end with an exit status, whatever the user does.
 
     Invalid input prints a one-line error and exits with status 2, a GPU that refuses further work
-    with 1; an interruption exits with 130.
-    Other exceptions are faults of the program and are not caught.
+    with 1, and an interruption with 130. Other exceptions, faults of the program, are not caught.
     """
 
     @functools.wraps(main)

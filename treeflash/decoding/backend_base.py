@@ -358,7 +358,10 @@ class OneByOneVerifier(ABC):
 
     @abstractmethod
     def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        """(n, vocab) logits of a tree, or of new tokens as a chain; nothing is committed."""
+        """(n, vocab) logits at the nodes of a tree under the committed positions.
+
+        New tokens of a prompt come as a chain. Nothing is committed.
+        """
 
     @abstractmethod
     def commit_one(self, state: Any, path: NDArray[np.int32]) -> None:
@@ -433,19 +436,17 @@ class CandidateHead(OneByOneHead):
     fewer depths are wanted.
     """
 
+    vocab_size: int  # of the target
+
     @abstractmethod
     def candidates(
         self, block: Any
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
         """(D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
 
-        Scores are after the candidates of the slot before, in the first slot after the root.
+        Scores are of candidates after the candidates of the slot before; all rows of the first slot
+        are those after the root.
         """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Of the target."""
 
     def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:
         tokens, log_probs, scores = self.candidates(block)

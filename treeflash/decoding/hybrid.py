@@ -69,6 +69,9 @@ def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.i
 
 
 def convolution_tail(path: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:
-    """(W - 1,) int32 last inputs after a path of (a,) nodes; rows as in `convolution_windows`."""
+    """(W - 1,) int32 last inputs once the (a,) nodes of a path are committed, the root first.
+
+    They are row numbers as in `convolution_windows`.
+    """
     rows = np.concatenate([np.arange(kernel - 1), kernel - 1 + path])
     return rows[len(path) :].astype(np.int32)

@@ -50,7 +50,8 @@ class SequenceState(Protocol):
     def snapshot(self) -> None:
         """Store the states of recurrent layers, so that a fork at the present length is possible.
 
-        The two latest and a few others are kept; without recurrent layers none.
+        A few snapshots are kept, the two latest among them. Without recurrent layers it does
+        nothing.
         """
 
     def restorable(self, length: int) -> int:
@@ -179,7 +180,8 @@ class Drafter(Protocol):
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """The most probable tokens of each depth, whatever was drafted before (DDTree).
 
-        The blocks are from one call of `draft`; `m`, `shortlist` and `rows` are not used.
+        The blocks are from one call of `draft`; of the options, `m`, `shortlist` and `rows` are not
+        used.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:

@@ -92,7 +92,10 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Drafted:
-    """The outcome of a draft: a table or a proposal of copies, or both; and the tree's `nodes`."""
+    """The outcome of a draft: the drafter's table or a proposal of copies, or both.
+
+    `nodes` is the size of the tree to build.
+    """
 
     table: TransitionTable | None
     nodes: int

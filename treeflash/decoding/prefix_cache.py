@@ -58,7 +58,10 @@ class PrefixCache:
         return best.state, longest
 
     def put(self, key: Hashable, tokens: Sequence[int], state: SequenceState) -> None:
-        """Take over a state with its tokens; a state above the limit alone is closed at once."""
+        """Take over a state with the tokens of its committed positions.
+
+        It is closed when it leaves the cache: at once if it alone is above the limit.
+        """
         if state.nbytes > self.max_bytes:
             state.close()
             return

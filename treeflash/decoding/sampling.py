@@ -227,7 +227,8 @@ def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]
 def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """(n, v) finite float32 noise of the standard Gumbel distribution: the definition of backends.
 
-    Each of (v,) or (n, v) tokens is hashed with the halves of its (n, 2) key in turn.
+    Each of (v,) or (n, v) tokens is hashed with one half of its (n, 2) key, then with the other
+    half.
     """
     x = _mix(tokens.astype(np.uint32) ^ keys[:, :1])
     x = _mix(x ^ keys[:, 1:])

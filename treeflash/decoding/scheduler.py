@@ -200,7 +200,10 @@ class RunningSequence:
         return self.pending
 
     def resume(self, outcome: Any, phase: Phase | None = None) -> None:
-        """Send the outcome of the pending work, at first None; the loop's time is the `phase`'s."""
+        """Send the outcome of the pending work to the loop; None starts it.
+
+        The loop's own time counts as the `phase`; None does not count it.
+        """
         started = time.perf_counter()
         self.pending = None
         try:
@@ -273,7 +276,8 @@ def propose(
 ) -> list[TransitionTable]:
     """The tables that chains or trees are built from, for the blocks of all sequences of one draft.
 
-    `nodes` are expected sizes of trees, `positions` (D,) of each block, for sampling alone.
+    `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
+    greedy sequences do not need.
     """
     # Sequences with the same options are computed together.
     groups: dict[tuple[bool, TableOptions], list[int]] = {}
@@ -631,7 +635,8 @@ class Scheduler:
         """Add sequences with the same prompt, which is run once.
 
         It is run twice if some sequences are drafted for and others are not: a state that was
-        opened for plain decoding cannot be drafted for. Raises what `submit` does, and adds none.
+        opened for plain decoding cannot be drafted for. Raises what `submit` does, and then adds no
+        sequence.
         """
         if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
             raise PromptError("the texts of a group must have the same prompt")
@@ -662,7 +667,8 @@ class Scheduler:
     def run(self) -> Generator[Event, None, None]:
         """Iterate until all sequences are finished; yields their steps and errors.
 
-        Sequences may be added and cancelled meanwhile; closing drops unfinished ones.
+        Sequences may be submitted and cancelled meanwhile. Closing the iterator drops all that are
+        not finished.
         """
         try:
             while self.busy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,11 @@ GREEDY = SamplingConfig()
 
 
 class SequenceSession:
-    """A sequence whose tokens the caller decides; `capacity` includes the largest tree's nodes."""
+    """A sequence whose tokens the caller decides; empty at first.
+
+    `drafts` says whether `draft` will be called; `capacity` counts positions, the nodes of the
+    largest tree included.
+    """
 
     def __init__(self, backend: Backend, *, drafts: bool = False, capacity: int = 1024) -> None:
         self.backend = backend
@@ -66,12 +69,7 @@ class SequenceSession:
     def __enter__(self) -> SequenceSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -93,7 +91,10 @@ STRIDE = 4
 def draft_anchors(
     backend: Backend, prompt_ids: Sequence[int], text_ids: Sequence[int], *, logits: bool = False
 ) -> Iterator[Anchor]:
-    """Draft after every fourth token of a known text but the last; `logits` asks for logits too."""
+    """Draft after every fourth token of a known text, except the last token.
+
+    `logits` asks for the target's over the tokens that each block predicts.
+    """
     assert backend.drafter_config is not None
     depths = backend.drafter_config.depths
     stride = min(STRIDE, depths)

@@ -327,7 +327,10 @@ def match_level(length: int) -> int:
 
 
 class SuffixDrafter:
-    """Proposes continuations from a sequence and `shared` texts, and learns how often they hold."""
+    """Proposes continuations of one sequence, and learns how often they are right.
+
+    `shared` gives the indices over other texts.
+    """
 
     def __init__(
         self, prompt_ids: Sequence[int], shared: Callable[[], Sequence[SuffixIndex]] = lambda: ()
@@ -339,7 +342,10 @@ class SuffixDrafter:
         self._proposal: SuffixTree | None = None
 
     def propose(self, nodes: int, deepest: int) -> SuffixTree | None:
-        """At most `nodes` nodes that may follow the last token, down to `deepest`; or None."""
+        """What may follow the sequence's last token; None if nothing is known.
+
+        It has at most `nodes`, the root included, down to the depth `deepest`.
+        """
         best: SuffixTree | None = None
         for index in (self.index, *self.shared()):
             found = index.find(self.index.tokens)
@@ -414,7 +420,8 @@ def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -
     """The best paths of a drafter's calibrated table and of a proposal together, best first.
 
     Equal tokens after one parent are one node, which has the higher of the two probabilities and
-    the children of both. The proposal may be deeper than the table. There are at most `nodes`.
+    the children of both. The nodes of the proposal may be deeper than the table. There are at most
+    `nodes`, including the root.
     """
     sources = proposal.children()
     chosen = [_Child(root, 0.0, 0, 0)]

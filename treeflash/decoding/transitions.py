@@ -37,7 +37,8 @@ class TransitionTable:
 
     Raises:
         NumericalError: a log probability is NaN or infinity.
-        ValueError: a log probability is above 0 by more than rounding, or shapes differ.
+        ValueError: a log probability is above 0 by more than rounding, or the arrays' shapes
+            differ.
     """
 
     tokens: NDArray[np.int32]
@@ -67,7 +68,8 @@ class TransitionTable:
     ) -> TransitionTable:
         """The table of a drafter without an AR head: children do not depend on the previous token.
 
-        It has (D, K) tokens, most probable first, and their marginal log probabilities.
+        It has (D, K) tokens of each depth, most probable first, and their marginal log
+        probabilities.
         """
         next_row = np.zeros((len(tokens), 1, tokens.shape[1]), np.int32)
         next_row[-1] = -1

@@ -114,7 +114,10 @@ class DraftTree:
 
 
 def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
-    """The chain of best children from the root by `next_row`, at most `budget` nodes."""
+    """The chain of the best child after each token, at most `budget` nodes.
+
+    It follows `next_row` from the root, and ends at a child without a next row.
+    """
     tokens, steps, rows, row = [root], [0.0], [], 0
     for depth in range(min(budget - 1, table.depths)):
         step = float(table.log_probs[depth, row, 0])

@@ -40,7 +40,10 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate:
-    """The update `scale * up @ down` of a module, from (r, in) and (out, r) float32."""
+    """`scale * up @ down` of (r, in) and (out, r) float32: an addition to a linear layer's weight.
+
+    `name` is of the layer's module, as the format names it.
+    """
 
     name: str
     down: NDArray[np.float32]

@@ -117,7 +117,10 @@ weight (StreamingLLM, arXiv 2309.17453)."""
 
 
 def window_gap(start: int, window: int | None) -> tuple[int, int]:
-    """(first, end) of the positions between `SINK` and a window before `start`; equal for None."""
+    """The gap between the first `SINK` positions and the last `window` before a root at `start`.
+
+    It is (first, end), empty if `window` is None.
+    """
     return (SINK, max(SINK, start - window)) if window is not None else (0, 0)
 
 
@@ -139,7 +142,8 @@ def inverse_frequencies(
     """The (head_dim // 2,) rotary inverse frequencies, radians per position.
 
     The second result is the factor on cosines and sines, 1 except for YaRN. `parameters` come from
-    `rope_parameters`. Raises a CheckpointError for an unsupported type or an invalid setting.
+    `rope_parameters`. A CheckpointError is raised if the type is not supported, or a setting is
+    missing or not above 0.
     """
     base = _positive(parameters, "rope_theta")
     plain = base ** -(np.arange(0, head_dim, 2) / head_dim)

@@ -51,7 +51,10 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """A folder's tensors by stored name, from its files' headers; a CheckpointError if damaged."""
+    """A folder's tensors by stored name, from the headers of its files.
+
+    Raises a CheckpointError if a file is damaged, or there are none.
+    """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
@@ -81,7 +84,10 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_file(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
-    """The tensors of these names, or all, as float32 or as in `INTEGERS`; see `read_stored`."""
+    """Read a file's tensors as float32, or as in `INTEGERS`; raises what `read_stored` does.
+
+    `names` are the names of the tensors to read; None reads all.
+    """
     parts = read_stored(path, names)
     return {name: _numbers(name, part).reshape(part["shape"]) for name, part in parts.items()}
 

@@ -37,11 +37,8 @@ def refuse_extensions(
 ) -> None:
     """Refuse a drafter that is neither DFlash nor TreeFlash, for a backend that has only these.
 
-    The error names `user`, such as `the mlx backend`. `vocabulary` has the names of the drafter's
-    own tensors of `VOCABULARY`, if they are known.
-
-    Raises:
-        UnsupportedModelError: names the first property that DFlash and TreeFlash do not have.
+    The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
+    `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
     """
     extensions = {
         f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),
@@ -157,7 +154,10 @@ def check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     vocab_size: int | None = None,
 ) -> None:
-    """Raise as `compare_shapes` does; `vocab_size` is for configurations that leave it out."""
+    """Raise a CheckpointError for the first missing, misshapen or unexpected stored tensor.
+
+    `vocab_size` is the target's, if the configuration does not give it.
+    """
     required = formats.drafter_shapes(
         config, formats.head_inner_size(shapes), vocab_size=vocab_size
     )

@@ -53,7 +53,10 @@ def publish(
     json_file: Path | None,
     report: Path | None,
 ) -> None:
-    """Print the tables and write both files with the settings; a ConfigError names a failed one."""
+    """Print the tables and write the files, which show the settings too.
+
+    One failure does not prevent the other outputs. A ConfigError names a file that failed.
+    """
     with ExitStack() as outputs:
         if report is not None:
             shown = {key: value for key, value in settings.items() if value is not None}

@@ -39,7 +39,8 @@ METRICS = ("tvd", *(f"top{k}" for k in BEST), *(f"cover{k}" for k in BEST))
 class DepthMetrics:
     """Metrics by depth, summed over anchors, the tokens after which blocks were drafted.
 
-    `anchors` are (D,) numbers of anchors, `sums` (D, len(METRICS)), `corrected` with an AR head.
+    `anchors` are (D,) numbers of anchors, `sums` (D, len(METRICS)) by source; `corrected` is
+    missing without an AR head.
     """
 
     anchors: NDArray[np.int64]
@@ -198,7 +199,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt in every case; depth metrics of the last case's text, None without a drafter."""
+    """One prompt, decoded in every case.
+
+    The depth metrics are measured on the text of the last case; None without a drafter.
+    """
 
     runs: Mapping[Case, Run]
     depth_metrics: DepthMetrics | None
@@ -220,7 +224,8 @@ class Evaluation:
     ) -> None:
         """Decode every prompt in every case, with a progress bar.
 
-        Cases differ in method and a fixed budget, so that sequences have their own iterations.
+        The cases differ only in method and budget. Budgets are fixed, so that a sequence has the
+        same iterations as alone.
         """
         finished: dict[str, dict[int, Sample]] = {name: {} for name in sets}
         scheduler = Scheduler(backend, scheduler_config(parallel))

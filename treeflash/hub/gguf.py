@@ -42,8 +42,9 @@ CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Write configuration, bfloat16 weights and tokenizer of a GGUF Llama model into a folder.
 
-    The tokenizer must be a `smollm` BPE. Raises a CheckpointError if the file is damaged, or holds
-    another kind of model or tokenizer, and an OSError if the folder cannot be written.
+    The tokenizer must be a `smollm` byte-level BPE. The folder exists. Raises a CheckpointError if
+    the file is damaged, or holds another kind of model or tokenizer, and an OSError if the folder
+    cannot be written.
     """
     try:
         reader = GGUFReader(path)

@@ -48,7 +48,10 @@ class PublishedDrafter:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSource:
-    """Something that can draft, its kind in words and its option; `drafter` if it is published."""
+    """Something that can draft for a target: its name, its kind in words, the option for it.
+
+    `drafter` is the published drafter; None for the sources `self` and `suffix`.
+    """
 
     name: str
     kind: str
@@ -182,7 +185,11 @@ def published_drafter(target: str | None) -> str | None:
 
 
 def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
-    """The known drafters by the last part of a target's name without its precision, best first."""
+    """The known drafters of a target, the best first.
+
+    The last part of the target's name is looked up, without regard to case and to a precision such
+    as `-4bit` or `-MLX-4bit`.
+    """
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
 
@@ -190,7 +197,8 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
 def draft_sources(target: str | None) -> list[DraftSource]:
     """What can draft for a target, the best first; loads and fetches nothing.
 
-    The folder of a local target tells whether it has an MTP head, else the name does.
+    The folder of a target on this machine tells whether it has an MTP head; of other targets, the
+    name.
     """
     sources = [
         DraftSource(
@@ -251,7 +259,10 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
 
 
 def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafter:
-    """The prompts that a drafter was trained on; if unknown, thinking off and no system message."""
+    """The prompts that a drafter was trained on, by the names that `resolve_drafter` takes.
+
+    An unknown drafter gets what is most common: thinking off and no system message.
+    """
     name = (published_drafter(target) if drafter in (None, AUTO) else drafter) or ""
     if Path(name).is_dir():
         name = model_name(Path(name))
@@ -451,7 +462,10 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Models in safetensors on this machine: bundled, default target, LM Studio's and the hub's."""
+    """The bundled drafter, the default target if it was fetched, and LM Studio's and the hub's.
+
+    Models without weights in safetensors files are left out.
+    """
     folders = {
         BUNDLED_DRAFTER: resolve_drafter(None, None),
         DEFAULT_TARGET: cache_folder() / DEFAULT_TARGET.rpartition("/")[2],

@@ -38,7 +38,10 @@ class Block:
 
 
 class Drafter(OneByOneDrafter):
-    """`treeflash.decoding.interfaces.Drafter` in NumPy; see `LoadConfig.draft_window`."""
+    """`treeflash.decoding.interfaces.Drafter` in NumPy.
+
+    It sees `window` positions before a draft, besides the first few; None is all.
+    """
 
     def __init__(self, model: DrafterModel, window: int | None) -> None:
         self.model, self.window = model, window

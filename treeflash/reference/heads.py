@@ -22,7 +22,10 @@ NORM_EPS = 1e-6
 
 
 class Scores(ABC):
-    """A head of one previous token, which scores `candidates` of highest marginal, or all."""
+    """A conditional head that depends on one previous token.
+
+    It scores only `candidates` tokens of a slot, those with the highest marginals; None scores all.
+    """
 
     candidates: int | None = None
 
@@ -125,8 +128,9 @@ class Cell(ABC):
     def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
         """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
 
-        They come from (n, state_size) states, `start` before the root, the (hidden_size,) normed
-        output, (n,) tokens of the target's vocabulary, and the children's depth.
+        They come from (n, state_size) states, `start` before the root, the (hidden_size,)
+        normalised output at this depth, (n,) tokens of the target's vocabulary, and the children's
+        depth.
         """
 
     def confidence(self, hidden: Array, previous: Ints) -> Array | None:
@@ -356,11 +360,7 @@ class CorrelationHead(CandidateHead):
     """`treeflash.decoding.interfaces.ARHead` in NumPy, for the head of LiLiCorr."""
 
     def __init__(self, model: DrafterModel, scores: Correlation) -> None:
-        self.model, self.scores = model, scores
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.target.vocab_size
+        self.model, self.scores, self.vocab_size = model, scores, model.target.vocab_size
 
     def candidates(self, block: Block) -> tuple[Ints, Array, Array]:
         slots = block.slots[self.model.config.first_slot :]

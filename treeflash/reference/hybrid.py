@@ -29,7 +29,10 @@ Step: TypeAlias = Callable[[Array, LayerState], tuple[Array, LayerState]]
 
 
 def run(step: Step, x: Array, parents: Ints, state: LayerState) -> tuple[Array, list[LayerState]]:
-    """Run `step` over (n, hidden_size) nodes, each after its parent, from the committed `state`."""
+    """Run the `step` of a layer over (n, hidden_size) nodes, each from the state after its parent.
+
+    `state` is the state after the committed sequence.
+    """
     outputs: list[Array] = []
     states: list[LayerState] = []
     for row, parent in zip(x, parents.tolist(), strict=True):

@@ -38,7 +38,8 @@ def log_softmax(x: Array) -> Array:
 def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -> Array:
     """Rotary embedding of (heads, n, head_dim), the two halves of a head paired.
 
-    Frequencies are (head_dim // 2,) radians per position; `scale` multiplies cosines and sines.
+    It has (head_dim // 2,) frequencies in radians per position; `scale` multiplies cosines and
+    sines.
     """
     angles = positions[:, None] * np.asarray(inv_freq)
     cos, sin = np.float32(np.cos(angles) * scale), np.float32(np.sin(angles) * scale)

@@ -32,7 +32,8 @@ from treeflash.reference.verifier import State
 class RowCache(Cache):
     """The rows of one sequence, and the target's (length, hidden_size) states that they read.
 
-    The last position's row has an uncommitted token: it is computed again for every draft.
+    The row of the last position holds the token after it, which is not committed: it is computed
+    again for every draft.
     """
 
     def __init__(self, config: RowConfig) -> None:

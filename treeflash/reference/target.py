@@ -156,7 +156,8 @@ class Target:
 
     A CheckpointError is raised if the folder is damaged or lacks a tensor, an UnsupportedModelError
     if the family or its variant is not supported. `column_nbytes` are the bytes of the keys and
-    values of one position in all layers, `states_nbytes` of its recurrent states.
+    values of one position in all layers, `states_nbytes` the bytes of a sequence's recurrent
+    states.
     """
 
     dtype = "float32"

@@ -15,7 +15,11 @@ from treeflash.reference.target import Cache, States, Target
 
 
 class State(BaseState[Cache, States]):
-    """`SequenceState` in NumPy; outputs are (n, hidden_size) of the embeddings and layers."""
+    """`treeflash.decoding.interfaces.SequenceState` in NumPy.
+
+    `outputs` are (n, hidden_size) of the embeddings and of each layer, for the rows that were run
+    last.
+    """
 
     def __init__(self, target: Target, drafter: DrafterModel | None, capacity: int) -> None:
         cache = target.new_cache()

@@ -27,7 +27,10 @@ def _digest(key: str) -> str:
 
 
 def authenticate(headers: Headers, digests: Collection[str]) -> str:
-    """The digest of a request's API key, bearer or `x-api-key`; an APIError if it is not known."""
+    """Check the API key of a request, in `Authorization: Bearer KEY` or `x-api-key`.
+
+    Returns its digest, which is one of `digests`; raises an APIError if it is missing or wrong.
+    """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     digest = _digest(key)

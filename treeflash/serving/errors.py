@@ -29,7 +29,10 @@ logger = logging.getLogger("treeflash.serving")
 
 
 class APIError(Exception):
-    """A failed request: its status, what to do, the wrong field `param`, a `code` for programs."""
+    """A request that cannot be answered: its HTTP status, and what to do about it.
+
+    `param` is the field of the request that is wrong, `code` a name of the error for programs.
+    """
 
     def __init__(
         self,

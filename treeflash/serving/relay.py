@@ -84,7 +84,9 @@ class RelayedRequest:
 
     @classmethod
     async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
-        body = b"".join([piece async for piece in read_body(receive)])
+        """Read a request; only a POST has a body, whose size and time are limited."""
+        pieces = read_body(receive)
+        body = b"".join([x async for x in pieces]) if scope["method"] == "POST" else b""
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
         plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}
         plain |= {"asgi": {"version": "3.0"}, "root_path": ""}
@@ -170,7 +172,10 @@ class Pieces(Protocol):
 def relay_application(
     answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
 ) -> Starlette:
-    """An application that checks requests and lets `answer` answer; `lost`: a replica has ended."""
+    """An application that checks requests as the server does, and passes them to `answer`.
+
+    `lost` is the error of a replica that has ended.
+    """
     app = Starlette(routes=[Route("/{path:path}", _Relay(answer, lost))])
     add_guard(app, settings)
     return app

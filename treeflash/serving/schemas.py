@@ -44,7 +44,11 @@ class StreamOptions(Schema):
 
 
 class DecodingSchema(Schema):
-    """The decoding fields of a request; `method` and `budget` change the speed, never the text."""
+    """The decoding fields of a request.
+
+    `method` and `budget` mean the same as on the command line: they change the speed, never the
+    text.
+    """
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -329,7 +333,10 @@ class StructuredOutputs(Schema):
 def answer_grammar(
     response_format: AnyFormat | None, structured_outputs: StructuredOutputs | None
 ) -> tuple[Grammar, str] | None:
-    """The grammar of a request and its field, None for free text; an APIError for several."""
+    """The grammar that a request asks for, and the field that asks for it; None for free text.
+
+    Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
+    """
     has_format = response_format is not None and response_format.type != "text"
     if structured_outputs is None:
         if not has_format:

@@ -57,7 +57,10 @@ class Service:
         return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
 
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
-        """Compile a field's grammar; an APIError if it is invalid, unsupported or too costly."""
+        """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
+
+        Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
+        """
         try:
             return self.grammars.compile(grammar)
         except GrammarError as error:
@@ -97,10 +100,8 @@ class Service:
     ) -> Completion:
         """Start to generate the answers to each of the prompts of a request.
 
-        `constraint` makes one for each answer; see `Request` for `scores_prompt`.
-
-        Raises:
-            ConfigError, PromptError, APIError: too many answers, or see `Engine.submit`.
+        `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
+        APIError for too many answers, and the errors of `Engine.submit`.
         """
         answers = request.n or 1
         if answers > self.settings.max_choices:
@@ -141,7 +142,8 @@ class Conversation:
     async def encode(self, service: Service) -> list[int]:
         """The token ids of the prompt, with the server's system message if it has none.
 
-        Raises a PromptError for rejected messages, an APIError if tools are not supported.
+        Raises a PromptError if the chat template rejects the messages, and an APIError if the model
+        does not support tools.
         """
         messages, variables = self.messages, service.template_args(self.template_args)
         if self.tools.functions:

@@ -73,9 +73,16 @@ class Settings:
             if not (value > 0 if minimum is None else value >= minimum) or value == float("inf"):
                 least = "above 0" if minimum is None else f"{minimum} or more"
                 raise ConfigError(f"{limit.name} must be {least}, got {value}")
+        for name in ("api_keys", "cors_origins"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not all(values):  # each character would be a key
+                raise ConfigError(f"{name} must be a list of texts that are not empty")
 
     def memory(self, free: int | None) -> tuple[int, int]:
-        """Bytes of all KV caches and of the prefix cache in them, from `free` bytes if known."""
+        """The bytes of all KV caches, and of the prefix cache among them.
+
+        The loaded models leave `free` bytes on the device; None if unknown.
+        """
         limit = MAX_MEMORY_GB * GIB if free is None else max(free, GIB)
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
@@ -115,7 +122,11 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """The settings of the command line; a ConfigError or PromptError if one is invalid."""
+    """The settings of the command line.
+
+    Raises:
+        ConfigError, PromptError: a setting is invalid, or the file of API keys has none.
+    """
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in vars(args).items() if name in names}
     api_keys: tuple[str, ...] = ()

@@ -256,7 +256,10 @@ class StopTests:
 
 
 def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], list[int], int]:
-    """A prompt, its tokens, and the index of two new tokens inside an accepted path."""
+    """A prompt, its tokens, and the index of a token inside an accepted path.
+
+    That token and the next one do not occur before, so either can be the first stop token.
+    """
     for seed in range(200):
         prompt = prompt_of(backend, seed)
         steps = list(decode(backend, prompt, CONFIG))

@@ -92,7 +92,10 @@ class PairMaker(Protocol):
         target: Mapping[str, Any] | None = None,
         drafter: Mapping[str, Any] | None = None,
     ) -> Pair:
-        """A pair of a family, with options of `write_target`, `write_drafter`, `write_dialect`."""
+        """A pair of a family, the suite's first by default.
+
+        Further options go to `write_target`, and to `write_drafter` or `write_dialect`.
+        """
 
 
 class Pairs:

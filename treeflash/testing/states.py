@@ -104,7 +104,10 @@ class CacheTests:
 
 
 class CommittedSequence(SequenceSession):
-    """A sequence of random paths, with the next `root` and the latest draft's marginal `table`."""
+    """A sequence that grows by random paths of random trees, not by the target's tokens.
+
+    It has the `root` at the next position, and the `table` of marginals of the latest draft.
+    """
 
     def __init__(self, backend: Backend, *, seed: int) -> None:
         super().__init__(backend, drafts=True)

@@ -156,7 +156,10 @@ def noise_of_depths(backend: Backend, scale: float, sequences: int = 1) -> Noise
 def settled_prompt(
     reference: Backend, options: TableOptions = OPTIONS, length: int = 7
 ) -> list[int]:
-    """A prompt without near-ties of children, or of the block's `options.rows` previous tokens."""
+    """A prompt after which no two children are nearly as probable as each other.
+
+    Of the block, `options.rows` previous tokens are clearly the most probable ones.
+    """
     rng = np.random.default_rng(0)
     vocab_size, rows = reference.vocab_size, options.rows
     everything = replace(options, m=vocab_size, k=vocab_size, shortlist=None, rows=None)

@@ -45,7 +45,10 @@ class Timings:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of `decode_s`, which counts the whole batch; 0 without an iteration."""
+        """Tokens of the iterations per second of `decode_s`; 0 without an iteration.
+
+        In a batch, the tokens count one text and the seconds count the whole batch.
+        """
         return sum(self.accepted_lengths) / self.decode_s if self.decode_s else 0.0
 
 

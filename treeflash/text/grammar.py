@@ -40,7 +40,8 @@ class GrammarError(ConfigError):
 class Grammar:
     """A grammar for llguidance: a text must match the first of the entries.
 
-    Each has a `json_schema`, `lark_grammar` or `ANY_FORM`, and a `name` if it is `@name` elsewhere.
+    Each has a `json_schema`, a `lark_grammar` or an `ANY_FORM`, and a `name` if another one refers
+    to it as `@name`.
     """
 
     entries: tuple[Mapping[str, Any], ...]
@@ -100,7 +101,10 @@ def escape_slashes(pattern: str) -> str:
 
 
 class GrammarConstraint:
-    """A `Constraint` by a grammar; the matcher is its own, and `vocab_size` the target's."""
+    """A `Constraint` of the decode loop that allows the texts of a grammar.
+
+    The matcher belongs to this constraint alone. `vocab_size` is the target's.
+    """
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -137,7 +141,10 @@ class GrammarConstraint:
 
 
 class GrammarCompiler:
-    """Compiles grammars in any thread; the first takes a second. `vocab_size` is the target's."""
+    """Compiles grammars to constraints. Any thread may call it.
+
+    The first grammar takes a second more. The target's `vocab_size` may exceed the tokenizer's.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer

@@ -47,7 +47,10 @@ class TrialError(ValueError):
 
 
 class GrammarTrial:
-    """A process that compiles grammars of any thread one by one, and is replaced if it dies."""
+    """A process that compiles grammars, one at a time, and is replaced if it dies.
+
+    Any thread may call it.
+    """
 
     def __init__(self, vocabulary: Mapping[str, Any]) -> None:
         """Start the process, which needs a second; `vocabulary` has arguments of `LLTokenizer`."""
@@ -59,7 +62,8 @@ class GrammarTrial:
     def run(self, grammars: Sequence[Mapping[str, Any]]) -> str:
         """Compile grammars, which may have the key `ANY_FORM`; returns llguidance's form of them.
 
-        Raises a TrialError for an invalid or too costly grammar, an OSError if no process starts.
+        A TrialError is raised if a grammar is invalid, or compiling it takes too much, an OSError
+        if no process can be started.
         """
         try:
             text = json.dumps({"grammars": list(grammars)})

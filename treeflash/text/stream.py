@@ -171,7 +171,10 @@ class Stream(Iterator[Chunk]):
         return Stream(replace(self.assembler, config=config, prompt_ids=ids), self._budgets)
 
     def next_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """(vocab,) raw logits after the prompt and new tokens, which run again, for analysis."""
+        """(vocab,) raw logits of the target after the prompt and some new tokens, without drafting.
+
+        For analysis: the target runs over the whole sequence again.
+        """
         *context, last = *self.assembler.prompt_ids, *token_ids
         with SequenceSession(self.assembler.backend, capacity=len(context) + 1) as session:
             if context:
@@ -201,7 +204,8 @@ def scheduler_config(parallel: Parallel) -> SchedulerConfig:
 def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[RequestId]:
     """Add sequences with the same prompt as `Scheduler.submit_group` does.
 
-    A sequence above the scheduler's memory limit raises it, so that it can be decoded alone.
+    A sequence that needs more memory than the scheduler's limit raises the limit, so that it can
+    be decoded alone.
     """
     for request in requests:
         check(scheduler.backend, request.prompt_ids, request.config)

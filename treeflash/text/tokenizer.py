@@ -340,8 +340,9 @@ class TextStream:
     def _shrink_window(self, window_text: str) -> None:
         """Drop the window's older ids if the newer ids alone decode to the same end.
 
-        A cut inside a character garbles at most three bytes, and a cut before a token that decoders
-        strip a space from garbles its first character. Four equal characters prove the rest.
+        A cut inside a character garbles at most three bytes, and a cut before a token that
+        decoders strip a space from garbles its first character. So four equal characters prove
+        that the rest is equal too.
         """
         start = len(self._window) - WINDOW_TOKENS
         while start and self._window[start] in self._tokenizer.byte_token_ids:

@@ -89,7 +89,10 @@ def given_options(args: argparse.Namespace, config: type) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The drafter, its loss, its optimiser, validation and saving; options describe themselves."""
+    """The drafter, its loss, its optimiser, and how often to validate and save.
+
+    Each option has its description beside it; the command line shows it too.
+    """
 
     init: str = option(
         "target",
@@ -244,7 +247,10 @@ def parse_loss(text: str) -> dict[str, float]:
 
 
 def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
-    """Make a configuration; a ConfigError if an option is invalid, a CheckpointError for `init`."""
+    """Make a configuration of the options that were given.
+
+    An invalid option raises a ConfigError, and `init` without a drafter a CheckpointError.
+    """
     config = TrainConfig(**options)
     if config.init not in NEW_DRAFTERS:
         drafter = drafter_config(Path(config.init))

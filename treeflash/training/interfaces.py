@@ -115,7 +115,11 @@ After {step} of {steps} steps; data fingerprint {data}.
 def model_card(
     settings: Mapping[str, Any], identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The `README.md` of a checkpoint, from `config.json`, the run's identity and its log."""
+    """The text of a checkpoint's `README.md`.
+
+    It takes the drafter's `config.json`, the configuration, target and data of the run, and the
+    run's log.
+    """
     # An existing drafter keeps its shape, whatever the options say.
     omitted = {"data"} if identity["init"] in NEW_DRAFTERS else {"data", *SHAPE}
     drafter = parse_drafter_config(settings)

@@ -42,7 +42,8 @@ def truncated_responses(
     """The responses that have a token to predict after truncation, and the numbers of dropped ones.
 
     A response is `too_short` before truncation, or `too_long` because its prompt leaves no room.
-    Raises a ConfigError if none is left, or the target lacks their tokens.
+    Raises a ConfigError if no response is left, or they have tokens outside the target's
+    vocabulary.
     """
     long_enough = [x for x in responses if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
     limit = min(config.max_length, target.max_positions)
@@ -69,7 +70,8 @@ def split(
 ) -> tuple[list[Response], list[Response]]:
     """Split into validation and training data; responses to one prompt stay together.
 
-    Without validation data, some responses are held out; a ConfigError if none is left.
+    If there is no validation data, some of `responses` are held out. Raises a ConfigError if
+    nothing is left to train on.
     """
     groups: dict[tuple[int, ...], list[Response]] = {}
     for response in responses:

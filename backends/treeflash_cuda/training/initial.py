@@ -182,7 +182,10 @@ def initial_drafter(
     # Tokens of a few sequences, to measure the scale of queries and keys on.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
-    """A float32 drafter and head on the target's device; a ConfigError if they do not fit it."""
+    """A drafter and its head, float32, on the target's device.
+
+    Raises a ConfigError if the target's layers cannot be copied, or the head has a different size.
+    """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
     head: nn.Module | None = None
@@ -264,9 +267,10 @@ def _neutralise(module: nn.Module) -> None:
 def _copy_layers(model: DrafterModel, target: Target, sequences: Sequence[Sequence[int]]) -> None:
     """Copy the target's last layers into the drafter.
 
-    Context and block reach a layer through different norms, so the target's norm is folded into the
-    projections. If the target has no norms of queries and keys, the drafter's get the scale of
-    these on `sequences`. `fc` passes on the deepest layer's features.
+    Context and block reach a layer through different norms, so the target's norm is folded into
+    the projections. If the target has no norms of queries and keys, the drafter's norms get the
+    scale of the target's queries and keys on `sequences`. `fc` passes on the features of the
+    deepest layer.
     """
     count = len(model.layers)
     layers: Sequence[Any] = list(model.layers)

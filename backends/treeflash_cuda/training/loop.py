@@ -222,7 +222,10 @@ def take_step(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Take an optimiser step and return its record; a NumericalError if the loss is not finite."""
+    """Take one optimiser step; returns its record.
+
+    Raises a NumericalError if the loss is not finite.
+    """
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -274,13 +277,11 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, blocks: nn.Module) -> dict[str, Any]:
-        """The metrics of the drafter.
+        """The metrics of the drafter, for `marginal` and, with a head, for `corrected`.
 
-        Returns:
-            For `marginal` and, with a head, `corrected`: `kl_*`, the mean KL divergence in nats by
-            depth; `acceptance_*`, the mean overlap of the distributions by depth; `top1_*`, how
-            often the top token is the sequence's, by depth; `chain_*`, the block efficiency of the
-            chain of top tokens.
+        By depth, `kl_*` is the mean KL divergence in nats, `acceptance_*` the mean overlap of the
+        distributions, and `top1_*` how often the top token is the sequence's. `chain_*` is the
+        block efficiency of the chain of top tokens.
         """
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         anchors = 0

@@ -91,7 +91,10 @@ SMOOTHING = 0.5
 
 
 def exponential(valid: Tensor, gamma: float) -> Tensor:
-    """(n,) exp(-(d - 1) / gamma) at depth d (DFlash, arXiv 2602.06036), of (rows, A, D) bool."""
+    """(n,) exp(-(d - 1) / gamma) at depth d (DFlash, arXiv 2602.06036).
+
+    The n tokens to predict are (rows, A, D) bool by depth.
+    """
     depth = torch.arange(valid.shape[-1], device=valid.device)
     return torch.exp(-depth / gamma).expand_as(valid)[valid]
 

@@ -122,14 +122,18 @@ def block_attention(
 
 
 class GroupedAttention:
-    """Masked attention on any device by small groups of blocks, since no block sees another."""
+    """Attention with a mask, by groups of blocks that share a row of keys; for any device.
+
+    No block sees another, so small groups waste little.
+    """
 
     def __init__(
         self, anchors: Tensor, size: int, length: int, window: int | None, causal: bool
     ) -> None:
         """Make the mask of blocks of S slots after the roots at (rows, A) anchors.
 
-        A is a multiple of `GROUP`; a slot sees `window` positions far, all for None.
+        A is a multiple of `GROUP`. The window is how far a slot sees, in positions; None is
+        everything.
         """
         device = anchors.device
         columns = torch.arange(length, device=device)
@@ -165,7 +169,8 @@ class GroupedAttention:
 class FlexBlockAttention:
     """Attention with FlexAttention, which makes no mask in memory and skips what no block sees.
 
-    It needs a compiler and a GPU; unless `compiled` it runs on a CPU, slowly, without gradient.
+    It needs a compiler and a GPU. With `compiled` False it runs on a CPU, slowly and without a
+    gradient.
     """
 
     def __init__(
@@ -222,7 +227,10 @@ class Prediction(NamedTuple):
 
 
 class Blocks(nn.Module):
-    """A drafter and its head as one module; wrappers need all of training in `forward`."""
+    """A drafter and its conditional head as one module.
+
+    All of training goes through `forward`, as wrappers for several processes need.
+    """
 
     def __init__(
         self, model: DrafterModel, head: nn.Module | None, embeddings: Tensor, lm_head: LMHead

@@ -30,7 +30,10 @@ Record: TypeAlias = dict[str, Any]
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of writing a path, such as a full disk, into a ConfigError that names it."""
+    """Turn the errors of writing a file or folder into one that names it.
+
+    Raises a ConfigError if the disk is full, or the path cannot be written for another reason.
+    """
     try:
         yield
     except OSError as error:
@@ -44,7 +47,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path that replaces `path` at the end: nobody reads half a file. See `writing`."""
+    """Yield a path to write to, which then replaces `path`: readers never see half a file.
+
+    Raises a ConfigError if the file cannot be written.
+    """
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
         scratch.touch()
@@ -58,7 +64,10 @@ class Log:
     """The files `log.jsonl` and `tensorboard/` of a run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open the log and drop its records after `step`, which will be repeated; see `writing`."""
+        """Open the log and drop its records after `step`, as these steps will be repeated.
+
+        Raises a ConfigError if the log cannot be written.
+        """
         self._path = folder / "log.jsonl"
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         finished = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -80,7 +89,10 @@ class Log:
             self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def append(self, record: Record) -> None:
-        """Add the record of a step; a ConfigError if the log cannot be written."""
+        """Add the record of a step.
+
+        Raises a ConfigError if the log cannot be written.
+        """
         self.records.append(record)
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -135,9 +147,8 @@ class Run:
     ) -> None:
         """Open a folder, which need not exist.
 
-        Raises:
-            ConfigError: the folder has a run with another configuration or other data, a drafter
-                without the state of its training, or a damaged state; or it cannot be written.
+        Raises a ConfigError if the folder has a run with another configuration or other data, a
+        drafter without its state, or a damaged state; or it cannot be written.
         """
         # It has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they are
         # cached.
@@ -165,7 +176,10 @@ class Run:
         return folder
 
     def resume(self) -> int:
-        """Load the last state, if any, and return its steps; a ConfigError if it is damaged."""
+        """Load the last state, if there is one; returns the number of steps it has done.
+
+        Raises a ConfigError if the state is damaged.
+        """
         step = 0
         if self._state.exists():
             step = int(self._read_state()["step"])
@@ -189,7 +203,11 @@ class Run:
             self._log.append(record)
 
     def save(self, step: int, *, finished: bool) -> None:
-        """Replace the saved state; a ConfigError if it cannot be written keeps the earlier one."""
+        """Replace the saved state by the state after `step`, which may be the last one.
+
+        Raises:
+            ConfigError: the state cannot be written; the earlier state is kept.
+        """
         state, scratch = self._state, self.folder / "state.new"
         with writing(scratch):
             self._accelerator.save_state(str(scratch), safe_serialization=False)
@@ -257,7 +275,10 @@ class Run:
 
 
 def export(accelerator: Accelerator, blocks: nn.Module, settings: dict[str, Any], run: Run) -> None:
-    """Write `config.json`, a bfloat16 `model.safetensors` and `README.md`; see `replacing`."""
+    """Write `config.json`, `model.safetensors` (bfloat16) and `README.md` into a run's folder.
+
+    Raises a ConfigError if a file cannot be written.
+    """
     state = accelerator.get_state_dict(blocks)
     if not accelerator.is_main_process:
         return
