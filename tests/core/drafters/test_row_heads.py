@@ -476,7 +476,7 @@ def test_a_head_fits_its_target(tmp_path: Path) -> None:
             load(tmp_path / "head", **changes)
     mtp = {"num_hidden_layers": 11}
     save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight"))
-    with pytest.raises(CheckpointError, match="it belongs to 12 layers, this target has 11"):
+    with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
         load(tmp_path / "mtp", QWEN_MTP, **mtp)
 
 
