@@ -1,6 +1,7 @@
 """The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -165,7 +166,6 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
 @pytest.mark.parametrize("slabs", ["one", "several"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
-@pytest.mark.filterwarnings("ignore:prompts will be slow")
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype, slabs):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
     monkeypatch.setattr(kernels, "FlashKernels", lambda: 1 / 0)  # prompts attend without it
@@ -173,7 +173,9 @@ def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, famil
     if slabs == "several":
         monkeypatch.setattr(cache, "SLAB_BYTES", 1)
         cuda.free_bytes = 0
-    backend = load(*folders[family], LoadConfig(dtype=dtype))
+    slow = pytest.warns(UserWarning, match="^prompts will be slow: division by zero$")
+    with nullcontext() if dtype == "float32" else slow:
+        backend = load(*folders[family], LoadConfig(dtype=dtype))
     for tokens in (1, 700, 2100):
         states = [backend.open(3000, drafts=True) for _ in range(2)]
         backend.verifier.run([Prefill(state, [3] * tokens, SamplingParams()) for state in states])
