@@ -77,7 +77,6 @@ Tokens per target forward pass on {prompts} prompts that were not trained on, tr
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, adapt the drafter, and return the exit status."""
     args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     distill = DistillConfig(**given_options(args, DistillConfig))
@@ -105,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(distillation.report())
             del model, distillation
         responses = read_responses(answers, Tokenizer.from_folder(target))
-        device = args if trains else argparse.Namespace(**{**vars(args), "device": None})
+        # The named device is one of the backend that answers; PyTorch's may be missing.
+        own = {} if trains else {"backend": None, "device": None}
+        device = argparse.Namespace(**{**vars(args), **own})
 
         def start(load: LoadConfig) -> Any:
             load = replace(load, adapter=args.adapter)
@@ -124,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("adapt", "Train a drafter on for a fine-tuned target, and measure the gain.")
     parser.add_config_option()
     parser.add_argument(

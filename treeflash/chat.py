@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -153,7 +154,7 @@ class Conversation:
                 style = STYLES[iteration % len(STYLES)] if self.color else ""
                 self._print(chunk.text, style)
                 printed += len(chunk.text)
-                if chunk.finish_reason is not None or interrupted:
+                if chunk.finish_reason is not None or interrupted.is_set():
                     break
         self._print(assembler.generation().text[printed:])
 
@@ -196,25 +197,13 @@ class Conversation:
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
 
 
-class _Interrupted:
-    """Whether Ctrl-C was pressed."""
-
-    value = False
-
-    def __bool__(self) -> bool:
-        return self.value
-
-
 @contextmanager
-def _interruption() -> Iterator[_Interrupted]:
-    """Take note of Ctrl-C, which would leave an iteration half done, in place of an exception.
-
-    Pressed again, it raises a KeyboardInterrupt.
-    """
-    interrupted = _Interrupted()
+def _interruption() -> Iterator[Event]:
+    """Take note of Ctrl-C once, so that no iteration is left half done; the second one raises."""
+    interrupted = Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupted.value = True
+        interrupted.set()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, note)
@@ -267,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("chat", "Talk to a model in the terminal, with draft trees.")
     parser.add_config_option()
     parser.add_argument(

@@ -13,7 +13,6 @@ from treeflash.hub.models import resolve_drafter
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, convert, and return the exit status."""
     args = make_parser().parse(argv)
     left_out = convert(
         resolve_drafter(args.drafter, None), args.output, args.to, target=args.target
@@ -25,7 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("convert", "Write a drafter in another published format.")
     parser.add_argument("drafter", help="the drafter: a folder or a Hugging Face id")
     parser.add_argument("output", type=Path, help="the folder to write, new or empty")

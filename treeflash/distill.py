@@ -27,7 +27,6 @@ from treeflash.training.distillation import (
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, let the target answer, and return the exit status."""
     args = make_parser().parse(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = DistillConfig(**given_options(args, DistillConfig))
@@ -74,7 +73,6 @@ def _rows(args: argparse.Namespace, seed: int) -> list[Row]:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("distill", "Generate a target's responses to train a drafter on.")
     parser.add_config_option()
     source = parser.add_mutually_exclusive_group(required=True)

@@ -88,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("doctor", "Diagnose a target and its drafter.")
     parser.add_config_option()
     parser.add_argument(

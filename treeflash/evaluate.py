@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("evaluate", "Measure a drafter by depth, method and budget.")
     parser.add_config_option()
     parser.add_argument(

@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("generate", "Generate text faster with draft trees, losslessly.")
     parser.add_config_option()
     source = parser.add_mutually_exclusive_group()

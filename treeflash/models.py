@@ -10,6 +10,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from treeflash.cli.console import Parser, guarded
+from treeflash.errors import ConfigError
 from treeflash.hub.models import (
     DEFAULT_TARGET,
     PUBLISHED_DRAFTERS,
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def drafters(argv: Sequence[str] | None = None) -> int:
     """Parse the command line of `drafters`, list what can draft, and return the exit status."""
     args = make_drafters_parser().parse(argv)
+    if args.target == "":
+        raise ConfigError("the name of the target is empty; give a folder or a hub id")
     cached = {model.name.lower(): model for model in cached_models()}
     rows = {
         target: [_source_row(source, cached) for source in draft_sources(target)]
@@ -53,7 +56,6 @@ def drafters(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of `models`."""
     parser = Parser("models", "List models on this machine, and fetch models ahead of use.")
     parser.add_argument(
         "--download",
@@ -66,7 +68,6 @@ def make_parser() -> Parser:
 
 
 def make_drafters_parser() -> Parser:
-    """The options of `drafters`."""
     parser = Parser("drafters", "List what can draft for a target, the best first.")
     parser.add_argument("target", nargs="?", help="folder or hub id (default: all known targets)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
     parser.add_config_option()
     add_server_options(parser)

@@ -20,7 +20,6 @@ from treeflash.training.interfaces import show_records, trainer
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, and return the exit status."""
     args = make_parser().parse(argv)
     # Of the processes that `accelerate launch` starts, only the first prints.
     quiet = os.environ.get("RANK", "0") != "0"
@@ -49,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """The options of the command."""
     parser = Parser("train", "Train a drafter on the responses of its target.")
     parser.add_config_option()
     parser.add_argument(

@@ -337,7 +337,6 @@ def load_row_head(folder: Path, target: Target) -> RowModel | None:
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Some tensors of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 

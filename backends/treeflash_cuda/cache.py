@@ -115,6 +115,15 @@ class KVStorage:
             n -= len(part)
         raise IndexError("there is no such layer")
 
+    def views(self, columns: slice, width: int | None = None) -> Columns:
+        """Views of some columns of all layers, without the numbers that follow the first `width`.
+
+        They are made for all layers at once.
+        """
+        parts = [x[:, :, None, :, columns, :width].flatten(0, 1).unbind(0) for x in self.parts]
+        views = [view for part in parts for view in part]
+        return list(zip(views[::2], views[1::2], strict=True))
+
     @property
     def columns(self) -> int:
         return self.parts[0].shape[3]
@@ -211,7 +220,6 @@ class Arena:
         self.column_nbytes = 2 * self.layers * heads * width * like.element_size()
 
     def new_cache(self, capacity: int) -> KVCache:
-        """The empty cache of a sequence."""
         return KVCache(self, capacity)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -320,9 +328,7 @@ class KVCache:
 
     def columns(self, first: int, end: int) -> Columns:
         """Views of the stored columns from `first` to `end`, made for all layers at once."""
-        parts = [x[:, :, None, :, first:end].flatten(0, 1).unbind(0) for x in self.taken.parts]
-        views = [view for part in parts for view in part]
-        return list(zip(views[::2], views[1::2], strict=True))
+        return self.taken.views(slice(first, end))
 
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""

@@ -111,8 +111,6 @@ class OutputStage:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block."""
-
     root: int  # token id of the first slot
     token: Tensor  # (1,) the root on the device
     hidden: Tensor  # (D, hidden_size) outputs of the last layer at the slots of the wanted depths
@@ -136,7 +134,6 @@ class BlockBatch:
 
     @classmethod
     def join(cls, blocks: Sequence[Block], noise: Tensor, graphs: Graphs) -> BlockBatch:
-        """Join blocks, with the noise of their wanted depths."""
         wanted, parts = len(blocks[0].hidden), [block.hidden for block in blocks]
         roots, depths = [block.token for block in blocks], wanted
         if graphs.is_capturing:

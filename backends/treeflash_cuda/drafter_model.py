@@ -162,9 +162,8 @@ class Layer(nn.Module):
         """(batch, n, hidden_size) to (batch, n, hidden_size), for a block.
 
         The (batch, c, hidden_size) context are projected features of the positions before it. The
-        rotation covers the context's positions and then the block's; without one `attend` norms
-        and rotates. `attend` maps queries of
-        the block, and keys and values of context and block, to (batch, n, heads, head_dim).
+        rotation covers the context's positions and then the block's; without one `attend` norms and
+        rotates. It maps queries of the block, and keys and values, to (batch, n, heads, head_dim).
         """
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (unchanged, unchanged)

@@ -5,7 +5,8 @@ rounded differently from the same token alone. In exact mode it is not, bit for 
 Triton kernels see to that, with one more for products (`use_kernel_for_products`). On a CPU:
 
 - A linear layer never runs with a single row, for which oneDNN has another kernel: a pass of one
-  token has two rows of it (`ExactContext.repeat`), and other products are padded (`pad_products`).
+  token has equal rows of it (`ExactContext.repeat`), and other products are padded
+  (`pad_products`).
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them. Keys that a row
@@ -23,10 +24,12 @@ so `check_products`, `check_activations`, `check_attention` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +46,7 @@ from treeflash_cuda.attention import (
     additive_mask,
     evaluate,
 )
-from treeflash_cuda.cache import Columns, PackedRows, TreeCache, widen
+from treeflash_cuda.cache import Columns, KVCache, PackedRows, TreeCache, widen
 from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass
 from treeflash_cuda.operations import TOLERANCES
 
@@ -60,6 +63,11 @@ MIN_SIZE = 400
 PROMPT_ROWS = 128
 """Tokens of a prompt that attend at once, to bound the memory of scores."""
 LINEAR_ROWS = 2
+STREAMED_ROWS = 4
+"""Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
+than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
+CACHE_NBYTES = 64 << 20
+"""Larger weights are read from memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,31 +90,157 @@ class Rows:
     parts: list[Part]  # in the order of their groups
     # Numbers of columns of the parts, if these follow each other and have the weights of all rows.
     sizes: list[int] | None = None
-    inputs: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def prepared(self, kv_heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What all layers with these heads share.
+    @property
+    def tokens(self) -> int:
+        return self.end - self.first
 
-        Returns:
-            A (kv_heads, rows, width) float32 buffer of queries, with zeros in the rows that are
-            padding; its (kv_heads, tokens, groups, width) rows of the tokens; and the additive mask
-            of (rows or 1, columns), padded.
-        """
-        key = kv_heads, groups, width
-        if key not in self.inputs:
-            tokens, columns = self.end - self.first, self.columns.stop - self.columns.start
-            rows = tokens * groups
-            padding = _missing_rows(rows, width)
-            queries = torch.zeros(kv_heads, rows + padding, width)
-            if self.visible is None:
-                mask = torch.zeros(1, columns)
+    @property
+    def count(self) -> int:
+        """Number of columns."""
+        return self.columns.stop - self.columns.start
+
+
+class Sums:
+    """The sums of the values that some `Rows` see, in every layer.
+
+    The number of operations decides how long a pass takes, so all views are made once for it.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        stored: Sequence[Tensor],  # `KVStorage.parts` of the sequence, as `widen` makes them
+        queries: Tensor,  # (kv_heads, padded rows, width) float32, written before each layer
+        sums: Tensor,  # (kv_heads, padded rows, columns of values) float32, the result
+        groups: int,  # query heads of each key head
+        scratch: Tensor,  # float32, for `padded_weights` numbers
+    ) -> None:
+        self.rows, self.queries, self.sums, self.groups = rows, queries, sums, groups
+        (kv_heads, padded, width), count = queries.shape, rows.count
+        self.missing = max(MIN_COLUMNS - count, 0)
+        shape = kv_heads, padded, count + self.missing
+        self.weights = scratch[: math.prod(shape)].view(shape)
+        sizes = rows.sizes or [count]
+        self.parts = self.weights[..., :count].split(sizes, 2)
+        self.scores = self.weights[:, : rows.tokens * groups]  # without padded rows
+        self.keys: list[Tensor] = []  # by layer
+        self.values: list[tuple[Tensor, ...]] = []  # by layer, then by part
+        for x in stored:
+            keys, values = x[:, 0, :, rows.columns, :width], x[:, 1, :, rows.columns]
+            self.keys += keys.transpose(2, 3).unbind(0)
+            self.values += zip(*(part.unbind(0) for part in values.split(sizes, 2)), strict=True)
+        if rows.visible is None:
+            mask = queries.new_zeros(1, count)
+        else:
+            mask = additive_mask(rows.visible, torch.float32).repeat_interleave(groups, 0)
+            mask = F.pad(mask, (0, 0, 0, padded - len(mask)))
+        self.mask = F.pad(mask, (0, self.missing), value=float("-inf"))[None]
+
+    def compute(self, layer: int, scale: float) -> None:
+        """Write the sums of a layer; `scale` multiplies the scores."""
+        keys, weights = self.keys[layer], self.weights
+        if self.missing:
+            keys = F.pad(keys.transpose(1, 2), (0, 0, 0, self.missing)).transpose(1, 2)
+        torch.baddbmm(self.mask, self.queries, keys, alpha=scale, out=weights)
+        self.scores.sub_(self.scores.amax(-1, keepdim=True)).exp_()
+        if self.rows.sizes is None:
+            self._add_parts(*self.values[layer])
+            return
+        pairs = zip(self.parts, self.values[layer], strict=True)
+        torch.bmm(*next(pairs), out=self.sums)
+        for p, v in pairs:
+            self.sums.baddbmm_(p, v)
+
+    def _add_parts(self, values: Tensor) -> None:
+        """Sum over parts with columns and rows of their own."""
+        rows, weights, sums = self.rows, self.weights, self.sums.zero_()
+        for part in rows.parts:
+            if isinstance(part.columns, slice):
+                p, v = weights[:, :, part.columns], values[:, part.columns]
             else:
-                mask = additive_mask(self.visible, torch.float32).repeat_interleave(groups, 0)
-                mask = F.pad(mask, (0, 0, 0, padding))
-            mask = F.pad(mask, (0, max(MIN_COLUMNS - columns, 0)), value=float("-inf"))
-            own = queries[:, :rows].unflatten(1, (tokens, groups))
-            self.inputs[key] = queries, own, mask
-        return self.inputs[key]
+                p = weights.index_select(2, part.columns)
+                v = values.index_select(1, part.columns)
+            if (part.first, part.end) == (rows.first, rows.end):
+                sums.baddbmm_(p, v)
+            else:
+                first, end = ((x - rows.first) * self.groups for x in (part.first, part.end))
+                missing = _missing_rows(end - first, values.shape[2])
+                p, old = (F.pad(x[:, first:end], (0, 0, 0, missing)) for x in (p, sums))
+                sums[:, first:end] = torch.baddbmm(old, p, v)[:, : end - first]
+
+
+Members: TypeAlias = Sequence[tuple[Rows, Sequence[Tensor]]]
+"""Rows, each with the `KVStorage.parts` of its sequence."""
+
+
+class Run:
+    """Consecutive `Rows` with equal numbers of tokens; one copy reads the queries of them all."""
+
+    def __init__(
+        self,
+        members: Members,
+        kv_heads: int,
+        width: int,
+        # (tokens of all members, kv_heads, groups, width), the result; equal rows for a lone token.
+        output: Tensor,
+    ) -> None:
+        n, groups, tokens = len(members), output.shape[2], members[0][0].tokens
+        used = tokens * groups
+        padded = used + _missing_rows(used, width)
+        queries = torch.zeros(n, kv_heads, padded, width)  # padding stays 0
+        sums = torch.empty(n, kv_heads, padded, members[0][1][0].shape[4])
+        columns = max(rows.count for rows, _ in members)
+        scratch = torch.empty(kv_heads * padded * max(columns, MIN_COLUMNS))
+        self.members = [
+            Sums(rows, stored, q, out, groups, scratch)
+            for (rows, stored), q, out in zip(members, queries, sums, strict=True)
+        ]
+        own, results = (x[:, :, :used].unflatten(2, (tokens, groups)) for x in (queries, sums))
+        # In the order of the model: (kv_heads, groups, members, tokens, width).
+        self.queries = own.permute(1, 3, 0, 2, 4)
+        # In the order of the output: (members, tokens, kv_heads, groups, columns of values).
+        self.output = output.unflatten(0, (-1, tokens))
+        results = results.transpose(1, 2).expand(len(self.output), -1, -1, -1, -1)
+        self.numerators, self.denominators = results[..., :width], results[..., width : width + 1]
+
+    def compute(self, query: Tensor, layer: int, scale: float) -> None:
+        """Write the attention of a layer, from the (1, heads, tokens, width) queries of the run."""
+        self.queries.copy_(query.view(self.queries.shape))
+        for member in self.members:
+            member.compute(layer, scale)
+        torch.div(self.numerators, self.denominators, out=self.output)
+
+
+class Plan:
+    """The attention of a pass in the layers with one mask function, prepared for all of them."""
+
+    def __init__(
+        self,
+        members: Members,  # in the order of their tokens
+        kv_heads: int,
+        query: Tensor,  # (1, heads, tokens, width) of any of the layers
+    ) -> None:
+        _, heads, tokens, width = query.shape
+        output = query.new_empty(tokens, kv_heads, heads // kv_heads, width)
+        # Every layer writes it after the layer before has read it.
+        self.output = output.view(1, tokens, heads, width)
+        self.runs: list[tuple[slice, Run]] = []
+        self.is_repeated = sum(rows.tokens for rows, _ in members) < tokens  # a lone token
+        first = 0
+        for size, group in groupby(members, lambda member: member[0].tokens):
+            run = list(group)
+            place = slice(first, first + size * len(run))
+            own = output if self.is_repeated else output[place]
+            self.runs.append((place, Run(run, kv_heads, width, own)))
+            first = place.stop
+
+    def attend(self, query: Tensor, layer: int, scale: float) -> Tensor:
+        """(1, tokens, heads, width) attention of a layer, overwritten by the next call."""
+        is_whole = len(self.runs) == 1 and not self.is_repeated
+        for place, run in self.runs:
+            run.compute(query if is_whole else query[:, :, place], layer, scale)
+        return self.output
 
 
 class ExactContext(AttentionContext):
@@ -115,10 +249,12 @@ class ExactContext(AttentionContext):
     def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
         super().__init__(committed, positions, ancestors)
         self.tokens = len(positions)  # of the block, without those that `repeat` adds
+        # Has the keys and values of the layers; None if `attend` is given them.
+        self.cache: ExactCache | None = None
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
 
     def repeat(self, times: int) -> None:
-        """Attend with several equal rows for a block of one token, which stays one column."""
+        """Let a block of one token have several equal rows, of which the first one attends."""
         assert self.tokens == 1
         self.positions = self.positions.repeat(times)
 
@@ -129,7 +265,7 @@ class ExactContext(AttentionContext):
         return placeholder
 
     def _layout(self, function: MaskFunction) -> Iterator[Rows]:
-        n, device = len(self.positions), self.positions.device
+        n, device = self.tokens, self.positions.device
         if self.tokens == 1 and function is causal_mask_function:
             yield _consecutive_parts(0, n, slice(0, self.committed + 1), None)
             return
@@ -137,7 +273,7 @@ class ExactContext(AttentionContext):
         step = n if is_tree else PROMPT_ROWS
         for first in range(0, n, step):
             end = min(first + step, n)
-            last = self.committed + min(end, self.tokens)
+            last = self.committed + end
             columns = torch.arange(last, device=device)
             if is_tree:
                 columns[self.committed :] = self.positions
@@ -160,8 +296,9 @@ class ExactContext(AttentionContext):
         shared = (self.committed - place.start) // GROUP * GROUP
         groups = columns[shared:] // GROUP
         first, last = int(groups.min()), int(groups.max())
-        if first == last and len(groups) <= MAX_KEYS:
-            sizes = [GROUP] * (shared // GROUP) + [len(groups)]
+        counts = (groups - first).bincount()
+        if bool((groups.diff() >= 0).all()) and int(counts.max()) <= MAX_KEYS:
+            sizes = [GROUP] * (shared // GROUP) + counts.tolist()
             return _consecutive_parts(0, self.tokens, place, visible, sizes)
         parts = [
             Part(0, self.tokens, slice(column, column + GROUP))
@@ -172,122 +309,117 @@ class ExactContext(AttentionContext):
             parts += _bounded_parts(visible, 0, self.tokens, places)
         return Rows(0, self.tokens, place, visible, parts)
 
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend; key and value have float32 columns of the committed positions and the block.
+    def layout(self, inputs: AttentionInputs, mask: Tensor | None) -> list[Rows]:
+        """The rows of the block in layers with a mask that `mask` made.
 
         Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
         attention whose order of sums is not known.
-        """
-        query = inputs.query[0]
-        output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
-        self.attend_to(inputs, query, inputs.key[0], inputs.value[0], inputs.mask, output)
-        return output.view(1, len(output), -1, query.shape[2])
-
-    def attend_to(
-        self,
-        inputs: AttentionInputs,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        output: Tensor,
-    ) -> None:
-        """Write the attention of the block.
-
-        Args:
-            inputs: of the layer, which may have other sequences too.
-            query: (heads, tokens, width) of the block.
-            keys: (kv_heads, columns, width or more), float32.
-            values: (kv_heads, columns, more than width), float32, with ones after the values.
-            mask: the result of `mask` for the layer's mask function.
-            output: (tokens, kv_heads, groups, width).
         """
         if id(mask) not in self._layouts or inputs.softcap or inputs.sinks is not None:
             raise UnsupportedModelError(
                 f"{type(inputs.module).__name__} changes its mask or its scores, which exact mode "
                 "does not support"
             )
-        _, kv_heads, groups, width = output.shape
-        queries = query.unflatten(0, (kv_heads, groups)).transpose(1, 2)
-        layout = self._layouts[id(mask)][1]
-        for rows in layout:
-            tokens = slice(rows.first, rows.end)
-            q, k, v = queries, keys[:, rows.columns, :width], values[:, rows.columns]
-            out = output.transpose(0, 1)
-            if len(layout) > 1:
-                q, out = q[:, tokens], out[:, tokens]
-            sums = _sums(q, k, v, rows, inputs.scale)
-            torch.div(sums[..., :width], sums[..., width : width + 1], out=out)
+        return self._layouts[id(mask)][1]
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend to the columns of the cache.
+
+        Without a cache, key and value have all columns, as `widen` makes them. Raises what `layout`
+        and `ExactCache.attend` raise.
+        """
+        if self.cache is not None:
+            return self.cache.attend(inputs, [self], [inputs.mask])
+        stored = [torch.stack([inputs.key[0], inputs.value[0]])[None]]
+        members = [(rows, stored) for rows in self.layout(inputs, inputs.mask)]
+        plan = Plan(members, inputs.key.shape[1], inputs.query)
+        return plan.attend(inputs.query, 0, inputs.scale)
 
 
 class PackedExactContext(PackedContext):
-    """`Context` of several sequences, which attend one by one."""
+    """`Context` of several sequences."""
 
     sequences: Sequence[ExactContext]
     cache: ExactCache
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend sequence by sequence; key and value cover the new rows alone.
-
-        Raises what `ExactContext.attend` raises.
-        """
-        query, place = inputs.query[0], id(inputs.mask)
-        output = query.new_empty(query.shape[1], *_heads(query, inputs.key))
-        _, masks = self._sequence_masks.get(place, (None, [None] * len(self.sequences)))
-        first = 0
-        for sequence, columns, mask in zip(self.sequences, self.cache.columns, masks, strict=True):
-            block = slice(first, first + sequence.tokens)
-            keys, values = columns[self.cache.layer]
-            parts = query[:, block], keys[0], values[0], mask, output[block]
-            sequence.attend_to(inputs, *parts)
-            first = block.stop
-        return output.view(1, len(output), -1, query.shape[2])
+        """Attend to the columns of the cache. Raises what `ExactContext.attend` raises."""
+        unknown = None, [None] * len(self.sequences)
+        _, masks = self._sequence_masks.get(id(inputs.mask), unknown)
+        return self.cache.attend(inputs, self.sequences, masks)
 
 
 class ExactCache(TreeCache):
     """Stores keys and values in float32, beside the ones that the arena has after them."""
 
-    columns: Sequence[Columns] = ()
-    """Of each sequence, once a layer has been updated."""
+    def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
+        super().__init__(sequences, rows)
+        self._keys: Tensor | None = None  # of the layer that was updated last
+        # For several sequences, of each slab: the keys and values of all its columns, by layer, the
+        # indices of its rows, None for all of them, and their columns.
+        self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
+        self._plans: dict[tuple[int, int], Plan] = {}
 
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `TreeCache.update` does it; rows that `ExactContext.repeat` adds are not stored."""
-        self.layer, width = layer_idx, key_states.shape[3]
+        """Store the keys and values of all rows, and return them: `attend` reads the columns."""
+        self.layer, self._keys = layer_idx, key_states
+        if not self._new and not self._slabs:
+            self._reserve(widen(key_states[:, :, :1]), *key_states.shape[2:])
         states = key_states, value_states
-        if not self.columns:
-            self._reserve(widen(key_states[:, :, :1]), width)
-        if self._packed is None:
-            (n,) = self.rows
+        if self._new:
             for storage, x in zip(self._new[layer_idx], states, strict=True):
-                storage.copy_(x if x.shape[2] == n else x[:, :, :n])
-            return self.columns[0][layer_idx]
-        wide = [x[0].float() for x in states]
-        for slab, rows, columns in self._packed.slabs:
-            for storage, x in zip(slab.layer(layer_idx), wide, strict=True):
-                x = x if rows is None else x.index_select(1, rows)
-                storage[..., :width].index_copy_(1, columns, x)
-        return key_states, value_states
+                storage.copy_(x if x.shape == storage.shape else x[:, :, : storage.shape[2]])
+            return states
+        wide = [x.float() for x in states]
+        for storages, rows, columns in self._slabs:
+            for storage, x in zip(storages[layer_idx], wide, strict=True):
+                x = x if rows is None else x.index_select(2, rows)
+                storage.index_copy_(2, columns, x)
+        return states
 
-    def _reserve(self, like: Tensor, width: int) -> None:
-        """Reserve columns for stored keys like these, whose first `width` numbers are written."""
+    def _reserve(self, like: Tensor, tokens: int, width: int) -> None:
+        """Reserve columns for stored keys like these, whose first `width` numbers are written.
+
+        Rows that `ExactContext.repeat` adds are stored in the columns after the last one, which no
+        row reads, as far as there is room.
+        """
         segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
         if len(segments) > 1:
-            self._packed = PackedRows(segments, like)
+            for slab, rows, columns in PackedRows(segments, like).slabs:
+                self._slabs.append((slab.views(slice(None), width), rows, columns))
         else:
             ((sequence, first, n),) = segments
-            sequence.reserve(like, like, first + n)
-            new = sequence.columns(first, first + n)
-            self._new = [(k[..., :width], v[..., :width]) for k, v in new]
-        self.columns = [x.columns(0, first + n) for x, first, n in segments]
+            region = sequence.reserve(like, like, first + n)
+            self._new = region.views(slice(first, min(first + tokens, region.columns)), width)
 
+    def attend(
+        self,
+        inputs: AttentionInputs,
+        sequences: Sequence[ExactContext],
+        masks: Sequence[Tensor | None],  # of each sequence, for the layer
+    ) -> Tensor:
+        """(1, tokens, heads, width) attention of the layer that was updated last.
 
-def _heads(query: Tensor, keys: Tensor) -> tuple[int, int, int]:
-    """Key heads, query heads of each, and the width, of (heads, n, width) queries."""
-    kv_heads = keys.shape[1]
-    return kv_heads, query.shape[0] // kv_heads, query.shape[2]
+        Raises an UnsupportedModelError if the layer attends to keys that it did not store, and what
+        `ExactContext.layout` raises.
+        """
+        if inputs.key is not self._keys:
+            raise UnsupportedModelError(
+                f"{type(inputs.module).__name__} does not attend to the keys that it stores, which "
+                "exact mode does not support"
+            )
+        key = id(inputs.mask), inputs.query.shape[1]
+        if key not in self._plans or inputs.needs_products:
+            members = [
+                (rows, cache.taken.parts)
+                for context, mask, cache in zip(sequences, masks, self.sequences, strict=True)
+                for rows in context.layout(inputs, mask)
+            ]
+            self._plans[key] = Plan(members, inputs.key.shape[1], inputs.query)
+        return self._plans[key].attend(inputs.query, self.layer, inputs.scale)
 
 
 def _consecutive_parts(
@@ -311,57 +443,6 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
         yield from _bounded_parts(visible, middle, end, places)
 
 
-def _sums(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
-    """(kv_heads, tokens, groups, columns of values) sums of the values, by row.
-
-    The queries are (kv_heads, tokens, groups, width), the keys (kv_heads, columns, width) in
-    float32. The values are (kv_heads, columns, more than width) in float32, with ones after the
-    values. `rows` are the keys that each token sees; `scale` multiplies the scores.
-    """
-    kv_heads, tokens, groups, width = queries.shape
-    if (missing := MIN_COLUMNS - keys.shape[1]) > 0:
-        keys = F.pad(keys, (0, 0, 0, missing))
-    padded, own, mask = rows.prepared(kv_heads, groups, width)
-    own.copy_(queries)
-    weights = torch.baddbmm(mask[None], padded, keys.transpose(1, 2), alpha=scale)
-    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-    if rows.sizes is not None:
-        sums = _add_consecutive(weights, values, rows.sizes)
-    else:
-        sums = _add_parts(weights, values, rows, groups)
-    return sums[:, : tokens * groups].unflatten(1, (tokens, groups))
-
-
-def _add_consecutive(weights: Tensor, values: Tensor, sizes: list[int]) -> Tensor:
-    """(kv_heads, rows, columns of values) sums over parts that follow each other."""
-    if weights.shape[2] > values.shape[1]:  # padding
-        weights = weights[..., : values.shape[1]]
-    pairs = zip(weights.split(sizes, 2), values.split(sizes, 1), strict=True)
-    sums = torch.bmm(*next(pairs))
-    for p, v in pairs:
-        sums.baddbmm_(p, v)
-    return sums
-
-
-def _add_parts(weights: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
-    """(kv_heads, rows, columns of values) sums over parts with columns and rows of their own."""
-    sums = values.new_zeros(*weights.shape[:2], values.shape[2])
-    for part in rows.parts:
-        if isinstance(part.columns, slice):
-            p, v = weights[:, :, part.columns], values[:, part.columns]
-        else:
-            p = weights.index_select(2, part.columns)
-            v = values.index_select(1, part.columns)
-        if (part.first, part.end) == (rows.first, rows.end):
-            sums.baddbmm_(p, v)
-        else:
-            first, end = ((x - rows.first) * groups for x in (part.first, part.end))
-            missing = _missing_rows(end - first, values.shape[2])
-            p, old = (F.pad(x[:, first:end], (0, 0, 0, missing)) for x in (p, sums))
-            sums[:, first:end] = torch.baddbmm(old, p, v)[:, : end - first]
-    return sums
-
-
 def _missing_rows(count: int, width: int) -> int:
     """Rows to add to products with `width` columns and any number of keys."""
     return -max(count, -(-MIN_SIZE // width)) // ROWS * -ROWS - count
@@ -370,7 +451,7 @@ def _missing_rows(count: int, width: int) -> int:
 def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows.
 
-    Passes of one token have two rows anyway; this is for the output head of a longer pass. Raises
+    Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises
     an UnsupportedModelError if a module computes products in another way.
     """
     for owner, name in _products(model):

@@ -41,8 +41,6 @@ Outputs: TypeAlias = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A captured function."""
-
     graph: torch.cuda.CUDAGraph  # the kernels
     inputs: tuple[Tensor, ...]  # the tensors that the kernels read
     outputs: Outputs  # what the kernels write; the next replay of any graph overwrites it

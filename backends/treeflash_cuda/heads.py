@@ -48,14 +48,11 @@ class Slots:
 
     @classmethod
     def read(cls, output: OutputStage, hidden: Tensor) -> Slots:
-        """The slots with these outputs of the last layer."""
         return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens that a head scores."""
-
     output: OutputStage  # of the drafter
     logits: Tensor  # (slots, v) of the marginals, of these tokens
     rows: RowIndex  # (n,) the slot of each query
@@ -625,11 +622,7 @@ class CorrelationHead(CandidateHead):
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
         self.module = module
         self.output = OutputStage(model, target)
-        self._vocab_size = target.vocab_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = target.vocab_size
 
     @torch.inference_mode()
     def candidates(

@@ -296,8 +296,6 @@ class TreeWrites:
 
 
 class RecurrentStates:
-    """The recurrent states of one sequence."""
-
     def __init__(self, transposed: frozenset[int]) -> None:
         self.transposed = transposed  # layers whose matrices have values before keys
         self.committed = CommittedStates()  # after the last committed position
@@ -357,7 +355,6 @@ class SequenceRows:
 
     @property
     def nodes(self) -> TreeNodes:
-        """The nodes of the tree."""
         assert self.tree is not None
         assert self.ancestors is not None
         return TreeNodes(self.ancestors[None], self.tree.parents)
@@ -371,7 +368,6 @@ class RecurrentCache(TreeCache):
     """`TreeCache` with recurrent states, under the names by which transformers' models use them."""
 
     def begin(self, attention_slots: dict[int, int], device: torch.device) -> None:
-        """Prepare a forward pass."""
         # The index of every attention layer among the attention layers, by its index among all
         # layers; layers are added when they are called first.
         self.attention_slots = attention_slots
@@ -596,7 +592,6 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         self._writes: dict[Key, Writes] = {}
 
     def outputs(self) -> list[Tensor]:
-        """See `TreeWrites.outputs`."""
         found = [torch.stack([self._inputs[key] for key in keys]) for keys in self.layout.tails]
         for keys in self.layout.matrices:
             writes = [self._writes[key] for key in keys]

@@ -128,8 +128,6 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.config = config
@@ -166,8 +164,6 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The only layer."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -218,7 +214,6 @@ class RowModel(nn.Module):
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """The layers that have a KV cache."""
         return [self.layer]
 
     def project(self, features: Tensor) -> Tensor:

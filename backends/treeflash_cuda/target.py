@@ -48,7 +48,9 @@ from treeflash_cuda.attention import (
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
 from treeflash_cuda.exact import (
+    CACHE_NBYTES,
     LINEAR_ROWS,
+    STREAMED_ROWS,
     ExactCache,
     ExactContext,
     PackedExactContext,
@@ -393,6 +395,7 @@ class Target:
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
         self.is_exact = False  # see `make_exact`
+        self.token_rows = LINEAR_ROWS  # of a lone token in exact mode on a CPU
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
@@ -497,6 +500,8 @@ class Target:
                 use_kernel_for_products(self.model)
             else:
                 pad_products(self.model)
+                if sum(x.numel() * x.itemsize for x in self.model.parameters()) > CACHE_NBYTES:
+                    self.token_rows = STREAMED_ROWS
                 pack_activations(self.model, self.dtype)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None
@@ -633,9 +638,12 @@ class Target:
         indices; and (n, hidden_size) outputs of the captured layers, by index.
         """
         rows = len(token_ids)
-        if isinstance(context, ExactContext) and rows < LINEAR_ROWS:
-            context.repeat(LINEAR_ROWS)
-            token_ids = token_ids.repeat(LINEAR_ROWS)
+        if isinstance(context, ExactContext):
+            assert isinstance(cache, ExactCache)
+            context.cache = cache
+            if rows < LINEAR_ROWS:
+                context.repeat(self.token_rows)
+                token_ids = token_ids.repeat(self.token_rows)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
         with attention_context(context) as outputs, running:
             output = self.model(

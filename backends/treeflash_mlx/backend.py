@@ -126,7 +126,6 @@ class MlxBackend(BaseBackend):
         return arrays_nbytes(arrays)
 
     def device_report(self) -> DeviceReport:
-        """As `DeviceReport` describes it."""
         return DeviceReport(
             facts=device_facts(),
             available_bytes=available_bytes(),
@@ -329,7 +328,6 @@ def load_row_head(
 
 
 def read_file(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file by name."""
     tensors: Any = mx.load(str(path), format="safetensors")  # another type for each format
     return dict(tensors)
 

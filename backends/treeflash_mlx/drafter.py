@@ -82,8 +82,6 @@ class OutputStage:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block."""
-
     root: int  # token id of the first slot
     hidden: mx.array  # (D, hidden_size) outputs of the last layer at the wanted slots
     slots: mx.array  # (S, hidden_size) outputs of the last layer at all slots

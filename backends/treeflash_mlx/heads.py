@@ -74,14 +74,11 @@ class Slots:
 
     @classmethod
     def read(cls, output: OutputStage, hidden: mx.array) -> Slots:
-        """The slots with these outputs of the last layer."""
         return cls(output, hidden, output.norm(hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """The tokens of blocks that a head scores."""
-
     output: OutputStage
     logits: mx.array  # (batch, D, v) of the marginals
     rows: mx.array  # (batch, n) the depth of each query, from 0
@@ -622,11 +619,7 @@ class CorrelationHead(CandidateHead):
     def __init__(self, module: Correlation, model: DrafterModel, target: Target) -> None:
         self.module = module
         self.output = OutputStage(model, target)
-        self._vocab_size = target.vocab_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = target.vocab_size
 
     def candidates(
         self, block: Block

@@ -30,20 +30,8 @@ from numpy.typing import NDArray
 from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
-from treeflash_mlx.metal_kernels import (
-    ROUNDING,
-    choose,
-    make_kernel,
-    relative_error,
-    uses_kernels,
-)
-from treeflash_mlx.metal_kernels.gated_delta import (
-    SLOTS,
-    Steps,
-    depth_first,
-    run_nodes,
-    runs_shape,
-)
+from treeflash_mlx.metal_kernels import ROUNDING, choose, make_kernel, relative_error, uses_kernels
+from treeflash_mlx.metal_kernels.gated_delta import SLOTS, Steps, depth_first, run_nodes, runs_shape
 
 Solver: TypeAlias = Callable[[mx.array, mx.array, int], mx.array]
 """Returns u with (1 + M) u = b.
@@ -469,9 +457,7 @@ FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes | Steps]]] = {
 
 
 def rebind(
-    module: nn.Module,
-    functions: Mapping[str, Callable[..., Any]],
-    current: Callable[[], Any],
+    module: nn.Module, functions: Mapping[str, Callable[..., Any]], current: Callable[[], Any]
 ) -> set[str]:
     """Let the methods of one module, and of no other, call other functions in a pass over trees.
 

@@ -99,8 +99,6 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of rows."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.config = config
@@ -150,8 +148,6 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The only layer."""
-
     def __init__(self, config: RowConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -224,8 +220,7 @@ class RowModel(nn.Module):
 class RowCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
-    The row of the last position holds the token after it, which is not committed: it is computed
-    again for every draft.
+    The last position's row has an uncommitted token: it is computed again for every draft.
     """
 
     layers_without_keys = 1  # the last, which has the states as (1, 1, columns, hidden_size)
@@ -248,8 +243,7 @@ class RowCache(KVCache):
 class RowBlock:
     """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
-    The sequence has `length` rows, the root's last. The cache is the sequence's, or with Gemma 4's
-    assistant the target's.
+    It has `length` rows. For Gemma 4's assistant `cache` is the target's.
     """
 
     root: int
@@ -352,9 +346,8 @@ def attend(
 ) -> mx.array:
     """(sequences * n, heads, head_dim) attention of each sequence's rows to its own columns.
 
-    The queries are (1, heads, sequences * n, head_dim). `ends` are the columns of each sequence
-    that its rows see, or that are masked; (sequences, n, c) `visible` is about the last c of them,
-    None if n is 1.
+    The queries are (1, heads, sequences * n, head_dim). A sequence's rows see its columns before
+    its end; of the last c, (sequences, n, c) `visible` tells which, None if n is 1.
     """
     n, out = queries.shape[2] // len(caches), []
     for i, (cache, end) in enumerate(zip(caches, ends, strict=True)):

@@ -82,7 +82,6 @@ class State(BaseState[KVCache, RecurrentStates]):
         return new
 
     def context_arrays(self) -> list[mx.array]:
-        """The arrays of the context."""
         return [part.rows if isinstance(part, Unprojected) else part for part in self.context]
 
     def recurrent_states(self) -> RecurrentStates | None:

@@ -264,11 +264,7 @@ class Target:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: mx.Dtype | None,
-        kv_bits: int | None,
-        adapter: Path | None = None,
+        self, folder: Path, dtype: mx.Dtype | None, kv_bits: int | None, adapter: Path | None = None
     ) -> None:
         """Load a folder in the Hugging Face format, whose weights mlx-lm may have quantised.
 

@@ -26,9 +26,7 @@ NORM_EPS = 1e-6
 class Head(nn.Module):
     """h' = h + correction([norm(embedding); u]), with u = norm(h): the head `swiglu` or `linear`.
 
-    Args:
-        tensors: of the head, under their names without the prefix.
-        like: has the dtype and the device for the weights.
+    `tensors` are the head's, without prefix; `like` has the dtype and device of the weights.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], like: Tensor) -> None:

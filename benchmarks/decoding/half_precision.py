@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from operator import ne
 from pathlib import Path
@@ -29,7 +29,16 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from benchmarks.common import Parser, Row, describe, mean_row, names, show, write_json
+from benchmarks.common import (
+    Parser,
+    Row,
+    alternate_ms,
+    describe,
+    mean_row,
+    names,
+    show,
+    write_json,
+)
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model, parse_budget
 from treeflash.config import METHODS
@@ -73,6 +82,7 @@ def parser() -> Parser:
     options.add_argument(
         "--speed", action="store_true", help="measure what exact mode costs instead"
     )
+    options.add_number("--repeats", 2, "measured rounds of --speed")
     add_model_options(options)
     return options
 
@@ -173,7 +183,8 @@ def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, floa
 def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
     """Tokens per second without and with exact mode, for each set, method and number of sequences.
 
-    They take turns by prompt, or by as many prompts as are decoded at once.
+    They take turns with the same prompts, after a round that warms up and measures the costs of
+    forward passes. Times are medians, because other programs disturb some rounds.
     """
     models = [
         load_model(argparse.Namespace(**{**vars(args), "dtype": dtype, "exact": exact}))
@@ -183,22 +194,36 @@ def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
     for path in args.prompts:
         prompts = [encode(models[0].tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
         for method, parallel in product(methods, args.parallel):
-            tokens, seconds = np.zeros(2), np.zeros(2)
+            tokens, ms = np.zeros(2), np.zeros(2)
             options = {"method": method, "max_tokens": args.max_tokens, "parallel": parallel}
             starts = range(0, len(prompts), parallel)
-            for number, start in enumerate(track(starts, f"{path.stem}, {method}, {parallel}")):
-                for i in (0, 1) if number % 2 else (1, 0):
-                    started = time.perf_counter()
-                    part = prompts[start : start + parallel]
-                    texts = list(models[i].generate_many(part, **options))
-                    seconds[i] += time.perf_counter() - started
-                    tokens[i] += sum(len(text.token_ids) for _, text in texts)
-            plain, exact = (tokens / seconds).tolist()
+            for start in track(starts, f"{path.stem}, {method}, {parallel}"):
+                part = prompts[start : start + parallel]
+                counts = [0, 0]
+                calls = [
+                    partial(_count_tokens, model, part, options, counts, i)
+                    for i, model in enumerate(models)
+                ]
+                ms += alternate_ms(calls, args.repeats)
+                tokens += counts
+            plain, exact = (1000 * tokens / ms).tolist()
             yield {
                 **{"dtype": dtype, "set": path.stem, "method": method, "parallel": parallel},
                 **{"prompts": len(prompts), "tokens_per_s": plain, "exact_tokens_per_s": exact},
                 "ratio": exact / plain,
             }
+
+
+def _count_tokens(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    counts: list[int],
+    place: int,
+) -> None:
+    """Decode prompts, and write the number of their tokens to a place of `counts`."""
+    texts = model.generate_many(prompts, **options)
+    counts[place] = sum(len(text.token_ids) for _, text in texts)
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -121,9 +121,20 @@ def test_scales_of_peft(
     [
         ("peft", PEFT | {"use_dora": True}, "adapters with use_dora are not supported"),
         ("peft", PEFT | {"modules_to_save": ["lm_head"]}, "adapters with modules_to_save are"),
+        *(
+            ("peft", PEFT | {name: value}, f"adapters with {name} are not supported")
+            for name, value in (
+                ("lora_bias", True),
+                ("target_parameters", ["experts.down_proj"]),
+                ("fan_in_fan_out", True),
+            )
+        ),
         ("peft", PEFT | {"bias": "all"}, "adapters with bias 'all' are not supported"),
         ("peft", PEFT | {"peft_type": "IA3"}, "adapters of type IA3 are not supported; use LoRA"),
-        ("peft", PEFT | {"init_lora_weights": "pissa"}, "change the base model"),
+        *(
+            ("peft", PEFT | {"init_lora_weights": start}, "change the base model")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "PiSSA")
+        ),
         ("mlx", MLX | {"fine_tune_type": "dora"}, "adapters of type 'dora' are not supported"),
         ("mlx", MLX | {"fine_tune_type": "full"}, "adapters of type 'full' are not supported"),
     ],

@@ -1,12 +1,16 @@
 """What the trainer makes works in both backends alike."""
 
+import json
+
 import numpy as np
 import pytest
+from small_training import write_predictable_target
 
+from treeflash import adapt
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.testing import require
-from treeflash.testing.models import write_target
+from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 
@@ -53,3 +57,19 @@ def test_a_trained_drafter_decodes_alike_everywhere(head, tmp_path):
         assert left.tokens == right.tokens
         if left.tree is not None:
             np.testing.assert_array_equal(left.path, right.path)
+
+
+def test_a_drafter_is_adapted_where_mlx_answers(tmp_path, capsys):
+    """PyTorch trains, on the CPU where it has no GPU; `--backend` and `--device` are MLX's."""
+    target, drafter = write_predictable_target(tmp_path / "target", "llama"), tmp_path / "drafter"
+    write_drafter(drafter, target, seed=2, block_size=5, layers=2)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"id": n, "prompt": "abcde"[n:]}) + "\n" for n in range(4))
+    )
+    folders = ["--target", target, "--drafter", drafter, "--prompts", prompts]
+    options = "--backend mlx --device cpu --dtype float32 --max-tokens 12 --steps 1 --sequences 1"
+    options += " --measured 1 --validation-sequences 1 --anchors 4 --top-tokens 8"
+    arguments = [*map(str, folders), "--output", str(tmp_path / "out"), *options.split()]
+    assert adapt.main(arguments) == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").exists()

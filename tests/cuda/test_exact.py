@@ -192,6 +192,19 @@ def test_one_token_has_two_rows_and_one_column(tmp_path):
     assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 2)]
 
 
+def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("treeflash_cuda.target.CACHE_NBYTES", 0)
+    backend = load_exact(write(tmp_path))  # compares them with trees and prompts
+    rows = []
+    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
+    with SequenceSession(backend, capacity=4) as sequence:
+        sequence.extend([3, 4, 5])
+        assert len(sequence.logits(DraftTree.root_only(3))) == 1
+        sequence.commit(np.zeros(1, np.int32))
+        assert sequence.state.kv_cache.length == sequence.state.length == 4
+    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 4)]
+
+
 def test_kernels_are_exact(tmp_path, monkeypatch):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
+
+from treeflash.serving.anthropic import MessagesRequest
+from treeflash.serving.errors import APIError
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -87,13 +91,160 @@ def test_a_conversation_with_calls_continues(client):
     assert usage.input_tokens + usage.cache_read_input_tokens == counted.input_tokens
 
 
-def test_thinking(client):
-    found = client.messages.create(
-        model=NAME,
-        max_tokens=8,
-        messages=HELLO,
-        thinking={"type": "enabled", "budget_tokens": 4},
+def conversation(supports_reasoning=True, **fields):
+    """What the model gets to see of a request."""
+    request = MessagesRequest(**{"messages": HELLO, "max_tokens": 9, **fields})
+    return request.conversation(supports_reasoning=supports_reasoning)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_all_of_a_conversation_reaches_the_model():
+    calls = [
+        {"type": "tool_use", "id": f"call_{i}", "name": "paint", "input": {"colour": colour}}
+        for i, colour in enumerate(("red", "green"))
+    ]
+    results = [
+        {"type": "tool_result", "tool_use_id": "call_0", "content": "Done."},
+        {"type": "tool_result", "tool_use_id": "call_1", "content": parts("No", "green.")},
+        {"type": "tool_result", "tool_use_id": "call_2"},
+    ]
+    results[1]["is_error"] = True
+    thought = {"type": "thinking", "thinking": "Both?", "signature": ""}
+    messages = [
+        {"role": "user", "content": parts("Paint ", "it.")},
+        {"role": "assistant", "content": [thought, *parts("I paint."), *calls]},
+        {"role": "user", "content": [*results, *parts("Again.")]},
+    ]
+    asked = [
+        {
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": "paint", "arguments": call["input"]},
+        }
+        for call in calls
+    ]
+    assert conversation(messages=messages, system=parts("Be brief.", "Be kind.")).messages == [
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "Paint it."},
+        {
+            "role": "assistant",
+            "content": "I paint.",
+            "reasoning_content": "Both?",
+            "tool_calls": asked,
+        },
+        {"role": "tool", "tool_call_id": "call_0", "content": "Done."},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Error: No\n\ngreen."},
+        {"role": "tool", "tool_call_id": "call_2", "content": ""},
+        {"role": "user", "content": "Again."},
+    ]
+    only_results = [{"role": "user", "content": results[:1]}]
+    assert [x["role"] for x in conversation(messages=only_results).messages] == ["tool"]
+    empty = [{"role": "user", "content": []}]
+    assert conversation(messages=empty).messages == [{"role": "user", "content": ""}]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "supported", "args"),
+    [
+        (None, True, {}),
+        ("adaptive", True, {"enable_thinking": True}),
+        ("adaptive", False, {}),
+        ("enabled", True, {"enable_thinking": True}),
+        ("disabled", True, {"enable_thinking": False}),
+        ("disabled", False, {}),
+    ],
+)
+def test_whether_the_model_reasons(thinking, supported, args):
+    fields = {} if thinking is None else {"thinking": {"type": thinking}}
+    assert conversation(supported, **fields).template_args == args
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [*HELLO, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "call_1", "name": "paint", "input": {}}
+        ]}]}, "messages"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ],
+)  # fmt: skip
+def test_fields_that_do_not_fit(fields, param):
+    with pytest.raises(APIError) as caught:
+        conversation(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_fields_keep_their_meaning():
+    tool = {"name": "paint", "description": "Paints.", "input_schema": {}, "strict": True}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
+    request = MessagesRequest(
+        messages=HELLO, max_tokens=9, stop_sequences=["a"], tools=[tool], **sampling
     )
+    options = request.decoding().options()
+    assert options == {"max_tokens": 9, "stop": ["a"], **sampling}
+    (function,) = request.conversation(supports_reasoning=False).tools.functions
+    expected = {"name": "paint", "description": "Paints.", "parameters": {}, "strict": True}
+    assert function == {"type": "function", "function": expected}
+
+
+def test_a_budget_of_reasoning_is_below_the_length():
+    for budget in (8, 9):
+        thinking = {"type": "enabled", "budget_tokens": budget}
+        request = MessagesRequest(messages=HELLO, max_tokens=9, thinking=thinking)
+        if budget == 9:
+            with pytest.raises(APIError, match=r"below max_tokens \(9\)"):
+                request.decoding()
+        else:
+            assert request.decoding().max_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"stop_sequences": ["a"] * 17},
+        {"stop_sequences": [""]},
+        {"tools": [{**TOOL, "name": f"f{i}"} for i in range(257)]},
+        {"tools": [{**TOOL, "name": "two words"}]},
+        {"messages": []},
+        {"thinking": {"type": "enabled", "budget_tokens": 0}},
+        {"service_tier": "flex"},
+    ],
+)
+def test_values_out_of_range(fields):
+    with pytest.raises(ValidationError) as caught:
+        conversation(**fields)
+    assert {error["loc"][0] for error in caught.value.errors()} == set(fields)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_that_ends_by_itself(model, serve, stream):
+    end = min(model.tokenizer.stop_token_ids)
+    server = serve(defaults={"logit_bias": {end: 100.0}})
+    body = {"messages": HELLO, "max_tokens": 9, "stream": stream, "stop_sequences": ["a"]}
+    response = server.post("/v1/messages", body)
+    for field in ('"stop_reason":"end_turn"', '"stop_sequence":null', '"output_tokens":1'):
+        assert field in response.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking(client, stream):
+    fields = {"model": NAME, "max_tokens": 8, "messages": HELLO}
+    fields["thinking"] = {"type": "enabled", "budget_tokens": 4}
+    if stream:
+        with client.messages.stream(**fields) as events:
+            found = events.get_final_message()
+    else:
+        found = client.messages.create(**fields)
     (block,) = found.content
     assert (block.type, bool(block.thinking)) == ("thinking", True)
 
@@ -165,3 +316,7 @@ def test_a_failure_ends_the_stream_with_an_error(server, client, monkeypatch):
         client.messages.stream(model=NAME, max_tokens=9, messages=HELLO) as stream,
     ):
         stream.until_done()
+    body = {"messages": HELLO, "max_tokens": 9, "stream": True}
+    text = server.post("/v1/messages", body).text
+    assert text.startswith("event: error\n")
+    assert text.count("data: ") == 1, "nothing follows an error"

@@ -22,6 +22,10 @@ def text(**fields):
     return TEXT, {"prompt": "Hi", "max_tokens": 4, **fields}
 
 
+def function(name):
+    return {"type": "function", "function": {"name": name}}
+
+
 # A request, and what its error must say; the status is 400.
 WRONG = [
     # Decoding
@@ -76,7 +80,18 @@ WRONG = [
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     (chat(logprobs=3), "logprobs"),
-    # Fields that this server does not have
+    (chat(stop=["a" * 1001]), "stop"),
+    (chat(presence_penalty=-2.1), "presence_penalty"),
+    (chat(frequency_penalty=2.1), "frequency_penalty"),
+    (chat(repetition_penalty=101), "repetition_penalty"),
+    (chat(logit_bias={"5": -101}), "logit_bias"),
+    (chat(logit_bias={"5": 101}), "logit_bias"),
+    # Fields and values that this server does not have
+    (chat(store=True), "store"),
+    (chat(service_tier="flex"), "service_tier"),
+    (chat(reasoning_effort="much"), "reasoning_effort"),
+    (chat(verbosity="loud"), "verbosity"),
+    (chat(metadata={"a": 1}), "metadata"),
     (chat(audio={}), "audio is not supported"),
     (chat(modalities=["text", "audio"]), "modalities.1"),
     (chat(web_search_options={}), "web_search_options is not supported"),
@@ -93,6 +108,11 @@ WRONG = [
     (text(suffix="x"), "suffix is not supported"),
     (text(echo="yes"), "echo"),
     (text(best_of=2), "best_of"),
+    # Tools
+    (chat(tools=[function("f")] * 257), "tools: List should have at most 256 items"),
+    (chat(tools=[function("two words")]), "tools.0.function.name"),
+    (chat(tools=[function("a" * 129)]), "tools.0.function.name"),
+    (chat(tools=[function("")]), "tools.0.function.name"),
     # Prompts
     ((CHAT, {}), "messages"),
     ((CHAT, {"messages": []}), "messages"),
@@ -228,7 +248,9 @@ def test_content_type(server, kind):
 )
 def test_paths(server, method, path, status):
     json = {} if method == "POST" else None
-    check_error(server.client.request(method, path, json=json), status, "")
+    response = server.client.request(method, path, json=json)
+    check_error(response, status, "")
+    assert bool(response.headers.get("Allow")) == (status == 405)
 
 
 def test_error_before_a_stream_has_a_status(server):

@@ -81,12 +81,18 @@ def test_answers_have_successive_seeds(server, model):
     assert streamed == texts
 
 
+def test_the_seed_after_the_largest_is_0(server, model):
+    body = {"messages": MESSAGES, "max_tokens": 12, "n": 2, **SAMPLED, "seed": 2**64 - 1}
+    second = server.post(PATH, body).json()["choices"][1]["message"]["content"]
+    assert second == expected(model, **{**SAMPLED, "seed": 0, "max_tokens": 12}).text
+
+
 def test_without_a_seed_answers_differ(server):
     texts = {
         server.chat(temperature=2, max_tokens=16).json()["choices"][0]["message"]["content"]
-        for _ in range(3)
+        for _ in range(4)
     }
-    assert len(texts) > 1
+    assert len(texts) == 4
 
 
 def test_stop_string(server, model):
@@ -171,6 +177,12 @@ def test_defaults_of_the_server(serve, model):
     choice = server.post(PATH, {"messages": MESSAGES[1:]}).json()["choices"][0]
     result = model.generate(MESSAGES, max_tokens=9, temperature=1.0, seed=5)
     assert choice["message"]["content"] == result.text
+    own = [{"role": "system", "content": "Be wordy!!"}, *MESSAGES[1:]]
+    counts = [
+        server.post("/tokenize", {"messages": messages}).json()["count"]
+        for messages in (MESSAGES, MESSAGES[1:], own)
+    ]
+    assert counts[0] == counts[1] == counts[2] - 1, "it stands in for a system message"
 
 
 def test_messages_in_parts_and_of_developers(server):
@@ -195,8 +207,9 @@ def test_chat_template_variables(server):
 
 
 def test_max_completion_tokens(server):
-    usage = server.chat(max_completion_tokens=5, max_tokens=5, ignore_eos=True).json()["usage"]
-    assert usage["completion_tokens"] == 5
+    for more in ({}, {"max_tokens": 5}):
+        usage = server.chat(max_completion_tokens=5, ignore_eos=True, **more).json()["usage"]
+        assert usage["completion_tokens"] == 5
 
 
 NOTHING = {
@@ -223,9 +236,14 @@ def test_reasoning_effort(server):
     """As in `/v1/responses`."""
     counts = [
         server.chat(max_tokens=1, **more).json()["usage"]["prompt_tokens"]
-        for more in ({}, {"reasoning_effort": "none"}, {"reasoning_effort": "high"})
+        for more in (
+            {},
+            *({"reasoning_effort": effort} for effort in ("none", "minimal", "low", "high")),
+            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
+        )
     ]
-    assert counts[0] == counts[1] == counts[2] - len("<think>")
+    more = counts[0] + len("<think>")
+    assert counts == [counts[0], counts[0], counts[0], more, more, counts[0]]
 
 
 def test_names_of_participants(server):

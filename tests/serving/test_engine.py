@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+from contextlib import suppress
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from servers import Gate, check_error, parse, serving, wait_until
 
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, NumericalError
+from treeflash.serving import application
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
 from treeflash.serving.settings import GIB, Settings
@@ -72,13 +77,90 @@ def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, s
     if stream:
         body = {"prompt": "A", "stream": True}
         with server.client.stream("POST", "/v1/completions", json=body) as response:
-            assert says in response.read().decode()
+            text = response.read().decode()
+        assert says in text
+        assert "[DONE]" not in text, "the answer would seem complete"
     else:
         check_error(server.complete("A"), status, says)
     assert server.engine.unfinished == 0
+    metrics = server.client.get("/metrics").text
+    assert "treeflash:request_failure_total 1.0" in metrics
+    assert "request_success_total{" not in metrics
     assert server.complete("A", max_tokens=3, ignore_eos=True).status_code == 200
     tracebacks = [record for record in caplog.records if record.exc_info]
     assert bool(tracebacks) == isinstance(error, KeyError)
+
+
+def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
+    server = serve()
+    scheduler = server.engine._scheduler
+    step = scheduler.step
+
+    def fail_first():
+        events = step()
+        if len(events) == 3:
+            events[0] = events[0][0], NumericalError("logits are not finite")
+        return events
+
+    monkeypatch.setattr(scheduler, "step", fail_first)
+    check_error(server.complete("A", n=3, max_tokens=400, ignore_eos=True), 500, "not finite")
+    assert server.engine.unfinished == 0
+    assert not scheduler.busy
+    assert "treeflash:request_failure_total 3.0" in server.client.get("/metrics").text
+    assert not [record for record in caplog.records if record.exc_info]
+    assert server.complete("A", max_tokens=3).status_code == 200
+
+
+def test_an_answer_that_cannot_be_added_fails_alone(serve, monkeypatch):
+    """And no part of it is decoded."""
+    server = serve()
+    scheduler = server.engine._scheduler
+    submit = scheduler.submit_group
+    first = list(server.engine.model.tokenizer.encode("A"))
+
+    def fail(requests):
+        if list(requests[0].prompt_ids) != first:
+            raise KeyError("a fault")
+        return submit(requests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "submit_group", fail)
+        check_error(server.complete(["A", "B"], n=2), 500, "its log has the reason")
+        assert not scheduler.busy
+    assert server.engine.unfinished == 0
+    assert server.complete("A", max_tokens=3).status_code == 200
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_status_tells_whether_the_device_was_lost(model, failing, monkeypatch, lost):
+    """And no thread of a framework is left, beside which the interpreter would abort."""
+    started = []
+
+    class WatchedServer(application.Server):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    def post():
+        wait_until(lambda: started and started[0].started)
+        if not lost:
+            started[0].handle_exit(signal.SIGTERM, None)
+            return
+        port = started[0].servers[0].sockets[0].getsockname()[1]
+        with suppress(httpx.TransportError):  # the server ends
+            httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "A"})
+
+    monkeypatch.setattr(application, "Server", WatchedServer)
+    if lost:
+        loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
+        failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
+    client = threading.Thread(target=post)
+    client.start()
+    where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
+    status = application.serve(lambda: model, Settings(), {}, ("tiny",), **where)
+    assert bool(status) == lost
+    client.join()
+    assert not started[0]._engine._thread.is_alive()
 
 
 def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing):

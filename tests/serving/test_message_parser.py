@@ -78,11 +78,31 @@ def test_a_broken_call_becomes_content(tokenizer, size, end):
     assert parser.content.endswith(end.removeprefix("</call>"))
 
 
-@pytest.mark.parametrize("call", ['{"arguments": {}}', '{"name": "add", "arguments": "a"}', "[1]"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"arguments": {}}',
+        '{"name": "add", "arguments": "a"}',
+        "[1]",
+        '{"name": "add", "arguments": {"a": NaN}}',
+        '{"name": "add", "arguments": {"a": -Infinity}}',
+        '{"name": "add", "arguments": {"a": "\\ud800"}}',
+        '{"name": "\\udfff", "arguments": {}}',
+    ],
+)
 def test_what_is_not_a_call_is_content(tokenizer, call):
+    """And what no response could hold as JSON."""
     parser, _ = read(tokenizer, f"Hello.<call>{call}</call>", 6)
     assert parser.content == f"Hello.{call}"
     assert not parser.calls
+
+
+@pytest.mark.parametrize("call", ["{", "[" * 100_000])
+def test_a_broken_call_in_the_prompt_makes_all_of_the_answer_content(tokenizer, call):
+    prompt = f"{PROMPT}<call>{call}</call>"
+    parser, _ = read(tokenizer, f"Hello.{ADD}", 6, prompt=prompt)
+    assert parser.content == f"Hello.{ADD}"
+    assert not MessageForm(TEMPLATE, prompt).in_reasoning
 
 
 def test_an_unfinished_call_is_kept(tokenizer):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Gate, wait_until
 
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.loop import Step
+from treeflash.decoding.tree import DraftTree
+from treeflash.serving.metrics import Metrics
+from treeflash.text.stream import Chunk
 
 
-def values(server):
+def samples(text):
     """Each sample by its name, with its labels if it has any."""
     return {
         sample.name.removeprefix("treeflash:") + "".join(sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(server.client.get("/metrics").text)
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def values(server):
+    return samples(server.client.get("/metrics").text)
 
 
 def test_counts_are_those_of_the_usage(serve):
@@ -43,7 +55,11 @@ def test_counts_are_those_of_the_usage(serve):
     ):
         assert found[f"{name}_count"] == count
         assert found[f"{name}_sum"] >= 0
-    assert found["e2e_request_latency_seconds_sum"] >= found["time_to_first_token_seconds_sum"] > 0
+    first, between = (
+        found[f"{name}_seconds_sum"] for name in ("time_to_first_token", "inter_token_latency")
+    )
+    assert min(first, between) > 0
+    assert found["e2e_request_latency_seconds_sum"] == pytest.approx(first + between)
     assert found["num_requests_running"] == found["num_requests_waiting"] == 0
     assert found["exactfloat32 rounding may differ"] == 0
     assert found["batches"] == 1
@@ -99,3 +115,56 @@ def test_whether_drafting_is_on(serve, monkeypatch):
         found = values(server)
         states = [found[f"drafting{state}"] for state in ("on", "paused", "no_drafter")]
         assert states == [not paused, paused, 0]
+
+
+def chunk(tokens, **fields):
+    step = Step(tuple(range(tokens)), **fields)
+    return Chunk("", step.tokens, step, None)
+
+
+def test_tokens_and_seconds():
+    """A prompt waits and is run; an iteration drafts, and another one verifies its root alone."""
+    metrics = Metrics()
+    metrics.count_prefill(chunk(1, cached_tokens=4, seconds={"prefill": 0.5}), 10, 2.0)
+    tree = DraftTree.chain(np.arange(6, dtype=np.int32))
+    metrics.count_iteration(chunk(3, tree=tree, path=np.arange(3)), 0.6)
+    metrics.count_iteration(chunk(1, tree=tree.first(1), path=np.arange(1)), 0.2)
+    metrics.count_finish("stop", 5.0)
+    metrics.count_failures(3)
+    expected = {
+        "prompt_tokens_total": 10,
+        "prefix_cache_queries_total": 10,
+        "prefix_cache_hits_total": 4,
+        "generation_tokens_total": 5,
+        "time_to_first_token_seconds_sum": 2.0,
+        "request_queue_time_seconds_sum": 1.5,
+        "inter_token_latency_seconds_count": 4,
+        "inter_token_latency_seconds_sum": 0.8,
+        "spec_decode_num_drafts_total": 1,
+        "spec_decode_num_draft_tokens_total": 5,
+        "spec_decode_num_accepted_tokens_total": 2,
+        "request_success_totalstop": 1,
+        "e2e_request_latency_seconds_sum": 5.0,
+        "request_failure_total": 3,
+    }
+    found = samples(metrics.text().decode())
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_nothing_is_drafted_without_a_drafter():
+    """Except copies of the text, which the method `suffix` drafts. A backend may be exact."""
+    budgets = AdaptiveBudgets(VerifyCosts({1: 1.0}))
+    backend = SimpleNamespace(drafter=None, inexact=None)
+    scheduler = SimpleNamespace(
+        running=1, waiting=2, nbytes=3, backend=backend, budgets=budgets, prefix_cache=None
+    )
+    metrics = Metrics()
+    for states in ((0, 0, 1), (1, 0, 0)):
+        metrics.update_gauges(scheduler)
+        found = samples(metrics.text().decode())
+        names = ("on", "paused", "no_drafter")
+        assert tuple(found[f"drafting{name}"] for name in names) == states
+        budgets.get("suffix", lambda: pytest.fail("the costs are known"))
+    sizes = {"num_requests_running": 1, "num_requests_waiting": 2, "kv_cache_bytes": 3}
+    assert {name: found[name] for name in sizes} == sizes
+    assert (found["exact"], found["prefix_cache_bytes"]) == (1, 0)

@@ -17,10 +17,15 @@ def test_files_need_no_key_and_have_a_policy(serve, path):
     assert response.status_code == 200
     assert server.client.head(path).status_code == 200  # Claude Code sends it first
     assert response.headers["content-type"].startswith("text/")
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
+    directives = response.headers["content-security-policy"].split("; ")
+    policy = {name: sources for name, *sources in map(str.split, directives)}
+    # What `default-src` does not stand in for, too.
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy.pop(name) == ["'none'"]
+    assert policy.pop("img-src") == ["data:"]
+    assert {source for sources in policy.values() for source in sources} == {"'self'"}
     assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
 
 
 @pytest.mark.parametrize("name", page.FILES)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 
+import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
 from servers import serving
@@ -13,9 +14,13 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from treeflash.errors import ConfigError, NumericalError, PromptError
 from treeflash.serving import authentication
+from treeflash.serving.application import application as app_of
 from treeflash.serving.authentication import AuthenticationMiddleware
+from treeflash.serving.errors import APIError
 from treeflash.serving.relay import relay_application
+from treeflash.serving.service import Service
 from treeflash.serving.settings import Settings
 
 KEYS = ("first-key", "second-key", "third-key", "Fourth key", "fünfter")
@@ -203,6 +208,9 @@ def test_each_key_has_its_own_salt(count):
     asyncio.run(send_all(bearer))
     assert len(set(salts)) == count
     assert not set(salts) & {"", None, *keys}
+    # Nor may anyone find another text with the salt of a key: that would be a key, too.
+    assert {len(bytes.fromhex(salt)) for salt in salts} == {32}
+    assert {len(set(digits)) for digits in zip(*salts, strict=True)} == {16}
     first = salts.copy()
     salts.clear()
     asyncio.run(send_all(lambda key: {"x-api-key": key}))
@@ -353,6 +361,16 @@ def test_all_pieces_of_a_body_must_arrive_in_time(application, path):
     assert answer.pieces_read < len(slow)
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE"])
+def test_the_ingress_reads_no_body_without_a_limit(started, method):
+    """Which only a POST has, as no other route reads a body."""
+    server, relayed = started(max_body_mb=0.01), []
+    app = ingress(server.server.config.app, server.engine.settings, relayed)
+    for path in ("/v1/models", "/v1/completions"):
+        ask(app, method, path, JSON, [b"x" * 1000] * 50)
+    assert [request.body for request in relayed] == [b"", b""]
+
+
 def test_bodies_in_many_pieces_are_put_together(application):
     body = json.dumps({"prompt": "Größe 🙂" * 30}).encode()
     whole = ask(application(), "POST", "/tokenize", JSON, [body]).json()
@@ -377,6 +395,7 @@ def test_pages_of_a_named_origin_may_use_every_route(application, path):
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert {"POST", "GET"} == set(answer.headers["Access-Control-Allow-Methods"].split(", "))
     assert preflight(app, path, OTHER).status == 400
+    assert preflight(app, path, headers="x-api-key, anthropic-version").status == 200
     for method in ("DELETE", "PUT", "PATCH"):
         assert preflight(app, path, method=method).status == 400
     post = path in REQUESTS
@@ -489,3 +508,67 @@ def test_requests_of_one_key_are_routed_by_their_prompts_alone(started):
     first, again, other = relayed
     assert first.prompt == again.prompt == other.prompt
     assert first.cache_salt == again.cache_salt != other.cache_salt
+
+
+ERRORS = [
+    (PromptError("x"), 400, "invalid_request_error"),
+    (ConfigError("x"), 400, "invalid_request_error"),
+    (APIError(401, "x"), 401, "authentication_error"),
+    (APIError(404, "x"), 404, "not_found_error"),
+    (APIError(408, "x"), 408, "timeout_error"),
+    (APIError(413, "x"), 413, "invalid_request_error"),
+    (APIError(429, "x"), 429, "rate_limit_error"),
+    (NumericalError("x"), 500, "server_error"),
+    (KeyError("a secret"), 500, "server_error"),
+    (MemoryError("a secret"), 503, "service_unavailable_error"),
+    (TimeoutError("a secret"), 504, "timeout_error"),
+]
+ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize(("error", "status", "kind"), ERRORS)
+def test_errors_have_the_form_of_their_api(started, monkeypatch, caplog, path, error, status, kind):
+    """Programs read the type; messages of unknown errors are for the log alone."""
+    server = started()
+
+    def fail(*args, **named):
+        raise error
+
+    monkeypatch.setattr(server.engine, "submit", fail)
+    # The server closes the connection behind an error that it does not know.
+    response = httpx.post(f"{server.url}{path}", json=REQUESTS[path])
+    assert response.status_code == status
+    body = response.json()
+    anthropic = path.startswith("/v1/messages")
+    assert set(body["error"]) == {"type", "message"} | (set() if anthropic else {"param", "code"})
+    assert body.get("type") == ("error" if anthropic else None)
+    assert body["error"]["type"] == (ANTHROPIC_TYPES.get(kind, kind) if anthropic else kind)
+    assert "secret" not in response.text
+    if isinstance(error, KeyError):
+        assert "a secret" in caplog.text
+
+
+def test_refusals_have_the_form_of_their_api(guarded):
+    """Which the endpoints never see."""
+    for path in REQUESTS:
+        body = ask(guarded, "POST", path, JSON, [content(path)]).json()
+        assert body.get("type") == ("error" if path.startswith("/v1/messages") else None)
+        assert body["error"]["type"] == "authentication_error"
+        assert ("code" in body["error"]) != path.startswith("/v1/messages")
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_have_any_name_of_the_model_and_responses_the_first(started, path, stream):
+    engine = started().engine
+    app = app_of(Service(engine, engine.settings, {}, ("first", "second")))
+    for name in ("first", "second"):
+        answer = ask(app, "POST", path, JSON, [content(path, model=name, stream=stream)])
+        assert answer.status == 200, answer.body
+        assert set(re.findall(r'"model": ?"(\w+)"', answer.body.decode())) == {"first"}
+        assert ask(app, "GET", f"/v1/models/{name}").json()["id"] == name
+    assert [x["id"] for x in ask(app, "GET", "/v1/models").json()["data"]] == ["first", "second"]
+    for method, sent in (("POST", [content(path, model="third")]), ("GET", [b""])):
+        where = path if method == "POST" else "/v1/models/third"
+        assert ask(app, method, where, JSON, sent).status == 404

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 from servers import Gate, serving, wait_until
 
 from treeflash import serve as command
+from treeflash.errors import ConfigError
 from treeflash.serving import application
 from treeflash.serving.settings import LIMITS, Settings
 
@@ -82,6 +86,15 @@ def test_every_limit_can_be_set(told, limit):
     assert told["settings"] == Settings(**{limit.name: 7})
 
 
+@pytest.mark.parametrize("name", ["api_keys", "cors_origins"])
+def test_keys_and_origins_are_lists_without_empty_texts(name):
+    """A file of Ray may have a text instead; and a request without a key has the empty one."""
+    for wrong in ("secret", "", ("secret", ""), ("",)):
+        with pytest.raises(ConfigError, match=f"{name} must be a list"):
+            Settings(**{name: wrong})
+    assert Settings(**{name: ["one", "two"]})
+
+
 def test_the_model_has_all_of_its_names(model):
     """Requests may use any of them; responses have the first."""
     from treeflash.serving.engine import Engine
@@ -94,6 +107,24 @@ def test_the_model_has_all_of_its_names(model):
         service.check_model(name)
     with pytest.raises(Exception, match="this server has first, second"):
         service.check_model("third")
+
+
+@pytest.mark.parametrize(
+    ("draining", "unfinished", "lost", "ends"),
+    [
+        (False, 0, False, False),
+        (False, 3, False, False),
+        (True, 3, False, False),
+        (True, 0, False, True),
+        (False, 3, True, True),
+    ],
+)
+def test_when_the_server_ends(draining, unfinished, lost, ends):
+    """After the running answers, or when the device is lost, whatever is unfinished."""
+    engine = SimpleNamespace(draining=draining, unfinished=unfinished, device_lost=lost)
+    server = application.Server(uvicorn.Config("nothing:app", log_config=None), engine)
+    assert asyncio.run(server.on_tick(1)) == ends
+    assert server.force_exit == lost
 
 
 def test_a_second_signal_ends_the_server_at_once(model):

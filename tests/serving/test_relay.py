@@ -1,10 +1,15 @@
-"""Requests that are passed on: the same answers, streams piece by piece, disconnects."""
+"""Requests that are passed on: the same answers, streams piece by piece, disconnects; replicas."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
 import httpx
+import pytest
+from asgi import Pieces, ask
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
@@ -113,6 +118,7 @@ def test_prompts_of_all_apis():
 
         names = ("method", "path", "raw_path", "query_string", "headers", "http_version")
         scope = dict.fromkeys((*names, "scheme", "client", "server", "type"))
+        scope["method"] = "POST"
         scope["state"] = {"cache_salt": ""}
         return (await RelayedRequest.receive(scope, receive)).prompt
 
@@ -127,3 +133,159 @@ def test_prompts_of_all_apis():
     }
     for body, expected in cases.items():
         assert asyncio.run(prompt(body)) == expected
+
+
+class Deployment:
+    """What Ray would run: a class or function, its arguments, and options."""
+
+    def __init__(self, target, **options):
+        self.target, self.options, self.arguments = target, options, ()
+
+    def bind(self, *arguments):
+        self.arguments = arguments
+        return self
+
+
+class Locality:
+    """Ray's choice of near replicas: all of them, except for `far`."""
+
+    far = frozenset()
+
+    def apply_locality_routing(self, pending):
+        return {"a", "b", "c"} - self.far
+
+
+@pytest.fixture
+def ray_app(monkeypatch):
+    """The module `ray_app` with a stand-in for Ray, which is large and starts slowly."""
+    serve = {
+        "deployment": Deployment,
+        "ingress": lambda make: lambda: make,
+        "Application": Deployment,
+        "get_replica_context": lambda: SimpleNamespace(app_name="treeflash"),
+    }
+    kinds = ("PendingRequest", "ReplicaID", "RunningReplica")
+    modules = {
+        "ray": {},
+        "ray.serve": serve,
+        "ray.exceptions": {"RayError": type("RayError", (Exception,), {})},
+        "ray.serve.config": dict.fromkeys(
+            ("AutoscalingConfig", "RequestRouterConfig"), SimpleNamespace
+        ),
+        "ray.serve.request_router": {
+            **dict.fromkeys(kinds, SimpleNamespace),
+            "LocalityMixin": Locality,
+            "RequestRouter": type("RequestRouter", (), {}),
+        },
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["ray"], "serve", sys.modules["ray.serve"], raising=False)
+    monkeypatch.delitem(sys.modules, "treeflash.serving.ray_app", raising=False)
+    yield importlib.import_module("treeflash.serving.ray_app")
+    del sys.modules["treeflash.serving.ray_app"]
+
+
+JSON = {"Content-Type": "application/json"}
+KEY = {**JSON, "Authorization": "Bearer secret"}
+SETTINGS = {"api_keys": ("secret",), "max_parallel": 3, "max_queue": 9, "timeout": 50.0}
+
+
+def test_what_is_deployed(ray_app):
+    config = ray_app.RayConfig(
+        replicas=2, max_replicas=5, target_requests=7, imbalance=4, cpus=2, gpus=1,
+        settings=SETTINGS,
+    )  # fmt: skip
+    (replica,) = ray_app.build(config).arguments
+    assert (replica.target, replica.arguments) == (ray_app.Replica, (config,))
+    scaling, router = (
+        replica.options[name] for name in ("autoscaling_config", "request_router_config")
+    )
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 7
+    assert router.request_router_class is ray_app.PrefixRouter
+    assert router.request_router_kwargs == {"imbalance": 4}
+    assert replica.options["max_ongoing_requests"] == 3 + 9, "more must wait where they count"
+    assert replica.options["graceful_shutdown_timeout_s"] == 50
+    assert replica.options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 1}
+    (fixed,) = ray_app.build(ray_app.RayConfig(replicas=3)).arguments
+    assert vars(fixed.options["autoscaling_config"])["max_replicas"] == 3
+    for wrong in ({"replicas": 0}, {"max_replicas": 0}, {"imbalance": -1}, {"replica": 1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ray_app.RayConfig(**wrong)
+
+
+def test_the_ingress_and_its_replica(ray_app, model, monkeypatch):
+    """Both have the settings, so neither answers without a key."""
+    monkeypatch.setattr(ray_app, "load", lambda **arguments: model if arguments == {"a": 1} else 0)
+    config = ray_app.RayConfig(
+        model={"a": 1}, options={"max_tokens": 3}, names=("first",), settings=SETTINGS
+    )
+    replica, asked, relayed = ray_app.Replica(config), [], []
+
+    def remote(request):
+        relayed.append(request)
+        return Pieces(replica.answer(request))
+
+    def handle(name, **where):
+        asked.append((name, where))
+        return SimpleNamespace(
+            options=lambda **x: asked.append(x) or SimpleNamespace(remote=remote)
+        )
+
+    try:
+        vars(ray_app.serve)["get_deployment_handle"] = handle
+        app = ray_app.build(config).target()
+        assert asked[0] == ("Replica", {"app_name": "treeflash"})
+        assert asked[1] == {"stream": True, "method_name": "answer"}
+        body = [b'{"prompt": "A", "ignore_eos": true}']
+        assert ask(app, "POST", "/v1/completions", JSON, body).status == 401
+        assert not relayed
+        answer = ask(app, "POST", "/v1/completions", KEY, body)
+        assert (answer.status, answer.json()["model"]) == (200, "first")
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        (request,) = relayed
+        request.scope["headers"] = [x for x in request.scope["headers"] if x[0] != b"authorization"]
+
+        async def head():
+            return await anext(replica.answer(request))
+
+        assert asyncio.run(head())[0] == 401
+        replica.check_health()
+    finally:
+        replica._engine.stop()
+    with pytest.raises(RuntimeError, match="the engine has ended"):
+        replica.check_health()
+
+
+def test_a_prompt_goes_where_its_beginning_went(ray_app):
+    """Unless that queue is too long; among near replicas only."""
+    router = ray_app.PrefixRouter()
+    router.initialize_state(imbalance=2)
+    router.replica_queue_len_cache = {}
+    replicas = [SimpleNamespace(replica_id=name) for name in "abc"]
+
+    def choose(text, **user):
+        pending = None if text is None else SimpleNamespace(args=(prompt_of(text, **user),))
+        chosen = asyncio.run(router.choose_replicas(replicas, pending))
+        return ["".join(sorted(x.replica_id for x in ranks)) for ranks in chosen]
+
+    text = "A beginning. " * 20
+    assert choose(None) == ["abc"]
+    assert choose(text) == ["", "abc"]
+    router.on_request_routed(SimpleNamespace(args=(prompt_of(text),)), "b", None)
+    assert choose(text + "An end.") == ["b", "ac"]
+    assert choose(text, salt="another user") == ["", "abc"]
+    assert choose("Something else. " * 20) == ["", "abc"]
+    router.on_request_routed(SimpleNamespace(args=(prompt_of("x" * 64 + "y" * 90),)), "c", None)
+    assert choose("x" * 64 + "z" * 90) == ["c", "ab"]
+    assert choose("x" * 63 + "z" * 90) == ["", "abc"], "prompts are compared in blocks"
+    router.replica_queue_len_cache = {"b": 2}
+    assert choose(text) == ["b", "ac"]
+    router.replica_queue_len_cache = {"b": 3}
+    assert choose(text) == ["abc"]
+    router.replica_queue_len_cache = {"a": 2, "b": 3, "c": 1}
+    router.far = frozenset("c")
+    assert choose(text) == ["b", "a"]

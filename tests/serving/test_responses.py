@@ -6,8 +6,12 @@ import json
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
+
+from treeflash.serving.errors import APIError
+from treeflash.serving.responses import ResponsesRequest
 
 openai = pytest.importorskip("openai")
 
@@ -96,6 +100,74 @@ def test_a_conversation_with_calls_continues(client):
     assert second.usage.input_tokens > first.usage.input_tokens
 
 
+def text(*texts, kind="input_text"):
+    return [{"type": kind, "text": text} for text in texts]
+
+
+def test_all_of_a_conversation_reaches_the_model():
+    """Items of one turn are one message; the instructions and the developer's are one, too."""
+    call = {"type": "function_call", "name": "paint", "arguments": '{"colour": "red"}'}
+    thoughts = text("It ", "is red.", kind="reasoning_text")
+    items = [
+        {"role": "developer", "content": text("Be kind.")},
+        {"role": "user", "content": text("Paint ", "it.")},
+        {
+            "type": "reasoning",
+            "summary": text("Left out", kind="summary_text"),
+            "content": thoughts,
+        },
+        {"role": "assistant", "content": text("I ", "paint.", kind="output_text")},
+        {**call, "call_id": "call_1"},
+        {**call, "call_id": "call_2", "namespace": "art", "arguments": ""},
+        {"type": "function_call_output", "call_id": "call_1", "output": "Done."},
+        {"type": "function_call_output", "call_id": "call_2", "output": text("So ", "is this.")},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Again."},
+    ]
+    request = ResponsesRequest(input=items, instructions="Help.")
+
+    def asked(i, name, arguments):
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"call_{i}", "type": "function", "function": function}
+
+    assert request.conversation(supports_reasoning=True).messages == [
+        {"role": "system", "content": "Help.\n\nBe kind."},
+        {"role": "user", "content": "Paint it."},
+        {
+            "role": "assistant",
+            "content": "I paint.",
+            "reasoning_content": "It is red.",
+            "tool_calls": [asked(1, "paint", {"colour": "red"}), asked(2, "art.paint", {})],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "Done."},
+        {"role": "tool", "tool_call_id": "call_2", "content": "So is this."},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Again."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("effort", "supported", "args"),
+    [
+        (None, True, {}),
+        ("none", True, {"enable_thinking": False}),
+        ("minimal", True, {"enable_thinking": False}),
+        ("low", True, {"enable_thinking": True}),
+        ("none", False, {}),
+    ],
+)
+def test_whether_the_model_reasons(effort, supported, args):
+    request = ResponsesRequest(input="Hi", reasoning={"effort": effort})
+    assert request.conversation(supports_reasoning=supported).template_args == args
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{", "1", "[" * 100_000])
+def test_arguments_of_a_call_are_an_object(arguments):
+    item = {"type": "function_call", "call_id": "a", "name": "paint", "arguments": arguments}
+    with pytest.raises(APIError, match="must be a JSON object"):
+        ResponsesRequest(input=[item]).conversation(supports_reasoning=True)
+
+
 def test_structured_output(client):
     found = client.responses.create(model=NAME, input="Paint it.", text=FORMAT)
     assert json.loads(found.output_text)["colour"] in ("red", "blue")
@@ -148,6 +220,10 @@ def test_what_codex_sends(server):
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"tools": [{"type": "file_search"}]}, "tools.0"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
         ({"input": []}, None),
@@ -158,6 +234,26 @@ def test_what_needs_stored_responses_or_other_tools_is_refused(client, fields, p
         client.responses.create(**{"model": NAME, "input": "Hi", **fields})
     assert param is None or caught.value.param == param
     assert caught.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_output_tokens": 0},
+        {"temperature": -0.1},
+        {"top_p": 0},
+        {"tools": [{**TOOL, "name": f"f{i}"} for i in range(257)]},
+        {"tools": [{**TOOL, "name": "two words"}]},
+        {"tools": [{"type": "namespace", "name": "two words", "tools": []}]},
+        {"stream_options": {"include_obfuscation": True}},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
+        {"input": [{"type": "reasoning", "encrypted_content": "x"}]},
+    ],
+)
+def test_values_that_are_not_supported(fields):
+    with pytest.raises(ValidationError) as caught:
+        ResponsesRequest(**{"input": "Hi", **fields})
+    assert {error["loc"][0] for error in caught.value.errors()} == set(fields)
 
 
 def test_a_failure_ends_the_stream_with_events(server, monkeypatch):

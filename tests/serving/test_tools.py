@@ -331,3 +331,15 @@ def test_calls_that_cannot_be_enforced(tmp_path):
     assert response.status_code == 400
     assert "cannot be enforced" in with_form.json()["error"]["message"]
     assert "cannot be enforced" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/messages"])
+def test_a_message_with_a_broken_call_is_continued(server, path):
+    """Nor does an answer run on behind an error."""
+    messages = [*HELLO, {"role": "assistant", "content": 'I paint. <call>{"name": </call>'}]
+    body = {"messages": messages, "max_tokens": 5, "temperature": 0}
+    if path == PATH:
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    response = server.post(path, body)
+    assert response.status_code == 200, response.text
+    assert not server.engine._scheduler.busy

@@ -36,8 +36,6 @@ DEVICE_LOST_ADVICE = (
 
 
 class Main(Protocol):
-    """The main function of a command."""
-
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Run with arguments, by default the process's, and return the exit status."""
 
@@ -46,8 +44,7 @@ def guarded(main: Main) -> Main:
     """Make the main function of a command end with an exit status, whatever the user does.
 
     Invalid input prints a one-line error and exits with status 2, a GPU that refuses further work
-    with 1; an interruption exits with 130.
-    Other exceptions are faults of the program and are not caught.
+    with 1, and an interruption with 130. Other exceptions, faults of the program, are not caught.
     """
 
     @functools.wraps(main)

@@ -88,10 +88,6 @@ def _parse_logit_bias(text: str) -> dict[int, float]:
     return {int(key): float(bias) for key, bias in values.items()}
 
 
-def _parse_json_schema(text: str) -> dict[str, Any]:
-    return _parse_json_object(_parse_grammar(text))
-
-
 def _parse_grammar(text: str) -> str:
     """The text, or the content of the file whose name follows an `@`."""
     if not text.startswith("@"):
@@ -227,7 +223,7 @@ DECODE_FLAGS: Flags = {
     ),
     "json_schema": _flag(
         "write JSON that conforms to this JSON schema, or to the schema in a file",
-        type=_parse_json_schema,
+        type=lambda text: _parse_json_object(_parse_grammar(text)),
         metavar="JSON|@FILE",
     ),
     "regex": _flag("write a text that matches this regular expression", metavar="REGEX"),

@@ -399,7 +399,7 @@ class AdaptiveBudget:
         self.iterations[sequences] = before + 1
         return now.pause == 0 and (sequences == 1 or before >= MIN_PLAIN)
 
-    def copies_alone(self, sequences: int = 1) -> bool:
+    def copies_alone(self, sequences: int) -> bool:
         """Whether copies of the text are verified in iterations that do not draft.
 
         They are not while plain decoding is timed, and where they do not pay.
@@ -407,14 +407,14 @@ class AdaptiveBudget:
         now = self.throughput_with(sequences)
         return self.has_drafter and now.pause > 0 and now.copying.pause == 0
 
-    def nodes_to_build(self, sequences: int = 1) -> int:
+    def nodes_to_build(self, sequences: int) -> int:
         """Nodes that a tree is built with before it is pruned."""
         largest = self.nodes_to_copy(sequences)
         # A larger tree would be pruned. If it pays after all, the next iteration builds more nodes.
         expected = self.throughput_with(sequences).nodes
         return largest if expected is None else min(largest, 2 * math.ceil(expected) + MIN_SPARE)
 
-    def expected_nodes(self, sequences: int = 1) -> int:
+    def expected_nodes(self, sequences: int) -> int:
         """Nodes that a tree is expected to have when it was pruned."""
         expected = self.throughput_with(sequences).nodes
         return self.nodes_to_build(sequences) if expected is None else max(round(expected), 1)
@@ -424,7 +424,7 @@ class AdaptiveBudget:
         reach = self.throughput_with(sequences).reach
         return None if reach is None else math.ceil(reach) + EXTRA_DEPTHS
 
-    def nodes_to_copy(self, sequences: int = 1) -> int:
+    def nodes_to_copy(self, sequences: int) -> int:
         """Nodes of a copy of the text before it is pruned; they cost nothing to make."""
         return max(self.largest // sequences, min(self.largest, 32))
 
@@ -701,10 +701,7 @@ class DraftDepths:
         return self.depths
 
     def observe(
-        self,
-        trees: Sequence[DraftTree],
-        paths: Sequence[NDArray[np.int32]],
-        seconds: float | None,
+        self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]], seconds: float | None
     ) -> None:
         """Learn from an iteration that drafted, from its trees and the (a,) accepted nodes of each.
 

@@ -64,7 +64,6 @@ class Snapshots(Generic[R]):
         return max((n for n in self._states if n <= length), default=0)
 
     def get(self, length: int) -> R:
-        """The states at a length that has a snapshot."""
         return self._states[length]
 
     def truncate(self, length: int) -> None:
@@ -310,7 +309,6 @@ class BaseBackend:
         self.inexact = None
 
     def check_trees(self) -> None:
-        """As `Backend` describes it."""
         if self._trees is False:
             try:
                 check_trees(cast(Backend, self))
@@ -438,6 +436,8 @@ class CandidateHead(OneByOneHead):
     fewer depths are wanted.
     """
 
+    vocab_size: int  # of the target
+
     @abstractmethod
     def candidates(
         self, block: Any
@@ -447,11 +447,6 @@ class CandidateHead(OneByOneHead):
         Scores are of candidates after the candidates of the slot before; all rows of the first slot
         are those after the root.
         """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Of the target."""
 
     def transitions_one(self, block: Any, options: TableOptions) -> TransitionTable:
         tokens, log_probs, scores = self.candidates(block)

@@ -78,7 +78,6 @@ class PrefixCache:
             self._drop(self._entries[0])
 
     def close(self) -> None:
-        """Close all states."""
         self.shrink(-1)
 
     def _drop(self, entry: _Entry) -> None:

@@ -156,9 +156,7 @@ def check_finite(finite: object) -> None:
 
 
 def sample_tokens(
-    logits: NDArray[np.float32],
-    sampling: SamplingConfig,
-    keys: NDArray[np.uint32] | None = None,
+    logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int32]:
     """(n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 

@@ -174,7 +174,6 @@ class RunningSequence:
 
     @property
     def config(self) -> DecodeConfig:
-        """How it is decoded."""
         return self.request.config
 
     @property
@@ -230,12 +229,10 @@ class RunningSequence:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, MAX_REST)
 
     def fail(self, error: Exception) -> None:
-        """End with an error."""
         self.pending = None
         self.events.append(error)
 
     def add_time(self, phase: Phase, started: float) -> None:
-        """Add the time since `started` to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def close(self) -> None:

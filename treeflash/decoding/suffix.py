@@ -79,7 +79,6 @@ class SuffixIndex:
         return sum(len(x) * x.itemsize for x in arrays)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens."""
         first = len(self.tokens)
         self.tokens.extend(tokens)
         if len(self.tokens) > len(self._latest[0]):
@@ -176,7 +175,6 @@ class SuffixCache:
         return [index for other, index in reversed(self._indices) if other == salt]
 
     def add(self, salt: Hashable, tokens: Sequence[int]) -> None:
-        """Add a finished answer."""
         newest = next(iter(self.indices(salt)), None)
         if newest is None or newest.nbytes >= min(self.max_bytes // 4, MAX_INDEX_BYTES):
             newest = SuffixIndex()
@@ -298,13 +296,7 @@ def best_tree(
         if not places:
             break
         tree = expand(
-            index,
-            places,
-            match,
-            nodes(match),
-            edge=edge,
-            min_prob=min_prob,
-            deepest=deepest(match),
+            index, places, match, nodes(match), edge=edge, min_prob=min_prob, deepest=deepest(match)
         )
         if best is None or tree.score > best.score - ROUNDING:
             best = tree
@@ -341,9 +333,7 @@ class SuffixDrafter:
     """
 
     def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
+        self, prompt_ids: Sequence[int], shared: Callable[[], Sequence[SuffixIndex]] = lambda: ()
     ) -> None:
         self.index, self.shared = SuffixIndex(), shared
         self.index.extend(prompt_ids)

@@ -426,11 +426,9 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
 def _refuse_unread(config: Config, prefix: str, section: Config, keys: Iterable[str]) -> None:
     """Raise a ValueError for a setting in a drafter's section that nothing would read.
 
-    `prefix` is the section's name before its keys in messages.
-
     Such a setting may change the drafts without an error: the target verifies them, and they are
     merely accepted less often. At the top level unknown keys are ignored, since many drafters'
-    files are copies of their target's.
+    files are copies of their target's. `prefix` is the section's name in messages.
     """
     for key, value in section.items():
         if value in (None, False) or key in (*keys, *backbone.INERT_KEYS, *backbone.NEUTRAL):

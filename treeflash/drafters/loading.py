@@ -37,11 +37,8 @@ def refuse_extensions(
 ) -> None:
     """Refuse a drafter that is neither DFlash nor TreeFlash, for a backend that has only these.
 
-    The error names `user`, such as `the mlx backend`. `vocabulary` has the names of the drafter's
-    own tensors of `VOCABULARY`, if they are known.
-
-    Raises:
-        UnsupportedModelError: names the first property that DFlash and TreeFlash do not have.
+    The UnsupportedModelError names `user`, such as `the mlx backend`, and the first other property.
+    `vocabulary` has the names of the drafter's own tensors of `VOCABULARY`, if they are known.
     """
     extensions = {
         f"the head {config.head!r}": config.head not in (None, *formats.TREEFLASH_HEADS),
@@ -164,17 +161,28 @@ def check_shapes(
     required = formats.drafter_shapes(
         config, formats.head_inner_size(shapes), vocab_size=vocab_size
     )
-    expected = required | formats.optional_shapes(config, vocab_size)
+    optional = formats.optional_shapes(config, vocab_size)
+    stored = {name: shape for name, shape in shapes.items() if name not in TRAINING_TENSORS}
+    compare_shapes(folder, required | optional, stored, optional.keys(), "its configuration")
+
+
+def compare_shapes(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+    owner: str,
+) -> None:
+    """Raise a CheckpointError for the first tensor that is missing, misshapen or unexpected.
+
+    The tensors named `optional` may be missing; `owner` is what the others belong to, for messages.
+    """
     for name, shape in expected.items():
-        if name not in required and name not in shapes:
-            continue
-        if name not in shapes:
+        if name not in stored and name not in optional:
             raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
-        if shapes[name] != shape:
+        if stored.get(name, shape) != shape:
             raise CheckpointError(
-                f"{folder}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}"
+                f"{folder}: tensor {name} has shape {stored[name]}, config.json asks for {shape}"
             )
-    if extra := sorted(set(shapes) - set(expected) - TRAINING_TENSORS):
-        raise CheckpointError(
-            f"{folder} holds an unexpected tensor for its configuration: {extra[0]}"
-        )
+    if extra := sorted(set(stored) - set(expected)):
+        raise CheckpointError(f"{folder} holds an unexpected tensor for {owner}: {extra[0]}")

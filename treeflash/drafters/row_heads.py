@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,7 +30,7 @@ from treeflash.config import LoadConfig
 from treeflash.drafters import backbone
 from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import check_dtype, read_config, stored_tensors
-from treeflash.drafters.loading import VOCABULARY
+from treeflash.drafters.loading import VOCABULARY, check_pair, compare_shapes
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
@@ -196,12 +197,21 @@ def load_row_tensors(
         raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
-    _check_pair(config, hidden_size, vocab_size, num_hidden_layers)
+    check_pair(
+        replace(config, target_layer_ids=()) if config.final_state else config,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
+    )
     names = format.names(settings, stored)
     for name in names:
         check_dtype(stored[name].path, name, stored[name].dtype)
     expected = row_shapes(config, vocab_size)
-    _check_shapes(folder, expected, {names[x]: stored[x].shape for x in names})
+    optional = {"embed_tokens.weight"}
+    if "d2t" not in expected and "pre_projection.weight" not in expected:
+        optional.add("lm_head.weight")
+    shapes = _split_fused({names[x]: stored[x].shape for x in names})
+    compare_shapes(folder, expected, shapes, optional, "a row head")
     tensors: dict[str, Tensor] = {}
     for path in sorted({stored[name].path for name in names}):
         wanted = [name for name in names if stored[name].path == path]
@@ -317,39 +327,6 @@ def _supported(kind: str, known: Collection[str], format: RowFormat) -> RowForma
     return format
 
 
-def _check_pair(config: RowConfig, hidden_size: int, vocab_size: int, layers: int) -> None:
-    problem = None
-    if config.hidden_size != hidden_size:
-        problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"
-    elif config.vocab_size != vocab_size:
-        problem = f"its vocabulary has {config.vocab_size} tokens, the target's has {vocab_size}"
-    elif config.num_target_layers not in (None, layers):
-        problem = f"it belongs to {config.num_target_layers} layers, this target has {layers}"
-    elif not all(-1 <= i < layers for i in config.target_layer_ids if not config.final_state):
-        problem = f"it reads target layers {list(config.target_layer_ids)}, the target has {layers}"
-    if problem:
-        raise CheckpointError(f"drafter and target do not fit: {problem}")
-
-
-def _check_shapes(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise a CheckpointError for the first missing, misshapen or unexpected tensor."""
-    actual = _split_fused(actual)
-    optional = {"embed_tokens.weight"}
-    if "d2t" not in expected and "pre_projection.weight" not in expected:
-        optional.add("lm_head.weight")
-    for name, shape in expected.items():
-        if name not in actual and name not in optional:
-            raise CheckpointError(f"{folder} lacks the tensor {name} of shape {shape}")
-        if actual.get(name, shape) != shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name} has shape {actual[name]}, config.json asks for {shape}"
-            )
-    if extra := sorted(set(actual) - set(expected)):
-        raise CheckpointError(f"{folder} holds an unexpected tensor for a row head: {extra[0]}")
-
-
 FUSED = "layer.mlp.experts.gate_up_proj"
 FUSED_DOWN = "layer.mlp.experts.down_proj"
 
@@ -389,7 +366,7 @@ def _text(config: Config) -> Config:
     return {**config, **(config.get("text_config") or {})}
 
 
-def _layer_config(config: Config, depths: int = DEPTHS, **settings: Any) -> RowConfig:
+def _layer_config(config: Config, **settings: Any) -> RowConfig:
     """The fields that describe one layer; `config` is the section that has its settings."""
     backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
     heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
@@ -405,7 +382,7 @@ def _layer_config(config: Config, depths: int = DEPTHS, **settings: Any) -> RowC
         head_dim=head_dim,
         rms_norm_eps=float(config["rms_norm_eps"]),
         attention_bias=bool(config.get("attention_bias", False)),
-        block_size=depths + 1,
+        block_size=DEPTHS + 1,
         mask_token_id=0,
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
@@ -659,14 +636,6 @@ def _refuse_keys(
             raise ValueError(f"{key} = {value!r} is not supported")
 
 
-def _parse_sidecar(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
-    return _parse_qwen(config, stored, target_layers, prefix="", offset=0.0)
-
-
-def _sidecar_names(config: Config, stored: Collection[str]) -> Names:
-    return _qwen_names(config, stored, prefix="")
-
-
 ASSISTANT_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 ASSISTANT_NORMS = (
     "input_layernorm",
@@ -757,7 +726,11 @@ def _assistant_names(config: Config, stored: Collection[str]) -> Names:
 
 
 QWEN_MTP = RowFormat(name="Qwen MTP", parse=_parse_qwen, names=_qwen_names)
-QWEN_SIDECAR = RowFormat(name="Qwen MTP", parse=_parse_sidecar, names=_sidecar_names)
+QWEN_SIDECAR = RowFormat(
+    name="Qwen MTP",
+    parse=partial(_parse_qwen, prefix="", offset=0.0),
+    names=partial(_qwen_names, prefix=""),
+)
 GLM_MTP = RowFormat(name="GLM MTP", parse=_parse_glm, names=_glm_names)
 EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_eagle, names=_eagle_names)
 SPECULATORS_EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_speculators, names=_eagle_names)

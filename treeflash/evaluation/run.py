@@ -282,10 +282,7 @@ class _Prompt:
             depth_metrics = measure_depth_metrics(backend, self.ids, last.token_ids, temperature)
         runs = {
             case: Run(
-                run.stats.tokens,
-                tuple(run.stats.accepted_lengths),
-                run.rejections,
-                run.best_drafts,
+                run.stats.tokens, tuple(run.stats.accepted_lengths), run.rejections, run.best_drafts
             )
             for case, run in self.runs.items()
         }

@@ -50,7 +50,6 @@ class ReferenceBackend(BaseBackend):
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBackend:
-    """Load a pair as `Loader` describes."""
     check_config(config)
     choose_device(config.device)
     model = Target(target, Path(config.adapter) if config.adapter else None)
@@ -92,11 +91,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         )
         return RowModel.from_tensors(rows.config, rows.weights, rows.vocabulary, target)
     tensors = load_tensors(
-        folder,
-        read_file,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=layers,
+        folder, read_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
     offset = np.float32(tensors.config.norm_offset)
     backbone = {

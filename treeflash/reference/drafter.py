@@ -30,8 +30,6 @@ from treeflash.reference.verifier import State
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block."""
-
     root: int  # token id of the first slot
     hidden: Array  # (D, hidden_size) outputs of the last layer at the slots of the drafted depths
     slots: Array  # (S, hidden_size) outputs of the last layer at all slots

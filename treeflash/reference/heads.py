@@ -360,11 +360,7 @@ class CorrelationHead(CandidateHead):
     """`treeflash.decoding.interfaces.ARHead` in NumPy, for the head of LiLiCorr."""
 
     def __init__(self, model: DrafterModel, scores: Correlation) -> None:
-        self.model, self.scores = model, scores
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.target.vocab_size
+        self.model, self.scores, self.vocab_size = model, scores, model.target.vocab_size
 
     def candidates(self, block: Block) -> tuple[Ints, Array, Array]:
         slots = block.slots[self.model.config.first_slot :]

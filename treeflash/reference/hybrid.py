@@ -135,5 +135,4 @@ class Mamba2(RecurrentLayer):
 
 
 def softplus(x: Array) -> Array:
-    """log(1 + exp(x))."""
     return np.asarray(np.logaddexp(x, 0), np.float32)

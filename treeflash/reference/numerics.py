@@ -18,7 +18,6 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """The sigmoid linear unit, x * sigmoid(x)."""
     return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
@@ -85,7 +84,6 @@ def block_visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x))."""
     return np.asarray(1 / (1 + np.exp(-x)), np.float32)
 
 

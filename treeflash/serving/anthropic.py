@@ -263,7 +263,6 @@ def _join(text: str | list[TextBlock]) -> str:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoints `/v1/messages` and `/v1/messages/count_tokens`."""
 
     def conversation(request: CountTokensRequest) -> Conversation:
         service.check_model(request.model)
@@ -346,7 +345,6 @@ class MessagesFormatter:
 
 
 def _block(part: MessagePart) -> dict[str, Any]:
-    """The content block of a part of the message."""
     if part.call is not None:
         arguments = json.loads(part.call.arguments)
         return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": arguments}
@@ -356,7 +354,6 @@ def _block(part: MessagePart) -> dict[str, Any]:
 
 
 def _change_frames(change: PartChange) -> Iterator[bytes]:
-    """The server-sent events of one change."""
     part, index = change.part, {"index": change.part.index}
     if change.event == "close":
         yield _frame("content_block_stop", **index)

@@ -63,7 +63,6 @@ class TokenizeRequest(Schema):
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoints `/v1/models`, `/tokenize`, `/health` and `/metrics`."""
 
     def description(name: str) -> dict[str, Any]:
         return {

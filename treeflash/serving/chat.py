@@ -122,7 +122,6 @@ class ChatRequest(DecodingSchema):
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoint `/v1/chat/completions`."""
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:

@@ -67,13 +67,11 @@ class CompletionRequest(DecodingSchema):
         return options
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoint `/v1/completions`."""
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
@@ -127,18 +125,14 @@ class CompletionFormatter(ChoicesFormatter):
         new = [] if self._prompt_only else chunks
         text = "".join(chunk.text for chunk in new)
         if begins and self._prompts is not None:
-            text = self._prompt_text(index) + text
+            prompt = self._prompts[index // self._answers_per_prompt]
+            text = (prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)) + text
         return {
             "index": index,
             "text": text,
             "logprobs": self._log_probs(index, new, begins) if self._has_log_probs else None,
             "finish_reason": "length" if self._prompt_only else finish_reason,
         }
-
-    def _prompt_text(self, index: int) -> str:
-        assert self._prompts is not None
-        prompt = self._prompts[index // self._answers_per_prompt]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     @property
     def _answers_per_prompt(self) -> int:

@@ -89,7 +89,6 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        """The token counts so far."""
         firsts = self.answers[:: len(self.answers) // self.prompts]
         chunks = [chunk for answer in self.answers for chunk in answer.chunks]
         steps = [chunk.step for chunk in chunks]
@@ -316,17 +315,13 @@ class Engine:
         self._stopping = True
 
     def _admit(self, completion: Completion) -> None:
+        answers = enumerate(completion.answers)
         try:
-            request_ids = [
-                request_id
-                for _, group in groupby(completion.requests, key=lambda x: list(x.prompt_ids))
-                for request_id in self._scheduler.submit_group(list(group))
-            ]
+            for _, group in groupby(completion.requests, key=lambda x: list(x.prompt_ids)):
+                for request_id in self._scheduler.submit_group(list(group)):
+                    self._answers[request_id] = _RunningAnswer(completion, *next(answers))
         except Exception as error:
             self._fail(completion, error)
-            return
-        for i, (request_id, answer) in enumerate(zip(request_ids, completion.answers, strict=True)):
-            self._answers[request_id] = _RunningAnswer(completion, i, answer)
 
     def _iterate(self) -> None:
         """Run one iteration and deliver its steps."""

@@ -33,7 +33,7 @@ OPTIONAL_SPACE = r"\s*"
 ARGUMENT_KEYS = {"{content}": "arguments", str(JSON_CALL): "parameters"}
 """The name of the arguments in the JSON of a call, by the transform of the call."""
 NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
-INVALID_CALL = (ValueError, TypeError, KeyError)
+INVALID_CALL = (ValueError, TypeError, KeyError, RecursionError)
 """Exceptions of transformers' parser for a text that begins like a call but is not one."""
 
 
@@ -175,16 +175,22 @@ class MessageForm:
     calls_only: bool = False
     """Whether a grammar makes the message consist of calls, of which the last may be cut off."""
 
-    def parser(self) -> ResponseParser:
-        """A parser that has read the prompt."""
+    def parser(self) -> ResponseParser | None:
+        """A parser that has read the prompt; None if the prompt has an invalid call."""
         from transformers.utils.chat_parsing import ResponseParser
 
-        return ResponseParser(self.template.source, prefix=self.prompt, tools=list(self.tools))
+        source, tools = self.template.source, list(self.tools)
+        try:
+            return ResponseParser(source, prefix=self.prompt, tools=tools)
+        except INVALID_CALL:  # in the message that the answer continues, for example
+            return None
 
     @property
     def in_reasoning(self) -> bool:
         """Whether the prompt ends within the reasoning."""
-        events = [x for x in self.parser().initial_events if x["field"] in REASONING]
+        if (parser := self.parser()) is None:
+            return False
+        events = [x for x in parser.initial_events if x["field"] in REASONING]
         return bool(events) and events[-1]["type"] != "region_close"
 
 
@@ -198,7 +204,7 @@ class ToolCall:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> ToolCall:
-        """Read a call of transformers' parser; raises a ValueError if it is invalid."""
+        """Read a call of transformers' parser; raises an `INVALID_CALL` if it is invalid."""
         function = value.get("function")
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError("the call has no name")
@@ -207,7 +213,8 @@ class ToolCall:
             arguments = json.loads(arguments)
         if not isinstance(arguments, Mapping):
             raise ValueError("the arguments are not an object")
-        text = json.dumps(arguments, ensure_ascii=False)
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (function["name"] + text).encode()  # no response can have lone surrogates
         # Chat templates of Mistral accept ids of nine characters only.
         return cls(id=secrets.token_hex(5)[1:], name=function["name"], arguments=text)
 
@@ -335,6 +342,7 @@ class MessageParser:
         """Read the text character by character, up to the invalid call."""
         assert self._form is not None
         self._parser = self._form.parser()
+        assert self._parser is not None
         self._unfinished_call = ""
         self._deltas(self._parser.feed(self._text))
         deltas = []

@@ -61,7 +61,6 @@ class Metrics:
         self._latency = histogram("e2e_request_latency_seconds", "Time to the last token.")
 
     def set_batches(self, batches: bool) -> None:
-        """Note whether sequences share forward passes."""
         self._batches.set(batches)
 
     def count_prefill(self, chunk: Chunk, prompt_tokens: int, seconds: float) -> None:
@@ -90,7 +89,6 @@ class Metrics:
         self._latency.observe(seconds)
 
     def count_failures(self, sequences: int) -> None:
-        """Count sequences that ended with an error."""
         self._failed.inc(sequences)
 
     def update_gauges(self, scheduler: Scheduler) -> None:

@@ -84,8 +84,9 @@ class RelayedRequest:
 
     @classmethod
     async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
-        """Read a request."""
-        body = b"".join([piece async for piece in read_body(receive)])
+        """Read a request; only a POST has a body, whose size and time are limited."""
+        pieces = read_body(receive)
+        body = b"".join([x async for x in pieces]) if scope["method"] == "POST" else b""
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
         plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}
         plain |= {"asgi": {"version": "3.0"}, "root_path": ""}

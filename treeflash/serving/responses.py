@@ -183,7 +183,6 @@ class ResponsesRequest(Schema):
     client_metadata: dict[str, str] | None = None
 
     def decoding(self) -> DecodingSchema:
-        """The decoding fields."""
         fields = self.model_dump(include={"temperature", "top_p"})
         return DecodingSchema(**fields, max_tokens=self.max_output_tokens)
 
@@ -263,7 +262,6 @@ class ResponsesRequest(Schema):
 
 
 def _extend(message: dict[str, Any], item: MessageItem | CallItem | ReasoningItem) -> None:
-    """Add an item to an assistant's message."""
     if isinstance(item, MessageItem):
         message["content"] += _join(item.content)
     elif isinstance(item, ReasoningItem):
@@ -285,7 +283,6 @@ def _join(text: Text) -> str:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Add the endpoint `/v1/responses`."""
 
     @app.post("/v1/responses")
     async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
@@ -354,7 +351,6 @@ class ResponsesFormatter:
         yield self._frame(f"response.{finished['status']}", response=finished)
 
     def _change_frames(self, change: PartChange) -> Iterator[bytes]:
-        """The server-sent events of one change."""
         part = change.part
         index = {"output_index": part.index}
         item = {**index, "item_id": self._id(part)}

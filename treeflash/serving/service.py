@@ -100,10 +100,8 @@ class Service:
     ) -> Completion:
         """Start to generate the answers to each of the prompts of a request.
 
-        `constraint` makes one for each answer; see `Request` for `scores_prompt`.
-
-        Raises:
-            ConfigError, PromptError, APIError: too many answers, or see `Engine.submit`.
+        `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
+        APIError for too many answers, and the errors of `Engine.submit`.
         """
         answers = request.n or 1
         if answers > self.settings.max_choices:

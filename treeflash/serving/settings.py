@@ -73,6 +73,10 @@ class Settings:
             if not (value > 0 if minimum is None else value >= minimum) or value == float("inf"):
                 least = "above 0" if minimum is None else f"{minimum} or more"
                 raise ConfigError(f"{limit.name} must be {least}, got {value}")
+        for name in ("api_keys", "cors_origins"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not all(values):  # each character would be a key
+                raise ConfigError(f"{name} must be a list of texts that are not empty")
 
     def memory(self, free: int | None) -> tuple[int, int]:
         """The bytes of all KV caches, and of the prefix cache among them.

@@ -187,7 +187,6 @@ class ChoicesFormatter(ABC):
 
     @property
     def counts(self) -> Usage:
-        """The token counts so far."""
         return self._completion.usage
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -301,6 +300,5 @@ def usage(counts: Usage) -> dict[str, Any]:
 
 
 def draft_details(counts: Usage) -> dict[str, int]:
-    """The token counts of the draft trees."""
     names = ("drafted_tokens", "accepted_tokens", "iterations")
     return {name: getattr(counts, name) for name in names}

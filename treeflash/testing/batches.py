@@ -205,8 +205,6 @@ class Alternating:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSequence:
-    """A sequence of a schedule."""
-
     prompt_ids: list[int]
     config: DecodeConfig
     constrained: bool  # whether `Alternating` holds
@@ -385,7 +383,6 @@ class ExactTests:
 
     @pytest.fixture
     def exact(self, load: Loader, models: Pair, exact_dtype: str) -> Backend:
-        """The pair in exact mode."""
         return load_exact(load, models, exact_dtype)
 
     def test_exact_mode_is_refused_or_exact(self, load: Loader, models: Pair) -> None:

@@ -193,11 +193,9 @@ MARGIN = 1e-5
 ATTEMPTS = 300
 
 
-def settled_generation(
-    reference: Backend, config: DecodeConfig, *, seed: int = 0
-) -> tuple[list[int], list[Step]]:
+def settled_generation(reference: Backend, config: DecodeConfig) -> tuple[list[int], list[Step]]:
     """A short random prompt for which the reference decodes without a close decision; its steps."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for _ in range(ATTEMPTS):
         prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))
         steps = list(decode(reference, prompt, config))
@@ -212,8 +210,8 @@ def is_settled_choice(
     """Whether a little noise on the (n, vocab) logits changes none of the sampled tokens."""
     rng = np.random.default_rng(0)
     chosen = sample_tokens(logits, sampling, keys)
-    noisy = (logits + _noise(rng, logits.shape, 4 * MARGIN) for _ in range(6))
-    return all(np.array_equal(chosen, sample_tokens(x, sampling, keys)) for x in noisy)
+    noise = rng.uniform(-4 * MARGIN, 4 * MARGIN, (6, *logits.shape)).astype(np.float32)
+    return all(np.array_equal(chosen, sample_tokens(logits + x, sampling, keys)) for x in noise)
 
 
 def is_settled_table(table: TransitionTable) -> bool:
@@ -261,7 +259,3 @@ def _is_settled_merge(tree: DraftTree, matches: NDArray[np.int32]) -> bool:
     follows_parent = tree.parents[2:] == np.arange(1, len(tree) - 1)
     gaps = -np.diff(tree.log_probs[1:])
     return bool((copies | follows_parent | (gaps > MARGIN)).all())
-
-
-def _noise(rng: Generator, shape: tuple[int, ...], size: float) -> NDArray[np.float32]:
-    return rng.uniform(-size, size, shape).astype(np.float32)

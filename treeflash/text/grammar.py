@@ -18,14 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.errors import ConfigError
-from treeflash.text.grammar_trial import (
-    ANY_FORM,
-    LIMITS,
-    STACK,
-    GrammarTrial,
-    TrialError,
-    one_line,
-)
+from treeflash.text.grammar_trial import ANY_FORM, LIMITS, STACK, GrammarTrial, TrialError, one_line
 from treeflash.text.tokenizer import Tokenizer
 
 ANSWER, OTHER, REST = "answer", "other", "rest"

@@ -125,6 +125,11 @@ def parse_options(options: Options) -> DecodeConfig:
         raise ConfigError("a stop string is empty; remove it")
     if len(forms := FORMS & options.keys()) > 1:
         raise ConfigError(f"{' and '.join(sorted(forms))} exclude each other; remove all but one")
+    if options.get("raw") and (options.get("system") is not None or options.get("template_args")):
+        raise ConfigError(
+            "a raw prompt does not use the chat template; remove either raw, or the system message "
+            "and the template arguments"
+        )
     names = ("repetition", "presence", "frequency")
     values: dict[str, Any] = dict(options)
     values.pop("stop_token_ids", None)

@@ -39,11 +39,6 @@ def encode(
         check_unicode(prompt)
         if not raw:
             prompt = [{"role": "user", "content": prompt}]
-        elif system is not None or template_args:
-            raise ConfigError(
-                "a raw prompt does not use the chat template; remove either raw, or the "
-                "system message and the template arguments"
-            )
         else:
             return tokenizer.encode(prompt)
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
@@ -136,10 +131,8 @@ def read_rows(path: Path) -> list[Row]:
 def read_json_lines(path: Path, what: str, parse: Callable[[Any, int], T]) -> list[tuple[int, T]]:
     """Parse each line of a file as JSON; `parse` gets a value and the line's number.
 
-    It may reject a value with a ValueError.
-
-    Returns pairs of a line number and a result. Raises a PromptError if the file cannot be read or
-    is empty, or a line is not JSON or is rejected.
+    It may reject a value with a ValueError. Returns pairs of a line number and a result. Raises a
+    PromptError if the file cannot be read or is empty, or a line is not JSON or is rejected.
     """
     parsed = []
     for number, line in enumerate(read_text(path).split("\n"), 1):

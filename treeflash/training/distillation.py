@@ -137,8 +137,7 @@ def mix(
     """Rows of several files, shuffled; equal arguments give equal results.
 
     The weights are the files' shares of the rows; once a file is used up, the others share its
-    part. Without a limit, every row is taken, whatever the weights. An id that occurs in two files
-    raises a PromptError.
+    part. Without a limit all rows are taken. An id in two files raises a PromptError.
     """
     random_ = random.Random(seed)
     remaining = [random_.sample(list(rows), len(rows)) for rows in files]

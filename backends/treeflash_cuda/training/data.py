@@ -22,8 +22,8 @@ from treeflash_cuda.attention import AttentionContext, attention_context
 from treeflash_cuda.numerics import topk
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
-from treeflash_cuda.training.files import replacing
 from treeflash_cuda.training.model import GROUP
+from treeflash_cuda.training.run import replacing
 
 MIN_RESPONSE_TOKENS = 2
 """An anchor and a token to predict."""

@@ -55,11 +55,7 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     accelerator = make_accelerator(config, load)
-    known = {
-        **asdict(config),
-        "processes": accelerator.num_processes,
-        "target": target.name,
-    }
+    known = {**asdict(config), "processes": accelerator.num_processes, "target": target.name}
     request = fingerprint(
         [*held_out, *responses], held_out=len(held_out), dtype=load.dtype, **known
     )
@@ -281,13 +277,11 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, blocks: nn.Module) -> dict[str, Any]:
-        """The metrics of the drafter.
+        """The metrics of the drafter, for `marginal` and, with a head, for `corrected`.
 
-        Returns:
-            For `marginal` and, with a head, `corrected`: `kl_*`, the mean KL divergence in nats by
-            depth; `acceptance_*`, the mean overlap of the distributions by depth; `top1_*`, how
-            often the top token is the sequence's, by depth; `chain_*`, the block efficiency of the
-            chain of top tokens.
+        By depth, `kl_*` is the mean KL divergence in nats, `acceptance_*` the mean overlap of the
+        distributions, and `top1_*` how often the top token is the sequence's. `chain_*` is the
+        block efficiency of the chain of top tokens.
         """
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         anchors = 0

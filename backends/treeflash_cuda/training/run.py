@@ -1,17 +1,21 @@
-"""The folder of a run: its configuration, log, checkpoints, and the exported drafter."""
+"""The folder of a run: its files, configuration, log, checkpoints, and the exported drafter."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -20,9 +24,40 @@ from torch import nn
 
 from treeflash.errors import ConfigError, is_out_of_memory
 from treeflash.training.interfaces import model_card
-from treeflash_cuda.training.files import replacing, writing
 
 Record: TypeAlias = dict[str, Any]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file or folder into one that names it.
+
+    Raises a ConfigError if the disk is full, or the path cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError) as error:  # from safetensors and torch.save
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path} cannot be written; is the disk full? ({reason})") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which then replaces `path`: readers never see half a file.
+
+    Raises a ConfigError if the file cannot be written.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)
+        yield scratch
+        scratch.chmod(mode)  # safetensors makes files that only their owner can read
+        scratch.replace(path)
 
 
 class Log:
@@ -107,16 +142,13 @@ def is_finished(folder: Path, request: str) -> bool:
 
 
 class Run:
-    """The folder of a run."""
-
     def __init__(
         self, folder: Path, accelerator: Accelerator, identity: Record, request: str
     ) -> None:
         """Open a folder, which need not exist.
 
-        Raises:
-            ConfigError: the folder has a run with another configuration or other data, a drafter
-                without the state of its training, or a damaged state; or it cannot be written.
+        Raises a ConfigError if the folder has a run with another configuration or other data, a
+        drafter without its state, or a damaged state; or it cannot be written.
         """
         # It has the checkpoint, `log.jsonl`, `tensorboard/`, `state/`, and `features/` if they are
         # cached.

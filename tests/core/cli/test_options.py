@@ -34,7 +34,7 @@ def test_only_given_options_are_set(parser):
     flags = (
         "--method ddtree --budget 8 --top-m 4 --top-k-children 5 --draft-temperature 0.5 "
         "--calibration off --max-tokens 9 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.1 "
-        "--seed 3 --stop a --stop b --system Be --raw"
+        "--seed 3 --stop a --stop b --system Be"
     )
     args = [*flags.split(), "--chat-template-args", '{"enable_thinking": true}']
     assert decode_options(parser.parse_args(args)) == {
@@ -52,9 +52,11 @@ def test_only_given_options_are_set(parser):
         "seed": 3,
         "stop": ["a", "b"],
         "system": "Be",
-        "raw": True,
         "template_args": {"enable_thinking": True},
     }
+    assert decode_options(parser.parse_args(["--raw"])) == {"raw": True}
+    with pytest.raises(ConfigError, match="a raw prompt does not use the chat template"):
+        decode_options(parser.parse_args([*args, "--raw"]))
 
 
 @pytest.mark.parametrize(

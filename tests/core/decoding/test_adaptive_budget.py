@@ -230,6 +230,24 @@ def test_levels_of_confidence_multiply_along_a_path():
     assert doubtful[2] == doubtful[1]
 
 
+def test_a_level_of_confidence_that_was_not_seen_counts_as_its_depth():
+    budget = AdaptiveBudget(costs(0.1), expected={1: 10.0}, accepted={1: 5.0})
+    by_depth = budget._corrections(chain(0.5))[1]
+    assert by_depth < 0.7
+    assert budget._corrections(confident(0.99))[1] == pytest.approx(by_depth)
+
+
+def test_rates_are_of_the_latest_iterations():
+    budget = AdaptiveBudget(costs(0.0))
+    for tokens in (3, 1):
+        for _ in range(80):
+            seconds = {"draft": 0.0, "verify": 1.0}
+            budget.observe([chain(0.9, 0.9)], [path(tokens)], [LENGTH], seconds)
+        now = budget.throughput_with(1)
+        assert now.tokens / now.seconds == pytest.approx(tokens, rel=0.01)
+        assert now.drafted_tokens / now.drafted_seconds == pytest.approx(tokens, rel=0.01)
+
+
 def test_the_trees_of_several_texts_are_cut_together():
     """Nodes are ranked whichever tree they are of, and cut where the next costs too much."""
     budget = AdaptiveBudget(VerifyCosts({size: 0.5 + 0.25 * size for size in SIZES}))

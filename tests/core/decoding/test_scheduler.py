@@ -473,6 +473,15 @@ def test_a_prompt_that_is_scored_is_run_as_a_whole(backend):
     assert scores(scheduler) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 66])
+def test_every_token_of_a_prompt_but_the_first_is_scored(backend, length):
+    """Also where the prompt ends with one of the parts that are scored at once."""
+    request = Request(prompt_ids=[5] * length, config=config_of(max_tokens=1), scores_prompt=True)
+    ((_, step),) = Scheduler(backend).decode([request])
+    scores = step.prompt_log_probs
+    assert (0 if scores is None else len(scores.sampled)) == length - 1
+
+
 def test_the_seconds_of_steps_are_parts_of_the_time_that_has_passed(backend):
     scheduler = Scheduler(backend)
     scheduler.submit(Request(prompt_ids=[5, 6, 7, 8], config=config_of(method="treeflash")))

@@ -72,8 +72,11 @@ def test_heads_to_speculators_and_back(
     write_dialect(origin, tmp_path / "target", dialect, seed=1)
     if dialect == "dflash2":
         edit_config(origin, lambda c: c.update(layer_types=None, is_causal=None))
-    convert(origin, tmp_path / "there", "speculators", target="target")
-    convert(tmp_path / "there", tmp_path / "back", back)
+    complete = [
+        convert(origin, tmp_path / "there", "speculators", target="target"),
+        convert(tmp_path / "there", tmp_path / "back", back),
+    ]
+    assert complete == [None, None], "no head was left out"
     parsed, again = drafter_config(origin), drafter_config(tmp_path / "back")
     assert again == replace(parsed, own_vocabulary=again.own_vocabulary)
     before, after = read_tensors(origin), read_tensors(tmp_path / "back")

@@ -10,6 +10,7 @@ import pytest
 from treeflash.drafters.config import DrafterConfig, rope_parameters
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.formats import drafter_config, replace_settings
+from treeflash.errors import CheckpointError
 from treeflash.testing.models import (
     DIALECTS,
     edit_config,
@@ -144,3 +145,56 @@ def test_the_block_of_speculators_without_its_size(made):
     folder = made("speculators-dflash2")
     edit_config(folder, lambda config: config.pop("block_size"))
     assert drafter_config(folder).block_size == 8
+
+
+OTHER_ARITHMETIC = {
+    "attention_mode": "mla",
+    "attention_sink_bias": True,
+    "dflash_query_causal": True,
+    "hidden_act": "gelu",
+    "is_neox_style": False,
+    "log_snr_conditioning": True,
+    "log_snr_embed": True,
+    "logits_start": 1,
+    "mlp_bias": True,
+    "quantization_config": {"bits": 4},
+    "use_swa": True,
+}
+"""Settings of published drafters whose arithmetic no backend has."""
+
+
+@pytest.mark.parametrize("key", OTHER_ARITHMETIC)
+def test_settings_of_another_arithmetic_are_refused_wherever_they_stand(made, key: str):
+    for dialect, section in (
+        ("dflash", None),
+        ("dflash", "dflash_config"),
+        ("dflash", "treeflash_config"),
+        ("deepspec", None),
+        ("speculators-dflash", None),
+        ("speculators-dflash", "transformer_layer_config"),
+    ):
+        folder = made(dialect)
+
+        def add(config: dict[str, Any], section: str | None = section) -> None:
+            place = config if section is None else config.setdefault(section, {})
+            place[key] = OTHER_ARITHMETIC[key]
+
+        edit_config(folder, add)
+        with pytest.raises(CheckpointError, match=f"{key} = .* is not supported"):
+            drafter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "publisher"),
+    [
+        ("DFlashLagunaForCausalLM", "poolside's Laguna"),
+        ("Gemma4DSparkModel", "DeepSpec's for Gemma 4"),
+        ("K3DSparkModel", "DSpark for Kimi K3"),
+    ],
+)
+def test_layouts_of_others_are_refused_by_name(made, architecture: str, publisher: str):
+    for dialect in ("dflash", "deepspec", "specforge"):
+        folder = made(dialect)
+        edit_config(folder, lambda config: config.update(architectures=[architecture]))
+        with pytest.raises(CheckpointError, match=f"{architecture} \\({publisher}\\) is not"):
+            drafter_config(folder)

@@ -123,6 +123,11 @@ def test_what_can_draft_for_one_target(machine, drafters):
     assert "4.0 kB in " in drafters(DEFAULT_TARGET)
 
 
+def test_an_empty_name_is_refused(capsys):
+    assert command.drafters([""]) == 2
+    assert "the name of the target is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("target", "names", "default"),
     [

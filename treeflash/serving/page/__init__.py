@@ -29,7 +29,6 @@ HEADERS = {
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add the endpoints of the page's files."""
 
     def add(name: str, kind: str, path: str) -> None:
         content = resources.files(__name__).joinpath(name).read_bytes()

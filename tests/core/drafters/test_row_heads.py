@@ -1,0 +1,546 @@
+"""The formats of heads that draft depth by depth: how they are told apart, and what they say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.drafters import row_heads
+from treeflash.drafters.folder import read_file
+from treeflash.drafters.row_heads import (
+    ASSISTANT,
+    EAGLE3,
+    GLM_MTP,
+    QWEN_MTP,
+    QWEN_SIDECAR,
+    SPECULATORS_EAGLE3,
+    Assistant,
+    Experts,
+    RowConfig,
+    RowFormat,
+    find_row_format,
+    load_row_tensors,
+    row_shapes,
+)
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.testing.models import save
+
+LAYER = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 16.0,
+    "vocab_size": 10,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 5}
+QWEN = {**LAYER, "model_type": "qwen3_5", "num_hidden_layers": 12, "mtp_num_hidden_layers": 1}
+QWEN_MOE = {**QWEN, **EXPERTS, "num_experts": 3, "shared_expert_intermediate_size": 6}
+GLM = {
+    **LAYER,
+    **EXPERTS,
+    "model_type": "glm4_moe",
+    "num_hidden_layers": 12,
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+EAGLE = {
+    **LAYER,
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+}
+SPECULATORS = {
+    "speculators_model_type": "eagle3",
+    "transformer_layer_config": {**LAYER, "num_hidden_layers": 1},
+}
+ASSISTANT_LAYERS = {
+    **LAYER,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 6,
+    "sliding_window": 4,
+}
+GEMMA = {
+    "model_type": "gemma4_assistant",
+    "backbone_hidden_size": 16,
+    "text_config": ASSISTANT_LAYERS,
+}
+MTP_NAMES = ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight")
+
+
+def tensors(*names: str) -> dict[str, Any]:
+    return {name: np.zeros(1, np.float32) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "found"),
+    [
+        (QWEN, MTP_NAMES, QWEN_MTP),
+        ({"text_config": QWEN, "model_type": "other"}, MTP_NAMES, QWEN_MTP),
+        ({**QWEN, "model_type": "qwen3_next"}, MTP_NAMES, QWEN_MTP),
+        (QWEN, MTP_NAMES[:1], None),
+        ({"model_type": "qwen3_5_mtp"}, ("pre_fc_norm_hidden.weight",), QWEN_SIDECAR),
+        ({"model_type": "qwen3_5_mtp"}, ("other.weight",), None),
+        (GLM, ("model.layers.12.eh_proj.weight",), GLM_MTP),
+        (GLM, ("model.layers.11.eh_proj.weight",), None),
+        (EAGLE, ("x",), EAGLE3),
+        ({"architectures": ["Eagle3Speculator"], "model_type": "x"}, ("x",), EAGLE3),
+        ({**SPECULATORS, "architectures": ["Eagle3Speculator"]}, ("x",), SPECULATORS_EAGLE3),
+        (GEMMA, ("x",), ASSISTANT),
+        ({**GEMMA, "model_type": "gemma4_unified_assistant"}, ("x",), ASSISTANT),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ("model.embed_tokens.weight",), None),
+    ],
+)
+def test_a_head_is_recognised(
+    tmp_path: Path, config: dict[str, Any], names: tuple[str, ...], found: RowFormat | None
+) -> None:
+    save(tmp_path / "head", config, tensors(*names))
+    assert find_row_format(tmp_path / "head") is found
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "family"),
+    [
+        ({}, "mtp.fc_hidden.weight", "in the layout of Qwen4"),
+        ({}, "mtp.fc_embedding.weight", "in the layout of Qwen4"),
+        ({}, "mtp.0.attn.weight", "in the layout of DeepSeek-V4"),
+        ({}, "model.mtp_layers.0.input_proj.weight", "in the layout of MiMo"),
+        ({}, "model.mtp.layers.0.eh_proj.weight", "in the layout of MiMo-V2"),
+        ({}, "mtp.layers.0.eh_proj.weight", "in the layout of Nemotron-H"),
+        ({}, "mtp_layers.0.input_proj.weight", "in the layout of speculators"),
+        (
+            {"model_type": "deepseek_v3", "num_hidden_layers": 3},
+            "model.layers.3.eh_proj.weight",
+            "the MTP head of deepseek_v3 models is not supported; supported are glm4_moe",
+        ),
+        ({"model_type": "mellum"}, MTP_NAMES, "the MTP head of mellum models is not supported"),
+    ],
+)
+def test_heads_of_other_families_are_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], name: str | tuple[str, ...], family: str
+) -> None:
+    names = (name,) if isinstance(name, str) else name
+    save(tmp_path / "head", config, tensors(*names))
+    with pytest.raises(UnsupportedModelError, match=re.escape(family)):
+        find_row_format(tmp_path / "head")
+
+
+def parse(format: RowFormat, config: dict[str, Any], *names: str, **changes: Any) -> RowConfig:
+    return format.parse({**config, **changes}, names, 12)
+
+
+def check(config: RowConfig, **expected: Any) -> None:
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_mtp_of_qwen() -> None:
+    config = parse(QWEN_MTP, QWEN, partial_rotary_factor=0.5, attention_bias=True)
+    check(
+        config,
+        head="mtp",
+        depths=8,
+        target_layer_ids=(12,),
+        num_target_layers=12,
+        final_state=True,
+        reads_both=False,
+        normed_feedback=True,
+        gated=True,
+        qk_norm=True,
+        attention_bias=True,
+        output_bias=True,
+        norm_offset=1.0,
+        intermediate_size=12,
+        experts=None,
+        inv_freq=(1.0,),
+        causal=(True,),
+        sliding_windows=(None,),
+        own_vocabulary=False,
+        has_marginals=False,
+        scratch_rows=1 + 16 * 7,
+        column_size=2 * 4 + 8,
+    )
+    check(parse(QWEN_MTP, QWEN), output_bias=False, inv_freq=(1.0, 0.25))
+    assert parse(QWEN_SIDECAR, QWEN) == replace(parse(QWEN_MTP, QWEN), norm_offset=0.0)
+    nested = {"text_config": QWEN, "hidden_size": 99}
+    assert parse(QWEN_MTP, nested) == parse(QWEN_MTP, QWEN)
+
+
+def test_experts_of_qwen() -> None:
+    expected = Experts(
+        count=3, per_token=2, width=5, shared_width=6, shared_gate=True, sigmoid=False,
+        normalised=True,
+    )  # fmt: skip
+    config = parse(QWEN_MTP, QWEN_MOE, "mtp.layers.0.mlp.gate.weight")
+    check(config, experts=expected, intermediate_size=0)
+    config = parse(QWEN_SIDECAR, QWEN_MOE, "layers.0.mlp.gate.weight", norm_topk_prob=False)
+    check(config, experts=replace(expected, normalised=False))
+    shapes = row_shapes(config, 10)
+    assert shapes["layer.mlp.gate.weight"] == (3, 8)
+    assert shapes["layer.mlp.shared_expert_gate.weight"] == (1, 8)
+    assert shapes["layer.mlp.shared_expert.down_proj.weight"] == (8, 6)
+    assert shapes["layer.mlp.experts.2.up_proj.weight"] == (5, 8)
+    assert "layer.mlp.gate.e_score_correction_bias" not in shapes
+
+
+def test_mtp_of_glm() -> None:
+    expected = Experts(
+        count=3, per_token=2, width=5, shared_width=10, shared_gate=False, sigmoid=True,
+        normalised=True, scale=2.5,
+    )  # fmt: skip
+    config = parse(GLM_MTP, GLM, attention_bias=True, use_qk_norm=True)
+    check(
+        config,
+        head="mtp",
+        experts=expected,
+        intermediate_size=0,
+        qk_norm=True,
+        gated=False,
+        attention_bias=True,
+        output_bias=False,
+        norm_offset=0.0,
+        num_target_layers=12,
+        target_layer_ids=(12,),
+        final_state=True,
+        normed_feedback=True,
+    )
+    check(parse(GLM_MTP, GLM, use_qk_norm=False), qk_norm=False)
+    shapes = row_shapes(config, 10)
+    assert shapes["layer.mlp.gate.e_score_correction_bias"] == (3,)
+    assert shapes["layer.mlp.shared_expert.up_proj.weight"] == (10, 8)
+    assert "layer.mlp.shared_expert_gate.weight" not in shapes
+    alone = parse(GLM_MTP, GLM, n_shared_experts=0, routed_scaling_factor=1.0)
+    check(alone, experts=replace(expected, shared_width=0, scale=1.0))
+    assert not [name for name in row_shapes(alone, 10) if "shared_expert" in name]
+
+
+@pytest.mark.parametrize("form", ["eagle", "speculators"])
+def test_dialects_of_eagle_3(form: str) -> None:
+    format, base = (EAGLE3, EAGLE) if form == "eagle" else (SPECULATORS_EAGLE3, SPECULATORS)
+    check(
+        parse(format, base),
+        head="eagle3",
+        target_layer_ids=(1, 5, 8),
+        num_target_layers=None,
+        final_state=False,
+        reads_both=True,
+        normed_residual=False,
+        normed_feedback=False,
+        feature_norms=None,
+        qk_norm=False,
+        output_bias=False,
+        own_vocabulary=True,
+        draft_vocab_size=None,
+    )
+    for changes, expected in (
+        ({"eagle_aux_hidden_state_layer_ids": [2, 5, 9]}, {"target_layer_ids": (1, 4, 8)}),
+        ({"norm_before_residual": True}, {"normed_residual": True}),
+        ({"norm_output": True}, {"normed_feedback": True}),
+        ({"fc_norm": True}, {"feature_norms": "each"}),
+        ({"use_aux_norm": True}, {"feature_norms": "each"}),
+        ({"norm_before_fc": True}, {"feature_norms": "all"}),
+        ({"draft_vocab_size": 7}, {"draft_vocab_size": 7}),
+        ({"draft_vocab_size": 10}, {"draft_vocab_size": None}),
+    ):
+        check(parse(format, base, **changes), **expected)
+    check(parse(format, base, "midlayer.self_attn.q_norm.weight"), qk_norm=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        parse(format, base, fc_norm=True, norm_before_fc=True)
+    with pytest.raises(ValueError, match="num_aux_hidden_states = 2 contradicts 3"):
+        parse(format, base, num_aux_hidden_states=2)
+    with pytest.raises(ValueError, match="target_hidden_size unlike"):
+        parse(format, base, target_hidden_size=16)
+    for key in ("mystery", "use_mtp_layernorm", "mlp_bias"):
+        with pytest.raises(ValueError, match=f"{key} = True is not supported"):
+            parse(format, base, **{key: True})
+        parse(format, base, **{key: False})
+    for changes in (
+        {"layer_types": ["sliding_attention"]},
+        {"sliding_window": 4, "use_sliding_window": True},
+    ):
+        layers = {"transformer_layer_config": {**LAYER, "num_hidden_layers": 1, **changes}}
+        with pytest.raises(ValueError, match="a sliding window is not supported"):
+            parse(format, base, **(changes if form == "eagle" else layers))
+
+
+def test_layer_ids_and_biases_of_eagle_3() -> None:
+    """ModelOpt's ids are of outputs; the others are of the layers that read them."""
+    nested = {"eagle_aux_hidden_state_layer_ids": [2, 5, 9], "use_aux_hidden_state": True}
+    check(parse(EAGLE3, EAGLE, eagle_config=nested), target_layer_ids=(2, 5, 9))
+    with pytest.raises(ValueError, match="mystery = 1 is not supported"):
+        parse(EAGLE3, EAGLE, eagle_config={"mystery": 1})
+    biased = parse(EAGLE3, EAGLE, attention_bias=True)
+    check(biased, attention_bias=True, output_bias=True)
+    shapes = row_shapes(biased, 10)
+    assert [shapes[f"layer.self_attn.{name}_proj.bias"] for name in "qkvo"] == [
+        *((8,), (4,), (4,), (8,))
+    ]
+    assert shapes["layer.self_attn.q_proj.weight"] == (8, 16), "it reads embedding and state"
+    assert shapes["fc.weight"] == (8, 24)
+    assert row_shapes(parse(EAGLE3, EAGLE, norm_before_fc=True), 10)["input_norm.weight"] == (24,)
+    assert row_shapes(parse(EAGLE3, EAGLE, fc_norm=True), 10)["fc_norm.2.weight"] == (8,)
+    own = row_shapes(parse(EAGLE3, EAGLE, draft_vocab_size=7), 10)
+    assert (own["d2t"], own["lm_head.weight"], own["embed_tokens.weight"]) == (
+        *((7,), (7, 8), (10, 8)),
+    )
+
+
+def test_assistants_of_gemma() -> None:
+    config = parse(ASSISTANT, GEMMA)
+    check(
+        config,
+        head="assistant",
+        depths=8,
+        hidden_size=16,
+        vocab_size=10,
+        num_hidden_layers=0,
+        final_state=True,
+        own_vocabulary=True,
+        scratch_rows=0,
+        column_size=16,
+        assistant=Assistant(settings=ASSISTANT_LAYERS),
+    )
+    shapes = row_shapes(config, 10)
+    assert shapes["pre_projection.weight"] == (8, 32)
+    assert shapes["post_projection.weight"] == (16, 8)
+    assert shapes["layers.0.self_attn.q_proj.weight"] == (8, 8)
+    assert shapes["layers.1.self_attn.q_proj.weight"] == (12, 8)
+    assert shapes["layers.1.self_attn.q_norm.weight"] == (6,)
+    clusters = {"use_ordered_embeddings": True, "num_centroids": 5}
+    clustered = parse(ASSISTANT, GEMMA, centroid_intermediate_top_k=5, **clusters)
+    check(clustered, assistant=Assistant(settings=ASSISTANT_LAYERS, clusters=5, scored=5))
+    shapes = row_shapes(clustered, 10)
+    assert shapes["masked_embedding.centroids.weight"] == (5, 8)
+    assert shapes["masked_embedding.token_ordering"] == (10,)
+    for count, scored in ((5, 6), (5, 0), (4, 2)):
+        wrong = {**clusters, "num_centroids": count, "centroid_intermediate_top_k": scored}
+        with pytest.raises(ValueError, match=f"{scored} of {count} clusters of 10 tokens"):
+            parse(ASSISTANT, GEMMA, **wrong)
+    for changes in (
+        {"mystery": 1},
+        {"hidden_activation": "silu"},
+        {"hidden_size_per_layer_input": 8},
+        {"attention_bias": True},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["full_attention", "chunked_attention"]},
+    ):
+        (key,) = changes
+        with pytest.raises(ValueError, match=f"{key} = .* is not supported"):
+            parse(ASSISTANT, GEMMA, text_config={**ASSISTANT_LAYERS, **changes})
+    with pytest.raises(ValueError, match="mystery = 1 is not supported"):
+        parse(ASSISTANT, GEMMA, mystery=1)
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "key", "value"),
+    [
+        (QWEN_MTP, QWEN, "mtp_num_hidden_layers", 2),
+        (QWEN_MTP, QWEN, "mtp_use_dedicated_embeddings", True),
+        (QWEN_MTP, QWEN, "hidden_act", "gelu"),
+        (GLM_MTP, GLM, "num_nextn_predict_layers", 2),
+        (GLM_MTP, GLM, "n_group", 2),
+        (GLM_MTP, GLM, "topk_group", 2),
+        (GLM_MTP, GLM, "mtp_share", True),
+    ],
+)
+def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
+    format: RowFormat, config: dict[str, Any], key: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=f"{key} = {value!r} is not supported"):
+        parse(format, config, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "names"),
+    [
+        (
+            QWEN_MTP,
+            QWEN,
+            {
+                "mtp.fc.weight": "input_proj.weight",
+                "mtp.pre_fc_norm_embedding.weight": "embedding_norm.weight",
+                "mtp.pre_fc_norm_hidden.weight": "hidden_norm.weight",
+                "mtp.norm.weight": "norm.weight",
+                "mtp.layers.0.self_attn.q_proj.weight": "layer.self_attn.q_proj.weight",
+                "model.layers.0.self_attn.q_proj.weight": None,
+            },
+        ),
+        (
+            QWEN_SIDECAR,
+            QWEN,
+            {"fc.weight": "input_proj.weight", "layers.0.mlp.x": "layer.mlp.x"},
+        ),
+        (
+            GLM_MTP,
+            GLM,
+            {
+                "model.layers.12.enorm.weight": "embedding_norm.weight",
+                "model.layers.12.hnorm.weight": "hidden_norm.weight",
+                "model.layers.12.eh_proj.weight": "input_proj.weight",
+                "model.layers.12.shared_head.norm.weight": "norm.weight",
+                "model.layers.12.mlp.shared_experts.x": "layer.mlp.shared_expert.x",
+                "model.layers.12.mlp.gate.x": "layer.mlp.gate.x",
+                "model.layers.12.shared_head.head.weight": None,
+                "model.layers.12.embed_tokens.weight": None,
+                "model.layers.11.mlp.up_proj.weight": None,
+            },
+        ),
+        (
+            EAGLE3,
+            EAGLE,
+            {
+                "midlayer.hidden_norm.weight": "hidden_norm.weight",
+                "midlayer.input_layernorm.weight": "embedding_norm.weight",
+                "midlayer.self_attn.q_proj.bias": "layer.self_attn.q_proj.bias",
+                "model.norm.weight": "norm.weight",
+                "fc.weight": "fc.weight",
+                "t2d": None,
+                "d2t": None,
+                "verifier_norm.weight": None,
+            },
+        ),
+        (
+            SPECULATORS_EAGLE3,
+            {**SPECULATORS, "draft_vocab_size": 7},
+            {
+                "layers.0.hidden_norm.weight": "hidden_norm.weight",
+                "layers.0.mlp.up_proj.weight": "layer.mlp.up_proj.weight",
+                "d2t": "d2t",
+                "t2d": None,
+            },
+        ),
+        (
+            ASSISTANT,
+            GEMMA,
+            {
+                "model.layers.1.layer_scalar": "layers.1.layer_scalar",
+                "model.embed_tokens.weight": "lm_head.weight",
+                "lm_head.weight": None,
+                "pre_projection.weight": "pre_projection.weight",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_names_of_tensors(
+    format: RowFormat, config: dict[str, Any], names: dict[str, str | None]
+) -> None:
+    expected = {stored: name for stored, name in names.items() if name is not None}
+    assert format.names(config, names) == expected
+
+
+def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A head without its embeddings and output head, which it shares with the target."""
+    config = {**EAGLE, **changes}
+    optional = ("embed_tokens.weight", "lm_head.weight")
+    stored = {
+        name: np.zeros(shape, np.float32)
+        for name, shape in row_shapes(EAGLE3.parse(config, (), 12), 10).items()
+        if name not in optional
+    }
+    save(folder, config, stored)
+    return {"config": config, "stored": stored}
+
+
+def load(folder: Path, format: RowFormat = EAGLE3, **changes: int) -> Any:
+    target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
+    return load_row_tensors(folder, format, read_file, np.stack, **target)
+
+
+def test_a_head_fits_its_target(tmp_path: Path) -> None:
+    write_eagle(tmp_path / "head")
+    found = load(tmp_path / "head")
+    assert not found.vocabulary
+    assert found.weights.keys() == row_shapes(found.config, 10).keys() - {
+        "embed_tokens.weight",
+        "lm_head.weight",
+    }
+    for changes, problem in (
+        ({"hidden_size": 16}, "its hidden size is 8, the target's is 16"),
+        ({"vocab_size": 11}, "its vocabulary has 10 tokens, the target's has 11"),
+        ({"num_hidden_layers": 2}, r"it reads target layers \[1, 0, -2\], the target has 2"),
+    ):
+        with pytest.raises(CheckpointError, match=problem):
+            load(tmp_path / "head", **changes)
+    mtp = {"num_hidden_layers": 11}
+    save(tmp_path / "mtp", QWEN, tensors("mtp.fc.weight"))
+    with pytest.raises(CheckpointError, match="a target of 12 layers, this one has 11"):
+        load(tmp_path / "mtp", QWEN_MTP, **mtp)
+
+
+def test_tensors_of_a_head_are_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "head"
+    parts = write_eagle(folder)
+
+    def refused(problem: str, remove: str | None = None, **changes: Any) -> None:
+        stored = {k: x for k, x in (parts["stored"] | changes).items() if k != remove}
+        save(folder, parts["config"], stored)
+        with pytest.raises(CheckpointError, match=re.escape(problem)):
+            load(folder)
+
+    zeros = np.zeros((2, 2), np.float32)
+    refused("lacks the tensor norm.weight of shape (8,)", remove="norm.weight")
+    wrong = "tensor fc.weight has shape (2, 2), config.json asks for (8, 24)"
+    refused(wrong, **{"fc.weight": zeros})
+    refused("an unexpected tensor for a row head: extra", extra=zeros)
+    refused("tensors of type I8", **{"fc.weight": np.zeros((8, 24), np.int8)})
+    save(folder, {k: x for k, x in EAGLE.items() if k != "vocab_size"}, parts["stored"])
+    with pytest.raises(CheckpointError, match=r"config\.json lacks 'vocab_size'"):
+        load(folder)
+    save(folder, {**EAGLE, "hidden_size": "wide"}, parts["stored"])
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid: "):
+        load(folder)
+    own = write_eagle(folder, draft_vocab_size=7)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+        load(folder)
+    head = {"lm_head.weight": np.ones((7, 8), np.float32)}
+    save(folder, own["config"], own["stored"] | {"d2t": np.zeros(7, np.int64)} | head)
+    assert load(folder).vocabulary.keys() == {"lm_head.weight", "d2t"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
+    """They may be stored together, gates before the others."""
+    rng = np.random.default_rng(0)
+    names = ("mtp.layers.0.mlp.gate.weight",)
+    shapes = row_shapes(QWEN_MTP.parse(QWEN_MOE, names, 12), 10)
+    renamed = {"input_proj": "fc", "hidden_norm": "pre_fc_norm_hidden"}
+    renamed |= {"embedding_norm": "pre_fc_norm_embedding", "layer": "layers.0"}
+    stored = {}
+    for name, shape in shapes.items():
+        first, _, rest = name.partition(".")
+        stored[f"mtp.{renamed.get(first, first)}.{rest}"] = rng.normal(size=shape).astype("f4")
+    prefix, parts = "mtp.layers.0.mlp.experts.", ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (
+        np.stack([stored[f"{prefix}{i}.{name}.weight"] for i in range(3)]) for name in parts
+    )
+    if fused:
+        stored = {name: x for name, x in stored.items() if not name.startswith(prefix)}
+        stored |= {f"{prefix}gate_up_proj": np.concatenate([gate, up], 1)}
+        stored |= {f"{prefix}down_proj": down}
+    save(tmp_path / "head", QWEN_MOE, stored)
+    weights = load(tmp_path / "head", QWEN_MTP).weights
+    for name, expected in zip(parts, (gate, up, down), strict=True):
+        np.testing.assert_array_equal(weights[f"layer.mlp.experts.{name}"], expected)
+    assert not [name for name in weights if name.startswith("layer.mlp.experts.0")]
+
+
+def test_what_only_some_backends_and_drafters_have() -> None:
+    row_heads.refuse_window(LoadConfig())
+    with pytest.raises(ConfigError, match="draft_window is not supported"):
+        row_heads.refuse_window(LoadConfig(draft_window=8))
+    row_heads.refuse_assistant(parse(QWEN_MTP, QWEN), "reference")
+    with pytest.raises(UnsupportedModelError, match="by the reference backend; use the mlx"):
+        row_heads.refuse_assistant(parse(ASSISTANT, GEMMA), "reference")
