@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from treeflash_cuda.cache import quantise
 from treeflash_cuda.operations import VisibleKeys
 from treeflash_cuda.triton_kernels import attention, layers, products
 from triton.backends.compiler import GPUTarget
@@ -100,10 +101,11 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
         return torch.zeros(shape, dtype=of)
 
     sequences, int32 = 2, torch.int32
-    for nodes, softcap, sinks in ((64, None, False), (1, None, False), (64, 50.0, True)):
+    caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
+    variants = itertools.product(((64, None, False), (1, None, False)), caches)
+    for (nodes, softcap, sinks), (k, v) in (*variants, ((64, 50.0, True), caches[0])):
         columns = numbers(sequences, of=int32)
         ends, paths = (numbers(*shape, of=int32) for shape in ((2, nodes), (2, nodes, nodes)))
-        k, v = numbers(2, kv_heads, 256, head_dim)
         attention.tree_attention(
             *(numbers(sequences * nodes, heads, head_dim), k, v),
             VisibleKeys(columns, columns, ends, ends, paths),
@@ -118,10 +120,10 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
     q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]
     cos, slots = numbers(64, head_dim), numbers(64, of=torch.int64)
-    cache = numbers(kv_heads, 256, head_dim)
-    layers.rotate_and_store(
-        q, new, new, cos, cos, cache, cache, slots, norms=(weight, weight), eps=1e-6
-    )
+    for k, v in caches:
+        layers.rotate_and_store(
+            q, new, new, cos, cos, k, v, slots, norms=(weight, weight), eps=1e-6
+        )
 
 
 def measure(capability: int, model: str) -> Iterator[Usage]:

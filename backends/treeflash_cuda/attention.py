@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import SlabCache, TreeCache
+from treeflash_cuda.cache import SlabCache, TreeCache, decoded
 from treeflash_cuda.kernels import Kernels
 from treeflash_cuda.operations import Operations, VisibleKeys
 
@@ -57,8 +57,8 @@ class AttentionInputs:
 
     module: nn.Module  # the layer, for error messages
     query: Tensor  # (1, heads, n, head_dim) of the new tokens
-    key: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it
-    value: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it
+    key: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it, perhaps in 8 bits
+    value: Tensor  # (1, kv_heads, m, head_dim), as the cache returned it, perhaps in 8 bits
     mask: Tensor | None  # the result of `Context.mask` for the layer's mask function
     scale: float  # factor on the scores
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
@@ -227,14 +227,14 @@ def grouped_attention(
     kv_heads, head_dim = kv_caches[0][0].shape[1::2]
     groups = query.shape[1] // kv_heads
     queries = query.unflatten(1, (kv_heads, groups)).transpose(2, 3).flatten(2, 3)
-    parts = zip(queries.split([n * groups for n in rows], 2), kv_caches, masks, rows, strict=True)
+    parts = zip(queries.split([n * groups for n in rows], 2), kv_caches, masks, strict=True)
     on_cuda = query.device.type == "cuda" and head_dim % ALIGNMENT == 0
     outputs = []
-    for q, (k, v), mask, n in parts:
+    for q, (k, v), mask in parts:
         if softcap is not None or sinks is not None:
             outputs.append(_products(q, k, v, mask, scale, softcap, sinks))
-        elif on_cuda and (mask is not None or n == 1):
-            # cuDNN's attention builds a plan for every new number of keys: each step has a new one.
+        elif on_cuda:
+            # PyTorch may choose cuDNN, which builds a plan for every new number of keys.
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention
             bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
             outputs.append(kernel(q, k, v, bias, False, scale=scale)[0])
@@ -314,16 +314,18 @@ class AttentionContext:
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """(1, 1, n, committed + n) additive; None if each token sees everything before it.
 
-        For the kernels a tensor that stands for the layers' window.
+        For the kernels a tensor that stands for the layers' window. Only a CPU attends to a whole
+        sequence of several tokens without a mask: on a GPU PyTorch may choose cuDNN for it, which
+        builds a plan for every new length.
         """
         is_causal = function is causal_mask_function
         if self.has_kernel and (is_causal or is_window(function, window)):
             placeholder = self.positions.new_empty(1, 1, 1, 1)
             self._windows[id(placeholder)] = placeholder, None if is_causal else window
             return placeholder
-        if is_causal and (len(self.positions) == 1 or self.is_whole_sequence):
-            return None
         n, device = len(self.positions), self.positions.device
+        if is_causal and (n == 1 or (self.is_whole_sequence and device.type == "cpu")):
+            return None
         keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
         visible = evaluate(function, self.positions[:, None], keys[None, :]).expand(n, -1)
         if self.ancestors is not None:
@@ -332,7 +334,7 @@ class AttentionContext:
         return additive_mask(visible, dtype)[None, None]
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attend with a mask; key and value cover the committed positions and the block.
+        """Attend; key and value cover the committed positions and the block, as they are stored.
 
         Raises:
             UnsupportedModelError: the layer attends without a mask where the block needs one.
@@ -343,6 +345,7 @@ class AttentionContext:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             window, options = self._windows[id(mask)][1], (inputs.softcap, inputs.sinks)
             return self.kernels.causal(q, k, v, window, scale, *options)[None]
+        key, value = (decoded(x, query.dtype) for x in (key, value))
         causal = mask is None and n > 1
         if causal and not self.is_whole_sequence:
             raise UnsupportedModelError(
@@ -404,6 +407,7 @@ class PackedContext:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
             options = inputs.scale, inputs.softcap, inputs.sinks
+            kv_caches = [(decoded(k, query.dtype), decoded(v, query.dtype)) for k, v in kv_caches]
             return grouped_attention(query, kv_caches, grouped, self.rows, *options)
         parts = zip(self.sequences, query.split(self.rows, 2), kv_caches, masks, strict=True)
         outputs = [

@@ -39,14 +39,22 @@ from treeflash_cuda.heads import (
     RecurrentCell,
     RecurrentHead,
 )
-from treeflash_cuda.kernels import ChunkKernels, flash_kernels
+from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
-from treeflash_cuda.parallel import LeaderState, LeaderVerifier, end, follow, process_count
+from treeflash_cuda.parallel import (
+    LeaderState,
+    LeaderVerifier,
+    end,
+    follow,
+    process_count,
+    reserve_everywhere,
+    succeeded_everywhere,
+)
 from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
-from treeflash_cuda.verifier import TreePass, Verifier
+from treeflash_cuda.verifier import TREE_PASS, TreePass, Verifier
 
 Model: TypeAlias = DrafterModel | RowModel
 Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
@@ -74,6 +82,8 @@ class CudaBackend(BaseBackend):
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
             reserve_memory(target, self.drafter_arena)
+        if target.split:
+            reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
         self.device = str(target.device)
@@ -126,16 +136,17 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     processes = process_count()
     split = processes > 1
     model = load_target(target, config, pack=not config.compile and not split, processes=processes)
+    # A graph belongs to one device.
+    model.graphs.enabled = config.cuda_graphs and config.device_map is None
     if split:
+        model.graphs.agreements[TREE_PASS] = succeeded_everywhere
         if dist.get_rank() > 0:
             follow(model)
             raise SystemExit(0)
-        atexit.register(end)
+        atexit.register(end, model.graphs)
     if config.compile:
         for layer in model.layers:
             layer.compile()
-    # A graph belongs to one device.
-    model.graphs.enabled = config.cuda_graphs and not split and config.device_map is None
     backend = add_drafter(model, drafter, config)
     if drafter is not None and model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # of loading and checking
@@ -252,6 +263,8 @@ def add_kernels(target: Target) -> None:
             break
     if reason:
         warnings.warn(f"prompts will be slow: {reason}", stacklevel=3)
+    if target.kernels and target.operations and target.arena.dtype:
+        target.kernels = EncodedKernels(ChunkKernels(target.operations), target.kernels)
 
 
 def load_target_operations(target: Target) -> Operations | None:

@@ -62,6 +62,11 @@ def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers * scale.view(torch.float32).to(dtype)
 
 
+def decoded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., head_dim) keys or values of a dtype, which may be the result of `quantise`."""
+    return dequantise(x, dtype) if x.dtype == torch.int8 else x
+
+
 def widen(x: Tensor) -> Tensor:
     """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
 
@@ -402,8 +407,8 @@ class TreeCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows; layers call it.
 
-        Returns views of the columns of a single sequence. For several sequences it returns its
-        arguments: `PackedContext` reads the columns of each.
+        Returns views of the stored columns of a single sequence. For several sequences it returns
+        its arguments: `PackedContext` reads the columns of each.
         """
         self.layer = layer_idx
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
@@ -426,9 +431,8 @@ class TreeCache(Cache):
         return self.visible_columns()[0]
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """(1, kv_heads, length + n, head_dim) keys and values of each sequence in `layer`."""
-        arena, columns = self.sequences[0].arena, [views[self.layer] for views in self._views]
-        return [(arena.decode(k), arena.decode(v)) for k, v in columns]
+        """(1, kv_heads, length + n, width) stored keys and values of sequences in `layer`."""
+        return [views[self.layer] for views in self._views]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed positions; models are given the positions of all rows."""

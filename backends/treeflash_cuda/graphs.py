@@ -24,14 +24,16 @@ from torch import Tensor
 from treeflash.errors import is_out_of_memory
 
 MAX_GRAPHS = 64
-"""Graphs that are kept; the graph that was not used for longest is dropped for a new one."""
+"""Graphs of a function that are kept; the graph that was not used for longest is dropped for a new
+one. Graphs of other functions do not count: under `torchrun` rank 0 alone has some, but all ranks
+must keep the same graphs of the target."""
 MAX_FAILURES = 3
 """Captures of a function that may fail; it then runs without graphs."""
 MIN_LENGTH = 1024
 """Shorter sequences share a graph. The length of the longest sequence fixes the shapes of a graph:
 between how many processors its attention is split."""
 WARM_UP = 3
-"""Calls before a capture, in which libraries allocate their workspaces."""
+"""Calls before a capture, in which libraries allocate workspaces, and NCCL opens connections."""
 
 Outputs: TypeAlias = tuple[Any, ...]
 """Tensors, and other results, which must be equal at every call."""
@@ -50,9 +52,12 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device  # of all tensors
         self.enabled = False  # whether functions are captured; only on a CUDA device
+        # By the name of a function that all ranks of `torchrun` call: whether its capture succeeded
+        # on all of them, from whether it did on this one.
+        self.agreements: dict[str, Callable[[bool], bool]] = {}
         self.captures = 0  # graphs captured so far
         # By name, settings, and the shapes and dtypes of the inputs; the latest used one last.
-        self.store: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.store: OrderedDict[tuple[str, Hashable, Hashable], Graph] = OrderedDict()
         self._lock = Lock()
         self._failures: Counter[str] = Counter()
 
@@ -73,8 +78,9 @@ class Graphs:
                 captured = self._capture(name, function, inputs)
                 if captured is None:
                     return function(*inputs)
-                if len(self.store) >= MAX_GRAPHS:
-                    self.store.popitem(last=False)
+                same = [other for other in self.store if other[0] == name]
+                if len(same) >= MAX_GRAPHS:
+                    del self.store[same[0]]
                 self.store[key] = captured
             self.store.move_to_end(key)
             graph = self.store[key]
@@ -99,33 +105,44 @@ class Graphs:
         """The memory of all graphs, which never run side by side."""
         return torch.cuda.graph_pool_handle()
 
+    def clear(self) -> None:
+        """Drop all graphs: NCCL waits for graphs that use a communicator before it ends."""
+        self.store.clear()
+
     def _capture(
         self, name: str, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
     ) -> Graph | None:
         """Capture a function; warn and return None if it cannot be captured."""
-        places = tuple(x.clone() for x in inputs)
-        graph = torch.cuda.CUDAGraph()
+        graph: Graph | None = None
+        reason = "another rank cannot capture it"
         try:
-            with torch.cuda.device(self.device), garbage_collection_disabled():
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
-                    for _ in range(WARM_UP):
-                        function(*places)
-                torch.cuda.current_stream().wait_stream(self.stream)
-                # Other threads may use the device during the capture.
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    outputs = function(*places)
+            graph = self._record(function, tuple(x.clone() for x in inputs))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self._failures[name] += 1
-            if self._failures[name] == MAX_FAILURES:
-                reason = str(error).partition("\n")[0]
-                warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
-            return None
-        self.captures += 1
+            reason = str(error).partition("\n")[0]
+        if self.agreements.get(name, bool)(graph is not None):
+            self.captures += 1
+            return graph
+        self._failures[name] += 1
+        if self._failures[name] == MAX_FAILURES:
+            warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)
+        return None
+
+    def _record(self, function: Callable[..., Outputs], places: tuple[Tensor, ...]) -> Graph:
+        """Capture a function whose inputs have these addresses."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), garbage_collection_disabled():
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP):
+                    function(*places)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            # Other threads may use the device during the capture.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                outputs = function(*places)
         return Graph(graph, places, outputs)
 
 

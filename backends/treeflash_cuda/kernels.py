@@ -1,7 +1,7 @@
 """Attention of prompts: FlashAttention where it can be used, and the operation for trees.
 
 FlashAttention is checked with that operation. It has neither soft-capped scores nor attention
-sinks.
+sinks, and takes no keys in 8 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from treeflash.errors import is_out_of_memory
+from treeflash_cuda.cache import decoded
 from treeflash_cuda.operations import Operations, VisibleKeys
 
 TOLERANCE = 0.01
@@ -21,6 +22,10 @@ TOLERANCE = 0.01
 softmax to the dtype before they multiply it by the values: an error of 0.002 in bfloat16."""
 MAX_QUERIES = 512
 """Rows of a prompt that the operation for trees computes at once, which limits its memory."""
+MAX_ENCODED_QUERIES = 64
+"""Rows of a prompt that read keys in 8 bits as they are stored. Floats cost a pass over all keys,
+whatever the number of rows is; with more rows the products take longer than that pass, and
+FlashAttention is faster at these. The limit is a guess: no GPU has measured it."""
 MIN_CAPABILITY = 8, 0
 """FlashAttention needs an Ampere GPU."""
 
@@ -40,9 +45,10 @@ class Kernels(Protocol):
     ) -> Tensor:
         """(n, heads, head_dim) of the last n positions of a sequence over the whole sequence.
 
-        q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions. Each
-        position sees `window` positions, itself included; None for all before it. `softcap` and
-        `sinks` are explained at `treeflash_cuda.operations.tree_attention`.
+        q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions, as the
+        cache stores them. Each position sees `window` positions, itself included; None for all
+        before it. `softcap` and `sinks` are explained at
+        `treeflash_cuda.operations.tree_attention`.
         """
 
 
@@ -116,6 +122,36 @@ class FlashKernels:
         )
         sizes, sides = (queries, keys, len(q), len(k)), (-1 if window is None else window - 1, 0)
         return self.varlen(q, k, v, *sizes, scale=scale, window_size=sides)
+
+
+class EncodedKernels:
+    """FlashAttention over keys and values in 8 bits.
+
+    Few rows attend by the operation for trees, which reads the 8 bits. For more rows the columns
+    that they see become floats first, one layer at a time.
+    """
+
+    def __init__(self, few: Kernels, many: Kernels) -> None:
+        self.few = few  # takes 8 bits
+        self.many = many  # takes floats
+
+    def causal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if len(q) <= MAX_ENCODED_QUERIES:
+            return self.few.causal(q, k, v, window, scale, softcap, sinks)
+        if window is not None:  # the first row's
+            unseen = max(len(k) - len(q) + 1 - window, 0)
+            k, v = k[unseen:], v[unseen:]
+        k, v = (decoded(x, q.dtype) for x in (k, v))
+        return self.many.causal(q, k, v, window, scale, softcap, sinks)
 
 
 def flash_kernels(

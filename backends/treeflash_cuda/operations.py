@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treeflash.errors import is_out_of_memory
-from treeflash_cuda.cache import dequantise, quantise
+from treeflash_cuda.cache import decoded, quantise
 
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
@@ -99,7 +99,7 @@ def tree_attention(
     places = [first + positions, first + shared + torch.arange(n, device=device)]
     index = torch.cat(places, 1).clamp(max=columns - 1)
     visible = torch.cat([_sees(keys, positions) & (positions < shared[..., None]), _tree(keys)], 2)
-    keys_, values = (_decoded(x[:, index], q.dtype).transpose(0, 1).float() for x in (k, v))
+    keys_, values = (decoded(x[:, index], q.dtype).transpose(0, 1).float() for x in (k, v))
     # Unused memory may hold NaN.
     used = visible.any(1)[:, None, :, None]
     keys_, values = keys_.masked_fill(~used, 0), values.masked_fill(~used, 0)
@@ -132,10 +132,6 @@ def _tree(keys: VisibleKeys) -> Tensor:
     index = keys.paths.long().masked_fill(~_sees(keys, positions), shape[1])
     visible = torch.zeros(*shape, shape[1] + 1, dtype=torch.bool, device=index.device)
     return visible.scatter_(2, index, True)[..., : shape[1]]
-
-
-def _decoded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantise(x, dtype) if x.dtype == torch.int8 else x
 
 
 def rms_norm(
@@ -384,7 +380,7 @@ def _check_rotation(operations: Operations, numbers: Numbers, shapes: Shapes) ->
                     norms=(weights[0], weights[1]) if norm else None,
                     eps=1e-6,
                 ),
-                _decoded(stored, qkv.dtype).flatten(0, 1),
+                decoded(stored, qkv.dtype).flatten(0, 1),
             ]
     return results
 

@@ -3,6 +3,11 @@
 Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each call of the target it
 broadcasts the call, and the other ranks make the same call with their parts of the layers. They
 keep the same committed positions, but sample nothing.
+
+A forward pass has collective calls, and a call of one rank without the others ends in a deadlock.
+So all ranks have equal slabs, each of which has passes of its own, and the same CUDA graphs: they
+capture the same calls in the same order, keep equally many graphs, and drop a graph that one of
+them cannot capture. The kernels of NCCL are parts of these graphs.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from treeflash_cuda.cache import Arena
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import CommittedStates
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
@@ -60,6 +67,22 @@ class Followers:
 
 followers = Followers()
 """Of this process, if it is rank 0."""
+
+
+def reserve_everywhere(arena: Arena) -> None:
+    """On rank 0, let the target's arenas of the other ranks allocate equally many bytes at once.
+
+    Rank 0 has the least free memory, because it alone has a drafter.
+    """
+    followers.tell("reserve", arena.reserved_nbytes)
+
+
+def succeeded_everywhere(succeeded: bool) -> bool:
+    """Whether a step succeeded on every rank; all ranks call it."""
+    found = [False] * dist.get_world_size()
+    dist.all_gather_object(found, succeeded)
+    return all(found)
+
 
 _numbers = itertools.count()
 
@@ -145,7 +168,10 @@ def _follow(target: Target) -> None:
     while True:
         match broadcast():
             case ("end",):
+                target.graphs.clear()
                 return _leave()
+            case "reserve", nbytes:
+                target.arena.reserved_nbytes = nbytes
             case "open", number, capacity:
                 states[number] = State(target.arena, None, capacity)
             case "copy", old, new, length:
@@ -161,8 +187,9 @@ def _follow(target: Target) -> None:
                 verifier.commit([(states[number], path) for number, path in paths])
 
 
-def end() -> None:
+def end(graphs: Graphs) -> None:
     """On rank 0, end the other ranks."""
+    graphs.clear()
     if dist.is_initialized() and not followers.lost:
         followers.tell("end")
         _leave()

@@ -31,6 +31,8 @@ from treeflash_cuda.target import Target
 
 MAX_ROWS = 512
 """More rows run without a graph, in their own shapes."""
+TREE_PASS = "the target"
+"""The name of the forward pass over trees as a function."""
 OUTGROWN = "the sequence has outgrown its capacity"
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
@@ -77,9 +79,7 @@ class TreePass:
             committed = [states.committed for states in recurrent]
             committed += committed[:1] * (sequences - len(trees))
             before = layout.stack(committed, self.target.device)
-        results = graphs.run(
-            "the target", (slab, sizes), forward, uploaded, *before, capture=captured
-        )
+        results = graphs.run(TREE_PASS, (slab, sizes), forward, uploaded, *before, capture=captured)
         logits, best, layers, *outputs = results
         by_layer = dict(zip(layers, outputs[: len(layers)], strict=True))
         if layout is not None:

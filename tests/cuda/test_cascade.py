@@ -24,7 +24,8 @@ from transformers.masking_utils import (
 from treeflash_cuda import kernels as kernels_module
 from treeflash_cuda.attention import is_window
 from treeflash_cuda.backend import load
-from treeflash_cuda.kernels import ChunkKernels
+from treeflash_cuda.cache import dequantise, quantise
+from treeflash_cuda.kernels import MAX_ENCODED_QUERIES, ChunkKernels, EncodedKernels
 from treeflash_cuda.operations import Operations
 
 VOCAB = 40
@@ -80,7 +81,7 @@ class RoundingKernels(ChunkKernels):
     def __init__(self):
         super().__init__(Operations())
 
-    def causal(self, q, k, v, window, scale):
+    def causal(self, q, k, v, window, scale, *_):
         columns = torch.arange(len(k))
         distance = columns[len(k) - len(q) :, None] - columns
         visible = (distance >= 0) & (distance < (window or len(k)))
@@ -106,6 +107,17 @@ class OtherScale(RoundingKernels):
 class NoWindow(RoundingKernels):
     def causal(self, q, k, v, window, scale):
         return super().causal(q, k, v, None, scale)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("rows", [3, MAX_ENCODED_QUERIES + 1])
+def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
+    random = torch.Generator().manual_seed(2)
+    q = torch.randn(rows, 4, 8, generator=random)
+    stored = quantise(torch.randn(2, 90, 2, 8, generator=random))
+    floats, operation = dequantise(stored, torch.float32), ChunkKernels(Operations())
+    actual = EncodedKernels(operation, RoundingKernels()).causal(q, *stored, window, 0.3)
+    torch.testing.assert_close(actual, operation.causal(q, *floats, window, 0.3))
 
 
 @pytest.mark.parametrize("kernels", [RoundingKernels, OtherScale, NoWindow, OneRowShort])

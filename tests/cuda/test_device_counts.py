@@ -20,6 +20,7 @@ require("torch")
 
 from treeflash_cuda import backend as loading
 from treeflash_cuda.cache import SCALE_BYTES
+from treeflash_cuda.kernels import MAX_ENCODED_QUERIES
 
 VOCAB = 1000
 TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2]))
@@ -130,17 +131,23 @@ def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequenc
         assert 0 < found[part][0] <= limit + more, found
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_keys_in_8_bits_are_converted_for_prompts_alone(cuda, pair, chunks):
-    """Trees, drafts and commits read and write the 8 bits as they are."""
-    backend = loading.load(*pair, LoadConfig(dtype="bfloat16", kv_bits=8))
+@pytest.mark.parametrize("window", [None, 100])
+def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, window):
+    """Short prompts, trees, drafts and commits read and write the 8 bits as they are."""
+    family, settings = ("mistral", {"sliding_window": window}) if window else ("qwen3", {})
+    write_target(tmp_path / "target", family, seed=1, vocab_size=VOCAB, **settings)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    backend = loading.load(
+        tmp_path / "target", tmp_path / "drafter", LoadConfig(dtype="bfloat16", kv_bits=8)
+    )
     state = backend.open(2000, drafts=True)
     shape = np.array(backend.target.arena.like.shape)
     column = 2 * len(backend.target.layers) * shape[1] * (shape[3] - SCALE_BYTES)
-    for length in (700, 1000)[:chunks]:
-        before = cuda.converted
-        backend.verifier.run([Prefill(state, [3] * (length - state.length), None)])
-        assert cuda.converted - before == length * column
+    for tokens in (700, 300, MAX_ENCODED_QUERIES, 1):
+        before, first = cuda.converted, state.length
+        backend.verifier.run([Prefill(state, [3] * tokens, None)])
+        seen = state.length - (max(first + 1 - window, 0) if window else 0)
+        assert cuda.converted - before == (seen * column if tokens > MAX_ENCODED_QUERIES else 0)
     before = cuda.converted
     backend.drafter.draft([(state, 1)])
     backend.verifier.run([Verify(state, TREE, SamplingParams())])

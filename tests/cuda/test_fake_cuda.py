@@ -1,5 +1,7 @@
 """The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures."""
 
+import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -20,10 +22,14 @@ from treeflash.testing.trees import noise_of_depths
 require("torch")
 
 import torch
+import torch.nn.attention.varlen as varlen
+import torch.nn.functional as F
 from fake_cuda import DEVICE, SECOND
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from treeflash_cuda import kernels
+from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.backend import load
-from treeflash_cuda.graphs import MAX_GRAPHS, Graphs
+from treeflash_cuda.graphs import MAX_GRAPHS, WARM_UP, Graphs
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda")
 
@@ -158,6 +164,49 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
     check_context(text, 3000)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
+    """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
+    monkeypatch.setattr(kernels, "FlashKernels", lambda: 1 / 0)  # prompts attend without it
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    slow = pytest.warns(UserWarning, match="^prompts will be slow: division by zero$")
+    with nullcontext() if dtype == "float32" else slow:
+        backend = load(*folders[family], LoadConfig(dtype=dtype))
+    for tokens in (1, 700, 2100):
+        states = [backend.open(3000, drafts=True) for _ in range(2)]
+        backend.verifier.run([Prefill(state, [3] * tokens, SamplingParams()) for state in states])
+        blocks = backend.drafter.draft([(state, 1) for state in states])
+        backend.head.transitions(blocks, OPTIONS)
+        backend.verifier.run([Verify(state, tree(), SamplingParams()) for state in states])
+        for state in states:
+            state.close()
+
+
+def test_blocks_that_see_everything_build_no_plan(cuda, monkeypatch):
+    """A drafter may have such layers beside others with windows."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    q, k = (torch.empty(1, heads, 3, 8, device=DEVICE) for heads in (4, 2))
+    assert grouped_attention(q, [(k, k)], [None], [3], 1.0).shape == (1, 3, 4, 8)
+
+
+def test_flash_attention_is_asked_for_by_an_argument_that_cudnn_lacks(cuda, folders, monkeypatch):
+    """Later versions of PyTorch may choose cuDNN for calls without it."""
+    found, plain = [], varlen.varlen_attn
+
+    @functools.wraps(plain)
+    def record(*args, **options):
+        found.append(options.get("num_splits"))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", record)
+    backend = load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
+    loaded = len(found)
+    SequenceSession(backend).extend(PROMPT)
+    assert len(found) - loaded == len(backend.target.layers)
+    assert None not in found
+
+
 def test_a_long_prompt_is_prefilled_in_chunks(backend):
     text = SequenceSession(backend, drafts=True, capacity=4001)
     text.extend([3] * 4000)
@@ -284,6 +333,19 @@ def test_one_failed_capture_disables_no_function(cuda):
     graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
     graphs.run("it", None, fail_once, torch.ones(1, device=DEVICE))
     assert graphs.captures == 1
+
+
+def test_functions_are_called_before_they_are_captured(cuda):
+    """Libraries allocate workspaces and open connections then, which no graph can have."""
+    graphs, captures = Graphs(DEVICE), []
+    graphs.enabled = True
+
+    def watched(x):
+        captures.append(cuda.capturing)
+        return (x,)
+
+    graphs.run("it", None, watched, torch.ones(1, device=DEVICE))
+    assert captures == [False] * WARM_UP + [True]
 
 
 def test_an_iteration_waits_for_the_device_twice(cuda, backend):

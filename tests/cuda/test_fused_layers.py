@@ -57,3 +57,13 @@ def test_modules_that_an_operation_computes_are_replaced(make, replaced):
     fuse_layers(module, Operations())
     assert ("forward" in vars(module)) == replaced
     torch.testing.assert_close(module(x), expected)
+
+
+@torch.inference_mode()
+def test_hooks_do_not_count():
+    """The last layers of a target on several devices have one that moves their outputs."""
+    module = Norm(0)
+    module.register_forward_hook(lambda _, __, output: output.to("meta"))
+    fuse_layers(module, Operations())
+    assert "forward" in vars(module)
+    assert module(torch.randn(2, 16)).device.type == "meta"

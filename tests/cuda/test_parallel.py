@@ -22,15 +22,17 @@ from treeflash.testing.models import write_drafter, write_target
 require("torch")
 
 import torch
-from treeflash_cuda import parallel, verifier
+from treeflash_cuda import cache, parallel, verifier
 from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.cache import KVCache
+from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, load_model, read_model_config
 from treeflash_cuda.verifier import Verifier
 
 PROMPT = [3, 4, 5, 6]
 CONFIG = {"budget": 8, "max_tokens": 24}
+LOADING = "target, drafter, written = map(Path, sys.argv[1:])"
 SCRIPT = f"""
 import json, sys
 from pathlib import Path
@@ -41,7 +43,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash_cuda import verifier
 from treeflash_cuda.backend import load
 
-target, drafter, written = map(Path, sys.argv[1:])
+{LOADING}
 backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
 found = []
 for method in ("treeflash", "ar"):
@@ -75,6 +77,37 @@ def fail(self, rows, needs_logits):
 
 if os.environ["RANK"] == "1":
     Verifier._forward = fail
+"""
+
+
+GRAPHS = """
+import atexit, os
+from treeflash_cuda import backend as loading, graphs
+from treeflash_cuda.graphs import Graph, Graphs
+from treeflash_cuda.operations import Operations
+from replayed_graphs import Replay
+
+# As on a GPU, trees run by the operation for trees in graphs. A replay computes anew.
+loading.load_target_operations = lambda target: Operations()
+Graphs.is_capturing = property(lambda self: self.enabled)
+graphs.MAX_GRAPHS = 2  # many are captured again
+capture, captured = Graphs._capture, []
+
+def record(self, function, places):
+    outputs = function(*places)
+    if os.environ["RANK"] == "1" and len(captured) == 1:
+        raise RuntimeError("out of paper")
+    return Graph(Replay(function, places, outputs), places, outputs)
+
+def watch(self, name, function, inputs):
+    graph = capture(self, name, function, inputs)
+    if name == loading.TREE_PASS:
+        captured.append([[list(x.shape) for x in inputs], graph is not None])
+    return graph
+
+Graphs._record, Graphs._capture = record, watch
+path = Path(sys.argv[3]).with_name("captured" + os.environ["RANK"])
+atexit.register(lambda: path.write_text(json.dumps(captured)))
 """
 
 
@@ -118,13 +151,18 @@ def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
 
 
 def test_two_processes_give_the_tokens_of_one(tmp_path):
+    """Their trees run in graphs; without graphs they run in `test_machines.py`."""
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1)
     write_drafter(drafter, target, seed=2)
     script, written = tmp_path / "script.py", tmp_path / "tokens.json"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace(LOADING, GRAPHS + LOADING))
     run = start(script, target, drafter, written)
     assert run.returncode == 0, run.stderr[-3000:]
+    captured, other = (json.loads((tmp_path / f"captured{i}").read_text()) for i in (0, 1))
+    assert captured == other
+    assert [succeeded for _, succeeded in captured].count(False) == 1
+    assert len(captured) > len({str(sizes) for sizes, _ in captured}) > 2
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     expected = []
     for method in ("treeflash", "ar"):
@@ -139,20 +177,25 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
 class Ranks:
     """Rank 0 in this thread and another rank in a second one, with the whole of a tiny target.
 
-    Rank 0 waits after each message until the other rank has done what the message says.
+    Each has an arena of its own. Rank 0 waits after each message until the other rank has done what
+    the message says.
     """
 
-    def __init__(self, monkeypatch, folder):
+    def __init__(self, monkeypatch, folder, reserved=None):
         write_target(folder, "llama", seed=3)
         self.target = load(folder, None, LoadConfig(device="cpu", dtype="float32")).target
         self.target.split = True
+        follower = copy.copy(self.target)
+        follower.arena = copy.copy(self.target.arena)
+        follower.arena.slabs = []
+        self.target.arena.reserved_nbytes = reserved
         self.messages, self.replies = queue.Queue(), queue.Queue()
         self.leading, self.following = [], []  # states, in the order in which they were opened
         monkeypatch.setattr(parallel, "followers", parallel.Followers())
         monkeypatch.setattr(parallel, "broadcast", self.broadcast)
         monkeypatch.setattr(parallel, "State", self.follow_state)
         monkeypatch.setattr(parallel, "_leave", lambda: None)
-        self.thread = threading.Thread(target=parallel.follow, args=(self.target,), daemon=True)
+        self.thread = threading.Thread(target=parallel.follow, args=(follower,), daemon=True)
         self.thread.start()
         self.replies.get(timeout=20)  # it waits for its first message
         self.backend = CudaBackend(self.target, None, None)
@@ -181,8 +224,7 @@ class Ranks:
         for mine, theirs in zip(self.leading, self.following, strict=True):
             if mine.length:
                 assert np.array_equal(mine.read_kv_cache(), theirs.read_kv_cache())
-        regions = [x.kv_cache.region is None for x in self.following]
-        assert regions == [x.kv_cache.region is None for x in self.leading]
+        assert places(self.leading) == places(self.following)
 
     def fail(self, patch, owner, name, at):
         """Let one call of a function, with this number, run out of memory on rank 0."""
@@ -199,13 +241,56 @@ class Ranks:
         return calls
 
 
+def places(states):
+    """The slab and the first column of each state; None for one that is closed."""
+    regions = [state.kv_cache.region for state in states]
+    slabs = states[0].kv_cache.arena.slabs if states else []
+    return [None if x is None else (slabs.index(x.slab), x.first) for x in regions]
+
+
 @pytest.fixture
-def ranks(monkeypatch, tmp_path):
-    ranks = Ranks(monkeypatch, tmp_path / "target")
+def ranks(monkeypatch, tmp_path, request):
+    ranks = Ranks(monkeypatch, tmp_path / "target", getattr(request, "param", None))
     yield ranks
     ranks.messages.put(("end",))
     ranks.thread.join(20)
     assert not ranks.thread.is_alive()
+
+
+@pytest.mark.parametrize("ranks", [None, 0, 1 << 17], indirect=True)
+def test_sequences_lie_in_the_same_slabs_on_every_rank(ranks, monkeypatch):
+    """Each slab has a forward pass of its own, in which all ranks must take part."""
+    monkeypatch.setattr(cache, "SLAB_BYTES", 1)
+    states = [ranks.backend.open(n, drafts=False) for n in (20, 30, 25)]
+    ranks.backend.verifier.run([Prefill(state, [5, 6, 7], None) for state in states])
+    ranks.check()
+    assert len(ranks.target.arena.slabs) == (1 if ranks.target.arena.reserved_nbytes else 3)
+    states[1].close()
+    fork = states[0].fork(2, 26)
+    ranks.check()
+    for state in (*states, fork):
+        state.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
+    """NCCL waits for graphs that use a communicator until they are destroyed."""
+
+    class Split:
+        graphs = Graphs(torch.device("cpu"))
+        operations = None
+
+    left, store = [], Split.graphs.store
+    store["the target", None, None] = None
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: left.append(len(store)))
+    monkeypatch.setattr(parallel, "broadcast", lambda *_: ("end",))
+    monkeypatch.setattr(parallel, "RELEASE_S", 0)
+    if rank == 0:
+        parallel.end(Split.graphs)
+    else:
+        parallel.follow(Split())
+    assert left == [0]
 
 
 PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}

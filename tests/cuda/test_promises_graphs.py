@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from parts import load_with_parts
-from replayed_graphs import enable, replay_graphs
+from replayed_graphs import Replay, enable, replay_graphs
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding import sampling as definition
@@ -98,6 +99,38 @@ def test_each_sampling_is_its_own(replayed, captured):
             found = sample_on_gpu(torch.from_numpy(logits), config, keys, replayed)
             assert found.tolist() == definition.sample_tokens(logits, config, keys).tolist()
     assert len(captured) == len(samplings)
+
+
+def test_graphs_of_other_functions_drop_none(replayed, captured):
+    """So ranks of `torchrun` keep the same graphs of the target, whatever else rank 0 captures."""
+    x = torch.ones(1)
+    replayed.run("shared", None, times(2), x)
+    for i in range(graphs.MAX_GRAPHS + 3):
+        replayed.run("own", i, times(i), x)
+    assert replayed.run("shared", None, times(3), x)[0].tolist() == [2.0]
+    assert captured.count("shared") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_another_rank_cannot_capture_is_called(monkeypatch):
+    """It counts as a failure of this rank, so that both try equally often."""
+    own, x, tries = enable(Graphs(torch.device("cpu"))), torch.ones(1), []
+
+    def record(self, function, places):
+        tries.append(function)
+        outputs = function(*places)
+        return graphs.Graph(Replay(function, places, outputs), places, outputs)
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    own.agreements["shared"] = lambda succeeded: not succeeded
+    reason = "^shared runs without CUDA graphs: another rank cannot capture it$"
+    for i in range(graphs.MAX_FAILURES + 2):
+        last = i == graphs.MAX_FAILURES - 1
+        with pytest.warns(UserWarning, match=reason) if last else nullcontext():
+            assert own.run("shared", None, times(i), x)[0].tolist() == [i]
+    assert (len(tries), own.captures, len(own.store)) == (graphs.MAX_FAILURES, 0, 0)
+    own.run("own", None, times(1), x)
+    assert (own.captures, len(own.store)) == (1, 1)
 
 
 @pytest.mark.parametrize("slabs", ["one", "several"])

@@ -340,11 +340,11 @@ def _own_positions(
     tl.store(result_pointer + places[:, None] + dims[None, :], result, mask=is_element)
 
 
-def tile_size(head_dim: int, itemsize: int) -> int:
+def tile_size(head_dim: int, itemsize: int, quantised: bool) -> int:
     """Positions of a tile: a function of the model alone, as the order of sums depends on it."""
     size = TILE_BYTES // 2 if itemsize == 4 else TILE_BYTES  # without tensor cores: registers
     columns = size // (triton.next_power_of_2(head_dim) * itemsize)
-    return min(max(columns, MIN_TILE), MAX_TILE)
+    return min(max(columns // 2 if quantised else columns, MIN_TILE), MAX_TILE)
 
 
 def tree_attention(
@@ -363,16 +363,17 @@ def tree_attention(
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert k.stride() == v.stride()
     (t, n), groups, chunks = keys.end.shape, heads // kv_heads, triton.cdiv(max_length, CHUNK)
+    quantised = k.dtype == torch.int8  # its numbers become floats in registers, before products
     shapes: dict[str, Any] = {
         "GROUPS": groups,
         "HEAD_DIM": head_dim,
         "DIMS": max(triton.next_power_of_2(head_dim), MIN_DIMS),
         "ROWS": ROWS,
-        "TILE": tile_size(head_dim, q.element_size()),
+        "TILE": tile_size(head_dim, q.element_size(), quantised),
         "CHUNK": CHUNK,
         "SOFTCAP": softcap is not None,
         "SINK": keys.sink is not None,
-        "QUANTISED": k.dtype == torch.int8,
+        "QUANTISED": quantised,
         "enable_fp_fusion": False,
     }
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
@@ -389,7 +390,7 @@ def tree_attention(
     _shared_positions[triton.cdiv(n * groups, 2 * ROWS if pair else ROWS), kv_heads * chunks, t](
         *(q, k, v, *ranges, sums, outputs, n, chunks, *strides, *factors),
         PAIR=pair,
-        num_warps=8 if wide or head_dim > MAX_NARROW else 4,
+        num_warps=8 if wide or quantised or head_dim > MAX_NARROW else 4,
         **shapes,
     )
     result = q.new_empty((rows, heads, head_dim))
@@ -397,7 +398,7 @@ def tree_attention(
         *(q, k, v, *ranges, keys.paths.int(), sinks, sums, outputs, result),
         *(chunks, *keys.paths.stride()[:2], *strides, *factors),
         SINKS=sinks is not None,
-        num_warps=8 if wide else 4,
+        num_warps=8 if wide or quantised else 4,
         # Few tiles follow each other, and loading ahead makes some GPUs spill registers.
         num_stages=3 if wide or head_dim > MAX_NARROW else 1,
         **shapes,
