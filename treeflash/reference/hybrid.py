@@ -96,7 +96,7 @@ class GatedDeltaNet(RecurrentLayer):
     def _per_value_head(self, x: Array) -> Array:
         """(heads, key_dim) unit vectors; a key head serves consecutive value heads."""
         x = x.reshape(self.key_heads, self.key_dim)
-        unit: Array = x / np.sqrt((x * x).sum(-1, keepdims=True) + L2_EPS)
+        unit = np.asarray(x / np.sqrt((x * x).sum(-1, keepdims=True) + L2_EPS), np.float32)
         return unit.repeat(self.heads // self.key_heads, 0)
 
 

@@ -24,8 +24,7 @@ def silu(x: Array) -> Array:
 def softmax(x: Array) -> Array:
     """Over the last axis; a row may have -inf entries, but not only them."""
     exps = np.exp(x - x.max(-1, keepdims=True))
-    normalised: Array = exps / exps.sum(-1, keepdims=True)
-    return normalised
+    return np.asarray(exps / exps.sum(-1, keepdims=True), np.float32)
 
 
 def log_softmax(x: Array) -> Array:
