@@ -20,7 +20,7 @@ from treeflash.drafters.config import SINK, DrafterConfig, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation
-from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_two
+from treeflash_cuda.graphs import MIN_LENGTH, Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import gumbel, top_log_probs, upload, upload_all
 from treeflash_cuda.operations import Operations, VisibleKeys
@@ -324,8 +324,8 @@ class Drafter:
     ) -> tuple[Tensor, Tensor]:
         """(sequences, S, hidden_size) blocks, and (sequences,) roots.
 
-        For CUDA graphs the number of sequences, the number of new positions, and the length of the
-        longest sequence are rounded up to powers of two.
+        For CUDA graphs the number of sequences and the length of the longest sequence are rounded
+        up to powers of two, and the number of new positions to a power of four.
         """
         graphs, size = self.target.graphs, self.model.config.block_size
         states, order = [state for state, _ in roots], [*range(len(roots))]
@@ -343,7 +343,7 @@ class Drafter:
             # write the same keys and values to the same columns.
             order += [0] * (power_of_two(len(roots)) - len(roots))
             longest = max(power_of_two(longest), MIN_LENGTH)
-            if extra := power_of_two(len(positions)) - len(positions) if parts else 0:
+            if extra := power_of_four(len(positions)) - len(positions) if parts else 0:
                 parts.append(parts[-1][-1:].expand(extra, -1))
                 positions, first = (np.pad(x, (0, extra), "edge") for x in (positions, first))
         sequences = [(roots[i][1], states[i].length, firsts[i]) for i in order]

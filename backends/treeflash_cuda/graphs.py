@@ -161,3 +161,8 @@ def garbage_collection_disabled() -> Iterator[None]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def power_of_four(n: int) -> int:
+    """The smallest power of four that is at least n, for what costs little to round up."""
+    return 1 << (n - 1).bit_length() + (n - 1).bit_length() % 2

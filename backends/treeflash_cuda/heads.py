@@ -28,7 +28,7 @@ from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, concatenate
 from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
-from treeflash_cuda.graphs import Outputs, power_of_two
+from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import PairLinear, RowIndex, take, token_products
 from treeflash_cuda.numerics import divide_by_temperature, largest, top_log_probs, topk, upload
 from treeflash_cuda.target import Target
@@ -455,7 +455,7 @@ def _rounded(options: TableOptions) -> TableOptions:
     rows, shortlist = options.rows, options.shortlist
     if shortlist is not None and shortlist >= max(options.m, options.k):
         shortlist = power_of_two(shortlist)
-    return replace(options, rows=rows and power_of_two(rows), shortlist=shortlist)
+    return replace(options, rows=rows and power_of_four(rows), shortlist=shortlist)
 
 
 class ARHead:
