@@ -100,6 +100,12 @@ class OutputStage:
         ids = self._own.token_ids
         return tokens if ids is None else ids[tokens].to(tokens.dtype)
 
+    @property
+    def vocab_size(self) -> int:
+        """Vd, the number of tokens that the drafter can propose."""
+        ids = self._own.token_ids
+        return self._target.vocab_size if ids is None else len(ids)
+
     def over_target_vocabulary(self, log_probs: Tensor) -> Tensor:
         """(n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
         ids = self._own.token_ids

@@ -450,12 +450,19 @@ HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlati
 """By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
 
 
-def _rounded(options: TableOptions) -> TableOptions:
+MIN_ROWS, MIN_SHORTLIST = 64, 1024
+"""Smaller tables share a graph: reading the head's weights takes most of their time."""
+
+
+def _rounded(options: TableOptions, vocab_size: int) -> TableOptions:
     """Larger options that more tables share; the further rows and tokens are dropped."""
     rows, shortlist = options.rows, options.shortlist
-    if shortlist is not None and shortlist >= max(options.m, options.k):
-        shortlist = power_of_two(shortlist)
-    return replace(options, rows=rows and power_of_four(rows), shortlist=shortlist)
+    if shortlist is not None and max(options.m, options.k) <= shortlist < vocab_size:
+        # The whole vocabulary would be no shortlist.
+        shortlist = min(max(power_of_two(shortlist), MIN_SHORTLIST), vocab_size - 1)
+    if rows is not None:
+        rows = max(power_of_four(rows), MIN_ROWS)
+    return replace(options, rows=rows, shortlist=shortlist)
 
 
 class ARHead:
@@ -473,7 +480,7 @@ class ARHead:
         batch = BlockBatch.join(blocks, self.output.upload(options.noise), graphs)
         computed = replace(options, noise=None)
         if graphs.is_capturing:
-            computed = _rounded(computed)
+            computed = _rounded(computed, self.output.vocab_size)
             sizes = depths, options.rows or MANY, options.shortlist or MANY
             limits.append(upload(np.array(sizes, np.int32), graphs.device))
 

@@ -6,7 +6,7 @@ from parts import load_with_parts
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding import decode
-from treeflash.decoding.interfaces import Prefill, Verify
+from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -98,6 +98,25 @@ def test_trees_and_drafts_are_those_without_static_shapes(pair, texts):
         found.append(results)
     for static, plain in zip(*found, strict=True):
         np.testing.assert_allclose(static, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [None, 3, 70])
+@pytest.mark.parametrize("shortlist", [None, 9, VOCAB - 1, VOCAB])
+def test_tables_that_share_a_graph_are_those_without_one(pair, monkeypatch, shortlist, rows):
+    """Their sizes are rounded up, and what is beyond the sizes that were asked for is not used."""
+    tables, options = [], TableOptions(m=4, k=6, shortlist=shortlist, rows=rows)
+    found = settings_of(monkeypatch)
+    for backend in pair:
+        states = started(backend, [[3, 4, 5], [6]])
+        blocks = backend.drafter.draft([(state, 7) for state in states])
+        tables.append(backend.head.transitions(blocks, options))
+    for static, plain in zip(*tables, strict=True):
+        np.testing.assert_array_equal(static.tokens, plain.tokens)
+        np.testing.assert_array_equal(static.next_row, plain.next_row)
+        np.testing.assert_allclose(static.log_probs, plain.log_probs, atol=1e-4)
+    sizes = [(x.shortlist, x.rows) for name, x in found if name == "the AR head"]
+    rounded = VOCAB - 1 if shortlist in (9, VOCAB - 1) else shortlist
+    assert sizes[0] == (rounded, {None: None, 3: 64, 70: 256}[rows])
 
 
 def test_shapes_are_powers_of_two(backend, monkeypatch):
