@@ -24,6 +24,8 @@ KERNELS = {
 }
 PAIRS = [
     *((capability, "qwen3-8b") for capability in (80, 90, 100, 120)),
+    (90, "llama-3.2-1b"),
+    (120, "llama-3.2-1b"),
     (120, "gemma-2-9b"),
     (80, "qwen3-8b in float32"),
 ]

@@ -28,8 +28,8 @@ TILE_BYTES = 16384
 """Size of the keys of a tile, of which each pipeline stage holds one in shared memory."""
 MIN_TILE, MAX_TILE = 16, 64
 """Positions of a tile."""
-MAX_NARROW = 128
-"""Wider heads need the registers of more warps."""
+MAX_SMALL, MAX_NARROW = 64, 128
+"""Wider heads need the registers of more warps: with keys in 8 bits, and without."""
 MIN_DIMS = 16
 """Width of a product; narrower heads are filled up with zeros."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -390,7 +390,7 @@ def tree_attention(
     _shared_positions[triton.cdiv(n * groups, 2 * ROWS if pair else ROWS), kv_heads * chunks, t](
         *(q, k, v, *ranges, sums, outputs, n, chunks, *strides, *factors),
         PAIR=pair,
-        num_warps=8 if wide or quantised or head_dim > MAX_NARROW else 4,
+        num_warps=8 if wide or head_dim > (MAX_SMALL if quantised else MAX_NARROW) else 4,
         **shapes,
     )
     result = q.new_empty((rows, heads, head_dim))
@@ -400,7 +400,7 @@ def tree_attention(
         SINKS=sinks is not None,
         num_warps=8 if wide or quantised else 4,
         # Few tiles follow each other, and loading ahead makes some GPUs spill registers.
-        num_stages=3 if wide or head_dim > MAX_NARROW else 1,
+        num_stages=1 if not wide and MAX_SMALL < head_dim <= MAX_NARROW else 3,
         **shapes,
     )
     return result
