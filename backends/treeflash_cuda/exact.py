@@ -114,7 +114,7 @@ class Sums:
         queries: Tensor,  # (kv_heads, padded rows, width) float32, written before each layer
         sums: Tensor,  # (kv_heads, padded rows, columns of values) float32, the result
         groups: int,  # query heads of each key head
-        scratch: Tensor,  # float32, for `padded_weights` numbers
+        scratch: Tensor,  # float32, room for the weights of all columns, overwritten by every layer
     ) -> None:
         self.rows, self.queries, self.sums, self.groups = rows, queries, sums, groups
         (kv_heads, padded, width), count = queries.shape, rows.count
