@@ -104,7 +104,7 @@ class TableOptions:
 
     Attributes:
         k: children of a row; the whole vocabulary if that is smaller.
-        m: previous tokens at each depth; the whole vocabulary if that is smaller.
+        m: previous tokens at each depth, 1 by default; the whole vocabulary if that is smaller.
         temperature: divides the logits, after the head and after the noise.
         noise: added to the logits of the marginals and of the head, for the depths of all blocks in
             order. The most probable tokens are then those that the target is most likely to sample.

@@ -103,7 +103,7 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
         name: (part["dtype"], part["shape"], len(part["data"])) for name, part in tensors.items()
     }
     write_stored(output / "model.safetensors", entries, (part["data"] for part in tensors.values()))
-    return parsed.head if to == "dflash" and source is formats.TREEFLASH else None
+    return parsed.head if source is formats.TREEFLASH else None
 
 
 def _refuse_inexpressible(config: DrafterConfig, to: str) -> None:

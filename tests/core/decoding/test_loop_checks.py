@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fake_models import (
 
 from treeflash.config import Method
 from treeflash.decoding.scheduler import check, decode
-from treeflash.errors import ConfigError, NumericalError, PromptError
+from treeflash.errors import ConfigError, NumericalError, PromptError, UnsupportedModelError
 
 
 class TestChecks:
@@ -85,6 +86,17 @@ class TestChecks:
         with pytest.raises(PromptError) as caught:
             entry(scripted(SCRIPT, max_positions=20), prompt, config_of())
         assert str(caught.value) == message
+
+    @pytest.mark.parametrize("entry", [decode, check])
+    def test_a_target_that_runs_no_trees(
+        self, monkeypatch: pytest.MonkeyPatch, entry: Callable[..., object]
+    ) -> None:
+        """Loading a drafter checks it too; copies need no drafter."""
+        backend = scripted(SCRIPT)
+        monkeypatch.setattr(backend, "check_trees", Mock(side_effect=UnsupportedModelError("no")))
+        entry(backend, PROMPT, config_of(method="ar"))
+        with pytest.raises(UnsupportedModelError):
+            entry(backend, PROMPT, config_of(method="suffix"))
 
     def test_a_prompt_of_one_token_and_of_extreme_ids(self) -> None:
         assert tokens_of(run(scripted(SCRIPT), [99], max_tokens=3)) == SCRIPT[1:4]

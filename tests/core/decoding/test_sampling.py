@@ -112,6 +112,11 @@ class TestFilters:
         logits = np.log(np.array([[8, 2, 1, 2, 2]], np.float64)).astype(np.float32)
         assert np.flatnonzero(filtered_probs(logits, sampling)[0]).tolist() == kept
 
+    def test_no_filter_drops_no_token(self) -> None:
+        """Not even one that rounding loses in the sum of the others."""
+        logits = np.array([[1, -50, 2, -90]], np.float32)
+        assert (filtered_probs(logits, SamplingConfig(temperature=1)) > 0).all()
+
     @pytest.mark.parametrize("sampling", FILTERS, ids=str)
     def test_a_flat_row_keeps_every_token(self, sampling: SamplingConfig) -> None:
         assert (filtered_probs(np.zeros((1, 50), np.float32), sampling) > 0).all()

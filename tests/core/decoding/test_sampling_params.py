@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys, sample, unpack
+from treeflash.decoding.sampling import (
+    LogitEdits,
+    SamplingParams,
+    only,
+    position_keys,
+    sample,
+    unpack,
+)
 from treeflash.errors import NumericalError
 
 ROWS, VOCAB = 5, 70  # of three words of a bitmask, the last not full
@@ -57,6 +64,11 @@ def test_edits(rng, logits):
 def test_bitmasks(rng):
     allowed = rng.random((ROWS, VOCAB)) < 0.3
     np.testing.assert_array_equal(unpack(pack(allowed), VOCAB), allowed)
+
+
+def test_bitmasks_of_one_token():
+    tokens = np.arange(VOCAB, dtype=np.int32)
+    np.testing.assert_array_equal(unpack(only(tokens, VOCAB), VOCAB), np.eye(VOCAB, dtype=bool))
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])

@@ -119,6 +119,25 @@ CASES: dict[str, tuple[dict[str, Any], float, list[float]]] = {
             9.2420896e-07,
         ],
     ),
+    "yarn with few positions": (
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        1.138629436111989,
+        [
+            1.0,
+            0.23717082,
+            0.05,
+            0.0079056947,
+            0.0025,
+            0.00079056947,
+            0.00025,
+            7.9056945e-05,
+        ],
+    ),
     "yarn with attention factor": (
         {
             "rope_type": "yarn",

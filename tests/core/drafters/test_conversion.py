@@ -117,6 +117,8 @@ def test_a_new_head_changes_nothing(published: Path, tmp_path: Path) -> None:
         load_reference(tmp_path / "target", published, LOAD), PROMPT, TableOptions(k=4)
     )
     table = transitions(backend, PROMPT, TableOptions(m=2, k=4))
+    assert table.tokens.shape[1] == 2
+    assert transitions(backend, PROMPT, TableOptions(k=4)).tokens.shape[1] == 1, "the default"
     for row in range(2):
         first = 0 if row == 0 else 1  # depth 1 has one row
         np.testing.assert_array_equal(table.tokens[first:, row], plain.tokens[first:, 0])

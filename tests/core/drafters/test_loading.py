@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from treeflash.drafters.folder import read_config, read_file, read_tensors
-from treeflash.drafters.formats import canonical_name, drafter_config, drafter_shapes
+from treeflash.drafters.formats import (
+    canonical_name,
+    drafter_config,
+    drafter_shapes,
+    head_inner_size,
+)
 from treeflash.drafters.loading import check_pair, check_shapes, load_tensors
 from treeflash.errors import CheckpointError
 from treeflash.testing.models import save
@@ -97,6 +102,12 @@ class TestTensors:
         assert shapes["ar_approximation.d.weight"] == (32, 64)
         assert shapes["ar_approximation.norm.weight"] == (32,)
         assert "ar_approximation.ug.weight" not in shapes
+
+    @pytest.mark.parametrize("missing", ["ug.bias", "d.weight"])
+    def test_either_tensor_gives_the_width_of_a_head(self, folder: Path, missing: str) -> None:
+        shapes = drafter_shapes(drafter_config(folder), head_size=5)
+        del shapes[f"ar_approximation.{missing}"]
+        assert head_inner_size(shapes) == 5
 
     def test_every_missing_tensor_is_named(self, folder: Path) -> None:
         config, shapes = drafter_config(folder), self.shapes(folder)
