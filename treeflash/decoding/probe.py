@@ -103,7 +103,8 @@ def check_exact(backend: Backend, seed: int = 0) -> None:
 def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) -> str | None:
     """The first operation that changes the logits on or after a tree; None if none does."""
     path = np.flatnonzero(tree.ancestor_mask()[int(np.argmax(tree.depths))]).astype(np.int32)
-    sessions = [SequenceSession(backend) for _ in range(3)]
+    capacity = len(prefix) + 2 * len(tree)  # a path and a tree after it
+    sessions = [SequenceSession(backend, capacity=capacity) for _ in range(3)]
     branched, plain, short = sessions
     try:
         branched.extend(prefix)
@@ -127,7 +128,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
         if not np.array_equal(branched.logits(tree), plain.logits(tree)):
             return "committing a path"
         forked = SequenceSession.__new__(SequenceSession)
-        forked.backend, forked.state = backend, branched.state.fork(len(prefix), 1024)
+        forked.backend, forked.state = backend, branched.state.fork(len(prefix), capacity)
         sessions.append(forked)
         if not np.array_equal(forked.logits(tree), on_tree):
             return "a fork"
