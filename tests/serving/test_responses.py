@@ -6,7 +6,7 @@ import json
 
 import httpx
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
 
@@ -14,6 +14,7 @@ from treeflash.serving.errors import SERVER_FAILED, APIError
 from treeflash.serving.responses import ResponsesRequest
 
 openai = pytest.importorskip("openai")
+ResponseStreamEvent = openai.types.responses.ResponseStreamEvent
 
 PAINT = {
     "type": "object",
@@ -49,6 +50,8 @@ def test_text_is_that_of_chat_completions(client, server):
     assert found.output_text == chat["choices"][0]["message"]["content"]
     assert found.usage.input_tokens == chat["usage"]["prompt_tokens"]
     assert found.usage.output_tokens == 12
+    assert found.usage.total_tokens == found.usage.input_tokens + 12
+    assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
     assert (found.status, found.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
@@ -82,6 +85,7 @@ def test_items_begin_empty_and_grow_by_deltas(server, fields):
     lines = server.post("/v1/responses", body).text.splitlines()
     items, events = [], [json.loads(x.removeprefix("data: ")) for x in lines if x[:5] == "data:"]
     for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
         kind = event["type"].removeprefix("response.")
         if kind == "output_item.added":
             items.append(event["item"] | {"status": "completed"})
@@ -263,6 +267,7 @@ def test_what_needs_stored_responses_or_other_tools_is_refused(client, fields, p
         {"max_output_tokens": 0},
         {"temperature": -0.1},
         {"top_p": 0},
+        {"top_p": 1.1},
         {"tools": [{**TOOL, "name": f"f{i}"} for i in range(257)]},
         {"tools": [{**TOOL, "name": "two words"}]},
         {"tools": [{"type": "namespace", "name": "two words", "tools": []}]},
