@@ -216,7 +216,7 @@ class LoadConfig:
     draft_bits: int | None = None
     draft_window: int | None = None
     kv_bits: int | None = None
-    exact: bool = False
+    exact: bool | None = None
     cuda_graphs: bool = True
     compile: bool = False
     adapter: str | None = None
@@ -236,6 +236,7 @@ class LoadConfig:
                 self.adapter is None or (isinstance(self.adapter, str) and self.adapter != ""),
                 "the folder of a LoRA adapter",
             ),
+            exact=(self.exact is None or isinstance(self.exact, bool), "True, False or None"),
             wired=(isinstance(self.wired, bool), "True or False"),
             draft_bits=(_is_optional_number(self.draft_bits), "1 or more"),
             draft_window=(_is_optional_number(self.draft_window), "1 or more"),

@@ -100,7 +100,7 @@ class LanguageModel:
         parallel: Parallel = AUTO,
         **options: Unpack[Options],
     ) -> Iterator[tuple[int, Generation]]:
-        """Generate many texts at once. In float32 each text is the same as if generated alone.
+        """Generate many texts at once: in float32 and exact mode, the texts of `generate`.
 
         Args:
             prompts: each as for `generate`.
@@ -251,7 +251,7 @@ def load(
     draft_bits: int | None = None,
     draft_window: int | None = None,
     kv_bits: int | None = None,
-    exact: bool = False,
+    exact: bool | None = None,
     cuda_graphs: bool = True,
     compile: bool = False,
     adapter: str | Path | None = None,
@@ -273,7 +273,8 @@ def load(
         draft_window: the drafter sees only the first few and this number of latest positions.
         kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
         exact: make the target's logits bitwise equal for every method, budget, batch and prompt
-            chunk (cuda, on a CPU); an error where that does not hold.
+            chunk (cuda); an error where that does not hold. None does so in half precision on a CPU
+            where it holds.
         cuda_graphs: replay trees and drafts as CUDA graphs (cuda).
         compile: compile the target's layers with `torch.compile` (cuda).
         adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A

@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +27,7 @@ from treeflash.decoding.backend_base import BaseBackend, load_pair
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
-from treeflash.errors import BackendError, ConfigError
+from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
@@ -169,11 +170,27 @@ def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> Cud
         target.capture(drafter_model.config.target_layer_ids)
         return drafter_model, head
 
-    make_backend = functools.partial(CudaBackend, target, draft_window=config.draft_window)
-    backend = load_pair(make_backend, drafter, load_packed_drafter)
-    if config.exact:
-        backend.check_exact()
-    return backend
+    def make_backend(model: Model | None, head: Head | None) -> CudaBackend:
+        backend = CudaBackend(target, model, head, draft_window=config.draft_window)
+        if target.is_exact:
+            with inexact_if_refused(target, config):
+                backend.check_exact()
+        if target.exact_refusal:
+            backend.inexact = f"{backend.inexact}; {target.exact_refusal}"
+        return backend
+
+    return load_pair(make_backend, drafter, load_packed_drafter)
+
+
+@contextmanager
+def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
+    """Go on without exact mode where it is refused, unless the configuration asks for it."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if config.exact:
+            raise
+        target.make_inexact(str(error))
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
@@ -233,8 +250,14 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         adapter=Path(config.adapter) if config.adapter else None,
     )
     add_kernels(model)
-    if config.exact:
-        model.make_exact()
+    # `check_config` refuses these settings together with `exact`.
+    others = config.kv_bits, config.compile, config.device_map, processes > 1
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    if config.exact or (
+        config.exact is None and device.type == "cpu" and is_half and not any(others)
+    ):
+        with inexact_if_refused(model, config):
+            model.make_exact()
     if pack and model.operations is not None:
         fuse_layers(model.model, model.operations)
         fuse_rotation(model.model, functools.partial(run_tree, model))

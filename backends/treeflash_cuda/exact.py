@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -448,14 +449,16 @@ def _missing_rows(count: int, width: int) -> int:
     return -max(count, -(-MIN_SIZE // width)) // ROWS * -ROWS - count
 
 
-def pad_products(model: nn.Module, least: int = LINEAR_ROWS) -> None:
-    """Let every linear layer of a loaded model run with at least `least` rows.
+def pad_products(model: nn.Module, undo: ExitStack, least: int = LINEAR_ROWS) -> None:
+    """Let every linear layer of a loaded model run with at least `least` rows until `undo` ends.
 
     Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises
     an UnsupportedModelError if a module computes products in another way.
     """
-    for owner, name in _products(model):
-        setattr(owner, name, _padded(getattr(owner, name), least))
+    for owner, name in list(_products(model)):
+        product = getattr(owner, name)
+        undo.callback(setattr, owner, name, product)
+        setattr(owner, name, _padded(product, least))
 
 
 def use_kernel_for_products(model: nn.Module) -> None:
@@ -523,14 +526,17 @@ def activations(model: nn.Module) -> Iterator[nn.Module]:
     return (x for x in model.modules() if type(x).__module__ in modules)
 
 
-def pack_activations(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the activations of a loaded model read contiguous numbers, where that matters.
+def pack_activations(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
+    """Let the activations of a loaded model read contiguous numbers until `undo` ends.
 
-    In half precision all numbers tell whether it does.
+    Only those for which it matters do; in half precision all numbers tell whether it does.
     """
     for module in activations(model):
         if dtype.itemsize > 2 or _depends_on_place(module, dtype):
-            module.register_forward_pre_hook(lambda _, x: tuple(part.contiguous() for part in x))
+            hook = module.register_forward_pre_hook(
+                lambda _, x: tuple(part.contiguous() for part in x)
+            )
+            undo.callback(hook.remove)
 
 
 def check_activations(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -395,6 +395,8 @@ class Target:
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
         self.is_exact = False  # see `make_exact`
+        self.exact_refusal: str | None = None  # why the backend's default is not exact mode
+        self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = LINEAR_ROWS  # of a lone token in exact mode on a CPU
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
@@ -499,17 +501,28 @@ class Target:
             if self.operations is not None:
                 use_kernel_for_products(self.model)
             else:
-                pad_products(self.model)
+                if self.softcap is not None or self.has_sinks:
+                    variant = (
+                        "soft-capped scores" if self.softcap is not None else "attention sinks"
+                    )
+                    raise UnsupportedModelError(f"{INEXACT}: it does not support {variant}")
+                pad_products(self.model, self._exact_changes)
                 if sum(x.numel() * x.itemsize for x in self.model.parameters()) > CACHE_NBYTES:
                     self.token_rows = STREAMED_ROWS
-                pack_activations(self.model, self.dtype)
+                pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None
                 _, kv_heads, _, width = self.arena.like.shape
                 check_attention(self.config.num_attention_heads, kv_heads, width)
+                self._exact_changes.callback(setattr, self, "arena", self.arena)
                 self.arena = self.arena.widened()
             check_products(self.model, self.dtype)
         self.is_exact = True
+
+    def make_inexact(self, reason: str) -> None:
+        """Undo what `make_exact` changed on a CPU, where it was tried by default but refused."""
+        self._exact_changes.close()
+        self.is_exact, self.exact_refusal = False, reason
 
     @property
     def sums_by_position(self) -> bool:

@@ -3,7 +3,7 @@
     python -m benchmarks.decoding.half_precision SETS... --exact --device cpu --texts FILE.jsonl
     python -m benchmarks.decoding.half_precision SETS... --speed --device cpu --dtypes bfloat16
 
-Without `--exact` the logits of a node depend slightly on how many others are computed with it, so
+Without exact mode the logits of a node depend slightly on how many others are computed with it, so
 two tokens of nearly equal probability can swap. The first command decodes each prompt with every
 dtype, temperature, method, budget and number of sequences at once, and reports the texts that
 differ from plain decoding. For the first token that differs of a greedy text it also reports the

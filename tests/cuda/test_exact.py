@@ -1,6 +1,7 @@
 """Exact mode: a sequence's logits are bitwise equal whatever is computed together with them."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -114,14 +115,14 @@ def test_a_product_with_one_row_is_padded_or_refused(monkeypatch):
     with torch.inference_mode():
         with pytest.raises(UnsupportedModelError, match="products of 16 x 8 weights depend"):
             exact.check_products(model, torch.bfloat16)
-        exact.pad_products(model)
+        exact.pad_products(model, ExitStack())
         exact.check_products(model, torch.bfloat16)
 
 
 def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     """Without the padding the check at load finds them."""
 
-    def with_one_row(model):
+    def with_one_row(model, undo):
         for module in model.modules():
             if isinstance(module, exact.FusedPart | exact.PackedLinear | nn.Linear):
                 part = module.fused if isinstance(module, exact.FusedPart) else module
@@ -158,7 +159,7 @@ def test_activations_do_not_depend_on_the_place_of_a_number(dtype, name):
     if name != "silu":
         with pytest.raises(UnsupportedModelError, match="depends on a number"):
             exact.check_activations(model, dtype)
-    exact.pack_activations(model, dtype)
+    exact.pack_activations(model, dtype, ExitStack())
     exact.check_activations(model, dtype)
     assert bool(model[0]._forward_pre_hooks) == (name != "silu")
 
@@ -219,9 +220,8 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "can_pack", lambda _: False)
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
     monkeypatch.setattr(attention, "MAX_TILE", 16)
-    monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIXES", (12,))
+    monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIX", 12)
     monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
-    monkeypatch.setattr("treeflash.decoding.probe.EXACT_CHUNKS", (1,))
     monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
     for operations, dtype, message in (
         (kernels, "bfloat16", None),
@@ -260,3 +260,51 @@ def test_settings_without_an_exact_mode_are_refused(tmp_path, settings, message)
 def test_layers_without_an_exact_mode_are_refused_by_name(tmp_path, family, message):
     with pytest.raises(UnsupportedModelError, match=message):
         load_exact(write(tmp_path, family))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_exact"),
+    [
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": "float16"}, True),
+        ({"dtype": "float32"}, False),
+        ({"dtype": "bfloat16", "exact": False}, False),
+        ({"dtype": "bfloat16", "kv_bits": 8}, False),
+    ],
+)
+def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exact):
+    backend = load(write(tmp_path), None, LoadConfig(device="cpu", **settings))
+    assert backend.target.is_exact == (backend.inexact is None) == is_exact
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "reason"),
+    [
+        ("qwen3_moe", None, "it does not support the products of Qwen3Moe"),
+        ("llama", "treeflash_cuda.target.check_products", "products of 3 x 4 weights"),
+        ("llama", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
+    ],
+)
+def test_a_target_that_is_not_exact_is_loaded_as_without_the_default(
+    tmp_path, monkeypatch, family, fault, reason
+):
+    def fail(*_):
+        raise UnsupportedModelError(reason)
+
+    write(tmp_path, family, **({"hidden_act": "gelu"} if family == "llama" else {}))
+    plain = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16", exact=False))
+    if fault:
+        monkeypatch.setattr(fault, fail)
+    backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))
+    assert backend.inexact.startswith(f"{plain.inexact}; ")
+    assert reason in backend.inexact
+    modules = list(backend.target.model.modules())
+    assert not any(isinstance(x, exact._Padded) for m in modules for x in vars(m).values())
+    assert not any(module._forward_pre_hooks for module in modules)
+    assert backend.target.column_nbytes == plain.target.column_nbytes
+    logits = []
+    for pair in (plain, backend):
+        with SequenceSession(pair) as sequence:
+            sequence.extend([3, 4, 5])
+            logits.append(sequence.logits(DraftTree.root_only(6)))
+    np.testing.assert_array_equal(*logits)

@@ -8,6 +8,7 @@ from parts import load_with_parts
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.probe import tree_difference
 from treeflash.decoding.scheduler import Request, Scheduler
+from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens
 from treeflash.testing.models import write_drafter
@@ -65,6 +66,17 @@ def capped(families, tmp_path_factory):
         write_drafter(drafter, target, seed=2)
         pairs[name] = model, target, drafter
     return pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("gemma2", "soft-capped scores"), ("gpt_oss", "attention sinks")]
+)
+def test_variants_of_attention_have_no_exact_mode_on_a_cpu(capped, name, variant):
+    _, target, drafter = capped[name]
+    reason = f"it does not support {variant}"
+    assert reason in load(target, drafter, LoadConfig(device="cpu", dtype="bfloat16")).inexact
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load(target, drafter, LoadConfig(device="cpu", dtype="bfloat16", exact=True))
 
 
 @pytest.mark.parametrize("operations", [False, True], ids=["masks", "operations"])

@@ -134,8 +134,8 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
     ),
     "exact": _flag(
         "make the target's logits bitwise equal for every method, budget and batch, or refuse "
-        "(cuda, on a CPU)",
-        action="store_true",
+        "(cuda; default: in half precision on a CPU where possible)",
+        action=argparse.BooleanOptionalAction,
     ),
     "cuda_graphs": _flag(
         "do not replay trees and drafts as CUDA graphs (cuda)",

@@ -178,7 +178,7 @@ class VerifyCosts:
             backend.device_name,
             backend.dtype,
             loaded.kv_bits,
-            loaded.exact,
+            backend.inexact is None,
             loaded.cuda_graphs,
             loaded.compile,
         ]

@@ -304,9 +304,12 @@ class BaseBackend:
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
     def check_exact(self) -> None:
-        """Say that the backend is exact; raises an UnsupportedModelError if it is not."""
+        """Say that the backend is exact; raises an UnsupportedModelError if it is not.
+
+        It has to be called before `check_trees`, which an exact backend need not run.
+        """
         check_exact(cast(Backend, self))
-        self.inexact = None
+        self.inexact, self._trees = None, True
 
     def check_trees(self) -> None:
         if self._trees is False:

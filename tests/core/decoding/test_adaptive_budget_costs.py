@@ -75,6 +75,7 @@ class Timed:
     """A target whose forward takes a given time, by a clock that it moves itself."""
 
     name, device, device_name, dtype, vocab_size = "timed", "gpu:0", "Card A", "float32", 100
+    inexact: str | None = "rounding may differ"
 
     max_positions = LONG_PROMPT_TOKENS - 1  # too few to see what long sequences cost
 
@@ -249,6 +250,10 @@ def test_costs_belong_to_the_dtype(measured):
 @pytest.mark.parametrize("loaded", [LoadConfig(cuda_graphs=False), LoadConfig(kv_bits=8)])
 def test_costs_belong_to_the_way_of_loading(measured, loaded):
     assert measured(lambda timed: None, loaded)
+
+
+def test_costs_belong_to_exact_mode_also_where_it_is_the_default(measured):
+    assert measured(lambda timed: setattr(timed, "inexact", None))
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LD_PRELOAD"])
