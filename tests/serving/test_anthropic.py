@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
 
@@ -302,6 +302,27 @@ def test_errors_have_the_form_of_anthropic(client, fields, name):
     assert caught.value.body["type"] == "error"
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert name in caught.value.body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("status", "openai_type", "anthropic_type"),
+    [
+        (400, "invalid_request_error", "invalid_request_error"),
+        (401, "authentication_error", "authentication_error"),
+        (404, "not_found_error", "not_found_error"),
+        (408, "timeout_error", "timeout_error"),
+        (413, "invalid_request_error", "invalid_request_error"),
+        (429, "rate_limit_error", "rate_limit_error"),
+        (500, "server_error", "api_error"),
+        (503, "service_unavailable_error", "overloaded_error"),
+        (504, "timeout_error", "timeout_error"),
+    ],
+)
+def test_each_status_has_the_type_of_error_that_clients_know(status, openai_type, anthropic_type):
+    error = APIError(status, "No.")
+    assert error.body()["error"]["type"] == openai_type
+    TypeAdapter(anthropic.types.ErrorResponse).validate_python(error.anthropic_body())
+    assert error.anthropic_body()["error"]["type"] == anthropic_type
 
 
 def test_an_unknown_model(client):

@@ -13,6 +13,8 @@ import pytest
 from servers import NAME, wait_until
 
 from treeflash.serving import streaming
+from treeflash.serving.chat import _delta
+from treeflash.serving.message_parser import MessagePart, PartChange, ToolCall
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -206,7 +208,18 @@ def test_chat_template_variables(server):
     assert counts[1] == counts[0] + len("<think>")
 
 
+def test_calls_of_one_chunk_are_numbered_in_order():
+    calls = [ToolCall(id=name, name=name, arguments="{}") for name in ("first", "second", "third")]
+    changes = [
+        PartChange("open", MessagePart(index=i, kind="call", call=x)) for i, x in enumerate(calls)
+    ]
+    delta = _delta(SimpleNamespace(calls=calls), changes[1:])
+    found = [(call["index"], call["function"]["name"]) for call in delta["tool_calls"]]
+    assert found == [(1, "second"), (2, "third")]
+
+
 def test_max_completion_tokens(server):
+    assert server.chat(max_completion_tokens=1).json()["usage"]["completion_tokens"] == 1
     for more in ({}, {"max_tokens": 5}):
         usage = server.chat(max_completion_tokens=5, ignore_eos=True, **more).json()["usage"]
         assert usage["completion_tokens"] == 5

@@ -178,6 +178,8 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
     assert Settings().memory(20 * GIB) == (20 * GIB, 10 * GIB)
     assert Settings().memory(0) == (GIB, GIB // 2)
     assert Settings(max_memory_gb=2, prefix_cache_gb=0).memory(9 * GIB) == (2 * GIB, 0)
+    assert Settings(max_memory_gb=0.5).memory(None) == (2**29, 2**28)
+    assert Settings(prefix_cache_gb=0.25).memory(2**31) == (2**31, 2**28)
     report = DeviceReport(available_bytes=10 * GIB, weights_bytes=3 * GIB, batches=False)
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
     with serving(model) as server:

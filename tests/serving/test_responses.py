@@ -6,14 +6,15 @@ import json
 
 import httpx
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from servers import NAME, serving
 from tool_models import tool_model
 
-from treeflash.serving.errors import APIError
+from treeflash.serving.errors import SERVER_FAILED, APIError
 from treeflash.serving.responses import ResponsesRequest
 
 openai = pytest.importorskip("openai")
+ResponseStreamEvent = openai.types.responses.ResponseStreamEvent
 
 PAINT = {
     "type": "object",
@@ -49,6 +50,8 @@ def test_text_is_that_of_chat_completions(client, server):
     assert found.output_text == chat["choices"][0]["message"]["content"]
     assert found.usage.input_tokens == chat["usage"]["prompt_tokens"]
     assert found.usage.output_tokens == 12
+    assert found.usage.total_tokens == found.usage.input_tokens + 12
+    assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
     assert (found.status, found.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
@@ -73,6 +76,28 @@ def test_events_build_the_response(client):
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == events[-1].response.output_text
     assert text == client.responses.create(**fields).output_text
+
+
+@pytest.mark.parametrize("fields", [{"max_output_tokens": 9}, ONE_CALL], ids=["text", "call"])
+def test_items_begin_empty_and_grow_by_deltas(server, fields):
+    """As clients put them together, which do not wait for the last event."""
+    body = {"input": "Paint it.", "stream": True, **fields}
+    lines = server.post("/v1/responses", body).text.splitlines()
+    items, events = [], [json.loads(x.removeprefix("data: ")) for x in lines if x[:5] == "data:"]
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+        kind = event["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            items.append(event["item"] | {"status": "completed"})
+        elif kind == "content_part.added":
+            items[event["output_index"]]["content"].append(event["part"])
+        elif kind == "output_text.delta":
+            items[event["output_index"]]["content"][event["content_index"]]["text"] += event[
+                "delta"
+            ]
+        elif kind == "function_call_arguments.delta":
+            items[event["output_index"]]["arguments"] += event["delta"]
+    assert items == events[-1]["response"]["output"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -242,6 +267,7 @@ def test_what_needs_stored_responses_or_other_tools_is_refused(client, fields, p
         {"max_output_tokens": 0},
         {"temperature": -0.1},
         {"top_p": 0},
+        {"top_p": 1.1},
         {"tools": [{**TOOL, "name": f"f{i}"} for i in range(257)]},
         {"tools": [{**TOOL, "name": "two words"}]},
         {"tools": [{"type": "namespace", "name": "two words", "tools": []}]},
@@ -262,3 +288,8 @@ def test_a_failure_ends_the_stream_with_events(server, monkeypatch):
     response = httpx.post(f"{server.url}/v1/responses", json=body)
     lines = [line for line in response.text.splitlines() if line.startswith("event: ")]
     assert lines[-2:] == ["event: error", "event: response.failed"]
+    lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+    error, failed = (json.loads(line.removeprefix("data: ")) for line in lines[-2:])
+    assert (error["code"], error["message"]) == ("server_error", SERVER_FAILED)
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": "server_error", "message": SERVER_FAILED}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import api_error, bad_request
@@ -23,6 +23,8 @@ from treeflash.serving.schemas import (
     NamedFunction,
     Schema,
     StopString,
+    Temperature,
+    TopP,
     allowed_tools,
     function_call,
     reasoning_args,
@@ -240,8 +242,8 @@ class CountTokensRequest(Schema):
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1)
-    temperature: FiniteFloat | None = Field(None, ge=0)
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: int | None = Field(None, ge=0)
     stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None

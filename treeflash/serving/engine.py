@@ -205,7 +205,7 @@ class Engine:
         self._thread.join()
 
     def submit(
-        self, requests: Sequence[Request], stop: Sequence[str] = (), *, prompts: int = 1
+        self, requests: Sequence[Request], stop: Sequence[str], *, prompts: int
     ) -> Completion:
         """Generate an answer to each request; call it in an event loop.
 

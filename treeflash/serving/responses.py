@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from treeflash.serving.engine import Completion
 from treeflash.serving.errors import api_error, bad_request
@@ -30,7 +30,9 @@ from treeflash.serving.schemas import (
     NamedSchema,
     ReasoningEffort,
     Schema,
+    Temperature,
     TextFormat,
+    TopP,
     Verbosity,
     allowed_tools,
     answer_grammar,
@@ -162,8 +164,8 @@ class ResponsesRequest(Schema):
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: FiniteFloat | None = Field(None, ge=0)
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: CallMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -17,6 +17,8 @@ from treeflash.text.options import Options
 MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
 TokenId = Annotated[int, Field(ge=0, strict=False)]
+Temperature = Annotated[FiniteFloat, Field(ge=0)]
+TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -52,8 +54,8 @@ class DecodingSchema(Schema):
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: FiniteFloat | None = Field(None, ge=0)
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: int | None = Field(None, ge=0)
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**64)
