@@ -14,6 +14,7 @@ import ast
 import difflib
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,8 @@ OPERATORS = (
 MIN_SECONDS, FACTOR = 60.0, 4.0
 """Tests of a mutant that take longer than this, or than this many times the time that they take on
 the whole code, hang: the mutant is killed."""
+MAX_NBYTES = 32 << 30
+"""Address space of the tests; a mutant that asks for more is killed too."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class Copy:
                 capture_output=True,
                 timeout=seconds,
                 check=False,
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (MAX_NBYTES,) * 2),
             )
         except subprocess.TimeoutExpired:
             return False
