@@ -529,7 +529,7 @@ def activations(model: nn.Module) -> Iterator[nn.Module]:
 def pack_activations(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
     """Let the activations of a loaded model read contiguous numbers until `undo` ends.
 
-    Only those for which it matters do; in half precision all numbers tell whether it does.
+    Only activations that depend on places do; in half precision all numbers are tried.
     """
     for module in activations(model):
         if dtype.itemsize > 2 or _depends_on_place(module, dtype):
