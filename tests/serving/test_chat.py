@@ -108,10 +108,11 @@ def test_stop_string(server, model):
     assert choice["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("top", [{}, {"top_logprobs": 2}], ids=["sampled", "two"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_log_probs(server, model, stream):
-    result = expected(model, log_probs=2)
-    body = {"messages": MESSAGES, "max_tokens": 24, "logprobs": True, "top_logprobs": 2}
+def test_log_probs(server, model, stream, top):
+    result = expected(model, log_probs=top.get("top_logprobs", 0))
+    body = {"messages": MESSAGES, "max_tokens": 24, "logprobs": True, **top}
     if stream:
         choices = [frame["choices"][0] for frame in server.frames(PATH, **body)]
         found = [x for c in choices if "logprobs" in c for x in c["logprobs"]["content"]]
