@@ -270,7 +270,8 @@ def load(
         dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
         device_map: `auto` puts the target's layers on as many devices as they need.
         draft_bits: quantise the drafter to this number of bits (mlx).
-        draft_window: the drafter sees only the first few and this number of latest positions.
+        draft_window: the drafter sees only the first few and this number of latest positions. None
+            is all positions, and 4,096 latest ones on mlx.
         kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
         exact: make the target's logits bitwise equal for every method, budget, batch and prompt
             chunk (cuda); an error where that does not hold. None does so in half precision on a CPU

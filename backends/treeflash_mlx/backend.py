@@ -60,6 +60,9 @@ Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
 WARM_NODES = 24
+DRAFT_WINDOW = 4096
+"""Latest positions that a block drafter sees by default: drafts of the default pair stay as good,
+and an iteration reads less memory after long texts."""
 MAX_SUBMISSIONS = 4
 """Times that a forward pass submits work to the device, at most."""
 
@@ -156,7 +159,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
             refuse_window(config)
         module = head.module if isinstance(head, ARHead | RecurrentHead) else None
         choose_products(model.model, drafter_model, module)
-        backend = MlxBackend(model, drafter_model, head, draft_window=config.draft_window)
+        window = config.draft_window or DRAFT_WINDOW
+        backend = MlxBackend(model, drafter_model, head, draft_window=window)
         model.batches = runs_batches(backend)
         if not model.batches:
             logging.getLogger(__name__).warning(

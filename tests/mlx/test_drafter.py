@@ -77,6 +77,14 @@ def assert_same(ours, theirs):
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "seen"), [(None, 4096), (100, 100)])
+def test_a_block_drafter_sees_the_last_positions_by_default(tmp_path, window, seen):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    write_target(target, "qwen3", seed=1)
+    write_drafter(drafter, target, seed=2)
+    assert load(target, drafter, LoadConfig(draft_window=window)).drafter.window == seen
+
+
 @pytest.mark.parametrize("sliding_window", [None, 7])
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_a_window_of_the_context_matches_reference(tmp_path, window, sliding_window):

@@ -125,7 +125,7 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
     "adapter": _flag("merge a LoRA adapter of PEFT or mlx-lm into the target", metavar="FOLDER"),
     "draft_bits": _flag("quantise the drafter to N bits (mlx)", type=int, metavar="N"),
     "draft_window": _flag(
-        f"the drafter sees only the first {SINK} and the last N tokens (default: all)",
+        f"the drafter sees only the first {SINK} and the last N tokens (default: all; mlx: 4096)",
         type=int,
         metavar="N",
     ),
