@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -108,6 +109,28 @@ def test_a_failure_ends_all_answers_to_its_request(serve, monkeypatch, caplog):
     assert not scheduler.busy
     assert "treeflash:request_failure_total 3.0" in server.client.get("/metrics").text
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_failure_leaves_other_requests_their_tokens(serve, monkeypatch):
+    server = serve()
+    options = {"max_tokens": 60, "ignore_eos": True}
+    alone = server.complete("B", **options).json()["choices"]
+    scheduler, failed = server.engine._scheduler, []
+    step = scheduler.step
+
+    def fail_first():
+        events = step()
+        if len(events) == 4 and not failed:  # three answers to A, then one to B
+            failed.append(events[0][0])
+            events[0] = events[0][0], NumericalError("logits are not finite")
+        return events
+
+    monkeypatch.setattr(scheduler, "step", fail_first)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(server.complete, "A", n=3, max_tokens=400, ignore_eos=True)
+        wait_until(lambda: server.engine.unfinished)
+        assert server.complete("B", **options).json()["choices"] == alone
+        check_error(first.result(), 500, "not finite")
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
