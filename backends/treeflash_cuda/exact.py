@@ -66,7 +66,8 @@ PROMPT_ROWS = 128
 LINEAR_ROWS = 2
 STREAMED_ROWS = 4
 """Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
-than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
+than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work, which
+counts in float16 in any case."""
 CACHE_NBYTES = 64 << 20
 """Larger weights are read from memory."""
 
@@ -455,7 +456,7 @@ def pad_products(model: nn.Module, undo: ExitStack, least: int = LINEAR_ROWS) ->
     Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises
     an UnsupportedModelError if a module computes products in another way.
     """
-    for owner, name in list(_products(model)):
+    for owner, name in _products(model):
         product = getattr(owner, name)
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, _padded(product, least))

@@ -501,13 +501,15 @@ class Target:
             if self.operations is not None:
                 use_kernel_for_products(self.model)
             else:
-                if self.softcap is not None or self.has_sinks:
-                    variant = (
-                        "soft-capped scores" if self.softcap is not None else "attention sinks"
+                if self.softcap is not None:
+                    raise UnsupportedModelError(
+                        f"{INEXACT}: it does not support soft-capped scores"
                     )
-                    raise UnsupportedModelError(f"{INEXACT}: it does not support {variant}")
+                if self.has_sinks:
+                    raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
                 pad_products(self.model, self._exact_changes)
-                if sum(x.numel() * x.itemsize for x in self.model.parameters()) > CACHE_NBYTES:
+                weights = sum(x.numel() * x.itemsize for x in self.model.parameters())
+                if weights > CACHE_NBYTES and self.dtype != torch.float16:
                     self.token_rows = STREAMED_ROWS
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
