@@ -78,12 +78,17 @@ def test_events_build_the_response(client):
     assert text == client.responses.create(**fields).output_text
 
 
+def events_of(response):
+    """The events of a stream that was read to its end."""
+    lines = response.text.splitlines()
+    return [json.loads(x.removeprefix("data: ")) for x in lines if x.startswith("data: ")]
+
+
 @pytest.mark.parametrize("fields", [{"max_output_tokens": 9}, ONE_CALL], ids=["text", "call"])
 def test_items_begin_empty_and_grow_by_deltas(server, fields):
     """As clients put them together, which do not wait for the last event."""
     body = {"input": "Paint it.", "stream": True, **fields}
-    lines = server.post("/v1/responses", body).text.splitlines()
-    items, events = [], [json.loads(x.removeprefix("data: ")) for x in lines if x[:5] == "data:"]
+    items, events = [], events_of(server.post("/v1/responses", body))
     for event in events:
         TypeAdapter(ResponseStreamEvent).validate_python(event)
         kind = event["type"].removeprefix("response.")
@@ -288,8 +293,7 @@ def test_a_failure_ends_the_stream_with_events(server, monkeypatch):
     response = httpx.post(f"{server.url}/v1/responses", json=body)
     lines = [line for line in response.text.splitlines() if line.startswith("event: ")]
     assert lines[-2:] == ["event: error", "event: response.failed"]
-    lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
-    error, failed = (json.loads(line.removeprefix("data: ")) for line in lines[-2:])
+    error, failed = events_of(response)[-2:]
     assert (error["code"], error["message"]) == ("server_error", SERVER_FAILED)
     assert failed["response"]["status"] == "failed"
     assert failed["response"]["error"] == {"code": "server_error", "message": SERVER_FAILED}

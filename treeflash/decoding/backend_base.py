@@ -304,9 +304,9 @@ class BaseBackend:
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
     def check_exact(self) -> None:
-        """Say that the backend is exact; raises an UnsupportedModelError if it is not.
+        """Say that the backend is exact, and that it runs draft trees.
 
-        It has to be called before `check_trees`, which an exact backend need not run.
+        Raises an UnsupportedModelError if it is not exact.
         """
         check_exact(cast(Backend, self))
         self.inexact, self._trees = None, True
