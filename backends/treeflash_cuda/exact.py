@@ -4,9 +4,9 @@ Floating-point sums depend on their order, so a token that is computed beside ot
 rounded differently from the same token alone. In exact mode it is not, bit for bit. On a GPU the
 Triton kernels see to that, with one more for products (`use_kernel_for_products`). On a CPU:
 
-- A linear layer never runs with a single row, for which oneDNN has another kernel: a pass of one
+- A linear layer never runs with a single row where oneDNN has another kernel for it: a pass of one
   token has equal rows of it (`ExactContext.repeat`), and other products are padded
-  (`pad_products`).
+  (`pad_products`). FBGEMM, which multiplies float16, has the same kernel for one row.
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
   one key after the other in the order of the columns, up to `MAX_KEYS` of them. Keys that a row
@@ -48,7 +48,7 @@ from treeflash_cuda.attention import (
     evaluate,
 )
 from treeflash_cuda.cache import Columns, KVCache, PackedRows, TreeCache, widen
-from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass
+from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass, uses_fbgemm
 from treeflash_cuda.operations import TOLERANCES
 
 GROUP = 128
@@ -66,8 +66,7 @@ PROMPT_ROWS = 128
 LINEAR_ROWS = 2
 STREAMED_ROWS = 4
 """Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
-than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work, which
-counts in float16 in any case."""
+than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
 CACHE_NBYTES = 64 << 20
 """Larger weights are read from memory."""
 
@@ -450,7 +449,15 @@ def _missing_rows(count: int, width: int) -> int:
     return -max(count, -(-MIN_SIZE // width)) // ROWS * -ROWS - count
 
 
-def pad_products(model: nn.Module, undo: ExitStack, least: int = LINEAR_ROWS) -> None:
+def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
+    """The number of equal rows with which a lone token has the bits of more rows and is fastest."""
+    if uses_fbgemm(dtype):
+        return 1
+    weights = sum(x.numel() * x.itemsize for x in model.parameters())
+    return STREAMED_ROWS if weights > CACHE_NBYTES else LINEAR_ROWS
+
+
+def pad_products(model: nn.Module, undo: ExitStack, least: int) -> None:
     """Let every linear layer of a loaded model run with at least `least` rows until `undo` ends.
 
     Passes of one token have more rows anyway; this is for the output head of a longer pass. Raises

@@ -2,7 +2,8 @@
 
 For the few rows of a draft tree a matrix product takes as long as reading the weights. A CPU's
 kernel that gets them in a checkpoint's row-major layout rearranges them at every call, which takes
-at least as long again.
+at least as long again. oneDNN's kernels have their own layout, and FBGEMM's on processors without
+products of float16: PyTorch's kernel for them computes one row after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ONEDNN: Any = torch.ops.mkldnn  # the kernels that torch.compile uses for frozen weights
-SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
+FBGEMM: Any = torch.ops.quantized  # multiplies float16 weights by float32 numbers
+IN_ONEDNN: dict[torch.dtype, Callable[[], bool]] = {
     torch.float32: lambda: True,
     torch.bfloat16: ONEDNN._is_mkldnn_bf16_supported,
     torch.float16: ONEDNN._is_mkldnn_fp16_supported,
@@ -77,11 +79,20 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = placeholder(weight)
-        self.packed = ONEDNN._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = None if bias is None else bias.detach()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.bias = bias
+        self.in_fbgemm = uses_fbgemm(weight.dtype)
+        if self.in_fbgemm:
+            bias = None if bias is None else bias.float()
+            self.packed = FBGEMM.linear_prepack_fp16(weight.float(), bias)
+        else:
+            self.packed = ONEDNN._reorder_linear_weight(weight.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        if self.in_fbgemm:
+            # It takes two or more dimensions.
+            return FBGEMM.linear_dynamic_fp16(x[None].float(), self.packed)[0].half()
         return ONEDNN._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -202,10 +213,16 @@ def placeholder(weight: Tensor) -> nn.Parameter:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether this machine has a kernel for packed weights of this dtype and device."""
-    return (
-        weight.device.type == "cpu"
-        and not is_subclass(weight)
-        and torch.backends.mkldnn.is_available()
-        and weight.dtype in SUPPORTED
-        and SUPPORTED[weight.dtype]()
-    )
+    is_plain_tensor = weight.device.type == "cpu" and not is_subclass(weight)
+    return is_plain_tensor and (uses_onednn(weight.dtype) or uses_fbgemm(weight.dtype))
+
+
+def uses_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies packed weights of a dtype on this machine."""
+    return torch.backends.mkldnn.is_available() and IN_ONEDNN.get(dtype, bool)()
+
+
+def uses_fbgemm(dtype: torch.dtype) -> bool:
+    """Whether FBGEMM multiplies packed weights of a dtype on this machine, as oneDNN does not."""
+    has_fbgemm = torch.backends.quantized.engine in ("fbgemm", "x86")
+    return dtype == torch.float16 and has_fbgemm and not uses_onednn(dtype)

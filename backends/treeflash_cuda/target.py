@@ -48,9 +48,7 @@ from treeflash_cuda.attention import (
 )
 from treeflash_cuda.cache import Arena, Span, TreeCache, check_quantisation
 from treeflash_cuda.exact import (
-    CACHE_NBYTES,
     LINEAR_ROWS,
-    STREAMED_ROWS,
     ExactCache,
     ExactContext,
     PackedExactContext,
@@ -59,6 +57,7 @@ from treeflash_cuda.exact import (
     check_products,
     pack_activations,
     pad_products,
+    token_rows,
     use_kernel_for_products,
 )
 from treeflash_cuda.graphs import Graphs
@@ -397,7 +396,7 @@ class Target:
         self.is_exact = False  # see `make_exact`
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
-        self.token_rows = LINEAR_ROWS  # of a lone token in exact mode on a CPU
+        self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
@@ -507,10 +506,8 @@ class Target:
                     )
                 if self.has_sinks:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
-                pad_products(self.model, self._exact_changes)
-                weights = sum(x.numel() * x.itemsize for x in self.model.parameters())
-                if weights > CACHE_NBYTES and self.dtype != torch.float16:
-                    self.token_rows = STREAMED_ROWS
+                self.token_rows = token_rows(self.model, self.dtype)
+                pad_products(self.model, self._exact_changes, min(self.token_rows, LINEAR_ROWS))
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None
@@ -656,7 +653,7 @@ class Target:
         if isinstance(context, ExactContext):
             assert isinstance(cache, ExactCache)
             context.cache = cache
-            if rows < LINEAR_ROWS:
+            if rows == 1 < self.token_rows:
                 context.repeat(self.token_rows)
                 token_ids = token_ids.repeat(self.token_rows)
         running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()

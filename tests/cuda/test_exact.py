@@ -115,14 +115,14 @@ def test_a_product_with_one_row_is_padded_or_refused(monkeypatch):
     with torch.inference_mode():
         with pytest.raises(UnsupportedModelError, match="products of 16 x 8 weights depend"):
             exact.check_products(model, torch.bfloat16)
-        exact.pad_products(model, ExitStack())
+        exact.pad_products(model, ExitStack(), exact.LINEAR_ROWS)
         exact.check_products(model, torch.bfloat16)
 
 
 def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     """Without the padding the check at load finds them."""
 
-    def with_one_row(model, undo):
+    def with_one_row(model, undo, least):
         for module in model.modules():
             if isinstance(module, exact.FusedPart | exact.PackedLinear | nn.Linear):
                 part = module.fused if isinstance(module, exact.FusedPart) else module
@@ -136,7 +136,7 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
     monkeypatch.setattr("treeflash_cuda.target.check_products", lambda *_: None)
-    monkeypatch.setattr("treeflash_cuda.target.LINEAR_ROWS", 1)
+    monkeypatch.setattr("treeflash_cuda.target.token_rows", lambda *_: 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
 
@@ -194,7 +194,7 @@ def test_one_token_has_two_rows_and_one_column(tmp_path):
 
 
 def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("treeflash_cuda.target.CACHE_NBYTES", 0)
+    monkeypatch.setattr(exact, "CACHE_NBYTES", 0)
     backend = load_exact(write(tmp_path))  # compares them with trees and prompts
     rows = []
     backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))

@@ -29,7 +29,7 @@ from treeflash_cuda.linear import (
 )
 
 SHAPES = [(24,), (3, 24), (2, 3, 24), (0, 24), (70, 24)]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Attention(nn.Module):
