@@ -274,8 +274,8 @@ def load(
             is all positions, and 4,096 latest ones on mlx.
         kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
         exact: make the target's logits bitwise equal for every method, budget, batch and prompt
-            chunk (cuda); an error where that does not hold. None does so in bfloat16 on a CPU where
-            it holds.
+            chunk (cuda); an error where that does not hold. None does so in half precision on a
+            CPU where it holds.
         cuda_graphs: replay trees and drafts as CUDA graphs (cuda).
         compile: compile the target's layers with `torch.compile` (cuda).
         adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A

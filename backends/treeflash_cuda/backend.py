@@ -251,8 +251,8 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
     )
     add_kernels(model)
     others = config.kv_bits, config.compile, config.device_map, processes > 1  # refuse exact mode
-    # In float16 exact mode is slower: processors convert each number before they multiply.
-    is_default = device.type == "cpu" and model.dtype == torch.bfloat16 and not any(others)
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    is_default = device.type == "cpu" and is_half and not any(others)
     if is_default if config.exact is None else config.exact:
         with inexact_if_refused(model, config):
             model.make_exact()

@@ -14,7 +14,7 @@ from treeflash_cuda.backend import load as load_cuda
 
 class TestConformance(BackendSuite):
     hybrids = HYBRID_FAMILIES
-    exact_dtypes = ("bfloat16",)
+    exact_dtypes = ("bfloat16", "float16")
     dialects = tuple(DIALECTS)
 
     @pytest.fixture

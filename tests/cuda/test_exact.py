@@ -266,13 +266,13 @@ def test_layers_without_an_exact_mode_are_refused_by_name(tmp_path, family, mess
     ("settings", "is_exact"),
     [
         ({"dtype": "bfloat16"}, True),
-        ({"dtype": "float16"}, False),
+        ({"dtype": "float16"}, True),
         ({"dtype": "float32"}, False),
         ({"dtype": "bfloat16", "exact": False}, False),
         ({"dtype": "bfloat16", "kv_bits": 8}, False),
     ],
 )
-def test_exact_mode_is_the_default_in_bfloat16(tmp_path, settings, is_exact):
+def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exact):
     backend = load(write(tmp_path), None, LoadConfig(device="cpu", **settings))
     assert backend.target.is_exact == (backend.inexact is None) == is_exact
 

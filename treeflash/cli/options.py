@@ -134,7 +134,7 @@ MODEL_FLAGS: Flags = DEVICE_FLAGS | {
     ),
     "exact": _flag(
         "make the target's logits bitwise equal for every method, budget and batch, or refuse "
-        "(cuda; default: in bfloat16 on a CPU where possible)",
+        "(cuda; default: in half precision on a CPU where possible)",
         action=argparse.BooleanOptionalAction,
     ),
     "cuda_graphs": _flag(
