@@ -181,8 +181,12 @@ def test_other_operations_compute_each_row_by_itself():
         assert torch.equal(part.clone().neg().exp(), x.neg().exp()[:, :n])
 
 
-def test_one_token_has_two_rows_and_one_column(tmp_path):
-    backend = load_exact(write(tmp_path))
+ROWS = {"bfloat16": 2, "float16": 1 if linear.uses_fbgemm(torch.float16) else 2}
+
+
+@pytest.mark.parametrize(("dtype", "count"), ROWS.items())
+def test_one_token_has_one_column_and_the_rows_that_its_products_need(tmp_path, dtype, count):
+    backend = load_exact(write(tmp_path), dtype)
     rows = []
     backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0].shape))
     with SequenceSession(backend) as sequence:
@@ -190,7 +194,7 @@ def test_one_token_has_two_rows_and_one_column(tmp_path):
         assert len(sequence.logits(DraftTree.root_only(3))) == 1
         sequence.commit(np.zeros(1, np.int32))
         assert sequence.state.kv_cache.length == sequence.state.length == 4
-    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, 2)]
+    assert [tuple(shape[:2]) for shape in rows] == [(1, 3), (1, count)]
 
 
 def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypatch):
