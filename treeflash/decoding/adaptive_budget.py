@@ -83,7 +83,8 @@ COST_FORGETTING = 0.02
 OUTLIER_FACTOR = 2.0
 """A forward pass that takes more than this many times its expected seconds was disturbed, and
 counts as this many times."""
-FRAMEWORKS = ("mlx", "torch")
+PACKAGES = ("treeflash", "mlx", "torch")
+"""Their versions decide how long forward passes take."""
 
 
 @dataclass
@@ -185,7 +186,7 @@ class VerifyCosts:
         # A preloaded BLAS may be many times as fast with several rows.
         variables = map(os.environ.get, ("OMP_NUM_THREADS", "LD_PRELOAD"))
         machine = platform.node(), platform.processor(), os.cpu_count(), *variables
-        versions = [version(name) for name in FRAMEWORKS if find_spec(name)]
+        versions = [version(name) for name in PACKAGES if find_spec(name)]
         digest = hashlib.sha256(json.dumps([*key, *machine, versions, weights, TIMED]).encode())
         digest.update((target / "config.json").read_bytes())
         file = folder / f"{digest.hexdigest()[:16]}.json"

@@ -261,6 +261,12 @@ def test_costs_belong_to_the_threads_and_to_a_preloaded_library(measured, monkey
     assert measured(lambda timed: monkeypatch.setenv(variable, "7"))
 
 
+def test_costs_belong_to_the_version(measured, monkeypatch):
+    """Which may have faster kernels."""
+    name = "treeflash.decoding.adaptive_budget.version"
+    assert measured(lambda timed: monkeypatch.setattr(name, lambda package: f"{package} 7"))
+
+
 def test_costs_belong_to_the_targets_configuration(measured, target):
     """Weights of one size may be those of another architecture."""
     assert measured(lambda timed: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
