@@ -498,13 +498,13 @@ class AdaptiveBudget:
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
         self.costs.observe(rows, reads, sequences, seconds["verify"])
         now = self.throughput_with(sequences)
-        if "draft" in seconds and not first:
+        drafted = "draft" in seconds
+        if drafted and not first:
             now.draft_s = seconds["draft"]
         elif first and now.draft_s is not None:
             # The draft counts as if it had read no prompt.
             all_s -= max(seconds["draft"] - now.draft_s, 0.0)
         tokens = sum(len(path) for path in paths)
-        drafted = "draft" in seconds
         plain = not drafted and rows == sequences
         if plain and sequences > 1:
             self.plain_s.setdefault(sequences, deque(maxlen=MAX_PLAIN)).append(all_s)
@@ -525,18 +525,15 @@ class AdaptiveBudget:
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
         if plain:
             return
-        advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
-        if self.has_drafter and not drafted:
-            if now.pause:
-                rate = advantage * self._plain_rate(sequences, lengths)
-            elif now.drafted_seconds:
-                rate = now.drafted_tokens / now.drafted_seconds
-            else:
-                return
-            now.copying.add(tokens - all_s * rate, sequences)
+        choice = now if drafted or not self.has_drafter else now.copying
+        if choice is now or now.pause:
+            advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
+            rate = advantage * self._plain_rate(sequences, lengths)
+        elif now.drafted_seconds:
+            rate = now.drafted_tokens / now.drafted_seconds
+        else:
             return
-        due = all_s * advantage * self._plain_rate(sequences, lengths)
-        now.add(tokens - due, sequences)
+        choice.add(tokens - all_s * rate, sequences)
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):
