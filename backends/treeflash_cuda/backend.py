@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
-from treeflash.decoding.backend_base import BaseBackend, load_pair
+from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
@@ -156,30 +156,33 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
 
 def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     """The pair of a target and the drafter of a folder; plain decoding for None."""
+    model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
+    backend = CudaBackend(target, model, head, draft_window=config.draft_window)
+    if target.is_exact:
+        with inexact_if_refused(target, config):
+            backend.check_exact()
+    if target.exact_refusal:
+        backend.inexact = f"{backend.inexact}; {target.exact_refusal}"
+    if drafter is not None:
+        backend.check_trees()
+    return backend
 
-    def load_packed_drafter(folder: Path) -> tuple[Model, Head | None]:
-        if (rows := load_row_head(folder, target)) is not None:
-            refuse_window(config)
-            target.capture(rows.config.target_layer_ids)
-            return rows, RowHead(rows, target)
-        drafter_model, head = load_drafter(folder, target)
-        fuse_linears(drafter_model, IN_DRAFTER)
-        pack_linears(drafter_model)
-        if head is not None:
-            pack_linears(head.module)
-        target.capture(drafter_model.config.target_layer_ids)
-        return drafter_model, head
 
-    def make_backend(model: Model | None, head: Head | None) -> CudaBackend:
-        backend = CudaBackend(target, model, head, draft_window=config.draft_window)
-        if target.is_exact:
-            with inexact_if_refused(target, config):
-                backend.check_exact()
-        if target.exact_refusal:
-            backend.inexact = f"{backend.inexact}; {target.exact_refusal}"
-        return backend
-
-    return load_pair(make_backend, drafter, load_packed_drafter)
+def load_packed_drafter(
+    folder: Path, target: Target, config: LoadConfig
+) -> tuple[Model, Head | None]:
+    """A drafter, packed for the device; the target keeps the outputs that it reads from now on."""
+    if (rows := load_row_head(folder, target)) is not None:
+        refuse_window(config)
+        target.capture(rows.config.target_layer_ids)
+        return rows, RowHead(rows, target)
+    drafter_model, head = load_drafter(folder, target)
+    fuse_linears(drafter_model, IN_DRAFTER)
+    pack_linears(drafter_model)
+    if head is not None:
+        pack_linears(head.module)
+    target.capture(drafter_model.config.target_layer_ids)
+    return drafter_model, head
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from treeflash.config import LoadConfig, SamplingConfig
-from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes, load_pair
+from treeflash.decoding.backend_base import BaseBackend, arrays_nbytes
 from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
@@ -154,24 +154,23 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if not on_cpu and model.dtype == mx.float32:
         warn_of_tf32()
 
-    def make_backend(drafter_model: Model | None, head: Head | None) -> MlxBackend:
-        if isinstance(drafter_model, RowModel | AssistantModel):
-            refuse_window(config)
-        module = head.module if isinstance(head, ARHead | RecurrentHead) else None
-        choose_products(model.model, drafter_model, module)
-        window = config.draft_window or DRAFT_WINDOW
-        backend = MlxBackend(model, drafter_model, head, draft_window=window)
-        model.batches = runs_batches(backend)
-        if not model.batches:
-            logging.getLogger(__name__).warning(
-                "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
-                model.family,
-            )
-        return backend
-
-    backend = load_pair(
-        make_backend, drafter, lambda folder: load_drafter(folder, model, config.draft_bits)
+    drafter_model, head = (
+        (None, None) if drafter is None else load_drafter(drafter, model, config.draft_bits)
     )
+    if isinstance(drafter_model, RowModel | AssistantModel):
+        refuse_window(config)
+    module = head.module if isinstance(head, ARHead | RecurrentHead) else None
+    choose_products(model.model, drafter_model, module)
+    window = config.draft_window or DRAFT_WINDOW
+    backend = MlxBackend(model, drafter_model, head, draft_window=window)
+    model.batches = runs_batches(backend)
+    if not model.batches:
+        logging.getLogger(__name__).warning(
+            "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
+            model.family,
+        )
+    if drafter is not None:
+        backend.check_trees()
     limit_memory(backend.weights_bytes, wired=config.wired)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])

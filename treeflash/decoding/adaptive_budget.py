@@ -43,6 +43,7 @@ import math
 import os
 import platform
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ from numpy.typing import NDArray
 from treeflash.config import LoadConfig, Method
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.suffix import MATCH_LEVELS
+from treeflash.decoding.suffix import MATCH_LEVELS, match_level
 from treeflash.decoding.tree import DraftTree
 
 TIMED = (1, 5, 8, 10, 12, 16, 24, 32, 33, 48, 64, 128, 256)
@@ -206,11 +207,6 @@ class VerifyCosts:
         except OSError:
             pass  # a read-only home: the next process measures again
         return costs
-
-    @property
-    def largest(self) -> int:
-        """The most nodes that a tree can pay for."""
-        return max(self.seconds)
 
     def predict(
         self, rows: Sequence[int] | NDArray[np.int64], reads: Sequence[float], sequences: int = 1
@@ -385,7 +381,7 @@ class AdaptiveBudget:
     @property
     def largest(self) -> int:
         """The most nodes that any tree can have."""
-        return self.costs.largest
+        return max(self.costs.seconds)
 
     def throughput_with(self, sequences: int) -> Throughput:
         """The measurements with about that many sequences."""
@@ -503,13 +499,13 @@ class AdaptiveBudget:
         all_s = sum(seconds.values()) - max(seconds["verify"] - longest, 0.0)
         self.costs.observe(rows, reads, sequences, seconds["verify"])
         now = self.throughput_with(sequences)
-        if "draft" in seconds and not first:
+        drafted = "draft" in seconds
+        if drafted and not first:
             now.draft_s = seconds["draft"]
         elif first and now.draft_s is not None:
             # The draft counts as if it had read no prompt.
             all_s -= max(seconds["draft"] - now.draft_s, 0.0)
         tokens = sum(len(path) for path in paths)
-        drafted = "draft" in seconds
         plain = not drafted and rows == sequences
         if plain and sequences > 1:
             self.plain_s.setdefault(sequences, deque(maxlen=MAX_PLAIN)).append(all_s)
@@ -530,18 +526,15 @@ class AdaptiveBudget:
             now.drafted_seconds = (1 - SMOOTHING) * now.drafted_seconds + all_s
         if plain:
             return
-        advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
-        if self.has_drafter and not drafted:
-            if now.pause:
-                rate = advantage * self._plain_rate(sequences, lengths)
-            elif now.drafted_seconds:
-                rate = now.drafted_tokens / now.drafted_seconds
-            else:
-                return
-            now.copying.add(tokens - all_s * rate, sequences)
+        choice = now if drafted or not self.has_drafter else now.copying
+        if choice is now or now.pause:
+            advantage = MIN_ADVANTAGE if sequences > 1 else 1.0
+            rate = advantage * self._plain_rate(sequences, lengths)
+        elif now.drafted_seconds:
+            rate = now.drafted_tokens / now.drafted_seconds
+        else:
             return
-        due = all_s * advantage * self._plain_rate(sequences, lengths)
-        now.add(tokens - due, sequences)
+        choice.add(tokens - all_s * rate, sequences)
 
     def _observe_depths(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
         for depth, parent in enumerate(path, 1):
@@ -550,20 +543,18 @@ class AdaptiveBudget:
                 break
             probs = np.exp(tree.log_probs[children] - tree.log_probs[parent])
             hits = children == path[depth] if depth < len(path) else np.zeros(len(children))
-            copies = np.zeros(len(children), np.bool_)
+            drafted = np.ones(len(children), np.bool_)
             if tree.matches is not None:
-                copies = tree.matches[children] > 0
-            if copies.any():
-                assert tree.matches is not None
-                level = int(_match_level(tree.matches[children[copies][0]]))
-                self._count(("match", level), probs[copies], hits[copies])
-            if copies.all():
+                drafted = tree.matches[children] == 0
+                if not drafted.all():
+                    level = match_level(tree.matches[children[~drafted][0]])
+                    self._count(("match", level), probs[~drafted], hits[~drafted])
+            if not drafted.any():
                 continue
-            drafted = children[~copies]
-            self._count(depth, probs[~copies], hits[~copies])
+            self._count(depth, probs[drafted], hits[drafted])
             if tree.confidences is not None:
-                level = int(_level(tree.confidences[drafted[0]]))
-                self._count((depth, level), probs[~copies], hits[~copies])
+                level = bisect_right(CONFIDENCES, float(tree.confidences[children[drafted][0]]))
+                self._count((depth, level), probs[drafted], hits[drafted])
 
     def _count(self, key: Key, probs: NDArray[np.float64], hits: NDArray[Any]) -> None:
         """Count the children of an accepted node."""
@@ -585,23 +576,21 @@ class AdaptiveBudget:
     def _corrections(self, tree: DraftTree) -> NDArray[np.float64]:
         """(n,) factors on the probabilities of nodes: the product along the path to each."""
         depths = range(int(tree.depths.max()) + 1)
-        factors = np.array([self._factor(depth, 1.0) if depth else 1.0 for depth in depths])
+        factors = np.array([self._factor(depth, 1.0) for depth in depths])  # 1 for the root
         corrections: NDArray[np.float64] = np.cumprod(factors)[tree.depths]
         if tree.confidences is None and tree.matches is None:
             return corrections
         own = factors[tree.depths]
         if tree.confidences is not None:
-            levels = _level(tree.confidences)
-            for depth in depths[1:]:
-                nodes = np.flatnonzero(tree.depths == depth)
-                by_level = np.array(
-                    [self._factor((depth, i), factors[depth]) for i in range(len(CONFIDENCES) + 1)]
-                )
-                own[nodes] = by_level[levels[nodes]]
+            levels = range(len(CONFIDENCES) + 1)
+            by_level = [[self._factor((d, i), factors[d]) for i in levels] for d in depths]
+            found = np.searchsorted(CONFIDENCES, tree.confidences, "right")
+            own = np.array(by_level)[tree.depths, found]
         if tree.matches is not None:
             by_match = [self._factor(("match", i), 1.0) for i in range(len(MATCH_LEVELS) + 1)]
             copies = np.flatnonzero(tree.matches)
-            own[copies] = np.array(by_match)[_match_level(tree.matches[copies])]
+            found = np.searchsorted(MATCH_LEVELS, tree.matches[copies], "right")
+            own[copies] = np.array(by_match)[found]
         if tree.is_chain:  # copies are often long ones
             return np.asarray(np.cumprod(own), np.float64)
         for depth in depths[1:]:
@@ -625,16 +614,6 @@ def _ranks(tree: DraftTree, gains: NDArray[np.float64]) -> NDArray[np.float64]:
         nodes = np.flatnonzero(tree.depths == depth)
         ranks[nodes] = np.minimum(ranks[nodes], ranks[tree.parents[nodes]])
     return ranks
-
-
-def _level(confidence: Any) -> Any:
-    """The level of a confidence, or of many."""
-    return np.searchsorted(CONFIDENCES, confidence, "right")
-
-
-def _match_level(match: Any) -> Any:
-    """The level of the length of a match, or of many; as `treeflash.decoding.suffix` has it."""
-    return np.searchsorted(MATCH_LEVELS, match, "right")
 
 
 def _drafted_depth(tree: DraftTree) -> int:

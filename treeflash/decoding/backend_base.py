@@ -1,16 +1,14 @@
 """Base classes and helpers for backends.
 
-`BaseState` keeps the books of a sequence's state; `BaseBackend` and `load_pair` hold and load a
-target with its drafter; the `OneByOne...` classes make the three roles from methods that handle one
-sequence at a time.
+`BaseState` keeps the books of a sequence's state; `BaseBackend` holds a target with its drafter;
+the `OneByOne...` classes make the three roles from methods that handle one sequence at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
@@ -33,7 +31,6 @@ from treeflash.drafters.config import DrafterConfig
 from treeflash.errors import UnsupportedModelError
 
 R = TypeVar("R")
-B = TypeVar("B", bound=Backend)
 
 MAX_SNAPSHOTS, NEWEST_SNAPSHOTS = 4, 2
 """Snapshots that a sequence keeps, and the newest among them: the end of its latest prompt and the
@@ -333,24 +330,6 @@ class BaseBackend:
             columns = self.columns(capacity + config.scratch_rows)
             nbytes += columns * config.column_size * (4 if self.dtype == "float32" else 2)
         return nbytes
-
-
-def load_pair(
-    make_backend: Callable[[Any, Any], B],
-    drafter: Path | None,
-    load_drafter: Callable[[Path], tuple[Any, Any]],
-) -> B:
-    """The backend of a loaded target, with the drafter of a folder if there is one.
-
-    `load_drafter` reads the folder into a model and a head or None, from which `make_backend` makes
-    the backend; both are None for plain decoding. An UnsupportedModelError is raised if the
-    target's logits on draft trees differ from plain decoding.
-    """
-    if drafter is None:
-        return make_backend(None, None)
-    backend = make_backend(*load_drafter(drafter))
-    backend.check_trees()
-    return backend
 
 
 class OneByOneVerifier(ABC):

@@ -21,7 +21,9 @@ class _Entry:
 
     def shared_length(self, tokens: NDArray[np.int32]) -> int:
         """The longest prefix of the tokens at which the state can be forked."""
-        return self.state.restorable(common_prefix(self.tokens, tokens))
+        n = min(len(self.tokens), len(tokens))
+        different = np.flatnonzero(self.tokens[:n] != tokens[:n])
+        return self.state.restorable(int(different[0]) if len(different) else n)
 
 
 class PrefixCache:
@@ -83,10 +85,3 @@ class PrefixCache:
     def _drop(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         entry.state.close()
-
-
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Length of the common prefix of two sequences, tokens."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

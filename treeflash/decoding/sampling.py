@@ -274,11 +274,8 @@ class Noise:
             else position_keys(sampling.seed, positions)
             for sampling, positions in sequences
         ]
-        temperatures = [sampling.temperature for sampling, _ in sequences]
-        scales = np.repeat(
-            np.array(temperatures, np.float32), [len(positions) for _, positions in sequences]
-        )
-        return cls(np.concatenate(keys), scales)
+        scales = [np.full(len(x), sampling.temperature, np.float32) for sampling, x in sequences]
+        return cls(np.concatenate(keys), np.concatenate(scales))
 
     def values(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """(n, v) noise to add to the logits of (v,) or (n, v) tokens."""

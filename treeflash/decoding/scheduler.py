@@ -110,7 +110,8 @@ class SchedulerConfig:
 
 def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
     """Raise the error that decoding this prompt with this configuration would meet, if any."""
-    if config.drafts and backend.drafter_config is None:
+    drafter = backend.drafter_config
+    if config.drafts and drafter is None:
         raise ConfigError(
             f"method {config.method} needs a drafter and none was loaded; load a drafter "
             "(--drafter), or use method suffix or ar"
@@ -122,12 +123,7 @@ def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> 
             f"method {config.method} needs an AR head, and the loaded drafter has no AR head; "
             "use method ddtree or dflash"
         )
-    if (
-        config.drafts
-        and not config.uses_head
-        and backend.drafter_config is not None
-        and not backend.drafter_config.has_marginals
-    ):
+    if drafter and config.drafts and not config.uses_head and not drafter.has_marginals:
         raise ConfigError(NO_MARGINALS)
     if not len(prompt_ids):
         raise PromptError("the prompt is empty; give at least one token")

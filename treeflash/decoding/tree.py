@@ -71,14 +71,7 @@ class DraftTree:
 
     def first(self, nodes: int) -> DraftTree:
         """The tree of the first nodes, which are the best ones if `build_tree` made the tree."""
-        return DraftTree(
-            self.tokens[:nodes],
-            self.parents[:nodes],
-            self.depths[:nodes],
-            self.log_probs[:nodes],
-            None if self.confidences is None else self.confidences[:nodes],
-            None if self.matches is None else self.matches[:nodes],
-        )
+        return self.subset(np.arange(len(self))[:nodes])
 
     def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
         """The tree of some nodes in ascending order, with the parent of each among them."""

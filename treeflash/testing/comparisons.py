@@ -30,7 +30,7 @@ def random_tokens(rng: Generator, vocab_size: int, length: int) -> list[int]:
 
 def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> DraftTree:
     """A deep and branching tree whose siblings differ; its log probabilities are all 0."""
-    tokens, parents, depths = [root], [-1], [0]
+    tokens, parents = [root], [-1]
     while len(tokens) < nodes:
         # Half of the nodes extend one of the newest, or the tree would stay shallow.
         newest = max(0, len(tokens) - 3) if rng.random() < 0.5 else 0
@@ -39,9 +39,7 @@ def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> Draft
         if (parent, token) not in zip(parents, tokens, strict=True):
             tokens.append(token)
             parents.append(parent)
-            depths.append(depths[parent] + 1)
-    token_ids, parent_ids, levels = (np.array(x, np.int32) for x in (tokens, parents, depths))
-    return DraftTree(token_ids, parent_ids, levels, np.zeros(nodes))
+    return DraftTree.from_parents(np.array(tokens, np.int32), np.array(parents, np.int32))
 
 
 def path_to(tree: DraftTree, node: int) -> NDArray[np.int32]:

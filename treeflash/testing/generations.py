@@ -15,6 +15,7 @@ from treeflash.decoding import decode
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
+from treeflash.decoding.sampling import LogProbs
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import (
@@ -137,20 +138,15 @@ class GenerationTests:
         steps = list(decode(models.tested, prompt, config))
         tokens = tokens_of(steps)
         with SequenceSession(models.reference) as session:
-            session.extend(prompt)
-            chain = DraftTree.chain(np.array(tokens[:-1], np.int32))
-            later = session.logits(chain)
-        with SequenceSession(models.reference) as session:
             session.extend(prompt[:-1])
-            first = session.logits(DraftTree.root_only(prompt[-1]))
-        logits = np.concatenate([first, later]).astype(np.float64)
+            chain = DraftTree.chain(np.array([prompt[-1], *tokens[:-1]], np.int32))
+            logits = session.logits(chain).astype(np.float64)
         expected = (logits - np.logaddexp.reduce(logits, -1, keepdims=True)).astype(np.float32)
         parts = [step.log_probs for step in steps if step.log_probs is not None]
         assert len(parts) == len(steps) > 1
-        sampled = np.concatenate([part.sampled for part in parts])
-        values = np.concatenate([part.values for part in parts])
-        assert_close(sampled, expected[np.arange(len(tokens)), tokens])
-        assert_close(values, -np.sort(-expected, -1)[:, :2])
+        reported = LogProbs.concatenate(parts)
+        assert_close(reported.sampled, expected[np.arange(len(tokens)), tokens])
+        assert_close(reported.values, -np.sort(-expected, -1)[:, :2])
 
     def test_interleaved_texts_equal_texts_alone(self, backend: Backend) -> None:
         configs = [

@@ -128,11 +128,6 @@ HYBRIDS: dict[str, Callable[[Config, Tensors, Generator], Config]] = {
 """Each changes tensors in place, and returns the configuration."""
 
 
-def text_settings(config: Config) -> Config:
-    """The settings of the language model in a target's `config.json`."""
-    return {**config, **config.get("text_config", {})}
-
-
 def _drop_attention(tensors: Tensors, layer: str) -> None:
     for name in [name for name in tensors if name.startswith(layer + "self_attn.")]:
         del tensors[name]
@@ -233,7 +228,8 @@ def write_drafter(
     same backbone from a seed. Without `target_layer_ids` the key is left out. The sliding window is
     the first layer's. If `sharded`, the tensors are spread over two files.
     """
-    target = text_settings(read_config(target_folder))
+    target = read_config(target_folder)
+    target |= target.get("text_config", {})
     hidden_size, vocab_size = target["hidden_size"], target["vocab_size"]
     ids = {} if target_layer_ids is None else {"target_layer_ids": list(target_layer_ids)}
     config: dict[str, Any] = {
