@@ -406,8 +406,8 @@ def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Sha
     if not config.own_vocabulary or not rows:
         return {}
     whole = (rows, config.hidden_size)
-    optional = {"embed_tokens.weight": whole, "lm_head.weight": whole}
-    return {name: shape for name, shape in optional.items() if name not in drafter_shapes(config)}
+    head: Shapes = {} if config.draft_vocab_size else {"lm_head.weight": whole}
+    return {"embed_tokens.weight": whole, **head}
 
 
 def canonical_name(name: str) -> str:
@@ -637,6 +637,7 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     for key in ("mask_token_id", "aux_hidden_state_layer_ids"):
         if config.get(key) is None:
             raise KeyError(key)
+    block_size = int(config.get("block_size", 8))
     head = _selector_fields(config, layers) if kind == "dflash2" else {}
     if kind == "dspark":
         settings = {key: config[key] for key in MARKOV_KEYS if config.get(key) is not None}
@@ -644,12 +645,12 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     if kind == "xpress":
         if config.get("sample_from_anchor"):
             raise ValueError("xpress with sample_from_anchor is not supported")
-        rank, slots = int(config.get("xpress_rank") or 256), int(config.get("block_size", 8))
+        rank = int(config.get("xpress_rank") or 256)
         head = {
             "head": "xpress",
             "head_rank": rank,
             "head_mlp_ratio": int(config.get("xpress_mlp_ratio") or 2),
-            "head_state_size": (1 + slots) * rank,
+            "head_state_size": (1 + block_size) * rank,
         }
     non_causal = config.get("sliding_window_non_causal")
     if non_causal is None:
@@ -657,7 +658,6 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     draft_vocab_size = backbone.draft_vocab_size(config, layers)
     if draft_vocab_size and kind == "dflash2":
         raise ValueError("DFlash2 with a vocabulary of its own is not supported")
-    block_size = int(config.get("block_size", 8))
     return backbone.backbone_config(
         layers,
         block_size=block_size,

@@ -177,7 +177,7 @@ def load_row_tensors(
     folder: Path,
     format: RowFormat,
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
-    stack: Callable[[Sequence[Tensor]], Tensor],
+    stack: Callable[[list[Tensor]], Tensor],
     *,
     hidden_size: int,
     vocab_size: int,
@@ -343,7 +343,7 @@ def _split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
 
 
 def _stack_experts(
-    tensors: dict[str, Any], config: RowConfig, stack: Callable[[Sequence[Any]], Any]
+    tensors: dict[str, Any], config: RowConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
     """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
     if config.experts is None:
