@@ -352,7 +352,7 @@ def load_row_head(folder: Path, target: Target) -> RowModel | None:
         folder,
         row_format,
         read_tensors,
-        lambda parts: torch.stack(list(parts)),
+        torch.stack,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),

@@ -304,7 +304,7 @@ def load_row_head(
         folder,
         row_format,
         read,
-        lambda parts: mx.stack(list(parts)),
+        mx.stack,
         hidden_size=target.embed(mx.array([0])).shape[-1],
         vocab_size=target.vocab_size,
         num_hidden_layers=len(target.layers),

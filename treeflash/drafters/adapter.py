@@ -15,7 +15,6 @@ silently change the model: DoRA, embeddings, biases, whole modules, experts.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters.folder import read_file
+from treeflash.drafters.folder import read_config, read_file
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 CONFIG = "adapter_config.json"
@@ -67,7 +66,7 @@ def read_adapter(folder: Path) -> list[LowRankUpdate]:
     Raises a CheckpointError if the folder is no adapter, or damaged, and an UnsupportedModelError
     if the adapter has more than updates of linear layers.
     """
-    config = _read_config(folder)
+    config = read_config(folder, CONFIG, "an adapter's folder")
     if (folder / PEFT_WEIGHTS).is_file():
         return _read_peft(folder / PEFT_WEIGHTS, config)
     if (folder / MLX_WEIGHTS).is_file():
@@ -80,19 +79,6 @@ def read_adapter(folder: Path) -> list[LowRankUpdate]:
 def refuse_module(name: str, reason: str) -> UnsupportedModelError:
     """The error for a module that an adapter cannot be merged into."""
     return UnsupportedModelError(f"the adapter cannot be merged into {name}: {reason}")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG}; it is not an adapter's folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return config
 
 
 def _read_peft(path: Path, config: Mapping[str, Any]) -> list[LowRankUpdate]:

@@ -51,6 +51,19 @@ def refuse(settings: Mapping[str, Any], neutral: Mapping[str, Collection[Any]] =
             raise ValueError(f"{key} = {settings[key]!r} is not supported")
 
 
+def refuse_adapter(target_hidden_size: Any, layers: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a drafter that projects states of a target of another width."""
+    if target_hidden_size not in (None, layers["hidden_size"]):
+        raise ValueError("a target_hidden_size unlike the drafter's hidden_size is not supported")
+
+
+def draft_vocab_size(config: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None:
+    """The size of a drafter's own vocabulary; None if it is the target's, which `layers` has."""
+    vocab_size = int(layers["vocab_size"])
+    size = int(config.get("draft_vocab_size") or vocab_size)
+    return None if size == vocab_size else size
+
+
 def backbone_config(
     config: Mapping[str, Any],
     *,

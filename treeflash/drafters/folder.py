@@ -19,13 +19,18 @@ INTEGERS = {"d2t": "I64", "t2d": "BOOL", "masked_embedding.token_ordering": "I64
 """Types of the tensors that map or order a drafter's vocabulary, by stored name."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's `config.json`; a CheckpointError if it has no JSON object."""
-    path = folder / "config.json"
+def read_config(
+    folder: Path, name: str = "config.json", kind: str = "a model folder"
+) -> dict[str, Any]:
+    """Read the configuration of a folder; a CheckpointError if it has no JSON object.
+
+    `name` is the file's, and `kind` says in messages what a folder with such a file is.
+    """
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json; it is not a model folder") from None
+        raise CheckpointError(f"{folder} has no {name}; it is not {kind}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

@@ -406,8 +406,8 @@ def optional_shapes(config: DrafterConfig, vocab_size: int | None = None) -> Sha
     if not config.own_vocabulary or not rows:
         return {}
     whole = (rows, config.hidden_size)
-    optional = {"embed_tokens.weight": whole, "lm_head.weight": whole}
-    return {name: shape for name, shape in optional.items() if name not in drafter_shapes(config)}
+    head: Shapes = {} if config.draft_vocab_size else {"lm_head.weight": whole}
+    return {"embed_tokens.weight": whole, **head}
 
 
 def canonical_name(name: str) -> str:
@@ -466,7 +466,7 @@ def _parse_sections(config: Config, **settings: Any) -> DrafterConfig:
         layer_ids = backbone.default_target_layer_ids(
             int(config["num_target_layers"]), int(config["num_hidden_layers"])
         )
-    _refuse_adapter(find_setting(config, "target_hidden_size"), config)
+    backbone.refuse_adapter(find_setting(config, "target_hidden_size"), config)
     # The published code makes sliding layers causal unless the checkpoint says otherwise.
     causal = find_setting(config, "is_causal", "causal", "causal_head")
     target_layers = config.get("num_target_layers")
@@ -633,10 +633,11 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     layers = dict(config["transformer_layer_config"])
     rope = dict(layers.get("rope_parameters") or {})
     layers["rope_parameters"] = rope.get("sliding_attention", rope)  # some tell layer types apart
-    _refuse_adapter(config.get("target_hidden_size"), layers)
+    backbone.refuse_adapter(config.get("target_hidden_size"), layers)
     for key in ("mask_token_id", "aux_hidden_state_layer_ids"):
         if config.get(key) is None:
             raise KeyError(key)
+    block_size = int(config.get("block_size", 8))
     head = _selector_fields(config, layers) if kind == "dflash2" else {}
     if kind == "dspark":
         settings = {key: config[key] for key in MARKOV_KEYS if config.get(key) is not None}
@@ -644,21 +645,19 @@ def _parse_speculators(config: Config) -> DrafterConfig:
     if kind == "xpress":
         if config.get("sample_from_anchor"):
             raise ValueError("xpress with sample_from_anchor is not supported")
-        rank, slots = int(config.get("xpress_rank") or 256), int(config.get("block_size", 8))
+        rank = int(config.get("xpress_rank") or 256)
         head = {
             "head": "xpress",
             "head_rank": rank,
             "head_mlp_ratio": int(config.get("xpress_mlp_ratio") or 2),
-            "head_state_size": (1 + slots) * rank,
+            "head_state_size": (1 + block_size) * rank,
         }
     non_causal = config.get("sliding_window_non_causal")
     if non_causal is None:
         non_causal = kind == "dflash2"
-    vocab_size = int(layers["vocab_size"])
-    draft_vocab_size = int(config.get("draft_vocab_size") or vocab_size)
-    if draft_vocab_size != vocab_size and kind == "dflash2":
+    draft_vocab_size = backbone.draft_vocab_size(config, layers)
+    if draft_vocab_size and kind == "dflash2":
         raise ValueError("DFlash2 with a vocabulary of its own is not supported")
-    block_size = int(config.get("block_size", 8))
     return backbone.backbone_config(
         layers,
         block_size=block_size,
@@ -669,14 +668,9 @@ def _parse_speculators(config: Config) -> DrafterConfig:
         first_slot=0 if _samples_from_anchor(config, kind, block_size) else 1,
         window_from_root=True,
         own_vocabulary=True,
-        draft_vocab_size=None if draft_vocab_size == vocab_size else draft_vocab_size,
+        draft_vocab_size=draft_vocab_size,
         **head,
     )
-
-
-def _refuse_adapter(target_hidden_size: Any, layers: Config) -> None:
-    if target_hidden_size not in (None, layers["hidden_size"]):
-        raise ValueError("a target_hidden_size unlike the drafter's hidden_size is not supported")
 
 
 def _samples_from_anchor(config: Config, kind: str, block_size: int) -> bool:

@@ -177,7 +177,7 @@ def load_row_tensors(
     folder: Path,
     format: RowFormat,
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
-    stack: Callable[[Sequence[Tensor]], Tensor],
+    stack: Callable[[list[Tensor]], Tensor],
     *,
     hidden_size: int,
     vocab_size: int,
@@ -343,7 +343,7 @@ def _split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
 
 
 def _stack_experts(
-    tensors: dict[str, Any], config: RowConfig, stack: Callable[[Sequence[Any]], Any]
+    tensors: dict[str, Any], config: RowConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
     """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
     if config.experts is None:
@@ -524,23 +524,20 @@ EAGLE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mtp_layernorm": (None, False),
 }
 """Keys that must have one of these values."""
-SPECULATORS_INERT = (
+SPECULATORS_INERT = {
     "speculators_config",
     "speculators_model_type",
     "speculators_version",
     "transformer_layer_config",
-)
+}
 
 
 def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
     """SafeAILab, SpecForge and ModelOpt: the settings of a Llama with one layer."""
     nested = config.get("eagle_config") or {}
+    known = EAGLE_KEYS | backbone.KEYS | backbone.INERT_KEYS
     for section in (config, nested):
-        _refuse_keys(
-            section,
-            lambda key: key not in EAGLE_KEYS | backbone.KEYS and key not in backbone.INERT_KEYS,
-            EAGLE_NEUTRAL,
-        )
+        _refuse_keys(section, lambda key: key not in known, EAGLE_NEUTRAL)
     ids = config.get("eagle_aux_hidden_state_layer_ids")
     if ids is not None:
         ids = [int(i) - 1 for i in ids]
@@ -551,15 +548,8 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
 
 def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
     layers = config["transformer_layer_config"]
-    _refuse_keys(
-        config,
-        lambda key: (
-            key not in EAGLE_KEYS
-            and key not in backbone.INERT_KEYS
-            and key not in SPECULATORS_INERT
-        ),
-        EAGLE_NEUTRAL,
-    )
+    known = EAGLE_KEYS | backbone.INERT_KEYS | SPECULATORS_INERT
+    _refuse_keys(config, lambda key: key not in known, EAGLE_NEUTRAL)
     ids = [int(i) - 1 for i in config.get("eagle_aux_hidden_state_layer_ids") or ()]
     return _eagle_config(config, layers, ids or _default_layers(target_layers), stored)
 
@@ -572,8 +562,7 @@ def _eagle_config(
     sliding = any(kind != "full_attention" for kind in layers.get("layer_types") or ())
     if sliding or (layers.get("sliding_window") and layers.get("use_sliding_window")):
         raise ValueError("a sliding window is not supported")
-    if config.get("target_hidden_size") not in (None, layers["hidden_size"]):
-        raise ValueError("a target_hidden_size unlike the drafter's hidden_size is not supported")
+    backbone.refuse_adapter(config.get("target_hidden_size"), layers)
     if config.get("num_aux_hidden_states") not in (None, len(layer_ids)):
         raise ValueError(
             f"num_aux_hidden_states = {config['num_aux_hidden_states']} contradicts "
@@ -582,9 +571,6 @@ def _eagle_config(
     each, whole = config.get("fc_norm") or config.get("use_aux_norm"), config.get("norm_before_fc")
     if each and whole:
         raise ValueError("fc_norm and norm_before_fc exclude each other")
-    vocab_size = int(layers["vocab_size"])
-    draft_vocab_size = int(config.get("draft_vocab_size") or vocab_size)
-    bias = bool(layers.get("attention_bias", False))
     return _layer_config(
         layers,
         intermediate_size=int(layers["intermediate_size"]),
@@ -595,10 +581,10 @@ def _eagle_config(
         normed_residual=bool(config.get("norm_before_residual")),
         normed_feedback=bool(config.get("norm_output")),
         qk_norm=any(name.endswith("self_attn.q_norm.weight") for name in stored),
-        output_bias=bias,
+        output_bias=bool(layers.get("attention_bias", False)),
         feature_norms="each" if each else "all" if whole else None,
         own_vocabulary=True,
-        draft_vocab_size=None if draft_vocab_size == vocab_size else draft_vocab_size,
+        draft_vocab_size=backbone.draft_vocab_size(config, layers),
     )
 
 
@@ -609,22 +595,16 @@ def _default_layers(target_layers: int) -> list[int]:
 
 def _eagle_names(config: Config, stored: Collection[str]) -> Names:
     renamed = {"layer.hidden_norm": "hidden_norm", "layer.input_layernorm": "embedding_norm"}
+    layers = config.get("transformer_layer_config") or config
+    unused = {"t2d"} if backbone.draft_vocab_size(config, layers) else {"t2d", "d2t"}
     names = {}
     for name in stored:
         part = re.sub(r"^model\.", "", name)
         part = re.sub(r"^(midlayer|layers\.0)\.", "layer.", part)
-        if part == "t2d" or part.startswith("verifier_"):
-            continue
-        module = part.removesuffix(".weight")
-        names[name] = f"{renamed[module]}.weight" if module in renamed else part
-        if part == "d2t" and not _has_own_tokens(config):
-            del names[name]
+        if part not in unused and not part.startswith("verifier_"):
+            module = part.removesuffix(".weight")
+            names[name] = f"{renamed[module]}.weight" if module in renamed else part
     return names
-
-
-def _has_own_tokens(config: Config) -> bool:
-    layers = config.get("transformer_layer_config") or config
-    return config.get("draft_vocab_size") not in (None, layers.get("vocab_size"))
 
 
 def _refuse_keys(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -84,10 +84,8 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, tot
 
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round float32 to the bits of bfloat16, to nearest and ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    quiet_nan = (bits >> 16) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+    bits: NDArray[np.uint16] = quantize(values, GGMLQuantizationType.BF16).view(np.uint16)
+    return bits
 
 
 def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:

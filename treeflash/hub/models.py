@@ -297,20 +297,19 @@ def _resolve(name: str) -> Path:
             f"{name} is neither a local folder nor a reachable hub id ({reason}); "
             "check the name and the network, or pass a local folder"
         ) from error
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not _has_weights(folder):
         raise CheckpointError(f"{name} has no config.json with *.safetensors; pass another model")
     return folder
 
 
-def local_folders() -> list[Path]:
-    """The folders of models that LM Studio and the hub's client have on this machine."""
-    folders = [x for root in LM_STUDIO_FOLDERS for x in Path(root).expanduser().glob("*/*")]
-    folders += Path(HF_HUB_CACHE).glob("models--*/snapshots/*")
-    return [
-        folder
-        for folder in sorted(folders)
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    ]
+def _has_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _studio_models() -> dict[str, Path]:
+    """The folders of LM Studio's models on this machine, by PUBLISHER/MODEL."""
+    folders = (x for root in LM_STUDIO_FOLDERS for x in Path(root).expanduser().glob("*/*"))
+    return {f"{x.parent.name}/{x.name}": x for x in sorted(folders) if _has_weights(x)}
 
 
 def find_local(name: str) -> Path | None:
@@ -319,16 +318,14 @@ def find_local(name: str) -> Path | None:
     Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
     newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
     """
-    found: dict[str, Path] = {}
-    for folder in local_folders():
-        known = model_name(folder)
-        publisher = folder.parent.name if known == folder.name else None
-        names = [known.rpartition("/")[2]] + [f"{publisher}/{known}"] * (publisher is not None)
-        if name.lower() in map(str.lower, names):
-            found[names[-1] if publisher else known] = folder
+    studio = _studio_models()
+    snapshots = filter(_has_weights, sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*")))
+    known = {model_name(folder): folder for folder in snapshots} | studio
+    found = {x for x in known if x.rpartition("/")[2].lower() == name.lower()}
+    found |= {x for x in studio if x.lower() == name.lower()}
     if len(found) > 1:
         raise CheckpointError(f"{name!r} may be {' or '.join(sorted(found))}; name one of them")
-    return next(iter(found.values()), None)
+    return known[found.pop()] if found else None
 
 
 def _local_folder(name: str | None) -> Path | None:
@@ -475,11 +472,7 @@ def cached_models() -> list[CachedModel]:
         for name, folder in folders.items()
         if (folder / "config.json").is_file()
     ]
-    found += [
-        CachedModel.from_folder(f"{folder.parent.name}/{folder.name}", folder)
-        for folder in local_folders()
-        if model_name(folder) == folder.name  # LM Studio's
-    ]
+    found += [CachedModel.from_folder(name, folder) for name, folder in _studio_models().items()]
     try:
         repositories = scan_cache_dir().repos
     except CacheNotFound:

@@ -9,13 +9,20 @@ import numpy as np
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
+from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors
-from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
-from treeflash.errors import BackendError, ConfigError
+from treeflash.drafters.row_heads import (
+    find_row_format,
+    load_row_tensors,
+    refuse_assistant,
+    refuse_window,
+)
+from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
+from treeflash.reference.numerics import Array
 from treeflash.reference.row_head import RowDrafter, RowHead, RowModel
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import State, Verifier
@@ -33,14 +40,13 @@ class ReferenceBackend(BaseBackend):
     ) -> None:
         self.verifier = Verifier(target)
         self.drafter: Drafter | RowDrafter | None = None
+        head: ARHead | None = None
         if isinstance(drafter, RowModel):
-            super().__init__(target, drafter, RowHead(drafter))
-            self.drafter = RowDrafter(drafter)
-        else:
-            super().__init__(
-                target, drafter, make_head(drafter) if drafter and drafter.config.head else None
-            )
-            self.drafter = Drafter(drafter, draft_window) if drafter else None
+            self.drafter, head = RowDrafter(drafter), RowHead(drafter)
+        elif drafter is not None:
+            self.drafter = Drafter(drafter, draft_window)
+            head = make_head(drafter) if drafter.config.head else None
+        super().__init__(target, drafter, head)
 
     def open(self, capacity: int, *, drafts: bool) -> State:
         return State(self.target, self.drafter_model if drafts else None, capacity)
@@ -78,23 +84,26 @@ def choose_device(name: str | None) -> None:
 
 def load_drafter(folder: Path, target: Target) -> DrafterModel:
     """Read a drafter and check that it belongs to the target."""
-    hidden_size, vocab_size, layers = target.hidden_size, target.vocab_size, target.layers
-    if (row_format := find_row_format(folder)) is not None:
-        rows = load_row_tensors(
-            folder,
-            row_format,
-            read_file,
-            np.stack,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            num_hidden_layers=layers,
-        )
-        return RowModel.from_tensors(rows.config, rows.weights, rows.vocabulary, target)
-    tensors = load_tensors(
-        folder, read_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
-    )
-    offset = np.float32(tensors.config.norm_offset)
-    backbone = {
-        x: w + offset if x.endswith("norm.weight") else w for x, w in tensors.backbone.items()
+    shape = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_hidden_layers": target.layers,
     }
-    return DrafterModel(tensors.config, backbone, tensors.head, tensors.vocabulary, target)
+    if (row_format := find_row_format(folder)) is not None:
+        rows = load_row_tensors(folder, row_format, read_file, np.stack, **shape)
+        refuse_assistant(rows.config, "reference")
+        if rows.config.experts is not None:
+            raise UnsupportedModelError("the reference backend has no row heads with experts")
+        weights = _add_offset(rows.weights, rows.config.norm_offset)
+        return RowModel(rows.config, weights, {}, rows.vocabulary, target)
+    tensors = load_tensors(folder, read_file, **shape)
+    weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
+    return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)
+
+
+def _add_offset(tensors: dict[str, Array], offset: float) -> dict[str, Array]:
+    """The tensors with the norms' weights as they are applied."""
+    return {
+        name: x + np.float32(offset) if name.endswith("norm.weight") else x
+        for name, x in tensors.items()
+    }

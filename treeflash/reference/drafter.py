@@ -71,14 +71,14 @@ class Drafter(OneByOneDrafter):
             k, v = cache.attend(n, *self._kv_cache(layer, y, positions))
             out = attention(q, k, v, mask)
             if config.gated:
-                out = out * sigmoid(self._linear(layer + "self_attn.gate_proj", y))
-            x = x + after(self._linear(layer + "self_attn.o_proj", out))
+                out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
+            x = x + after(self.model.linear(layer + "self_attn.o_proj", out))
             y = self.model.normed(layer + "post_attention_layernorm", x)
             before, after = self._convolutions(layer + "mlp_conv", y)
             y = before(y)
-            gate = silu(self._linear(layer + "mlp.gate_proj", y))
-            up = self._linear(layer + "mlp.up_proj", y)
-            x = x + after(self._linear(layer + "mlp.down_proj", gate * up))
+            gate = silu(self.model.linear(layer + "mlp.gate_proj", y))
+            up = self.model.linear(layer + "mlp.up_proj", y)
+            x = x + after(self.model.linear(layer + "mlp.down_proj", gate * up))
         assert state.anchor is not None
         return Block(root, x[config.first_slot :][:depths], x, state.tokens[-1], state.anchor)
 
@@ -108,7 +108,7 @@ class Drafter(OneByOneDrafter):
         taps = config.conv_kernel_size
         if not taps:
             return [lambda x: x] * 2
-        groups = self._linear(name + ".kernel_projection", y).reshape(len(y), 2, taps, -1)
+        groups = self.model.linear(name + ".kernel_projection", y).reshape(len(y), 2, taps, -1)
         kernels = tensors[name + ".base_kernel"] + groups.repeat(config.conv_group_size, -1)
 
         def convolution(side: int) -> Callable[[Array], Array]:
@@ -124,20 +124,16 @@ class Drafter(OneByOneDrafter):
 
     def _project(self, features: Array) -> Array:
         """(n, hidden_size) context of n positions."""
-        return self.model.normed("hidden_norm", self._linear("fc", features))
+        return self.model.normed("hidden_norm", self.model.linear("fc", features))
 
     def _kv_cache(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
         return self._heads(layer, "k", x, positions), self._heads(layer, "v", x, positions)
 
     def _heads(self, layer: str, name: str, x: Array, positions: Ints) -> Array:
         config = self.model.config
-        y = self._linear(f"{layer}self_attn.{name}_proj", x).reshape(len(x), -1, config.head_dim)
+        y = self.model.linear(f"{layer}self_attn.{name}_proj", x)
+        y = y.reshape(len(x), -1, config.head_dim)
         if name == "v":
             return y.swapaxes(0, 1)
         y = self.model.normed(f"{layer}self_attn.{name}_norm", y).swapaxes(0, 1)
         return rotate(y, positions, config.inv_freq, config.rope_scale)
-
-    def _linear(self, name: str, x: Array) -> Array:
-        tensors = self.model.tensors
-        y: Array = x @ tensors[name + ".weight"].T
-        return y + tensors[name + ".bias"] if name + ".bias" in tensors else y

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.reference.numerics import Array, Ints, rms_norm
+from treeflash.reference.numerics import Array, Ints, linear, rms_norm
 from treeflash.reference.target import Cache, Target
 
 
@@ -44,6 +44,9 @@ class DrafterModel:
 
     def normed(self, name: str, x: Array) -> Array:
         return rms_norm(x, self.tensors[name + ".weight"], self.config.rms_norm_eps)
+
+    def linear(self, name: str, x: Array) -> Array:
+        return linear(self.tensors, name, x)
 
     def embed(self, token_ids: Ints) -> Array:
         """(..., hidden_size) embeddings of (...) tokens."""

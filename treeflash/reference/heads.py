@@ -15,23 +15,43 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.reference.drafter import Block
 from treeflash.reference.drafter_model import DrafterModel
-from treeflash.reference.numerics import Array, Ints, log_softmax, rms_norm, sigmoid, silu, top
+from treeflash.reference.numerics import (
+    Array,
+    Ints,
+    linear,
+    log_softmax,
+    rms_norm,
+    sigmoid,
+    silu,
+    top,
+)
 
 LAYER_NORM_EPS = 1e-5
 NORM_EPS = 1e-6
 
 
-class Scores(ABC):
+class Head:
+    """The weights of a conditional head."""
+
+    def __init__(self, model: DrafterModel) -> None:
+        self.model = model
+        self.tensors = model.head_tensors
+
+    def linear(self, name: str, x: Array) -> Array:
+        return linear(self.tensors, name, x)
+
+    def confidence(self, hidden: Array, previous: Ints) -> Array | None:
+        """(D, M) stated probability that a row is right; None if the head states none."""
+        return None
+
+
+class Scores(Head, ABC):
     """A conditional head that depends on one previous token.
 
     It scores only `candidates` tokens of a slot, those with the highest marginals; None scores all.
     """
 
     candidates: int | None = None
-
-    def __init__(self, model: DrafterModel) -> None:
-        self.model = model
-        self.tensors = model.head_tensors
 
     @abstractmethod
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
@@ -41,10 +61,6 @@ class Scores(ABC):
         marginals, and (D, M) previous tokens of the target's vocabulary.
         """
 
-    def confidence(self, hidden: Array, previous: Ints) -> Array | None:
-        """(D, M) stated probability that a row is right; None if the head states none."""
-        return None
-
 
 class Corrected(Scores):
     """TreeFlash: h' = h + correction([embedding; u]), read by the output head."""
@@ -52,11 +68,9 @@ class Corrected(Scores):
     def correction(self, x: Array) -> Array:
         """D(silu(G(x)) * U(x)), or D(x), the ablation of the paper; of (..., 2 * hidden_size)."""
         if self.model.config.head == "swiglu":
-            up_gate = x @ self.tensors["ug.weight"].T + self.tensors["ug.bias"]
-            up, gate = np.split(up_gate, 2, -1)
+            up, gate = np.split(self.linear("ug", x), 2, -1)
             x = up * silu(gate)
-        correction: Array = x @ self.tensors["d.weight"].T
-        return correction
+        return self.linear("d", x)
 
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
         embedded = self.model.embed(previous)
@@ -74,7 +88,7 @@ class Selector(Scores):
         self.candidates = model.config.selector_top_k
 
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
-        projected = self.model.normed("norm", hidden) @ self.tensors["hidden_projection.weight"].T
+        projected = self.linear("hidden_projection", self.model.normed("norm", hidden))
         query = self.tensors["predecessor_codebook"][previous] * projected[:, None]
         keys = self.tensors["successor_codebook"][tokens]
         scores: Array = query @ keys.swapaxes(-1, -2)
@@ -87,8 +101,8 @@ class Markov(Scores):
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
         query = self.tensors["markov_w1.weight"][previous]
         if self.model.config.head == "gated":
-            gate = self._with_hidden(hidden, query) @ self.tensors["gate_proj.weight"].T
-            query = query * sigmoid(gate + self.tensors["gate_proj.bias"])
+            gate = self.linear("gate_proj", self._with_hidden(hidden, query))
+            query = query * sigmoid(gate)
         keys = self.tensors["markov_w2.weight"][tokens]
         scores: Array = query @ keys.swapaxes(-1, -2)
         return scores + np.take_along_axis(logits, tokens, -1)[:, None]
@@ -108,17 +122,13 @@ class Markov(Scores):
         return np.concatenate([np.broadcast_to(normed, shape), rows], -1)
 
 
-class Cell(ABC):
+class Cell(Head, ABC):
     """A recurrent head: a state for each path, and a bias on the logits of its children.
 
     The bias is the product of a query with the `keys`, (Vd, r) of the drafter's tokens.
     """
 
     keys: Array
-
-    def __init__(self, model: DrafterModel) -> None:
-        self.model = model
-        self.tensors = model.head_tensors
 
     def start(self, block: Block) -> Array:
         """The (1, state_size) state before the root."""
@@ -133,10 +143,6 @@ class Cell(ABC):
         depth.
         """
 
-    def confidence(self, hidden: Array, previous: Ints) -> Array | None:
-        """(D, M) stated probability that a row is right; None if the head states none."""
-        return None
-
 
 class MarkovRNN(Cell):
     """DSpark: z(b) + <W2[b], tanh(o)>, a gated recurrent unit over W1[a] and the hidden state."""
@@ -148,8 +154,7 @@ class MarkovRNN(Cell):
     def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
         rows = self.tensors["markov_w1.weight"][previous]
         x = np.concatenate([state, rows, np.broadcast_to(normed, (len(rows), len(normed)))], -1)
-        joint = x @ self.tensors["joint_proj.weight"].T + self.tensors["joint_proj.bias"]
-        gate, candidate, out = np.split(joint, 3, -1)
+        gate, candidate, out = np.split(self.linear("joint_proj", x), 3, -1)
         gate = sigmoid(gate)
         return gate * state + (1 - gate) * np.tanh(candidate), np.tanh(out)
 
@@ -174,7 +179,7 @@ class Domino(Cell):
         if depth < self.model.config.head_from_depth:
             return state, np.zeros((len(state), self.keys.shape[1]), np.float32)
         x = np.concatenate([np.broadcast_to(normed, embedded.shape), state], -1)
-        return state, silu(x @ self.tensors["embed_proj.0.weight"].T)
+        return state, silu(self.linear("embed_proj.0", x))
 
 
 class XPress(Cell):
@@ -191,7 +196,7 @@ class XPress(Cell):
     def start(self, block: Block) -> Array:
         normed = self.model.normed("norm", block.slots)
         state = super().start(block).reshape(1, -1, self.model.config.head_rank)
-        state[:, 0] = normed.mean(0) @ self.tensors["down_g.weight"].T
+        state[:, 0] = self.linear("down_g", normed.mean(0))
         state[:, 1] = self._input(state, normed[0], np.array([block.before], np.int32))
         return state.reshape(1, -1)
 
@@ -200,22 +205,20 @@ class XPress(Cell):
         inputs[:, 1 + depth] = new = self._input(inputs, normed, previous)
         mix = self.tensors["mix_l"][:, depth, : depth + 1]
         x = new + np.einsum("njr,rj->nr", inputs[:, 1 : depth + 2], mix)
-        inner = silu(x @ self.tensors["mlp_gate.weight"].T) * (x @ self.tensors["mlp_up.weight"].T)
-        return inputs.reshape(len(state), -1), x + inner @ self.tensors["mlp_down.weight"].T
+        gate, up = self.linear("mlp_gate", x), self.linear("mlp_up", x)
+        x = x + self.linear("mlp_down", silu(gate) * up)
+        return inputs.reshape(len(state), -1), x
 
     def _input(self, inputs: Array, normed: Array, previous: Ints) -> Array:
         """(n, r) inputs of a slot after (n,) previous tokens."""
         embedded = self.tensors["token_embed.weight"][previous]
-        hidden = np.broadcast_to(normed @ self.tensors["down_h.weight"].T, embedded.shape)
+        hidden = np.broadcast_to(self.linear("down_h", normed), embedded.shape)
         x = np.concatenate([hidden, inputs[:, 0], embedded], -1)
-        return np.asarray(x @ self.tensors["in_proj.weight"].T)
+        return self.linear("in_proj", x)
 
 
-class Correlation:
+class Correlation(Head):
     """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
-
-    def __init__(self, model: DrafterModel) -> None:
-        self.model, self.tensors = model, model.head_tensors
 
     def scores(self, block: Block, tokens: Ints, log_probs: Array) -> Array:
         """(S - 1, k, k) scores of the candidates of a slot after the candidates before.
@@ -231,18 +234,14 @@ class Correlation:
         features = features - features.mean(-1, keepdims=True)
         features /= np.sqrt((features**2).mean(-1, keepdims=True) + LAYER_NORM_EPS)
         features = features * self.tensors["feature_mlp.0.weight"]
-        features = silu(
-            self._linear("feature_mlp.1", features + self.tensors["feature_mlp.0.bias"])
-        )
-        embedded = self.model.embed(tokens)
-        x = (
-            self._linear("token_proj", embedded)
-            if "token_proj.weight" in self.tensors
-            else embedded
-        )
+        features = features + self.tensors["feature_mlp.0.bias"]
+        features = silu(self.linear("feature_mlp.1", features))
+        x = self.model.embed(tokens)
+        if "token_proj.weight" in self.tensors:
+            x = self.linear("token_proj", x)
         normed = self.model.normed("norm", block.slots[self.model.config.first_slot :])
-        x = x + self._linear("pass_hidden_proj", normed)[:, None]
-        x = x + self._linear("feature_mlp.3", features)
+        x = x + self.linear("pass_hidden_proj", normed)[:, None]
+        x = x + self.linear("feature_mlp.3", features)
         x = x + self.tensors["slot_embedding"][0, 0] + self.tensors["rank_embedding"][0, 0]
         x = x.reshape(slots * k, -1)
         slot = np.repeat(np.arange(slots), k)
@@ -257,26 +256,23 @@ class Correlation:
             q, key, value = qkv.reshape(len(x), 3, own.heads, -1).transpose(1, 2, 0, 3)
             weights = q @ key.swapaxes(-1, -2) / np.sqrt(np.float32(q.shape[-1])) + bias
             y = (np.exp(log_softmax(weights)) @ value).swapaxes(0, 1).reshape(x.shape)
-            x = x + self._linear(layer + "attn.out_proj", y)
-            y = silu(self._linear(layer + "mlp.0", self._normed(layer + "mlp_norm", x)))
-            x = x + self._linear(layer + "mlp.2", y)
-        anchor = self._normed("anchor_norm", self._linear("context_proj", block.anchor))
+            x = x + self.linear(layer + "attn.out_proj", y)
+            y = silu(self.linear(layer + "mlp.0", self._normed(layer + "mlp_norm", x)))
+            x = x + self.linear(layer + "mlp.2", y)
+        anchor = self._normed("anchor_norm", self.linear("context_proj", block.anchor))
         x = self._normed("output_norm", x)
         joint = np.concatenate([x, np.broadcast_to(anchor, x.shape), x * anchor], -1)
-        factors = silu(self._linear("factor_input_proj", joint))
+        factors = silu(self.linear("factor_input_proj", joint))
         outs, ins = (self._unit(name, factors).reshape(slots, k, -1) for name in ("out", "in"))
         start = np.broadcast_to(self._unit("anchor_out", anchor), (1, k, outs.shape[-1]))
         before = np.concatenate([start, outs[:-1]])
         return np.asarray(np.float32(own.logit_scale) * before @ ins.swapaxes(-1, -2))
 
-    def _linear(self, name: str, x: Array) -> Array:
-        return np.asarray(x @ self.tensors[name + ".weight"].T + self.tensors[name + ".bias"])
-
     def _normed(self, name: str, x: Array) -> Array:
         return rms_norm(x, self.tensors[name + ".weight"], self.model.config.rms_norm_eps)
 
     def _unit(self, name: str, x: Array) -> Array:
-        vectors = self._linear(name + "_head", x)
+        vectors = self.linear(name + "_head", x)
         own = self.model.config.correlation
         assert own is not None
         lengths = np.sqrt((vectors**2).sum(-1, keepdims=True))

@@ -43,7 +43,7 @@ def run(step: Step, x: Array, parents: Ints, state: LayerState) -> tuple[Array, 
 
 
 class RecurrentLayer:
-    """The parts that both kinds of layers have; a KeyError names a weight that is missing."""
+    """The parts that both kinds of layers have."""
 
     heads: int
     key_dim: int

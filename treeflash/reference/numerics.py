@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,13 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Normalise the last axis to unit root mean square, then scale by `weight`."""
     root: Array = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
     return x / root * weight
+
+
+def linear(tensors: Mapping[str, Array], name: str, x: Array) -> Array:
+    """(..., out) from (..., in), with a bias if the layer has one."""
+    y: Array = x @ tensors[name + ".weight"].T
+    bias = tensors.get(name + ".bias")
+    return y if bias is None else y + bias
 
 
 def silu(x: Array) -> Array:
@@ -35,15 +42,15 @@ def log_softmax(x: Array) -> Array:
 
 
 def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -> Array:
-    """Rotary embedding of (heads, n, head_dim), the two halves of a head paired.
+    """Rotary embedding of (heads, n, head_dim), of the first two channels for each frequency.
 
-    It has (head_dim // 2,) frequencies in radians per position; `scale` multiplies cosines and
-    sines.
+    The halves of these channels are paired. Frequencies are in radians per position; `scale`
+    multiplies cosines and sines.
     """
     angles = positions[:, None] * np.asarray(inv_freq)
     cos, sin = np.float32(np.cos(angles) * scale), np.float32(np.sin(angles) * scale)
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    first, second, rest = np.split(x, [len(inv_freq), 2 * len(inv_freq)], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
 def attention(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +10,8 @@ from numpy.typing import NDArray
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig, refuse_assistant
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig
+from treeflash.errors import ConfigError
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
     Array,
@@ -25,7 +23,7 @@ from treeflash.reference.numerics import (
     silu,
     top,
 )
-from treeflash.reference.target import Cache, Target
+from treeflash.reference.target import Cache
 from treeflash.reference.verifier import State
 
 
@@ -60,21 +58,6 @@ class RowModel(DrafterModel):
 
     config: RowConfig
 
-    @classmethod
-    def from_tensors(
-        cls,
-        config: RowConfig,
-        weights: dict[str, Array],
-        vocabulary: Mapping[str, NDArray[Any]],
-        target: Target,
-    ) -> RowModel:
-        refuse_assistant(config, "reference")
-        if config.experts is not None:
-            raise UnsupportedModelError("the reference backend has no row heads with experts")
-        offset = np.float32(config.norm_offset)
-        tensors = {x: w + offset if x.endswith("norm.weight") else w for x, w in weights.items()}
-        return cls(config, tensors, {}, vocabulary, target)
-
     def new_cache(self) -> RowCache:
         return RowCache(self.config)
 
@@ -88,7 +71,7 @@ class RowModel(DrafterModel):
             parts = np.split(features, len(self.config.target_layer_ids), -1)
             parts = [self.normed(f"fc_norm.{i}", part) for i, part in enumerate(parts)]
             features = np.concatenate(parts, -1)
-        return self._linear("fc", features)
+        return self.linear("fc", features)
 
     def read(self, tokens: Ints, states: Array) -> tuple[Array, Array]:
         """What attention reads, and its residual, from (n,) tokens and (n, hidden_size) states."""
@@ -96,15 +79,14 @@ class RowModel(DrafterModel):
         both = np.concatenate([self.normed("embedding_norm", self.embed(tokens)), normed], -1)
         if self.config.reads_both:
             return both, normed if self.config.normed_residual else states
-        x = self._linear("input_proj", both)
+        x = self.linear("input_proj", both)
         return self.normed("layer.input_layernorm", x), x
 
     def keys_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
         """(kv_heads, n, head_dim) each, of n rows."""
-        v = self._linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
-        return self._rotated("k", self._linear("layer.self_attn.k_proj", y), positions), (
-            v.swapaxes(0, 1)
-        )
+        v = self.linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
+        k = self._rotated("k", self.linear("layer.self_attn.k_proj", y), positions)
+        return k, v.swapaxes(0, 1)
 
     def layer(
         self,
@@ -116,17 +98,17 @@ class RowModel(DrafterModel):
     ) -> Array:
         """(n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
         y, x = read
-        q = self._linear("layer.self_attn.q_proj", y)
+        q = self.linear("layer.self_attn.q_proj", y)
         gate = None
         if self.config.gated:
             q, gate = np.split(q.reshape(len(y), -1, 2 * self.config.head_dim), 2, -1)
         out = attention(self._rotated("q", q, positions), keys, values, mask)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
-        x = x + self._linear("layer.self_attn.o_proj", out)
+        x = x + self.linear("layer.self_attn.o_proj", out)
         y = self.normed("layer.post_attention_layernorm", x)
-        up = silu(self._linear("layer.mlp.gate_proj", y)) * self._linear("layer.mlp.up_proj", y)
-        return x + self._linear("layer.mlp.down_proj", up)
+        up = silu(self.linear("layer.mlp.gate_proj", y)) * self.linear("layer.mlp.up_proj", y)
+        return x + self.linear("layer.mlp.down_proj", up)
 
     def feedback(self, x: Array) -> Array:
         """The states of the children of rows, from the rows' outputs."""
@@ -137,14 +119,7 @@ class RowModel(DrafterModel):
         y = x.reshape(len(x), -1, config.head_dim)
         if config.qk_norm:
             y = self.normed(f"layer.self_attn.{name}_norm", y)
-        first, rest = np.split(y.swapaxes(0, 1), [2 * len(config.inv_freq)], -1)
-        first = rotate(first, positions, config.inv_freq, config.rope_scale)
-        return np.concatenate([first, rest], -1)
-
-    def _linear(self, name: str, x: Array) -> Array:
-        y: Array = x @ self.tensors[name + ".weight"].T
-        bias = self.tensors.get(name + ".bias")
-        return y if bias is None else y + bias
+        return rotate(y.swapaxes(0, 1), positions, config.inv_freq, config.rope_scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from treeflash.reference.numerics import (
     Array,
     Ints,
     attention,
+    linear,
     rms_norm,
     rotate,
     sigmoid,
@@ -151,6 +152,17 @@ def _merge(tensors: dict[str, Any], updates: Sequence[LowRankUpdate]) -> None:
         tensors[f"{update.name}.weight"] = weight.astype(np.float32) + update.delta()
 
 
+class Weights(dict[str, Array]):
+    """The tensors of a folder by name; a CheckpointError for one that is missing."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Array]) -> None:
+        super().__init__(tensors)
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Array:
+        raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+
+
 class Target:
     """The weights of a target, read from a Hugging Face folder, and its forward pass.
 
@@ -169,19 +181,18 @@ class Target:
                 f"the reference backend supports {', '.join(FAMILIES)}, not "
                 f"{config['model_type']!r}; use the cuda or mlx backend"
             )
-        self.folder = folder
         tensors = read_tensors(folder)
         if adapter is not None:
             _merge(tensors, read_adapter(adapter))
-        self.weights = plain_weights(config, tensors)
+        self.weights = Weights(folder, plain_weights(config, tensors))
         try:
             self._configure(config)
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
-        self.embeddings = self._weight("model.embed_tokens.weight")
+        self.embeddings = self.weights["model.embed_tokens.weight"]
         self.lm_head = self.embeddings
         if not config.get("tie_word_embeddings", False):
-            self.lm_head = self._weight("lm_head.weight")
+            self.lm_head = self.weights["lm_head.weight"]
 
     def _configure(self, config: dict[str, Any]) -> None:
         self.hidden_size = int(config["hidden_size"])
@@ -231,16 +242,16 @@ class Target:
         for n, window in enumerate(self.windows):
             inside = seen if window is None else seen & (positions[:, None] - keys < window)
             layer = f"model.layers.{n}."
-            y = rms_norm(x, self._weight(layer + "input_layernorm.weight"), self.eps)
+            y = rms_norm(x, self.weights[layer + "input_layernorm.weight"], self.eps)
             if n in self.recurrent:
                 mixed, cache.node_states[n] = run(self.recurrent[n], y, parents, cache.states[n])
                 x = x + mixed
             else:
                 x = x + self._attend(n, y, positions, inside, cache)
-            y = rms_norm(x, self._weight(layer + "post_attention_layernorm.weight"), self.eps)
+            y = rms_norm(x, self.weights[layer + "post_attention_layernorm.weight"], self.eps)
             x = x + self._feed_forward(layer + "mlp.", y)
             outputs.append(x)
-        hidden = rms_norm(x, self._weight("model.norm.weight"), self.eps)
+        hidden = rms_norm(x, self.weights["model.norm.weight"], self.eps)
         return hidden @ self.lm_head.T, [*outputs, hidden]
 
     def _attend(
@@ -252,29 +263,23 @@ class Target:
             y = y.reshape(len(x), -1, self.head_dim)
             if f"{layer}{name}_norm.weight" in self.weights:
                 y = rms_norm(y, self.weights[f"{layer}{name}_norm.weight"], self.eps)
-            return y.swapaxes(0, 1)
+            y = y.swapaxes(0, 1)
+            return y if name == "v" else rotate(y, positions, self.inv_freq, self.rope_scale)
 
-        q, k, v = (self._linear(f"{layer}{name}_proj", x) for name in "qkv")
+        q, k, v = (linear(self.weights, f"{layer}{name}_proj", x) for name in "qkv")
         gate = None
         if q.shape[1] > self.heads * self.head_dim:  # Qwen3.5 gates the outputs of its heads
             q, gate = np.split(q.reshape(len(x), self.heads, -1), 2, -1)
-        queries = self._rotate(heads("q", q), positions)
-        keys, values = cache.attend(n, self._rotate(heads("k", k), positions), heads("v", v))
-        out = attention(queries, keys, values, mask, self.score_scale)
+        keys, values = cache.attend(n, heads("k", k), heads("v", v))
+        out = attention(heads("q", q), keys, values, mask, self.score_scale)
         if gate is not None:
             out = out * sigmoid(gate.reshape(out.shape))
-        return self._linear(layer + "o_proj", out)
-
-    def _rotate(self, x: Array, positions: Ints) -> Array:
-        """Rotate the first channels of each head, two for each frequency."""
-        first, rest = np.split(x, [2 * len(self.inv_freq)], -1)
-        first = rotate(first, positions, self.inv_freq, self.rope_scale)
-        return np.concatenate([first, rest], -1)
+        return linear(self.weights, layer + "o_proj", out)
 
     def _feed_forward(self, layer: str, x: Array) -> Array:
         if layer + "gate.weight" not in self.weights:
             return self._mlp(layer, x)
-        scores = softmax(x @ self._weight(layer + "gate.weight").T)
+        scores = softmax(x @ self.weights[layer + "gate.weight"].T)
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : self.experts_per_token]
         out = np.zeros_like(x)
         for row, experts in enumerate(chosen):
@@ -286,19 +291,8 @@ class Target:
         return out
 
     def _mlp(self, layer: str, x: Array) -> Array:
-        gate = silu(self._linear(layer + "gate_proj", x))
-        return self._linear(layer + "down_proj", gate * self._linear(layer + "up_proj", x))
-
-    def _linear(self, name: str, x: Array) -> Array:
-        y: Array = x @ self._weight(name + ".weight").T
-        bias = self.weights.get(name + ".bias")
-        return y if bias is None else y + bias
-
-    def _weight(self, name: str) -> Array:
-        try:
-            return self.weights[name]
-        except KeyError:
-            raise CheckpointError(f"{self.folder} lacks the tensor {name}") from None
+        gate, up = (linear(self.weights, f"{layer}{name}_proj", x) for name in ("gate", "up"))
+        return linear(self.weights, layer + "down_proj", silu(gate) * up)
 
 
 def nearest_ancestors(mask: NDArray[np.bool_]) -> Ints:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.errors import ConfigError
-from treeflash.text.grammar_trial import ANY_FORM, LIMITS, STACK, GrammarTrial, TrialError, one_line
+from treeflash.text.grammar_trial import ANY_FORM, LIMITS, STACK, GrammarTrial, TrialError
 from treeflash.text.tokenizer import Tokenizer
 
 ANSWER, OTHER, REST = "answer", "other", "rest"
@@ -33,7 +33,8 @@ class GrammarError(ConfigError):
     """A grammar is invalid, unsupported, or takes too much to compile."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"invalid grammar: {one_line(reason)}")
+        message, _, _ = reason.partition("\n<")  # the parser's state or a backtrace
+        super().__init__(f"invalid grammar: {' '.join(message.split())}")
 
 
 @dataclass(frozen=True)

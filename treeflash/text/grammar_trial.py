@@ -134,12 +134,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.kill()
 
 
-def one_line(error: str) -> str:
-    """The message of an llguidance error, without the parser's state."""
-    message, _, _ = error.partition("\n<")  # the parser's state or a backtrace
-    return " ".join(message.split())
-
-
 def _serve() -> None:
     """Compile the grammars of the standard input; answer on the standard output."""
     vocabulary = llguidance.LLTokenizer(**json.loads(sys.stdin.readline()))
@@ -160,9 +154,9 @@ def _verdict(vocabulary: llguidance.LLTokenizer, text: str) -> dict[str, str | N
         matcher = llguidance.LLMatcher(vocabulary, converted or text, log_level=0, limits=LIMITS)
         matcher.compute_bitmask()  # some regular expressions are cheap until they are used
     except BaseException as error:  # a panic of llguidance is not an Exception
-        return {"error": one_line(str(error)) or type(error).__name__}
+        return {"error": str(error) or type(error).__name__}
     if matcher.is_error():
-        return {"error": one_line(matcher.get_error()).replace("NoExtensionBias", NO_MATCH)}
+        return {"error": matcher.get_error().replace("NoExtensionBias", NO_MATCH)}
     return {"error": None, "converted": converted}
 
 
