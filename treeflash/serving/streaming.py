@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -17,12 +17,11 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from treeflash.decoding.sampling import LogProbs
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import APIError, api_error
 from treeflash.serving.schemas import DecodingSchema, StreamOptions
 from treeflash.serving.service import Service
-from treeflash.text.stream import Assembler, Chunk
+from treeflash.text.stream import Assembler
 from treeflash.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("treeflash.serving")
@@ -258,24 +257,6 @@ def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
         "num_draft_tokens": drafted,
         "num_spec_tokens": deepest,
     }
-
-
-TokenLogProb = tuple[int, float, list[tuple[int, float]]]
-"""A token, its log probability, and the most probable tokens with theirs."""
-
-
-def log_probs(chunks: Sequence[Chunk]) -> Iterator[TokenLogProb]:
-    """The log probabilities of the new tokens."""
-    for chunk in chunks:
-        assert chunk.step.log_probs is not None
-        yield from token_log_probs(chunk.token_ids, chunk.step.log_probs)
-
-
-def token_log_probs(token_ids: Sequence[int], values: LogProbs) -> Iterator[TokenLogProb]:
-    """The log probabilities of tokens, of which there may be fewer than rows."""
-    for i, token_id in enumerate(token_ids):
-        top = zip(values.tokens[i].tolist(), values.values[i].tolist(), strict=True)
-        yield token_id, float(values.sampled[i]), list(top)
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
