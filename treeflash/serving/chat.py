@@ -159,12 +159,12 @@ class ChatFormatter(ChoicesFormatter):
             message["tool_calls"] = [function_call(**vars(call)) for call in parser.calls]
         if parser.reasoning:
             message["reasoning_content"] = parser.reasoning
-        entries = log_prob_entries(self._tokenizer, answer.chunks) if self._logprobs else None
+        entries = log_prob_entries(self._tokenizer, answer.chunks)
         return {
             "index": index,
             "message": message,
             "finish_reason": _finish_reason(answer.finish_reason, parser),
-            "logprobs": None if entries is None else {"content": entries},
+            "logprobs": {"content": entries} if self._logprobs else None,
         }
 
     def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:

@@ -50,7 +50,11 @@ async def respond(
     """The response to a request; an error of a whole answer, or a disconnect, is an APIError."""
     if stream:
         return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-    await _finish(completion, http)
+    with _running(completion, http.url.path):
+        try:
+            await until_disconnect(completion.wait(), http.receive)
+        except Exception as error:
+            raise api_error(error) from error
     return JSONResponse(answer.body())
 
 
@@ -61,24 +65,19 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
         with completion:
             yield
     finally:
-        _log(completion, path)
-
-
-def _log(completion: Completion, path: str) -> None:
-    counts, seconds = completion.usage, time.perf_counter() - completion.submitted
-    iterations = max(counts.iterations, 1)
-    logger.info(
-        "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
-        "%.2f tokens per iteration, %s",
-        path,
-        counts.prompt_tokens,
-        counts.cached_tokens,
-        counts.completion_tokens,
-        seconds,
-        counts.completion_tokens / seconds,
-        (counts.completion_tokens - len(completion.answers)) / iterations,
-        ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
-    )
+        counts, seconds = completion.usage, time.perf_counter() - completion.submitted
+        logger.info(
+            "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
+            "%.2f tokens per iteration, %s",
+            path,
+            counts.prompt_tokens,
+            counts.cached_tokens,
+            counts.completion_tokens,
+            seconds,
+            counts.completion_tokens / seconds,
+            (counts.completion_tokens - len(completion.answers)) / max(counts.iterations, 1),
+            ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
+        )
 
 
 class CompletionStream(EventSourceResponse):
@@ -123,15 +122,6 @@ async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> Asyn
             upcoming = asyncio.ensure_future(anext(frames, None))
     finally:
         upcoming.cancel()
-
-
-async def _finish(completion: Completion, http: Request) -> None:
-    """Wait for all answers of a request, or until its client disconnects."""
-    with _running(completion, http.url.path):
-        try:
-            await until_disconnect(completion.wait(), http.receive)
-        except Exception as error:
-            raise api_error(error) from error
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
@@ -229,7 +219,13 @@ class ChoicesFormatter(ABC):
         counts = self.counts
         timings = {"draft_n": counts.drafted_tokens, "draft_n_accepted": counts.accepted_tokens}
         return {
-            "usage": usage(counts),
+            "usage": {
+                "prompt_tokens": counts.prompt_tokens,
+                "completion_tokens": counts.completion_tokens,
+                "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+                "draft_tokens_details": draft_details(counts),
+            },
             "metrics": {"speculative_decoding": speculative_decoding(self._completion)},
             "timings": timings,
         }
@@ -267,17 +263,6 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
     return tokenizer.token_text(token_id)
-
-
-def usage(counts: Usage) -> dict[str, Any]:
-    """OpenAI's usage, and the token counts of the draft trees."""
-    return {
-        "prompt_tokens": counts.prompt_tokens,
-        "completion_tokens": counts.completion_tokens,
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
-        "draft_tokens_details": draft_details(counts),
-    }
 
 
 def draft_details(counts: Usage) -> dict[str, int]:
