@@ -18,7 +18,7 @@ from treeflash.serving import page
 from treeflash.serving.errors import APIError
 from treeflash.serving.settings import Settings
 
-OPEN_PATHS = page.PATHS | {"/health"}
+OPEN_PATHS = {*page.PATHS, "/health"}
 """Paths that need no API key."""
 
 
