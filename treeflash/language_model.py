@@ -197,10 +197,11 @@ class LanguageModel:
             grammar = Grammar.regex(options["regex"])
         else:
             grammar = Grammar.lark_or_gbnf(options["grammar"])
-        return self._grammars.compile(grammar)
+        return self.grammars.compile(grammar)
 
     @cached_property
-    def _grammars(self) -> GrammarCompiler:
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for this target, from any thread; needs llguidance."""
         from treeflash.text.grammar import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.backend.vocab_size)

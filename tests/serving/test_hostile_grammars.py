@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,7 +237,8 @@ def test_the_process_ends_with_its_compiler(model):
 
 def test_no_process_can_be_started(model, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    service = Service(SimpleNamespace(model=model), Settings(), {}, ("model",))
+    fresh = replace(model)  # which has no process yet
+    service = Service(SimpleNamespace(model=fresh), Settings(), {}, ("model",))
     with pytest.raises(APIError, match="cannot compile grammars now") as caught:
         service.compile(ACCEPTED["tree"], "response_format")
     assert caught.value.status == 503

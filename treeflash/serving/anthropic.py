@@ -301,17 +301,11 @@ class MessagesFormatter:
         return {**self._head, "content": content, **self._stop(), "usage": self._usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
-        begun = False
         try:
             async for update in self._completion:
-                if not begun:  # the number of cached tokens is known now
-                    begun = True
-                    head: Any = {
-                        **self._head,
-                        "content": [],
-                        "stop_reason": None,
-                        "stop_sequence": None,
-                    }
+                if update.iteration == 0:  # the number of cached tokens is known now
+                    stop = {"stop_reason": None, "stop_sequence": None}
+                    head: Any = {**self._head, "content": [], **stop}
                     yield _frame("message_start", message={**head, "usage": self._usage()})
                 for change in self._parser.feed(update.chunk):
                     for data in _change_frames(change):

@@ -45,9 +45,7 @@ def application(service: Service) -> FastAPI:
     add_routes(app, service)
     page.add_routes(app)
     add_guard(app, service.settings)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(HTTPException, _http_error)
-    for kind in (APIError, TreeflashError, Exception):
+    for kind in (HTTPException, RequestValidationError, APIError, TreeflashError, Exception):
         app.add_exception_handler(kind, _error)
     return app
 
@@ -110,20 +108,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _error(http: Request, error: Exception) -> JSONResponse:
-    return api_error(error).response(http.url.path)
-
-
-async def _http_error(http: Request, error: Exception) -> JSONResponse:
-    """There is no such path or method, or the body is not JSON."""
-    assert isinstance(error, HTTPException)
     path = http.url.path
-    message = f"{http.method} {path}: {error.detail}"
-    return APIError(error.status_code, message, headers=error.headers).response(path)
-
-
-async def _invalid_request(http: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return _field_error(error.errors()).response(http.url.path)
+    if isinstance(error, HTTPException):  # no such path or method, or the body is not JSON
+        message = f"{http.method} {path}: {error.detail}"
+        error = APIError(error.status_code, message, headers=error.headers)
+    elif isinstance(error, RequestValidationError):
+        error = _field_error(error.errors())
+    return api_error(error).response(path)
 
 
 UNION_TYPES = frozenset({"str", "int", "float", "bool", "constrained-str", "constrained-int"})

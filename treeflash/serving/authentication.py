@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 from contextlib import suppress
 
 from starlette.applications import Starlette
@@ -18,7 +18,7 @@ from treeflash.serving import page
 from treeflash.serving.errors import APIError
 from treeflash.serving.settings import Settings
 
-OPEN_PATHS = page.PATHS | {"/health"}
+OPEN_PATHS = {*page.PATHS, "/health"}
 """Paths that need no API key."""
 
 
@@ -43,13 +43,6 @@ def authenticate(headers: Headers, digests: Collection[str]) -> str:
             headers={"WWW-Authenticate": "Bearer"},
         )
     return digest
-
-
-async def read_body(receive: Receive) -> AsyncIterator[bytes]:
-    """The pieces of a body, up to its end or until the client disconnects."""
-    with suppress(ClientDisconnect):
-        async for piece in Request({"type": "http"}, receive).stream():
-            yield piece
 
 
 def add_guard(app: Starlette, settings: Settings) -> None:
@@ -102,12 +95,13 @@ class AuthenticationMiddleware:
         limit, seconds = int(self._settings.max_body_mb * 2**20), self._settings.body_timeout
         body = b""
         try:
-            async with asyncio.timeout(seconds):
-                async for piece in read_body(receive):
-                    body += piece
-                    if len(body) > limit:
-                        message = f"the body has more than {limit} bytes, the limit of this server"
-                        raise APIError(413, message)
+            with suppress(ClientDisconnect):
+                async with asyncio.timeout(seconds):
+                    async for piece in Request({"type": "http"}, receive).stream():
+                        body += piece
+                        if len(body) > limit:
+                            problem = f"the body has more than {limit} bytes"
+                            raise APIError(413, f"{problem}, the limit of this server")
         except TimeoutError:
             raise APIError(
                 408,

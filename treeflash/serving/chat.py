@@ -31,7 +31,7 @@ from treeflash.serving.schemas import (
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import ChoicesFormatter, log_probs, respond, token_name
+from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
 from treeflash.text.options import Options
 from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer
@@ -159,12 +159,12 @@ class ChatFormatter(ChoicesFormatter):
             message["tool_calls"] = [function_call(**vars(call)) for call in parser.calls]
         if parser.reasoning:
             message["reasoning_content"] = parser.reasoning
-        entries = log_prob_entries(self._tokenizer, answer.chunks) if self._logprobs else None
+        entries = log_prob_entries(self._tokenizer, answer.chunks)
         return {
             "index": index,
             "message": message,
             "finish_reason": _finish_reason(answer.finish_reason, parser),
-            "logprobs": None if entries is None else {"content": entries},
+            "logprobs": {"content": entries} if self._logprobs else None,
         }
 
     def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
@@ -186,9 +186,10 @@ class ChatFormatter(ChoicesFormatter):
 def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
     """The log probability of each token of the chunks, and of the most probable ones instead."""
     return [
-        _log_prob(tokenizer, token_id, sampled)
-        | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in top]}
-        for token_id, sampled, top in log_probs(chunks)
+        _log_prob(tokenizer, token.token_id, token.log_prob)
+        | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in token.top]}
+        for chunk in chunks
+        for token in chunk.log_probs
     ]
 
 

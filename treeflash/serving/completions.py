@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
@@ -22,13 +24,8 @@ from treeflash.serving.schemas import (
     answer_grammar,
 )
 from treeflash.serving.service import Service
-from treeflash.serving.streaming import (
-    ChoicesFormatter,
-    log_probs,
-    respond,
-    token_log_probs,
-    token_name,
-)
+from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
+from treeflash.text.generation import TokenLogProb
 from treeflash.text.options import Options
 from treeflash.text.stream import Assembler, Chunk
 
@@ -140,27 +137,23 @@ class CompletionFormatter(ChoicesFormatter):
 
     def _log_probs(self, index: int, chunks: Sequence[Chunk], begins: bool) -> dict[str, Any]:
         """Four lists with an entry for each token; the first token of a prompt has no values."""
-        keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        lists: dict[str, list[Any]] = {key: [] for key in keys}
-
-        def add(token_id: int, log_prob: float | None, top: dict[str, float] | None) -> None:
-            token, part = token_name(self._tokenizer, token_id), self._tokenizer.token_bytes
-            for key, value in zip(keys, (token, log_prob, top, self._offsets[index]), strict=True):
-                lists[key].append(value)
-            # A character that is cut into several tokens begins with the first of them.
-            self._offsets[index] += sum(byte & 0xC0 != 0x80 for byte in part(token_id))
-
-        def name_all(top: list[tuple[int, float]]) -> dict[str, float]:
-            return {token_name(self._tokenizer, token_id): value for token_id, value in top}
-
+        name, token_bytes = partial(token_name, self._tokenizer), self._tokenizer.token_bytes
+        first: Sequence[int] = ()
+        scored = [token for chunk in chunks for token in chunk.log_probs]
         if begins and self._prompts is not None:
             # The first answer to a prompt has the log probabilities for all of them.
             leader = self._completion.answers[index - index % self._answers_per_prompt]
-            first, *rest = leader.prompt_ids
-            add(first, None, None)
-            if (scores := leader.chunks[0].step.prompt_log_probs) is not None:
-                for token_id, log_prob, top in token_log_probs(rest, scores):
-                    add(token_id, log_prob, name_all(top))
-        for token_id, log_prob, top in log_probs(chunks):
-            add(token_id, log_prob, name_all(top))
-        return lists
+            first, rest = leader.prompt_ids[:1], leader.prompt_ids[1:]
+            if (values := leader.chunks[0].step.prompt_log_probs) is not None:
+                scored = TokenLogProb.of_tokens(rest, values) + scored
+        ids = [*first, *(token.token_id for token in scored)]
+        # A character that is cut into several tokens begins with the first of them.
+        lengths = (sum(byte & 0xC0 != 0x80 for byte in token_bytes(token_id)) for token_id in ids)
+        *offsets, self._offsets[index] = accumulate(lengths, initial=self._offsets[index])
+        blank = [None] * len(first)
+        return {
+            "tokens": list(map(name, ids)),
+            "token_logprobs": [*blank, *(token.log_prob for token in scored)],
+            "top_logprobs": [*blank, *({name(i): x for i, x in token.top} for token in scored)],
+            "text_offset": offsets,
+        }

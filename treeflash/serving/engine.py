@@ -63,21 +63,18 @@ class Completion:
     `timeout` seconds, iteration raises a TimeoutError.
 
     Attributes:
-        requests: one for each answer.
         prompts: number of prompts.
-        answers: the tokens and text so far, one for each request.
+        answers: the tokens and text so far, one for each prompt and answer.
         submitted: time of the submission, by `time.perf_counter`.
     """
 
     def __init__(
         self,
-        requests: Sequence[Request],
         answers: Sequence[Assembler],
         prompts: int,
         cancel: Callable[[Completion], None],
         timeout: float,
     ) -> None:
-        self.requests = tuple(requests)
         self.prompts = prompts
         self.answers = tuple(answers)
         self.submitted = time.perf_counter()
@@ -130,15 +127,12 @@ class Completion:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(put)
 
-    def cancel(self) -> None:
-        """Stop generating; nothing happens if all answers are finished."""
-        self._cancel(self)
-
     def __enter__(self) -> Completion:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cancel()
+        """Stop generating; nothing happens if all answers are finished."""
+        self._cancel(self)
 
 
 @dataclass(eq=False)
@@ -225,10 +219,9 @@ class Engine:
             Assembler(model.backend, model.tokenizer, tuple(x.prompt_ids), x.config, stop)
             for x in requests
         ]
-        timeout = self.settings.timeout
-        completion = Completion(requests, answers, prompts, self._withdraw, timeout)
+        completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
         self._reserve(completion)
-        self._commands.put(partial(self._admit, completion))
+        self._commands.put(partial(self._admit, completion, requests))
         return completion
 
     def shorten(self, request: Request) -> Request:
@@ -268,10 +261,7 @@ class Engine:
 
     def _withdraw(self, completion: Completion) -> None:
         """Cancel the unfinished answers of a completion."""
-        with self._lock:
-            unfinished = completion in self._backlog
-        if unfinished:
-            self._commands.put(partial(self._drop, completion))
+        self._commands.put(partial(self._drop, completion))
 
     # The methods below run in the engine's thread.
 
@@ -286,12 +276,11 @@ class Engine:
                 max_bytes / GIB,
                 cache_bytes / GIB,
             )
-            cache = PrefixCache(cache_bytes) if cache_bytes else None
-            copied = SuffixCache(int(settings.suffix_cache_gb * GIB))
             config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
-            self._scheduler = model.scheduler(
-                config, cache, copied if settings.suffix_cache_gb else None
-            )
+            cache = PrefixCache(cache_bytes) if cache_bytes else None
+            copied_bytes = int(settings.suffix_cache_gb * GIB)
+            copied = SuffixCache(copied_bytes) if copied_bytes else None
+            self._scheduler = model.scheduler(config, cache, copied)
         except BaseException as error:
             self._loaded.set_exception(error)
             return
@@ -314,10 +303,10 @@ class Engine:
     def _stop(self) -> None:
         self._stopping = True
 
-    def _admit(self, completion: Completion) -> None:
+    def _admit(self, completion: Completion, requests: Sequence[Request]) -> None:
         answers = enumerate(completion.answers)
         try:
-            for _, group in groupby(completion.requests, key=lambda x: list(x.prompt_ids)):
+            for _, group in groupby(requests, key=lambda x: list(x.prompt_ids)):
                 for request_id in self._scheduler.submit_group(list(group)):
                     self._answers[request_id] = _RunningAnswer(completion, *next(answers))
         except Exception as error:

@@ -258,6 +258,7 @@ class MessageParser:
         self.parts: list[MessagePart] = []
         self._open: MessagePart | None = None
         self._form = form
+        self._calls_only = form is not None and form.calls_only
         self._parser: ResponseParser | None = None if form is None else form.parser()
         # Templates refer to special tokens, which the text of a chunk does not contain.
         self._stream = TextStream(tokenizer.verbatim, stop)
@@ -290,6 +291,8 @@ class MessageParser:
                 yield from self._end()
                 continue
             kind, text = delta
+            if not text or (kind == "content" and self._calls_only):
+                continue
             if self._open is None or self._open.kind != kind:
                 yield from self._begin(kind)
             assert self._open is not None
@@ -313,8 +316,7 @@ class MessageParser:
 
     def _read(self, chunk: Chunk) -> list[Delta]:
         if self._parser is None:  # there is no template, or a call was invalid
-            calls_only = self._form is not None and self._form.calls_only
-            return [("content", chunk.text)] if chunk.text and not calls_only else []
+            return [("content", chunk.text)]
         finished = chunk.finish_reason is not None
         # An end token is not needed, because the end of the text closes every part.
         ids = chunk.token_ids
@@ -356,13 +358,10 @@ class MessageParser:
 
     def _give_up(self, rest: str) -> list[Delta]:
         """Make an invalid call content, and everything after it."""
-        assert self._form is not None
         self._parser = None
-        text, self._unfinished_call = self._unfinished_call + rest, ""
-        return [("content", text)] if text and not self._form.calls_only else []
+        return [("content", self._unfinished_call + rest)]
 
     def _deltas(self, events: Sequence[Mapping[str, Any]]) -> list[Delta]:
-        assert self._form is not None
         deltas: list[Delta] = []
         for event in events:
             field, kind = event["field"], event["type"]
@@ -370,7 +369,7 @@ class MessageParser:
                 self._unfinished_call += event["text"]
             elif kind == "region_chunk" and field in REASONING:
                 deltas.append(("reasoning", event["text"]))
-            elif kind == "region_chunk" and field == "content" and not self._form.calls_only:
+            elif kind == "region_chunk" and field == "content":
                 deltas.append(("content", event["text"]))
             elif kind == "region_close" and field == "tool_calls":
                 values = event["value"] if isinstance(event["value"], list) else [event["value"]]

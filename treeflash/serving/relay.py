@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from treeflash.serving.authentication import add_guard, read_body
+from treeflash.serving.authentication import add_guard
 from treeflash.serving.errors import APIError
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import until_disconnect, with_errors
@@ -84,9 +85,9 @@ class RelayedRequest:
 
     @classmethod
     async def receive(cls, scope: Scope, receive: Receive) -> RelayedRequest:
-        """Read a request; only a POST has a body, whose size and time are limited."""
-        pieces = read_body(receive)
-        body = b"".join([x async for x in pieces]) if scope["method"] == "POST" else b""
+        """Read a request; only a POST has a body, which the guard has read already."""
+        read = Request({"type": "http"}, receive).body
+        body = await read() if scope["method"] == "POST" else b""
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version")
         plain = {name: scope[name] for name in (*names, "scheme", "client", "server")}
         plain |= {"asgi": {"version": "3.0"}, "root_path": ""}

@@ -212,10 +212,9 @@ class ResponsesRequest(Schema):
         functions: list[Function] = []
         for tool in self.tools or ():
             if isinstance(tool, Namespace):
-                names = [_qualified(tool.name, function.name) for function in tool.tools]
                 functions += [
-                    function.model_copy(update={"name": name})
-                    for function, name in zip(tool.tools, names, strict=True)
+                    function.model_copy(update={"name": _qualified(tool.name, function.name)})
+                    for function in tool.tools
                 ]
             elif isinstance(tool, ResponseFunction):
                 functions.append(tool)

@@ -19,7 +19,7 @@ from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools, DecodingSchema
 from treeflash.serving.settings import Settings
-from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
+from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.options import Options, stop_strings
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
@@ -52,17 +52,13 @@ class Service:
         """The form in which the model writes reasoning and tool calls, if it is known."""
         return ResponseTemplate.find(self.engine.model, self.settings.tool_call_parser)
 
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.engine.model.backend.vocab_size)
-
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Constraint]:
         """Compile a grammar that a field of the request asks for; see `GrammarCompiler.compile`.
 
         Raises an APIError if the grammar is invalid, unsupported, or takes too much to compile.
         """
         try:
-            return self.grammars.compile(grammar)
+            return self.engine.model.grammars.compile(grammar)
         except GrammarError as error:
             raise bad_request(str(error), param, "invalid_grammar") from error
         except OSError as error:
@@ -107,7 +103,8 @@ class Service:
         if answers > self.settings.max_choices:
             limit = f"this server gives at most {self.settings.max_choices} answers to a request"
             raise bad_request(f"n is {answers}, and {limit}", "n")
-        options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **request.options()}
+        asked = request.options()
+        options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **asked}
         config = self.engine.model.decode_config(options)
         seed = config.sampling.seed if "seed" in options else secrets.randbits(32)
         requests = [
@@ -122,7 +119,7 @@ class Service:
             for prompt_ids in prompts
             for i in range(answers)
         ]
-        if "max_tokens" not in request.options():
+        if "max_tokens" not in asked:
             requests = list(map(self.engine.shorten, requests))
         return self.engine.submit(requests, stop_strings(options), prompts=len(prompts))
 

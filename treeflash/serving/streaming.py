@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -17,12 +17,11 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from treeflash.decoding.sampling import LogProbs
 from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import APIError, api_error
 from treeflash.serving.schemas import DecodingSchema, StreamOptions
 from treeflash.serving.service import Service
-from treeflash.text.stream import Assembler, Chunk
+from treeflash.text.stream import Assembler
 from treeflash.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("treeflash.serving")
@@ -51,7 +50,11 @@ async def respond(
     """The response to a request; an error of a whole answer, or a disconnect, is an APIError."""
     if stream:
         return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
-    await _finish(completion, http)
+    with _running(completion, http.url.path):
+        try:
+            await until_disconnect(completion.wait(), http.receive)
+        except Exception as error:
+            raise api_error(error) from error
     return JSONResponse(answer.body())
 
 
@@ -62,24 +65,19 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
         with completion:
             yield
     finally:
-        _log(completion, path)
-
-
-def _log(completion: Completion, path: str) -> None:
-    counts, seconds = completion.usage, time.perf_counter() - completion.submitted
-    iterations = max(counts.iterations, 1)
-    logger.info(
-        "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
-        "%.2f tokens per iteration, %s",
-        path,
-        counts.prompt_tokens,
-        counts.cached_tokens,
-        counts.completion_tokens,
-        seconds,
-        counts.completion_tokens / seconds,
-        (counts.completion_tokens - len(completion.answers)) / iterations,
-        ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
-    )
+        counts, seconds = completion.usage, time.perf_counter() - completion.submitted
+        logger.info(
+            "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
+            "%.2f tokens per iteration, %s",
+            path,
+            counts.prompt_tokens,
+            counts.cached_tokens,
+            counts.completion_tokens,
+            seconds,
+            counts.completion_tokens / seconds,
+            (counts.completion_tokens - len(completion.answers)) / max(counts.iterations, 1),
+            ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
+        )
 
 
 class CompletionStream(EventSourceResponse):
@@ -124,15 +122,6 @@ async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> Asyn
             upcoming = asyncio.ensure_future(anext(frames, None))
     finally:
         upcoming.cancel()
-
-
-async def _finish(completion: Completion, http: Request) -> None:
-    """Wait for all answers of a request, or until its client disconnects."""
-    with _running(completion, http.url.path):
-        try:
-            await until_disconnect(completion.wait(), http.receive)
-        except Exception as error:
-            raise api_error(error) from error
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
@@ -230,7 +219,13 @@ class ChoicesFormatter(ABC):
         counts = self.counts
         timings = {"draft_n": counts.drafted_tokens, "draft_n_accepted": counts.accepted_tokens}
         return {
-            "usage": usage(counts),
+            "usage": {
+                "prompt_tokens": counts.prompt_tokens,
+                "completion_tokens": counts.completion_tokens,
+                "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+                "draft_tokens_details": draft_details(counts),
+            },
             "metrics": {"speculative_decoding": speculative_decoding(self._completion)},
             "timings": timings,
         }
@@ -260,24 +255,6 @@ def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
     }
 
 
-TokenLogProb = tuple[int, float, list[tuple[int, float]]]
-"""A token, its log probability, and the most probable tokens with theirs."""
-
-
-def log_probs(chunks: Sequence[Chunk]) -> Iterator[TokenLogProb]:
-    """The log probabilities of the new tokens."""
-    for chunk in chunks:
-        assert chunk.step.log_probs is not None
-        yield from token_log_probs(chunk.token_ids, chunk.step.log_probs)
-
-
-def token_log_probs(token_ids: Sequence[int], values: LogProbs) -> Iterator[TokenLogProb]:
-    """The log probabilities of tokens, of which there may be fewer than rows."""
-    for i, token_id in enumerate(token_ids):
-        top = zip(values.tokens[i].tolist(), values.values[i].tolist(), strict=True)
-        yield token_id, float(values.sampled[i]), list(top)
-
-
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     r"""A token as OpenAI writes it: `bytes:\xf0\x9f` if it is a part of a character."""
     part = tokenizer.token_bytes(token_id)
@@ -286,17 +263,6 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
     return tokenizer.token_text(token_id)
-
-
-def usage(counts: Usage) -> dict[str, Any]:
-    """OpenAI's usage, and the token counts of the draft trees."""
-    return {
-        "prompt_tokens": counts.prompt_tokens,
-        "completion_tokens": counts.completion_tokens,
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
-        "draft_tokens_details": draft_details(counts),
-    }
 
 
 def draft_details(counts: Usage) -> dict[str, int]:

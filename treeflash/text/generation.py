@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treeflash.config import Budget
 from treeflash.decoding.loop import Phase, Step
+from treeflash.decoding.sampling import LogProbs
 
 PHASES: tuple[Phase, ...] = ("prefill", "draft", "tree", "verify", "commit")
 
@@ -131,6 +132,18 @@ class TokenLogProb:
     token_id: int
     log_prob: float
     top: list[tuple[int, float]]
+
+    @classmethod
+    def of_tokens(cls, token_ids: Sequence[int], values: LogProbs) -> list[TokenLogProb]:
+        """The log probabilities of tokens, of which there may be fewer than rows."""
+        return [
+            cls(
+                token_id=token_id,
+                log_prob=float(values.sampled[i]),
+                top=list(zip(values.tokens[i].tolist(), values.values[i].tolist(), strict=True)),
+            )
+            for i, token_id in enumerate(token_ids)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

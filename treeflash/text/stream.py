@@ -47,6 +47,12 @@ class Chunk:
     step: Step
     finish_reason: str | None
 
+    @property
+    def log_probs(self) -> list[TokenLogProb]:
+        """Of the new tokens; empty if the configuration does not ask for them."""
+        values = self.step.log_probs
+        return [] if values is None else TokenLogProb.of_tokens(self.token_ids, values)
+
 
 @dataclass(eq=False)
 class Assembler:
@@ -116,20 +122,10 @@ class Assembler:
             inexact=self.backend.inexact,
             seed=int(self.config.sampling.seed),  # NumPy's numbers are not JSON
             finish_reason=self.finish_reason or "interrupted",
-            log_probs=None if self.config.log_probs is None else self._log_probs(),
+            log_probs=None
+            if self.config.log_probs is None
+            else [token for chunk in self.chunks for token in chunk.log_probs],
         )
-
-    def _log_probs(self) -> list[TokenLogProb]:
-        return [
-            TokenLogProb(
-                token_id=token_id,
-                log_prob=float(step.sampled[i]),
-                top=list(zip(step.tokens[i].tolist(), step.values[i].tolist(), strict=True)),
-            )
-            for chunk in self.chunks
-            if (step := chunk.step.log_probs) is not None
-            for i, token_id in enumerate(chunk.token_ids)
-        ]
 
 
 class Stream(Iterator[Chunk]):

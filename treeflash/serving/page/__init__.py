@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import PurePath
 
 from fastapi import FastAPI, Response
 
-FILES = {
-    "index.html": "text/html",
-    "page.css": "text/css",
-    "chat.js": "text/javascript",
-    "stream.js": "text/javascript",
-    "tree.js": "text/javascript",
-    "markdown.js": "text/javascript",
-}
-VENDORED = {"vendor/marked.js": "text/javascript", "vendor/purify.js": "text/javascript"}
+FILES = ("index.html", "page.css", "chat.js", "stream.js", "tree.js", "markdown.js")
+VENDORED = ("vendor/marked.js", "vendor/purify.js")
 """Of npm: marked 18.2.1 (MIT) and DOMPurify 3.5.0 (Apache 2.0), whose licences are beside them."""
-PATHS = frozenset({"/", *(f"/{name}" for name in FILES | VENDORED)} - {"/index.html"})
+PATHS = {"/" if name == "index.html" else f"/{name}": name for name in FILES + VENDORED}
+"""The file at each path."""
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -30,13 +26,14 @@ HEADERS = {
 
 def add_routes(app: FastAPI) -> None:
 
-    def add(name: str, kind: str, path: str) -> None:
+    def add(path: str, name: str) -> None:
         content = resources.files(__name__).joinpath(name).read_bytes()
+        kind = TYPES[PurePath(name).suffix]
 
         # Some clients, such as Claude Code, send HEAD to see whether the server is there.
         @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
         async def file() -> Response:
             return Response(content, headers=HEADERS, media_type=kind)
 
-    for name, kind in (FILES | VENDORED).items():
-        add(name, kind, "/" if name == "index.html" else f"/{name}")
+    for path, name in PATHS.items():
+        add(path, name)
