@@ -26,7 +26,7 @@ from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation
 from treeflash.hub.models import resolve_target
 from treeflash.registry import loader
@@ -249,9 +249,7 @@ def _figure(seeds: Sequence[Sequence[tuple[int, int]]]) -> str:
     for prompts in seeds:
         tokens, forwards = np.array(prompts[:count]).T
         values.append(tokens[drawn].sum(1) / forwards[drawn].sum(1))
-    mean = np.mean(values, 0)
-    low, high = interval(mean)
-    return f"{mean[0]:.2f} ({low:.2f} to {high:.2f})"
+    return with_interval(np.mean(values, 0))
 
 
 def parser() -> Parser:

@@ -22,7 +22,7 @@ from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation, encode_rows
 from treeflash.hub.models import model_name, resolve_drafter, resolve_target
 from treeflash.language_model import locate
@@ -301,18 +301,11 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The rows of the card's table: both drafters, and the ratio of their block efficiencies."""
     rows, values = [], []
     for record in (before, after):
-        sums = np.array([(sum(lengths), len(lengths)) for lengths in record["lengths"]]).T
         # The same resampled prompts for both.
-        indices = resamples(sums.shape[1], np.random.default_rng(0))
-        tokens, passes = (counts[indices].sum(1) for counts in sums)
-        values.append(tokens / passes)
-        rows.append(f"| {record['drafter']} | {record['method']} | {_with_interval(values[-1])} |")
-    return [*rows, f"| ratio | | {_with_interval(values[1] / values[0])} |"]
-
-
-def _with_interval(values: Any) -> str:
-    low, high = interval(values)
-    return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"
+        indices = resamples(len(record["lengths"]), np.random.default_rng(0))
+        values.append(block_efficiencies(record["lengths"], indices))
+        rows.append(f"| {record['drafter']} | {record['method']} | {with_interval(values[-1])} |")
+    return [*rows, f"| ratio | | {with_interval(values[1] / values[0])} |"]
 
 
 def _extend_card(

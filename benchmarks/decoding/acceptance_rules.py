@@ -31,7 +31,7 @@ from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import block_efficiencies, interval, resamples
 from treeflash.text.prompt import encode, read_rows
 
 Rule: TypeAlias = Literal["shared", "match", "rejection"]
@@ -158,9 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         values = {}
         for name, own in lengths.items():
-            drawn = resamples(len(own), rng)
-            tokens, passes = (np.array([f(x) for x in own])[drawn].sum(1) for f in (sum, len))
-            values[name] = tokens / passes
+            values[name] = block_efficiencies(own, resamples(len(own), rng))
         values[MEAN] = np.mean(list(values.values()), 0)
         low, high = interval(values[MEAN])
         columns = {name: float(own[0]) for name, own in values.items()}

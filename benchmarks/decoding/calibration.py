@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.common import MEAN, Parser, Row, describe, names, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.evaluation.records import block_efficiencies, interval, resamples
+from treeflash.evaluation.records import efficiencies_by_case, interval, resamples
 from treeflash.evaluation.run import Case, Configs, Evaluation, Sample, encode_rows, list_cases
 from treeflash.text.prompt import read_rows
 
@@ -45,10 +45,8 @@ def compare(
     efficiencies: dict[str, dict[Case, list[NDArray[np.float64]]]] = {}
     for name in samples[0]:
         drawn = resamples(len(samples[0][name]), rng)
-        efficiencies[name] = {
-            case: [block_efficiencies(own[name], case, drawn) for own in samples]
-            for case in configs
-        }
+        off, on = (efficiencies_by_case(own[name], drawn) for own in samples)
+        efficiencies[name] = {case: [off[case], on[case]] for case in configs}
     efficiencies[MEAN] = {
         case: list(np.mean([by_case[case] for by_case in efficiencies.values()], 0))
         for case in configs
