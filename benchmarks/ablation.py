@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from rich.console import Console
 
-from benchmarks.common import Parser, Row, markdown_table
+from benchmarks.common import Parser, Row, markdown_table, read_prompts
 from treeflash.cli.console import guarded
 from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request
@@ -32,7 +32,6 @@ from treeflash.hub.models import resolve_target
 from treeflash.registry import loader
 from treeflash.testing.models import save, write_target
 from treeflash.text.output_file import OutputFile, has_fields
-from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response, read_responses, respond
@@ -179,17 +178,6 @@ def random_setting(
     )
 
 
-def read_setting(target: Path, greedy: Path, sampled: Path, prompts: Path, limit: int) -> Setting:
-    """A target, files of `treeflash distill`, and the first prompts of a file."""
-    tokenizer = Tokenizer.from_folder(target)
-    return Setting(
-        target=target,
-        greedy=read_responses(greedy, tokenizer),
-        sampled=read_responses(sampled, tokenizer),
-        prompts=[encode(tokenizer, row.turns[0]) for row in read_rows(prompts)[:limit]],
-    )
-
-
 def measure(
     cell: Cell, seed: int, base: TrainConfig, setting: Setting, load: LoadConfig, max_tokens: int
 ) -> Row:
@@ -318,7 +306,13 @@ def make_setting(args: Any, folder: Path, load: LoadConfig) -> Setting:
             folder, load, answers=args.answers, tokens=args.max_tokens, prompts=args.limit
         )
     target = resolve_target(None if args.target == "default" else args.target)
-    return read_setting(target, args.greedy, args.sampled, args.prompts, args.limit)
+    tokenizer = Tokenizer.from_folder(target)
+    return Setting(
+        target=target,
+        greedy=read_responses(args.greedy, tokenizer),
+        sampled=read_responses(args.sampled, tokenizer),
+        prompts=read_prompts(tokenizer, args.prompts, args.limit),
+    )
 
 
 if __name__ == "__main__":

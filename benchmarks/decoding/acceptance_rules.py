@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.common import MEAN, Parser, Row, describe, show, write_json
+from benchmarks.common import MEAN, Parser, Row, describe, read_prompts, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.decoding.interfaces import Backend, Block
@@ -32,7 +32,6 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import block_efficiencies, interval, resamples
-from treeflash.text.prompt import encode, read_rows
 
 Rule: TypeAlias = Literal["shared", "match", "rejection"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -144,10 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args)
     if model.backend.drafter is None:
         raise ConfigError("the benchmark compares drafts; pass --drafter")
-    sets = {path.stem: read_rows(path)[: args.limit] for path in args.prompts}
-    prompts = [
-        (name, encode(model.tokenizer, row.turns[0])) for name, rows in sets.items() for row in rows
-    ]
+    sets = {path.stem: read_prompts(model.tokenizer, path, args.limit) for path in args.prompts}
+    prompts = [(name, ids) for name, own in sets.items() for ids in own]
     rng = np.random.default_rng(0)
     rows: list[Row] = []
     for temperature, rule in product(args.temperatures, RULES):

@@ -36,6 +36,7 @@ from benchmarks.common import (
     describe,
     mean_row,
     names,
+    read_prompts,
     show,
     write_json,
 )
@@ -45,7 +46,6 @@ from treeflash.config import METHODS
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
-from treeflash.text.prompt import encode, read_rows
 
 FRACTION_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 SEED = 7
@@ -116,7 +116,7 @@ def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Recor
     rows = []
     shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
     for path, temperature in product(args.prompts, args.temperatures):
-        prompts = [encode(model.tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        prompts = read_prompts(model.tokenizer, path, args.limit)
         case = {**shared, "set": path.stem, "temperature": temperature, "prompts": len(prompts)}
         case["tokens"] = args.max_tokens
         options = {"max_tokens": args.max_tokens, "temperature": temperature, "seed": SEED}
@@ -192,7 +192,7 @@ def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
     ]
     methods = ("ar", models[0].best_method)
     for path in args.prompts:
-        prompts = [encode(models[0].tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        prompts = read_prompts(models[0].tokenizer, path, args.limit)
         for method, parallel in product(methods, args.parallel):
             tokens, ms = np.zeros(2), np.zeros(2)
             options = {"method": method, "max_tokens": args.max_tokens, "parallel": parallel}

@@ -34,7 +34,7 @@ from platformdirs import user_cache_path
 from rich.progress import track
 from safetensors.numpy import save_file
 
-from benchmarks.common import Parser, names, show, write_json
+from benchmarks.common import Parser, names, read_prompts, show, write_json
 from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
 from treeflash.cli.console import guarded
@@ -44,7 +44,6 @@ from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target
-from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
 
@@ -174,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = resolve_target(args.target)
     drafter = resolve_drafter(args.drafter, args.target)
     tokenizer = Tokenizer.from_folder(target)
-    sets = {
-        path.stem: [encode(tokenizer, row.turns[0]) for row in read_rows(path)[: args.limit]]
-        for path in args.prompts
-    }
+    sets = {path.stem: read_prompts(tokenizer, path, args.limit) for path in args.prompts}
     args.environments.mkdir(parents=True, exist_ok=True)
     comparison = Comparison()
     with ExitStack() as stack:
