@@ -42,12 +42,10 @@ from benchmarks.common import (
 )
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model, parse_budget
+from treeflash.cli.single_prompt import spacing
 from treeflash.config import METHODS
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 
-FRACTION_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 SEED = 7
 
 
@@ -164,20 +162,11 @@ def first_margin(
         first = next((i for i, (x, y) in pairs if x != y), None)
         if first is None:
             continue
-        best, second = top_two_logits(model, prompt + expected[:first])
-        spacing = 2.0 ** (np.floor(np.log2(abs(best))) - FRACTION_BITS[model.backend.dtype])
+        logits = model.stream(prompt, method="ar").next_logits(expected[:first])
+        second, best = np.sort(logits)[-2:].tolist()
         if found["margin"] is None or best - second > found["margin"]:
-            found = {"margin": best - second, "spacing": float(spacing)}
+            found = {"margin": best - second, "spacing": spacing(best, model.backend.dtype)}
     return found
-
-
-def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
-    """The two largest logits after these tokens."""
-    with SequenceSession(model.backend, capacity=len(tokens)) as session:
-        if len(tokens) > 1:
-            session.extend(tokens[:-1])
-        logits = np.sort(session.logits(DraftTree.root_only(tokens[-1]))[0])
-    return float(logits[-1]), float(logits[-2])
 
 
 def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
