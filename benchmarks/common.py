@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from treeflash.cli.options import parse_budget
+from treeflash.config import Budget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
@@ -75,6 +77,16 @@ class Parser(argparse.ArgumentParser):
             type=lambda text: [integer(part, minimum) for part in text.split(",")],
             default=list(default),
             metavar="N,...",
+            help=f"{help} (default: {','.join(map(str, default))})",
+        )
+
+    def add_budgets(self, default: Sequence[Budget], help: str) -> None:
+        """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
+        self.add_argument(
+            "--budgets",
+            type=lambda text: [parse_budget(part) for part in text.split(",")],
+            default=list(default),
+            metavar="N|auto,...",
             help=f"{help} (default: {','.join(map(str, default))})",
         )
 

@@ -41,9 +41,9 @@ from benchmarks.common import (
     write_json,
 )
 from treeflash.cli.console import guarded
-from treeflash.cli.options import add_model_options, load_model, parse_budget
+from treeflash.cli.options import add_model_options, load_model
 from treeflash.cli.single_prompt import spacing
-from treeflash.config import METHODS
+from treeflash.config import AUTO, METHODS
 from treeflash.language_model import LanguageModel
 
 SEED = 7
@@ -53,13 +53,7 @@ def parser() -> Parser:
     """The command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
-    options.add_argument(
-        "--budgets",
-        type=lambda text: [parse_budget(part) for part in names(text)],
-        default=[16, 64, "auto"],
-        metavar="N|auto,...",
-        help="budgets (default: 16,64,auto)",
-    )
+    options.add_budgets([16, 64, AUTO], "budgets")
     options.add_argument(
         "--methods",
         type=names,
