@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, load_located, with_device
+from treeflash.cli.options import add_device_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
@@ -25,7 +25,7 @@ from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation, encode_rows
 from treeflash.hub.models import model_name, resolve_drafter, resolve_target
-from treeflash.language_model import locate
+from treeflash.language_model import LanguageModel
 from treeflash.registry import available
 from treeflash.text.prompt import Row, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = args.output / "answers.jsonl"
     try:
         with response_file(answers) as file:
-            model = load_located(_locate(args, base))
+            model = _load(args, base)
             distillation = Distillation(model, distill, file, rows[measured:])
             distillation.check()
             before = _measure(args, base, rows[:measured], distill, console, model)
@@ -176,15 +176,8 @@ def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) 
     return make_train_config(options)
 
 
-def _locate(args: argparse.Namespace, drafter: Path) -> Any:
-    return locate(
-        args.target,
-        str(drafter),
-        backend=args.backend,
-        device=args.device,
-        dtype=args.dtype,
-        adapter=args.adapter,
-    )
+def _load(args: argparse.Namespace, drafter: Path) -> LanguageModel:
+    return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)}))
 
 
 def _cost(
@@ -248,7 +241,7 @@ def _measure(
     rows: Sequence[Row],
     distill: DistillConfig,
     console: Console,
-    model: Any = None,
+    model: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """The accepted lengths of a drafter by prompt; measured once for each output folder."""
     is_base = drafter != args.output
@@ -270,7 +263,7 @@ def _measure(
                     "options, or give another --output"
                 )
         return found
-    model = model or load_located(_locate(args, drafter))
+    model = model or _load(args, drafter)
     method = model.best_method
     configs = {
         Case(method, BUDGET): model.decode_config(
