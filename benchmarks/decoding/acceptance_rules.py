@@ -32,6 +32,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import block_efficiencies, interval, resamples
+from treeflash.evaluation.run import softmax
 
 Rule: TypeAlias = Literal["shared", "match", "rejection"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -50,14 +51,6 @@ def parser() -> Parser:
     )
     add_model_options(options)
     return options
-
-
-def softmax(logits: NDArray[np.float32], temperature: float) -> Floats:
-    """(n, vocab) probabilities."""
-    scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / temperature
-    exps = np.exp(scaled)
-    normalised: Floats = exps / exps.sum(-1, keepdims=True)
-    return normalised
 
 
 def draft(

@@ -79,31 +79,7 @@ def parser() -> Parser:
     return options
 
 
-class Records:
-    """The records of cases, in a file that a later run goes on after."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        lines = path.read_text("utf-8").splitlines() if path and path.exists() else []
-        self.by_case: dict[str, Row] = {
-            json.dumps(record["case"]): record for record in map(json.loads, lines)
-        }
-
-    def get(self, case: Row) -> Row | None:
-        """The record of a case; None if it was not run."""
-        return self.by_case.get(json.dumps(case))
-
-    def add(self, case: Row, **values: Any) -> Row:
-        """Keep the values of a case."""
-        record = {"case": case, **values}
-        self.by_case[json.dumps(case)] = record
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        return record
-
-
-def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Records) -> list[Row]:
+def compare_texts(args: argparse.Namespace, model: LanguageModel) -> list[Row]:
     """One row per set, temperature, method, budget and number of sequences at once."""
     rows = []
     shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
@@ -112,11 +88,11 @@ def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Recor
         case = {**shared, "set": path.stem, "temperature": temperature, "prompts": len(prompts)}
         case["tokens"] = args.max_tokens
         options = {"max_tokens": args.max_tokens, "temperature": temperature, "seed": SEED}
-        plain = _texts(model, records, {**case, "method": "ar"}, prompts, options, 1)
+        plain = _texts(model, args.texts, {**case, "method": "ar"}, prompts, options, 1)
         cases = list(product(args.methods, args.budgets, args.parallel))
         for method, budget, parallel in track(cases, f"{path.stem}, temperature {temperature}"):
             settings = {"method": method, "budget": budget, "parallel": parallel}
-            drafted = _texts(model, records, case | settings, prompts, options, parallel)
+            drafted = _texts(model, args.texts, case | settings, prompts, options, parallel)
             row = {**case, **settings, "differ": sum(map(ne, plain, drafted))}
             if temperature == 0:
                 row |= first_margin(model, prompts, plain, drafted)
@@ -126,21 +102,25 @@ def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Recor
 
 def _texts(
     model: LanguageModel,
-    records: Records,
+    file: Path | None,
     case: Row,
     prompts: list[list[int]],
     options: dict[str, Any],
     parallel: int,
 ) -> list[list[int]]:
-    """The tokens of each prompt's text, from the records if they have the case."""
-    if (record := records.get(case)) is None:
-        settings = {key: case[key] for key in ("method", "budget") if key in case}
-        texts: list[list[int]] = [[] for _ in prompts]
-        for number, text in model.generate_many(prompts, parallel=parallel, **options, **settings):
-            texts[number] = text.token_ids
-        record = records.add(case, texts=texts)
-    found: list[list[int]] = record["texts"]
-    return found
+    """The tokens of each prompt's text, from the file of records if it has the case."""
+    lines = file.read_text("utf-8").splitlines() if file and file.exists() else []
+    for record in map(json.loads, lines):
+        if record["case"] == case:
+            return list(record["texts"])
+    settings = {key: case[key] for key in ("method", "budget") if key in case}
+    texts: list[list[int]] = [[] for _ in prompts]
+    for number, text in model.generate_many(prompts, parallel=parallel, **options, **settings):
+        texts[number] = text.token_ids
+    if file is not None:
+        with file.open("a", encoding="utf-8") as output:
+            output.write(json.dumps({"case": case, "texts": texts}) + "\n")
+    return texts
 
 
 def first_margin(
@@ -234,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
         pair = describe(model.backend)
-        rows += compare_texts(args, model, Records(args.texts))
+        rows += compare_texts(args, model)
     show(f"half precision, {', '.join(pair.values())}", rows)
     if not args.speed:
         print(summary(rows))

@@ -77,7 +77,7 @@ def measure_depth_metrics(
     for anchor in draft_anchors(backend, prompt_ids, text_ids, logits=True):
         assert anchor.logits is not None
         n = len(anchor.logits)  # the text may end within the block
-        target = _probabilities(anchor.logits, temperature)
+        target = softmax(anchor.logits, temperature)
         drafted = {}
         if backend.drafter_config.has_marginals:
             drafted["marginal"] = backend.drafter.log_probs(anchor.block)
@@ -93,7 +93,8 @@ def measure_depth_metrics(
     return metrics
 
 
-def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+def softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """(n, vocab) probabilities; the temperature 0 counts as 1."""
     scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / (temperature or 1.0)
     exps = np.exp(scaled)
     normalised: NDArray[np.float64] = exps / exps.sum(-1, keepdims=True)
