@@ -279,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = replace(RECIPE if args.target else BASE, steps=args.steps, save_every=args.steps)
     console = Console(stderr=True, highlight=False)
     cells = [cell for cell in CELLS if args.cells is None or cell.choice in args.cells]
-    output = OutputFile(args.output, is_cell, key=("cell", "seed"))
+    output = OutputFile(
+        args.output, lambda line: has_fields(line, cell=str, seed=int), key=("cell", "seed")
+    )
     with output as file, tempfile.TemporaryDirectory() as folder:
         setting: Setting | None = None
         for seed in args.seeds:
@@ -292,11 +294,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(f"{cell.name}, seed {seed}: loss {record['loss']:.3f}")
     print(ablation_table(list(file.records.values())))
     return 0
-
-
-def is_cell(record: Row) -> bool:
-    """Whether a line of the output is a measured cell."""
-    return has_fields(record, cell=str, seed=int)
 
 
 def make_setting(args: Any, folder: Path, load: LoadConfig) -> Setting:

@@ -218,9 +218,8 @@ def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int
         parts["head" if prefix and prefix in name else part] += math.prod(shape)
     if trained_head_name(drafter.head) != config.head:
         parts["head"] = _new_head(drafter, target, config)
-    frozen = {"fc": config.freeze_backbone, "layers": config.freeze_backbone}
-    frozen["layers"] |= config.freeze_layers
-    idle = sum(count for part, count in parts.items() if frozen.get(part))
+    frozen_layers = config.freeze_backbone or config.freeze_layers
+    idle = parts["fc"] * config.freeze_backbone + parts["layers"] * frozen_layers
     return sum(parts.values()) - idle, idle
 
 
