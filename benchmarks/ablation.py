@@ -20,19 +20,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from rich.console import Console
 
-from benchmarks.common import Parser, Row, markdown_table
+from benchmarks.common import Parser, Row, markdown_table, read_prompts
 from treeflash.cli.console import guarded
 from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation
 from treeflash.hub.models import resolve_target
 from treeflash.registry import loader
 from treeflash.testing.models import save, write_target
 from treeflash.text.output_file import OutputFile, has_fields
-from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response, read_responses, respond
@@ -179,17 +178,6 @@ def random_setting(
     )
 
 
-def read_setting(target: Path, greedy: Path, sampled: Path, prompts: Path, limit: int) -> Setting:
-    """A target, files of `treeflash distill`, and the first prompts of a file."""
-    tokenizer = Tokenizer.from_folder(target)
-    return Setting(
-        target=target,
-        greedy=read_responses(greedy, tokenizer),
-        sampled=read_responses(sampled, tokenizer),
-        prompts=[encode(tokenizer, row.turns[0]) for row in read_rows(prompts)[:limit]],
-    )
-
-
 def measure(
     cell: Cell, seed: int, base: TrainConfig, setting: Setting, load: LoadConfig, max_tokens: int
 ) -> Row:
@@ -249,9 +237,7 @@ def _figure(seeds: Sequence[Sequence[tuple[int, int]]]) -> str:
     for prompts in seeds:
         tokens, forwards = np.array(prompts[:count]).T
         values.append(tokens[drawn].sum(1) / forwards[drawn].sum(1))
-    mean = np.mean(values, 0)
-    low, high = interval(mean)
-    return f"{mean[0]:.2f} ({low:.2f} to {high:.2f})"
+    return with_interval(np.mean(values, 0))
 
 
 def parser() -> Parser:
@@ -293,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = replace(RECIPE if args.target else BASE, steps=args.steps, save_every=args.steps)
     console = Console(stderr=True, highlight=False)
     cells = [cell for cell in CELLS if args.cells is None or cell.choice in args.cells]
-    output = OutputFile(args.output, is_cell, key=("cell", "seed"))
+    output = OutputFile(
+        args.output, lambda line: has_fields(line, cell=str, seed=int), key=("cell", "seed")
+    )
     with output as file, tempfile.TemporaryDirectory() as folder:
         setting: Setting | None = None
         for seed in args.seeds:
@@ -308,11 +296,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_cell(record: Row) -> bool:
-    """Whether a line of the output is a measured cell."""
-    return has_fields(record, cell=str, seed=int)
-
-
 def make_setting(args: Any, folder: Path, load: LoadConfig) -> Setting:
     """The setting that the options choose."""
     if args.target is None:
@@ -320,7 +303,13 @@ def make_setting(args: Any, folder: Path, load: LoadConfig) -> Setting:
             folder, load, answers=args.answers, tokens=args.max_tokens, prompts=args.limit
         )
     target = resolve_target(None if args.target == "default" else args.target)
-    return read_setting(target, args.greedy, args.sampled, args.prompts, args.limit)
+    tokenizer = Tokenizer.from_folder(target)
+    return Setting(
+        target=target,
+        greedy=read_responses(args.greedy, tokenizer),
+        sampled=read_responses(args.sampled, tokenizer),
+        prompts=read_prompts(tokenizer, args.prompts, args.limit),
+    )
 
 
 if __name__ == "__main__":

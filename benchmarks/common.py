@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: command lines, timing, random trees, tables, and the machine."""
+"""Shared by the benchmarks: command lines, prompts, timing, random trees, tables, the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,15 +20,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from treeflash.cli.options import parse_budget
+from treeflash.config import Budget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.evaluation.records import MEAN
+from treeflash.evaluation.run import Case, Evaluation, Sample, encode_rows
+from treeflash.language_model import LanguageModel
 from treeflash.text.generation import mean
+from treeflash.text.prompt import encode, read_rows
+from treeflash.text.tokenizer import Tokenizer
 
 Row: TypeAlias = dict[str, Any]
 """One line of a table: the columns by name."""
-MEAN = "mean"
-"""The name of the mean over prompt sets."""
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
 TREE_DEPTHS, TREE_CHILDREN = 15, 32  # of the tables that random trees are built from
 
@@ -72,6 +77,16 @@ class Parser(argparse.ArgumentParser):
             type=lambda text: [integer(part, minimum) for part in text.split(",")],
             default=list(default),
             metavar="N,...",
+            help=f"{help} (default: {','.join(map(str, default))})",
+        )
+
+    def add_budgets(self, default: Sequence[Budget], help: str) -> None:
+        """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
+        self.add_argument(
+            "--budgets",
+            type=lambda text: [parse_budget(part) for part in text.split(",")],
+            default=list(default),
+            metavar="N|auto,...",
             help=f"{help} (default: {','.join(map(str, default))})",
         )
 
@@ -121,9 +136,29 @@ def random_tree(vocab_size: int, nodes: int) -> DraftTree:
     return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
 
 
+def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
+    """The token ids of the first prompts of a set."""
+    return [encode(tokenizer, row.turns[0]) for row in read_rows(path)[:limit]]
+
+
 def random_prompt(vocab_size: int, length: int) -> list[int]:
     """`length` random token ids, the same in every run."""
     return [int(x) for x in np.random.default_rng(length).integers(0, vocab_size, length)]
+
+
+def evaluate(
+    model: LanguageModel, args: argparse.Namespace, cases: Iterable[Case], **options: Any
+) -> dict[str, list[Sample]]:
+    """Decode the prompt sets in every case, without copies of the text; returns samples by set."""
+    options |= {"suffix": False, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    configs = {case: model.decode_config({**case._asdict(), **options}) for case in cases}
+    sets = {
+        path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
+        for path in args.prompts
+    }
+    evaluation = Evaluation()
+    evaluation.run(model.backend, sets, configs, Console(stderr=True), args.parallel)
+    return evaluation.samples
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

@@ -127,33 +127,23 @@ def methods_tables(results: Row) -> list[str]:
 
 
 def throughput_tables(results: Row) -> list[str]:
-    """Tokens per second of each system, by number of sequences."""
-    lines: dict[int, Row] = {}
-    means = [row for row in results["rows"] if row["set"] == MEAN]
-    for row in means:
-        name = f"{row['system']}, {row['method']}"
-        line = lines.setdefault(row["concurrency"], {"sequences": row["concurrency"]})
-        line[f"{name}, tokens/s"] = row["tokens_per_s"]
-        line[f"{name}, first token, s"] = row["first_token_s"]
+    """Tokens per second of each system, and its time to the first token, by number of sequences."""
+    speeds: dict[int, Row] = {}
+    waits: dict[int, Row] = {}
+    for row in results["rows"]:
+        if row["set"] != MEAN:
+            continue
+        name, count = f"{row['system']}, {row['method']}", row["concurrency"]
+        speed, wait = (lines.setdefault(count, {"sequences": count}) for lines in (speeds, waits))
+        speed[f"{name}, tokens/s"] = row["tokens_per_s"]
+        wait[f"{name}, first token, s"] = row["first_token_s"]
         if row["method"] == "treeflash":
-            line |= {
+            speed |= {
                 "treeflash to ar": row["ratio_to_ar"],
                 "treeflash to generate": row["ratio_to_padded"],
                 "treeflash to one sequence": row["ratio_to_one"],
             }
-    ratios = [
-        {name: value for name, value in line.items() if "first token" not in name}
-        for line in lines.values()
-    ]
-    waits = [
-        {
-            name: value
-            for name, value in line.items()
-            if "tokens/s" not in name and " to " not in name
-        }
-        for line in lines.values()
-    ]
-    return [markdown_table(ratios), markdown_table(waits)]
+    return [markdown_table(list(lines.values())) for lines in (speeds, waits)]
 
 
 def iteration_tables(results: Row) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,19 +35,6 @@ BYTES_PER_PARAMETER = 16  # float32 weight and gradient, and two averages of Ada
 BYTES_PER_TARGET_PARAMETER = 2  # bfloat16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The cost of one sequence.
-
-    Attributes:
-        flops: operations of the drafter, forward and backward.
-        activation_bytes: bytes that are kept for the gradient.
-    """
-
-    flops: float
-    activation_bytes: float
-
-
 def make_blocks(shape: Row) -> Blocks:
     """A drafter of random weights in the published shape."""
     config = parse_drafter_config(drafter_config(shape))
@@ -61,8 +47,12 @@ def make_blocks(shape: Row) -> Blocks:
     return blocks
 
 
-def measure_cost(blocks: Blocks, length: int, anchors: int, config: TrainConfig) -> Cost:
-    """Compute the loss of one sequence and its gradient once."""
+def measure_cost(blocks: Blocks, length: int, anchors: int, config: TrainConfig) -> tuple[int, int]:
+    """Compute the loss of one sequence and its gradient once.
+
+    Returns the operations of the drafter, forward and backward, and the bytes that are kept for
+    the gradient.
+    """
     shape, top = blocks.model.config, config.top_tokens
     features = len(shape.target_layer_ids) * shape.hidden_size
     ones = torch.ones(1, length, top)
@@ -92,15 +82,7 @@ def measure_cost(blocks: Blocks, length: int, anchors: int, config: TrainConfig)
         loss.backward()
     blocks.zero_grad()
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-    return Cost(flops=counter.get_total_flops(), activation_bytes=activations)
-
-
-def extrapolate(few: Cost, more: Cost, anchors: int) -> Cost:
-    """The cost with another number of anchors than the two of `MEASURED_ANCHORS`."""
-    low, high = MEASURED_ANCHORS
-    factor = (anchors - low) / (high - low)
-    activations = few.activation_bytes + factor * (more.activation_bytes - few.activation_bytes)
-    return Cost(flops=few.flops + factor * (more.flops - few.flops), activation_bytes=activations)
+    return counter.get_total_flops(), activations
 
 
 def count_target_parameters(shape: Row) -> tuple[int, int]:
@@ -118,18 +100,22 @@ def compute_costs(shape: Row, length: int, sequences: int, anchors: int) -> dict
     torch.manual_seed(0)
     blocks = make_blocks(shape)
     config = TrainConfig()
-    few, more = (measure_cost(blocks, length, count, config) for count in MEASURED_ANCHORS)
-    cost = extrapolate(few, more, anchors)
+    costs = (measure_cost(blocks, length, count, config) for count in MEASURED_ANCHORS)
+    low, high = MEASURED_ANCHORS
+    factor = (anchors - low) / (high - low)  # the costs grow linearly
+    drafter_flops, activation_bytes = (
+        few + factor * (more - few) for few, more in zip(*costs, strict=True)
+    )
     drafter = sum(parameter.numel() for parameter in blocks.parameters())
     multiplied, target = count_target_parameters(shape)
     gib = 2**30
     memory = {
         "drafter, gradient and optimiser": BYTES_PER_PARAMETER * drafter / gib,
         "target": BYTES_PER_TARGET_PARAMETER * target / gib,
-        "kept for the gradient": sequences * cost.activation_bytes / gib,
+        "kept for the gradient": sequences * activation_bytes / gib,
         "features": sequences * DRAFTER_LAYERS * shape["hidden_size"] * 2 * length / gib,
     }
-    flops = {"drafter": sequences * cost.flops, "target": sequences * 2 * multiplied * length}
+    flops = {"drafter": sequences * drafter_flops, "target": sequences * 2 * multiplied * length}
     return {
         "drafter_parameters": drafter,
         "memory_gib": memory | {"sum": sum(memory.values())},

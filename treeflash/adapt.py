@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, load_located, with_device
+from treeflash.cli.options import add_device_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.drafters.formats import HEADS, drafter_config
 from treeflash.errors import ConfigError, PromptError
-from treeflash.evaluation.records import interval, resamples
+from treeflash.evaluation.records import block_efficiencies, resamples, with_interval
 from treeflash.evaluation.run import Case, Evaluation, encode_rows
 from treeflash.hub.models import model_name, resolve_drafter, resolve_target
-from treeflash.language_model import locate
+from treeflash.language_model import LanguageModel
 from treeflash.registry import available
 from treeflash.text.prompt import Row, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = args.output / "answers.jsonl"
     try:
         with response_file(answers) as file:
-            model = load_located(_locate(args, base))
+            model = _load(args, base)
             distillation = Distillation(model, distill, file, rows[measured:])
             distillation.check()
             before = _measure(args, base, rows[:measured], distill, console, model)
@@ -176,15 +176,8 @@ def _train_config(args: argparse.Namespace, base: Path, distill: DistillConfig) 
     return make_train_config(options)
 
 
-def _locate(args: argparse.Namespace, drafter: Path) -> Any:
-    return locate(
-        args.target,
-        str(drafter),
-        backend=args.backend,
-        device=args.device,
-        dtype=args.dtype,
-        adapter=args.adapter,
-    )
+def _load(args: argparse.Namespace, drafter: Path) -> LanguageModel:
+    return load_model(argparse.Namespace(**{**vars(args), "drafter": str(drafter)}))
 
 
 def _cost(
@@ -225,9 +218,8 @@ def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int
         parts["head" if prefix and prefix in name else part] += math.prod(shape)
     if trained_head_name(drafter.head) != config.head:
         parts["head"] = _new_head(drafter, target, config)
-    frozen = {"fc": config.freeze_backbone, "layers": config.freeze_backbone}
-    frozen["layers"] |= config.freeze_layers
-    idle = sum(count for part, count in parts.items() if frozen.get(part))
+    frozen_layers = config.freeze_backbone or config.freeze_layers
+    idle = parts["fc"] * config.freeze_backbone + parts["layers"] * frozen_layers
     return sum(parts.values()) - idle, idle
 
 
@@ -248,7 +240,7 @@ def _measure(
     rows: Sequence[Row],
     distill: DistillConfig,
     console: Console,
-    model: Any = None,
+    model: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """The accepted lengths of a drafter by prompt; measured once for each output folder."""
     is_base = drafter != args.output
@@ -270,7 +262,7 @@ def _measure(
                     "options, or give another --output"
                 )
         return found
-    model = model or load_located(_locate(args, drafter))
+    model = model or _load(args, drafter)
     method = model.best_method
     configs = {
         Case(method, BUDGET): model.decode_config(
@@ -301,18 +293,11 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The rows of the card's table: both drafters, and the ratio of their block efficiencies."""
     rows, values = [], []
     for record in (before, after):
-        sums = np.array([(sum(lengths), len(lengths)) for lengths in record["lengths"]]).T
         # The same resampled prompts for both.
-        indices = resamples(sums.shape[1], np.random.default_rng(0))
-        tokens, passes = (counts[indices].sum(1) for counts in sums)
-        values.append(tokens / passes)
-        rows.append(f"| {record['drafter']} | {record['method']} | {_with_interval(values[-1])} |")
-    return [*rows, f"| ratio | | {_with_interval(values[1] / values[0])} |"]
-
-
-def _with_interval(values: Any) -> str:
-    low, high = interval(values)
-    return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"
+        indices = resamples(len(record["lengths"]), np.random.default_rng(0))
+        values.append(block_efficiencies(record["lengths"], indices))
+        rows.append(f"| {record['drafter']} | {record['method']} | {with_interval(values[-1])} |")
+    return [*rows, f"| ratio | | {with_interval(values[1] / values[0])} |"]
 
 
 def _extend_card(

@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; give prompts in a pipe to `treeflash generate`")
-    model = cli.load_model(args, [options["method"]] if "method" in options else [])
+    model = cli.load_model(args, [options.get("method")])
     console = Console(highlight=False)
     conversation = Conversation(model, options, console, color=args.color)
     console.print("Ask something; /help lists the commands, and Ctrl-D ends.", style="dim")

@@ -11,9 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, load_located
+from treeflash.cli.options import add_device_options, load_model
 from treeflash.errors import ConfigError
-from treeflash.language_model import locate
 from treeflash.text.prompt import Row, read_rows
 from treeflash.training.config import add_options, given_options
 from treeflash.training.distillation import (
@@ -33,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
         # No drafter: with many prompts at once, plain decoding keeps the device busy.
-        settings = {"device": args.device, "dtype": args.dtype}
-        model = load_located(locate(args.target, False, backend=args.backend, **settings))
+        model = load_model(argparse.Namespace(**vars(args), drafter=False))
         distillation = Distillation(model, config, file, rows)
         try:
             distillation.check()

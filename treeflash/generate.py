@@ -161,7 +161,7 @@ def _gibibytes(text: str) -> float:
 
 def _load(args: argparse.Namespace, options: Options, console: Console) -> LanguageModel:
     """Load the models; prints a note if the drafter was trained on other prompts."""
-    model = cli.load_model(args, [options["method"]] if "method" in options else [])
+    model = cli.load_model(args, [options.get("method")])
     if options.get("method") in ("ar", "suffix") or model.backend.drafter_config is None:
         return model
     trained = drafter_training(args.drafter, args.target)

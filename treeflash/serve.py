@@ -32,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"the server needs {missing[0]}; pip install 'treeflash[serve]'")
     from treeflash.serving.application import serve
 
-    methods = [options["method"]] if "method" in options else []
-
     return serve(
-        lambda: cli.locate_model(args, methods).load(),  # the log tells what happens
+        # The log tells what happens.
+        lambda: cli.locate_model(args, [options.get("method")]).load(),
         settings,
         options,
         model_names(args),

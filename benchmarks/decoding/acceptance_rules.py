@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.common import MEAN, Parser, Row, describe, show, write_json
+from benchmarks.common import MEAN, Parser, Row, describe, read_prompts, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.decoding.interfaces import Backend, Block
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
-from treeflash.evaluation.records import interval, resamples
-from treeflash.text.prompt import encode, read_rows
+from treeflash.evaluation.records import block_efficiencies, interval, resamples
+from treeflash.evaluation.run import softmax
 
 Rule: TypeAlias = Literal["shared", "match", "rejection"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -51,14 +51,6 @@ def parser() -> Parser:
     )
     add_model_options(options)
     return options
-
-
-def softmax(logits: NDArray[np.float32], temperature: float) -> Floats:
-    """(n, vocab) probabilities."""
-    scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / temperature
-    exps = np.exp(scaled)
-    normalised: Floats = exps / exps.sum(-1, keepdims=True)
-    return normalised
 
 
 def draft(
@@ -144,10 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args)
     if model.backend.drafter is None:
         raise ConfigError("the benchmark compares drafts; pass --drafter")
-    sets = {path.stem: read_rows(path)[: args.limit] for path in args.prompts}
-    prompts = [
-        (name, encode(model.tokenizer, row.turns[0])) for name, rows in sets.items() for row in rows
-    ]
+    sets = {path.stem: read_prompts(model.tokenizer, path, args.limit) for path in args.prompts}
+    prompts = [(name, ids) for name, own in sets.items() for ids in own]
     rng = np.random.default_rng(0)
     rows: list[Row] = []
     for temperature, rule in product(args.temperatures, RULES):
@@ -158,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         values = {}
         for name, own in lengths.items():
-            drawn = resamples(len(own), rng)
-            tokens, passes = (np.array([f(x) for x in own])[drawn].sum(1) for f in (sum, len))
-            values[name] = tokens / passes
+            values[name] = block_efficiencies(own, resamples(len(own), rng))
         values[MEAN] = np.mean(list(values.values()), 0)
         low, high = interval(values[MEAN])
         columns = {name: float(own[0]) for name, own in values.items()}

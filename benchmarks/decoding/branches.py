@@ -16,15 +16,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from benchmarks.common import Parser, Row, describe, show, write_json
+from benchmarks.common import Parser, Row, describe, evaluate, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import MEAN, compute_records
-from treeflash.evaluation.run import Evaluation, encode_rows, list_cases
-from treeflash.text.prompt import read_rows
+from treeflash.evaluation.run import list_cases
 
 METHODS = ("dflash", "ddtree", "treeflash-chain", "treeflash")
 
@@ -48,18 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if drafter is None or model.backend.head is None:
         raise ConfigError("the benchmark compares drafts with and without an AR head; pass both")
     rows_per_pass = drafter.depths + 1  # of the longest chain
-    options = {"suffix": False, "temperature": args.temperature, "max_tokens": args.max_tokens}
-    configs = {
-        case: model.decode_config({**case._asdict(), **options})
-        for case in list_cases(METHODS, [rows_per_pass])
-    }
-    sets = {
-        path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
-        for path in args.prompts
-    }
-    evaluation = Evaluation()
-    evaluation.run(model.backend, sets, configs, Console(stderr=True), args.parallel)
-    records = compute_records(evaluation.samples, 0)
+    records = compute_records(evaluate(model, args, list_cases(METHODS, [rows_per_pass])), 0)
     results: dict[str, list[Row]] = {
         "best drafts": records["branches"],
         "ratios": [row for row in records["ratios"] if row["set"] == MEAN],

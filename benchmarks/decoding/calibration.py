@@ -14,14 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
-from benchmarks.common import MEAN, Parser, Row, describe, names, show, write_json
+from benchmarks.common import MEAN, Parser, Row, describe, evaluate, names, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.evaluation.records import block_efficiencies, interval, resamples
-from treeflash.evaluation.run import Case, Configs, Evaluation, Sample, encode_rows, list_cases
-from treeflash.text.prompt import read_rows
+from treeflash.evaluation.records import efficiencies_by_case, interval, resamples
+from treeflash.evaluation.run import Case, Sample, list_cases
 
 
 def parser() -> Parser:
@@ -39,19 +37,17 @@ def parser() -> Parser:
 
 
 def compare(
-    samples: Sequence[dict[str, list[Sample]]], configs: Configs, rng: np.random.Generator
+    samples: Sequence[dict[str, list[Sample]]], cases: Sequence[Case], rng: np.random.Generator
 ) -> list[Row]:
     """The block efficiencies by set and case, from the samples without and with calibration."""
     efficiencies: dict[str, dict[Case, list[NDArray[np.float64]]]] = {}
     for name in samples[0]:
         drawn = resamples(len(samples[0][name]), rng)
-        efficiencies[name] = {
-            case: [block_efficiencies(own[name], case, drawn) for own in samples]
-            for case in configs
-        }
+        off, on = (efficiencies_by_case(own[name], drawn) for own in samples)
+        efficiencies[name] = {case: [off[case], on[case]] for case in cases}
     efficiencies[MEAN] = {
         case: list(np.mean([by_case[case] for by_case in efficiencies.values()], 0))
-        for case in configs
+        for case in cases
     }
     rows = []
     for name, by_case in efficiencies.items():
@@ -68,21 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     model = load_model(args)
     cases = list_cases(args.methods, args.budgets)
-    samples = []
-    for calibration in (False, True):
-        options = {"calibration": calibration, "temperature": args.temperature, "suffix": False}
-        configs = {
-            case: model.decode_config({**case._asdict(), **options, "max_tokens": args.max_tokens})
-            for case in cases
-        }
-        sets = {
-            path.stem: encode_rows(model, read_rows(path)[: args.limit], configs)
-            for path in args.prompts
-        }
-        evaluation = Evaluation()
-        evaluation.run(model.backend, sets, configs, Console(stderr=True), args.parallel)
-        samples.append(evaluation.samples)
-    rows = compare(samples, configs, np.random.default_rng(0))
+    samples = [evaluate(model, args, cases, calibration=switch) for switch in (False, True)]
+    rows = compare(samples, cases, np.random.default_rng(0))
     pair = describe(model.backend)
     show(f"calibration, {', '.join(pair.values())}", rows)
     write_json(args.json, "calibration", pair | {"calibration": rows})

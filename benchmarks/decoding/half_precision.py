@@ -36,18 +36,16 @@ from benchmarks.common import (
     describe,
     mean_row,
     names,
+    read_prompts,
     show,
     write_json,
 )
 from treeflash.cli.console import guarded
-from treeflash.cli.options import add_model_options, load_model, parse_budget
-from treeflash.config import METHODS
-from treeflash.decoding.session import SequenceSession
-from treeflash.decoding.tree import DraftTree
+from treeflash.cli.options import add_model_options, load_model
+from treeflash.cli.single_prompt import spacing
+from treeflash.config import AUTO, METHODS
 from treeflash.language_model import LanguageModel
-from treeflash.text.prompt import encode, read_rows
 
-FRACTION_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 SEED = 7
 
 
@@ -55,13 +53,7 @@ def parser() -> Parser:
     """The command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
-    options.add_argument(
-        "--budgets",
-        type=lambda text: [parse_budget(part) for part in names(text)],
-        default=[16, 64, "auto"],
-        metavar="N|auto,...",
-        help="budgets (default: 16,64,auto)",
-    )
+    options.add_budgets([16, 64, AUTO], "budgets")
     options.add_argument(
         "--methods",
         type=names,
@@ -87,44 +79,20 @@ def parser() -> Parser:
     return options
 
 
-class Records:
-    """The records of cases, in a file that a later run goes on after."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        lines = path.read_text("utf-8").splitlines() if path and path.exists() else []
-        self.by_case: dict[str, Row] = {
-            json.dumps(record["case"]): record for record in map(json.loads, lines)
-        }
-
-    def get(self, case: Row) -> Row | None:
-        """The record of a case; None if it was not run."""
-        return self.by_case.get(json.dumps(case))
-
-    def add(self, case: Row, **values: Any) -> Row:
-        """Keep the values of a case."""
-        record = {"case": case, **values}
-        self.by_case[json.dumps(case)] = record
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        return record
-
-
-def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Records) -> list[Row]:
+def compare_texts(args: argparse.Namespace, model: LanguageModel) -> list[Row]:
     """One row per set, temperature, method, budget and number of sequences at once."""
     rows = []
     shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
     for path, temperature in product(args.prompts, args.temperatures):
-        prompts = [encode(model.tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        prompts = read_prompts(model.tokenizer, path, args.limit)
         case = {**shared, "set": path.stem, "temperature": temperature, "prompts": len(prompts)}
         case["tokens"] = args.max_tokens
         options = {"max_tokens": args.max_tokens, "temperature": temperature, "seed": SEED}
-        plain = _texts(model, records, {**case, "method": "ar"}, prompts, options, 1)
+        plain = _texts(model, args.texts, {**case, "method": "ar"}, prompts, options, 1)
         cases = list(product(args.methods, args.budgets, args.parallel))
         for method, budget, parallel in track(cases, f"{path.stem}, temperature {temperature}"):
             settings = {"method": method, "budget": budget, "parallel": parallel}
-            drafted = _texts(model, records, case | settings, prompts, options, parallel)
+            drafted = _texts(model, args.texts, case | settings, prompts, options, parallel)
             row = {**case, **settings, "differ": sum(map(ne, plain, drafted))}
             if temperature == 0:
                 row |= first_margin(model, prompts, plain, drafted)
@@ -134,21 +102,25 @@ def compare_texts(args: argparse.Namespace, model: LanguageModel, records: Recor
 
 def _texts(
     model: LanguageModel,
-    records: Records,
+    file: Path | None,
     case: Row,
     prompts: list[list[int]],
     options: dict[str, Any],
     parallel: int,
 ) -> list[list[int]]:
-    """The tokens of each prompt's text, from the records if they have the case."""
-    if (record := records.get(case)) is None:
-        settings = {key: case[key] for key in ("method", "budget") if key in case}
-        texts: list[list[int]] = [[] for _ in prompts]
-        for number, text in model.generate_many(prompts, parallel=parallel, **options, **settings):
-            texts[number] = text.token_ids
-        record = records.add(case, texts=texts)
-    found: list[list[int]] = record["texts"]
-    return found
+    """The tokens of each prompt's text, from the file of records if it has the case."""
+    lines = file.read_text("utf-8").splitlines() if file and file.exists() else []
+    for record in map(json.loads, lines):
+        if record["case"] == case:
+            return list(record["texts"])
+    settings = {key: case[key] for key in ("method", "budget") if key in case}
+    texts: list[list[int]] = [[] for _ in prompts]
+    for number, text in model.generate_many(prompts, parallel=parallel, **options, **settings):
+        texts[number] = text.token_ids
+    if file is not None:
+        with file.open("a", encoding="utf-8") as output:
+            output.write(json.dumps({"case": case, "texts": texts}) + "\n")
+    return texts
 
 
 def first_margin(
@@ -164,20 +136,11 @@ def first_margin(
         first = next((i for i, (x, y) in pairs if x != y), None)
         if first is None:
             continue
-        best, second = top_two_logits(model, prompt + expected[:first])
-        spacing = 2.0 ** (np.floor(np.log2(abs(best))) - FRACTION_BITS[model.backend.dtype])
+        logits = model.stream(prompt, method="ar").next_logits(expected[:first])
+        second, best = np.sort(logits)[-2:].tolist()
         if found["margin"] is None or best - second > found["margin"]:
-            found = {"margin": best - second, "spacing": float(spacing)}
+            found = {"margin": best - second, "spacing": spacing(best, model.backend.dtype)}
     return found
-
-
-def top_two_logits(model: LanguageModel, tokens: list[int]) -> tuple[float, float]:
-    """The two largest logits after these tokens."""
-    with SequenceSession(model.backend, capacity=len(tokens)) as session:
-        if len(tokens) > 1:
-            session.extend(tokens[:-1])
-        logits = np.sort(session.logits(DraftTree.root_only(tokens[-1]))[0])
-    return float(logits[-1]), float(logits[-2])
 
 
 def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
@@ -192,7 +155,7 @@ def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
     ]
     methods = ("ar", models[0].best_method)
     for path in args.prompts:
-        prompts = [encode(models[0].tokenizer, x.turns[0]) for x in read_rows(path)[: args.limit]]
+        prompts = read_prompts(models[0].tokenizer, path, args.limit)
         for method, parallel in product(methods, args.parallel):
             tokens, ms = np.zeros(2), np.zeros(2)
             options = {"method": method, "max_tokens": args.max_tokens, "parallel": parallel}
@@ -251,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
         pair = describe(model.backend)
-        rows += compare_texts(args, model, Records(args.texts))
+        rows += compare_texts(args, model)
     show(f"half precision, {', '.join(pair.values())}", rows)
     if not args.speed:
         print(summary(rows))

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from statistics import median
 
 import numpy as np
@@ -32,6 +32,7 @@ from benchmarks.common import (
     names,
     random_prompt,
     random_tree,
+    read_prompts,
     show,
     write_json,
 )
@@ -46,7 +47,6 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError
 from treeflash.text.generation import PHASES
-from treeflash.text.prompt import encode, read_rows
 
 PARTS = ("phases", "verify", "break_even")
 WARM_UP = 2  # steps of a sequence that are not measured: the prefill and the first iteration
@@ -183,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args)
     results: dict[str, list[Row]] = {}
     if "phases" in args.parts:
-        rows = [row for path in args.prompts for row in read_rows(path)[: args.limit]]
-        prompts = [encode(model.tokenizer, row.turns[0]) for row in rows]
+        sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
+        prompts = list(chain.from_iterable(sets))
         sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
         results["phases"] = []
         for method, budget in make_cases(model.backend, args.budgets):

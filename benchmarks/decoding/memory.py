@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Parser, Row, describe, show, write_json
+from benchmarks.common import Parser, Row, describe, read_prompts, show, write_json
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
-from treeflash.text.prompt import encode, read_rows
 
 MIB = 2**20
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for length in args.lengths
     ]
     peak: list[Row] = [{"after": "loading", "mib": backend.memory_bytes() / MIB}]
-    ids = encode(model.tokenizer, read_rows(args.prompts)[0].turns[0])
+    (ids,) = read_prompts(model.tokenizer, args.prompts, 1)
     for number in range(1, args.sequences + 1):
         model.generate(ids, max_tokens=args.max_tokens, stop_token_ids=())
         peak.append({"after": f"sequence {number}", "mib": backend.memory_bytes() / MIB})

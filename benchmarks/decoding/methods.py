@@ -30,7 +30,6 @@ from treeflash.cli.console import guarded
 from treeflash.cli.options import (
     add_model_options,
     load_model,
-    parse_budget,
     parse_head_rows,
     parse_head_vocab,
 )
@@ -38,7 +37,6 @@ from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Meth
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.errors import ConfigError
 from treeflash.evaluation.records import interval, resamples
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import Generation, mean
@@ -164,12 +162,7 @@ def parser() -> Parser:
     options.add_argument(
         "--methods", type=names, default=list(METHODS), help="comma-separated (default: all)"
     )
-    options.add_argument(
-        "--budgets",
-        type=names,
-        default=["16", "64", AUTO],
-        help="budgets of tree methods (default: 16,64,auto)",
-    )
+    options.add_budgets([16, 64, AUTO], "budgets of tree methods")
     options.add_argument(
         "--heads",
         type=parse_heads,
@@ -192,20 +185,16 @@ def parser() -> Parser:
 
 def make_cases(
     methods: Sequence[str],
-    budgets: Sequence[str],
+    budgets: Sequence[Budget],
     heads: Sequence[Head],
-    suffixes: Sequence[bool] = (True,),
+    suffixes: Sequence[bool],
 ) -> list[Case]:
     """Every method at every budget, plain decoding first; chains only at the largest budget."""
-    try:
-        sizes = [parse_budget(size) for size in budgets]
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--budgets: {error}") from None
-    largest = max((size for size in sizes if size != AUTO), default=AUTO)
+    largest = max((budget for budget in budgets if budget != AUTO), default=AUTO)
     return [
-        Case(method, size, head, suffix)
+        Case(method, budget, head, suffix)
         for method in dict.fromkeys(["ar", *methods])
-        for size in (sizes if method in TREE_METHODS else [largest])
+        for budget in (budgets if method in TREE_METHODS else [largest])
         for head in (heads if method.startswith("treeflash") else [None])
         for suffix in (suffixes if method in DRAFTER_TREES else [None])
     ]

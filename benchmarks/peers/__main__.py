@@ -34,17 +34,16 @@ from platformdirs import user_cache_path
 from rich.progress import track
 from safetensors.numpy import save_file
 
-from benchmarks.common import Parser, names, show, write_json
+from benchmarks.common import Parser, names, read_prompts, show, write_json
 from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, interpreter
 from treeflash.cli.console import guarded
-from treeflash.config import DTYPES, Budget, DecodeConfig
+from treeflash.config import AUTO, DTYPES, DecodeConfig
 from treeflash.drafters.config import rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
 from treeflash.errors import ConfigError
 from treeflash.hub.models import resolve_drafter, resolve_target
-from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
 
 
@@ -57,12 +56,7 @@ def parser() -> Parser:
     options.add_argument(
         "--backends", type=names, help="cuda for PyTorch, mlx, or both (default: both)"
     )
-    options.add_argument(
-        "--budgets",
-        type=names,
-        default=["auto"],
-        help="budgets of treeflash's tree methods (default: auto)",
-    )
+    options.add_budgets([AUTO], "budgets of treeflash's tree methods")
     options.add_argument(
         "--target", metavar="FOLDER_OR_ID", help="(default: SmolLM2-135M-Instruct)"
     )
@@ -108,16 +102,6 @@ def chosen_systems(systems: list[str] | None, backends: list[str] | None) -> lis
         if (systems is None or system.name in systems)
         and (backends is None or system.backend in backends)
     ]
-
-
-def parse_budgets(texts: list[str]) -> list[Budget]:
-    """Parse budgets: numbers of nodes, or `auto`.
-
-    Raises:
-        ConfigError: a text is neither.
-    """
-    sizes: list[Budget] = [int(text) if text.isdecimal() else text for text in texts]
-    return [DecodeConfig(budget=size).budget for size in sizes]
 
 
 def write_dflash(drafter: Path, folder: Path) -> None:
@@ -170,14 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     systems = chosen_systems(args.systems, args.backends)
-    budgets = parse_budgets(args.budgets)
+    for budget in args.budgets:
+        DecodeConfig(budget=budget)  # raises before the work
     target = resolve_target(args.target)
     drafter = resolve_drafter(args.drafter, args.target)
     tokenizer = Tokenizer.from_folder(target)
-    sets = {
-        path.stem: [encode(tokenizer, row.turns[0]) for row in read_rows(path)[: args.limit]]
-        for path in args.prompts
-    }
+    sets = {path.stem: read_prompts(tokenizer, path, args.limit) for path in args.prompts}
     args.environments.mkdir(parents=True, exist_ok=True)
     comparison = Comparison()
     with ExitStack() as stack:
@@ -198,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 comparison.skip(system, error)
             else:
                 stack.callback(peer.close)
-                comparison.add(peer, budgets, args.methods)
+                comparison.add(peer, args.budgets, args.methods)
         comparison.warm_up(next(iter(sets.values()))[0], args.max_tokens)
         for name, prompts in sets.items():
             for number, prompt_ids in enumerate(track(prompts, name)):

@@ -30,40 +30,28 @@ class System:
     Attributes:
         name: as in the results.
         backend: the backend of treeflash with the same framework.
-        worker: its script.
         requirements: packages to install into its own environment; none to run it in the current
             environment.
     """
 
     name: str
     backend: str
-    worker: str
     requirements: tuple[str, ...] = ()
+
+    @property
+    def worker(self) -> Path:
+        """Its script."""
+        return WORKERS / f"{self.name.replace('-', '_')}_worker.py"
 
 
 SYSTEMS = (
-    System(name="transformers", backend="cuda", worker="transformers_worker.py"),
-    System(
-        name="dflash",
-        backend="cuda",
-        worker="dflash_worker.py",
-        requirements=("dflash[local]==0.1.0",),
-    ),
-    System(
-        name="flashspec",
-        backend="cuda",
-        worker="flashspec_worker.py",
-        requirements=("flashspec==0.3.1",),
-    ),
-    System(name="treeflash", backend="cuda", worker="treeflash_worker.py"),
-    System(name="mlx-lm", backend="mlx", worker="mlx_lm_worker.py"),
-    System(
-        name="dflash-mlx",
-        backend="mlx",
-        worker="dflash_mlx_worker.py",
-        requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX),
-    ),
-    System(name="treeflash", backend="mlx", worker="treeflash_worker.py"),
+    System(name="transformers", backend="cuda"),
+    System(name="dflash", backend="cuda", requirements=("dflash[local]==0.1.0",)),
+    System(name="flashspec", backend="cuda", requirements=("flashspec==0.3.1",)),
+    System(name="treeflash", backend="cuda"),
+    System(name="mlx-lm", backend="mlx"),
+    System(name="dflash-mlx", backend="mlx", requirements=("dflash-mlx==0.1.8", MLX_ON_LINUX)),
+    System(name="treeflash", backend="mlx"),
 )
 
 
@@ -127,7 +115,7 @@ class Peer:
         }
         with log.open("w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
-                [python, str(WORKERS / system.worker)],
+                [python, str(system.worker)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

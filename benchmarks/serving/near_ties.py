@@ -141,8 +141,7 @@ def at_once(
     model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]
 ) -> NDArray[np.float32]:
     """(n, vocab) logits of n tokens after a prompt, from one forward pass."""
-    roots = np.array([prompt[-1], *tokens[:-1]], np.int32)
-    chain = DraftTree.from_parents(roots, np.arange(-1, len(roots) - 1, dtype=np.int32))
+    chain = DraftTree.chain(np.array([prompt[-1], *tokens[:-1]], np.int32))
     with SequenceSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
         session.extend(prompt[:-1])
         return session.logits(chain)

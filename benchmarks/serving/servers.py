@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 QUESTIONS = (
     "Why is the sky blue?",
@@ -52,9 +53,9 @@ class Job:
         return {"messages": [{"role": "user", "content": self.question}], **self.options}
 
 
-def jobs(count: int, seed: int = 0) -> list[Job]:
+def jobs(count: int) -> list[Job]:
     """Jobs with short and long answers, greedy and sampled."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     return [
         Job(QUESTIONS[i % len(QUESTIONS)], rng.randint(4, 48), rng.choice([0.0, 0.8, 1.2]), seed=i)
         for i in range(count)
@@ -117,8 +118,4 @@ def resident_bytes(process: subprocess.Popen[bytes]) -> int:
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """The median and the 95th percentile, in milliseconds."""
-    ordered = sorted(seconds)
-    return {
-        f"p{p}": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 1)
-        for p in (50, 95)
-    }
+    return {f"p{p}": round(1000 * float(np.percentile(seconds, p)), 1) for p in (50, 95)}

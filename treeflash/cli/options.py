@@ -303,16 +303,17 @@ def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
     return fall_back_to_cpu(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
 
 
-def locate_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LocatedPair:
-    """Fetch the chosen models; no drafter if the methods need none."""
+def locate_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -> LocatedPair:
+    """Fetch the chosen models; no drafter if the methods need none. None is the default method."""
     drafter: str | Literal[False] | None = args.drafter
     if drafter is None and methods and set(methods) <= {"ar", "suffix"}:
         drafter = False
-    settings = {field.name: getattr(args, field.name) for field in fields(LoadConfig)}
+    names = {field.name for field in fields(LoadConfig)}
+    settings = {name: value for name, value in vars(args).items() if name in names}
     return locate(args.target, drafter, backend=args.backend, **settings)
 
 
-def load_model(args: argparse.Namespace, methods: Collection[str] = ()) -> LanguageModel:
+def load_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -> LanguageModel:
     """Load the models of `locate_model`; a spinner on a terminal says which."""
     return load_located(locate_model(args, methods))
 

@@ -98,8 +98,8 @@ def decision_margin(
 
 def spacing(value: float, dtype: str) -> float:
     """The distance between neighbouring numbers of a dtype around a value."""
-    _, exponent = np.frexp(value)
-    return float(2.0 ** (int(exponent) - 1 - MANTISSA_BITS[dtype]))
+    _, exponent = math.frexp(value)
+    return math.ldexp(1.0, exponent - 1 - MANTISSA_BITS[dtype])
 
 
 STANDARD_INPUT = "-"
@@ -194,12 +194,11 @@ def _count(n: int, noun: str) -> str:
 
 def summarise(generation: Generation) -> str:
     """Tokens, speed, block efficiency, accepted lengths and time by phase, in several lines."""
-    forwards = len(generation.accepted_lengths)
     lines = [
         f"{len(generation.token_ids)} tokens after a prompt of {generation.prompt_tokens}, "
         f"{generation.tokens_per_s:.1f} tokens/s, "
         f"block efficiency {generation.block_efficiency:.2f} "
-        f"({forwards} target forward{'s'[: forwards != 1]} after the prefill)",
+        f"({_count(len(generation.accepted_lengths), 'target forward')} after the prefill)",
         f"method {generation.method}, budget {generation.budget}, backend {generation.backend} on "
         f"{generation.device}, {generation.dtype}, seed {generation.seed}, "
         f"{generation.inexact or 'exact'}, "

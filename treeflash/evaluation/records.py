@@ -46,7 +46,10 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
         - `accepted`, by set and drafting case: iterations by accepted length, 1, 2, ...
     """
     rng = np.random.default_rng(seed)
-    efficiencies = {name: _efficiencies(prompts, rng) for name, prompts in samples.items()}
+    efficiencies = {
+        name: efficiencies_by_case(prompts, resamples(len(prompts), rng))
+        for name, prompts in samples.items()
+    }
     efficiencies[MEAN] = {
         case: np.mean([by_case[case] for by_case in efficiencies.values()], 0)
         for case in next(iter(efficiencies.values()))
@@ -66,17 +69,18 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
     }
 
 
-def _efficiencies(samples: Sequence[Sample], rng: np.random.Generator) -> Efficiencies:
-    """Block efficiencies by case, (1 + RESAMPLES,): measured, then for the resampled prompts."""
-    indices = resamples(len(samples), rng)
-    return {case: block_efficiencies(samples, case, indices) for case in samples[0].runs}
+def efficiencies_by_case(samples: Sequence[Sample], indices: NDArray[np.int64]) -> Efficiencies:
+    """The `block_efficiencies` of each case."""
+    return {
+        case: block_efficiencies([own.runs[case].accepted_lengths for own in samples], indices)
+        for case in samples[0].runs
+    }
 
 
 def block_efficiencies(
-    samples: Sequence[Sample], case: Case, indices: NDArray[np.int64]
+    lengths: Sequence[Sequence[int]], indices: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(r,) block efficiencies of a case, pooled over prompts that (r, n) indices choose."""
-    lengths = [sample.runs[case].accepted_lengths for sample in samples]
+    """(r,) block efficiencies of n prompts' accepted lengths, pooled as (r, n) indices choose."""
     tokens, forwards = np.array([(sum(prompt), len(prompt)) for prompt in lengths]).T
     efficiencies: NDArray[np.float64] = tokens[indices].sum(1) / forwards[indices].sum(1)
     return efficiencies
@@ -169,3 +173,9 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """The percentile interval of level `LEVEL` of (1 + RESAMPLES,) statistics, as (low, high)."""
     low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def with_interval(values: NDArray[np.float64]) -> str:
+    """The first of (1 + RESAMPLES,) statistics, with the interval in brackets."""
+    low, high = interval(values)
+    return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"

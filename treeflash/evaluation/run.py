@@ -19,7 +19,6 @@ from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import draft_anchors
 from treeflash.errors import PromptError
 from treeflash.language_model import LanguageModel
-from treeflash.text.generation import Stats
 from treeflash.text.prompt import Row, encode
 from treeflash.text.stream import Parallel, scheduler_config, submit_any_size
 
@@ -78,7 +77,7 @@ def measure_depth_metrics(
     for anchor in draft_anchors(backend, prompt_ids, text_ids, logits=True):
         assert anchor.logits is not None
         n = len(anchor.logits)  # the text may end within the block
-        target = _probabilities(anchor.logits, temperature)
+        target = softmax(anchor.logits, temperature)
         drafted = {}
         if backend.drafter_config.has_marginals:
             drafted["marginal"] = backend.drafter.log_probs(anchor.block)
@@ -94,7 +93,8 @@ def measure_depth_metrics(
     return metrics
 
 
-def _probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+def softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """(n, vocab) probabilities; the temperature 0 counts as 1."""
     scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / (temperature or 1.0)
     exps = np.exp(scaled)
     normalised: NDArray[np.float64] = exps / exps.sum(-1, keepdims=True)
@@ -187,14 +187,22 @@ class Case(NamedTuple):
 Configs: TypeAlias = Mapping[Case, DecodeConfig]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run:
-    """The result of one case on one prompt: new tokens, including the prefill's, and iterations."""
+    """One case on one prompt so far: new tokens, including the prefill's, and iterations."""
 
-    tokens: int
-    accepted_lengths: tuple[int, ...]
-    rejections: Counter[Reason]
+    tokens: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)
+    rejections: Counter[Reason] = field(default_factory=Counter)
     best_drafts: Counter[BestDraft] = field(default_factory=Counter)
+
+    def add(self, step: Step) -> None:
+        self.tokens += len(step.tokens)
+        if step.tree is not None:
+            self.accepted_lengths.append(len(step.tokens))
+        if reason := rejection_reason(step):
+            self.rejections[reason] += 1
+        self.best_drafts.update(best_drafts(step))
 
 
 @dataclass(frozen=True)
@@ -227,13 +235,14 @@ class Evaluation:
         The cases differ only in method and budget. Budgets are fixed, so that a sequence has the
         same iterations as alone.
         """
+        temperature = next(iter(configs.values())).sampling.temperature
         finished: dict[str, dict[int, Sample]] = {name: {} for name in sets}
         scheduler = Scheduler(backend, scheduler_config(parallel))
         with progress(console) as bar:
             task = bar.add_task("", total=sum(map(len, sets.values())))
             for prompt in _decode(scheduler, sets, configs):
                 bar.update(task, description=prompt.set_name)
-                sample = prompt.sample(backend)
+                sample = prompt.sample(backend, temperature)
                 if all(run.accepted_lengths for run in sample.runs.values()):
                     finished[prompt.set_name][prompt.number] = sample
                 # In the order of the file, because the intervals depend on it.
@@ -246,68 +255,45 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class _RunInProgress:
-    """A prompt that is being decoded in one case."""
-
-    config: DecodeConfig
-    stats: Stats = field(default_factory=Stats)
-    rejections: Counter[Reason] = field(default_factory=Counter)
-    best_drafts: Counter[BestDraft] = field(default_factory=Counter)
-    token_ids: list[int] = field(default_factory=list)
-
-    def add(self, step: Step) -> None:
-        self.stats.add(step)
-        self.token_ids.extend(step.tokens)
-        if reason := rejection_reason(step):
-            self.rejections[reason] += 1
-        self.best_drafts.update(best_drafts(step))
-
-
-@dataclass(frozen=True, eq=False)
 class _Prompt:
     """A prompt that is being decoded in all cases."""
 
     set_name: str
     number: int
     ids: Sequence[int]
-    runs: Mapping[Case, _RunInProgress]
+    runs: Mapping[Case, Run]
+    text_ids: list[int] = field(default_factory=list)  # new tokens of the last case
     unfinished: set[RequestId] = field(default_factory=set)
 
-    def sample(self, backend: Backend) -> Sample:
+    def sample(self, backend: Backend, temperature: float) -> Sample:
         """The results of all runs; measures the depth metrics on the text of the last case."""
         depth_metrics = None
         if backend.drafter_config is not None:
-            *_, last = self.runs.values()
-            temperature = last.config.sampling.temperature
-            depth_metrics = measure_depth_metrics(backend, self.ids, last.token_ids, temperature)
-        runs = {
-            case: Run(
-                run.stats.tokens, tuple(run.stats.accepted_lengths), run.rejections, run.best_drafts
-            )
-            for case, run in self.runs.items()
-        }
-        return Sample(runs, depth_metrics)
+            depth_metrics = measure_depth_metrics(backend, self.ids, self.text_ids, temperature)
+        return Sample(self.runs, depth_metrics)
 
 
 def _decode(
     scheduler: Scheduler, sets: Mapping[str, Sequence[Sequence[int]]], configs: Configs
 ) -> Iterator[_Prompt]:
     """Decode every prompt in every case; yields a prompt when its last run has ended."""
-    owners: dict[RequestId, tuple[_Prompt, _RunInProgress]] = {}
+    owners: dict[RequestId, tuple[_Prompt, Case]] = {}
+    *_, last = configs
     for name, prompts in sets.items():
         for number, ids in enumerate(prompts):
-            runs = {case: _RunInProgress(config) for case, config in configs.items()}
-            prompt = _Prompt(name, number, ids, runs)
+            prompt = _Prompt(name, number, ids, {case: Run() for case in configs})
             requests = [Request(prompt_ids=ids, config=config) for config in configs.values()]
             request_ids = submit_any_size(scheduler, requests)
             prompt.unfinished.update(request_ids)
-            owners |= {i: (prompt, run) for i, run in zip(request_ids, runs.values(), strict=True)}
+            owners |= {i: (prompt, case) for i, case in zip(request_ids, configs, strict=True)}
     with closing(scheduler.run()) as events:
         for request_id, event in events:
             if isinstance(event, Exception):
                 raise event
-            prompt, run = owners[request_id]
-            run.add(event)
+            prompt, case = owners[request_id]
+            prompt.runs[case].add(event)
+            if case == last:
+                prompt.text_ids.extend(event.tokens)
             if event.finish_reason is not None:
                 prompt.unfinished.remove(request_id)
                 del owners[request_id]

@@ -22,8 +22,7 @@ def run(monkeypatch, files, capsys):
     """Run the command with a model: exit status and standard error."""
 
     def run(model, *arguments):
-        monkeypatch.setattr(distill, "locate", lambda *args, **settings: None)
-        monkeypatch.setattr(distill, "load_located", lambda pair: model)
+        monkeypatch.setattr(distill, "load_model", lambda args: model)
         capsys.readouterr()
         code = distill.main(["--output", str(files[1]), *arguments])
         return code, capsys.readouterr().err
