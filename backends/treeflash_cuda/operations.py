@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -189,64 +189,14 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     return active * up
 
 
-class TreeAttention(Protocol):
-    """See `tree_attention`."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: VisibleKeys,
-        *,
-        max_length: int,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-class RMSNorm(Protocol):
-    """See `rms_norm`."""
-
-    def __call__(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class RotateAndStore(Protocol):
-    """See `rotate_and_store`."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        norms: tuple[Tensor, Tensor] | None = None,
-        eps: float = 0.0,
-    ) -> Tensor: ...
-
-
-class Gated(Protocol):
-    """See `gated`."""
-
-    def __call__(self, gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Operations:
-    """One implementation of each operation."""
+    """One implementation of each operation, with the arguments of the function above."""
 
-    tree_attention: TreeAttention = tree_attention
-    rms_norm: RMSNorm = rms_norm
-    rotate_and_store: RotateAndStore = rotate_and_store
-    gated: Gated = gated
+    tree_attention: Callable[..., Tensor] = tree_attention
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
+    rotate_and_store: Callable[..., Tensor] = rotate_and_store
+    gated: Callable[..., Tensor] = gated
     # A line for each operation that has a kernel but runs in PyTorch, with the reason.
     fallbacks: tuple[str, ...] = ()
 
@@ -265,9 +215,7 @@ class Shapes:
 
 
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations for a model: Triton kernels where they pass their check, else PyTorch."""
-    if device.type != "cuda":
-        return Operations()
+    """The operations for a model on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
         from treeflash_cuda.triton_kernels import attention, layers
     except ImportError as error:
