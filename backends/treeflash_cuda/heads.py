@@ -717,8 +717,8 @@ class RecurrentHead:
         parts = len(arrays[0])
         tokens_, log_probs_, kept_, *confidences = (numbers[i::parts] for i in range(parts))
         return TransitionTable.from_paths(
-            [x.reshape(-1, k) for x in tokens_],
-            [x.view(np.float32).reshape(-1, k) for x in log_probs_],
+            tokens_,
+            [x.view(np.float32) for x in log_probs_],
             kept_,
             *([x.view(np.float32) for x in part] for part in confidences),
         )

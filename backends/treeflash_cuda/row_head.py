@@ -416,7 +416,6 @@ class RowHead:
         rows = self._start(blocks)
         path_log_probs = torch.zeros(batch, 1, device=self.target.device)
         arrays: list[Tensor] = []
-        shapes: list[tuple[int, int]] = []
         for depth in range(depths):
             n = len(rows.outputs) // batch
             logits = self.output.logits(self.model.norm(rows.outputs)).float()
@@ -431,7 +430,6 @@ class RowHead:
             kept = ranks.topk(min(width, n * k)).indices
             tokens = tokens.view(batch, n * k)
             arrays += [tokens, log_probs.view(torch.int32), kept.int()]
-            shapes.append((n, k))
             if depth + 1 < depths:
                 path_log_probs = children.gather(1, kept)
                 rows = self._step(blocks, rows, depth + 1, tokens.gather(1, kept).long(), kept // k)
@@ -440,16 +438,8 @@ class RowHead:
         tables = []
         for sequence in numbers:
             parts = np.split(sequence, ends)
-            tables.append(
-                TransitionTable.from_paths(
-                    [x.reshape(shape) for x, shape in zip(parts[::3], shapes, strict=True)],
-                    [
-                        x.view(np.float32).reshape(shape)
-                        for x, shape in zip(parts[1::3], shapes, strict=True)
-                    ],
-                    [x.astype(np.int64) for x in parts[2::3]],
-                )
-            )
+            log_probs_ = [x.view(np.float32) for x in parts[1::3]]
+            tables.append(TransitionTable.from_paths(parts[::3], log_probs_, parts[2::3]))
         return tables
 
     @torch.inference_mode()
