@@ -19,7 +19,7 @@ from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.attention import AttentionContext, attention_context
-from treeflash_cuda.numerics import topk
+from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.model import GROUP
@@ -187,21 +187,19 @@ class FeatureStore:
         for row, response in enumerate(responses):
             first, end = len(response.prompt_ids) - 1, len(response) - 1
             hidden = decoded.last_hidden_state[row, first:end]
-            log_probs, top_tokens = top_log_probs(self.target, hidden, self.top_tokens)
+            top_tokens, log_probs = target_top(self.target, hidden, self.top_tokens)
             # A copy: a view would keep the padding of all sequences.
             copied = features[row, : len(response)].clone()
-            results.append(SequenceFeatures(copied, top_tokens.int(), log_probs.half()))
+            results.append(SequenceFeatures(copied, top_tokens, log_probs.half()))
         return results
 
 
-def top_log_probs(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(n, k) log probabilities and ids of the target's top tokens, from its decoder's outputs."""
-    parts = []
-    for chunk in hidden.split(OUTPUT_ROWS):
-        logits = target.logits(chunk).float()
-        best, tokens = topk(logits, k)
-        parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
-    return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
+def target_top(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(n, k) the target's top tokens, int32, and their log probabilities, from decoder outputs."""
+    chunks = hidden.split(OUTPUT_ROWS)
+    parts = [top_log_probs(target.logits(chunk), k, temperature=1) for chunk in chunks]
+    tokens, log_probs = map(torch.cat, zip(*parts, strict=True))
+    return tokens, log_probs
 
 
 def fingerprint(responses: Sequence[Response], **settings: object) -> str:
@@ -371,5 +369,5 @@ def score_drafts(
     states = decoded.last_hidden_state[0]
     drafted = states[length:].unflatten(0, (count, depths - 1))
     scored = torch.cat([states[anchors][:, None], drafted], 1)
-    log_probs, tokens = top_log_probs(target, scored.flatten(0, 1), top_tokens)
-    return tokens.unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))
+    tokens, log_probs = target_top(target, scored.flatten(0, 1), top_tokens)
+    return tokens.long().unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))
