@@ -34,26 +34,14 @@ Kind: TypeAlias = tuple[int | None, bool]
 """The kind of a layer: its window, and whether it is causal."""
 
 
-class DrafterEnds(Protocol):
-    """What the model of any drafter has at its input and its output."""
-
-    @property
-    def config(self) -> DrafterConfig: ...
-
-    @property
-    def norm(self) -> nn.Module: ...
-
-    @property
-    def own(self) -> OwnVocabulary: ...
-
-
 class OutputStage:
     """From tokens to embeddings and from hidden states to logits, for a drafter and its head."""
 
-    def __init__(self, model: DrafterEnds, target: Target) -> None:
-        self.config = model.config  # of the drafter
-        self.norm = model.norm  # the final norm, to apply before `logits`
-        self._own = model.own
+    def __init__(self, model: Any, target: Target) -> None:
+        """Take these parts of a `DrafterModel` or a `RowModel`."""
+        self.config: DrafterConfig = model.config
+        self.norm: nn.Module = model.norm  # the final norm, to apply before `logits`
+        self._own: OwnVocabulary = model.own
         self._target = target
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -70,7 +58,7 @@ class OutputStage:
         if lm_head is not None:
             logits = token_products(normed, lm_head, tokens)
         elif tokens is None:
-            logits = self._target.output_head(normed)
+            logits = self._target.lm_head(normed)
         else:
             logits = self._target.shortlist_logits(normed, tokens)
         if self.config.output_multiplier != 1:

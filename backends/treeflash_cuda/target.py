@@ -547,7 +547,7 @@ class Target:
             whole = self.model(**inputs, use_cache=False)
             decoded = self.model.get_decoder()(**inputs, use_cache=False)
             expected = whole.logits.float()
-            raw = self.output_head(decoded.last_hidden_state).float()
+            raw = self.lm_head(decoded.last_hidden_state).float()
         self.scale = float((expected * raw).sum() / raw.square().sum())
         if difference := self._significant_difference(self.scale * raw, expected):
             raise UnsupportedModelError(
@@ -588,13 +588,9 @@ class Target:
         """(..., hidden_size) rows of the input table."""
         return F.embedding(tokens, self.embeddings)
 
-    def output_head(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) logits of the output head alone, from (..., hidden_size)."""
-        return self.lm_head(hidden)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) logits of the model, from (..., hidden_size) outputs of its decoder."""
-        raw = self.output_head(hidden)
+        raw = self.lm_head(hidden)
         return raw if self.scale == 1 else raw * self.scale
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -602,7 +598,7 @@ class Target:
         if self.lm_head_weight is not None:
             bias = getattr(self.lm_head, "bias", None)
             return token_products(hidden, self.lm_head_weight, tokens, bias)
-        logits = self.output_head(hidden)
+        logits = self.lm_head(hidden)
         if tokens.ndim == 1:
             return logits.index_select(-1, tokens)
         return logits.gather(1, tokens.repeat_interleave(len(logits) // len(tokens), 0))
