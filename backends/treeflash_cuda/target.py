@@ -542,12 +542,9 @@ class Target:
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)
-        inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}
         with torch.inference_mode(), attention_context(context):
-            whole = self.model(**inputs, use_cache=False)
-            decoded = self.model.get_decoder()(**inputs, use_cache=False)
-            expected = whole.logits.float()
-            raw = self.lm_head(decoded.last_hidden_state).float()
+            expected = self.model(tokens[None], use_cache=False).logits.float()
+            raw = self.lm_head(self.run_decoder(tokens[None], context)[0]).float()
         self.scale = float((expected * raw).sum() / raw.square().sum())
         if difference := self._significant_difference(self.scale * raw, expected):
             raise UnsupportedModelError(
@@ -602,6 +599,16 @@ class Target:
         if tokens.ndim == 1:
             return logits.index_select(-1, tokens)
         return logits.gather(1, tokens.repeat_interleave(len(logits) // len(tokens), 0))
+
+    def run_decoder(
+        self, tokens: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """(rows, n, hidden_size) of the decoder and of captured layers, from (rows, n) tokens."""
+        positions = context.positions.expand(len(tokens), -1)
+        with attention_context(context) as outputs:
+            decoder = self.model.get_decoder()
+            output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
+        return output.last_hidden_state, outputs
 
     def context(
         self, committed: int, positions: Tensor, ancestors: Tensor | None

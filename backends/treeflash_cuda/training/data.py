@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.attention import AttentionContext, attention_context
+from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
@@ -177,16 +177,13 @@ class FeatureStore:
         tokens = torch.zeros(len(responses), width, dtype=torch.long)
         for row, response in zip(tokens, responses, strict=True):
             row[: len(response)] = torch.tensor(response.token_ids)
-        positions = torch.arange(width, device=device).expand(len(responses), -1)
-        with attention_context(AttentionContext.whole_sequence(width, device)) as outputs:
-            decoded = self.target.model.get_decoder()(
-                input_ids=tokens.to(device), position_ids=positions, use_cache=False
-            )
+        context = AttentionContext.whole_sequence(width, device)
+        decoded, outputs = self.target.run_decoder(tokens.to(device), context)
         features = torch.cat([outputs[i] for i in self.layer_ids], -1)
         results = []
         for row, response in enumerate(responses):
             first, end = len(response.prompt_ids) - 1, len(response) - 1
-            hidden = decoded.last_hidden_state[row, first:end]
+            hidden = decoded[row, first:end]
             top_tokens, log_probs = target_top(self.target, hidden, self.top_tokens)
             # A copy: a view would keep the padding of all sequences.
             copied = features[row, : len(response)].clone()
@@ -360,14 +357,9 @@ def score_drafts(
     ancestors[length:, :length] = columns <= anchors.repeat_interleave(depths - 1)[:, None]
     ancestors[length:, length:] = block[:, None] == block
     context = AttentionContext(0, torch.cat([columns, draft_positions]), ancestors)
-    with attention_context(context):
-        decoded = target.model.get_decoder()(
-            input_ids=torch.cat([sequence, drafts[:, :-1].flatten()])[None],
-            position_ids=context.positions[None],
-            use_cache=False,
-        )
-    states = decoded.last_hidden_state[0]
+    tokens = torch.cat([sequence, drafts[:, :-1].flatten()])
+    (states,), _ = target.run_decoder(tokens[None], context)
     drafted = states[length:].unflatten(0, (count, depths - 1))
     scored = torch.cat([states[anchors][:, None], drafted], 1)
-    tokens, log_probs = target_top(target, scored.flatten(0, 1), top_tokens)
-    return tokens.long().unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))
+    top, log_probs = target_top(target, scored.flatten(0, 1), top_tokens)
+    return top.long().unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))
