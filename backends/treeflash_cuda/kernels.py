@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from treeflash.errors import is_out_of_memory
+from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
 from treeflash_cuda.operations import Operations, VisibleKeys
 
@@ -143,7 +143,7 @@ def flash_kernels(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return None, str(error).partition("\n")[0]
+        return None, first_line(error)
     if not difference <= TOLERANCE:
         return None, f"FlashAttention's results differ by {difference:.1%}"
     return kernels, ""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treeflash.errors import is_out_of_memory
+from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
 
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
@@ -245,7 +245,7 @@ def checked(
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
         else:
             if difference <= TOLERANCES[dtype]:
                 chosen[name] = getattr(kernels, name)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import CommittedStates
@@ -147,7 +148,7 @@ def follow(target: Target) -> None:
     try:
         _follow(target)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         print(f"error: rank {dist.get_rank()} failed: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 

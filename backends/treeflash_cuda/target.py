@@ -33,6 +33,7 @@ from treeflash.errors import (
     CheckpointError,
     ConfigError,
     UnsupportedModelError,
+    first_line,
     is_out_of_memory,
 )
 from treeflash_cuda.attention import (
@@ -101,7 +102,7 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} is not usable: {_first_line(error)}"
+            f"{folder / 'config.json'} is not usable: {first_line(error)}"
         ) from error
 
 
@@ -165,23 +166,19 @@ def load_model(
             model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({_first_line(error)}); install it, "
+            f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
             "or use weights that are not quantised"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def refuse_stateful(config: PreTrainedConfig) -> None:
