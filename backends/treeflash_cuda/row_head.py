@@ -19,20 +19,12 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import (
-    MAX_PATHS,
-    NO_MARGINALS,
-    Experts,
-    RowConfig,
-    RowTensors,
-    refuse_assistant,
-)
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import MLP, OwnVocabulary, Rotary, rotate
-from treeflash_cuda.linear import pack_linears
 from treeflash_cuda.numerics import top_log_probs, upload
 from treeflash_cuda.target import Target
 
@@ -176,10 +168,10 @@ class Layer(nn.Module):
 class RowModel(nn.Module):
     """The weights of a row head, under their canonical names."""
 
-    def __init__(self, config: RowConfig, own: OwnVocabulary | None = None) -> None:
+    def __init__(self, config: RowConfig, own: OwnVocabulary) -> None:
         super().__init__()
         self.config = config
-        self.own = own or OwnVocabulary()
+        self.own = own
         h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
         self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
         self.input_proj = self.fc = self.input_norm = self.fc_norm = None
@@ -194,23 +186,6 @@ class RowModel(nn.Module):
         self.layer = Layer(config)
         self.norm = Norm(h, eps)
         self.rotary = Rotary(config)
-
-    @classmethod
-    def from_tensors(cls, tensors: RowTensors[Tensor], target: Target) -> RowModel:
-        config = tensors.config
-        refuse_assistant(config, "cuda")
-        weights = {
-            name: weight.float() + config.norm_offset if name.endswith("norm.weight") else weight
-            for name, weight in tensors.weights.items()
-        }
-        own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
-        with torch.device("meta"):  # no memory for weights that are replaced
-            model = cls(config, own)
-        model.load_state_dict(weights, assign=True)
-        model.rotary = Rotary(config)
-        model = model.to(target.device, target.dtype).eval()
-        pack_linears(model)
-        return model
 
     @property
     def layers(self) -> Sequence[nn.Module]:
