@@ -292,7 +292,10 @@ def make_batch(
     for row, (response, part, roots) in enumerate(zip(responses, features, anchors, strict=True)):
         first, end = len(response.prompt_ids) - 1, len(response) - 1
         tokens[row, : len(response)] = torch.tensor(response.token_ids)
-        context[row, : len(response)] = _copyable(part.features, context)
+        source = part.features
+        if context.device.type == "cuda" and source.device.type == "cpu":
+            source = source.pin_memory()  # pageable copies are slow
+        context[row, : len(response)] = source
         top_tokens[row, first:end] = part.top_tokens
         top_log_probs[row, first:end] = part.top_log_probs
         positions[row, : len(roots)] = torch.from_numpy(roots)
@@ -301,12 +304,6 @@ def make_batch(
     valid = positions[:, :, None] + depth <= ends[:, :, None]
     tokens, positions, valid = (x.to(device) for x in (tokens, positions, valid))
     return Batch(tokens, context, positions, valid, top_tokens, top_log_probs)
-
-
-def _copyable(source: Tensor, destination: Tensor) -> Tensor:
-    """The source in pinned memory if it is to be copied to a GPU: pageable copies are slow."""
-    crosses = destination.device.type == "cuda" and source.device.type == "cpu"
-    return source.pin_memory() if crosses else source
 
 
 def with_drafts(
