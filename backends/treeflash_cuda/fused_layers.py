@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
-from treeflash_cuda.operations import TOLERANCES, Operations, VisibleKeys
+from treeflash_cuda.operations import TOLERANCES, Numbers, Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""
@@ -91,7 +91,7 @@ def _candidates(
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
-        x = _numbers(len(weight), weight)
+        x = Numbers(weight.device, weight.dtype).draw(1, ROWS, len(weight))
         yield FusedNorm(operations, weight, eps), x
         # Gemma's norms add 1 to their weight, in float32.
         yield FusedNorm(operations, weight.detach().float() + 1, eps), x
@@ -100,7 +100,7 @@ def _candidates(
     if getattr(module, "act_fn", None) is not None and all(isinstance(x, nn.Module) for x in parts):
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            x = _numbers(weight.shape[1], weight)
+            x = Numbers(weight.device, weight.dtype).draw(1, ROWS, weight.shape[1])
             yield lambda x: down(operations.gated(gate(x), up(x))), x
 
 
@@ -201,12 +201,6 @@ def _watch(
         return forward(*args, **kwargs), seen
     finally:
         context.operations = operations
-
-
-def _numbers(size: int, like: Tensor) -> Tensor:
-    """(1, rows, size) random inputs."""
-    random = torch.randn(1, ROWS, size, generator=torch.Generator().manual_seed(0))
-    return random.to(like.device, like.dtype)
 
 
 def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:

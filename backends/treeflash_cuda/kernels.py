@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import Operations, VisibleKeys
+from treeflash_cuda.operations import Numbers, Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
@@ -156,14 +156,9 @@ def _difference(
 
     Of several windows the largest one.
     """
-    random = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
-
-    columns, rows, scale = 600, 40, size**-0.5
-    k, v = numbers(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
-    q = numbers(rows, heads, size)
+    numbers, columns, rows, scale = Numbers(device, dtype), 600, 40, size**-0.5
+    k, v = numbers.draw(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
+    q = numbers.draw(rows, heads, size)
     errors = []
     for window in (None, 100):
         actual, expected = (
