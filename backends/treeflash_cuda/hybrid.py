@@ -78,7 +78,7 @@ class Writes:
     state: Tensor
     u: Tensor  # (trees, heads, n, value_dim)
     k: Tensor  # (trees, heads, n, key_dim)
-    log_g: Tensor  # (trees, heads, n) log decays, or (trees, heads, n, key_dim) of single channels
+    log_g: Tensor  # (trees, heads, n, 1) log decays, or (trees, heads, n, key_dim) of channels
     transposed: bool = False  # whether states are (trees, heads, value_dim, key_dim)
 
     def commit(self, path: Tensor) -> Tensor:
@@ -92,7 +92,6 @@ def state_update(u: Tensor, k: Tensor, log_g: Tensor, transposed: bool) -> tuple
 
     The rows follow one another. A row whose u and log_g are 0 changes nothing.
     """
-    log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
     # Decays after each row, summed directly: a difference of two sums would lose digits.
     later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
     left, right = k * later.exp(), u
@@ -105,13 +104,13 @@ def delta_rule(
     q: Tensor,  # (trees, heads, n, key_dim), normalised and scaled
     k: Tensor,  # (trees, heads, n, key_dim), normalised
     v: Tensor,  # (trees, heads, n, value_dim)
-    log_g: Tensor,  # (trees, heads, n), or (trees, heads, n, key_dim) for gates of single channels
+    log_g: Tensor,  # (trees, heads, n, 1), or (trees, heads, n, key_dim) for gates of channels
     beta: Tensor,  # (trees, heads, n, 1)
     state: Tensor,  # (trees, heads, key_dim, value_dim)
     nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
     """(trees, heads, n, value_dim) outputs of the gated delta rule on trees, and written values."""
-    if log_g.ndim == 4 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
+    if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
     pairs, total = _decays(log_g, nodes.ancestors)
     decay = total.exp()
@@ -133,23 +132,18 @@ def linear_rule(
 def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
     """Decays from node j to node i, 0 where i does not see j; and log decays from the state to i.
 
-    (trees, heads, n, n) and (trees, heads, n, 1), or both with key_dim as the last axis.
-    Differences are masked before the exponential: off the paths they are positive and overflow.
+    (trees, heads, n, n, 1 or key_dim) and (trees, heads, n, 1 or key_dim). Differences are masked
+    before the exponential: off the paths they are positive and overflow.
     """
-    below, others = ancestors.to(log_g.dtype), ~ancestors[:, None]
-    if log_g.ndim == 3:
-        total = log_g @ below.transpose(1, 2)
-        difference = total[..., :, None] - total[..., None, :]
-        return difference.masked_fill(others, float("-inf")).exp(), total[..., None]
-    total = below[:, None] @ log_g
+    total = ancestors[:, None].to(log_g.dtype) @ log_g
     difference = total[..., :, None, :] - total[..., None, :, :]
-    return difference.masked_fill(others[..., None], float("-inf")).exp(), total
+    return difference.masked_fill(~ancestors[:, None, :, :, None], float("-inf")).exp(), total
 
 
 def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
     """(trees, heads, n, n) decayed products of rows."""
-    if pairs.ndim == 4:
-        return (x @ k.transpose(-1, -2)) * pairs
+    if pairs.shape[-1] == 1:
+        return (x @ k.transpose(-1, -2)) * pairs[..., 0]
     return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
 
 
@@ -270,7 +264,6 @@ class TreeWrites:
             zip(self.layout.matrices, self.before[tails:], strict=True)
         ):
             u, k, log_g = self.outputs[tails + 3 * n :][:3]
-            log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
             transposed = keys[0][1] in self.layout.transposed
             update, decay = state_update(
                 u.masked_fill(~on_path, 0), k, log_g.masked_fill(~on_path, 0), transposed
@@ -679,7 +672,7 @@ def _gated_delta_rule(
         q, k, v, g = (x.transpose(1, 2).float() for x in (q, k, v, g))
         if use_qk_l2norm_in_kernel:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-        q = q * q.shape[-1] ** -0.5
+        q, g = q * q.shape[-1] ** -0.5, g if g.ndim == 4 else g[..., None]
         if state is None:
             state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
         state, beta = state.float(), beta.transpose(1, 2).float()[..., None]
@@ -730,7 +723,7 @@ def _mamba_2(
         k, q = (y.float().repeat_interleave(repeats, 2).transpose(1, 2) for y in (b, c))
         x, dt = x.float(), dt.float()
         u = (x * dt[..., None]).transpose(1, 2)
-        g = (a.float() * dt).transpose(1, 2)
+        g = (a.float() * dt).transpose(1, 2)[..., None]
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], k.shape[3])
         state = state.float()

@@ -89,7 +89,7 @@ def commit_without_decay(patch):
 
 def commit_with_own_decay(patch):
     def shifted(self, path):
-        own = torch.exp(self.log_g)[..., None]
+        own = torch.exp(self.log_g)
         return commit(replace(self, k=self.k * own), path)
 
     patch.setattr(Writes, "commit", shifted)
