@@ -251,7 +251,7 @@ def load_weights(
         model = make(config, own)
     tensors = {
         # In float32, where adding the offset rounds nothing.
-        name: x.float() + config.norm_offset if name.endswith("norm.weight") else x
+        name: x.float() + config.norm_offset if "norm." in name else x
         for name, x in weights.items()
     }
     model.load_state_dict(tensors, assign=True)
