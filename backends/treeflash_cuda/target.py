@@ -235,6 +235,12 @@ def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) 
     They replace accelerate's hooks; `home` is the device of the embeddings.
     """
     from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import send_to_device
+
+    def take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        # Contexts know masks by their identity, and move them themselves.
+        kept = MASK if is_attending() else None
+        return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=kept)
 
     remove_hook_from_module(model, recurse=True)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -242,26 +248,9 @@ def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) 
     last = [x for x in [*last, head] if next(x.parameters(), None) is not None]
     for module in (*layers, *last):
         device = next(module.parameters()).device
-        module.register_forward_pre_hook(partial(_take_inputs, device), with_kwargs=True)
+        module.register_forward_pre_hook(partial(take_inputs, device), with_kwargs=True)
     for module in last:
         module.register_forward_hook(lambda _, __, output: output.to(home))
-
-
-def _take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    # Contexts know masks by their identity, and move them themselves.
-    mask = {MASK: kwargs[MASK]} if is_attending() and MASK in kwargs else {}
-    return _move(args, device), _move(kwargs, device) | mask
-
-
-def _move(x: Any, device: torch.device) -> Any:
-    """A tensor, or a nesting of tuples, lists and dictionaries with tensors, on a device."""
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if type(x) in (tuple, list):
-        return type(x)(_move(part, device) for part in x)
-    if type(x) is dict:
-        return {name: _move(part, device) for name, part in x.items()}
-    return x
 
 
 def join_ranks(tensor: Tensor) -> Tensor:
