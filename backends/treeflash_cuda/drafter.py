@@ -372,8 +372,10 @@ class Drafter:
         attention: DraftAttention,
     ) -> Tensor:
         """(t * S, hidden_size) outputs of the blocks."""
-        config = self.model.config
-        x = embed_blocks(self.output, tokens[:, None])
+        config, roots = self.model.config, tokens[:, None]
+        masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
+        x = self.output.embed(torch.cat([roots, masks], 1).flatten())[None]
+        x = x if config.input_scale == 1 else x * config.input_scale
         for n, (layer, kind) in enumerate(zip(self.model.layers, layer_kinds(config), strict=True)):
             x = layer(x, context[None], rotation, functools.partial(attention.attend, n, kind))
         return x[0]
@@ -413,14 +415,6 @@ def layer_kinds(config: DrafterConfig) -> list[Kind]:
 def block_positions(start: Tensor, size: int) -> Tensor:
     """(t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
     return (start[:, None] + torch.arange(size, device=start.device)).flatten()
-
-
-def embed_blocks(output: OutputStage, roots: Tensor) -> Tensor:
-    """(1, sequences * S, hidden_size) inputs: each of (sequences, 1) roots, and masks after it."""
-    config = output.config
-    masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
-    x = output.embed(torch.cat([roots, masks], 1).flatten())[None]
-    return x if config.input_scale == 1 else x * config.input_scale
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:
