@@ -54,6 +54,11 @@ def is_device_lost(error: Exception) -> bool:
     return _says(error, DEVICE_LOST)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type if it has no message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _says(error: Exception, parts: tuple[str, ...]) -> bool:
     message = str(error).lower()
     return isinstance(error, RuntimeError) and any(part in message for part in parts)

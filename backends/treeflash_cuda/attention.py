@@ -69,6 +69,11 @@ class AttentionInputs:
         """Whether PyTorch's fused attention does not compute these scores."""
         return self.softcap is not None or self.sinks is not None
 
+    @property
+    def score_options(self) -> dict[str, Any]:
+        """The arguments of functions of attention that say how scores are computed."""
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+
 
 class Context(Protocol):
     """The masks and the attention of one forward pass."""
@@ -343,8 +348,8 @@ class AttentionContext:
         n, scale = query.shape[2], inputs.scale
         if self.kernels is not None and id(mask) in self._windows:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            window, options = self._windows[id(mask)][1], (inputs.softcap, inputs.sinks)
-            return self.kernels.causal(q, k, v, window, scale, *options)[None]
+            window = self._windows[id(mask)][1]
+            return self.kernels.causal(q, k, v, window, **inputs.score_options)[None]
         key, value = (decoded(x, query.dtype) for x in (key, value))
         causal = mask is None and n > 1
         if causal and not self.is_whole_sequence:
@@ -362,8 +367,7 @@ class AttentionContext:
         grouped = self.masks.get(
             self._causal_mask if causal else mask, query.shape[1] // key.shape[1], query.device
         )
-        options = inputs.softcap, inputs.sinks
-        return grouped_attention(query, [(key, value)], [grouped], [n], scale, *options)
+        return grouped_attention(query, [(key, value)], [grouped], [n], **inputs.score_options)
 
     @cached_property
     def _causal_mask(self) -> Tensor:
@@ -406,9 +410,8 @@ class PackedContext:
         if not self.one_by_one:
             groups = query.shape[1] // inputs.key.shape[1]
             grouped = [self.masks.get(mask, groups, query.device) for mask in masks]
-            options = inputs.scale, inputs.softcap, inputs.sinks
             kv_caches = [(decoded(k, query.dtype), decoded(v, query.dtype)) for k, v in kv_caches]
-            return grouped_attention(query, kv_caches, grouped, self.rows, *options)
+            return grouped_attention(query, kv_caches, grouped, self.rows, **inputs.score_options)
         parts = zip(self.sequences, query.split(self.rows, 2), kv_caches, masks, strict=True)
         outputs = [
             sequence.attend(replace(inputs, query=q, key=k, value=v, mask=mask))
@@ -506,9 +509,7 @@ class TreeContext:
             *self.cache.stored_columns(),
             self._visible(window, inputs.query.device),
             max_length=self.max_length,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
-            sinks=inputs.sinks,
+            **inputs.score_options,
         )
         return output[None]
 

@@ -26,11 +26,16 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
-from treeflash.drafters.row_heads import find_row_format, load_row_tensors, refuse_window
+from treeflash.drafters.row_heads import (
+    find_row_format,
+    load_row_tensors,
+    refuse_assistant,
+    refuse_window,
+)
 from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
 from treeflash_cuda.drafter import Drafter
-from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotary
+from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import (
     HEADS,
@@ -357,7 +362,10 @@ def load_row_head(folder: Path, target: Target) -> RowModel | None:
         vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    return RowModel.from_tensors(tensors, target)
+    refuse_assistant(tensors.config, "cuda")
+    model = load_weights(RowModel, tensors.config, tensors.weights, tensors.vocabulary, target)
+    pack_linears(model)
+    return model
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
@@ -371,20 +379,8 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
     tensors = load_tensors(
         folder, load_file, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=layers
     )
-    config, offset = tensors.config, tensors.config.norm_offset
-    own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
-    with torch.device("meta"):  # no memory for weights that are replaced
-        model = DrafterModel(config, own)
-    model.load_state_dict(
-        {
-            # In float32, where adding the offset rounds nothing.
-            name: x.float() + offset if offset and name.endswith("norm.weight") else x
-            for name, x in tensors.backbone.items()
-        },
-        assign=True,
-    )
-    model.rotary = Rotary(config)
-    model = model.to(target.device, target.dtype).eval()
+    config = tensors.config
+    model = load_weights(DrafterModel, config, tensors.backbone, tensors.vocabulary, target)
     if config.head is None:
         return model, None
     with torch.device("meta"):

@@ -34,26 +34,14 @@ Kind: TypeAlias = tuple[int | None, bool]
 """The kind of a layer: its window, and whether it is causal."""
 
 
-class DrafterEnds(Protocol):
-    """What the model of any drafter has at its input and its output."""
-
-    @property
-    def config(self) -> DrafterConfig: ...
-
-    @property
-    def norm(self) -> nn.Module: ...
-
-    @property
-    def own(self) -> OwnVocabulary: ...
-
-
 class OutputStage:
     """From tokens to embeddings and from hidden states to logits, for a drafter and its head."""
 
-    def __init__(self, model: DrafterEnds, target: Target) -> None:
-        self.config = model.config  # of the drafter
-        self.norm = model.norm  # the final norm, to apply before `logits`
-        self._own = model.own
+    def __init__(self, model: Any, target: Target) -> None:
+        """Take these parts of a `DrafterModel` or a `RowModel`."""
+        self.config: DrafterConfig = model.config
+        self.norm: nn.Module = model.norm  # the final norm, to apply before `logits`
+        self._own: OwnVocabulary = model.own
         self._target = target
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -70,7 +58,7 @@ class OutputStage:
         if lm_head is not None:
             logits = token_products(normed, lm_head, tokens)
         elif tokens is None:
-            logits = self._target.output_head(normed)
+            logits = self._target.lm_head(normed)
         else:
             logits = self._target.shortlist_logits(normed, tokens)
         if self.config.output_multiplier != 1:
@@ -384,8 +372,10 @@ class Drafter:
         attention: DraftAttention,
     ) -> Tensor:
         """(t * S, hidden_size) outputs of the blocks."""
-        config = self.model.config
-        x = embed_blocks(self.output, tokens[:, None])
+        config, roots = self.model.config, tokens[:, None]
+        masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
+        x = self.output.embed(torch.cat([roots, masks], 1).flatten())[None]
+        x = x if config.input_scale == 1 else x * config.input_scale
         for n, (layer, kind) in enumerate(zip(self.model.layers, layer_kinds(config), strict=True)):
             x = layer(x, context[None], rotation, functools.partial(attention.attend, n, kind))
         return x[0]
@@ -425,14 +415,6 @@ def layer_kinds(config: DrafterConfig) -> list[Kind]:
 def block_positions(start: Tensor, size: int) -> Tensor:
     """(t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
     return (start[:, None] + torch.arange(size, device=start.device)).flatten()
-
-
-def embed_blocks(output: OutputStage, roots: Tensor) -> Tensor:
-    """(1, sequences * S, hidden_size) inputs: each of (sequences, 1) roots, and masks after it."""
-    config = output.config
-    masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
-    x = output.embed(torch.cat([roots, masks], 1).flatten())[None]
-    return x if config.input_scale == 1 else x * config.input_scale
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:

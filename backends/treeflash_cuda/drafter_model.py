@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from treeflash.drafters.config import DrafterConfig
 from treeflash_cuda.target import Target
 
+M = TypeVar("M", bound=nn.Module)
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convolve: TypeAlias = Callable[[Tensor], Tensor]
 Rotation: TypeAlias = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ class Rotary(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.scale = config.rope_scale
-        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device="cpu")
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
@@ -235,3 +236,23 @@ class DrafterModel(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """(..., hidden_size) context, from (..., layers * hidden_size) outputs of the target."""
         return self.hidden_norm(self.fc(features))
+
+
+def load_weights(
+    make: Callable[[Any, OwnVocabulary], M],  # the class of the model
+    config: DrafterConfig,
+    weights: Mapping[str, Tensor],
+    vocabulary: Mapping[str, Tensor],  # see `OwnVocabulary.from_tensors`
+    target: Target,
+) -> M:
+    """The model of a drafter for inference, on the target's device and in its dtype."""
+    own = OwnVocabulary.from_tensors(vocabulary, target)
+    with torch.device("meta"):  # no memory for weights that are replaced
+        model = make(config, own)
+    tensors = {
+        # In float32, where adding the offset rounds nothing.
+        name: x.float() + config.norm_offset if "norm." in name else x
+        for name, x in weights.items()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model.to(target.device, target.dtype).eval()

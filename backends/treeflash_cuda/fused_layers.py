@@ -8,7 +8,7 @@ have other activations, or rotate other pairs of elements.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
-from treeflash_cuda.operations import TOLERANCES, Operations, VisibleKeys
+from treeflash_cuda.operations import TOLERANCES, Numbers, Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square difference, relative to the module's outputs."""
@@ -59,19 +59,12 @@ def forward_with(
 def fuse_layers(model: nn.Module, operations: Operations) -> None:
     """Let norms and gated networks of a loaded model call operations; it is then for inference."""
     for module in model.modules():
-        if (
-            len(inspect.signature(module.forward).parameters) != 1
-        ):  # a norm with a gate, for example
-            continue
-        for make in (_norm, _gemma_norm, _gated):
-            candidate = make(module, operations)
-            if candidate is not None and _agree(module, *candidate):
-                module.forward = candidate[0]
+        if len(inspect.signature(module.forward).parameters) != 1:
+            continue  # a norm with a gate, for example
+        for forward, x in _candidates(module, operations):
+            if _agree(module, forward, x):
+                module.forward = forward
                 break
-
-
-Candidate = tuple[Callable[[Tensor], Tensor], Tensor]
-"""Another `forward` of a module, and inputs of the module."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,44 +81,27 @@ class FusedNorm:
         norms = None if context is None else context.norms
         if norms is not None and any(weight is self.weight for weight in norms.weights):
             return x
-        return self.operations.rms_norm(x, self.weight, self.eps)[0]
+        return self.operations.rms_norm(x, self.weight, self.eps)
 
 
-def _norm(module: nn.Module, operations: Operations) -> Candidate | None:
+def _candidates(
+    module: nn.Module, operations: Operations
+) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Functions that may compute what a module does, and inputs of the module for each."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
-        return None
-    return FusedNorm(operations, weight, eps), _numbers(len(weight), weight)
-
-
-def _gemma_norm(module: nn.Module, operations: Operations) -> Candidate | None:
-    """A norm that adds 1 to its weight, in float32."""
-    candidate = _norm(module, operations)
-    if candidate is None:
-        return None
-    norm, x = candidate
-    assert isinstance(norm, FusedNorm)
-    return replace(norm, weight=norm.weight.detach().float() + 1), x
-
-
-def _gated(module: nn.Module, operations: Operations) -> Candidate | None:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if getattr(module, "act_fn", None) is None or not all(isinstance(x, nn.Module) for x in parts):
-        return None
+    if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
+        x = Numbers(weight.device, weight.dtype).draw(1, ROWS, len(weight))
+        yield FusedNorm(operations, weight, eps), x
+        # Gemma's norms add 1 to their weight, in float32.
+        yield FusedNorm(operations, weight.detach().float() + 1, eps), x
+    parts: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     gate, up, down = parts
-    weight = getattr(gate, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return None
-
-    def forward(x: Tensor) -> Tensor:
-        assert gate is not None
-        assert up is not None
-        assert down is not None
-        out: Tensor = down(operations.gated(gate(x), up(x)))
-        return out
-
-    return forward, _numbers(weight.shape[1], weight)
+    if getattr(module, "act_fn", None) is not None and all(isinstance(x, nn.Module) for x in parts):
+        weight = getattr(gate, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = Numbers(weight.device, weight.dtype).draw(1, ROWS, weight.shape[1])
+            yield lambda x: down(operations.gated(gate(x), up(x))), x
 
 
 def fuse_rotation(model: nn.Module, run: Callable[[], object]) -> None:
@@ -225,12 +201,6 @@ def _watch(
         return forward(*args, **kwargs), seen
     finally:
         context.operations = operations
-
-
-def _numbers(size: int, like: Tensor) -> Tensor:
-    """(1, rows, size) random inputs."""
-    random = torch.randn(1, ROWS, size, generator=torch.Generator().manual_seed(0))
-    return random.to(like.device, like.dtype)
 
 
 def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from treeflash.errors import is_out_of_memory
+from treeflash.errors import first_line, is_out_of_memory
 
 MAX_GRAPHS = 64
 """Graphs of a function that are kept; the graph that was not used for longest is dropped for a new
@@ -120,7 +120,7 @@ class Graphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
         if self.agreements.get(name, bool)(graph is not None):
             self.captures += 1
             return graph

@@ -253,11 +253,7 @@ class GRU(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
-        inputs = F.linear(x, self.weight_ih_l0).chunk(3, -1)
-        states = F.linear(state, self.weight_hh_l0).chunk(3, -1)
-        reset, update = ((inputs[i] + states[i]).sigmoid() for i in (0, 1))
-        new = (inputs[2] + reset * states[2]).tanh()
-        return (1 - update) * new + update * state
+        return torch.gru_cell(x, state, self.weight_ih_l0, self.weight_hh_l0)
 
 
 class Domino(RecurrentCell):
@@ -432,8 +428,7 @@ class Correlation(Head):
         return self.shape.logit_scale * before @ self._unit(self.in_head(factors)).mT
 
     def _unit(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x / x.norm(dim=-1, keepdim=True).clamp(min=self.shape.vector_eps)
+        return F.normalize(x.float(), dim=-1, eps=self.shape.vector_eps)
 
 
 HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlation]] = {
@@ -717,8 +712,8 @@ class RecurrentHead:
         parts = len(arrays[0])
         tokens_, log_probs_, kept_, *confidences = (numbers[i::parts] for i in range(parts))
         return TransitionTable.from_paths(
-            [x.reshape(-1, k) for x in tokens_],
-            [x.view(np.float32).reshape(-1, k) for x in log_probs_],
+            tokens_,
+            [x.view(np.float32) for x in log_probs_],
             kept_,
             *([x.view(np.float32) for x in part] for part in confidences),
         )

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -47,8 +47,17 @@ pairs of nodes would take n * n * key_dim exponentials a head."""
 L2_EPS = 1e-6
 MAMBA_2 = "mamba2_chunk_scan"
 
-Key: TypeAlias = tuple[int, int]
-"""A layer, and the index of one of its states."""
+TAIL, MATRIX = 0, 1
+"""Kinds of states."""
+
+Key: TypeAlias = tuple[int, int, int]
+"""The kind of a state, its layer, and its index among the layer's states of this kind."""
+CommittedStates: TypeAlias = Mapping[Key, Tensor]
+"""States after the last committed position. No tensor is ever changed in place.
+
+A tail is (1, channels, kernel - 1), the last inputs of a short convolution. A matrix is (1, heads,
+key_dim, value_dim) or, if it is transposed, (1, heads, value_dim, key_dim).
+"""
 Original: TypeAlias = Callable[..., Any]
 """The function of a model that a hook replaces."""
 
@@ -69,7 +78,7 @@ class Writes:
     state: Tensor
     u: Tensor  # (trees, heads, n, value_dim)
     k: Tensor  # (trees, heads, n, key_dim)
-    log_g: Tensor  # (trees, heads, n) log decays, or (trees, heads, n, key_dim) of single channels
+    log_g: Tensor  # (trees, heads, n, 1) log decays, or (trees, heads, n, key_dim) of channels
     transposed: bool = False  # whether states are (trees, heads, value_dim, key_dim)
 
     def commit(self, path: Tensor) -> Tensor:
@@ -83,7 +92,6 @@ def state_update(u: Tensor, k: Tensor, log_g: Tensor, transposed: bool) -> tuple
 
     The rows follow one another. A row whose u and log_g are 0 changes nothing.
     """
-    log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
     # Decays after each row, summed directly: a difference of two sums would lose digits.
     later = F.pad(log_g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
     left, right = k * later.exp(), u
@@ -96,13 +104,13 @@ def delta_rule(
     q: Tensor,  # (trees, heads, n, key_dim), normalised and scaled
     k: Tensor,  # (trees, heads, n, key_dim), normalised
     v: Tensor,  # (trees, heads, n, value_dim)
-    log_g: Tensor,  # (trees, heads, n), or (trees, heads, n, key_dim) for gates of single channels
+    log_g: Tensor,  # (trees, heads, n, 1), or (trees, heads, n, key_dim) for gates of channels
     beta: Tensor,  # (trees, heads, n, 1)
     state: Tensor,  # (trees, heads, key_dim, value_dim)
     nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
     """(trees, heads, n, value_dim) outputs of the gated delta rule on trees, and written values."""
-    if log_g.ndim == 4 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
+    if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
     pairs, total = _decays(log_g, nodes.ancestors)
     decay = total.exp()
@@ -124,23 +132,18 @@ def linear_rule(
 def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
     """Decays from node j to node i, 0 where i does not see j; and log decays from the state to i.
 
-    (trees, heads, n, n) and (trees, heads, n, 1), or both with key_dim as the last axis.
-    Differences are masked before the exponential: off the paths they are positive and overflow.
+    (trees, heads, n, n, 1 or key_dim) and (trees, heads, n, 1 or key_dim). Differences are masked
+    before the exponential: off the paths they are positive and overflow.
     """
-    below, others = ancestors.to(log_g.dtype), ~ancestors[:, None]
-    if log_g.ndim == 3:
-        total = log_g @ below.transpose(1, 2)
-        difference = total[..., :, None] - total[..., None, :]
-        return difference.masked_fill(others, float("-inf")).exp(), total[..., None]
-    total = below[:, None] @ log_g
+    total = ancestors[:, None].to(log_g.dtype) @ log_g
     difference = total[..., :, None, :] - total[..., None, :, :]
-    return difference.masked_fill(others[..., None], float("-inf")).exp(), total
+    return difference.masked_fill(~ancestors[:, None, :, :, None], float("-inf")).exp(), total
 
 
 def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
     """(trees, heads, n, n) decayed products of rows."""
-    if pairs.ndim == 4:
-        return (x @ k.transpose(-1, -2)) * pairs
+    if pairs.shape[-1] == 1:
+        return (x @ k.transpose(-1, -2)) * pairs[..., 0]
     return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
 
 
@@ -183,22 +186,8 @@ def _by_depth(
     return out, written
 
 
-@dataclass(frozen=True, eq=False)
-class CommittedStates:
-    """States after the last committed position. No tensor is ever changed in place."""
-
-    # (1, channels, kernel - 1) the last inputs of each short convolution.
-    tails: Mapping[Key, Tensor] = field(default_factory=dict)
-    # (1, heads, key_dim, value_dim) or, if they are transposed, (1, heads, value_dim, key_dim).
-    matrices: Mapping[Key, Tensor] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.tails.values(), *self.matrices.values()]
-
-
 class StateLayout:
-    """Groups of layers whose states have one shape: `HybridTreeCache` has a tensor for each group.
+    """Groups of states that have one shape: `HybridTreeCache` has a tensor for each group.
 
     The groups of tails come before the groups of matrices.
     """
@@ -206,45 +195,35 @@ class StateLayout:
     def __init__(self, states: CommittedStates, transposed: frozenset[int]) -> None:
         """Take the shapes from the states of any sequence."""
         self.transposed = transposed  # see `RecurrentStates`
-        self._zeros = [
-            {key: torch.zeros_like(x, device="meta") for key, x in part.items()}
-            for part in (states.tails, states.matrices)
-        ]
-        self.tails, self.matrices = (self._groups(part) for part in self._zeros)
-
-    def _groups(self, part: Mapping[Key, Tensor]) -> list[list[Key]]:
+        self._zeros: dict[Key, Tensor] = {}  # without memory; matrices are float32
         groups: dict[Hashable, list[Key]] = {}
-        for key, x in sorted(part.items(), key=lambda pair: pair[0]):
-            groups.setdefault((x.shape, x.dtype, key[0] in self.transposed), []).append(key)
-        return list(groups.values())
+        for key in sorted(states):
+            kind, layer, _ = key
+            dtype = torch.float32 if kind == MATRIX else states[key].dtype
+            self._zeros[key] = zeros = torch.zeros_like(states[key], dtype=dtype, device="meta")
+            shared = kind, zeros.shape, dtype, layer in transposed
+            groups.setdefault(shared, []).append(key)
+        self.groups = list(groups.values())
+        self.tails, self.matrices = (
+            [keys for keys in self.groups if keys[0][0] == kind] for kind in (TAIL, MATRIX)
+        )
 
     def stack(self, states: Sequence[CommittedStates], device: torch.device) -> list[Tensor]:
         """(layers, sequences, ...) tails and float32 matrices of each group."""
         stacked = []
-        for keys in self.tails:
-            parts = [x.tails.get(key) for key in keys for x in states]
-            stacked.append(self._join(parts, self._zeros[0][keys[0]], len(keys), device))
-        for keys in self.matrices:
-            parts = [x.matrices.get(key) for key in keys for x in states]
-            like = self._zeros[1][keys[0]].float()
-            stacked.append(self._join(parts, like, len(keys), device))
+        for keys in self.groups:
+            like = self._zeros[keys[0]]
+            # Empty sequences have no states yet, which stands for zeros.
+            parts = [x.get(key, like) for key in keys for x in states]
+            found = [torch.zeros_like(x, device=device) if x is like else x for x in parts]
+            joined = torch.cat([x.to(like.dtype) for x in found])
+            stacked.append(joined.unflatten(0, (len(keys), -1)))
         return stacked
-
-    @staticmethod
-    def _join(
-        parts: Sequence[Tensor | None], like: Tensor, layers: int, device: torch.device
-    ) -> Tensor:
-        """Empty sequences have no states yet, which stands for zeros."""
-        found = [torch.zeros_like(like, device=device) if x is None else x for x in parts]
-        return torch.cat([x.to(like.dtype) for x in found]).unflatten(0, (layers, -1))
 
     def split(self, stacked: Sequence[Tensor]) -> CommittedStates:
         """Views of the tensors of all groups, by layer."""
-        groups = [*self.tails, *self.matrices]
-        pairs = [list(zip(keys, x, strict=True)) for keys, x in zip(groups, stacked, strict=True)]
-        first = len(self.tails)
-        tails, matrices = ([x for part in y for x in part] for y in (pairs[:first], pairs[first:]))
-        return CommittedStates(dict(tails), dict(matrices))
+        groups = zip(self.groups, stacked, strict=True)
+        return dict(pair for keys, x in groups for pair in zip(keys, x, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,8 +264,7 @@ class TreeWrites:
             zip(self.layout.matrices, self.before[tails:], strict=True)
         ):
             u, k, log_g = self.outputs[tails + 3 * n :][:3]
-            log_g = log_g if log_g.ndim == k.ndim else log_g[..., None]
-            transposed = keys[0][0] in self.layout.transposed
+            transposed = keys[0][1] in self.layout.transposed
             update, decay = state_update(
                 u.masked_fill(~on_path, 0), k, log_g.masked_fill(~on_path, 0), transposed
             )
@@ -298,7 +276,7 @@ class TreeWrites:
 class RecurrentStates:
     def __init__(self, transposed: frozenset[int]) -> None:
         self.transposed = transposed  # layers whose matrices have values before keys
-        self.committed = CommittedStates()  # after the last committed position
+        self.committed: CommittedStates = {}  # after the last committed position
         self.drop_pending()
 
     def drop_pending(self) -> None:
@@ -312,13 +290,11 @@ class RecurrentStates:
 
     def states_after(self, path: Tensor) -> CommittedStates:
         """The states after a path of (a,) nodes of the last pass with a `HybridCache`."""
-        return CommittedStates(
-            {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()},
-            {
-                key: value.commit(path) if isinstance(value, Writes) else value
-                for key, value in self.pending.items()
-            },
-        )
+        tails = {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()}
+        return tails | {
+            key: value.commit(path) if isinstance(value, Writes) else value
+            for key, value in self.pending.items()
+        }
 
     def resume(self, committed: CommittedStates) -> None:
         """Replace the committed states, and forget the last block."""
@@ -326,11 +302,13 @@ class RecurrentStates:
         self.drop_pending()
 
     def read(self) -> list[NDArray[np.float32]]:
-        states = [(layer, 0, n, x[0].T) for (layer, n), x in self.committed.tails.items()]
-        for (layer, n), x in self.committed.matrices.items():
-            states.append((layer, 1, n, x[0].transpose(1, 2) if layer in self.transposed else x[0]))
-        states.sort(key=lambda state: state[:3])
-        return [state.float().cpu().numpy() for *_, state in states]
+        states = []
+        for kind, layer, n in sorted(self.committed, key=lambda key: (key[1], key[0], key[2])):
+            state = self.committed[kind, layer, n][0]
+            if kind == TAIL or layer in self.transposed:
+                state = state.mT
+            states.append(state.float().cpu().numpy())
+        return states
 
 
 def _tail(inputs: Tensor, path: Tensor, width: int) -> Tensor:
@@ -416,7 +394,8 @@ class RecurrentCache(TreeCache):
         """(1, channels, ...) inputs per sequence: the last kernel - 1 inputs, then its rows."""
         if conv_kernel_size is None:
             raise UnsupportedModelError("cannot determine the convolution's kernel size")
-        result = self._join_inputs(conv_states, (layer_idx, state_idx), conv_kernel_size - 1)
+        key = TAIL, layer_idx, state_idx
+        result = self._join_inputs(conv_states, key, conv_kernel_size - 1)
         self._not_convolved.append(result)
         return result
 
@@ -428,7 +407,7 @@ class RecurrentCache(TreeCache):
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> Tensor:
         """Check that `recur` has taken the states."""
-        if (layer_idx, state_idx) not in self._pending:
+        if (MATRIX, layer_idx, state_idx) not in self._pending:
             raise UnsupportedModelError(
                 f"the recurrence of layer {layer_idx} is computed by an unsupported function"
             )
@@ -495,8 +474,8 @@ class HybridCache(RecurrentCache):
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """A copy, which the model may change in place, for a pass of one row; else None."""
-        states, key = self.parts[0].states, (layer_idx, state_idx)
-        if not self.is_step or (state := states.committed.matrices.get(key)) is None:
+        states, key = self.parts[0].states, (MATRIX, layer_idx, state_idx)
+        if not self.is_step or (state := states.committed.get(key)) is None:
             return None
         states.pending[key] = state = state.clone()
         return state
@@ -505,7 +484,7 @@ class HybridCache(RecurrentCache):
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Take the state after a single row; after more rows `recur` has taken it."""
-        key = layer_idx, state_idx
+        key = MATRIX, layer_idx, state_idx
         if self.is_step and key not in self._pending:
             self.parts[0].states.pending[key] = recurrent_states
             return recurrent_states
@@ -535,20 +514,21 @@ class HybridCache(RecurrentCache):
         tree: Callable[..., tuple[Tensor, Writes]],
     ) -> Tensor:
         """Run the recurrence sequence by sequence."""
-        self._pending.add((layer, 0))
+        key = MATRIX, layer, 0
+        self._pending.add(key)
         outputs = []
         for part in self.parts:
-            state = part.states.committed.matrices.get((layer, 0))
+            state = part.states.committed.get(key)
             inputs = [part.select(x) for x in rows]
             run = next_tokens if part.tree is None else partial(tree, part.nodes)
-            output, part.states.pending[layer, 0] = run(*inputs, state)
+            output, part.states.pending[key] = run(*inputs, state)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
         joined = []
         for part in self.parts:
-            tail = part.states.committed.tails.get(key)
+            tail = part.states.committed.get(key)
             if tail is None:
                 tail = rows.new_zeros(1, rows.shape[1], width)
             inputs = torch.cat([tail, part.select(rows, 2)], 2)
@@ -607,15 +587,15 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         tree: Callable[..., tuple[Tensor, Writes]],
     ) -> Tensor:
         """Run the recurrence of all trees at once."""
-        self._pending.add((layer, 0))
+        key = MATRIX, layer, 0
+        self._pending.add(key)
         by_tree = [x[0].unflatten(0, self.nodes.ancestors.shape[:2]) for x in rows]
-        state = self.states.matrices[layer, 0]
-        output, self._writes[layer, 0] = tree(self.nodes, *by_tree, state)
+        output, self._writes[key] = tree(self.nodes, *by_tree, self.states[key])
         return output.flatten(0, 1)[None]
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
         by_tree = rows[0].unflatten(1, self.nodes.ancestors.shape[:2]).transpose(0, 1)
-        self._inputs[key] = torch.cat([self.states.tails[key], by_tree], 2)
+        self._inputs[key] = torch.cat([self.states[key], by_tree], 2)
         return self._inputs[key].transpose(0, 1).flatten(1)[None]
 
     def _input_rows(self, kernel: int) -> Tensor:
@@ -692,7 +672,7 @@ def _gated_delta_rule(
         q, k, v, g = (x.transpose(1, 2).float() for x in (q, k, v, g))
         if use_qk_l2norm_in_kernel:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-        q = q * q.shape[-1] ** -0.5
+        q, g = q * q.shape[-1] ** -0.5, g if g.ndim == 4 else g[..., None]
         if state is None:
             state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
         state, beta = state.float(), beta.transpose(1, 2).float()[..., None]
@@ -743,7 +723,7 @@ def _mamba_2(
         k, q = (y.float().repeat_interleave(repeats, 2).transpose(1, 2) for y in (b, c))
         x, dt = x.float(), dt.float()
         u = (x * dt[..., None]).transpose(1, 2)
-        g = (a.float() * dt).transpose(1, 2)
+        g = (a.float() * dt).transpose(1, 2)[..., None]
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], k.shape[3])
         state = state.float()

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from treeflash.errors import is_out_of_memory
+from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import Operations, VisibleKeys
+from treeflash_cuda.operations import Numbers, Operations, VisibleKeys
 
 TOLERANCE = 0.01
 """Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
@@ -34,20 +34,13 @@ class Kernels(Protocol):
     """Attention of prompts."""
 
     def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
         """(n, heads, head_dim) of the last n positions of a sequence over the whole sequence.
 
         q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions, as the
         cache stores them. Each position sees `window` positions, itself included; None for all
-        before it. `softcap` and `sinks` are explained at
+        before it. The options `softcap` and `sinks` are those of
         `treeflash_cuda.operations.tree_attention`.
         """
 
@@ -59,14 +52,7 @@ class ChunkKernels:
         self.operations = operations
 
     def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
         outputs, length = [], len(k) - len(q)
         for part in q.split(MAX_QUERIES):
@@ -80,8 +66,7 @@ class ChunkKernels:
                 keys if window is None else keys.within(window),
                 max_length=end,
                 scale=scale,
-                softcap=softcap,
-                sinks=sinks,
+                **options,
             )
             outputs.append(output)
             length = end
@@ -105,17 +90,9 @@ class FlashKernels:
         self.varlen: Any = functools.partial(varlen_attn, enable_gqa=True, num_splits=0)
 
     def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
-        assert softcap is None
-        assert sinks is None
+        assert all(option is None for option in options.values())
         # 0 and the length, made on the device: nothing is uploaded.
         queries, keys = (
             torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=q.device) for x in (q, k)
@@ -136,22 +113,15 @@ class EncodedKernels:
         self.many = many  # takes floats
 
     def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
         if len(q) <= MAX_ENCODED_QUERIES:
-            return self.few.causal(q, k, v, window, scale, softcap, sinks)
+            return self.few.causal(q, k, v, window, scale, **options)
         if window is not None:  # the first row's
             unseen = max(len(k) - len(q) + 1 - window, 0)
             k, v = k[unseen:], v[unseen:]
         k, v = (decoded(x, q.dtype) for x in (k, v))
-        return self.many.causal(q, k, v, window, scale, softcap, sinks)
+        return self.many.causal(q, k, v, window, scale, **options)
 
 
 def flash_kernels(
@@ -173,7 +143,7 @@ def flash_kernels(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return None, str(error).partition("\n")[0]
+        return None, first_line(error)
     if not difference <= TOLERANCE:
         return None, f"FlashAttention's results differ by {difference:.1%}"
     return kernels, ""
@@ -186,14 +156,9 @@ def _difference(
 
     Of several windows the largest one.
     """
-    random = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(device, dtype)
-
-    columns, rows, scale = 600, 40, size**-0.5
-    k, v = numbers(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
-    q = numbers(rows, heads, size)
+    numbers, columns, rows, scale = Numbers(device, dtype), 600, 40, size**-0.5
+    k, v = numbers.draw(2, kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
+    q = numbers.draw(rows, heads, size)
     errors = []
     for window in (None, 100):
         actual, expected = (

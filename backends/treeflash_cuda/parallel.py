@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from treeflash.errors import first_line
 from treeflash_cuda.cache import Arena
 from treeflash_cuda.graphs import Graphs
 from treeflash_cuda.hybrid import CommittedStates
@@ -138,15 +139,6 @@ def _number(state: State) -> int:
     return state.number
 
 
-class FollowerVerifier(Verifier):
-    """The target on another rank, whose calls rank 0 decides."""
-
-    @torch.inference_mode()
-    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> None:
-        """Take part in a forward pass of rank 0."""
-        self._forward(rows, needs_logits)
-
-
 def follow(target: Target) -> None:
     """Make the calls that rank 0 broadcasts, until it ends.
 
@@ -156,14 +148,14 @@ def follow(target: Target) -> None:
     try:
         _follow(target)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         print(f"error: rank {dist.get_rank()} failed: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 @torch.inference_mode()  # as on rank 0, whose tensors are changed in place later
 def _follow(target: Target) -> None:
-    verifier = FollowerVerifier(target, None)
+    verifier = Verifier(target, None)
     states: dict[int, State] = {}
     while True:
         match broadcast():
@@ -182,7 +174,7 @@ def _follow(target: Target) -> None:
                 if (state := states.pop(number, None)) is not None:
                     state.close()
             case "forward", rows, needs_logits:
-                verifier.forward([(states[number], x) for number, x in rows], needs_logits)
+                verifier._forward([(states[number], x) for number, x in rows], needs_logits)
             case "commit", paths:
                 verifier.commit([(states[number], path) for number, path in paths])
 

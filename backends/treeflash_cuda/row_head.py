@@ -19,20 +19,12 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import (
-    MAX_PATHS,
-    NO_MARGINALS,
-    Experts,
-    RowConfig,
-    RowTensors,
-    refuse_assistant,
-)
+from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import MLP, OwnVocabulary, Rotary, rotate
-from treeflash_cuda.linear import pack_linears
 from treeflash_cuda.numerics import top_log_probs, upload
 from treeflash_cuda.target import Target
 
@@ -176,10 +168,10 @@ class Layer(nn.Module):
 class RowModel(nn.Module):
     """The weights of a row head, under their canonical names."""
 
-    def __init__(self, config: RowConfig, own: OwnVocabulary | None = None) -> None:
+    def __init__(self, config: RowConfig, own: OwnVocabulary) -> None:
         super().__init__()
         self.config = config
-        self.own = own or OwnVocabulary()
+        self.own = own
         h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
         self.embedding_norm, self.hidden_norm = Norm(h, eps), Norm(h, eps)
         self.input_proj = self.fc = self.input_norm = self.fc_norm = None
@@ -194,23 +186,6 @@ class RowModel(nn.Module):
         self.layer = Layer(config)
         self.norm = Norm(h, eps)
         self.rotary = Rotary(config)
-
-    @classmethod
-    def from_tensors(cls, tensors: RowTensors[Tensor], target: Target) -> RowModel:
-        config = tensors.config
-        refuse_assistant(config, "cuda")
-        weights = {
-            name: weight.float() + config.norm_offset if name.endswith("norm.weight") else weight
-            for name, weight in tensors.weights.items()
-        }
-        own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
-        with torch.device("meta"):  # no memory for weights that are replaced
-            model = cls(config, own)
-        model.load_state_dict(weights, assign=True)
-        model.rotary = Rotary(config)
-        model = model.to(target.device, target.dtype).eval()
-        pack_linears(model)
-        return model
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -416,7 +391,6 @@ class RowHead:
         rows = self._start(blocks)
         path_log_probs = torch.zeros(batch, 1, device=self.target.device)
         arrays: list[Tensor] = []
-        shapes: list[tuple[int, int]] = []
         for depth in range(depths):
             n = len(rows.outputs) // batch
             logits = self.output.logits(self.model.norm(rows.outputs)).float()
@@ -431,7 +405,6 @@ class RowHead:
             kept = ranks.topk(min(width, n * k)).indices
             tokens = tokens.view(batch, n * k)
             arrays += [tokens, log_probs.view(torch.int32), kept.int()]
-            shapes.append((n, k))
             if depth + 1 < depths:
                 path_log_probs = children.gather(1, kept)
                 rows = self._step(blocks, rows, depth + 1, tokens.gather(1, kept).long(), kept // k)
@@ -440,16 +413,8 @@ class RowHead:
         tables = []
         for sequence in numbers:
             parts = np.split(sequence, ends)
-            tables.append(
-                TransitionTable.from_paths(
-                    [x.reshape(shape) for x, shape in zip(parts[::3], shapes, strict=True)],
-                    [
-                        x.view(np.float32).reshape(shape)
-                        for x, shape in zip(parts[1::3], shapes, strict=True)
-                    ],
-                    [x.astype(np.int64) for x in parts[2::3]],
-                )
-            )
+            log_probs_ = [x.view(np.float32) for x in parts[1::3]]
+            tables.append(TransitionTable.from_paths(parts[::3], log_probs_, parts[2::3]))
         return tables
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ class State(BaseState[KVCache, CommittedStates]):
         super().__init__(
             KVCache(target, capacity),
             drafter.new_cache(capacity + block) if drafter else None,
-            None if recurrent is None else CommittedStates(),
+            None if recurrent is None else {},
         )
         self.arenas = target, drafter
         self.block = block
@@ -64,7 +64,8 @@ class State(BaseState[KVCache, CommittedStates]):
     def recurrent_arrays(self) -> list[Tensor]:
         if self.recurrent is None:
             return []
-        return [x for states in (self.recurrent.committed, *self.snapshots) for x in states.tensors]
+        held = self.recurrent.committed, *self.snapshots
+        return [x for states in held for x in states.values()]
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return [] if self.recurrent is None else self.recurrent.read()

@@ -33,6 +33,7 @@ from treeflash.errors import (
     CheckpointError,
     ConfigError,
     UnsupportedModelError,
+    first_line,
     is_out_of_memory,
 )
 from treeflash_cuda.attention import (
@@ -101,7 +102,7 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} is not usable: {_first_line(error)}"
+            f"{folder / 'config.json'} is not usable: {first_line(error)}"
         ) from error
 
 
@@ -165,23 +166,19 @@ def load_model(
             model = model.to(device)
     except ImportError as error:
         raise UnsupportedModelError(
-            f"{folder} needs a package that is not installed ({_first_line(error)}); install it, "
+            f"{folder} needs a package that is not installed ({first_line(error)}); install it, "
             "or use weights that are not quantised"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def refuse_stateful(config: PreTrainedConfig) -> None:
@@ -238,6 +235,12 @@ def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) 
     They replace accelerate's hooks; `home` is the device of the embeddings.
     """
     from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import send_to_device
+
+    def take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        # Contexts know masks by their identity, and move them themselves.
+        kept = MASK if is_attending() else None
+        return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=kept)
 
     remove_hook_from_module(model, recurse=True)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
@@ -245,26 +248,9 @@ def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) 
     last = [x for x in [*last, head] if next(x.parameters(), None) is not None]
     for module in (*layers, *last):
         device = next(module.parameters()).device
-        module.register_forward_pre_hook(partial(_take_inputs, device), with_kwargs=True)
+        module.register_forward_pre_hook(partial(take_inputs, device), with_kwargs=True)
     for module in last:
         module.register_forward_hook(lambda _, __, output: output.to(home))
-
-
-def _take_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    # Contexts know masks by their identity, and move them themselves.
-    mask = {MASK: kwargs[MASK]} if is_attending() and MASK in kwargs else {}
-    return _move(args, device), _move(kwargs, device) | mask
-
-
-def _move(x: Any, device: torch.device) -> Any:
-    """A tensor, or a nesting of tuples, lists and dictionaries with tensors, on a device."""
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if type(x) in (tuple, list):
-        return type(x)(_move(part, device) for part in x)
-    if type(x) is dict:
-        return {name: _move(part, device) for name, part in x.items()}
-    return x
 
 
 def join_ranks(tensor: Tensor) -> Tensor:
@@ -542,12 +528,9 @@ class Target:
         """
         tokens = torch.arange(CHECKED_TOKENS, device=self.device) % self.vocab_size
         context = AttentionContext.whole_sequence(len(tokens), self.device)
-        inputs = {"input_ids": tokens[None], "position_ids": context.positions[None]}
         with torch.inference_mode(), attention_context(context):
-            whole = self.model(**inputs, use_cache=False)
-            decoded = self.model.get_decoder()(**inputs, use_cache=False)
-            expected = whole.logits.float()
-            raw = self.output_head(decoded.last_hidden_state).float()
+            expected = self.model(tokens[None], use_cache=False).logits.float()
+            raw = self.lm_head(self.run_decoder(tokens[None], context)[0]).float()
         self.scale = float((expected * raw).sum() / raw.square().sum())
         if difference := self._significant_difference(self.scale * raw, expected):
             raise UnsupportedModelError(
@@ -588,13 +571,9 @@ class Target:
         """(..., hidden_size) rows of the input table."""
         return F.embedding(tokens, self.embeddings)
 
-    def output_head(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) logits of the output head alone, from (..., hidden_size)."""
-        return self.lm_head(hidden)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) logits of the model, from (..., hidden_size) outputs of its decoder."""
-        raw = self.output_head(hidden)
+        raw = self.lm_head(hidden)
         return raw if self.scale == 1 else raw * self.scale
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -602,10 +581,20 @@ class Target:
         if self.lm_head_weight is not None:
             bias = getattr(self.lm_head, "bias", None)
             return token_products(hidden, self.lm_head_weight, tokens, bias)
-        logits = self.output_head(hidden)
+        logits = self.lm_head(hidden)
         if tokens.ndim == 1:
             return logits.index_select(-1, tokens)
         return logits.gather(1, tokens.repeat_interleave(len(logits) // len(tokens), 0))
+
+    def run_decoder(
+        self, tokens: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """(rows, n, hidden_size) of the decoder and of captured layers, from (rows, n) tokens."""
+        positions = context.positions.expand(len(tokens), -1)
+        with attention_context(context) as outputs:
+            decoder = self.model.get_decoder()
+            output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
+        return output.last_hidden_state, outputs
 
     def context(
         self, committed: int, positions: Tensor, ancestors: Tensor | None

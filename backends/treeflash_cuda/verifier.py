@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import rows_by_pass
+from treeflash.decoding.backend_base import rows_by_pass, undone_on_failure
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
@@ -175,8 +175,7 @@ class Verifier:
     @torch.inference_mode()
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
         states: list[Any] = [item.state for item in work]  # the backend's own
-        before = [(state.length, state.recurrent_states()) for state in states]
-        try:
+        with undone_on_failure(states):
             rows: list[Rows] = [
                 (state, item.tree)
                 if isinstance(item, Verify)
@@ -187,10 +186,6 @@ class Verifier:
             sampled = sample(logits, [item.params for item in work], self.target.graphs)
             new = [row for row in rows if not isinstance(row[1], DraftTree)]
             self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
-        except Exception:
-            for state, (length, recurrent) in zip(states, before, strict=True):
-                state.rollback(length, recurrent)
-            raise
         return sampled
 
     @torch.inference_mode()

@@ -707,8 +707,8 @@ class RecurrentHead:
         parts = len(arrays[0])
         tokens_, log_probs_, kept_, *confidences = (numbers[i::parts] for i in range(parts))
         return TransitionTable.from_paths(
-            [x.astype(np.int32).reshape(-1, k) for x in tokens_],
-            [x.reshape(-1, k) for x in log_probs_],
-            [x.astype(np.int64) for x in kept_],
+            [x.astype(np.int32) for x in tokens_],
+            log_probs_,
+            [x.astype(np.int32) for x in kept_],
             *confidences,
         )

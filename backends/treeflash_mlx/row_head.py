@@ -382,7 +382,6 @@ class RowHead:
         rows = self._start(blocks)
         path_log_probs = mx.zeros((batch, 1))
         arrays: list[mx.array] = []
-        shapes: list[tuple[int, int]] = []
         for depth in range(depths):
             n = len(rows.outputs) // batch
             logits = self.output.logits(self.model.norm(rows.outputs)).astype(mx.float32)
@@ -397,7 +396,6 @@ class RowHead:
             # The first child is the chain's, which must not end here.
             kept = mx.argsort(-ranks, axis=1)[:, : min(width, n * k)]
             arrays += [tokens, log_probs.reshape(batch, n * k), kept]
-            shapes.append((n, k))
             if depth + 1 < depths:
                 path_log_probs = mx.take_along_axis(children, kept, 1)
                 next_tokens = mx.take_along_axis(tokens, kept, 1)
@@ -408,14 +406,8 @@ class RowHead:
         tables = []
         for sequence in numbers:
             parts = np.split(sequence, ends)
-            tokens_ = [x.astype(np.int32) for x in parts[::3]]
-            tables.append(
-                TransitionTable.from_paths(
-                    [x.reshape(shape) for x, shape in zip(tokens_, shapes, strict=True)],
-                    [x.reshape(shape) for x, shape in zip(parts[1::3], shapes, strict=True)],
-                    [x.astype(np.int64) for x in parts[2::3]],
-                )
-            )
+            tokens_, kept_ = ([x.astype(np.int32) for x in parts[i::3]] for i in (0, 2))
+            tables.append(TransitionTable.from_paths(tokens_, parts[1::3], kept_))
         return tables
 
     def log_probs(self, block: RowBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:

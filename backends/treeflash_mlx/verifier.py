@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.backend_base import rows_by_pass
+from treeflash.decoding.backend_base import rows_by_pass, undone_on_failure
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.tree import DraftTree
@@ -48,15 +48,10 @@ class Verifier:
         if (single := self._run_single(work)) is not None:
             return [single]
         states: list[Any] = [item.state for item in work if isinstance(item, Prefill)]
-        before = [(state, state.length, state.recurrent_states()) for state in states]
-        try:
+        with undone_on_failure(states):  # chunks may have been committed
             logits, prefilled = self._run(work)
             sampled = sample(logits, [item.params for item in work])
             self.commit(prefilled)
-        except Exception:
-            for state, length, recurrent in before:  # chunks may have been committed
-                state.rollback(length, recurrent)
-            raise
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:

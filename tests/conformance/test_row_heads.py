@@ -447,6 +447,16 @@ def test_a_head_of_its_own_folder(tmp_path: Path) -> None:
     assert pair.drafter_config.head == "mtp"
 
 
+def test_norms_stay_float32(tmp_path: Path) -> None:
+    """Also the norms of single features: PyTorch's kernel takes no weights in half precision."""
+    torch = pytest.importorskip("torch")
+    config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
+    pair: Any = loader("cuda")(*write_row_pair(tmp_path, "eagle3-flags"), config)
+    norms = {name: x for name, x in pair.drafter_model.state_dict().items() if "norm" in name}
+    assert {"norm.weight", "fc_norm.0.weight"} <= norms.keys()
+    assert {x.dtype for x in norms.values()} == {torch.float32}
+
+
 def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
     target, _ = write_row_pair(tmp_path, "mtp")
     assert models.resolve_drafter("self", str(target)) == target

@@ -203,11 +203,11 @@ class FakeCuda(TorchDispatchMode):
             self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
-        def rms_norm(x, weight, eps, residual=None):
+        def rms_norm(x, weight, eps):
             self._launch("rms_norm", 2 * _nbytes(x))
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-        def gated(gate, up, activation="silu"):
+        def gated(gate, up):
             self._launch("gated", 3 * _nbytes(up))
             return torch.empty(up.shape, dtype=up.dtype, device=up.device)
 

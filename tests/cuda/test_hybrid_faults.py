@@ -17,7 +17,7 @@ require("torch")
 import torch
 from treeflash_cuda import hybrid
 from treeflash_cuda.backend import load
-from treeflash_cuda.hybrid import HybridCache, Writes
+from treeflash_cuda.hybrid import MATRIX, HybridCache, Writes
 from treeflash_cuda.target import Target
 
 DELTA, MAMBA = HYBRID_FAMILIES
@@ -89,7 +89,7 @@ def commit_without_decay(patch):
 
 def commit_with_own_decay(patch):
     def shifted(self, path):
-        own = torch.exp(self.log_g)[..., None]
+        own = torch.exp(self.log_g)
         return commit(replace(self, k=self.k * own), path)
 
     patch.setattr(Writes, "commit", shifted)
@@ -122,7 +122,7 @@ def chains_run_as_text(patch):
 def single_step_in_place(patch):
     def shared(self, layer_idx, state_idx=0):
         states = self.parts[0].states
-        return states.committed.matrices.get((layer_idx, state_idx)) if self.is_step else None
+        return states.committed.get((MATRIX, layer_idx, state_idx)) if self.is_step else None
 
     patch.setattr(HybridCache, "get_recurrent_state", shared)
 

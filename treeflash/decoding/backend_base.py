@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
@@ -249,6 +250,18 @@ def arrays_nbytes(arrays: Iterable[Any]) -> int:
 S = TypeVar("S", bound=BaseState[Any, Any])
 
 
+@contextmanager
+def undone_on_failure(states: Iterable[BaseState[Any, Any]]) -> Iterator[None]:
+    """Take back what the calls inside commit to states if one of them fails."""
+    before = [(state, state.length, state.recurrent_states()) for state in states]
+    try:
+        yield
+    except Exception:
+        for state, length, recurrent in before:
+            state.rollback(length, recurrent)
+        raise
+
+
 @dataclass(frozen=True, eq=False)
 class PassRows(Generic[S]):
     """Committed rows of one forward pass, whose features the drafter will read."""
@@ -356,14 +369,9 @@ class OneByOneVerifier(ABC):
         return sampled
 
     def commit(self, paths: Sequence[tuple[Any, NDArray[np.int32]]]) -> None:
-        before = [(state, state.length, state.recurrent_states()) for state, _ in paths]
-        try:
+        with undone_on_failure(state for state, _ in paths):
             for state, path in paths:
                 self.commit_one(state, path)
-        except Exception:
-            for state, length, recurrent in before:
-                state.rollback(length, recurrent)
-            raise
 
     def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
         return [self._forward(state, tree) for state, tree in trees]

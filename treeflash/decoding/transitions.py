@@ -145,28 +145,29 @@ class TransitionTable:
         cls,
         tokens: Sequence[NDArray[np.int32]],
         log_probs: Sequence[NDArray[np.float32]],
-        kept: Sequence[NDArray[np.int64]],
+        kept: Sequence[NDArray[np.integer]],
         confidences: Sequence[NDArray[np.float32]] | None = None,
     ) -> TransitionTable:
         """The table of a recurrent head, in which each row follows one path and not one token.
 
         Args:
-            tokens: by depth, (n, K) int32 children of n paths; at depth 1 of the root alone.
-            log_probs: by depth, (n, K) float32 log probabilities of the children.
+            tokens: by depth, (n, K) or (n * K,) int32 children of n paths; at depth 1 of the root
+                alone.
+            log_probs: by depth, float32 log probabilities of the children, of either shape.
             kept: by depth, (n',) indices into the n * K children: the children that are the rows of
                 the next depth, in order. Not used at the last depth.
             confidences: by depth, (n,) float32 of the rows; None if the head states none.
         """
-        depths, k = len(tokens), tokens[0].shape[1]
-        m = max(len(rows) for rows in tokens)
+        depths, k = len(tokens), tokens[0].size
+        m = max(rows.size for rows in tokens) // k
         table_tokens = np.zeros((depths, m, k), np.int32)
         table_log_probs = np.full((depths, m, k), -np.inf, np.float32)
         next_row = np.full((depths, m, k), -1, np.int32)
         table_confidences = None if confidences is None else np.ones((depths, m), np.float32)
         for depth, rows in enumerate(tokens):
-            n = len(rows)
-            table_tokens[depth, :n] = rows
-            table_log_probs[depth, :n] = log_probs[depth]
+            n = rows.size // k
+            table_tokens[depth, :n] = rows.reshape(n, k)
+            table_log_probs[depth, :n] = log_probs[depth].reshape(n, k)
             if depth + 1 < depths:
                 next_row[depth].reshape(-1)[kept[depth]] = np.arange(len(kept[depth]))
             if confidences is not None and table_confidences is not None:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from treeflash.config import AUTO
 from treeflash.drafters.row_heads import find_row_format
-from treeflash.errors import CheckpointError, ConfigError
+from treeflash.errors import CheckpointError, ConfigError, first_line
 from treeflash.hub.gguf import convert_gguf
 
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
@@ -292,9 +292,8 @@ def _resolve(name: str) -> Path:
             f"{name} is gated; request access on its page, then run `hf auth login`"
         ) from error
     except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{name} is neither a local folder nor a reachable hub id ({reason}); "
+            f"{name} is neither a local folder nor a reachable hub id ({first_line(error)}); "
             "check the name and the network, or pass a local folder"
         ) from error
     if not _has_weights(folder):

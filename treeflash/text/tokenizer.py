@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from treeflash.errors import CheckpointError, ConfigError, PromptError
+from treeflash.errors import CheckpointError, ConfigError, PromptError, first_line
 
 REPLACEMENT = "\ufffd"
 PRIVATE = "\ue000"  # a private-use character, which no template contains
@@ -62,7 +62,7 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
             _check_config(folder)
             raise CheckpointError(
-                f"{folder} has no usable tokenizer ({_reason(error)}); "
+                f"{folder} has no usable tokenizer ({first_line(error)}); "
                 "it needs a valid tokenizer.json or tokenizer.model"
             ) from error
         stop_token_ids |= {tokenizer.eos_token_id} - {None}
@@ -155,7 +155,7 @@ class Tokenizer:
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise PromptError(
-                f"the chat template rejects these messages or arguments: {_reason(error)}"
+                f"the chat template rejects these messages or arguments: {first_line(error)}"
             ) from error
         check_unicode(str(text))
         return self._ids(str(text))
@@ -221,10 +221,6 @@ def _is_helpful(record: logging.LogRecord) -> bool:
     return (
         "PyTorch was not found" not in message and "instantiate a model of type ``" not in message
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _check_config(folder: Path) -> None:

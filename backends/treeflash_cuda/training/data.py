@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from treeflash.errors import ConfigError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.attention import AttentionContext, attention_context
-from treeflash_cuda.numerics import topk
+from treeflash_cuda.attention import AttentionContext
+from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.model import GROUP
@@ -177,31 +177,26 @@ class FeatureStore:
         tokens = torch.zeros(len(responses), width, dtype=torch.long)
         for row, response in zip(tokens, responses, strict=True):
             row[: len(response)] = torch.tensor(response.token_ids)
-        positions = torch.arange(width, device=device).expand(len(responses), -1)
-        with attention_context(AttentionContext.whole_sequence(width, device)) as outputs:
-            decoded = self.target.model.get_decoder()(
-                input_ids=tokens.to(device), position_ids=positions, use_cache=False
-            )
+        context = AttentionContext.whole_sequence(width, device)
+        decoded, outputs = self.target.run_decoder(tokens.to(device), context)
         features = torch.cat([outputs[i] for i in self.layer_ids], -1)
         results = []
         for row, response in enumerate(responses):
             first, end = len(response.prompt_ids) - 1, len(response) - 1
-            hidden = decoded.last_hidden_state[row, first:end]
-            log_probs, top_tokens = top_log_probs(self.target, hidden, self.top_tokens)
+            hidden = decoded[row, first:end]
+            top_tokens, log_probs = target_top(self.target, hidden, self.top_tokens)
             # A copy: a view would keep the padding of all sequences.
             copied = features[row, : len(response)].clone()
-            results.append(SequenceFeatures(copied, top_tokens.int(), log_probs.half()))
+            results.append(SequenceFeatures(copied, top_tokens, log_probs.half()))
         return results
 
 
-def top_log_probs(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(n, k) log probabilities and ids of the target's top tokens, from its decoder's outputs."""
-    parts = []
-    for chunk in hidden.split(OUTPUT_ROWS):
-        logits = target.logits(chunk).float()
-        best, tokens = topk(logits, k)
-        parts.append((best - logits.logsumexp(-1, keepdim=True), tokens))
-    return torch.cat([best for best, _ in parts]), torch.cat([tokens for _, tokens in parts])
+def target_top(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(n, k) the target's top tokens, int32, and their log probabilities, from decoder outputs."""
+    chunks = hidden.split(OUTPUT_ROWS)
+    parts = [top_log_probs(target.logits(chunk), k, temperature=1) for chunk in chunks]
+    tokens, log_probs = map(torch.cat, zip(*parts, strict=True))
+    return tokens, log_probs
 
 
 def fingerprint(responses: Sequence[Response], **settings: object) -> str:
@@ -297,7 +292,10 @@ def make_batch(
     for row, (response, part, roots) in enumerate(zip(responses, features, anchors, strict=True)):
         first, end = len(response.prompt_ids) - 1, len(response) - 1
         tokens[row, : len(response)] = torch.tensor(response.token_ids)
-        context[row, : len(response)] = _copyable(part.features, context)
+        source = part.features
+        if context.device.type == "cuda" and source.device.type == "cpu":
+            source = source.pin_memory()  # pageable copies are slow
+        context[row, : len(response)] = source
         top_tokens[row, first:end] = part.top_tokens
         top_log_probs[row, first:end] = part.top_log_probs
         positions[row, : len(roots)] = torch.from_numpy(roots)
@@ -306,12 +304,6 @@ def make_batch(
     valid = positions[:, :, None] + depth <= ends[:, :, None]
     tokens, positions, valid = (x.to(device) for x in (tokens, positions, valid))
     return Batch(tokens, context, positions, valid, top_tokens, top_log_probs)
-
-
-def _copyable(source: Tensor, destination: Tensor) -> Tensor:
-    """The source in pinned memory if it is to be copied to a GPU: pageable copies are slow."""
-    crosses = destination.device.type == "cuda" and source.device.type == "cpu"
-    return source.pin_memory() if crosses else source
 
 
 def with_drafts(
@@ -362,14 +354,9 @@ def score_drafts(
     ancestors[length:, :length] = columns <= anchors.repeat_interleave(depths - 1)[:, None]
     ancestors[length:, length:] = block[:, None] == block
     context = AttentionContext(0, torch.cat([columns, draft_positions]), ancestors)
-    with attention_context(context):
-        decoded = target.model.get_decoder()(
-            input_ids=torch.cat([sequence, drafts[:, :-1].flatten()])[None],
-            position_ids=context.positions[None],
-            use_cache=False,
-        )
-    states = decoded.last_hidden_state[0]
+    tokens = torch.cat([sequence, drafts[:, :-1].flatten()])
+    (states,), _ = target.run_decoder(tokens[None], context)
     drafted = states[length:].unflatten(0, (count, depths - 1))
     scored = torch.cat([states[anchors][:, None], drafted], 1)
-    log_probs, tokens = top_log_probs(target, scored.flatten(0, 1), top_tokens)
-    return tokens.unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))
+    top, log_probs = target_top(target, scored.flatten(0, 1), top_tokens)
+    return top.long().unflatten(0, (count, depths)), log_probs.unflatten(0, (count, depths))

@@ -24,7 +24,7 @@ from treeflash.drafters.formats import (
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
-from treeflash_cuda.attention import AttentionContext, attention_context
+from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter_model import Convolution, DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
@@ -331,10 +331,7 @@ def _query_key_scales(
     for sequence in sequences:
         tokens = torch.tensor(sequence, device=target.device)
         context = AttentionContext.whole_sequence(len(sequence), target.device)
-        with attention_context(context):
-            target.model.get_decoder()(
-                input_ids=tokens[None], position_ids=context.positions[None], use_cache=False
-            )
+        target.run_decoder(tokens[None], context)
     for hook in hooks:
         hook.remove()
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.drafter import OutputStage, layer_kinds
@@ -241,7 +240,8 @@ class Blocks(nn.Module):
         # In a list, so that they are neither moved nor saved.
         self.embeddings = [embeddings]
         self.lm_head = [lm_head]
-        self.head_name = head_prefix(model.config).removesuffix(".")
+        # The prefix of the names of the head's tensors in a checkpoint.
+        self.head_name = HEADS[model.config.head or "swiglu"].prefix.removesuffix(".")
         self.add_module(self.head_name, head)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -372,8 +372,3 @@ def conditional_log_probs(
     scores = head.score(queries, scored_tokens).log_softmax(-1)
     mass = marginals.gather(1, best).logsumexp(-1, keepdim=True)
     return marginals.scatter(1, best, scores + mass)
-
-
-def head_prefix(config: DrafterConfig) -> str:
-    """The prefix of the names of the head's tensors in a checkpoint."""
-    return HEADS[config.head or "swiglu"].prefix

@@ -22,7 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
-from treeflash.errors import ConfigError, is_out_of_memory
+from treeflash.errors import ConfigError, first_line, is_out_of_memory
 from treeflash.training.interfaces import model_card
 
 Record: TypeAlias = dict[str, Any]
@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:  # from safetensors and torch.save
         if is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"{path} cannot be written; is the disk full? ({reason})") from error
 
 
@@ -267,9 +267,8 @@ class Run:
         return saved
 
     def _damaged(self, error: Exception) -> ConfigError:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         return ConfigError(
-            f"{self._state} is damaged, so training cannot be resumed ({reason}); "
+            f"{self._state} is damaged, so training cannot be resumed ({first_line(error)}); "
             "give another --output"
         )
 

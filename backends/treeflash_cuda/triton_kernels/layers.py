@@ -1,4 +1,4 @@
-"""RMSNorm with residual, rotary with the write to the cache, and gated activations."""
+"""RMSNorm, rotary with the write to the cache, and gated activations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from treeflash_cuda.operations import Activation
 
 BLOCK = 1024
 """Elements of a program that computes elements one by one."""
@@ -19,52 +17,37 @@ ROUNDING = tl.constexpr(12582912.0)
 @triton.jit
 def _rms_norm(
     x_pointer,
-    residual_pointer,
     weight_pointer,
     normed_pointer,
-    total_pointer,
     x_stride,
-    residual_stride,
     eps,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,  # SIZE, rounded up to a power of two
-    RESIDUAL: tl.constexpr,
 ):
     row, elements = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     mask = elements < SIZE
     dtype: tl.constexpr = x_pointer.dtype.element_ty
     x = tl.load(x_pointer + row * x_stride + elements, mask=mask, other=0).to(tl.float32)
-    if RESIDUAL:
-        residual = tl.load(residual_pointer + row * residual_stride + elements, mask=mask, other=0)
-        total = (x + residual.to(tl.float32)).to(dtype)
-        tl.store(total_pointer + row * SIZE + elements, total, mask=mask)
-        x = total.to(tl.float32)
     weight = tl.load(weight_pointer + elements, mask=mask, other=0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
     tl.store(normed_pointer + row * SIZE + elements, normed.to(dtype), mask=mask)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`operations.rms_norm`, one launch."""
     size = x.shape[-1]
     rows = x.reshape(-1, size)
-    added = None if residual is None else residual.reshape(-1, size)
     normed = rows.new_empty(rows.shape)
-    total = None if added is None else rows.new_empty(rows.shape)
     width = triton.next_power_of_2(size)
     _rms_norm[len(rows),](
-        *(rows, added, weight, normed, total),
-        *(rows.stride(0), 0 if added is None else added.stride(0), eps),
+        *(rows, weight, normed, rows.stride(0), eps),
         SIZE=size,
         WIDTH=width,
-        RESIDUAL=added is not None,
         # A function of the width alone: the order of the sum depends on it.
         num_warps=min(max(width // 512, 1), 16),
         enable_fp_fusion=False,
     )
-    return normed.view(x.shape), x if total is None else total.view(x.shape)
+    return normed.view(x.shape)
 
 
 @triton.jit
@@ -224,25 +207,19 @@ def _gated(
     up_stride,
     size,
     BLOCK: tl.constexpr,
-    GELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < size
     dtype: tl.constexpr = gate_pointer.dtype.element_ty
     x = tl.load(gate_pointer + row * gate_stride + elements, mask=mask, other=0).to(tl.float32)
-    if GELU:
-        # x / 2 * (1 + tanh(y)) is x * sigmoid(2 * y).
-        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        active = x * tl.sigmoid(inner)
-    else:
-        active = x * tl.sigmoid(x)
+    active = x * tl.sigmoid(x)
     up = tl.load(up_pointer + row * up_stride + elements, mask=mask, other=0).to(tl.float32)
     result = active.to(dtype).to(tl.float32) * up
     tl.store(result_pointer + row * size + elements, result.to(dtype), mask=mask)
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`operations.gated`, one launch."""
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
@@ -250,7 +227,6 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     _gated[len(gates), triton.cdiv(size, BLOCK)](
         *(gates, ups, result, gates.stride(0), ups.stride(0), size),
         BLOCK=BLOCK,
-        GELU=activation == "gelu_tanh",
         enable_fp_fusion=False,
     )
     return result.view(gate.shape)
