@@ -192,25 +192,22 @@ class TreeHooks:
         finally:
             self._pass.tree, self._pass.outputs, self._pass.recurrent_cache = None, None, None
 
-    def hook_ropes(self, model: nn.Module) -> None:
-        """Make the rotary modules of a model rotate each node by its own position."""
-        for module in {id(m): m for _, m in model.named_modules() if is_rope(m)}.values():
-            _subclass(module, self._rotate)
+    def hook(self, model: nn.Module) -> set[str]:
+        """Make a model run trees; returns the names of its recurrent functions, as `rebind` does.
 
-    def hook_recurrent_layers(self, model: nn.Module) -> set[str]:
-        """Make the recurrent layers of a model run trees; returns the names that `rebind` does."""
+        Rotary modules rotate each node by its own position, recurrent layers run along the paths,
+        and attention runs by the Metal kernel where it wins.
+        """
         names: set[str] = set()
         for module in {id(m): m for _, m in model.named_modules()}.values():
-            if is_short_convolution(module):
+            if is_rope(module):
+                _subclass(module, self._rotate)
+            elif is_short_convolution(module):
                 _subclass(module, self._convolve)
             else:
+                rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
                 names |= rebind(module, FUNCTIONS, lambda: self.paths)
         return names
-
-    def hook_attention(self, model: nn.Module) -> None:
-        """Let the attention of a model run trees by the Metal kernel where it wins."""
-        for module in {id(m): m for _, m in model.named_modules()}.values():
-            rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""
