@@ -161,8 +161,7 @@ class Layer(nn.Module):
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (_identity, _identity)
         y = before(y)
-        blocks = mx.split(y, len(contexts)) if len(contexts) > 1 else [y]
-        pairs = zip(contexts, blocks, strict=True)
+        pairs = zip(contexts, mx.split(y, len(contexts)), strict=True)
         rows = mx.concatenate([part for pair in pairs for part in pair])
         attention = self.self_attn
         queries = attention.queries(y, block_positions)

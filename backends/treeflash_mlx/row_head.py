@@ -343,7 +343,7 @@ def attend(
             mask=mask,
         )
         out.append(y[0].swapaxes(0, 1))
-    return out[0] if len(out) == 1 else mx.concatenate(out)
+    return mx.concatenate(out)
 
 
 class RowHead:
