@@ -242,7 +242,7 @@ class Markov(MarkovTensors, ConditionalHead):
             self.gate_proj = nn.Linear(config.hidden_size + config.head_rank, config.head_rank)
 
     def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        embedded: mx.array = self.markov_w1(previous)
+        embedded = self.markov_w1(previous)
         if self.config.head == "gated":
             gate = self.gate_proj(mx.concatenate([slots.normed[rows], embedded], -1))
             embedded = embedded * mx.sigmoid(gate)

@@ -226,8 +226,7 @@ def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx
         output_shapes=[targets.shape],
         output_dtypes=[targets.dtype],
     )
-    result: mx.array = solution
-    return result
+    return solution
 
 
 MAX_SOLVER_ERROR = 1e-3

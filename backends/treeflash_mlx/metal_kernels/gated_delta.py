@@ -1,9 +1,9 @@
 """Gated delta nets on draft trees, step by step.
 
 `run_nodes` computes the outputs of all nodes of a tree, each on the state after its parent, and
-keeps no states. `replay` computes the state after an accepted path from the inputs of its nodes.
-Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state of a
-node has the bits that plain decoding would give it for the same inputs.
+keeps no states. `Steps.commit` computes the state after an accepted path from the inputs of its
+nodes. Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state
+of a node has the bits that plain decoding would give it for the same inputs.
 
 A simdgroup has one row of a state, which is in its registers while it walks through the tree depth
 first. Where a node has several children, threadgroup memory keeps its row for the later ones. The
@@ -152,8 +152,7 @@ def _walk(
         output_shapes=[shape],
         output_dtypes=[dtype],
     )
-    states_or_outputs: mx.array = result
-    return states_or_outputs
+    return result
 
 
 def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:
