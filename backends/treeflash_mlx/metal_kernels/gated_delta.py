@@ -105,27 +105,22 @@ class Steps:
     def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
         """The states after a path of each sequence; see `treeflash_mlx.hybrid.Writes.commit`."""
         order = mx.stack([nodes, *[mx.full(nodes.shape, -1, mx.int32)] * 2], -1)
-        return _walk(self, state, order, kept.sum(1).astype(mx.int32), None)
+        return run_nodes(None, self, state, order, kept.sum(1).astype(mx.int32))
 
 
 def run_nodes(
-    q: mx.array, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
+    q: mx.array | None, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
 ) -> mx.array:
     """(batch, n, heads, value_dim) outputs at all nodes; rows without a node are 0.
 
     Args:
-        q: (batch, n, key_heads, key_dim).
+        q: (batch, n, key_heads, key_dim); None for the states after the last nodes in the place of
+            outputs.
         steps: of the nodes.
         state: (batch, heads, value_dim, key_dim) before the trees; None for zeros.
         order: (batch, n, 3) int32, see `depth_first`.
         counts: (batch,) int32 nodes of each tree.
     """
-    return _walk(steps, state, order, counts, q)
-
-
-def _walk(
-    steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array, q: mx.array | None
-) -> mx.array:
     batch, _, key_heads, key_dim = steps.k.shape
     heads, value_dim = steps.v.shape[2:]
     if state is None:
