@@ -178,15 +178,13 @@ class TreeHooks:
         self._pass.recurrent_cache = cache
 
     @contextmanager
-    def forward_pass(
-        self, tree: TreePass | None, *, capture: bool
-    ) -> Iterator[dict[int, mx.array]]:
+    def forward_pass(self, tree: TreePass | None) -> Iterator[dict[int, mx.array]]:
         """Describe one call of the model; `tree` is None for a plain causal pass.
 
         It yields (batch, n, hidden_size) outputs of the captured layers, filled during the call.
         """
         outputs: dict[int, mx.array] = {}
-        self._pass.tree, self._pass.outputs = tree, outputs if capture else None
+        self._pass.tree, self._pass.outputs = tree, outputs
         try:
             yield outputs
         finally:

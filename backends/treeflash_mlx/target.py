@@ -393,7 +393,7 @@ class Target:
             return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
 
         caches = self.layout.make(attention_cache, recurrent_cache)
-        with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
+        with self.hooks.forward_pass(tree) as outputs:
             logits = self.model(token_ids, cache=caches)
         if not layer_ids:
             return logits, None
