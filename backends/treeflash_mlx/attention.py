@@ -106,7 +106,7 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
-        if first == 0 and window is not None and window >= self.columns:
+        if window is not None and window >= self.columns:
             window = None
         if (window, first) not in self.masks:
             self.masks[window, first] = self._mask(window, first)
@@ -135,7 +135,7 @@ class TreePass:
         index = mx.broadcast_to(nodes[:, None], (batch, n, len(last)))
         seen = committed[:, None] | mx.take_along_axis(ancestors, index, 2)
         mask = mx.concatenate([mx.ones((batch, n, self.start - first), mx.bool_), seen], 2)
-        if window is not None and window < self.columns:
+        if window is not None:
             drafted = mx.take_along_axis(self.positions, mx.minimum(nodes, n - 1), 1)
             before = mx.broadcast_to(mx.arange(first, self.start), (batch, self.start - first))
             keys = mx.concatenate([before, mx.where(committed, last, drafted)], 1)
