@@ -90,7 +90,7 @@ class TreePass:
             ancestors[i, :size, :size] = tree.ancestor_mask()
             ancestors[i, size:, 0] = True
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
-        paths = NodePaths(trees, n, solve) if solve is not None and n > 1 else None
+        paths = NodePaths(trees, solve) if solve is not None and n > 1 else None
         return cls(
             starts=mx.array(np.array(starts, np.int32)[:, None]),
             start=min(starts),
