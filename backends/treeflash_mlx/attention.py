@@ -90,7 +90,7 @@ class TreePass:
             ancestors[i, :size, :size] = tree.ancestor_mask()
             ancestors[i, size:, 0] = True
         written = mx.array(index[:, None, :, None]) if batch > 1 else None
-        paths = NodePaths(trees, n, solve) if solve is not None and n > 1 else None
+        paths = NodePaths(trees, solve) if solve is not None and n > 1 else None
         return cls(
             starts=mx.array(np.array(starts, np.int32)[:, None]),
             start=min(starts),
@@ -106,7 +106,7 @@ class TreePass:
 
         Whether a key lies in the window of a node depends on its position, not on its column.
         """
-        if first == 0 and window is not None and window >= self.columns:
+        if window is not None and window >= self.columns:
             window = None
         if (window, first) not in self.masks:
             self.masks[window, first] = self._mask(window, first)
@@ -135,7 +135,7 @@ class TreePass:
         index = mx.broadcast_to(nodes[:, None], (batch, n, len(last)))
         seen = committed[:, None] | mx.take_along_axis(ancestors, index, 2)
         mask = mx.concatenate([mx.ones((batch, n, self.start - first), mx.bool_), seen], 2)
-        if window is not None and window < self.columns:
+        if window is not None:
             drafted = mx.take_along_axis(self.positions, mx.minimum(nodes, n - 1), 1)
             before = mx.broadcast_to(mx.arange(first, self.start), (batch, self.start - first))
             keys = mx.concatenate([before, mx.where(committed, last, drafted)], 1)
@@ -178,39 +178,34 @@ class TreeHooks:
         self._pass.recurrent_cache = cache
 
     @contextmanager
-    def forward_pass(
-        self, tree: TreePass | None, *, capture: bool
-    ) -> Iterator[dict[int, mx.array]]:
+    def forward_pass(self, tree: TreePass | None) -> Iterator[dict[int, mx.array]]:
         """Describe one call of the model; `tree` is None for a plain causal pass.
 
         It yields (batch, n, hidden_size) outputs of the captured layers, filled during the call.
         """
         outputs: dict[int, mx.array] = {}
-        self._pass.tree, self._pass.outputs = tree, outputs if capture else None
+        self._pass.tree, self._pass.outputs = tree, outputs
         try:
             yield outputs
         finally:
             self._pass.tree, self._pass.outputs, self._pass.recurrent_cache = None, None, None
 
-    def hook_ropes(self, model: nn.Module) -> None:
-        """Make the rotary modules of a model rotate each node by its own position."""
-        for module in {id(m): m for _, m in model.named_modules() if is_rope(m)}.values():
-            _subclass(module, self._rotate)
+    def hook(self, model: nn.Module) -> set[str]:
+        """Make a model run trees; returns the names of its recurrent functions, as `rebind` does.
 
-    def hook_recurrent_layers(self, model: nn.Module) -> set[str]:
-        """Make the recurrent layers of a model run trees; returns the names that `rebind` does."""
+        Rotary modules rotate each node by its own position, recurrent layers run along the paths,
+        and attention runs by the Metal kernel where it wins.
+        """
         names: set[str] = set()
         for module in {id(m): m for _, m in model.named_modules()}.values():
-            if is_short_convolution(module):
+            if is_rope(module):
+                _subclass(module, self._rotate)
+            elif is_short_convolution(module):
                 _subclass(module, self._convolve)
             else:
+                rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
                 names |= rebind(module, FUNCTIONS, lambda: self.paths)
         return names
-
-    def hook_attention(self, model: nn.Module) -> None:
-        """Let the attention of a model run trees by the Metal kernel where it wins."""
-        for module in {id(m): m for _, m in model.named_modules()}.values():
-            rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
 
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""

@@ -89,12 +89,6 @@ class Block:
     anchor: mx.array | None = None  # (hidden_size,) features of the last committed position
 
 
-def join_blocks(blocks: Sequence[Block]) -> mx.array:
-    """(blocks * D, hidden_size) outputs of all blocks."""
-    hidden = [block.hidden for block in blocks]
-    return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
-
-
 Kind: TypeAlias = tuple[int | None, bool]
 """The sliding window of a layer, and whether it is causal."""
 
@@ -141,8 +135,7 @@ class Drafter:
             first = state.drafter.length
             sequences.append(_DraftedSequence(storage, first, start, gap, block_masks))
             # There may be no new context, as after a fork where the drafter has read everything.
-            parts = state.context or [x[:0]]
-            contexts.append(parts[0] if len(parts) == 1 else mx.concatenate(parts))
+            contexts.append(mx.concatenate(state.context or [x[:0]]))
         blocks = [np.arange(s.start, s.start + size) for s in sequences]
         rows = [np.arange(s.first, s.start + size) for s in sequences]
         block_positions, row_positions = (
@@ -154,8 +147,7 @@ class Drafter:
         for state, _ in roots:
             # The blocks' keys and values are scratch: the next context overwrites them.
             state.drafter.length, state.context = state.length, []
-        hidden = mx.split(x, len(roots)) if len(roots) > 1 else [x]
-        pairs = zip(roots, hidden, strict=True)
+        pairs = zip(roots, mx.split(x, len(roots)), strict=True)
         return [
             Block(
                 *(root, part[config.first_slot :][:depths], part),
@@ -165,7 +157,8 @@ class Drafter:
         ]
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        logits = self.output.logits(self.output.norm(join_blocks(blocks)))
+        hidden = mx.concatenate([block.hidden for block in blocks])
+        logits = self.output.logits(self.output.norm(hidden))
         if options.noise is not None:
             logits = logits + self.output.noise(options.noise)
         k = min(options.k, logits.shape[1])
@@ -216,7 +209,7 @@ class Drafter:
                 mask=sequence.masks[kind],
             )
             out.append(y[0].swapaxes(0, 1).reshape(size, -1))
-        return out[0] if len(out) == 1 else mx.concatenate(out)
+        return mx.concatenate(out)
 
 
 def cut_gap(x: mx.array, gap: tuple[int, int], axis: int) -> mx.array:

@@ -18,12 +18,40 @@ Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
 Convolve: TypeAlias = Callable[[mx.array], mx.array]
 
 
+class Rope(nn.Module):
+    """Rotates the first channels of heads, each row by its own position."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        # Not parameters: they stay float32 if the model is cast to half precision.
+        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
+        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+        self._scales = None
+        if config.rope_scale != 1:
+            width = 2 * len(config.inv_freq)
+            scales = [config.rope_scale] * width + [1.0] * (config.head_dim - width)
+            self._scales = mx.array(scales)
+
+    def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
+        """(1, heads, n, head_dim) from (n, heads, head_dim)."""
+        rotated = mx.fast.rope(
+            x[:, :, None],  # a rope has one offset per batch entry, which is a row here
+            2 * len(self._wavelengths),
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=positions,
+            freqs=self._wavelengths,
+        ).swapaxes(0, 2)
+        return rotated if self._scales is None else rotated * self._scales.astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Queries from the blocks; keys and values from the context and the blocks."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.head_dim, self.rope_scale = config.head_dim, config.rope_scale
+        self.head_dim = config.head_dim
         h, bias = config.hidden_size, config.attention_bias
         q, kv = (
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
@@ -35,35 +63,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, h, bias=bias)
         self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        # Not a parameter: it stays float32 if the model is cast to half precision.
-        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
-        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+        self.rope = Rope(config)
 
     def queries(self, x: mx.array, positions: mx.array) -> mx.array:
         """(1, heads, n, head_dim) of n rows."""
-        return self._rotate(self.q_norm(self._heads(self.q_proj(x))), positions)
+        queries = self.q_proj(x).reshape(len(x), -1, self.head_dim)
+        return self.rope(self.q_norm(queries), positions)
 
     def keys_and_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """(1, kv_heads, n, head_dim) each, of n rows of context and blocks."""
-        keys = self._rotate(self.k_norm(self._heads(self.k_proj(x))), positions)
-        return keys, self._heads(self.v_proj(x)).swapaxes(0, 2)
-
-    def _heads(self, x: mx.array) -> mx.array:
-        """(n, heads, 1, head_dim)."""
-        return x.reshape(x.shape[0], -1, 1, self.head_dim)
-
-    def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
-        """(1, heads, n, head_dim): a rope has one offset per batch entry, which is a row here."""
-        rotated = mx.fast.rope(
-            x,
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=positions,
-            freqs=self._wavelengths,
-        ).swapaxes(0, 2)
-        return rotated if self.rope_scale == 1 else rotated * self.rope_scale
+        shape = len(x), -1, self.head_dim
+        keys, values = self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
+        return self.rope(self.k_norm(keys), positions), values.swapaxes(0, 1)[None]
 
 
 class MLP(nn.Module):
@@ -150,8 +161,7 @@ class Layer(nn.Module):
         y = self.input_layernorm(x)
         before, after = self.attention_conv(y) if self.attention_conv else (_identity, _identity)
         y = before(y)
-        blocks = mx.split(y, len(contexts)) if len(contexts) > 1 else [y]
-        pairs = zip(contexts, blocks, strict=True)
+        pairs = zip(contexts, mx.split(y, len(contexts)), strict=True)
         rows = mx.concatenate([part for pair in pairs for part in pair])
         attention = self.self_attn
         queries = attention.queries(y, block_positions)

@@ -21,7 +21,7 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
-from treeflash_mlx.drafter import Block, OutputStage, join_blocks
+from treeflash_mlx.drafter import Block, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
@@ -242,7 +242,7 @@ class Markov(MarkovTensors, ConditionalHead):
             self.gate_proj = nn.Linear(config.hidden_size + config.head_rank, config.head_rank)
 
     def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        embedded: mx.array = self.markov_w1(previous)
+        embedded = self.markov_w1(previous)
         if self.config.head == "gated":
             gate = self.gate_proj(mx.concatenate([slots.normed[rows], embedded], -1))
             embedded = embedded * mx.sigmoid(gate)
@@ -509,7 +509,8 @@ class ARHead:
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Score the rows of all sequences together."""
-        slots, batch = Slots.read(self.output, join_blocks(blocks)), len(blocks)
+        slots = Slots.read(self.output, mx.concatenate([block.hidden for block in blocks]))
+        batch = len(blocks)
         logits = self.output.logits(slots.normed)
         depths = len(logits) // batch
         noise = None
@@ -644,7 +645,8 @@ class RecurrentHead:
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         """Compute logits for all sequences together, then follow the paths of each sequence."""
-        slots, batch = Slots.read(self.output, join_blocks(blocks)), len(blocks)
+        slots = Slots.read(self.output, mx.concatenate([block.hidden for block in blocks]))
+        batch = len(blocks)
         logits = self.output.logits(slots.normed)
         if options.noise is not None:
             logits = logits + self.output.noise(options.noise)

@@ -51,7 +51,8 @@ class NodePaths:
     serves the delta rule.
     """
 
-    def __init__(self, trees: Sequence[DraftTree], nodes: int, solve: Solver) -> None:
+    def __init__(self, trees: Sequence[DraftTree], solve: Solver) -> None:
+        nodes = max(map(len, trees))
         self.batch_size, self.nodes, self.solve = len(trees), nodes, solve
         self.depth = max(int(tree.depths.max()) for tree in trees)
         ancestors = np.zeros((self.batch_size, 1, nodes, nodes), np.bool_)
@@ -226,8 +227,7 @@ def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx
         output_shapes=[targets.shape],
         output_dtypes=[targets.dtype],
     )
-    result: mx.array = solution
-    return result
+    return solution
 
 
 MAX_SOLVER_ERROR = 1e-3
@@ -341,7 +341,7 @@ def delta_kernel_wins(
     """
     if not runs_shape(key_dim):
         return False
-    n, paths = len(RACED_TREE), NodePaths([RACED_TREE], len(RACED_TREE), choose_solver())
+    n, paths = len(RACED_TREE), NodePaths([RACED_TREE], choose_solver())
     assert paths.visits is not None
     visits = paths.visits
     gates = (1, n, heads, key_dim) if by_channel else (1, n, heads)

@@ -45,10 +45,9 @@ def top_log_probs(logits: mx.array, k: int, temperature: float) -> tuple[mx.arra
     The temperature divides the logits; k is at most vocab.
     """
     tokens = top_indices(logits, k)
-    best = mx.take_along_axis(logits, tokens, axis=1).astype(mx.float32) / temperature
-    # One normaliser per row instead of a log-softmax over the vocabulary.
     scaled = logits.astype(mx.float32) / temperature
-    return tokens, best - logsumexp(scaled)
+    # One normaliser per row instead of a log-softmax over the vocabulary.
+    return tokens, mx.take_along_axis(scaled, tokens, axis=1) - logsumexp(scaled)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

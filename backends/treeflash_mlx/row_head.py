@@ -23,7 +23,7 @@ from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowCo
 from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_model import MLP, OwnVocabulary
+from treeflash_mlx.drafter_model import MLP, OwnVocabulary, Rope
 from treeflash_mlx.numerics import log_softmax, top_log_probs
 from treeflash_mlx.state import State, project_contexts
 from treeflash_mlx.target import Target
@@ -112,39 +112,21 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = Norm(d, config.rms_norm_eps)
             self.k_norm = Norm(d, config.rms_norm_eps)
-        # Not a parameter: it stays float32 if the model is cast to half precision.
-        self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
-        mx.eval(self._wavelengths)  # only the thread that makes a lazy array can evaluate it
+        self.rope = Rope(config)
 
     def queries(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
         """(1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if there are any."""
         q, gate = self.q_proj(y).reshape(len(y), self.config.num_attention_heads, -1), None
         if self.config.gated:
             q, gate = mx.split(q, 2, -1)
-        return self._rotate(self.q_norm(q) if self.config.qk_norm else q, positions), gate
+        return self.rope(self.q_norm(q) if self.config.qk_norm else q, positions), gate
 
     def keys_and_values(self, y: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """(1, kv_heads, n, head_dim) each, of n rows."""
         shape = len(y), -1, self.config.head_dim
         k, v = self.k_proj(y).reshape(shape), self.v_proj(y).reshape(shape)
-        keys = self._rotate(self.k_norm(k) if self.config.qk_norm else k, positions)
+        keys = self.rope(self.k_norm(k) if self.config.qk_norm else k, positions)
         return keys, v.swapaxes(0, 1)[None]
-
-    def _rotate(self, x: mx.array, positions: mx.array) -> mx.array:
-        """(1, heads, n, head_dim) from (n, heads, head_dim); the first channels are rotated."""
-        rotated = mx.fast.rope(
-            x[:, :, None],
-            2 * len(self._wavelengths),
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=positions,
-            freqs=self._wavelengths,
-        ).swapaxes(0, 2)
-        if (scale := self.config.rope_scale) == 1:
-            return rotated
-        first, rest = mx.split(rotated, [2 * len(self._wavelengths)], -1)
-        return mx.concatenate([first * scale, rest], -1)
 
 
 class Layer(nn.Module):
@@ -361,7 +343,7 @@ def attend(
             mask=mask,
         )
         out.append(y[0].swapaxes(0, 1))
-    return out[0] if len(out) == 1 else mx.concatenate(out)
+    return mx.concatenate(out)
 
 
 class RowHead:

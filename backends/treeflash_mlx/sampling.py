@@ -44,9 +44,7 @@ def sample(
         keys = None
         if not sampling.greedy:
             keys = np.concatenate([p.keys for _, _, p in sequences if p.keys is not None])
-        tokens = sample_tokens(
-            edited[0] if len(edited) == 1 else mx.concatenate(edited), sampling, keys
-        )
+        tokens = sample_tokens(mx.concatenate(edited), sampling, keys)
         parts = np.split(tokens, np.cumsum([len(part) for part in edited])[:-1])
         for (i, rows, params), part in zip(sequences, parts, strict=True):
             sampled[i] = with_log_probs(part, rows, params)

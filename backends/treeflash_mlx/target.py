@@ -288,9 +288,7 @@ class Target:
             windows = self.layout.windows
             windows[:] = [self.config.get("sliding_window")] * len(windows)
         self.hooks = TreeHooks()
-        self.hooks.hook_ropes(self.model)
-        self.hooks.hook_attention(self.model)
-        self.keys_first = "recurrent_gla" in self.hooks.hook_recurrent_layers(self.model)
+        self.keys_first = "recurrent_gla" in self.hooks.hook(self.model)
         self.quantisation: Quantisation | None = None
         self.vocab_size, widths, self.column_nbytes, self.states_nbytes = self._measure()
         if kv_bits is not None:
@@ -395,7 +393,7 @@ class Target:
             return RecurrentTreeCache(storage.states, i, paths, self.hooks.enter_recurrent_layer)
 
         caches = self.layout.make(attention_cache, recurrent_cache)
-        with self.hooks.forward_pass(tree, capture=bool(layer_ids)) as outputs:
+        with self.hooks.forward_pass(tree) as outputs:
             logits = self.model(token_ids, cache=caches)
         if not layer_ids:
             return logits, None

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_params import random_params
 
 from treeflash.decoding import sampling as core
-from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys
+from treeflash.decoding.sampling import LogitEdits, SamplingParams
 from treeflash.errors import NumericalError
 from treeflash.testing import require
-from treeflash.testing.pairs import SAMPLINGS
 
 require("torch")
 
@@ -24,26 +24,6 @@ def sample(logits, counts, all_params):
     return sampling_module.sample(Logits.split(logits, counts), all_params)
 
 
-def random_choice(rng, rows, vocab):
-    """Any sampling, with or without edits, a mask and log probabilities."""
-    sampling = list(SAMPLINGS.values())[rng.integers(len(SAMPLINGS))]
-    edits = allowed = log_probs = None
-    if rng.random() < 0.5:
-        places = rng.choice(rows * vocab, rng.integers(1, rows * vocab), replace=False)
-        factors = rng.uniform(0.5, 2, len(places)).astype(np.float32)
-        additions = rng.normal(size=len(places)).astype(np.float32)
-        edits = LogitEdits(places // vocab, places % vocab, factors, additions)
-    if rng.random() < 0.5:
-        bits = rng.random((rows, -(-vocab // 32) * 32)) < rng.random()
-        bits[np.arange(rows), rng.integers(0, vocab, rows)] = True
-        allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
-    if rng.random() < 0.5:
-        log_probs = int(rng.integers(vocab + 2))
-    seed = int(rng.integers(2**32))
-    keys = None if sampling.greedy else position_keys(seed, np.arange(rows, dtype=np.int32))
-    return SamplingParams(sampling, keys, edits, allowed, log_probs)
-
-
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
     if device == "gpu":  # its sampler, on the CPU
@@ -54,7 +34,7 @@ def test_choices_of_several_texts_are_those_defined(monkeypatch, device):
     def check(seed, texts, vocab):
         rng = np.random.default_rng(seed)
         counts = [int(n) for n in rng.integers(0, 6, texts)]
-        wanted = [random_choice(rng, n, vocab) if n else None for n in counts]
+        wanted = [random_params(rng, n, vocab) if n else None for n in counts]
         logits = rng.normal(size=(sum(counts), vocab)).astype(np.float32) * 2
         ours = torch.from_numpy(logits.copy())
         found = sample(ours, counts, wanted)

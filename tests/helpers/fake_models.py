@@ -213,7 +213,3 @@ def config_of(**settings: Any) -> DecodeConfig:
 
 def run(backend: Backend, prompt: Sequence[int] = PROMPT, **settings: Any) -> list[Step]:
     return list(decode(backend, prompt, config_of(**settings)))
-
-
-def tokens_of(steps: Sequence[Step]) -> list[int]:
-    return [token for step in steps for token in step.tokens]

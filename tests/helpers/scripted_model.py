@@ -65,9 +65,14 @@ def scripted_model(
         head[[*ids[1:], END], ids] = 2
     save(target, read_config(target), tensors)
     write_drafter(drafter, target, seed=4, target_layer_ids=(0,))
+    return reference_model(target, drafter)
+
+
+def reference_model(target: Path, drafter: Path) -> LanguageModel:
+    """Load a pair in NumPy; trees of all sizes cost the same, whatever the machine."""
     budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
     pair = reference.load(target, drafter, LoadConfig())
-    return LanguageModel(pair, tokenizer, target, adaptive_budgets=budgets)
+    return LanguageModel(pair, Tokenizer.from_folder(target), target, adaptive_budgets=budgets)
 
 
 def _write_tokenizer(

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 from byte_tokens import SPECIAL, save_tokenizer
+from scripted_model import reference_model
 
-from treeflash.config import LoadConfig
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
-from treeflash.reference import backend as reference
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
@@ -62,8 +60,6 @@ def tool_model(
     """Write and load a random pair with that tokenizer."""
     target, drafter = folder / "target", folder / "drafter"
     write_target(target, "llama", seed=3, vocab_size=len(SPECIAL) + 256)
-    tokenizer = tool_tokenizer(target, response_template, chat_template)
+    tool_tokenizer(target, response_template, chat_template)
     write_drafter(drafter, target, seed=4)
-    budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
-    pair = reference.load(target, drafter, LoadConfig())
-    return LanguageModel(pair, tokenizer, target, adaptive_budgets=budgets)
+    return reference_model(target, drafter)

@@ -61,8 +61,8 @@ def test_a_thread_does_not_see_the_tree_of_another():
     plain = rope(x, offset=5)
     mx.eval(x, plain)  # only this thread can
     hooks = TreeHooks()
-    hooks.hook_ropes(rope)
-    with hooks.forward_pass(TreePass.build([BRANCHED], [5], 99), capture=True) as outputs:
+    hooks.hook(rope)
+    with hooks.forward_pass(TreePass.build([BRANCHED], [5], 99)) as outputs:
         branched = rope(x, offset=5)
         other = run_in_thread(lambda: np.array(rope(x, offset=5)))
         assert run_in_thread(lambda: hooks.tree) is None

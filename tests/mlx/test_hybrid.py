@@ -57,7 +57,7 @@ class Inputs:
         """(outputs, what a commit needs) of the backend, and its state."""
         names = "queries", "keys", "values", "log_decays", "state"
         q, k, v, g, state = (mx.array(getattr(self, name), mx.float32) for name in names)
-        paths = NodePaths(self.trees, max(SIZES), hybrid.solve_by_rounds)
+        paths = NodePaths(self.trees, hybrid.solve_by_rounds)
         betas = None if self.betas is None else mx.array(self.betas, mx.float32)
         return *run_tree(q, k, v, g, state, paths, betas), state
 

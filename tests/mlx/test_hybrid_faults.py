@@ -22,9 +22,9 @@ def windows_by_column(paths, kernel):
 
 
 class CausalPaths(NodePaths):
-    def __init__(self, trees, rows, solve):
-        super().__init__(trees, rows, solve)
-        self.ancestors = mx.broadcast_to(mx.tri(rows, dtype=mx.bool_), self.ancestors.shape)
+    def __init__(self, trees, solve):
+        super().__init__(trees, solve)
+        self.ancestors = mx.broadcast_to(mx.tri(self.nodes, dtype=mx.bool_), self.ancestors.shape)
 
 
 def one_round_less(system, targets, depth):

@@ -49,7 +49,7 @@ def test_nodes_have_the_bits_of_plain_decoding(metal, rng, dtype, key_dim, by_ch
         DraftTree.from_parents(np.zeros(len(x), np.int32), np.array(x, np.int32))
         for x in (PARENTS, PARENTS[:3])
     ]
-    paths = hybrid.NodePaths(trees, 8, hybrid.solve_by_rounds)
+    paths = hybrid.NodePaths(trees, hybrid.solve_by_rounds)
     outputs = kernels.run_nodes(q, steps, state, *paths.visits)
     assert not outputs[1, 3:].any()
     assert outputs.dtype == dtype
@@ -74,7 +74,7 @@ def test_states_in_half_precision_are_rounded_after_every_node(metal, rng):
     q, steps, state = random_arrays(rng, mx.float16, 32, by_channel=False, batch=1, n=3)
     state = state.astype(mx.float16)
     tree = DraftTree.chain(np.zeros(3, np.int32))
-    paths = hybrid.NodePaths([tree], 3, hybrid.solve_by_rounds)
+    paths = hybrid.NodePaths([tree], hybrid.solve_by_rounds)
     outputs, after = kernels.run_nodes(q, steps, state, *paths.visits), state
     for i in range(3):
         token = (x[:, i : i + 1] for x in (q, steps.k, steps.v, steps.g, steps.beta))

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from random_params import random_params
 
 from treeflash.config import SamplingConfig
 from treeflash.decoding import sampling as core
-from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys
+from treeflash.decoding.sampling import position_keys
 from treeflash.testing import require
-from treeflash.testing.pairs import SAMPLINGS
 
 require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
 from treeflash_mlx.sampling import sample, sample_tokens
-
-
-def random_params(rng, rows, vocab):
-    """Any sampling, with or without edits, a mask and log probabilities."""
-    sampling = list(SAMPLINGS.values())[rng.integers(len(SAMPLINGS))]
-    edits = allowed = log_probs = None
-    if rng.random() < 0.5:
-        places = rng.choice(rows * vocab, rng.integers(1, rows * vocab), replace=False)
-        factors = rng.uniform(0.5, 2, len(places)).astype(np.float32)
-        additions = rng.normal(size=len(places)).astype(np.float32)
-        edits = LogitEdits(places // vocab, places % vocab, factors, additions)
-    if rng.random() < 0.5:
-        bits = rng.random((rows, -(-vocab // 32) * 32)) < 0.3
-        bits[np.arange(rows), rng.integers(0, vocab, rows)] = True
-        allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
-    if rng.random() < 0.7:
-        log_probs = int(rng.integers(vocab + 2))
-    keys = None
-    if not sampling.greedy:
-        keys = position_keys(int(rng.integers(2**32)), np.arange(rows, dtype=np.int32))
-    return SamplingParams(sampling, keys, edits, allowed, log_probs)
 
 
 @pytest.mark.parametrize("vocab", [5, 65, 320])

@@ -6,14 +6,11 @@ from contextlib import ExitStack
 
 import pytest
 from byte_tokens import SPECIAL, save_tokenizer
+from scripted_model import reference_model
 from servers import MAX_POSITIONS, serving
 
-from treeflash.config import LoadConfig
-from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.language_model import LanguageModel
-from treeflash.reference import backend as reference
 from treeflash.testing.models import write_drafter, write_target
-from treeflash.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +23,7 @@ def model(tmp_path_factory) -> LanguageModel:
     )
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
-    budgets = AdaptiveBudgets(VerifyCosts(dict.fromkeys(SIZES, 1.0)))
-    pair = reference.load(target, drafter, LoadConfig())
-    return LanguageModel(pair, Tokenizer.from_folder(target), target, adaptive_budgets=budgets)
+    return reference_model(target, drafter)
 
 
 @pytest.fixture(scope="session")

@@ -317,8 +317,7 @@ def tree_attention(
         output_shapes=[q.shape],
         output_dtypes=[q.dtype],
     )
-    result: mx.array = out
-    return result
+    return out
 
 
 def runs_shape(head_dim: int, nodes: int) -> bool:
@@ -414,8 +413,7 @@ class _Contest:
         if self.shape.bits:
             options = self.scale, mask, self.shape.group_size, self.shape.bits
             copied = 1 * q  # the function changes its queries
-            result: mx.array = quantized_scaled_dot_product_attention(copied, k, v, *options)
-            return result
+            return quantized_scaled_dot_product_attention(copied, k, v, *options)
         return mx.fast.scaled_dot_product_attention(
             q, *k, *v, scale=self.scale, mask=mask, sinks=sinks
         )

@@ -1,9 +1,9 @@
 """Gated delta nets on draft trees, step by step.
 
 `run_nodes` computes the outputs of all nodes of a tree, each on the state after its parent, and
-keeps no states. `replay` computes the state after an accepted path from the inputs of its nodes.
-Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state of a
-node has the bits that plain decoding would give it for the same inputs.
+keeps no states. `Steps.commit` computes the state after an accepted path from the inputs of its
+nodes. Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state
+of a node has the bits that plain decoding would give it for the same inputs.
 
 A simdgroup has one row of a state, which is in its registers while it walks through the tree depth
 first. Where a node has several children, threadgroup memory keeps its row for the later ones. The
@@ -105,27 +105,22 @@ class Steps:
     def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
         """The states after a path of each sequence; see `treeflash_mlx.hybrid.Writes.commit`."""
         order = mx.stack([nodes, *[mx.full(nodes.shape, -1, mx.int32)] * 2], -1)
-        return _walk(self, state, order, kept.sum(1).astype(mx.int32), None)
+        return run_nodes(None, self, state, order, kept.sum(1).astype(mx.int32))
 
 
 def run_nodes(
-    q: mx.array, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
+    q: mx.array | None, steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array
 ) -> mx.array:
     """(batch, n, heads, value_dim) outputs at all nodes; rows without a node are 0.
 
     Args:
-        q: (batch, n, key_heads, key_dim).
+        q: (batch, n, key_heads, key_dim); None for the states after the last nodes in the place of
+            outputs.
         steps: of the nodes.
         state: (batch, heads, value_dim, key_dim) before the trees; None for zeros.
         order: (batch, n, 3) int32, see `depth_first`.
         counts: (batch,) int32 nodes of each tree.
     """
-    return _walk(steps, state, order, counts, q)
-
-
-def _walk(
-    steps: Steps, state: mx.array | None, order: mx.array, counts: mx.array, q: mx.array | None
-) -> mx.array:
     batch, _, key_heads, key_dim = steps.k.shape
     heads, value_dim = steps.v.shape[2:]
     if state is None:
@@ -152,8 +147,7 @@ def _walk(
         output_shapes=[shape],
         output_dtypes=[dtype],
     )
-    states_or_outputs: mx.array = result
-    return states_or_outputs
+    return result
 
 
 def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:

@@ -215,8 +215,7 @@ def _use_kernel(module: Quantised, rows: frozenset[int]) -> None:
 
     def call(self: Any, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] not in rows or x.dtype != self.scales.dtype:
-            result: mx.array = plain(self, x)
-            return result
+            return plain(self, x)
         out = multiply(self, x)
         return out + self["bias"] if "bias" in self else out
 

@@ -14,12 +14,12 @@ from fake_models import (
     config_of,
     run,
     scripted,
-    tokens_of,
 )
 
 from treeflash.config import Method
 from treeflash.decoding.scheduler import check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError, UnsupportedModelError
+from treeflash.testing.comparisons import tokens_of
 
 
 class TestChecks:

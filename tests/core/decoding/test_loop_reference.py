@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.loop import Step
 from treeflash.decoding.scheduler import decode
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load as load_reference
+from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import SAMPLINGS
 from treeflash.text.generation import Stats
@@ -25,10 +25,6 @@ from treeflash.text.generation import Stats
 DRAFTING = METHODS[1:]
 BUDGETS = (1, 2, 16, 64, 256)
 PROMPT = (3, 1, 4, 1, 5, 9, 2)
-
-
-def tokens_of(steps: Sequence[Step]) -> list[int]:
-    return [token for step in steps for token in step.tokens]
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from fake_models import (
     SAMPLINGS,
     FakeBackend,
     run,
-    tokens_of,
 )
 
 from treeflash.config import METHODS, Method, SamplingConfig
 from treeflash.decoding.sampling import position_keys
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.testing.comparisons import tokens_of
 
 VOCAB = 6
 BIGRAMS = np.random.default_rng(11).normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)

@@ -10,12 +10,12 @@ from fake_models import (
     config_of,
     run,
     scripted,
-    tokens_of,
 )
 
 from treeflash.config import METHODS, Method
 from treeflash.decoding.scheduler import decode
 from treeflash.errors import NumericalError
+from treeflash.testing.comparisons import tokens_of
 
 
 class TestStopping:

@@ -39,14 +39,12 @@ def find_compiler() -> str | None:
 
 def require_compiler() -> None:
     """Skip the calling module where kernels cannot be executed; see `treeflash.testing.require`."""
-    reason = None
     if not sys.platform.startswith("linux"):
         pytest.skip("Metal kernels are executed on Linux only", allow_module_level=True)
-    elif find_compiler() is None:
+    if find_compiler() is None:
         reason = "needs a C++ compiler to execute Metal kernels (Debian: g++)"
-    if reason and os.environ.get(REQUIRED):
-        pytest.fail(reason, pytrace=False)
-    if reason:
+        if os.environ.get(REQUIRED):
+            pytest.fail(reason, pytrace=False)
         pytest.skip(reason, allow_module_level=True)
 
 
