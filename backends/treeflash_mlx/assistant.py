@@ -128,7 +128,8 @@ class AssistantModel(nn.Module):
             # As in transformers, the window is counted before the root.
             first = max(cache.length - self.window - 1, 0) if attention.is_sliding else 0
             columns = [x[:, :, first:] for x in cache.first_columns(source, cache.length)]
-            keys, values = columns[0], columns[-1]
+            keys: Any = columns[0]
+            values: Any = columns[-1]
             if cache.quantisation is not None:  # numbers, scales and biases of each
                 keys, values = columns[:3], columns[3:]
             attended = scaled_dot_product_attention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -331,7 +331,8 @@ def load_row_head(
 
 
 def read_file(path: Path) -> dict[str, mx.array]:
-    return dict(mx.load(str(path), format="safetensors"))
+    tensors: Any = mx.load(str(path), format="safetensors")  # another type for each format
+    return dict(tensors)
 
 
 def _fill(

@@ -89,7 +89,7 @@ class Selector(Scores):
 
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
         projected = self.linear("hidden_projection", self.model.normed("norm", hidden))
-        query = self.tensors["predecessor_codebook"][previous] * projected[:, None]
+        query: Array = self.tensors["predecessor_codebook"][previous] * projected[:, None]
         keys = self.tensors["successor_codebook"][tokens]
         scores: Array = query @ keys.swapaxes(-1, -2)
         return scores + np.take_along_axis(logits, tokens, -1)[:, None]

@@ -120,4 +120,5 @@ def speedup(kernel: Link, plain: Link, start: mx.array) -> float:
 def relative_error(found: mx.array, expected: mx.array) -> float:
     """The root mean square of the difference, relative to the root mean square of the expected."""
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    return mx.sqrt(mx.mean((found - expected) ** 2) / mx.mean(expected**2)).item()
+    error: Any = mx.sqrt(mx.mean((found - expected) ** 2) / mx.mean(expected**2)).item()
+    return float(error)
