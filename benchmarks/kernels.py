@@ -115,7 +115,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
             sinks=numbers(heads) if sinks else None,
         )
     x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
-    layers.rms_norm(x, x[0], 1e-6)
+    layers.rms_norm(x, x[0], 1e-6, x)
     layers.gated(gate, gate)
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
     q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]

@@ -136,11 +136,14 @@ def rms_norm(
     x: Tensor,  # (..., size)
     weight: Tensor,  # (size,); with the 1 that some models add to it
     eps: float,
-) -> Tensor:
-    """(..., size) the normalised x, in its dtype."""
+    residual: Tensor | None = None,  # (..., size), added first
+) -> tuple[Tensor, Tensor]:
+    """(..., size) the normalised sum, and the sum itself, in the dtype of x."""
+    if residual is not None:
+        x = x + residual
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.float()).to(x.dtype)
+    return (normed * weight.float()).to(x.dtype), x
 
 
 def rotate_and_store(
@@ -162,7 +165,7 @@ def rotate_and_store(
     Several rows may have the same column if their keys and values are equal.
     """
     if norms is not None:
-        q, k = (rms_norm(x, weight, eps) for x, weight in zip((q, k), norms, strict=True))
+        q, k = (rms_norm(x, weight, eps)[0] for x, weight in zip((q, k), norms, strict=True))
     q, k = (_rotated(x, cos[:, None], sin[:, None]) for x in (q, k))
     for cache, new in ((k_cache, k), (v_cache, v)):
         stored = quantise(new) if cache.dtype == torch.int8 else new
@@ -188,7 +191,7 @@ class Operations:
     """One implementation of each operation, with the arguments of the function above."""
 
     tree_attention: Callable[..., Tensor] = tree_attention
-    rms_norm: Callable[..., Tensor] = rms_norm
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     rotate_and_store: Callable[..., Tensor] = rotate_and_store
     gated: Callable[..., Tensor] = gated
     # A line for each operation that has a kernel but runs in PyTorch, with the reason.
@@ -299,8 +302,10 @@ def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -
 
 
 def _check_norm(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
-    x, weight = numbers.draw(5, shapes.hidden_size), numbers.draw(shapes.hidden_size)
-    return [operations.rms_norm(x, weight, 1e-6)]
+    x, residual = numbers.draw(2, 5, shapes.hidden_size)
+    weight = numbers.draw(shapes.hidden_size)
+    parts = operations.rms_norm(x, weight, 1e-6), operations.rms_norm(x, weight, 1e-6, residual)
+    return [part for pair in parts for part in pair]
 
 
 def _check_rotation(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:

@@ -203,9 +203,9 @@ class FakeCuda(TorchDispatchMode):
             self._launch("tree_attention", used + 2 * _nbytes(q) + _nbytes(keys.paths))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
-        def rms_norm(x, weight, eps):
+        def rms_norm(x, weight, eps, residual=None):
             self._launch("rms_norm", 2 * _nbytes(x))
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
 
         def gated(gate, up):
             self._launch("gated", 3 * _nbytes(up))

@@ -65,10 +65,13 @@ def test_a_window_keeps_the_last_positions():
     assert keys.within(9).start.tolist() == [[0, 0]]
 
 
-def test_the_norm_is_pytorchs():
-    x, weight = numbers(5, 24), numbers(24, seed=2)
-    expected = nn.functional.rms_norm(x, (24,), weight, 1e-5)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
+def test_the_norm_is_pytorchs_after_the_residual():
+    x, residual, weight = numbers(5, 24), numbers(5, 24, seed=1), numbers(24, seed=2)
+    normed, total = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(total, x + residual)
+    expected = nn.functional.rms_norm(total, (24,), weight, 1e-5)
+    torch.testing.assert_close(normed, expected)
+    torch.testing.assert_close(rms_norm(total, weight, 1e-5)[0], expected)
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 4])

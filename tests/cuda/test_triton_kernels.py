@@ -113,12 +113,13 @@ def test_a_row_of_attention_equals_plain_decoding_bit_for_bit(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_the_other_kernels_does_not_depend_on_their_number(dtype):
     numbers = Numbers(CPU, dtype)
-    x, gate = numbers.draw(2, 6, 40)
-    weight = numbers.draw(40)
-    many = [layers.rms_norm(x, weight, 1e-6), layers.gated(x, gate)]
+    x, residual = numbers.draw(2, 6, 40)
+    weight, gate = numbers.draw(40), numbers.draw(6, 40)
+    many = [*layers.rms_norm(x, weight, 1e-6, residual), layers.gated(x, gate)]
     for row in range(6):
         one = slice(row, row + 1)
-        alone_ = [layers.rms_norm(x[one], weight, 1e-6), layers.gated(x[one], gate[one])]
+        alone_ = [*layers.rms_norm(x[one], weight, 1e-6, residual[one])]
+        alone_.append(layers.gated(x[one], gate[one]))
         assert all(torch.equal(a[one], b) for a, b in zip(many, alone_, strict=True))
     q, k, v = numbers.draw(6, 8, 16).split([4, 2, 2], 1)
     cos, sin = numbers.draw(2, 6, 16)
@@ -195,7 +196,7 @@ def test_a_faulty_attention_fails_the_check_at_load(right, wrong, tmp_path, monk
 
 
 LAYER_FAULTS = {
-    "rms_norm": ("/ SIZE + eps) * weight", "/ SIZE + eps)"),
+    "rms_norm": ("x + residual.to(tl.float32)", "x"),
     "rotate_and_store": ("-sin, sin)", "sin, sin)"),
     "gated": ("result = active.to(dtype)", "result = x.to(dtype)"),
 }

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary with the write to the cache, and gated activations."""
+"""RMSNorm with residual, rotary with the write to the cache, and gated activations."""
 
 from __future__ import annotations
 
@@ -17,37 +17,52 @@ ROUNDING = tl.constexpr(12582912.0)
 @triton.jit
 def _rms_norm(
     x_pointer,
+    residual_pointer,
     weight_pointer,
     normed_pointer,
+    total_pointer,
     x_stride,
+    residual_stride,
     eps,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,  # SIZE, rounded up to a power of two
+    RESIDUAL: tl.constexpr,
 ):
     row, elements = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     mask = elements < SIZE
     dtype: tl.constexpr = x_pointer.dtype.element_ty
     x = tl.load(x_pointer + row * x_stride + elements, mask=mask, other=0).to(tl.float32)
+    if RESIDUAL:
+        residual = tl.load(residual_pointer + row * residual_stride + elements, mask=mask, other=0)
+        total = (x + residual.to(tl.float32)).to(dtype)
+        tl.store(total_pointer + row * SIZE + elements, total, mask=mask)
+        x = total.to(tl.float32)
     weight = tl.load(weight_pointer + elements, mask=mask, other=0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
     tl.store(normed_pointer + row * SIZE + elements, normed.to(dtype), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`operations.rms_norm`, one launch."""
     size = x.shape[-1]
     rows = x.reshape(-1, size)
+    added = None if residual is None else residual.reshape(-1, size)
     normed = rows.new_empty(rows.shape)
+    total = None if added is None else rows.new_empty(rows.shape)
     width = triton.next_power_of_2(size)
     _rms_norm[len(rows),](
-        *(rows, weight, normed, rows.stride(0), eps),
+        *(rows, added, weight, normed, total),
+        *(rows.stride(0), 0 if added is None else added.stride(0), eps),
         SIZE=size,
         WIDTH=width,
+        RESIDUAL=added is not None,
         # A function of the width alone: the order of the sum depends on it.
         num_warps=min(max(width // 512, 1), 16),
         enable_fp_fusion=False,
     )
-    return normed.view(x.shape)
+    return normed.view(x.shape), x if total is None else total.view(x.shape)
 
 
 @triton.jit
