@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from treeflash_cuda.cache import decoded, quantise
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
 gives 0.003; a row that sees another row's key, or misses one, differs by more than 0.05."""
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +183,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), x[..., size:]], -1)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """(..., size) silu(gate) * up, contiguous: SwiGLU."""
-    return F.silu(gate) * up
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+    """(..., size) activation(gate) * up, contiguous: SwiGLU, or Gemma's GeGLU."""
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return active * up
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,7 @@ def _check_rotation(operations: Operations, numbers: Numbers, shapes: Shapes) ->
 
 def _check_gate(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
     gate, up = numbers.draw(3, 2 * shapes.hidden_size).chunk(2, 1)
-    return [operations.gated(gate, up)]
+    return [operations.gated(gate, up, "silu"), operations.gated(gate, up, "gelu_tanh")]
 
 
 CHECKS: dict[str, Callable[[Operations, Numbers, Shapes], list[Tensor]]] = {

@@ -207,7 +207,7 @@ class FakeCuda(TorchDispatchMode):
             self._launch("rms_norm", 2 * _nbytes(x))
             return torch.empty(x.shape, dtype=x.dtype, device=x.device), x
 
-        def gated(gate, up):
+        def gated(gate, up, activation="silu"):
             self._launch("gated", 3 * _nbytes(up))
             return torch.empty(up.shape, dtype=up.dtype, device=up.device)
 

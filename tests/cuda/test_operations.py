@@ -107,6 +107,9 @@ def test_keys_are_quantised_for_a_quantised_cache():
     assert torch.equal(caches[1][:, [4, 0, 1]].transpose(0, 1), quantise(v))
 
 
-def test_gates():
+@pytest.mark.parametrize(
+    ("name", "function"), [("silu", nn.SiLU()), ("gelu_tanh", nn.GELU(approximate="tanh"))]
+)
+def test_gates(name, function):
     gate, up = numbers(3, 5), numbers(3, 5, seed=1)
-    assert torch.equal(gated(gate, up), nn.SiLU()(gate) * up)
+    assert torch.equal(gated(gate, up, name), function(gate) * up)

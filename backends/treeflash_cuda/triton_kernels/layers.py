@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from treeflash_cuda.operations import Activation
+
 BLOCK = 1024
 """Elements of a program that computes elements one by one."""
 MAX_INT8 = tl.constexpr(127.0)
@@ -222,19 +224,25 @@ def _gated(
     up_stride,
     size,
     BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < size
     dtype: tl.constexpr = gate_pointer.dtype.element_ty
     x = tl.load(gate_pointer + row * gate_stride + elements, mask=mask, other=0).to(tl.float32)
-    active = x * tl.sigmoid(x)
+    if GELU:
+        # x / 2 * (1 + tanh(y)) is x * sigmoid(2 * y).
+        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        active = x * tl.sigmoid(inner)
+    else:
+        active = x * tl.sigmoid(x)
     up = tl.load(up_pointer + row * up_stride + elements, mask=mask, other=0).to(tl.float32)
     result = active.to(dtype).to(tl.float32) * up
     tl.store(result_pointer + row * size + elements, result.to(dtype), mask=mask)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """`operations.gated`, one launch."""
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
@@ -242,6 +250,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     _gated[len(gates), triton.cdiv(size, BLOCK)](
         *(gates, ups, result, gates.stride(0), ups.stride(0), size),
         BLOCK=BLOCK,
+        GELU=activation == "gelu_tanh",
         enable_fp_fusion=False,
     )
     return result.view(gate.shape)
