@@ -120,11 +120,11 @@ class LeaderVerifier(Verifier):
     succeeded. So whatever fails on rank 0 alone, such as sampling, leaves all ranks alike.
     """
 
-    def _forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         numbered = [(_number(state), tokens) for state, tokens in rows]
         followers.tell("forward", numbered, list(needs_logits))
         try:
-            return super()._forward(rows, needs_logits)
+            return super().forward(rows, needs_logits)
         except Exception:
             followers.lost = True
             raise
@@ -174,7 +174,7 @@ def _follow(target: Target) -> None:
                 if (state := states.pop(number, None)) is not None:
                     state.close()
             case "forward", rows, needs_logits:
-                verifier._forward([(states[number], x) for number, x in rows], needs_logits)
+                verifier.forward([(states[number], x) for number, x in rows], needs_logits)
             case "commit", paths:
                 verifier.commit([(states[number], path) for number, path in paths])
 

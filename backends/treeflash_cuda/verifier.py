@@ -182,7 +182,7 @@ class Verifier:
                 else (state, self._last_chunk(state, item.token_ids))
                 for state, item in zip(states, work, strict=True)
             ]
-            logits = self._forward(rows, [item.params is not None for item in work])
+            logits = self.forward(rows, [item.params is not None for item in work])
             sampled = sample(logits, [item.params for item in work], self.target.graphs)
             new = [row for row in rows if not isinstance(row[1], DraftTree)]
             self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
@@ -194,7 +194,7 @@ class Verifier:
 
     @torch.inference_mode()
     def logits(self, trees: Sequence[tuple[Any, DraftTree]]) -> list[NDArray[np.float32]]:
-        logits = self._forward(trees, [True] * len(trees))
+        logits = self.forward(trees, [True] * len(trees))
         return [part.float().cpu().numpy() for part in logits.parts]
 
     def _last_chunk(self, state: State, token_ids: Sequence[int]) -> Sequence[int]:
@@ -202,12 +202,12 @@ class Verifier:
         size = NEXT_CHUNK if state.length else FIRST_CHUNK
         while len(token_ids) > size:
             chunk, token_ids = token_ids[:size], token_ids[size:]
-            self._forward([(state, chunk)], [False])
+            self.forward([(state, chunk)], [False])
             self._commit([(state, _all_nodes(chunk))])
             size = NEXT_CHUNK
         return token_ids
 
-    def _forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
+    def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
         """Logits of all nodes of trees and of the last of new tokens, where they are needed.
 
         One forward pass runs all sequences. If there is the operation for trees, the trees of each

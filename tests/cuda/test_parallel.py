@@ -76,7 +76,7 @@ def fail(self, rows, needs_logits):
     raise RuntimeError("out of paper\\nin tray 2")
 
 if os.environ["RANK"] == "1":
-    Verifier._forward = fail
+    Verifier.forward = fail
 """
 
 
