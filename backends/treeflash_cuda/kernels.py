@@ -40,8 +40,8 @@ class Kernels(Protocol):
 
         q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions, as the
         cache stores them. Each position sees `window` positions, itself included; None for all
-        before it. The options `softcap` and `sinks` are those of
-        `treeflash_cuda.operations.tree_attention`.
+        before it. `treeflash_cuda.operations.tree_attention` explains the options `softcap` and
+        `sinks`.
         """
 
 
