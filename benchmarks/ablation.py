@@ -134,7 +134,7 @@ class Setting:
     prompts: list[list[int]]
 
     def select(self, answers: Answers) -> list[Response]:
-        """The answers that a cell trains on."""
+        """Return the answers that a cell trains on."""
         kinds = {"greedy": self.greedy, "sampled": self.sampled}
         if answers in kinds:
             return kinds[answers]
@@ -145,7 +145,7 @@ class Setting:
 def random_setting(
     folder: Path, load: LoadConfig, *, answers: int, tokens: int, prompts: int
 ) -> Setting:
-    """A small target of random weights that answers random prompts.
+    """Write a small target of random weights that answers random prompts.
 
     Args:
         folder: for the target.
@@ -215,7 +215,7 @@ def measure(
 
 
 def ablation_table(records: Sequence[Row]) -> str:
-    """A line for each cell that was measured, in the order of `CELLS`.
+    """Format a line for each cell that was measured, in the order of `CELLS`.
 
     A figure is the mean over seeds of the block efficiency, with its 95 % bootstrap interval over
     prompts; the seeds share the resampled prompts.
@@ -230,7 +230,7 @@ def ablation_table(records: Sequence[Row]) -> str:
 
 
 def _figure(seeds: Sequence[Sequence[tuple[int, int]]]) -> str:
-    """The figure of (tokens, forward passes) by seed and prompt."""
+    """Return the figure of (tokens, forward passes) by seed and prompt."""
     count = min(map(len, seeds))
     drawn = resamples(count, np.random.default_rng(0))
     values = []
@@ -241,7 +241,7 @@ def _figure(seeds: Sequence[Sequence[tuple[int, int]]]) -> str:
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__, json=False)
     options.add_argument(
         "--output", type=Path, required=True, metavar="FILE.jsonl", help="a line for each drafter"
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_setting(args: Any, folder: Path, load: LoadConfig) -> Setting:
-    """The setting that the options choose."""
+    """Return the setting that the options choose."""
     if args.target is None:
         return random_setting(
             folder, load, answers=args.answers, tokens=args.max_tokens, prompts=args.limit

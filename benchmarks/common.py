@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def output_file(name: str) -> Path:
-    """A file name for argparse; checks before the work that the file can be written."""
+    """Check a file name for argparse: that it can be written is known before the work begins."""
     path = Path(name)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {name}")
@@ -103,7 +103,7 @@ def output_file(name: str) -> Path:
 
 
 def integer(text: str, minimum: int = 1) -> int:
-    """An integer that is not too small, for argparse."""
+    """Parse an integer that is not too small, for argparse."""
     if not text.isdecimal() or int(text) < minimum:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {minimum} or more")
     return int(text)
@@ -115,7 +115,7 @@ def names(text: str) -> list[str]:
 
 
 def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """The median milliseconds of each call: all are made in turn, after a round to warm up."""
+    """Return each call's median milliseconds: all are made in turn, after a round to warm up."""
     rounds = []
     for _ in range(repeats + 1):
         times = []
@@ -128,7 +128,7 @@ def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[fl
 
 
 def random_tree(vocab_size: int, nodes: int) -> DraftTree:
-    """A tree built from random marginals."""
+    """Build a tree from random marginals."""
     rng = np.random.default_rng(nodes)
     shape = (TREE_DEPTHS, TREE_CHILDREN)
     tokens = rng.integers(0, vocab_size, shape).astype(np.int32)
@@ -137,7 +137,7 @@ def random_tree(vocab_size: int, nodes: int) -> DraftTree:
 
 
 def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
-    """The token ids of the first prompts of a set."""
+    """Return the token ids of the first prompts of a set."""
     return [encode(tokenizer, row.turns[0]) for row in read_rows(path)[:limit]]
 
 
@@ -178,21 +178,21 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of rows; the keys of the first row are the columns."""
+    """Format rows as a Markdown table; the keys of the first row are the columns."""
     cells = [[format_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_cell(value: Any, digits: int = 2) -> str:
-    """A value as tables show it."""
+    """Format a value for a table."""
     if value is None:
         return ""
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:
-    """The mean over sets of a case: its figures averaged, its prompts summed.
+    """Average a case over sets: its figures averaged, its prompts summed.
 
     Args:
         rows: of all cases, one for each set.
@@ -208,7 +208,7 @@ def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:
 
 
 def describe(backend: Backend) -> dict[str, str]:
-    """The backend, the device and the dtype of a pair."""
+    """Describe the backend, the device and the dtype of a pair."""
     device = "cpu" if backend.device == "cpu" else backend.device_name
     return {"backend": backend.name, "device": device, "dtype": backend.dtype}
 

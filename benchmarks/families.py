@@ -34,7 +34,7 @@ DeepSeek-V2 and -V3, MiniCPM3, and the hybrids Kimi-Linear (`kimi_linear`) and L
 
 
 def run_families(backend: str) -> dict[str, str]:
-    """The outcome of each model type that could be tried."""
+    """Return the outcome of each model type that could be tried."""
     run = subprocess.run(
         [sys.executable, TESTS / backend / "families.py"],
         stdout=subprocess.PIPE,

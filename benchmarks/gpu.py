@@ -47,7 +47,7 @@ MIN_LAYERS = 4  # of the target, for the drafter's default target layers
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: qwen3-4b)")
     options.add_argument("--layers", type=int, help="target layers (default: as published)")
@@ -99,7 +99,7 @@ def read_bytes(backend: Any, shape: Row, context: int) -> int:
 
 
 def part_rows(backend: Any, context: int, repeats: int) -> list[Row]:
-    """The time of the parts of a draft."""
+    """Measure the time of the parts of a draft."""
     prompt = random_prompt(backend.vocab_size, max(1, context))
     drafter, head = backend.drafter, backend.head
     with SequenceSession(backend, drafts=True, capacity=len(prompt) + 1) as session:

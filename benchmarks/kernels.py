@@ -127,7 +127,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
 
 
 def measure(capability: int, model: str) -> Iterator[Usage]:
-    """What all kernels take for a model on an architecture."""
+    """List what all kernels take for a model on an architecture."""
     compiler = CompileOnly(capability)
     driver.set_active(compiler)
     launch_all(*SHAPES[model])
@@ -137,7 +137,7 @@ def measure(capability: int, model: str) -> Iterator[Usage]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, by NVIDIA's tool that comes with Triton."""
+    """Read a thread's registers and bytes of stack with NVIDIA's tool that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -111,7 +111,7 @@ def count_graphs(backend: Any, iterations: int) -> int:
 
 
 def load_without_weights(shape: dict[str, Any]) -> Any:
-    """A pair in a published shape whose weights have no values."""
+    """Create a pair in a published shape whose weights have no values."""
     import torch
     from transformers import AutoModelForCausalLM
     from treeflash_cuda import backend, target
@@ -146,7 +146,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
 
 
 def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
-    """A row for each number of sequences and part of an iteration."""
+    """Build a row for each number of sequences and part of an iteration."""
     found = []
     for sequences in args.sequences:
         parts = count_operations(
@@ -166,7 +166,7 @@ def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="(default: qwen3-8b)")
     options.add_numbers("--sequences", [1, 8, 32], "numbers of sequences")

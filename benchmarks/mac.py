@@ -40,7 +40,7 @@ PROMPTS = (
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     sizes = [1, 2, 4, 5, 8, 10, 12, 16, 24, 32, 48, 64]
     options.add_numbers("--sizes", sizes, "nodes of the trees of `verify`")
@@ -53,7 +53,7 @@ def parser() -> Parser:
 
 
 def host_row(backend: Any, repeats: int) -> Row:
-    """The time in which a pass over a single token is built, without its evaluation."""
+    """Measure how long a pass over a single token takes to build, without its evaluation."""
     import mlx.core as mx
 
     target = backend.target
@@ -69,7 +69,7 @@ def host_row(backend: Any, repeats: int) -> Row:
 
 
 def supported_methods(model: LanguageModel) -> list[Method]:
-    """The methods that the pair supports."""
+    """List the methods that the pair supports."""
     if model.backend.drafter is None:
         return ["ar"]
     return [m for m in METHODS if model.backend.head or not m.startswith("treeflash")]
@@ -86,7 +86,7 @@ def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) ->
 def method_row(
     model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
 ) -> Row:
-    """The speed of a method, and its mean time of an iteration by phase."""
+    """Measure the speed of a method, and its mean time of an iteration by phase."""
     generations = []
 
     def run(prompt: list[int]) -> int:
@@ -104,7 +104,7 @@ def method_row(
 
 
 def mlx_lm_row(model: LanguageModel, prompts: Sequence[list[int]], max_tokens: int) -> Row:
-    """The speed of mlx-lm's own loop over the same weights."""
+    """Measure the speed of mlx-lm's own loop over the same weights."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 

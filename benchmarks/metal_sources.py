@@ -41,7 +41,7 @@ Call: TypeAlias = tuple[Callable[..., Any], Sequence[mx.array]]
 
 
 def calls() -> Iterator[Call]:
-    """Calls of all kernels, with all types and settings."""
+    """Call all kernels, with all types and settings."""
     systems = mx.zeros((1, 2, 8, 8)), mx.zeros((1, 2, 8, 128))
     yield lambda *x: hybrid.solve_by_substitution(*x, 7), systems
     for dtype in DTYPES:
@@ -89,7 +89,7 @@ def attention_calls(dtype: mx.Dtype) -> Iterator[Call]:
 
 
 def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str, str]:
-    """The sources of the kernels that a function calls, by the names of their functions.
+    """Collect the sources of the kernels that a function calls, by the names of their functions.
 
     MLX prints them while it traces the function, which takes no device.
     """

@@ -30,7 +30,7 @@ RowFunction = Callable[[int], mx.array]
 
 
 def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
-    """The operations of a layer, by name."""
+    """Return the operations of a layer, by name."""
     keys = iter(mx.random.split(mx.random.key(0), 16))
 
     def numbers(*shape: int) -> mx.array:
@@ -72,7 +72,7 @@ def attend_beside(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 def differing(function: RowFunction) -> list[int]:
-    """The numbers of rows whose results are not the first of `ROWS` rows, bit for bit."""
+    """List the numbers of rows whose results are not the first of `ROWS` rows, bit for bit."""
     expected = function(ROWS)
     return [n for n in COUNTS if not mx.array_equal(function(n), expected[:n]).item()]
 

@@ -33,7 +33,7 @@ NOT_MEASURED = "Not measured yet."
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__, json=False)
     options.add_prompts(limit=8, max_tokens=64)
     options.add_number("--few", 4, "prompts per set for all sections but the first")
@@ -50,7 +50,7 @@ def parser() -> Parser:
 
 
 def systems_command(args: Namespace) -> list[str]:
-    """The speed by set of the framework's `generate`, of plain decoding, and of drafting."""
+    """Measure the speed of `generate`, of plain decoding and of drafting, by set."""
     return [
         *["peers", *args.sets, "--backends", args.backend, "--methods", "generate,ar,treeflash"],
         *["--systems", f"{BASELINES[args.backend]},treeflash", *args.model],
@@ -73,7 +73,7 @@ def throughput_command(args: Namespace) -> list[str]:
 
 
 def iteration_command(args: Namespace) -> list[str]:
-    """The time of an iteration by phase."""
+    """Measure the time of an iteration by phase."""
     return [
         *["decoding.iteration", *args.sets[:1], *args.pair, *args.amount],
         *["--parts", "phases"],
@@ -87,7 +87,7 @@ def memory_command(args: Namespace) -> list[str]:
 
 
 def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
-    """A line for each case, with a column of the figure for each set and their mean."""
+    """Format a line for each case, with a column of the figure for each set and their mean."""
     lines: dict[tuple, Row] = {}
     for row in rows:
         columns = {name: row[name] for name in case}
@@ -191,7 +191,7 @@ def prepare(args: Namespace) -> None:
 
 
 def measure(command: Sequence[str]) -> Row:
-    """The results of a benchmark, with its command."""
+    """Return the results of a benchmark, with its command."""
     shown = " ".join(Path(word).name if word.endswith(".jsonl") else word for word in command)
     shown = f"python -m benchmarks.{shown}"
     print(f"== {shown}", flush=True)
@@ -206,7 +206,7 @@ def measure(command: Sequence[str]) -> Row:
 
 
 def block(section: Section, results: Row | None) -> str:
-    """The tables of a section, with its command and machine."""
+    """Format the tables of a section, with its command and machine."""
     if results is None:
         return NOT_MEASURED
     computer = results["machine"]
@@ -218,7 +218,7 @@ def block(section: Section, results: Row | None) -> str:
 
 
 def render(page: str, results: dict[str, Row]) -> str:
-    """The page with new tables.
+    """Return the page with new tables.
 
     Args:
         page: Markdown with a block `<!-- name -->` ... `<!-- end -->` for each section.
@@ -235,7 +235,7 @@ def render(page: str, results: dict[str, Row]) -> str:
 
 
 def read_results() -> dict[str, Row]:
-    """The results of earlier runs, by section."""
+    """Read the results of earlier runs, by section."""
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 

@@ -61,7 +61,7 @@ def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) 
 
 
 def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a drafter for a target of this shape."""
+    """Build the `config.json` of a drafter for a target of this shape."""
     return shape | {
         "model_type": "qwen3",
         "num_hidden_layers": DRAFTER_LAYERS,

@@ -121,7 +121,7 @@ class Arrivals:
         self.times[sequence].append(time.perf_counter() - self.started)
 
     def answers(self) -> list[Answer]:
-        """The finished sequences."""
+        """Return the finished sequences."""
         return [
             Answer(token_ids=tuple(tokens), first_s=times[0], last_s=times[-1])
             for tokens, times in zip(self.tokens, self.times, strict=True)
@@ -129,7 +129,7 @@ class Arrivals:
 
 
 def treeflash(model: LanguageModel, method: Method) -> Run:
-    """A method of treeflash, through the scheduler."""
+    """Run a method of treeflash through the scheduler."""
 
     def run(group: Group, max_tokens: int) -> list[Answer]:
         config = model.decode_config({"method": method, "max_tokens": max_tokens})
@@ -144,7 +144,7 @@ def treeflash(model: LanguageModel, method: Method) -> Run:
 
 
 def transformers(model: LanguageModel) -> dict[str, Run]:
-    """Padded `generate`, and continuous batching with `generate_batch`."""
+    """Run padded `generate`, and continuous batching with `generate_batch`."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -267,7 +267,7 @@ PEERS: dict[str, tuple[str, Callable[[LanguageModel], dict[str, Run]]]] = {
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=64)
     options.add_numbers(
@@ -292,7 +292,7 @@ def parser() -> Parser:
 
 
 def make_groups(prompts: Group, limit: int, concurrency: int, name: str) -> list[Group]:
-    """The first prompts, at least `limit` of them, in groups of equal size."""
+    """Group the first prompts, at least `limit` of them, in groups of equal size."""
     count = -(-limit // concurrency) * concurrency
     if len(prompts) < count:
         raise ConfigError(
@@ -303,7 +303,7 @@ def make_groups(prompts: Group, limit: int, concurrency: int, name: str) -> list
 
 
 def load_systems(model: LanguageModel, args: Any) -> tuple[dict[System, Run], list[Row]]:
-    """The chosen systems that run with this backend, and the reasons why others do not."""
+    """Select the systems that run with this backend, and say why the others do not."""
     systems: dict[System, Run] = {}
     skipped: list[Row] = []
     if "treeflash" in args.systems:
@@ -323,7 +323,7 @@ def load_systems(model: LanguageModel, args: Any) -> tuple[dict[System, Run], li
 
 
 def skip(system: str, method: str, reason: Exception | str) -> Row:
-    """A row of the table of systems that cannot run."""
+    """Build a row of the table of systems that cannot run."""
     if isinstance(reason, Exception):
         reason = " ".join(f"{type(reason).__name__}: {reason}".split())
     return {"system": system, "method": method, "reason": reason}

@@ -36,7 +36,7 @@ BYTES_PER_TARGET_PARAMETER = 2  # bfloat16
 
 
 def make_blocks(shape: Row) -> Blocks:
-    """A drafter of random weights in the published shape."""
+    """Create a drafter of random weights in the published shape."""
     config = parse_drafter_config(drafter_config(shape))
     vocabulary = torch.zeros(shape["vocab_size"], shape["hidden_size"], dtype=torch.bfloat16)
     head = SwiGLU(config, shape["intermediate_size"], shape["vocab_size"])
@@ -86,7 +86,7 @@ def measure_cost(blocks: Blocks, length: int, anchors: int, config: TrainConfig)
 
 
 def count_target_parameters(shape: Row) -> tuple[int, int]:
-    """The numbers of weights that a token is multiplied with, and of all weights, in the target."""
+    """Count the target's weights that a token is multiplied with, and all its weights."""
     h, head_dim = shape["hidden_size"], shape["head_dim"]
     q, kv = (shape[f"num_{name}_heads"] * head_dim for name in ("attention", "key_value"))
     layer = 2 * h * (q + kv) + 3 * h * shape["intermediate_size"]
@@ -96,7 +96,7 @@ def count_target_parameters(shape: Row) -> tuple[int, int]:
 
 
 def compute_costs(shape: Row, length: int, sequences: int, anchors: int) -> dict[str, Any]:
-    """The memory and the operations of a step."""
+    """Compute the memory and the operations of a step."""
     torch.manual_seed(0)
     blocks = make_blocks(shape)
     config = TrainConfig()

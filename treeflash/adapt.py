@@ -188,7 +188,7 @@ def _cost(
     prompts: int,
     measured: int,
 ) -> list[str]:
-    """What the command will take, before a model is loaded: tokens, passes and memory."""
+    """Estimate what the command takes, before a model is loaded: tokens, passes and memory."""
     length = min(config.max_length, distill.max_prompt_tokens + distill.max_tokens)
     passes = math.ceil(prompts / distill.slots) * distill.max_tokens
     sequences = config.sequences * config.accumulation
@@ -208,7 +208,7 @@ def _cost(
 
 
 def _parameters(target: Path, base: Path, config: TrainConfig) -> tuple[int, int]:
-    """The numbers of trained and of frozen parameters of the drafter."""
+    """Count the trained and the frozen parameters of the drafter."""
     drafter = drafter_config(base)
     shapes = {name: tensor.shape for name, tensor in stored_tensors(base).items()}
     prefix = "" if drafter.head is None else HEADS[drafter.head].prefix
@@ -242,7 +242,7 @@ def _measure(
     console: Console,
     model: LanguageModel | None = None,
 ) -> dict[str, Any]:
-    """The accepted lengths of a drafter by prompt; measured once for each output folder."""
+    """Return a drafter's accepted lengths by prompt, measured once for each output folder."""
     is_base = drafter != args.output
     path = args.output / f"{'before' if is_base else 'after'}.json"
     settings = {
@@ -290,7 +290,7 @@ def _measure(
 
 
 def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The rows of the card's table: both drafters, and the ratio of their block efficiencies."""
+    """Build the rows of the card's table: both drafters, and the ratio of both."""
     rows, values = [], []
     for record in (before, after):
         # The same resampled prompts for both.

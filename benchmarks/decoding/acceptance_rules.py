@@ -40,7 +40,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=4, max_tokens=48)
     options.add_argument(
@@ -83,7 +83,7 @@ def accept(
     noise: Floats,
     rng: np.random.Generator,
 ) -> list[int]:
-    """The accepted drafts and the token after them."""
+    """Return the accepted drafts and the token after them."""
     emitted = []
     for depth, own in enumerate(p):
         drafted = int(tokens[depth]) if depth < len(tokens) else -1

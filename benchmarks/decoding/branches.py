@@ -27,7 +27,7 @@ METHODS = ("dflash", "ddtree", "treeflash-chain", "treeflash")
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=6, max_tokens=64)
     options.add_number("--parallel", 1, "sequences at once")

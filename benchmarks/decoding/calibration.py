@@ -23,7 +23,7 @@ from treeflash.evaluation.run import Case, Sample, list_cases
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=64)
     options.add_argument(
@@ -39,7 +39,7 @@ def parser() -> Parser:
 def compare(
     samples: Sequence[dict[str, list[Sample]]], cases: Sequence[Case], rng: np.random.Generator
 ) -> list[Row]:
-    """The block efficiencies by set and case, from the samples without and with calibration."""
+    """Compute the block efficiencies by set and case, without and with calibration."""
     efficiencies: dict[str, dict[Case, list[NDArray[np.float64]]]] = {}
     for name in samples[0]:
         drawn = resamples(len(samples[0][name]), rng)

@@ -50,7 +50,7 @@ SEED = 7
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
     options.add_budgets([16, 64, AUTO], "budgets")
@@ -108,7 +108,7 @@ def _texts(
     options: dict[str, Any],
     parallel: int,
 ) -> list[list[int]]:
-    """The tokens of each prompt's text, from the file of records if it has the case."""
+    """Return the tokens of each prompt's text, from the file of records if it has the case."""
     lines = file.read_text("utf-8").splitlines() if file and file.exists() else []
     for record in map(json.loads, lines):
         if record["case"] == case:
@@ -129,7 +129,7 @@ def first_margin(
     plain: list[list[int]],
     drafted: list[list[int]],
 ) -> Row:
-    """The largest margin between two logits of plain decoding at the first token that differs."""
+    """Return plain decoding's largest margin between two logits at the first token that differs."""
     found: Row = {"margin": None, "spacing": None}
     for prompt, expected, actual in zip(prompts, plain, drafted, strict=True):
         pairs = enumerate(zip(expected, actual, strict=False))

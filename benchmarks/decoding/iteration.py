@@ -53,7 +53,7 @@ WARM_UP = 2  # steps of a sequence that are not measured: the prefill and the fi
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=4, max_tokens=64)
     options.add_numbers("--budgets", [16, 64], "nodes of the trees whose phases are timed")
@@ -86,7 +86,7 @@ def phase_row(
     config: DecodeConfig,
     iterations: int | None = None,
 ) -> Row:
-    """The median time of each phase of an iteration.
+    """Measure the median time of each phase of an iteration.
 
     Args:
         backend: a loaded pair.
@@ -116,7 +116,7 @@ def phase_row(
 def verify_rows(
     backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
 ) -> list[Row]:
-    """The median time of a target forward pass over a random tree, by context and nodes."""
+    """Measure the target's forward pass over a random tree, by context and nodes."""
     rows = []
     trees = [random_tree(backend.vocab_size, size) for size in sizes]
     for context in contexts:
@@ -130,7 +130,7 @@ def verify_rows(
 
 
 def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
-    """Iterations without an accepted draft against plain steps, by context, sequences and nodes."""
+    """Compare iterations that accept no draft with plain steps, by context, sequences, nodes."""
     root = np.zeros(1, np.int32)
     configs = {
         nodes: DecodeConfig(method="ddtree" if backend.head is None else "treeflash", budget=nodes)

@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_argument(
         "prompts", type=Path, metavar="FILE.jsonl", help="a prompt set, of which the first is used"

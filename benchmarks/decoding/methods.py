@@ -156,7 +156,7 @@ def parse_switches(text: str) -> list[bool]:
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
     options.add_argument(
@@ -201,7 +201,7 @@ def make_cases(
 
 
 def set_row(name: str, case: Case, runs: Runs) -> Row:
-    """The figures of a case on one prompt set."""
+    """Return the figures of a case on one prompt set."""
     generations, plain = runs[case], next(iter(runs.values()))
     lengths = [length for generation in generations for length in generation.accepted_lengths]
     seconds = sum(generation.decode_s for generation in generations)
@@ -214,7 +214,7 @@ def set_row(name: str, case: Case, runs: Runs) -> Row:
 
 
 def auto_rows(name: str, runs: Runs) -> Iterator[Row]:
-    """The speed of `auto` relative to the fastest fixed budget, with a bootstrap interval."""
+    """Compare the speed of `auto` with the fastest fixed budget; a bootstrap interval."""
     seconds = {case: np.array([run.decode_s for run in group]) for case, group in runs.items()}
     for auto in seconds:
         same = [case for case in seconds if case._replace(budget=AUTO) == auto]
@@ -230,7 +230,7 @@ def auto_rows(name: str, runs: Runs) -> Iterator[Row]:
 
 
 def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> dict[str, list[Row]]:
-    """The rows of all sets and their mean, and those that compare `auto`, per set and overall."""
+    """Build the rows of all sets, their mean and the comparisons of `auto`."""
     forced = ForcedBackend(model.backend)
     # A budget learns from one kind of trees alone.
     models = {

@@ -48,7 +48,7 @@ from treeflash.text.tokenizer import Tokenizer
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     options = Parser(__doc__)
     options.add_prompts(limit=8, max_tokens=128)
     options.add_argument("--systems", type=names, help="only these, comma-separated")
@@ -85,7 +85,7 @@ def parser() -> Parser:
 
 
 def chosen_systems(systems: list[str] | None, backends: list[str] | None) -> list[System]:
-    """The systems with these names and backends; None selects all.
+    """Select the systems with these names and backends; None selects all.
 
     Raises:
         ConfigError: a name is unknown.

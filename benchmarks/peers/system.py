@@ -56,7 +56,7 @@ SYSTEMS = (
 
 
 def interpreter(system: System, environments: Path, install: bool) -> str:
-    """The Python interpreter of a system's environment, which is created if `install` allows it.
+    """Return the Python of a system's environment, which is created if `install` allows it.
 
     Raises:
         PeerError: the system is not installed, or cannot be.

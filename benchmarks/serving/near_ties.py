@@ -43,7 +43,7 @@ class Judge:
         return cls(model, max(exact._rounding(job) for job in jobs))
 
     def near_ties(self, job: Job, text: str, tokens: int) -> list[float] | None:
-        """The margins of the near-ties at which an answer took the other token.
+        """Compute the margins of the near-ties at which an answer took the other token.
 
         After each near-tie the answer must continue as the Python API does.
 
@@ -88,7 +88,7 @@ class Judge:
         return self.model.decode_config(job.options).sampling
 
     def _continue(self, job: Job, prompt: list[int], start: list[int]) -> list[int]:
-        """The tokens of the Python API's answer that starts with these tokens."""
+        """Return the tokens of the Python API's answer that starts with these tokens."""
         room = job.max_tokens - len(start)
         if not room or (start and start[-1] in self.model.tokenizer.stop_token_ids):
             return start
@@ -105,7 +105,7 @@ def near_best(
     positions: NDArray[np.int32],
     rounding: float,
 ) -> list[dict[int, float]]:
-    """The tokens that may be sampled at n positions, and the distance of each from the best one.
+    """Return the tokens that n positions may sample, and the distance of each from the best one.
 
     Args:
         logits: (n, vocab).

@@ -25,7 +25,7 @@ from benchmarks.serving.servers import QUESTIONS, Job, server
 
 
 async def http_seconds(url: str, work: Sequence[Job], clients: int) -> float:
-    """The seconds in which the clients have streamed all answers."""
+    """Measure the seconds in which the clients have streamed all answers."""
     waiting = list(work)
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -43,7 +43,7 @@ async def http_seconds(url: str, work: Sequence[Job], clients: int) -> float:
 
 
 def scheduler_seconds(model: treeflash.LanguageModel, work: Sequence[Job], parallel: int) -> float:
-    """The seconds in which the scheduler has decoded all answers."""
+    """Measure the seconds in which the scheduler has decoded all answers."""
     started = time.perf_counter()
     questions = [[{"role": "user", "content": job.question}] for job in work]
     options = {**work[0].options, "stop_token_ids": (), "budget": 16}

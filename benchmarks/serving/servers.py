@@ -117,5 +117,5 @@ def resident_bytes(process: subprocess.Popen[bytes]) -> int:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """The median and the 95th percentile, in milliseconds."""
+    """Return the median and the 95th percentile, in milliseconds."""
     return {f"p{p}": round(1000 * float(np.percentile(seconds, p)), 1) for p in (50, 95)}

@@ -1,25 +1,37 @@
 """Drafts without a drafter: what followed the last tokens where they occurred before.
 
-Text that edits, quotes or reformats repeats long parts of what stands before it. `SuffixIndex`
-finds the earlier occurrences of the last tokens, `best_tree` makes the tree of what followed them
-(SuffixDecoding, Oliaro et al., arXiv 2411.04975), `SuffixDrafter` does so for one sequence, and
-`merge` joins the tree with a drafter's table.
+The problem. Text that edits, quotes or reformats repeats long parts of what stands before it. A
+drafter has to predict these parts token by token; whoever remembers the text can copy them.
 
-SuffixDecoding. The occurrences of the last m tokens are one set of places for each m. A node of the
-tree is the set of places that agree with the path to it. A child has the share of its parent's
-places that continue with its token, and the probability of a path is the product of its shares.
-Nodes are taken best first, and of all m the one whose tree has the highest sum of path
-probabilities is drafted.
+The idea (SuffixDecoding, Oliaro et al., arXiv 2411.04975). Find the earlier occurrences of the last
+m tokens, and draft the tree of what followed them. A node of the tree is the set of places in the
+text that agree with the path to it. A child's share is the part of its parent's places that
+continue with its token, and the probability of a path is the product of its shares. Nodes are taken
+best first. Each m gives a tree; the one with the highest sum of path probabilities is drafted.
 
-Calibration. Shares say which continuation is the most frequent one, not how often the text repeats
-at all. So each sequence counts, by the length of the match, how often the most frequent token was
-right; the ratio to the sum of its shares multiplies the shares. Until something was seen, the ratio
-is `PRIOR_RATES`. A node's match is as much longer as its depth, so that deep nodes of a long match
-stay probable. Counts know nothing of the noise of sampling, so it is left out.
+An example. The text is `a b c d  x b c e  y b c d  z b c`, and the last two tokens are `b c`. They
+occurred three times before, and `d`, `e`, `d` followed: the children of the root are `d` with 2/3
+and `e` with 1/3. After `d` came `x` and `z`, after `e` came `y`:
 
-The index. Places of n-grams of `ORDERS` are chained: a hash table has the latest place of a slot,
-and an array the place before each place. Everything else is read from the text. A token costs a
-microsecond or two and about 30 bytes, a proposal time that does not grow with the text.
+    c ──┬── d (2/3) ──┬── x (1/3)          sum of the probabilities, which is the number of
+        │             └── z (1/3)          drafts that are expected to be right:
+        └── e (1/3) ───── y (1/3)          2/3 + 1/3 + 1/3 + 1/3 + 1/3 = 2
+
+Calibration. Shares say which continuation is the most frequent one, not how often a text repeats at
+all: after one occurrence the share is 1, and the drafts may still all be wrong. So each sequence
+counts, by the length of the match, how often the most frequent token was right, and compares it
+with the sum of its shares. If the matches of two tokens above were right once while their shares
+sum to 2, their rate is 1/2, and `d` gets 1/2 * 2/3. Before anything was seen, `PRIOR_RATES` stand
+in, with the weight `PRIOR_WEIGHT`. A deeper node continues a longer match (a node at depth 3 after
+a match of 2 has one of 4), so that the deep nodes of a long match stay probable. The counts do not
+know the noise of sampling, so drafts are chosen without it.
+
+The rule. `SuffixIndex` finds places. It chains the places of n-grams of the lengths `ORDERS`: a
+hash table has the latest place of a slot, and an array the place before each place; everything else
+is read from the text. A token costs a microsecond or two and about 30 bytes, and the time of a
+proposal does not grow with the text. `expand` grows a tree, `best_tree` compares lengths of the
+match, `SuffixDrafter` does both for one sequence and learns the rates, and `merge` joins the tree
+with a drafter's table.
 """
 
 from __future__ import annotations
@@ -39,21 +51,20 @@ from treeflash.decoding.tree import DraftTree
 
 ORDERS = (2, 5)
 """Lengths of the n-grams whose places are chained. The longest one finds long matches whose end is
-frequent, the shortest one is the least match that is drafted from."""
+frequent; the shortest one is the shortest match that is drafted from."""
 MAX_OCCURRENCES = 32
 """Latest occurrences of an n-gram that are compared with the text."""
 MAX_MATCH = 32
-"""Tokens of a match at most; longer ones are not more reliable."""
+"""Most tokens of a match that are compared; longer matches are not more reliable."""
 MIN_SLOTS = 64
 MULTIPLIER, HASH_SHIFT = 0x9E3779B97F4A7C15, 29
-"""Of the hash of an n-gram: a polynomial of its tokens modulo 2**64, without the lowest bits."""
+"""The hash of an n-gram is a polynomial of its tokens modulo 2**64, without the lowest bits."""
 MAX_INDEX_BYTES = 1 << 25
-"""An index of a cache gets no further texts beyond this size, so that growing it takes no time that
-anybody notices."""
+"""A cache begins a new index beyond this size, so that growing one never takes noticeable time."""
 ROUNDING = 1e-9
-"""Scores that are closer are equal."""
+"""Scores that differ by less count as equal."""
 SEPARATOR = -1
-"""Stands after each text of an index; it is no token."""
+"""It ends each text of an index, and is never a token."""
 
 
 class SuffixIndex:
@@ -68,7 +79,7 @@ class SuffixIndex:
     ) -> None:
         self.orders, self.occurrences = orders, occurrences
         self.tokens = array("i")
-        # By order: the latest end of an n-gram in each slot, and the end before each end.
+        # Both are by order: the latest end of an n-gram in each slot, and the end before each end.
         self._latest = [array("i", [-1]) * MIN_SLOTS for _ in orders]
         self._previous = [array("i") for _ in orders]
 
@@ -115,7 +126,7 @@ class SuffixIndex:
             self._previous[number] = array("i", previous.tobytes())
 
     def find(self, context: Sequence[int], longest: int = MAX_MATCH) -> dict[int, int]:
-        """By place of the token after an earlier occurrence of a context, the length of the match.
+        """Map the place after each earlier occurrence of `context` to the length of the match.
 
         At most `longest` tokens of the context are compared, and at least the shortest order
         matches. The context may be the index's own tokens.
@@ -138,7 +149,7 @@ class SuffixIndex:
         return found
 
     def _match(self, context: Sequence[int], end: int, longest: int) -> int:
-        """How many of the last tokens of a context are the tokens up to a place."""
+        """Return the length of the common suffix of `context` and `self.tokens[: end + 1]`."""
         tokens, last = self.tokens, len(context) - 1
         limit = min(longest, end + 1, len(context))
         length = 0
@@ -148,7 +159,7 @@ class SuffixIndex:
 
 
 def _slot(tokens: Iterable[int], slots: int) -> int:
-    """The slot of an n-gram, out of a power of two of them; `_rebuild` computes the same."""
+    """Hash an n-gram to one of `slots` slots, a power of two; `_rebuild` computes the same."""
     key = 0
     for token in tokens:
         key = (key * MULTIPLIER + token) & (2**64 - 1)
@@ -158,7 +169,7 @@ def _slot(tokens: Iterable[int], slots: int) -> int:
 class SuffixCache:
     """Indices over finished answers, separate for each salt; the oldest are dropped at `max_bytes`.
 
-    They make other users' texts influence how fast a text comes, and never its tokens.
+    Through them other users' texts influence how fast a text is decoded, and never its tokens.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -171,7 +182,7 @@ class SuffixCache:
         return sum(index.nbytes for _, index in self._indices)
 
     def indices(self, salt: Hashable) -> list[SuffixIndex]:
-        """The indices of a salt, the newest first."""
+        """Return the indices of a salt, the newest first."""
         return [index for other, index in reversed(self._indices) if other == salt]
 
     def add(self, salt: Hashable, tokens: Sequence[int]) -> None:
@@ -185,11 +196,11 @@ class SuffixCache:
 
 
 Edge: TypeAlias = Callable[[int, int, int], float]
-"""The probability of a child: of the match's length before it, and of its places and all places."""
+"""The probability of a child, from (length of the match, its places, its parent's places)."""
 
 
 def share(length: int, places: int, all_places: int) -> float:
-    """The share of the places that continue with a token, as SuffixDecoding has it."""
+    """Return the share of the places that continue with a token, as SuffixDecoding has it."""
     return places / all_places
 
 
@@ -198,15 +209,15 @@ class SuffixTree:
     """What followed earlier occurrences, best first; node 0 is the last token of the context."""
 
     match: int  # tokens of the context that match
-    # of each node; the token of node 0 has no meaning
+    # The lists have an entry for each node; the token of node 0 has no meaning.
     tokens: list[int] = field(default_factory=lambda: [SEPARATOR])
-    # of each node, before it; -1 for node 0
+    # Parents precede their children; node 0 has -1.
     parents: list[int] = field(default_factory=lambda: [-1])
-    # of the path to each node; 1 for node 0
+    # The probabilities are of the paths from node 0.
     probs: list[float] = field(default_factory=lambda: [1.0])
-    # of each node among its parent's places
+    # The shares are of the parents' places.
     shares: list[float] = field(default_factory=lambda: [1.0])
-    # of the match before each node, the path to it included
+    # The lengths are of the match before each node, which includes the path to it.
     lengths: list[int] = field(default_factory=lambda: [0])
 
     def __len__(self) -> int:
@@ -218,7 +229,7 @@ class SuffixTree:
         return sum(self.probs) - 1
 
     def children(self) -> list[list[int]]:
-        """The children of each node, best first."""
+        """Return the children of each node, best first."""
         children: list[list[int]] = [[] for _ in self.tokens]
         for node in range(1, len(self)):
             children[self.parents[node]].append(node)
@@ -235,19 +246,19 @@ def expand(
     min_prob: float = 0.1,
     deepest: int | None = None,
 ) -> SuffixTree:
-    """The tree of the tokens from some places on, best first.
+    """Build the tree of the tokens from some places on, best first.
 
     Args:
         index: has the text.
-        places: of the tokens after the occurrences.
-        match: the length of these.
-        nodes: at most, node 0 not counted.
-        edge: the probability of a child of a node.
-        min_prob: a path below it is left out.
-        deepest: depth of the deepest nodes; None is no limit.
+        places: the places of the tokens after the occurrences.
+        match: the length of the occurrences.
+        nodes: the most nodes of the tree, node 0 not counted.
+        edge: computes the probability of a child of a node.
+        min_prob: less probable paths are left out.
+        deepest: the depth of the deepest nodes; None sets no limit.
     """
     tree, tokens, end = SuffixTree(match), index.tokens, len(index.tokens)
-    # A heap of (-probability, number of the entry, depth, parent, token, share, places).
+    # The heap has (-probability, number of the entry, depth, parent, token, share, places).
     heap: list[tuple[float, int, int, int, int, float, Sequence[int]]] = []
     count = 0
     node, depth, prob = 0, 0, 1.0
@@ -285,7 +296,7 @@ def best_tree(
     min_prob: float = 0.1,
     deepest: Callable[[int], int | None] = lambda match: None,
 ) -> SuffixTree | None:
-    """The tree of highest score of several lengths of a match; ties go to the longer match.
+    """Build the tree of highest score over several lengths of a match; ties go to the longer match.
 
     `found` has places and lengths, as `SuffixIndex.find` returns them. `matches` are the lengths to
     try, ascending; `nodes` and `deepest` give limits by length. The rest is as for `expand`.
@@ -306,23 +317,23 @@ def best_tree(
 MATCH_LEVELS = (3, 5, 9, 17)
 """Lengths of a match at which a level of `PRIOR_RATES` begins, after the first level."""
 PRIOR_RATES = (0.5, 0.6, 0.75, 0.85, 0.95)
-"""How often a continuation is right per share of the places that have it, by level, before anything
-was seen. SmolLM2-135M repeats itself more: 0.6, 0.7, 0.8, 0.88 and 0.97 on 250 of its answers."""
+"""Rates of right continuations by level before anything was seen, as parts of the shares.
+SmolLM2-135M repeats itself more: 0.6, 0.7, 0.8, 0.88 and 0.97 on 250 of its answers."""
 PRIOR_WEIGHT = 4.0
-"""Weight of these rates, as a sum of shares that was seen."""
+"""Weight of the prior rates: the sum of shares that would count as much."""
 MIN_RATE = 0.1
-"""Least rate: a text that did not repeat may begin to."""
+"""Lowest rate: a text that did not repeat itself may begin to."""
 MIN_PROB = 0.03
-"""Least probability of a path that is proposed; verifying a node costs about that part of a token
-or more."""
+"""Lowest probability of a proposed path; to verify a node costs at least about that part of a
+token."""
 MAX_LENGTHS = 2
-"""Different lengths of a match that are tried, the longest ones."""
+"""Number of lengths of a match that are tried, the longest ones first."""
 MAX_NODES = 64
-"""Nodes of a proposal at most, so that it takes a fraction of a millisecond."""
+"""Most nodes of a proposal, so that it takes a fraction of a millisecond."""
 
 
 def match_level(length: int) -> int:
-    """The level of a match by its length, 0 to 4."""
+    """Return the level of a match by its length, 0 to 4."""
     return bisect_right(MATCH_LEVELS, length)
 
 
@@ -342,7 +353,7 @@ class SuffixDrafter:
         self._proposal: SuffixTree | None = None
 
     def propose(self, nodes: int, deepest: int) -> SuffixTree | None:
-        """What may follow the sequence's last token; None if nothing is known.
+        """Propose what may follow the sequence's last token; None if nothing is known.
 
         It has at most `nodes`, the root included, down to the depth `deepest`.
         """
@@ -390,7 +401,7 @@ class SuffixDrafter:
 
 
 def tree_of(proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
-    """The draft tree of the best nodes of a proposal, at most `nodes` with the root."""
+    """Build the draft tree of a proposal's best nodes, at most `nodes` with the root."""
     parents = proposal.parents[:nodes]
     depths = [0]
     for parent in parents[1:]:
@@ -417,7 +428,7 @@ class _Child:
 
 
 def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -> DraftTree:
-    """The best paths of a drafter's calibrated table and of a proposal together, best first.
+    """Join a drafter's calibrated table with a proposal: the best paths of both, best first.
 
     Equal tokens after one parent are one node, which has the higher of the two probabilities and
     the children of both. The nodes of the proposal may be deeper than the table. There are at most
@@ -426,8 +437,8 @@ def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -
     sources = proposal.children()
     chosen = [_Child(root, 0.0, 0, 0)]
     parents, depths, log_probs = [-1], [0], [0.0]
-    # Each entry is the best child of its parent that is not chosen: a heap of (-log probability,
-    # number of the entry, parent, child, further children).
+    # Each entry is the best child of its parent that is not chosen yet: the heap has (-log
+    # probability, number of the entry, parent, child, the parent's other children).
     heap: list[tuple[float, int, int, _Child, Iterator[_Child]]] = []
     count = 0
 
@@ -469,7 +480,7 @@ def merge(table: TransitionTable, proposal: SuffixTree, root: int, nodes: int) -
 
 
 def _table_children(table: TransitionTable, depth: int, row: int) -> Iterator[_Child]:
-    """The children of a row of a table, best first; none for row -1."""
+    """Iterate over the children of a row of a table, best first; row -1 has none."""
     if row < 0:
         return
     confidence = 1.0 if table.confidences is None else float(table.confidences[depth, row])
@@ -487,7 +498,7 @@ def _table_children(table: TransitionTable, depth: int, row: int) -> Iterator[_C
 def _with_copies(
     children: list[_Child], proposal: SuffixTree, copies: Sequence[int]
 ) -> Iterator[_Child]:
-    """The children of a row joined with the children of a proposal's node, best first."""
+    """Join the children of a row with the children of a proposal's node, best first."""
     by_token = {child.token: child for child in children}
     for copy in copies:
         token = proposal.tokens[copy]

@@ -70,7 +70,7 @@ def compute_records(samples: Samples, seed: int) -> dict[str, list[Record]]:
 
 
 def efficiencies_by_case(samples: Sequence[Sample], indices: NDArray[np.int64]) -> Efficiencies:
-    """The `block_efficiencies` of each case."""
+    """Return the `block_efficiencies` of each case."""
     return {
         case: block_efficiencies([own.runs[case].accepted_lengths for own in samples], indices)
         for case in samples[0].runs
@@ -165,17 +165,17 @@ def _drafting(samples: Sequence[Sample]) -> Iterable[Case]:
 
 
 def resamples(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of n prompts, (1 + RESAMPLES, n): every prompt once, then drawn with replacement."""
+    """Draw indices of n prompts, (1 + RESAMPLES, n): all prompts once, then with replacement."""
     return np.concatenate([np.arange(n)[None], rng.integers(0, n, (RESAMPLES, n))])
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The percentile interval of level `LEVEL` of (1 + RESAMPLES,) statistics, as (low, high)."""
+    """Compute the percentile interval (low, high), of level `LEVEL`, of (1 + RESAMPLES,) values."""
     low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def with_interval(values: NDArray[np.float64]) -> str:
-    """The first of (1 + RESAMPLES,) statistics, with the interval in brackets."""
+    """Format the first of (1 + RESAMPLES,) statistics, with the interval in brackets."""
     low, high = interval(values)
     return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"

@@ -50,7 +50,7 @@ class DepthMetrics:
         return DepthMetrics(self.anchors + other.anchors, sums)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The mean metrics of each depth with anchors, as `{metric}_{source}`."""
+        """Average the mean metrics of each depth with anchors, as `{metric}_{source}`."""
         for i in np.flatnonzero(self.anchors).tolist():
             record: dict[str, Any] = {"depth": i + 1, "anchors": int(self.anchors[i])}
             for n, metric in enumerate(METRICS):
@@ -104,7 +104,10 @@ def softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float
 def _metrics(
     target: NDArray[np.float64], log_probs: NDArray[np.float32], tokens: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """The metrics of n depths, (n, len(METRICS)), from (n, vocab) distributions and (n,) tokens."""
+    """Compute the metrics of n depths, (n, len(METRICS)).
+
+    The distributions are (n, vocab), the tokens (n,).
+    """
     distance = 0.5 * np.abs(target - np.exp(log_probs)).sum(-1)
     count = min(max(BEST), log_probs.shape[1])
     best = np.argpartition(-log_probs, range(count))[:, :count]
@@ -119,7 +122,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 def rejection_reason(step: Step) -> Reason | None:
-    """The reason why the bonus token of an iteration, with its table, was not drafted.
+    """Say why the bonus token of an iteration, with its table, was not drafted.
 
     Returns:
         - `block`: the accepted path reached the last depth;
@@ -160,7 +163,7 @@ class BestDraft(NamedTuple):
 
 
 def best_drafts(step: Step) -> Iterator[BestDraft]:
-    """The best drafts along the target's own tokens, whether or not the tree had room for them."""
+    """Yield the best drafts along the target's own tokens, whether or not the tree had room."""
     if step.table is None:
         return
     row, on_spine = 0, True
@@ -266,7 +269,7 @@ class _Prompt:
     unfinished: set[RequestId] = field(default_factory=set)
 
     def sample(self, backend: Backend, temperature: float) -> Sample:
-        """The results of all runs; measures the depth metrics on the text of the last case."""
+        """Return the results of all runs; the depth metrics are of the last case's text."""
         depth_metrics = None
         if backend.drafter_config is not None:
             depth_metrics = measure_depth_metrics(backend, self.ids, self.text_ids, temperature)

@@ -102,7 +102,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
 
 
 def _add_offset(tensors: dict[str, Array], offset: float) -> dict[str, Array]:
-    """The tensors with the norms' weights as they are applied."""
+    """Return the tensors with the norms' weights as they are applied."""
     return {
         name: x + np.float32(offset) if name.endswith("norm.weight") else x
         for name, x in tensors.items()

@@ -103,7 +103,7 @@ class Drafter(OneByOneDrafter):
         return np.asarray(context[-1])
 
     def _convolutions(self, name: str, y: Array) -> list[Callable[[Array], Array]]:
-        """The convolutions before and after a sublayer, whose normed input is `y`."""
+        """Return the convolutions before and after a sublayer, whose normed input is `y`."""
         config, tensors = self.model.config, self.model.tensors
         taps = config.conv_kernel_size
         if not taps:

@@ -131,7 +131,7 @@ class Cell(Head, ABC):
     keys: Array
 
     def start(self, block: Block) -> Array:
-        """The (1, state_size) state before the root."""
+        """Return the (1, state_size) state before the root."""
         return np.zeros((1, self.model.config.head_state_size), np.float32)
 
     @abstractmethod
@@ -416,7 +416,7 @@ class RecurrentHead(OneByOneHead):
         return self.model.over_target_vocabulary(log_softmax(np.stack(rows)))
 
     def _step(self, state: Array, hidden: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
-        """The states of n paths, and the (n, Vd) biases on the marginal logits after them."""
+        """Compute n paths' states, and the (n, Vd) biases on the marginal logits after them."""
         normed = self.model.normed("norm", hidden)
         state, queries = self.cell.step(state, normed, previous, depth)
         return state, queries @ self.cell.keys.T

@@ -94,6 +94,6 @@ def sigmoid(x: Array) -> Array:
 
 
 def top(logits: Array, k: int) -> tuple[Ints, Array]:
-    """The `k` largest of each row, largest first, ties by index; and their log probabilities."""
+    """Return the `k` largest of each row, ties by index, and their log probabilities."""
     order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
     return order.astype(np.int32), np.take_along_axis(log_softmax(logits), order, -1)

@@ -74,7 +74,7 @@ class RowModel(DrafterModel):
         return self.linear("fc", features)
 
     def read(self, tokens: Ints, states: Array) -> tuple[Array, Array]:
-        """What attention reads, and its residual, from (n,) tokens and (n, hidden_size) states."""
+        """Compute attention's input and residual from (n,) tokens and (n, hidden_size) states."""
         normed = self.normed("hidden_norm", states)
         both = np.concatenate([self.normed("embedding_norm", self.embed(tokens)), normed], -1)
         if self.config.reads_both:
@@ -111,7 +111,7 @@ class RowModel(DrafterModel):
         return x + self.linear("layer.mlp.down_proj", up)
 
     def feedback(self, x: Array) -> Array:
-        """The states of the children of rows, from the rows' outputs."""
+        """Compute the states of the children of rows, from the rows' outputs."""
         return self.normed("norm", x) if self.config.normed_feedback else x
 
     def _rotated(self, name: str, x: Array, positions: Ints) -> Array:
@@ -228,7 +228,7 @@ class RowHead(OneByOneHead):
     def _step(
         self, block: RowBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
     ) -> _Paths:
-        """The rows of (n,) tokens that follow (n,) rows of the depth before."""
+        """Append the rows of (n,) tokens that follow (n,) rows of the depth before."""
         model, n = self.model, len(tokens)
         positions = np.full(n, block.keys.shape[1] - 1 + depth, np.int32)
         y, residual = model.read(tokens, model.feedback(rows.output[parents]))

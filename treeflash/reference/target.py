@@ -97,7 +97,7 @@ MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "logits_scaling"
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the language model in a `config.json`, with the outer model type."""
+    """Return the settings of the language model in a `config.json`, with the outer model type."""
     return {**config, **config.get("text_config", {}), "model_type": config.get("model_type")}
 
 
@@ -120,7 +120,7 @@ def recurrent_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def plain_weights(config: Mapping[str, Any], weights: dict[str, Array]) -> dict[str, Array]:
-    """The weights under Llama's names."""
+    """Return the weights under Llama's names."""
     if config["model_type"] == "qwen3_5":
         plain = {}
         for name, x in weights.items():

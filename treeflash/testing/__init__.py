@@ -87,14 +87,14 @@ class BackendSuite(
 
     @pytest.fixture
     def load(self) -> Loader:
-        """The backend under test. It is called with `dtype="float32"` and no device."""
+        """Load the backend under test. It is called with `dtype="float32"` and no device."""
         raise NotImplementedError("override the fixture `load` to return the backend's loader")
 
     @pytest.fixture
     def pair(
         self, load: Loader, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> PairMaker:
-        """Makes pairs of tiny models; each is written and loaded once for the whole class."""
+        """Make pairs of tiny models; each is written and loaded once for the whole class."""
         suite = request.node.getparent(pytest.Class)
         if PAIRS not in suite.stash:
             suite.stash[PAIRS] = Pairs(tmp_path_factory.mktemp("pairs"), load)
@@ -105,12 +105,12 @@ class BackendSuite(
 
     @pytest.fixture
     def models(self, pair: PairMaker) -> Pair:
-        """The pair that most tests use."""
+        """Return the pair that most tests use."""
         return pair()
 
     @pytest.fixture
     def backend(self, models: Pair) -> Backend:
-        """The backend under test with this pair."""
+        """Return the backend under test with this pair."""
         return models.tested
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -148,7 +148,7 @@ class TrackedSequence(SequenceSession):
         return new
 
     def restorable(self) -> int:
-        """A length to go back to, at least 1."""
+        """Draw a length to go back to, at least 1."""
         length = self.state.restorable(int(self.rng.integers(1, len(self.tokens) + 1)))
         return length or len(self.tokens)
 
@@ -337,7 +337,7 @@ def scheduler_of(
     cache: PrefixCache | None = None,
     copied: SuffixCache | None = None,
 ) -> Scheduler:
-    """A scheduler whose adaptive budget changes its size with the number of sequences."""
+    """Create a scheduler whose adaptive budget changes its size with the number of sequences."""
     costs = VerifyCosts({size: 1e-4 * (1 + 0.05 * size) for size in SIZES})
     budgets = AdaptiveBudgets(costs)
     return Scheduler(backend, config, budgets=budgets, prefix_cache=cache, suffix_cache=copied)
@@ -362,13 +362,13 @@ def run_schedule(scheduler: Scheduler, sequences: Sequence[ScheduledSequence]) -
 
 
 def sampled_log_probs(steps: Sequence[Step]) -> NDArray[np.float32]:
-    """The log probabilities of the emitted tokens; empty if they were not asked for."""
+    """Return the log probabilities of the emitted tokens; empty if they were not asked for."""
     parts = [step.log_probs.sampled for step in steps if step.log_probs is not None]
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
 
 def plain_tokens(backend: Backend, sequence: ScheduledSequence) -> list[int]:
-    """The tokens that plain decoding of the sequence alone emits."""
+    """Return the tokens that plain decoding of the sequence alone emits."""
     config = replace(sequence.config, method="ar", budget=1)
     alone = replace(sequence, config=config, joins=0, cancelled=None)
     (steps,) = run_schedule(scheduler_of(backend), [alone])
@@ -443,5 +443,5 @@ class ExactTests:
 
 
 def load_exact(load: Loader, models: Pair, dtype: str) -> Backend:
-    """The pair in exact mode."""
+    """Return the pair in exact mode."""
     return load(models.target, models.drafter, LoadConfig(dtype=dtype, exact=True))

@@ -425,7 +425,7 @@ class ErrorTests:
 
 
 def random_roots(backend: Backend, count: int) -> list[tuple[SequenceState, int]]:
-    """The states of sequences with random prompts, and the target's token after each."""
+    """Prefill sequences with random prompts: their states, and the target's token after each."""
     rng = np.random.default_rng(4)
     sequences = [SequenceSession(backend, drafts=True) for _ in range(count)]
     prompts = [random_tokens(rng, backend.vocab_size, 6) for _ in sequences]

@@ -29,7 +29,7 @@ def random_tokens(rng: Generator, vocab_size: int, length: int) -> list[int]:
 
 
 def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> DraftTree:
-    """A deep and branching tree whose siblings differ; its log probabilities are all 0."""
+    """Build a deep and branching tree whose siblings differ; its log probabilities are all 0."""
     tokens, parents = [root], [-1]
     while len(tokens) < nodes:
         # Half of the nodes extend one of the newest, or the tree would stay shallow.
@@ -51,7 +51,7 @@ def path_to(tree: DraftTree, node: int) -> NDArray[np.int32]:
 
 
 def chain_to(tree: DraftTree, node: int) -> DraftTree:
-    """The path to a node as a tree of its own."""
+    """Build the path to a node as a tree."""
     path = path_to(tree, node)
     return DraftTree.chain(tree.tokens[path], tree.log_probs[path])
 
@@ -87,7 +87,7 @@ class Inspectable(SequenceState, Protocol):
         """(layers, 2, kv_heads, n, head_dim) the drafter's, of the n positions that it has read."""
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
-        """The states of the target's recurrent layers after the last position, layer by layer.
+        """Return the states of the target's recurrent layers after the last position, in order.
 
         (W - 1, channels) the last inputs of each short convolution of width W, without bias and
         activation, and (heads, key_dim, value_dim) the matrix state, if the layer has one. In
@@ -102,7 +102,7 @@ def inspectable(state: SequenceState) -> Inspectable:
 def assert_equal_states(
     actual: SequenceState, expected: SequenceState, *, tolerance: float = TOLERANCE
 ) -> None:
-    """The target's keys, values and recurrent states of two sequences."""
+    """Compare the target's keys, values and recurrent states of two sequences."""
     states = inspectable(actual), inspectable(expected)
     assert_close(*(state.read_kv_cache() for state in states), tolerance=tolerance)
     for pair in zip(*(state.read_recurrent_states() for state in states), strict=True):
@@ -112,7 +112,7 @@ def assert_equal_states(
 def assert_equal_drafter_caches(
     actual: SequenceState, expected: SequenceState, *, tolerance: float = TOLERANCE
 ) -> None:
-    """The drafter's keys and values of two sequences."""
+    """Compare the drafter's keys and values of two sequences."""
     states = inspectable(actual), inspectable(expected)
     assert_close(*(state.read_drafter_kv_cache() for state in states), tolerance=tolerance)
 
@@ -133,7 +133,7 @@ def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> N
 
 
 def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
-    """The same nodes in the same order, log probabilities close."""
+    """Compare two trees: the same nodes in the same order, log probabilities close."""
     for name in ("tokens", "parents", "depths"):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     assert_close(actual.log_probs, expected.log_probs)
@@ -143,7 +143,7 @@ def assert_equal_trees(actual: DraftTree, expected: DraftTree) -> None:
 
 
 def paths(tree: DraftTree) -> list[tuple[int, ...]]:
-    """The tokens from the root down to each node."""
+    """Return the tokens from the root down to each node."""
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -151,7 +151,7 @@ def paths(tree: DraftTree) -> list[tuple[int, ...]]:
 
 
 def assert_equal_steps(actual: Sequence[Step], expected: Sequence[Step]) -> None:
-    """The same tree, accepted path and tokens in every iteration."""
+    """Compare two runs: the same tree, accepted path and tokens in every iteration."""
     for a, b in zip(actual, expected, strict=True):
         assert (a.tree is None) == (b.tree is None)
         if a.tree is not None and b.tree is not None:
@@ -170,7 +170,7 @@ def generate(backend: Backend, prompt: Sequence[int], config: DecodeConfig) -> l
 
 
 def prompt_of(backend: Backend, seed: int = 0) -> list[int]:
-    """A random prompt of seven tokens."""
+    """Draw a random prompt of seven tokens."""
     return random_tokens(np.random.default_rng(seed), backend.vocab_size, 7)
 
 
@@ -192,7 +192,7 @@ ATTEMPTS = 300
 
 
 def settled_generation(reference: Backend, config: DecodeConfig) -> tuple[list[int], list[Step]]:
-    """A short random prompt for which the reference decodes without a close decision; its steps."""
+    """Find a short random prompt that the reference decodes without a close decision; its steps."""
     rng = np.random.default_rng(0)
     for _ in range(ATTEMPTS):
         prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))

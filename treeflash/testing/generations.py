@@ -252,7 +252,7 @@ class StopTests:
 
 
 def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], list[int], int]:
-    """A prompt, its tokens, and the index of a token inside an accepted path.
+    """Find a prompt, its tokens, and the index of a token inside an accepted path.
 
     That token and the next one do not occur before, so either can be the first stop token.
     """
@@ -267,7 +267,7 @@ def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], li
 
 
 def middles(steps: list[Step]) -> list[int]:
-    """Indices in the sequence of tokens that are neither the first nor the last of their step."""
+    """List the indices of tokens that are neither the first nor the last of their step."""
     indices: list[int] = []
     start = 0
     for step in steps:

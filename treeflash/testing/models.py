@@ -134,7 +134,7 @@ def _drop_attention(tensors: Tensors, layer: str) -> None:
 
 
 def _recurrence(rng: Generator, mixer: str, channels: int, heads: int) -> Tensors:
-    """The convolution, and gates that forget about a quarter with every token."""
+    """Draw the convolution, and gates that forget about a quarter with every token."""
     return {
         mixer + "conv1d.weight": normal(rng, channels, 1, KERNEL, scale=0.5),
         mixer + "A_log": normal(rng, heads, scale=0.5) - 1,
@@ -278,7 +278,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def _shape(vocab_size: int, hidden_size: int, layers: int, max_positions: int) -> dict[str, Any]:
-    """Settings that targets and drafters share; the rotary base in both forms in use."""
+    """Build the settings that targets and drafters share; the rotary base in both forms in use."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -394,7 +394,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
 
 
 def _dflash(config: Config, tensors: Tensors, rng: Generator) -> None:
-    """A factor, a softcap, a window and scaled embeddings."""
+    """Build settings with a factor, a softcap, a window and scaled embeddings."""
     config |= SLIDING
     factors = {"output_multiplier": 0.75, "input_embedding_scale": 1.25}
     config["dflash_config"] |= factors | {"final_logit_softcapping": 6.0}

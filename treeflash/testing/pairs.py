@@ -92,7 +92,7 @@ class PairMaker(Protocol):
         target: Mapping[str, Any] | None = None,
         drafter: Mapping[str, Any] | None = None,
     ) -> Pair:
-        """A pair of a family, the suite's first by default.
+        """Return a pair of a family, the suite's first by default.
 
         Further options go to `write_target`, and to `write_drafter` or `write_dialect`.
         """

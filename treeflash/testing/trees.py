@@ -139,14 +139,14 @@ def marginals(backend: Backend, prompt: list[int], options: TableOptions) -> Tra
 
 
 def draft(backend: Backend, prompt: list[int]) -> tuple[Block, int]:
-    """The block after a prompt, and its root: the target's greedy choice."""
+    """Draft the block after a prompt; its root is the target's greedy choice."""
     sequence = SequenceSession(backend, drafts=True)
     root = sequence.extend(prompt)
     return sequence.draft(root), root
 
 
 def noise_of_depths(backend: Backend, scale: float, sequences: int = 1) -> Noise:
-    """The noise of one block or more, with a seed and a scale for each."""
+    """Create the noise of one block or more, with a seed and a scale for each."""
     assert backend.drafter_config is not None
     depths = np.arange(backend.drafter_config.depths, dtype=np.int32)
     samplings = [SamplingConfig(temperature=scale * (1 + n), seed=n) for n in range(sequences)]
@@ -156,7 +156,7 @@ def noise_of_depths(backend: Backend, scale: float, sequences: int = 1) -> Noise
 def settled_prompt(
     reference: Backend, options: TableOptions = OPTIONS, length: int = 7
 ) -> list[int]:
-    """A prompt after which no two children are nearly as probable as each other.
+    """Find a prompt after which no two children are nearly as probable as each other.
 
     Of the block, `options.rows` previous tokens are clearly the most probable ones.
     """
@@ -203,7 +203,7 @@ class LogProbTests:
 
 
 def assert_best(rows: Array, tokens: Ints, best: Array) -> None:
-    """A table's (n, K) children are the most probable tokens of (n, vocab) rows."""
+    """Check that a table's (n, K) children are the most probable tokens of (n, vocab) rows."""
     assert_close(np.take_along_axis(rows, tokens, -1), best)
     assert_close(-np.sort(-rows, axis=-1)[:, : best.shape[1]], best)
 
@@ -304,7 +304,7 @@ class TreeTests:
 
 
 def continuation(sequence: SequenceSession, prompt: list[int], length: int) -> list[int]:
-    """The first tokens that the target greedily appends to a prompt, one forward pass each."""
+    """Return the first tokens that the target greedily appends, one forward pass each."""
     tokens = [sequence.extend(prompt)]
     while len(tokens) < length:
         tokens.append(sequence.extend(tokens[-1:]))

@@ -44,7 +44,7 @@ SHAPE = {
 
 
 def option(default: Any, help: str, minimum: float | None = None) -> Any:
-    """A field of a configuration: its default, description and the least value that is accepted."""
+    """Describe an option: its default, its help and the least value that is accepted."""
     return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
@@ -82,7 +82,7 @@ def add_options(
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The options of a configuration that were given on the command line."""
+    """Return the options of a configuration that were given on the command line."""
     given = {item.name: getattr(args, item.name) for item in fields(config) if item.name in args}
     return {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
 
@@ -225,7 +225,7 @@ class TrainConfig:
 
 
 def parse_loss(text: str) -> dict[str, float]:
-    """The weights of losses in a sum such as `0.1 ce + 0.9 tv`; a ConfigError if it is invalid."""
+    """Parse the weights of losses in a sum such as `0.1 ce + 0.9 tv`; a ConfigError if invalid."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
         match = LOSS_TERM.fullmatch(term.strip())
@@ -269,7 +269,7 @@ def make_train_config(options: Mapping[str, Any]) -> TrainConfig:
 
 
 def trained_head_name(head: str | None) -> str:
-    """The name in `TrainConfig.head` of a head in a drafter's folder."""
+    """Return the name in `TrainConfig.head` of a head in a drafter's folder."""
     return "none" if head is None else HEAD_FORMATS[head].training_name or head
 
 

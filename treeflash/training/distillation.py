@@ -171,7 +171,7 @@ def respond(
 def _request(
     model: LanguageModel, prompt_ids: Sequence[int], sampling: SamplingConfig, max_tokens: int
 ) -> Request:
-    """A request for a text that the target writes without drafts."""
+    """Build a request for a text that the target writes without drafts."""
     config = DecodeConfig(
         method="ar",
         max_tokens=max_tokens,
@@ -321,7 +321,7 @@ class Distillation:
         return {"temperature": sampling.temperature, "seed": sampling.seed}
 
     def _missing(self, numbers: Sequence[int], turn: int) -> list[tuple[int, list[int]]]:
-        """The numbers and prompts of the rows that still need a response in this turn."""
+        """Select the rows that still need a response in this turn: their numbers and prompts."""
         records = self.output.records
         limit = min(self.config.max_prompt_tokens, self.model.backend.max_positions - 1)
         missing = []
@@ -343,7 +343,7 @@ class Distillation:
         return missing
 
     def _prompt(self, row: Row, turn: int) -> list[int]:
-        """The token ids of a row's conversation up to the response of a turn."""
+        """Return the token ids of a row's conversation up to the response of a turn."""
         messages = list(row.turns[0])
         for key, new_messages in zip(row.keys[:turn], row.turns[1:], strict=False):
             response = self.model.tokenizer.decode(self.output.records[key]["response_ids"])

@@ -58,7 +58,7 @@ class Trainer(Protocol):
 
 
 def trainer(name: str | None) -> Trainer:
-    """The trainer of a backend, None for the first installed; a BackendError if it cannot train."""
+    """Return a backend's trainer, or the first installed one; a BackendError if it cannot train."""
     entries = available(GROUP)
     if name is None:
         name = next(filter(installed, sorted(entries)), "cuda")
@@ -115,7 +115,7 @@ After {step} of {steps} steps; data fingerprint {data}.
 def model_card(
     settings: Mapping[str, Any], identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The text of a checkpoint's `README.md`.
+    """Write the text of a checkpoint's `README.md`.
 
     It takes the drafter's `config.json`, the configuration, target and data of the run, and the
     run's log.

@@ -49,11 +49,11 @@ class Batch:
     drafts: Drafts | None = None  # they replace the continuations of some anchors
 
     def to(self, device: torch.device) -> Batch:
-        """The batch, without drafts, on a device; copies from pinned memory do not wait."""
+        """Move the batch, without drafts, to a device; copies from pinned memory do not wait."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch, without drafts, in memory that a GPU can copy from directly."""
+        """Copy the batch, without drafts, to memory that a GPU can copy from directly."""
         return self._map(Tensor.pin_memory)
 
     def continuations(self) -> Tensor:
@@ -73,7 +73,7 @@ class Batch:
         return torch.cat([roots, self.block_tokens()[:, :, :-1]], 2)[self.valid]
 
     def target_rows(self) -> TargetRows:
-        """The target's distributions of the n tokens to predict."""
+        """Return the target's distributions of the n tokens to predict."""
         tokens, log_probs = self._blocks(self.top_tokens, 0), self._blocks(self.top_log_probs, 0)
         if self.drafts is not None:
             tokens[:, self.drafts.columns] = self.drafts.top_tokens

@@ -39,7 +39,7 @@ BATCHES_PER_SORT = 16
 def truncated_responses(
     responses: Sequence[Response], config: TrainConfig, target: Target
 ) -> tuple[list[Response], dict[str, int]]:
-    """The responses that have a token to predict after truncation, and the numbers of dropped ones.
+    """Select the responses with a token to predict after truncation, and count the dropped ones.
 
     A response is `too_short` before truncation, or `too_long` because its prompt leaves no room.
     Raises a ConfigError if no response is left, or they have tokens outside the target's
@@ -122,7 +122,7 @@ class FeatureStore:
     max_bytes: float  # size limit of the cache
 
     def get(self, numbers: Sequence[int]) -> list[SequenceFeatures]:
-        """The features of some responses; those that are not cached are computed together."""
+        """Return the features of some responses; all that are not cached are computed together."""
         cached = {n: features for n in numbers if (features := self._read(n)) is not None}
         missing = [n for n in numbers if n not in cached]
         cached |= zip(missing, self._compute(missing), strict=True)
@@ -200,7 +200,7 @@ def target_top(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(responses: Sequence[Response], **settings: object) -> str:
-    """A name for the responses and settings that features were computed from."""
+    """Name the responses and settings that features were computed from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for response in responses:
         digest.update(json.dumps(response.token_ids).encode())
@@ -251,7 +251,7 @@ class Batches:
         self.plan = Plan(lengths, config.sequences * processes, config.seed)
 
     def __getitem__(self, forward: int) -> Batch:
-        """The batch of a forward pass, counted from 0 through all epochs."""
+        """Return the batch of a forward pass, counted from 0 through all epochs."""
         first = self.process * self.config.sequences
         numbers = self.plan[forward][first : first + self.config.sequences].tolist()
         responses = [self.store.responses[n] for n in numbers]
@@ -337,7 +337,7 @@ def with_drafts(
 def score_drafts(
     target: Target, sequence: Tensor, anchors: Tensor, drafts: Tensor, top_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """The target's distributions at every token of many drafts in one sequence of (length,) tokens.
+    """Compute the target's distributions at all tokens of many drafts in one (length,) sequence.
 
     The roots are at the (C,) anchors, and the (C, D) drafts follow them. Returns (C, D, K) top
     tokens and their log probabilities: element d is given the tokens before it.

@@ -38,7 +38,7 @@ RANDOM_STD = 0.02
 
 
 def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """The `config.json` of the drafter to train, in the published TreeFlash format.
+    """Build the `config.json` of the drafter to train, in the published TreeFlash format.
 
     Raises a ConfigError if the configuration does not fit the target, and a CheckpointError if
     `init` names a folder without a drafter.
@@ -63,7 +63,7 @@ def drafter_settings(config: TrainConfig, target: Target) -> dict[str, Any]:
 def _settings_with_layers(
     settings: dict[str, Any], layers: int, config: TrainConfig
 ) -> dict[str, Any]:
-    """The configuration of a drafter of `layers` layers, with the layers that training appends."""
+    """Build the configuration of a drafter of `layers` layers, appended layers included."""
     if config.layers is None or config.layers <= layers:
         return settings
     if "num_hidden_layers" not in settings:
@@ -94,7 +94,7 @@ def _refuse_untrainable_parts(folder: Path, config: DrafterConfig) -> None:
 
 
 def with_head(settings: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """A DFlash or TreeFlash configuration with the head to train, in the format of that head."""
+    """Build a DFlash or TreeFlash configuration with the head to train, in that head's format."""
     drafter, head = dict(settings), config.head
     candidates = dict(drafter.pop("treeflash_config", None) or {}).get("candidate_tokens", 16)
     rank = config.head_size or RANK
@@ -182,7 +182,7 @@ def initial_drafter(
     # Tokens of a few sequences, to measure the scale of queries and keys on.
     sequences: Sequence[Sequence[int]],
 ) -> tuple[DrafterModel, nn.Module | None]:
-    """A drafter and its head, float32, on the target's device.
+    """Create a drafter and its head, float32, on the target's device.
 
     Raises a ConfigError if the target's layers cannot be copied, or the head has a different size.
     """
@@ -231,7 +231,7 @@ def _with_layers(model: DrafterModel, config: DrafterConfig) -> DrafterModel:
 
 
 def _head_size(head: Any) -> int | None:
-    """The inner size of a head, if it has one."""
+    """Return the inner size of a head, or None if it has none."""
     if isinstance(head, Markov):
         return int(head.markov_w1.embedding_dim)
     if isinstance(head, Selector):
@@ -310,7 +310,7 @@ def _norm_scale(norm: Any) -> Tensor:
 def _query_key_scales(
     target: Target, layers: Sequence[Any], sequences: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The weights of the drafter's query and key norms, layer by layer."""
+    """Return the weights of the drafter's query and key norms, layer by layer."""
     squares: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
     def measure(key: tuple[int, str], _: nn.Module, __: Any, output: Tensor) -> None:

@@ -133,7 +133,7 @@ def train(
 
 
 def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
-    """The processes and precision of a run; one process unless `accelerate launch` started it."""
+    """Set up a run's processes and precision; one process without `accelerate launch`."""
     on_cpu = load.device == "cpu"
     device = choose_device(load.device)
     if load.device not in (None, "cuda", "cpu"):
@@ -170,7 +170,7 @@ class Progress(NamedTuple):
 def progress(
     step: int, records: Sequence[dict[str, Any]], config: TrainConfig, accelerator: Accelerator
 ) -> Progress:
-    """The progress of a run after `step` steps, which only the first process has the log of."""
+    """Describe the progress after `step` steps; only the first process has the log."""
     position = float(step)
     if config.minutes is not None:
         seconds = sum(record["seconds"] for record in records)
@@ -185,7 +185,7 @@ def progress(
 
 
 def validation_loss(validation: Mapping[str, Any], config: TrainConfig) -> float:
-    """The mean KL divergence over depths, with the head if there is one, as training weights it."""
+    """Compute the mean KL divergence over depths, with the head if any, weighted as in training."""
     divergences = validation.get("kl_corrected", validation["kl_marginal"])
     weights = np.exp(-np.arange(len(divergences)) / config.gamma)
     return float(np.average(divergences, weights=weights))
@@ -277,7 +277,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, blocks: nn.Module) -> dict[str, Any]:
-        """The metrics of the drafter, for `marginal` and, with a head, for `corrected`.
+        """Measure the metrics of the drafter, for `marginal` and, with a head, for `corrected`.
 
         By depth, `kl_*` is the mean KL divergence in nats, `acceptance_*` the mean overlap of the
         distributions, and `top1_*` how often the top token is the sequence's. `chain_*` is the

@@ -127,7 +127,7 @@ def objective(
     config: TrainConfig,  # the losses, and the weights of losses and depths
     generator: torch.Generator,  # samples the shortlist
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a batch; and as numbers `marginal`, `corrected` (with a head) and `loss`."""
+    """Compute a batch's loss, and the numbers `marginal`, `corrected` (with a head), `loss`."""
     rows = batch.target_rows()
     scored = rows.scored_tokens()
     shortlist = None
@@ -144,7 +144,7 @@ def objective(
 
 
 def _mean_loss(batch: Batch, outcomes: Outcomes, config: TrainConfig) -> Tensor:
-    """The weighted mean of the losses of the tokens to predict."""
+    """Average the losses of the tokens to predict by their weights."""
     losses = mixture(parse_loss(config.loss), outcomes)
     if config.position_weights == "exponential":
         weights = exponential(batch.valid, config.gamma)

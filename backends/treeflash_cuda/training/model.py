@@ -44,7 +44,7 @@ class Shortlist:
 def make_shortlist(
     scored: Tensor, vocab_size: int, negatives: int, generator: torch.Generator
 ) -> Shortlist | None:
-    """The tokens to score and a uniform sample of the others; None if that is the vocabulary.
+    """Return the tokens to score and a uniform sample of the others; None is the whole vocabulary.
 
     The normaliser over a shortlist is unbiased, as each sampled token is weighted by the number of
     tokens that it represents (sampled softmax, Bengio and Senecal 2008). The generator is on the
@@ -111,7 +111,7 @@ GROUP = 8
 def block_attention(
     anchors: Tensor, size: int, length: int, window: int | None, causal: bool
 ) -> Attend:
-    """The fastest attention of one layer, in which a block sees itself and all before its root.
+    """Return one layer's fastest attention, in which a block sees itself and all before its root.
 
     It takes (rows, heads, A * S, head_dim) queries, and (rows, kv_heads, length + A * S, head_dim)
     keys and values, the sequence's first, to (rows, A * S, heads, head_dim).

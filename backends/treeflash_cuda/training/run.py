@@ -167,7 +167,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
 
     def feature_folder(self) -> Path | None:
-        """The folder of cached features; None if they are not cached."""
+        """Return the folder of cached features, or None if they are not cached."""
         if not self.identity["cache_gb"]:
             return None
         folder = self.folder / "features" / str(self.identity["data"])

@@ -48,7 +48,7 @@ def describe(
     packages: tuple[str, ...],
     skipped: dict[str, str] | None = None,
 ) -> Answer:
-    """The answer to the setup; `skipped` has the reason by method."""
+    """Answer the setup; `skipped` has the reason by method."""
     return {
         "methods": methods,
         "device": str(device).rpartition(".")[2],
@@ -59,7 +59,7 @@ def describe(
 
 
 def answer(token_ids: list[int], tokens: int, forwards: int, seconds: float) -> Answer:
-    """The answer to a prompt.
+    """Answer a prompt.
 
     Args:
         token_ids: all new tokens.

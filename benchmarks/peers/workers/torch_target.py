@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device with that name; None is CUDA if available, else the CPU."""
+    """Return the device with that name; None is CUDA if available, else the CPU."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

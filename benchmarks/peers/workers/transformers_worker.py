@@ -34,19 +34,19 @@ class Clock(BaseStreamer):
         self.forwards, self.prefilled = 0, 0.0
 
     def put(self, value: Tensor) -> None:
-        """Called with new tokens, and perhaps with the prompt before the first forward pass."""
+        """Record the time of new tokens; the prompt may come before the first forward pass."""
         if self.forwards and not self.prefilled:
             self.prefilled = time.perf_counter()
 
     def end(self) -> None:
-        """Called after the last tokens."""
+        """Do nothing: transformers calls it after the last tokens."""
 
     def _count(self, *_: Any) -> None:
         self.forwards += 1
 
 
 def load_dflash(folder: Path, dtype: torch.dtype) -> Any:
-    """A DFlash drafter as the assistant that transformers has for its own DFlash.
+    """Load a DFlash drafter as the assistant that transformers has for its own DFlash.
 
     transformers 5.24 has one class for it, which has the layers of every DFlash drafter.
     """
