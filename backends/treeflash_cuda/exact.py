@@ -1,25 +1,47 @@
 """Exact arithmetic: what is computed for a position depends on the tokens up to it alone.
 
-Floating-point sums depend on their order, so a token that is computed beside others is usually
-rounded differently from the same token alone. In exact mode it is not, bit for bit. On a GPU the
-Triton kernels see to that, with one more for products (`use_kernel_for_products`). On a CPU:
+The problem. Floating-point sums depend on their order: (0.1 + 0.2) + 0.3 and 0.1 + (0.2 + 0.3)
+differ in the last bit. A library chooses the order by the shape of its inputs, so a token that is
+computed beside fifteen others is usually rounded differently from the same token alone. Where two
+tokens are nearly equally probable, the other one then wins, and the text is another.
+
+The idea. Give each sum an order that depends on positions, never on what shares the pass. Terms
+that a token must not see stay in the sum as exact zeros, which change no bit wherever they stand.
+
+An example, with groups of 4 positions instead of `GROUP`. Five tokens are committed, at the
+positions 0 to 4, and the root `a` has the children `b` and `c`, `b` the child `d`:
+
+    column     0 1 2 3 | 4 5 6 7 | 8         `d` sees every column but c's. Its sum of values is
+    position   0 1 2 3 | 4 5 6 6 | 7
+    token      . . . .   . a b c   d             ((v0 + v1 + v2 + v3) + (v4 + va + vb + 0 + vd))
+
+All these columns are of the groups 0 to 3 and 4 to 7: `d` is at position 7, although its column is
+8. Plain decoding, which has `a`, `b`, `d` at the columns 5, 6, 7 and never drafts `c`, computes
+((v0 + v1 + v2 + v3) + (v4 + va + vb + vd)): the same terms in the same order. That holds for every
+node, because ancestors come before it, in the order of their positions.
+
+The rule, on a CPU:
 
 - A linear layer never runs with a single row where oneDNN has another kernel for it: a pass of one
   token has equal rows of it (`ExactContext.repeat`), and other products are padded
   (`pad_products`). FBGEMM, which multiplies float16, has the same kernel for one row.
 - Attention sums over groups of `GROUP` positions, which begin at multiples of `GROUP`, one group
   after the other, in float32 (`ExactContext`). Within a group the kernel of a batched product adds
-  one key after the other in the order of the columns, up to `MAX_KEYS` of them. Keys that a row
-  does not see add an exact zero. On a draft tree a node's ancestors come before it, in the order
-  of their positions, so its sum has the terms of plain decoding in the order of plain decoding.
+  one key after the other in the order of the columns, up to `MAX_KEYS` of them.
 - Scores are sums over the head's width, and the largest score does not depend on an order. The
   denominator is summed like the numerator: a column of ones is stored beside the values.
 - Activations whose result depends on a number's place read contiguous numbers, as PyTorch's GELU
   does (`pack_activations`).
 
-Everything else computes each row by itself. None of this is promised by the libraries underneath,
-so `check_products`, `check_activations`, `check_attention` and
+Everything else computes each row separately. On a GPU the Triton kernels keep the rule, with one
+more kernel for products (`use_kernel_for_products`). The underlying libraries guarantee none of
+this, so `check_products`, `check_activations`, `check_attention` and
 `treeflash.decoding.probe.check_exact` test it on each machine at load.
+
+The attention of a pass is prepared once and used in every layer. `Rows` are consecutive tokens of a
+sequence with the columns that they see; its `Part`s are groups. `Sums` has the views that compute
+the attention of some `Rows`; a `Run` has `Sums` of equally many tokens, one for each sequence; a
+`Plan` has the runs of a pass.
 """
 
 from __future__ import annotations
@@ -52,23 +74,23 @@ from treeflash_cuda.linear import FusedPart, PackedLinear, is_subclass, uses_fbg
 from treeflash_cuda.operations import TOLERANCES
 
 GROUP = 128
-"""Positions whose sum is computed by one product."""
+"""Number of positions whose sum is computed by one product."""
 MAX_KEYS = 192
-"""Longer sums are split by the kernels, in places that depend on columns."""
+"""Most keys of a product: kernels split longer sums, in places that depend on columns."""
 MIN_COLUMNS = 16
-"""Fewer keys take other kernels."""
+"""Least keys of a product: fewer keys take other kernels."""
 ROWS = 8
-"""Queries are padded to a multiple of it: the edges of products are summed in another order."""
+"""Queries are padded to a multiple of it, as the edges of products are summed in another order."""
 MIN_SIZE = 400
-"""Multiplications; PyTorch computes smaller products with loops of its own."""
+"""Least multiplications of a product: PyTorch computes smaller ones with other loops."""
 PROMPT_ROWS = 128
-"""Tokens of a prompt that attend at once, to bound the memory of scores."""
+"""Number of a prompt's tokens that attend at once, which bounds the memory of scores."""
 LINEAR_ROWS = 2
 STREAMED_ROWS = 4
 """Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
 than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
 CACHE_NBYTES = 64 << 20
-"""Larger weights are read from memory."""
+"""Weights of more bytes than this are read from memory, not from a cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +99,7 @@ class Part:
 
     first: int  # the rows' first token
     end: int  # the token after the rows' last one
-    columns: slice | Tensor  # of the keys, counted from the first of `Rows.columns`
+    columns: slice | Tensor  # the keys' columns, counted from the first one of `Rows.columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +108,10 @@ class Rows:
 
     first: int  # the first token
     end: int  # the token after the last one
-    columns: slice  # of the keys; begins at a multiple of `GROUP`, before which no token sees a key
+    columns: slice  # begins at a multiple of `GROUP`, before which no token sees a key
     visible: Tensor | None  # (tokens, columns) bool; None if every column is visible
     parts: list[Part]  # in the order of their groups
-    # Numbers of columns of the parts, if these follow each other and have the weights of all rows.
+    # The parts' numbers of columns, if parts follow each other and have the weights of all rows.
     sizes: list[int] | None = None
 
     @property
@@ -154,7 +176,7 @@ class Sums:
             self.sums.baddbmm_(p, v)
 
     def _add_parts(self, values: Tensor) -> None:
-        """Sum over parts with columns and rows of their own."""
+        """Sum over parts that differ in their columns and rows."""
         rows, weights, sums = self.rows, self.weights, self.sums.zero_()
         for part in rows.parts:
             if isinstance(part.columns, slice):
@@ -237,7 +259,7 @@ class Plan:
             first = place.stop
 
     def attend(self, query: Tensor, layer: int, scale: float) -> Tensor:
-        """(1, tokens, heads, width) attention of a layer, overwritten by the next call."""
+        """Return a layer's (1, tokens, heads, width) attention, which the next call overwrites."""
         is_whole = len(self.runs) == 1 and not self.is_repeated
         for place, run in self.runs:
             run.compute(query if is_whole else query[:, :, place], layer, scale)
@@ -249,7 +271,7 @@ class ExactContext(AttentionContext):
 
     def __init__(self, committed: int, positions: Tensor, ancestors: Tensor | None) -> None:
         super().__init__(committed, positions, ancestors)
-        self.tokens = len(positions)  # of the block, without those that `repeat` adds
+        self.tokens = len(positions)  # without the equal rows that `repeat` adds
         # Has the keys and values of the layers; None if `attend` is given them.
         self.cache: ExactCache | None = None
         self._layouts: dict[int, tuple[Tensor, list[Rows]]] = {}
@@ -260,7 +282,7 @@ class ExactContext(AttentionContext):
         self.positions = self.positions.repeat(times)
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """A tensor that stands for the layers' mask function."""
+        """Return a tensor that stands for the layers' mask function."""
         placeholder = self.positions.new_empty(1, 1, 1, 1)
         self._layouts[id(placeholder)] = placeholder, list(self._layout(function))
         return placeholder
@@ -293,7 +315,7 @@ class ExactContext(AttentionContext):
                 yield _consecutive_parts(first, end, slice(start, last), visible)
 
     def _tree_rows(self, place: slice, visible: Tensor, columns: Tensor) -> Rows:
-        """The rows of a tree, whose (columns,) positions are not in the order of the columns."""
+        """Return the rows of a tree, whose (columns,) positions are not in the columns' order."""
         shared = (self.committed - place.start) // GROUP * GROUP
         groups = columns[shared:] // GROUP
         first, last = int(groups.min()), int(groups.max())
@@ -311,7 +333,7 @@ class ExactContext(AttentionContext):
         return Rows(0, self.tokens, place, visible, parts)
 
     def layout(self, inputs: AttentionInputs, mask: Tensor | None) -> list[Rows]:
-        """The rows of the block in layers with a mask that `mask` made.
+        """Return the rows of the block in layers with a mask that `mask` made.
 
         Raises an UnsupportedModelError if the layer changes its mask, or uses a variant of
         attention whose order of sums is not known.
@@ -355,7 +377,7 @@ class ExactCache(TreeCache):
 
     def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
         super().__init__(sequences, rows)
-        self._keys: Tensor | None = None  # of the layer that was updated last
+        self._keys: Tensor | None = None  # the keys of the layer that was updated last
         # For several sequences, of each slab: the keys and values of all its columns, by layer, the
         # indices of its rows, None for all of them, and their columns.
         self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
@@ -402,7 +424,7 @@ class ExactCache(TreeCache):
         sequences: Sequence[ExactContext],
         masks: Sequence[Tensor | None],  # of each sequence, for the layer
     ) -> Tensor:
-        """(1, tokens, heads, width) attention of the layer that was updated last.
+        """Return the (1, tokens, heads, width) attention of the layer that was updated last.
 
         Raises an UnsupportedModelError if the layer attends to keys that it did not store, and what
         `ExactContext.layout` raises.
@@ -426,7 +448,7 @@ class ExactCache(TreeCache):
 def _consecutive_parts(
     first: int, end: int, columns: slice, visible: Tensor | None, sizes: list[int] | None = None
 ) -> Rows:
-    """Rows whose parts follow each other in the columns; None splits these at groups."""
+    """Create rows whose parts follow each other; without `sizes` they are split at groups."""
     count = columns.stop - columns.start
     if sizes is None:
         sizes = [min(GROUP, count - column) for column in range(0, count, GROUP)]
@@ -434,7 +456,7 @@ def _consecutive_parts(
 
 
 def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Iterator[Part]:
-    """Parts of at most `MAX_KEYS` keys: rows that see more of them are halved."""
+    """Yield parts of at most `MAX_KEYS` keys: rows that see more of them are halved."""
     used = places[visible[first:end, places].any(0)]
     if len(used) <= MAX_KEYS:
         yield Part(first, end, used)
@@ -445,12 +467,12 @@ def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Ite
 
 
 def _missing_rows(count: int, width: int) -> int:
-    """Rows to add to products with `width` columns and any number of keys."""
+    """Return how many rows products with `width` columns and any number of keys need more."""
     return -max(count, -(-MIN_SIZE // width)) // ROWS * -ROWS - count
 
 
 def token_rows(model: nn.Module, dtype: torch.dtype) -> int:
-    """The number of equal rows with which a lone token has the bits of more rows and is fastest."""
+    """Return how many equal rows give a lone token the bits of more rows in the least time."""
     if uses_fbgemm(dtype):
         return 1
     weights = sum(x.numel() * x.itemsize for x in model.parameters())
@@ -497,7 +519,7 @@ def use_kernel_for_products(model: nn.Module) -> None:
 
 
 def _products(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """The objects that compute products of a model, and the names of the functions that do it."""
+    """Yield the objects that compute a model's products, and the names of their functions."""
     for name, module in model.named_modules():
         if isinstance(module, FusedPart):
             yield module.fused, "product"
