@@ -16,6 +16,15 @@ if os.environ.get("TREEFLASH_TEST_DEVICE") == "cpu" and find_spec("mlx") is not 
     mx.set_default_device(mx.cpu)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave what is not among the `laws` of a conformance suite with such to the nightly run."""
+    for item in items:
+        laws = getattr(getattr(item, "cls", None), "laws", None)
+        if laws is not None and item.originalname not in laws:
+            item.add_marker(pytest.mark.nightly)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The folder of the default target: fetched and converted once, then from the cache."""

@@ -120,7 +120,7 @@ def test_a_few_tokens_are_identical(pair, prompt):
     assert_identical(pair, prompt, DecodeConfig(budget=8, max_tokens=12))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_many_tokens_are_identical(pair, prompt):
     assert_identical(pair, prompt, DecodeConfig(budget=16, max_tokens=64))

@@ -51,7 +51,7 @@ RUNS = [
     pytest.param(
         run,
         id=f"{path.stem}-{i}",
-        marks=[] if (path.stem, i) == ("treeflash-16-16", 0) else [pytest.mark.full],
+        marks=[] if (path.stem, i) == ("treeflash-16-16", 0) else [pytest.mark.nightly],
     )
     for path in sorted((HERE / "published_runs").glob("*.json"))
     for i, run in enumerate(json.loads(path.read_text()))

@@ -128,6 +128,25 @@ for name in {names}:
     assert run(code) == ""
 
 
+def test_the_core_generates_where_no_framework_is_installed(tiny_pair: tuple[Path, Path]) -> None:
+    target, drafter = map(str, tiny_pair)
+    code = f"""
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *path: (
+    None if name.split(".")[0] in {FRAMEWORKS} else find(name, *path)
+)
+assert not any(map(find_spec, {FRAMEWORKS}))
+from treeflash.__main__ import main
+
+folders = "--target", {target!r}, "--drafter", {drafter!r}
+raise SystemExit(main(["generate", "Hi", *folders, "--backend", "reference", "--max-tokens", "4"]))
+"""
+    assert run(code)
+
+
 @pytest.mark.parametrize("name", CORE)
 def test_core_files_name_no_framework(name: str) -> None:
     """Not even inside a function: backends are reached through the registry."""

@@ -72,7 +72,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
 
 
 @pytest.mark.parametrize(
-    "name", [*TYPES, *(pytest.param(x, marks=pytest.mark.full) for x in OTHERS)]
+    "name", [*TYPES, *(pytest.param(x, marks=pytest.mark.nightly) for x in OTHERS)]
 )
 def test_other_types_agree_with_plain_text(tmp_path, name):
     families.write(tmp_path, name)

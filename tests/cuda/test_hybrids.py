@@ -120,7 +120,7 @@ def test_drafted_text_equals_generate(tmp_path, model):
     check(tmp_path, model, 40, ("treeflash", "dflash"), (16,))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", COMMON + OTHERS)
 def test_long_drafted_text_equals_generate(tmp_path, model):
     check(tmp_path, model, 200, METHODS[1:], (16, 64))

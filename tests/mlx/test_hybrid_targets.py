@@ -104,7 +104,7 @@ def fit(drafter, target, texts):
     fit_drafter(drafter, responses, features, *weights, layers=len(target.layers))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", TYPES)
 def test_every_method_equals_mlx_lm_and_plain_decoding(hybrid_pair_of, tmp_path, name):
     folder, random_drafter = hybrid_pair_of(name)

@@ -11,41 +11,21 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import load_file
 
+from treeflash.config import DecodeConfig
 from treeflash.testing import BackendSuite, require
+from treeflash.testing.comparisons import generate, prompt_of
 from treeflash.testing.models import save, write_target
 from treeflash.testing.pairs import repeated
 
 require("mlx_lm")
 
+from laws import LAWS
 from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
 from treeflash_mlx.backend import load as load_mlx
 from treeflash_mlx.metal_kernels import attention
 
 require_compiler()
 
-LAWS = {
-    # Trees, paths, windows
-    "test_logits_match_reference",
-    "test_depth_beyond_the_window",
-    "test_verifier_cache_equals_prefill",
-    "test_verifying_again_replaces_the_tree",
-    "test_a_tree_that_is_not_committed_leaves_no_trace",
-    "test_settings_of_the_tree_match_reference",
-    "test_iterations_of_each_family_match_reference",
-    # Recurrent states: commits, snapshots, forks
-    "test_states_match_reference",
-    "test_part_of_a_chain_can_be_committed",
-    "test_texts_shorter_than_a_convolution",
-    "test_a_state_is_restored_where_a_snapshot_was_taken",
-    "test_snapshots_of_dropped_tokens_are_dropped",
-    "test_two_prompts_in_one_pass",
-    "test_a_prompt_that_was_run_before_is_forked",
-    # Batches, chunks and schedules
-    "test_logits_of_a_batch_equal_those_alone",
-    "test_states_equal_prefills_after_forks_and_truncations",
-    "test_texts_of_a_schedule_equal_texts_alone",
-    "test_pieces_equal_one_prefill",
-}
 OTHERS = {name for name in dir(BackendSuite) if name.startswith("test_")} - LAWS
 KERNELS = {
     "treeflash_products",
@@ -90,7 +70,7 @@ def load_quantised(target, drafter, config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels(metal_kernels_folder):
+def kernels(metal_kernels_folder):
     executor = MetalExecutor(metal_kernels_folder, schedules=(DESCENDING,))
     with pytest.MonkeyPatch.context() as patch:
         install(executor, patch, speedup=2)
@@ -103,8 +83,7 @@ def _kernels(metal_kernels_folder):
         for name in dir(BackendSuite):
             if hasattr(law := getattr(BackendSuite, name), "hypothesis"):
                 patch.setattr(law, "_hypothesis_internal_use_settings", few)
-        yield
-    assert executor.launches.keys() >= KERNELS
+        yield executor
 
 
 @pytest.mark.filterwarnings("ignore:MLX was imported before treeflash_mlx")  # of TF32, on GPUs
@@ -116,3 +95,10 @@ class TestConformance(BackendSuite):
     @pytest.fixture
     def load(self):
         return load_quantised
+
+    def test_every_kernel_is_launched(self, kernels, pair):
+        kernels.launches.clear()
+        for family in ("qwen3", "qwen3_5"):
+            backend = pair(family).tested
+            generate(backend, prompt_of(backend), DecodeConfig(budget=16, max_tokens=6))
+        assert kernels.launches.keys() >= KERNELS

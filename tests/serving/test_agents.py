@@ -82,7 +82,7 @@ def run_agent(packages, url, folder, command):
     return done.stdout, work
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("task", ["Say hello.", "Make a file."])
 @pytest.mark.parametrize("agent", PACKAGES)
 def test_agents(packages, tmp_path, agent, task):

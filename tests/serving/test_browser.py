@@ -11,7 +11,7 @@ import pytest
 from servers import Gate, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.nightly
 
 CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"

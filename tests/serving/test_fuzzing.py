@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import serving
 
+from treeflash.testing.pairs import EXAMPLES
+
 schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = int(os.environ.get("TREEFLASH_FUZZ_EXAMPLES", "20"))
-"""For each operation, and each of valid and invalid."""
+FEW = 20
+"""Examples of each operation, valid and invalid each, unless TREEFLASH_EXAMPLES asks for more."""
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
@@ -65,9 +66,9 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
     statuses = set()
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=EXAMPLES or FEW,
         deadline=None,
-        derandomize=True,
+        derandomize=not EXAMPLES,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -1,4 +1,4 @@
-"""The default pair under load: `tox -e serve-full`, or with TREEFLASH_LOAD_SECONDS another time."""
+"""The default pair under load: ten minutes, or as long as TREEFLASH_LOAD_SECONDS says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 SECONDS = float(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_load():
     command = [sys.executable, "-m", "benchmarks.serving.load", "--seconds", str(SECONDS)]
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.nightly
 
 STREAMS = 20
 REPLICA = "ray::ServeReplica:treeflash:Replica"

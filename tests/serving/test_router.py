@@ -10,7 +10,7 @@ import httpx
 import pytest
 from servers import parse, serving, wait_until
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.nightly
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

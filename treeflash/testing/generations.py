@@ -27,7 +27,15 @@ from treeflash.testing.comparisons import (
     settled_generation,
     tokens_of,
 )
-from treeflash.testing.pairs import Pair, PairMaker, each_sampling, two_samplings
+from treeflash.testing.pairs import (
+    EXAMPLES,
+    SAMPLINGS,
+    Pair,
+    PairMaker,
+    each_sampling,
+    pairwise,
+    two_samplings,
+)
 
 MAX_TOKENS = 10
 BUDGETS = (1, 2, 16, 64, 256)
@@ -36,14 +44,18 @@ TREES: tuple[Method, ...] = ("ddtree", "treeflash")
 
 
 class GenerationTests:
-    @each_sampling
-    @pytest.mark.parametrize("budget", BUDGETS)
-    @pytest.mark.parametrize("method", DRAFTING)
+    @pytest.mark.parametrize(
+        ("method", "budget", "name"),
+        product(DRAFTING, BUDGETS, SAMPLINGS)
+        if EXAMPLES
+        else pairwise(DRAFTING, BUDGETS, SAMPLINGS),
+    )
     def test_iterations_match_reference(
-        self, pair: PairMaker, method: Method, budget: int, sampling: SamplingConfig
+        self, pair: PairMaker, method: Method, budget: int, name: str
     ) -> None:
+        """Any two of a method, a budget and a sampling meet, and all three in a nightly run."""
         config = DecodeConfig(
-            method=method, budget=budget, sampling=sampling, max_tokens=MAX_TOKENS
+            method=method, budget=budget, sampling=SAMPLINGS[name], max_tokens=MAX_TOKENS
         )
         check_generation(pair(), config)
 

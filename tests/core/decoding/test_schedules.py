@@ -29,7 +29,7 @@ def test_random_schedules():
     run_state_machine_as_test(ScheduleMachine, settings=short)
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_random_schedules_for_an_hour():
     long = settings(short, max_examples=5000, stateful_step_count=60, derandomize=False)
     run_state_machine_as_test(ScheduleMachine, settings=long)
