@@ -93,7 +93,7 @@ class KVStorage:
     parts: Sequence[Tensor]
 
     def gather(self, columns: Tensor) -> list[Tensor]:
-        """A copy of n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
+        """Copy n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
         return [x.index_select(3, columns.to(x.device)) for x in self.parts]
 
     def write(self, columns: Tensor, copies: Sequence[Tensor]) -> None:
@@ -116,7 +116,7 @@ class KVStorage:
         raise IndexError("there is no such layer")
 
     def views(self, columns: slice, width: int | None = None) -> Columns:
-        """Views of some columns of all layers, without the numbers that follow the first `width`.
+        """View some columns of all layers, without the numbers that follow the first `width`.
 
         They are made for all layers at once.
         """
@@ -154,7 +154,7 @@ class Slab(KVStorage):
         return self.free == [(0, self.columns)]
 
     def take(self, capacity: int) -> Region | None:
-        """A region in the first gap that is large enough."""
+        """Take a region in the first gap that is large enough."""
         for i, (first, size) in enumerate(self.free):
             if size >= capacity:
                 rest = [(first + capacity, size - capacity)] if size > capacity else []
@@ -197,7 +197,7 @@ class Arena:
         self.slabs: list[Slab] = []
 
     def resized(self, layers: int, like: Region | None, dtype: torch.dtype | None) -> Arena:
-        """An empty arena for `layers` layers with keys shaped like `like`; see `Arena.dtype`."""
+        """Create an empty arena for `layers` layers of keys like `like`; see `Arena.dtype`."""
         if like is None:
             return Arena(layers)
         keys = like.parts[0][0, :1]
@@ -206,7 +206,7 @@ class Arena:
         return arena
 
     def widened(self) -> Arena:
-        """An empty arena for the same keys and values in the format of exact mode."""
+        """Create an empty arena for the same keys and values in the format of exact mode."""
         assert self.like is not None
         arena = Arena(self.layers, spans=self.spans, dtype=self.like.dtype)
         arena.head_dim = self.like.shape[-1]
@@ -235,7 +235,7 @@ class Arena:
         return x if self.dtype is None else dequantise(x, self.dtype)
 
     def take(self, capacity: int, like: Tensor) -> Region:
-        """A region of `capacity` columns for stored keys like these (1, kv_heads, n, width)."""
+        """Take a region of `capacity` columns for stored keys like (1, kv_heads, n, width) ones."""
         with self.lock:
             self.set_shape(like)
             for slab in self.slabs:
@@ -299,14 +299,14 @@ class KVCache:
             storage[:, first:end] = x
 
     def allocate(self) -> Region:
-        """The region, in an arena whose shape is known."""
+        """Return the region, in an arena whose shape is known."""
         if self.region is None:
             assert self.arena.like is not None
             self.region = self.arena.take(self.capacity, self.arena.like)
         return self.region
 
     def reserve(self, k: Tensor, v: Tensor, end: int) -> Region:
-        """The region, which can hold stored keys and values like `k` and `v` before column `end`.
+        """Return the region; it holds stored keys and values like `k` and `v` before column `end`.
 
         Raises an UnsupportedModelError if the layers' keys and values differ in shape.
         """
@@ -319,7 +319,7 @@ class KVCache:
         return region
 
     def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """The columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
+        """Return the columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
 
         They are views unless they are stored in 8 bits.
         """
@@ -327,7 +327,7 @@ class KVCache:
         return self.arena.decode(k), self.arena.decode(v)
 
     def columns(self, first: int, end: int) -> Columns:
-        """Views of the stored columns from `first` to `end`, made for all layers at once."""
+        """View the stored columns from `first` to `end`, for all layers at once."""
         return self.taken.views(slice(first, end))
 
     def commit(self, count: int) -> None:
@@ -435,14 +435,14 @@ class TreeCache(Cache):
         return [views[self.layer] for views in self._views]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed positions; models are given the positions of all rows."""
+        """Count the committed positions; models are given the positions of all rows."""
         return max(sequence.length for sequence in self.sequences)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The number of columns of the mask for `query_length` rows, and the first column."""
+        """Return the mask's number of columns for `query_length` rows, and the first column."""
         return self.get_seq_length() + query_length, 0
 
 

@@ -35,7 +35,7 @@ Forward: TypeAlias = Callable[..., Any]
 
 
 def names_in_forward(module: nn.Module) -> set[str]:
-    """The names of functions and attributes that a module's `forward` uses."""
+    """Return the names of functions and attributes that a module's `forward` uses."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return set() if code is None else set(code.co_names)
 
@@ -43,7 +43,7 @@ def names_in_forward(module: nn.Module) -> set[str]:
 def forward_with(
     module: nn.Module, functions: Mapping[str, Callable[..., Any]]
 ) -> tuple[Forward, set[str]]:
-    """A module's `forward` that calls other functions, and the names of those that it finds.
+    """Copy a module's `forward` that calls other functions, and the names of those that it finds.
 
     `functions` replace the globals of the same names, which they get as their first argument.
     """
@@ -152,7 +152,7 @@ class RotatingLayer:
             context.norms = None
 
     def compare(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain layer's output; finds out whether this one computes the same."""
+        """Return the plain layer's output, and find out whether this layer computes the same."""
         context = tree_context()
         assert context is not None
         output, expected = _watch(context, self.plain, args, kwargs)
@@ -172,7 +172,7 @@ class RotatingLayer:
 
 
 def _rotate(original: Forward, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The hook of `ROTARY`, which most models give queries, keys, cosines and sines."""
+    """Return the hook of `ROTARY`, which most models give queries, keys, cosines and sines."""
     context = tree_context()
     assert context is not None
     if len(args) != 4 or kwargs:
@@ -183,7 +183,7 @@ def _rotate(original: Forward, *args: Any, **kwargs: Any) -> tuple[Tensor, Tenso
 def _watch(
     context: TreeContext, forward: Forward, args: Any, kwargs: Any
 ) -> tuple[Any, list[tuple[Tensor, float]]]:
-    """The output of an attention layer; its queries and stored keys, with their tolerances."""
+    """Run an attention layer: its output, queries and stored keys, with their tolerances."""
     seen: list[tuple[Tensor, float]] = []
     operations = context.operations
 

@@ -82,13 +82,13 @@ class Writes:
     transposed: bool = False  # whether states are (trees, heads, value_dim, key_dim)
 
     def commit(self, path: Tensor) -> Tensor:
-        """The state after a path of (a,) nodes of a single tree."""
+        """Compute the state after a path of (a,) nodes of a single tree."""
         u, k, log_g = (x.index_select(2, path) for x in (self.u, self.k, self.log_g))
         return torch.addcmul(*state_update(u, k, log_g, self.transposed), self.state)
 
 
 def state_update(u: Tensor, k: Tensor, log_g: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What rows add to a state, and the factor of the state before them; see `Writes`.
+    """Return what rows add to a state, and the factor of the state before them; see `Writes`.
 
     The rows follow one another. A row whose u and log_g are 0 changes nothing.
     """
@@ -221,7 +221,7 @@ class StateLayout:
         return stacked
 
     def split(self, stacked: Sequence[Tensor]) -> CommittedStates:
-        """Views of the tensors of all groups, by layer."""
+        """View the tensors of all groups by layer."""
         groups = zip(self.groups, stacked, strict=True)
         return dict(pair for keys, x in groups for pair in zip(keys, x, strict=True))
 
@@ -248,7 +248,7 @@ class TreeWrites:
         return rows
 
     def commit(self, rows: Tensor, sequences: Sequence[int]) -> list[CommittedStates]:
-        """The states of some sequences after their paths, from the result of `rows`.
+        """Compute the states of some sequences after their paths, from the result of `rows`.
 
         Each sequence gets tensors of its own: the others may be kept for longer, or dropped.
         """
@@ -289,7 +289,7 @@ class RecurrentStates:
         self.tree: tuple[TreeWrites, int] | None = None
 
     def states_after(self, path: Tensor) -> CommittedStates:
-        """The states after a path of (a,) nodes of the last pass with a `HybridCache`."""
+        """Compute the states after a path of (a,) nodes of the last pass with a `HybridCache`."""
         tails = {key: _tail(x, path, width) for key, (x, width) in self.inputs.items()}
         return tails | {
             key: value.commit(path) if isinstance(value, Writes) else value
@@ -338,7 +338,7 @@ class SequenceRows:
         return TreeNodes(self.ancestors[None], self.tree.parents)
 
     def select(self, x: Tensor, axis: int = 1) -> Tensor:
-        """The rows of this sequence in a tensor of all rows."""
+        """Select the rows of this sequence in a tensor of all rows."""
         return x.narrow(axis, self.first, self.count)
 
 
@@ -473,7 +473,7 @@ class HybridCache(RecurrentCache):
             part.states.drop_pending()
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """A copy, which the model may change in place, for a pass of one row; else None."""
+        """Copy the state for a pass of one row, which may change it in place; else return None."""
         states, key = self.parts[0].states, (MATRIX, layer_idx, state_idx)
         if not self.is_step or (state := states.committed.get(key)) is None:
             return None
@@ -615,7 +615,7 @@ _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default
 
 
 def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
-    """Hook every mixer of a model; returns the names of the hooked functions, by layer."""
+    """Hook all mixers of a model; returns the names of the hooked functions, by layer."""
     hooked: dict[int, set[str]] = {}
     for module in model.modules():
         layer: Any = getattr(module, "layer_idx", None)
@@ -627,7 +627,7 @@ def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _convolution(layer: int, original: Original, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The hook of `causal_conv1d_fn`."""
+    """Return the hook of `causal_conv1d_fn`."""
     cache = _RUNNING.get()
     if cache is None:
         return original(inputs, *args, **kwargs)
@@ -646,7 +646,7 @@ def _gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The hook of the gated delta rule, and of Kimi's delta attention, whose g is by channel."""
+    """Return the hook of the gated delta rule, and of Kimi's delta attention (g by channel)."""
     kwargs["use_qk_l2norm_in_kernel"] = use_qk_l2norm_in_kernel
     cache = _RUNNING.get()
     if cache is None:
@@ -696,7 +696,7 @@ def _mamba_2(
     return_final_states: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The hook of `mamba2_chunk_scan`.
+    """Return the hook of `mamba2_chunk_scan`.
 
     On a tree dt is not limited: the models' single step does not limit it, and a tree must equal
     plain decoding.

@@ -36,12 +36,12 @@ RELEASE_S = 0.5
 
 
 def process_count() -> int:
-    """The number of processes that `torchrun` started; 1 without it."""
+    """Return the number of processes that `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def broadcast(message: Any = None) -> Any:
-    """A message from rank 0 to all ranks; the others call it without one, and get it."""
+    """Broadcast a message from rank 0 to all ranks; the others call it without one, and get it."""
     box = [message]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -93,11 +93,11 @@ class AssistantModel(nn.Module):
         return x
 
     def feedback(self, outputs: mx.array) -> mx.array:
-        """The (n, hidden_size) states that the next steps read."""
+        """Return the (n, hidden_size) states that the next steps read."""
         return self.post_projection(self.norm(outputs))
 
     def _source(self, layer: Any, target: Target) -> int:
-        """The last layer of the target that has keys of its own for a layer of this kind."""
+        """Find the last layer of the target that has its own keys for a layer of this kind."""
         found = [
             n
             for n, other in enumerate(target.layers)

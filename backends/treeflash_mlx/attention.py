@@ -69,7 +69,7 @@ class TreePass:
         *,
         solve: Solver | None = None,
     ) -> TreePass | None:
-        """The pass over trees, one per sequence; None if all tokens continue one sequence.
+        """Return the pass over trees, one per sequence; None if all tokens continue one sequence.
 
         `starts` are the committed positions of each sequence. Rows without a node are written to
         the column `spare`. Recurrent layers `solve`; None without them, or for chains that are

@@ -235,7 +235,7 @@ def runs_batches(backend: MlxBackend) -> bool:
 
 
 def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
-    """The difference that a pass of two sequences makes, relative to what another context makes."""
+    """Compare the difference that a pass of two sequences makes with what another context makes."""
     sequences = [SequenceSession(backend, capacity=32) for _ in range(2)]
     states = [sequence.state for sequence in sequences]
     tree = DraftTree.root_only(int(rng.integers(backend.vocab_size)))

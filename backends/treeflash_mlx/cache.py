@@ -53,7 +53,7 @@ class BatchStorage:
     """
 
     def __init__(self, states: Sequence[RecurrentStates], num_layers: int, columns: int) -> None:
-        """A storage without keys and values, for sequences with these recurrent states."""
+        """Create a storage without keys and values, for sequences with these recurrent states."""
         self.batch_size, self.free_rows, self.columns = len(states), 0, columns
         self.layers: list[list[mx.array]] = [[] for _ in range(num_layers)]
         self.latest: list[Sequence[mx.array]] = [()] * num_layers
@@ -102,11 +102,11 @@ class BatchStorage:
                 arrays[i] = mx.put_along_axis(arrays[i], columns, rows, 2)
 
     def read(self, layer: int, stop: int, first: int = 0) -> list[mx.array]:
-        """The columns of a layer from `first` to `stop`, of all sequences."""
+        """Return a layer's columns from `first` to `stop`, of all sequences."""
         return [array[:, :, first:stop] for array in self.layers[layer]]
 
     def read_row(self, layer: int, row: int, stop: int) -> list[mx.array]:
-        """The columns of a layer before `stop`, of one sequence."""
+        """Return a layer's columns before `stop`, of one sequence."""
         return [array[row : row + 1, :, :stop] for array in self.layers[layer]]
 
     def commit(self, paths: Mapping[int, tuple[int, NDArray[np.int32]]]) -> None:
@@ -177,7 +177,7 @@ class KVCache:
         return allocated_columns(self.capacity)
 
     def first_columns(self, layer: int, end: int) -> list[mx.array]:
-        """The columns before `end` of a layer as arrays of shape (1, heads, end, width)."""
+        """Return a layer's columns before `end` as arrays of shape (1, heads, end, width)."""
         if self.storage is None or not end:
             return []
         return self.storage.read_row(layer, self.row, end)
@@ -191,7 +191,7 @@ class KVCache:
         return [[None] * count for count in self.state_counts]
 
     def copy(self, length: int, capacity: int, states: RecurrentStates | None = None) -> KVCache:
-        """A new sequence with the first `length` committed positions, or all if there are fewer.
+        """Fork a sequence with the first `length` committed positions, or all if there are fewer.
 
         `states` of the recurrent layers follow these positions; None without such layers.
         """
@@ -231,7 +231,7 @@ class KVCache:
         return np.array(mx.stack([mx.stack(pair)[:, 0].astype(mx.float32) for pair in layers]))
 
     def read_states(self) -> list[NDArray[np.float32]]:
-        """The recurrent states, in the form that `Inspectable.read_recurrent_states` describes."""
+        """Read the recurrent states as `Inspectable.read_recurrent_states` describes."""
         states = [x[0].astype(mx.float32) for x in state_arrays(self.recurrent_states())]
         if not self.keys_first:
             states = [x.swapaxes(1, 2) if x.ndim == 3 else x for x in states]
@@ -239,7 +239,7 @@ class KVCache:
 
 
 def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:
-    """The storage of exactly these sequences, which move into a new one if necessary.
+    """Return the storage of exactly these sequences, which move into a new one if necessary.
 
     They move layer by layer, and each layer of an old storage that is left by all is freed at once:
     there are never two copies of everything.
@@ -306,7 +306,7 @@ class TreeCache:
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """The attention mask of n new rows, in a form that mlx-lm takes."""
+        """Make the attention mask of n new rows, in a form that mlx-lm takes."""
         window, first = window_size or self.window, 0
         if self.window is not None and window is not None:
             # The window of the model may differ from the size of its cache's ring buffer.

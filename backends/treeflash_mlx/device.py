@@ -86,7 +86,7 @@ def warn_of_tf32() -> None:
 
 
 def device_facts() -> dict[str, str]:
-    """The chip, its GPU cores, macOS, the memory and its limits; less on other systems."""
+    """List the chip, its GPU cores, macOS, the memory and its limits; less on other systems."""
     info = mx.device_info()
     facts = {"chip": str(info["device_name"])}
     if cores := re.search(r'"gpu-core-count" = (\d+)', _output(["ioreg", "-rc", "AGXAccelerator"])):
@@ -105,7 +105,7 @@ def device_facts() -> dict[str, str]:
 
 
 def _output(command: Sequence[str]) -> str:
-    """The output of a command; empty where the command is missing or fails."""
+    """Return a command's output; empty where the command is missing or fails."""
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S

@@ -103,7 +103,7 @@ class Writes:
     keys_first: bool = False  # whether the model keeps its states as (key_dim, value_dim)
 
     def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
-        """The states after a path of each sequence, from those before it; None stands for zeros.
+        """Compute the states after a path of each sequence; None in place of old states is zeros.
 
         The nodes of the paths are (batch, a) int32. `kept`, (batch, a) bool, is false for nodes
         that only fill the row of a shorter path.
@@ -135,7 +135,7 @@ def run_tree(
     paths: NodePaths,
     betas: mx.array | None = None,
 ) -> tuple[mx.array, Writes]:
-    """The outputs of a recurrent layer at all nodes, and what they write; the state is unchanged.
+    """Run a recurrent layer: its outputs at all nodes, and what they write; the state is unchanged.
 
     Shapes: queries and keys (batch, heads, n, key_dim); values and outputs (batch, heads, n,
     value_dim); log_decays as in `Writes`; state (batch, heads, value_dim, key_dim) before the
@@ -158,7 +158,7 @@ def run_tree(
 def path_products(
     keys: mx.array, totals: mx.array, paths: NodePaths
 ) -> Callable[[mx.array], mx.array]:
-    """A function from (batch, heads, n, key_dim) rows to (batch, heads, n, n) products.
+    """Return a function from (batch, heads, n, key_dim) rows to (batch, heads, n, n) products.
 
     It multiplies the row of a node with the decayed keys on the node's path; off the path are
     zeros. `totals` are log decays, summed over each node and its ancestors.
@@ -208,7 +208,7 @@ SUBSTITUTION = """
 
 
 def solve_by_rounds(system: mx.array, targets: mx.array, depth: int) -> mx.array:
-    """A `Solver`: since M is nilpotent, nodes of depth d are exact after d rounds."""
+    """Solve in rounds (a `Solver`): as M is nilpotent, nodes of depth d are exact after d."""
     system = mx.where(mx.tri(system.shape[2], k=-1, dtype=mx.bool_), system, 0)
     solution = targets
     for _ in range(depth):
@@ -217,7 +217,7 @@ def solve_by_rounds(system: mx.array, targets: mx.array, depth: int) -> mx.array
 
 
 def solve_by_substitution(system: mx.array, targets: mx.array, depth: int) -> mx.array:
-    """A `Solver` in one Metal kernel with a thread per column; each round would be a launch."""
+    """Solve in one Metal kernel with a thread per column; each round would be a launch."""
     kernel = make_kernel("substitution", ("system", "targets"), ("solution",), SUBSTITUTION)
     batch, heads, _, width = targets.shape
     (solution,) = kernel(
@@ -235,7 +235,7 @@ MAX_SOLVER_ERROR = 1e-3
 
 
 def choose_solver() -> Solver:
-    """The fastest correct solver on this device.
+    """Return the fastest correct solver on this device.
 
     Raises an UnsupportedModelError if no solver is correct.
     """
@@ -252,7 +252,7 @@ def choose_solver() -> Solver:
 
 
 def solver_error(solver: Solver) -> float:
-    """The largest error of a solver, relative to the largest entry of the solution.
+    """Measure a solver's largest error, relative to the largest entry of the solution.
 
     The system belongs to a chain whose keys resemble each other, so that what a node writes depends
     on all nodes before it. In a whole model the deepest nodes may count for less than rounding.
@@ -282,7 +282,7 @@ def gated_delta_update(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, Writes | Steps]:
-    """The gated delta rule, with a gate per head or per key channel.
+    """Compute the gated delta rule, with a gate per head or per key channel.
 
     Shapes: q and k (batch, n, key_heads, key_dim), normalised, q also scaled; v (batch, n, heads,
     value_dim); a (batch, n, heads) or (batch, n, heads, key_dim); b (batch, n, heads); state
@@ -316,7 +316,7 @@ def _delta_rule(
     beta: mx.array,
     state: mx.array | None,
 ) -> tuple[mx.array, Writes]:
-    """The gated delta rule by operations; see `gated_delta_update`."""
+    """Compute the gated delta rule by operations; see `gated_delta_update`."""
     if log_decays.ndim == 3:
         log_decays = log_decays[..., None]
     q_, k_, v_, g, betas = (_by_head(x, v.shape[2]) for x in (q, k, v, log_decays, beta[..., None]))
@@ -704,7 +704,7 @@ class _Commit:
 
 
 def _where(chosen: mx.array, new: mx.array, old: mx.array) -> mx.array:
-    """`new` for the chosen (batch,) sequences; arrays have a row per sequence, or one for all."""
+    """Select `new` for the chosen (batch,) sequences; arrays have a row per sequence, or one."""
     return mx.where(chosen.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 

@@ -92,7 +92,7 @@ class State(BaseState[KVCache, RecurrentStates]):
             storage.states.replace(self.kv_cache.row, states)
 
     def recurrent_arrays(self) -> list[mx.array]:
-        """The snapshots: the present states are a part of the KV cache's storage."""
+        """Return the snapshots: the present states are a part of the KV cache's storage."""
         return [x for states in self.snapshots for x in state_arrays(states)]
 
     def snapshot(self) -> None:

@@ -43,7 +43,7 @@ WEIGHTS: Mapping[str, Mapping[str, str]] = {
 
 
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
-    """The model of a folder in the Hugging Face format; a `dtype` of None keeps the weights' own.
+    """Load the model of a Hugging Face folder; a `dtype` of None keeps the weights' dtype.
 
     Raises a CheckpointError if the folder is damaged, or its weights do not fit its configuration,
     and an UnsupportedModelError if mlx-lm lacks the model type, or the order of the layers.
@@ -73,7 +73,7 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
 
 
 def _model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """The classes of a model and of its arguments; weights may have the names of `WEIGHTS`."""
+    """Find the classes of a model and of its arguments; weights may have the names of `WEIGHTS`."""
     model, arguments = utils._get_classes(config)
     names = WEIGHTS.get(config["model_type"], {})
 
@@ -98,7 +98,7 @@ RENAMED = {"num_experts": "num_local_experts", "sliding_window_pattern": "_slidi
 
 
 def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries to add to a `config.json` so that it has all that mlx-lm reads.
+    """Return the entries to add to a `config.json` so that it has all that mlx-lm reads.
 
     transformers 5 writes `rope_parameters`, for the whole model or for each type of layer; older
     files have `rope_theta` and `rope_scaling`. Most models of mlx-lm know one of the two, and
@@ -143,7 +143,7 @@ def _rope_type(parameters: Mapping[str, Any]) -> Any:
 
 
 def _interval_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """A number in place of the types of the layers, which mlx-lm ignores."""
+    """Return a number in place of the types of the layers, which mlx-lm ignores."""
     full = [kind == "full_attention" for kind in kinds]
     interval = full.index(True) + 1 if any(full) else len(kinds) + 1
     if any(is_full != ((i + 1) % interval == 0) for i, is_full in enumerate(full)):
@@ -192,7 +192,7 @@ class CacheLayout:
         return [slot(attention, recurrent) for slot in self._slots]
 
     def _slot(self, family: str, cache: Any) -> Callable[[CacheMaker, CacheMaker], Any]:
-        """A function that makes the cache in place of one of mlx-lm's."""
+        """Return a function that makes the cache in place of one of mlx-lm's."""
         kind = type(cache)
         if kind is CacheList:  # a layer with several kinds of state
             parts = [self._slot(family, part) for part in cache.caches]
@@ -400,7 +400,7 @@ class Target:
         return logits, mx.concatenate([outputs[i] for i in layer_ids], axis=-1)
 
     def _decoder(self) -> nn.Module:
-        """The module that runs the layers and the final norm."""
+        """Find the module that runs the layers and the final norm."""
         modules = (x for _, x in self.model.named_modules() if x.get("layers"))
         return next(x for x in modules if x["layers"][0] is self.layers[0])
 
@@ -453,7 +453,7 @@ class Target:
         return logits.shape[-1], widths, column_nbytes, storage.states.nbytes
 
     def _choose_quantisation(self, bits: int, widths: set[int]) -> Quantisation:
-        """The quantisation of keys and values of these widths, in the largest possible groups."""
+        """Choose the quantisation of keys and values of these widths, in the largest groups."""
         sizes = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
         if not sizes:
             raise ConfigError(
@@ -463,7 +463,7 @@ class Target:
         return Quantisation(bits, sizes[0])
 
     def _find(self, names: Collection[str], kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
-        """The module nearest to the root with one of the names and a row for each token."""
+        """Find the module nearest to the root with one of the names and a row for each token."""
         candidates = [
             (path.count("."), path, module)
             for path, module in self.model.named_modules()

@@ -199,7 +199,7 @@ class Verifier:
     def _groups(
         self, sequences: Sequence[tuple[State, DraftTree]]
     ) -> list[list[tuple[State, DraftTree]]]:
-        """The sequences that share a pass: of similar capacity, or each alone."""
+        """Group the sequences that share a pass: of similar capacity, or each alone."""
         groups: dict[Any, list[tuple[State, DraftTree]]] = {}
         for state, tree in sequences:
             key = size_class(state.kv_cache.columns) if self.target.batches else state

@@ -99,7 +99,7 @@ class TreeFlashDraftModel(DFlashQwen3ForCausalLM):
         return super().forward(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(requests * N, vocab) logits of slots, each after the best token of the slot before."""
+        """Compute (requests * N, vocab) logits of slots, each after the best token of the last."""
         normed = self.model.norm(hidden_states)
         if self.head is None or self.block_tokens is None:
             return super().compute_logits(normed)
@@ -115,7 +115,7 @@ class TreeFlashDraftModel(DFlashQwen3ForCausalLM):
         return torch.stack(rows, 1).flatten(0, 1)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(requests * N,) the best token of each row."""
+        """Select (requests * N,) the best token of each row."""
         return self.compute_logits(hidden_states).argmax(-1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -49,7 +49,7 @@ UNSUPPORTED: Mapping[str, str] = {
 
 
 def refusal(model_type: str, reason: str | None = None) -> str:
-    """The message for a target whose layers cannot run a draft tree, or `UNSUPPORTED`'s reason."""
+    """Name the layers of a target that cannot run a draft tree, or give `UNSUPPORTED`'s reason."""
     reason = reason or UNSUPPORTED.get(model_type, "their recurrent layers are of an unknown kind")
     return f"{model_type} models cannot run a draft tree: {reason}"
 

@@ -101,7 +101,7 @@ def check_exact(backend: Backend, seed: int = 0) -> None:
 
 
 def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) -> str | None:
-    """The first operation that changes the logits on or after a tree; None if none does."""
+    """Name the first operation that changes the logits on or after a tree; None if none does."""
     path = np.flatnonzero(tree.ancestor_mask()[int(np.argmax(tree.depths))]).astype(np.int32)
     capacity = len(prefix) + 2 * len(tree)  # a path and a tree after it
     sessions = [SequenceSession(backend, capacity=capacity) for _ in range(3)]
@@ -139,7 +139,7 @@ def _changing_operation(backend: Backend, prefix: list[int], tree: DraftTree) ->
 
 
 def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: int = 5) -> float:
-    """The largest `relative_difference` of a leaf of a small random tree from plain sequences."""
+    """Measure how much a small random tree's leaves differ at most from plain sequences."""
     prefix, tree = _prefix_and_tree(backend, rng, prefix_length, PARENTS)
     with SequenceSession(backend) as sequence:
         sequence.extend(prefix)
@@ -193,7 +193,7 @@ def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[floa
 
 
 def state_difference(backend: Backend, rng: np.random.Generator, prefix_length: int = 5) -> float:
-    """The largest difference that commits make to the logits on later trees of random tokens.
+    """Measure the largest difference that commits make to the logits on later random trees.
 
     Paths are committed, each after passes that are not committed, and nodes of the next tree are
     compared with the same sequence run a token at a time. That reveals a state that decayed
@@ -241,14 +241,14 @@ def _append(sequence: SequenceSession, tokens: list[int]) -> None:
 def _prefix_and_tree(
     backend: Backend, rng: np.random.Generator, length: int, parents: NDArray[np.int32]
 ) -> tuple[list[int], DraftTree]:
-    """A sequence of random tokens, and a tree of random tokens."""
+    """Create a sequence of random tokens, and a tree of random tokens."""
     prefix = rng.integers(0, backend.vocab_size, length).tolist()
     tokens = rng.integers(0, backend.vocab_size, len(parents)).astype(np.int32)
     return prefix, DraftTree.from_parents(tokens, parents)
 
 
 def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The root mean square difference, relative to the expected logits' standard deviation."""
+    """Measure the root mean square difference, relative to the expected logits' spread."""
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
 
 

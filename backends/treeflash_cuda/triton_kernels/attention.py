@@ -100,7 +100,7 @@ def _open_rows(
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Queries, their first positions and ends, and their state before any tile."""
+    """Load queries, their first positions and ends, and their state before any tile."""
     is_row = rows < n * GROUPS
     node, head = sequence * n + rows // GROUPS, kv_head * GROUPS + rows % GROUPS
     dims = tl.arange(0, DIMS)

@@ -50,7 +50,7 @@ def uses_kernels() -> bool:
 def make_kernel(
     name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, *, copies: bool = True
 ) -> Any:
-    """A kernel of `mx.fast.metal_kernel`, made once.
+    """Create a kernel of `mx.fast.metal_kernel` once.
 
     Inputs that are not contiguous are copied before each call, or come with their strides if the
     kernel is one that does not need `copies`.
@@ -118,7 +118,7 @@ def speedup(kernel: Link, plain: Link, start: mx.array) -> float:
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:
-    """The root mean square of the difference, relative to the root mean square of the expected."""
+    """Measure the root mean square of the difference, relative to the one of the expected."""
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     error: Any = mx.sqrt(mx.mean((found - expected) ** 2) / mx.mean(expected**2)).item()
     return float(error)

@@ -254,7 +254,7 @@ def ancestor_words(ancestors: mx.array) -> mx.array:
 
 
 def source(*, quantised: bool) -> str:
-    """The source of the first kernel, for keys and values of `BITS` bits or for others."""
+    """Write the source of the first kernel, for keys and values of `BITS` bits or for others."""
     text = PARTS
     for name, part in (QUANTISED if quantised else PLAIN).items():
         text = text.replace(name, part)
@@ -345,7 +345,7 @@ class Shape:
 
 @lru_cache(64)
 def winning_columns(shape: Shape) -> float:
-    """The number of columns from which on the kernel wins on this device; infinite if never.
+    """Return from how many columns on the kernel wins on this device; infinite if it never does.
 
     It is decided at load, when a pass over a tree is first built, and once in a process.
     """
@@ -419,7 +419,7 @@ class _Contest:
         )
 
     def error(self, window: int | None) -> float:
-        """The relative error of the kernel; with a window, layers also have sinks."""
+        """Measure the kernel's relative error; with a window, layers also have sinks."""
         first, mask, sinks = 0, self.mask, None
         if window is not None:
             first = self.start - window + 1

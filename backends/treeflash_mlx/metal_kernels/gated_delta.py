@@ -103,7 +103,7 @@ class Steps:
     beta: mx.array
 
     def commit(self, state: mx.array | None, nodes: mx.array, kept: mx.array) -> mx.array:
-        """The states after a path of each sequence; see `treeflash_mlx.hybrid.Writes.commit`."""
+        """Compute the states after a path of each sequence, as `hybrid.Writes.commit` describes."""
         order = mx.stack([nodes, *[mx.full(nodes.shape, -1, mx.int32)] * 2], -1)
         return run_nodes(None, self, state, order, kept.sum(1).astype(mx.int32))
 
@@ -151,7 +151,7 @@ def run_nodes(
 
 
 def source(gate_dims: int, *, packed: bool, outputs: bool) -> str:
-    """The source for gates of `gate_dims` dimensions, with mlx-lm's packed kernel's sums or not.
+    """Write the source for gates of `gate_dims` dimensions, with the packed kernel's sums or not.
 
     It writes outputs of nodes, or else the state after the last one.
     """
@@ -174,7 +174,7 @@ def _packs(steps: Steps, state: mx.array) -> bool:
 
 
 def depth_first(parents: Sequence[int] | NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
-    """The order in which a tree's nodes are visited, and the number of slots that it takes.
+    """Plan the order in which a tree's nodes are visited, and the number of slots that it takes.
 
     Returns:
         (n, 3) int32 rows: a node; the slot that its parent's state is in, or -1 if the parent is

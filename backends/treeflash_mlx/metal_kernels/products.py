@@ -154,7 +154,7 @@ def multiply(module: Quantised, x: mx.array) -> mx.array:
 
 
 def multiply_plainly(module: Quantised, x: mx.array) -> mx.array:
-    """What `multiply` computes, by MLX's operation."""
+    """Compute what `multiply` computes, by MLX's operation."""
     return mx.quantized_matmul(
         x,
         module.weight,
