@@ -80,6 +80,7 @@ class CudaBackend(BaseBackend):
         draft_window: int | None = None,
     ) -> None:
         super().__init__(target, drafter_model, head)
+        self.stores_states = not target.split  # the other ranks would have to store theirs
         self.drafter_arena = new_drafter_arena(drafter_model, target) if drafter_model else None
         self.drafter: Drafter | RowDrafter | None = None
         if isinstance(drafter_model, RowModel):

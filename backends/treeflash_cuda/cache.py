@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
+from treeflash.decoding.interfaces import StateArrays
 from treeflash.errors import ConfigError, UnsupportedModelError
 
 KV_BITS = 8
@@ -45,6 +46,18 @@ Span: TypeAlias = tuple[torch.device, int]
 
 Columns: TypeAlias = list[tuple[Tensor, Tensor]]
 """Views of some columns of every layer, (1, kv_heads, n, width) keys and values each."""
+
+
+def to_host(x: Tensor) -> NDArray[Any]:
+    """The bits of a tensor; see `StateArrays`."""
+    x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
+    return x.contiguous().cpu().numpy()
+
+
+def from_host(x: NDArray[Any]) -> Tensor:
+    """The tensor, on the CPU, that `to_host` read."""
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def quantise(x: Tensor) -> Tensor:
@@ -181,11 +194,13 @@ class Arena:
         column_nbytes: int = 0,
         dtype: torch.dtype | None = None,
         spans: Sequence[Span] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.layers = layers  # of the model
         self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
         # Of keys and values that are stored in another format; None stores them as they are.
         self.dtype = dtype
+        self.device = device  # of the model's first layer; None of a drafter's
         self.spans = spans  # devices and their numbers of layers; None for one device
         # Of keys and values that are stored as `widen` makes them; None for other formats.
         self.head_dim: int | None = None
@@ -199,16 +214,16 @@ class Arena:
     def resized(self, layers: int, like: Region | None, dtype: torch.dtype | None) -> Arena:
         """Create an empty arena for `layers` layers of keys like `like`; see `Arena.dtype`."""
         if like is None:
-            return Arena(layers)
+            return Arena(layers, device=self.device)
         keys = like.parts[0][0, :1]
-        arena = Arena(layers, dtype=dtype, spans=self.spans)
+        arena = Arena(layers, dtype=dtype, spans=self.spans, device=self.device)
         arena.set_shape(arena.encode(keys[:, :, :1]))
         return arena
 
     def widened(self) -> Arena:
         """Create an empty arena for the same keys and values in the format of exact mode."""
         assert self.like is not None
-        arena = Arena(self.layers, spans=self.spans, dtype=self.like.dtype)
+        arena = Arena(self.layers, dtype=self.like.dtype, spans=self.spans, device=self.device)
         arena.head_dim = self.like.shape[-1]
         arena.set_shape(widen(self.like))
         return arena
@@ -343,6 +358,31 @@ class KVCache:
             for storage, part in zip(self.region.parts, parts, strict=True):
                 storage[:, :, :, :length] = part[:, :, :, :length]
         self.length = length
+
+    def export(self, first: int, stop: int) -> StateArrays:
+        if self.region is None:
+            return {}
+        parts = [x[:, :, :, first:stop] for x in self.region.parts]
+        if self.arena.head_dim is not None:  # half the bytes, and `encode` gives the same bits
+            parts = [self.arena.decode(x) for x in parts]
+        return {str(n): to_host(part) for n, part in enumerate(parts)}
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        self.write_stored(arrays, self.length)
+        self.length = length
+
+    def write_stored(self, arrays: StateArrays, first: int) -> None:
+        """Write what `export` copied to the columns from `first` on."""
+        parts = [from_host(arrays[str(n)]) for n in range(len(arrays))]
+        if self.arena.head_dim is not None:
+            parts = list(map(widen, parts))
+        if not parts:
+            return
+        if self.region is None:
+            like = self.arena.like
+            self.region = self.arena.take(self.capacity, parts[0][0, :1] if like is None else like)
+        for storage, part in zip(self.region.parts, parts, strict=True):
+            storage[:, :, :, first : first + part.shape[3]] = part
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Arena, KVCache, PackedRows
+from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import MLP, OwnVocabulary, Rotary, rotate
 from treeflash_cuda.numerics import top_log_probs, upload
@@ -252,6 +252,20 @@ class RowCache(KVCache):
         if self.length and other.hidden is not None:
             self.hidden = other.hidden.new_empty(self.capacity, other.hidden.shape[1])
             self.hidden[: self.length] = other.hidden[: self.length]
+
+    def export(self, first: int, stop: int) -> StateArrays:
+        """The row of the last position depends on the token after it: it comes with the next."""
+        if self.hidden is None:
+            return {}
+        rows = super().export(max(first - 1, 0), max(stop - 1, 0))
+        return rows | {"hidden": to_host(self.hidden[first:stop])}
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        rows = dict(arrays)
+        if (hidden := rows.pop("hidden", None)) is not None:
+            assert self.arena.like is not None
+            self.write_stored(rows, max(self.length - 1, 0))
+            self.append([from_host(hidden).to(self.arena.like.device)])
 
     def read(self) -> NDArray[np.float32]:
         return super().read()[..., : max(self.length - 1, 0), :]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from treeflash.decoding.backend_base import BaseState
-from treeflash_cuda.cache import Arena, KVCache
-from treeflash_cuda.hybrid import CommittedStates, RecurrentStates
+from treeflash.decoding.interfaces import StateArrays
+from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
+from treeflash_cuda.hybrid import CommittedStates, Key, RecurrentStates
 
 
 class State(BaseState[KVCache, CommittedStates]):
@@ -53,6 +57,26 @@ class State(BaseState[KVCache, CommittedStates]):
             new.close()  # regions of the arena are not given back by themselves
             raise
         return new
+
+    @torch.inference_mode()
+    def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
+        super().append(token_ids, arrays)
+
+    def to_host(self, x: Tensor) -> NDArray[Any]:
+        return to_host(x)
+
+    def from_host(self, x: NDArray[Any]) -> Tensor:
+        return from_host(x).to(self.kv_cache.arena.device)
+
+    def export_recurrent(self, states: CommittedStates) -> StateArrays:
+        return {".".join(map(str, key)): to_host(x) for key, x in states.items()}
+
+    def load_recurrent(self, arrays: StateArrays) -> CommittedStates:
+        states: dict[Key, Tensor] = {}
+        for name, x in arrays.items():
+            kind, layer, n = map(int, name.split("."))
+            states[kind, layer, n] = self.from_host(x)
+        return states
 
     def recurrent_states(self) -> CommittedStates | None:
         return None if self.recurrent is None else self.recurrent.committed

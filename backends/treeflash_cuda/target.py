@@ -384,7 +384,8 @@ class Target:
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
-        self.arena = Arena(len(self.layers), spans=self.spans)  # of the sequences' keys and values
+        # of the sequences' keys and values
+        self.arena = Arena(len(self.layers), spans=self.spans, device=device)
         # transformers 5.24 renamed the argument, and warns about the old name at every call.
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"

@@ -71,6 +71,7 @@ class MlxBackend(BaseBackend):
     """`treeflash.decoding.interfaces.Backend` in MLX; see `LoadConfig.draft_window`."""
 
     name = "mlx"
+    stores_states = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
+from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.hybrid import BatchStates, RecurrentStates, state_arrays
 
@@ -201,6 +202,26 @@ class KVCache:
             storage.fill(layer, [self.first_columns(layer, length)])
         return replace(self, capacity=capacity, storage=storage, row=0, length=length)
 
+    def export(self, first: int, stop: int) -> StateArrays:
+        return {
+            f"{layer}.{n}": to_host(x[:, :, first:])
+            for layer in range(self.num_layers)
+            for n, x in enumerate(self.first_columns(layer, stop))
+        }
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        storage = share_storage([self])
+        for layer, parts in by_numbers(arrays).items():
+            columns = [parts[n] for n in range(len(parts))]
+            if columns[0].shape[2]:
+                storage.write(layer, columns, self.stored_columns(layer))
+        mx.eval(storage.layers)
+        self.length = length
+
+    def stored_columns(self, layer: int) -> int:
+        """Columns of a layer that depend on the committed tokens alone."""
+        return self.length
+
     def truncate(self, length: int) -> None:
         """Drop the positions from `length` on."""
         self.length = min(self.length, length)
@@ -236,6 +257,26 @@ class KVCache:
         if not self.keys_first:
             states = [x.swapaxes(1, 2) if x.ndim == 3 else x for x in states]
         return [np.array(x) for x in states]
+
+
+def to_host(x: mx.array) -> NDArray[Any]:
+    """The bits of an array; see `StateArrays`."""
+    return np.array(mx.contiguous(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x))
+
+
+def from_host(x: NDArray[Any]) -> mx.array:
+    """The array that `to_host` read."""
+    array = mx.array(x)
+    return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
+
+
+def by_numbers(arrays: StateArrays) -> dict[int, dict[int, mx.array]]:
+    """Arrays with names FIRST.SECOND, by both numbers."""
+    numbered: dict[int, dict[int, mx.array]] = {}
+    for name, x in arrays.items():
+        first, second = map(int, name.split("."))
+        numbered.setdefault(first, {})[second] = from_host(x)
+    return numbered
 
 
 def share_storage(sequences: Sequence[KVCache]) -> BatchStorage:

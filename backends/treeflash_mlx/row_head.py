@@ -17,11 +17,11 @@ from mlx import nn
 from mlx_lm.models.switch_layers import SwitchGLU
 from numpy.typing import NDArray
 
-from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
 from treeflash.errors import ConfigError
-from treeflash_mlx.cache import KVCache, share_storage
+from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import MLP, OwnVocabulary, Rope
 from treeflash_mlx.numerics import log_softmax, top_log_probs
@@ -216,6 +216,16 @@ class RowCache(KVCache):
     def states(self, first: int, stop: int) -> mx.array:
         """(stop - first, hidden_size) states of committed positions."""
         return share_storage([self]).read(self.num_layers - 1, stop, first)[0][0, 0]
+
+    def export(self, first: int, stop: int) -> StateArrays:
+        """The row of the last position depends on the token after it: it comes with the next."""
+        rows = super().export(max(first - 1, 0), max(stop - 1, 0))
+        if self.storage is not None:
+            rows[f"{self.num_layers - 1}.0"] = to_host(self.states(first, stop)[None, None])
+        return rows
+
+    def stored_columns(self, layer: int) -> int:
+        return self.length if layer == self.num_layers - 1 else max(self.length - 1, 0)
 
     def read(self) -> NDArray[np.float32]:
         return super().read()[..., : max(self.length - 1, 0), :]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import BaseState
-from treeflash_mlx.cache import KVCache
+from treeflash.decoding.interfaces import StateArrays
+from treeflash_mlx.cache import KVCache, by_numbers, from_host, to_host
 from treeflash_mlx.hybrid import RecurrentStates, RecurrentTreeCache, state_arrays
 
 
@@ -90,6 +92,40 @@ class State(BaseState[KVCache, RecurrentStates]):
     def restore_recurrent(self, states: RecurrentStates) -> None:
         if (storage := self.kv_cache.storage) is not None:
             storage.states.replace(self.kv_cache.row, states)
+
+    def to_host(self, x: mx.array) -> NDArray[Any]:
+        return to_host(x)
+
+    def from_host(self, x: NDArray[Any]) -> mx.array:
+        return from_host(x)
+
+    def export_recurrent(self, states: RecurrentStates) -> StateArrays:
+        return {
+            f"{layer}.{n}": to_host(x)
+            for layer, parts in enumerate(states)
+            for n, x in enumerate(parts)
+            if x is not None
+        }
+
+    def load_recurrent(self, arrays: StateArrays) -> RecurrentStates:
+        layers = by_numbers(arrays)
+        return [
+            [layers.get(layer, {}).get(n) for n in range(count)]
+            for layer, count in enumerate(self.kv_cache.state_counts)
+        ]
+
+    def export_features(self, parts: Sequence[mx.array | Unprojected]) -> StateArrays:
+        """NUMBER.0 is projected, and NUMBER.1 is not."""
+        return {
+            f"{n}.1" if isinstance(part, Unprojected) else f"{n}.0": to_host(
+                part.rows if isinstance(part, Unprojected) else part
+            )
+            for n, part in enumerate(parts)
+        }
+
+    def load_features(self, arrays: StateArrays) -> list[mx.array | Unprojected]:
+        parts = sorted(by_numbers(arrays).items())
+        return [part[0] if 0 in part else Unprojected(part[1]) for _, part in parts]
 
     def recurrent_arrays(self) -> list[mx.array]:
         """Return the snapshots: the present states are a part of the KV cache's storage."""

@@ -32,6 +32,7 @@ from treeflash.hub import models
 from treeflash.reference import row_head
 from treeflash.registry import loader
 from treeflash.testing.models import edit_config, save
+from treeflash.testing.states import check_storage
 
 ROOT = Path(os.environ.get("TREEFLASH_DRAFTER_FIXTURES", ".")).resolve().parent / "more-drafters"
 TARGETS = {
@@ -366,6 +367,14 @@ def test_rows_after_forks_and_truncations(backend: str, kind: str, tmp_path: Pat
                     fresh.state.read_drafter_kv_cache(),
                     atol=TOLERANCE,
                 )
+
+
+@pytest.mark.parametrize("read", [11, 0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stored_states_continue_bit_for_bit(
+    backend: str, kind: str, read: int, tmp_path: Path
+) -> None:
+    check_storage(load_pair(backend, tmp_path, kind), read=read)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -21,6 +21,7 @@ from treeflash.decoding.interfaces import (
     Block,
     Prefill,
     SequenceState,
+    StateArrays,
     TableOptions,
     Verify,
 )
@@ -77,7 +78,10 @@ class Snapshots(Generic[R]):
 
 
 class KVCache(Protocol):
-    """The members of a KV cache that `BaseState` uses."""
+    """The members of a KV cache that `BaseState` uses.
+
+    Only a backend that stores states needs `export` and `load`.
+    """
 
     @property
     def length(self) -> int:
@@ -93,6 +97,12 @@ class KVCache(Protocol):
     def read(self) -> NDArray[np.float32]:
         """(layers, 2, kv_heads, length, head_dim) the committed keys and values."""
 
+    def export(self, first: int, stop: int) -> StateArrays:
+        """Copy what the cache has of the positions first .. stop - 1, and no later token."""
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        """Add positions that `export` copied; there are `length` afterwards."""
+
     def close(self) -> None:
         """Give the memory back."""
 
@@ -104,7 +114,8 @@ class BaseState(ABC, Generic[K, R]):
     """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
 
     A backend defines `copy`. If it runs targets with recurrent layers, it also defines
-    `recurrent_states`, `restore_recurrent` and `recurrent_arrays`.
+    `recurrent_states`, `restore_recurrent` and `recurrent_arrays`. If it stores states, it defines
+    `to_host` and `from_host`, and with recurrent layers `export_recurrent` and `load_recurrent`.
 
     Args:
         kv_cache: the target's.
@@ -152,9 +163,37 @@ class BaseState(ABC, Generic[K, R]):
         """The arrays of the recurrent layers' states, the snapshots included."""
         return ()
 
+    def to_host(self, x: Any) -> NDArray[Any]:
+        """The bits of an array of the device; see `StateArrays`."""
+        raise NotImplementedError
+
+    def from_host(self, x: NDArray[Any]) -> Any:
+        """The array of the device that `to_host` read."""
+        raise NotImplementedError
+
+    def export_recurrent(self, states: R) -> StateArrays:
+        """The states of the recurrent layers by name."""
+        raise NotImplementedError
+
+    def load_recurrent(self, arrays: StateArrays) -> R:
+        """The states of the recurrent layers that `export_recurrent` named."""
+        raise NotImplementedError
+
+    def export_features(self, parts: Sequence[Any]) -> StateArrays:
+        """The parts of a context, by their numbers."""
+        return {str(n): self.to_host(part) for n, part in enumerate(parts)}
+
+    def load_features(self, arrays: StateArrays) -> list[Any]:
+        """The parts of a context that `export_features` numbered."""
+        return [self.from_host(arrays[str(n)]) for n in range(len(arrays))]
+
     @property
     def length(self) -> int:
         return self.kv_cache.length
+
+    @property
+    def read_length(self) -> int:
+        return self.length if self.drafter is None else self.drafter.length
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +219,32 @@ class BaseState(ABC, Generic[K, R]):
         new.snapshots = self.snapshots.copy(length)
         new.tokens = self.tokens[:length]
         return new
+
+    def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
+        parts = {"target": self.kv_cache.export(first, stop)}
+        if self.drafter is not None:
+            parts["drafter"] = self.drafter.export(first, min(stop, self.drafter.length))
+        if end and self.drafter is not None:
+            parts["features"] = self.export_features(self.context_before(stop))
+        if end and self.initial is not None:
+            states = self._recurrent_at(stop)
+            assert states is not None
+            parts["recurrent"] = self.export_recurrent(states)
+        return {f"{part}.{name}": x for part, arrays in parts.items() for name, x in arrays.items()}
+
+    def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
+        parts: dict[str, StateArrays] = {"target": {}, "drafter": {}, "features": {}}
+        for name, x in arrays.items():
+            part, _, name = name.partition(".")
+            parts.setdefault(part, {})[name] = x
+        length = self.length + len(token_ids)
+        self.kv_cache.load(parts["target"], length)
+        self.tokens += token_ids
+        if self.drafter is not None:
+            self.context = self.load_features(parts["features"])
+            self.drafter.load(parts["drafter"], length - sum(map(len, self.context)))
+        if "recurrent" in parts:
+            self.restore_recurrent(self.load_recurrent(parts["recurrent"]))
 
     def truncate(self, length: int) -> None:
         """Drop the positions from `length` on, to a length that can be restored."""
@@ -297,6 +362,8 @@ class BaseBackend:
             position in all layers, bytes) and `states_nbytes` (recurrent states of one sequence).
         drafter_model: the weights of the drafter, with their `config`; None without a drafter.
     """
+
+    stores_states = False
 
     def __init__(self, target: Any, drafter_model: Any, head: ARHead | None) -> None:
         self.target = target

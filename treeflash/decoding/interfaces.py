@@ -24,6 +24,9 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterConfig
 
+StateArrays: TypeAlias = dict[str, NDArray[Any]]
+"""A part of a state by name, bit for bit; uint16 has the bits of bfloat16, which NumPy lacks."""
+
 
 class SequenceState(Protocol):
     """The state of one sequence on the device: the KV cache of its committed positions.
@@ -32,7 +35,7 @@ class SequenceState(Protocol):
     features of those committed positions that the drafter has not read yet. Recurrent layers of the
     target keep the state after the last position alone: such a sequence can be forked only at its
     end and where a snapshot was taken. `treeflash.decoding.backend_base.BaseState` implements all
-    of it except the copying.
+    of it except the copying. Only a backend with `stores_states` needs `export` and `append`.
     """
 
     @property
@@ -65,6 +68,26 @@ class SequenceState(Protocol):
         """A new state with a copy of the first `length` positions, and of their snapshots.
 
         `length` is one that `restorable` returned; the new state can hold `capacity` positions.
+        """
+
+    @property
+    def read_length(self) -> int:
+        """Committed positions that the drafter has read; all of them if none was to draft."""
+
+    def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
+        """Copy the positions first .. stop - 1 to the host.
+
+        Without `end` they depend on the tokens before `stop` alone: `stop` is at most
+        `read_length`. With it they are complete: the features that the drafter has not read, from
+        `first` on at the earliest, and the states of recurrent layers after `stop`, a length at
+        which the state can be forked.
+        """
+
+    def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
+        """Commit positions that `export` copied, behind the ones that were before them.
+
+        A state with recurrent layers is complete again when the end was appended. A draft must
+        follow at least one more token.
         """
 
     def close(self) -> None:
@@ -237,6 +260,8 @@ class Backend(Protocol):
     inexact: str | None
     """Why a sequence's logits may depend on what is computed together with them; None if they are
     bitwise equal for every tree, batch, prompt chunk, fork and prefix-cache hit."""
+    stores_states: bool
+    """Whether states have `export` and `append`, so that they can be kept on a disk."""
     drafter_config: DrafterConfig | None
     """None when no drafter was loaded: then only plain decoding works."""
 

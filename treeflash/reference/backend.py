@@ -34,6 +34,7 @@ class ReferenceBackend(BaseBackend):
     name = "reference"
     device = "cpu"
     device_name = platform.processor() or platform.machine()
+    stores_states = True
 
     def __init__(
         self, target: Target, drafter: DrafterModel | None, *, draft_window: int | None = None

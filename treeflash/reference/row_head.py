@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
-from treeflash.decoding.interfaces import TableOptions
+from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig
 from treeflash.errors import ConfigError
@@ -50,6 +50,15 @@ class RowCache(Cache):
         assert isinstance(other, RowCache)
         super().copy_from(other, max(min(length, other.length) - 1, 0))
         self.hidden = other.hidden[:length].copy()
+
+    def export(self, first: int, stop: int) -> StateArrays:
+        """The row of the last position depends on the token after it: it comes with the next."""
+        rows = super().export(max(first - 1, 0), max(stop - 1, 0))
+        return rows | {"hidden": self.hidden[first:stop].copy()}
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        super().load(arrays, length)
+        self.hidden = np.concatenate([self.hidden, arrays["hidden"]])
 
 
 @dataclass(frozen=True, eq=False)

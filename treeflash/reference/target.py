@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.interfaces import StateArrays
 from treeflash.drafters.adapter import LowRankUpdate, read_adapter, refuse_module
 from treeflash.drafters.config import inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
@@ -82,6 +83,22 @@ class Cache:
     def copy_from(self, other: Cache, length: int) -> None:
         """Take over the first keys and values of another cache."""
         self.committed = [(k[:, :length].copy(), v[:, :length].copy()) for k, v in other.committed]
+
+    def export(self, first: int, stop: int) -> StateArrays:
+        return {
+            f"{slot}.{name}": x[:, first:stop].copy()
+            for slot, pair in enumerate(self.committed)
+            for name, x in zip("kv", pair, strict=True)
+        }
+
+    def load(self, arrays: StateArrays, length: int) -> None:
+        self.committed = [
+            (
+                np.concatenate([k, arrays[f"{slot}.k"]], 1),
+                np.concatenate([v, arrays[f"{slot}.v"]], 1),
+            )
+            for slot, (k, v) in enumerate(self.committed)
+        ]
 
     def close(self) -> None:
         self.truncate(0)

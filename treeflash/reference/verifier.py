@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from treeflash.decoding.backend_base import BaseState, OneByOneVerifier
+from treeflash.decoding.interfaces import StateArrays
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.hybrid import LayerState
@@ -47,6 +48,21 @@ class State(BaseState[Cache, States]):
 
     def recurrent_arrays(self) -> Iterable[LayerState]:
         return [x for states in (self.kv_cache.states, *self.snapshots) for x in states.values()]
+
+    def to_host(self, x: Array) -> Array:
+        return x.copy()
+
+    def from_host(self, x: Array) -> Array:
+        return x
+
+    def export_recurrent(self, states: States) -> StateArrays:
+        tails = {f"{n}.tail": state.tail for n, state in states.items()}
+        return tails | {f"{n}.matrix": state.matrix for n, state in states.items()}
+
+    def load_recurrent(self, arrays: StateArrays) -> States:
+        return {
+            n: LayerState(arrays[f"{n}.tail"], arrays[f"{n}.matrix"]) for n in self.kv_cache.start
+        }
 
     def read_recurrent_states(self) -> list[Array]:
         return [x for _, s in sorted(self.kv_cache.states.items()) for x in (s.tail, s.matrix)]

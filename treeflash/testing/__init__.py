@@ -35,7 +35,7 @@ from treeflash.testing.models import (
     write_target,
 )
 from treeflash.testing.pairs import Pair, PairMaker, Pairs, require
-from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests
+from treeflash.testing.states import CacheTests, ContextTests, RecurrenceTests, StorageTests
 from treeflash.testing.trees import LogProbTests, MaskTests, TransitionTests, TreeTests
 
 __all__ = [
@@ -61,6 +61,7 @@ class BackendSuite(
     CacheTests,
     RecurrenceTests,
     ContextTests,
+    StorageTests,
     GenerationTests,
     ScheduleTests,
     BatchTests,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from treeflash.config import METHODS, DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, Scheduler
-from treeflash.decoding.interfaces import Backend, TableOptions
+from treeflash.decoding.interfaces import Backend, Block, TableOptions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing.comparisons import (
     LONG_TOLERANCE,
@@ -101,6 +103,70 @@ class CacheTests:
         sequence.verify(DraftTree.root_only(root))
         sequence.commit(np.zeros(1, np.int32))
         assert sequence.length == 4
+
+
+class StorageTests:
+    def test_a_stored_state_continues_bit_for_bit(
+        self, pair: PairMaker, representative: str
+    ) -> None:
+        check_storage(pair(representative).tested, read=11)
+
+    def test_features_that_the_drafter_has_not_read_are_stored(
+        self, pair: PairMaker, representative: str
+    ) -> None:
+        check_storage(pair(representative).tested, read=0)
+
+
+BLOCK = 4
+
+
+def check_storage(backend: Backend, *, read: int) -> None:
+    """Compare a fork of a state with a state that is made of exported blocks and an end.
+
+    The drafter has read the first `read` of 17 positions.
+    """
+    if not backend.stores_states:
+        pytest.skip("the backend stores no states")
+    tokens = random_tokens(np.random.default_rng(17), backend.vocab_size, 17)
+    sequence = SequenceSession(backend, drafts=True)
+    if read:
+        sequence.draft(sequence.extend(tokens[:read]))
+    sequence.extend(tokens[read:])
+    state = sequence.state
+    assert state.read_length == read
+    ends = [*range(BLOCK, read + 1, BLOCK), len(tokens)]
+    stored = backend.open(40, drafts=True)
+    for first, stop in zip([0, *ends[:-1]], ends, strict=True):
+        arrays = state.export(first, stop, end=stop == len(tokens))
+        stored.append(tokens[first:stop], load(save(arrays)))
+    assert (stored.length, stored.read_length) == (len(tokens), read)
+    states = [inspectable(x) for x in (state.fork(len(tokens), 40), stored)]
+    for values in (
+        *zip(*(x.read_recurrent_states() for x in states), strict=True),
+        [x.read_kv_cache() for x in states],
+    ):
+        np.testing.assert_array_equal(*values, strict=True)
+    outcomes = []
+    for each in states:
+        continued = SequenceSession(backend, drafts=True)
+        continued.state.close()
+        continued.state = each
+        root = continued.extend([3, 1, 2])
+        block = continued.draft(root)
+        options = TableOptions(k=backend.vocab_size)
+        table = tables(backend, block, options)
+        tree = random_tree(np.random.default_rng(18), root, 12, backend.vocab_size)
+        outcomes.append((continued.logits(tree), table.log_probs, table.tokens))
+    for actual, expected in zip(*outcomes, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def tables(backend: Backend, block: Block, options: TableOptions) -> TransitionTable:
+    """The table of the head, or of the marginals without one."""
+    assert backend.drafter is not None
+    if backend.head is not None:
+        return backend.head.transitions([block], options)[0]
+    return backend.drafter.marginals([block], options)[0]
 
 
 class CommittedSequence(SequenceSession):
