@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "measure a drafter by depth, method and budget",
     "doctor": "diagnose a target and its drafter",
     "convert": "write a drafter in another published format",
-    "models": "list models on this machine, and download models",
+    "models": "list models on this machine, download and remove models",
     "drafters": "list what can draft for a target, the best first",
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, is_whole
 from treeflash.decoding import Scheduler, SchedulerConfig
@@ -60,9 +60,21 @@ class LanguageModel:
     loaded: LoadConfig = field(default_factory=LoadConfig)
     drafter_folder: Path | None = None
     suffix: bool = False
-    adaptive_budgets: AdaptiveBudgets = field(
-        default_factory=AdaptiveBudgets, compare=False, repr=False
-    )
+    adaptive_budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets, compare=False)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{key}={name!r}" for key, name in self.names.items())
+        backend = self.backend
+        return (
+            f"LanguageModel({names}, backend={backend.name!r}, device={backend.device!r}, "
+            f"dtype={backend.dtype!r})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a loaded model cannot be pickled or copied; call treeflash.load in each process, and "
+            "share the model between threads"
+        )
 
     @lists_options
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
@@ -84,8 +96,8 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
-        The `generation()` of the iterator joins its chunks. A NumericalError is raised while
-        iterating.
+        The `generation()` of the iterator joins its chunks, and its `close()` ends the text early.
+        A NumericalError is raised while iterating.
         """
         assembler = self.assembler(prompt, options)
         self._measure_costs(assembler.config)

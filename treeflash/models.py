@@ -19,6 +19,7 @@ from treeflash.hub.models import (
     cached_models,
     draft_sources,
     published_drafters,
+    remove_model,
     resolve_drafter,
     resolve_target,
 )
@@ -26,11 +27,22 @@ from treeflash.hub.models import (
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line of `models`, list or fetch models, and return the exit status."""
+    """Parse the command line of `models`, list, fetch or remove, and return the exit status."""
     args = make_parser().parse(argv)
+    if args.action == "rm":
+        if not args.names:
+            raise ConfigError("rm needs the name of a model; `treeflash models` lists them")
+        for name in args.names:
+            print(f"removed {name}, {decimal(remove_model(name))}")
+        return 0
     models = cached_models() if args.download is None else _download(args.download)
     rows = [_row(model) for model in models]
-    print(json.dumps({"cached": rows})) if args.json else _print(rows)
+    if args.json:
+        print(json.dumps({"cached": rows}))
+    else:
+        _print(rows)
+        if args.download is None:
+            print(f"{decimal(sum(model.nbytes for model in models))} in all")
     return 0
 
 
@@ -56,7 +68,9 @@ def drafters(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("models", "List models on this machine, and fetch models ahead of use.")
+    parser = Parser(
+        "models", "List models on this machine, fetch models ahead of use, and remove them."
+    )
     parser.add_argument(
         "--download",
         metavar="ID",
@@ -64,6 +78,10 @@ def make_parser() -> Parser:
         "the default target)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "action", nargs="?", choices=["rm"], help="rm deletes the named models from the caches"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a name that the list shows")
     return parser
 
 

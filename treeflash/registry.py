@@ -95,5 +95,7 @@ def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
         )
     if missing := _missing_packages(name):
-        raise BackendError(f"backend {name!r} needs {missing[0]}; pip install 'treeflash[{name}]'")
+        raise BackendError(
+            f"backend {name!r} needs {missing[0]}; pip install '.[{name}]' in a clone of treeflash"
+        )
     return entries[name].load()

@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.pop("raw", False):
         raise ConfigError("--raw is not supported by the server; send text to /v1/completions")
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"the server needs {missing[0]}; pip install 'treeflash[serve]'")
+        raise ConfigError(
+            f"the server needs {missing[0]}; pip install '.[serve]' in a clone of treeflash"
+        )
     from treeflash.serving.application import serve
 
     return serve(

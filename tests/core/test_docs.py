@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from treeflash.__main__ import COMMANDS
-from treeflash.hub.models import BUNDLED_DRAFTER, PUBLISHED_DRAFTERS
+from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -76,6 +76,29 @@ def test_modules_exist(page):
 def test_linked_pages_exist(page):
     for link in links_of(page):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_file_in_the_cache_is_documented():
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("treeflash/**/*.py"))
+    names = re.findall(r'cache_folder\(\) / "(\w+)"', sources)
+    assert {"costs", "chat_history"} <= set(names)
+    for name in [*names, DEFAULT_TARGET.rpartition("/")[2]]:
+        assert re.search(rf"`{name}/?` in the cache|`{name}/`", page), name
+    assert "`TREEFLASH_CACHE`" in page
+
+
+def test_nobody_is_sent_to_a_package_that_is_not_published():
+    """Whoever registered the name would be installed."""
+    tops = ("treeflash", "backends", "benchmarks", "docs")
+    paths = [
+        path for top in tops for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".md")
+    ]
+    paths += [*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("Dockerfile*")]
+    assert len(paths) > 200
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\btreeflash\[|\binstall [\"']?treeflash", text), path
 
 
 def test_the_sampling_rule_in_numpy_holds():

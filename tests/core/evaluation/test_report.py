@@ -79,4 +79,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as raised:
         check_report(tmp_path / "r.html")
-    assert str(raised.value) == "--report needs matplotlib; pip install 'treeflash[report]'"
+    assert (
+        str(raised.value)
+        == "--report needs matplotlib; pip install '.[report]' in a clone of treeflash"
+    )

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
+from rich.filesize import decimal
 
 from treeflash import models as command
 from treeflash.errors import CheckpointError
@@ -89,6 +91,7 @@ def test_models_on_this_machine_are_listed(machine, run):
     code, out = run()
     assert code == 0
     assert "7.0 MB" in out
+    assert out.splitlines()[-1] == f"{decimal(sum(x.nbytes for x in cached_models()))} in all"
     names = [model["name"] for model in json.loads(run("--json")[1])["cached"]]
     assert names[:2] == [BUNDLED_DRAFTER, DEFAULT_TARGET]
 
@@ -121,6 +124,51 @@ def test_what_can_draft_for_one_target(machine, drafters):
     assert lines[-1].split() == ["suffix", "copies", "of", "the", "text", "--method", "suffix"]
     assert len(lines) == 2 + len(PUBLISHED_DRAFTERS["qwen3-4b"])
     assert "4.0 kB in " in drafters(DEFAULT_TARGET)
+
+
+@pytest.fixture
+def hub(machine, monkeypatch):
+    """A model in two revisions in a cache of the hub."""
+    folder = machine / "hub" / "models--some--model"
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        blob = folder / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(b"0" * 1000)
+        (snapshot / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr(models, "scan_cache_dir", lambda: scan_cache_dir(machine / "hub"))
+    return folder
+
+
+def test_models_are_removed_from_the_caches(machine, hub, run):
+    assert run("rm", DEFAULT_TARGET.lower(), "some/model") == (
+        0,
+        f"removed {DEFAULT_TARGET.lower()}, 4.0 kB\nremoved some/model, 2.0 kB\n",
+    )
+    assert not hub.exists()
+    assert not (machine / "cache" / "SmolLM2-135M-Instruct").exists()
+    assert [model.name for model in cached_models()] == [BUNDLED_DRAFTER]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "rm needs the name of a model; `treeflash models` lists them"),
+        (["some/other"], "some/other is not in a cache of this machine"),
+        ([BUNDLED_DRAFTER], "is not treeflash's to remove"),
+        (["mlx-community/Qwen3-8B-4bit"], "is not treeflash's to remove; use the program"),
+    ],
+)
+def test_what_cannot_be_removed_is_one_line(machine, hub, capsys, names, message):
+    make_snapshot(
+        machine / "studio" / "mlx-community" / "Qwen3-8B-4bit", "config.json", "model.safetensors"
+    )
+    assert command.main(["rm", *names]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert len(cached_models()) == 4
 
 
 def test_an_empty_name_is_refused(capsys):
