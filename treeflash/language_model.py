@@ -25,6 +25,7 @@ from treeflash.hub.models import (
     cache_folder,
     drafter_training,
     model_name,
+    other_base,
     published_drafter,
     resolve_drafter,
     resolve_target,
@@ -365,6 +366,14 @@ def locate(
     check_config(load_pair, config)
     name = None if target is None else str(target)
     target_folder = resolve_target(name)
+    if config.adapter is not None and (base := other_base(Path(config.adapter), target_folder)):
+        logging.getLogger(__name__).warning(
+            "the adapter in %s was trained for %s, but is merged into %s; texts are right only if "
+            "these are one model",
+            config.adapter,
+            base,
+            model_name(target_folder),
+        )
     drafter_folder, thinking = None, False
     drafter_name = None if drafter in (None, AUTO) else str(drafter)
     unknown = drafter_name is None and published_drafter(name) is None

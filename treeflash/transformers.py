@@ -22,9 +22,10 @@ from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, Samp
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.drafters.row_heads import find_row_format
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import published_drafter, resolve_drafter
 from treeflash.registry import loader
+from treeflash.text.tokenizer import check_vocabulary
 
 MODES = ("GREEDY_SEARCH", "SAMPLE")
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -83,7 +84,9 @@ def generate(
 
     Raises:
         ConfigError: an option is not supported or invalid.
-        CheckpointError: the drafter is missing, damaged, or does not fit the model.
+        CheckpointError: the drafter is missing, damaged, or does not fit the model; or the model's
+            folder has a tokenizer without its vocabulary.
+        PromptError: a prompt has no tokens.
         UnsupportedModelError: the model cannot run a draft tree.
     """
     _refuse(model, generation_config, synced_gpus, model_kwargs)
@@ -292,6 +295,7 @@ def _pair(model: Any, drafter: Path | None) -> _Pair:
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     pair: _Pair | None = pairs.get(drafter)
     if pair is None or pair.weights != weights:
+        check_vocabulary(Path(model.name_or_path))
         backend = inspect.getmodule(loader("cuda"))
         pair = pairs[drafter] = _Pair(backend.wrap(model, drafter), weights)  # type: ignore[union-attr]
     return pair
@@ -359,8 +363,11 @@ def _refuse(
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
     """The tokens of each row of a batch, without padding.
 
-    Raises a ConfigError if padding is not on the left, or positions do not start at 0.
+    Raises a ConfigError if padding is not on the left, or positions do not start at 0, and a
+    PromptError if a prompt has no tokens.
     """
+    if not input_ids.shape[1]:
+        raise PromptError("the prompt has no tokens; give some text")
     mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     if mask is None:
         mask = input_ids.new_ones(input_ids.shape)

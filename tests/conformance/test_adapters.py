@@ -17,6 +17,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter
 from treeflash.errors import CheckpointError, TreeflashError, UnsupportedModelError
+from treeflash.language_model import locate
 from treeflash.registry import loader
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
@@ -145,6 +146,15 @@ def test_other_adapters_are_refused(
     write_adapter(tmp_path / "adapter", kind, target, config)
     with pytest.raises(UnsupportedModelError, match=message):
         read_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_for_another_base_model_is_warned_of(
+    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_adapter(tmp_path / "adapter", "peft", target, PEFT | {"base_model_name_or_path": "a/b"})
+    adapter = str(tmp_path / "adapter")
+    locate(target, False, backend="reference", adapter=adapter)
+    assert f"was trained for a/b, but is merged into {target.name}" in caplog.text
 
 
 def test_unknown_tensors_are_refused(tmp_path: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from treeflash.errors import ConfigError
+from treeflash.errors import CheckpointError, ConfigError, PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.transformers import PAIRS, disable, enable, generate
@@ -72,6 +72,23 @@ def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
         given = options | {"method": method}
         actual = model.generate(**prompts(), **TOKENS, do_sample=False, **given)
         assert actual.tolist() == expected.tolist(), method
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    """Its prompts have special tokens alone, which nobody would notice."""
+    model, options = write_models(tmp_path, "llama")
+    (tmp_path / "target" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        model.generate(**prompts(), **TOKENS, **options)
+    (tmp_path / "target" / "tokenizer.json").touch()
+    model.generate(**prompts(), **TOKENS, **options)
+
+
+def test_an_empty_prompt_is_refused(models):
+    model, options = models
+    empty = {name: tensor[:1, :0] for name, tensor in prompts().items()}
+    with pytest.raises(PromptError, match="no tokens"):
+        model.generate(**empty, **TOKENS, **options)
 
 
 def test_the_model_stays_its_owners(models):

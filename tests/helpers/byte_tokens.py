@@ -16,7 +16,10 @@ TEMPLATE = (
 
 
 def save_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of single bytes and a template that knows thinking."""
+    """Write a tokenizer of single bytes and a template that knows thinking.
+
+    No token ends a text, unless the folder has a `generation_config.json` that says so.
+    """
     vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     raw = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -25,4 +28,6 @@ def save_tokenizer(folder: Path) -> Path:
     raw.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if not (generation_config := folder / "generation_config.json").exists():
+        generation_config.write_text("{}")
     return folder

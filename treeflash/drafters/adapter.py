@@ -60,6 +60,16 @@ class LowRankUpdate:
         return product
 
 
+def base_model(folder: Path) -> str | None:
+    """Return the name of the model that an adapter was trained on; None if it is not stored.
+
+    Raises a CheckpointError if the folder is no adapter.
+    """
+    config = read_config(folder, CONFIG, "an adapter's folder")
+    base = config.get("base_model_name_or_path") or config.get("model")
+    return base if isinstance(base, str) else None
+
+
 def read_adapter(folder: Path) -> list[LowRankUpdate]:
     """Read the folder of a LoRA adapter.
 

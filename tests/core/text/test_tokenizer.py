@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from tiny_tokenizers import (
     byte_level,
     save_folder,
 )
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models
+from transformers import AutoTokenizer
 
 from treeflash.errors import CheckpointError, ConfigError, PromptError
-from treeflash.text.tokenizer import TextStream, Tokenizer
+from treeflash.text.tokenizer import TextStream, Tokenizer, check_vocabulary
 
 
 def test_special_tokens_are_left_out_but_can_be_shown(plain: Tokenizer):
@@ -80,6 +84,8 @@ def test_settings_of_the_tokenizer_are_no_template_variables(tmp_path: Path):
         ("{{ raise_exception('no system role') }}", {}),
         ("{{ messages[0].content.absent.absent }}", {}),
         ("{% if %}", {}),
+        ("{{ 1 / 0 }}", {}),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", {}),
         (CHAT_TEMPLATE, {"tokenize": False}),
     ],
 )
@@ -87,6 +93,25 @@ def test_template_errors_are_one_line(tmp_path: Path, template: str, template_ar
     tokenizer = Tokenizer.from_folder(save_folder(tmp_path, byte_level(), chat_template=template))
     with pytest.raises(PromptError, match=r"chat.template") as caught:
         tokenizer.chat([{"role": "user", "content": "hi"}], template_args)
+    assert "\n" not in str(caught.value)
+
+
+def test_template_errors_are_one_line_wherever_the_template_runs(tmp_path: Path):
+    tokenizer = Tokenizer.from_folder(
+        save_folder(tmp_path, byte_level(), chat_template="{{ 1 / 0 }}")
+    )
+    for run in (tokenizer.user_header, lambda: tokenizer.answer("hi")):
+        with pytest.raises(PromptError, match="division by zero") as caught:
+            run()
+        assert "\n" not in str(caught.value)
+
+
+def test_text_without_a_token_is_one_line(tmp_path: Path):
+    raw = RawTokenizer(models.WordLevel({"known": 0}, unk_token="<absent>"))
+    tokenizer = Tokenizer.from_folder(save_folder(tmp_path, raw))
+    assert tokenizer.encode("known") == [0]
+    with pytest.raises(PromptError, match="the tokenizer cannot encode the text") as caught:
+        tokenizer.encode("new")
     assert "\n" not in str(caught.value)
 
 
@@ -101,6 +126,35 @@ def test_stop_tokens_of_all_three_sources(tmp_path: Path):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="generation_config"):
         Tokenizer.from_folder(folder)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path):
+    """The library transformers makes one of special tokens alone, which loses the prompt."""
+    folder = save_folder(tmp_path, byte_level(), tokenizer_class="TokenizersBackend")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    check_vocabulary(folder)
+    (folder / "tokenizer.json").unlink()
+    assert AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+    for check in (Tokenizer.from_folder, check_vocabulary):
+        with pytest.raises(CheckpointError, match=r"no usable tokenizer .*tokenizer\.json"):
+            check(folder)
+
+
+def test_an_end_token_that_only_a_missing_file_has_is_asked_for(tmp_path: Path):
+    """Answers would run on, as the end token of the template would end none of them."""
+    raw = byte_level()
+    folder = save_folder(tmp_path, raw, eos_token="<unk>", chat_template=CHAT_TEMPLATE)
+    end = raw.token_to_id("<|end|>")
+    with pytest.raises(CheckpointError, match=r"no generation_config\.json.*'<\|end\|>'"):
+        Tokenizer.from_folder(folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": end}))
+    assert end in Tokenizer.from_folder(folder).stop_token_ids
+    file.write_text("{}")  # the publisher's own word
+    assert end not in Tokenizer.from_folder(folder).stop_token_ids
+    file.unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": end}))
+    assert end in Tokenizer.from_folder(folder).stop_token_ids
 
 
 @pytest.mark.parametrize("damage", [None, "", '{"version": "1.0", "mod', '{"model": {}}'])
