@@ -27,6 +27,10 @@ class PromptError(TreeflashError, ValueError):
     """A prompt cannot be decoded: it is empty, too long, or has unknown tokens."""
 
 
+class MemoryInUseError(TreeflashError, MemoryError):
+    """The memory that is set aside for sequences has no room until another sequence ends."""
+
+
 class NumericalError(TreeflashError, ArithmeticError):
     """A model produced values that are not finite."""
 
@@ -39,9 +43,19 @@ OUT_OF_MEMORY = (
     "unable to allocate",
     "maximum allowed buffer size",
     "resource limit",
+    # cuBLAS and cuDNN, whose workspaces have no room
+    "_status_alloc_failed",
 )
-DEVICE_LOST = ("gpu timeout", "submissionsignored")
-"""Parts of Metal's messages after which it refuses all further work of the process."""
+DEVICE_LOST = (
+    # Metal
+    "gpu timeout",
+    "submissionsignored",
+    # CUDA, as PyTorch, NCCL and Triton report it: after an invalid access or a fault of the
+    # hardware every call fails, until the process ends
+    "cuda error",
+    "triton error [cuda]",
+)
+"""Parts of messages after which a device refuses all further work of the process."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -50,8 +64,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Whether the device refuses all further work, so that only a new process can go on."""
-    return _says(error, DEVICE_LOST)
+    """Return whether the device refuses all further work, so that only a new process can go on."""
+    return _says(error, DEVICE_LOST) and not is_out_of_memory(error)
 
 
 def first_line(error: Exception) -> str:

@@ -186,10 +186,17 @@ def test_the_status_tells_whether_the_device_was_lost(model, failing, monkeypatc
     assert not started[0]._engine._thread.is_alive()
 
 
-def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[METAL] ... Caused GPU Timeout Error",
+        "CUDA error: an illegal memory access was encountered",
+    ],
+)
+def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing, message):
     """With a status other than 0, so that whoever started it starts it again."""
     server = serve()
-    failing(server, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
+    failing(server, RuntimeError(message), times=100)
     check_error(server.complete("A"), 500, "its log has the reason")
     wait_until(lambda: server.server.should_exit)
     assert server.engine.device_lost
@@ -203,6 +210,11 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
     assert Settings(max_memory_gb=2, prefix_cache_gb=0).memory(9 * GIB) == (2 * GIB, 0)
     assert Settings(max_memory_gb=0.5).memory(None) == (2**29, 2**28)
     assert Settings(prefix_cache_gb=0.25).memory(2**31) == (2**31, 2**28)
+    # What a backend has set aside is neither more nor less.
+    assert Settings().memory(2**29, 2**29) == (2**29, 2**28)
+    assert Settings(max_memory_gb=9, prefix_cache_gb=8).memory(2**31, 2**31) == (2**31, 2**31)
+    assert Settings(max_memory_gb=1).memory(2**31, 2**31) == (GIB, GIB // 2)
+    assert DeviceReport(available_bytes=9 * GIB, reserved_bytes=GIB).free_bytes == GIB
     report = DeviceReport(available_bytes=10 * GIB, weights_bytes=3 * GIB, batches=False)
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
     with serving(model) as server:

@@ -281,6 +281,9 @@ class Backend(Protocol):
         """The empty state of a new sequence, which needs a drafter if it `drafts`.
 
         `capacity` counts positions, the nodes of the tree under verification included.
+
+        Raises a MemoryInUseError, as `SequenceState.fork` does, if a backend has set memory aside
+        for states, and the others leave no room in it: the state can be opened when one ends.
         """
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
@@ -303,6 +306,7 @@ class DeviceReport:
     facts: Mapping[str, str] = field(default_factory=dict)  # about the machine, by name
     available_bytes: int | None = None  # memory that models and states may take; None if unknown
     weights_bytes: int = 0  # memory that the loaded models take
+    reserved_bytes: int | None = None  # memory that is set aside for states; None if none is
     batches: bool = True  # whether sequences share forward passes
     # whether each kernel of the backend is used, and why, by kernel and size
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -310,6 +314,8 @@ class DeviceReport:
     @property
     def free_bytes(self) -> int | None:
         """Memory that the models leave free for states; None if unknown."""
+        if self.reserved_bytes is not None:
+            return self.reserved_bytes
         if self.available_bytes is None:
             return None
         return max(int(SAFE_SHARE * self.available_bytes) - self.weights_bytes, 0)

@@ -57,7 +57,13 @@ from treeflash.decoding.suffix import SuffixCache, SuffixIndex, SuffixTree, tree
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.row_heads import NO_MARGINALS
-from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
+from treeflash.errors import (
+    ConfigError,
+    MemoryInUseError,
+    PromptError,
+    TreeflashError,
+    is_out_of_memory,
+)
 
 MIB = 1 << 20
 SNAPSHOT_INTERVAL = 2048
@@ -735,6 +741,15 @@ class Scheduler:
             del self._waiting[0]
             try:
                 self._start(first, leader)
+            except MemoryInUseError as error:
+                if self.prefix_cache:  # its least recently used state makes room
+                    self.prefix_cache.shrink(self.prefix_cache.nbytes - 1)
+                    self._waiting.insert(0, first)
+                elif self._running:  # the next one that ends makes room
+                    self._waiting.insert(0, first)
+                    break
+                else:
+                    errors.append((first.request_id, error))
             except Exception as error:
                 if not _concerns_few(error):
                     raise

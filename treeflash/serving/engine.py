@@ -270,7 +270,7 @@ class Engine:
             model = self._load()
             settings = self.settings
             report = device_report(model.backend)
-            max_bytes, cache_bytes = settings.memory(report.free_bytes)
+            max_bytes, cache_bytes = settings.memory(report.free_bytes, report.reserved_bytes)
             logger.info(
                 "%.3g GiB for KV caches, %.3g GiB of them for the prefix cache",
                 max_bytes / GIB,

@@ -35,8 +35,8 @@ class Settings:
     max_memory_gb: float | None = _limit(
         None,
         "GB",
-        "GiB of device memory for the KV cache (default: on a Mac the memory that the models leave "
-        f"free, elsewhere {MAX_MEMORY_GB})",
+        "GiB of device memory for the KV cache (default: on a GPU the memory that the models leave "
+        f"free, on a CPU {MAX_MEMORY_GB})",
     )
     prefix_cache_gb: float | None = _limit(
         None,
@@ -78,16 +78,21 @@ class Settings:
             if isinstance(values, str) or not all(values):  # each character would be a key
                 raise ConfigError(f"{name} must be a list of texts that are not empty")
 
-    def memory(self, free: int | None) -> tuple[int, int]:
-        """The bytes of all KV caches, and of the prefix cache among them.
+    def memory(self, free: int | None, reserved: int | None = None) -> tuple[int, int]:
+        """Return the bytes of all KV caches, and of the prefix cache among them.
 
-        The loaded models leave `free` bytes on the device; None if unknown.
+        Args:
+            free: bytes that the loaded models leave on the device; None if unknown.
+            reserved: bytes that the backend has set aside, beyond which there are none; None if it
+                allocates what is needed.
         """
         limit = MAX_MEMORY_GB * GIB if free is None else max(free, GIB)
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
+        if reserved is not None:
+            limit = reserved if self.max_memory_gb is None else min(limit, reserved)
         cache = self.prefix_cache_gb
-        return limit, limit // 2 if cache is None else int(cache * GIB)
+        return limit, limit // 2 if cache is None else min(int(cache * GIB), limit)
 
 
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)

@@ -13,7 +13,13 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, decode
 from treeflash.decoding import scheduler as scheduler_module
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.errors import ConfigError, NumericalError, PromptError, is_device_lost
+from treeflash.errors import (
+    ConfigError,
+    MemoryInUseError,
+    NumericalError,
+    PromptError,
+    is_device_lost,
+)
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import State, Verifier
 
@@ -546,3 +552,62 @@ def test_a_text_that_cannot_start_ends_with_the_error_alone(backend, monkeypatch
     assert isinstance(found.pop(bad), MemoryError)
     assert (scheduler.running, scheduler.waiting) == (1, 0)
     assert finish(scheduler, found) == {first: alone(backend, [9, 8], config_of())}
+
+
+class Room:
+    """Lets a backend open states as long as some of them fit, those of the prefix cache included.
+
+    Attributes:
+        refused: states that did not fit.
+    """
+
+    def __init__(self, monkeypatch, backend, scheduler, states):
+        self.refused = 0
+        open_state = backend.open
+
+        def open_if_it_fits(*args, **kwargs):
+            if scheduler.running + len(scheduler.prefix_cache or ()) >= states:
+                self.refused += 1
+                raise MemoryInUseError("the memory for keys and values has no room")
+            return open_state(*args, **kwargs)
+
+        monkeypatch.setattr(backend, "open", open_if_it_fits)
+
+
+def test_a_text_waits_until_reserved_memory_has_room(backend, monkeypatch):
+    scheduler = Scheduler(backend)
+    room = Room(monkeypatch, backend, scheduler, 2)
+    prompts = [[5, 6, 7 + n] for n in range(4)]
+    request_ids = [scheduler.submit(Request(prompt_ids=x, config=config_of())) for x in prompts]
+    found = {}
+    while scheduler.busy:
+        step(scheduler, found)
+        assert scheduler.running <= 2
+    assert room.refused
+    monkeypatch.undo()
+    assert found == {
+        request_id: alone(backend, prompt, config_of())
+        for request_id, prompt in zip(request_ids, prompts, strict=True)
+    }
+
+
+def test_cached_states_leave_reserved_memory_one_by_one(backend, monkeypatch):
+    scheduler = Scheduler(backend, prefix_cache=PrefixCache(10**9))
+    for prompt in ([5, 6], [7, 8], [9, 10]):
+        scheduler.submit(Request(prompt_ids=prompt, config=config_of(max_tokens=2)))
+        finish(scheduler)
+    assert len(scheduler.prefix_cache) == 3
+    room = Room(monkeypatch, backend, scheduler, 2)
+    scheduler.submit(Request(prompt_ids=[11, 12], config=config_of()))
+    scheduler.step()
+    assert (scheduler.running, len(scheduler.prefix_cache), room.refused) == (1, 1, 2)
+
+
+def test_a_text_without_room_ends_if_nothing_can_make_room(backend, monkeypatch):
+    scheduler = Scheduler(backend)
+    Room(monkeypatch, backend, scheduler, 0)
+    bad = scheduler.submit(Request(prompt_ids=[5, 6], config=config_of()))
+    ((request_id, error),) = scheduler.step()
+    assert request_id == bad
+    assert isinstance(error, MemoryInUseError)
+    assert not scheduler.busy

@@ -1,0 +1,47 @@
+"""What the errors of frameworks mean: memory that ran out, or a device that is lost."""
+
+import pytest
+
+from treeflash.errors import is_device_lost, is_out_of_memory
+
+# As PyTorch 2.13 (c10/cuda, ATen/cuda, NCCL) and Triton 3.9 word them.
+LOST = (
+    "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress'",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+    "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+    "Triton Error [CUDA]: an illegal memory access was encountered",
+)
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.99 GiB",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+OTHER = ("mat1 and mat2 shapes cannot be multiplied", "NVIDIA driver on your system is too old")
+
+
+@pytest.mark.parametrize("message", LOST)
+def test_a_fault_of_a_gpu_loses_the_device(message):
+    assert is_device_lost(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError(message))
+
+
+@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+def test_a_failed_allocation_of_a_gpu_is_memory_alone(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_device_lost(RuntimeError(message))
+
+
+@pytest.mark.parametrize("message", OTHER)
+def test_other_errors_are_neither(message):
+    assert not is_out_of_memory(RuntimeError(message))
+    assert not is_device_lost(RuntimeError(message))
+
+
+def test_a_programming_error_is_neither():
+    assert not is_out_of_memory(ValueError("out of memory"))
+    assert not is_device_lost(ValueError("CUDA error: unspecified launch failure"))
