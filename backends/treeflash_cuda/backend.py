@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import os
-import platform
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import (
@@ -32,10 +31,12 @@ from treeflash.drafters.row_heads import (
     refuse_assistant,
     refuse_window,
 )
-from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
-from treeflash_cuda.cache import FREE_MEMORY_SHARE, KV_BITS, Arena
+from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash_cuda.cache import KV_BITS, Arena
+from treeflash_cuda.device import choose_device, device_facts, device_name
 from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
+from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import (
     HEADS,
@@ -60,14 +61,25 @@ from treeflash_cuda.parallel import (
 from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
-from treeflash_cuda.verifier import TREE_PASS, TreePass, Verifier
+from treeflash_cuda.verifier import MAX_ROWS, TREE_PASS, TreePass, Verifier
+
+FREE_MEMORY_SHARE = 0.85
+"""Share of the memory that models and passes leave free on a GPU, for keys and values. The rest is
+for the tokens' choice, the drafter's passes, and what the allocator cannot use."""
+WRAPPED_MEMORY_SHARE = 0.2
+"""The same beside a model that its owner goes on using."""
+GRAPH_FACTOR = 2
+"""A pass, and a CUDA graph of it, which keeps its memory."""
 
 Model: TypeAlias = DrafterModel | RowModel
 Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
 
 
 class CudaBackend(BaseBackend):
-    """`treeflash.decoding.interfaces.Backend` in PyTorch; see `LoadConfig.draft_window`."""
+    """`treeflash.decoding.interfaces.Backend` in PyTorch; see `LoadConfig.draft_window`.
+
+    `memory_share` is for `reserve_memory`.
+    """
 
     name = "cuda"
 
@@ -78,6 +90,7 @@ class CudaBackend(BaseBackend):
         head: Head | None,
         *,
         draft_window: int | None = None,
+        memory_share: float = FREE_MEMORY_SHARE,
     ) -> None:
         super().__init__(target, drafter_model, head)
         self.stores_states = not target.split  # the other ranks would have to store theirs
@@ -88,7 +101,7 @@ class CudaBackend(BaseBackend):
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
-            reserve_memory(target, self.drafter_arena)
+            reserve_memory(target, self.drafter_arena, memory_share)
         if target.split:
             reserve_everywhere(target.arena)
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
@@ -107,6 +120,28 @@ class CudaBackend(BaseBackend):
         block = config.scratch_rows if config else 0
         recurrent = self.target.new_recurrent_states()
         return self.state_class(self.target.arena, arena, capacity, block, recurrent)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights of the target and the drafter, bytes."""
+        modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
+        parameters = {p for module in modules if module is not None for p in module.parameters()}
+        return sum(parameter.nbytes for parameter in parameters)
+
+    def device_report(self) -> DeviceReport:
+        operations, device = self.target.operations, self.target.device
+        if device.type != "cuda":
+            return DeviceReport(facts=device_facts(device), weights_bytes=self.weights_bytes)
+        arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
+        verdicts = {} if operations is None else operations.verdicts
+        return DeviceReport(
+            facts=device_facts(device),
+            available_bytes=torch.cuda.mem_get_info(device)[1],
+            weights_bytes=self.weights_bytes,
+            reserved_bytes=sum(arena.reserved_nbytes or 0 for arena in arenas) or None,
+            kernels={name: {self.dtype: verdict} for name, verdict in verdicts.items()}
+            | {"CUDA graphs": self.target.graphs.verdicts},
+        )
 
     def memory_bytes(self) -> int:
         if self.target.device.type == "cuda":
@@ -127,15 +162,36 @@ def new_drafter_arena(model: Model, target: Target) -> Arena:
     return arena
 
 
-def reserve_memory(target: Target, drafter: Arena | None) -> None:
-    """Let each arena allocate its part of the GPU's memory at once: columns for equal positions."""
+def reserve_memory(target: Target, drafter: Arena | None, share: float) -> None:
+    """Let each arena reserve its part of the GPU's memory: columns for equal positions.
+
+    Args:
+        target: its largest pass, and the graphs that are captured of it, keep their memory.
+        drafter: the drafter's arena; None without a drafter.
+        share: of the memory that is left, for keys and values.
+    """
     devices = [device for device, _ in target.spans or [(target.device, 0)]]
+    passes = GRAPH_FACTOR * pass_nbytes(target)
+    torch.cuda.empty_cache()
     free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
     arenas = [target.arena, drafter] if drafter is not None else [target.arena]
     column_nbytes = sum(arena.column_nbytes for arena in arenas)
     for arena in arenas:
-        share = arena.column_nbytes / max(column_nbytes, 1)
-        arena.reserved_nbytes = int(FREE_MEMORY_SHARE * free * share)
+        part = arena.column_nbytes / max(column_nbytes, 1)
+        arena.reserved_nbytes = int(share * max(free - passes, 0) * part)
+
+
+def pass_nbytes(target: Target) -> int:
+    """Return the memory that a pass over the largest tree takes, bytes; 0 if it is not one pass."""
+    if target.operations is None or target.split or target.spans is not None:
+        return 0
+    torch.cuda.reset_peak_memory_stats(target.device)
+    before = torch.cuda.memory_allocated(target.device)
+    try:
+        run_tree(target, MAX_ROWS)
+    except UnsupportedModelError:  # trees then run with masks; see `Verifier.forward`
+        return 0
+    return torch.cuda.max_memory_allocated(target.device) - before
 
 
 def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
@@ -160,10 +216,18 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBackend:
     return backend
 
 
-def add_drafter(target: Target, drafter: Path | None, config: LoadConfig) -> CudaBackend:
-    """The pair of a target and the drafter of a folder; plain decoding for None."""
+def add_drafter(
+    target: Target,
+    drafter: Path | None,
+    config: LoadConfig,
+    *,
+    memory_share: float = FREE_MEMORY_SHARE,
+) -> CudaBackend:
+    """Return the pair of a target and the drafter of a folder; plain decoding for None."""
     model, head = (None, None) if drafter is None else load_packed_drafter(drafter, target, config)
-    backend = CudaBackend(target, model, head, draft_window=config.draft_window)
+    backend = CudaBackend(
+        *(target, model, head), draft_window=config.draft_window, memory_share=memory_share
+    )
     if target.is_exact:
         with inexact_if_refused(target, config):
             backend.check_exact()
@@ -217,7 +281,7 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
     with own_attention(model):
         target = Target(model, device, pack=False)
         add_kernels(target)
-        return add_drafter(target, drafter, LoadConfig())
+        return add_drafter(target, drafter, LoadConfig(), memory_share=WRAPPED_MEMORY_SHARE)
 
 
 def check_config(config: LoadConfig) -> None:
@@ -266,19 +330,24 @@ def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int 
         with inexact_if_refused(model, config):
             model.make_exact()
     if pack and model.operations is not None:
-        fuse_layers(model.model, model.operations)
+        fuse_layers(model.model, model.operations, model.dtype)
+        fuse_experts(model.model, model.operations, model.dtype)
         fuse_rotation(model.model, functools.partial(run_tree, model))
     return model
 
 
 @torch.inference_mode()
-def run_tree(target: Target) -> None:
-    """Run a tree whose keys, values and states are dropped."""
+def run_tree(target: Target, nodes: int = CHECKED_TOKENS) -> None:
+    """Run a tree, without a graph, whose keys, values and states are dropped."""
     arena = copy(target.arena)
     arena.slabs = []  # the target's own memory is allocated later
-    state = State(arena, None, CHECKED_TOKENS, recurrent=target.new_recurrent_states())
-    tokens = np.arange(CHECKED_TOKENS, dtype=np.int32) % target.vocab_size
-    TreePass(target).run([(state, DraftTree.chain(tokens, np.zeros(len(tokens))))])
+    state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
+    tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
+    captures, target.graphs.enabled = target.graphs.enabled, False
+    try:
+        TreePass(target).run([(state, DraftTree.chain(tokens, np.zeros(nodes)))])
+    finally:
+        target.graphs.enabled = captures
 
 
 def add_kernels(target: Target) -> None:
@@ -311,42 +380,12 @@ def load_target_operations(target: Target) -> Operations | None:
         softcap=target.softcap,
         sinks=target.has_sinks,
         quantised=target.arena.dtype is not None,
+        experts=has_experts(target.model),
     )
     operations = load_operations(shapes, target.device, target.dtype)
     for line in operations.fallbacks:
         warnings.warn(line, stacklevel=2)
     return operations
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device with a name; None is the first CUDA device.
-
-    Raises a BackendError if there is no such device.
-    """
-    try:
-        device = torch.device(name or "cuda")
-    except RuntimeError:
-        raise BackendError(f"unknown device {name!r}; use cuda, cuda:1, ... or cpu") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
-    if not torch.cuda.is_available():
-        raise BackendError("no CUDA device is available; use device cpu to run on the CPU")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise BackendError(
-            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
-        )
-    return torch.device("cuda", index)
-
-
-def device_name(device: torch.device) -> str:
-    """The model of a device: the GPU's, or the processor's as far as Python knows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def load_row_head(folder: Path, target: Target) -> RowModel | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from treeflash.decoding.interfaces import StateArrays
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.errors import ConfigError, MemoryInUseError, UnsupportedModelError
 
 KV_BITS = 8
 MAX_INT8 = 127
@@ -32,9 +32,7 @@ WIDE_ALIGNMENT = 8
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short sequences share an allocation."""
 
-FREE_MEMORY_SHARE = 0.5
-"""Share of a GPU's memory, as it is free after loading, that is allocated at once for keys and
-values, so that all sequences lie in one allocation. The rest is for activations and graphs."""
+GIB = 1 << 30
 
 DIFFERENT_SHAPES = (
     "their layers have keys and values of different shapes, which the cuda backend's cache does "
@@ -206,10 +204,16 @@ class Arena:
         self.head_dim: int | None = None
         # Keys as they are stored, (1, kv_heads, any, width); None as long as they are unknown.
         self.like: Tensor | None = None
-        # Bytes of the first slab, which is then kept for ever; None allocates `SLAB_BYTES`.
+        # Bytes of the only slab, which is then kept for ever; None or 0 allocates slabs of at
+        # least `SLAB_BYTES` as they are needed.
         self.reserved_nbytes: int | None = None
         self.lock = Lock()
         self.slabs: list[Slab] = []
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether all regions lie in one slab, whose size and shape are known."""
+        return bool(self.reserved_nbytes) and self.like is not None
 
     def resized(self, layers: int, like: Region | None, dtype: torch.dtype | None) -> Arena:
         """Create an empty arena for `layers` layers of keys like `like`; see `Arena.dtype`."""
@@ -250,15 +254,25 @@ class Arena:
         return x if self.dtype is None else dequantise(x, self.dtype)
 
     def take(self, capacity: int, like: Tensor) -> Region:
-        """Take a region of `capacity` columns for stored keys like (1, kv_heads, n, width) ones."""
+        """Take a region of `capacity` columns for stored keys like these.
+
+        Args:
+            capacity: the number of columns.
+            like: (1, kv_heads, n, width) stored keys.
+
+        Raises a MemoryInUseError if the reserved memory has no gap of that size, and a MemoryError
+        if it would not have one without other regions.
+        """
         with self.lock:
             self.set_shape(like)
             for slab in self.slabs:
                 if region := slab.take(capacity):
                     return region
-            reserved = None if self.slabs else self.reserved_nbytes
-            least = SLAB_BYTES if reserved is None else reserved
-            columns = max(capacity, least // self.column_nbytes)
+            if self.reserved_nbytes:
+                self._refuse(capacity, self.reserved_nbytes)
+                columns = self.reserved_nbytes // self.column_nbytes
+            else:
+                columns = max(capacity, SLAB_BYTES // self.column_nbytes)
             shape = 2, like.shape[1], columns, like.shape[3]
             spans = self.spans or [(like.device, self.layers)]
             with torch.inference_mode():
@@ -271,16 +285,29 @@ class Arena:
             assert region is not None
             return region
 
+    def _refuse(self, capacity: int, reserved: int) -> None:
+        """Raise for a region that finds no gap, or is larger than the reserved memory."""
+        needed = capacity * self.column_nbytes
+        if needed > reserved:
+            raise MemoryError(
+                f"out of memory: a sequence of {capacity} positions needs {needed / GIB:.2f} GiB "
+                f"for keys and values, and {reserved / GIB:.2f} GiB are set aside"
+            )
+        if self.slabs:
+            raise MemoryInUseError(
+                f"the {reserved / GIB:.2f} GiB for keys and values have no room for another "
+                f"{needed / GIB:.2f} GiB until a sequence ends; decode fewer or shorter texts at "
+                "once"
+            )
+
     def give_back(self, region: Region) -> None:
         """Take a region back; of the slabs that are free afterwards one is kept.
 
-        That is the reserved one, or the smallest one.
+        That is the smallest one.
         """
         with self.lock:
             region.slab.give_back(region)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
-            if self.reserved_nbytes is not None:
-                free = [self.slabs[0], *(slab for slab in free if slab is not self.slabs[0])]
             for slab in free[1:]:
                 self.slabs.remove(slab)
 
@@ -354,7 +381,8 @@ class KVCache:
         length = min(length, other.length)
         if length:
             parts = other.taken.parts
-            self.region = self.arena.take(self.capacity, parts[0][0, :1])
+            if self.region is None:
+                self.region = self.arena.take(self.capacity, parts[0][0, :1])
             for storage, part in zip(self.region.parts, parts, strict=True):
                 storage[:, :, :, :length] = part[:, :, :, :length]
         self.length = length

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from treeflash.errors import UnsupportedModelError
+from treeflash.errors import UnsupportedModelError, is_device_lost, is_out_of_memory
 from treeflash_cuda.attention import Norms, TreeContext, tree_context
 from treeflash_cuda.cache import dequantise
 from treeflash_cuda.operations import TOLERANCES, Numbers, Operations, VisibleKeys
@@ -56,13 +56,20 @@ def forward_with(
     return MethodType(copy, module), used
 
 
-def fuse_layers(model: nn.Module, operations: Operations) -> None:
-    """Let norms and gated networks of a loaded model call operations; it is then for inference."""
+def fuse_layers(model: nn.Module, operations: Operations, dtype: torch.dtype) -> None:
+    """Let norms and gated networks of a loaded model call operations; it is then for inference.
+
+    Args:
+        model: its weights may be quantised, or have other dtypes than what its layers pass on.
+        operations: compute the same.
+        dtype: of what the layers pass on.
+    """
     for module in model.modules():
         if len(inspect.signature(module.forward).parameters) != 1:
             continue  # a norm with a gate, for example
-        for forward, x in _candidates(module, operations):
-            if _agree(module, forward, x):
+        for forward, x in _candidates(module, operations, dtype):
+            # Without hooks, which may take the last layers' outputs to another device.
+            if agrees(forward, module.forward, x):
                 module.forward = forward
                 break
 
@@ -85,13 +92,13 @@ class FusedNorm:
 
 
 def _candidates(
-    module: nn.Module, operations: Operations
+    module: nn.Module, operations: Operations, dtype: torch.dtype
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
     """Functions that may compute what a module does, and inputs of the module for each."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
-        x = Numbers(weight.device, weight.dtype).draw(1, ROWS, len(weight))
+        x = Numbers(weight.device, dtype).draw(1, ROWS, len(weight))
         yield FusedNorm(operations, weight, eps), x
         # Gemma's norms add 1 to their weight, in float32.
         yield FusedNorm(operations, weight.detach().float() + 1, eps), x
@@ -100,7 +107,8 @@ def _candidates(
     if getattr(module, "act_fn", None) is not None and all(isinstance(x, nn.Module) for x in parts):
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            x = Numbers(weight.device, weight.dtype).draw(1, ROWS, weight.shape[1])
+            # Weights of 8 bits are floating-point numbers too, but not what layers pass on.
+            x = Numbers(weight.device, dtype).draw(1, ROWS, weight.shape[1])
             yield lambda x: down(operations.gated(gate(x), up(x))), x
 
 
@@ -203,10 +211,16 @@ def _watch(
         context.operations = operations
 
 
-def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    with torch.inference_mode():
-        # Without hooks, which may take the last layers' outputs to another device.
-        return _close(forward(x), module.forward(x), TOLERANCE)
+@torch.inference_mode()
+def agrees(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
+    """Return whether two functions compute the same; False if either cannot run by itself."""
+    try:
+        actual, expected = forward(*inputs), plain(*inputs)
+    except Exception as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        return False
+    return actual.dtype == expected.dtype and _close(actual, expected, TOLERANCE)
 
 
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -9,8 +9,9 @@ copied to fixed addresses.
 from __future__ import annotations
 
 import gc
+import time
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ one. Graphs of other functions do not count: under `torchrun` rank 0 alone has s
 must keep the same graphs of the target."""
 MAX_FAILURES = 3
 """Captures of a function that may fail; it then runs without graphs."""
+MAX_TRIED = 1000
+"""Captures that are remembered for reports."""
 MIN_LENGTH = 1024
 """Shorter sequences share a graph. The length of the longest sequence fixes the shapes of a graph:
 between how many processors its attention is split."""
@@ -37,6 +40,15 @@ WARM_UP = 3
 
 Outputs: TypeAlias = tuple[Any, ...]
 """Tensors, and other results, which must be equal at every call."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture that was tried."""
+
+    name: str  # of the function
+    seconds: float
+    reason: str  # why it failed; empty if it succeeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +68,13 @@ class Graphs:
         # on all of them, from whether it did on this one.
         self.agreements: dict[str, Callable[[bool], bool]] = {}
         self.captures = 0  # graphs captured so far
+        self.tried: deque[Capture] = deque(maxlen=MAX_TRIED)  # the latest captures
+        self.replays: Counter[str] = Counter()  # by the name of the function
         # By name, settings, and the shapes and dtypes of the inputs; the latest used one last.
         self.store: OrderedDict[tuple[str, Hashable, Hashable], Graph] = OrderedDict()
         self._lock = Lock()
         self._failures: Counter[str] = Counter()
+        self._too_large: set[Hashable] = set()  # keys for whose capture there was no memory
 
     def run(
         self,
@@ -74,9 +89,14 @@ class Graphs:
             return function(*inputs)
         key = name, settings, tuple((x.shape, x.dtype) for x in inputs)
         with self._lock:
+            if key in self._too_large:
+                return function(*inputs)
             if key not in self.store:
+                failures = self._failures[name]
                 captured = self._capture(name, function, inputs)
                 if captured is None:
+                    if self._failures[name] == failures:
+                        self._too_large.add(key)
                     return function(*inputs)
                 same = [other for other in self.store if other[0] == name]
                 if len(same) >= MAX_GRAPHS:
@@ -87,8 +107,14 @@ class Graphs:
             for place, tensor in zip(graph.inputs, inputs, strict=True):
                 place.copy_(tensor)
             graph.graph.replay()
+            self.replays[name] += 1
             # The next replay, perhaps for another sequence, overwrites the outputs.
             return tuple(x.clone() if isinstance(x, Tensor) else x for x in graph.outputs)
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Whether each function is captured, by name; the reason if its latest capture failed."""
+        return {x.name: x.reason or "captured" for x in self.tried}
 
     @property
     def is_capturing(self) -> bool:
@@ -112,18 +138,30 @@ class Graphs:
     def _capture(
         self, name: str, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
     ) -> Graph | None:
-        """Capture a function; warn and return None if it cannot be captured."""
+        """Capture a function; return None if it cannot be captured.
+
+        A failure counts, and the last one that may happen is a warning. If memory runs out, it does
+        not count, but all other graphs are dropped: the function needs memory without a graph, too.
+        Ranks of `torchrun`, which must keep the same graphs, do not drop them.
+        """
         graph: Graph | None = None
-        reason = "another rank cannot capture it"
+        reason, fits, started = "another rank cannot capture it", True, time.perf_counter()
         try:
             graph = self._record(function, tuple(x.clone() for x in inputs))
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
             reason = first_line(error)
-        if self.agreements.get(name, bool)(graph is not None):
+            fits = not is_out_of_memory(error) or name in self.agreements
+        if not fits:
+            self.clear()
+            torch.cuda.empty_cache()
+        succeeded = self.agreements.get(name, bool)(graph is not None)
+        seconds = time.perf_counter() - started
+        self.tried.append(Capture(name, seconds, "" if succeeded else reason))
+        if succeeded:
             self.captures += 1
             return graph
+        if not fits:
+            return None  # smaller inputs may fit
         self._failures[name] += 1
         if self._failures[name] == MAX_FAILURES:
             warnings.warn(f"{name} runs without CUDA graphs: {reason}", stacklevel=2)

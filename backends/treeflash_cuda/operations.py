@@ -7,8 +7,8 @@ and replaced by it if they differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,9 @@ from treeflash_cuda.cache import decoded, quantise
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
 gives 0.003; a row that sees another row's key, or misses one, differs by more than 0.05."""
+
+KERNEL = "Triton"
+"""The verdict on an operation whose kernel is used."""
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -189,6 +192,22 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     return active * up
 
 
+def grouped_linear(
+    x: Tensor,  # (rows, size), the rows of group 0 first
+    weight: Tensor,  # (groups, width, size), with any strides
+    ends: Tensor,  # (groups,) int32 row after each group's last one
+    bias: Tensor | None = None,  # (groups, width)
+) -> Tensor:
+    """(rows, width) products of each row with its group's weight; zeros after the last group."""
+    rows = torch.arange(len(x), dtype=ends.dtype, device=x.device)
+    group = torch.searchsorted(ends, rows, right=True)
+    known = group.clamp(max=len(ends) - 1)
+    result = torch.bmm(weight[known].float(), x.float()[:, :, None])[..., 0]
+    if bias is not None:
+        result = result + bias[known].float()
+    return result.masked_fill((group == len(ends))[:, None], 0).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Operations:
     """One implementation of each operation, with the arguments of the function above."""
@@ -197,8 +216,24 @@ class Operations:
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     rotate_and_store: Callable[..., Tensor] = rotate_and_store
     gated: Callable[..., Tensor] = gated
-    # A line for each operation that has a kernel but runs in PyTorch, with the reason.
-    fallbacks: tuple[str, ...] = ()
+    grouped_linear: Callable[..., Tensor] = grouped_linear
+    # Why an operation that has a kernel runs in PyTorch, by its name.
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """A line for each operation that has a kernel but runs in PyTorch."""
+        return tuple(f"{name} runs in PyTorch: {reason}" for name, reason in self.reasons.items())
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What runs each operation that a model uses: the kernel, or why it is not used."""
+        own = {name for name in CHECKS if getattr(self, name) is not getattr(PYTORCH, name)}
+        return dict.fromkeys((name for name in CHECKS if name in own), KERNEL) | dict(self.reasons)
+
+
+PYTORCH = Operations()
+"""The operations without any kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,16 +247,18 @@ class Shapes:
     softcap: float | None = None  # of the layers' scores
     sinks: bool = False  # whether layers have attention sinks
     quantised: bool = False  # whether keys and values are stored in 8 bits
+    experts: bool = False  # whether layers have experts
 
 
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """The operations for a model on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
-        from treeflash_cuda.triton_kernels import attention, layers
+        from treeflash_cuda.triton_kernels import attention, experts, layers
     except ImportError as error:
-        return Operations(fallbacks=(f"attention and norms run in PyTorch: {error}",))
+        return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
     kernels = Operations(
-        attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+        *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
+        experts.grouped_linear,
     )
     return checked(kernels, shapes, device, dtype)
 
@@ -231,8 +268,10 @@ def checked(
 ) -> Operations:
     """The kernels whose results agree with PyTorch's, and PyTorch for the other operations."""
     chosen: dict[str, Any] = {}
-    fallbacks = []
+    reasons = {}
     for name, compute in CHECKS.items():
+        if name == "grouped_linear" and not shapes.experts:
+            continue
         try:
             difference = max(
                 _worst_row(actual, expected)
@@ -245,14 +284,13 @@ def checked(
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = first_line(error)
+            reasons[name] = first_line(error)
         else:
             if difference <= TOLERANCES[dtype]:
                 chosen[name] = getattr(kernels, name)
-                continue
-            reason = f"the kernel's results differ by {difference:.2%}"
-        fallbacks.append(f"{name} runs in PyTorch: {reason}")
-    return Operations(**chosen, fallbacks=tuple(fallbacks))
+            else:
+                reasons[name] = f"the kernel's results differ by {difference:.2%}"
+    return Operations(**chosen, reasons=reasons)
 
 
 def _worst_row(actual: Tensor, expected: Tensor) -> float:
@@ -338,10 +376,26 @@ def _check_gate(operations: Operations, numbers: Numbers, shapes: Shapes) -> lis
     return [operations.gated(gate, up, "silu"), operations.gated(gate, up, "gelu_tanh")]
 
 
+def _check_experts(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+    """Experts with few rows, many rows and none; weights in both layouts; rows of no expert."""
+    groups, width = 3, 48
+    weights = numbers.draw(groups, width, shapes.hidden_size)
+    bias = numbers.draw(groups, width)
+    results = []
+    for ends in ([3, 3, 19], [70, 71, 140]):
+        x = numbers.draw(ends[-1] + 2, shapes.hidden_size)
+        for weight in (weights, weights.transpose(1, 2).contiguous().transpose(1, 2)):
+            for biases in (None, bias):
+                product = operations.grouped_linear(x, weight, numbers.integers(ends), biases)
+                results.append(product / shapes.hidden_size**0.5)
+    return results
+
+
 CHECKS: dict[str, Callable[[Operations, Numbers, Shapes], list[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
     "rotate_and_store": _check_rotation,
     "gated": _check_gate,
+    "grouped_linear": _check_experts,
 }
 """Results of each operation on random numbers, with rows first."""

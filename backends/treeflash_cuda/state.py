@@ -40,6 +40,14 @@ class State(BaseState[KVCache, CommittedStates]):
         self.block = block
         self.recurrent = recurrent
         self.anchor: Tensor | None = None  # see `Block.anchor`
+        try:
+            # Where memory is reserved, a sequence without room must not start.
+            for cache in (self.kv_cache, self.drafter):
+                if cache is not None and cache.arena.is_reserved:
+                    cache.allocate()
+        except BaseException:
+            super().close()
+            raise
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int, recurrent: CommittedStates | None) -> State:

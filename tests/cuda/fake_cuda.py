@@ -106,6 +106,7 @@ class FakeCuda(TorchDispatchMode):
         nbytes: what these operations read and wrote, if each of them does so once.
         converted: elements of 8 bits on a device from which operations made floating-point numbers.
         free_bytes: memory that a device says is free.
+        capability: the devices' compute capability.
     """
 
     def __init__(self, monkeypatch):
@@ -116,6 +117,7 @@ class FakeCuda(TorchDispatchMode):
         self.nbytes = 0
         self.converted = 0
         self.free_bytes = 1 << 32
+        self.capability = 9, 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._patch_loading(monkeypatch)
         self._patch_tensors(monkeypatch)
@@ -138,6 +140,9 @@ class FakeCuda(TorchDispatchMode):
             return 0
         if func.overloadpacket in PRODUCTS:
             _check_dtypes(*args)
+        if _loops_on_the_host(func, args, self.capability):
+            self._check_not_capturing(func)
+            self.count.add("cpu")
         out = _computed(func, args, kwargs)
         self.converted += _converted(args, out)
         if _launches(func, args, out):
@@ -216,7 +221,11 @@ class FakeCuda(TorchDispatchMode):
             self._launch("rotate_and_store", 2 * sum(map(_nbytes, (q, k, v, cos))))
             return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
-        return Operations(tree_attention, rms_norm, rotate_and_store, gated)
+        def grouped_linear(x, weight, ends, bias=None):
+            self._launch("grouped_linear", 2 * _nbytes(x) + _nbytes(weight))
+            return torch.empty(len(x), weight.shape[1], dtype=x.dtype, device=x.device)
+
+        return Operations(tree_attention, rms_norm, rotate_and_store, gated, grouped_linear)
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy
@@ -265,7 +274,7 @@ class FakeCuda(TorchDispatchMode):
             "graph": capture,
             "stream": nothing,
             "device": nothing,
-            "get_device_capability": lambda device: (9, 0),
+            "get_device_capability": lambda device: self.capability,
             "get_device_name": lambda device: "fake",
             "mem_get_info": lambda device: (self.free_bytes, self.free_bytes),
             "graph_pool_handle": lambda: None,
@@ -304,6 +313,18 @@ def _computed(func, args, kwargs):
     _check_dtypes(*args[:2])
     same = [x.bfloat16() if _is_floating(x) else x for x in args]
     return func(*same, **kwargs).to(args[0].dtype)
+
+
+def _loops_on_the_host(func, args, capability):
+    """Whether an operation is a grouped product for which PyTorch has no kernel.
+
+    It then copies the groups' ends to the host (GroupedMMUtils.h of ATen).
+    """
+    if func.overloadpacket is not getattr(torch.ops.aten, "_grouped_mm", None):
+        return False
+    if args[0].device.type != "cuda":
+        return False
+    return args[0].dtype != torch.bfloat16 or capability not in ((9, 0), (10, 0))
 
 
 def _converted(args, out):

@@ -5,13 +5,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from treeflash.errors import MemoryInUseError
 from treeflash.testing import require
 
 require("torch")
 
 import torch
 from treeflash_cuda import cache as arena_module
-from treeflash_cuda.cache import Arena
+from treeflash_cuda.cache import Arena, KVCache
+from treeflash_cuda.state import State
 
 LIKE = torch.zeros(1, 2, 3, 4)  # keys of a layer
 LAYERS = 3
@@ -115,3 +117,60 @@ def test_keys_in_half_precision_take_half():
     region = arena.take(10, LIKE.bfloat16())
     assert region.storage.dtype == torch.bfloat16
     assert 10 * arena.column_nbytes == region.storage.nbytes == 5 * COLUMN
+
+
+def reserved_arena(columns):
+    arena = Arena(LAYERS)
+    arena.set_shape(LIKE)
+    arena.reserved_nbytes = columns * COLUMN
+    return arena
+
+
+def test_reserved_memory_is_one_allocation_for_all(monkeypatch):
+    arena = reserved_arena(300)
+    regions = [arena.take(120, LIKE) for _ in range(2)]
+    with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):
+        arena.take(120, LIKE)
+    assert arena.take(60, LIKE).slab is regions[0].slab
+    arena.give_back(regions[0])
+    assert arena.take(120, LIKE).first == 0
+    (slab,) = arena.slabs
+    assert slab.columns == 300
+
+
+def test_what_never_fits_into_reserved_memory_is_no_matter_of_waiting():
+    for taken in (0, 10):
+        arena = reserved_arena(300)
+        if taken:
+            arena.take(taken, LIKE)
+        with pytest.raises(MemoryError, match=r"301 positions needs .* are set aside") as raised:
+            arena.take(301, LIKE)
+        assert not isinstance(raised.value, MemoryInUseError)
+
+
+def test_a_sequence_takes_its_room_when_it_starts():
+    """And gives it back if its drafter has none."""
+    target, drafter = reserved_arena(100), reserved_arena(50)
+    state = State(target, drafter, 40, 10)
+    assert target.slabs[0].free == [(40, 60)]
+    assert drafter.slabs[0].is_free is False
+    with pytest.raises(MemoryInUseError):
+        State(target, drafter, 40, 10)
+    assert target.slabs[0].free == [(40, 60)]
+    with pytest.raises(MemoryInUseError):
+        state.fork(0, 40)
+    assert target.slabs[0].free == [(40, 60)]
+    state.close()
+    assert target.slabs[0].is_free
+    assert drafter.slabs[0].is_free
+
+
+def test_a_copy_uses_the_room_that_it_has():
+    arena = reserved_arena(100)
+    first, copy = KVCache(arena, 40), KVCache(arena, 60)
+    first.allocate().storage.fill_(3)
+    first.commit(30)
+    copy.allocate()
+    copy.copy_from(first, 20)
+    assert arena.slabs[0].free == []
+    assert (copy.taken.storage[:, :, :, :20] == 3).all()

@@ -219,7 +219,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch):
     kernels = Operations(
         attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
     )
-    fallback = Operations(fallbacks=("tree_attention runs in PyTorch: ptxas is missing",))
+    fallback = Operations(reasons={"tree_attention": "ptxas is missing"})
     write_target(tmp_path, "llama", seed=1, vocab_size=VOCAB_SIZE, layers=1)
     monkeypatch.setattr(linear, "can_pack", lambda _: False)
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.

@@ -54,7 +54,7 @@ def test_modules_that_an_operation_computes_are_replaced(make, replaced):
     torch.manual_seed(0)
     module, x = make(), torch.randn(2, 3, 16)
     expected = module(x)
-    fuse_layers(module, Operations())
+    fuse_layers(module, Operations(), torch.float32)
     assert ("forward" in vars(module)) == replaced
     torch.testing.assert_close(module(x), expected)
 
@@ -64,6 +64,51 @@ def test_hooks_do_not_count():
     """The last layers of a target on several devices have one that moves their outputs."""
     module = Norm(0)
     module.register_forward_hook(lambda _, __, output: output.to("meta"))
-    fuse_layers(module, Operations())
+    fuse_layers(module, Operations(), torch.float32)
     assert "forward" in vars(module)
     assert module(torch.randn(2, 16)).device.type == "meta"
+
+
+class Float8Linear(nn.Module):
+    """A linear layer with weights of 8 bits, as checkpoints in FP8 have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            raise NotImplementedError("activations of 8 bits")
+        return x @ self.weight.to(x.dtype).T
+
+
+@torch.inference_mode()
+def test_gated_networks_of_8_bits_are_replaced():
+    """The inputs of the trial have the dtype of the layers' outputs, not of their weights."""
+    torch.manual_seed(0)
+    module, x = Gated(nn.SiLU()).bfloat16(), torch.randn(2, 3, 16).bfloat16()
+    for name, linear in list(module.named_children()):
+        if isinstance(linear, nn.Linear):
+            setattr(module, name, Float8Linear(linear))
+    expected = module(x)
+    fuse_layers(module, Operations(), torch.bfloat16)
+    assert "forward" in vars(module)
+    torch.testing.assert_close(module(x), expected)
+
+
+@torch.inference_mode()
+def test_a_module_that_cannot_run_alone_is_left_as_it_is():
+    module = Gated(nn.SiLU())
+    module.down_proj.forward = lambda x: x.missing  # only inside its model
+    fuse_layers(module, Operations(), torch.float32)
+    assert "forward" not in vars(module)
+
+
+@torch.inference_mode()
+def test_a_module_that_changes_the_dtype_is_left_as_it_is():
+    module = Norm(0)
+    plain = module.forward
+    module.forward = forward = lambda x: plain(x).double()
+    fuse_layers(module, Operations(), torch.float32)
+    assert module.forward is forward

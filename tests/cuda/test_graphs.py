@@ -1,5 +1,8 @@
 """Trees and drafts as functions of tensors alone, and when they run without static shapes."""
 
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from parts import load_with_parts
@@ -21,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from treeflash_cuda import attention, verifier
 from treeflash_cuda import cache as arena_module
 from treeflash_cuda import drafter as drafter_module
-from treeflash_cuda.graphs import MIN_LENGTH, Graphs
+from treeflash_cuda.graphs import MIN_LENGTH, Graph, Graphs
 
 VOCAB = 40
 
@@ -263,3 +266,71 @@ def test_the_size_of_a_state_is_known_before_the_first_text(folders, monkeypatch
         if drafts:
             text.draft(root)
         assert text.state.nbytes == expected
+
+
+class Recorder:
+    """Stands for the capture of graphs, which fails for inputs that it is told."""
+
+    def __init__(self, monkeypatch):
+        self.graphs = Graphs(torch.device("cpu"))
+        self.errors = {}  # by the number of rows
+        self.emptied = 0
+        monkeypatch.setattr(Graphs, "is_capturing", True)
+        monkeypatch.setattr(self.graphs, "_record", self.record)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
+
+    def empty(self):
+        assert not self.graphs.store, "graphs hold the memory"
+        self.emptied += 1
+
+    def record(self, function, places):
+        if (message := self.errors.get(len(places[0]))) is not None:
+            raise RuntimeError(message)
+        outputs = function(*places)
+
+        def replay():
+            for output, new in zip(outputs, function(*places), strict=True):
+                output.copy_(new)
+
+        return Graph(SimpleNamespace(replay=replay), places, outputs)
+
+    def run(self, rows, name="doubling"):
+        x = torch.arange(rows)
+        (found,) = self.graphs.run(name, (), lambda x: (2 * x,), x)
+        assert found.tolist() == (2 * x).tolist()
+
+
+def test_memory_that_runs_out_during_a_capture_drops_the_other_graphs(monkeypatch):
+    """The function runs without a graph, and is not captured again with the same shapes."""
+    recorder = Recorder(monkeypatch)
+    graphs = recorder.graphs
+    recorder.run(2)
+    recorder.errors[9] = "CUDA out of memory. Tried to allocate 2 GiB"
+    for _ in range(5):
+        recorder.run(9)
+    assert recorder.emptied == 1
+    assert [(x.name, bool(x.reason)) for x in graphs.tried] == [
+        ("doubling", False),
+        ("doubling", True),
+    ]
+    assert graphs.verdicts == {"doubling": "CUDA out of memory. Tried to allocate 2 GiB"}
+    for _ in range(2):
+        recorder.run(3)
+    assert graphs.captures == 2
+    assert graphs.verdicts == {"doubling": "captured"}
+
+
+def test_replays_and_failures_are_counted_by_function(monkeypatch):
+    recorder = Recorder(monkeypatch)
+    recorder.errors[4] = "operation not permitted\nwhen capturing"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (4, 4, 2, 2):
+            recorder.run(rows)
+        recorder.run(2, name="another")
+    assert recorder.graphs.replays == {"doubling": 2, "another": 1}
+    with pytest.warns(UserWarning, match="doubling runs without CUDA graphs: operation not perm"):
+        recorder.run(4)
+    recorder.run(2)
+    assert recorder.graphs.replays == {"doubling": 2, "another": 1}
+    assert recorder.graphs.verdicts["doubling"] == "operation not permitted"

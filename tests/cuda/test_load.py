@@ -38,6 +38,51 @@ def test_no_cuda_device_is_one_clear_line(monkeypatch):
         choose_device(None)
 
 
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: ..."
+)
+
+
+@pytest.mark.parametrize(
+    ("wheel", "message", "visible", "line"),
+    [
+        (None, "", None, r"this PyTorch \(.*\) is built for CPUs alone, so .*pytorch.org"),
+        (
+            "13.0",
+            TOO_OLD,
+            None,
+            "built for CUDA 13.0, and the NVIDIA driver supports only CUDA 12.8, so no CUDA .* or "
+            r"update the driver \(580 or newer\), or install a build .*/whl/cu126",
+        ),
+        (
+            "13.0",
+            TOO_OLD.replace("12080", "11040"),
+            None,
+            r"supports only CUDA 11.4, so .* or update the driver \(580 or newer\)$",
+        ),
+        ("13.0", "Found no NVIDIA driver on your system.", None, "this machine has no NVIDIA dr"),
+        ("13.0", "No CUDA GPUs are available", "", "CUDA_VISIBLE_DEVICES='' hides every GPU, so"),
+        ("13.0", "CUDA unknown error\nSet it up", None, r"does not start \(CUDA unknown error\),"),
+        ("13.0", None, None, "counts no device"),
+    ],
+)
+def test_the_line_says_why_there_is_no_cuda_device(monkeypatch, wheel, message, visible, line):
+    def init():
+        if message is not None:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(BackendError, match=line) as raised:
+        choose_device("cuda")
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["cuda:7", "mps", "tpu", "cpu:x"])
 def test_devices_that_are_not_there_are_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -18,11 +18,12 @@ import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
 from treeflash_cuda.operations import CHECKS, TOLERANCES, Numbers, Operations, Shapes, checked
-from treeflash_cuda.triton_kernels import attention, layers, products
+from treeflash_cuda.triton_kernels import attention, experts, layers, products
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
-    attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated
+    *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
+    experts.grouped_linear,
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
 CASES = {
@@ -81,13 +82,15 @@ def test_attention_reads_quantised_columns(dtype):
             softcap=5.0,
             sinks=True,
             quantised=True,
+            experts=True,
         ),
     ],
-    ids=["plain", "soft-capped, with sinks, in 8 bits"],
+    ids=["plain", "soft-capped, with sinks, in 8 bits, with experts"],
 )
 def test_all_kernels_pass_the_check_at_load(shapes, dtype):
     found = checked(KERNELS, shapes, CPU, dtype)
-    assert found == KERNELS
+    unused = {} if shapes.experts else {"grouped_linear": operations.grouped_linear}
+    assert found == replace(KERNELS, **unused)
 
 
 EXACT = {
@@ -205,13 +208,34 @@ LAYER_FAULTS = {
 @pytest.mark.parametrize("name", LAYER_FAULTS)
 def test_a_faulty_kernel_falls_back_alone(name, tmp_path, monkeypatch):
     broken = faulty(layers, tmp_path, *LAYER_FAULTS[name])
-    checks = {key: check for key, check in CHECKS.items() if key != "tree_attention"}
+    checks = {key: CHECKS[key] for key in LAYER_FAULTS}
     monkeypatch.setattr(operations, "CHECKS", checks)
     kernels = replace(KERNELS, **{key: getattr(broken, key) for key in checks})
     found = checked(kernels, SMALL, CPU, torch.float32)
     assert getattr(found, name) is getattr(operations, name)
     assert all(getattr(found, key) is getattr(broken, key) for key in checks if key != name)
     assert len(found.fallbacks) == 1
+
+
+EXPERT_FAULTS = {
+    "rows of the expert before": ("expert - 1", "expert - 2"),
+    "no bias": ("    if BIAS:", "    if False:"),
+    "other columns": ("columns[None, :] * weight_strides[1]", "columns[None, :] * 0"),
+    "only one tile of rows": (
+        "range(first, end, ROWS)",
+        "range(first, tl.minimum(end, first + 1))",
+    ),
+    "rows beyond the expert's": ("is_row = rows < end", "is_row = rows < end + 1"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), EXPERT_FAULTS.values(), ids=EXPERT_FAULTS)
+def test_a_faulty_product_of_experts_falls_back(right, wrong, tmp_path, monkeypatch):
+    broken = faulty(experts, tmp_path, right, wrong)
+    monkeypatch.setattr(operations, "CHECKS", {"grouped_linear": CHECKS["grouped_linear"]})
+    kernels = replace(KERNELS, grouped_linear=broken.grouped_linear)
+    found = checked(kernels, replace(SMALL, experts=True), CPU, torch.float32)
+    assert found.grouped_linear is operations.grouped_linear
 
 
 def test_a_kernel_that_cannot_be_compiled_falls_back_with_its_error(monkeypatch):

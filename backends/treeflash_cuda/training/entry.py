@@ -11,7 +11,7 @@ from treeflash.config import LoadConfig
 from treeflash.errors import BackendError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.backend import choose_device
+from treeflash_cuda.device import choose_device
 
 
 def train(

@@ -21,7 +21,8 @@ from treeflash.config import LoadConfig
 from treeflash.errors import NumericalError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
-from treeflash_cuda.backend import choose_device, load_target
+from treeflash_cuda.backend import load_target
+from treeflash_cuda.device import choose_device
 from treeflash_cuda.target import Target
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (

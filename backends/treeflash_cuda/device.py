@@ -1,0 +1,102 @@
+"""The device that the backend runs on: which one it is, and why there is none."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from treeflash.errors import BackendError, first_line
+
+DRIVERS = {12: 525, 13: 580}
+"""The oldest NVIDIA driver for each major version of CUDA (CUDA Toolkit release notes, "CUDA driver
+and toolkit compatibility")."""
+OLDER_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+OLDEST_WHEELS = 12000
+"""The CUDA version of the oldest driver for `OLDER_WHEELS`, as the driver numbers it."""
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device with a name; None is the first CUDA device.
+
+    Raises a BackendError if there is no such device.
+    """
+    try:
+        device = torch.device(name or "cuda")
+    except RuntimeError:
+        raise BackendError(f"unknown device {name!r}; use cuda, cuda:1, ... or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise BackendError(f"the cuda backend runs on cuda or cpu, not on {name!r}")
+    if not torch.cuda.is_available():
+        reason, remedy = why_unusable()
+        raise BackendError(
+            f"{reason}, so no CUDA device is available; use device cpu to run on the CPU, or "
+            f"{remedy}"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of a process that `torchrun` started
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(
+            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return torch.device("cuda", index)
+
+
+def why_unusable() -> tuple[str, str]:
+    """Return why PyTorch finds no CUDA device, and what a user can do about it."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"this PyTorch ({torch.__version__}) is built for CPUs alone",
+            "install a PyTorch with CUDA (https://pytorch.org/get-started/locally)",
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        message = str(error)
+    else:
+        message = "PyTorch starts CUDA, but counts no device"
+    wheel = torch.version.cuda or ""
+    major = int(wheel.partition(".")[0] or 0)
+    if found := re.search(r"driver .* too old \(found version (\d+)\)", message):
+        supported = int(found[1])  # of CUDA: 12080 for 12.8
+        needed = f" ({DRIVERS[major]} or newer)" if major in DRIVERS else ""
+        older = f", or install a build for older drivers: {OLDER_WHEELS}"
+        return (
+            f"this PyTorch is built for CUDA {wheel}, and the NVIDIA driver supports only CUDA "
+            f"{supported // 1000}.{supported % 1000 // 10}",
+            f"update the driver{needed}" + (older if supported >= OLDEST_WHEELS else ""),
+        )
+    if "no NVIDIA driver" in message:
+        return "this machine has no NVIDIA driver", "install a driver"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "No CUDA GPUs" in message and hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU", "unset that variable"
+    return f"CUDA does not start ({first_line(Exception(message))})", "see what nvidia-smi prints"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of a device: the GPU's, or the processor's as far as Python knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def device_facts(device: torch.device) -> dict[str, str]:
+    """Return what matters about a device and the software that drives it, by name."""
+    facts = {"device": device_name(device)}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        facts["capability"] = f"{major}.{minor}"
+        facts["memory"] = f"{torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB"
+        facts["CUDA"] = str(torch.version.cuda or torch.version.hip)
+    facts["torch"] = torch.__version__
+    for package in ("triton", "transformers"):
+        with suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    return facts

@@ -1,0 +1,88 @@
+"""What the PyTorch backend tells about its device, and the memory that it sets aside."""
+
+import pytest
+
+from treeflash.config import LoadConfig
+from treeflash.decoding.interfaces import Prefill, Verify, device_report
+from treeflash.decoding.sampling import SamplingParams
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+
+require("torch")
+
+import torch
+from treeflash_cuda import backend as loading
+from treeflash_cuda.operations import CHECKS, Operations
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_target(tmp_path / "target", "qwen3", seed=1, vocab_size=40)
+    write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
+    return tmp_path / "target", tmp_path / "drafter"
+
+
+def test_a_processor_reports_what_runs_on_it(folders):
+    backend = loading.load(*folders, LoadConfig(device="cpu", dtype="float32"))
+    report = device_report(backend)
+    assert report.facts["torch"] == torch.__version__
+    assert "transformers" in report.facts
+    assert report.free_bytes is None
+    assert not report.kernels
+    parameters = [*backend.target.model.parameters(), *backend.drafter_model.parameters()]
+    parameters += backend.head.module.parameters()
+    expected = {parameter.data_ptr(): parameter.nbytes for parameter in parameters}
+    assert report.weights_bytes == sum(expected.values()) > 0
+
+
+def test_a_gpu_reports_its_card_its_kernels_and_the_memory_set_aside(cuda, folders):
+    cuda.free_bytes = 10 * GIB
+    backend = loading.load(*folders, LoadConfig(dtype="bfloat16"))
+    state = backend.open(40, drafts=True)
+    backend.verifier.run([Prefill(state, [3, 4, 5], None)])
+    backend.verifier.run([Verify(state, DraftTree.root_only(6), SamplingParams())])
+    report = device_report(backend)
+    assert (report.facts["device"], report.facts["capability"]) == ("fake", "9.0")
+    assert report.facts["memory"] == "10.0 GiB"
+    assert report.facts["CUDA"] == torch.version.cuda
+    graphs = report.kernels.pop("CUDA graphs")
+    assert graphs == {"the target": "captured"}
+    assert report.kernels == {name: {"bfloat16": "Triton"} for name in CHECKS}
+    assert report.free_bytes == pytest.approx(8.5 * GIB, rel=0.01)
+
+
+def test_a_kernel_that_fell_back_is_reported_with_its_reason():
+    found = Operations(rms_norm=lambda *_: None, reasons={"gated": "ptxas is missing"})
+    assert found.verdicts == {"rms_norm": "Triton", "gated": "ptxas is missing"}
+
+
+@pytest.mark.parametrize(
+    ("share", "pass_nbytes", "reserved"),
+    [(0.85, 0, 6.8), (0.85, GIB, 5.1), (0.2, GIB, 1.2), (0.85, 5 * GIB, 0)],
+)
+def test_memory_is_set_aside_beside_the_largest_pass(
+    folders, monkeypatch, share, pass_nbytes, reserved
+):
+    """Twice: a graph of it keeps its memory."""
+    backend = loading.load(*folders, LoadConfig(device="cpu", dtype="float32"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 24 * GIB))
+    monkeypatch.setattr(loading, "pass_nbytes", lambda target: pass_nbytes)
+    arenas = backend.target.arena, backend.drafter_arena
+    loading.reserve_memory(backend.target, backend.drafter_arena, share)
+    assert sum(x.reserved_nbytes for x in arenas) == pytest.approx(reserved * GIB, abs=2)
+    columns = [x.reserved_nbytes // x.column_nbytes for x in arenas]
+    assert abs(columns[0] - columns[1]) <= 1
+
+
+def test_a_model_that_its_owner_goes_on_using_keeps_most_memory(cuda, folders):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folders[0], dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    cuda.free_bytes = 10 * GIB
+    report = device_report(loading.wrap(model.to("cuda"), None))
+    assert report.free_bytes == pytest.approx(2 * GIB, rel=0.01)
