@@ -315,6 +315,6 @@ def test_a_reader_that_goes_away_costs_no_figures(tiny_pair, files, tmp_path):
     )
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=300) == 141
     assert b"Traceback" not in err
     assert json.loads(path.read_text(encoding="utf-8"))["rows"]

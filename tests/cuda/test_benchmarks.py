@@ -41,7 +41,9 @@ def test_a_benchmark_runs(name, module, tmp_path):
     assert "machine" in json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("name", PAIR_SCRIPTS)
+@pytest.mark.parametrize(
+    "name", ["throughput", pytest.param("peers.__main__", marks=pytest.mark.nightly)]
+)
 def test_a_comparison_runs(name, module, pair, tmp_path):
     """All systems run, and in float32 they give the same tokens."""
     file = tmp_path / "out.json"

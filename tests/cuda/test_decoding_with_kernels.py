@@ -33,8 +33,15 @@ class Counted:
         return self.function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("method", ["ar", "treeflash"])
-@pytest.mark.parametrize(("family", "window"), [("qwen3", None), ("mistral", 4)])
+@pytest.mark.parametrize(
+    ("family", "window", "method"),
+    [
+        ("qwen3", None, "ar"),
+        ("mistral", 4, "treeflash"),
+        pytest.param("qwen3", None, "treeflash", marks=pytest.mark.nightly),
+        pytest.param("mistral", 4, "ar", marks=pytest.mark.nightly),
+    ],
+)
 def test_trees_and_tokens_equal_the_references(family, window, method, tmp_path, monkeypatch):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, family, seed=1, vocab_size=VOCAB)

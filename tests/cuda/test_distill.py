@@ -8,6 +8,7 @@ from treeflash.decoding import Request, decode
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.models import write_target
+from treeflash.testing.pairs import pairwise
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response, respond
 
@@ -35,9 +36,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mistral"])
-@pytest.mark.parametrize("slots", [1, 3, 20])
-@pytest.mark.parametrize("prefix", [(), (7, 30, 5, 11)])
+@pytest.mark.parametrize(
+    ("family", "slots", "prefix"),
+    pairwise(["llama", "qwen3", "qwen3_moe", "mistral"], [1, 3, 20], [(), (7, 30, 5, 11)]),
+)
 def test_responses_equal_plain_decoding(family, slots, prefix, tmp_path):
     write_target(tmp_path, family, seed=1, vocab_size=40)
     random = np.random.default_rng(2)

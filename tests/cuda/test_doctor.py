@@ -222,6 +222,7 @@ def test_the_default_pair(default_problems):
     assert default_problems() == {}
 
 
+@pytest.mark.nightly
 def test_the_default_pair_with_a_word_as_mask_token(default_problems, default_drafter):
     edit_config(default_drafter, lambda config: config["dflash_config"].update(mask_token_id=500))
     found = default_problems()

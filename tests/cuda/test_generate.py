@@ -8,6 +8,7 @@ from treeflash.decoding import decode
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.pairs import pairwise
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
@@ -18,6 +19,7 @@ from treeflash_cuda.backend import load
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 BUDGETS = (1, 2, 16, 64, 256)
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")
 QUESTIONS = (
     "Natalia sold clips to 48 friends in April, and half as many in May. How many in all?",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -43,17 +45,22 @@ def tokens(backend, prompt, config):
     return [token for step in decode(backend, prompt, config) for token in step.tokens]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral"])
+CASES = pairwise(FAMILIES, METHODS, BUDGETS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
     write_target(tmp_path / "target", family, seed=1, vocab_size=40)
     write_drafter(tmp_path / "drafter", tmp_path / "target", seed=2)
     backend = load(tmp_path / "target", tmp_path / "drafter", CPU)
     prompt = np.random.default_rng(3).integers(0, 40, 12).tolist()
     expected = plain(tmp_path / "target", prompt, 48)
-    for method in METHODS:
-        for budget in BUDGETS:
-            config = DecodeConfig(method=method, budget=budget, max_tokens=48)
-            assert tokens(backend, prompt, config) == expected, (method, budget)
+    for method, budget in [case[1:] for case in CASES if case[0] == family]:
+        config = DecodeConfig(method=method, budget=budget, max_tokens=48)
+        assert tokens(backend, prompt, config) == expected, (method, budget)
+
+
+OTHER_FILTERS = {}, {"top_k": 20}, {"min_p": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,9 @@ def default_pair(smollm2):
     return load(smollm2, resolve_drafter(None, None), CPU)
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+    "question", [QUESTIONS[0], *(pytest.param(x, marks=pytest.mark.nightly) for x in QUESTIONS[1:])]
+)
 def test_smollm2_generates_what_transformers_generates(question, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": question}])
     expected = plain(smollm2, prompt, 48)
@@ -71,7 +80,9 @@ def test_smollm2_generates_what_transformers_generates(question, smollm2, defaul
 
 
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}], ids=lambda f: str(f)
+    "filters",
+    [{"top_p": 0.9}, *(pytest.param(x, marks=pytest.mark.nightly) for x in OTHER_FILTERS)],
+    ids=str,
 )
 def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[2]}])

@@ -148,7 +148,7 @@ def test_threads_share_fused_layers(attention):
     def run(x):
         outputs = []
         for layer in fused:
-            barrier.wait(timeout=30)
+            barrier.wait(timeout=120)
             outputs.append(layer(x))
         return outputs
 

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import decode
 from treeflash.testing import require
@@ -35,6 +37,7 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.nightly
 def test_two_machines_give_the_tokens_of_one(tmp_path):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1)

@@ -24,7 +24,11 @@ def folders(tmp_path):
     return tmp_path / "target", tmp_path / "drafter"
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["", "static shapes"])
+@pytest.mark.parametrize(
+    "static",
+    [False, pytest.param(True, marks=pytest.mark.nightly)],
+    ids=["", "static shapes"],
+)
 def test_no_state_stays_open_over_500_texts(monkeypatch, folders, static):
     monkeypatch.setattr(arena_module, "SLAB_BYTES", 1 << 16)  # several of them
     if static:

@@ -197,7 +197,7 @@ class Ranks:
         monkeypatch.setattr(parallel, "_leave", lambda: None)
         self.thread = threading.Thread(target=parallel.follow, args=(follower,), daemon=True)
         self.thread.start()
-        self.replies.get(timeout=20)  # it waits for its first message
+        self.replies.get(timeout=120)  # it waits for its first message
         self.backend = CudaBackend(self.target, None, None)
         plain = parallel.LeaderState.__init__
 
@@ -212,7 +212,7 @@ class Ranks:
             self.replies.put("done")
             return self.messages.get()
         self.messages.put(copy.deepcopy(message))
-        return self.replies.get(timeout=20)
+        return self.replies.get(timeout=120)
 
     def follow_state(self, *args):
         self.following.append(State(*args))

@@ -45,13 +45,25 @@ CASES = {
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
+def all_in_float32(cases, in_each):
+    """Cases in float32, one of them in each type; the others are nightly."""
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{name}-{dtype}",
+            marks=[] if dtype == torch.float32 or name == in_each else pytest.mark.nightly,
+        )
+        for (name, case), dtype in itertools.product(cases.items(), DTYPES)
+    ]
+
+
 def worst_row(actual, expected):
     error = (actual.double() - expected.double()).square().flatten(1).mean(1).amax().sqrt()
     return float(error / expected.double().std())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("case", "dtype"), all_in_float32(CASES, "trees"))
 def test_attention(case, dtype):
     case = replace(case, dtype=dtype)
     inputs = attention_case(case)
@@ -69,24 +81,22 @@ def test_attention_reads_quantised_columns(dtype):
     assert worst_row(found, expected) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        SMALL,
-        Shapes(
-            heads=6,
-            kv_heads=2,
-            head_dim=12,
-            hidden_size=40,
-            softcap=5.0,
-            sinks=True,
-            quantised=True,
-            experts=True,
-        ),
-    ],
-    ids=["plain", "soft-capped, with sinks, in 8 bits, with experts"],
-)
+LOADED = {
+    "soft-capped, with sinks, in 8 bits, with experts": Shapes(
+        heads=6,
+        kv_heads=2,
+        head_dim=12,
+        hidden_size=40,
+        softcap=5.0,
+        sinks=True,
+        quantised=True,
+        experts=True,
+    ),
+    "plain": SMALL,
+}
+
+
+@pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED, "plain"))
 def test_all_kernels_pass_the_check_at_load(shapes, dtype):
     found = checked(KERNELS, shapes, CPU, dtype)
     unused = {} if shapes.experts else {"grouped_linear": operations.grouped_linear}
@@ -101,8 +111,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(("case", "dtype"), all_in_float32(EXACT, "prompt tokens"))
 def test_a_row_of_attention_equals_plain_decoding_bit_for_bit(case, dtype):
     """Whatever rows, trees and sequences are beside it, and wherever its keys are."""
     case = replace(case, dtype=dtype)

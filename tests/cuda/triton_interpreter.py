@@ -1,7 +1,9 @@
 """Repairs of Triton's interpreter, which runs kernels on a CPU.
 
 The interpreter of Triton 3.7 truncates float32 to bfloat16 where GPUs round, and its products read
-bfloat16 as integers. Both are mended here, so that kernels are tested in bfloat16 too.
+bfloat16 as integers. Both are mended here, so that kernels are tested in bfloat16 too. Its products
+are NumPy's, whose order of sums depends on the number of rows on some processors, unlike a GPU's.
+Here a row is summed in order, so that tests can ask for equal bits.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+cast = InterpreterBuilder.cast_impl
 
 
 def to_bfloat16(x: Any) -> Any:
@@ -31,10 +33,13 @@ def rounding_cast(self: Any, x: Any, dtype: Any) -> Any:
     return to_bfloat16(x) if rounds else cast(self, x, dtype)
 
 
-def wide_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+def dot_in_order(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
     a, b = (to_float32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return dot(self, a, b, *args)
+    a, b = (x.data.astype(total.data.dtype) for x in (a, b))
+    # A sum over an axis that is not the last adds one slice after another.
+    product = (a[..., None] * b[..., None, :, :]).sum(-2)
+    return TensorHandle(product + total.data, total.dtype.scalar)
 
 
 InterpreterBuilder.cast_impl = rounding_cast
-InterpreterBuilder.create_dot = wide_dot
+InterpreterBuilder.create_dot = dot_in_order

@@ -12,7 +12,7 @@ import sys
 
 import httpx
 import pytest
-from servers import parse, wait_until
+from servers import PATIENCE, parse, wait_until
 
 from treeflash import serve as command
 from treeflash.serving import application as serving_run
@@ -196,7 +196,7 @@ from treeflash.serving.application import Settings, serve
 def load():
     atexit.register(os.abort)  # as a framework does whose threads are running
     print("loading", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 serve(load, Settings(), {}, ("tiny",), host="127.0.0.1", port=0, log_level="info")
 """
@@ -215,7 +215,7 @@ def test_an_interruption_while_it_loads():
         try:
             assert process.stdout.readline() == "loading\n"
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert (process.returncode, err) == (130, "interrupted\n")
@@ -233,9 +233,9 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
         ) as process,
     ):
         try:
-            wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None, 60)
+            wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
             url = log.read_text().split(" on ")[1].split()[0]
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 wait_until(lambda: is_ready(client))
                 body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True}
                 with client.stream("POST", "/v1/completions", json=body) as response:
@@ -244,7 +244,7 @@ def test_a_signal_ends_it_after_the_running_answers(model, tmp_path):
                     process.send_signal(signal.SIGTERM)
                     *_, last = frames
             assert last["choices"][0]["finish_reason"] == "length"
-            assert process.wait(30) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
     assert "Traceback" not in log.read_text()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
-from servers import wait_until
+from servers import PATIENCE, wait_until
 
 from treeflash import serve as command
 
@@ -32,12 +32,8 @@ def test_while_models_are_fetched(capsys, monkeypatch):
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", port]
+    args = ["--backend", "reference", "--target", model.folder, "--method", "ar", "--port", 0]
     environment = {**os.environ, "TREEFLASH_CACHE": str(tmp_path)}
-    url = f"http://127.0.0.1:{port}"
     with (
         FULL.open("w") as log,
         subprocess.Popen(
@@ -45,20 +41,26 @@ def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
         ) as process,
     ):
 
-        def ready():
+        def listening():
             assert process.poll() is None, "the server has ended"
+            connections = psutil.Process(process.pid).net_connections("tcp4")
+            return [x.laddr.port for x in connections if x.status == psutil.CONN_LISTEN]
+
+        def ready():
             try:
                 return httpx.get(f"{url}/health").status_code == 200
             except httpx.TransportError:
                 return False
 
         try:
-            wait_until(ready, 60)
+            wait_until(listening)
+            url = f"http://127.0.0.1:{listening()[0]}"
+            wait_until(ready)
             body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
             assert answer.json()["usage"]["completion_tokens"] == 4
             process.send_signal(signal.SIGTERM)
             # Python ends with 120 if some of its log was left to flush.
-            assert process.wait(30) in (0, 120)
+            assert process.wait(PATIENCE) in (0, 120)
         finally:
             process.kill()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from servers import check_error, serving, wait_until
+from servers import PATIENCE, check_error, serving, wait_until
 from tool_models import tool_model
 
 from treeflash.serving.errors import APIError
@@ -232,7 +232,7 @@ def test_the_process_ends_with_its_compiler(model):
     process = compiler._parts[1]._process
     del compiler
     gc.collect()
-    assert process.wait(timeout=20) != 0
+    assert process.wait(PATIENCE) != 0
 
 
 def test_no_process_can_be_started(model, monkeypatch):
@@ -365,7 +365,7 @@ def _no_traceback(caplog):
 @pytest.mark.parametrize(("request_", "param"), REQUESTS, ids=range(len(REQUESTS)))
 def test_requests(hardened, request_, param):
     path, body = request_
-    response = hardened.client.post(path, json=body, timeout=20)
+    response = hardened.client.post(path, json=body)
     if path == MESSAGES:
         assert response.status_code == 400, response.text
         assert "invalid grammar" in response.json()["error"]["message"]

@@ -9,7 +9,7 @@ import re
 import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
-from servers import serving
+from servers import PATIENCE, serving
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -483,7 +483,7 @@ def test_a_disconnect_reaches_the_replica(begun):
             if begun:
                 yield 200, []
             disconnect.set()
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
             yield 200, []
 
         def send(request):
@@ -492,7 +492,7 @@ def test_a_disconnect_reaches_the_replica(begun):
 
         app = relay_application(send, LostReplicaError, Settings())
         request = ask_async(app, "POST", "/v1/completions", JSON, [b"{}"], disconnect=disconnect)
-        await asyncio.wait_for(request, 10)
+        await asyncio.wait_for(request, PATIENCE)
 
     asyncio.run(run())
     assert pieces[0].cancelled

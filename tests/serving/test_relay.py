@@ -12,6 +12,7 @@ import pytest
 from asgi import Pieces, ask
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from servers import PATIENCE
 
 from treeflash.serving.relay import PrefixIndex, RelayedRequest, response_app, response_pieces
 
@@ -46,7 +47,7 @@ def test_answers_are_the_same():
 
 
 def test_streams_come_piece_by_piece_and_end_with_the_client():
-    app, ended = FastAPI(), []
+    app, ended = FastAPI(), asyncio.Event()
 
     @app.post("/stream")
     async def stream():
@@ -56,7 +57,7 @@ def test_streams_come_piece_by_piece_and_end_with_the_client():
                     yield b"%d\n" % i
                     await asyncio.sleep(0.001)
             finally:
-                ended.append(True)
+                ended.set()
 
         return StreamingResponse(pieces())
 
@@ -78,11 +79,7 @@ def test_streams_come_piece_by_piece_and_end_with_the_client():
         assert status == 200
         assert [await anext(pieces) for _ in range(3)] == [b"0\n", b"1\n", b"2\n"]
         await pieces.aclose()
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            if ended:
-                return
-        raise AssertionError("the stream went on")
+        await asyncio.wait_for(ended.wait(), PATIENCE)
 
     asyncio.run(run())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -52,7 +52,7 @@ repeated = settings(
 )
 
 
-def pairwise(*factors: Iterable[str | int]) -> list[tuple[Any, ...]]:
+def pairwise(*factors: Iterable[Hashable]) -> list[tuple[Any, ...]]:
     """Return few cases in which any two values of different factors meet.
 
     Factors of 5, 5 and 6 values need 32 cases instead of 150: a greedy cover, which
