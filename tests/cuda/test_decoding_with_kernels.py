@@ -1,5 +1,7 @@
 """Decoding with the Triton kernels in the interpreter: the reference's trees and tokens."""
 
+import itertools
+
 import numpy as np
 import pytest
 from parts import load_with_parts
@@ -20,6 +22,7 @@ from treeflash_cuda.operations import Operations
 from treeflash_cuda.triton_kernels import attention, layers
 
 VOCAB = 24
+EACH_RUN = [("qwen3", "ar", "all"), ("mistral", "treeflash", "greedy")]
 
 
 class Counted:
@@ -33,27 +36,31 @@ class Counted:
         return self.function(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("family", "window", "method"),
-    [
-        ("qwen3", None, "ar"),
-        ("mistral", 4, "treeflash"),
-        pytest.param("qwen3", None, "treeflash", marks=pytest.mark.nightly),
-        pytest.param("mistral", 4, "ar", marks=pytest.mark.nightly),
-    ],
-)
-def test_trees_and_tokens_equal_the_references(family, window, method, tmp_path, monkeypatch):
+CASES = [
+    pytest.param(
+        family,
+        method,
+        sampling,
+        marks=[] if (family, method, sampling) in EACH_RUN else [pytest.mark.nightly],
+    )
+    for family, method, sampling in itertools.product(
+        ("qwen3", "mistral"), ("ar", "treeflash"), ("greedy", "all")
+    )
+]
+
+
+@pytest.mark.parametrize(("family", "method", "sampling"), CASES)
+def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_path, monkeypatch):
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, family, seed=1, vocab_size=VOCAB)
-    write_drafter(drafter, target, seed=2, sliding_window=window)
+    write_drafter(drafter, target, seed=2, sliding_window=4 if family == "mistral" else None)
     backend = load_with_parts(monkeypatch, target, drafter)
     counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
     backend.target.operations = Operations(counted[0], layers.rms_norm, counted[1], layers.gated)
     reference = load_reference(target, drafter, LoadConfig())
     prompt = random_tokens(np.random.default_rng(3), VOCAB, 70)  # more than a tile
-    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["all"]):
-        config = DecodeConfig(method=method, budget=6, max_tokens=6, sampling=sampling)
-        found, expected = (list(decode(x, prompt, config)) for x in (backend, reference))
-        assert_equal_steps(found, expected)
+    config = DecodeConfig(method=method, budget=6, max_tokens=6, sampling=SAMPLINGS[sampling])
+    found, expected = (list(decode(x, prompt, config)) for x in (backend, reference))
+    assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0
