@@ -129,3 +129,47 @@ def test_an_error_of_a_constraint_ends_its_text_alone(backend):
     bad, good = found.values()
     assert str(bad[-1]) == "no such rule"
     assert sum(len(step.tokens) for step in good) == 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_children_of_an_allowed_token_stay_its_own(seed):
+    """Pruning moves the first tokens; each takes its probability and its own next row along."""
+    rng = np.random.default_rng(seed)
+    depths, rows, k = 3, 4, 6
+    tokens = np.stack(
+        [[rng.choice(VOCAB, k, replace=False) for _ in range(rows)] for _ in range(depths)]
+    ).astype(np.int32)
+    probs = rng.dirichlet(np.ones(k), (depths, rows))
+    log_probs = -np.sort(-np.log(probs), -1).astype(np.float32)
+    next_row = rng.integers(0, rows, (depths, rows, k)).astype(np.int32)
+    table = TransitionTable(tokens, log_probs, next_row)
+    bits = np.zeros(64, np.bool_)
+    bits[rng.choice(tokens[0, 0], 3, replace=False)] = True
+    allowed = np.packbits(bits, bitorder="little").view(np.uint32)
+    pruned = prune(table, allowed, VOCAB)
+    before = {
+        int(t): (p, r)
+        for t, p, r in zip(tokens[0, 0], log_probs[0, 0], next_row[0, 0], strict=True)
+    }
+    after = [
+        (int(t), (p, r))
+        for t, p, r in zip(
+            pruned.tokens[0, 0], pruned.log_probs[0, 0], pruned.next_row[0, 0], strict=True
+        )
+    ]
+    assert [t for t, _ in after[:3]] == [int(t) for t in tokens[0, 0] if bits[t]]
+    assert dict(after[:3]) == {t: before[t] for t, _ in after[:3]}
+    assert {p for _, (p, _) in after[3:]} == {-np.inf}
+    for part, whole in ((pruned.tokens, tokens), (pruned.log_probs, log_probs)):
+        np.testing.assert_array_equal(part[1:], whole[1:])
+    np.testing.assert_array_equal(table.log_probs, log_probs)
+
+    def paths(tree):
+        nodes = [path_to(tree, node) for node in range(1, len(tree))]
+        return {tuple(tree.tokens[path].tolist()): tree.log_probs[path[-1]] for path in nodes}
+
+    every = paths(build_tree(table, 1, 2000))
+    kept = {path: value for path, value in every.items() if bits[path[1]]}
+    assert 3 < len(kept) < len(every)
+    found = paths(build_tree(pruned, 1, 2000))
+    assert {p: pytest.approx(x, abs=1e-5) for p, x in kept.items()} == found

@@ -15,6 +15,7 @@ from treeflash.decoding.sampling import (
     unpack,
 )
 from treeflash.errors import NumericalError
+from treeflash.testing.pairs import SAMPLINGS
 
 ROWS, VOCAB = 5, 70  # of three words of a bitmask, the last not full
 SAMPLED = SamplingConfig(temperature=0.8, top_p=0.9)
@@ -112,3 +113,40 @@ def test_log_probs_are_those_of_the_target_alone(rng, logits, count):
     some = found.log_probs.rows(np.array([0, 3], np.int32))
     np.testing.assert_array_equal(some.tokens, found.log_probs.tokens[[0, 3]])
     np.testing.assert_array_equal(some.sampled, found.log_probs.sampled[[0, 3]])
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_reported_log_probs_are_the_models_own(sampling, edited, masked):
+    """Before penalties, biases, masks, temperature and filters, whatever was sampled."""
+    rng = np.random.default_rng(4)
+    n = 5
+    logits = (2 * rng.normal(size=(n, VOCAB))).astype(np.float32)
+    best = logits.argmax(-1)
+    edits = allowed = None
+    if edited:
+        bias = np.full(n, -50, np.float32)
+        edits = LogitEdits(np.arange(n), best, np.ones(n, np.float32), bias)
+    if masked:
+        bits = np.ones((n, 96), np.bool_)
+        bits[np.arange(n), best] = False
+        allowed = np.packbits(bits, -1, bitorder="little").view(np.uint32)
+    keys = None if sampling.greedy else position_keys(1, np.arange(n, dtype=np.int32))
+    found = sample(logits, SamplingParams(sampling, keys, edits, allowed, 3))
+    expected = log_softmax(logits)
+    np.testing.assert_allclose(
+        found.log_probs.sampled, expected[np.arange(n), found.tokens], atol=1e-5
+    )
+    ranked = np.argsort(-expected, -1)[:, :3]
+    assert found.log_probs.tokens.tolist() == ranked.tolist()
+    np.testing.assert_allclose(
+        found.log_probs.values, np.take_along_axis(expected, ranked, -1), atol=1e-5
+    )
+    if edited or masked:
+        assert not (found.tokens == best).any(), "another token was sampled"
