@@ -18,19 +18,31 @@ from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
-from treeflash.drafters.row_heads import find_row_format
-from treeflash.errors import ConfigError, PromptError, UnsupportedModelError
+from treeflash.drafters.folder import read_config
+from treeflash.drafters.row_heads import check_drafter
+from treeflash.errors import (
+    CheckpointError,
+    ConfigError,
+    PromptError,
+    UnsupportedModelError,
+    first_line,
+)
 from treeflash.hub.models import (
-    SELF,
     cache_folder,
+    choose_drafter,
     drafter_training,
     model_name,
     other_base,
-    published_drafter,
     resolve_drafter,
     resolve_target,
 )
-from treeflash.registry import check_config, default_backend, fall_back_to_cpu, loader
+from treeflash.registry import (
+    check_config,
+    default_backend,
+    fall_back_to_cpu,
+    loader,
+    refuse_drafter,
+)
 from treeflash.text.generation import Generation
 from treeflash.text.options import FORMS, Options, lists_options, parse_options, stop_strings
 from treeflash.text.prompt import Prompt, encode
@@ -276,8 +288,9 @@ def load(
     Args:
         target: a local folder or a hub id; None is a small default, SmolLM2-135M-Instruct.
         drafter: a local folder or a hub id; `auto` or None is the published drafter of the target,
-            or else the MTP head in the target's folder; `self` is that head. If there is neither,
-            the default method is `suffix`, which needs none. False loads no drafter: the default is
+            or else the MTP head in the target's folder; `self` is that head. One that cannot be
+            used is passed over with a warning. If there is neither, the default method is
+            `suffix`, which needs none. False loads no drafter: the default is
             plain decoding, and `suffix` works.
         backend: name of an installed backend; None is the best installed backend.
         device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
@@ -331,25 +344,42 @@ class LocatedPair:
     loader: Loader
     config: LoadConfig
     named: bool  # whether the user chose the backend or the device
-    unknown: bool  # whether a drafter was looked for, and none is known for the target
+    automatic: bool  # whether the best draft source was to be found, and none was named
+    passed_over: bool  # whether a better one was found that cannot be used
 
     def load(self) -> LanguageModel:
         """Load the models; see `load`."""
         tokenizer = Tokenizer.from_folder(self.target, thinking=self.thinking)
-        pair = fall_back_to_cpu(
-            lambda config: self.loader(self.target, self.drafter, config),
-            self.config,
-            named=self.named,
-        )
+        passed_over, drafter, reason = self.passed_over, self.drafter, ""
+        try:
+            pair = self._load_pair(drafter)
+        except (CheckpointError, UnsupportedModelError) as error:
+            if not self.automatic or drafter is None:
+                raise
+            reason = first_line(error)
+        if reason:  # not inside `except`, where the error keeps the first target in memory
+            pair = self._load_pair(None)  # raises if the target was the reason
+            logging.getLogger(__name__).warning(
+                "the drafter in %s is passed over: %s", drafter, reason
+            )
+            passed_over, drafter = True, None
         if self.config.exact and pair.inexact:
             raise ConfigError(f"the {pair.name} backend has no exact mode; {pair.inexact}")
+        copies = self.automatic and drafter is None
         return LanguageModel(
             pair,
             tokenizer,
             self.target,
             self.config,
-            self.drafter,
-            suffix=self.unknown and _can_copy(pair, self.target),
+            drafter,
+            suffix=copies and _can_copy(pair, self.target, passed_over=passed_over),
+        )
+
+    def _load_pair(self, drafter: Path | None) -> Backend:
+        return fall_back_to_cpu(
+            lambda config: self.loader(self.target, drafter, config),
+            self.config,
+            named=self.named,
         )
 
 
@@ -374,38 +404,53 @@ def locate(
             base,
             model_name(target_folder),
         )
-    drafter_folder, thinking = None, False
-    drafter_name = None if drafter in (None, AUTO) else str(drafter)
-    unknown = drafter_name is None and published_drafter(name) is None
-    if unknown and find_row_format(target_folder) is not None:
-        drafter_name, unknown = SELF, False
-    if drafter is not False and not unknown:
+    automatic = drafter in (None, AUTO)
+    passed_over: tuple[str, ...] = ()
+    drafter_name, drafter_folder = None, None
+    if automatic:
+
+        def check(folder: Path) -> None:
+            if (found := check_drafter(folder, read_config(target_folder))) is not None:
+                refuse_drafter(load_pair, found)
+
+        chosen = choose_drafter(name, check)
+        drafter_name, drafter_folder = chosen.name, chosen.folder
+        passed_over = chosen.passed_over
+    elif drafter is not False:
+        drafter_name = str(drafter)
         drafter_folder = resolve_drafter(drafter_name, name)
-        thinking = drafter_training(drafter_name, name).thinking
+    for line in passed_over:
+        logging.getLogger(__name__).warning(line)
     return LocatedPair(
         target=target_folder,
         drafter=drafter_folder,
-        thinking=thinking,
+        thinking=drafter_name is not None and drafter_training(drafter_name, name).thinking,
         loader=load_pair,
         config=config,
         named=backend is not None or config.device is not None,
-        unknown=unknown and drafter is not False,
+        automatic=automatic,
+        passed_over=bool(passed_over),
     )
 
 
-def _can_copy(backend: Backend, target: Path) -> bool:
-    """Whether a target without a known drafter runs draft trees; says what it is decoded with."""
+def _can_copy(backend: Backend, target: Path, *, passed_over: bool) -> bool:
+    """Whether a target without a drafter runs draft trees; says what it is decoded with.
+
+    A drafter that was passed over had a line already, which is enough if copies replace it.
+    """
     method, reason = "suffix, which copies what the text repeats", ""
     try:
         backend.check_trees()
     except UnsupportedModelError as error:
         method, reason = "ar, without drafts", f": {error}"
-    logging.getLogger(__name__).warning(
-        "no published drafter is known for %s; the default method is %s%s",
-        model_name(target),
-        method,
-        reason,
-    )
+    if reason or not passed_over:
+        logging.getLogger(__name__).warning(
+            "no %s drafter is known for %s; the default method is %s%s",
+            "usable" if passed_over else "published",
+            model_name(target),
+            method,
+            reason,
+        )
     return not reason
 
 

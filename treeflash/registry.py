@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Loader
+from treeflash.drafters.config import DrafterConfig
 from treeflash.errors import BackendError
 
 T = TypeVar("T")
@@ -67,6 +68,17 @@ def check_config(load: Loader, config: LoadConfig) -> None:
         check = getattr(module, name, None)
         if check is not None and value is not None:
             check(value)
+
+
+def refuse_drafter(load: Loader, config: DrafterConfig) -> None:
+    """Let a backend refuse a drafter before it is loaded.
+
+    A module of a `Loader` may have the function `check_drafter`, which raises an
+    UnsupportedModelError for a drafter that the backend cannot run.
+    """
+    check = getattr(inspect.getmodule(load), "check_drafter", None)
+    if check is not None:
+        check(config)
 
 
 def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:

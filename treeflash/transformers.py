@@ -21,10 +21,10 @@ from typing import Any, Literal
 from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, SamplingConfig
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.drafters.row_heads import find_row_format
+from treeflash.drafters.row_heads import check_drafter
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import published_drafter, resolve_drafter
-from treeflash.registry import loader
+from treeflash.hub.models import choose_drafter, resolve_drafter
+from treeflash.registry import loader, refuse_drafter
 from treeflash.text.tokenizer import check_vocabulary
 
 MODES = ("GREEDY_SEARCH", "SAMPLE")
@@ -95,7 +95,7 @@ def generate(
     if seed is None:
         seed = int(input_ids.new_empty((), device="cpu").random_())
     sampling, penalties = _processing(logits_processor, bool(generation_config.do_sample))
-    pair = _pair(model, _drafter_folder(model.name_or_path, drafter))
+    pair = _pair(model, _drafter_folder(model, drafter))
     limit = pair.backend.max_positions
     if max(map(len, prompts)) + rows.max_tokens > limit:
         warnings.warn(f"sequences end at {limit} tokens, the model's limit", stacklevel=2)
@@ -301,14 +301,26 @@ def _pair(model: Any, drafter: Path | None) -> _Pair:
     return pair
 
 
-def _drafter_folder(name: str, drafter: Drafter) -> Path | None:
-    """The folder of a drafter; None for no drafter."""
+def _drafter_folder(model: Any, drafter: Drafter) -> Path | None:
+    """The folder of a drafter; None for no drafter. What is found automatically is found once."""
+    name = model.name_or_path
     if drafter is False or (drafter is None and not name):
         return None
-    if drafter is None and published_drafter(name) is None:
-        folder = Path(name)  # it may have an MTP head
-        return folder if folder.is_dir() and find_row_format(folder) else None
-    return resolve_drafter(None if drafter is None else str(drafter), name or None)
+    if drafter is not None:
+        return resolve_drafter(str(drafter), name or None)
+    pairs = vars(model).setdefault(PAIRS, _Pairs())
+    if AUTO not in pairs:
+
+        def check(folder: Path) -> None:
+            if (found := check_drafter(folder, model.config.to_dict())) is not None:
+                refuse_drafter(loader("cuda"), found)
+
+        chosen = choose_drafter(name, check)
+        for line in chosen.passed_over:
+            warnings.warn(line, stacklevel=3)
+        pairs[AUTO] = chosen.folder
+    folder: Path | None = pairs[AUTO]
+    return folder
 
 
 def _decode(pair: _Pair, requests: Sequence[Request], rows: _Rows) -> None:

@@ -24,6 +24,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import (
     find_row_format,
@@ -388,6 +389,11 @@ def load_target_operations(target: Target) -> Operations | None:
     return operations
 
 
+def check_drafter(config: DrafterConfig) -> None:
+    """Raise an UnsupportedModelError for a drafter that this backend lacks."""
+    refuse_assistant(config, "cuda")
+
+
 def load_row_head(folder: Path, target: Target) -> RowModel | None:
     """Read the row head of a folder; None if it has none. See `load_row_tensors`."""
     if (row_format := find_row_format(folder)) is None:
@@ -402,7 +408,7 @@ def load_row_head(folder: Path, target: Target) -> RowModel | None:
         vocab_size=vocab_size,
         num_hidden_layers=len(target.layers),
     )
-    refuse_assistant(tensors.config, "cuda")
+    check_drafter(tensors.config)
     model = load_weights(RowModel, tensors.config, tensors.weights, tensors.vocabulary, target)
     pack_linears(model)
     return model

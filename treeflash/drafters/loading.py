@@ -57,6 +57,23 @@ def refuse_extensions(
             raise UnsupportedModelError(f"{user} does not support a drafter with {name}")
 
 
+def check_block_drafter(
+    folder: Path, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
+) -> tuple[DrafterConfig, formats.Shapes]:
+    """Check from its headers alone that a drafter belongs to a target of this shape.
+
+    Returns its configuration and the shapes of its tensors by canonical name. Raises a
+    CheckpointError if the folder is damaged, incomplete, or not made for this target.
+    """
+    config = formats.drafter_config(folder)
+    check_pair(
+        config, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
+    )
+    shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
+    check_shapes(folder, config, shapes, vocab_size)
+    return config, shapes
+
+
 def load_tensors(
     folder: Path,
     read: Callable[[Path], Mapping[str, Tensor]],
@@ -71,12 +88,9 @@ def load_tensors(
     queries become tensors of their own, `gate_proj`. Raises a CheckpointError if the folder is
     damaged, incomplete, or not made for this target.
     """
-    config = formats.drafter_config(folder)
-    check_pair(
-        config, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
+    config, shapes = check_block_drafter(
+        folder, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
     )
-    shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
-    check_shapes(folder, config, shapes, vocab_size)
     head_size = formats.head_inner_size(shapes)
     head_names = formats.head_shapes(config, head_size, vocab_size).keys()
     prefix = formats.HEADS[config.head].prefix if config.head else ""

@@ -29,8 +29,13 @@ from typing import Any, Generic, Literal, TypeVar
 from treeflash.config import LoadConfig
 from treeflash.drafters import backbone
 from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
-from treeflash.drafters.folder import check_dtype, read_config, stored_tensors
-from treeflash.drafters.loading import VOCABULARY, check_pair, compare_shapes
+from treeflash.drafters.folder import StoredTensor, check_dtype, read_config, stored_tensors
+from treeflash.drafters.loading import (
+    VOCABULARY,
+    check_block_drafter,
+    check_pair,
+    compare_shapes,
+)
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
@@ -173,21 +178,18 @@ def find_row_format(folder: Path) -> RowFormat | None:
     return None
 
 
-def load_row_tensors(
+def check_row_head(
     folder: Path,
     format: RowFormat,
-    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
-    stack: Callable[[list[Tensor]], Tensor],
     *,
     hidden_size: int,
     vocab_size: int,
     num_hidden_layers: int,
-) -> RowTensors[Tensor]:
-    """Read a row head and check that it belongs to a target of this shape.
+) -> tuple[RowConfig, Names, dict[str, StoredTensor]]:
+    """Check from its headers alone that a row head belongs to a target of this shape.
 
-    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
-    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
-    raised if a setting or a tensor is missing, or does not fit or is not supported.
+    Returns its configuration, its tensors' names, and the folder's tensors. Raises a
+    CheckpointError if a setting or a tensor is missing, or does not fit or is not supported.
     """
     stored = stored_tensors(folder)
     settings = read_config(folder)
@@ -212,6 +214,32 @@ def load_row_tensors(
         optional.add("lm_head.weight")
     shapes = _split_fused({names[x]: stored[x].shape for x in names})
     compare_shapes(folder, expected, shapes, optional, "a row head")
+    return config, names, stored
+
+
+def load_row_tensors(
+    folder: Path,
+    format: RowFormat,
+    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
+    stack: Callable[[list[Tensor]], Tensor],
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+) -> RowTensors[Tensor]:
+    """Read a row head and check that it belongs to a target of this shape.
+
+    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
+    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
+    raised if a setting or a tensor is missing, or does not fit or is not supported.
+    """
+    config, names, stored = check_row_head(
+        folder,
+        format,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
+    )
     tensors: dict[str, Tensor] = {}
     for path in sorted({stored[name].path for name in names}):
         wanted = [name for name in names if stored[name].path == path]
@@ -221,15 +249,32 @@ def load_row_tensors(
     return RowTensors(config=config, weights=weights, vocabulary=vocabulary)
 
 
+def check_drafter(folder: Path, target: Config) -> DrafterConfig | None:
+    """Check from headers alone that the drafter of a folder fits a target's configuration.
+
+    Returns the drafter's configuration; None if the target's does not name its sizes as most do.
+    Raises a CheckpointError or an UnsupportedModelError as loading the drafter would.
+    """
+    row_format = find_row_format(folder)
+    settings = _text(target)
+    keys = ("hidden_size", "vocab_size", "num_hidden_layers")
+    shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
+    if len(shape) < len(keys):
+        return None
+    if row_format is None:
+        return check_block_drafter(folder, **shape)[0]
+    return check_row_head(folder, row_format, **shape)[0]
+
+
 def refuse_window(config: LoadConfig) -> None:
     """Raise a ConfigError for a window on the rows."""
     if config.draft_window is not None:
         raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
 
 
-def refuse_assistant(config: RowConfig, backend: str) -> None:
+def refuse_assistant(config: DrafterConfig, backend: str) -> None:
     """Raise an UnsupportedModelError for Gemma 4's assistant, whose target a backend lacks."""
-    if config.assistant is not None:
+    if isinstance(config, RowConfig) and config.assistant is not None:
         raise UnsupportedModelError(
             f"Gemma 4's assistant is not supported by the {backend} backend; use the mlx backend"
         )

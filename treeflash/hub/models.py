@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -39,8 +40,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from treeflash.config import AUTO
 from treeflash.drafters.adapter import CONFIG as ADAPTER_CONFIG
 from treeflash.drafters.adapter import base_model
-from treeflash.drafters.row_heads import find_row_format
-from treeflash.errors import CheckpointError, ConfigError, first_line
+from treeflash.drafters.folder import read_config
+from treeflash.drafters.row_heads import check_drafter, find_row_format
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from treeflash.hub.disk import disk_problem
 from treeflash.hub.gguf import convert_gguf
 
@@ -240,7 +242,11 @@ def draft_sources(target: str | None) -> list[DraftSource]:
     folder = _local_folder(target)
     name = model_name(Path(target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     if folder is not None and (folder / "config.json").is_file():
-        has_head = find_row_format(folder) is not None
+        try:
+            has_head = _has_own_head(folder)
+        except UnsupportedModelError as error:
+            logging.getLogger(__name__).warning(_passed_over(folder, error))
+            has_head = False
     else:
         has_head = re.match(MTP_TARGETS, name) is not None
     if has_head:
@@ -263,26 +269,92 @@ def model_name(folder: Path) -> str:
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
     """The local folder of a drafter, which is fetched if needed, or a CheckpointError.
 
-    `auto` or None is the published drafter of the target, whose name is as the user gave it, or
-    else the MTP head in the target's own folder. `self` is that head.
+    `auto` or None is the best draft source of the target, whose name is as the user gave it; see
+    `choose_drafter`. `self` is the MTP head in the target's own folder.
     """
-    name = published_drafter(target) if drafter in (None, AUTO) else drafter
-    if name in (None, SELF):
-        folder = resolve_target(target) if name == SELF else _local_folder(target)
-        if folder is not None and find_row_format(folder) is not None:
+    if drafter in (None, AUTO):
+        chosen = choose_drafter(target)
+        for line in chosen.passed_over:
+            logging.getLogger(__name__).warning(line)
+        if chosen.folder is None:
+            raise CheckpointError(
+                f"no published drafter is known for {target}; name one (--drafter FOLDER_OR_ID)"
+            )
+        return chosen.folder
+    if drafter == SELF:
+        folder = resolve_target(target)
+        if find_row_format(folder) is not None:
             return folder
-    if name == SELF:
         raise CheckpointError(
             f"{target or DEFAULT_TARGET} has no MTP head, which many converted models have lost; "
             "name the folder or hub id of the original model (--drafter)"
         )
-    if name is None:
-        raise CheckpointError(
-            f"no published drafter is known for {target}; name one (--drafter FOLDER_OR_ID)"
-        )
+    name = str(drafter)
     if name == BUNDLED_DRAFTER and not Path(name).exists():
         return Path(str(resources.files("treeflash").joinpath("pretrained", name)))
     return _resolve(name)
+
+
+@dataclass(frozen=True)
+class ChosenDrafter:
+    """The best draft source of a target that can be used.
+
+    Attributes:
+        name: of the drafter, as `resolve_drafter` takes it; None if copies of the text are best.
+        folder: of the drafter; None without one.
+        passed_over: a line on each better source, which says why it cannot be used.
+    """
+
+    name: str | None = None
+    folder: Path | None = None
+    passed_over: tuple[str, ...] = ()
+
+
+def choose_drafter(
+    target: str | None, check: Callable[[Path], object] = lambda folder: None
+) -> ChosenDrafter:
+    """Choose the best drafter that can be fetched and used, in the order of `draft_sources`.
+
+    `check` raises a CheckpointError or an UnsupportedModelError for the folder of a drafter that
+    cannot be used.
+    """
+    passed_over: list[str] = []
+    for drafter in published_drafters(target):
+        try:
+            folder = resolve_drafter(drafter.name, target)
+            check(folder)
+        except (CheckpointError, UnsupportedModelError) as error:
+            passed_over.append(f"the drafter {drafter.name} is passed over: {first_line(error)}")
+        else:
+            return ChosenDrafter(drafter.name, folder, tuple(passed_over))
+    own = _local_folder(target)
+    if own is not None and _has_weights(own):
+        try:
+            if _has_own_head(own):
+                check(own)
+                return ChosenDrafter(SELF, own, tuple(passed_over))
+        except UnsupportedModelError as error:
+            passed_over.append(_passed_over(own, error))
+    return ChosenDrafter(passed_over=tuple(passed_over))
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the folder of a target has an MTP head.
+
+    Raises an UnsupportedModelError for a head that cannot be used, and a CheckpointError if the
+    folder is damaged.
+    """
+    if find_row_format(folder) is None:
+        return False
+    try:
+        check_drafter(folder, read_config(folder))
+    except CheckpointError as error:
+        raise UnsupportedModelError(str(error)) from error
+    return True
+
+
+def _passed_over(folder: Path, error: UnsupportedModelError) -> str:
+    return f"the MTP head in {folder} is passed over: {first_line(error)}"
 
 
 def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafter:

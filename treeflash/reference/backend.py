@@ -10,9 +10,11 @@ import numpy as np
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import ARHead
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_file
 from treeflash.drafters.loading import load_tensors
 from treeflash.drafters.row_heads import (
+    RowConfig,
     find_row_format,
     load_row_tensors,
     refuse_assistant,
@@ -83,6 +85,13 @@ def choose_device(name: str | None) -> None:
         raise BackendError(f"device must be cpu on the reference backend, got {name!r}")
 
 
+def check_drafter(config: DrafterConfig) -> None:
+    """Raise an UnsupportedModelError for a drafter that this backend lacks."""
+    refuse_assistant(config, "reference")
+    if isinstance(config, RowConfig) and config.experts is not None:
+        raise UnsupportedModelError("the reference backend has no row heads with experts")
+
+
 def load_drafter(folder: Path, target: Target) -> DrafterModel:
     """Read a drafter and check that it belongs to the target."""
     shape = {
@@ -92,9 +101,7 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
     }
     if (row_format := find_row_format(folder)) is not None:
         rows = load_row_tensors(folder, row_format, read_file, np.stack, **shape)
-        refuse_assistant(rows.config, "reference")
-        if rows.config.experts is not None:
-            raise UnsupportedModelError("the reference backend has no row heads with experts")
+        check_drafter(rows.config)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
         return RowModel(rows.config, weights, {}, rows.vocabulary, target)
     tensors = load_tensors(folder, read_file, **shape)

@@ -198,7 +198,7 @@ def test_sources_are_listed_best_first(machine, drafters, target, names, default
 def test_a_folder_tells_whether_it_has_a_head(machine, drafters, monkeypatch, tmp_path):
     make_snapshot(tmp_path / "Qwen3.6-27B", "config.json")
     for has_head in (True, False):
-        monkeypatch.setattr(models, "find_row_format", lambda _, has=has_head: has or None)
+        monkeypatch.setattr(models, "_has_own_head", lambda _, has=has_head: has)
         assert ("--drafter self" in drafters(str(tmp_path / "Qwen3.6-27B"))) is has_head
 
 

@@ -1,0 +1,28 @@
+"""Targets whose own MTP heads are not supported decode as if they had none."""
+
+from __future__ import annotations
+
+import numpy as np
+from byte_tokens import save_tokenizer
+from safetensors.numpy import save_file
+
+from treeflash.language_model import load
+from treeflash.testing import require
+
+require("mlx")
+
+
+def test_the_head_of_glm_4_7_flash_is_passed_over(families, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(families.FIELDS, "vocab_size", 300)
+    families.write(tmp_path, "glm4_moe_lite")
+    save_tokenizer(tmp_path)
+    layers = families.FIELDS["num_hidden_layers"]
+    head = {f"model.layers.{layers}.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    save_file(head, tmp_path / "mtp.safetensors")
+    model = load(tmp_path, device="cpu", backend="mlx", dtype="float32")
+    line = caplog.messages[0]
+    assert f"the MTP head in {tmp_path} is passed over: the MTP head of glm4_moe_lite" in line
+    plain = load(tmp_path, False, device="cpu", backend="mlx", dtype="float32")
+    text = model.generate("hi", max_tokens=16)
+    assert text.method == "suffix"
+    assert text.token_ids == plain.generate("hi", max_tokens=16, method="ar").token_ids
