@@ -32,6 +32,10 @@ ROUNDS = 3
 ROUNDING = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 """Relative errors that rounding explains, by the dtype of results."""
 
+UNROLL = '#define UNROLL _Pragma("clang loop unroll(full)")\n'
+"""Comes before every kernel. Without the pragma a compiler may keep a loop over registers, whose
+arrays then lie in the memory of the thread."""
+
 Link: TypeAlias = Callable[[mx.array, int], mx.array]
 """A call in a chain: from the array that the call before returned, and the number of the call."""
 
@@ -67,7 +71,9 @@ def _make(
     source: str,
     copies: bool,
 ) -> Any:
-    return factory(f"treeflash_{name}", inputs, outputs, source, ensure_row_contiguous=copies)
+    return factory(
+        f"treeflash_{name}", inputs, outputs, source, UNROLL, ensure_row_contiguous=copies
+    )
 
 
 def choose(

@@ -58,16 +58,16 @@ PARTS = """
     int oldest[2];  // position in the window
     ulong seen[2];
     simdgroup_float8x8 query[D / 8], output[D / 8];
-    for (uint i = 0; i < 2; ++i) {
+    UNROLL for (uint i = 0; i < 2; ++i) {
         uint r = min(first_row + column + i, rows - 1);
         uint head = key_head * group + r / nodes, node = r % nodes;
         place[i] = (b * heads + head) * nodes + node;
         oldest[i] = positions[b * nodes + node] - window + 1;
         seen[i] = words[b * nodes + node];
         const device T* from = q + b * q_strides[0] + head * q_strides[1] + node * q_strides[2];
-        for (uint d = 0; d < D / 32; ++d) {
+        UNROLL for (uint d = 0; d < D / 32; ++d) {
             vec<T, 4> x = *(const device vec<T, 4>*)(from + 32 * d + 4 * row);
-            for (uint j = 0; j < 4; ++j) {
+            UNROLL for (uint j = 0; j < 4; ++j) {
                 query[4 * d + j].thread_elements()[i] = float(x[j]) * scale[0];
                 output[4 * d + j].thread_elements()[i] = 0.0f;
             }
@@ -89,13 +89,13 @@ PARTS = """
         if (c >= end)
             break;
         simdgroup_float8x8 scores[2];
-        for (uint u = 0; u < 2; ++u) {
+        UNROLL for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + row);
             int at = min(key, end - 1) - offset;
             scores[u] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-            for (uint d = 0; d < D / 32; ++d) {
+            UNROLL for (uint d = 0; d < D / 32; ++d) {
                 LOAD_KEY
-                for (uint j = 0; j < 4; ++j) {
+                UNROLL for (uint j = 0; j < 4; ++j) {
                     simdgroup_float8x8 left;
                     left.thread_elements()[0] = float(x[j]);
                     left.thread_elements()[1] = float(y[j]);
@@ -108,12 +108,12 @@ PARTS = """
                 position = positions[b * nodes + key - start];
                 here = position >= first && position < stop;
             }
-            for (uint i = 0; i < 2; ++i)
+            UNROLL for (uint i = 0; i < 2; ++i)
                 if (!here || position < oldest[i]
                         || (on_tree && !(seen[i] >> (key - start) & 1)))
                     scores[u].thread_elements()[i] = -INFINITY;
         }
-        for (uint i = 0; i < 2; ++i) {
+        UNROLL for (uint i = 0; i < 2; ++i) {
             float top = max(scores[0].thread_elements()[i], scores[1].thread_elements()[i]);
             top = max(top, simd_shuffle_xor(top, 2));
             top = max(top, simd_shuffle_xor(top, 4));
@@ -122,20 +122,20 @@ PARTS = """
             float factor = exp(highest[i] - top);
             highest[i] = top;
             sum[i] *= factor;
-            for (uint d = 0; d < D / 8; ++d)
+            UNROLL for (uint d = 0; d < D / 8; ++d)
                 output[d].thread_elements()[i] *= factor;
-            for (uint u = 0; u < 2; ++u) {
+            UNROLL for (uint u = 0; u < 2; ++u) {
                 float share = exp(scores[u].thread_elements()[i] - top);
                 scores[u].thread_elements()[i] = share;
                 sum[i] += share;
             }
         }
-        for (uint u = 0; u < 2; ++u) {
+        UNROLL for (uint u = 0; u < 2; ++u) {
             int key = c + int(8 * u + column);
             int at[2] = {min(key, end - 1) - offset, min(key + 1, end - 1) - offset};
-            for (uint d = 0; d < D / 32; ++d) {
+            UNROLL for (uint d = 0; d < D / 32; ++d) {
                 LOAD_VALUES
-                for (uint j = 0; j < 4; ++j) {
+                UNROLL for (uint j = 0; j < 4; ++j) {
                     simdgroup_float8x8 left;
                     left.thread_elements()[0] = float(x[j]);
                     left.thread_elements()[1] = float(y[j]);
@@ -146,14 +146,14 @@ PARTS = """
         }
         c += 16;
     }
-    for (uint i = 0; i < 2; ++i) {
+    UNROLL for (uint i = 0; i < 2; ++i) {
         sum[i] += simd_shuffle_xor(sum[i], 2);
         sum[i] += simd_shuffle_xor(sum[i], 4);
         sum[i] += simd_shuffle_xor(sum[i], 16);
         if (first_row + column + i >= rows)
             continue;
         uint part = place[i] * splits + split;
-        for (uint d = 0; d < D / 8; ++d)
+        UNROLL for (uint d = 0; d < D / 8; ++d)
             parts[part * D + d / 4 * 32 + 4 * row + d % 4] = output[d].thread_elements()[i];
         if (row == 0) {
             weights[2 * part] = highest[i];
@@ -188,18 +188,18 @@ QUANTISED = {
                     keys + at * k_strides[2] + (4 * d + column / 2) * (BITS / 4);
                 uint low = from[0], high = BITS == 4 ? low >> 16 : from[BITS / 4 - 1];
                 float4 x, y;
-                for (uint j = 0; j < 4; ++j) {
+                UNROLL for (uint j = 0; j < 4; ++j) {
                     x[j] = factor * float(low >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                     y[j] = factor * float(high >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                 }""",
     "LOAD_VALUES": """uint g = (32 * d + 4 * row) / GROUP;
                 float4 x, y;
-                for (uint i = 0; i < 2; ++i) {
+                UNROLL for (uint i = 0; i < 2; ++i) {
                     float factor = float(values_scales[at[i] * v_scales_strides[2] + g]);
                     float bias = float(values_biases[at[i] * v_biases_strides[2] + g]);
                     uint word = values[at[i] * v_strides[2] + (8 * d + row) * BITS / 8]
                         >> (BITS == 4 ? 16 * (row & 1) : 0);
-                    for (uint j = 0; j < 4; ++j) {
+                    UNROLL for (uint j = 0; j < 4; ++j) {
                         float value = factor * float(word >> (BITS * j) & ((1 << BITS) - 1)) + bias;
                         if (i == 0)
                             x[j] = value;

@@ -36,76 +36,76 @@ SOURCE = """
     uint row = (lane >> 4 & 1) * 4 + (lane >> 1 & 3), column = (lane >> 3 & 1) * 4 + (lane & 1) * 2;
     uint place[TILES];
     simdgroup_float8x8 total[TILES][COLUMNS];
-    for (uint t = 0; t < TILES; ++t) {
+    UNROLL for (uint t = 0; t < TILES; ++t) {
         place[t] = min(first + 8 * t + row, outputs - 1);
-        for (uint c = 0; c < COLUMNS; ++c)
+        UNROLL for (uint c = 0; c < COLUMNS; ++c)
             total[t][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     for (uint g = split; g < groups; g += SPLITS) {
         simdgroup_float8x8 sum[TILES][COLUMNS];
-        for (uint t = 0; t < TILES; ++t)
-            for (uint c = 0; c < COLUMNS; ++c)
+        UNROLL for (uint t = 0; t < TILES; ++t)
+            UNROLL for (uint c = 0; c < COLUMNS; ++c)
                 sum[t][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         float2 inputs[COLUMNS];
-        for (uint c = 0; c < COLUMNS; ++c)
+        UNROLL for (uint c = 0; c < COLUMNS; ++c)
             inputs[c] = float2(0.0f);
         for (uint k = g * GROUP; k < (g + 1) * GROUP; k += 32) {
             vec<T, 4> values[COLUMNS][2];
-            for (uint c = 0; c < COLUMNS; ++c)
-                for (uint i = 0; i < 2; ++i) {
+            UNROLL for (uint c = 0; c < COLUMNS; ++c)
+                UNROLL for (uint i = 0; i < 2; ++i) {
                     uint m = min(8 * c + column + i, rows - 1);
                     values[c][i] = *(const device vec<T, 4>*)(x + m * width + k + 4 * row);
                 }
             uint weights[TILES][BITS / 4];
-            for (uint t = 0; t < TILES; ++t)
-                for (uint i = 0; i < BITS / 4; ++i)
+            UNROLL for (uint t = 0; t < TILES; ++t)
+                UNROLL for (uint i = 0; i < BITS / 4; ++i)
                     weights[t][i] = weight[size_t(place[t]) * words
                         + (k / 8 + column / 2) * (BITS / 4) + i];
-            for (uint j = 0; j < 4; ++j) {
+            UNROLL for (uint j = 0; j < 4; ++j) {
                 simdgroup_float8x8 right[COLUMNS];
-                for (uint c = 0; c < COLUMNS; ++c)
-                    for (uint i = 0; i < 2; ++i) {
+                UNROLL for (uint c = 0; c < COLUMNS; ++c)
+                    UNROLL for (uint i = 0; i < 2; ++i) {
                         float value = float(values[c][i][j]);
                         right[c].thread_elements()[i] = value;
                         inputs[c][i] += value;
                     }
-                for (uint t = 0; t < TILES; ++t) {
+                UNROLL for (uint t = 0; t < TILES; ++t) {
                     simdgroup_float8x8 left;
                     uint low = weights[t][0] >> (BITS * j);
                     uint high = BITS == 4 ? low >> 16 : weights[t][BITS / 4 - 1] >> (BITS * j);
                     left.thread_elements()[0] = float(low & ((1 << BITS) - 1));
                     left.thread_elements()[1] = float(high & ((1 << BITS) - 1));
-                    for (uint c = 0; c < COLUMNS; ++c)
+                    UNROLL for (uint c = 0; c < COLUMNS; ++c)
                         simdgroup_multiply_accumulate(sum[t][c], left, right[c], sum[t][c]);
                 }
             }
         }
-        for (uint c = 0; c < COLUMNS; ++c)
-            for (uint i = 0; i < 2; ++i) {
+        UNROLL for (uint c = 0; c < COLUMNS; ++c)
+            UNROLL for (uint i = 0; i < 2; ++i) {
                 inputs[c][i] += simd_shuffle_xor(inputs[c][i], 2);
                 inputs[c][i] += simd_shuffle_xor(inputs[c][i], 4);
                 inputs[c][i] += simd_shuffle_xor(inputs[c][i], 16);
             }
-        for (uint t = 0; t < TILES; ++t) {
+        UNROLL for (uint t = 0; t < TILES; ++t) {
             float scale = float(scales[place[t] * groups + g]);
             float bias = float(biases[place[t] * groups + g]);
-            for (uint c = 0; c < COLUMNS; ++c)
-                for (uint i = 0; i < 2; ++i)
+            UNROLL for (uint c = 0; c < COLUMNS; ++c)
+                UNROLL for (uint i = 0; i < 2; ++i)
                     total[t][c].thread_elements()[i] +=
                         scale * sum[t][c].thread_elements()[i] + bias * inputs[c][i];
         }
     }
     threadgroup float parts[SPLITS][8 * COLUMNS][8 * TILES];
-    for (uint t = 0; t < TILES; ++t)
-        for (uint c = 0; c < COLUMNS; ++c)
-            for (uint i = 0; i < 2; ++i)
+    UNROLL for (uint t = 0; t < TILES; ++t)
+        UNROLL for (uint c = 0; c < COLUMNS; ++c)
+            UNROLL for (uint i = 0; i < 2; ++i)
                 parts[split][8 * c + column + i][8 * t + row] = total[t][c].thread_elements()[i];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = thread_index_in_threadgroup; i < 64 * TILES * COLUMNS; i += 32 * SPLITS) {
         uint m = i / (8 * TILES), n = i % (8 * TILES);
         if (m < rows && first + n < outputs) {
             float y = 0.0f;
-            for (uint s = 0; s < SPLITS; ++s)
+            UNROLL for (uint s = 0; s < SPLITS; ++s)
                 y += parts[s][m][n];
             out[m * outputs + first + n] = static_cast<T>(y);
         }

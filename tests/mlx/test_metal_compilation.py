@@ -1,0 +1,73 @@
+"""Every Metal kernel compiles with Metal's address spaces, and keeps its numbers in registers."""
+
+import pytest
+
+from treeflash.testing import require
+
+require("mlx.core")
+require("mlx_lm")
+require("clang.cindex")
+require("ziglang")
+
+from metal_clang import errors, registers
+
+PRAGMA = '_Pragma("clang loop unroll(full)")'
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Texts of all kernels by name, as `python -m benchmarks.metal_sources` writes them."""
+    from benchmarks.metal_sources import main
+
+    folder = tmp_path_factory.mktemp("kernels")
+    assert main([str(folder)]) == 0
+    return {path.stem: path.read_text() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def left(tmp_path):
+    """`registers` with a folder."""
+    return lambda source: registers(source, tmp_path)
+
+
+def one(sources, name):
+    """The first source whose name begins like this."""
+    return next(text for key, text in sources.items() if key.startswith(f"treeflash_{name}"))
+
+
+def test_every_kernel_compiles(sources):
+    found = {name: errors(text) for name, text in sources.items()}
+    assert {name: x for name, x in found.items() if x} == {}
+
+
+def test_no_kernel_keeps_an_array_in_memory(sources, left):
+    """One dtype: the loops are the same for all."""
+    kinds = {name: text for name, text in sources.items() if "bfloat16" in name}
+    assert len(kinds) > 30
+    found = {name: left(text) for name, text in kinds.items()}
+    assert {name: x for name, x in found.items() if x.arrays or x.picked} == {}
+    products = {name: x.products for name, x in found.items()}
+    assert all(products[x] > 0 for x in products if "attention_parts" in x or "products" in x)
+
+
+@pytest.mark.parametrize("kernel", ["attention_parts__bfloat16_t_128", "products__bfloat16_t_4"])
+def test_loops_that_are_not_unrolled_are_noticed(sources, left, kernel):
+    source = one(sources, kernel)
+    assert PRAGMA in source
+    rolled = left(source.replace(PRAGMA, ""))
+    assert rolled.arrays or rolled.picked
+    assert rolled.products < left(source).products
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong"),
+    [
+        pytest.param("const device T* from", "const thread T* from", id="wrong address space"),
+        pytest.param("max(first, max(offset", "max(1.0f, max(offset", id="ambiguous types"),
+        pytest.param("    while (true)", "    whil (true)", id="syntax"),
+    ],
+)
+def test_errors_of_the_language_are_noticed(sources, correct, wrong):
+    source = one(sources, "attention_parts__bfloat16_t_128")
+    assert correct in source
+    assert errors(source.replace(correct, wrong))
