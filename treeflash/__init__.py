@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from treeflash.decoding import Request, Scheduler
     from treeflash.errors import TreeflashError
     from treeflash.language_model import LanguageModel, load
+    from treeflash.text.async_stream import AsyncStream
     from treeflash.text.generation import Generation, TokenLogProb
     from treeflash.text.stream import Chunk, Stream
 
 __all__ = [
+    "AsyncStream",
     "Chunk",
     "DecodeConfig",
     "Generation",
@@ -45,6 +47,7 @@ _MODULES = {
     "decoding": ("Request", "Scheduler"),
     "errors": ("TreeflashError",),
     "language_model": ("LanguageModel", "load"),
+    "text.async_stream": ("AsyncStream",),
     "text.generation": ("Generation", "TokenLogProb"),
     "text.stream": ("Chunk", "Stream"),
 }

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
@@ -43,6 +43,7 @@ from treeflash.registry import (
     loader,
     refuse_drafter,
 )
+from treeflash.text.async_stream import AsyncDecoder, AsyncStream
 from treeflash.text.generation import Generation
 from treeflash.text.options import FORMS, Options, lists_options, parse_options, stop_strings
 from treeflash.text.prompt import Prompt, encode
@@ -112,9 +113,27 @@ class LanguageModel:
         The `generation()` of the iterator joins its chunks, and its `close()` ends the text early.
         A NumericalError is raised while iterating.
         """
-        assembler = self.assembler(prompt, options)
-        self._measure_costs(assembler.config)
-        return Stream(assembler, self.adaptive_budgets)
+        return Stream(self._prepare(prompt, options), self.adaptive_budgets)
+
+    @lists_options
+    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Generate a whole text beside the others of an event loop; see `generate`.
+
+        Texts that are generated at the same time are decoded together, up to 16 at once. A task
+        that is cancelled ends its text.
+        """
+        async with self.astream(prompt, **options) as stream:
+            return await stream.run()
+
+    @lists_options
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """Generate a text chunk by chunk beside the others of an event loop; see `stream`.
+
+        The first chunk raises what is wrong with the prompt, and a ConfigError if the method needs
+        a drafter that was not loaded. Other errors of options are raised at once.
+        """
+        self.decode_config(options)
+        return AsyncStream(partial(self._prepare, prompt, options), self._async_decoder)
 
     @lists_options
     def generate_many(
@@ -192,6 +211,16 @@ class LanguageModel:
             prefix_cache=prefix_cache,
             suffix_cache=suffix_cache,
         )
+
+    @cached_property
+    def _async_decoder(self) -> AsyncDecoder:
+        return AsyncDecoder(self.backend, self.adaptive_budgets)
+
+    def _prepare(self, prompt: Prompt, options: Options) -> Assembler:
+        """Make a sequence that can be decoded at once; raises what `generate` does."""
+        assembler = self.assembler(prompt, options)
+        self._measure_costs(assembler.config)
+        return assembler
 
     def assembler(self, prompt: Prompt, options: Options) -> Assembler:
         """A sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""

@@ -218,7 +218,7 @@ def test_memory_is_sized_from_the_device(model, monkeypatch):
     report = DeviceReport(available_bytes=10 * GIB, weights_bytes=3 * GIB, batches=False)
     monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
     with serving(model) as server:
-        scheduler = server.engine._loaded.result()[1]
+        scheduler = server.engine._scheduler
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
         assert "treeflash:batches 0.0" in server.client.get("/metrics").text

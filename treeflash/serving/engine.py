@@ -1,4 +1,4 @@
-"""One thread that owns the models and decodes all requests together.
+"""Decodes all requests together, in one thread that owns the models.
 
 An endpoint calls `Engine.submit` in the event loop and reads the `Completion` that it returns. The
 engine's thread runs the scheduler and delivers the new tokens of each iteration to the completions.
@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import queue
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -23,6 +20,8 @@ from itertools import groupby
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.decoding.scheduler import Event
+from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import is_device_lost
 from treeflash.language_model import LanguageModel
@@ -78,9 +77,8 @@ class Completion:
         self.prompts = prompts
         self.answers = tuple(answers)
         self.submitted = time.perf_counter()
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout
-        self._updates: asyncio.Queue[AnswerUpdate | Exception] = asyncio.Queue()
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._updates: Mailbox[AnswerUpdate | Exception] = Mailbox()
         self._unfinished = len(self.answers)
         self._cancel = cancel
 
@@ -119,13 +117,7 @@ class Completion:
 
     def deliver(self, updates: Sequence[AnswerUpdate | Exception]) -> None:
         """Add updates, from any thread; nothing happens if the event loop is closed."""
-
-        def put() -> None:
-            for update in updates:
-                self._updates.put_nowait(update)
-
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(put)
+        self._updates.put(updates)
 
     def __enter__(self) -> Completion:
         return self
@@ -146,7 +138,7 @@ class _RunningAnswer:
 
 
 class Engine:
-    """Decodes requests in a thread of its own, which `start` starts.
+    """Decodes requests in a `SchedulerThread`, which `start` starts.
 
     The models are loaded in this thread too, because frameworks bind streams and thread pools to
     threads. Other threads submit and cancel; both take effect between two iterations.
@@ -167,19 +159,19 @@ class Engine:
         self._backlog: dict[Completion, int] = {}
         self._mean_seconds = 1.0
         self._lock = threading.Lock()
-        self._loaded: Future[tuple[LanguageModel, Scheduler]] = Future()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._answers: dict[RequestId, _RunningAnswer] = {}
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="treeflash-engine", daemon=True)
+        self._thread = SchedulerThread(
+            self._make_scheduler, self._add_events, self._fail_all, stays=True
+        )
 
     @property
     def model(self) -> LanguageModel:
-        return self._loaded.result()[0]
+        self._thread.made.result()
+        return self._model
 
     @property
     def ready(self) -> bool:
-        return self._thread.is_alive() and self._loaded.done() and not self.draining
+        return self._thread.is_alive() and self._thread.made.done() and not self.draining
 
     @property
     def unfinished(self) -> int:
@@ -190,13 +182,12 @@ class Engine:
     def start(self) -> None:
         """Load the models and begin to decode; raises what loading raises."""
         self._thread.start()
-        self._loaded.result()
+        self._thread.made.result()
 
     def stop(self) -> None:
         """Drop all answers and end the thread."""
         self.draining = True
-        self._commands.put(self._stop)
-        self._thread.join()
+        self._thread.stop()
 
     def submit(
         self, requests: Sequence[Request], stop: Sequence[str], *, prompts: int
@@ -210,7 +201,7 @@ class Engine:
             PromptError, ConfigError: see `Scheduler.submit`.
             APIError: too many answers are waiting, or the server is about to end.
         """
-        model, scheduler = self._loaded.result()
+        model, scheduler = self.model, self._scheduler
         if not self.ready:
             raise APIError(503, "the server is shutting down", code="shutting_down")
         for request in requests:
@@ -221,12 +212,12 @@ class Engine:
         ]
         completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
         self._reserve(completion)
-        self._commands.put(partial(self._admit, completion, requests))
+        self._thread.call(partial(self._admit, completion, requests))
         return completion
 
     def shorten(self, request: Request) -> Request:
         """The request with as many new tokens as the memory has room for, and at least one."""
-        scheduler = self._loaded.result()[1]
+        scheduler = self._thread.made.result()
         limit = scheduler.config.max_bytes
         assert limit is not None
 
@@ -261,47 +252,27 @@ class Engine:
 
     def _withdraw(self, completion: Completion) -> None:
         """Cancel the unfinished answers of a completion."""
-        self._commands.put(partial(self._drop, completion))
+        self._thread.call(partial(self._drop, completion))
 
     # The methods below run in the engine's thread.
 
-    def _run(self) -> None:
-        try:
-            model = self._load()
-            settings = self.settings
-            report = device_report(model.backend)
-            max_bytes, cache_bytes = settings.memory(report.free_bytes, report.reserved_bytes)
-            logger.info(
-                "%.3g GiB for KV caches, %.3g GiB of them for the prefix cache",
-                max_bytes / GIB,
-                cache_bytes / GIB,
-            )
-            config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
-            cache = PrefixCache(cache_bytes) if cache_bytes else None
-            copied_bytes = int(settings.suffix_cache_gb * GIB)
-            copied = SuffixCache(copied_bytes) if copied_bytes else None
-            self._scheduler = model.scheduler(config, cache, copied)
-        except BaseException as error:
-            self._loaded.set_exception(error)
-            return
+    def _make_scheduler(self) -> Scheduler:
+        self._model = self._load()
+        settings = self.settings
+        report = device_report(self._model.backend)
+        max_bytes, cache_bytes = settings.memory(report.free_bytes, report.reserved_bytes)
+        logger.info(
+            "%.3g GiB for KV caches, %.3g GiB of them for the prefix cache",
+            max_bytes / GIB,
+            cache_bytes / GIB,
+        )
+        config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
+        cache = PrefixCache(cache_bytes) if cache_bytes else None
+        copied_bytes = int(settings.suffix_cache_gb * GIB)
+        copied = SuffixCache(copied_bytes) if copied_bytes else None
+        self._scheduler = self._model.scheduler(config, cache, copied)
         self.metrics.set_batches(report.batches)
-        self._loaded.set_result((model, self._scheduler))
-        while not self._stopping:
-            self._run_commands()
-            if self._scheduler.busy:
-                self._iterate()
-        self._scheduler.close()
-        if cache is not None:
-            cache.close()
-
-    def _run_commands(self) -> None:
-        """Run the commands of other threads; wait for one if there is nothing to decode."""
-        with suppress(queue.Empty):
-            while True:
-                self._commands.get(block=not self._scheduler.busy and not self._stopping)()
-
-    def _stop(self) -> None:
-        self._stopping = True
+        return self._scheduler
 
     def _admit(self, completion: Completion, requests: Sequence[Request]) -> None:
         answers = enumerate(completion.answers)
@@ -312,20 +283,17 @@ class Engine:
         except Exception as error:
             self._fail(completion, error)
 
-    def _iterate(self) -> None:
-        """Run one iteration and deliver its steps."""
-        try:
-            steps = self._scheduler.step()
-        except Exception as error:
-            logger.exception("an iteration failed; its requests are dropped")
-            if is_device_lost(error):
-                self.device_lost = self.draining = self._stopping = True
-            self._scheduler.close()
-            for completion in {answer.completion for answer in self._answers.values()}:
-                self._fail(completion, APIError(500, SERVER_FAILED))
-            return
+    def _fail_all(self, error: Exception) -> None:
+        logger.error("an iteration failed; its requests are dropped", exc_info=error)
+        if is_device_lost(error):
+            self.device_lost = self.draining = self._thread.stopping = True
+        for completion in {answer.completion for answer in self._answers.values()}:
+            self._fail(completion, APIError(500, SERVER_FAILED))
+
+    def _add_events(self, events: list[Event]) -> None:
+        """Deliver the steps of an iteration."""
         updates: dict[Completion, list[AnswerUpdate | Exception]] = {}
-        for request_id, step in steps:
+        for request_id, step in events:
             if (answer := self._answers.get(request_id)) is None:
                 continue  # it was dropped with another answer of its completion, which failed
             if isinstance(step, Exception):
