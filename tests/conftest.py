@@ -1,5 +1,6 @@
 """What the tests of both backends share."""
 
+import gc
 import importlib
 import os
 import subprocess
@@ -23,6 +24,18 @@ def pytest_collection_modifyitems(items):
         laws = getattr(getattr(item, "cls", None), "laws", None)
         if laws is not None and item.originalname not in laws:
             item.add_marker(pytest.mark.nightly)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the frameworks and the tests, which stay until the end.
+
+    The doctor and other tests collect garbage often, and each time would go through all of them.
+    """
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from treeflash.decoding import decode
 from treeflash.testing import DIALECTS, require, write_drafter, write_target
 from treeflash.testing.comparisons import assert_equal_steps, random_tokens
 from treeflash.testing.models import write_dialect
-from treeflash.testing.pairs import DRAFTER_SEED, SAMPLINGS, TARGET_SEED
+from treeflash.testing.pairs import DRAFTER_SEED, SAMPLINGS, TARGET_SEED, pairwise
 
 require("torch")
 require("mlx_lm")
@@ -19,25 +19,21 @@ from both_backends import assert_equal_iterations, load_both
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mistral", "gemma3")
 METHODS = ("ar", "dflash", "ddtree", "treeflash", "treeflash-chain")
+CASES = pairwise(FAMILIES, METHODS, ("greedy", "all"))
 VOCAB_SIZE = 24
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def backends(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    target, drafter = folder / "target", folder / "drafter"
-    if request.param == "gemma3":
+@pytest.mark.parametrize("family", FAMILIES)
+def test_iterations_are_identical(tmp_path, family):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    if family == "gemma3":
         write_gemma3(target)
     else:
-        write_target(target, request.param, seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
+        write_target(target, family, seed=TARGET_SEED, vocab_size=VOCAB_SIZE)
     write_drafter(drafter, target, seed=DRAFTER_SEED)
-    return load_both(target, drafter)
-
-
-@pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["all"]], ids=["greedy", "all"])
-@pytest.mark.parametrize("method", METHODS)
-def test_iterations_are_identical(backends, method, sampling):
-    assert_equal_iterations(backends, method, sampling, VOCAB_SIZE)
+    backends = load_both(target, drafter)
+    for method, sampling in [case[1:] for case in CASES if case[0] == family]:
+        assert_equal_iterations(backends, method, SAMPLINGS[sampling], VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

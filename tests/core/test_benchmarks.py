@@ -56,6 +56,7 @@ def test_a_benchmark_runs(name, module, sets, pair, tmp_path):
         assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
 
 
+@pytest.mark.nightly
 def test_the_page_is_measured_and_written(module, sets, pair, tmp_path, monkeypatch):
     performance = module("performance")
     page = tmp_path / "performance.md"
