@@ -7,13 +7,13 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from treeflash.cli import options as cli
+from treeflash.cli.answer_view import AnswerView
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.single_prompt import explain, summarise
 from treeflash.decoding import Scheduler, SchedulerConfig
@@ -31,29 +32,48 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
 from treeflash.hub.models import cache_folder
 from treeflash.language_model import LanguageModel
-from treeflash.text.options import Options
-from treeflash.text.prompt import Message
+from treeflash.text.options import Options, parse_options
+from treeflash.text.prompt import Message, read_text
 from treeflash.text.stream import Assembler
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 CACHE_BYTES = 1 << 30
 """Device memory that may keep the conversation so far, so that only new messages are prefilled, on
 a device that does not tell its memory; else half of what the models leave free."""
+MAX_TOKENS = 2048
+"""New tokens of an answer unless the user sets a limit."""
+LONG_PROMPT = 512
+"""Tokens of a prompt from which on its progress is shown."""
+SETTABLE = [name for name in cli.DECODE_FLAGS if name not in ("raw", "log_probs", "system")]
+"""The options of decoding that `/set` changes."""
 STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """The text of iteration n has style n, in turn."""
 COMMANDS = {
-    "/system": "/system TEXT sets the system message and begins anew; without TEXT it is removed",
+    "/system": "/system TEXT sets the system message and begins a new conversation; without TEXT, "
+    "removes it",
     "/reset": "/reset begins a new conversation",
-    "/save": "/save FILE writes the conversation as one line of JSON, which train can read",
+    "/retry": "/retry answers the last message again",
+    "/set": "/set NAME VALUE changes an option, as in `/set temperature 0.7`; without VALUE, back "
+    "to the default; /set alone lists the options",
+    "/save": "/save FILE writes the conversation as a line of JSON, for /load and for train, which "
+    "learns its last answer",
+    "/load": "/load FILE continues a saved conversation",
     "/tree": "/tree [N] draws the draft trees of the last N iterations",
     "/speed": "/speed shows tokens per second and accepted lengths of the last answer",
-    "/color": "/color colours the text by the iteration that brought it, or stops to",
+    "/markdown": "/markdown turns the layout of Markdown on or off",
+    "/color": "/color turns colouring by iteration on or off; coloured text has no layout",
     "/help": "/help shows this list",
     "/exit": "/exit ends the program, as Ctrl-D does",
 }
 HELP = "\n".join(
     [
         *COMMANDS.values(),
-        "Enter sends a message, and Alt-Enter begins a new line. Ctrl-C stops an answer.",
+        "Enter sends a message, and Alt-Enter begins a new line. Ctrl-C stops an answer, and "
+        "Ctrl-Z suspends the program.",
     ]
 )
 
@@ -62,13 +82,14 @@ HELP = "\n".join(
 class Conversation:
     """A conversation with a loaded model: the messages so far, without the system message.
 
-    A random seed is chosen for each answer unless the `options` have one. `color` colours the text
-    by the iteration that brought it.
+    A random seed is chosen for each answer unless the `options` have one. `markdown` lays out the
+    Markdown of answers. `color` colours the text by the iteration that brought it instead.
     """
 
     model: LanguageModel
     options: Options
     console: Console
+    markdown: bool = True
     color: bool = False
     messages: list[Message] = field(default_factory=list)
     answer: Assembler | None = None
@@ -103,8 +124,9 @@ class Conversation:
             self._decode(assembler)
         except PromptError as error:
             raise PromptError(f"{error}; /reset begins a new conversation") from None
-        finally:
-            self.console.print()
+        if not assembler.chunks:
+            self._note("interrupted before the answer; the message is dropped")
+            return
         generation = assembler.generation()
         self.answer = assembler
         self.messages = [*messages, {"role": "assistant", "content": generation.text}]
@@ -123,15 +145,24 @@ class Conversation:
                 self._begin_anew()
             case "/reset":
                 self._begin_anew()
+            case "/retry":
+                self._retry()
+            case "/set":
+                self._set(*argument.split(maxsplit=1))
             case "/save":
                 self._save(argument)
+            case "/load":
+                self._load(argument)
             case "/tree":
                 self._draw(argument or "1")
             case "/speed":
                 self.console.print(summarise(self._answer().generation()), markup=False)
+            case "/markdown":
+                self.markdown = not self.markdown
+                self._note(f"Markdown is {'on' if self.markdown else 'off'}")
             case "/color":
                 self.color = not self.color
-                self.console.print(f"colours are {'on' if self.color else 'off'}", style="dim")
+                self._note(f"colours are {'on' if self.color else 'off'}")
             case "/help":
                 self.console.print(HELP, markup=False)
             case _:
@@ -140,26 +171,74 @@ class Conversation:
                     "begins with / needs a space before it"
                 )
 
+    def _note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False)
+
     def _begin_anew(self) -> None:
         self.messages = []
-        self.console.print("a new conversation begins", style="dim")
+        self._note("a new conversation begins")
+
+    def _retry(self) -> None:
+        kept = list(self.messages)
+        if kept and kept[-1]["role"] == "assistant":
+            kept.pop()
+        if not kept or kept[-1]["role"] != "user":
+            raise ConfigError("there is no message to answer yet")
+        before, message, self.messages = self.messages, kept.pop(), kept
+        try:
+            self.reply(message["content"])
+        finally:
+            if self.messages is kept:  # there is no new answer
+                self.messages = before
+
+    def _set(self, name: str = "", value: str | None = None) -> None:
+        parser = Parser("chat", "")
+        cli.add_decode_options(parser, SETTABLE)
+        flags = {flag: action.dest for flag, action in parser._option_string_actions.items()}
+        flag = f"--{name.removeprefix('--').replace('_', '-')}"
+        if not name:
+            given = [(flag, self.options.get(key)) for flag, key in flags.items()]
+            lines = [f"  {flag[2:]} {value}" for flag, value in given if value is not None]
+            names = ", ".join(flag[2:] for flag, key in flags.items() if key in SETTABLE)
+            self.console.print("\n".join([f"{names}; set are:", *lines]), markup=False)
+            return
+        if (key := flags.get(flag)) not in SETTABLE:
+            raise ConfigError(f"unknown option {name}; /set lists the options")
+        options: dict[str, Any] = dict(self.options)
+        if value is None:
+            options.pop(key, None)
+            options.setdefault("max_tokens", MAX_TOKENS)
+        else:
+            try:
+                options |= vars(parser.parse([f"{flag}={value}"]))
+            except ConfigError as error:
+                raise ConfigError(str(error).removesuffix("; see --help")) from None
+        parse_options(cast(Options, options))
+        self.options = cast(Options, options)
+        self._note(f"{flag[2:]} has its default" if value is None else f"{flag[2:]} is {value}")
 
     def _decode(self, assembler: Assembler) -> None:
-        """Print the text of a sequence as it is decoded, until Ctrl-C is pressed."""
-        request = assembler.request()
-        printed = 0
-        with _interruption() as interrupted, closing(self._scheduler.decode([request])) as steps:
-            for iteration, (_, step) in enumerate(steps):
-                chunk = assembler.add(step)
-                style = STYLES[iteration % len(STYLES)] if self.color else ""
-                self._print(chunk.text, style)
-                printed += len(chunk.text)
-                if chunk.finish_reason is not None or interrupted.is_set():
-                    break
-        self._print(assembler.generation().text[printed:])
-
-    def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style), end="", soft_wrap=True)
+        """Show the text of a sequence while it is decoded, until Ctrl-C is pressed."""
+        scheduler, prompt_tokens = self._scheduler, len(assembler.prompt_ids)
+        shown = 0
+        view = AnswerView(self.console, markdown=self.markdown and not self.color)
+        with view, _interruption() as interrupted, _without_echo():
+            request_id = scheduler.submit(assembler.request())
+            try:
+                while assembler.finish_reason is None and not interrupted.is_set():
+                    if not assembler.chunks and prompt_tokens > LONG_PROMPT:
+                        done = scheduler.committed_tokens
+                        view.report(f"reading the prompt: {done:,} of {prompt_tokens:,} tokens")
+                    for _, step in scheduler.step():
+                        if isinstance(step, Exception):
+                            raise step
+                        style = STYLES[len(assembler.chunks) % len(STYLES)] if self.color else ""
+                        chunk = assembler.add(step)
+                        view.add(chunk.text, style)
+                        shown += len(chunk.text)
+            finally:
+                scheduler.cancel(request_id)
+            view.add(assembler.generation().text[shown:])
 
     @cached_property
     def _scheduler(self) -> Scheduler:
@@ -183,18 +262,62 @@ class Conversation:
             self.console.print(explain(step, number, self.model.tokenizer))
 
     def _save(self, name: str) -> None:
-        if not name:
-            raise ConfigError("/save needs the name of a file")
+        path = _path("/save", name, "written")
+        if not self.messages:
+            raise ConfigError("there is no message to save yet")
         system = self.options.get("system")
         first = [] if system is None else [{"role": "system", "content": system}]
         line = json.dumps({"id": name, "messages": first + self.messages}, ensure_ascii=False)
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except (OSError, RuntimeError) as error:  # a RuntimeError for the home of an unknown user
-            reason = getattr(error, "strerror", error)
-            raise ConfigError(f"{name} cannot be written: {reason}") from None
+        except OSError as error:
+            exists = isinstance(error, FileExistsError)
+            advice = " already; choose another name" if exists else ""
+            raise ConfigError(f"{name} cannot be written: {error.strerror}{advice}") from None
         self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
+
+    def _load(self, name: str) -> None:
+        path = _path("/load", name, "read")
+        text = read_text(path)
+        try:
+            messages = [(x["role"], x["content"]) for x in json.loads(text)["messages"]]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            messages = []
+        if not messages or not all(isinstance(x, str) for message in messages for x in message):
+            raise ConfigError(f"{name} is not a conversation that /save wrote")
+        options: dict[str, Any] = {key: x for key, x in self.options.items() if key != "system"}
+        if messages[0][0] == "system":
+            options["system"] = messages.pop(0)[1]
+        self.options = cast(Options, options)
+        self.messages = [{"role": role, "content": content} for role, content in messages]
+        self._note(f"{len(messages)} messages; the next one continues the conversation")
+
+
+def _path(command: str, name: str, done: str) -> Path:
+    """Return the file that the user names; raises a ConfigError if there is no name or home."""
+    if not name:
+        raise ConfigError(f"{command} needs the name of a file")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # the home of an unknown user
+        raise ConfigError(f"{name} cannot be {done}: {error}") from None
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep what is typed meanwhile for the next prompt, without showing it in the answer."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = list(before)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @contextmanager
@@ -214,7 +337,7 @@ def _interruption() -> Iterator[Event]:
 
 
 def make_session(history: History | None, **settings: Any) -> PromptSession[str]:
-    """Lines of input, where Alt-Enter begins a new line and Tab completes commands."""
+    """Make a prompt: Alt-Enter begins a new line, Tab completes commands, Ctrl-Z suspends."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -231,13 +354,10 @@ def make_session(history: History | None, **settings: Any) -> PromptSession[str]
         history=history,
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
+        enable_suspend=True,
         prompt_continuation="  ",
         **settings,
     )
-
-
-MAX_TOKENS = 2048
-"""New tokens of an answer unless the user sets a limit."""
 
 
 @guarded
@@ -249,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("chat needs a terminal; give prompts in a pipe to `treeflash generate`")
     model = cli.load_model(args, [options.get("method")])
     console = Console(highlight=False)
-    conversation = Conversation(model, options, console, color=args.color)
+    conversation = Conversation(model, options, console, not args.no_markdown, args.color)
     console.print("Ask something; /help lists the commands, and Ctrl-D ends.", style="dim")
     conversation.run(make_session(_history(args.no_history)))
     return 0
@@ -262,11 +382,13 @@ def make_parser() -> Parser:
         "--color", action="store_true", help="colour the text by the iteration that brought it"
     )
     parser.add_argument(
+        "--no-markdown", action="store_true", help="show Markdown as the model writes it"
+    )
+    parser.add_argument(
         "--no-history", action="store_true", help="do not remember messages for the next time"
     )
-    names = [name for name in cli.DECODE_FLAGS if name not in ("raw", "log_probs")]
     note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
-    cli.add_decode_options(parser, names, note)
+    cli.add_decode_options(parser, [*SETTABLE, "system"], note)
     cli.add_model_options(parser)
     return parser
 

@@ -105,12 +105,13 @@ class ScriptedBackend:
         return 0
 
     def run(self, work):
-        return [
-            self.verify(item.state, item.tree)
-            if isinstance(item, Verify)
-            else self.extend(item.state, item.token_ids)
-            for item in work
-        ]
+        return [self.run_one(item) for item in work]
+
+    def run_one(self, item):
+        if isinstance(item, Verify):
+            return self.verify(item.state, item.tree)
+        sampled = self.extend(item.state, item.token_ids)
+        return None if item.params is None else sampled
 
     def extend(self, text, token_ids):
         if not text.prompt:

@@ -619,6 +619,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def committed_tokens(self) -> int:
+        """Tokens of prompts and texts that the started sequences have committed."""
+        return sum(sequence.state.length for sequence in self._running)
+
+    @property
     def nbytes(self) -> int:
         """Device memory of the sequences that have started, bytes."""
         return sum(sequence.state.nbytes for sequence in self._running)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import stat
 import sys
 
 import pytest
-from prompt_toolkit.application import create_app_session
+from prompt_toolkit.application import Application, create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
@@ -45,9 +46,11 @@ def talk(scripted, monkeypatch):
         console = Console(file=file, width=100, force_terminal=color, highlight=False)
         model = model or scripted(TEXT)
         if model.backend.name == "scripted":  # its states cannot be kept
-            scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
+            config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
+            scheduler = model.scheduler(config, None)
             monkeypatch.setattr(Conversation, "_scheduler", scheduler)
-        talked = Conversation(model, {"max_tokens": 100, **options}, console, color=color)
+        options = {"max_tokens": 100, **options}
+        talked = Conversation(model, options, console, markdown=not color, color=color)
         with (
             create_pipe_input() as pipe,
             create_app_session(input=pipe, output=DummyOutput()),
@@ -57,6 +60,7 @@ def talk(scripted, monkeypatch):
         return talked, file.getvalue()
 
     talk.history = InMemoryHistory()
+    talk.prefill_chunk = 2048
     return talk
 
 
@@ -100,7 +104,7 @@ def test_commands_are_completed_and_explained(talk):
     with create_app_session(output=DummyOutput()):
         completer = make_session(talk.history).completer
     found = completer.get_completions(Document("/s"), CompleteEvent())
-    assert [completion.text for completion in found] == ["/system", "/save", "/speed"]
+    assert [completion.text for completion in found] == ["/system", "/set", "/save", "/speed"]
     _, shown = talk("/help", ENTER)
     assert all(command in shown for command in COMMANDS)
 
@@ -174,7 +178,126 @@ def test_save_writes_what_train_reads(talk, tmp_path):
         {"role": "assistant", "content": TEXT},
     ]
     assert "cannot be written: File exists" in " ".join(shown.split())
+    assert "already; choose another name" in " ".join(shown.split())
     assert "/save needs the name of a file" in shown
+
+
+def test_a_saved_conversation_is_loaded(talk, scripted, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    talk("hi", ENTER, f"/save {file}", ENTER, system="Be.")
+    model = scripted("More.")
+    talked, shown = talk("old", ENTER, f"/load {file}", ENTER, "go on", ENTER, model=model)
+    assert contents(talked) == [
+        ("user", "hi"), ("assistant", TEXT), ("user", "go on"), ("assistant", "More."),
+    ]  # fmt: skip
+    assert asked(model)[-1].startswith(f"system: Be.user: hiassistant: {TEXT}")
+    assert "2 messages; the next one continues the conversation" in shown
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"messages": []}', '{"messages": [{"role": "user"}]}',
+             '{"messages": [{"role": "user", "content": 3}]}', '{"messages": 5}', "[" * 100_000],
+)  # fmt: skip
+def test_what_is_no_conversation_is_not_loaded(talk, tmp_path, text):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    talked, shown = talk("hi", ENTER, f"/load {file}", ENTER)
+    assert "is not a conversation that /save wrote" in " ".join(shown.split())
+    assert len(talked.messages) == 2
+
+
+def test_nothing_is_not_saved(talk, tmp_path):
+    _, shown = talk(f"/save {tmp_path / 'talk.jsonl'}", ENTER)
+    assert "there is no message to save yet" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_retry_answers_the_last_message_again(talk, scripted):
+    model = scripted("One.", "Two.", "Three.")
+    talked, _ = talk("hi", ENTER, "more", ENTER, "/retry", ENTER, model=model)
+    assert contents(talked) == [
+        ("user", "hi"), ("assistant", "One."), ("user", "more"), ("assistant", "Three."),
+    ]  # fmt: skip
+    assert asked(model)[-1] == asked(model)[-2]
+    assert "there is no message to answer yet" in talk("/retry", ENTER)[1]
+
+
+def test_a_retry_that_fails_keeps_the_answer(talk, scripted):
+    model = scripted(TEXT, drafter=False)
+    talked, shown = talk("hi", ENTER, "/set method dflash", ENTER, "/retry", ENTER, model=model)
+    assert "method dflash needs a drafter" in " ".join(shown.split())
+    assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
+
+
+def test_set_changes_options(talk):
+    talked, shown = talk(
+        "/set temperature 0.5", ENTER, "/set max-tokens 7", ENTER, "/set", ENTER, "hi", ENTER
+    )
+    assert talked.answer.config.sampling.temperature == 0.5
+    assert contents(talked)[1] == ("assistant", TEXT[:7])
+    assert "temperature is 0.5" in shown
+    assert "  temperature 0.5\n" in shown
+    assert "top-p, min-p, seed" in " ".join(shown.split())
+    talked, shown = talk("/set max_tokens", ENTER, "hi", ENTER, max_tokens=3)
+    assert contents(talked)[1] == ("assistant", TEXT)
+    assert "max-tokens has its default" in shown
+
+
+def test_the_progress_of_a_long_prompt_is_shown(talk, monkeypatch):
+    monkeypatch.setattr(chat, "LONG_PROMPT", 20)
+    talk.prefill_chunk = 16
+    talked, shown = talk("a message of some length", ENTER, color=True)
+    total = len(talked.answer.prompt_ids)
+    assert [f"reading the prompt: {n} of {total} tokens" in shown for n in (0, 16, 17)] == [
+        True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_message_whose_prompt_was_interrupted_is_dropped(talk, scripted, monkeypatch):
+    model = scripted(TEXT)
+    extend = model.backend.extend
+
+    def interrupt(text, token_ids):
+        if not model.backend.prompts:
+            signal.raise_signal(signal.SIGINT)
+        return extend(text, token_ids)
+
+    monkeypatch.setattr(model.backend, "extend", interrupt)
+    talk.prefill_chunk = 16
+    talked, shown = talk("a message", ENTER, "hi", ENTER, model=model)
+    assert contents(talked) == [("user", "hi"), ("assistant", TEXT)]
+    assert "interrupted before the answer; the message is dropped" in shown
+
+
+def test_what_is_typed_during_an_answer_is_not_shown(talk, scripted, monkeypatch):
+    termios = pytest.importorskip("termios")
+    model = scripted(TEXT)
+    verify = model.backend.verify
+    main, terminal = os.openpty()
+    echoes = []
+
+    def echo() -> bool:
+        return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+    monkeypatch.setattr(
+        model.backend, "verify", lambda *args: echoes.append(echo()) or verify(*args)
+    )
+    with open(terminal, closefd=False) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        talk("hi", ENTER, model=model)
+    assert echoes
+    assert not any(echoes)
+    assert echo()
+    os.close(main)
+    os.close(terminal)
+
+
+def test_ctrl_z_suspends(talk, monkeypatch):
+    suspended = []
+    monkeypatch.setattr(Application, "suspend_to_background", lambda *args: suspended.append(args))
+    talked, _ = talk("\x1a", "hi", ENTER)
+    assert len(suspended) == 1
+    assert contents(talked)[0] == ("user", "hi")
 
 
 def test_tree_draws_the_last_iterations(talk):
@@ -203,6 +326,12 @@ def test_iterations_have_colours(talk):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("/set tempature 1", "unknown option tempature; /set lists the options"),
+        ("/set temperature x", "invalid float value: 'x'"),
+        ("/set temperature -1", "temperature must be"),
+        ("/load", "/load needs the name of a file"),
+        ("/load ~no-such-user/x", "~no-such-user/x cannot be read: Could not determine home"),
+        ("/load /no/such/file", "/no/such/file"),
         ("/nothing", "unknown command /nothing; /help lists the commands"),
         ("/save ~no-such-user/x", "~no-such-user/x cannot be written: Could not determine home"),
         ("x" * 500, "/reset begins a new conversation"),
