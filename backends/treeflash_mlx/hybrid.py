@@ -336,8 +336,10 @@ def delta_kernel_wins(
 ) -> bool:
     """Whether gated delta nets of a shape run trees by their Metal kernel on this device.
 
-    It is decided at load, when a pass over a tree is first built, and once in a process. With the
-    kernel the states have the bits of plain decoding, or it is left out.
+    It is decided at load, when a pass over a tree is first built, and once in a process. The kernel
+    has the operations of mlx-lm's kernel for single tokens in its order, but a compiler may
+    contract either one: results within rounding are right, and the verdict says whether they have
+    the same bits.
     """
     if not runs_shape(key_dim):
         return False
@@ -366,15 +368,12 @@ def delta_kernel_wins(
 
     def error() -> float:
         outputs, after = by_kernel(state)
-        expected = state
+        expected, errors = state, []
         for node in RACED_PATH:
             token = (x[:, node : node + 1] for x in (q, k, v, steps.g, beta))
             output, expected = gated_delta.gated_delta_kernel(*token, expected)
-            if not mx.array_equal(output[:, 0], outputs[:, node]):
-                raise ValueError("its outputs have other bits than in plain decoding")
-        if not mx.array_equal(after, expected):
-            raise ValueError("its states have other bits than in plain decoding")
-        return relative_error(outputs, by_operations(state)[0])
+            errors.append(relative_error(outputs[:, node], output[:, 0]))
+        return max(*errors, relative_error(after, expected))
 
     def link(run: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
         def call(state: mx.array, _: int) -> mx.array:
@@ -386,7 +385,7 @@ def delta_kernel_wins(
     what = "gated delta nets on trees"
     shape = f"{heads} heads of {value_dim} x {key_dim}{' by channel' if by_channel else ''}"
     race = link(by_kernel), link(by_operations), state
-    return choose(what, shape, f"{n} nodes", error, ROUNDING[dtype], *race)
+    return choose(what, shape, f"{n} nodes", error, ROUNDING[dtype], *race, tells_bits=True)
 
 
 def ssm_update(

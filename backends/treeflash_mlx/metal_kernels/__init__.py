@@ -77,9 +77,15 @@ def _make(
 
 
 def choose(
-    what: str, shape: str, size: str, error: Callable[[], float], limit: float, *race: Any
+    what: str,
+    shape: str,
+    size: str,
+    error: Callable[[], float],
+    limit: float,
+    *race: Any,
+    tells_bits: bool = False,
 ) -> bool:
-    """Whether a kernel is right on this device, and wins its race; noted in `VERDICTS`.
+    """Decide whether a kernel is right on this device and wins its race, and note it in `VERDICTS`.
 
     A kernel that is wrong or does not compile is left out with a warning of one line.
 
@@ -90,6 +96,7 @@ def choose(
         error: of the kernel's results.
         limit: of the error.
         race: arguments of `speedup`; a kernel without them need not win.
+        tells_bits: whether the note says if the results have the same bits.
     """
     verdicts = VERDICTS.setdefault(f"{what}, {shape}", {})
     try:
@@ -99,6 +106,8 @@ def choose(
             verdicts[size] = ("" if used else "not ") + "used"
             if race:
                 verdicts[size] += f", {gain:.2f} times as fast as MLX's operation"
+            if tells_bits:
+                verdicts[size] += f", {'other' if found else 'same'} bits"
             return used
         reason = f"its relative error is {found:.1e}"
     except (RuntimeError, ValueError) as failure:

@@ -2,8 +2,9 @@
 
 `run_nodes` computes the outputs of all nodes of a tree, each on the state after its parent, and
 keeps no states. `Steps.commit` computes the state after an accepted path from the inputs of its
-nodes. Both do the operations of mlx-lm's kernel for single tokens in its order, so that the state
-of a node has the bits that plain decoding would give it for the same inputs.
+nodes. Both do the operations of mlx-lm's kernel for single tokens in its order. If the compiler
+contracts both kernels in the same way, the state of a node has the bits that plain decoding would
+give it for the same inputs.
 
 A simdgroup has one row of a state, which is in its registers while it walks through the tree depth
 first. Where a node has several children, threadgroup memory keeps its row for the later ones. The
