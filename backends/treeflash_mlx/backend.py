@@ -34,8 +34,10 @@ from treeflash_mlx.device import (
     available_bytes,
     choose_device,
     device_facts,
-    limit_memory,
+    limit_cache,
+    warn_of_size,
     warn_of_tf32,
+    wire_memory,
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
@@ -149,6 +151,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     """
     check_config(config)
     on_cpu = choose_device(config.device)
+    limit_cache()
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)
@@ -172,7 +175,9 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         )
     if drafter is not None:
         backend.check_trees()
-    limit_memory(backend.weights_bytes, wired=config.wired)
+    warn_of_size(backend.weights_bytes)
+    if config.wired:
+        wire_memory(backend.weights_bytes)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early(model.layers[:: -(-len(model.layers) // MAX_SUBMISSIONS)])
         warm_up(backend)

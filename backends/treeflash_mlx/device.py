@@ -17,11 +17,11 @@ from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.metal_kernels import uses_kernels
 
 GIB = 1 << 30
-CACHE_BYTES = GIB
-"""Freed memory that MLX keeps for further arrays. Without a limit it keeps all, although the sizes
-that are needed keep changing."""
+CACHE_BYTES, CACHE_SHARE = GIB, 1 / 16
+"""Freed memory that MLX keeps for other arrays, and its largest share of a GPU's memory. Without a
+limit MLX keeps all of it, although the sizes that are needed keep changing."""
 STATE_BYTES = 4 * GIB
-"""Memory that the states of sequences take at most, if nothing else is asked for."""
+"""Memory for the states of sequences, if it is wired."""
 COMMAND_TIMEOUT_S = 5.0
 
 
@@ -51,28 +51,36 @@ def available_bytes() -> int | None:
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
-def limit_memory(weights: int, *, wired: bool) -> None:
-    """Limit the freed memory that MLX keeps, and wire the models' memory if asked to.
-
-    Wired, the `weights` (bytes) and the states of sequences stay in memory, whatever other programs
-    need. macOS has crashed where this limit was high, so it is as low as possible and taken back
-    when the process ends.
-    """
+def limit_cache() -> None:
+    """Limit the freed memory that MLX keeps on a GPU, before anything is loaded."""
     if mx.default_device().type == mx.cpu:
         return
-    mx.set_cache_limit(CACHE_BYTES)
-    if (available := available_bytes()) is None:
-        return
-    if weights + STATE_BYTES > SAFE_SHARE * available:
-        warnings.warn(
-            f"the models take {weights / GIB:.1f} GiB and KV caches may take {STATE_BYTES // GIB} "
-            f"GiB of the {available / GIB:.1f} GiB that macOS recommends to use; use a smaller "
-            "model or fewer bits, or keep contexts short",
-            stacklevel=3,
-        )
-    if wired:
+    available = available_bytes()
+    mx.set_cache_limit(
+        CACHE_BYTES if available is None else min(CACHE_BYTES, int(CACHE_SHARE * available))
+    )
+
+
+def wire_memory(weights: int) -> None:
+    """Keep the `weights` (bytes) and the states of sequences in memory, whatever others need.
+
+    macOS has crashed where this limit was high, so it is as low as possible and taken back when
+    the process ends.
+    """
+    if (available := available_bytes()) is not None:
         previous = mx.set_wired_limit(min(weights + STATE_BYTES + GIB, available))
         atexit.register(mx.set_wired_limit, previous)
+
+
+def warn_of_size(weights: int) -> None:
+    """Warn if models of `weights` bytes leave the GPU no memory for the states of sequences."""
+    available = available_bytes()
+    if available is not None and weights > SAFE_SHARE * available:
+        warnings.warn(
+            f"the models take {weights / GIB:.1f} GiB of the {available / GIB:.1f} GiB that macOS "
+            "recommends to use on the GPU; use a smaller model or fewer bits",
+            stacklevel=3,
+        )
 
 
 def warn_of_tf32() -> None:
@@ -100,7 +108,8 @@ def device_facts() -> dict[str, str]:
         limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
         facts["wired limit"] = "set by macOS" if limit in ("", "0") else f"{limit} MiB"
         if not uses_kernels():
-            facts["kernels"] = "MLX's alone, treeflash's are not tried on this GPU"
+            name = info.get("architecture")
+            facts["kernels"] = f"MLX's alone, treeflash's are not tried on this GPU ({name})"
     return facts
 
 

@@ -145,43 +145,68 @@ def mac(monkeypatch):
     limits = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    info = {"device_name": "Apple M4", "max_recommended_working_set_size": 10 << 30}
+    info = {
+        "device_name": "Apple M4",
+        "architecture": "applegpu_g17p",
+        "max_recommended_working_set_size": 10 << 30,
+    }
     monkeypatch.setattr(mx, "device_info", lambda: info | {"memory_size": 16 << 30})
     monkeypatch.setattr(mx, "set_cache_limit", lambda n: limits.append(("cache", n)))
     monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.append(("wired", n)) or 7)
     return limits
 
 
-def test_memory_is_wired_only_if_asked_for_and_given_back_at_exit(mac, monkeypatch):
+@pytest.mark.parametrize(("available", "kept"), [(10 << 30, 640 << 20), (64 << 30, 1 << 30)])
+def test_freed_memory_is_limited_by_the_size_of_the_gpu(mac, monkeypatch, available, kept):
+    monkeypatch.setattr(device, "available_bytes", lambda: available)
+    device.limit_cache()
+    assert mac == [("cache", kept)]
+
+
+def test_the_limit_comes_before_the_models(pair, monkeypatch):
+    calls = []
+    monkeypatch.setattr(backend_module, "limit_cache", lambda: calls.append("limit"))
+    target = backend_module.Target
+    monkeypatch.setattr(
+        backend_module, "Target", lambda *args: calls.append("target") or target(*args)
+    )
+    load(*pair, LoadConfig())
+    assert calls == ["limit", "target"]
+
+
+def test_memory_is_wired_and_given_back_at_exit(mac, monkeypatch):
     at_exit = []
     monkeypatch.setattr(device.atexit, "register", lambda *call: at_exit.append(call))
-    device.limit_memory(2 << 30, wired=False)
-    assert mac == [("cache", device.CACHE_BYTES)]
-    device.limit_memory(2 << 30, wired=True)
-    assert mac[-1] == ("wired", 7 << 30)  # weights, states and 1 GiB
+    device.wire_memory(2 << 30)
+    assert mac == [("wired", 7 << 30)]  # weights, states and 1 GiB
     ((restore, previous),) = at_exit
     restore(previous)
     assert mac[-1] == ("wired", 7)
-    device.limit_memory(4 << 30, wired=True)
+    device.wire_memory(4 << 30)
     assert mac[-1] == ("wired", 9 << 30)
 
 
 @pytest.mark.parametrize(("options", "wired"), [({}, False), ({"wired": True}, True)])
 def test_models_are_wired_as_the_configuration_says(pair, monkeypatch, options, wired):
     asked = []
-    monkeypatch.setattr(
-        "treeflash_mlx.backend.limit_memory", lambda weights, *, wired: asked.append(wired)
-    )
-    load(*pair, LoadConfig(**options))
-    assert asked == [wired]
+    monkeypatch.setattr(backend_module, "wire_memory", asked.append)
+    backend = load(*pair, LoadConfig(**options))
+    assert asked == [backend.weights_bytes] * wired
 
 
-@pytest.mark.parametrize(("weights", "warned"), [(4 << 30, False), (6 << 30, True)])
+@pytest.mark.parametrize(("weights", "warned"), [(8 << 30, False), (10 << 30, True)])
 def test_models_that_leave_no_room_are_a_warning(mac, recwarn, weights, warned):
-    device.limit_memory(weights, wired=False)
+    """Not models beside which a short context fits."""
+    device.warn_of_size(weights)
     messages = [str(warning.message) for warning in recwarn]
-    assert len(messages) == warned
-    assert all("6.0 GiB" in message and "10.0 GiB" in message for message in messages)
+    assert (
+        messages
+        == [
+            "the models take 10.0 GiB of the 10.0 GiB that macOS recommends to use on the GPU; "
+            "use a smaller model or fewer bits"
+        ]
+        * warned
+    )
 
 
 def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
@@ -195,7 +220,7 @@ def test_the_report_names_the_machine_and_its_memory(pair, mac, monkeypatch):
         "memory": "16 GiB",
         "for the GPU": "10.0 GiB",
         "wired limit": "set by macOS",
-        "kernels": "MLX's alone, treeflash's are not tried on this GPU",
+        "kernels": "MLX's alone, treeflash's are not tried on this GPU (applegpu_g17p)",
     }
     outputs["sysctl"] = "20000\n"
     monkeypatch.setattr(device, "uses_kernels", lambda: True)

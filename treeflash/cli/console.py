@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -53,7 +55,8 @@ def guarded(main: Main) -> Main:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
         try:
-            code = main(argv)
+            with notes():
+                code = main(argv)
             sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -79,6 +82,25 @@ def guarded(main: Main) -> Main:
         return code
 
     return run
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Show what treeflash warns of as one line, without the place in its code."""
+    plain = warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], *place: Any, **line: Any
+    ) -> str:
+        if category is UserWarning:
+            return f"note: {message}\n"
+        return plain(message, category, *place, **line)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def _open_closed_streams() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from treeflash.cli.console import guarded
@@ -61,3 +63,19 @@ def test_other_exceptions_are_not_caught(error):
 def test_success_keeps_its_code(capsys):
     assert guarded(lambda argv=None: 1)([]) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_warnings_are_notes_of_one_line():
+    """Another package's warnings of other kinds keep their place."""
+    shown = []
+
+    @guarded
+    def main(argv=None):
+        for kind in (UserWarning, FutureWarning):
+            shown.append(warnings.formatwarning("models are large", kind, "file.py", 7, ""))
+        return 0
+
+    plain = warnings.formatwarning
+    assert main([]) == 0
+    assert shown == ["note: models are large\n", "file.py:7: FutureWarning: models are large\n"]
+    assert warnings.formatwarning is plain
