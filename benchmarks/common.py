@@ -20,8 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from treeflash.cli.options import parse_budget
-from treeflash.config import Budget
+from treeflash.config import Budget, parse_budget
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree

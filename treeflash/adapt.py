@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, load_model, with_device
+from treeflash.cli.options import add_device_options, add_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
@@ -32,7 +32,6 @@ from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import (
     SHAPE,
     TrainConfig,
-    add_options,
     given_options,
     make_train_config,
     trained_head_name,

@@ -48,7 +48,7 @@ MAX_TOKENS = 2048
 """New tokens of an answer unless the user sets a limit."""
 LONG_PROMPT = 512
 """Tokens of a prompt from which on its progress is shown."""
-SETTABLE = [name for name in cli.DECODE_FLAGS if name not in ("raw", "log_probs", "system")]
+SETTABLE = [name for name in cli.DECODE_OPTIONS if name not in ("raw", "log_probs", "system")]
 """The options of decoding that `/set` changes."""
 STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """The text of iteration n has style n, in turn."""
@@ -119,7 +119,7 @@ class Conversation:
         if "seed" not in options:
             options = options | {"seed": secrets.randbits(32)}
         messages = [*self.messages, {"role": "user", "content": text}]
-        assembler = self.model.assembler(messages, options)
+        assembler = self.model.assembler(messages, self.model.configure(options))
         try:
             self._decode(assembler)
         except PromptError as error:

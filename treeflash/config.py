@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Literal, get_args
 
 from treeflash.errors import ConfigError
+from treeflash.option import (
+    check,
+    is_number,
+    is_whole,
+    option,
+    parse_json_object,
+    parse_switch,
+)
 
 Method = Literal["ar", "dflash", "ddtree", "treeflash", "treeflash-chain", "suffix"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -18,43 +26,97 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_BUDGET = 1024
 """Nodes of a draft tree. A larger one would cost far more than it could gain, and run out of
 memory."""
+SINK = 4
+"""First positions that a drafter with a window still sees: they are where attention puts surplus
+weight (StreamingLLM, arXiv 2309.17453)."""
+
+
+def parse_budget(text: str) -> int | str:
+    """Read a number of nodes or `auto`."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"neither auto nor a number of nodes: {text}") from None
+
+
+def parse_head_vocab(text: str) -> int | None:
+    """Read a number of tokens, or `full` for None."""
+    if text == "full":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"neither full nor a number: {text}")
+    return int(text)
+
+
+def parse_head_rows(text: str) -> int | str | None:
+    """Read a number of tokens, `auto`, or `full` for None."""
+    return AUTO if text == AUTO else parse_head_vocab(text)
+
+
+def _parse_logit_bias(text: str) -> dict[int, float]:
+    values = parse_json_object(text)
+    if not all(key.isdecimal() and type(bias) in (int, float) for key, bias in values.items()):
+        raise argparse.ArgumentTypeError(f"not numbers by token id: {text}")
+    return {int(key): float(bias) for key, bias in values.items()}
+
+
+def _is_temperature(value: object) -> bool:
+    """Whether a temperature is greedy, or keeps logits finite and distinct."""
+    return is_number(value) and (value == 0 or 1e-6 <= value <= 1e6)  # type: ignore[operator]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the target samples a token from its logits.
 
-    The temperature applies first. The filters follow in the order top-k, top-p, min-p, each on the
-    tokens that the previous filter kept.
-
-    Attributes:
-        temperature: 0 takes the most probable token; filters and seed then have no effect.
-        top_k: keep the `top_k` most probable tokens; 0 keeps all.
-        top_p: keep the most probable tokens until their probabilities add up to `top_p`.
-        min_p: keep tokens at least `min_p` times as probable as the most probable one.
-        seed: a seed and a token's absolute position determine the noise that samples the token, so
-            that a seed gives the same text with every method and budget.
+    The temperature applies first; at 0 the filters and the seed have no effect. The filters follow
+    in the order top-k, top-p, min-p, each on the tokens that the previous filter kept. The seed and
+    a token's absolute position determine the noise that samples the token, so that a seed gives
+    the same text with every method and budget.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: float = option(
+        0.0,
+        "sampling temperature; 0 is greedy",
+        0,
+        accepts=_is_temperature,
+        rule="0 (greedy), or from 1e-6 to 1e6",
+        requests=True,
+    )
+    top_k: int = option(
+        0,
+        "sample from the K most probable tokens; 0 for all",
+        0,
+        rule="0 (off) or more",
+        requests=True,
+    )
+    top_p: float = option(
+        1.0,
+        "sample from the most probable tokens whose probabilities add up to P",
+        above=0,
+        maximum=1,
+        requests=True,
+    )
+    min_p: float = option(
+        0.0,
+        "drop tokens less probable than P times the most probable one",
+        0,
+        maximum=1,
+        requests=True,
+    )
+    seed: int = option(
+        0,
+        "random seed for sampling",
+        0,
+        maximum=2**64 - 1,
+        rule="between 0 and 2**64 - 1",
+        requests=True,
+    )
 
     def __post_init__(self) -> None:
-        greedy = _is_number(self.temperature) and self.temperature == 0
-        _check(
-            self,
-            temperature=(
-                greedy or _is_temperature(self.temperature),
-                "0 (greedy), or from 1e-6 to 1e6",
-            ),
-            top_k=(is_whole(self.top_k, 0), "0 (off) or more"),
-            top_p=(_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            min_p=(_is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1"),
-            seed=(is_whole(self.seed, 0) and self.seed < 2**64, "between 0 and 2**64 - 1"),
-        )
+        check(self)
 
     @property
     def greedy(self) -> bool:
@@ -66,29 +128,53 @@ class SamplingConfig:
 class Penalties:
     """Changes of the target's logits before sampling, which depend on the tokens so far.
 
-    Attributes:
-        repetition: factor on the logits of tokens in the prompt or the generated text: positive
-            logits are divided by it, negative ones multiplied (Keskar et al. 2019).
-        presence: subtracted once from the logit of every token that was generated.
-        frequency: subtracted from a token's logit for every time that it was generated.
-        logit_bias: pairs of a token id and a number to add to its logit.
+    The repetition penalty divides positive logits and multiplies negative ones (Keskar et al.
+    2019). The logit bias is kept as pairs of a token id and a number.
     """
 
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Requests beyond OpenAI's limits could overflow the logits.
+    repetition: float = option(
+        1.0,
+        "above 1, tokens of the prompt and of the text become less probable",
+        name="repetition_penalty",
+        requests=True,
+        request_limits=(0.01, 100),
+    )
+    presence: float = option(
+        0.0,
+        "subtracted from the logits of tokens in the text",
+        name="presence_penalty",
+        requests=True,
+        request_limits=(-2, 2),
+    )
+    frequency: float = option(
+        0.0,
+        "subtracted from a token's logit for each time that it is in the text",
+        name="frequency_penalty",
+        requests=True,
+        request_limits=(-2, 2),
+    )
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (),
+        "numbers to add to logits, by token id, as a JSON object",
+        doc="numbers to add to logits, by token id",
+        annotation="Mapping[int, float]",
+        metavar="JSON",
+        parse=_parse_logit_bias,
+        requests=True,
+        request_limits=(-100, 100),
+    )
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.repetition) and 0 < self.repetition < math.inf):
+        if not (is_number(self.repetition) and 0 < self.repetition < math.inf):
             raise ConfigError(f"repetition penalty must be above 0, got {self.repetition!r}")
         for name in ("presence", "frequency"):
             value = getattr(self, name)
-            if not (_is_number(value) and abs(value) < math.inf):
+            if not (is_number(value) and abs(value) < math.inf):
                 raise ConfigError(f"{name} penalty must be a finite number, got {value!r}")
         tokens = [token for token, _ in self.logit_bias]
         if len(set(tokens)) < len(tokens) or not all(
-            is_whole(token, 0) and _is_number(bias) and bias < math.inf
+            is_whole(token, 0) and is_number(bias) and bias < math.inf
             for token, bias in self.logit_bias
         ):
             raise ConfigError(
@@ -104,73 +190,103 @@ class Penalties:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How one sequence is decoded; `treeflash.text.options.Options` says more about the settings.
+    """How one sequence is decoded.
 
     The defaults of `top_m`, `top_k_children` and `draft_temperature` are the published ones
     (TreeFlash, section 4). Those of `budget` and `head_vocab` were measured (docs/history.md);
     published are 64 nodes and the whole vocabulary.
-
-    Attributes:
-        method: what trees or chains are drafted from; `ar` decodes without drafting.
-        budget: nodes of a draft tree including the root, at most 1024; `auto` chooses the size
-            that maximises expected tokens per second in every iteration, or turns drafting off.
-        top_m: previous-token candidates per depth (M).
-        top_k_children: children per depth and previous token (K).
-        head_vocab: number of tokens that the AR head scores; None is the whole vocabulary.
-        head_rows: number of previous tokens that the AR head conditions on; None is all M at every
-            depth, `auto` as many as a tree of this budget can use.
-        suffix: whether trees also have what followed the last tokens where they occurred before.
-        draft_depths: depths that the drafter drafts at most; None is all that it has.
-        draft_temperature: divides the drafter's logits, and is the start of the calibration.
-        calibration: whether trees follow how sharp the drafter's distributions proved to be in the
-            text so far; False builds the trees as published.
-        max_tokens: maximum number of new tokens.
-        stop_token_ids: tokens that end the text; the generated one is part of the output.
-        sampling: how the target samples.
-        penalties: changes of the target's logits.
-        log_probs: number of most probable tokens whose log probabilities are reported with each new
-            token and its own; None reports no log probabilities.
     """
 
-    method: Method = "treeflash"
-    budget: Budget = AUTO
-    top_m: int = 16
-    top_k_children: int = 16
-    head_vocab: int | None = 1024
-    head_rows: HeadRows = AUTO
-    suffix: bool = True
-    draft_depths: int | None = None
-    draft_temperature: float = 1.0
-    calibration: bool = True
-    max_tokens: int = 256
-    stop_token_ids: frozenset[int] = frozenset()
+    method: Method = option(
+        "treeflash",
+        "drafting method",
+        doc="`ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree of the "
+        "drafter's marginals; `treeflash-chain` and `treeflash` draft with its AR head; `suffix` "
+        "needs no drafter and copies what followed the last tokens earlier in the text",
+        shown="the best that the drafter supports; suffix if none is known",
+        choices=METHODS,
+        requests=True,
+    )
+    budget: Budget = option(
+        AUTO,
+        f"nodes of a draft tree with its root, at most {MAX_BUDGET}; auto chooses the fastest size",
+        1,
+        maximum=MAX_BUDGET,
+        rule=f"auto, or from 1 to {MAX_BUDGET} nodes",
+        metavar="N|auto",
+        parse=parse_budget,
+        requests=True,
+    )
+    top_m: int = option(16, "previous-token candidates per depth", 1)
+    top_k_children: int = option(16, "children per previous token", 1)
+    head_vocab: int | None = option(
+        1024,
+        "number of most probable tokens that the AR head scores, or full for the whole vocabulary",
+        1,
+        doc="number of most probable tokens that the AR head scores; None is the whole vocabulary",
+        metavar="full|N",
+        parse=parse_head_vocab,
+    )
+    head_rows: HeadRows = option(
+        AUTO,
+        "number of most probable previous tokens that the AR head conditions on, full for all, or "
+        "auto to follow the budget",
+        1,
+        doc="number of most probable previous tokens that the AR head conditions on; None is all, "
+        "auto follows the budget",
+        metavar="full|N|auto",
+        parse=parse_head_rows,
+    )
+    suffix: bool = option(
+        True,
+        "whether trees also copy what followed the last tokens earlier in the text",
+        metavar="on|off",
+        parse=parse_switch,
+    )
+    draft_depths: int | None = option(
+        None,
+        "depths to draft at most; each costs MTP and EAGLE-3 heads a pass (default: all)",
+        1,
+        doc="depths to draft at most, None for all; each costs MTP and EAGLE-3 heads a pass",
+    )
+    draft_temperature: float = option(
+        1.0,
+        "temperature of the drafter, which adapts to each text; it shapes the trees, never the "
+        "text",
+        1e-6,
+        maximum=1e6,
+        rule="from 1e-6 to 1e6",
+    )
+    calibration: bool = option(
+        True,
+        "whether trees adapt to how sharp the drafter's distributions proved to be in the text so "
+        "far; off builds them as published",
+        doc="whether trees adapt to how sharp the drafter's distributions proved to be in the text "
+        "so far; False builds them as published",
+        metavar="on|off",
+        parse=parse_switch,
+    )
+    max_tokens: int = option(256, "maximum number of new tokens", 1, requests=True)
+    stop_token_ids: frozenset[int] = option(
+        frozenset(),
+        "tokens that end the text; the generated one is a part of it",
+        annotation="Collection[int]",
+        shown="the end tokens of the target",
+        flag="",
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     penalties: Penalties = field(default_factory=Penalties)
-    log_probs: int | None = None
+    log_probs: int | None = option(
+        None,
+        "report the log probability of each token and of the N most probable tokens",
+        0,
+        rule="0 or more, or None",
+        flag="--logprobs",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
-        _check(
-            self,
-            budget=(
-                self.budget == AUTO or (is_whole(self.budget, 1) and self.budget <= MAX_BUDGET),
-                f"auto, or from 1 to {MAX_BUDGET} nodes",
-            ),
-            top_m=(is_whole(self.top_m, 1), "1 or more"),
-            top_k_children=(is_whole(self.top_k_children, 1), "1 or more"),
-            head_vocab=(self.head_vocab is None or is_whole(self.head_vocab, 1), "1 or more"),
-            head_rows=(
-                self.head_rows in (None, AUTO) or is_whole(self.head_rows, 1),
-                "auto, or 1 or more",
-            ),
-            suffix=(isinstance(self.suffix, bool), "true or false"),
-            draft_depths=(self.draft_depths is None or is_whole(self.draft_depths, 1), "1 or more"),
-            draft_temperature=(_is_temperature(self.draft_temperature), "from 1e-6 to 1e6"),
-            calibration=(isinstance(self.calibration, bool), "True or False"),
-            max_tokens=(is_whole(self.max_tokens, 1), "1 or more"),
-            log_probs=(self.log_probs is None or is_whole(self.log_probs, 0), "0 or more, or None"),
-        )
+        check(self)
 
     @property
     def drafts(self) -> bool:
@@ -205,68 +321,69 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where and how a backend loads its models. A backend refuses settings that it lacks.
+    """Where and how a backend loads its models. A backend refuses settings that it lacks."""
 
-    `treeflash.load` describes the settings.
-    """
-
-    device: str | None = None
-    dtype: str | None = None
-    device_map: Literal["auto"] | None = None
-    draft_bits: int | None = None
-    draft_window: int | None = None
-    kv_bits: int | None = None
-    exact: bool | None = None
-    cuda_graphs: bool = True
-    compile: bool = False
-    adapter: str | None = None
-    wired: bool = False
+    device: str | None = option(
+        None,
+        "a device of the backend, such as cuda:1, gpu or cpu",
+        shown="the fastest",
+        rule="the name of a device, such as cpu or cuda:1",
+    )
+    dtype: str | None = option(
+        None, "number format of the models", shown="chosen by the backend", choices=DTYPES
+    )
+    device_map: Literal["auto"] | None = option(
+        None,
+        "put the target's layers on as many GPUs as they need; needs accelerate (cuda)",
+        rule="auto, or None for one device",
+        choices=(AUTO,),
+    )
+    adapter: str | None = option(
+        None,
+        "merge a LoRA adapter of PEFT or mlx-lm into the target",
+        doc="the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target; a "
+        "drafter of the base model still drafts",
+        annotation="str | Path | None",
+        rule="the folder of a LoRA adapter",
+        metavar="FOLDER",
+    )
+    draft_bits: int | None = option(None, "quantise the drafter to N bits (mlx)", 1, metavar="N")
+    draft_window: int | None = option(
+        None,
+        f"the drafter sees only the first {SINK} and the last N tokens",
+        1,
+        shown="all; mlx: 4096",
+        metavar="N",
+    )
+    kv_bits: int | None = option(
+        None, "quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8)", 1, metavar="N"
+    )
+    exact: bool | None = option(
+        None,
+        "make the target's logits bitwise equal for every method, budget and batch, or refuse "
+        "(cuda; default: in half precision on a CPU where possible)",
+        doc="make the target's logits bitwise equal for every method, budget, batch and prompt "
+        "chunk (cuda); an error where that does not hold. None does so in half precision on a CPU "
+        "where it holds",
+        rule="True, False or None",
+    )
+    cuda_graphs: bool = option(
+        True,
+        "do not replay trees and drafts as CUDA graphs (cuda)",
+        doc="replay trees and drafts as CUDA graphs (cuda)",
+        flag="--no-cuda-graphs",
+    )
+    wired: bool = option(
+        False,
+        "keep the models and 5 GiB more in memory while the process runs, whatever other programs "
+        "need (mlx on a Mac)",
+        flag="--wired",
+    )
+    compile: bool = option(
+        False,
+        "compile the target's layers with torch.compile, which takes minutes (cuda)",
+        flag="--compile",
+    )
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, *DTYPES):
-            raise ConfigError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        _check(
-            self,
-            device=(
-                self.device is None or (isinstance(self.device, str) and self.device != ""),
-                "the name of a device, such as cpu or cuda:1",
-            ),
-            device_map=(self.device_map in (None, AUTO), "auto, or None for one device"),
-            adapter=(
-                self.adapter is None or (isinstance(self.adapter, str) and self.adapter != ""),
-                "the folder of a LoRA adapter",
-            ),
-            exact=(self.exact is None or isinstance(self.exact, bool), "True, False or None"),
-            wired=(isinstance(self.wired, bool), "True or False"),
-            draft_bits=(_is_optional_number(self.draft_bits), "1 or more"),
-            draft_window=(_is_optional_number(self.draft_window), "1 or more"),
-            kv_bits=(_is_optional_number(self.kv_bits), "1 or more"),
-        )
-
-
-def is_whole(value: object, least: int) -> bool:
-    """Whether `value` is an integer, Python's or NumPy's, of at least `least`."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real)
-
-
-def _is_temperature(value: float) -> bool:
-    """Whether logits divided by `value` stay finite and distinct."""
-    return _is_number(value) and 1e-6 <= value <= 1e6
-
-
-def _is_optional_number(value: object) -> bool:
-    return value is None or is_whole(value, 1)
-
-
-def _check(config: object, **rules: tuple[bool, str]) -> None:
-    """Raise a ConfigError for the first setting whose rule does not hold."""
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            value = getattr(config, name)
-            if "or more" in rule and isinstance(value, Real) and not isinstance(value, Integral):
-                rule = f"a whole number, {rule}"
-            raise ConfigError(f"{name} must be {rule}, got {value!r}")
+        check(self)

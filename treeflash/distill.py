@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, load_model
+from treeflash.cli.options import add_device_options, add_options, load_model
 from treeflash.errors import ConfigError
 from treeflash.text.prompt import Row, read_rows
-from treeflash.training.config import add_options, given_options
+from treeflash.training.config import given_options
 from treeflash.training.distillation import (
     Distillation,
     DistillConfig,

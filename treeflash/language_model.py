@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
-from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method, is_whole
+from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend, Loader
@@ -36,6 +36,7 @@ from treeflash.hub.models import (
     resolve_drafter,
     resolve_target,
 )
+from treeflash.option import is_whole, options_of
 from treeflash.registry import (
     check_config,
     default_backend,
@@ -45,7 +46,14 @@ from treeflash.registry import (
 )
 from treeflash.text.async_stream import AsyncDecoder, AsyncStream
 from treeflash.text.generation import Generation
-from treeflash.text.options import FORMS, Options, lists_options, parse_options, stop_strings
+from treeflash.text.options import (
+    OPTIONS,
+    Options,
+    TextConfig,
+    check_names,
+    lists_options,
+    parse_options,
+)
 from treeflash.text.prompt import Prompt, encode
 from treeflash.text.stream import Assembler, BatchStream, Parallel, Stream
 from treeflash.text.tokenizer import Tokenizer
@@ -90,7 +98,7 @@ class LanguageModel:
             "share the model between threads"
         )
 
-    @lists_options
+    @lists_options(OPTIONS.values())
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate a whole text.
 
@@ -106,16 +114,16 @@ class LanguageModel:
         """
         return self.stream(prompt, **options).run()
 
-    @lists_options
+    @lists_options(OPTIONS.values())
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Generate a text chunk by chunk, as the target accepts it; see `generate`.
 
         The `generation()` of the iterator joins its chunks, and its `close()` ends the text early.
         A NumericalError is raised while iterating.
         """
-        return Stream(self._prepare(prompt, options), self.adaptive_budgets)
+        return Stream(self._prepare(prompt, self.configure(options)), self.adaptive_budgets)
 
-    @lists_options
+    @lists_options(OPTIONS.values())
     async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate a whole text beside the others of an event loop; see `generate`.
 
@@ -125,17 +133,17 @@ class LanguageModel:
         async with self.astream(prompt, **options) as stream:
             return await stream.run()
 
-    @lists_options
+    @lists_options(OPTIONS.values())
     def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """Generate a text chunk by chunk beside the others of an event loop; see `stream`.
 
         The first chunk raises what is wrong with the prompt, and a ConfigError if the method needs
         a drafter that was not loaded. Other errors of options are raised at once.
         """
-        self.decode_config(options)
-        return AsyncStream(partial(self._prepare, prompt, options), self._async_decoder)
+        config = self.configure(options)
+        return AsyncStream(partial(self._prepare, prompt, config), self._async_decoder)
 
-    @lists_options
+    @lists_options(OPTIONS.values())
     def generate_many(
         self,
         prompts: Iterable[Prompt],
@@ -165,12 +173,13 @@ class LanguageModel:
             raise ConfigError(f"n must be 1 or more, got {n!r}")
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list of prompts, got a single string")
-        config = self.decode_config(options)
+        text = self.configure(options)
+        config = text.decode
         batch = self.batch_stream(parallel, config)
         numbers: dict[Assembler, int] = {}
         for number, prompt in enumerate(prompts):
             try:
-                first = self.assembler(prompt, options)
+                first = self.assembler(prompt, text)
                 answers = [first]
                 for seed in range(config.sampling.seed + 1, config.sampling.seed + n):
                     sampling = replace(config.sampling, seed=seed)
@@ -216,28 +225,33 @@ class LanguageModel:
     def _async_decoder(self) -> AsyncDecoder:
         return AsyncDecoder(self.backend, self.adaptive_budgets)
 
-    def _prepare(self, prompt: Prompt, options: Options) -> Assembler:
+    def _prepare(self, prompt: Prompt, config: TextConfig) -> Assembler:
         """Make a sequence that can be decoded at once; raises what `generate` does."""
-        assembler = self.assembler(prompt, options)
-        self._measure_costs(assembler.config)
+        assembler = self.assembler(prompt, config)
+        self._measure_costs(config.decode)
         return assembler
 
-    def assembler(self, prompt: Prompt, options: Options) -> Assembler:
+    def assembler(self, prompt: Prompt, config: TextConfig) -> Assembler:
         """A sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""
-        config, stop = self.decode_config(options), stop_strings(options)
         prompt_ids = encode(
             self.tokenizer,
             prompt,
-            system=options.get("system"),
-            raw=options.get("raw", False),
-            template_args=options.get("template_args"),
+            system=config.system,
+            raw=config.raw,
+            template_args=config.template_args,
         )
-        constraint = self._constraint(options)
-        return Assembler(self.backend, self.tokenizer, tuple(prompt_ids), config, stop, constraint)
+        return Assembler(
+            self.backend,
+            self.tokenizer,
+            tuple(prompt_ids),
+            config.decode,
+            config.stop_strings,
+            self._constraint(config),
+        )
 
-    def _constraint(self, options: Options) -> Callable[[], Constraint] | None:
+    def _constraint(self, config: TextConfig) -> Callable[[], Constraint] | None:
         """A function that makes constraints of texts to the form that options set, if any."""
-        if not FORMS & options.keys():
+        if not config.has_form:
             return None
         if find_spec("llguidance") is None:
             raise ConfigError("a set form of the text needs llguidance; pip install llguidance")
@@ -245,12 +259,12 @@ class LanguageModel:
             raise ConfigError("a set form of the text needs a target with an end token")
         from treeflash.text.grammar import Grammar
 
-        if "json_schema" in options:
-            grammar = Grammar.json(options["json_schema"])
-        elif "regex" in options:
-            grammar = Grammar.regex(options["regex"])
+        if config.json_schema is not None:
+            grammar = Grammar.json(config.json_schema)
+        elif config.regex is not None:
+            grammar = Grammar.regex(config.regex)
         else:
-            grammar = Grammar.lark_or_gbnf(options["grammar"])
+            grammar = Grammar.lark_or_gbnf(str(config.grammar))
         return self.grammars.compile(grammar)
 
     @cached_property
@@ -278,14 +292,19 @@ class LanguageModel:
             return VerifyCosts.measure(self.backend)
         return VerifyCosts.cached(self.backend, self.folder, self.loaded, cache_folder() / "costs")
 
-    def decode_config(self, options: Options) -> DecodeConfig:
+    def configure(self, options: Options) -> TextConfig:
         """Make a configuration as `parse_options` does, with this pair's defaults."""
         config = parse_options(options)
-        return replace(
-            config,
+        decode = replace(
+            config.decode,
             method=options.get("method", self.best_method),
             stop_token_ids=frozenset(options.get("stop_token_ids", self.tokenizer.stop_token_ids)),
         )
+        return replace(config, decode=decode)
+
+    def decode_config(self, options: Options) -> DecodeConfig:
+        """Make the part of `configure` that decides how the text is decoded."""
+        return self.configure(options).decode
 
     @property
     def best_method(self) -> Method:
@@ -295,22 +314,57 @@ class LanguageModel:
         return "ddtree" if self.backend.head is None else "treeflash"
 
 
+# Written by `python -m tests.tables`, like everything between such marks.
+# begin LoadOptions
+class LoadOptions(TypedDict, total=False):
+    """Keywords of `load`.
+
+    Options:
+        device (str or None): a device of the backend, such as cuda:1, gpu or cpu.
+            Default: the fastest.
+        dtype (str): number format of the models. Default: chosen by the backend.
+        device_map (str): put the target's layers on as many GPUs as they need; needs accelerate
+            (cuda). Default: None.
+        adapter (str or Path or None): the folder of a LoRA adapter of PEFT or mlx-lm, which is
+            merged into the target; a drafter of the base model still drafts. Default: None.
+        draft_bits (int or None): quantise the drafter to N bits (mlx). Default: None.
+        draft_window (int or None): the drafter sees only the first 4 and the last N tokens.
+            Default: all; mlx: 4096.
+        kv_bits (int or None): quantise the KV cache to N bits (mlx: 4 or 8; cuda: 8).
+            Default: None.
+        exact (bool or None): make the target's logits bitwise equal for every method, budget, batch
+            and prompt chunk (cuda); an error where that does not hold. None does so in half
+            precision on a CPU where it holds. Default: None.
+        cuda_graphs (bool): replay trees and drafts as CUDA graphs (cuda). Default: True.
+        wired (bool): keep the models and 5 GiB more in memory while the process runs, whatever
+            other programs need (mlx on a Mac). Default: False.
+        compile (bool): compile the target's layers with torch.compile, which takes minutes (cuda).
+            Default: False.
+    """
+
+    device: str | None
+    dtype: str | None
+    device_map: Literal["auto"] | None
+    adapter: str | Path | None
+    draft_bits: int | None
+    draft_window: int | None
+    kv_bits: int | None
+    exact: bool | None
+    cuda_graphs: bool
+    wired: bool
+    compile: bool
+
+
+# end LoadOptions
+
+
+@lists_options(options_of(LoadConfig).values())
 def load(
     target: str | Path | None = None,
     drafter: str | Path | Literal[False] | None = None,
     *,
     backend: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: Literal["auto"] | None = None,
-    draft_bits: int | None = None,
-    draft_window: int | None = None,
-    kv_bits: int | None = None,
-    exact: bool | None = None,
-    cuda_graphs: bool = True,
-    compile: bool = False,
-    adapter: str | Path | None = None,
-    wired: bool = False,
+    **settings: Unpack[LoadOptions],
 ) -> LanguageModel:
     """Load a target and its drafter, fetching them if needed.
 
@@ -322,45 +376,15 @@ def load(
             `suffix`, which needs none. False loads no drafter: the default is
             plain decoding, and `suffix` works.
         backend: name of an installed backend; None is the best installed backend.
-        device: a device of the backend, such as `cuda:1`, `gpu` or `cpu`; None is the fastest.
-        dtype: `float32`, `bfloat16` or `float16`; None is the backend's choice for the device.
-        device_map: `auto` puts the target's layers on as many devices as they need.
-        draft_bits: quantise the drafter to this number of bits (mlx).
-        draft_window: the drafter sees only the first few and this number of latest positions. None
-            is all positions, and 4,096 latest ones on mlx.
-        kv_bits: quantise the target's KV cache to this number of bits (mlx: 4 or 8; cuda: 8).
-        exact: make the target's logits bitwise equal for every method, budget, batch and prompt
-            chunk (cuda); an error where that does not hold. None does so in half precision on a
-            CPU where it holds.
-        cuda_graphs: replay trees and drafts as CUDA graphs (cuda).
-        compile: compile the target's layers with `torch.compile` (cuda).
-        adapter: the folder of a LoRA adapter of PEFT or mlx-lm, which is merged into the target. A
-            drafter of the base model still drafts.
-        wired: keep the models, and room for KV caches, in memory until the process ends, whatever
-            other programs need (mlx on a Mac).
+        **settings: the keywords of `LoadOptions`, which the backend may refuse.
 
     Raises:
         BackendError: the backend is unknown or not installed, or does not have the device.
         CheckpointError: a model is missing or damaged, or target and drafter do not fit.
         UnsupportedModelError: a drafter was loaded, and the target cannot run a draft tree.
-        ConfigError: a setting is invalid, or the backend does not support it.
+        ConfigError: a setting is unknown or invalid, or the backend does not support it.
     """
-    return locate(
-        target,
-        drafter,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        draft_bits=draft_bits,
-        draft_window=draft_window,
-        kv_bits=kv_bits,
-        exact=exact,
-        cuda_graphs=cuda_graphs,
-        compile=compile,
-        adapter=None if adapter is None else str(adapter),
-        wired=wired,
-    ).load()
+    return locate(target, drafter, backend=backend, **settings).load()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,10 +441,14 @@ def locate(
     drafter: str | Path | Literal[False] | None = None,
     *,
     backend: str | None = None,
-    **settings: Any,
+    **settings: Unpack[LoadOptions],
 ) -> LocatedPair:
     """Fetch a target and its drafter if needed, but load neither; see `load`."""
-    config = LoadConfig(**settings)
+    check_names(settings, options_of(LoadConfig))
+    given: dict[str, Any] = dict(settings)
+    if given.get("adapter") is not None:
+        given["adapter"] = str(given["adapter"])
+    config = LoadConfig(**given)
     load_pair = loader(default_backend() if backend is None else backend)
     check_config(load_pair, config)
     name = None if target is None else str(target)

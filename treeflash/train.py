@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from treeflash.cli.console import INTERRUPTED, Parser, guarded
-from treeflash.cli.options import add_device_options, with_device
+from treeflash.cli.options import add_device_options, add_options, with_device
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.config import TrainConfig, add_options, given_options, make_train_config
+from treeflash.training.config import TrainConfig, given_options, make_train_config
 from treeflash.training.distillation import read_responses
 from treeflash.training.interfaces import show_records, trainer
 

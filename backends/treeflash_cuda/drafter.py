@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from treeflash.config import SINK
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.config import SINK, DrafterConfig, window_gap
+from treeflash.drafters.config import DrafterConfig, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary, Rotation

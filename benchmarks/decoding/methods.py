@@ -27,13 +27,17 @@ from rich.progress import track
 
 from benchmarks.common import MEAN, Parser, Row, describe, mean_row, names, show, write_json
 from treeflash.cli.console import guarded
-from treeflash.cli.options import (
-    add_model_options,
-    load_model,
+from treeflash.cli.options import add_model_options, load_model
+from treeflash.config import (
+    AUTO,
+    METHODS,
+    Budget,
+    DecodeConfig,
+    HeadRows,
+    Method,
     parse_head_rows,
     parse_head_vocab,
 )
-from treeflash.config import AUTO, METHODS, Budget, DecodeConfig, HeadRows, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend, Prefill, SequenceState, TreeVerifier, Verify
 from treeflash.decoding.sampling import SampledTokens

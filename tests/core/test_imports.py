@@ -20,6 +20,7 @@ FRAMEWORKS = {"torch", "mlx", "mlx_lm"}
 # The packages and modules of `treeflash`, lowest layer first: each imports only from lower layers.
 LAYERS = [
     {"errors"},
+    {"option"},
     {"config"},
     {"drafters"},
     {"decoding"},

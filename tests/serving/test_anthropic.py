@@ -185,7 +185,7 @@ def test_fields_keep_their_meaning():
     request = MessagesRequest(
         messages=HELLO, max_tokens=9, stop_sequences=["a"], tools=[tool], **sampling
     )
-    options = request.decoding().options()
+    options = request.options()
     assert options == {"max_tokens": 9, "stop": ["a"], **sampling}
     (function,) = request.conversation(supports_reasoning=False).tools.functions
     expected = {"name": "paint", "description": "Paints.", "parameters": {}, "strict": True}
@@ -198,9 +198,9 @@ def test_a_budget_of_reasoning_is_below_the_length():
         request = MessagesRequest(messages=HELLO, max_tokens=9, thinking=thinking)
         if budget == 9:
             with pytest.raises(APIError, match=r"below max_tokens \(9\)"):
-                request.decoding()
+                request.options()
         else:
-            assert request.decoding().max_tokens == 9
+            assert request.options()["max_tokens"] == 9
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def documented():
 
 
 COMPUTED = {
-    "--max-memory-gb": "4; on a Mac the memory that the models leave free",
+    "--max-memory-gb": "on a GPU the memory that the models leave free; 4 on a CPU",
     "--prefix-cache-gb": "half of `--max-memory-gb`",
 }
 """Defaults that depend on the machine or on another option."""

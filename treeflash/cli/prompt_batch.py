@@ -21,7 +21,7 @@ from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of
 from treeflash.hub.models import DEFAULT_TARGET, model_name
 from treeflash.language_model import LanguageModel
 from treeflash.text.generation import mean
-from treeflash.text.options import FORMS, Options, parse_options, stop_strings
+from treeflash.text.options import GRAMMAR_OPTIONS, Options, parse_options
 from treeflash.text.output_file import OutputFile, Record, has_fields
 from treeflash.text.prompt import Key, Message, Prompt, Row, read_rows
 from treeflash.text.stream import Assembler, BatchStream, Parallel
@@ -91,9 +91,10 @@ class Batch:
 
         `settings` are further ones, which are known only after loading.
         """
+        settings = _settings(options) | settings
         for record in self.output.records.values():
             if "error" not in record:
-                self.output.check_settings(record, _settings(options) | settings)
+                self.output.check_settings(record, settings)
         for row in self.rows if options.get("raw") else ():
             if len(row.turns) > 1 or len(row.turns[0]) > 1:
                 raise ConfigError(
@@ -130,12 +131,12 @@ class Batch:
         the output holds turns of other settings or prompts, a row needs the chat template, or
         `parallel` is below 1.
         """
-        config = model.decode_config(options)
-        settings = {**provenance(model), "method": config.method} | _settings(options)
+        config = model.configure(options)
+        settings = {**provenance(model), "method": config.decode.method} | _settings(options)
         self.check(options, **settings)
         settings["drafter"] = model.names["drafter"]
-        stream = model.batch_stream(parallel, config, suffix_cache)
-        make_assembler = partial(model.assembler, options=options)
+        stream = model.batch_stream(parallel, config.decode, suffix_cache)
+        make_assembler = partial(model.assembler, config=config)
         self.output.resume()
         with progress(console) as bar:
             task = bar.add_task("turns", total=len(self._keys))
@@ -256,7 +257,8 @@ def _outcome(assembler: Assembler, error: Exception | None) -> Record:
 
 def _settings(options: Options) -> Record:
     """Everything that determines a text besides its prompt, as far as options tell it."""
-    config = parse_options(options)
+    text = parse_options(options)
+    config = text.decode
     penalties = asdict(config.penalties)
     biases = [list(pair) for pair in penalties.pop("logit_bias")]
     return {
@@ -265,11 +267,9 @@ def _settings(options: Options) -> Record:
         **asdict(config.sampling),
         **{f"{name}_penalty": value for name, value in penalties.items()},
         "logit_bias": biases,
-        **{name: options.get(name) for name in sorted(FORMS)},
-        "stop": list(stop_strings(options)),
-        "system": options.get("system"),
-        "raw": options.get("raw", False),
-        "template_args": options.get("template_args"),
+        **{name: getattr(text, name) for name in GRAMMAR_OPTIONS},
+        "stop": list(text.stop_strings),
+        **{name: getattr(text, name) for name in ("system", "raw", "template_args")},
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.config import SINK
 from treeflash.errors import CheckpointError
 
 
@@ -109,11 +110,6 @@ class DrafterConfig:
     def column_size(self) -> int:
         """Numbers that the KV cache keeps for each position."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-
-
-SINK = 4
-"""First positions that a drafter with a window still sees: they are where attention puts surplus
-weight (StreamingLLM, arXiv 2309.17453)."""
 
 
 def window_gap(start: int, window: int | None) -> tuple[int, int]:

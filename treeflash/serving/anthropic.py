@@ -17,21 +17,23 @@ from treeflash.serving.message_parser import MessageParser, MessagePart, PartCha
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     CallMode,
-    DecodingSchema,
     Function,
     FunctionName,
     NamedFunction,
     Schema,
     StopString,
     Temperature,
+    TopK,
     TopP,
     allowed_tools,
     function_call,
+    given_options,
     reasoning_args,
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import frame, respond
 from treeflash.text.grammar import Grammar
+from treeflash.text.options import Options
 
 
 class CacheControl(Schema):
@@ -244,20 +246,22 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1)
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    top_k: int | None = Field(None, ge=0)
+    top_k: TopK | None = None
     stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    def decoding(self) -> DecodingSchema:
-        """The decoding fields; raises an APIError if `budget_tokens` is not below `max_tokens`."""
+    def options(self) -> Options:
+        """The decoding options; raises an APIError if `budget_tokens` is not below `max_tokens`."""
         budget = None if self.thinking is None else self.thinking.budget_tokens
         if budget is not None and budget >= self.max_tokens:
             limit = f"must be below max_tokens ({self.max_tokens}), got {budget}"
             raise bad_request(f"thinking.budget_tokens {limit}", "thinking.budget_tokens")
-        fields = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
-        return DecodingSchema(**fields, stop=self.stop_sequences or None)
+        options = given_options(self)
+        if self.stop_sequences:
+            options["stop"] = self.stop_sequences
+        return options
 
 
 def _join(text: str | list[TextBlock]) -> str:
@@ -272,7 +276,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages")
     async def messages(request: MessagesRequest, http: HTTPRequest) -> Response:
-        completion, (parser,) = await conversation(request).start(service, http, request.decoding())
+        completion, (parser,) = await conversation(request).start(service, http, request.options())
         answer = MessagesFormatter(service, completion, parser)
         return await respond(service, http, completion, answer, request.stream)
 

@@ -106,10 +106,10 @@ class ChatRequest(DecodingSchema):
         """The decoding options; raises an APIError if two fields contradict each other."""
         options = super().options()
         if self.max_completion_tokens is not None:
-            if self.max_tokens not in (None, self.max_completion_tokens):
+            if options.get("max_tokens") not in (None, self.max_completion_tokens):
                 raise bad_request(
                     "max_tokens and max_completion_tokens are aliases but have different values, "
-                    f"{self.max_tokens} and {self.max_completion_tokens}; send one of them",
+                    f"{options['max_tokens']} and {self.max_completion_tokens}; send one of them",
                     "max_tokens",
                 )
             options["max_tokens"] = self.max_completion_tokens
@@ -127,7 +127,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
         service.check_model(request.model)
         conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-        completion, parsers = await conversation.start(service, http, request)
+        completion, parsers = await conversation.start(
+            service, http, request.options(), answers=request.n or 1
+        )
         answer = ChatFormatter(service, request, completion, parsers)
         return await respond(service, http, completion, answer, request.stream)
 

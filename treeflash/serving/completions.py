@@ -82,7 +82,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if grammar is not None:
             constraint = await asyncio.to_thread(service.compile, *grammar)
         scores_prompt = bool(request.echo) and request.logprobs is not None
-        completion = service.start(http, request, prompts, constraint, scores_prompt=scores_prompt)
+        completion = service.start(
+            http,
+            request.options(),
+            prompts,
+            constraint,
+            answers=request.n or 1,
+            scores_prompt=scores_prompt,
+        )
         answer = CompletionFormatter(service, request, completion)
         return await respond(service, http, completion, answer, request.stream)
 

@@ -20,7 +20,6 @@ from treeflash.serving.message_parser import MessageParser, MessagePart, PartCha
 from treeflash.serving.schemas import (
     MAX_TOOLS,
     CallMode,
-    DecodingSchema,
     Function,
     FunctionName,
     FunctionTyped,
@@ -37,12 +36,14 @@ from treeflash.serving.schemas import (
     allowed_tools,
     answer_grammar,
     function_call,
+    given_options,
     parsed_arguments,
     reasoning_args,
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import draft_details, frame, respond
+from treeflash.text.options import Options
 
 logger = logging.getLogger("treeflash.serving")
 
@@ -184,9 +185,12 @@ class ResponsesRequest(Schema):
     metadata: dict[str, str] | None = None
     client_metadata: dict[str, str] | None = None
 
-    def decoding(self) -> DecodingSchema:
-        fields = self.model_dump(include={"temperature", "top_p"})
-        return DecodingSchema(**fields, max_tokens=self.max_output_tokens)
+    def options(self) -> Options:
+        """The decoding options."""
+        options = given_options(self)
+        if self.max_output_tokens is not None:
+            options["max_tokens"] = self.max_output_tokens
+        return options
 
     def conversation(self, *, supports_reasoning: bool) -> Conversation:
         """The conversation; raises an APIError if fields do not fit each other or the model."""
@@ -290,7 +294,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         service.check_model(request.model)
         request.check_echo()
         conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-        completion, (parser,) = await conversation.start(service, http, request.decoding())
+        completion, (parser,) = await conversation.start(service, http, request.options())
         answer = ResponsesFormatter(service, request, completion, parser)
         return await respond(service, http, completion, answer, request.stream)
 

@@ -5,21 +5,49 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
 
-from treeflash.config import MAX_BUDGET, Method
+from treeflash.option import Option
 from treeflash.serving.errors import bad_request
 from treeflash.text.grammar import Grammar
-from treeflash.text.options import Options
+from treeflash.text.options import OPTIONS, Options
 
 MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
+
+
+def limits(name: str) -> Any:
+    """The limits of an option's numbers in requests."""
+    option = OPTIONS[name]
+    least, most = option.request_limits or (option.minimum, option.maximum)
+    return Field(ge=least, gt=option.above, le=most)
+
+
 TokenId = Annotated[int, Field(ge=0, strict=False)]
-Temperature = Annotated[FiniteFloat, Field(ge=0)]
-TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
+Temperature = Annotated[FiniteFloat, limits("temperature")]
+TopP = Annotated[FiniteFloat, limits("top_p")]
+TopK = Annotated[int, limits("top_k")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+REQUEST_OPTIONS = {name for name, one in OPTIONS.items() if one.requests}
+REQUEST_TYPES = {
+    "logit_bias": dict[TokenId, Annotated[float, limits("logit_bias")]],
+    "stop": StopString | Annotated[list[StopString], Field(max_length=16)],
+}
+"""The types of options in requests that do not follow from the options' own types."""
+
+
+def request_field(option: Option) -> Any:
+    """The field of an option in requests: a type and a default, for `create_model`."""
+    numbers = {int: int, float: FiniteFloat}
+    kinds = [
+        Annotated[numbers[kind], limits(option.name)] if kind in numbers else kind
+        for kind in option.kinds
+    ]
+    return REQUEST_TYPES.get(option.name, reduce(or_, kinds)) | None, None
 
 
 class Schema(BaseModel):
@@ -45,7 +73,22 @@ class StreamOptions(Schema):
     include_draft_trees: bool | None = None
 
 
-class DecodingSchema(Schema):
+if TYPE_CHECKING:  # fields that follow from a table have no static types
+    OptionsSchema = Schema
+else:
+    OptionsSchema = create_model(
+        "OptionsSchema",
+        __base__=Schema,
+        **{name: request_field(OPTIONS[name]) for name in REQUEST_OPTIONS},
+    )
+
+
+def given_options(request: Schema) -> Options:
+    """The decoding options among the fields of a request."""
+    return cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
+
+
+class DecodingSchema(OptionsSchema):
     """The decoding fields of a request.
 
     `method` and `budget` mean the same as on the command line: they change the speed, never the
@@ -53,22 +96,8 @@ class DecodingSchema(Schema):
     """
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: int | None = Field(None, ge=0)
-    min_p: FiniteFloat | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    # Penalties beyond OpenAI's limits could overflow the logits.
-    presence_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
-    frequency_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
-    repetition_penalty: FiniteFloat | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1)
-    method: Method | None = None
-    budget: Annotated[int, Field(ge=1, le=MAX_BUDGET)] | Literal["auto"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # identifies the client's own user; it changes nothing here
@@ -82,10 +111,10 @@ class DecodingSchema(Schema):
         if self.stream_options is not None and not self.stream:
             advice = "set stream to true or remove stream_options"
             raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
-        options: Any = self.model_dump(include=set(Options.__annotations__), exclude_none=True)
+        options = given_options(self)
         if self.ignore_eos:
             options["stop_token_ids"] = ()
-        return cast(Options, options)
+        return options
 
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]

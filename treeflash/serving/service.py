@@ -17,10 +17,10 @@ from treeflash.decoding.sampling import Constraint
 from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
-from treeflash.serving.schemas import AllowedTools, DecodingSchema
+from treeflash.serving.schemas import AllowedTools
 from treeflash.serving.settings import Settings
 from treeflash.text.grammar import Grammar, GrammarError
-from treeflash.text.options import Options, stop_strings
+from treeflash.text.options import Options
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 MAX_TOKENS = 2048
@@ -88,24 +88,24 @@ class Service:
     def start(
         self,
         http: HTTPRequest,
-        request: DecodingSchema,
+        asked: Options,
         prompts: Sequence[Sequence[int]],
         constraint: Callable[[], Constraint] | None = None,
         *,
+        answers: int = 1,
         scores_prompt: bool = False,
     ) -> Completion:
-        """Start to generate the answers to each of the prompts of a request.
+        """Start to generate the answers to each of the prompts of a request, as its options ask.
 
         `constraint` makes one for each answer; see `Request` for `scores_prompt`. Raises an
         APIError for too many answers, and the errors of `Engine.submit`.
         """
-        answers = request.n or 1
         if answers > self.settings.max_choices:
             limit = f"this server gives at most {self.settings.max_choices} answers to a request"
             raise bad_request(f"n is {answers}, and {limit}", "n")
-        asked = request.options()
         options: Options = {"max_tokens": MAX_TOKENS, **self.defaults, **asked}
-        config = self.engine.model.decode_config(options)
+        text = self.engine.model.configure(options)
+        config = text.decode
         seed = config.sampling.seed if "seed" in options else secrets.randbits(32)
         requests = [
             Request(
@@ -121,7 +121,7 @@ class Service:
         ]
         if "max_tokens" not in asked:
             requests = list(map(self.engine.shorten, requests))
-        return self.engine.submit(requests, stop_strings(options), prompts=len(prompts))
+        return self.engine.submit(requests, text.stop_strings, prompts=len(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +159,12 @@ class Conversation:
         return await asyncio.to_thread(chat, messages, variables)
 
     async def start(
-        self, service: Service, http: HTTPRequest, request: DecodingSchema
+        self, service: Service, http: HTTPRequest, asked: Options, *, answers: int = 1
     ) -> tuple[Completion, list[MessageParser]]:
-        """Start to generate the message; returns the completion and a parser for each answer.
+        """Start to generate the message with the options that were asked for.
 
-        It raises the errors of `encode`, `Service.compile` and `Service.start`.
+        Returns the completion and a parser for each answer. Raises the errors of `encode`,
+        `Service.compile` and `Service.start`.
         """
         prompt_ids = await self.encode(service)
         form = None
@@ -173,7 +174,7 @@ class Conversation:
             tools, calls_only = self.tools.functions, self.tools.must_call
             form = MessageForm(service.response_template, prompt, tools, calls_only=calls_only)
         constraint = await asyncio.to_thread(self._constraint, service, form)
-        completion = service.start(http, request, [prompt_ids], constraint)
+        completion = service.start(http, asked, [prompt_ids], constraint, answers=answers)
         stop = completion.answers[0].stop
         parsers = [MessageParser(form, service.tokenizer, stop) for _ in completion.answers]
         return completion, parsers

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from treeflash.cli.options import add_option
 from treeflash.errors import ConfigError
+from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
 
 GIB = 1 << 30
 MAX_MEMORY_GB = 4
-
-
-def _limit(default: float | None, metavar: str, help: str, minimum: int | None = None) -> Any:
-    """A limit that is also an option; without a minimum it must be above 0."""
-    return field(default=default, metadata={"metavar": metavar, "help": help, "minimum": minimum})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,49 +27,56 @@ class Settings:
         tool_call_parser: a name of `TOOL_CALL_PARSERS`; None is the model's own form of calls.
     """
 
-    max_parallel: int = _limit(16, "N", "answers to decode at once", 1)
-    max_queue: int = _limit(128, "N", "answers that may wait; further requests get status 429", 0)
-    max_memory_gb: float | None = _limit(
+    max_parallel: int = option(16, "answers to decode at once", 1, metavar="N")
+    max_queue: int = option(
+        128, "answers that may wait; further requests get status 429", 0, metavar="N"
+    )
+    max_memory_gb: float | None = option(
         None,
-        "GB",
         "GiB of device memory for the KV cache (default: on a GPU the memory that the models leave "
         f"free, on a CPU {MAX_MEMORY_GB})",
+        shown=f"on a GPU the memory that the models leave free; {MAX_MEMORY_GB} on a CPU",
+        above=0,
+        metavar="GB",
     )
-    prefix_cache_gb: float | None = _limit(
+    prefix_cache_gb: float | None = option(
         None,
-        "GB",
         "GiB of --max-memory-gb that finished sequences may keep for prompts that begin alike; 0 "
         "turns the prefix cache off (default: half of --max-memory-gb)",
         0,
+        shown="half of `--max-memory-gb`",
+        metavar="GB",
     )
-    suffix_cache_gb: float = _limit(
+    suffix_cache_gb: float = option(
         0.0,
-        "GB",
         "GiB of memory for finished answers, which further answers to the same API key may copy; "
         "they then come faster, with the same tokens; 0 copies only within an answer",
         0,
+        metavar="GB",
     )
-    max_body_mb: float = _limit(8.0, "MB", "MiB of a request's body")
-    body_timeout: float = _limit(30.0, "S", "seconds in which the body of a request must arrive")
-    timeout: float = _limit(
-        600.0, "S", "seconds in which a request must be answered, waiting included"
+    max_body_mb: float = option(8.0, "MiB of a request's body", above=0, metavar="MB")
+    body_timeout: float = option(
+        30.0, "seconds in which the body of a request must arrive", above=0, metavar="S"
     )
-    keep_alive: float = _limit(
-        10.0, "S", "seconds after which a silent stream sends a comment, so that it stays open"
+    timeout: float = option(
+        600.0,
+        "seconds in which a request must be answered, waiting included",
+        above=0,
+        metavar="S",
     )
-    max_choices: int = _limit(16, "N", "answers to one request (n)", 1)
+    keep_alive: float = option(
+        10.0,
+        "seconds after which a silent stream sends a comment, so that it stays open",
+        above=0,
+        metavar="S",
+    )
+    max_choices: int = option(16, "answers to one request (n)", 1, metavar="N")
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:
-        for limit in LIMITS:
-            minimum, value = limit.metadata["minimum"], getattr(self, limit.name)
-            if value is None:
-                continue
-            if not (value > 0 if minimum is None else value >= minimum) or value == float("inf"):
-                least = "above 0" if minimum is None else f"{minimum} or more"
-                raise ConfigError(f"{limit.name} must be {least}, got {value}")
+        check(self)
         for name in ("api_keys", "cors_origins"):
             values = getattr(self, name)
             if isinstance(values, str) or not all(values):  # each character would be a key
@@ -111,11 +115,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     help = "the model's name for clients; may be repeated (default: the target's)"
     add("--model-name", help, action="append", metavar="NAME")
     add("--log-level", "level of the log", "info", choices=("error", "warning", "info", "debug"))
-    for limit in LIMITS:
-        flag = f"--{limit.name.replace('_', '-')}"
-        kind = int if isinstance(limit.default, int) else float
-        metavar = limit.metadata["metavar"]
-        add(flag, limit.metadata["help"], limit.default, type=kind, metavar=metavar)
+    for limit in options_of(Settings).values():
+        add_option(group, limit, default=limit.default)
     help = (
         "form in which the model writes tool calls (default: the form of its tokenizer or family)"
     )

@@ -2,79 +2,184 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field
 from numbers import Integral
-from types import UnionType
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, SamplingConfig
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, PromptError
+from treeflash.option import Option, check, option, options_of, parse_json_object
+from treeflash.text.prompt import read_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+GRAMMAR_OPTIONS = ("grammar", "json_schema", "regex")
+"""The options that set the form of a text, of which at most one can be set; they need
+llguidance."""
 
 
-FORMS = {"json_schema", "regex", "grammar"}
-"""The options that set the form of a text."""
+def _parse_grammar(text: str) -> str:
+    """Read a text, or the content of the file whose name follows an `@`."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return read_text(Path(text[1:]))
+    except PromptError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _parse_json_schema(text: str) -> dict[str, Any]:
+    return parse_json_object(_parse_grammar(text))
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(item, str) for item in value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Everything that determines a text except its prompt and its models: the parsed options.
+
+    `decode` says how the text is decoded.
+    """
+
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    json_schema: Mapping[str, Any] | bool | None = option(
+        None,
+        "write JSON that conforms to this JSON schema, or to the schema in a file",
+        doc="write JSON that conforms to this JSON schema",
+        annotation="Mapping[str, Any] | bool",
+        rule="a JSON schema",
+        metavar="JSON|@FILE",
+        parse=_parse_json_schema,
+    )
+    regex: str | None = option(
+        None,
+        "write a text that matches this regular expression",
+        annotation="str",
+        rule="a string",
+        metavar="REGEX",
+    )
+    grammar: str | None = option(
+        None,
+        "write a text of this grammar, in the Lark format or in GBNF, or of the grammar in a file",
+        doc="write a text of this grammar, in the Lark format of llguidance or in llama.cpp's GBNF",
+        annotation="str",
+        rule="a string",
+        metavar="TEXT|@FILE",
+        parse=_parse_grammar,
+    )
+    stop: str | Sequence[str] = option(
+        (),
+        "stop before this string; may be repeated",
+        doc="stop before the first of these strings",
+        accepts=_are_strings,
+        rule="a string or a list of strings",
+        metavar="TEXT",
+        requests=True,
+    )
+    system: str | None = option(None, "system message", rule="a string", metavar="TEXT")
+    raw: bool = option(
+        False,
+        "send the prompt as plain text, without the chat template",
+        flag="--raw",
+    )
+    template_args: Mapping[str, Any] | None = option(
+        None,
+        "extra variables for the chat template, as a JSON object",
+        doc="extra variables for the chat template; `enable_thinking` is by default as in the "
+        "drafter's training, False for all but few drafters",
+        rule="a mapping of names to values",
+        flag="--chat-template-args",
+        metavar="JSON",
+        parse=parse_json_object,
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if "" in self.stop_strings:
+            raise ConfigError("a stop string is empty; remove it")
+        if len(self._forms) > 1:
+            raise ConfigError(f"{' and '.join(self._forms)} exclude each other; remove all but one")
+        if self.raw and (self.system is not None or self.template_args):
+            raise ConfigError(
+                "a raw prompt does not use the chat template; remove either raw, or the system "
+                "message and the template arguments"
+            )
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the text must have a form."""
+        return bool(self._forms)
+
+    @property
+    def _forms(self) -> list[str]:
+        return [name for name in GRAMMAR_OPTIONS if getattr(self, name) is not None]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings to stop at."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+# Written by `python -m tests.tables`, like everything between such marks.
+# begin Options
 class Options(TypedDict, total=False):
-    """Options of `generate`, `stream` and `generate_many`, all of which are keywords.
+    """Keywords of `generate`, `stream` and `generate_many`.
 
-    Decoding:
+    Options:
         method (str): `ar` decodes without drafting; `dflash` drafts a chain and `ddtree` a tree of
             the drafter's marginals; `treeflash-chain` and `treeflash` draft with its AR head;
             `suffix` needs no drafter and copies what followed the last tokens earlier in the text.
-            Default: the best that the drafter supports, `treeflash` or `ddtree`; without a known
-            drafter `suffix`.
-        budget (int or "auto"): nodes of a draft tree with its root, at most 1024; `auto` chooses
-            the fastest size in every iteration. Default: "auto".
+            Default: the best that the drafter supports; suffix if none is known.
+        budget (int or "auto"): nodes of a draft tree with its root, at most 1024; auto chooses the
+            fastest size. Default: "auto".
         top_m (int): previous-token candidates per depth. Default: 16.
         top_k_children (int): children per previous token. Default: 16.
-        head_vocab (int or None): number of tokens that the AR head scores, the most probable of a
-            block; None is the whole vocabulary. Default: 1024.
-        head_rows (int, None or "auto"): number of previous tokens that the AR head conditions on;
-            None is all, `auto` follows the budget. Default: "auto".
-        suffix (bool): whether the trees of `treeflash` and `ddtree` also copy what followed the
-            last tokens earlier in the text. Default: True.
+        head_vocab (int or None): number of most probable tokens that the AR head scores; None is
+            the whole vocabulary. Default: 1024.
+        head_rows (int or None or "auto"): number of most probable previous tokens that the AR head
+            conditions on; None is all, auto follows the budget. Default: "auto".
+        suffix (bool): whether trees also copy what followed the last tokens earlier in the text.
+            Default: True.
         draft_depths (int or None): depths to draft at most, None for all; each costs MTP and
             EAGLE-3 heads a pass. Default: None.
-        draft_temperature (float): temperature of the drafter; it shapes trees, never the text.
-            Default: 1.0.
-        calibration (bool): adapt the trees to how sharp the drafter's distributions proved to be
-            in the text so far; False builds them as published. Default: True.
-    Length:
+        draft_temperature (float): temperature of the drafter, which adapts to each text; it shapes
+            the trees, never the text. Default: 1.0.
+        calibration (bool): whether trees adapt to how sharp the drafter's distributions proved to
+            be in the text so far; False builds them as published. Default: True.
         max_tokens (int): maximum number of new tokens. Default: 256.
-        stop (str or list of str): the text ends before the first of these strings. Default: none.
-        stop_token_ids (list of int): the text ends with the first of these tokens. Default: the
-            end tokens of the target.
-    Sampling:
+        stop_token_ids (Collection[int]): tokens that end the text; the generated one is a part of
+            it. Default: the end tokens of the target.
         temperature (float): sampling temperature; 0 is greedy. Default: 0.0.
-        top_k (int): sample from the `top_k` most probable tokens; 0 is all. Default: 0.
-        top_p (float): sample from the most probable tokens whose probabilities add up to `top_p`.
+        top_k (int): sample from the K most probable tokens; 0 for all. Default: 0.
+        top_p (float): sample from the most probable tokens whose probabilities add up to P.
             Default: 1.0.
-        min_p (float): drop tokens less probable than `min_p` times the most probable one.
-            Default: 0.0.
+        min_p (float): drop tokens less probable than P times the most probable one. Default: 0.0.
         seed (int): random seed for sampling. Default: 0.
-        repetition_penalty (float): makes tokens of the prompt and the text less probable if above
-            1. Default: 1.0.
+        repetition_penalty (float): above 1, tokens of the prompt and of the text become less
+            probable. Default: 1.0.
         presence_penalty (float): subtracted from the logits of tokens in the text. Default: 0.0.
         frequency_penalty (float): subtracted from a token's logit for each time that it is in the
             text. Default: 0.0.
-        logit_bias (dict of int to float): numbers to add to logits, by token id. Default: {}.
-        log_probs (int or None): report the log probability of each new token and of this number of
-            most probable tokens. Default: None.
-    Form, of which at most one option can be set; they need llguidance:
-        json_schema (dict or bool): the text is JSON that conforms to this schema.
-        regex (str): the whole text matches this regular expression.
-        grammar (str): the text belongs to this grammar, in the Lark format of llguidance or in
-            llama.cpp's GBNF.
-    Prompt:
-        system (str or None): a system message to put before the prompt. Default: None.
-        raw (bool): encode a string as it is, without the chat template. Default: False.
-        template_args (dict or None): extra variables for the chat template. `enable_thinking` is by
-            default as in the drafter's training, False for all but few drafters. Default: None.
+        logit_bias (Mapping[int, float]): numbers to add to logits, by token id. Default: none.
+        log_probs (int or None): report the log probability of each token and of the N most probable
+            tokens. Default: None.
+        json_schema (Mapping[str, Any] or bool): write JSON that conforms to this JSON schema.
+            Default: None.
+        regex (str): write a text that matches this regular expression. Default: None.
+        grammar (str): write a text of this grammar, in the Lark format of llguidance or in
+            llama.cpp's GBNF. Default: None.
+        stop (str or Sequence[str]): stop before the first of these strings. Default: none.
+        system (str or None): system message. Default: None.
+        raw (bool): send the prompt as plain text, without the chat template. Default: False.
+        template_args (Mapping[str, Any] or None): extra variables for the chat template;
+            `enable_thinking` is by default as in the drafter's training, False for all but few
+            drafters. Default: None.
     """
 
     method: Method
@@ -108,67 +213,73 @@ class Options(TypedDict, total=False):
     template_args: Mapping[str, Any] | None
 
 
-def lists_options(method: Function) -> Function:
-    """A decorator that appends the list of options to a docstring."""
-    method.__doc__ = "\n\n".join(map(inspect.cleandoc, (str(method.__doc__), str(Options.__doc__))))
-    return method
+# end Options
 
 
-def parse_options(options: Options) -> DecodeConfig:
+OPTIONS = options_of(TextConfig)
+"""The options by name, in the order of `Options`."""
+
+
+def parse_options(options: Options) -> TextConfig:
     """Make a configuration of options; an unknown or invalid one raises a ConfigError."""
-    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
-        raise ConfigError(
-            f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}"
-        )
-    _check_types(options)
-    if "" in stop_strings(options):
-        raise ConfigError("a stop string is empty; remove it")
-    if len(forms := FORMS & options.keys()) > 1:
-        raise ConfigError(f"{' and '.join(sorted(forms))} exclude each other; remove all but one")
-    if options.get("raw") and (options.get("system") is not None or options.get("template_args")):
-        raise ConfigError(
-            "a raw prompt does not use the chat template; remove either raw, or the system message "
-            "and the template arguments"
-        )
-    names = ("repetition", "presence", "frequency")
     values: dict[str, Any] = dict(options)
-    values.pop("stop_token_ids", None)
-    penalties = {name: values[key] for name in names if (key := f"{name}_penalty") in values}
-    biases = options.get("logit_bias", {})
-    return DecodeConfig(
-        **_pick(values, DecodeConfig),
-        sampling=SamplingConfig(**_pick(values, SamplingConfig)),
-        penalties=Penalties(**penalties, logit_bias=tuple(sorted(biases.items()))),
-    )
+    check_names(values, OPTIONS)
+    if "stop_token_ids" in values:
+        token_ids = values["stop_token_ids"]
+        _check_token_ids("stop_token_ids", token_ids, Collection, "token ids")
+        values["stop_token_ids"] = frozenset(token_ids)
+    if "logit_bias" in values:
+        biases = values["logit_bias"]
+        _check_token_ids("logit_bias", biases, Mapping, "a mapping of token ids to numbers")
+        values["logit_bias"] = tuple(sorted(biases.items()))
+
+    def make(config: Callable[..., Any], **others: Any) -> Any:
+        own = {name: one for name, one in OPTIONS.items() if one.owner is config}
+        given = {one.field: values[name] for name, one in own.items() if name in values}
+        return config(**given, **others)
+
+    decode = make(DecodeConfig, sampling=make(SamplingConfig), penalties=make(Penalties))
+    text: TextConfig = make(TextConfig, decode=decode)
+    return text
 
 
-def stop_strings(options: Options) -> tuple[str, ...]:
-    """The strings to stop at."""
-    stop = options.get("stop", ())
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _check_token_ids(name: str, value: Any, kind: type, rule: str) -> None:
+    if not isinstance(value, kind) or not all(isinstance(x, Integral) for x in value):  # type: ignore[attr-defined]
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
 
-def _check_types(options: Options) -> None:
-    """Raise a ConfigError for a wrong type that no configuration would notice."""
-    values: dict[str, Any] = dict(options)
-
-    def require(name: str, default: object, kinds: type | UnionType, expected: str) -> None:
-        value = values.get(name, default)
-        items = value if name in ("stop", "stop_token_ids", "logit_bias") else ()
-        kind = str if name == "stop" else Integral
-        if not isinstance(value, kinds) or not all(isinstance(item, kind) for item in items):
-            raise ConfigError(f"{name} must be {expected}, got {value!r}")
-
-    require("stop", (), Sequence, "a string or a list of strings")
-    require("stop_token_ids", (), Collection, "token ids")
-    require("logit_bias", {}, Mapping, "a mapping of token ids to numbers")
-    require("json_schema", {}, Mapping | bool, "a JSON schema")
-    require("regex", "", str, "a string")
-    require("grammar", "", str, "a string")
-    require("system", None, str | None, "a string")
-    require("template_args", None, Mapping | None, "a mapping of names to values")
+def check_names(given: Collection[str], known: Collection[str]) -> None:
+    """Raise a ConfigError for the first given option that is not known."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")
 
 
-def _pick(options: Mapping[str, object], kind: type) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {key: value for key, value in options.items() if key in names}
+def lists_options(options: Collection[Option]) -> Callable[[Function], Function]:
+    """Return a decorator that adds options to the docstring and the signature of a function."""
+
+    def decorate(function: Function) -> Function:
+        text = "\n".join(["Options:", *map(describe, options)])
+        function.__doc__ = f"{inspect.cleandoc(str(function.__doc__))}\n\n{text}\n"
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named += [
+            inspect.Parameter(
+                one.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=one.default if one.shown is None else ...,
+                annotation=one.annotation,
+            )
+            for one in options
+        ]
+        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def describe(option: Option) -> str:
+    """Describe an option in lines of a docstring: its name, type, meaning and default."""
+    text = f"{option.name} ({option.type_name}): {option.doc or option.help}. "
+    default = f"Default: {option.default_text}.".replace(" ", "\0")  # stays on one line
+    lines = textwrap.wrap(text + default, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    return "\n".join(lines).replace("\0", " ")

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, DecodeConfig, is_whole
+from treeflash.config import AUTO, DecodeConfig
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, check, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
@@ -19,6 +19,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError
+from treeflash.option import is_whole
 from treeflash.text.generation import Generation, Stats, TokenLogProb
 from treeflash.text.tokenizer import TextStream, Tokenizer
 

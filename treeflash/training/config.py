@@ -1,19 +1,19 @@
-"""Options of configurations, and the configuration of a training run."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from treeflash.drafters.formats import HEADS as HEAD_FORMATS
 from treeflash.drafters.formats import drafter_config
 from treeflash.errors import ConfigError
+from treeflash.option import option, options_of
 
 HEADS = (*(h.training_name for h in HEAD_FORMATS.values() if h.training_name), "none")
 LOSSES = ("kl", "ce", "tv", "lk")
@@ -24,16 +24,6 @@ NEW_DRAFTERS = ("target", "random")
 DEFAULT_LAYERS = 5
 MAX_SEED = 2**63 - 1
 LOSS_TERM = re.compile(r"(?:(\S+)\s+)?([a-z]+)")
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "int": {"type": int},
-    "int | None": {"type": int},
-    "float": {"type": float},
-    "float | None": {"type": float},
-    "bool": {"action": argparse.BooleanOptionalAction},
-    "tuple[int, ...] | None": {"type": int, "nargs": "+", "metavar": "ID"},
-    "tuple[float, ...]": {"type": float, "nargs": "+", "metavar": "T"},
-}
-"""How the command line reads options of these types; others are strings."""
 SHAPE = {
     "layers": "num_hidden_layers",
     "block_size": "block_size",
@@ -43,42 +33,12 @@ SHAPE = {
 """Options that define the shape of a new drafter, and their names in `DrafterConfig`."""
 
 
-def option(default: Any, help: str, minimum: float | None = None) -> Any:
-    """Describe an option: its default, its help and the least value that is accepted."""
-    return field(default=default, metadata={"help": help, "minimum": minimum})
-
-
 def check_minimums(config: Any) -> None:
     """Raise a ConfigError for an option below its minimum."""
-    for item in fields(config):
-        value, minimum = getattr(config, item.name), item.metadata["minimum"]
-        if None not in (value, minimum) and value < minimum:
-            raise ConfigError(f"{_flag(item.name)} must be {minimum} or more")
-
-
-def add_options(
-    parser: Any,
-    config: type,
-    leave_out: Collection[str] = (),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Add the fields of a configuration to a parser; options that are not given stay unset.
-
-    `leave_out` names fields that get no option, and `defaults` has what the help shows in place of
-    the configuration's own defaults.
-    """
-    for item in fields(config):
-        if item.name in leave_out:
-            continue
-        value = defaults.get(item.name, item.default)
-        default = value if isinstance(value, tuple) else (value,)
-        shown = "" if value is None else f" (default: {' '.join(map(str, default))})"
-        parser.add_argument(
-            f"--{_flag(item.name)}",
-            default=argparse.SUPPRESS,
-            help=item.metadata["help"] + shown,
-            **ARGUMENTS.get(str(item.type), {}),
-        )
+    for name, one in options_of(config.__class__).items():
+        value = getattr(config, name)
+        if None not in (value, one.minimum) and value < one.minimum:
+            raise ConfigError(f"{_flag(name)} must be {one.minimum} or more")
 
 
 def given_options(args: argparse.Namespace, config: type) -> dict[str, Any]:
@@ -121,6 +81,7 @@ class TrainConfig:
         None,
         "target layers whose outputs the drafter reads; by default as many as it has layers, the "
         "last of them just below the copied layers",
+        metavar="ID",
     )
     mask_token_id: int | None = option(
         None,

@@ -21,10 +21,11 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
 from treeflash.language_model import LanguageModel
+from treeflash.option import option
 from treeflash.text.output_file import OutputFile, Record, has_fields
 from treeflash.text.prompt import Row, check_messages, read_json_lines
 from treeflash.text.tokenizer import Tokenizer
-from treeflash.training.config import check_minimums, option
+from treeflash.training.config import check_minimums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class DistillConfig:
     """How the target responds."""
 
     temperature: tuple[float, ...] = option(
-        (0.0,), "0 is greedy; several are assigned to the prompts in turn"
+        (0.0,), "0 is greedy; several are assigned to the prompts in turn", metavar="T"
     )
     top_p: float = option(
         1.0, "sample from the most probable tokens whose probabilities add up to this"

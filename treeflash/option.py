@@ -1,0 +1,228 @@
+"""Options: what a setting means, which values it takes, and how each interface names it.
+
+A field of a configuration is described once, where it is defined, by `option`. Flags of commands,
+fields of requests, keywords of the Python API and tables of the documentation follow from these
+descriptions; `python -m tests.tables` writes the parts that are checked in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from treeflash.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A field of a configuration that users can set.
+
+    Attributes:
+        owner: the configuration.
+        field: the name of the field.
+        name: the name in Python, in files of options and in requests.
+        type: the type of the field.
+        annotation: the source text of the type of values that the Python API accepts.
+        default: the value if the option is not set; empty collections stand for nothing.
+        help: the description, as the command line shows it.
+        doc: the description for the Python API, where values are written differently there.
+        shown: describes the default where it is not a value.
+        minimum: the least number that is accepted.
+        maximum: the largest number that is accepted.
+        above: a number that every accepted number exceeds.
+        choices: the texts that are accepted.
+        accepts: decides whether a value is accepted, in place of the type and the limits.
+        rule: says which values are accepted, for error messages; by default the limits say it.
+        flag: the flag of the command line, if the name does not give it; "" if it has none. A bool
+            that has this is turned over by its flag, which takes no value.
+        metavar: stands for the value in the help of the command line.
+        parse: reads a value of the command line; by default the type does.
+        requests: whether requests to the server may set the option.
+        request_limits: the least and the largest number in a request, if they differ from the
+            limits above.
+    """
+
+    owner: type
+    field: str
+    name: str
+    type: Any
+    annotation: str
+    default: Any
+    help: str
+    doc: str | None = None
+    shown: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    accepts: Callable[[Any], bool] | None = None
+    rule: str | None = None
+    flag: str | None = None
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    requests: bool = False
+    request_limits: tuple[float, float] | None = None
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The members of the type: classes, None's class and literals."""
+        union = get_origin(self.type) in (Union, UnionType)
+        return get_args(self.type) if union else (self.type,)
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """The texts among the accepted values, such as `auto`."""
+        literals = [get_args(kind) for kind in self.kinds if get_origin(kind) is Literal]
+        return tuple(text for texts in literals for text in texts)
+
+    @property
+    def type_name(self) -> str:
+        """The type in words."""
+        if self.choices:
+            return "str"
+        if not self.literals:
+            return self.annotation.replace(" | ", " or ")
+        classes = [kind for kind in self.kinds if get_origin(kind) is not Literal]
+        names = ["None" if kind is type(None) else kind.__name__ for kind in classes]
+        return " or ".join([*names, *(f'"{text}"' for text in self.literals)])
+
+    @property
+    def tells_default(self) -> bool:
+        """Whether the description says the default itself."""
+        return self.meaning != self.help
+
+    @property
+    def meaning(self) -> str:
+        """The description without a default."""
+        return re.sub(r" \(default: .*\)$", "", self.help)
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        if self.shown is not None:
+            return self.shown
+        if self.default in ((), frozenset()):
+            return "none"
+        return f'"{self.default}"' if isinstance(self.default, str) else str(self.default)
+
+    @property
+    def request_text(self) -> str:
+        """The numbers that requests may have, in words; empty if they have no limits."""
+        if self.request_limits is None:
+            has_limits = self.minimum is not None or self.above is not None
+            return (self.rule or self._limits()) if has_limits else ""
+        least, most = self.request_limits
+        return f"between {least} and {most}"
+
+    def check(self, value: object) -> None:
+        """Raise a ConfigError unless the value is accepted."""
+        if self.accepts(value) if self.accepts else self._fits(value):
+            return
+        if self.choices and self.rule is None:
+            known = ", ".join(self.choices)
+            raise ConfigError(f"unknown {self.name} {value!r}; choose one of {known}")
+        rule = self.rule or self._limits()
+        is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
+        if "or more" in rule and is_fraction and float not in self.kinds:
+            rule = f"a whole number, {rule}"
+        raise ConfigError(f"{self.name} must be {rule}, got {value!r}")
+
+    def _fits(self, value: object) -> bool:
+        """Whether the type and the limits accept the value."""
+        if self.choices and value is not None:
+            return value in self.choices
+        return any(self._fits_kind(kind, value) for kind in self.kinds)
+
+    def _fits_kind(self, kind: Any, value: Any) -> bool:
+        if get_origin(kind) is Literal:
+            return isinstance(value, str) and value in get_args(kind)
+        if kind is int:
+            return is_whole(value) and self._within_limits(value)
+        if kind is float:
+            return is_number(value) and math.isfinite(value) and self._within_limits(value)
+        return isinstance(value, get_origin(kind) or kind) and value != ""
+
+    def _within_limits(self, value: float) -> bool:
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+        )
+
+    def _limits(self) -> str:
+        """The accepted values in words."""
+        if bool in self.kinds:
+            return "True or False"
+        if self.above is not None:
+            most = "" if self.maximum is None else f" and at most {self.maximum}"
+            return f"above {self.above}{most}"
+        if self.maximum is not None:
+            return f"between {self.minimum} and {self.maximum}"
+        least = f"{self.minimum} or more"
+        return ", or ".join([*self.literals, least])
+
+
+def option(default: Any, help: str, minimum: float | None = None, **settings: Any) -> Any:
+    """Define a field of a configuration; `Option` has the further settings."""
+    metadata = {"help": help, "minimum": minimum, **settings}
+    return field(default=default, metadata=metadata)
+
+
+@cache
+def options_of(config: type) -> Mapping[str, Option]:
+    """The options of a configuration and of the configurations in it, by name."""
+    options: dict[str, Option] = {}
+    types = get_type_hints(config)
+    for item in fields(config):
+        kind = types[item.name]
+        if item.metadata:
+            about = {"name": item.name, "annotation": item.type, **item.metadata}
+            one = Option(owner=config, field=item.name, type=kind, default=item.default, **about)
+            options[one.name] = one
+        elif isinstance(kind, type) and is_dataclass(kind):
+            options |= options_of(kind)
+    return options
+
+
+def check(config: Any) -> None:
+    """Raise a ConfigError for the first option of a configuration whose value is not accepted."""
+    for one in options_of(config.__class__).values():
+        if one.owner is type(config):
+            one.check(getattr(config, one.field))
+
+
+def is_whole(value: object, least: int | None = None) -> bool:
+    """Whether `value` is an integer, Python's or NumPy's, of at least `least`."""
+    whole = not isinstance(value, bool) and isinstance(value, Integral)
+    return whole and (least is None or int(value) >= least)  # type: ignore[call-overload]
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number, Python's or NumPy's."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def parse_switch(text: str) -> bool:
+    """Read `on` or `off`."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"neither on nor off: {text}")
+    return text == "on"
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return value
