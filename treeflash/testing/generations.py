@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from itertools import product, zip_longest
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import METHODS, DecodeConfig, Method, Penalties, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -36,6 +37,7 @@ from treeflash.testing.pairs import (
     pairwise,
     two_samplings,
 )
+from treeflash.text.async_stream import AsyncDecoder
 
 MAX_TOKENS = 10
 BUDGETS = (1, 2, 16, 64, 256)
@@ -175,6 +177,26 @@ class GenerationTests:
                 steps += [step] if step else []
         for actual, expected in zip(together, alone, strict=True):
             assert_equal_steps(actual, expected)
+
+    def test_texts_of_an_event_loop_equal_texts_alone(self, backend: Backend) -> None:
+        """They are decoded together, in another thread than the one that loaded the models."""
+        config = DecodeConfig(budget=16, max_tokens=MAX_TOKENS)
+        prompts = [prompt_of(backend, seed) for seed in range(3)]
+        decoder = AsyncDecoder(backend, AdaptiveBudgets())
+
+        async def tokens(prompt: list[int]) -> list[int]:
+            mailbox = decoder.submit(Request(prompt_ids=prompt, config=config))
+            steps: list[Step] = []
+            while not steps or steps[-1].finish_reason is None:
+                step = await mailbox.get()
+                assert isinstance(step, Step), step
+                steps.append(step)
+            return tokens_of(steps)
+
+        async def texts() -> list[list[int]]:
+            return await asyncio.gather(*map(tokens, prompts))
+
+        assert asyncio.run(texts()) == [generate(backend, prompt, config) for prompt in prompts]
 
 
 def check_generation(pair: Pair, config: DecodeConfig) -> None:

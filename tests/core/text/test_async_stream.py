@@ -46,10 +46,12 @@ class Gate:
 
     def __init__(self, verifier, monkeypatch) -> None:
         self.passes = 0
+        self.reached = threading.Event()  # is set when a forward pass is about to run
         self._permits = threading.Semaphore(0)
         run = type(verifier).run
 
         def gated(verifier, work):
+            self.reached.set()
             assert self._permits.acquire(timeout=60)
             self.passes += 1
             return run(verifier, work)
@@ -216,6 +218,29 @@ def test_a_stream_that_nobody_keeps_ends(model, gate, closed):
 
     asyncio.run(run())
     assert gate.passes <= 2
+
+
+def test_a_client_that_disconnects_ends_its_text(model, gate, closed):
+    responses = pytest.importorskip("starlette.responses")
+    from asgi import ask_async
+
+    async def app(scope, receive, send):
+        chunks = model.astream("hi", **FOREVER)
+        await responses.StreamingResponse(chunk.text async for chunk in chunks)(
+            scope, receive, send
+        )
+
+    async def run():
+        disconnect = asyncio.Event()
+        asking = asyncio.ensure_future(ask_async(app, "GET", "/", disconnect=disconnect))
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        disconnect.set()
+        await asking
+        gate.allow()
+        assert await asyncio.to_thread(closed.wait, 30)
+
+    asyncio.run(run())
+    assert gate.passes == 1
 
 
 def test_a_timeout_ends_a_text_and_not_the_others(model, gate):
