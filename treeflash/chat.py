@@ -194,19 +194,18 @@ class Conversation:
     def _set(self, name: str = "", value: str | None = None) -> None:
         parser = Parser("chat", "")
         cli.add_decode_options(parser, SETTABLE)
-        flags = {flag: action.dest for flag, action in parser._option_string_actions.items()}
-        flag = f"--{name.removeprefix('--').replace('_', '-')}"
+        # By flag, the names of options.
+        names = {flag: x.dest for flag, x in parser._option_string_actions.items()}
+        flags = [flag for flag, option in names.items() if option in SETTABLE]
         if not name:
-            given = [(flag, self.options.get(key)) for flag, key in flags.items()]
-            lines = [f"  {flag[2:]} {value}" for flag, value in given if value is not None]
-            names = ", ".join(flag[2:] for flag, key in flags.items() if key in SETTABLE)
-            self.console.print("\n".join([f"{names}; set are:", *lines]), markup=False)
+            self._list_options({flag.removeprefix("--"): names[flag] for flag in flags})
             return
-        if (key := flags.get(flag)) not in SETTABLE:
+        name = name.removeprefix("--").replace("_", "-")
+        if (flag := f"--{name}") not in flags:
             raise ConfigError(f"unknown option {name}; /set lists the options")
         options: dict[str, Any] = dict(self.options)
         if value is None:
-            options.pop(key, None)
+            options.pop(names[flag], None)
             options.setdefault("max_tokens", MAX_TOKENS)
         else:
             try:
@@ -215,7 +214,14 @@ class Conversation:
                 raise ConfigError(str(error).removesuffix("; see --help")) from None
         parse_options(cast(Options, options))
         self.options = cast(Options, options)
-        self._note(f"{flag[2:]} has its default" if value is None else f"{flag[2:]} is {value}")
+        self._note(f"{name} has its default" if value is None else f"{name} is {value}")
+
+    def _list_options(self, options: dict[str, str]) -> None:
+        """Print the options by the names that `/set` takes, and the values that are set."""
+        values = {name: self.options.get(option) for name, option in options.items()}
+        lines = [f"  {name} {value}" for name, value in values.items() if value is not None]
+        text = "\n".join([f"{', '.join(options)}; set are:", *lines])
+        self.console.print(text, markup=False)
 
     def _decode(self, assembler: Assembler) -> None:
         """Show the text of a sequence while it is decoded, until Ctrl-C is pressed."""

@@ -54,16 +54,16 @@ def render_markdown(text: str) -> Markdown:
     return markdown
 
 
-def block_starts(text: str) -> list[int]:
-    """Return the indices at which the blocks of a Markdown text begin, but for the first."""
-    lines = text.splitlines(keepends=True)
-    starts = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map]
-    return [sum(map(len, lines[:start])) for start in starts[1:]]
-
-
 def line_starts(text: str) -> list[int]:
     """Return the indices at which the lines of a text begin, but for the first."""
     return [index + 1 for index, character in enumerate(text) if character == "\n"]
+
+
+def block_starts(text: str) -> list[int]:
+    """Return the indices at which the blocks of a Markdown text begin, but for the first."""
+    lines = [0, *line_starts(text)]
+    starts = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map]
+    return [lines[start] for start in starts[1:]]
 
 
 class AnswerView:

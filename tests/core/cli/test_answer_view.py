@@ -102,7 +102,8 @@ def test_an_error_leaves_the_text_so_far():
 @pytest.mark.parametrize(
     ("text", "starts"),
     [("", []), ("a", []), ("a\n\nb\n\nc", [3, 6]), ("a\n---", []), ("a\n- b", [2]),
-     ("```\na\n\nb", []), ("- a\n- b\n\n  c\n", []), ("\n\na\n# b\n", [4])],
+     ("```\na\n\nb", []), ("- a\n- b\n\n  c\n", []), ("\n\na\n# b\n", [4]),
+     ("a\u2028b\n\nc", [5])],
 )  # fmt: skip
 def test_blocks_begin_where_the_last_one_can_no_longer_change(text, starts):
     assert block_starts(text) == starts
