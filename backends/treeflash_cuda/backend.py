@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -39,14 +39,7 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_model import DrafterModel, load_weights
 from treeflash_cuda.experts import fuse_experts, has_experts
 from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
-from treeflash_cuda.heads import (
-    HEADS,
-    ARHead,
-    Correlation,
-    CorrelationHead,
-    RecurrentCell,
-    RecurrentHead,
-)
+from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
 from treeflash_cuda.operations import Operations, Shapes, load_operations
@@ -73,7 +66,7 @@ GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
 
 Model: TypeAlias = DrafterModel | RowModel
-Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
+Head: TypeAlias = TableHead | RowHead
 
 
 class CudaBackend(BaseBackend):
@@ -251,7 +244,8 @@ def load_packed_drafter(
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
-        pack_linears(head.module)
+        module: Any = head.module
+        pack_linears(module)
     target.capture(drafter_model.config.target_layer_ids)
     return drafter_model, head
 
@@ -419,7 +413,7 @@ def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | None]:
+def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, TableHead | None]:
     """Read a drafter and check that it belongs to the target."""
     (vocab_size, hidden_size), layers = target.embeddings.shape, len(target.layers)
     tensors = load_tensors(
@@ -430,11 +424,7 @@ def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, Head | Non
     if config.head is None:
         return model, None
     with torch.device("meta"):
-        module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
+        module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     module.load_state_dict(tensors.head, assign=True)
     module = module.to(target.device, target.dtype).eval()
-    if isinstance(module, Correlation):
-        return model, CorrelationHead(module, model, target)
-    if isinstance(module, RecurrentCell):
-        return model, RecurrentHead(module, model, target)
-    return model, ARHead(module, model, target)
+    return model, TABLE_HEADS[module.kind](module, model, target)

@@ -1,9 +1,8 @@
-"""The conditional heads: their weights, how they score tokens, and the tables they give.
+"""The tables of conditional heads, whose mathematics is in `treeflash.drafters.heads`.
 
-A head of `HEADS` is a module with the tensors of its format. A `ConditionalHead` is first-order:
-its scores depend on the slot and on one previous token. A `RecurrentCell` has a state for the path
-of previous tokens, and `RecurrentHead` follows the paths depth by depth. All scores are logits
-before the temperature.
+The scores of a `ConditionalHead` depend on the slot and on one previous token. A `RecurrentCell`
+has a state for the path of previous tokens, and `RecurrentHead` follows the paths depth by depth.
+All scores are logits before the temperature.
 
 `ARHead` computes the tables of all sequences together, although sequences may differ in the tokens
 that are scored.
@@ -11,9 +10,9 @@ that are scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,16 +23,18 @@ from torch import Tensor, nn
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.formats import HEADS as FORMATS
+from treeflash.drafters.heads.lilicorr import Correlation
+from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell
 from treeflash_cuda.drafter import Block, BlockBatch, OutputStage, concatenate
-from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
+from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import Outputs, power_of_four, power_of_two
-from treeflash_cuda.linear import PairLinear, RowIndex, take, token_products
+from treeflash_cuda.head_operations import as_module
+from treeflash_cuda.linear import RowIndex, take, token_products
 from treeflash_cuda.numerics import divide_by_temperature, largest, top_log_probs, topk, upload
 from treeflash_cuda.target import Target
 
-NORM_EPS = 1e-6
 MANY = 1 << 30
 """In the place of a size without a limit."""
 
@@ -53,398 +54,34 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
+    """The tokens that the children of queries are chosen from."""
+
     output: OutputStage  # of the drafter
-    logits: Tensor  # (slots, v) of the marginals, of these tokens
+    marginals: Tensor  # (slots, v) logits of these tokens
     rows: RowIndex  # (n,) the slot of each query
     # Of the drafter's vocabulary: (v,); or (blocks, v), with equally many queries in each block; or
     # (slots, v) for a head with candidates. None for all.
     tokens: Tensor | None
 
+    def logits(self) -> Tensor:
+        return take(self.marginals, self.rows).float()
 
-class Head(nn.Module):
-    """A head of a drafter, with its tensors under their names in checkpoints."""
+    def output_logits(self, queries: Tensor) -> Tensor:
+        return self.output.logits(queries, self.tokens)
 
-    def confidence(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor | None:
-        """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
+    def products(self, queries: Tensor, table: nn.Embedding) -> Tensor:
+        return token_products(queries, table.weight, self.tokens).float()
 
-        The (n,) previous tokens are of the target's vocabulary; `rows` are their slots.
-        """
-        return None
+    def candidate_products(self, queries: Tensor, table: Tensor) -> Tensor:
+        assert self.tokens is not None
+        keys = table[take(self.tokens, self.rows)]
+        return (keys.float() @ queries.float()[:, :, None])[..., 0]
 
 
-class ConditionalHead(Head):
-    """A head whose scores depend on a slot and one previous token."""
-
-    # Tokens of a slot that the head scores, the most probable by their marginal; None for all.
-    candidates: int | None = None
-
-    def queries(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor:
-        """(n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
-        raise NotImplementedError
-
-    def score(self, queries: Tensor, scored: ScoredTokens) -> Tensor:
-        """(n, v) scores of (n, size) queries in float32, or in the dtype of the output head."""
-        raise NotImplementedError
-
-
-class RecurrentCell(Head):
-    """A head with a state for each path of previous tokens, and a bias on its children's logits."""
-
-    @property
-    def token_rows(self) -> Tensor:
-        """(Vd, r) of the drafter's tokens: the products of the rows with a query are the bias."""
-        raise NotImplementedError
-
-    def start(self, output: OutputStage, block: Block) -> Tensor:
-        """The (1, state_size) state before the root."""
-        return block.hidden.new_zeros(1, output.config.head_state_size)
-
-    def step(
-        self, slots: Slots, state: Tensor, previous: Tensor, depth: int
-    ) -> tuple[Tensor, Tensor]:
-        """Advance n paths by their (n,) last tokens, of the target's vocabulary.
-
-        The (n, state_size) state of the paths without that token is `start` before the root; the
-        depth of the children counts from 0. Returns (n, state_size) states, and (n, r) queries.
-        """
-        raise NotImplementedError
-
-
-class Corrected(ConditionalHead):
-    """TreeFlash: h' = h + correction([embedding; u]), read by the output head."""
-
-    def correction(self, embedded: Tensor, normed: Tensor, rows: RowIndex) -> Tensor:
-        """(n, hidden_size) corrections, from (n, hidden_size) embeddings of previous tokens.
-
-        `rows` are their rows of the (slots, hidden_size) u.
-        """
-        raise NotImplementedError
-
-    def queries(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor:
-        correction = self.correction(slots.output.embed(previous), slots.normed, rows)
-        return slots.output.norm(take(slots.hidden, rows) + correction)
-
-    def score(self, queries: Tensor, scored: ScoredTokens) -> Tensor:
-        return scored.output.logits(queries, scored.tokens)
-
-
-class SwiGLU(Corrected):
-    """The correction D(silu(G(x)) * U(x))."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h = config.hidden_size
-        self.norm = RMSNorm(h, NORM_EPS)
-        self.ug = PairLinear(h, 2 * inner_size, bias=True)
-        self.d = nn.Linear(inner_size, h, bias=False)
-
-    def correction(self, embedded: Tensor, normed: Tensor, rows: RowIndex) -> Tensor:
-        up, gate = self.ug(self.norm(embedded), normed, rows).chunk(2, -1)
-        return self.d(up * F.silu(gate))
-
-
-class Linear(Corrected):
-    """The paper's ablation D(x), linear in the previous token and the hidden state."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h = config.hidden_size
-        self.norm = RMSNorm(h, NORM_EPS)
-        self.d = PairLinear(h, h, bias=False)
-
-    def correction(self, embedded: Tensor, normed: Tensor, rows: RowIndex) -> Tensor:
-        return self.d(self.norm(embedded), normed, rows)
-
-
-class Selector(ConditionalHead):
-    """DFlash2: U(b) + <A[a] * W u, B[b]> for the candidates b of a slot."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        rank = config.head_rank
-        self.predecessor_codebook = nn.Parameter(torch.empty(vocab_size, rank))
-        self.successor_codebook = nn.Parameter(torch.empty(vocab_size, rank))
-        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
-        self.candidates = config.selector_top_k
-
-    def queries(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor:
-        projected = self.hidden_projection(slots.normed)
-        return take(self.predecessor_codebook, previous) * take(projected, rows)
-
-    def score(self, queries: Tensor, scored: ScoredTokens) -> Tensor:
-        assert scored.tokens is not None
-        keys = self.successor_codebook[take(scored.tokens, scored.rows)]
-        terms = (keys.float() @ queries.float()[:, :, None])[..., 0]
-        return terms + take(scored.logits, scored.rows).float()
-
-
-class MarkovTensors(Head):
-    """The tensors that DSpark's heads share, and their confidence head."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, rank = config.hidden_size, config.head_rank
-        self.config = config
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Embedding(config.draft_vocab_size or vocab_size, rank)
-        if config.confidence_head:
-            width = h + rank if config.confidence_with_markov else h
-            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width, 1)})
-
-    def confidence(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor | None:
-        if not self.config.confidence_head:
-            return None
-        x = take(slots.normed, rows)
-        if self.config.confidence_with_markov:
-            x = torch.cat([x, self.markov_w1(previous)], -1)
-        return self.confidence_head["proj"](x)[:, 0].float().sigmoid()
-
-
-class Markov(MarkovTensors, ConditionalHead):
-    """DSpark: z(b) + <W2[b], e>, where e = W1[a], or a gated form of it."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__(config, inner_size, vocab_size)
-        if config.head == "gated":
-            self.gate_proj = nn.Linear(config.hidden_size + config.head_rank, config.head_rank)
-
-    def queries(self, slots: Slots, previous: Tensor, rows: RowIndex) -> Tensor:
-        embedded = self.markov_w1(previous)
-        if self.config.head == "gated":
-            gate = self.gate_proj(torch.cat([take(slots.normed, rows), embedded], -1))
-            embedded = embedded * gate.sigmoid()
-        return embedded
-
-    def score(self, queries: Tensor, scored: ScoredTokens) -> Tensor:
-        products = token_products(queries, self.markov_w2.weight, scored.tokens)
-        return products.float() + take(scored.logits, scored.rows).float()
-
-
-class MarkovRNN(MarkovTensors, RecurrentCell):
-    """DSpark: z(b) + <W2[b], tanh(o)>, a gated recurrent unit over W1[a] and the hidden state."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__(config, inner_size, vocab_size)
-        rank = config.head_rank
-        self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
-
-    @property
-    def token_rows(self) -> Tensor:
-        return self.markov_w2.weight
-
-    def step(
-        self, slots: Slots, state: Tensor, previous: Tensor, depth: int
-    ) -> tuple[Tensor, Tensor]:
-        embedded = self.markov_w1(previous)
-        normed = slots.normed[depth].expand(len(embedded), -1)
-        x = self.joint_proj(torch.cat([state, embedded, normed], -1))
-        gate, candidate, out = x.chunk(3, -1)
-        gate = gate.sigmoid()
-        return gate * state + (1 - gate) * candidate.tanh(), out.tanh()
-
-
-class GRU(nn.Module):
-    """A GRU without biases, with PyTorch's names for its tensors."""
-
-    def __init__(self, size: int, state_size: int) -> None:
-        super().__init__()
-        self.weight_ih_l0 = nn.Parameter(torch.empty(3 * state_size, size))
-        self.weight_hh_l0 = nn.Parameter(torch.empty(3 * state_size, state_size))
-
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
-        return torch.gru_cell(x, state, self.weight_ih_l0, self.weight_hh_l0)
-
-
-class Domino(RecurrentCell):
-    """Domino: z(b) + <W2[b], silu(W1 [u; s])>, where s is a GRU over the tokens' embeddings.
-
-    Before the first depth of the head the bias is 0.
-    """
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, rank, g = config.hidden_size, config.head_rank, config.head_state_size
-        self.config = config
-        self.prefix_gru = GRU(h, g)
-        # The last one is no linear layer here: its rows are also taken for single tokens.
-        self.embed_proj = nn.ModuleDict(
-            {"0": nn.Linear(h + g, rank, bias=False), "2": nn.Embedding(vocab_size, rank)}
-        )
-
-    @property
-    def token_rows(self) -> Tensor:
-        table: Any = self.embed_proj["2"]
-        return table.weight
-
-    def step(
-        self, slots: Slots, state: Tensor, previous: Tensor, depth: int
-    ) -> tuple[Tensor, Tensor]:
-        state = self.prefix_gru(slots.output.embed(previous), state)
-        if depth + 1 < self.config.head_from_depth:
-            return state, state.new_zeros(len(state), self.config.head_rank)
-        x = torch.cat([slots.normed[depth].expand(len(state), -1), state], -1)
-        return state, F.silu(self.embed_proj["0"](x))
-
-
-class XPress(RecurrentCell):
-    """X-PRESS: z(b) + <readout[b], x>, where x mixes the inputs of all slots of a path so far.
-
-    The state has the projection of the block's mean, and then the input of each slot. The first
-    slot's input comes from the token before the root.
-    """
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, r, slots = config.hidden_size, config.head_rank, config.block_size
-        inner = config.head_mlp_ratio * r
-        self.token_embed = nn.Embedding(vocab_size, r)
-        self.down_h, self.down_g = nn.Linear(h, r, bias=False), nn.Linear(h, r, bias=False)
-        self.in_proj = nn.Linear(3 * r, r, bias=False)
-        self.mix_l = nn.Parameter(torch.empty(r, slots, slots))
-        self.mlp_gate, self.mlp_up = (
-            nn.Linear(r, inner, bias=False),
-            nn.Linear(r, inner, bias=False),
-        )
-        self.mlp_down = nn.Linear(inner, r, bias=False)
-        # No linear layer here: its rows are also taken for single tokens.
-        self.readout = nn.Embedding(config.draft_vocab_size or vocab_size, r)
-
-    @property
-    def token_rows(self) -> Tensor:
-        return self.readout.weight
-
-    def start(self, output: OutputStage, block: Block) -> Tensor:
-        normed = output.norm(block.slots)
-        inputs = super().start(output, block).unflatten(1, (-1, len(self.mix_l)))
-        inputs[:, 0] = self.down_g(normed.mean(0, keepdim=True))
-        before = torch.full((1,), block.before, device=normed.device)
-        inputs[:, 1] = self._input(inputs, normed[0], before)
-        return inputs.flatten(1)
-
-    def step(
-        self, slots: Slots, state: Tensor, previous: Tensor, depth: int
-    ) -> tuple[Tensor, Tensor]:
-        inputs, slot = state.unflatten(1, (-1, len(self.mix_l))).clone(), depth + 1
-        inputs[:, 1 + slot] = new = self._input(inputs, slots.normed[depth], previous)
-        mix = self.mix_l[:, slot, : slot + 1]
-        x = new + torch.einsum("njr,rj->nr", inputs[:, 1 : slot + 2], mix)
-        x = x + self.mlp_down(F.silu(self.mlp_gate(x)) * self.mlp_up(x))
-        return inputs.flatten(1), x
-
-    def _input(self, inputs: Tensor, normed: Tensor, previous: Tensor) -> Tensor:
-        """(n, r) inputs of a slot after (n,) previous tokens."""
-        embedded = self.token_embed(previous)
-        hidden = self.down_h(normed[None]).expand_as(embedded)
-        return self.in_proj(torch.cat([hidden, inputs[:, 0], embedded], -1))
-
-
-class BiasedAttention(nn.Module):
-    """Attention with a bias on its scores, with the tensors of PyTorch's `MultiheadAttention`."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(n, width) from (n, width) and a (heads, n, n) bias."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.out_proj(y.transpose(0, 1).flatten(1))
-
-
-class CorrelationLayer(nn.Module):
-    """A layer of LiLiCorr's transformer, whose attention has a bias by slots."""
-
-    def __init__(self, shape: CorrelationShape, eps: float) -> None:
-        super().__init__()
-        w = shape.hidden_size
-        self.attn_norm, self.mlp_norm = RMSNorm(w, eps), RMSNorm(w, eps)
-        self.attn = BiasedAttention(w, shape.heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(w, shape.inner_size), nn.SiLU(), nn.Linear(shape.inner_size, w)
-        )
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
-        x = x + self.attn(self.attn_norm(x), bias)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Correlation(Head):
-    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        assert config.correlation is not None
-        self.shape = shape = config.correlation
-        h, w, r, slots = config.hidden_size, shape.hidden_size, config.head_rank, config.depths
-        self.token_proj = nn.Linear(h, w) if w != h else nn.Identity()
-        self.pass_hidden_proj, self.context_proj = nn.Linear(h, w), nn.Linear(h, w)
-        self.feature_mlp = nn.Sequential(
-            nn.LayerNorm(5), nn.Linear(5, w), nn.SiLU(), nn.Linear(w, w)
-        )
-        self.factor_input_proj = nn.Linear(3 * w, w)
-        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(w, r) for _ in range(3))
-        eps = config.rms_norm_eps
-        self.anchor_norm, self.output_norm = RMSNorm(w, eps), RMSNorm(w, eps)
-        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, config.selector_top_k, w))
-        self.slot_embedding = nn.Parameter(torch.empty(1, 1, slots, 1, w))
-        self.relative_slot_bias = nn.Parameter(torch.empty(shape.heads, 2 * slots + 1))
-        self.same_slot_bias = nn.Parameter(torch.empty(shape.heads))
-        self.layers = nn.ModuleList(CorrelationLayer(shape, eps) for _ in range(shape.layers))
-
-    def forward(
-        self, embedded: Tensor, normed: Tensor, log_probs: Tensor, anchor: Tensor
-    ) -> Tensor:
-        """(S - 1, k, k) scores of candidates after the candidates of the slot before.
-
-        From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
-        the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.
-        """
-        slots, k = log_probs.shape
-        ranks = torch.arange(k, device=log_probs.device, dtype=torch.float32).expand(slots, k)
-        parts = [log_probs, log_probs.exp(), log_probs - log_probs[:, :1]]
-        features = torch.stack([*parts, ranks / max(k - 1, 1), (ranks == 0).float()], -1)
-        x = self.token_proj(embedded) + self.pass_hidden_proj(normed)[:, None]
-        x = x + self.feature_mlp(features.to(x.dtype))
-        x = (x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]).flatten(0, 1)
-        slot = torch.arange(slots, device=x.device).repeat_interleave(k)
-        distance = slot[:, None] - slot
-        bias = self.relative_slot_bias[:, distance + slots]
-        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
-        for layer in self.layers:
-            x = layer(x, bias)
-        known = self.anchor_norm(self.context_proj(anchor))
-        x = self.output_norm(x)
-        joint = torch.cat([x, known.expand_as(x), x * known], -1)
-        factors = F.silu(self.factor_input_proj(joint)).unflatten(0, (slots, k))
-        start = self._unit(self.anchor_out_head(known)).expand(1, k, -1)
-        before = torch.cat([start, self._unit(self.out_head(factors))[:-1]])
-        return self.shape.logit_scale * before @ self._unit(self.in_head(factors)).mT
-
-    def _unit(self, x: Tensor) -> Tensor:
-        return F.normalize(x.float(), dim=-1, eps=self.shape.vector_eps)
-
-
-HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlation]] = {
-    "swiglu": SwiGLU,
-    "linear": Linear,
-    "selector": Selector,
-    "vanilla": Markov,
-    "gated": Markov,
-    "rnn": MarkovRNN,
-    "domino": Domino,
-    "xpress": XPress,
-    "lilicorr": Correlation,
+HEADS: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
+    name: as_module(x.module) for name, x in FORMATS.items()
 }
 """By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
-
-
 MIN_ROWS, MIN_SHORTLIST = 64, 1024
 """Smaller tables share a graph: reading the head's weights takes most of their time."""
 
@@ -635,7 +272,7 @@ class CorrelationHead(CandidateHead):
         marginal = self.output.logits(normed).float().log_softmax(-1)
         log_probs, tokens = topk(marginal, self.output.config.selector_top_k)
         embedded = self.output.embed(tokens)
-        scores = self.module(embedded, normed, log_probs, block.anchor)
+        scores = self.module.forward(embedded, normed, log_probs, block.anchor)
         return tokens.int().cpu().numpy(), log_probs.cpu().numpy(), scores.cpu().numpy()
 
 
@@ -667,7 +304,7 @@ class RecurrentHead:
         rows = []
         for depth, token in enumerate(torch.from_numpy(previous).to(logits.device)):
             state, queries = self.module.step(slots, state, token[None], depth)
-            bias = queries @ self.module.token_rows.T
+            bias = queries @ self.module.token_rows.weight.T
             rows.append(logits[depth].float() + bias.float())
         log_probs = torch.cat(rows).log_softmax(-1)
         return self.output.over_target_vocabulary(log_probs).cpu().numpy()
@@ -678,7 +315,7 @@ class RecurrentHead:
         """The table of one sequence, from its slots and (D, Vd) logits with their noise."""
         temperature = options.temperature
         width = options.m if options.rows is None else min(options.m, options.rows)
-        token_rows, vocab, mass = self.module.token_rows, None, None
+        token_rows, vocab, mass = self.module.token_rows.weight, None, None
         if options.shortlist is not None and options.shortlist < logits.shape[1]:
             marginal = divide_by_temperature(logits, temperature).log_softmax(-1)
             (vocab,) = largest(marginal.amax(0, keepdim=True), options.shortlist)
@@ -717,3 +354,12 @@ class RecurrentHead:
             kept_,
             *([x.view(np.float32) for x in part] for part in confidences),
         )
+
+
+TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
+TABLE_HEADS: Mapping[str, Callable[[Any, DrafterModel, Target], TableHead]] = {
+    "conditional": ARHead,
+    "recurrent": RecurrentHead,
+    "correlation": CorrelationHead,
+}
+"""What computes the tables of a head, by `Head.kind`."""

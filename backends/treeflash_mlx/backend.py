@@ -41,15 +41,8 @@ from treeflash_mlx.device import (
 )
 from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.heads import (
-    HEADS,
-    ARHead,
-    Correlation,
-    CorrelationHead,
-    RecurrentCell,
-    RecurrentHead,
-    split_pairs,
-)
+from treeflash_mlx.head_operations import split_pairs
+from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
 from treeflash_mlx.state import State
@@ -57,7 +50,7 @@ from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
 
 Model: TypeAlias = DrafterModel | RowModel | AssistantModel
-Head: TypeAlias = ARHead | CorrelationHead | RecurrentHead | RowHead
+Head: TypeAlias = TableHead | RowHead
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
@@ -288,13 +281,9 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     _fill(model, tensors.backbone, target.dtype, bits)
     if config.head is None:
         return model, None
-    module = HEADS[config.head](config, tensors.head_size, target.vocab_size)
+    module: Any = HEADS[config.head](config, tensors.head_size, target.vocab_size)
     _fill(module, split_pairs(module, tensors.head), target.dtype, bits)
-    if isinstance(module, Correlation):
-        return model, CorrelationHead(module, model, target)
-    if isinstance(module, RecurrentCell):
-        return model, RecurrentHead(module, model, target)
-    return model, ARHead(module, model, target)
+    return model, TABLE_HEADS[module.kind](module, model, target)
 
 
 def load_row_head(

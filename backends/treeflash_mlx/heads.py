@@ -1,15 +1,15 @@
-"""The conditional heads: their weights, how they score tokens, and the tables they give.
+"""The tables of conditional heads, whose mathematics is in `treeflash.drafters.heads`.
 
-A head of `HEADS` is a module with the tensors of its format. A `ConditionalHead` is first-order:
-its scores depend on the slot and on one previous token, and `ARHead` scores all slots of all
-sequences together. A `RecurrentCell` has a state for the path of previous tokens, and
-`RecurrentHead` follows the paths depth by depth. All scores are logits before the temperature.
+The scores of a `ConditionalHead` depend on the slot and on one previous token, and `ARHead` scores
+all slots of all sequences together. A `RecurrentCell` has a state for the path of previous tokens,
+and `RecurrentHead` follows the paths depth by depth. All scores are logits before the temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -19,46 +19,15 @@ from numpy.typing import NDArray
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.config import Correlation as CorrelationShape
 from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.formats import HEADS as FORMATS
+from treeflash.drafters.heads.lilicorr import Correlation
+from treeflash.drafters.heads.operations import ConditionalHead, RecurrentCell
 from treeflash_mlx.drafter import Block, OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
+from treeflash_mlx.head_operations import as_module
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
-
-
-class PairLinear(nn.Module):
-    """A linear layer of two concatenated vectors of equal size; many rows share the second one."""
-
-    def __init__(self, size: int, out: int, bias: bool) -> None:
-        super().__init__()
-        # A product with a concatenation is the sum of two products.
-        self.first = nn.Linear(size, out, bias=False)
-        self.second = nn.Linear(size, out, bias=bias)
-
-    def __call__(self, first: mx.array, second: mx.array, rows: mx.array) -> mx.array:
-        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
-        return self.first(first) + self.second(second)[rows]
-
-
-def split_pairs(module: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """A checkpoint's tensors by name, with the weights of the `PairLinear`s in a module split.
-
-    A pair has an (out, 2 * size) weight in the checkpoint, and perhaps an (out,) bias.
-    """
-    tensors = dict(tensors)
-    for name, child in module.named_modules():
-        if isinstance(child, PairLinear):
-            first, second = mx.split(tensors.pop(f"{name}.weight"), 2, -1)
-            # A strided half of a matrix would be copied in every product.
-            tensors[f"{name}.first.weight"] = mx.contiguous(first)
-            tensors[f"{name}.second.weight"] = mx.contiguous(second)
-            if f"{name}.bias" in tensors:
-                tensors[f"{name}.second.bias"] = tensors.pop(f"{name}.bias")
-    return tensors
-
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,420 +48,38 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
+    """The tokens that the children of queries are chosen from."""
+
     output: OutputStage
-    logits: mx.array  # (batch, D, v) of the marginals
+    marginals: mx.array  # (batch, D, v) logits of these tokens
     rows: mx.array  # (batch, n) the depth of each query, from 0
     # of the drafter's vocabulary: (batch, 1, v), or (batch, D, v) for a head with candidates; None
     # for all
     tokens: mx.array | None
 
+    def logits(self) -> mx.array:
+        return take_rows(self.marginals, self.rows).astype(mx.float32)
 
-class Head(nn.Module):
-    """A head of a drafter, with its tensors under their names in checkpoints."""
+    def output_logits(self, queries: mx.array) -> mx.array:
+        return self.output.logits(queries, None if self.tokens is None else self.tokens[:, 0])
 
-    def confidence(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array | None:
-        """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
-
-        It follows from (n,) previous tokens of the target's vocabulary, and the slot of each.
-        """
-        return None
-
-
-class ConditionalHead(Head):
-    """A head whose scores depend on a slot and one previous token.
-
-    It scores the `candidates` most probable tokens of a slot by their marginal; None scores all.
-    """
-
-    candidates: int | None = None
-
-    def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        """(n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
-        raise NotImplementedError
-
-    def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        """(batch, n, v) scores of (batch, n, size) queries.
-
-        They are float32, or have the dtype of the output head.
-        """
-        raise NotImplementedError
-
-
-class RecurrentCell(Head):
-    """A head with a state for each path of previous tokens, and a bias on the logits of children.
-
-    The bias is the product of a query with the row of r numbers that `token_rows` has for a token.
-    """
-
-    token_rows: nn.Embedding
-
-    def start(self, output: OutputStage, block: Block) -> mx.array:
-        """The (1, state_size) state before the root."""
-        return mx.zeros((1, output.config.head_state_size), block.hidden.dtype)
-
-    def step(
-        self, slots: Slots, state: mx.array, previous: mx.array, depth: int
-    ) -> tuple[mx.array, mx.array]:
-        """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
-
-        They come from (n, state_size) states, `start` before the root, (n,) tokens of the target's
-        vocabulary, and the children's depth, from 0.
-        """
-        raise NotImplementedError
-
-
-class Corrected(ConditionalHead):
-    """TreeFlash: h' = h + correction([embedding; u]), read by the output head."""
-
-    def correction(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
-        """(n, hidden_size) corrections of hidden states.
-
-        They come from (n, hidden_size) embeddings of the previous tokens, and the (n,) `rows` of
-        the (D, hidden_size) outputs u that these belong to.
-        """
-        raise NotImplementedError
-
-    def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        correction = self.correction(slots.output.embed(previous), slots.normed, rows)
-        return slots.output.norm(slots.hidden[rows] + correction)
-
-    def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        return scored.output.logits(queries, None if scored.tokens is None else scored.tokens[:, 0])
-
-
-class SwiGLU(Corrected):
-    """The correction D(silu(G(x)) * U(x))."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h = config.hidden_size
-        self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.ug = PairLinear(h, 2 * inner_size, bias=True)
-        self.d = nn.Linear(inner_size, h, bias=False)
-
-    def correction(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
-        up, gate = mx.split(self.ug(self.norm(embedded), normed, rows), 2, -1)
-        return self.d(nn.silu(gate) * up)
-
-
-class Linear(Corrected):
-    """The paper's ablation D(x), linear in the previous token and the hidden state."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h = config.hidden_size
-        self.norm = nn.RMSNorm(h, NORM_EPS)
-        self.d = PairLinear(h, h, bias=False)
-
-    def correction(self, embedded: mx.array, normed: mx.array, rows: mx.array) -> mx.array:
-        return self.d(self.norm(embedded), normed, rows)
-
-
-class Selector(ConditionalHead):
-    """DFlash2: U(b) + <A[a] * W u, B[b]> for the candidates b of a slot."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        rank = config.head_rank
-        self.predecessor_codebook = mx.zeros((vocab_size, rank))
-        self.successor_codebook = mx.zeros((vocab_size, rank))
-        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
-        self.candidates = config.selector_top_k
-
-    def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        projected = self.hidden_projection(slots.normed)
-        return self.predecessor_codebook[previous] * projected[rows]
-
-    def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        assert scored.tokens is not None
-        keys = self.successor_codebook[take_rows(scored.tokens, scored.rows)].astype(mx.float32)
-        terms = (keys @ queries.astype(mx.float32)[..., None])[..., 0]
-        return terms + take_rows(scored.logits, scored.rows)
-
-
-class MarkovTensors(Head):
-    """The tensors that DSpark's heads share, and their confidence head."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, rank = config.hidden_size, config.head_rank
-        self.config = config
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Embedding(config.draft_vocab_size or vocab_size, rank)
-        if config.confidence_head:
-            width = h + rank if config.confidence_with_markov else h
-            self.confidence_head = {"proj": nn.Linear(width, 1)}
-
-    def confidence(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array | None:
-        if not self.config.confidence_head:
-            return None
-        x = slots.normed[rows]
-        if self.config.confidence_with_markov:
-            x = mx.concatenate([x, self.markov_w1(previous)], -1)
-        logits = self.confidence_head["proj"](x)
-        return mx.sigmoid(logits[:, 0].astype(mx.float32))
-
-
-class Markov(MarkovTensors, ConditionalHead):
-    """DSpark: z(b) + <W2[b], e>, where e = W1[a], or a gated form of it."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__(config, inner_size, vocab_size)
-        if config.head == "gated":
-            self.gate_proj = nn.Linear(config.hidden_size + config.head_rank, config.head_rank)
-
-    def queries(self, slots: Slots, previous: mx.array, rows: mx.array) -> mx.array:
-        embedded = self.markov_w1(previous)
-        if self.config.head == "gated":
-            gate = self.gate_proj(mx.concatenate([slots.normed[rows], embedded], -1))
-            embedded = embedded * mx.sigmoid(gate)
-        return embedded
-
-    def score(self, queries: mx.array, scored: ScoredTokens) -> mx.array:
-        if scored.tokens is None:
-            terms = self.markov_w2.as_linear(queries)
+    def products(self, queries: mx.array, table: nn.Embedding) -> mx.array:
+        if self.tokens is None:
+            products = table.as_linear(queries)
         else:
-            terms = queries @ self.markov_w2(scored.tokens[:, 0]).swapaxes(-1, -2)
-        return terms.astype(mx.float32) + take_rows(scored.logits, scored.rows)
+            products = queries @ table(self.tokens[:, 0]).swapaxes(-1, -2)
+        return products.astype(mx.float32)
+
+    def candidate_products(self, queries: mx.array, table: mx.array) -> mx.array:
+        assert self.tokens is not None
+        keys = table[take_rows(self.tokens, self.rows)].astype(mx.float32)
+        return (keys @ queries.astype(mx.float32)[..., None])[..., 0]
 
 
-class MarkovRNN(MarkovTensors, RecurrentCell):
-    """DSpark: z(b) + <W2[b], tanh(o)>, a gated recurrent unit over W1[a] and the hidden state."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__(config, inner_size, vocab_size)
-        rank = config.head_rank
-        self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
-
-    @property
-    def token_rows(self) -> nn.Embedding:
-        return self.markov_w2
-
-    def step(
-        self, slots: Slots, state: mx.array, previous: mx.array, depth: int
-    ) -> tuple[mx.array, mx.array]:
-        embedded = self.markov_w1(previous)
-        normed = mx.broadcast_to(slots.normed[depth], (len(embedded), slots.normed.shape[1]))
-        x = self.joint_proj(mx.concatenate([state, embedded, normed], -1))
-        gate, candidate, out = mx.split(x, 3, -1)
-        gate = mx.sigmoid(gate)
-        return gate * state + (1 - gate) * mx.tanh(candidate), mx.tanh(out)
-
-
-class GRU(nn.Module):
-    """A GRU without biases, with PyTorch's names for its tensors."""
-
-    def __init__(self, size: int, state_size: int) -> None:
-        super().__init__()
-        self.weight_ih_l0 = mx.zeros((3 * state_size, size))
-        self.weight_hh_l0 = mx.zeros((3 * state_size, state_size))
-
-    def __call__(self, x: mx.array, state: mx.array) -> mx.array:
-        """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
-        inputs = mx.split(x @ self.weight_ih_l0.T, 3, -1)
-        states = mx.split(state @ self.weight_hh_l0.T, 3, -1)
-        reset, update = (mx.sigmoid(inputs[i] + states[i]) for i in (0, 1))
-        new = mx.tanh(inputs[2] + reset * states[2])
-        return (1 - update) * new + update * state
-
-
-class Domino(RecurrentCell):
-    """Domino: z(b) + <W2[b], silu(W1 [u; s])>, where s is a GRU over the tokens' embeddings.
-
-    Before the first depth of the head the bias is 0.
-    """
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, rank, g = config.hidden_size, config.head_rank, config.head_state_size
-        self.config = config
-        self.prefix_gru = GRU(h, g)
-        # The last one is no linear layer here: its rows are also taken for single tokens.
-        self.embed_proj = [
-            nn.Linear(h + g, rank, bias=False),
-            nn.SiLU(),
-            nn.Embedding(vocab_size, rank),
-        ]
-
-    @property
-    def token_rows(self) -> nn.Embedding:
-        return self.embed_proj[2]
-
-    def step(
-        self, slots: Slots, state: mx.array, previous: mx.array, depth: int
-    ) -> tuple[mx.array, mx.array]:
-        state = self.prefix_gru(slots.output.embed(previous), state)
-        if depth + 1 < self.config.head_from_depth:
-            return state, mx.zeros((len(state), self.config.head_rank), state.dtype)
-        normed = mx.broadcast_to(slots.normed[depth], (len(state), slots.normed.shape[1]))
-        return state, nn.silu(self.embed_proj[0](mx.concatenate([normed, state], -1)))
-
-
-class XPress(RecurrentCell):
-    """X-PRESS: z(b) + <readout[b], x>, where x mixes the inputs of all slots of a path so far.
-
-    The state has the projection of the block's mean, and then the input of each slot. The first
-    slot's input comes from the token before the root.
-    """
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        h, r, slots = config.hidden_size, config.head_rank, config.block_size
-        inner = config.head_mlp_ratio * r
-        self.token_embed = nn.Embedding(vocab_size, r)
-        self.down_h, self.down_g = nn.Linear(h, r, bias=False), nn.Linear(h, r, bias=False)
-        self.in_proj = nn.Linear(3 * r, r, bias=False)
-        self.mix_l = mx.zeros((r, slots, slots))
-        self.mlp_gate, self.mlp_up = (
-            nn.Linear(r, inner, bias=False),
-            nn.Linear(r, inner, bias=False),
-        )
-        self.mlp_down = nn.Linear(inner, r, bias=False)
-        # No linear layer here: its rows are also taken for single tokens.
-        self.readout = nn.Embedding(config.draft_vocab_size or vocab_size, r)
-
-    @property
-    def token_rows(self) -> nn.Embedding:
-        return self.readout
-
-    def start(self, output: OutputStage, block: Block) -> mx.array:
-        normed = output.norm(block.slots)
-        inputs = super().start(output, block).reshape(1, -1, len(self.mix_l))
-        inputs[:, 0] = self.down_g(normed.mean(0, keepdims=True))
-        inputs[:, 1] = self._input(inputs, normed[0], mx.array([block.before]))
-        return inputs.reshape(1, -1)
-
-    def step(
-        self, slots: Slots, state: mx.array, previous: mx.array, depth: int
-    ) -> tuple[mx.array, mx.array]:
-        inputs, slot = state.reshape(len(state), -1, len(self.mix_l)), depth + 1
-        new = self._input(inputs, slots.normed[depth], previous)
-        inputs[:, 1 + slot] = new
-        mix = self.mix_l[:, slot, : slot + 1].T
-        x = new + (inputs[:, 1 : slot + 2] * mix).sum(1)
-        x = x + self.mlp_down(nn.silu(self.mlp_gate(x)) * self.mlp_up(x))
-        return inputs.reshape(len(state), -1), x
-
-    def _input(self, inputs: mx.array, normed: mx.array, previous: mx.array) -> mx.array:
-        """(n, r) inputs of a slot after (n,) previous tokens."""
-        embedded = self.token_embed(previous)
-        hidden = mx.broadcast_to(self.down_h(normed[None]), embedded.shape)
-        return self.in_proj(mx.concatenate([hidden, inputs[:, 0], embedded], -1))
-
-
-class BiasedAttention(nn.Module):
-    """Attention with a bias on its scores, with the tensors of PyTorch's `MultiheadAttention`."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = mx.zeros((3 * width, width))
-        self.in_proj_bias = mx.zeros((3 * width,))
-        self.out_proj = nn.Linear(width, width)
-
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        """(n, width) from (n, width) and a (heads, n, n) bias."""
-        qkv = x @ self.in_proj_weight.T + self.in_proj_bias
-        q, k, v = qkv.reshape(len(x), 3, self.heads, -1).transpose(1, 2, 0, 3)
-        scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
-        y = mx.softmax(scores, -1, precise=True) @ v
-        return self.out_proj(y.swapaxes(0, 1).reshape(x.shape))
-
-
-class CorrelationLayer(nn.Module):
-    """A layer of LiLiCorr's transformer, whose attention has a bias by slots."""
-
-    def __init__(self, shape: CorrelationShape, eps: float) -> None:
-        super().__init__()
-        w, inner = shape.hidden_size, shape.inner_size
-        self.attn_norm, self.mlp_norm = nn.RMSNorm(w, eps), nn.RMSNorm(w, eps)
-        self.attn = BiasedAttention(w, shape.heads)
-        self.mlp = [nn.Linear(w, inner), nn.SiLU(), nn.Linear(inner, w)]
-
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        """(n, w) nodes from (n, w) nodes and a (heads, n, n) bias."""
-        x = x + self.attn(self.attn_norm(x), bias)
-        y = self.mlp_norm(x)
-        for part in self.mlp:
-            y = part(y)
-        return x + y
-
-
-class Correlation(Head):
-    """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
-
-    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
-        super().__init__()
-        assert config.correlation is not None
-        self.shape = shape = config.correlation
-        h, w, r, slots = config.hidden_size, shape.hidden_size, config.head_rank, config.depths
-        if w != h:
-            self.token_proj = nn.Linear(h, w)
-        self.pass_hidden_proj, self.context_proj = nn.Linear(h, w), nn.Linear(h, w)
-        self.feature_mlp = [nn.LayerNorm(5), nn.Linear(5, w), nn.SiLU(), nn.Linear(w, w)]
-        self.factor_input_proj = nn.Linear(3 * w, w)
-        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(w, r) for _ in range(3))
-        eps = config.rms_norm_eps
-        self.anchor_norm, self.output_norm = nn.RMSNorm(w, eps), nn.RMSNorm(w, eps)
-        self.rank_embedding = mx.zeros((1, 1, 1, config.selector_top_k, w))
-        self.slot_embedding = mx.zeros((1, 1, slots, 1, w))
-        self.relative_slot_bias = mx.zeros((shape.heads, 2 * slots + 1))
-        self.same_slot_bias = mx.zeros((shape.heads,))
-        self.layers = [CorrelationLayer(shape, eps) for _ in range(shape.layers)]
-
-    def __call__(
-        self, embedded: mx.array, normed: mx.array, log_probs: mx.array, anchor: mx.array
-    ) -> mx.array:
-        """(S - 1, k, k) scores of candidates after the candidates of the slot before.
-
-        From (S - 1, k, hidden_size) embeddings of candidates, best first, (S - 1, hidden_size) u,
-        the (S - 1, k) log probabilities, and the (hidden_size,) context of the last position.
-        """
-        slots, k = log_probs.shape
-        ranks = mx.broadcast_to(mx.arange(k, dtype=mx.float32), (slots, k))
-        parts = [log_probs, mx.exp(log_probs), log_probs - log_probs[:, :1]]
-        features = mx.stack([*parts, ranks / max(k - 1, 1), (ranks == 0).astype(mx.float32)], -1)
-        y = features.astype(embedded.dtype)
-        for part in self.feature_mlp:
-            y = part(y)
-        x = self.token_proj(embedded) if "token_proj" in self else embedded
-        x = x + self.pass_hidden_proj(normed)[:, None] + y
-        x = x + self.slot_embedding[0, 0] + self.rank_embedding[0, 0]
-        x = x.reshape(slots * k, -1)
-        slot = mx.repeat(mx.arange(slots), k)
-        distance = slot[:, None] - slot
-        bias = self.relative_slot_bias[:, distance + slots]
-        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
-        for layer in self.layers:
-            x = layer(x, bias)
-        known = self.anchor_norm(self.context_proj(anchor[None]))
-        x = self.output_norm(x)
-        joint = mx.concatenate([x, mx.broadcast_to(known, x.shape), x * known], -1)
-        factors = nn.silu(self.factor_input_proj(joint)).reshape(slots, k, -1)
-        after = self._unit(self.in_head(factors))
-        start = mx.broadcast_to(self._unit(self.anchor_out_head(known)), (1, *after.shape[1:]))
-        before = mx.concatenate([start, self._unit(self.out_head(factors))[:-1]])
-        return self.shape.logit_scale * before @ after.swapaxes(-1, -2)
-
-    def _unit(self, x: mx.array) -> mx.array:
-        x = x.astype(mx.float32)
-        lengths = mx.linalg.norm(x, axis=-1, keepdims=True)
-        return x / mx.maximum(lengths, self.shape.vector_eps)
-
-
-HEADS: Mapping[str, type[ConditionalHead] | type[RecurrentCell] | type[Correlation]] = {
-    "swiglu": SwiGLU,
-    "linear": Linear,
-    "selector": Selector,
-    "vanilla": Markov,
-    "gated": Markov,
-    "rnn": MarkovRNN,
-    "domino": Domino,
-    "xpress": XPress,
-    "lilicorr": Correlation,
+HEADS: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
+    name: as_module(x.module) for name, x in FORMATS.items()
 }
-"""By `DrafterConfig.head`; made with the configuration, I and the size of the target's vocabulary.
-"""
+"""By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
 
 
 def take_rows(x: mx.array, rows: mx.array) -> mx.array:
@@ -631,7 +218,7 @@ class CorrelationHead(CandidateHead):
         tokens = top_indices(marginal, self.output.config.selector_top_k)
         log_probs = mx.take_along_axis(marginal, tokens, -1)
         embedded = self.output.embed(tokens)
-        scores = self.module(embedded, normed, log_probs, block.anchor)
+        scores = self.module.forward(embedded, normed, log_probs, block.anchor)
         mx.eval(tokens, log_probs, scores)
         return np.array(tokens, np.int32), np.array(log_probs), np.array(scores)
 
@@ -714,3 +301,12 @@ class RecurrentHead:
             [x.astype(np.int32) for x in kept_],
             *confidences,
         )
+
+
+TableHead: TypeAlias = ARHead | CorrelationHead | RecurrentHead
+TABLE_HEADS: Mapping[str, Callable[[Any, DrafterModel, Target], TableHead]] = {
+    "conditional": ARHead,
+    "recurrent": RecurrentHead,
+    "correlation": CorrelationHead,
+}
+"""What computes the tables of a head, by `Head.kind`."""

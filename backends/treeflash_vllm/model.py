@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
 
-from treeflash.drafters.formats import TREEFLASH_PREFIX
+from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 
 NORM_EPS = 1e-6
 

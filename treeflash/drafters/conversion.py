@@ -22,6 +22,8 @@ from treeflash.drafters.folder import (
     weight_files,
     write_stored,
 )
+from treeflash.drafters.formats import HEADS
+from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 from treeflash.drafters.loading import TRAINING_TENSORS, check_shapes
 from treeflash.errors import ConfigError
 
@@ -131,7 +133,7 @@ def _add_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     """A TreeFlash drafter whose linear head corrects by 0."""
     h = int(config["hidden_size"])
     dtype = next(iter(tensors.values()))["dtype"]
-    prefix = f"model.{formats.TREEFLASH_PREFIX}"
+    prefix = f"model.{TREEFLASH_PREFIX}"
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
     named[f"{prefix}d.weight"] = _stored(np.zeros((h, 2 * h)), dtype)
     named[f"{prefix}norm.weight"] = _stored(np.ones(h), dtype)
@@ -144,9 +146,7 @@ def _drop_head(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     """The DFlash drafter that a TreeFlash drafter is without its head."""
     rest = {key: value for key, value in config.items() if key != "treeflash_config"}
     backbone = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(formats.TREEFLASH_PREFIX)
+        name: tensor for name, tensor in tensors.items() if not name.startswith(TREEFLASH_PREFIX)
     }
     return rest | {"architectures": [ARCHITECTURES["dflash"]]}, backbone
 
@@ -206,7 +206,7 @@ def _head_settings(parsed: DrafterConfig) -> Config:
     """The settings of a head, under the names that all formats give them."""
     if parsed.head is None:
         return {}
-    fields = formats.HEADS[parsed.head].settings
+    fields = HEADS[parsed.head].settings
     return {key: getattr(parsed, field) for key, field in fields.items()}
 
 

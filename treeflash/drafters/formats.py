@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,204 +30,21 @@ from treeflash.drafters.config import (
     rope_parameters,
 )
 from treeflash.drafters.folder import read_config
+from treeflash.drafters.heads import domino, lilicorr, markov, selector, treeflash, xpress
+from treeflash.drafters.heads.head_format import HeadFormat, Shapes
+from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 from treeflash.errors import CheckpointError
 
 Config: TypeAlias = Mapping[str, Any]
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
-CORRELATION_KEYS = (
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "mlp_ratio",
-    "logit_scale",
-    "vector_eps",
-)
-"""The settings of LiLiCorr's transformer, without their prefix; they have no defaults."""
-TREEFLASH_PREFIX = "ar_approximation."
-CONFIDENCE_PREFIX = "confidence_head."
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadFormat:
-    """How checkpoints hold a conditional head."""
-
-    family: str
-    # the shapes of its tensors by canonical name, from the drafter's configuration, the size of the
-    # target's vocabulary, and the inner width of a TreeFlash head
-    shapes: Callable[[DrafterConfig, int, int], Shapes]
-    prefix: str = ""  # prefix of the tensors' names, which `DrafterTensors.head` leaves out
-    # its keys in `config.json`, and the fields of `DrafterConfig` that they give
-    settings: Mapping[str, str]
-    training_name: str | None = None  # its name for `train --head`; None if it cannot be trained
-
-
-def _treeflash_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h = config.hidden_size
-    shapes: Shapes = {"d.weight": (h, 2 * h), "norm.weight": (h,)}
-    if config.head == "swiglu":
-        shapes |= {
-            "ug.weight": (2 * inner_size, 2 * h),
-            "ug.bias": (2 * inner_size,),
-            "d.weight": (h, inner_size),
-        }
-    return {TREEFLASH_PREFIX + name: shape for name, shape in shapes.items()}
-
-
-def _markov_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r = config.hidden_size, config.head_rank
-    shapes: Shapes = {
-        "markov_w1.weight": (vocab_size, r),
-        "markov_w2.weight": (config.draft_vocab_size or vocab_size, r),
-    }
-    if config.head == "gated":
-        shapes |= {"gate_proj.weight": (r, h + r), "gate_proj.bias": (r,)}
-    if config.head == "rnn":
-        shapes |= {"joint_proj.weight": (3 * r, 2 * r + h), "joint_proj.bias": (3 * r,)}
-    shapes = {"markov_head." + name: shape for name, shape in shapes.items()}
-    if config.confidence_head:
-        width = h + r if config.confidence_with_markov else h
-        shapes |= {
-            CONFIDENCE_PREFIX + "proj.weight": (1, width),
-            CONFIDENCE_PREFIX + "proj.bias": (1,),
-        }
-    return shapes
-
-
-def _selector_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    return {
-        "candidate_selector.predecessor_codebook": (vocab_size, config.head_rank),
-        "candidate_selector.successor_codebook": (vocab_size, config.head_rank),
-        "candidate_selector.hidden_projection.weight": (config.head_rank, config.hidden_size),
-    }
-
-
-def _domino_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r, g = config.hidden_size, config.head_rank, config.head_state_size
-    return {
-        "prefix_gru.weight_ih_l0": (3 * g, h),
-        "prefix_gru.weight_hh_l0": (3 * g, g),
-        "embed_proj.0.weight": (r, h + g),
-        "embed_proj.2.weight": (vocab_size, r),
-    }
-
-
-def _xpress_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    h, r, slots = config.hidden_size, config.head_rank, config.block_size
-    inner = config.head_mlp_ratio * r
-    shapes = {
-        "token_embed.weight": (vocab_size, r),
-        "down_h.weight": (r, h),
-        "down_g.weight": (r, h),
-        "in_proj.weight": (r, 3 * r),
-        "mix_l": (r, slots, slots),
-        "mlp_gate.weight": (inner, r),
-        "mlp_up.weight": (inner, r),
-        "mlp_down.weight": (r, inner),
-        "readout.weight": (config.draft_vocab_size or vocab_size, r),
-    }
-    return {f"refiner_head.{name}": shape for name, shape in shapes.items()}
-
-
-def _lilicorr_shapes(config: DrafterConfig, vocab_size: int, inner_size: int) -> Shapes:
-    own = config.correlation
-    assert own is not None
-    h, w, r, i = config.hidden_size, own.hidden_size, config.head_rank, own.inner_size
-    slots, k = config.depths, config.selector_top_k
-    linears = {
-        "pass_hidden_proj": (w, h),
-        "context_proj": (w, h),
-        "feature_mlp.1": (w, 5),
-        "feature_mlp.3": (w, w),
-        "factor_input_proj": (w, 3 * w),
-        "out_head": (r, w),
-        "in_head": (r, w),
-        "anchor_out_head": (r, w),
-    }
-    if w != h:
-        linears["token_proj"] = (w, h)
-    shapes: Shapes = {
-        "anchor_norm.weight": (w,),
-        "output_norm.weight": (w,),
-        "feature_mlp.0.weight": (5,),
-        "feature_mlp.0.bias": (5,),
-        "rank_embedding": (1, 1, 1, k, w),
-        "slot_embedding": (1, 1, slots, 1, w),
-        "relative_slot_bias": (own.heads, 2 * slots + 1),
-        "same_slot_bias": (own.heads,),
-    }
-    for n in range(own.layers):
-        layer = f"layers.{n}."
-        linears |= {f"{layer}mlp.0": (i, w), f"{layer}mlp.2": (w, i)}
-        linears[f"{layer}attn.out_proj"] = (w, w)
-        shapes |= {
-            f"{layer}attn_norm.weight": (w,),
-            f"{layer}mlp_norm.weight": (w,),
-            f"{layer}attn.in_proj_weight": (3 * w, w),
-            f"{layer}attn.in_proj_bias": (3 * w,),
-        }
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {f"lilicorr.{name}": shape for name, shape in shapes.items()}
-
-
-_treeflash_head = partial(
-    HeadFormat,
-    family="TreeFlash",
-    shapes=_treeflash_shapes,
-    prefix=TREEFLASH_PREFIX,
-    settings={"ar_approximation": "head"},
-)
-_markov_head = partial(
-    HeadFormat,
-    family="DSpark",
-    shapes=_markov_shapes,
-    prefix="markov_head.",
-    settings={
-        "markov_rank": "head_rank",
-        "markov_head_type": "head",
-        "enable_confidence_head": "confidence_head",
-        "confidence_head_with_markov": "confidence_with_markov",
-    },
-)
-HEADS = {
-    "swiglu": _treeflash_head(training_name="swiglu"),
-    "linear": _treeflash_head(training_name="linear"),
-    "vanilla": _markov_head(training_name="markov"),
-    "gated": _markov_head(),
-    "rnn": _markov_head(),
-    "selector": HeadFormat(
-        family="DFlash2",
-        shapes=_selector_shapes,
-        prefix="candidate_selector.",
-        settings={
-            "conv_kernel_size": "conv_kernel_size",
-            "conv_group_size": "conv_group_size",
-            "selector_rank": "head_rank",
-            "selector_top_k": "selector_top_k",
-        },
-        training_name="selector",
-    ),
-    "domino": HeadFormat(
-        family="Domino",
-        shapes=_domino_shapes,
-        settings={"emb_dim": "head_rank", "gru_hidden_dim": "head_state_size"},
-    ),
-    "xpress": HeadFormat(
-        family="X-PRESS",
-        shapes=_xpress_shapes,
-        prefix="refiner_head.",
-        settings={"xpress_rank": "head_rank", "xpress_mlp_ratio": "head_mlp_ratio"},
-    ),
-    "lilicorr": HeadFormat(
-        family="LiLiCorr",
-        shapes=_lilicorr_shapes,
-        prefix="lilicorr.",
-        settings={
-            "lilicorr_factor_dim": "head_rank",
-            "lilicorr_candidate_topk": "selector_top_k",
-            **{f"lilicorr_{name}": "correlation" for name in CORRELATION_KEYS},
-        },
-    ),
+HEADS: dict[str, HeadFormat] = {
+    **treeflash.HEADS,
+    **markov.HEADS,
+    **selector.HEADS,
+    **domino.HEADS,
+    **xpress.HEADS,
+    **lilicorr.HEADS,
 }
 """By `DrafterConfig.head`."""
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 from treeflash.drafters import formats
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import stored_shapes, weight_files
+from treeflash.drafters.formats import HEADS
+from treeflash.drafters.heads.head_format import Shapes
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
@@ -59,7 +61,7 @@ def refuse_extensions(
 
 def check_block_drafter(
     folder: Path, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
-) -> tuple[DrafterConfig, formats.Shapes]:
+) -> tuple[DrafterConfig, Shapes]:
     """Check from its headers alone that a drafter belongs to a target of this shape.
 
     Returns its configuration and the shapes of its tensors by canonical name. Raises a
@@ -93,7 +95,7 @@ def load_tensors(
     )
     head_size = formats.head_inner_size(shapes)
     head_names = formats.head_shapes(config, head_size, vocab_size).keys()
-    prefix = formats.HEADS[config.head].prefix if config.head else ""
+    prefix = HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
     for path in weight_files(folder):
         for stored, tensor in read(path).items():

@@ -7,12 +7,15 @@ all previous tokens. All scores are logits before the temperature.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from treeflash.decoding.backend_base import CandidateHead, OneByOneHead
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.transitions import TransitionTable
+from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.reference.drafter import Block
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
@@ -279,7 +282,7 @@ class Correlation(Head):
         return np.asarray(vectors / np.maximum(lengths, np.float32(own.vector_eps)))
 
 
-HEADS: dict[str | None, type[Scores | Cell]] = {
+HEADS: dict[str, type[Scores | Cell | Correlation]] = {
     "swiglu": Corrected,
     "linear": Corrected,
     "selector": Selector,
@@ -288,15 +291,16 @@ HEADS: dict[str | None, type[Scores | Cell]] = {
     "rnn": MarkovRNN,
     "domino": Domino,
     "xpress": XPress,
+    "lilicorr": Correlation,
 }
 """By `DrafterConfig.head`."""
 
 
 def make_head(model: DrafterModel) -> ARHead | RecurrentHead | CorrelationHead:
-    if model.config.correlation is not None:
-        return CorrelationHead(model, Correlation(model))
-    head = HEADS[model.config.head](model)
-    return ARHead(model, head) if isinstance(head, Scores) else RecurrentHead(model, head)
+    """Make the head of a drafter, with the class that computes the tables of its kind."""
+    name = model.config.head
+    assert name is not None
+    return TABLE_HEADS[FORMATS[name].module.kind](model, HEADS[name](model))
 
 
 class ARHead(OneByOneHead):
@@ -420,3 +424,11 @@ class RecurrentHead(OneByOneHead):
         normed = self.model.normed("norm", hidden)
         state, queries = self.cell.step(state, normed, previous, depth)
         return state, queries @ self.cell.keys.T
+
+
+TABLE_HEADS: dict[str, Callable[[DrafterModel, Any], ARHead | RecurrentHead | CorrelationHead]] = {
+    "conditional": ARHead,
+    "recurrent": RecurrentHead,
+    "correlation": CorrelationHead,
+}
+"""What computes the tables of a head, by the kind that its format has."""

@@ -21,6 +21,9 @@ from treeflash.drafters.formats import (
     drafter_config,
     parse_drafter_config,
 )
+from treeflash.drafters.heads.markov import Markov
+from treeflash.drafters.heads.selector import Selector
+from treeflash.drafters.heads.treeflash import Linear, SwiGLU
 from treeflash.drafters.loading import VOCABULARY
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
@@ -28,7 +31,6 @@ from treeflash_cuda.attention import AttentionContext
 from treeflash_cuda.backend import load_drafter
 from treeflash_cuda.drafter_model import Convolution, DrafterModel
 from treeflash_cuda.heads import HEADS as HEAD_CLASSES
-from treeflash_cuda.heads import Linear, Markov, Selector, SwiGLU
 from treeflash_cuda.target import Target
 
 RANK = 256
@@ -188,7 +190,7 @@ def initial_drafter(
     """
     parsed = parse_drafter_config(settings)
     torch.manual_seed(config.seed)
-    head: nn.Module | None = None
+    head: Any = None
     if config.init in NEW_DRAFTERS:
         model = DrafterModel(parsed)
         model.apply(_randomise)
@@ -198,7 +200,8 @@ def initial_drafter(
     else:
         model, loaded_head = load_drafter(Path(config.init), target)
         if loaded_head is not None and model.config.head == parsed.head:
-            head = loaded_head.module.float()
+            module: Any = loaded_head.module
+            head = module.float()
             size = _head_size(head)
             if size is not None and config.head_size not in (None, size):
                 raise ConfigError(

@@ -1,0 +1,113 @@
+"""What the heads of `treeflash.drafters.heads` need of MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from treeflash.drafters.heads.operations import Operations
+
+
+class PairLinear(nn.Module):
+    """A linear layer of two concatenated vectors of equal size; many rows share the second one."""
+
+    def __init__(self, size: int, out: int, bias: bool) -> None:
+        super().__init__()
+        # A product with a concatenation is the sum of two products.
+        self.first = nn.Linear(size, out, bias=False)
+        self.second = nn.Linear(size, out, bias=bias)
+
+    def __call__(self, first: mx.array, second: mx.array, rows: mx.array) -> mx.array:
+        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
+        return self.first(first) + self.second(second)[rows]
+
+
+def split_pairs(module: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Split the weights of the `PairLinear`s of a module among a checkpoint's tensors, by name.
+
+    A pair has an (out, 2 * size) weight in the checkpoint, and perhaps an (out,) bias.
+    """
+    tensors = dict(tensors)
+    for name, child in module.named_modules():
+        if isinstance(child, PairLinear):
+            first, second = mx.split(tensors.pop(f"{name}.weight"), 2, -1)
+            # A strided half of a matrix would be copied in every product.
+            tensors[f"{name}.first.weight"] = mx.contiguous(first)
+            tensors[f"{name}.second.weight"] = mx.contiguous(second)
+            if f"{name}.bias" in tensors:
+                tensors[f"{name}.second.bias"] = tensors.pop(f"{name}.bias")
+    return tensors
+
+
+class GRU(nn.Module):
+    """A GRU without biases, with PyTorch's names for its tensors."""
+
+    def __init__(self, size: int, state_size: int) -> None:
+        super().__init__()
+        self.weight_ih_l0 = mx.zeros((3 * state_size, size))
+        self.weight_hh_l0 = mx.zeros((3 * state_size, state_size))
+
+    def __call__(self, x: mx.array, state: mx.array) -> mx.array:
+        """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
+        inputs = mx.split(x @ self.weight_ih_l0.T, 3, -1)
+        states = mx.split(state @ self.weight_hh_l0.T, 3, -1)
+        reset, update = (mx.sigmoid(inputs[i] + states[i]) for i in (0, 1))
+        new = mx.tanh(inputs[2] + reset * states[2])
+        return (1 - update) * new + update * state
+
+
+def unit(x: mx.array, least: float) -> mx.array:
+    """(..., d) float32 vectors divided by their length, or by the least one."""
+    x = x.astype(mx.float32)
+    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), least)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
+    """(heads, n, d) attention, with a (heads, n, n) bias on the scaled scores."""
+    scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5 + bias
+    return mx.softmax(scores, -1, precise=True) @ v
+
+
+def as_module(kind: Any) -> Any:
+    """Make a module of MLX, whose parameters include its children's, of a class written once."""
+    members: dict[str, Any] = {"ops": OPERATIONS, "__module__": __name__}
+    if hasattr(kind, "forward"):
+        members["__call__"] = kind.forward
+    return type(kind.__name__, (kind, nn.Module), members)
+
+
+OPERATIONS = Operations(
+    linear=nn.Linear,
+    pair_linear=PairLinear,
+    embedding=nn.Embedding,
+    rms_norm=nn.RMSNorm,
+    layer_norm=nn.LayerNorm,
+    activation=nn.SiLU,
+    gru=GRU,
+    children=list,
+    named_children=dict,
+    parameter=lambda *shape: mx.zeros(shape),
+    module=as_module,
+    concatenate=mx.concatenate,
+    stack=mx.stack,
+    broadcast_to=mx.broadcast_to,
+    einsum=mx.einsum,
+    exp=mx.exp,
+    sigmoid=mx.sigmoid,
+    silu=nn.silu,
+    tanh=mx.tanh,
+    copy=mx.array,
+    float32=lambda x: x.astype(mx.float32),
+    split=lambda x, parts: mx.split(x, parts, -1),
+    take=lambda x, rows: x[rows],
+    zeros=lambda shape, like: mx.zeros(shape, like.dtype),
+    arange=lambda n, like: mx.arange(n),
+    ids=lambda tokens, like: mx.array(tokens),
+    cast=lambda x, like: x.astype(like.dtype),
+    unit=unit,
+    attention=attention,
+)
+"""The operations of heads in MLX."""

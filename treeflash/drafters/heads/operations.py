@@ -1,0 +1,191 @@
+"""What a head's mathematics needs of an array library, and the kinds of heads.
+
+A head is written once, for PyTorch and MLX. Its class imports neither: a backend makes a module of
+it by adding its own module class as a second base, and its operations as the attribute `ops`. So
+parameters and children are registered, quantised, packed and trained as in any other module of the
+framework, and children are built by the backend. The NumPy reference has heads of its own, so that
+a mistake here is not proven right by itself.
+
+Arrays are of the backend's framework. Methods and operators that both frameworks share, such as
+`reshape`, `mean(keepdims=True)`, `@` and slices, need no operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+from treeflash.drafters.config import DrafterConfig
+
+Array: TypeAlias = Any
+Module: TypeAlias = Any
+"""A module of the framework, which is called with arrays."""
+Rows: TypeAlias = Any
+"""(n,) indices of rows; None pairs rows in order, where a backend has that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """An array library, as heads use it."""
+
+    # These build children, whose weights are loaded afterwards.
+    linear: Callable[..., Module]  # (in, out, bias=True)
+    # (size, out, bias): the layer is called with two vectors of a size, and the second's rows.
+    pair_linear: Callable[..., Module]
+    embedding: Callable[[int, int], Module]  # (rows, size)
+    rms_norm: Callable[[int, float], Module]  # (size, eps)
+    layer_norm: Callable[[int], Module]  # (size)
+    activation: Callable[[], Module]  # SiLU, which has a number in a list but no weights
+    # (size, state_size): the GRU has no biases, and is called with inputs and states.
+    gru: Callable[[int, int], Module]
+    children: Callable[[list[Module]], Any]
+    named_children: Callable[[dict[str, Module]], Any]
+    parameter: Callable[..., Array]  # (*shape)
+    module: Callable[[Any], Any]  # makes the framework's class of a class that is written once
+
+    # These are NumPy's functions.
+    concatenate: Callable[[list[Array], int], Array]
+    stack: Callable[[list[Array], int], Array]
+    broadcast_to: Callable[[Array, tuple[int, ...]], Array]
+    einsum: Callable[..., Array]
+    exp: Callable[[Array], Array]
+    sigmoid: Callable[[Array], Array]
+    silu: Callable[[Array], Array]
+    tanh: Callable[[Array], Array]
+    copy: Callable[[Array], Array]
+
+    float32: Callable[[Array], Array]
+    split: Callable[[Array, int], Any]  # cuts the last axis into equal parts
+    take: Callable[[Array, Rows], Array]  # selects rows by their indices
+    # The last argument of these is an array whose device the new one has.
+    zeros: Callable[[tuple[int, ...], Array], Array]  # (shape, like), in the same dtype
+    arange: Callable[[int, Array], Array]  # (n, like)
+    ids: Callable[[list[int], Array], Array]  # (token ids, like)
+    cast: Callable[[Array, Array], Array]  # (x, like): x in the same dtype
+    # (x, least): float32 vectors divided by their length, or by the least one.
+    unit: Callable[[Array, float], Array]
+    # (heads, n, d) attention from queries, keys, values and a (heads, n, n) bias on scaled scores.
+    attention: Callable[[Array, Array, Array, Array], Array]
+
+
+class Output(Protocol):
+    """The output stage of a drafter: from tokens to embeddings, and its final norm."""
+
+    @property
+    def config(self) -> DrafterConfig: ...
+
+    @property
+    def norm(self) -> Callable[[Array], Array]: ...
+
+    def embed(self, tokens: Array) -> Array: ...
+
+
+class Slots(Protocol):
+    """The outputs of the drafter at the slots of blocks, which follow one another."""
+
+    @property
+    def output(self) -> Output: ...
+
+    @property
+    def hidden(self) -> Array:
+        """(slots, hidden_size) outputs of the last layer."""
+
+    @property
+    def normed(self) -> Array:
+        """(slots, hidden_size) u = norm(hidden)."""
+
+
+class Block(Protocol):
+    """The outputs of the drafter after a draft."""
+
+    @property
+    def hidden(self) -> Array:
+        """(D, hidden_size) outputs of the last layer at the slots that predict."""
+
+    @property
+    def slots(self) -> Array:
+        """(S, hidden_size) outputs of the last layer at all slots."""
+
+    @property
+    def before(self) -> int:
+        """The token before the root."""
+
+
+class ScoredTokens(Protocol):
+    """The v tokens that the children of each of n queries are chosen from."""
+
+    def logits(self) -> Array:
+        """(n, v) float32 logits of the marginals."""
+
+    def output_logits(self, queries: Array) -> Array:
+        """(n, v) logits that the drafter's output head gives (n, hidden_size) queries."""
+
+    def products(self, queries: Array, table: Module) -> Array:
+        """(n, v) float32 products of (n, r) queries with the rows of an embedding table."""
+
+    def candidate_products(self, queries: Array, table: Array) -> Array:
+        """(n, v) float32 products with rows of a (vocab, r) table, for a head with candidates."""
+
+
+class Head:
+    """A head of a drafter, with its tensors under their names in checkpoints.
+
+    A head has the arguments of `ConditionalHead` and `RecurrentHead`: the drafter's configuration,
+    the inner width of a TreeFlash head, and the size of the target's vocabulary.
+    """
+
+    ops: Operations
+    kind: ClassVar[Literal["conditional", "recurrent", "correlation"]]
+
+    def confidence(self, slots: Slots, previous: Array, rows: Rows) -> Array | None:
+        """(n,) expected acceptance of a row's tokens, 0 to 1; None if the head does not predict it.
+
+        The (n,) previous tokens are of the target's vocabulary; `rows` are their slots.
+        """
+        return None
+
+
+class ConditionalHead(Head):
+    """A head whose scores depend on a slot and one previous token."""
+
+    kind = "conditional"
+    # Tokens of a slot that the head scores, the most probable by their marginal; None for all.
+    candidates: int | None = None
+
+    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
+        super().__init__()
+
+    def queries(self, slots: Slots, previous: Array, rows: Rows) -> Array:
+        """(n, size) vectors that `score` compares with tokens; see `Head.confidence`."""
+        raise NotImplementedError
+
+    def score(self, queries: Array, scored: ScoredTokens) -> Array:
+        """(n, v) scores of (n, size) queries in float32, or in the dtype of the output head."""
+        raise NotImplementedError
+
+
+class RecurrentCell(Head):
+    """A head with a state for each path of previous tokens, and a bias on its children's logits."""
+
+    kind = "recurrent"
+
+    def __init__(self, config: DrafterConfig, inner_size: int, vocab_size: int) -> None:
+        super().__init__()
+
+    @property
+    def token_rows(self) -> Module:
+        """The embedding table whose rows of r numbers give the bias, as products with a query."""
+        raise NotImplementedError
+
+    def start(self, output: Output, block: Block) -> Array:
+        """The (1, state_size) state before the root."""
+        return self.ops.zeros((1, output.config.head_state_size), block.hidden)
+
+    def step(self, slots: Slots, state: Array, previous: Array, depth: int) -> tuple[Array, Array]:
+        """Advance n paths by their (n,) last tokens, of the target's vocabulary.
+
+        The (n, state_size) state of the paths without that token is `start` before the root; the
+        depth of the children counts from 0. Returns (n, state_size) states, and (n, r) queries.
+        """
+        raise NotImplementedError
