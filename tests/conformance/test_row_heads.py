@@ -158,7 +158,7 @@ def feedback(self: Any, x: Any) -> Any:
 
 def hidden_first(self: Any, tokens: Any, states: Any) -> Any:
     both = self.normed("hidden_norm", states), self.normed("embedding_norm", self.embed(tokens))
-    x = self._linear("input_proj", np.concatenate(both, -1))
+    x = self.linear("input_proj", np.concatenate(both, -1))
     return self.normed("layer.input_layernorm", x), x
 
 
