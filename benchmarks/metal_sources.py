@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     folder: Path = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
+    # While it traces, MLX computes some weights, which a virtual GPU may not be able to.
+    mx.set_default_device(mx.cpu)
     for call, arguments in calls():
         for name, text in sources(call, arguments).items():
             (folder / f"{name}.metal").write_text(PRELUDE + text)

@@ -107,6 +107,11 @@ def load_entry_point(name: str, entries: dict[str, EntryPoint]) -> Any:
             f"unknown backend {name!r}; registered are: {', '.join(sorted(entries)) or 'none'}"
         )
     if missing := _missing_packages(name):
+        if name == "mlx" and sys.platform == "darwin" and platform.machine() != "arm64":
+            raise BackendError(
+                "backend 'mlx' needs a native Python on Apple silicon, and this one is built for "
+                f"{platform.machine()} (an Intel Mac, or Rosetta); install Python for arm64"
+            )
         raise BackendError(
             f"backend {name!r} needs {missing[0]}; pip install '.[{name}]' in a clone of treeflash"
         )

@@ -178,3 +178,15 @@ def test_a_device_that_the_user_named_is_not_replaced() -> None:
 
     with pytest.raises(BackendError):
         registry.fall_back_to_cpu(run, LoadConfig(), named=True)
+
+
+def test_mlx_says_what_a_translated_python_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packages exist for arm64 only, so that to install them would fail, too."""
+    register(monkeypatch, ("mlx", "treeflash_mlx.backend:load"))
+    install(monkeypatch, *TORCH)
+    platform(monkeypatch, "darwin", "x86_64")
+    with pytest.raises(BackendError, match=r"needs a native Python .* is built for x86_64"):
+        registry.loader("mlx")
+    platform(monkeypatch, "darwin", "arm64")
+    with pytest.raises(BackendError, match="needs mlx; pip install"):
+        registry.loader("mlx")
