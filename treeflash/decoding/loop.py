@@ -64,6 +64,7 @@ class Step:
         prompt_log_probs: of the prompt's tokens after the first one, if the request asks for them;
             None after the prefill.
         cached_tokens: prompt tokens that came from a prefix cache; 0 after the prefill.
+        disk_tokens: those of them that came from its disk tier.
     """
 
     tokens: tuple[int, ...]
@@ -75,6 +76,7 @@ class Step:
     log_probs: LogProbs | None = field(default=None, repr=False)
     prompt_log_probs: LogProbs | None = field(default=None, repr=False)
     cached_tokens: int = 0
+    disk_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,7 @@ def decode_loop(
     constraint: Constraint | None = None,
     scores_prompt: bool = False,
     cached_tokens: int = 0,
+    disk_tokens: int = 0,
     shared: Callable[[], Sequence[SuffixIndex]] = lambda: (),
 ) -> Loop:
     """Decode one sequence with `limit` new tokens at most; see the module's table.
@@ -147,6 +150,7 @@ def decode_loop(
         scores_prompt: whether the first step has the log probabilities of the prompt.
         cached_tokens: tokens of the prompt that are committed already; fewer than all, and none if
             the prompt is scored.
+        disk_tokens: those of them that came from a disk.
         shared: gives indices over other texts, for a configuration that copies.
     """
     penalties = PenaltyState(config.penalties, prompt_ids)
@@ -193,6 +197,7 @@ def decode_loop(
         log_probs=sampled.log_probs,
         prompt_log_probs=LogProbs.concatenate(scores) if scores else None,
         cached_tokens=0 if scores else cached_tokens,
+        disk_tokens=disk_tokens,
     )
     if suffix is not None:
         suffix.observe(tokens)

@@ -1,4 +1,7 @@
-"""The prefix cache: states of finished sequences, kept for prompts that begin alike."""
+"""The prefix cache: states of finished sequences, kept for prompts that begin alike.
+
+`disk_cache` is its second tier, which survives the process.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from treeflash.decoding.disk_cache import CacheKey, DiskCache
 from treeflash.decoding.interfaces import SequenceState
 
 
@@ -27,10 +31,14 @@ class _Entry:
 
 
 class PrefixCache:
-    """A cache of states; at `max_bytes` of device memory the least recently used are closed."""
+    """A cache of states; at `max_bytes` of device memory the least recently used are closed.
 
-    def __init__(self, max_bytes: int) -> None:
+    With a `disk`, which it closes, the states are stored there too; their keys are `CacheKey`s.
+    """
+
+    def __init__(self, max_bytes: int, disk: DiskCache | None = None) -> None:
         self.max_bytes = max_bytes
+        self.disk = disk
         self._entries: list[_Entry] = []  # the most recently used last
 
     @property
@@ -70,18 +78,29 @@ class PrefixCache:
         new = _Entry(key, np.array(tokens, np.int32), state)
         for entry in [entry for entry in self._entries if entry.key == key]:
             if new.shared_length(entry.tokens) >= entry.shared_length(entry.tokens):
-                self._drop(entry)  # the new state serves all prompts that this one served
+                # The new state serves all prompts that this one served.
+                self._drop(entry, save=False)
         self._entries.append(new)
+        if self.disk is not None:
+            assert isinstance(key, CacheKey)
+            self.disk.add(key, tokens, state)
         self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:
         """Close the least recently used states until the others hold at most `nbytes` bytes."""
         while self._entries and self.nbytes > nbytes:
-            self._drop(self._entries[0])
+            self._drop(self._entries[0], save=True)
 
     def close(self) -> None:
+        """Close all states, when they have been copied to the disk if there is one."""
+        if self.disk is not None:
+            self.disk.save_all()
         self.shrink(-1)
+        if self.disk is not None:
+            self.disk.close()
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: _Entry, *, save: bool) -> None:
         self._entries.remove(entry)
+        if self.disk is not None:
+            self.disk.let_go(entry.state, save=save)
         entry.state.close()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.disk_cache import CacheKey, Restoration
 from treeflash.decoding.interfaces import (
     Backend,
     Block,
@@ -601,6 +602,8 @@ class Scheduler:
         self.suffix_cache = suffix_cache
         self._waiting: list[_Waiting] = []
         self._running: list[RunningSequence] = []
+        # of the first waiting request, from the disk
+        self._restoration: tuple[RequestId, Restoration] | None = None
         self._last_id = 0
 
     @property
@@ -709,22 +712,28 @@ class Scheduler:
         Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
         for sequence in list(self._running):
             events += ((sequence.request_id, event) for event in sequence.events)
+            self._measure_prefill(sequence)
             finished = sequence.pending is None
             failed = finished and isinstance(sequence.events[-1], Exception)
             sequence.events.clear()
             if finished:
                 self._end(sequence, keep=not failed)
+        if self.prefix_cache is not None and self.prefix_cache.disk is not None:
+            self.prefix_cache.disk.copy_next()
         return events
 
     def cancel(self, request_id: RequestId) -> None:
         """Drop a sequence, if it is not finished."""
         self._waiting = [x for x in self._waiting if x.request_id != request_id]
+        if self._restoration is not None and self._restoration[0] == request_id:
+            self._drop_restoration()
         for sequence in [x for x in self._running if x.request_id == request_id]:
             self._end(sequence)
 
     def close(self) -> None:
         """Drop all sequences."""
         self._waiting.clear()
+        self._drop_restoration()
         for sequence in list(self._running):
             self._end(sequence)
 
@@ -743,8 +752,10 @@ class Scheduler:
                 break  # it is still running the prompt
             if not self._make_room(first.request):
                 break
-            del self._waiting[0]
             try:
+                if leader is None and not self._restore(first):
+                    break  # its state is still being read
+                del self._waiting[0]
                 self._start(first, leader)
             except MemoryInUseError as error:
                 if self.prefix_cache:  # its least recently used state makes room
@@ -758,8 +769,38 @@ class Scheduler:
             except Exception as error:
                 if not _concerns_few(error):
                     raise
+                self._waiting = [x for x in self._waiting if x is not first]
+                self._drop_restoration()
                 errors.append((first.request_id, error))
         return errors
+
+    def _restore(self, waiting: _Waiting) -> bool:
+        """Restore the beginning of a prompt from the disk; whether that has ended.
+
+        Nothing is restored that the states in memory have, and nothing slower than the prefill.
+        While no sequence is running, a call waits for the next part.
+        """
+        cache, request = self.prefix_cache, waiting.request
+        if cache is None or cache.disk is None or request.scores_prompt:
+            return True
+        if self._restoration is None:
+            prefix = request.prompt_ids[:-1]
+            in_memory = cache.find(self._cache_key(request), prefix)
+            cached = 0 if in_memory is None else in_memory[1]
+            if len(prefix) < cached + cache.disk.block:
+                return True
+            opened = partial(
+                self.backend.open, self._capacity(request), drafts=request.config.drafts
+            )
+            key = self._cache_key(request)
+            restoration = cache.disk.restore(key, prefix, opened, cached)
+            self._restoration = waiting.request_id, restoration
+        return self._restoration[1].advance(wait=not self._running)
+
+    def _drop_restoration(self) -> None:
+        if self._restoration is not None:
+            self._restoration[1].close()
+        self._restoration = None
 
     def _leader(self, waiting: _Waiting) -> RunningSequence | None:
         """The running sequence to fork, if it has not ended and their states can be shared."""
@@ -780,7 +821,11 @@ class Scheduler:
             source = self.prefix_cache.find(self._cache_key(request), prefix)
         cached = 0 if source is None else source[1]
         capacity = self._capacity(request)
-        if source is not None and cached:
+        restored = None if self._restoration is None else self._restoration[1].state
+        self._restoration = None
+        if restored is not None:
+            state, cached = restored, restored.length
+        elif source is not None and cached:
             state = source[0].fork(cached, capacity)
         else:
             state = self.backend.open(capacity, drafts=request.config.drafts)
@@ -793,6 +838,7 @@ class Scheduler:
             constraint=request.constraint,
             scores_prompt=request.scores_prompt,
             cached_tokens=cached,
+            disk_tokens=0 if restored is None else cached,
             shared=partial(self._finished_answers, request.cache_salt),
         )
         prompt = list(request.prompt_ids)
@@ -874,9 +920,19 @@ class Scheduler:
             nodes = max(nodes, SCORED_TOKENS)
         return len(request.prompt_ids) + self._limit(request) + nodes
 
-    def _cache_key(self, request: Request) -> Hashable:
+    def _measure_prefill(self, sequence: RunningSequence) -> None:
+        """Note what the prefill of a sequence cost, if it has just ended."""
+        if self.prefix_cache is None or self.prefix_cache.disk is None:
+            return
+        for step in sequence.events:
+            if isinstance(step, Step) and "prefill" in step.seconds:
+                run = len(sequence.request.prompt_ids) - step.cached_tokens
+                if run >= self.prefix_cache.disk.block:
+                    self.prefix_cache.disk.rates.prefill_s = step.seconds["prefill"] / run
+
+    def _cache_key(self, request: Request) -> CacheKey:
         """States are shared by sequences with the same key: the loaded pair is a part of it."""
-        return self.backend, request.config.drafts, request.cache_salt
+        return CacheKey(self.backend, request.config.drafts, request.cache_salt)
 
     def _budget(self, method: Method) -> AdaptiveBudget:
         return self.budgets.get(method, lambda: VerifyCosts.measure(self.backend))

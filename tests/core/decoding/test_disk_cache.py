@@ -1,0 +1,253 @@
+"""States that survive the process: texts, shared files, limits, and what a folder may do."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler, state_files
+from treeflash.decoding.disk_cache import DiskCache
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.reference.backend import load
+from treeflash.testing.models import write_drafter, write_target
+
+BLOCK = 8
+FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_target(folder / "target", request.param, seed=1)
+    write_drafter(folder / "drafter", folder / "target", seed=2)
+    return load(folder / "target", folder / "drafter", LoadConfig())
+
+
+class Process:
+    """A scheduler with the two tiers; leaving the block ends it as a process ends."""
+
+    def __init__(self, pair, folder, *, nbytes=1 << 30, identity=b"pair", memory=1 << 30):
+        self.disk = DiskCache(folder, nbytes, identity, block=BLOCK)
+        self.cache = PrefixCache(memory, self.disk)
+        self.scheduler = Scheduler(pair, prefix_cache=self.cache)
+        self.recurrent = pair.open(1, drafts=False).needs_snapshots
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.scheduler.close()
+        self.cache.close()
+
+    def wait_for_writer(self):
+        """Wait until what was copied is written."""
+        with self.disk._room:
+            self.disk._room.wait_for(lambda: not self.disk._queued_bytes)
+
+    def answer(self, prompt, salt="", method="treeflash", tokens=12):
+        """The tokens of the answer, and how many of the prompt's came from memory and the disk."""
+        config = DecodeConfig(method=method, budget=8, max_tokens=tokens)
+        request = Request(prompt_ids=prompt, config=config, cache_salt=salt)
+        steps = [step for _, step in self.scheduler.decode([request])]
+        cached, disk = steps[0].cached_tokens, steps[0].disk_tokens
+        return [token for step in steps for token in step.tokens], (cached - disk, disk)
+
+
+def prompt_of(length, seed=0, vocab_size=24):
+    return np.random.default_rng(seed).integers(1, vocab_size, length).tolist()
+
+
+def plain(pair, prompt, **settings):
+    config = DecodeConfig(method="ar", max_tokens=settings.pop("tokens", 12))
+    steps = Scheduler(pair).decode([Request(prompt_ids=prompt, config=config)])
+    return [token for _, step in steps for token in step.tokens]
+
+
+@pytest.mark.parametrize("method", ["treeflash", "ar"])
+def test_a_conversation_goes_on_after_a_restart(pair, tmp_path, method):
+    """The whole state is restored, and the text is that of a process that was not interrupted."""
+    first = prompt_of(30)
+    with Process(pair, tmp_path) as process:
+        answer, cached = process.answer(first, method=method)
+        assert cached == (0, 0)
+        second = [*first, *answer, *prompt_of(9, seed=1)]
+        expected, (in_memory, _) = process.answer(second, method=method)
+        assert in_memory == len(first) + len(answer) - 1
+    for path in tmp_path.iterdir():  # the second answer's state is not in the way
+        assert path.stat().st_mode & 0o777 == 0o600
+    with Process(pair, tmp_path) as process:
+        text, cached = process.answer(second, method=method)
+        assert cached[1] >= in_memory
+        assert text == expected == plain(pair, second)
+        assert process.disk.skipped == 0
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
+    first = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        answer, _ = process.answer(first)
+    before = names(tmp_path)
+    sizes = sum(path.stat().st_size for path in tmp_path.iterdir())
+    with Process(pair, tmp_path) as process:
+        process.answer([*first, *answer, *prompt_of(5, seed=1)])
+    new = names(tmp_path) - before
+    assert process.disk.written_bytes == sum((tmp_path / x).stat().st_size for x in new)
+    # 17 positions more, and those that the drafter had not read.
+    assert 2 <= len([x for x in new if "block" in x]) <= 4
+    assert process.disk.written_bytes < sizes
+
+
+def test_conversations_that_begin_alike_share_files(pair, tmp_path):
+    beginning = prompt_of(32)
+    with Process(pair, tmp_path) as process:
+        process.answer([*beginning, *prompt_of(8, seed=1)], method="ar")
+    blocks = {x for x in names(tmp_path) if "block" in x}
+    with Process(pair, tmp_path) as process:
+        text, cached = process.answer([*beginning, *prompt_of(8, seed=2)], method="ar")
+        assert text == plain(pair, [*beginning, *prompt_of(8, seed=2)])
+        # Recurrent layers have no state where the two part, unless it was a snapshot.
+        assert cached == ((0, 0) if process.recurrent else (0, 32))
+    later = {x for x in names(tmp_path) if "block" in x}
+    assert len(later) - len(blocks) == len(blocks) - 4
+
+
+@pytest.mark.parametrize("other", ["salt", "pair", "method", "block"])
+def test_other_keys_find_nothing(pair, tmp_path, other):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        process.answer(prompt, salt="mine", method="ar")
+    identity = b"another" if other == "pair" else b"pair"
+    with Process(pair, tmp_path, identity=identity) as process:
+        if other == "block":
+            process.disk.block = 4
+        salt = "theirs" if other == "salt" else "mine"
+        text, cached = process.answer(prompt, salt, "treeflash" if other == "method" else "ar")
+        assert cached == (0, 0)
+        assert text == plain(pair, prompt)
+        assert process.disk.skipped == 0
+
+
+def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
+    prompts = [[seed + 1, *prompt_of(39, seed=seed)] for seed in range(3)]
+    nbytes = 2 * pair.state_nbytes(64, drafts=True)
+    with Process(pair, tmp_path, memory=nbytes) as process:
+        texts = [process.answer(prompt)[0] for prompt in prompts]
+        assert len(process.cache) < 3
+        process.disk.save_all()
+        process.wait_for_writer()
+        text, cached = process.answer(prompts[0])
+        assert cached[1] >= 32
+        assert text == texts[0]
+
+
+def test_nothing_is_restored_that_the_prefill_computes_faster(pair, tmp_path):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    for restore_s, pays in ((1.0, False), (1e-6, True)):
+        with Process(pair, tmp_path) as process:
+            process.disk.rates.prefill_s, process.disk.rates.restore_s = 1e-3, restore_s
+            again, (_, disk) = process.answer(prompt)
+            assert again == text
+            assert (disk > 0) == pays
+
+
+def test_the_limit_holds_and_the_least_recently_used_go_first(pair, tmp_path):
+    prompts = [prompt_of(40, seed=seed) for seed in range(4)]
+    with Process(pair, tmp_path / "all") as process:
+        process.answer(prompts[0])
+    one = sum(path.stat().st_size for path in (tmp_path / "all").iterdir())
+    limit = int(2.5 * one)
+    for prompt in [*prompts[:2], prompts[0], prompts[2]]:
+        with Process(pair, tmp_path / "some", nbytes=limit) as process:
+            process.answer(prompt)
+        assert sum(path.stat().st_size for path in (tmp_path / "some").iterdir()) <= limit
+    restored = []
+    for prompt in prompts:
+        with Process(pair, tmp_path / "some", nbytes=limit) as process:
+            process.disk.add = lambda *_: None
+            restored.append(process.answer(prompt)[1][1])
+    assert restored[0] >= 32
+    assert restored[2] >= 32
+    assert restored[1] < restored[0]
+    assert restored[3] == 0
+
+
+def test_two_processes_share_a_folder(pair, tmp_path):
+    prompts = [prompt_of(40, seed=seed) for seed in range(2)]
+    with Process(pair, tmp_path) as first, Process(pair, tmp_path) as second:
+        texts = [first.answer(prompts[0])[0], second.answer(prompts[1])[0]]
+        for process in (first, second):
+            process.disk.save_all()
+            process.wait_for_writer()
+        for process, prompt, text in zip((second, first), prompts, texts, strict=True):
+            again, (_, disk) = process.answer(prompt)
+            assert again == text
+            assert disk >= 32
+        assert first.disk.skipped == second.disk.skipped == 0
+
+
+def test_a_file_that_another_process_removes_in_between_is_computed(pair, tmp_path, monkeypatch):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    with Process(pair, tmp_path) as process:
+        read = process.disk.read
+        monkeypatch.setattr(
+            process.disk, "read", lambda kind, key: None if kind == "block" else read(kind, key)
+        )
+        assert process.answer(prompt) == (text, (0, 0))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_costs_speed_only(pair, tmp_path, caplog):
+    prompt = prompt_of(40)
+    tmp_path.chmod(0o500)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    assert text == plain(pair, prompt)
+    assert [x.message for x in caplog.records] == [
+        f"{tmp_path}: states cannot be written: Permission denied"
+    ]
+
+
+def test_a_full_disk_costs_speed_only(pair, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        monkeypatch.setattr(state_files, "write", full)
+        text, _ = process.answer(prompt)
+    assert text == plain(pair, prompt)
+    assert names(tmp_path) == set()
+    assert [x.message for x in caplog.records] == [
+        f"{tmp_path}: states cannot be written: No space left on device"
+    ]
+
+
+def test_short_states_are_not_stored(pair, tmp_path):
+    with Process(pair, tmp_path) as process:
+        process.answer([1, 2, 3], tokens=3)
+    assert names(tmp_path) == set()
+
+
+def test_a_cancelled_request_drops_its_restoration(pair, tmp_path):
+    prompt = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        text, _ = process.answer(prompt)
+    with Process(pair, tmp_path) as process:
+        config = DecodeConfig(method="treeflash", budget=8, max_tokens=12)
+        request = process.scheduler.submit(Request(prompt_ids=prompt, config=config))
+        process.scheduler.step()
+        process.scheduler.cancel(request)
+        assert not process.scheduler.busy
+        assert process.answer(prompt)[0] == text

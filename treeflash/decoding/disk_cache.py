@@ -1,0 +1,427 @@
+"""The disk tier of the prefix cache: states that survive the process.
+
+A state that enters the prefix cache is copied to the host a few parts at a time, between two
+iterations of the scheduler, and what is left of it when it leaves memory or the process ends. A
+thread of its own writes the parts; if it cannot keep up, parts are left out. `state_files` says
+what a part is, and how its file is named and checked. A conversation that has grown shares the
+blocks of its beginning, so that only new ones are copied and written.
+
+A prompt is looked up in other threads too: its longest stored beginning is read a few parts ahead
+and appended to a new state, while the other sequences are decoded. Blocks that follow one another
+from the first one are a beginning; behind them the end of a state may follow. Recurrent layers
+need an end, because blocks have no states.
+
+Whatever goes wrong with the folder costs time only: a part that cannot be written is left out, and
+one that cannot be used is removed and computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from treeflash.decoding import state_files
+from treeflash.decoding.interfaces import SequenceState, StateArrays
+from treeflash.decoding.state_files import NAME, SCRATCH, BadFileError, Part, PrefixKeys, root_key
+from treeflash.errors import ConfigError, is_out_of_memory
+
+BLOCK = 256
+"""Positions of a block: few enough that little of a prompt that leaves a stored one is computed
+again, and enough that a file is large."""
+COPIES = 2
+"""Parts that are copied to the host between two iterations, which wait for it."""
+AHEAD = 4
+"""Parts that are read ahead of the one that is appended, each by a thread."""
+QUEUE_BYTES = 256 << 20
+"""Bytes on the host that may wait to be written."""
+SCAN_S = 5.0
+"""Seconds for which the size of the folder is remembered: other processes write to it too."""
+SCRATCH_S = 3600.0
+"""Age of a file that no process can be writing any more, seconds."""
+LEFT_AFTER_EVICTION = 0.95
+"""Share of the limit that files may take when the least recently used have been removed."""
+
+logger = logging.getLogger("treeflash.cache")
+
+
+class CacheKey(NamedTuple):
+    """What states depend on besides their tokens."""
+
+    backend: object
+    drafts: bool
+    salt: str
+
+
+@dataclass(eq=False)
+class Unsaved:
+    """A state in memory, and the parts of it that may not be on the disk."""
+
+    state: SequenceState
+    parts: deque[Part]
+
+
+@dataclass
+class Rates:
+    """What a position of a prompt costs, seconds; None until it was measured."""
+
+    prefill_s: float | None = None
+    restore_s: float | None = None
+
+    def pays(self, restored: int, saved: int) -> bool:
+        """Whether restoring some positions is likely to be faster than to run the `saved` ones."""
+        if self.prefill_s is None or self.restore_s is None:
+            return True
+        return restored * self.restore_s < saved * self.prefill_s
+
+
+class DiskCache:
+    """The stored states of one loaded pair in a folder, which other processes may use as well.
+
+    Files of other pairs count towards the limit. Attributes that count are of this process.
+
+    Args:
+        folder: is made if it does not exist.
+        max_bytes: of all files of states in the folder.
+        identity: what all states depend on: the weights, how they are run, and by which versions.
+        block: positions of a block.
+
+    Attributes:
+        written_bytes: bytes of the files that were written.
+        skipped: files that could not be used.
+        rates: what the prefill and restoring cost.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int, identity: bytes, *, block: int = BLOCK
+    ) -> None:
+        self.folder, self.max_bytes, self.block = folder, max_bytes, block
+        self.written_bytes = self.skipped = 0
+        self.rates = Rates()
+        self._identity = identity
+        self._unsaved: deque[Unsaved] = deque()
+        self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
+        self._queued_bytes = 0
+        self._room = threading.Condition()
+        self._failure: str | None = None  # why the last part could not be written
+        self._used = 0  # bytes of all files, as the writer knows them
+        self._scanned = float("-inf")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ConfigError(f"{folder} is a file; give a folder for the prefix cache") from None
+        except OSError as error:
+            logger.warning("%s: no states are stored there: %s", folder, error.strerror)
+        self._readers = ThreadPoolExecutor(AHEAD + 1, "treeflash-cache-reader")
+        self._writer = threading.Thread(
+            target=self._write_queued, name="treeflash-cache-writer", daemon=True
+        )
+        self._writer.start()
+
+    # From memory to the disk.
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether a state waits to be copied."""
+        return bool(self._unsaved)
+
+    def add(self, key: CacheKey, tokens: Sequence[int], state: SequenceState) -> None:
+        """Store a state, whose committed positions have these tokens, with the next copies.
+
+        States of less than a block are left out: they are computed as fast as they are read.
+        """
+        keys = self._keys(key, tokens)
+        read = min(state.read_length, state.length)
+        stops = range(self.block, read + 1, self.block)
+        parts = deque(Part("block", keys[n], n - self.block, n) for n in stops)
+        lengths = [state.length]
+        while state.needs_snapshots and (length := state.restorable(lengths[-1] - 1)):
+            lengths.append(length)
+        for n in lengths:
+            first = min(read, n) // self.block * self.block
+            if n >= self.block and (n > first or state.needs_snapshots):
+                parts.append(Part("end", keys[n], first, n))
+        if parts:
+            self._unsaved.append(Unsaved(state, parts))
+
+    def copy_next(self, parts: int = COPIES) -> None:
+        """Copy the next parts to the host, as far as there is room for them."""
+        for _ in range(parts):
+            if not self._unsaved or not self._has_room():
+                return
+            self._copy(self._unsaved[0])
+            if not self._unsaved[0].parts:
+                self._unsaved.popleft()
+
+    def let_go(self, state: SequenceState, *, save: bool) -> None:
+        """Forget a state that leaves memory; `save` copies the rest of it, if there is room."""
+        for unsaved in [x for x in self._unsaved if x.state is state]:
+            while save and unsaved.parts and self._has_room():
+                self._copy(unsaved)
+            self._unsaved.remove(unsaved)
+
+    def save_all(self) -> None:
+        """Copy all states, waiting for the writer."""
+        while self._unsaved:
+            with self._room:
+                self._room.wait_for(self._has_room)
+            self.copy_next()
+
+    def close(self) -> None:
+        """End the threads when what was copied is written."""
+        self._queue.put(None)
+        self._writer.join()
+        self._readers.shutdown(cancel_futures=True)
+
+    def _keys(self, key: CacheKey, tokens: Sequence[int]) -> PrefixKeys:
+        identity = self._identity + self.block.to_bytes(4, "big")
+        root = root_key(identity, drafts=key.drafts, salt=key.salt)
+        return PrefixKeys(root, tokens, self.block)
+
+    def _has_room(self) -> bool:
+        return self._queued_bytes < QUEUE_BYTES
+
+    def _copy(self, unsaved: Unsaved) -> None:
+        """Hand the next part of a state to the writer, or its name if it is stored already."""
+        part = unsaved.parts.popleft()
+        if os.path.lexists(self.folder / part.name):
+            self._queue.put((part, None))
+            return
+        try:
+            arrays = unsaved.state.export(part.first, part.stop, end=part.kind == "end")
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            unsaved.parts.clear()
+            return
+        with self._room:
+            self._queued_bytes += _nbytes(arrays)
+        self._queue.put((part, arrays))
+
+    # The writer's thread.
+
+    def _write_queued(self) -> None:
+        while (item := self._queue.get()) is not None:
+            part, arrays = item
+            if arrays is None:
+                state_files.touch(self.folder / part.name, part.stop)
+                continue
+            try:
+                self._write(part, arrays)
+                self._failure = None
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if reason != self._failure:  # once, not for every part
+                    logger.warning("%s: states cannot be written: %s", self.folder, reason)
+                self._failure = reason
+            finally:
+                with self._room:
+                    self._queued_bytes -= _nbytes(arrays)
+                    self._room.notify_all()
+
+    def _write(self, part: Part, arrays: StateArrays) -> None:
+        contents = state_files.encode(part, arrays)
+        if len(contents) > self.max_bytes:
+            return
+        if time.monotonic() - self._scanned > SCAN_S:
+            self._evict(len(contents), 1.0)
+        if self._used + len(contents) > self.max_bytes:
+            self._evict(len(contents), LEFT_AFTER_EVICTION)
+        state_files.write(self.folder, part, contents)
+        self._used += len(contents)
+        self.written_bytes += len(contents)
+
+    def _evict(self, nbytes: int, share: float) -> None:
+        """Remove the least recently used files if there is no room for further `nbytes`."""
+        files, self._used, useless = [], 0, 0
+        now = time.time()
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                scratch = SCRATCH.fullmatch(entry.name)
+                if not scratch and not NAME.fullmatch(entry.name):
+                    continue  # a stranger's, who may have chosen the wrong folder
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # another process has removed it
+                    continue
+                is_file = stat.S_ISREG(status.st_mode) and status.st_size > 0
+                if not is_file or (scratch and now - status.st_mtime > SCRATCH_S):
+                    useless += _remove(Path(entry.path))
+                    continue
+                self._used += status.st_size
+                if not scratch:
+                    files.append((status.st_mtime_ns, entry.name, status.st_size))
+        if useless:
+            self.skipped += useless
+            logger.warning("%s: %d files are no states; they are removed", self.folder, useless)
+        self._scanned = time.monotonic()
+        if self._used + nbytes <= self.max_bytes:
+            return
+        for _, name, size in sorted(files):
+            if self._used + nbytes <= share * self.max_bytes:
+                break
+            if _remove(self.folder / name):
+                self._used -= size
+
+    # From the disk to memory.
+
+    def find(
+        self, keys: PrefixKeys, *, needs_end: bool, longer_than: int
+    ) -> tuple[list[Part], StateArrays | None]:
+        """The parts of the longest stored beginning of some tokens, and the arrays of its end.
+
+        The last part is the end, if there is one. Without one the arrays are None, and `needs_end`
+        finds nothing. Nothing is found either if it is not `longer_than` some tokens.
+        """
+        try:
+            names = {path.name for path in self.folder.iterdir()}
+        except OSError:
+            return [], None
+        blocks: list[Part] = []
+        for stop in range(self.block, len(keys.tokens) + 1, self.block):
+            block = Part("block", keys[stop], stop - self.block, stop)
+            if block.name not in names:
+                break
+            blocks.append(block)
+        least = longer_than if needs_end else max(longer_than, len(blocks) * self.block)
+        for stop in range(len(keys.tokens), least, -1) if names else ():
+            if state_files.file_name("end", keys[stop]) not in names:
+                continue
+            if (found := self.read("end", keys[stop])) is None:
+                continue
+            end, arrays = found
+            if end.stop == stop and 0 <= end.first <= len(blocks) * self.block:
+                return [*blocks[: end.first // self.block], end], arrays
+        if needs_end or len(blocks) * self.block <= longer_than:
+            return [], None
+        return blocks, None
+
+    def read(self, kind: state_files.Kind, key: bytes) -> tuple[Part, StateArrays] | None:
+        """Read a part; None if it cannot be used, and then it is removed."""
+        try:
+            return state_files.read(self.folder, kind, key, self.max_bytes)
+        except FileNotFoundError:  # another process has removed it
+            return None
+        except (BadFileError, OSError) as error:
+            path = self.folder / state_files.file_name(kind, key)
+            logger.warning("%s is not used and is removed: %s", path, error)
+            self.skipped += 1
+            _remove(path)
+            return None
+
+    def restore(
+        self,
+        key: CacheKey,
+        tokens: Sequence[int],
+        open_state: Callable[[], SequenceState],
+        longer_than: int,
+    ) -> Restoration:
+        """Begin to restore the longest stored beginning of some tokens."""
+        keys, state = self._keys(key, tokens), open_state()
+        search = self._readers.submit(
+            self.find, keys, needs_end=state.needs_snapshots, longer_than=longer_than
+        )
+        return Restoration(self, list(tokens), state, longer_than, search, self._readers)
+
+
+@dataclass(eq=False)
+class Restoration:
+    """A state that is being restored; `advance` it until it is done.
+
+    Then `state` has `length` positions, which are more than `longer_than`, or it is None.
+    """
+
+    cache: DiskCache
+    tokens: list[int]
+    state: SequenceState | None
+    longer_than: int
+    search: Future[tuple[list[Part], StateArrays | None]]
+    readers: ThreadPoolExecutor
+    started: float = field(default_factory=time.perf_counter)
+    _parts: deque[Part] | None = None  # not appended yet; None during the search
+    _end: StateArrays | None = None
+    _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
+
+    @property
+    def length(self) -> int:
+        return 0 if self.state is None else self.state.length
+
+    def advance(self, *, wait: bool) -> bool:
+        """Append the parts that have been read; whether all are. `wait` waits for the next one."""
+        if self._parts is None:
+            if not (self.search.done() or wait):
+                return False
+            parts, self._end = self.search.result()
+            stop = parts[-1].stop if parts else 0
+            if not parts or not self.cache.rates.pays(stop, stop - self.longer_than):
+                self.close()
+                return True
+            self._parts = deque(parts)
+        self._read_ahead()
+        while self._parts:
+            part = self._parts[0]
+            if part.kind == "end":
+                arrays = self._end
+            elif self._reads[0].done() or wait:
+                wait = False
+                read = self._reads.popleft().result()
+                arrays = None if read is None else read[1]
+            else:
+                return False
+            if arrays is None:
+                self._give_up()
+                return True
+            assert self.state is not None
+            self.state.append(self.tokens[part.first : part.stop], arrays)
+            self._parts.popleft()
+            self._read_ahead()
+        if self.state is not None:
+            self.state.snapshot()
+            seconds = time.perf_counter() - self.started
+            self.cache.rates.restore_s = seconds / max(self.state.length, 1)
+        return True
+
+    def close(self) -> None:
+        """Drop the state."""
+        for read in self._reads:
+            read.cancel()
+        self._reads.clear()
+        if self.state is not None:
+            self.state.close()
+        self.state, self._parts = None, deque()
+
+    def _read_ahead(self) -> None:
+        assert self._parts is not None
+        blocks = [part for part in self._parts if part.kind == "block"]
+        for part in blocks[len(self._reads) : AHEAD]:
+            self._reads.append(self.readers.submit(self.cache.read, part.kind, part.key))
+
+    def _give_up(self) -> None:
+        """Keep the positions before a part that cannot be read, if they are a whole state."""
+        assert self.state is not None
+        if self.state.needs_snapshots or self.state.length <= self.longer_than:
+            self.close()
+        else:
+            self._parts = deque()
+
+
+def _nbytes(arrays: StateArrays) -> int:
+    return sum(x.nbytes for x in arrays.values())
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file; whether that was possible."""
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True
