@@ -9,6 +9,7 @@
 - `throughput`: many sequences at once, beside the batched generation of other packages.
 - `peers`: other systems with the same weights and prompts, each in its own process.
 - `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
+- `serving.restart`: a conversation that goes on after a restart, with the disk tier and without.
 - `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.
 - `kernels`: what the Triton kernels take of each GPU, compiled without one.

@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,13 @@ from treeflash.cli.answer_view import AnswerView
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.single_prompt import explain, summarise
 from treeflash.decoding import Scheduler, SchedulerConfig
+from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
 from treeflash.hub.models import cache_folder
 from treeflash.language_model import LanguageModel
+from treeflash.serving.settings import DISK_OPTIONS, GIB
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Message, read_text
 from treeflash.text.stream import Assembler
@@ -83,7 +85,8 @@ class Conversation:
     """A conversation with a loaded model: the messages so far, without the system message.
 
     A random seed is chosen for each answer unless the `options` have one. `markdown` lays out the
-    Markdown of answers. `color` colours the text by the iteration that brought it instead.
+    Markdown of answers. `color` colours the text by the iteration that brought it instead. The
+    states of conversations are stored in the `disk` cache.
     """
 
     model: LanguageModel
@@ -91,6 +94,7 @@ class Conversation:
     console: Console
     markdown: bool = True
     color: bool = False
+    disk: DiskCache | None = None
     messages: list[Message] = field(default_factory=list)
     answer: Assembler | None = None
 
@@ -250,7 +254,15 @@ class Conversation:
     def _scheduler(self) -> Scheduler:
         config = SchedulerConfig(max_parallel=1)
         free = device_report(self.model.backend).free_bytes
-        return self.model.scheduler(config, PrefixCache(CACHE_BYTES if free is None else free // 2))
+        nbytes = CACHE_BYTES if free is None else free // 2
+        return self.model.scheduler(config, PrefixCache(nbytes, self.disk))
+
+    def close(self) -> None:
+        """Store what is not stored yet, if there is a disk cache."""
+        if self.disk is not None:
+            cache = self._scheduler.prefix_cache
+            assert cache is not None
+            cache.close()
 
     def _answer(self) -> Assembler:
         if self.answer is None:
@@ -370,14 +382,21 @@ def make_session(history: History | None, **settings: Any) -> PromptSession[str]
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, load the models, and talk until the user ends the input."""
     args = make_parser().parse(argv)
+    for one in DISK_OPTIONS:
+        one.check(getattr(args, one.name))
     options: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; give prompts in a pipe to `treeflash generate`")
     model = cli.load_model(args, [options.get("method")])
     console = Console(highlight=False)
-    conversation = Conversation(model, options, console, not args.no_markdown, args.color)
+    disk = None
+    if args.prefix_cache_dir is not None:
+        disk_bytes = int(args.prefix_cache_disk_gb * GIB)
+        disk = model.disk_cache(Path(args.prefix_cache_dir), disk_bytes)
+    conversation = Conversation(model, options, console, not args.no_markdown, args.color, disk)
     console.print("Ask something; /help lists the commands, and Ctrl-D ends.", style="dim")
-    conversation.run(make_session(_history(args.no_history)))
+    with closing(conversation):
+        conversation.run(make_session(_history(args.no_history)))
     return 0
 
 
@@ -393,6 +412,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--no-history", action="store_true", help="do not remember messages for the next time"
     )
+    for one in DISK_OPTIONS:
+        cli.add_option(parser, one, default=one.default)
     note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
     cli.add_decode_options(parser, [*SETTABLE, "system"], note)
     cli.add_model_options(parser)

@@ -27,6 +27,17 @@ class PromptError(TreeflashError, ValueError):
     """A prompt cannot be decoded: it is empty, too long, or has unknown tokens."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt has as many tokens as the target has positions, or more."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens and the target's limit is {limit}, new tokens "
+            "included; shorten the prompt"
+        )
+        self.tokens, self.limit = tokens, limit
+
+
 class MemoryInUseError(TreeflashError, MemoryError):
     """The memory that is set aside for sequences has no room until another sequence ends."""
 

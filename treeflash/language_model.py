@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import Backend, Loader
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
@@ -27,6 +28,7 @@ from treeflash.errors import (
     UnsupportedModelError,
     first_line,
 )
+from treeflash.hub.identity import pair_identity
 from treeflash.hub.models import (
     cache_folder,
     choose_drafter,
@@ -220,6 +222,22 @@ class LanguageModel:
             prefix_cache=prefix_cache,
             suffix_cache=suffix_cache,
         )
+
+    def disk_cache(self, folder: Path, max_bytes: int) -> DiskCache:
+        """Make a disk tier of a prefix cache, for `max_bytes` of states of this pair.
+
+        Raises a ConfigError if the pair has no folder, or its states cannot be stored.
+        """
+        if self.folder is None or not self.backend.stores_states:
+            raise ConfigError(
+                "the states of this model cannot be stored on a disk: it was not loaded from a "
+                "folder, or its layers are split between processes; remove prefix_cache_dir"
+            )
+        adapter = None if self.loaded.adapter is None else Path(self.loaded.adapter)
+        folders = self.folder, self.drafter_folder, adapter
+        memory = cache_folder() / "hashes"
+        identity = pair_identity(self.backend, self.loaded, folders, memory)
+        return DiskCache(folder, max_bytes, identity)
 
     @cached_property
     def _async_decoder(self) -> AsyncDecoder:

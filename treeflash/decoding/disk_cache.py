@@ -112,6 +112,8 @@ class DiskCache:
         self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._room = threading.Condition()
+        # Parts that this process has written or checked; after one was bad, no others are trusted.
+        self._checked: set[str] = set()
         self._failure: str | None = None  # why the last part could not be written
         self._used = 0  # bytes of all files, as the writer knows them
         self._scanned = float("-inf")
@@ -193,7 +195,8 @@ class DiskCache:
     def _copy(self, unsaved: Unsaved) -> None:
         """Hand the next part of a state to the writer, or its name if it is stored already."""
         part = unsaved.parts.popleft()
-        if os.path.lexists(self.folder / part.name):
+        trusted = part.name in self._checked or not self.skipped
+        if trusted and os.path.lexists(self.folder / part.name):
             self._queue.put((part, None))
             return
         try:
@@ -237,6 +240,7 @@ class DiskCache:
         if self._used + len(contents) > self.max_bytes:
             self._evict(len(contents), LEFT_AFTER_EVICTION)
         state_files.write(self.folder, part, contents)
+        self._checked.add(part.name)
         self._used += len(contents)
         self.written_bytes += len(contents)
 
@@ -308,7 +312,7 @@ class DiskCache:
     def read(self, kind: state_files.Kind, key: bytes) -> tuple[Part, StateArrays] | None:
         """Read a part; None if it cannot be used, and then it is removed."""
         try:
-            return state_files.read(self.folder, kind, key, self.max_bytes)
+            part, arrays = state_files.read(self.folder, kind, key, self.max_bytes)
         except FileNotFoundError:  # another process has removed it
             return None
         except (BadFileError, OSError) as error:
@@ -317,6 +321,8 @@ class DiskCache:
             self.skipped += 1
             _remove(path)
             return None
+        self._checked.add(part.name)
+        return part, arrays
 
     def restore(
         self,

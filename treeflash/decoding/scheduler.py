@@ -60,6 +60,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.row_heads import NO_MARGINALS
 from treeflash.errors import (
     ConfigError,
+    ContextLengthError,
     MemoryInUseError,
     PromptError,
     TreeflashError,
@@ -135,10 +136,7 @@ def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> 
     if not len(prompt_ids):
         raise PromptError("the prompt is empty; give at least one token")
     if len(prompt_ids) >= backend.max_positions:
-        raise PromptError(
-            f"the prompt has {len(prompt_ids)} tokens and the target's limit is "
-            f"{backend.max_positions}, new tokens included; shorten the prompt"
-        )
+        raise ContextLengthError(len(prompt_ids), backend.max_positions)
     for token, _ in config.penalties.logit_bias:
         if token >= backend.vocab_size:
             raise ConfigError(
@@ -718,9 +716,19 @@ class Scheduler:
             sequence.events.clear()
             if finished:
                 self._end(sequence, keep=not failed)
+        self.store_states()
+        return events
+
+    @property
+    def stores_states(self) -> bool:
+        """Whether states wait to be copied to the disk tier of the prefix cache."""
+        disk = None if self.prefix_cache is None else self.prefix_cache.disk
+        return disk is not None and disk.has_unsaved
+
+    def store_states(self) -> None:
+        """Copy a few parts of states to the disk tier of the prefix cache, if there are any."""
         if self.prefix_cache is not None and self.prefix_cache.disk is not None:
             self.prefix_cache.disk.copy_next()
-        return events
 
     def cancel(self, request_id: RequestId) -> None:
         """Drop a sequence, if it is not finished."""
@@ -752,12 +760,14 @@ class Scheduler:
                 break  # it is still running the prompt
             if not self._make_room(first.request):
                 break
+            del self._waiting[0]
             try:
                 if leader is None and not self._restore(first):
+                    self._waiting.insert(0, first)
                     break  # its state is still being read
-                del self._waiting[0]
                 self._start(first, leader)
             except MemoryInUseError as error:
+                self._drop_restoration()
                 if self.prefix_cache:  # its least recently used state makes room
                     self.prefix_cache.shrink(self.prefix_cache.nbytes - 1)
                     self._waiting.insert(0, first)
@@ -769,7 +779,6 @@ class Scheduler:
             except Exception as error:
                 if not _concerns_few(error):
                     raise
-                self._waiting = [x for x in self._waiting if x is not first]
                 self._drop_restoration()
                 errors.append((first.request_id, error))
         return errors
@@ -855,6 +864,8 @@ class Scheduler:
         """
         if self.config.max_bytes is None:
             return True
+        if request is None and self._restoration is not None:
+            request = self._waiting[0].request  # whose state is being restored
         # A state may grow up to its capacity.
         requests = [sequence.request for sequence in self._running]
         reserved = self._states_bytes(requests if request is None else [*requests, request])

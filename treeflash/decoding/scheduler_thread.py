@@ -28,6 +28,8 @@ from typing import Generic, TypeVar
 from treeflash.decoding.scheduler import Event, Scheduler
 
 T = TypeVar("T")
+BETWEEN_COPIES_S = 0.01
+"""Seconds for which an idle thread waits for commands while it has states to copy to the disk."""
 
 
 class Mailbox(Generic[T]):
@@ -115,6 +117,8 @@ class SchedulerThread(threading.Thread):
             self._run_commands(scheduler)
             if scheduler.busy:
                 self._iterate(scheduler)
+            else:
+                scheduler.store_states()
         scheduler.close()
         if scheduler.prefix_cache is not None:
             scheduler.prefix_cache.close()
@@ -130,7 +134,8 @@ class SchedulerThread(threading.Thread):
         with suppress(queue.Empty):
             while True:
                 idle = not scheduler.busy and not self.stopping
-                self._commands.get(block=self._stays and idle)()
+                timeout = BETWEEN_COPIES_S if scheduler.stores_states else None
+                self._commands.get(block=self._stays and idle, timeout=timeout)()
 
     def _iterate(self, scheduler: Scheduler) -> None:
         try:

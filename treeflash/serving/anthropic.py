@@ -326,6 +326,7 @@ class MessagesFormatter:
             "input_tokens": counts.prompt_tokens - counts.cached_tokens,
             "cache_read_input_tokens": counts.cached_tokens,
             "cache_creation_input_tokens": 0,
+            **({"disk_cache_read_input_tokens": counts.disk_tokens} if counts.disk_tokens else {}),
             "output_tokens": counts.completion_tokens,
         }
 

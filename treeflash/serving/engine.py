@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import device_report
@@ -23,7 +24,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
-from treeflash.errors import is_device_lost
+from treeflash.errors import ConfigError, is_device_lost
 from treeflash.language_model import LanguageModel
 from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
@@ -48,6 +49,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens that came from the prefix cache
+    disk_tokens: int  # those of them that came from its disk tier
     completion_tokens: int
     drafted_tokens: int
     accepted_tokens: int
@@ -91,6 +93,7 @@ class Completion:
         return Usage(
             prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts),
             cached_tokens=sum(x.step.cached_tokens for answer in firsts for x in answer.chunks[:1]),
+            disk_tokens=sum(x.step.disk_tokens for answer in firsts for x in answer.chunks[:1]),
             completion_tokens=sum(len(chunk.token_ids) for chunk in chunks),
             drafted_tokens=sum(len(tree) - 1 for tree, _ in verified),
             accepted_tokens=sum(len(path) - 1 for _, path in verified),
@@ -267,7 +270,13 @@ class Engine:
             cache_bytes / GIB,
         )
         config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
-        cache = PrefixCache(cache_bytes) if cache_bytes else None
+        disk = None
+        if settings.prefix_cache_dir is not None:
+            if not cache_bytes:
+                raise ConfigError("prefix_cache_dir needs a prefix cache; raise prefix_cache_gb")
+            disk_bytes = int(settings.prefix_cache_disk_gb * GIB)
+            disk = self._model.disk_cache(Path(settings.prefix_cache_dir), disk_bytes)
+        cache = PrefixCache(cache_bytes, disk) if cache_bytes else None
         copied_bytes = int(settings.suffix_cache_gb * GIB)
         copied = SuffixCache(copied_bytes) if copied_bytes else None
         self._scheduler = self._model.scheduler(config, cache, copied)

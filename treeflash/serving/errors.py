@@ -8,7 +8,13 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from treeflash.errors import ConfigError, PromptError, TreeflashError, is_out_of_memory
+from treeflash.errors import (
+    ConfigError,
+    ContextLengthError,
+    PromptError,
+    TreeflashError,
+    is_out_of_memory,
+)
 
 INVALID_REQUEST = "invalid_request_error"
 ERROR_TYPES = {
@@ -32,6 +38,7 @@ class APIError(Exception):
     """A request that cannot be answered: its HTTP status, and what to do about it.
 
     `param` is the field of the request that is wrong, `code` a name of the error for programs.
+    `anthropic` is the message in Anthropic's form of the error, where clients look for its words.
     """
 
     def __init__(
@@ -42,12 +49,14 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        anthropic: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = _escape_surrogates(message)
         self.param = None if param is None else _escape_surrogates(param)
         self.code = code
+        self._anthropic = anthropic
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -59,7 +68,10 @@ class APIError(Exception):
     def anthropic_body(self) -> dict[str, Any]:
         """The error in Anthropic's form."""
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
-        fields = {"type": ANTHROPIC_TYPES.get(kind, kind), "message": self.message}
+        fields = {
+            "type": ANTHROPIC_TYPES.get(kind, kind),
+            "message": self._anthropic or self.message,
+        }
         return {"type": "error", "error": fields}
 
     def response(self, path: str) -> JSONResponse:
@@ -77,6 +89,14 @@ def api_error(error: Exception) -> APIError:
     """The error that the client gets for an exception; a fault of the program is logged."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, ContextLengthError):
+        # In these words agents recognise that they have to compact the conversation.
+        return APIError(
+            400,
+            f"This model's maximum context length is {error.limit} tokens. However, {error}",
+            code="context_length_exceeded",
+            anthropic=f"prompt is too long: {error.tokens} tokens > {error.limit} maximum",
+        )
     if isinstance(error, PromptError | ConfigError):
         return bad_request(str(error), None)
     if isinstance(error, TimeoutError):

@@ -34,6 +34,13 @@ class Metrics:
         self._prefix_bytes = gauge("prefix_cache_bytes", "Device memory of the prefix cache.")
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self._hits = counter("prefix_cache_hits", "Prompt tokens found in the cache.")
+        self._disk_hits = counter(
+            "external_prefix_cache_hits", "Those of them that were found on the disk."
+        )
+        self._disk_written = gauge("prefix_cache_disk_written_bytes", "Bytes of stored states.")
+        self._disk_skipped = gauge(
+            "prefix_cache_disk_skipped", "Files of stored states that could not be used."
+        )
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
         self._tokens = counter("generation_tokens", "Generated tokens.")
         self._drafts = counter("spec_decode_num_drafts", "Verified draft trees.")
@@ -67,6 +74,7 @@ class Metrics:
         """Count a sequence's first token, `seconds` after its submission."""
         self._queries.inc(prompt_tokens)
         self._hits.inc(chunk.step.cached_tokens)
+        self._disk_hits.inc(chunk.step.disk_tokens)
         self._prompt_tokens.inc(prompt_tokens)
         self._tokens.inc(len(chunk.token_ids))
         self._first.observe(seconds)
@@ -102,6 +110,9 @@ class Metrics:
         self._exact.labels(reason or "").set(reason is None)
         cache = scheduler.prefix_cache
         self._prefix_bytes.set(0 if cache is None else cache.nbytes)
+        if cache is not None and cache.disk is not None:
+            self._disk_written.set(cache.disk.written_bytes)
+            self._disk_skipped.set(cache.disk.skipped)
 
     def text(self) -> bytes:
         """All metrics, in Prometheus' text format."""

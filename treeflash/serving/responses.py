@@ -42,7 +42,7 @@ from treeflash.serving.schemas import (
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import draft_details, frame, respond
+from treeflash.serving.streaming import cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
 
 logger = logging.getLogger("treeflash.serving")
@@ -395,7 +395,7 @@ class ResponsesFormatter:
 
     def _usage(self) -> dict[str, Any]:
         counts = self._completion.usage
-        cached = {"cached_tokens": counts.cached_tokens, "cache_write_tokens": 0}
+        cached = {**cached_details(counts), "cache_write_tokens": 0}
         return {
             "input_tokens": counts.prompt_tokens,
             "input_tokens_details": cached,

@@ -47,6 +47,16 @@ class Settings:
         shown="half of `--max-memory-gb`",
         metavar="GB",
     )
+    prefix_cache_dir: str | None = option(
+        None,
+        "folder in which states of conversations are kept, so that they go on after a restart "
+        "without a new prefill",
+        shown="in memory only",
+        metavar="FOLDER",
+    )
+    prefix_cache_disk_gb: float = option(
+        10.0, "GiB that --prefix-cache-dir may take", above=0, metavar="GB"
+    )
     suffix_cache_gb: float = option(
         0.0,
         "GiB of memory for finished answers, which further answers to the same API key may copy; "
@@ -99,6 +109,8 @@ class Settings:
         return limit, limit // 2 if cache is None else min(int(cache * GIB), limit)
 
 
+DISK_OPTIONS = tuple(options_of(Settings)[x] for x in ("prefix_cache_dir", "prefix_cache_disk_gb"))
+"""The options of the prefix cache's disk tier."""
 LIMITS = tuple(field for field in fields(Settings) if field.metadata)
 
 

@@ -223,7 +223,7 @@ class ChoicesFormatter(ABC):
                 "prompt_tokens": counts.prompt_tokens,
                 "completion_tokens": counts.completion_tokens,
                 "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+                "prompt_tokens_details": cached_details(counts),
                 "draft_tokens_details": draft_details(counts),
             },
             "metrics": {"speculative_decoding": speculative_decoding(self._completion)},
@@ -263,6 +263,12 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
     return tokenizer.token_text(token_id)
+
+
+def cached_details(counts: Usage) -> dict[str, int]:
+    """The prompt tokens that came from the prefix cache, and those of them from its disk tier."""
+    from_disk = {"disk_cached_tokens": counts.disk_tokens} if counts.disk_tokens else {}
+    return {"cached_tokens": counts.cached_tokens, **from_disk}
 
 
 def draft_details(counts: Usage) -> dict[str, int]:

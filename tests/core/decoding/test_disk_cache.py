@@ -5,66 +5,18 @@ from __future__ import annotations
 import errno
 import os
 
-import numpy as np
 import pytest
+from stored_states import Process, plain, prompt_of, stored_pair
 
-from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, Scheduler, state_files
-from treeflash.decoding.disk_cache import DiskCache
-from treeflash.decoding.prefix_cache import PrefixCache
-from treeflash.reference.backend import load
-from treeflash.testing.models import write_drafter, write_target
+from treeflash.config import DecodeConfig
+from treeflash.decoding import Request, state_files
 
-BLOCK = 8
 FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    write_target(folder / "target", request.param, seed=1)
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return load(folder / "target", folder / "drafter", LoadConfig())
-
-
-class Process:
-    """A scheduler with the two tiers; leaving the block ends it as a process ends."""
-
-    def __init__(self, pair, folder, *, nbytes=1 << 30, identity=b"pair", memory=1 << 30):
-        self.disk = DiskCache(folder, nbytes, identity, block=BLOCK)
-        self.cache = PrefixCache(memory, self.disk)
-        self.scheduler = Scheduler(pair, prefix_cache=self.cache)
-        self.recurrent = pair.open(1, drafts=False).needs_snapshots
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.scheduler.close()
-        self.cache.close()
-
-    def wait_for_writer(self):
-        """Wait until what was copied is written."""
-        with self.disk._room:
-            self.disk._room.wait_for(lambda: not self.disk._queued_bytes)
-
-    def answer(self, prompt, salt="", method="treeflash", tokens=12):
-        """The tokens of the answer, and how many of the prompt's came from memory and the disk."""
-        config = DecodeConfig(method=method, budget=8, max_tokens=tokens)
-        request = Request(prompt_ids=prompt, config=config, cache_salt=salt)
-        steps = [step for _, step in self.scheduler.decode([request])]
-        cached, disk = steps[0].cached_tokens, steps[0].disk_tokens
-        return [token for step in steps for token in step.tokens], (cached - disk, disk)
-
-
-def prompt_of(length, seed=0, vocab_size=24):
-    return np.random.default_rng(seed).integers(1, vocab_size, length).tolist()
-
-
-def plain(pair, prompt, **settings):
-    config = DecodeConfig(method="ar", max_tokens=settings.pop("tokens", 12))
-    steps = Scheduler(pair).decode([Request(prompt_ids=prompt, config=config)])
-    return [token for _, step in steps for token in step.tokens]
+    return stored_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.mark.parametrize("method", ["treeflash", "ar"])
@@ -141,7 +93,6 @@ def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
     with Process(pair, tmp_path, memory=nbytes) as process:
         texts = [process.answer(prompt)[0] for prompt in prompts]
         assert len(process.cache) < 3
-        process.disk.save_all()
         process.wait_for_writer()
         text, cached = process.answer(prompts[0])
         assert cached[1] >= 32
@@ -186,7 +137,6 @@ def test_two_processes_share_a_folder(pair, tmp_path):
     with Process(pair, tmp_path) as first, Process(pair, tmp_path) as second:
         texts = [first.answer(prompts[0])[0], second.answer(prompts[1])[0]]
         for process in (first, second):
-            process.disk.save_all()
             process.wait_for_writer()
         for process, prompt, text in zip((second, first), prompts, texts, strict=True):
             again, (_, disk) = process.answer(prompt)

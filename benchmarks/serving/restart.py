@@ -1,0 +1,129 @@
+"""What the disk tier of the prefix cache is worth to a conversation that goes on after a restart.
+
+    python -m benchmarks.serving.restart --tokens 20000 --turns 4 --folder states
+
+A prompt of random tokens grows turn by turn; then the caches are opened anew, and the last turn is
+answered without and with the stored states, which have been dropped from the system's page cache.
+The target is the default one, with as many positions as the conversation needs: its text has no
+meaning there, and its speed and sizes are the same. The results are printed as one JSON object per
+line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import treeflash
+from benchmarks.common import machine
+from treeflash.decoding import Request, SchedulerConfig
+from treeflash.decoding.loop import Step
+from treeflash.decoding.prefix_cache import PrefixCache
+from treeflash.hub.models import resolve_target
+
+GIB = 1 << 30
+
+
+def with_positions(source: Path, folder: Path, positions: int) -> Path:
+    """Link a model into a folder, with a configuration that has more positions."""
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": positions})
+    )
+    return folder
+
+
+class Run:
+    """A scheduler with new caches of both tiers, or of memory alone."""
+
+    def __init__(self, model: treeflash.LanguageModel, folder: Path | None) -> None:
+        self.disk = None if folder is None else model.disk_cache(folder, 64 * GIB)
+        self.cache = PrefixCache(16 * GIB, self.disk)
+        self.scheduler = model.scheduler(SchedulerConfig(), self.cache)
+        self.model = model
+
+    def answer(self, prompt: Sequence[int], tokens: int) -> dict[str, float]:
+        """Measure an answer; also adds its tokens to the result."""
+        config = self.model.decode_config({"max_tokens": tokens, "stop_token_ids": ()})
+        started, first, steps = time.perf_counter(), 0.0, list[Step]()
+        for _, step in self.scheduler.decode([Request(prompt_ids=prompt, config=config)]):
+            first = first or time.perf_counter() - started
+            steps.append(step)
+        self.tokens = [token for step in steps for token in step.tokens]
+        return {
+            "prompt": len(prompt),
+            "cached": steps[0].cached_tokens,
+            "from_disk": steps[0].disk_tokens,
+            "first_token_s": round(first, 2),
+        }
+
+    def stored(self) -> int:
+        """Write everything, and return the bytes that were written."""
+        self.scheduler.close()
+        self.cache.close()
+        return 0 if self.disk is None else self.disk.written_bytes
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Let the next reader of the files read the disk, where the system can do that."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=20_000, help="of the first prompt")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--new", type=int, default=300, help="prompt tokens of a further turn")
+    parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backend", default=None)
+    parser.add_argument("--folder", type=Path, help="for the states (default: a temporary one)")
+    args = parser.parse_args(argv)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        states = args.folder or Path(scratch) / "states"
+        (Path(scratch) / "target").mkdir()
+        positions = args.tokens + args.turns * (args.new + args.answer) + 1024
+        target = with_positions(resolve_target(None), Path(scratch) / "target", positions)
+        drafter = "smollm2-135m-treeflash"
+        model = treeflash.load(target, drafter, backend=args.backend, dtype=args.dtype)
+        print(json.dumps(machine()), flush=True)
+        vocab_size = model.backend.vocab_size
+
+        def report(what: str, **results: object) -> None:
+            print(json.dumps({"what": what, **results}), flush=True)
+
+        prompt = rng.integers(10, vocab_size, args.tokens).tolist()
+        for turn in range(1, args.turns + 1):
+            # Each turn has caches of its own, as after a restart, so that its bytes are known.
+            run = Run(model, states)
+            result = run.answer(prompt, args.answer)
+            last, text = prompt, run.tokens
+            report(f"turn {turn}", **result, written_bytes=run.stored())
+            prompt = [*prompt, *run.tokens, *rng.integers(10, vocab_size, args.new).tolist()]
+        drop_from_page_cache(states)
+        for what, folder in (("with the disk tier", states), ("without", None)):
+            run = Run(model, folder)
+            result = run.answer(last, args.answer)
+            report(what, **result, same_text=run.tokens == text)
+            run.stored()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Folders of states that are torn, exchanged, oversized or hostile cost a line and a prefill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+from stored_states import Process, plain, prompt_of, stored_pair
+
+from treeflash.decoding import state_files
+
+PROMPT = prompt_of(40)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return stored_pair(tmp_path_factory.mktemp("pair"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def stored(pair, tmp_path_factory):
+    """A folder with the state of the prompt."""
+    folder = tmp_path_factory.mktemp("stored")
+    with Process(pair, folder) as process:
+        process.answer(PROMPT)
+    return folder
+
+
+def block(folder: Path) -> Path:
+    """The file of the first block, which every restoration of the prompt reads."""
+    keys = Process.keys(PROMPT)
+    return folder / state_files.file_name("block", keys[Process.BLOCK])
+
+
+def second(folder: Path) -> Path:
+    keys = Process.keys(PROMPT)
+    return folder / state_files.file_name("block", keys[2 * Process.BLOCK])
+
+
+def rewrite(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]):
+    """Damage that keeps the file a valid one of the format."""
+
+    def damage(folder: Path, _: Path) -> None:
+        path = block(folder)
+        path.write_bytes(save(change(load(path.read_bytes()))))
+
+    return damage
+
+
+def contents(make: Callable[[bytes], bytes]):
+    """Damage of the bytes of a file."""
+
+    def damage(folder: Path, _: Path) -> None:
+        path = block(folder)
+        path.write_bytes(make(path.read_bytes()))
+
+    return damage
+
+
+def header(change: Callable[[dict], object]):
+    """Damage of the header alone."""
+
+    def make(old: bytes) -> bytes:
+        (size,) = struct.unpack("<Q", old[:8])
+        fields = json.loads(old[8 : 8 + size])
+        changed = change(fields)
+        new = json.dumps(fields if changed is None else changed).encode()
+        return struct.pack("<Q", len(new)) + new + old[8 + size :]
+
+    return contents(make)
+
+
+def first_array(fields: dict) -> dict:
+    return fields["target.0.k"]
+
+
+def replace_by(make: Callable[[Path, Path], None]):
+    """Something else in place of a file; it is told of a file outside."""
+
+    def damage(folder: Path, outside: Path) -> None:
+        path = block(folder)
+        path.unlink()
+        make(path, outside)
+
+    return damage
+
+
+def exchange(folder: Path, _: Path) -> None:
+    one, two = block(folder), second(folder)
+    old = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(old)
+
+
+def truncate_all(folder: Path, _: Path) -> None:
+    for path in folder.iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def all_empty(folder: Path, _: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+
+
+def of_another_user(folder: Path, _: Path) -> None:
+    os.chown(block(folder), 12345, 12345)
+
+
+def many_files(folder: Path, _: Path) -> None:
+    for n in range(20_000):
+        (folder / f"{n:064x}.block.safetensors").touch()
+
+
+def with_values(value: float):
+    return rewrite(lambda x: x | {"target.0.k": np.full_like(x["target.0.k"], value)})
+
+
+DAMAGE = {
+    "torn in the middle": contents(lambda x: x[: len(x) // 2]),
+    "torn in the header": contents(lambda x: x[:20]),
+    "without the last byte": contents(lambda x: x[:-1]),
+    "empty": contents(lambda _: b""),
+    "one byte": contents(lambda _: b"x"),
+    "zeros": contents(lambda x: bytes(len(x))),
+    "noise": contents(lambda x: np.random.default_rng(0).bytes(len(x))),
+    "a pickle": contents(lambda _: b"\x80\x04\x95\x1e\x00\x00\x00cos\nsystem\n(S'false'\ntR."),
+    "a flipped bit": contents(lambda x: x[:-5] + bytes([x[-5] ^ 1]) + x[-4:]),
+    "bytes behind the end": contents(lambda x: x + b"more"),
+    "a header of 2^63 bytes": contents(lambda x: struct.pack("<Q", 2**63) + x[8:]),
+    "a header of 2^64 - 1 bytes": contents(lambda x: b"\xff" * 8 + x[8:]),
+    "a shape of 2^63": header(lambda x: first_array(x).update(shape=[2**63, 1])),
+    "a product of shapes that overflows": header(
+        lambda x: first_array(x).update(shape=[2**32, 2**32, 2])
+    ),
+    "offsets of 2^63": header(lambda x: first_array(x).update(data_offsets=[0, 2**63])),
+    "negative offsets": header(lambda x: first_array(x).update(data_offsets=[-8, 8])),
+    "a header that is a list": header(lambda _: [1, 2]),
+    "another dtype": header(lambda x: first_array(x).update(dtype="I32")),
+    "a dtype that NumPy lacks": header(lambda x: first_array(x).update(dtype="BF16")),
+    "an unknown dtype": header(lambda x: first_array(x).update(dtype="Q4")),
+    "no code": rewrite(lambda x: {k: v for k, v in x.items() if k != "mac"}),
+    "no positions": rewrite(lambda x: {k: v for k, v in x.items() if k != "positions"}),
+    "other positions": rewrite(lambda x: x | {"positions": np.array([0, 2**62])}),
+    "no keys": rewrite(lambda x: {k: v for k, v in x.items() if k != "target.0.k"}),
+    "NaN": with_values(np.nan),
+    "infinity": with_values(np.inf),
+    "half precision": rewrite(lambda x: {k: v.astype(np.float16) for k, v in x.items()}),
+    "exchanged blocks": exchange,
+    "all torn": truncate_all,
+    "all empty": all_empty,
+    "a link out of the folder": replace_by(lambda path, outside: path.symlink_to(outside)),
+    "a link to itself": replace_by(lambda path, _: path.symlink_to(path)),
+    "a folder": replace_by(lambda path, _: path.mkdir()),
+    "a pipe": replace_by(lambda path, _: os.mkfifo(path)),
+    "a sparse file of a terabyte": replace_by(
+        lambda path, _: (path.touch(), os.truncate(path, 1 << 40))
+    ),
+    "a file of another user": pytest.param(
+        of_another_user,
+        marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away"),
+    ),
+    "many small files": many_files,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_costs_one_line_for_each_file(pair, stored, tmp_path, caplog, damage):
+    folder, outside = tmp_path / "states", tmp_path / "outside"
+    shutil.copytree(stored, folder)
+    outside.write_bytes(block(folder).read_bytes())
+    kept = outside.read_bytes()
+    damage(folder, outside)
+    with Process(pair, folder) as process:
+        text, (_, restored) = process.answer(PROMPT)
+        assert text == plain(pair, PROMPT)
+        # What it computed anew is stored in place of what was removed.
+    assert outside.read_bytes() == kept
+    lines = [record.message for record in caplog.records]
+    assert len(set(lines)) == len(lines)
+    assert all("\n" not in line for line in lines)
+    named = [line.split(" is not used")[0] for line in lines]
+    assert len(set(named)) == len(named)
+    if damage is not many_files:
+        assert restored == 0
+        assert lines
+    caplog.clear()
+    if not block(folder).is_dir():
+        with Process(pair, folder) as process:
+            again, (_, restored) = process.answer(PROMPT)
+            assert again == text
+            assert restored >= 32
+    assert not caplog.records or damage is many_files

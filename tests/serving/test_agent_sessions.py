@@ -1,0 +1,289 @@
+"""An agent's session: every turn runs the prompt tokens that are new, and hardly any others.
+
+The client sends the whole conversation with each turn. What is new is the part behind the longest
+beginning that any earlier prompt had, so the tests compare the prompts of the server with the
+cached tokens that it reports. The text of the recorded assistant is not the tiny model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from byte_tokens import SPECIAL
+from scripted_model import reference_model
+from servers import serving
+from tool_models import tool_tokenizer
+
+from treeflash.decoding.disk_cache import BLOCK
+from treeflash.decoding.scheduler import SNAPSHOT_INTERVAL
+from treeflash.testing.models import write_drafter, write_target
+
+# Reasoning is kept after the last message of the user only, as in Qwen3's template.
+CHAT_TEMPLATE = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if tools %}<|start|>tools: {{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}: "
+    "{% if m.reasoning_content and loop.index0 > ns.last %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>"
+    "{% endfor %}<|end|>{% endfor %}<|start|>assistant: "
+    "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
+)
+APIS = ("messages", "responses")
+FAMILIES = ("llama", "qwen3_5")  # the second has recurrent layers
+TOOLS = ("read_file", "edit_file", "run_command")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def agent_model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    target, drafter = folder / "target", folder / "drafter"
+    write_target(
+        target, request.param, seed=3, vocab_size=len(SPECIAL) + 256, max_positions=1 << 16
+    )
+    tool_tokenizer(target, chat_template=CHAT_TEMPLATE)
+    write_drafter(drafter, target, seed=4)
+    return reference_model(target, drafter)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Characters of the system message, and numbers of turns."""
+
+    system: int
+    turns: int
+
+
+SMALL = Size(2500, 6)
+LONG = Size(15_000, 40)
+
+
+def text(rng: random.Random, length: int) -> str:
+    return "".join(rng.choices("abcdefghij \n", k=length))
+
+
+class Session:
+    """A conversation as a client keeps it: messages of the user, answers with calls, and results.
+
+    Every third answer has no call, and a message of the user follows.
+    """
+
+    def __init__(self, name: str, size: Size = SMALL) -> None:
+        self.rng = random.Random(name)
+        self.system = text(random.Random("system"), size.system) + name
+        self.messages: list[dict] = []
+        self.turn = 0
+        self.ask()
+
+    def ask(self) -> None:
+        self.messages.append({"role": "user", "text": text(self.rng, 120)})
+
+    def go_on(self) -> None:
+        """Add the answer of a turn, and what follows it."""
+        self.turn += 1
+        answer = {"role": "assistant", "reasoning": text(self.rng, 60), "text": text(self.rng, 30)}
+        self.messages.append(answer)
+        if self.turn % 3 == 0:
+            self.ask()
+            return
+        call = {"id": f"call_{self.turn}", "name": TOOLS[self.turn % 3], "path": f"{self.turn}.py"}
+        answer["call"] = call
+        self.messages.append({"role": "tool", "id": call["id"], "text": text(self.rng, 150)})
+
+    def compact(self) -> None:
+        """Replace the conversation by a summary of it."""
+        self.messages = []
+        self.ask()
+
+    def body(self, api: str) -> tuple[str, dict]:
+        return self._messages_body() if api == "messages" else self._responses_body()
+
+    def _messages_body(self) -> tuple[str, dict]:
+        messages = []
+        for m in self.messages:
+            if m["role"] == "tool":
+                content = [{"type": "tool_result", "tool_use_id": m["id"], "content": m["text"]}]
+                messages.append({"role": "user", "content": content})
+                continue
+            content = [{"type": "text", "text": m["text"]}]
+            if m["role"] == "assistant":
+                content.insert(0, {"type": "thinking", "thinking": m["reasoning"], "signature": ""})
+            if "call" in m:
+                call = m["call"]
+                fields = {"id": call["id"], "name": call["name"], "input": {"path": call["path"]}}
+                content.append({"type": "tool_use", **fields})
+            messages.append({"role": m["role"], "content": content})
+        tools = [{"name": name, "input_schema": SCHEMA} for name in TOOLS]
+        body = {"system": self.system, "messages": messages, "tools": tools, "max_tokens": 4}
+        return "/v1/messages", body
+
+    def _responses_body(self) -> tuple[str, dict]:
+        items = []
+        for m in self.messages:
+            if m["role"] == "tool":
+                output = {"call_id": m["id"], "output": m["text"]}
+                items.append({"type": "function_call_output", **output})
+                continue
+            if m["role"] == "assistant":
+                content = [{"type": "reasoning_text", "text": m["reasoning"]}]
+                items.append({"type": "reasoning", "summary": [], "content": content})
+            items.append({"type": "message", "role": m["role"], "content": m["text"]})
+            if "call" in m:
+                call = m["call"]
+                arguments = json.dumps({"path": call["path"]})
+                fields = {"call_id": call["id"], "name": call["name"], "arguments": arguments}
+                items.append({"type": "function_call", **fields})
+        tools = [{"type": "function", "name": name, "parameters": SCHEMA} for name in TOOLS]
+        body = {"instructions": self.system, "input": items, "tools": tools}
+        return "/v1/responses", {**body, "max_output_tokens": 4}
+
+
+SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
+
+
+def shared(one, other):
+    """The number of tokens with which both prompts begin."""
+    n = min(len(one), len(other))
+    return next((i for i in range(n) if one[i] != other[i]), n)
+
+
+class Client:
+    """Sends turns, and compares what was cached with what earlier prompts had."""
+
+    def __init__(self, api: str) -> None:
+        self.api = api
+        self.prompts: list[tuple[int, ...]] = []
+        self.server = None
+
+    @contextmanager
+    def connected(self, model, **settings):
+        with serving(model, **settings) as self.server:
+            engine, submit = self.server.engine, self.server.engine.submit
+
+            def record(requests, *args, **kwargs):
+                self.prompts.append(tuple(requests[0].prompt_ids))
+                return submit(requests, *args, **kwargs)
+
+            engine.submit = record
+            yield self
+
+    def send(self, session: Session, *, lost: int = 1) -> tuple[int, int]:
+        """Send a turn; returns the cached tokens, and those of them from the disk.
+
+        At most `lost` tokens that an earlier prompt began with are run again; the last token of a
+        prompt always is.
+        """
+        path, body = session.body(self.api)
+        response = self.server.post(path, body)
+        assert response.status_code == 200, response.text
+        usage = response.json()["usage"]
+        prompt = self.prompts[-1]
+        if self.api == "messages":
+            cached = usage["cache_read_input_tokens"]
+            disk = usage.get("disk_cache_read_input_tokens", 0)
+            assert usage["input_tokens"] + cached == len(prompt)
+        else:
+            cached = usage["input_tokens_details"]["cached_tokens"]
+            disk = usage["input_tokens_details"].get("disk_cached_tokens", 0)
+            assert usage["input_tokens"] == len(prompt)
+        known = max((shared(prompt, other) for other in self.prompts[:-1]), default=0)
+        assert known - lost <= cached < len(prompt), (known, len(prompt))
+        return cached, disk
+
+
+def replay(client, session, turns):
+    """Some turns of a session, whose cached tokens grow every time."""
+    before = client.send(session)[0]
+    for _ in range(turns - 1):
+        session.go_on()
+        cached, disk = client.send(session)
+        # Where reasoning is dropped, what stands behind it has to be run again.
+        assert cached > before or session.messages[-1]["role"] == "user"
+        assert disk == 0
+        before = cached
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_each_turn_runs_what_is_new(agent_model, api):
+    client = Client(api)
+    with client.connected(agent_model):
+        replay(client, Session("main"), SMALL.turns)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("api", APIS)
+def test_each_turn_of_a_long_session_runs_what_is_new(agent_model, api):
+    client = Client(api)
+    with client.connected(agent_model, timeout=3600, max_memory_gb=16):
+        replay(client, Session("main", LONG), LONG.turns)
+
+
+def test_sub_agents_take_turns(agent_model):
+    client = Client("messages")
+    sessions = [Session(name) for name in ("main", "one", "two")]
+    with client.connected(agent_model):
+        for session in sessions:
+            # The system messages differ at their end, where recurrent layers have no state.
+            client.send(session, lost=SNAPSHOT_INTERVAL)
+        for _ in range(3):
+            for session in sessions:
+                session.go_on()
+                client.send(session)
+
+
+def test_a_compacted_conversation_keeps_the_instructions(agent_model):
+    client, session = Client("messages"), Session("main")
+    recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
+    with client.connected(agent_model):
+        replay(client, session, 4)
+        session.compact()
+        cached, _ = client.send(session, lost=SNAPSHOT_INTERVAL if recurrent else 1)
+        assert cached >= SNAPSHOT_INTERVAL
+        session.go_on()
+        client.send(session)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
+    client, session = Client(api), Session("main")
+    settings = {"prefix_cache_dir": str(tmp_path)}
+    recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
+    with client.connected(agent_model, **settings):
+        replay(client, session, 4)
+    for _ in range(2):
+        with client.connected(agent_model, **settings):
+            session.go_on()
+            # Blocks are whole; states of recurrent layers are stored where a prompt ended.
+            cached, disk = client.send(session, lost=1 if recurrent else BLOCK)
+            assert cached == disk > SNAPSHOT_INTERVAL
+            metrics = client.server.client.get("/metrics").text
+            assert f"treeflash:external_prefix_cache_hits_total {float(disk)}" in metrics
+            session.go_on()
+            assert client.send(session)[1] == 0
+
+
+@pytest.mark.parametrize("api", [*APIS, "chat/completions"])
+def test_a_context_that_is_too_long(server, api):
+    """Agents find these words, and compact the conversation."""
+    long = "x" * 600
+    body = {
+        "messages": {"messages": [{"role": "user", "content": long}], "max_tokens": 4},
+        "responses": {"input": long},
+        "chat/completions": {"messages": [{"role": "user", "content": long}]},
+    }[api]
+    response = server.post(f"/v1/{api}", body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    if api == "messages":
+        counted = server.post("/v1/messages/count_tokens", {"messages": body["messages"]})
+        count = counted.json()["input_tokens"]
+        assert error["message"] == f"prompt is too long: {count} tokens > 512 maximum"
+    else:
+        assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith("This model's maximum context length is 512 tokens. ")
