@@ -1,6 +1,8 @@
 """Which model types run draft trees, by backend: a Markdown table made from tiny random models.
 
-    python -m benchmarks.families > docs/families.md
+    python -m benchmarks.families
+
+It prints the list and the table at the end of `docs/families.md`.
 
 It runs `tests/cuda/families.py` and `tests/mlx/families.py`, which define the outcomes. A dash
 stands for a type that a framework lacks, or of which no tiny model with all of the type's kinds of
@@ -19,18 +21,6 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1] / "tests"
 FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
 OUTCOMES = ("verified", "refused")
-INTRODUCTION = """\
-This table is the output of `python -m benchmarks.families`: float32 on a CPU, one tiny random model
-of each type, with all kinds of layers of the type.
-
-- *verified*: every path of a draft tree has the same logits as plain text.
-- *refused*: loading a drafter for such a target prints an error with the reason.
-- a dash: the framework lacks the type, or the script cannot make a tiny model of it.
-
-`cuda` refuses types with latent attention, because their keys and values have different shapes:
-DeepSeek-V2 and -V3, MiniCPM3, and the hybrids Kimi-Linear (`kimi_linear`) and Ling
-(`bailing_hybrid`).
-"""
 
 
 def run_families(backend: str) -> dict[str, str]:
@@ -50,8 +40,6 @@ def main() -> None:
     """Run both scripts and print the table."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     outcomes = {backend: run_families(backend) for backend in FRAMEWORKS}
-    print("# Model families\n")
-    print(INTRODUCTION)
     for backend, framework in FRAMEWORKS.items():
         verified, refused = (list(outcomes[backend].values()).count(x) for x in OUTCOMES)
         print(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import is_accelerate_available, logging
 
 from treeflash.decoding.backend_base import arrays_nbytes
-from treeflash.decoding.hybrid import UNSUPPORTED, refusal
+from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.probe import INEXACT, TOLERANCES
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
@@ -185,7 +185,7 @@ def refuse_stateful(config: PreTrainedConfig) -> None:
     """Raise for layers whose state is of an unsupported kind, or that attend in chunks."""
     text_config = config.get_text_config()
     for name in (config.model_type, text_config.model_type):
-        if name in UNSUPPORTED:
+        if family_of(name).refusal is not None:
             raise UnsupportedModelError(refusal(name))
     known = TREE_LAYERS | RECURRENT_LAYERS | STATELESS_LAYERS
     if kinds := set(getattr(text_config, "layer_types", None) or ()) - known:

@@ -21,7 +21,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from treeflash.decoding.hybrid import refusal
+from treeflash.decoding.families import family_of, refusal
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import read_adapter, refuse_module
 from treeflash.drafters.folder import read_config
@@ -30,16 +30,7 @@ from treeflash_mlx.attention import TreeHooks, TreePass
 from treeflash_mlx.cache import KVCache, Quantisation, QuantisedTreeCache, TreeCache, share_storage
 from treeflash_mlx.hybrid import RecurrentTreeCache, Solver, choose_solver, solve_by_rounds
 
-TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""Types that transformers gives to text models, and the types of mlx-lm that run them."""
 TEXT_CONFIGS = ("text_config", "language_config")
-WEIGHTS: Mapping[str, Mapping[str, str]] = {
-    "olmo_hybrid": {
-        "attention_layer_norm": "input_layernorm",
-        "feedforward_layer_norm": "post_attention_layernorm",
-    }
-}
-"""By type, parts of the names of weights in published files, and mlx-lm's names for them."""
 
 
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
@@ -52,8 +43,8 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         raise CheckpointError(f"{folder} has no model*.safetensors, which mlx-lm needs")
     try:
         settings = compatible_settings(config)
-        if (family := config.get("model_type")) in TEXT_TYPES:
-            settings["model_type"] = TEXT_TYPES[family]
+        if (mlx_type := family_of(config.get("model_type")).mlx_type) is not None:
+            settings["model_type"] = mlx_type
         model, _ = utils.load_model(
             folder, lazy=True, model_config=settings, get_model_classes=_model_classes
         )
@@ -73,9 +64,9 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
 
 
 def _model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """Find the classes of a model and of its arguments; weights may have the names of `WEIGHTS`."""
+    """Find the classes of a model and of its arguments; weights may have published names."""
     model, arguments = utils._get_classes(config)
-    names = WEIGHTS.get(config["model_type"], {})
+    names = family_of(config["model_type"]).mlx_weights
 
     def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> Any:
         for published, name in names.items():
@@ -115,9 +106,9 @@ def compatible_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         added["rope_parameters"] = {**theta, **scaling, "rope_type": _rope_type(scaling)}
     added |= {ours: config.get(saved) for ours, saved in RENAMED.items()}
     added = {k: x for k, x in added.items() if x is not None and config.get(k) is None}
-    hybrid_settings = HYBRID_SETTINGS.get(str(config.get("model_type")))
-    if hybrid_settings and config.get("layer_types"):
-        added |= hybrid_settings(config, config["layer_types"])
+    layer_settings = family_of(config.get("model_type")).mlx_settings
+    if layer_settings is not None and config.get("layer_types"):
+        added |= layer_settings(config, config["layer_types"])
     for key in TEXT_CONFIGS:
         if isinstance(config.get(key), Mapping):
             added[key] = {**config[key], **compatible_settings(config[key])}
@@ -140,34 +131,6 @@ def _old_rope_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_type(parameters: Mapping[str, Any]) -> Any:
     return parameters.get("rope_type", parameters.get("type", "default"))
-
-
-def _interval_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """Return a number in place of the types of the layers, which mlx-lm ignores."""
-    full = [kind == "full_attention" for kind in kinds]
-    interval = full.index(True) + 1 if any(full) else len(kinds) + 1
-    if any(is_full != ((i + 1) % interval == 0) for i, is_full in enumerate(full)):
-        raise UnsupportedModelError(
-            f"mlx-lm supports {config['model_type']} models only with full attention in every n-th "
-            "layer, but this target has it in other layers; use the cuda backend"
-        )
-    return {"full_attention_interval": interval}
-
-
-def _granite_settings(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    names = {"linear_attention": "mamba", "full_attention": "attention"}
-    # mlx-lm rotates unless this is "nope"; transformers leaves the setting out instead.
-    positions = "rope" if config.get("position_embedding_type") == "rope" else "nope"
-    kinds = [names.get(kind, kind) for kind in kinds]
-    return {"layer_types": kinds, "position_embedding_type": positions}
-
-
-HYBRID_SETTINGS: Mapping[str, Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]] = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", *TEXT_TYPES), _interval_settings),
-    "granitemoehybrid": _granite_settings,
-    "lfm2": lambda config, _: {"block_dim": config.get("block_dim", config["hidden_size"])},
-}
-"""By type, the entries to put in place of existing ones, from the types of the layers."""
 
 
 CacheMaker: TypeAlias = Callable[[int], Any]

@@ -8,6 +8,16 @@ from treeflash.decoding.scheduler import (
     SchedulerConfig,
     check,
     decode,
+    decode_request,
 )
 
-__all__ = ["Request", "RequestId", "Scheduler", "SchedulerConfig", "Step", "check", "decode"]
+__all__ = [
+    "Request",
+    "RequestId",
+    "Scheduler",
+    "SchedulerConfig",
+    "Step",
+    "check",
+    "decode",
+    "decode_request",
+]

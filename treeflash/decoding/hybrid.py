@@ -16,42 +16,8 @@ along the path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
-
-_BY_CHANNEL = "their recurrent layers decay each channel of the state separately"
-_BY_TOKEN = "their layers depend on the last tokens (n-gram embeddings or an index of blocks)"
-_COMPRESSED = "their attention layers compress the KV cache as the text grows"
-UNSUPPORTED: Mapping[str, str] = {
-    "baichuan_m1": "their attention layers apply a short convolution to the keys",
-    "deepseek_v4": _COMPRESSED,
-    "deepseek_v41": _COMPRESSED,
-    "deepseek_v41_text": _COMPRESSED,
-    "falcon_mamba": _BY_CHANNEL,
-    "inkling2_loop_text": _BY_TOKEN,
-    "inkling2_text": _BY_TOKEN,
-    "jamba": _BY_CHANNEL,
-    "longcat_flash_ngram": _BY_TOKEN,
-    "mamba": _BY_CHANNEL,
-    "minimax": "their lightning attention has its own kind of cache",
-    "qwen4_exp": _BY_TOKEN,
-    "qwen4_exp_text": _BY_TOKEN,
-    "recurrent_gemma": _BY_CHANNEL,
-    "rwkv": _BY_CHANNEL,
-    "rwkv7": _BY_CHANNEL,
-    "xlstm": "their cells divide the state by a running maximum",
-    "zamba": _BY_CHANNEL,
-    "zaya": "their convolutions mix channels",
-}
-"""By model type, why its layers cannot run a draft tree."""
-
-
-def refusal(model_type: str, reason: str | None = None) -> str:
-    """Name the layers of a target that cannot run a draft tree, or give `UNSUPPORTED`'s reason."""
-    reason = reason or UNSUPPORTED.get(model_type, "their recurrent layers are of an unknown kind")
-    return f"{model_type} models cannot run a draft tree: {reason}"
 
 
 def convolution_windows(parents: NDArray[np.int32], kernel: int) -> NDArray[np.int32]:

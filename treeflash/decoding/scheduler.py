@@ -639,15 +639,24 @@ class Scheduler:
         self.check(request)
         return self._add(request, None)
 
-    def submit_group(self, requests: Sequence[Request]) -> list[RequestId]:
+    def submit_group(
+        self, requests: Sequence[Request], *, raises_limit: bool = False
+    ) -> list[RequestId]:
         """Add sequences with the same prompt, which is run once.
 
         It is run twice if some sequences are drafted for and others are not: a state that was
-        opened for plain decoding cannot be drafted for. Raises what `submit` does, and then adds no
-        sequence.
+        opened for plain decoding cannot be drafted for. With `raises_limit`, a sequence that alone
+        needs more memory than the limit raises the limit, so that it can be decoded alone. Raises
+        what `submit` does, and then adds no sequence.
         """
         if any(list(x.prompt_ids) != list(requests[0].prompt_ids) for x in requests):
             raise PromptError("the texts of a group must have the same prompt")
+        limit = self.config.max_bytes
+        if raises_limit and limit is not None:
+            for request in requests:
+                check(self.backend, request.prompt_ids, request.config)
+            limit = max(limit, *map(self.state_bytes, requests))
+            self.config = replace(self.config, max_bytes=limit)
         for request in requests:
             self.check(request)
         leaders: dict[bool, RequestId] = {}
@@ -956,14 +965,20 @@ def decode(
     budgets: AdaptiveBudgets | None = None,
     constraint: Constraint | None = None,
 ) -> Generator[Step, None, None]:
+    """Decode one prompt step by step; see `decode_request` and `Request`."""
+    request = Request(prompt_ids=prompt_ids, config=config, constraint=constraint)
+    return decode_request(backend, request, budgets)
+
+
+def decode_request(
+    backend: Backend, request: Request, budgets: AdaptiveBudgets | None = None
+) -> Generator[Step, None, None]:
     """Decode one sequence step by step. Closing the iterator early loses nothing already yielded.
 
     Raises what `Scheduler.submit` raises, and a NumericalError if a model produced values that are
-    not finite. `constraint` is as in `Request`. `budgets`, for the budget `auto`, keep learning
-    and may be shared by sequences of the same pair; None measures new ones, which takes about a
-    second. They never change a token.
+    not finite. `budgets`, for the budget `auto`, keep learning and may be shared by sequences of
+    the same pair; None measures new ones, which takes about a second. They never change a token.
     """
-    request = Request(prompt_ids=prompt_ids, config=config, constraint=constraint)
     return _steps(Scheduler(backend, budgets=budgets).decode([request]))
 
 

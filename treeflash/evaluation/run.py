@@ -20,7 +20,7 @@ from treeflash.decoding.session import draft_anchors
 from treeflash.errors import PromptError
 from treeflash.language_model import LanguageModel
 from treeflash.text.prompt import Row, encode
-from treeflash.text.stream import Parallel, scheduler_config, submit_any_size
+from treeflash.text.stream import Parallel, scheduler_config
 
 Source: TypeAlias = Literal["marginal", "corrected"]
 SOURCES: tuple[Source, ...] = ("marginal", "corrected")
@@ -286,7 +286,7 @@ def _decode(
         for number, ids in enumerate(prompts):
             prompt = _Prompt(name, number, ids, {case: Run() for case in configs})
             requests = [Request(prompt_ids=ids, config=config) for config in configs.values()]
-            request_ids = submit_any_size(scheduler, requests)
+            request_ids = scheduler.submit_group(requests, raises_limit=True)
             prompt.unfinished.update(request_ids)
             owners |= {i: (prompt, case) for i, case in zip(request_ids, configs, strict=True)}
     with closing(scheduler.run()) as events:

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
 from treeflash.language_model import LanguageModel
 from treeflash.serving.errors import bad_request
-from treeflash.serving.response_templates import FAMILY_TEMPLATES, JSON_CALL, TOOL_CALL_PARSERS
+from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
 from treeflash.serving.schemas import AllowedTools
 from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
 from treeflash.text.stream import Chunk
@@ -53,7 +54,8 @@ class ResponseTemplate:
             return cls(TOOL_CALL_PARSERS[parser])
         source = getattr(model.tokenizer.transformers, "response_template", None)
         if source is None and model.folder is not None:
-            source = FAMILY_TEMPLATES.get(read_config(model.folder).get("model_type", ""))
+            form = family_of(read_config(model.folder).get("model_type")).tool_calls
+            source = None if form is None else TOOL_CALL_PARSERS[form]
         return None if source is None else cls(source)
 
     @property

@@ -89,15 +89,6 @@ def _deepseek(opening: str, close: str) -> Any:
 
 DEEPSEEK_V3 = _deepseek(r"function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n", r"\s*```")
 DEEPSEEK_V31 = _deepseek(r"(?P<name>[^\n<]+)<｜tool▁sep｜>", r"\s*")
-QWEN2_TYPES = ["qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"]
-QWEN3_TYPES = ["qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe"]
-QWEN3_5_TYPES = ["qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"]
-FAMILY_TEMPLATES: Mapping[str, Mapping[str, Any]] = {
-    **dict.fromkeys(QWEN2_TYPES + QWEN3_TYPES, QWEN),
-    **dict.fromkeys(QWEN3_5_TYPES, QWEN3_5),
-    "gemma4": GEMMA4,
-}
-"""Response templates of models whose tokenizers have none, by `model_type`."""
 TOOL_CALL_PARSERS: Mapping[str, Mapping[str, Any]] = {
     "hermes": QWEN,
     "qwen3_coder": QWEN3_5,

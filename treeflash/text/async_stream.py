@@ -16,7 +16,7 @@ from treeflash.decoding.loop import Step
 from treeflash.decoding.scheduler import Event
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.text.generation import Generation
-from treeflash.text.stream import Assembler, Chunk, scheduler_config, submit_any_size
+from treeflash.text.stream import Assembler, Chunk, scheduler_config
 
 Steps: TypeAlias = Mailbox[Step | Exception]
 """Takes the steps of one sequence, and the error that ended it; closed to cancel the sequence."""
@@ -55,7 +55,7 @@ class AsyncDecoder:
 
     def _submit(self, request: Request, mailbox: Steps) -> None:
         try:
-            (request_id,) = submit_any_size(self._scheduler, [request])
+            (request_id,) = self._scheduler.submit_group([request], raises_limit=True)
         except Exception as error:
             mailbox.put([error])
         else:

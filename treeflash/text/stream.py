@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, check, decode
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, decode_request
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -140,10 +140,7 @@ class Stream(Iterator[Chunk]):
     def __init__(self, assembler: Assembler, budgets: AdaptiveBudgets | None = None) -> None:
         self.assembler = assembler
         self._budgets = budgets
-        request = assembler.request()
-        self._steps = decode(
-            assembler.backend, request.prompt_ids, request.config, budgets, request.constraint
-        )
+        self._steps = decode_request(assembler.backend, assembler.request(), budgets)
 
     def __next__(self) -> Chunk:
         chunk = self.assembler.add(next(self._steps))
@@ -207,21 +204,6 @@ def scheduler_config(parallel: Parallel) -> SchedulerConfig:
     return SchedulerConfig(max_parallel=int(parallel))
 
 
-def submit_any_size(scheduler: Scheduler, requests: Sequence[Request]) -> list[RequestId]:
-    """Add sequences with the same prompt as `Scheduler.submit_group` does.
-
-    A sequence that needs more memory than the scheduler's limit raises the limit, so that it can
-    be decoded alone.
-    """
-    for request in requests:
-        check(scheduler.backend, request.prompt_ids, request.config)
-    limit = scheduler.config.max_bytes
-    if limit is not None:
-        limit = max(limit, *map(scheduler.state_bytes, requests))
-        scheduler.config = replace(scheduler.config, max_bytes=limit)
-    return scheduler.submit_group(requests)
-
-
 class BatchStream:
     """Sequences that are decoded together. They join and leave at any time.
 
@@ -253,7 +235,7 @@ class BatchStream:
     def submit(self, assemblers: Sequence[Assembler]) -> None:
         """Add sequences with the same prompt, which is prefilled once; raises as `decode` does."""
         requests = [assembler.request() for assembler in assemblers]
-        request_ids = submit_any_size(self._scheduler, requests)
+        request_ids = self._scheduler.submit_group(requests, raises_limit=True)
         self._assemblers |= zip(request_ids, assemblers, strict=True)
 
     def step(self) -> list[tuple[Assembler, Exception | None]]:

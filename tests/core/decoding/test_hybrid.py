@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from treeflash.decoding.hybrid import convolution_tail, convolution_windows, refusal
+from treeflash.decoding.families import refusal
+from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.testing.comparisons import path_to, random_tree
 
 
