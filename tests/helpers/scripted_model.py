@@ -101,3 +101,4 @@ def _write_tokenizer(
     if response_template is not None:
         config["response_template"] = response_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END}))
