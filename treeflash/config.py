@@ -384,6 +384,13 @@ class LoadConfig:
         "compile the target's layers with torch.compile, which takes minutes (cuda)",
         flag="--compile",
     )
+    threads: int | None = option(
+        None,
+        "threads of the process's operations on a CPU (cuda)",
+        1,
+        shown="one for each processor that other programs leave free",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         check(self)

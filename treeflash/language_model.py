@@ -358,6 +358,8 @@ class LoadOptions(TypedDict, total=False):
             other programs need (mlx on a Mac). Default: False.
         compile (bool): compile the target's layers with torch.compile, which takes minutes (cuda).
             Default: False.
+        threads (int or None): threads of the process's operations on a CPU (cuda).
+            Default: one for each processor that other programs leave free.
     """
 
     device: str | None
@@ -371,6 +373,7 @@ class LoadOptions(TypedDict, total=False):
     cuda_graphs: bool
     wired: bool
     compile: bool
+    threads: int | None
 
 
 # end LoadOptions

@@ -55,6 +55,7 @@ from treeflash_cuda.parallel import (
 from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
+from treeflash_cuda.threads import cpu_threads
 from treeflash_cuda.verifier import MAX_ROWS, TREE_PASS, TreePass, Verifier
 
 FREE_MEMORY_SHARE = 0.85
@@ -101,7 +102,12 @@ class CudaBackend(BaseBackend):
         self.verifier = (LeaderVerifier if target.split else Verifier)(target, drafter_model)
         self.state_class = LeaderState if target.split else State
         self.device = str(target.device)
-        self.device_name = device_name(target.device)
+
+    @property
+    def device_name(self) -> str:
+        """The hardware and, on a CPU, the threads of a pass."""
+        name = device_name(self.target.device)
+        return name if self.target.threads is None else f"{name}, {self.target.threads.number}"
 
     @property
     def captures(self) -> int:
@@ -124,8 +130,9 @@ class CudaBackend(BaseBackend):
 
     def device_report(self) -> DeviceReport:
         operations, device = self.target.operations, self.target.device
-        if device.type != "cuda":
-            return DeviceReport(facts=device_facts(device), weights_bytes=self.weights_bytes)
+        if self.target.threads is not None:
+            facts = {**device_facts(device), "threads": self.target.threads.description}
+            return DeviceReport(facts=facts, weights_bytes=self.weights_bytes)
         arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
         verdicts = {} if operations is None else operations.verdicts
         return DeviceReport(
@@ -293,6 +300,10 @@ def check_config(config: LoadConfig) -> None:
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
     """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
+    if config.threads is not None:
+        cpu_threads().choose(config.threads)
+    elif device.type == "cpu":
+        cpu_threads()  # what other programs use is measured from now on, while weights are read
     if config.exact and processes > 1:
         raise ConfigError("exact mode does not work under torchrun; remove exact")
     if device.type == "cuda":

@@ -75,6 +75,7 @@ from treeflash_cuda.kernels import ChunkKernels, Kernels
 from treeflash_cuda.linear import IN_TARGET, fuse_linears, is_subclass, pack_linears, token_products
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
+from treeflash_cuda.threads import Threads, cpu_threads
 
 UNLIMITED = 1 << 20
 """Positions of models that have no limit."""
@@ -383,6 +384,8 @@ class Target:
         self.exact_refusal: str | None = None  # why the backend's default is not exact mode
         self._exact_changes = ExitStack()  # undoes what exact mode changes on a CPU
         self.token_rows = 1  # equal rows of a lone token in exact mode on a CPU
+        # Of operations on a CPU; None on a GPU.
+        self.threads: Threads | None = cpu_threads() if device.type == "cpu" else None
         self.graphs = Graphs(device)  # replay forward passes, if they are enabled
         # of the sequences' keys and values
         self.arena = Arena(len(self.layers), spans=self.spans, device=device)
@@ -518,7 +521,8 @@ class Target:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Replace the attention of a model that has its own attention otherwise; see `wrap`."""
-        with own_attention(self.model):
+        borrowed = nullcontext() if self.threads is None else self.threads.borrowed()
+        with borrowed, own_attention(self.model):
             self.model.set_attn_implementation(IMPLEMENTATION)
             yield
 

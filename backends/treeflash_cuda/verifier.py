@@ -213,6 +213,8 @@ class Verifier:
         One forward pass runs all sequences. If there is the operation for trees, the trees of each
         slab have a pass of their own.
         """
+        if self.target.threads is not None:
+            self.target.threads.update()
         for state, tokens in rows:
             ids = tokens.tokens if isinstance(tokens, DraftTree) else tokens
             state.pass_tokens = np.asarray(ids, np.int32)

@@ -204,7 +204,7 @@ def check_config(config: LoadConfig) -> None:
             "exact is supported only by the cuda backend: in Metal's kernels a row's bits depend "
             "on the rows beside it"
         )
-    for option in ("compile", "device_map"):
+    for option in ("compile", "device_map", "threads"):
         if getattr(config, option):
             raise ConfigError(f"{option} is supported only by the cuda backend")
     if config.kv_bits not in (None, *KV_BITS):

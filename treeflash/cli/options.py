@@ -27,7 +27,7 @@ SERVER_OPTIONS = tuple(
 )
 """The decoding options that a server has defaults for."""
 LOAD_OPTIONS = options_of(LoadConfig)
-DEVICE_OPTIONS = ("device", "dtype")
+DEVICE_OPTIONS = ("device", "dtype", "threads")
 """The options of `LoadConfig` that commands without a drafter have too."""
 
 
@@ -162,7 +162,8 @@ def decode_options(args: argparse.Namespace) -> Options:
 def with_device(args: argparse.Namespace, run: Callable[[LoadConfig], T]) -> T:
     """Call `run` with the chosen device, or with the CPU as `fall_back_to_cpu` does."""
     named = args.backend is not None or args.device is not None
-    return fall_back_to_cpu(run, LoadConfig(device=args.device, dtype=args.dtype), named=named)
+    config = LoadConfig(**{name: getattr(args, name) for name in DEVICE_OPTIONS})
+    return fall_back_to_cpu(run, config, named=named)
 
 
 def locate_model(args: argparse.Namespace, methods: Collection[str | None] = ()) -> LocatedPair:

@@ -1,0 +1,110 @@
+"""The threads of PyTorch's operations on a CPU: as many as chosen, or as others leave free."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+"""Variables of the environment with which users choose the number of threads themselves."""
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time that a container may take in a period, and the period's."""
+
+
+class Threads:
+    """The number of threads of one process; see `treeflash.decoding.threads`.
+
+    A number that the user chose, with `choose` or a variable of the environment, stays.
+    """
+
+    def __init__(self) -> None:
+        self.policy: ThreadPolicy | None = None
+        if not any(map(os.environ.get, VARIABLES)):
+            processors = usable_processors()
+            most = min(torch.get_num_threads(), quota(len(processors)))
+            self.policy = ThreadPolicy(
+                most, len(processors), lambda: read_times(processors), time.monotonic
+            )
+
+    def choose(self, number: int) -> None:
+        """Use this number of threads from now on."""
+        self.policy = None
+        torch.set_num_threads(number)
+
+    def update(self) -> None:
+        """Set the number of threads of the next operations of this thread of the program."""
+        if self.policy is None:
+            return
+        number = self.policy.update()
+        # OpenMP keeps the number by thread of the program: another one may have set its own.
+        if torch.get_num_threads() != number:
+            torch.set_num_threads(number)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Give the caller's number of threads back afterwards."""
+        before = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @property
+    def number(self) -> str:
+        """The present number in words."""
+        return f"{torch.get_num_threads()} threads"
+
+    @property
+    def description(self) -> str:
+        """The present number, and why it is that."""
+        number = torch.get_num_threads()
+        if self.policy is None:
+            return f"{number}, as chosen (--threads or {VARIABLES[0]})"
+        text = f"{number} of {self.policy.most}"
+        return f"{text}; other programs use {self.policy.others:.1f} processors"
+
+
+@cache
+def cpu_threads() -> Threads:
+    """The threads of this process."""
+    return Threads()
+
+
+def usable_processors() -> list[int]:
+    """The processors that this process may run on, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def quota(processors: int) -> int:
+    """The whole processors that a container's limit leaves of some; all without a limit."""
+    try:
+        allowed, period = QUOTA.read_text(encoding="ascii").split()
+        return max(min(processors, math.ceil(int(allowed) / int(period))), 1)
+    except (OSError, ValueError):  # no control group, or no limit
+        return processors
+
+
+def read_times(processors: list[int]) -> ProcessorTimes:
+    """Read the clock, the time that some processors computed, and this process's part of it."""
+    every = psutil.cpu_times(percpu=True)
+    busy = 0.0
+    for number in processors:
+        if number < len(every):  # processors that are switched off are not listed
+            times = every[number]
+            # Guests count as `user` already.
+            named = times._asdict()
+            idle = sum(named.get(x, 0.0) for x in ("idle", "iowait", "guest", "guest_nice"))
+            busy += sum(times) - idle
+    return ProcessorTimes(time.monotonic(), busy, time.process_time())

@@ -1,0 +1,103 @@
+"""The number of threads on a machine that other programs use too; a stub is its clock."""
+
+import pytest
+
+from treeflash.decoding.threads import INTERVAL_S, ProcessorTimes, ThreadPolicy
+
+PASS_S = 0.02
+
+
+class Machine:
+    """Processors that a process with spinning threads shares with busy programs."""
+
+    def __init__(self, processors, others=0.0):
+        self.processors = processors
+        self.others = others  # processors that other programs ask for
+        self.elapsed = self.busy = self.own = 0.0
+
+    def read(self):
+        return ProcessorTimes(self.elapsed, self.busy, self.own)
+
+    def run(self, threads, seconds=PASS_S):
+        """Let some threads spin: programs share the processors fairly if there are too few."""
+        share = min(1.0, self.processors / (threads + self.others))
+        self.elapsed += seconds
+        self.own += threads * share * seconds
+        self.busy += (threads + self.others) * share * seconds
+
+    def policy(self, most=None):
+        return ThreadPolicy(most or self.processors, self.processors, self.read, self.clock)
+
+    def clock(self):
+        return self.elapsed
+
+
+def decode(machine, policy, passes):
+    """The number of threads of each of some passes."""
+    numbers = []
+    for _ in range(passes):
+        numbers.append(policy.update())
+        machine.run(numbers[-1])
+    return numbers
+
+
+def test_an_idle_machine_keeps_all_threads():
+    machine = Machine(2)
+    assert set(decode(machine, machine.policy(), 200)) == {2}
+
+
+@pytest.mark.parametrize(("others", "threads"), [(1, 1), (2, 1), (0.2, 2), (0.4, 2)])
+def test_threads_give_way_to_busy_programs_and_stay_so(others, threads):
+    machine = Machine(2, others)
+    numbers = decode(machine, machine.policy(), 200)
+    assert set(numbers[20:]) == {threads}
+
+
+def test_the_number_follows_the_machine_while_a_text_is_decoded():
+    machine = Machine(2)
+    policy = machine.policy()
+    passes = round(2 * INTERVAL_S / PASS_S)
+    assert decode(machine, policy, passes)[-1] == 2
+    machine.others = 1
+    assert decode(machine, policy, passes)[-1] == 1
+    machine.others = 0
+    assert decode(machine, policy, passes)[-1] == 2
+
+
+def test_what_others_used_while_models_were_loaded_decides_the_first_pass():
+    machine = Machine(2, others=1)
+    policy = machine.policy()
+    machine.run(1, seconds=3.0)
+    assert policy.update() == 1
+
+
+def test_large_machines_keep_one_thread_for_each_free_processor():
+    machine = Machine(16, others=5)
+    assert decode(machine, machine.policy(), 100)[-1] == 11
+    # Where PyTorch takes one thread for each pair of hyper-threads, the others do no harm.
+    assert decode(machine, machine.policy(most=8), 100)[-1] == 8
+
+
+def test_the_number_does_not_flap_around_a_limit():
+    machine = Machine(2, others=0.8)
+    policy = machine.policy()
+    decode(machine, policy, 50)
+    numbers = []
+    for others in [0.3, 0.45] * 10:
+        machine.others = others
+        numbers += decode(machine, policy, 20)
+    assert set(numbers) == {1}
+
+
+def test_one_thread_is_the_least_and_never_changes():
+    machine = Machine(1, others=3)
+    assert set(decode(machine, machine.policy(), 50)) == {1}
+
+
+def test_times_that_run_backwards_change_nothing():
+    machine = Machine(2)
+    policy = machine.policy()
+    decode(machine, policy, 20)
+    machine.busy -= 5.0  # a processor was switched off
+    assert set(decode(machine, policy, 50)) == {2}
+    assert policy.others == 0

@@ -1,0 +1,150 @@
+"""The number of PyTorch's threads: what the user chose, or what other programs leave free."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import decode
+from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
+from treeflash.decoding.tree import DraftTree
+from treeflash.testing import require
+from treeflash.testing.models import write_drafter, write_target
+
+require("torch")
+
+import torch
+from treeflash_cuda import threads
+from treeflash_cuda.backend import load
+
+PROMPT = list(range(1, 40))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    # Large enough for operations to be shared by threads.
+    write_target(target, "qwen3", seed=1, vocab_size=4000, hidden_size=256)
+    write_drafter(drafter, target, seed=2)
+    return target, drafter
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """A process that has chosen no threads; the number of threads is given back afterwards."""
+    before = torch.get_num_threads()
+    for variable in threads.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    threads.cpu_threads.cache_clear()
+    yield
+    threads.cpu_threads.cache_clear()
+    torch.set_num_threads(before)
+
+
+def shared_machine(others):
+    """A policy for two threads; `others` yields the processors in use by others at each pass."""
+    seconds, numbers = iter(range(1000)), iter([0.0, *others])
+    times = [0.0, 0.0]
+
+    def read():
+        times[0] = float(next(seconds))
+        times[1] += next(numbers)
+        return ProcessorTimes(times[0], times[1], 0.0)
+
+    return ThreadPolicy(2, 2, read, lambda: times[0] + 1)
+
+
+def test_every_pass_takes_the_threads_that_others_leave_free(folders, monkeypatch):
+    backend = load(*folders, LoadConfig(device="cpu"))
+    backend.target.threads.policy = shared_machine([0, 1, 1, 0])
+    counts = []
+    forward = backend.target.forward
+    monkeypatch.setattr(
+        backend.target,
+        "forward",
+        lambda *args, **kwargs: counts.append(torch.get_num_threads()) or forward(*args, **kwargs),
+    )
+    with SequenceSession(backend, capacity=100) as sequence:
+        for _ in range(4):
+            sequence.extend(PROMPT[:8])
+    assert counts == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_change_of_threads_in_a_text_changes_no_token(folders, exact):
+    dtype = "bfloat16" if exact else "float32"
+    backend = load(*folders, LoadConfig(device="cpu", dtype=dtype, exact=exact or None))
+    config = DecodeConfig(method="treeflash", budget=16, max_tokens=48)
+
+    def tokens(policy):
+        backend.target.threads.policy = policy
+        return [token for step in decode(backend, PROMPT, config) for token in step.tokens]
+
+    torch.set_num_threads(2)
+    expected = tokens(None)
+    assert tokens(shared_machine([0, 1] * 100)) == expected
+    torch.set_num_threads(1)
+    assert tokens(None) == expected
+
+
+def test_exact_logits_are_bitwise_equal_for_every_number_of_threads(folders):
+    backend = load(*folders, LoadConfig(device="cpu", dtype="bfloat16", exact=True))
+    backend.target.threads.policy = None
+
+    def logits(number):
+        torch.set_num_threads(number)
+        with SequenceSession(backend, capacity=100) as sequence:
+            sequence.extend(PROMPT)
+            return sequence.logits(DraftTree.chain(np.arange(9, dtype=np.int32), np.zeros(9)))
+
+    assert logits(1).tobytes() == logits(2).tobytes() == logits(3).tobytes()
+
+
+def test_a_chosen_number_stays(folders):
+    backend = load(*folders, LoadConfig(device="cpu", threads=3))
+    with SequenceSession(backend) as sequence:
+        sequence.extend(PROMPT)
+    assert torch.get_num_threads() == 3
+    assert "3, as chosen" in backend.device_report().facts["threads"]
+    # Costs that were measured with other threads are others.
+    assert backend.device_name.endswith("3 threads")
+
+
+@pytest.mark.parametrize("variable", threads.VARIABLES)
+def test_a_variable_of_the_environment_is_a_choice(monkeypatch, variable):
+    assert threads.Threads().policy is not None
+    monkeypatch.setenv(variable, "2")
+    assert threads.Threads().policy is None
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
+    assert threads.quota(8) == 8
+    for text, expected in [("max 100000", 8), ("150000 100000", 2), ("1000 100000", 1)]:
+        (tmp_path / "cpu.max").write_text(text + "\n", encoding="ascii")
+        assert threads.quota(8) == expected
+
+
+def test_a_busy_program_is_seen():
+    processors = threads.usable_processors()
+    before = threads.read_times(processors)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
+        try:
+            used = 0.0
+            while used < 0.1:
+                now = threads.read_times(processors)
+                used = (now.busy - before.busy) - (now.own - before.own)
+        finally:
+            program.kill()
+    assert now.elapsed > before.elapsed
+    assert now.own > before.own
+
+
+def test_a_borrowed_model_gives_the_threads_back():
+    torch.set_num_threads(2)
+    with threads.Threads().borrowed():
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == 2
