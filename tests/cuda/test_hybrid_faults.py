@@ -138,7 +138,8 @@ EVERYWHERE = (
     chains_run_as_text,
 )
 FAULTS = [
-    *((fault, family) for fault in EVERYWHERE for family in HYBRID_FAMILIES),
+    *((fault, DELTA) for fault in EVERYWHERE),
+    *(pytest.param(fault, MAMBA, marks=pytest.mark.nightly) for fault in EVERYWHERE),
     *((fault, DELTA) for fault in (keys_not_normalised, no_solve)),
     *((fault, MAMBA) for fault in (queries_scaled, single_step_in_place)),
 ]

@@ -70,7 +70,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", pytest.param("granitemoehybrid", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_recurrence_is_refused_at_load(hybrid_pair_of, monkeypatch, broken, name):
     monkeypatch.setattr(*BROKEN[broken])

@@ -83,7 +83,7 @@ class GenerationTests:
         config = DecodeConfig(budget=12, top_m=3, top_k_children=5, draft_temperature=0.7)
         check_generation(pair(), replace(config, max_tokens=MAX_TOKENS))
 
-    @each_sampling
+    @(each_sampling if EXAMPLES else two_samplings)
     @pytest.mark.parametrize("method", DRAFTING)
     def test_budget_auto_equals_plain_decoding(
         self, models: Pair, method: Method, sampling: SamplingConfig
