@@ -76,9 +76,6 @@ def kernels(metal_kernels_folder):
         install(executor, patch, speedup=2)
         patch.setattr(attention, "SPAN", 16)
         patch.setattr(attention, "RACED_COLUMNS", (attention.RACED_NODES + 1,))
-        patch.setattr("treeflash.testing.pairs.write_target", write_wide_target)
-        patch.setattr("treeflash.testing.trees.MASK_NODES", 16)
-        patch.setattr("treeflash.testing.states.ROUNDS", 3)
         few = settings(repeated, max_examples=EXAMPLES)
         for name in dir(BackendSuite):
             if hasattr(law := getattr(BackendSuite, name), "hypothesis"):
@@ -90,6 +87,8 @@ def kernels(metal_kernels_folder):
 class TestConformance(BackendSuite):
     families = ("qwen3", "mistral")
     hybrids = ("qwen3_5",)
+    mask_nodes, rounds = 16, 3
+    write_target = staticmethod(write_wide_target)
     vars().update(dict.fromkeys(OTHERS))  # not collected
 
     @pytest.fixture

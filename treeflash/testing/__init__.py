@@ -78,13 +78,17 @@ class BackendSuite(
     `HYBRID_FAMILIES` that the backend can load as targets; most tests use the first family.
     `dialects` are published formats of drafters, besides plain DFlash and TreeFlash, that it can
     load, out of `DIALECTS`; it must refuse the others. Without `exact_dtypes` it must refuse the
-    exact mode.
+    exact mode. Each of the `mask_nodes` of a tree is run alone too, caches are compared after
+    `rounds` of commits, and `write_target` writes the targets: slow backends need less.
     """
 
     families: ClassVar[tuple[str, ...]] = ("qwen3", "llama", "qwen2", "qwen3_moe", "mistral")
     hybrids: ClassVar[tuple[str, ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = ()
     exact_dtypes: ClassVar[tuple[str, ...]] = ()
+    mask_nodes: ClassVar[int] = 24
+    rounds: ClassVar[int] = 12
+    write_target = staticmethod(write_target)
 
     @pytest.fixture
     def load(self) -> Loader:
@@ -98,7 +102,7 @@ class BackendSuite(
         """Make pairs of tiny models; each is written and loaded once for the whole class."""
         suite = request.node.getparent(pytest.Class)
         if PAIRS not in suite.stash:
-            suite.stash[PAIRS] = Pairs(tmp_path_factory.mktemp("pairs"), load)
+            suite.stash[PAIRS] = Pairs(tmp_path_factory.mktemp("pairs"), load, self.write_target)
         pairs = suite.stash[PAIRS]
         return lambda family=None, *, target=None, drafter=None: pairs.make(
             family or self.families[0], target, drafter

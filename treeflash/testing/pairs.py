@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -126,8 +126,10 @@ class PairMaker(Protocol):
 class Pairs:
     """Makes pairs in a folder, each of them once."""
 
-    def __init__(self, folder: Path, loader: Loader) -> None:
-        self.folder, self.loader = folder, loader
+    def __init__(
+        self, folder: Path, loader: Loader, write_target: Callable[..., None] = write_target
+    ) -> None:
+        self.folder, self.loader, self.write_target = folder, loader, write_target
         self.made: dict[str, Pair] = {}
 
     def make(
@@ -136,7 +138,7 @@ class Pairs:
         key = repr((family, target, drafter))
         if key not in self.made:
             folder = self.folder / str(len(self.made))
-            write_target(folder / "target", family, seed=TARGET_SEED, **(target or {}))
+            self.write_target(folder / "target", family, seed=TARGET_SEED, **(target or {}))
             write = write_dialect if drafter and "dialect" in drafter else write_drafter
             write(folder / "drafter", folder / "target", seed=DRAFTER_SEED, **(drafter or {}))
             self.made[key] = Pair.load(self.loader, folder / "target", folder / "drafter")

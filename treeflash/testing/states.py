@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
@@ -29,14 +31,14 @@ from treeflash.testing.comparisons import (
 )
 from treeflash.testing.pairs import Pair, PairMaker, two_samplings
 
-ROUNDS = 12
-
 
 class CacheTests:
+    rounds: ClassVar[int]
+
     def test_verifier_cache_equals_prefill(self, pair: PairMaker, family: str) -> None:
         backend = pair(family).tested
         sequence = CommittedSequence(backend, seed=5)
-        sequence.commit_random_paths(ROUNDS)
+        sequence.commit_random_paths(self.rounds)
         (fresh,) = prompted([backend], sequence.tokens)
         assert sequence.length == fresh.length == len(sequence.tokens)
         assert_equal_states(sequence.state, fresh.state)
@@ -44,10 +46,10 @@ class CacheTests:
         assert_close(sequence.logits(root), fresh.logits(root))
 
     def test_drafter_cache_equals_prefill(self, pair: PairMaker, family: str) -> None:
-        check_drafter_cache(pair(family).tested)
+        check_drafter_cache(pair(family).tested, self.rounds)
 
     def test_sliding_drafter_cache_equals_prefill(self, pair: PairMaker) -> None:
-        check_drafter_cache(pair(drafter={"sliding_window": 4}).tested)
+        check_drafter_cache(pair(drafter={"sliding_window": 4}).tested, self.rounds)
 
     def test_kv_caches_match_reference(self, pair: PairMaker, family: str) -> None:
         sequences = [CommittedSequence(backend, seed=6) for backend in pair(family).both]
@@ -87,12 +89,12 @@ class CacheTests:
     ) -> None:
         backend = pair(representative).tested
         first, second = CommittedSequence(backend, seed=9), CommittedSequence(backend, seed=10)
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             first.commit_random_paths(1)
             second.commit_random_paths(1)
         for together, seed in ((first, 9), (second, 10)):
             alone = CommittedSequence(backend, seed=seed)
-            alone.commit_random_paths(ROUNDS)
+            alone.commit_random_paths(self.rounds)
             assert together.tokens == alone.tokens
             assert_equal_states(together.state, alone.state)
             assert_equal_drafter_caches(together.state, alone.state)
@@ -201,11 +203,11 @@ class CommittedSequence(SequenceSession):
         (self.table,) = self.backend.drafter.marginals([block], options)
 
 
-def check_drafter_cache(backend: Backend) -> None:
+def check_drafter_cache(backend: Backend, rounds: int) -> None:
     """Compare a drafter that followed random commits with one that starts after them."""
     assert backend.drafter is not None
     sequence = CommittedSequence(backend, seed=11)
-    sequence.commit_random_paths(ROUNDS)
+    sequence.commit_random_paths(rounds)
     (fresh,) = prompted([backend], sequence.tokens, drafts=True)
     block = fresh.draft(sequence.root)
     assert_equal_drafter_caches(sequence.state, fresh.state)

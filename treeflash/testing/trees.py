@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -219,19 +220,20 @@ def log_probs(backend: Backend, prompt: list[int]) -> Array:
     return np.stack([marginals, backend.head.log_probs(block, previous)])
 
 
-MASK_NODES = 24
 MASK_PROMPT = 13  # longer than the window of the sliding family
 
 
 class MaskTests:
+    mask_nodes: ClassVar[int]
+
     def test_nodes_see_their_paths_alone(self, pair: PairMaker, family: str) -> None:
         backend = pair(family).tested
         rng = np.random.default_rng(2)
         (sequence,) = prompted([backend], random_tokens(rng, backend.vocab_size, MASK_PROMPT))
         for _ in range(3):
-            tree = random_tree(rng, 3, MASK_NODES, backend.vocab_size)
+            tree = random_tree(rng, 3, self.mask_nodes, backend.vocab_size)
             logits = sequence.logits(tree)
-            for node in range(MASK_NODES):
+            for node in range(self.mask_nodes):
                 assert_close(logits[node], sequence.logits(chain_to(tree, node))[-1])
 
     def test_nodes_see_what_plain_decoding_sees(self, pair: PairMaker, family: str) -> None:
@@ -239,9 +241,9 @@ class MaskTests:
         rng = np.random.default_rng(3)
         prompt = random_tokens(rng, backend.vocab_size, MASK_PROMPT)
         (sequence,) = prompted([backend], prompt)
-        tree = random_tree(rng, 3, MASK_NODES, backend.vocab_size)
+        tree = random_tree(rng, 3, self.mask_nodes, backend.vocab_size)
         logits = sequence.logits(tree)
-        for node in range(0, MASK_NODES, 5):
+        for node in range(0, self.mask_nodes, 5):
             tokens = tree.tokens[path_to(tree, node)].tolist()
             (plain,) = prompted([backend], prompt + tokens[:-1])
             assert_close(logits[node], plain.logits(DraftTree.root_only(tokens[-1]))[0])
@@ -250,7 +252,7 @@ class MaskTests:
         models = pair(family)
         rng = np.random.default_rng(4)
         prompt = random_tokens(rng, models.reference.vocab_size, MASK_PROMPT)
-        tree = random_tree(rng, 3, MASK_NODES, models.reference.vocab_size)
+        tree = random_tree(rng, 3, self.mask_nodes, models.reference.vocab_size)
         assert_close(*(sequence.logits(tree) for sequence in prompted(models.both, prompt)))
 
     def test_depth_beyond_the_window(self, pair: PairMaker, family: str) -> None:
