@@ -165,4 +165,4 @@ def test_the_workflow_runs_what_exists():
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     assert "\nINCLUDES = " in source
     assert re.search(r'print\(f"xcrun -sdk macosx metal -c -I ', source), "the same command"
-    assert "xcrun -sdk macosx metal -c -I " in text
+    assert re.search(r"xcrun -sdk macosx metal (-std=.+ )?-c -I ", text)
