@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable, tables_of_rows
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
@@ -122,15 +122,11 @@ class ARHead:
         inputs = batch.hidden, batch.roots, batch.noise, *limits
         results, m, k = graphs.run("the AR head", computed, search, *inputs)
         rows = 1 + min(options.rows or MANY, (depths - 1) * m)
-        numbers = results.unflatten(0, (len(batch.roots), -1)).cpu().numpy()
-        tables = []
-        for part in numbers[: len(blocks), :rows]:
-            (places, previous), floats = part[1:, :2].T, part[:, 2 + k :].view(np.float32)
-            confidences = floats[:, k] if floats.shape[1] > k else None
-            children = part[:, 2 : 2 + k], floats[:, :k]
-            table = places, previous, *children, (depths, m), confidences
-            tables.append(TransitionTable.from_rows(*table))
-        return tables
+        numbers = results.unflatten(0, (len(batch.roots), -1)).cpu().numpy()[: len(blocks), :rows]
+        floats = numbers[..., 2 + k :].view(np.float32)
+        confidences = floats[..., k] if floats.shape[2] > k else None
+        places, previous, tokens = numbers[:, 1:, 0], numbers[:, 1:, 1], numbers[..., 2 : 2 + k]
+        return tables_of_rows(places, previous, tokens, floats[..., :k], (depths, m), confidences)
 
     @torch.inference_mode()
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import CandidateHead
 from treeflash.decoding.interfaces import TableOptions
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import TransitionTable, tables_of_rows
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads.lilicorr import Correlation
@@ -140,20 +140,15 @@ class ARHead:
             parts.append(confidence.reshape(batch, -1))
         read = np.array(mx.concatenate([part.astype(mx.float32) for part in parts], 1))
         ends = np.cumsum([part.shape[1] for part in parts[:-1]])
-        tables = []
-        for numbers in read:
-            places, previous_ids, tokens, token_log_probs, *confidences = np.split(numbers, ends)
-            tables.append(
-                TransitionTable.from_rows(
-                    places.astype(np.int32),
-                    previous_ids.astype(np.int32),
-                    tokens.astype(np.int32).reshape(-1, k),
-                    token_log_probs.reshape(-1, k),
-                    (depths, m),
-                    *confidences,
-                )
-            )
-        return tables
+        places, previous_ids, tokens, token_log_probs, *confidences = np.split(read, ends, axis=1)
+        return tables_of_rows(
+            places.astype(np.int32),
+            previous_ids.astype(np.int32),
+            tokens.astype(np.int32).reshape(batch, -1, k),
+            token_log_probs.reshape(batch, -1, k),
+            (depths, m),
+            *confidences,
+        )
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         slots, rows = Slots.read(self.output, block.hidden), mx.arange(len(block.hidden))

@@ -23,13 +23,14 @@ then closed.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig
+from treeflash.decoding.batch_trees import Outcome
 from treeflash.decoding.interfaces import Prefill, SequenceState, Verify
 from treeflash.decoding.sampling import (
     Constraint,
@@ -84,24 +85,28 @@ class Draft:
     """Draft after the newest token, `root`, up to `depths`, which can be accepted at most.
 
     The outcome is `Drafted`, or None if drafting does not pay now. `suffix` proposes what followed
-    earlier occurrences; None if it is not asked to.
+    earlier occurrences; None if it is not asked to. `calibration` is for the drafter's table; None
+    if the loop itself makes the tree.
     """
 
     root: int
     depths: int
     suffix: SuffixDrafter | None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Drafted:
     """The outcome of a draft: the drafter's table or a proposal of copies, or both.
 
-    `nodes` is the size of the tree to build.
+    `nodes` is the size of the tree to build. `grown` is the calibrated table with its tree, if they
+    were made for all sequences at once.
     """
 
     table: TransitionTable | None
     nodes: int
     proposal: SuffixTree | None = None
+    grown: tuple[TransitionTable, DraftTree] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +118,13 @@ class Prune:
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """Commit this path of the tree that was verified last. The outcome is None."""
+    """Commit this path of the tree that was verified last. The outcome is None.
+
+    `seen` is for `observe`, which whoever commits calls for all sequences at once.
+    """
 
     path: NDArray[np.int32]
+    seen: Outcome | None = None
 
 
 SCORED_TOKENS = 64
@@ -165,11 +174,9 @@ def decode_loop(
     def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
         """How to sample at the nodes of a tree whose root is the newest emitted token."""
         positions = tree.positions(len(prompt_ids) + emitted)
-        return replace(
-            SamplingParams.from_positions(config.sampling, positions),
-            edits=penalties.edits(tree),
-            allowed=allowed,
-            log_probs=config.log_probs,
+        edits = penalties.edits(tree)
+        return SamplingParams.from_positions(
+            config.sampling, positions, edits, allowed, config.log_probs
         )
 
     scores: list[LogProbs] = []
@@ -213,8 +220,10 @@ def decode_loop(
         deepest = limit - emitted - 1
         drafted: Drafted | None = None
         if config.speculates and deepest:
-            drafted = yield Draft(tokens[-1], deepest, suffix)
-        if drafted is not None:
+            drafted = yield Draft(tokens[-1], deepest, suffix, calibration)
+        if drafted is not None and drafted.grown is not None:
+            table, tree = drafted.grown
+        elif drafted is not None:
             if drafted.table is not None:
                 table = drafted.table.truncate(min(deepest, config.draft_depths or deepest))
                 if calibration is not None:
@@ -229,11 +238,12 @@ def decode_loop(
             tree, allowed = tree.subset(nodes), None if allowed is None else allowed[nodes]
         sampled = yield Verify(state, tree, params(tree, emitted, allowed))
         accepted = accept(tree, sampled.tokens)
+        seen: Outcome | None = None
         if calibration is not None and drafted is not None and drafted.table is not None:
-            calibration.observe(drafted.table, accepted.tokens)
+            seen = Outcome(calibration, drafted.table, accepted.tokens)
         if suffix is not None:
             suffix.observe(accepted.tokens)
-        yield Commit(accepted.path)
+        yield Commit(accepted.path, seen)
         tokens, finish_reason = _cut_at_stop(accepted.tokens, config, limit - emitted)
         log_probs = sampled.log_probs
         if log_probs is not None:

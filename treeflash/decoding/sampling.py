@@ -65,10 +65,16 @@ class SamplingParams:
 
     @classmethod
     def from_positions(
-        cls, sampling: SamplingConfig, positions: NDArray[np.int32]
+        cls,
+        sampling: SamplingConfig,
+        positions: NDArray[np.int32],
+        edits: LogitEdits | None = None,
+        allowed: NDArray[np.uint32] | None = None,
+        log_probs: int | None = None,
     ) -> SamplingParams:
         """Parameters for the tokens at n positions, with the noise of the seed."""
-        return cls(sampling, None if sampling.greedy else position_keys(sampling.seed, positions))
+        keys = None if sampling.greedy else position_keys(sampling.seed, positions)
+        return cls(sampling, keys, edits, allowed, log_probs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
+from treeflash.decoding.batch_trees import draft_trees, observe
 from treeflash.decoding.disk_cache import CacheKey, Restoration
 from treeflash.decoding.interfaces import (
     Backend,
@@ -55,7 +56,7 @@ from treeflash.decoding.loop import (
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint, Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex, SuffixTree, tree_of
-from treeflash.decoding.transitions import TransitionTable
+from treeflash.decoding.transitions import Calibration, TransitionTable
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.row_heads import NO_MARGINALS
 from treeflash.errors import (
@@ -432,8 +433,35 @@ class Iteration:
                 for table, size, proposal in zip(tables, sizes, copies, strict=True)
             ]
 
-        for sequence, drafted in self._batch(drafting, "draft", draft):
-            sequence.resume(drafted, "tree")
+        drafts = list(self._batch(drafting, "draft", draft))
+        started = time.perf_counter()
+        grown = self._grow(drafts)
+        for sequence, _ in drafts:
+            sequence.add_time("tree", started)
+        for (sequence, drafted), made in zip(drafts, grown, strict=True):
+            parts = drafted.table, drafted.nodes, drafted.proposal, made
+            sequence.resume(Drafted(*parts), "tree")
+
+    def _grow(
+        self, drafts: Sequence[tuple[RunningSequence, Drafted]]
+    ) -> list[tuple[TransitionTable, DraftTree] | None]:
+        """Make the trees of sequences for all of them at once; None for those whose loops make it.
+
+        Loops do that with copies of the text, and where a table has more depths than a tree needs.
+        """
+        grown: list[tuple[TransitionTable, DraftTree] | None] = [None] * len(drafts)
+        chosen: list[tuple[int, TransitionTable, Calibration, int, int]] = []
+        for i, (sequence, drafted) in enumerate(drafts):
+            work, table = sequence.expect(Draft), drafted.table
+            if work.calibration is None or table is None or drafted.proposal is not None:
+                continue
+            if table.depths <= min(work.depths, sequence.config.draft_depths or work.depths):
+                chosen.append((i, table, work.calibration, work.root, drafted.nodes))
+        if chosen:
+            numbers, *arguments = zip(*chosen, strict=True)
+            for i, made in zip(numbers, draft_trees(*arguments), strict=True):
+                grown[i] = made
+        return grown
 
     def _prune(self) -> None:
         """Prune the trees of the budget `auto`, for all sequences of a method at once."""
@@ -501,7 +529,10 @@ class Iteration:
             self.backend.verifier.commit([(x.state, x.expect(Commit).path) for x in sequences])
             return [None] * len(sequences)
 
-        return [sequence for sequence, _ in self._batch(self._pending(Commit), "commit", commit)]
+        committed = [x for x, _ in self._batch(self._pending(Commit), "commit", commit)]
+        seen = [sequence.expect(Commit).seen for sequence in committed]
+        observe([outcome for outcome in seen if outcome is not None])
+        return committed
 
     def _observe(
         self,

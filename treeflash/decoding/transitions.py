@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,19 +46,38 @@ class TransitionTable:
     tokens: NDArray[np.int32]
     log_probs: NDArray[np.float32]
     next_row: NDArray[np.int32]
-    confidences: NDArray[np.float32] | None = None
+    # A factory leaves no attribute of the class, which `__getattr__` would never be asked for.
+    confidences: NDArray[np.float32] | None = field(default_factory=lambda: None)
 
     def __post_init__(self) -> None:
         shapes = [x.shape for x in (self.tokens, self.log_probs, self.next_row)]
         if len(set(shapes)) > 1:
             raise ValueError(f"tokens, log_probs and next_row must have one shape, got {shapes}")
-        highest = self.log_probs.max(initial=-np.inf)
-        if not highest < np.inf:
-            raise NumericalError(NOT_FINITE)
-        if highest > ROUNDING:
-            raise ValueError(f"log probabilities must be at most 0, got {highest}")
-        if highest > 0:
-            object.__setattr__(self, "log_probs", np.minimum(self.log_probs, np.float32(0)))
+        object.__setattr__(self, "log_probs", check_log_probs(self.log_probs))
+
+    @classmethod
+    def deferred(
+        cls, make: Callable[[], TransitionTable], depths: int, source: Any = None
+    ) -> TransitionTable:
+        """Return a table whose arrays are made when they are first read.
+
+        Args:
+            make: gives a table with the arrays.
+            depths: of that table.
+            source: what the table is made from, for `source_of`.
+        """
+        table = cls.__new__(cls)
+        vars(table).update(_make=make, _depths=depths, _source=source)
+        return table
+
+    def __getattr__(self, name: str) -> Any:
+        make, names = vars(self).get("_make"), [x.name for x in fields(TransitionTable)]
+        if make is None or name not in names:
+            raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
+        made = make()  # twice if two threads read at once, which does no harm
+        vars(self).update({x: getattr(made, x) for x in names})
+        vars(self).pop("_make", None)
+        return vars(self)[name]
 
     def __repr__(self) -> str:
         depths, rows, children = self.tokens.shape
@@ -186,7 +207,23 @@ class TransitionTable:
     @property
     def depths(self) -> int:
         """Depths that the table covers: the drafter's, or fewer."""
-        return len(self.tokens)
+        known: int | None = vars(self).get("_depths")
+        return len(self.tokens) if known is None else known
+
+
+def source_of(table: TransitionTable) -> Any:
+    """Return what a deferred table is made from; None for other tables."""
+    return vars(table).get("_source")
+
+
+def check_log_probs(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return log probabilities, those above 0 by rounding set to 0; see `TransitionTable`."""
+    highest = log_probs.max(initial=-np.inf)
+    if not highest < np.inf:
+        raise NumericalError(NOT_FINITE)
+    if highest > ROUNDING:
+        raise ValueError(f"log probabilities must be at most 0, got {highest}")
+    return np.minimum(log_probs, np.float32(0)) if highest > 0 else log_probs
 
 
 def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -202,6 +239,127 @@ def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> ND
     wanted = tokens + depth[:, None, None]
     nearest = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     return np.where(ordered[nearest] == wanted, order[nearest] % previous.shape[1], -1)
+
+
+class RowBatch:
+    """The rows that an AR head scored for several sequences, and their tables.
+
+    Rows are numbered through all sequences. The last one stands for the row of a child that has
+    none: no child of it is possible. The rows of a depth of a sequence are a group; the last group
+    is empty, and stands for the depth after the last one.
+
+    Attributes:
+        shape: (D, M) of each table.
+        rows: of each sequence.
+        tokens: (rows, K) int32 children.
+        log_probs: (rows, K) float32 of the children, as the head gave them.
+        confidences: (rows,) float32; None if the head states none.
+        previous: (groups, M) int32 previous token of each row of a group; -1 for no row.
+        row_at: (groups, M) int32 the row.
+        next_group: (rows,) int32 the group of the rows that follow a row's children.
+        first_row: (sequences,) the row of each sequence's root.
+    """
+
+    def __init__(
+        self,
+        places: NDArray[np.int32],
+        previous: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        log_probs: NDArray[np.float32],
+        shape: tuple[int, int],
+        confidences: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Join the rows of B sequences; see `TransitionTable.from_rows` for the arguments of each.
+
+        Raises what `TransitionTable` raises.
+        """
+        (depths, m), (count, rows, k) = shape, tokens.shape
+        self.shape, self.rows = shape, rows
+        self.arguments = places, previous, tokens, log_probs, confidences
+        total, groups = count * rows, count * depths
+        none = np.full((1, k), -np.inf, np.float32)
+        self.log_probs = np.concatenate([check_log_probs(log_probs).reshape(total, k), none])
+        self.tokens = np.concatenate([tokens.reshape(total, k), np.zeros((1, k), np.int32)])
+        self.confidences = None
+        if confidences is not None:
+            self.confidences = np.append(confidences.ravel(), np.float32(1))
+        self.first_row = rows * np.arange(count)
+        depth, place = np.divmod(places, m)
+        group = depth + depths * np.arange(count)[:, None]
+        self.previous = np.full((groups + 1, m), -1, np.int32)
+        self.previous[group, place] = previous
+        self.row_at = np.full((groups + 1, m), total, np.int32)
+        self.row_at[group, place] = np.arange(1, rows) + self.first_row[:, None]
+        following = np.full((count, rows), groups, np.int32)
+        if depths > 1:
+            following[:, 0] = 1 + depths * np.arange(count)
+            following[:, 1:] = np.where(depth + 1 < depths, group + 1, groups)
+        self.next_group = np.append(following.ravel(), np.int32(groups))
+
+    def tables(self) -> list[TransitionTable]:
+        """Return the table of each sequence, from which `draft_trees` finds the batch again."""
+        depths = self.shape[0]
+        return [
+            TransitionTable.deferred(partial(self.dense, i), depths, source=(self, i))
+            for i in range(len(self.first_row))
+        ]
+
+    def dense(self, i: int) -> TransitionTable:
+        """Return the table of a sequence with arrays of all D * M rows."""
+        places, previous, tokens, log_probs, confidences = self.arguments
+        return TransitionTable.from_rows(
+            *(places[i], previous[i], tokens[i], log_probs[i], self.shape),
+            None if confidences is None else confidences[i],
+        )
+
+    def following(self, rows: NDArray[np.integer], ranks: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Return the rows that follow some children, (n,); the last row stands for none."""
+        groups = self.next_group[rows]
+        matching = self.previous[groups] == self.tokens[rows, ranks][:, None]
+        place = matching.argmax(1)
+        found: NDArray[np.int32] = np.where(
+            matching[np.arange(len(rows)), place], self.row_at[groups, place], len(self.tokens) - 1
+        )
+        return found
+
+    def path(self, i: int, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield the rows of a sequence that its tokens lead through, and each token's rank.
+
+        The rank is -1 if the token is no child of the row, which then is the last one.
+        """
+        row = int(self.first_row[i])
+        for token in tokens:
+            children = self.tokens[row].tolist()
+            rank = children.index(token) if token in children else -1
+            if rank >= 0 and self.log_probs[row, rank] == -np.inf:
+                rank = -1
+            yield row, rank
+            group = self.next_group[row]
+            previous = self.previous[group].tolist()
+            if rank < 0 or token not in previous:
+                return
+            row = int(self.row_at[group, previous.index(token)])
+
+
+def tables_of_rows(
+    places: NDArray[np.int32],
+    previous: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    log_probs: NDArray[np.float32],
+    shape: tuple[int, int],
+    confidences: NDArray[np.float32] | None = None,
+) -> list[TransitionTable]:
+    """Return `TransitionTable.from_rows` of B sequences, whose arguments are stacked.
+
+    Args:
+        places: (B, n) int32.
+        previous: (B, n) int32.
+        tokens: (B, 1 + n, K) int32.
+        log_probs: (B, 1 + n, K) float32.
+        shape: (D, M) of each table.
+        confidences: (B, 1 + n) float32; None if the head states none.
+    """
+    return RowBatch(places, previous, tokens, log_probs, shape, confidences).tables()
 
 
 EXPONENTS = 2.0 ** np.arange(-2, 2.125, 0.125)
@@ -241,40 +399,85 @@ class Calibration:
 
     def correct(self, table: TransitionTable) -> TransitionTable:
         """The table with calibrated probabilities; the order of children is the same."""
-        exponent, log_probs = self.exponent, table.log_probs.astype(np.float64)
-        scores = exponent * log_probs
-        total = np.exp(scores).sum(-1) + np.exp(self._rest(log_probs, exponent))
-        calibrated = np.minimum(scores - np.log(total)[..., None], 0)
-        return replace(table, log_probs=calibrated.astype(np.float32))
+        return self._correct(table, self.exponent)
+
+    def deferred(self, table: TransitionTable, exponent: float) -> TransitionTable:
+        """Return what `correct` returns at an exponent; its arrays are made when they are read."""
+        return TransitionTable.deferred(partial(self._correct, table, exponent), table.depths)
+
+    def _correct(self, table: TransitionTable, exponent: float) -> TransitionTable:
+        log_probs = calibrate(table.log_probs, exponent, self.vocab_size)
+        return replace(table, log_probs=log_probs)
 
     def observe(self, table: TransitionTable, tokens: Sequence[int]) -> None:
         """Learn from a table as it was drafted, and the target's tokens after the root."""
         row = 0
         for depth, token in enumerate(tokens[: table.depths]):
-            log_probs = table.log_probs[depth, row].astype(np.float64)
-            scores = EXPONENTS[:, None] * log_probs
-            rest = self._rest(log_probs, EXPONENTS)
-            total = np.log(np.exp(scores).sum(-1) + np.exp(rest))
+            log_probs = table.log_probs[depth, row]
             children = table.tokens[depth, row] == token
             ranks = np.flatnonzero(children & np.isfinite(log_probs))
+            rank = ranks[:1] if len(ranks) else np.array([-1])
+            (score,), (total,) = powers(log_probs[None], rank, self.vocab_size)
+            self.add(score, total)
             if not len(ranks):
-                self.log_weights = self.log_weights + rest - total
                 return
-            self.log_weights = self.log_weights + scores[:, ranks[0]] - total
             row = int(table.next_row[depth, row, ranks[0]])
             if row < 0:
                 return
 
-    def _rest(
-        self, log_probs: NDArray[np.float64], exponents: NDArray[np.float64] | float
-    ) -> NDArray[np.float64]:
-        """The log of the summed powers of the probabilities of the tokens that rows do not list.
+    def add(self, score: NDArray[np.float64], total: NDArray[np.float64]) -> None:
+        """Learn from the target's token after a row; see `powers` for the (exponents,) numbers."""
+        self.log_weights = self.log_weights + score - total
 
-        Each of these tokens is taken to be as probable as the row's last child, or less probable if
-        the vocabulary has too few tokens for that.
-        """
-        rest = np.log(np.maximum(1 - np.exp(log_probs).sum(-1), MIN_REST))
-        last = np.min(log_probs, axis=-1, initial=0, where=np.isfinite(log_probs))
-        number = np.clip(rest - last, 0, np.log(self.vocab_size))
-        total: NDArray[np.float64] = (1 - exponents) * number + exponents * rest
-        return total
+
+def calibrate(
+    log_probs: NDArray[np.float32], exponents: NDArray[np.float64] | float, vocab_size: int
+) -> NDArray[np.float32]:
+    """Return log probabilities of rows, raised to an exponent and normalised.
+
+    Args:
+        log_probs: (..., K) of the rows' children; -inf stays.
+        exponents: of all rows, or (...,) of each.
+        vocab_size: of the target.
+    """
+    wide = log_probs.astype(np.float64)
+    scores = np.asarray(exponents)[..., None] * wide
+    total = np.exp(scores).sum(-1) + np.exp(_rest(wide, exponents, vocab_size))
+    calibrated: NDArray[np.float64] = np.minimum(scores - np.log(total)[..., None], 0)
+    return calibrated.astype(np.float32)
+
+
+def powers(
+    log_probs: NDArray[np.float32], ranks: NDArray[np.integer], vocab_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what the target's token after each row says about `EXPONENTS`, before normalising.
+
+    Args:
+        log_probs: (n, K) of the rows' children.
+        ranks: (n,) of the token among the children; -1 if it is none of them.
+        vocab_size: of the target.
+
+    Returns:
+        (n, exponents) log powers of the token's probability, and of the sum of all tokens'.
+    """
+    wide = log_probs.astype(np.float64)
+    scores = EXPONENTS[:, None] * wide[:, None]
+    rest = _rest(wide[:, None], EXPONENTS, vocab_size)
+    total = np.log(np.exp(scores).sum(-1) + np.exp(rest))
+    listed = scores[np.arange(len(ranks)), :, ranks]
+    return np.where(ranks[:, None] < 0, rest, listed), total
+
+
+def _rest(
+    log_probs: NDArray[np.float64], exponents: NDArray[np.float64] | float, vocab_size: int
+) -> NDArray[np.float64]:
+    """The log of the summed powers of the probabilities of the tokens that rows do not list.
+
+    Each of these tokens is taken to be as probable as the row's last child, or less probable if
+    the vocabulary has too few tokens for that.
+    """
+    rest = np.log(np.maximum(1 - np.exp(log_probs).sum(-1), MIN_REST))
+    last = np.where(log_probs > -np.inf, log_probs, 0).min(-1)
+    number = np.minimum(np.maximum(rest - last, 0), np.log(vocab_size))
+    total: NDArray[np.float64] = (1 - exponents) * number + exponents * rest
+    return total

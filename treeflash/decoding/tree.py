@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,42 @@ def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
     return DraftTree.chain(np.array(tokens, np.int32), np.cumsum(steps), confidences)
 
 
+@dataclass(frozen=True, eq=False)
+class FlatTable:
+    """A table as a list of rows, the root's first.
+
+    Attributes:
+        tokens: (n, K) int32 children of the rows.
+        log_probs: (n, K) float32 of the children; -inf marks an absent child.
+        following: gives the rows that follow some children, whose (c,) rows and ranks it is given;
+            -1 if there is none.
+        confidences: (n,) float32 of the rows; None if the drafter states none.
+    """
+
+    tokens: NDArray[np.int32]
+    log_probs: NDArray[np.float32]
+    following: Callable[[NDArray[np.integer], NDArray[np.int64]], NDArray[np.integer]]
+    confidences: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, table: TransitionTable) -> FlatTable:
+        """Return the D * M rows of a table, depth by depth."""
+        depths, rows, children = table.tokens.shape
+        flat = depths * rows
+        next_row = table.next_row.reshape(flat, children)
+
+        def following(row: NDArray[np.integer], rank: NDArray[np.int64]) -> NDArray[np.integer]:
+            place, depth = next_row[row, rank], row // rows + 1
+            return np.where((place < 0) | (depth == depths), -1, depth * rows + place)
+
+        return cls(
+            table.tokens.reshape(flat, children),
+            table.log_probs.reshape(flat, children),
+            following,
+            None if table.confidences is None else table.confidences.reshape(flat),
+        )
+
+
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     """The `budget - 1` most probable paths of the table, under the root, best first.
 
@@ -138,10 +175,13 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     are ordered by their ranks among siblings, the lexicographically smaller first. The table may
     allow fewer nodes than the budget.
     """
+    return grow_tree(FlatTable.of(table), root, budget)
+
+
+def grow_tree(table: FlatTable, root: int, budget: int) -> DraftTree:
+    """Return `build_tree` of a table as a list of rows."""
     room = budget - 1
-    if room == 0:
-        return DraftTree.root_only(root)
-    levels = _levels(table, room)
+    levels = _levels(table, room) if room else []
     if not levels:
         return DraftTree.root_only(root)
     log_probs = np.concatenate([level.log_probs for level in levels])
@@ -149,20 +189,20 @@ def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
     # Node numbers of the tree, by number among all kept candidates; -1 stands for the root.
     number = np.zeros(len(log_probs) + 1, np.int32)
     number[order] = np.arange(1, len(order) + 1)
-    parents = np.concatenate([level.parents for level in levels])[order]
+    size = len(order) + 1
+    tokens, parents, depths = (np.empty(size, np.int32) for _ in range(3))
+    path_log_probs = np.empty(size)
+    tokens[0], parents[0], depths[0], path_log_probs[0] = root, -1, 0, 0.0
+    rows = np.concatenate([level.rows for level in levels])[order]
+    tokens[1:] = table.tokens[rows, np.concatenate([level.ranks for level in levels])[order]]
+    parents[1:] = number[np.concatenate([level.parents for level in levels])[order]]
+    depths[1:] = np.arange(1, len(levels) + 1).repeat([len(x.rows) for x in levels])[order]
+    path_log_probs[1:] = log_probs[order]
     confidences = None
     if table.confidences is not None:
-        rows = [table.confidences[d, level.rows] for d, level in enumerate(levels)]
-        confidences = np.concatenate([[1], np.concatenate(rows)[order]]).astype(np.float32)
-    tokens = np.concatenate([level.tokens for level in levels])[order]
-    depths = np.repeat(np.arange(1, len(levels) + 1), [len(level.tokens) for level in levels])
-    return DraftTree(
-        np.concatenate([[root], tokens]).astype(np.int32),
-        np.concatenate([[-1], number[parents]]).astype(np.int32),
-        np.concatenate([[0], depths[order]]).astype(np.int32),
-        np.concatenate([[0.0], log_probs[order]]),
-        confidences,
-    )
+        confidences = np.ones(size, np.float32)
+        confidences[1:] = table.confidences[rows]
+    return DraftTree(tokens, parents, depths, path_log_probs, confidences)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,41 +213,41 @@ class _Level:
     the table, whose children the candidates are.
     """
 
-    tokens: NDArray[np.int32]
     log_probs: NDArray[np.float64]
     parents: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    rows: NDArray[np.integer]
     ranks: NDArray[np.int64]
 
 
-def _levels(table: TransitionTable, room: int) -> list[_Level]:
+def _levels(table: FlatTable, room: int) -> list[_Level]:
     """Candidates depth by depth, all of the `room` best paths among them."""
     levels: list[_Level] = []
-    width = table.tokens.shape[2]
+    width = table.tokens.shape[1]
     best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
     floor = np.finfo(np.float64).min  # a path below it is not among the best; -inf never is
-    rows = np.zeros(1, np.int64)
+    rows: NDArray[np.integer] = np.zeros(1, np.int64)
     parents = np.full(1, -1, np.int64)
     log_probs = np.zeros(1)
     first = 0
-    for depth in range(table.depths):
-        paths = (log_probs[:, None] + table.log_probs[depth, rows]).ravel()
-        kept = np.flatnonzero(paths >= floor)
+    while len(rows):
+        paths = (log_probs[:, None] + table.log_probs[rows]).ravel()
+        kept = (paths >= floor).nonzero()[0]
         if not len(kept):
             break
         paths = paths[kept]
         best = np.concatenate([best, paths])
         if len(best) > room:
-            best = np.partition(best, len(best) - room)[len(best) - room :]
+            best.partition(len(best) - room)
+            best = best[len(best) - room :]
             floor = best[0]
-            inside = np.flatnonzero(paths >= floor)
+            inside = (paths >= floor).nonzero()[0]
             kept, paths = kept[inside], paths[inside]
         node, rank = np.divmod(kept, width)
         row = rows[node]
-        levels.append(_Level(table.tokens[depth, row, rank], paths, parents[node], row, rank))
-        next_row = table.next_row[depth, row, rank]
-        inner = np.flatnonzero(next_row >= 0)
-        rows, log_probs, parents = next_row[inner], paths[inner], first + inner
+        levels.append(_Level(paths, parents[node], row, rank))
+        following = table.following(row, rank)
+        inner = (following >= 0).nonzero()[0]
+        rows, log_probs, parents = following[inner], paths[inner], first + inner
         first += len(kept)
     return levels
 
@@ -216,8 +256,7 @@ def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray
     """Candidates, most probable first; ties by rank path."""
     order = np.argsort(-log_probs, kind="stable")
     ranked = log_probs[order]
-    ties = np.flatnonzero(ranked[1:] == ranked[:-1])
-    if not len(ties):
+    if not (ranked[1:] == ranked[:-1]).any():
         return order
     # Rare: rank paths are made only where probabilities are equal.
     parents = np.concatenate([level.parents for level in levels])
