@@ -5,12 +5,14 @@
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.branches`: best drafts on the spine and after siblings, trees against chains.
 - `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
+- `decoding.host`: the time of Python between two passes, with stubs of the models.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
 - `throughput`: many sequences at once, beside the batched generation of other packages.
 - `peers`: other systems with the same weights and prompts, each in its own process.
 - `serving.load` and `serving.overhead`: the HTTP server under load, and what HTTP costs.
 - `serving.restart`: a conversation that goes on after a restart, with the disk tier and without.
 - `gpu`: the parts of an iteration on a GPU, with random weights in published shapes.
+- `gpu_report`: whether a GPU does everything right, and how fast: one file to send.
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.
 - `kernels`: what the Triton kernels take of each GPU, compiled without one.
 - `mac`: everything that MLX does with a target and a drafter.

@@ -22,12 +22,12 @@ import torch
 import triton
 from treeflash_cuda.cache import quantise
 from treeflash_cuda.operations import VisibleKeys
-from treeflash_cuda.triton_kernels import attention, layers, products
+from treeflash_cuda.triton_kernels import attention, experts, layers, products
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that a program may have, by compute capability (NVIDIA's CUDA programming guide)."""
 SHAPES = {
     "qwen3-8b": (32, 8, 128, 4096, torch.bfloat16),
@@ -118,6 +118,10 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     layers.rms_norm(x, x[0], 1e-6, x)
     layers.gated(gate, gate)
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
+    for groups in (4, 2):  # few rows for each expert, and many
+        ends, bias = numbers(groups, of=int32), numbers(groups, 64)
+        experts.grouped_linear(x, numbers(groups, 64, hidden), ends, bias)
+        experts.grouped_linear(x, numbers(groups, hidden, 64).transpose(1, 2), ends)
     q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]
     cos, slots = numbers(64, head_dim), numbers(64, of=torch.int64)
     for k, v in caches:

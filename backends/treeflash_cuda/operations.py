@@ -313,32 +313,41 @@ class Numbers:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
+CHUNK = 18
+"""Rows of a prompt in the check: more than the kernel multiplies at once, with any group size."""
+
+
 def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
-    """Trees with and without a window, and a prompt's tokens; rows cross tiles and chunks."""
+    """Trees with and without a window, a prompt's tokens, and the single rows of plain decoding.
+
+    Rows cross tiles and chunks.
+    """
     lengths, parents, spare = (2, 61, 510), (-1, 0, 0, 1, 1, 2), 7
     n, depths = len(parents), numbers.integers([0, 1, 1, 2, 2, 2])
     ancestors = torch.eye(n, dtype=torch.bool)
     for node, parent in enumerate(parents[1:], 1):
         ancestors[node] |= ancestors[parent]
     length, first = numbers.integers(lengths), numbers.integers([spare, 20, 100])
-    cache = numbers.draw(2, shapes.kv_heads, 100 + max(lengths) + n, shapes.head_dim)
+    columns = 100 + max(lengths) + CHUNK
+    cache = numbers.draw(2, shapes.kv_heads, columns, shapes.head_dim)
     k, v = quantise(cache) if shapes.quantised else cache
     tree = VisibleKeys.of_trees(
         first, length, length[:, None] + depths, ancestors.to(k.device).expand(len(lengths), n, n)
     )
-    positions = torch.arange(n, dtype=torch.int32, device=k.device)
+    positions = torch.arange(CHUNK, dtype=torch.int32, device=k.device)
     chunk = VisibleKeys.of_chunks(first, length, length[:, None] + positions)
+    single = VisibleKeys.of_chunks(first, length, length[:, None])
     sink = numbers.integers([3] * len(lengths))
     sinks = numbers.draw(shapes.heads) if shapes.sinks else None
     options = {"scale": shapes.head_dim**-0.5, "softcap": shapes.softcap, "sinks": sinks}
     return [
         operations.tree_attention(
-            numbers.draw(len(lengths) * n, shapes.heads, shapes.head_dim),
+            numbers.draw(keys.end.numel(), shapes.heads, shapes.head_dim),
             *(k, v, keys),
             max_length=1024,
             **options,
         )
-        for keys in (tree, replace(tree.within(64), sink=sink), tree.within(2), chunk)
+        for keys in (tree, replace(tree.within(64), sink=sink), tree.within(2), chunk, single)
     ]
 
 

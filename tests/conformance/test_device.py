@@ -1,29 +1,57 @@
-"""The suite on real accelerators, CUDA and Metal, in float32; and what half precision meets."""
+"""The suite on real accelerators, CUDA and Metal, in float32; and what half precision meets.
 
+`tox -e device` fails where there is no accelerator, and where one is not used as it should be: by
+kernels that fall back to PyTorch, and by functions that do not run from CUDA graphs.
+"""
+
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from accelerators import cuda_problem, metal_problem
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import decode
+from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.testing import BackendSuite, require, write_drafter, write_target
+from treeflash.testing import (
+    DIALECTS,
+    HYBRID_FAMILIES,
+    BackendSuite,
+    require,
+    write_dialect,
+    write_drafter,
+    write_target,
+)
+
+DTYPES = "bfloat16", "float16"
+TREE = DraftTree.from_parents(np.arange(6, dtype=np.int32), np.array([-1, 0, 0, 1, 1, 2], np.int32))
 
 
 def load_cuda(target, drafter, config):
     require("torch")
-    import torch
+    if problem := cuda_problem():
+        pytest.skip(problem)
     from treeflash_cuda.backend import load
 
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return load(target, drafter, config)
 
 
 @pytest.mark.device
+def test_an_accelerator_can_be_used():
+    """The other tests are skipped for a device that is not there."""
+    problems = {"CUDA": cuda_problem(), "Metal": metal_problem()}
+    assert None in problems.values(), problems
+
+
+@pytest.mark.device
 class TestCuda(BackendSuite):
+    dialects = tuple(DIALECTS)
+    hybrids = HYBRID_FAMILIES
+    exact_dtypes = DTYPES
+
     @pytest.fixture
     def load(self):
         return lambda target, drafter, config: load_cuda(
@@ -34,6 +62,10 @@ class TestCuda(BackendSuite):
 @pytest.mark.device
 class TestCudaGraphs(BackendSuite):
     """In float32 only drafts' heads and the choice of tokens are captured."""
+
+    dialects = tuple(DIALECTS)
+    hybrids = HYBRID_FAMILIES
+    exact_dtypes = DTYPES
 
     @pytest.fixture
     def load(self):
@@ -82,12 +114,111 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
 
 @pytest.mark.device
 class TestMetal(BackendSuite):
+    dialects = tuple(DIALECTS)
+    hybrids = HYBRID_FAMILIES
+
     @pytest.fixture
     def load(self):
         require("mlx.core")
-        import mlx.core as mx
+        if problem := metal_problem():
+            pytest.skip(problem)
         from treeflash_mlx.backend import load
 
-        if not mx.metal.is_available():
-            pytest.skip("needs Metal")
         return load
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [*DTYPES, "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_no_kernel_falls_back(module, dtype, head_dim):
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    import torch
+    from treeflash_cuda.device import choose_device
+    from treeflash_cuda.operations import Shapes, load_operations
+
+    shapes = Shapes(heads=8, kv_heads=2, head_dim=head_dim, hidden_size=512, experts=True)
+    operations = load_operations(shapes, choose_device(None), getattr(torch, dtype))
+    where = f"{dtype} and heads of {head_dim}"
+    assert list(module("gpu_report").kernel_problems(operations.verdicts, where)) == []
+    assert len(operations.verdicts) == 5
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Writes the pair of a family or a format of drafters, once."""
+    root = tmp_path_factory.mktemp("half")
+
+    def write(name):
+        family = "qwen3" if name in DIALECTS else name
+        folders = root / name / "target", root / name / "drafter"
+        if not folders[0].exists():
+            write_target(folders[0], family, seed=1)
+            if name in DIALECTS:
+                write_dialect(folders[1], folders[0], name, seed=2)
+            else:
+                write_drafter(folders[1], folders[0], seed=2)
+        return folders
+
+    return write
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestCudaHalfPrecision:
+    """What the suite in float32 does not reach: it runs targets without graphs."""
+
+    @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8)])
+    def test_functions_run_from_graphs(self, module, pairs, dtype, sampling):
+        backend = load_cuda(*pairs("qwen3"), LoadConfig(dtype=dtype))
+        config = DecodeConfig(budget=16, max_tokens=60, sampling=sampling)
+        assert sum(len(step.tokens) for step in decode(backend, [3, 4, 5], config)) == 60
+        report, graphs = module("gpu_report"), backend.target.graphs
+        problems = report.graph_problems(graphs.tried, graphs.replays, report.CAPTURED)
+        assert list(problems) == []
+
+    @pytest.mark.parametrize("family", [*BackendSuite.families, *HYBRID_FAMILIES])
+    def test_graphs_compute_what_no_graph_does(self, pairs, dtype, family):
+        found = []
+        for with_graphs in (True, False):
+            load = LoadConfig(dtype=dtype, cuda_graphs=with_graphs)
+            backend = load_cuda(pairs(family)[0], None, load)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                text = SequenceSession(backend)
+                text.extend([3, 4, 5] * 20)
+                found.append(text.logits(TREE))
+        np.testing.assert_allclose(*found, atol=0.05 * float(found[0].std()))
+
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    def test_every_format_drafts_the_same_from_graphs(self, pairs, dtype, dialect):
+        found = []
+        for with_graphs in (True, False):
+            load = LoadConfig(dtype=dtype, cuda_graphs=with_graphs)
+            backend = load_cuda(*pairs(dialect), load)
+            text = SequenceSession(backend, drafts=True)
+            blocks = [text.draft(text.extend([3, 4, 5] * 4))]
+            options = TableOptions(m=4, k=4, shortlist=16, rows=8)
+            make = backend.drafter.marginals if backend.head is None else backend.head.transitions
+            (table,) = make(blocks, options)
+            found.append(table.log_probs[0, 0])
+        np.testing.assert_allclose(*found, atol=0.1)
+
+    @pytest.mark.parametrize("method", ["treeflash", "ddtree", "suffix"])
+    def test_exact_mode_writes_the_text_of_plain_decoding(self, pairs, dtype, method):
+        backend = load_cuda(*pairs("qwen3"), LoadConfig(dtype=dtype, exact=True))
+        texts = []
+        for each in ("ar", method):
+            config = DecodeConfig(method=each, budget=12, max_tokens=80)
+            steps = decode(backend, [3, 4, 5] * 5, config)
+            texts.append([token for step in steps for token in step.tokens])
+        assert texts[0] == texts[1]
+
+    def test_keys_in_8_bits_change_little(self, pairs, dtype):
+        found = []
+        for kv_bits in (None, 8):
+            backend = load_cuda(pairs("qwen3")[0], None, LoadConfig(dtype=dtype, kv_bits=kv_bits))
+            text = SequenceSession(backend)
+            text.extend([3, 4, 5] * 20)
+            found.append(text.logits(TREE))
+        np.testing.assert_allclose(*found, atol=0.3 * float(found[0].std()))

@@ -21,13 +21,14 @@ KERNELS = {
     "gated",
     "rotate_and_store",
     "linear",
+    "grouped_linear",
 }
 PAIRS = [
     (90, "qwen3-8b"),
     (120, "gemma-2-9b"),
 ]
 OTHERS = [
-    *((capability, "qwen3-8b") for capability in (80, 100, 120)),
+    *((capability, "qwen3-8b") for capability in (80, 89, 100, 120)),
     (90, "llama-3.2-1b"),
     (120, "llama-3.2-1b"),
     (80, "qwen3-8b in float32"),

@@ -1,0 +1,156 @@
+"""The report about a GPU: each disappointment of a device makes a line, and stops nothing."""
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+LOST = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture
+def frame(module):
+    return module("report")
+
+
+@pytest.fixture
+def judge(module):
+    return module("gpu_report")
+
+
+@pytest.fixture
+def report(frame, tmp_path):
+    return frame.Report("test", tmp_path / "report.json", {"device": "fake"}, 60)
+
+
+def read(report):
+    return json.loads(report.path.read_text())
+
+
+def fail(error):
+    def find(part):
+        part.add("table", n=1)
+        raise error
+
+    return find
+
+
+def test_a_part_that_fails_leaves_what_it_found_and_stops_nothing(report, capsys):
+    report.run("first", fail(ValueError("two lines\nof text")))
+    written = read(report)
+    assert written["problems"] == ["first: ValueError: two lines"]
+    (part,) = written["parts"]
+    assert part["tables"] == {"table": [{"n": 1}]}
+    assert "Traceback" in part["error"]
+    assert "of text" in part["error"]
+    report.run("second", lambda part: part.add("table", n=2))
+    assert [x["name"] for x in read(report)["parts"]] == ["first", "second"]
+    assert report.close() == 1
+    printed = capsys.readouterr().out
+    assert "PROBLEM: first: ValueError: two lines" in printed
+    assert f"send {report.path}" in printed
+
+
+def test_a_report_without_problems_says_so(report):
+    report.run("first", lambda part: part.add("table", n=1))
+    assert report.close() == 0
+    assert read(report)["problems"] == []
+
+
+def test_after_the_loss_of_a_device_no_part_runs(report):
+    report.run("first", fail(RuntimeError(LOST)))
+    report.run("second", lambda part: part.add("table", n=1))
+    first, second = read(report)["parts"]
+    assert first["problems"] == [f"first: RuntimeError: {LOST}"]
+    assert second["tables"] == {}
+    assert second["notes"] == ["second was left out: the device was lost before"]
+
+
+def test_parts_beyond_the_time_are_left_out(frame, tmp_path):
+    report = frame.Report("test", tmp_path / "report.json", {}, 0)
+    report.run("first", lambda part: part.add("table", n=1))
+    assert read(report)["parts"][0]["notes"] == ["first was left out: the time was over"]
+    assert report.close() == 0
+
+
+def test_an_interruption_leaves_a_report(report):
+    report.run("first", lambda part: part.add("table", n=1))
+    with pytest.raises(KeyboardInterrupt):
+        report.run("second", fail(KeyboardInterrupt()))
+    first, second = read(report)["parts"]
+    assert first["tables"]
+    assert second["tables"] == {"table": [{"n": 1}]}
+    assert second["notes"] == ["interrupted"]
+
+
+def test_warnings_of_treeflash_are_problems(report):
+    def find(part):
+        for package in ("treeflash_cuda", "torch"):
+            name = str(Path("treeflash", package, "module.py"))
+            warnings.warn_explicit(f"{package} is slow", UserWarning, name, 1)
+
+    report.run("first", find)
+    assert report.problems == ["first: treeflash_cuda is slow"]
+
+
+def test_rows_of_a_table_may_have_other_columns(report, capsys):
+    def find(part):
+        part.add("table", a=1)
+        part.add("table", b=2)
+
+    report.run("first", find)
+    assert "| a | b |" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fell_back_is_a_line(judge):
+    verdicts = {"rms_norm": "Triton", "gated": "ptxas is missing"}
+    (line,) = judge.kernel_problems(verdicts, "bfloat16")
+    assert line == "gated runs in PyTorch with bfloat16: ptxas is missing"
+
+
+def test_a_failed_capture_and_an_unused_graph_are_lines(judge):
+    tried = [
+        SimpleNamespace(name="the target", reason=""),
+        SimpleNamespace(name="the drafter", reason="operation not permitted"),
+    ]
+    replays = {"the target": 3}
+    assert list(judge.graph_problems(tried, replays, ["the target", "the drafter"])) == [
+        "the drafter could not be captured: operation not permitted",
+        "the drafter never ran from a CUDA graph",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "line"),
+    [
+        ([1, 2, 3], None),
+        ([1, 9, 3], "it differs from plain decoding at token 1 of 3"),
+        ([1, 2], "it differs from plain decoding at token 2 of 3"),
+    ],
+)
+def test_a_text_that_is_not_plain_decodings_is_a_line(judge, tokens, line):
+    assert judge.text_problem("it", [1, 2, 3], tokens) == line
+
+
+def test_logits_beyond_rounding_are_a_line(judge):
+    assert judge.logits_problem("masks", 0.01) is None
+    line = judge.logits_problem("masks", 0.2)
+    assert line == "masks: the logits differ by 20.0% of their standard deviation"
+    assert judge.logits_problem("masks", float("nan")) is not None
+
+
+def test_a_missing_compiler_and_header_are_lines(judge, tmp_path):
+    assert len(list(judge.toolchain_problems(None, tmp_path / "Python.h"))) == 2
+    (tmp_path / "Python.h").touch()
+    assert list(judge.toolchain_problems("/usr/bin/cc", tmp_path / "Python.h")) == []
+
+
+def test_kernels_that_spill_or_do_not_fit_are_lines(judge):
+    usage = {"model": "qwen3-8b", "kernel": "gated", "shared_bytes": 100, "spilled_bytes": 0}
+    wide = usage | {"model": "qwen3-8b in float32", "spilled_bytes": 8}
+    assert list(judge.usage_problems([usage, wide], 100)) == []
+    assert list(judge.usage_problems([usage], 99)) == ["gated of qwen3-8b needs 100 B"]
+    (line,) = judge.usage_problems([usage | {"spilled_bytes": 8}], 100)
+    assert line == "gated of qwen3-8b spills 8 B"
