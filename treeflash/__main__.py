@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import treeflash
 from treeflash.cli.console import Main, Parser, guarded
 
 COMMANDS = {
@@ -18,7 +17,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "train": "train a drafter on the responses of its target",
     "distill": "generate a target's responses to train a drafter on",
-    "adapt": "train a drafter on for a fine-tuned target",
+    "adapt": "continue training a drafter, for a fine-tuned target",
     "evaluate": "measure a drafter by depth, method and budget",
     "doctor": "diagnose a target and its drafter",
     "convert": "write a drafter in another published format",
@@ -47,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> tuple[Parser, argparse._SubParsersAction[argparse.ArgumentParser]]:
     parser = Parser(None, "Lossless speculative decoding of language models with draft trees.")
-    version = f"treeflash {treeflash.__version__}"
-    parser.add_argument("--version", action="version", version=version)
     parser.add_argument(
         "--completion",
         choices=SHELLS,

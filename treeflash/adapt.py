@@ -1,4 +1,4 @@
-"""Train a drafter on for a fine-tuned target: `treeflash adapt`."""
+"""Continue training a drafter, for a fine-tuned target: `treeflash adapt`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ DEFAULTS: dict[str, Any] = {
     "save_every": 25,
 }
 """Options of `TrainConfig` that have other defaults than in `treeflash train`."""
+SHOWN_DEFAULTS = {"head": "the drafter's", "freeze_backbone": "on if a head is added, else off"}
+"""What happens without an option, where it depends on the drafter."""
 LEFT_OUT = {"init", "seed", *SHAPE}
 """Options of `TrainConfig` that the drafter determines, or that `DistillConfig` has too."""
 MEASURED = 32
@@ -96,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with response_file(answers) as file:
             model = _load(args, base)
+            if args.device is None:  # later loads choose the same device without a warning
+                args.device = model.backend.device
             distillation = Distillation(model, distill, file, rows[measured:])
             distillation.check()
             before = _measure(args, base, rows[:measured], distill, console, model)
@@ -124,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser("adapt", "Train a drafter on for a fine-tuned target, and measure the gain.")
+    parser = Parser(
+        "adapt", "Continue training a drafter, for a fine-tuned target, and measure the gain."
+    )
     parser.add_config_option()
     parser.add_argument(
         "--drafter",
@@ -160,7 +166,8 @@ def make_parser() -> Parser:
         "--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or mlx-lm into the target"
     )
     add_options(parser.add_argument_group("answers"), DistillConfig)
-    add_options(parser.add_argument_group("training"), TrainConfig, LEFT_OUT, DEFAULTS)
+    shown = DEFAULTS | SHOWN_DEFAULTS
+    add_options(parser.add_argument_group("training"), TrainConfig, LEFT_OUT, shown)
     add_device_options(parser)
     return parser
 

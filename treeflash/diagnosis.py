@@ -7,7 +7,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -158,7 +158,8 @@ COLLAPSE = 2.0
 """Nats lost from one depth to the next, a factor of 7. Sound drafters lose at most 1."""
 CHANCE = 0.1
 """Agreement that guesses of frequent tokens nearly reach."""
-MASK_CANDIDATES = 8
+MASK_CANDIDATES, ALL_MASK_CANDIDATES = 3, 8
+"""Other mask tokens to try, and as many in a thorough diagnosis: each loads the pair once more."""
 GIB = 1 << 30
 MAX_CONTEXT, USEFUL_CONTEXT = 1 << 20, 4096
 """Tokens of the longest context that is asked about, and tokens that should fit."""
@@ -289,13 +290,16 @@ def diagnose(
     prompting: Prompting,
     max_tokens: int = 64,
     target_config: Mapping[str, Any] | None = None,
+    thorough: bool = False,
     report: Callable[[int, int, str], None] = lambda number, total, check: None,
+    begin: Callable[[Diagnosis], None] = lambda diagnosis: None,
 ) -> Diagnosis:
-    """Run all checks on a pair, which is loaded about ten times, one after the other.
+    """Run all checks on a pair, which is loaded about six times, one after the other.
 
     `load` loads the target with the drafter of a folder. The drafter is scored on the target's
-    greedy answers to `prompts`. `report` is told the number of each check of a setting, how many
-    there are, and what is checked.
+    greedy answers to `prompts`. A `thorough` diagnosis tries more tokens as the mask. `begin` is
+    told what the first load shows; then `report` is told the number of each check of a setting,
+    how many there are, and what is checked.
 
     Raises a PromptError if a prompt cannot be decoded or the answers are too short, and a
     NumericalError if a model produced values that are not finite.
@@ -315,7 +319,19 @@ def diagnose(
         return scores.compare(changed.marginal)
 
     drafter, target = read_config(folder), target_config or {}
-    masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size)
+    measured = Diagnosis(
+        marginal=depth_means(scores.marginal.hits),
+        corrected=depth_means(scores.corrected.hits) if scores.corrected else None,
+        findings=[
+            check_depths(scores),
+            *check_keys(drafter),
+            *check_precision(target),
+            *pair.device,
+        ],
+    )
+    begin(measured)
+    limit = ALL_MASK_CANDIDATES if thorough else MASK_CANDIDATES
+    masks = mask_candidates(tokenizer, config.mask_token_id, pair.vocab_size, limit)
     alternatives = list_alternatives(config, drafter, target, masks)
     total = sum(len(other.settings) for other in alternatives)
     numbers = count(1)
@@ -347,17 +363,8 @@ def diagnose(
         ),
         *map(trial, alternatives),
     ]
-    return Diagnosis(
-        marginal=depth_means(scores.marginal.hits),
-        corrected=depth_means(scores.corrected.hits) if scores.corrected else None,
-        findings=[
-            check_depths(scores),
-            *judge(trials),
-            *check_keys(drafter),
-            *check_precision(target),
-            *pair.device,
-        ],
-    )
+    depths, *facts = measured.findings
+    return replace(measured, findings=[depths, *judge(trials), *facts])
 
 
 def check_device(backend: Backend) -> list[Finding]:
@@ -431,13 +438,15 @@ def check_depths(scores: DrafterScores) -> Finding:
     return Finding(check="depths", ok=True, message="agreement does not collapse at any depth")
 
 
-def mask_candidates(tokenizer: Tokenizer, current: int, vocab_size: int) -> dict[int, str]:
+def mask_candidates(
+    tokenizer: Tokenizer, current: int, vocab_size: int, limit: int = MASK_CANDIDATES
+) -> dict[int, str]:
     """Other tokens that may be the mask, by id; the most plausible names come first."""
     names = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids}
     names[tokenizer.size] = "mask: the first id after the tokenizer's"
     likely = sorted(names, key=lambda token_id: (_rank(names[token_id]), token_id))
     usable = [i for i in likely if i != current and i < vocab_size]
-    return {token_id: names[token_id] for token_id in usable[:MASK_CANDIDATES]}
+    return {token_id: names[token_id] for token_id in usable[:limit]}
 
 
 def write_changed(folder: Path, copy: Path, settings: Mapping[str, object]) -> None:

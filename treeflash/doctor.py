@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompting=Prompting(raw=args.raw, thinking=args.thinking or trained.thinking),
             max_tokens=args.max_tokens,
             target_config=read_config(Path(args.target)),
+            thorough=args.thorough,
             report=report,
+            begin=lambda found: console.print(_report(found), markup=False, soft_wrap=True),
         )
     if args.json:
         print(json.dumps({**diagnosis.to_dict(), "drafters": sources}))
@@ -112,6 +114,9 @@ def make_parser() -> Parser:
         "--thinking",
         action="store_true",
         help="check for prompts with thinking on (default: as in the drafter's training)",
+    )
+    parser.add_argument(
+        "--thorough", action="store_true", help="try more tokens as the drafter's mask token"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)

@@ -106,7 +106,7 @@ def make_parser() -> Parser:
         metavar="FILE.html|FILE.png",
         help="write plots and tables, or plots alone, to this file",
     )
-    cli.add_decode_options(parser, OPTIONS)
+    cli.add_decode_options(parser, OPTIONS, {"suffix": "off"})
     cli.add_model_options(parser)
     return parser
 
@@ -150,8 +150,8 @@ def _settings(
         "backend": model.backend.name,
         "device": model.backend.device,
         "dtype": model.backend.dtype,
-        "target": args.target,
-        "drafter": args.drafter,
+        "target": args.target or model.names["target"],
+        "drafter": args.drafter or model.names["drafter"],
         **{name: getattr(config, name) for name in DECODE_OPTIONS},
         "temperature": config.sampling.temperature,
         "seed": config.sampling.seed,

@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--suffix-cache-gb",
         type=_gibibytes,
-        metavar="GB",
+        metavar="GiB",
         help="GiB of memory for finished answers, which further answers to --prompts may copy "
         "(default: each copies only itself)",
     )

@@ -13,6 +13,7 @@ from treeflash.cli.console import Parser, guarded
 from treeflash.errors import ConfigError
 from treeflash.hub.models import (
     DEFAULT_TARGET,
+    KNOWN_TARGETS,
     PUBLISHED_DRAFTERS,
     CachedModel,
     DraftSource,
@@ -55,7 +56,7 @@ def drafters(argv: Sequence[str] | None = None) -> int:
     cached = {model.name.lower(): model for model in cached_models()}
     rows = {
         target: [_source_row(source, cached) for source in draft_sources(target)]
-        for target in ([args.target] if args.target is not None else PUBLISHED_DRAFTERS)
+        for target in ([args.target] if args.target is not None else KNOWN_TARGETS)
     }
     if args.json:
         print(json.dumps(rows))

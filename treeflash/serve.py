@@ -11,7 +11,7 @@ from pathlib import Path
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.errors import ConfigError
-from treeflash.serving.settings import add_server_options, read_settings
+from treeflash.serving.settings import MAX_TOKENS, add_server_options, read_settings
 
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
@@ -50,7 +50,8 @@ def make_parser() -> Parser:
     parser = Parser("serve", "Serve a model over HTTP, with draft trees, losslessly.")
     parser.add_config_option()
     add_server_options(parser)
-    cli.add_decode_options(parser, cli.SERVER_OPTIONS)
+    note = {"seed": "random", "max_tokens": str(MAX_TOKENS)}
+    cli.add_decode_options(parser, cli.SERVER_OPTIONS, note)
     cli.add_model_options(parser)
     return parser
 

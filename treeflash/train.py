@@ -14,7 +14,7 @@ from treeflash.cli.options import add_device_options, add_options, with_device
 from treeflash.hub.models import resolve_target
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import TrainConfig, given_options, make_train_config
-from treeflash.training.distillation import read_responses
+from treeflash.training.distillation import foreign_responses, read_responses
 from treeflash.training.interfaces import show_records, trainer
 
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         [response for path in paths for response in read_responses(path, tokenizer)]
         for paths in (args.responses, args.validation)
     )
+    for line in foreign_responses([*responses, *held_out], target):
+        console.print(line)
     records = with_device(
         args, lambda load: train(target, responses, args.output, config, load, held_out)
     )

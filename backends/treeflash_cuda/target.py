@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ def load_model(
         placement = {"device_map": device_map}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # The errors below say in one line what the report of transformers says in a table.
+    log = logging.get_logger("transformers.modeling_utils")
+    log.addFilter(_is_no_report)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -161,6 +165,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **placement,
         )
         if not placement and not quantised:
@@ -173,13 +178,27 @@ def load_model(
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        reason = first_line(error)
+        if "above report" in reason:
+            reason = "its weights do not have the form that its configuration asks for"
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
     finally:
+        log.removeFilter(_is_no_report)
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"{folder} cannot be loaded: the tensor {name} has the shape {tuple(stored)}, and its "
+            f"config.json asks for {tuple(expected)}"
+        )
     return model.eval()
+
+
+def _is_no_report(record: LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def refuse_stateful(config: PreTrainedConfig) -> None:

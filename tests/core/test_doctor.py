@@ -64,6 +64,16 @@ def test_every_check_is_announced_and_warnings_come_once(run, prompts, monkeypat
     assert list(dict.fromkeys(check for _, _, check in lines)) == ["target layers", "mask token"]
 
 
+def test_what_the_first_load_shows_is_told_before_the_checks(run, prompts):
+    _, out, err = run("--prompts", prompts, "--max-tokens", "12")
+    first, _, checks = err.partition("check 1 of")
+    assert checks
+    lines = out.splitlines()
+    shown = [line for line in lines if line in first]
+    assert [line[9:23].strip() for line in shown[2:]] == ["depths", "exact mode"]
+    assert shown[:3] == lines[:3]  # the agreement by depth, and whether it collapses
+
+
 def test_only_the_first_load_may_choose_the_device(tiny_pair, prompts, monkeypatch, capsys):
     devices = []
     locate = doctor.locate_model

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
@@ -13,6 +14,7 @@ from row_pairs import write_row_pair
 
 import treeflash
 from treeflash import evaluate
+from treeflash.config import DecodeConfig
 from treeflash.errors import NumericalError
 from treeflash.evaluate import main
 from treeflash.evaluation.run import METRICS
@@ -288,6 +290,15 @@ def command_line(tiny_pair, *args: str) -> list[str]:
     python = [sys.executable, "-W", "error::RuntimeWarning", "-m", evaluate.__name__]
     where = ["--backend", "reference", "--target", target, "--drafter", drafter]
     return [*python, *where, "--max-tokens", "5", "--budgets", "4", *args]
+
+
+def test_the_names_of_the_default_pair_are_in_the_results():
+    args = evaluate.make_parser().parse(["--prompts", "p"])
+    names = {"target": "SmolLM2-135M-Instruct", "drafter": "smollm2-135m-treeflash"}
+    device = SimpleNamespace(name="cuda", device="cpu", dtype="float32")
+    model = SimpleNamespace(backend=device, names=names)
+    settings = evaluate._settings(args, model, DecodeConfig())
+    assert names.items() <= settings.items()
 
 
 def test_the_module_runs_without_a_warning(tiny_pair, files, tmp_path):

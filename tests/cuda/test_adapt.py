@@ -18,6 +18,7 @@ from treeflash.training.distillation import Response
 
 require("torch")
 
+import torch
 from treeflash_cuda.training import loop
 from treeflash_cuda.training.entry import train
 
@@ -38,7 +39,7 @@ def target(tmp_path_factory):
 def run(target, tmp_path, capsys):
     """Adapt a random drafter to the target: exit status, standard output and standard error."""
 
-    def run(*options, format="treeflash"):
+    def run(*options, format="treeflash", device=ON_CPU):
         drafter = tmp_path / format
         if not drafter.exists():
             write_drafter(drafter, target, seed=2, format=format, block_size=6, layers=2)
@@ -47,11 +48,17 @@ def run(target, tmp_path, capsys):
         rows = [{"id": n, "prompt": word} for n, word in enumerate(words)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         arguments = ["--target", str(target), "--drafter", str(drafter), "--prompts", str(prompts)]
-        arguments += ["--output", str(tmp_path / "out"), *ON_CPU, *SMALL, *options]
+        arguments += ["--output", str(tmp_path / "out"), *device, *SMALL, *options]
         capsys.readouterr()
         return adapt.main(arguments), *capsys.readouterr()
 
     return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_missing_gpu_is_told_once(run, caplog):
+    assert run("--steps", "2", device=["--dtype", "float32"])[0] == 0
+    assert caplog.text.count("running on the CPU") == 1
 
 
 def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path, monkeypatch):

@@ -224,6 +224,14 @@ def test_a_missing_target_tensor_is_named(tmp_path):
         load(tmp_path, None, CPU)
 
 
+def test_weights_that_do_not_fit_the_configuration_are_one_line(tmp_path, capfd):
+    write_target(tmp_path, "llama", seed=1)
+    edit_config(tmp_path, lambda config: config.update(vocab_size=config["vocab_size"] + 1))
+    with pytest.raises(CheckpointError, match=r"weight has the shape \(.*asks for \("):
+        load(tmp_path, None, CPU)
+    assert "REPORT" not in capfd.readouterr().err
+
+
 def test_an_unknown_family_is_an_error_about_its_configuration(tmp_path):
     write_target(tmp_path, "llama", seed=1)
     config = (tmp_path / "config.json").read_text().replace('"llama"', '"lama"')

@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+import treeflash
 from treeflash.errors import ConfigError, TreeflashError, is_device_lost, is_out_of_memory
 
 DEVICE_LOST = 1
@@ -121,12 +122,26 @@ def progress(console: Console, *further: ProgressColumn) -> Progress:
     return Progress(*columns, *further, TimeRemainingColumn(), console=console)
 
 
+class _ShowVersion(argparse.Action):
+    """Print the version, which is looked up only now: a source tree may have none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS)
+        self.help = "print the version"
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"treeflash {treeflash.__version__}")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations for a subcommand, or for `treeflash` itself."""
 
     def __init__(self, name: str | None, description: str, *, add_help: bool = True) -> None:
         prog = "treeflash" if name is None else f"treeflash {name}"
         super().__init__(prog=prog, description=description, allow_abbrev=False, add_help=add_help)
+        if add_help:
+            self.add_argument("--version", action=_ShowVersion)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError instead of printing the usage, so that the error is a single line."""
@@ -170,35 +185,38 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(flag := f"--{key.replace('_', '-')}")
             if action is None:
                 raise ConfigError(f"{path}: unknown option {key!r}; see --help for the options")
-            if flag in ("--config", "--help"):
+            if flag in ("--config", "--help", "--version"):
                 raise ConfigError(f"{path} cannot set {key}; remove it from the file")
             checker = Parser(None, "", add_help=False)
             checker._add_action(action)
+            shown = json.dumps(value, default=str)
+            option = _as_arguments(flag, action, value)
+            if isinstance(option, str):
+                raise ConfigError(f"{path}: {key} must be {option}, not {shown}")
             try:
-                option = _as_arguments(flag, action, value)
                 checker.parse_args(option)
             except ConfigError as error:
-                shown = json.dumps(value, default=str)
                 raise ConfigError(f"{path}: {key} cannot be {shown}: {error}") from None
             arguments += option
         return arguments
 
 
-def _as_arguments(flag: str, action: argparse.Action, value: object) -> list[str]:
-    """An option of a file in the form of the command line."""
+def _as_arguments(flag: str, action: argparse.Action, value: object) -> list[str] | str:
+    """Return an option of a file in the form of the command line, or what it must be instead."""
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError("it must be true or false")
+            return "true or false"
         if value:
             return [flag]
         has_opposite = isinstance(action, argparse.BooleanOptionalAction)
         return [f"--no-{flag.removeprefix('--')}"] if has_opposite else []
     if isinstance(value, bool):
-        raise ConfigError("it is neither true nor false")
+        is_number = action.type in (int, float) or isinstance(action.default, int | float)
+        return "a number" if is_number else "a text" if action.type is None else "a value"
     if isinstance(value, list):
         if action.nargs in ("+", "*"):
             return [flag, *map(str, value)]
         if not isinstance(action, argparse._AppendAction):
-            raise ConfigError("it has one value")
+            return "a single value"
         return [f"{flag}={item}" for item in value]
     return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]

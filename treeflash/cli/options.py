@@ -69,8 +69,8 @@ def _default_text(option: Option) -> str:
     default = option.shown or option.default
     if default is None or isinstance(default, frozenset):
         return ""
-    if default is True and option.parse is not None:
-        return "on"
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 

@@ -79,7 +79,13 @@ def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(CONVERSIONS)}")
     if source not in CONVERSIONS[to].sources:
         names = " or ".join(format_.name for format_ in CONVERSIONS[to].sources)
-        raise ConfigError(f"{to} is converted from {names} drafters, this one is {source.name}")
+        fitting = [name for name, other in CONVERSIONS.items() if source in other.sources]
+        advice = f"choose {' or '.join(fitting)}" if fitting else "load it as it is"
+        if source is formats.TREEFLASH and to == "speculators":
+            advice = "vLLM runs it with treeflash's own plugin (docs/drafters.md); or " + advice
+        raise ConfigError(
+            f"cannot convert a {source.name} drafter to {to}, which takes {names}; {advice}"
+        )
     if to != "treeflash":
         _refuse_inexpressible(parsed, to)
     shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}

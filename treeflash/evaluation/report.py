@@ -168,12 +168,13 @@ COLORS: dict[str, str] = {method: f"C{n}" for n, method in enumerate(METHODS)}
 LINES = {"marginal": "--", "corrected": "-"}
 
 
-def draw(records: Mapping[str, Sequence[Record]], title: str) -> bytes:
+def draw(records: Mapping[str, Sequence[Record]], title: str = "") -> bytes:
     """Draw four plots of the records into a PNG image; the first three show means over sets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
-    figure.suptitle(title, wrap=True)
+    figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
+    if title:
+        figure.suptitle(title, wrap=True)
     axes = figure.subplots(2, 2)
     depth_metrics = [record for record in records["depths"] if record["set"] == MEAN]
     rows = [row for row in records["rows"] if row["set"] == MEAN and row["method"] != "ar"]
@@ -185,7 +186,8 @@ def draw(records: Mapping[str, Sequence[Record]], title: str) -> bytes:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+            # Beside the plot, where it hides no line.
+            axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -295,11 +297,10 @@ def write_report(
     path: Path, records: Mapping[str, Sequence[Record]], title: str, subtitle: str = ""
 ) -> None:
     """Write the plots as PNG, or plots and tables as a self-contained HTML page, by the suffix."""
-    image = draw(records, f"{title}\n{subtitle}")
     if path.suffix == ".png":
-        path.write_bytes(image)
+        path.write_bytes(draw(records, f"{title}\n{subtitle}"))
         return
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    encoded = base64.b64encode(image).decode()
+    encoded = base64.b64encode(draw(records)).decode()
     text = page.render(title=title, subtitle=subtitle, image=encoded, tables=tables(records))
     path.write_text(text, encoding="utf-8")

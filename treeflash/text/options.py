@@ -15,6 +15,7 @@ from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, 
 from treeflash.errors import ConfigError, PromptError
 from treeflash.option import Option, check, option, options_of, parse_json_object
 from treeflash.text.prompt import read_text
+from treeflash.text.tokenizer import check_template_args
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 GRAMMAR_OPTIONS = ("grammar", "json_schema", "regex")
@@ -110,6 +111,8 @@ class TextConfig:
                 "a raw prompt does not use the chat template; remove either raw, or the system "
                 "message and the template arguments"
             )
+        if self.template_args:
+            check_template_args(self.template_args)
 
     @property
     def has_form(self) -> bool:
@@ -221,7 +224,11 @@ OPTIONS = options_of(TextConfig)
 
 
 def parse_options(options: Options) -> TextConfig:
-    """Make a configuration of options; an unknown or invalid one raises a ConfigError."""
+    """Make a configuration of options.
+
+    Raises a ConfigError for an unknown or invalid option, and a PromptError for variables of the
+    chat template that are reserved.
+    """
     values: dict[str, Any] = dict(options)
     check_names(values, OPTIONS)
     if "stop_token_ids" in values:

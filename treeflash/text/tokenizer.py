@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from functools import cache, cached_property
 from pathlib import Path
@@ -194,13 +194,7 @@ class Tokenizer:
             raise PromptError("the tokenizer has no chat template; use raw for plain text")
         variables = {"enable_thinking": self.thinking} if self.knows_thinking else {}
         variables |= template_args or {}
-        parameters = set(inspect.signature(self.transformers.apply_chat_template).parameters)
-        parameters -= {"tools", "documents"}  # these two reach the template
-        parameters |= {"messages"}
-        if reserved := sorted(parameters & variables.keys()):
-            raise PromptError(
-                f"{reserved[0]!r} is reserved; remove it from the chat template's arguments"
-            )
+        check_template_args(variables)
         text = self._render(
             messages,
             add_generation_prompt=not continues,
@@ -259,6 +253,19 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
+
+
+def check_template_args(names: Collection[str]) -> None:
+    """Raise a PromptError for a variable of the chat template that transformers sets itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    parameters -= {"tools", "documents"}  # these two reach the template
+    parameters |= {"messages"}
+    if reserved := sorted(parameters.intersection(names)):
+        raise PromptError(
+            f"{reserved[0]!r} is reserved; remove it from the chat template's arguments"
+        )
 
 
 def check_vocabulary(folder: Path) -> None:

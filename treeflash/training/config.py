@@ -65,11 +65,17 @@ class TrainConfig:
         "`init` has; further layers are appended to it and change nothing at first",
         1,
     )
-    block_size: int = option(16, "the root and the tokens drafted after it", 2)
+    block_size: int = option(
+        16,
+        "the last token so far and the tokens drafted after it",
+        2,
+        shown="16, or that of the drafter in `init`",
+    )
     head: str = option(
         "swiglu",
         "conditional head: TreeFlash's swiglu or linear, DSpark's markov, DFlash2's selector, or "
         "none",
+        shown="swiglu, or that of the drafter in `init`",
     )
     head_size: int | None = option(
         None,
@@ -86,6 +92,7 @@ class TrainConfig:
     mask_token_id: int | None = option(
         None,
         "token that marks the positions to draft; by default the target's padding or end token",
+        0,
     )
     freeze_backbone: bool = option(False, "train only the head")
     freeze_layers: bool = option(
@@ -122,14 +129,16 @@ class TrainConfig:
     steps: int = option(10_000, "optimiser steps", 1)
     minutes: float | None = option(
         None,
-        "stop after this time of training, though not all steps are done; the learning rate decays "
-        "with the time then",
+        "stop after this many minutes even if steps remain; the learning rate then decays over "
+        "time",
+        shown="no limit",
     )
     patience: int | None = option(
         None,
         "stop when the validation loss has not fallen for N validations, and keep the drafter with "
-        "the lowest (default: train to the end)",
+        "the lowest",
         1,
+        shown="train to the end",
     )
     sequences: int = option(8, "sequences per forward pass and process", 1)
     anchors: int = option(64, "roots per sequence, drawn anew for every forward pass", 1)
@@ -146,11 +155,15 @@ class TrainConfig:
     validate_every: int = option(200, "steps between validations", 1)
     save_every: int = option(200, "steps between saved states", 1)
     cache_gb: float = option(
-        0.0, "disk space for cached features of the target; 0 recomputes them in every epoch", 0
+        0.0,
+        "GB of disk space for cached features of the target; 0 recomputes them in every epoch",
+        0,
     )
 
     def __post_init__(self) -> None:
         check_minimums(self)
+        if min(self.target_layer_ids or (0,)) < 0:
+            raise ConfigError("target-layer-ids must be 0 or more")
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):

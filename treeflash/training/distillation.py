@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from treeflash.config import DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
+from treeflash.hub.models import family_name, model_name
 from treeflash.language_model import LanguageModel
 from treeflash.option import option
 from treeflash.text.output_file import OutputFile, Record, has_fields
@@ -30,10 +31,14 @@ from treeflash.training.config import check_minimums
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A prompt, after the chat template, and the response, with its end token if it ended."""
+    """A prompt, after the chat template, and the response, with its end token if it ended.
+
+    `target` is the name of the model that wrote the response; None if unknown.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    target: str | None = field(default=None, compare=False)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -45,13 +50,28 @@ class Response:
     def truncate(self, length: int) -> Response:
         """Truncate the response so that prompt and response have `length` tokens."""
         room = max(0, length - len(self.prompt_ids))
-        return Response(prompt_ids=self.prompt_ids, response_ids=self.response_ids[:room])
+        return replace(self, response_ids=self.response_ids[:room])
+
+
+def foreign_responses(responses: Sequence[Response], target: Path) -> list[str]:
+    """Return a warning for each other model that wrote some of the responses.
+
+    A drafter learns what its own target writes.
+    """
+    names = Counter(response.target for response in responses if response.target)
+    return [
+        f"warning: {count} of {len(responses)} responses were written by {name}, not by the target "
+        f"{model_name(target)}; the drafter will draft less well than with the target's own"
+        for name, count in names.items()
+        if family_name(Path(name)) != family_name(target)
+    ]
 
 
 def read_responses(path: Path, tokenizer: Tokenizer) -> list[Response]:
     """Read a file of JSON objects, one per line, in one of two forms; other keys are ignored.
 
-    - `prompt_ids` and `response_ids`: token ids, as `treeflash distill` writes them;
+    - `prompt_ids` and `response_ids`: token ids, as `treeflash distill` writes them, perhaps with
+      `target`, the name of the model;
     - `messages`: a conversation that ends with the assistant's message, as other engines write
       it; its response gets the target's end token.
 
@@ -67,9 +87,11 @@ def _response(value: Any, tokenizer: Tokenizer) -> Response:
         raise PromptError("the line must be a JSON object")
     if "messages" in value:
         return _conversation(value["messages"], tokenizer)
+    target = value.get("target")
     return Response(
         prompt_ids=_token_ids(value.get("prompt_ids")),
         response_ids=_token_ids(value.get("response_ids")),
+        target=target if isinstance(target, str) else None,
     )
 
 

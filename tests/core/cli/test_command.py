@@ -54,6 +54,13 @@ def test_a_command_has_help_of_its_own(name, capsys):
     assert f"usage: treeflash {name} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_tells_the_version(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--version"])
+    assert capsys.readouterr() == (f"treeflash {version('treeflash')}\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

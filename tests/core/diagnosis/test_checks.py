@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from made_up_pairs import VOCAB, Head, MadeUp
 
+from treeflash import diagnosis
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.diagnosis import (
     Diagnosis,
@@ -167,6 +168,27 @@ def test_mask_candidates(byte_tokenizer):
     names = {0: "<|start|>", 1: "<|end|>", 2: "<|stop|>"}
     assert mask_candidates(byte_tokenizer, 1, VOCAB) == {0: names[0], 2: names[2]}
     assert list(mask_candidates(byte_tokenizer, 1, VOCAB + 1)) == [VOCAB, 0, 2]
+    assert list(mask_candidates(byte_tokenizer, 1, VOCAB + 1, 2)) == [VOCAB, 0]
+
+
+def test_a_thorough_diagnosis_tries_more_mask_tokens(folder, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(diagnosis, "MASK_CANDIDATES", 1)
+
+    def checks(**settings):
+        found = []
+        diagnose(
+            lambda folder: MadeUp(folder),
+            folder,
+            byte_tokenizer,
+            PROMPTS,
+            prompting=Prompting(),
+            max_tokens=20,
+            report=lambda number, total, check: found.append(check),
+            **settings,
+        )
+        return found.count("mask token")
+
+    assert (checks(), checks(thorough=True)) == (1, 2)
 
 
 def test_changed_folder(folder, tmp_path):

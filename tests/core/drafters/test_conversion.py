@@ -152,7 +152,8 @@ def test_what_speculators_cannot_express(
 
 def test_a_head_is_not_dropped(folder: Path, tmp_path: Path) -> None:
     message = (
-        "^speculators is converted from DFlash or DFlash2 or .* drafters, this one is TreeFlash$"
+        "^cannot convert a TreeFlash drafter to speculators, which takes DFlash or DFlash2 or .*; "
+        r"vLLM runs it with treeflash's own plugin .* or choose dflash$"
     )
     with pytest.raises(ConfigError, match=message):
         convert(folder, tmp_path / "there", "speculators", target="target")

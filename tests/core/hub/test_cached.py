@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,14 @@ from rich.filesize import decimal
 from treeflash import models as command
 from treeflash.errors import CheckpointError
 from treeflash.hub import models
-from treeflash.hub.models import BUNDLED_DRAFTER, DEFAULT_TARGET, PUBLISHED_DRAFTERS, cached_models
+from treeflash.hub.models import (
+    BUNDLED_DRAFTER,
+    DEFAULT_TARGET,
+    KNOWN_TARGETS,
+    PUBLISHED_DRAFTERS,
+    cached_models,
+    published_drafters,
+)
 
 
 def make_snapshot(folder, *files):
@@ -110,9 +118,11 @@ def drafters(capsys, monkeypatch):
 
 def test_all_targets_and_drafters_are_listed(machine, drafters):
     out = drafters()
-    for target, published in PUBLISHED_DRAFTERS.items():
-        assert f"\n{target}\n" in f"\n{out}"
-        assert all(f"\n  {drafter.name} " in out for drafter in published)
+    assert len(KNOWN_TARGETS) == len(PUBLISHED_DRAFTERS)
+    for target in KNOWN_TARGETS:
+        assert "/" in target  # a hub id, which is a name for --target
+        assert re.search(rf"^{re.escape(target)}(:|$)", out, re.MULTILINE)
+        assert all(f"\n  {drafter.name} " in out for drafter in published_drafters(target))
 
 
 def test_what_can_draft_for_one_target(machine, drafters):

@@ -8,8 +8,9 @@ from dataclasses import fields
 import pytest
 
 from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.errors import PromptError
 from treeflash.language_model import LanguageModel
-from treeflash.text.options import Options
+from treeflash.text.options import Options, parse_options
 
 DEFAULTS = {
     field.name: field.default
@@ -33,3 +34,10 @@ def test_the_listed_default_is_the_real_one(name: str, default: object) -> None:
     )
     assert listed
     assert listed[1] == (f'"{default}"' if isinstance(default, str) else str(default))
+
+
+def test_reserved_variables_of_the_chat_template_are_refused_before_a_model_is_loaded():
+    parse_options({"template_args": {"enable_thinking": True, "documents": []}})
+    for name in ("messages", "return_tensors"):
+        with pytest.raises(PromptError, match=f"'{name}' is reserved"):
+            parse_options({"template_args": {name: 1}})

@@ -6,7 +6,7 @@ import pytest
 from byte_tokens import END
 
 from treeflash.errors import PromptError
-from treeflash.training.distillation import Response, read_responses
+from treeflash.training.distillation import Response, foreign_responses, read_responses
 
 
 def write(tmp_path, *records):
@@ -21,6 +21,17 @@ def test_token_ids_are_used_unchanged(tmp_path, byte_tokenizer):
     assert response == Response(prompt_ids=(3, 4), response_ids=(5,))
     assert response.token_ids == (3, 4, 5)
     assert len(response) == 3
+
+
+def test_answers_of_another_model_are_warned_of(tmp_path, byte_tokenizer):
+    ids = {"prompt_ids": [3], "response_ids": [5]}
+    names = ("Qwen/Qwen3-4B", "mlx-community/Qwen3-4B-4bit", "a/other", "a/other")
+    path = write(tmp_path, ids, *({**ids, "target": name} for name in names))
+    responses = read_responses(path, byte_tokenizer)
+    assert [response.truncate(1).target for response in responses] == [None, *names]
+    (line,) = foreign_responses(responses, tmp_path / "Qwen3-4B")
+    assert line.startswith("warning: 2 of 5 responses were written by a/other, not by the target ")
+    assert foreign_responses(responses[:3], tmp_path / "Qwen3-4B") == []
 
 
 def test_a_conversation_goes_through_the_chat_template(tmp_path, byte_tokenizer):
