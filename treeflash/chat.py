@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one.check(getattr(args, one.name))
     options: Options = {"max_tokens": MAX_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError("chat needs a terminal; give prompts in a pipe to `treeflash generate`")
+        raise ConfigError("chat needs a terminal; pipe prompts into `treeflash generate`")
     model = cli.load_model(args, [options.get("method")])
     console = Console(highlight=False)
     disk = None

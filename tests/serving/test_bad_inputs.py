@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -140,6 +141,8 @@ WRONG = [
     (text(prompt=["a", 1]), "prompt"),
     (text(prompt=["a", ""]), "empty"),
     (text(max_tokens=0), "max_tokens is 0"),
+    (text(guided_json={}), "guided_json is not supported by this server; use structured_outputs"),
+    (text(unknown=1), "unknown is not supported by this server; remove it"),
     (text(prompt="x" * 600), "600 tokens and the target's limit is 512"),
     (text(prompt=[5] * 512), "512 tokens and the target's limit is 512"),
     (text(logprobs=True), "logprobs"),
@@ -149,8 +152,13 @@ WRONG = [
     ((TOKENIZE, {"prompt": 5}), "prompt"),
 ]
 RAW = [
-    (b"", "the body"),
+    (b"", "the body is empty; send a JSON object"),
     (b"{", "not JSON"),
+    (
+        b'{"a": 1,, "b": 2}',
+        "not JSON: Expecting property name enclosed in double quotes at character 8",
+    ),
+    (b'{"a": "\xff"}', "the body is not UTF-8 text"),
     (b"null", "the body"),
     (b"[]", "the body"),
     (b'"text"', "the body"),
@@ -168,6 +176,13 @@ def _no_traceback(caplog):
     with caplog.at_level(logging.INFO):
         yield
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_compressed_body_is_called_that(server):
+    body = gzip.compress(b'{"prompt": "hi"}')
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = server.client.post(TEXT, content=body, headers=headers)
+    check_error(response, 400, "the body is compressed, which is not supported; send plain JSON")
 
 
 @pytest.mark.parametrize(("request_", "says"), WRONG, ids=lambda x: None)

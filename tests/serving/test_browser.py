@@ -87,6 +87,7 @@ def fake(page, *tokens):
 def test_a_chat(server, open_page):
     page = open_page(server.url)
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
+    page.get_by_label("Compare with plain").check()
     ask(page, "Name a river.")
     spans = page.locator(".assistant .token")
     iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
@@ -196,12 +197,56 @@ def test_sending_while_the_plain_answer_is_decoded(server, open_page):
             route.fallback()
 
     page.route("**/v1/chat/completions", hold)
+    page.get_by_label("Compare with plain").check()
     ask(page, "Name a river.")
     sync_api.expect(page.locator("#verdict")).to_contain_text("plainly")
     ask(page, "And another.")
     assert page.locator(".turn.user").count() == 2
     assert page.locator(".error").count() == 0
     assert len(held) >= 1
+
+
+def test_an_answer_is_computed_once_unless_a_comparison_is_asked_for(server, open_page):
+    page = open_page(server.url)
+    sent = []
+    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
+    fake(page, "The", " Rhine")
+    ask(page, "Name a river.")
+    ask(page, "And another.")
+    assert [request.get("method") for request in sent] == [None, None]
+
+
+def test_the_end_of_an_answer_and_its_button_stay_in_view(server, open_page):
+    page = open_page(server.url)
+    fake(page, *("A line of a long answer.\n" for _ in range(60)))
+    ask(page, "Go on.")
+    sync_api.expect(page.get_by_role("button", name="Copy")).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_missing_key_is_asked_for_beside_the_error(serve, open_page, width, dark):
+    page = open_page(serve(api_keys=("right",)).url, width, 800, dark)
+    key = page.get_by_label("API key")
+    sync_api.expect(key).to_be_focused()
+    ask(page, "Name a river.")
+    error = page.locator(".error")
+    sync_api.expect(error).to_be_in_viewport(ratio=1)
+    sync_api.expect(key).to_be_in_viewport(ratio=1)
+    assert page.locator(".assistant, .user").count() == 0
+    assert page.get_by_label("Message").input_value() == "Name a river."  # to be sent again
+    shot(page, f"key-{width}-{'dark' if dark else 'light'}")
+    key.fill("wrong")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#model")).to_contain_text("key")
+    sync_api.expect(key).to_be_visible()
+    key.fill("right")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#model")).to_have_text("tiny")
+    assert page.locator(".error").count() == 0
+    page.keyboard.press("Enter")  # the message has the focus
+    page.locator(".assistant .token").first.wait_for()
+    sync_api.expect(key).to_be_hidden()
 
 
 def test_by_keyboard(server, open_page):

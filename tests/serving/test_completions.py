@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 
 import numpy as np
@@ -175,7 +176,19 @@ def test_models(server):
     assert listed["id"] == NAME
     assert listed["max_model_len"] == MAX_POSITIONS
     assert server.client.get(f"/v1/models/{NAME}").json() == listed
+    # The names of Anthropic's API.
+    assert (listed["type"], listed["display_name"]) == ("model", NAME)
+    assert datetime.fromisoformat(listed["created_at"]).timestamp() == listed["created"]
     assert server.client.get("/v1/models/a/b").status_code == 404
+
+
+def test_detokenize(server, model):
+    tokens = model.tokenizer.chat([{"role": "user", "content": "Hello."}])
+    answer = server.post("/detokenize", {"tokens": tokens}).json()
+    assert answer == {"prompt": model.tokenizer.verbatim.decode(tokens)}
+    assert "Hello." in answer["prompt"]
+    too_large = model.backend.vocab_size
+    check_error(server.post("/detokenize", {"tokens": [too_large]}), 400, "outside the vocabulary")
 
 
 def test_tokenize(server, model):

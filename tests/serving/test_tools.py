@@ -87,6 +87,7 @@ def test_a_named_call_streamed(server):
     assert (call["index"], call["function"]["name"]) == (0, "paint")
     check(call)
     assert choices[-1]["finish_reason"] == "tool_calls"
+    assert all(x["delta"] for x in choices[:-1])  # no chunk says nothing
     whole, _ = message(server.post(PATH, body))
     assert whole["tool_calls"][0]["function"] == call["function"]
 

@@ -164,7 +164,10 @@ def explain(step: Step, number: int, tokenizer: Tokenizer) -> Tree:
     branches: dict[int, Tree] = {-1: drawing}
     for node in nodes:
         label = _label(tokenizer, int(tree.tokens[node]), node in accepted)
-        label.append(f"  {_probability(tree, node)}" if node else "  root", style="dim")
+        label.append(
+            f"  {_probability(tree, node)}" if node else "  root: the last token so far",
+            style="dim",
+        )
         branches[node] = branches[parents[node]].add(label)
     bonus = Text("(the text ended on this path)", style="dim")
     if len(step.tokens) == len(path):

@@ -371,9 +371,9 @@ class BaseBackend:
         self.head = head
         self.dtype = str(target.dtype).rpartition(".")[2]
         self.inexact: str | None = (
-            "float32 rounding may differ"
+            "not exact mode: tokens can differ only at ties of float32 rounding"
             if self.dtype == "float32"
-            else "half precision: near-ties may differ"
+            else "not exact mode: tokens can differ at near-ties of half precision"
         )
         self.vocab_size: int = target.vocab_size
         self.max_positions: int = target.max_positions

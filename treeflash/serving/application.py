@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
@@ -29,7 +30,7 @@ from treeflash.serving.authentication import add_guard
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError, api_error, bad_request
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.schemas import Message, Schema, Tool, allowed_tools
+from treeflash.serving.schemas import Message, Schema, TokenId, Tool, allowed_tools
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.settings import Settings
 from treeflash.text.options import Options
@@ -60,6 +61,13 @@ class TokenizeRequest(Schema):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class DetokenizeRequest(Schema):
+    """The body of a request to `/detokenize`: token ids."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
 def add_routes(app: FastAPI, service: Service) -> None:
 
     def description(name: str) -> dict[str, Any]:
@@ -68,12 +76,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "treeflash",
+            # The names of Anthropic's API.
+            "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
             "max_model_len": service.engine.model.backend.max_positions,
         }
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [description(name) for name in service.names]}
+        found = [description(name) for name in service.names]
+        ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
+        return {"object": "list", "data": found, **ends}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
@@ -96,6 +110,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
         limit = service.engine.model.backend.max_positions
         return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        service.check_model(request.model)
+        tokenizer = service.tokenizer.verbatim
+        if max(request.tokens, default=0) >= service.engine.model.backend.vocab_size:
+            raise bad_request("tokens has an id outside the vocabulary", "tokens")
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, request.tokens)}
+
     @app.get("/health")
     def health() -> dict[str, str]:
         if not service.engine.ready:
@@ -107,10 +129,24 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+REPLACED = {
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "structured_outputs"
+    ),
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
+"""Fields that vLLM and OpenAI replaced by others, which this server has."""
+
+
 async def _error(http: Request, error: Exception) -> JSONResponse:
     path = http.url.path
-    if isinstance(error, HTTPException):  # no such path or method, or the body is not JSON
+    if isinstance(error, HTTPException):  # no such path or method, or the body is no text
         message = f"{http.method} {path}: {error.detail}"
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            message = "the body is not UTF-8 text; send JSON in UTF-8"
+            if http.headers.get("content-encoding", "identity") != "identity":
+                message = "the body is compressed, which is not supported; send plain JSON"
         error = APIError(error.status_code, message, headers=error.headers)
     elif isinstance(error, RequestValidationError):
         error = _field_error(error.errors())
@@ -135,12 +171,16 @@ def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
     fitting = [error for error in same if not error["type"].endswith(WRONG_TYPE)]
     error = (fitting or same)[0]
     if error["type"] == "json_invalid":
-        return bad_request(f"the body is not JSON: {error.get('ctx', {}).get('error', '')}", None)
+        reason, position = error.get("ctx", {}).get("error", ""), error["loc"][-1]
+        return bad_request(f"the body is not JSON: {reason} at character {position}", None)
+    if not path and error["type"] == "missing":
+        return bad_request("the body is empty; send a JSON object", None)
     if not path:
         return bad_request(f"the body is not a valid request: {error['msg']}", None)
     param = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return bad_request(f"{param} is not supported by this server; remove it", param)
+        advice = f"use {REPLACED[param]}" if param in REPLACED else "remove it"
+        return bad_request(f"{param} is not supported by this server; {advice}", param)
     reasons = [error["msg"]] if fitting else [error["msg"] for error in same]
     value = error.get("input")
     got = f" (got {reprlib.repr(value)})" if isinstance(value, str | int | float) else ""

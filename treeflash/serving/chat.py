@@ -182,7 +182,10 @@ class ChatFormatter(ChoicesFormatter):
         }
         if self._logprobs:
             choice["logprobs"] = {"content": log_prob_entries(self._tokenizer, [chunk])}
-        yield choice | self.draft_tree(update)
+        choice |= self.draft_tree(update)
+        # The beginning of a call says nothing yet.
+        if choice.keys() & {"logprobs", "draft_tree"} or choice["delta"] or choice["finish_reason"]:
+            yield choice
 
 
 def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:

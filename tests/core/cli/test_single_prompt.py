@@ -42,7 +42,7 @@ def draw(byte_tokenizer):
 def test_tokens_probabilities_path_and_bonus(draw):
     assert [line.rstrip() for line in draw("rab[", [-1, 0, 0, 1], [1, 0.5, 0.3, 0.2], [0, 1])] == [
         "iteration 3: 4 nodes, 1 accepted + bonus",
-        "└── ✓ 'r'  root",
+        "└── ✓ 'r'  root: the last token so far",
         "    ├── ✓ 'a'  50.0%",
         "    │   ├──   '['  20.0% (40.0% after its parent)",
         "    │   └── ✓ 'z'  bonus: the target's own choice",

@@ -70,6 +70,13 @@ function turn(who, text = "") {
   return made;
 }
 
+/** Change the log; if its end is in view, it stays in view. */
+function follow(change) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
 /** Add an answer: its tokens, the same text as Markdown, and a button that copies it. */
 function answerTurn(text = "") {
   const made = turn("assistant");
@@ -91,7 +98,7 @@ function finishTurn(tokens, text) {
     await copyText(text);
     copy.textContent = "Copied";
   });
-  tokens.after(formatted, copy);
+  follow(() => tokens.after(formatted, copy));
 }
 
 async function copyText(text) {
@@ -141,13 +148,10 @@ function body(conversation, extra) {
 async function read(answer, name, sent, signal) {
   for await (const chunk of complete(sent, byId("key").value, signal)) {
     for (const choice of chunk.choices) {
-      const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      answer.add(choice);
+      follow(() => answer.add(choice));
       byId(`${name}-speed`).textContent = answer.speed.toFixed(1);
       byId(`${name}-efficiency`).textContent = answer.efficiency.toFixed(2);
-      if (!answer.place) continue;
-      choose(answer.iterations.length);
-      if (atEnd) log.scrollTop = log.scrollHeight;
+      if (answer.place) choose(answer.iterations.length);
     }
   }
 }
@@ -162,7 +166,7 @@ async function ask(text) {
   const verdict = byId("verdict");
   verdict.textContent = "";
   log.querySelector(".hint")?.remove();
-  turn("user", text);
+  const asked = turn("user", text);
   messages.push({ role: "user", content: text });
   const answer = new Answer(answerTurn());
   shown = answer;
@@ -175,6 +179,16 @@ async function ask(text) {
     await read(answer, "tree", treeBody, signal);
     finished = true;
   } catch (error) {
+    if (!answer.text && error.name !== "AbortError" && signal.reason !== "new chat") {
+      // Nothing was answered: the message can be sent again.
+      if (error.status === 401) asked.remove();
+      answer.place.parentElement.remove();
+      messages.pop();
+      shown = null;
+      prompt.value = text;
+      busy(false);
+      return tell(error);
+    }
     tell(error);
   }
   if (signal.reason === "new chat") return;
@@ -235,7 +249,7 @@ function busy(yes) {
 }
 
 function askForKey() {
-  byId("key-field").hidden = false;
+  byId("key-form").hidden = false;
   byId("key").focus();
 }
 
@@ -280,8 +294,15 @@ log.addEventListener("click", (event) => {
 for (const id of ["budget", "temperature", "length"]) byId(id).addEventListener("input", label);
 for (const id of SETTINGS) byId(id).addEventListener("change", store);
 byId("markdown").addEventListener("change", showMarkdown);
-byId("key").addEventListener("change", nameModel);
+byId("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (!(await nameModel())) return;
+  byId("key-form").hidden = true;
+  log.querySelectorAll(".error").forEach((error) => error.remove());
+  prompt.focus();
+});
 
+/** Show the name of the model; returns whether the server accepts the key. */
 async function nameModel() {
   const key = byId("key").value;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -290,6 +311,7 @@ async function nameModel() {
   byId("model").textContent = response.ok
     ? (await response.json()).data[0].id
     : await reason(response);
+  return response.ok;
 }
 
 function showMarkdown() {
