@@ -84,14 +84,19 @@ def refuse_drafter(load: Loader, config: DrafterConfig) -> None:
 def fall_back_to_cpu(run: Callable[[LoadConfig], T], config: LoadConfig, *, named: bool) -> T:
     """Call `run` with a configuration and, if it has no usable device, once more with the CPU.
 
-    The fallback is logged as a warning, which Python prints to standard error by default. If the
-    user `named` a backend or a device, the BackendError is raised instead.
+    The fallback is logged as a warning, which Python prints to standard error by default. A
+    BackendError is raised instead if the user `named` a backend or a device, or asked for a
+    `device_map`.
     """
     try:
         return run(config)
     except BackendError as error:
         if named:
             raise
+        if config.device_map is not None:
+            reason = str(error).partition(";")[0]
+            advice = "device_map needs GPUs; remove device_map"
+            raise BackendError(f"{reason}, and {advice}") from error
         logging.getLogger(__name__).warning(
             "%s; running on the CPU in %s",
             str(error).partition(";")[0],

@@ -180,6 +180,14 @@ def test_a_device_that_the_user_named_is_not_replaced() -> None:
         registry.fall_back_to_cpu(run, LoadConfig(), named=True)
 
 
+def test_a_device_map_needs_gpus() -> None:
+    def run(config: LoadConfig) -> None:
+        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
+
+    with pytest.raises(BackendError, match=r"no CUDA device .*, and .*; remove device_map$"):
+        registry.fall_back_to_cpu(run, LoadConfig(device_map="auto"), named=False)
+
+
 def test_mlx_says_what_a_translated_python_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its packages exist for arm64 only, so that to install them would fail, too."""
     register(monkeypatch, ("mlx", "treeflash_mlx.backend:load"))
