@@ -22,7 +22,7 @@ import torch
 import triton
 from treeflash_cuda.cache import quantise
 from treeflash_cuda.operations import VisibleKeys
-from treeflash_cuda.triton_kernels import attention, experts, layers, products
+from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -118,6 +118,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: tor
     layers.rms_norm(x, x[0], 1e-6, x)
     layers.gated(gate, gate)
     products.linear(x, numbers(4 * hidden, hidden), gate[0])
+    sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
     for groups in (4, 2):  # few rows for each expert, and many
         ends, bias = numbers(groups, of=int32), numbers(groups, 64)
         experts.grouped_linear(x, numbers(groups, 64, hidden), ends, bias)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded, quantise
+from treeflash_cuda.numerics import gumbel
 
 TOLERANCES = {torch.bfloat16: 0.01, torch.float16: 0.01, torch.float32: 1e-5}
 """Root mean square error of a kernel's rows in standard deviations. In bfloat16, rounding alone
@@ -208,6 +209,31 @@ def grouped_linear(
     return result.masked_fill((group == len(ends))[:, None], 0).to(x.dtype)
 
 
+def sample_rows(
+    logits: Tensor,  # (n, vocab)
+    keys: Tensor,  # (n, 2) int32 of the noise
+    settings: Tensor,  # (n, 4) float32 temperature (0 is greedy), top-k (0 is off), top-p, min-p
+) -> Tensor:
+    """(n,) int32 tokens, as `treeflash.decoding.sampling.sample_tokens` chooses them.
+
+    It is -1 where a row's largest logit is not finite.
+    """
+    vocab, (temperature, top_k, top_p, min_p) = logits.shape[1], settings[:, :, None].unbind(1)
+    best, greedy = logits.float().amax(-1, keepdim=True), temperature == 0
+    scores = (logits.float() - best) / temperature.masked_fill(greedy, 1)
+    ranked = scores.sort(descending=True).values
+    k = top_k.masked_fill(top_k <= 0, vocab).clamp(max=vocab).long()
+    edge = ranked.gather(1, k - 1)
+    mass = ranked.exp().masked_fill(ranked < edge, 0).double()
+    before = mass.cumsum(-1) - mass
+    inside = (before < top_p * mass.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    edge = torch.maximum(edge, ranked.gather(1, inside.clamp(min=1) - 1))
+    kept = (scores >= edge) & (scores.exp() >= min_p) | greedy
+    noisy = scores + gumbel(keys, vocab).masked_fill(greedy, 0)
+    tokens = noisy.masked_fill(~kept, -torch.inf).argmax(-1)
+    return torch.where(best[:, 0].isfinite(), tokens, -1).int()
+
+
 @dataclass(frozen=True)
 class Operations:
     """One implementation of each operation, with the arguments of the function above."""
@@ -217,6 +243,7 @@ class Operations:
     rotate_and_store: Callable[..., Tensor] = rotate_and_store
     gated: Callable[..., Tensor] = gated
     grouped_linear: Callable[..., Tensor] = grouped_linear
+    sample_rows: Callable[..., Tensor] = sample_rows
     # Why an operation that has a kernel runs in PyTorch, by its name.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -228,8 +255,11 @@ class Operations:
     @property
     def verdicts(self) -> dict[str, str]:
         """What runs each operation that a model uses: the kernel, or why it is not used."""
-        own = {name for name in CHECKS if getattr(self, name) is not getattr(PYTORCH, name)}
-        return dict.fromkeys((name for name in CHECKS if name in own), KERNEL) | dict(self.reasons)
+        return dict.fromkeys(filter(self.has_kernel, CHECKS), KERNEL) | dict(self.reasons)
+
+    def has_kernel(self, name: str) -> bool:
+        """Return whether an operation is not PyTorch's."""
+        return getattr(self, name) is not getattr(PYTORCH, name)
 
 
 PYTORCH = Operations()
@@ -253,12 +283,12 @@ class Shapes:
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
     """The operations for a model on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
-        from treeflash_cuda.triton_kernels import attention, experts, layers
+        from treeflash_cuda.triton_kernels import attention, experts, layers, sampling
     except ImportError as error:
         return Operations(reasons=dict.fromkeys(CHECKS, str(error)))
     kernels = Operations(
         *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
-        experts.grouped_linear,
+        *(experts.grouped_linear, sampling.sample_rows),
     )
     return checked(kernels, shapes, device, dtype)
 
@@ -400,11 +430,34 @@ def _check_experts(operations: Operations, numbers: Numbers, shapes: Shapes) -> 
     return results
 
 
+SAMPLES = 8
+"""Rows of each setting in the check of sampling."""
+
+
+def _check_sampling(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
+    """Every filter alone and all together, greedy rows, and rows that are not finite.
+
+    A setting has several rows, so that a filter decides some of them.
+    """
+    settings = [
+        *([1, 0, 1, 0], [0.3, 0, 1, 0], [0, 0, 1, 0], [2, 2, 1, 0], [0.7, 0, 0.6, 0]),
+        *([2, 0, 1, 0.3], [0.9, 50, 0.9, 0.01], [1.5, 0, 0, 0], [1, 0, 1, 0]),
+    ]
+    n = SAMPLES * len(settings)
+    logits = 2 * numbers.draw(n, 700)
+    logits[-1, 3] = torch.nan
+    keys = numbers.integers([[977 * i, 61 - 7 * i] for i in range(n)])
+    rows = torch.tensor(settings, dtype=torch.float32, device=logits.device)
+    rows = rows.repeat_interleave(SAMPLES, 0)
+    return [operations.sample_rows(x, keys, rows)[:, None] for x in (logits, logits.float())]
+
+
 CHECKS: dict[str, Callable[[Operations, Numbers, Shapes], list[Tensor]]] = {
     "tree_attention": _check_attention,
     "rms_norm": _check_norm,
     "rotate_and_store": _check_rotation,
     "gated": _check_gate,
     "grouped_linear": _check_experts,
+    "sample_rows": _check_sampling,
 }
 """Results of each operation on random numbers, with rows first."""

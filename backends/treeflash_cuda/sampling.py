@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -221,16 +221,65 @@ def sample(
     # Of each sequence; None for a sequence without rows.
     all_params: Sequence[SamplingParams | None],
     graphs: Graphs | None = None,  # replay the arithmetic; None computes it
+    # The kernel of `operations.sample_rows`; None if there is none.
+    sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> list[SampledTokens | None]:
     """Sample for several sequences, as `treeflash.decoding.sampling.sample` does for one.
 
-    Sequences with the same sampling are computed together, with one read from a GPU. Log
-    probabilities of all sequences take one more read. Raises a NumericalError if a row's largest
-    logit is not finite.
+    A kernel samples all sequences, with one read from a GPU. Without it sequences with the same
+    sampling are computed together, with one read for each group. Log probabilities of all sequences
+    take one more read. Raises a NumericalError if a row's largest logit is not finite.
     """
-    parts, counts = logits.parts, [len(part) for part in logits.parts]
+    parts = logits.parts
     sampled = {i: params for i, params in enumerate(all_params) if params is not None}
     edited = _edit_logits(parts, sampled)
+    is_known = all(
+        params.sampling.greedy and i not in edited and logits.best[i] is not None
+        for i, params in sampled.items()
+    )
+    if sample_rows is not None and not is_known:
+        rows = [edited.get(i, parts[i]) for i in sampled]
+        whole = torch.cat(rows) if edited else logits.joined(rows)
+        tokens = _sample_together(whole, sampled, [len(part) for part in rows], sample_rows)
+    else:
+        tokens = _sample_groups(logits, sampled, edited, graphs)
+    log_probs = _log_probs(parts, tokens, sampled)
+    return [
+        SampledTokens(tokens[i], log_probs.get(i)) if i in sampled else None
+        for i in range(len(all_params))
+    ]
+
+
+def _sample_together(
+    logits: Tensor,  # (rows, vocab) of all sequences
+    sampled: dict[int, SamplingParams],
+    counts: Sequence[int],  # rows of each sequence
+    sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> dict[int, NDArray[np.int32]]:
+    """The tokens of each sequence, by a kernel in which every row has settings of its own."""
+    keys = np.zeros((len(logits), 2), np.int32)
+    settings = np.zeros((len(logits), 4), np.float32)
+    ends = np.cumsum(counts)
+    for params, count, end in zip(sampled.values(), counts, ends, strict=True):
+        part, sampling = slice(end - count, end), params.sampling
+        filters = sampling.top_k, sampling.top_p, sampling.min_p
+        settings[part] = 0 if sampling.greedy else sampling.temperature, *filters
+        if params.keys is not None:
+            keys[part] = params.keys.view(np.int32)
+    uploaded = upload_all([keys, settings.view(np.int32)], logits.device)
+    numbers = sample_rows(logits, uploaded[0], uploaded[1].view(torch.float32)).cpu().numpy()
+    check_finite((numbers >= 0).all())
+    return dict(zip(sampled, np.split(numbers, ends[:-1]), strict=True))
+
+
+def _sample_groups(
+    logits: Logits,
+    sampled: dict[int, SamplingParams],
+    edited: dict[int, Tensor],  # logits that take the place of others
+    graphs: Graphs | None,
+) -> dict[int, NDArray[np.int32]]:
+    """The tokens of each sequence, those with the same sampling together."""
+    parts, counts = logits.parts, [len(part) for part in logits.parts]
     groups: dict[object, list[int]] = {}
     for i, params in sampled.items():
         groups.setdefault(shared_sampling(params), []).append(i)
@@ -255,11 +304,7 @@ def sample(
             group_tokens = sample_tokens(rows, sampling, all_keys, graphs)
         ends = np.cumsum([counts[i] for i in sequences])
         tokens |= zip(sequences, np.split(group_tokens, ends[:-1]), strict=True)
-    log_probs = _log_probs(parts, tokens, sampled)
-    return [
-        SampledTokens(tokens[i], log_probs.get(i)) if i in sampled else None
-        for i in range(len(all_params))
-    ]
+    return tokens
 
 
 def _edit_logits(

@@ -183,7 +183,11 @@ class Verifier:
                 for state, item in zip(states, work, strict=True)
             ]
             logits = self.forward(rows, [item.params is not None for item in work])
-            sampled = sample(logits, [item.params for item in work], self.target.graphs)
+            operations, params = self.target.operations, [item.params for item in work]
+            kernel = None
+            if operations is not None and operations.has_kernel("sample_rows"):
+                kernel = operations.sample_rows
+            sampled = sample(logits, params, self.target.graphs, kernel)
             new = [row for row in rows if not isinstance(row[1], DraftTree)]
             self._commit([(state, _all_nodes(tokens)) for state, tokens in new])
         return sampled

@@ -22,6 +22,7 @@ KERNELS = {
     "rotate_and_store",
     "linear",
     "grouped_linear",
+    "sample",
 }
 PAIRS = [
     (90, "qwen3-8b"),

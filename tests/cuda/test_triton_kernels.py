@@ -18,12 +18,12 @@ import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import Case, alone, attention_case, expected_attention
 from treeflash_cuda import operations
 from treeflash_cuda.operations import CHECKS, TOLERANCES, Numbers, Operations, Shapes, checked
-from treeflash_cuda.triton_kernels import attention, experts, layers, products
+from treeflash_cuda.triton_kernels import attention, experts, layers, products, sampling
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
     *(attention.tree_attention, layers.rms_norm, layers.rotate_and_store, layers.gated),
-    experts.grouped_linear,
+    *(experts.grouped_linear, sampling.sample_rows),
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
 CASES = {

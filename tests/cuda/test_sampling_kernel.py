@@ -1,0 +1,179 @@
+"""The sampling kernel, run by Triton's interpreter, and its definition, against the core's."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treeflash.config import SamplingConfig
+from treeflash.decoding import sampling as definition
+from treeflash.decoding.sampling import LogitEdits, SamplingParams, position_keys
+from treeflash.errors import NumericalError
+from treeflash.testing import require
+
+require("torch")
+require("triton")
+
+import torch
+import triton_interpreter  # noqa: F401 - repairs it
+from treeflash_cuda import operations
+from treeflash_cuda.operations import CHECKS, Operations, Shapes, checked
+from treeflash_cuda.sampling import Logits, sample
+from treeflash_cuda.triton_kernels import sampling
+
+VOCAB = 300
+SETTINGS = (
+    SamplingConfig(),
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.3, seed=5),
+    SamplingConfig(temperature=1.0, top_k=1),
+    SamplingConfig(temperature=1.2, top_k=9),
+    SamplingConfig(temperature=1.0, top_k=VOCAB),
+    SamplingConfig(temperature=1.0, top_p=0.5),
+    SamplingConfig(temperature=2.0, top_p=0.95),
+    SamplingConfig(temperature=1.0, min_p=0.2),
+    SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, min_p=0.02),
+)
+ROWS = [sampling.sample_rows, operations.sample_rows]
+IDS = ["kernel", "definition"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK", 128)  # several of them, and a part of one
+
+
+def inputs(rows, dtype, seed, scale=3.0):
+    """(rows, VOCAB) logits of a dtype, and (rows, 2) keys."""
+    numbers = np.random.default_rng(seed).normal(size=(rows, VOCAB)) * scale
+    return torch.tensor(numbers).to(dtype), position_keys(seed, np.arange(rows, dtype=np.int32))
+
+
+def tensors(settings, keys):
+    values = [(0 if x.greedy else x.temperature, x.top_k, x.top_p, x.min_p) for x in settings]
+    rows = torch.tensor(values, dtype=torch.float32)
+    return torch.from_numpy(keys.view(np.int32)), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample_rows", ROWS, ids=IDS)
+def test_tokens_are_those_of_the_core(sample_rows, dtype):
+    """All settings side by side; in 16 bits many logits are equal."""
+    settings = [x for x in SETTINGS for _ in range(4)]
+    logits, keys = inputs(len(settings), dtype, 3)
+    found = sample_rows(logits, *tensors(settings, keys))
+    assert found.dtype == torch.int32
+    for i, one in enumerate(settings):
+        row = logits[i : i + 1].float().numpy()
+        expected = definition.sample_tokens(row, one, keys[i : i + 1])
+        assert found[i] == expected[0], one
+
+
+@pytest.mark.parametrize("sample_rows", ROWS, ids=IDS)
+def test_equal_tokens_stay_together(sample_rows):
+    """Beyond the k-th one too: all that are as probable as it."""
+    settings = [
+        SamplingConfig(temperature=1.0, top_k=2),
+        SamplingConfig(temperature=1.0, top_p=0.3),
+    ]
+    logits = torch.full((2, VOCAB), -4.0)
+    logits[:, [5, 50, 150, 250]] = 2.0
+    seen = set()
+    for seed in range(12):
+        keys = position_keys(seed, np.arange(2, dtype=np.int32))
+        found = sample_rows(logits, *tensors(settings, keys)).tolist()
+        expected = [
+            definition.sample_tokens(logits[i : i + 1].numpy(), x, keys[i : i + 1])[0]
+            for i, x in enumerate(settings)
+        ]
+        assert found == expected
+        seen |= set(found)
+    assert seen == {5, 50, 150, 250}
+
+
+@pytest.mark.parametrize("sample_rows", ROWS, ids=IDS)
+def test_rows_without_a_finite_best_logit_are_told(sample_rows):
+    logits, keys = inputs(5, torch.float32, 1)
+    logits[0, 7] = torch.nan
+    logits[1, 7] = torch.inf
+    logits[2] = -torch.inf
+    logits[3, :-1] = -torch.inf  # only one token is allowed
+    settings = [SamplingConfig(temperature=1.0, top_p=0.9)] * 5
+    found = sample_rows(logits, *tensors(settings, keys)).tolist()
+    assert found[:4] == [-1, -1, -1, VOCAB - 1]
+    assert found[4] >= 0
+
+
+def test_sequences_with_different_settings_take_one_launch():
+    """Greedy ones, edited ones, and those whose tokens are masked among them."""
+    launches = []
+
+    def counted(*args):
+        launches.append(args)
+        return sampling.sample_rows(*args)
+
+    sizes = (3, 1, 4, 2)
+    logits, keys = inputs(sum(sizes), torch.bfloat16, 7)
+    parts, starts = list(logits.split(sizes)), np.cumsum((0, *sizes[:-1]))
+    allowed = definition.only(np.array([11], np.int32), VOCAB)
+    ones = np.ones(2, np.float32)
+    edits = LogitEdits(np.array([0, 1]), np.array([4, 5]), ones, 20 * ones)
+    params = [
+        SamplingParams(SETTINGS[9], keys[:3]),
+        SamplingParams(SETTINGS[0], None, allowed=allowed),
+        None,
+        SamplingParams(SETTINGS[1], keys[8:], edits=edits),
+    ]
+    found = sample(Logits(parts, [None] * 4), params, sample_rows=counted)
+    assert len(launches) == 1
+    assert len(launches[0][0]) == 3 + 1 + 2
+    for i, one in enumerate(params):
+        if one is None:
+            assert found[i] is None
+            continue
+        rows = parts[i].float().numpy()
+        np.testing.assert_array_equal(found[i].tokens, definition.sample(rows, one).tokens)
+    assert starts[3] == 8
+
+
+def test_greedy_tokens_that_are_known_are_not_computed_again():
+    logits, _ = inputs(3, torch.bfloat16, 7)
+    best = [logits.argmax(-1)]
+    (found,) = sample(Logits([logits], best), [SamplingParams()], sample_rows=lambda *_: 1 / 0)
+    assert found.tokens.tolist() == best[0].tolist()
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    logits, keys = inputs(3, torch.float32, 7)
+    logits[1, 2] = torch.nan
+    params = [SamplingParams(SETTINGS[1], keys)]
+    with pytest.raises(NumericalError):
+        sample(Logits([logits], [None]), params, sample_rows=sampling.sample_rows)
+
+
+FAULTS = {
+    "no temperature": ("score = (x - best) / divisor", "score = x - best"),
+    "top-k keeps one more": (".to(tl.float32) >= top_k", ".to(tl.float32) > top_k"),
+    "no top-p": ("edge = tl.maximum(edge, nucleus)", "edge = edge"),
+    "no min-p": ("tl.exp(score) >= least", "tl.exp(score) >= 0"),
+    "no second hash": ("^ second_key)", "^ first_key)"),
+    "not finite": ("token = tl.where(is_finite,", "token = tl.where(is_finite | True,"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_kernel_fails_the_check_at_load(right, wrong, tmp_path, monkeypatch):
+    source = Path(sampling.__file__).read_text()
+    assert right in source
+    path = tmp_path / "faulty.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    monkeypatch.setattr(operations, "CHECKS", {"sample_rows": CHECKS["sample_rows"]})
+    kernels = replace(Operations(), sample_rows=broken.sample_rows)
+    shapes = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
+    found = checked(kernels, shapes, torch.device("cpu"), torch.float32)
+    assert not found.has_kernel("sample_rows")
