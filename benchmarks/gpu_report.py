@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_report --json report.json --target Qwen/Qwen3-8B
 
 It takes about ten minutes, and ends with the list of problems that it found. Its exit status is 0
-if there are none, 1 if there are some, and 2 if PyTorch finds no GPU, with the reason.
+if there are none, 1 if there are some, and 2 if PyTorch finds no GPU, with the reason. On a Mac it
+only names the command that measures MLX.
 
 - `machine`: the card, its driver, the software, and what Triton needs to compile.
 - `kernels`: whether each kernel is used, by dtype and width of heads; what it takes of the GPU; its
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -537,6 +539,15 @@ def released(gpu: Gpu) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+def has_metal() -> bool:
+    """Return whether this machine is a Mac whose GPU MLX can use."""
+    if find_spec("mlx") is None:
+        return False
+    import mlx.core as mx
+
+    return bool(mx.metal.is_available())
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts, print, write."""
@@ -547,6 +558,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = choose_device(args.device)
     except TreeflashError as error:
+        if has_metal():
+            print("this report is about CUDA; python -m benchmarks.mac measures a Mac")
+            return 0
         report = Report("gpu_report", args.json, {"device": None}, 0)
         report.facts["why"] = str(error)
         report.write()

@@ -69,7 +69,7 @@ class Report:
         self.path = path
         self.facts = facts
         self.parts: list[Part] = []
-        self.lost = False  # whether the device refuses further work
+        self.lost = False  # whether the device refuses all work
         self._machine = machine()
         self._end = time.monotonic() + seconds
         self.write()
@@ -87,7 +87,7 @@ class Report:
     def run(self, name: str, find: Callable[[Part], None]) -> None:
         """Run a part, print its tables, and write the report.
 
-        An error ends the part alone. After the loss of the device no further part runs.
+        An error ends the part alone. After the loss of the device no other part runs.
         """
         part = Part(name)
         self.parts.append(part)

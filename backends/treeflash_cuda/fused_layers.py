@@ -213,7 +213,7 @@ def _watch(
 
 @torch.inference_mode()
 def agrees(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
-    """Return whether two functions compute the same; False if either cannot run by itself."""
+    """Return whether two functions compute the same; False if either cannot run alone."""
     try:
         actual, expected = forward(*inputs), plain(*inputs)
     except Exception as error:

@@ -38,11 +38,19 @@ def run(module, judge, gpu):
 
 def test_a_machine_without_a_gpu_is_told_why(judge, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(judge, "has_metal", lambda: False)
     path = tmp_path / "report.json"
     assert judge.main(["--json", str(path)]) == 2
     why = json.loads(path.read_text())["device"]["why"]
     assert "no CUDA device is available" in why
     assert why in capsys.readouterr().err
+
+
+def test_a_mac_is_sent_to_its_own_benchmark(judge, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(judge, "has_metal", lambda: True)
+    assert judge.main([]) == 0
+    assert "python -m benchmarks.mac" in capsys.readouterr().out
 
 
 def test_texts_that_agree_are_no_problem(run):

@@ -1,4 +1,4 @@
-"""Tables, calibration and trees of many sequences at once: bit for bit those of each alone."""
+"""Tables, calibration and trees of many sequences at once: bit for bit what each has alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Batch:
         return self.places, self.previous, self.tokens, self.log_probs, self.shape, self.confidences
 
     def plain(self, i):
-        """The table of a sequence by itself."""
+        """The table of one sequence, made alone."""
         rows = self.places[i], self.previous[i], self.tokens[i], self.log_probs[i]
         known = None if self.confidences is None else self.confidences[i]
         return TransitionTable.from_rows(*rows, self.shape, known)
