@@ -137,7 +137,11 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
             parts[part][stored] = torch.empty(size, dtype=torch.bfloat16)
         return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
 
-    stand_ins = {"load_row_head": lambda *_: None, "load_tensors": load_tensors}
+    stand_ins = {
+        "open_folder": lambda folder: folder,
+        "load_row_head": lambda *_: None,
+        "load_tensors": load_tensors,
+    }
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):
         settings = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape}
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")

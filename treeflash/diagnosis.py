@@ -492,6 +492,7 @@ def _measure_pair(
         means = (s.text_means(len(prompts)) for s in (scores, other))
         prompted[str(way)] = Gain.between(*means)
     config, device = backend.drafter_config, [*check_device(backend), check_exact_mode(backend)]
+    assert isinstance(config, DrafterConfig)  # the command refuses other drafters
     return _Pair(config, backend.vocab_size, texts, scores, prompted, device)
 
 

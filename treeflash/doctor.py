@@ -15,8 +15,8 @@ from treeflash.cli.options import add_model_options, locate_model
 from treeflash.config import DecodeConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.diagnosis import Diagnosis, diagnose
-from treeflash.drafters.folder import read_config
-from treeflash.drafters.row_heads import find_row_format
+from treeflash.drafters.folder import open_folder, read_config
+from treeflash.drafters.loading import find_head_format
 from treeflash.errors import UnsupportedModelError
 from treeflash.hub.models import draft_sources, drafter_training, resolve_drafter, resolve_target
 from treeflash.text.prompt import Message, Prompting, read_rows
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     DecodeConfig(max_tokens=args.max_tokens)  # raises before anything is loaded
     # Folders replace hub ids, which would be resolved at every load.
     folder = resolve_drafter(args.drafter, args.target)
-    if find_row_format(folder) is not None:
+    if find_head_format(open_folder(folder)) is not None:
         raise UnsupportedModelError(
             "doctor checks block drafters, not MTP and EAGLE-3 heads; measure this head with "
             "treeflash evaluate"

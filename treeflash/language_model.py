@@ -20,7 +20,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.sampling import Constraint
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.drafters.folder import read_config
-from treeflash.drafters.row_heads import check_drafter
+from treeflash.drafters.loading import check_drafter
 from treeflash.errors import (
     CheckpointError,
     ConfigError,

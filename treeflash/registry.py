@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Loader
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterShape
 from treeflash.errors import BackendError
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def check_config(load: Loader, config: LoadConfig) -> None:
             check(value)
 
 
-def refuse_drafter(load: Loader, config: DrafterConfig) -> None:
+def refuse_drafter(load: Loader, config: DrafterShape) -> None:
     """Let a backend refuse a drafter before it is loaded.
 
     A module of a `Loader` may have the function `check_drafter`, which raises an

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, SamplingConfig
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
-from treeflash.drafters.row_heads import check_drafter
+from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
 from treeflash.hub.models import choose_drafter, resolve_drafter
 from treeflash.registry import loader, refuse_drafter

@@ -24,11 +24,10 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.config import DrafterShape
+from treeflash.drafters.folder import ModelFolder, open_folder
+from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
 from treeflash.drafters.row_heads import (
-    find_row_format,
-    load_row_tensors,
     refuse_assistant,
     refuse_window,
 )
@@ -243,11 +242,12 @@ def load_packed_drafter(
     folder: Path, target: Target, config: LoadConfig
 ) -> tuple[Model, Head | None]:
     """A drafter, packed for the device; the target keeps the outputs that it reads from now on."""
-    if (rows := load_row_head(folder, target)) is not None:
+    opened = open_folder(folder)
+    if (rows := load_row_head(opened, target)) is not None:
         refuse_window(config)
         target.capture(rows.config.target_layer_ids)
         return rows, RowHead(rows, target)
-    drafter_model, head = load_drafter(folder, target)
+    drafter_model, head = load_drafter(opened, target)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
     if head is not None:
@@ -394,19 +394,19 @@ def load_target_operations(target: Target) -> Operations | None:
     return operations
 
 
-def check_drafter(config: DrafterConfig) -> None:
+def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
     refuse_assistant(config, "cuda")
 
 
-def load_row_head(folder: Path, target: Target) -> RowModel | None:
+def load_row_head(folder: ModelFolder, target: Target) -> RowModel | None:
     """Read the row head of a folder; None if it has none. See `load_row_tensors`."""
-    if (row_format := find_row_format(folder)) is None:
+    if (head_format := find_head_format(folder)) is None:
         return None
     vocab_size, hidden_size = target.embeddings.shape
     tensors = load_row_tensors(
         folder,
-        row_format,
+        head_format,
         read_tensors,
         torch.stack,
         hidden_size=hidden_size,
@@ -424,7 +424,9 @@ def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def load_drafter(folder: Path, target: Target) -> tuple[DrafterModel, TableHead | None]:
+def load_drafter(
+    folder: Path | ModelFolder, target: Target
+) -> tuple[DrafterModel, TableHead | None]:
     """Read a drafter and check that it belongs to the target."""
     (vocab_size, hidden_size), layers = target.embeddings.shape, len(target.layers)
     tensors = load_tensors(

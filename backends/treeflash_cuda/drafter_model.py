@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash_cuda.target import Target
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,7 +24,7 @@ class Rotary(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterShape) -> None:
         super().__init__()
         self.scale = config.rope_scale
         inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device="cpu")
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -240,7 +240,7 @@ class DrafterModel(nn.Module):
 
 def load_weights(
     make: Callable[[Any, OwnVocabulary], M],  # the class of the model
-    config: DrafterConfig,
+    config: DrafterShape,
     weights: Mapping[str, Tensor],
     vocabulary: Mapping[str, Tensor],  # see `OwnVocabulary.from_tensors`
     target: Target,

@@ -18,12 +18,11 @@ from treeflash.decoding.interfaces import DeviceReport, Prefill, TableOptions
 from treeflash.decoding.probe import ATTEMPTS, LIMITS, relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.folder import ModelFolder, open_folder
+from treeflash.drafters.format import Format
+from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
 from treeflash.drafters.row_heads import (
     RowConfig,
-    RowFormat,
-    find_row_format,
-    load_row_tensors,
     refuse_window,
 )
 from treeflash.errors import ConfigError
@@ -259,13 +258,14 @@ def batch_difference(backend: MlxBackend, rng: np.random.Generator) -> float:
 def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model, Head | None]:
     """Read a drafter, check that it fits the target, and quantise it to `bits` if given."""
     target.check_drafting()
-    if (row_format := find_row_format(folder)) is not None:
-        rows = load_row_head(folder, row_format, target, bits)
+    opened = open_folder(folder)
+    if (head_format := find_head_format(opened)) is not None:
+        rows = load_row_head(opened, head_format, target, bits)
         if isinstance(rows, AssistantModel):
             return rows, AssistantHead(rows, target)
         return rows, RowHead(rows, target)
     tensors = load_tensors(
-        folder,
+        opened,
         read_file,
         hidden_size=target.embed(mx.array([0])).shape[-1],
         vocab_size=target.vocab_size,
@@ -287,7 +287,7 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
 
 
 def load_row_head(
-    folder: Path, row_format: RowFormat, target: Target, bits: int | None
+    folder: ModelFolder, head_format: Format, target: Target, bits: int | None
 ) -> RowModel | AssistantModel:
     """Read the row head of a folder; see `load_row_tensors`."""
 
@@ -297,7 +297,7 @@ def load_row_head(
 
     tensors = load_row_tensors(
         folder,
-        row_format,
+        head_format,
         read,
         mx.stack,
         hidden_size=target.embed(mx.array([0])).shape[-1],

@@ -11,7 +11,7 @@ import numpy as np
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash_mlx.target import Target
 
 Attend: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -21,7 +21,7 @@ Convolve: TypeAlias = Callable[[mx.array], mx.array]
 class Rope(nn.Module):
     """Rotates the first channels of heads, each row by its own position."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterShape) -> None:
         super().__init__()
         # Not parameters: they stay float32 if the model is cast to half precision.
         self._wavelengths = 1 / mx.array(config.inv_freq, mx.float32)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterShape) -> None:
         super().__init__()
         h, i = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(h, i, bias=False)

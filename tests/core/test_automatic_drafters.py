@@ -26,7 +26,7 @@ UNSUPPORTED = {
     # The targets have 4 layers, so that layer 4 is an MTP head in the layout of DeepSeek-V3, which
     # GLM-4.7-Flash (`glm4_moe_lite`) and others use too.
     "DeepSeek-V3": ("model.layers.4.eh_proj.weight", "the MTP head of llama models"),
-    "MiMo": ("model.mtp_layers.0.input_proj.weight", "in the layout of MiMo, "),
+    "MiMo": ("model.mtp_layers.0.input_proj.weight", "in the layout of MiMo are"),
     "MiMo-V2": ("model.mtp.layers.0.eh_proj.weight", "in the layout of MiMo-V2"),
     "Nemotron-H": ("mtp.layers.0.eh_proj.weight", "in the layout of Nemotron-H"),
     "DeepSeek-V4": ("mtp.0.attn.weight", "in the layout of DeepSeek-V4"),

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from treeflash.drafters import row_heads
 from treeflash.drafters.folder import read_config
+from treeflash.drafters.format import Format
 from treeflash.testing.models import edit_config, normal, save, write_target
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def write_row_pair(
 
 def _tensors(
     rng: np.random.Generator,
-    format: row_heads.RowFormat,
+    format: Format,
     config: dict[str, Any],
     shape: dict[str, Any],
 ) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _tensors(
     return tensors
 
 
-def _stored_name(name: str, format: row_heads.RowFormat) -> str:
+def _stored_name(name: str, format: Format) -> str:
     if format is row_heads.QWEN_MTP:
         renamed = {
             "input_proj": "fc",

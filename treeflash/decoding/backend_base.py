@@ -29,7 +29,7 @@ from treeflash.decoding.probe import check_exact, check_trees
 from treeflash.decoding.sampling import SampledTokens, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterShape
 from treeflash.errors import UnsupportedModelError
 
 R = TypeVar("R")
@@ -377,7 +377,7 @@ class BaseBackend:
         )
         self.vocab_size: int = target.vocab_size
         self.max_positions: int = target.max_positions
-        self.drafter_config: DrafterConfig | None = drafter_model.config if drafter_model else None
+        self.drafter_config: DrafterShape | None = drafter_model.config if drafter_model else None
         self._trees: bool | UnsupportedModelError = False  # whether they were checked, or the error
 
     def check_exact(self) -> None:

@@ -22,7 +22,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.config import DrafterShape
 
 StateArrays: TypeAlias = dict[str, NDArray[Any]]
 """A part of a state by name, bit for bit; uint16 has the bits of bfloat16, which NumPy lacks."""
@@ -262,7 +262,7 @@ class Backend(Protocol):
     bitwise equal for every tree, batch, prompt chunk, fork and prefix-cache hit."""
     stores_states: bool
     """Whether states have `export` and `append`, so that they can be kept on a disk."""
-    drafter_config: DrafterConfig | None
+    drafter_config: DrafterShape | None
     """None when no drafter was loaded: then only plain decoding works."""
 
     @property

@@ -27,8 +27,8 @@ class Correlation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrafterConfig:
-    """The shape of a drafter, from its checkpoint."""
+class DrafterShape:
+    """What every drafter has: the shape of its layers, what they read, and its output."""
 
     hidden_size: int
     intermediate_size: int
@@ -38,8 +38,6 @@ class DrafterConfig:
     head_dim: int
     rms_norm_eps: float
     attention_bias: bool
-    block_size: int  # S, the slots of a block: the root and S - 1 masks
-    mask_token_id: int  # the token in the slots after the root
     # target layers whose outputs are the context features, in order; -1 is the output of the
     # embeddings
     target_layer_ids: tuple[int, ...]
@@ -52,16 +50,50 @@ class DrafterConfig:
     # per layer, the width of its window in positions, or None
     sliding_windows: tuple[int | None, ...]
     causal: tuple[bool, ...]  # per layer, whether a slot attends only to itself and earlier slots
-    # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
-    # the halves of a head; `load_tensors` reorders them
-    interleaved_rope: bool = False
     # whether the attention's output is multiplied by a sigmoid gate, which the stored `q_proj` has
     # behind the queries of each head
     gated: bool = False
     norm_offset: float = 0.0  # added to the stored weights of the norms
-    # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`; None for a drafter
-    # of marginals
+    # name of the conditional head, a key of `treeflash.drafters.formats.HEADS`, or of the kind of
+    # head that drafts depth by depth; None for a drafter of marginals
     head: str | None = None
+    output_multiplier: float = 1.0  # factor on the drafter's logits
+    # bound of the drafter's logits after the factor, by a hyperbolic tangent
+    softcap: float | None = None
+    own_vocabulary: bool = False  # whether the folder may hold embeddings and an output head
+    # number of tokens that the drafter can propose; None is all of them
+    draft_vocab_size: int | None = None
+
+    @property
+    def depths(self) -> int:
+        """D, the depths that a draft has at most."""
+        raise NotImplementedError
+
+    @property
+    def has_marginals(self) -> bool:
+        """Whether all depths come from one pass, with distributions that ignore the drafts."""
+        raise NotImplementedError
+
+    @property
+    def scratch_rows(self) -> int:
+        """Columns of the KV cache that a draft writes after the committed positions."""
+        raise NotImplementedError
+
+    @property
+    def column_size(self) -> int:
+        """Numbers that the KV cache keeps for each position."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig(DrafterShape):
+    """The shape of a block drafter, from its checkpoint."""
+
+    block_size: int  # S, the slots of a block: the root and S - 1 masks
+    mask_token_id: int  # the token in the slots after the root
+    # whether rotary pairs are neighbouring channels (2i, 2i + 1) in the stored tensors, instead of
+    # the halves of a head; `load_tensors` reorders them
+    interleaved_rope: bool = False
     input_scale: float = 1.0  # factor on the embeddings at the drafter's input
     # the first slot that predicts a token. 1: slot k predicts token k after the root (DFlash); 0:
     # slot k predicts token k + 1 (DSpark)
@@ -72,12 +104,6 @@ class DrafterConfig:
     # taps of the convolutions along a block (DFlash2); 0 without convolutions
     conv_kernel_size: int = 0
     conv_group_size: int = 1  # channels that share a coefficient of these convolutions
-    output_multiplier: float = 1.0  # factor on the drafter's logits
-    # bound of the drafter's logits after the factor, by a hyperbolic tangent
-    softcap: float | None = None
-    own_vocabulary: bool = False  # whether the folder may hold embeddings and an output head
-    # number of tokens that the drafter can propose; None is all of them
-    draft_vocab_size: int | None = None
     head_rank: int = 0  # inner width of the heads of DFlash2, DSpark, Domino, X-PRESS and LiLiCorr
     # width of the state of the heads `rnn`, `domino` and `xpress`, which depend on all tokens of a
     # path; 0 for other heads
@@ -93,23 +119,15 @@ class DrafterConfig:
 
     @property
     def depths(self) -> int:
-        """D, the depths that a block predicts."""
         return self.block_size - self.first_slot
 
     @property
     def has_marginals(self) -> bool:
-        """Whether all depths come from one pass, with distributions that ignore the drafts."""
         return True
 
     @property
     def scratch_rows(self) -> int:
-        """Columns of the KV cache that a draft writes after the committed positions."""
         return self.block_size
-
-    @property
-    def column_size(self) -> int:
-        """Numbers that the KV cache keeps for each position."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
 
 def window_gap(start: int, window: int | None) -> tuple[int, int]:

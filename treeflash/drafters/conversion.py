@@ -22,9 +22,10 @@ from treeflash.drafters.folder import (
     weight_files,
     write_stored,
 )
-from treeflash.drafters.formats import HEADS
+from treeflash.drafters.format import Format
+from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
-from treeflash.drafters.loading import TRAINING_TENSORS, check_shapes
+from treeflash.drafters.loading import check_shapes
 from treeflash.errors import ConfigError
 
 Config = dict[str, Any]
@@ -35,7 +36,7 @@ Tensors = dict[str, dict[str, Any]]
 class Conversion(NamedTuple):
     """The formats and conditional heads that can be converted to a format."""
 
-    sources: tuple[formats.Format, ...]
+    sources: tuple[Format, ...]
     heads: tuple[str, ...] = ()
 
 

@@ -72,6 +72,28 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """A model's folder, whose configuration and headers were read once."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]  # by stored name
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors, sorted."""
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+
+def open_folder(folder: Path) -> ModelFolder:
+    """Read the configuration and the headers of a folder, but no tensor.
+
+    Raises a CheckpointError if it has none, or they are damaged.
+    """
+    return ModelFolder(folder, read_config(folder), stored_tensors(folder))
+
+
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a folder's tensors, by stored name; a CheckpointError if it is damaged."""
     tensors = stored_tensors(folder)

@@ -17,10 +17,11 @@ of speculators are at the top level, and the layers' settings in `transformer_la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from treeflash.drafters import backbone
 from treeflash.drafters.config import (
@@ -30,13 +31,11 @@ from treeflash.drafters.config import (
     rope_parameters,
 )
 from treeflash.drafters.folder import read_config
+from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.heads import domino, lilicorr, markov, selector, treeflash, xpress
-from treeflash.drafters.heads.head_format import HeadFormat, Shapes
+from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 from treeflash.errors import CheckpointError
-
-Config: TypeAlias = Mapping[str, Any]
-
 
 HEADS: dict[str, HeadFormat] = {
     **treeflash.HEADS,
@@ -79,26 +78,28 @@ OTHER_FORMATS: dict[str, tuple[Any, ...]] = {
 """Keys that make a drafter another one than DFlash, with the values that mean nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A published format; `keys` are a drafter's own settings that `parse` reads."""
-
-    name: str
-    parse: Callable[[Config], DrafterConfig]
-    keys: frozenset[str]
+TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})
+"""Tensors that only training needs, in folders of speculators."""
 
 
 def drafter_config(folder: Path) -> DrafterConfig:
-    """Read the drafter of a folder; a CheckpointError if it is invalid or not supported."""
-    path = folder / "config.json"
+    """Read the block drafter of a folder; a CheckpointError if it is invalid or not supported."""
     config = read_config(folder)
+    with explained(folder, lambda: detect_format(config)):
+        return parse_drafter_config(config)
+
+
+@contextmanager
+def explained(folder: Path, find: Callable[[], Format]) -> Iterator[None]:
+    """Make errors of a configuration errors for users; `find` finds the folder's format."""
+    path = folder / "config.json"
     if (folder / "mask_embedding.pt").exists():
         raise CheckpointError(f"{folder} has a mask_embedding.pt, which is not supported")
     try:
-        return parse_drafter_config(config)
+        yield
     except KeyError as error:
         # A configuration of no other format passes for one of DFlash.
-        name = detect_format(config).name
+        name = find().name
         hint = f"{name} drafters need it; set it to the value used in training"
         if name in (DFLASH.name, TREEFLASH.name):
             hint = "is it a DFlash or TreeFlash drafter?"
@@ -108,19 +109,20 @@ def drafter_config(folder: Path) -> DrafterConfig:
 
 
 def parse_drafter_config(config: Config) -> DrafterConfig:
-    """Parse the configuration of a drafter in any format; raises what its `Format.parse` does."""
-    published = detect_format(config)
-    if published is not SPECULATORS:  # it has no such sections
-        for name, section in _sections(config).items():
-            _refuse_unread(config, f"{name}.", section, published.keys)
-    return published.parse(config)
+    """Parse the configuration of a block drafter; raises what its `Format.parse` does."""
+    parsed = detect_format(config).parse(config, (), 0)  # which do not matter to a block drafter
+    assert isinstance(parsed, DrafterConfig)
+    return parsed
 
 
 def detect_format(config: Config) -> Format:
-    """Tell the format of a configuration; a ValueError if the format is not supported."""
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if "speculators_model_type" in config:
-        return SPECULATORS
+    """Tell the format of a block drafter; a ValueError if the format is not supported."""
+    return next(format_ for format_ in BLOCK_FORMATS if format_.detect(config, ()))
+
+
+def _refuse_layouts(config: Config) -> None:
+    """Raise a ValueError for a layout that is known and not supported."""
+    architecture = _architecture(config)
     if architecture in REFUSED:
         raise ValueError(f"the layout {architecture} ({REFUSED[architecture]}) is not supported")
     if any(key.startswith("dspark_") for key in config):
@@ -128,18 +130,17 @@ def detect_format(config: Config) -> Format:
     projector = find_setting(config, "projector_type")
     if projector not in (None, "dflash", "dspark", "domino", "lilicorr"):
         raise ValueError(f"projector_type = {projector!r} is not supported")
-    if projector == "domino" or architecture == "DominoDraftModel":
-        return DOMINO
-    if projector == "lilicorr" or architecture == "LiLiCorrDraftModel":
-        return LILICORR
-    if projector == "dspark" or architecture == "DSparkDraftModel":
-        return SPECFORGE
-    if architecture in ("Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"):
-        return DEEPSPEC
-    dflash2 = architecture in ("DFlash2DraftModel", "Qwen3DFlash2Model")
-    if dflash2 or find_setting(config, "selector_top_k"):
-        return DFLASH2
-    return DFLASH if find_setting(config, "ar_approximation") is None else TREEFLASH
+
+
+def _architecture(config: Config) -> Any:
+    return next(iter(config.get("architectures") or ()), None)
+
+
+def _is_published_as(config: Config, projector: str | None, *architectures: str) -> bool:
+    """Whether a configuration has a `projector_type`, or its first architecture is among some."""
+    found = find_setting(config, "projector_type")
+    named = projector is not None and found == projector
+    return named or _architecture(config) in architectures
 
 
 def find_setting(config: Config, *names: str, default: Any = None) -> Any:
@@ -525,38 +526,121 @@ SPECULATORS_KEYS = frozenset(
 MARKOV_KEYS = frozenset(
     {*HEADS["vanilla"].settings, "confidence_head_alpha", "confidence_temperatures"}
 )
-DFLASH = Format(name="DFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
-TREEFLASH = Format(name="TreeFlash", parse=_parse_dflash, keys=DFLASH_KEYS)
-DFLASH2 = Format(name="DFlash2", parse=_parse_dflash2, keys=DFLASH_KEYS | SELECTOR_DEFAULTS.keys())
-DEEPSPEC = Format(
-    name="DeepSpec",
-    parse=_parse_deepspec,
-    keys=DFLASH_KEYS
+
+
+def _block(
+    name: str,
+    parse: Callable[[Config], DrafterConfig],
+    keys: Iterable[str],
+    detect: Callable[[Config], bool],
+) -> Format:
+    """Make the entry of a block drafter's format.
+
+    In its own sections a setting that nothing reads is refused.
+    """
+    known = frozenset(keys)
+
+    def parse_known(config: Config, stored: Collection[str], layers: int) -> DrafterConfig:
+        if "speculators_model_type" not in config:  # it has no such sections
+            for section_name, section in _sections(config).items():
+                _refuse_unread(config, f"{section_name}.", section, known)
+        return parse(config)
+
+    def is_detected(config: Config, stored: Collection[str]) -> bool:
+        if "speculators_model_type" not in config:
+            _refuse_layouts(config)
+        return detect(config)
+
+    return Format(
+        name=name,
+        kind="block",
+        detect=is_detected,
+        parse=parse_known,
+        names=_names,
+        shapes=block_shapes,
+        keys=known,
+    )
+
+
+def _names(config: Config, stored: Collection[str]) -> Names:
+    names = {name: canonical_name(name) for name in stored}
+    return {stored: name for stored, name in names.items() if name not in TRAINING_TENSORS}
+
+
+def block_shapes(
+    config: DrafterConfig, vocab_size: int | None, stored: Shapes
+) -> tuple[Shapes, Shapes]:
+    """The shapes of the tensors that a folder must have, and of those that it may leave out.
+
+    `vocab_size` is the target's, if the configuration does not give it.
+    """
+    required = drafter_shapes(config, head_inner_size(stored), vocab_size=vocab_size)
+    return required, optional_shapes(config, vocab_size)
+
+
+DFLASH = _block("DFlash", _parse_dflash, DFLASH_KEYS, lambda config: True)
+TREEFLASH = _block(
+    "TreeFlash",
+    _parse_dflash,
+    DFLASH_KEYS,
+    lambda config: find_setting(config, "ar_approximation") is not None,
+)
+DFLASH2 = _block(
+    "DFlash2",
+    _parse_dflash2,
+    DFLASH_KEYS | SELECTOR_DEFAULTS.keys(),
+    lambda config: (
+        _is_published_as(config, None, "DFlash2DraftModel", "Qwen3DFlash2Model")
+        or bool(find_setting(config, "selector_top_k"))
+    ),
+)
+DEEPSPEC = _block(
+    "DeepSpec",
+    _parse_deepspec,
+    DFLASH_KEYS
     | MARKOV_KEYS
     | {"draft_vocab_size", "enable_qwen35_gated_q_proj", "sample_from_anchor"},
+    lambda config: _is_published_as(
+        config, None, "Qwen3DSparkModel", "Lfm2DSparkDraftModel", "Qwen35DSparkModel"
+    ),
 )
-SPECFORGE = Format(
-    name="SpecForge DSpark",
-    parse=_parse_specforge,
-    keys=DFLASH_KEYS | MARKOV_KEYS | {"shift_label"},
+SPECFORGE = _block(
+    "SpecForge DSpark",
+    _parse_specforge,
+    DFLASH_KEYS | MARKOV_KEYS | {"shift_label"},
+    lambda config: _is_published_as(config, "dspark", "DSparkDraftModel"),
 )
-DOMINO = Format(
-    name="SpecForge Domino",
-    parse=_parse_domino,
-    keys=DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
+DOMINO = _block(
+    "SpecForge Domino",
+    _parse_domino,
+    DFLASH_KEYS | {*HEADS["domino"].settings, "pure_draft_prefix_len", "shift_label"},
+    lambda config: _is_published_as(config, "domino", "DominoDraftModel"),
 )
-LILICORR = Format(
-    name="LiLiCorr",
-    parse=_parse_lilicorr,
-    keys=DFLASH_KEYS
+LILICORR = _block(
+    "LiLiCorr",
+    _parse_lilicorr,
+    DFLASH_KEYS
     | HEADS["lilicorr"].settings.keys()
     | {"lilicorr_enabled", "conv_kernel_size", "conv_group_size"},
+    lambda config: _is_published_as(config, "lilicorr", "LiLiCorrDraftModel"),
 )
-SPECULATORS = Format(
-    name="speculators",
-    parse=_parse_speculators,
-    keys=MARKOV_KEYS
+SPECULATORS = _block(
+    "speculators",
+    _parse_speculators,
+    MARKOV_KEYS
     | SELECTOR_DEFAULTS.keys()
     | SPECULATORS_KEYS
     | {*HEADS["xpress"].settings, "num_jacobi_passes"},
+    lambda config: "speculators_model_type" in config,
 )
+BLOCK_FORMATS = (
+    SPECULATORS,
+    DOMINO,
+    LILICORR,
+    SPECFORGE,
+    DEEPSPEC,
+    DFLASH2,
+    TREEFLASH,
+    DFLASH,
+)
+"""In the order in which a configuration is tried; a configuration of no other passes for DFlash."""

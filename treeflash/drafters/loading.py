@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from treeflash.drafters import formats
-from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.folder import stored_shapes, weight_files
-from treeflash.drafters.formats import HEADS
-from treeflash.drafters.heads.head_format import Shapes
+from treeflash.drafters import formats, row_heads
+from treeflash.drafters.config import DrafterConfig, DrafterShape
+from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder
+from treeflash.drafters.format import Config, Format, Names, Shapes
+from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
+from treeflash.drafters.row_heads import RowConfig
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 """Tensors of a drafter's own embeddings, output head, and vocabulary."""
-TRAINING_TENSORS = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight"})
-"""Tensors that only training needs, in folders of speculators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,24 @@ class DrafterTensors(Generic[Tensor]):
     head: dict[str, Tensor]
     head_size: int  # I, the inner width of a TreeFlash head; 0 for other heads
     vocabulary: dict[str, Tensor]  # the tensors of `VOCABULARY` that the folder has
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTensors(Generic[Tensor]):
+    """The tensors of a head that drafts depth by depth, by canonical name, and its vocabulary."""
+
+    config: RowConfig
+    weights: dict[str, Tensor]
+    vocabulary: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A drafter's configuration and tensors, which fit its target; no tensor is read yet."""
+
+    config: Any  # a DrafterConfig or a RowConfig, by the kind of the format
+    names: Names  # canonical names of the drafter's tensors, by stored name
+    shapes: Shapes  # of these tensors, by canonical name
 
 
 def refuse_extensions(
@@ -59,52 +76,109 @@ def refuse_extensions(
             raise UnsupportedModelError(f"{user} does not support a drafter with {name}")
 
 
-def check_block_drafter(
-    folder: Path, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
-) -> tuple[DrafterConfig, Shapes]:
-    """Check from its headers alone that a drafter belongs to a target of this shape.
+def find_format(folder: ModelFolder) -> Format:
+    """Tell the format of a drafter.
 
-    Returns its configuration and the shapes of its tensors by canonical name. Raises a
-    CheckpointError if the folder is damaged, incomplete, or not made for this target.
+    Raises a CheckpointError or an UnsupportedModelError if its layout is not supported.
     """
-    config = formats.drafter_config(folder)
+    return find_head_format(folder) or _block_format(folder)
+
+
+def find_head_format(folder: ModelFolder) -> Format | None:
+    """Tell the format of the MTP or EAGLE head in a folder; None if the folder holds none.
+
+    Raises an UnsupportedModelError if the head is of a family that is not supported.
+    """
+    return row_heads.detect(folder.config, folder.tensors)
+
+
+def _block_format(folder: ModelFolder) -> Format:
+    with formats.explained(folder.path, lambda: formats.DFLASH):
+        return formats.detect_format(folder.config)
+
+
+def read_layout(
+    folder: ModelFolder,
+    format: Format,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+) -> Layout:
+    """Check from headers alone that a drafter belongs to a target of this shape.
+
+    Raises a CheckpointError if a setting or a tensor is missing, or does not fit or is not
+    supported.
+    """
+    stored = folder.tensors
+    with formats.explained(folder.path, lambda: format):
+        config = format.parse(folder.config, stored, num_hidden_layers)
     check_pair(
         config, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
     )
-    shapes = {formats.canonical_name(name): shape for name, shape in stored_shapes(folder).items()}
-    check_shapes(folder, config, shapes, vocab_size)
-    return config, shapes
+    names = format.names(folder.config, stored)
+    for name in names:
+        check_dtype(stored[name].path, name, stored[name].dtype)
+    shapes = row_heads.split_fused({names[x]: stored[x].shape for x in names})
+    required, optional = format.shapes(config, vocab_size, shapes)
+    owner = "its configuration" if format.kind == "block" else "a row head"
+    compare_shapes(folder.path, required | optional, shapes, optional.keys(), owner)
+    return Layout(config=config, names=names, shapes=shapes)
+
+
+def check_drafter(folder: Path, target: Config) -> DrafterShape | None:
+    """Check from headers alone that the drafter of a folder fits a target's configuration.
+
+    Returns the drafter's configuration; None if the target's does not name its sizes as most do.
+    Raises a CheckpointError or an UnsupportedModelError as loading the drafter would.
+    """
+    opened = open_folder(folder)
+    format = find_format(opened)
+    settings = row_heads.text_config(target)
+    keys = ("hidden_size", "vocab_size", "num_hidden_layers")
+    shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
+    if len(shape) < len(keys):
+        return None
+    config: DrafterShape = read_layout(opened, format, **shape).config
+    return config
 
 
 def load_tensors(
-    folder: Path,
+    folder: Path | ModelFolder,
     read: Callable[[Path], Mapping[str, Tensor]],
     *,
     hidden_size: int,
     vocab_size: int,
     num_hidden_layers: int,
 ) -> DrafterTensors[Tensor]:
-    """Read a drafter and check that it belongs to a target of this shape.
+    """Read a block drafter and check that it belongs to a target of this shape.
 
     `read` reads a safetensors file into the tensors of a framework, by stored name. The gates of
     queries become tensors of their own, `gate_proj`. Raises a CheckpointError if the folder is
     damaged, incomplete, or not made for this target.
     """
-    config, shapes = check_block_drafter(
-        folder, hidden_size=hidden_size, vocab_size=vocab_size, num_hidden_layers=num_hidden_layers
+    opened = open_folder(folder) if isinstance(folder, Path) else folder
+    layout = read_layout(
+        opened,
+        _block_format(opened),
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
     )
-    head_size = formats.head_inner_size(shapes)
+    config, head_size = layout.config, formats.head_inner_size(layout.shapes)
     head_names = formats.head_shapes(config, head_size, vocab_size).keys()
     prefix = HEADS[config.head].prefix if config.head else ""
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "vocabulary": {}}
-    for path in weight_files(folder):
+    for path in opened.files:
         for stored, tensor in read(path).items():
-            name = formats.canonical_name(stored)
+            name = layout.names.get(stored)
+            if name is None:  # only training needs it
+                continue
             if name in head_names:
                 parts["head"][name.removeprefix(prefix)] = tensor
             elif name in VOCABULARY:
                 parts["vocabulary"][name] = tensor
-            elif name not in TRAINING_TENSORS:
+            else:
                 if config.gated and ".self_attn.q_proj." in name:
                     tensor, gate = _split_gate(tensor, config.head_dim)
                     parts["backbone"][name.replace("q_proj", "gate_proj")] = gate
@@ -112,6 +186,40 @@ def load_tensors(
                     tensor = _join_halves(tensor, config)
                 parts["backbone"][name] = tensor
     return DrafterTensors(config=config, head_size=head_size, **parts)
+
+
+def load_row_tensors(
+    folder: Path | ModelFolder,
+    format: Format,
+    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
+    stack: Callable[[list[Tensor]], Tensor],
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+) -> RowTensors[Tensor]:
+    """Read a head that drafts depth by depth, and check that it belongs to a target of this shape.
+
+    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
+    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
+    raised if a setting or a tensor is missing, or does not fit or is not supported.
+    """
+    opened = open_folder(folder) if isinstance(folder, Path) else folder
+    layout = read_layout(
+        opened,
+        format,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
+    )
+    tensors: dict[str, Tensor] = {}
+    for path in opened.files:
+        wanted = [name for name in layout.names if opened.tensors[name].path == path]
+        if wanted:
+            tensors |= {layout.names[x]: tensor for x, tensor in read(path, wanted).items()}
+    vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
+    weights = row_heads.stack_experts(tensors, layout.config, stack)
+    return RowTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
 def _split_gate(tensor: Any, head_dim: int) -> tuple[Any, Any]:
@@ -140,26 +248,27 @@ def _join_halves(tensor: Any, config: DrafterConfig) -> Any:
 
 
 def check_pair(
-    config: DrafterConfig, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
+    config: DrafterShape, *, hidden_size: int, vocab_size: int, num_hidden_layers: int
 ) -> None:
     """Raise a CheckpointError if a drafter cannot belong to a target of this shape."""
-    problem = None
+    problem, mask, layer_ids = None, 0, config.target_layer_ids
+    if isinstance(config, DrafterConfig):
+        mask = config.mask_token_id
+    elif isinstance(config, RowConfig) and config.final_state:
+        layer_ids = ()  # it reads the states after all layers
     if config.hidden_size != hidden_size:
         problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"
     elif config.vocab_size is not None and config.vocab_size != vocab_size:
         problem = f"its vocabulary has {config.vocab_size} tokens, the target's has {vocab_size}"
-    elif not 0 <= config.mask_token_id < vocab_size:
-        problem = f"its mask token {config.mask_token_id} is outside the vocabulary of {vocab_size}"
+    elif not 0 <= mask < vocab_size:
+        problem = f"its mask token {mask} is outside the vocabulary of {vocab_size}"
     elif config.num_target_layers not in (None, num_hidden_layers):
         problem = (
             f"it was trained for a target of {config.num_target_layers} layers, "
             f"this one has {num_hidden_layers}"
         )
-    elif not all(-1 <= i < num_hidden_layers for i in config.target_layer_ids):
-        problem = (
-            f"it reads target layers {list(config.target_layer_ids)}, "
-            f"the target has {num_hidden_layers}"
-        )
+    elif not all(-1 <= i < num_hidden_layers for i in layer_ids):
+        problem = f"it reads target layers {list(layer_ids)}, the target has {num_hidden_layers}"
     if problem:
         raise CheckpointError(f"drafter and target do not fit: {problem}")
 
@@ -174,10 +283,7 @@ def check_shapes(
 
     `vocab_size` is the target's, if the configuration does not give it.
     """
-    required = formats.drafter_shapes(
-        config, formats.head_inner_size(shapes), vocab_size=vocab_size
-    )
-    optional = formats.optional_shapes(config, vocab_size)
+    required, optional = formats.block_shapes(config, vocab_size, dict(shapes))
     stored = {name: shape for name, shape in shapes.items() if name not in TRAINING_TENSORS}
     compare_shapes(folder, required | optional, stored, optional.keys(), "its configuration")
 

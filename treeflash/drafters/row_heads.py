@@ -21,27 +21,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from treeflash.config import LoadConfig
 from treeflash.drafters import backbone
-from treeflash.drafters.config import DrafterConfig, inverse_frequencies, rope_parameters
-from treeflash.drafters.folder import StoredTensor, check_dtype, read_config, stored_tensors
-from treeflash.drafters.loading import (
-    VOCABULARY,
-    check_block_drafter,
-    check_pair,
-    compare_shapes,
-)
-from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
+from treeflash.drafters.config import DrafterShape, inverse_frequencies, rope_parameters
+from treeflash.drafters.format import Config, Format, Names, Shapes
+from treeflash.errors import ConfigError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
-Config = Mapping[str, Any]
-Names = dict[str, str]
-"""Canonical names of tensors, by stored name."""
 DEPTHS = 8
 """Depths that a row head drafts at most. Each costs a pass, and acceptance falls with depth."""
 MAX_PATHS = 16
@@ -78,8 +68,8 @@ class Assistant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowConfig(DrafterConfig):
-    """The shape of a row head. `block_size` is 1 + its depths; there is no mask token."""
+class RowConfig(DrafterShape):
+    """The shape of a head that drafts depth by depth."""
 
     # the layer's attention reads the normed embedding and state side by side (EAGLE-3), instead of
     # a projection of both (MTP)
@@ -99,6 +89,10 @@ class RowConfig(DrafterConfig):
     assistant: Assistant | None = None
 
     @property
+    def depths(self) -> int:
+        return DEPTHS
+
+    @property
     def has_marginals(self) -> bool:
         return False
 
@@ -110,29 +104,6 @@ class RowConfig(DrafterConfig):
     def column_size(self) -> int:
         # A fork at any length needs the target's state at the position before.
         return super().column_size + self.hidden_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTensors(Generic[Tensor]):
-    """The tensors of a row head by canonical name, and its own vocabulary, as in `loading`."""
-
-    config: RowConfig
-    weights: dict[str, Tensor]
-    vocabulary: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """A published format.
-
-    Attributes:
-        parse: reads a `config.json`; it also gets the stored names and the target's layers.
-        names: the tensors of the head among the stored ones.
-    """
-
-    name: str
-    parse: Callable[[Config, Collection[str], int], RowConfig]
-    names: Callable[[Config, Collection[str]], Names]
 
 
 REFUSED_TENSORS = {
@@ -149,121 +120,47 @@ QWEN_SIDECARS = ("qwen3_5_mtp", "qwen3_5_moe_mtp")
 """Folders with the head alone: names without `mtp.`, and norms that have the 1 in their weights."""
 
 
-def find_row_format(folder: Path) -> RowFormat | None:
-    """The format of the row head in a folder; None if the folder holds none.
+def detect(config: Config, stored: Collection[str]) -> Format | None:
+    """Tell the format of the head in a folder; None if the folder holds none.
 
-    Raises a CheckpointError if the folder is damaged, and an UnsupportedModelError if the head is
-    of a family that is not supported.
+    Raises an UnsupportedModelError if the head is of a family that is not supported.
     """
-    config, names = read_config(folder), set(stored_tensors(folder))
-    architectures = config.get("architectures") or ()
-    if config.get("speculators_model_type") == "eagle3":
-        return SPECULATORS_EAGLE3
-    if any("eagle3" in str(name).lower() for name in architectures):
-        return EAGLE3
-    if config.get("model_type") in QWEN_SIDECARS and "pre_fc_norm_hidden.weight" in names:
-        return QWEN_SIDECAR
-    if config.get("model_type") in ASSISTANT_TYPES:
-        return ASSISTANT
-    kind = str(_text(config).get("model_type"))
-    if {"mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"} <= names:
-        return _supported(kind, QWEN_TYPES, QWEN_MTP)
-    if f"model.layers.{_text(config).get('num_hidden_layers')}.eh_proj.weight" in names:
-        return _supported(kind, ("glm4_moe",), GLM_MTP)
-    for pattern, family in REFUSED_TENSORS.items():
-        if any(re.match(pattern, name) for name in names):
-            raise UnsupportedModelError(
-                f"{folder} has an MTP head in the layout of {family}, which is not supported"
-            )
-    return None
+    found = next((format_ for format_ in ROW_FORMATS if format_.detect(config, stored)), None)
+    if found is None:
+        for pattern, family in REFUSED_TENSORS.items():
+            if any(re.match(pattern, name) for name in stored):
+                raise UnsupportedModelError(
+                    f"MTP heads in the layout of {family} are not supported"
+                )
+    return found
 
 
-def check_row_head(
-    folder: Path,
-    format: RowFormat,
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    num_hidden_layers: int,
-) -> tuple[RowConfig, Names, dict[str, StoredTensor]]:
-    """Check from its headers alone that a row head belongs to a target of this shape.
-
-    Returns its configuration, its tensors' names, and the folder's tensors. Raises a
-    CheckpointError if a setting or a tensor is missing, or does not fit or is not supported.
-    """
-    stored = stored_tensors(folder)
-    settings = read_config(folder)
-    try:
-        config = format.parse(settings, stored, num_hidden_layers)
-    except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
-    check_pair(
-        replace(config, target_layer_ids=()) if config.final_state else config,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=num_hidden_layers,
-    )
-    names = format.names(settings, stored)
-    for name in names:
-        check_dtype(stored[name].path, name, stored[name].dtype)
-    expected = row_shapes(config, vocab_size)
-    optional = {"embed_tokens.weight"}
-    if "d2t" not in expected and "pre_projection.weight" not in expected:
-        optional.add("lm_head.weight")
-    shapes = _split_fused({names[x]: stored[x].shape for x in names})
-    compare_shapes(folder, expected, shapes, optional, "a row head")
-    return config, names, stored
+def _is_eagle(config: Config, stored: Collection[str]) -> bool:
+    return any("eagle3" in str(name).lower() for name in config.get("architectures") or ())
 
 
-def load_row_tensors(
-    folder: Path,
-    format: RowFormat,
-    read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
-    stack: Callable[[list[Tensor]], Tensor],
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    num_hidden_layers: int,
-) -> RowTensors[Tensor]:
-    """Read a row head and check that it belongs to a target of this shape.
-
-    The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
-    file, and `stack` stacks tensors of one shape along a new first axis. A CheckpointError is
-    raised if a setting or a tensor is missing, or does not fit or is not supported.
-    """
-    config, names, stored = check_row_head(
-        folder,
-        format,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        num_hidden_layers=num_hidden_layers,
-    )
-    tensors: dict[str, Tensor] = {}
-    for path in sorted({stored[name].path for name in names}):
-        wanted = [name for name in names if stored[name].path == path]
-        tensors |= {names[name]: tensor for name, tensor in read(path, wanted).items()}
-    vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
-    weights = _stack_experts(tensors, config, stack)
-    return RowTensors(config=config, weights=weights, vocabulary=vocabulary)
+def _is_qwen_sidecar(config: Config, stored: Collection[str]) -> bool:
+    return config.get("model_type") in QWEN_SIDECARS and "pre_fc_norm_hidden.weight" in stored
 
 
-def check_drafter(folder: Path, target: Config) -> DrafterConfig | None:
-    """Check from headers alone that the drafter of a folder fits a target's configuration.
+def _is_qwen(config: Config, stored: Collection[str]) -> bool:
+    found = {"mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight"} <= set(stored)
+    return found and _is_supported(config, QWEN_TYPES)
 
-    Returns the drafter's configuration; None if the target's does not name its sizes as most do.
-    Raises a CheckpointError or an UnsupportedModelError as loading the drafter would.
-    """
-    row_format = find_row_format(folder)
-    settings = _text(target)
-    keys = ("hidden_size", "vocab_size", "num_hidden_layers")
-    shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
-    if len(shape) < len(keys):
-        return None
-    if row_format is None:
-        return check_block_drafter(folder, **shape)[0]
-    return check_row_head(folder, row_format, **shape)[0]
+
+def _is_glm(config: Config, stored: Collection[str]) -> bool:
+    last = f"model.layers.{text_config(config).get('num_hidden_layers')}.eh_proj.weight"
+    return last in stored and _is_supported(config, ("glm4_moe",))
+
+
+def _is_supported(config: Config, known: Collection[str]) -> bool:
+    """True; raises an UnsupportedModelError for a head of a family that is not among some."""
+    kind = str(text_config(config).get("model_type"))
+    if kind not in known:
+        raise UnsupportedModelError(
+            f"the MTP head of {kind} models is not supported; supported are {', '.join(known)}"
+        )
+    return True
 
 
 def refuse_window(config: LoadConfig) -> None:
@@ -272,7 +169,7 @@ def refuse_window(config: LoadConfig) -> None:
         raise ConfigError("draft_window is not supported with MTP and EAGLE-3 heads; remove it")
 
 
-def refuse_assistant(config: DrafterConfig, backend: str) -> None:
+def refuse_assistant(config: DrafterShape, backend: str) -> None:
     """Raise an UnsupportedModelError for Gemma 4's assistant, whose target a backend lacks."""
     if isinstance(config, RowConfig) and config.assistant is not None:
         raise UnsupportedModelError(
@@ -364,19 +261,23 @@ def _mlp_shapes(prefix: str, h: int, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
 
 
-def _supported(kind: str, known: Collection[str], format: RowFormat) -> RowFormat:
-    if kind not in known:
-        raise UnsupportedModelError(
-            f"the MTP head of {kind} models is not supported; supported are {', '.join(known)}"
-        )
-    return format
+def _required_and_optional(
+    config: RowConfig, vocab_size: int, stored: Shapes
+) -> tuple[Shapes, Shapes]:
+    """The shapes of the tensors that a folder must have, and of those that it may leave out."""
+    shapes = row_shapes(config, vocab_size)
+    names = {"embed_tokens.weight"}
+    if "d2t" not in shapes and "pre_projection.weight" not in shapes:
+        names.add("lm_head.weight")
+    optional = {name: shape for name, shape in shapes.items() if name in names}
+    return {x: shape for x, shape in shapes.items() if x not in names}, optional
 
 
 FUSED = "layer.mlp.experts.gate_up_proj"
 FUSED_DOWN = "layer.mlp.experts.down_proj"
 
 
-def _split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shapes of experts that are stored together, as if each was a tensor of its own."""
     split = dict(shapes)
     if FUSED in split and FUSED_DOWN in split:
@@ -387,7 +288,7 @@ def _split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
     return split
 
 
-def _stack_experts(
+def stack_experts(
     tensors: dict[str, Any], config: RowConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
     """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
@@ -406,7 +307,7 @@ def _stack_experts(
     return tensors
 
 
-def _text(config: Config) -> Config:
+def text_config(config: Config) -> Config:
     """The settings of the language model in a `config.json`."""
     return {**config, **(config.get("text_config") or {})}
 
@@ -427,8 +328,6 @@ def _layer_config(config: Config, **settings: Any) -> RowConfig:
         head_dim=head_dim,
         rms_norm_eps=float(config["rms_norm_eps"]),
         attention_bias=bool(config.get("attention_bias", False)),
-        block_size=DEPTHS + 1,
-        mask_token_id=0,
         vocab_size=int(config["vocab_size"]),
         inv_freq=tuple(inv_freq.tolist()),
         rope_scale=rope_scale,
@@ -447,7 +346,7 @@ def _parse_qwen(
     offset: float = 1.0,
 ) -> RowConfig:
     """The layer always is full attention, whatever the target's last layer is."""
-    text = _text(config)
+    text = text_config(config)
     _refuse_keys(
         text,
         lambda key: key.startswith("mtp_"),
@@ -726,8 +625,6 @@ def _parse_assistant(config: Config, stored: Collection[str], target_layers: int
         head_dim=int(settings["head_dim"]),
         rms_norm_eps=float(settings["rms_norm_eps"]),
         attention_bias=False,
-        block_size=DEPTHS + 1,
-        mask_token_id=0,
         vocab_size=vocab_size,
         target_layer_ids=(target_layers,),
         num_target_layers=None,
@@ -750,13 +647,27 @@ def _assistant_names(config: Config, stored: Collection[str]) -> Names:
     return {**names, embeddings: "lm_head.weight"} if embeddings in names else names
 
 
-QWEN_MTP = RowFormat(name="Qwen MTP", parse=_parse_qwen, names=_qwen_names)
-QWEN_SIDECAR = RowFormat(
+_mtp = partial(Format, kind="depth by depth", shapes=_required_and_optional)
+QWEN_MTP = _mtp(name="Qwen MTP", detect=_is_qwen, parse=_parse_qwen, names=_qwen_names)
+QWEN_SIDECAR = _mtp(
     name="Qwen MTP",
+    detect=_is_qwen_sidecar,
     parse=partial(_parse_qwen, prefix="", offset=0.0),
     names=partial(_qwen_names, prefix=""),
 )
-GLM_MTP = RowFormat(name="GLM MTP", parse=_parse_glm, names=_glm_names)
-EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_eagle, names=_eagle_names)
-SPECULATORS_EAGLE3 = RowFormat(name="EAGLE-3", parse=_parse_speculators, names=_eagle_names)
-ASSISTANT = RowFormat(name="Gemma 4's assistant", parse=_parse_assistant, names=_assistant_names)
+GLM_MTP = _mtp(name="GLM MTP", detect=_is_glm, parse=_parse_glm, names=_glm_names)
+EAGLE3 = _mtp(name="EAGLE-3", detect=_is_eagle, parse=_parse_eagle, names=_eagle_names)
+SPECULATORS_EAGLE3 = _mtp(
+    name="EAGLE-3",
+    detect=lambda config, stored: config.get("speculators_model_type") == "eagle3",
+    parse=_parse_speculators,
+    names=_eagle_names,
+)
+ASSISTANT = _mtp(
+    name="Gemma 4's assistant",
+    detect=lambda config, stored: config.get("model_type") in ASSISTANT_TYPES,
+    parse=_parse_assistant,
+    names=_assistant_names,
+)
+ROW_FORMATS = (SPECULATORS_EAGLE3, EAGLE3, QWEN_SIDECAR, ASSISTANT, QWEN_MTP, GLM_MTP)
+"""In the order in which a folder is tried."""

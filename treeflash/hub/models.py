@@ -42,8 +42,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from treeflash.config import AUTO
 from treeflash.drafters.adapter import CONFIG as ADAPTER_CONFIG
 from treeflash.drafters.adapter import base_model
-from treeflash.drafters.folder import read_config
-from treeflash.drafters.row_heads import check_drafter, find_row_format
+from treeflash.drafters.folder import open_folder
+from treeflash.drafters.loading import check_drafter, find_head_format
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 from treeflash.hub.disk import FULL, disk_problem
 from treeflash.hub.gguf import convert_gguf
@@ -298,7 +298,7 @@ def resolve_drafter(drafter: str | None, target: str | None) -> Path:
         return chosen.folder
     if drafter == SELF:
         folder = resolve_target(target)
-        if find_row_format(folder) is not None:
+        if find_head_format(open_folder(folder)) is not None:
             return folder
         raise CheckpointError(
             f"{target or DEFAULT_TARGET} has no MTP head, which many converted models have lost; "
@@ -359,10 +359,11 @@ def _has_own_head(folder: Path) -> bool:
     Raises an UnsupportedModelError for a head that cannot be used, and a CheckpointError if the
     folder is damaged.
     """
-    if find_row_format(folder) is None:
+    opened = open_folder(folder)
+    if find_head_format(opened) is None:
         return False
     try:
-        check_drafter(folder, read_config(folder))
+        check_drafter(folder, opened.config)
     except CheckpointError as error:
         raise UnsupportedModelError(str(error)) from error
     return True

@@ -10,13 +10,11 @@ import numpy as np
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import ARHead
-from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.folder import read_file
-from treeflash.drafters.loading import load_tensors
+from treeflash.drafters.config import DrafterShape
+from treeflash.drafters.folder import open_folder, read_file
+from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
 from treeflash.drafters.row_heads import (
     RowConfig,
-    find_row_format,
-    load_row_tensors,
     refuse_assistant,
     refuse_window,
 )
@@ -85,7 +83,7 @@ def choose_device(name: str | None) -> None:
         raise BackendError(f"device must be cpu on the reference backend, got {name!r}")
 
 
-def check_drafter(config: DrafterConfig) -> None:
+def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
     refuse_assistant(config, "reference")
     if isinstance(config, RowConfig) and config.experts is not None:
@@ -99,12 +97,13 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
         "vocab_size": target.vocab_size,
         "num_hidden_layers": target.layers,
     }
-    if (row_format := find_row_format(folder)) is not None:
-        rows = load_row_tensors(folder, row_format, read_file, np.stack, **shape)
+    opened = open_folder(folder)
+    if (head_format := find_head_format(opened)) is not None:
+        rows = load_row_tensors(opened, head_format, read_file, np.stack, **shape)
         check_drafter(rows.config)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
         return RowModel(rows.config, weights, {}, rows.vocabulary, target)
-    tensors = load_tensors(folder, read_file, **shape)
+    tensors = load_tensors(opened, read_file, **shape)
     weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
     return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.drafters.config import DrafterConfig
 from treeflash.reference.numerics import Array, Ints, linear, rms_norm
 from treeflash.reference.target import Cache, Target
 
@@ -24,7 +23,7 @@ class DrafterModel:
     far as it has its own; the others are the target's.
     """
 
-    config: DrafterConfig
+    config: Any  # a DrafterConfig; a RowConfig in a RowModel
     tensors: dict[str, Array]
     head_tensors: dict[str, Array]
     vocabulary: Mapping[str, NDArray[Any]]

@@ -19,6 +19,7 @@ from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableO
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_chain, build_tree
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import (
     CheckpointError,
@@ -271,7 +272,9 @@ class DrafterTests:
                 row = backend.head.log_probs(block, before)[len(path) - 2]
                 step = tree.log_probs[node] - tree.log_probs[tree.parents[node]]
                 assert step == pytest.approx(row[path[-1]], abs=TOLERANCE)
-        if backend.drafter_config.head_state_size:  # else a row may be missing
+        config = backend.drafter_config
+        assert isinstance(config, DrafterConfig)
+        if config.head_state_size:  # else a row may be missing
             assert len(chain) == depths + 1
             (narrow,) = backend.head.transitions([block], TableOptions(m=1, k=1))
             assert build_chain(narrow, root, 24).tokens.tolist() == chain.tokens.tolist()
@@ -298,7 +301,7 @@ class DrafterTests:
         plain = generate(models.tested, prompt, DecodeConfig(method="ar", **AUTO))
         assert tokens_of(steps) == plain
         config = models.tested.drafter_config
-        assert config is not None
+        assert isinstance(config, DrafterConfig)
         keys = budgets.by_method[method].expected
         by_level = any(isinstance(key, tuple) and key[0] != "match" for key in keys)
         assert by_level == config.confidence_head

@@ -19,6 +19,7 @@ from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import LogProbs
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
+from treeflash.drafters.config import DrafterConfig
 from treeflash.testing.comparisons import (
     assert_close,
     assert_equal_steps,
@@ -268,8 +269,9 @@ class StopTests:
             assert generate(models.tested, [token], CONFIG) == tokens_of(expected)
 
     def test_prompt_with_the_mask_token(self, models: Pair) -> None:
-        assert models.tested.drafter_config is not None
-        mask = models.tested.drafter_config.mask_token_id
+        config = models.tested.drafter_config
+        assert isinstance(config, DrafterConfig)
+        mask = config.mask_token_id
         prompt = [3, mask, 5, mask, mask]
         expected = list(decode(models.reference, prompt, CONFIG))
         assert_equal_steps(list(decode(models.tested, prompt, CONFIG)), expected)

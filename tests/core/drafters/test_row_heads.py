@@ -12,7 +12,9 @@ import pytest
 
 from treeflash.config import LoadConfig
 from treeflash.drafters import row_heads
-from treeflash.drafters.folder import read_file
+from treeflash.drafters.folder import open_folder, read_file
+from treeflash.drafters.format import Format
+from treeflash.drafters.loading import find_head_format, load_row_tensors
 from treeflash.drafters.row_heads import (
     ASSISTANT,
     EAGLE3,
@@ -23,9 +25,6 @@ from treeflash.drafters.row_heads import (
     Assistant,
     Experts,
     RowConfig,
-    RowFormat,
-    find_row_format,
-    load_row_tensors,
     row_shapes,
 )
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -106,10 +105,10 @@ def tensors(*names: str) -> dict[str, Any]:
     ],
 )
 def test_a_head_is_recognised(
-    tmp_path: Path, config: dict[str, Any], names: tuple[str, ...], found: RowFormat | None
+    tmp_path: Path, config: dict[str, Any], names: tuple[str, ...], found: Format | None
 ) -> None:
     save(tmp_path / "head", config, tensors(*names))
-    assert find_row_format(tmp_path / "head") is found
+    assert find_head_format(open_folder(tmp_path / "head")) is found
 
 
 @pytest.mark.parametrize(
@@ -136,10 +135,10 @@ def test_heads_of_other_families_are_refused_by_name(
     names = (name,) if isinstance(name, str) else name
     save(tmp_path / "head", config, tensors(*names))
     with pytest.raises(UnsupportedModelError, match=re.escape(family)):
-        find_row_format(tmp_path / "head")
+        find_head_format(open_folder(tmp_path / "head"))
 
 
-def parse(format: RowFormat, config: dict[str, Any], *names: str, **changes: Any) -> RowConfig:
+def parse(format: Format, config: dict[str, Any], *names: str, **changes: Any) -> RowConfig:
     return format.parse({**config, **changes}, names, 12)
 
 
@@ -357,7 +356,7 @@ def test_assistants_of_gemma() -> None:
     ],
 )
 def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
-    format: RowFormat, config: dict[str, Any], key: str, value: object
+    format: Format, config: dict[str, Any], key: str, value: object
 ) -> None:
     with pytest.raises(ValueError, match=f"{key} = {value!r} is not supported"):
         parse(format, config, **{key: value})
@@ -435,7 +434,7 @@ def test_settings_of_mtp_heads_that_nothing_reads_are_refused(
     ],
 )  # fmt: skip
 def test_names_of_tensors(
-    format: RowFormat, config: dict[str, Any], names: dict[str, str | None]
+    format: Format, config: dict[str, Any], names: dict[str, str | None]
 ) -> None:
     expected = {stored: name for stored, name in names.items() if name is not None}
     assert format.names(config, names) == expected
@@ -454,7 +453,7 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"config": config, "stored": stored}
 
 
-def load(folder: Path, format: RowFormat = EAGLE3, **changes: int) -> Any:
+def load(folder: Path, format: Format = EAGLE3, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
     return load_row_tensors(folder, format, read_file, np.stack, **target)
 

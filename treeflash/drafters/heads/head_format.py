@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from treeflash.drafters.config import DrafterConfig
+from treeflash.drafters.format import Shapes
 from treeflash.drafters.heads.operations import Head
-
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
-"""Shapes of tensors by canonical name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.heads.head_format import HeadFormat, Shapes
+from treeflash.drafters.format import Shapes
+from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.operations import Array, ConditionalHead, Rows, ScoredTokens, Slots
 
 
