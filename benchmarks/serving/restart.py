@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.restart --tokens 20000 --turns 4 --folder states
 
-A prompt of random tokens grows turn by turn; then the caches are opened anew, and the last turn is
-answered without and with the stored states, which have been dropped from the system's page cache.
+A prompt of random tokens grows turn by turn; then the caches are opened anew, and one more turn is
+answered with the stored states, which have been dropped from the system's page cache, and without.
 The target is the default one, with as many positions as the conversation needs: its text has no
 meaning there, and its speed and sizes are the same. The results are printed as one JSON object per
 line.
@@ -113,15 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Each turn has caches of its own, as after a restart, so that its bytes are known.
             run = Run(model, states)
             result = run.answer(prompt, args.answer)
-            last, text = prompt, run.tokens
             report(f"turn {turn}", **result, written_bytes=run.stored())
             prompt = [*prompt, *run.tokens, *rng.integers(10, vocab_size, args.new).tolist()]
         drop_from_page_cache(states)
+        texts = []
         for what, folder in (("with the disk tier", states), ("without", None)):
             run = Run(model, folder)
-            result = run.answer(last, args.answer)
-            report(what, **result, same_text=run.tokens == text)
+            report(what, **run.answer(prompt, args.answer))
+            texts.append(run.tokens)
             run.stored()
+        report("comparison", same_text=texts[0] == texts[1])
     return 0
 
 

@@ -223,9 +223,9 @@ class BaseState(ABC, Generic[K, R]):
     def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
         parts = {"target": self.kv_cache.export(first, stop)}
         if self.drafter is not None:
-            parts["drafter"] = self.drafter.export(first, min(stop, self.drafter.length))
-        if end and self.drafter is not None:
-            parts["features"] = self.export_features(self.context_before(stop))
+            read = max(first, min(stop, self.drafter.length))
+            parts["drafter"] = self.drafter.export(first, read)
+            parts["features"] = self.export_features(self.context_before(stop, first))
         if end and self.initial is not None:
             states = self._recurrent_at(stop)
             assert states is not None
@@ -241,8 +241,10 @@ class BaseState(ABC, Generic[K, R]):
         self.kv_cache.load(parts["target"], length)
         self.tokens += token_ids
         if self.drafter is not None:
-            self.context = self.load_features(parts["features"])
-            self.drafter.load(parts["drafter"], length - sum(map(len, self.context)))
+            features = self.load_features(parts["features"])
+            read = len(token_ids) - sum(map(len, features))
+            self.drafter.load(parts["drafter"], self.drafter.length + read)
+            self.context += features
         if "recurrent" in parts:
             self.restore_recurrent(self.load_recurrent(parts["recurrent"]))
 
@@ -269,14 +271,15 @@ class BaseState(ABC, Generic[K, R]):
         """Note the tokens of a path of the latest forward pass, which is being committed."""
         self.tokens += self.pass_tokens[path].tolist()
 
-    def context_before(self, length: int) -> list[Any]:
-        """The context of the positions below `length`."""
+    def context_before(self, length: int, first: int = 0) -> list[Any]:
+        """Return the context of the positions below `length`, without those below `first`."""
         assert self.drafter is not None
-        parts, first = [], self.drafter.length
+        parts, start = [], self.drafter.length
         for part in self.context:
-            if first < length:
-                parts.append(part[: length - first])
-            first += len(part)
+            rows = part[max(first - start, 0) : max(length - start, 0)]
+            if len(rows):
+                parts.append(rows)
+            start += len(part)
         return parts
 
     def close(self) -> None:

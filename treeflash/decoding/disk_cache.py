@@ -32,7 +32,16 @@ from typing import NamedTuple
 
 from treeflash.decoding import state_files
 from treeflash.decoding.interfaces import SequenceState, StateArrays
-from treeflash.decoding.state_files import NAME, SCRATCH, BadFileError, Part, PrefixKeys, root_key
+from treeflash.decoding.state_files import (
+    NAME,
+    SCRATCH,
+    BadFileError,
+    Kind,
+    Part,
+    PrefixKeys,
+    file_name,
+    root_key,
+)
 from treeflash.errors import ConfigError, is_out_of_memory
 
 BLOCK = 256
@@ -68,6 +77,15 @@ class Unsaved:
 
     state: SequenceState
     parts: deque[Part]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A stored beginning of some tokens: its blocks by kind and key, and its end if it has one."""
+
+    length: int
+    blocks: Sequence[tuple[Kind, bytes]]
+    end: tuple[Part, StateArrays] | None
 
 
 @dataclass
@@ -142,16 +160,22 @@ class DiskCache:
         States of less than a block are left out: they are computed as fast as they are read.
         """
         keys = self._keys(key, tokens)
-        read = min(state.read_length, state.length)
-        stops = range(self.block, read + 1, self.block)
-        parts = deque(Part("block", keys[n], n - self.block, n) for n in stops)
+
+        def part(kind: Kind, first: int, stop: int) -> Part:
+            read = max(first, min(state.read_length, stop))
+            return Part(kind, keys[stop], first, read, stop)
+
+        parts: deque[Part] = deque()
+        for stop in range(self.block, state.length + 1, self.block):
+            kind: Kind = "block" if stop <= state.read_length else "unread"
+            parts.append(part(kind, stop - self.block, stop))
         lengths = [state.length]
         while state.needs_snapshots and (length := state.restorable(lengths[-1] - 1)):
             lengths.append(length)
         for n in lengths:
-            first = min(read, n) // self.block * self.block
+            first = n // self.block * self.block
             if n >= self.block and (n > first or state.needs_snapshots):
-                parts.append(Part("end", keys[n], first, n))
+                parts.append(part("end", first, n))
         if parts:
             self._unsaved.append(Unsaved(state, parts))
 
@@ -278,45 +302,42 @@ class DiskCache:
 
     # From the disk to memory.
 
-    def find(
-        self, keys: PrefixKeys, *, needs_end: bool, longer_than: int
-    ) -> tuple[list[Part], StateArrays | None]:
-        """The parts of the longest stored beginning of some tokens, and the arrays of its end.
+    def find(self, keys: PrefixKeys, *, needs_end: bool, longer_than: int) -> Stored | None:
+        """Find the longest stored beginning of some tokens, if it is `longer_than` some of them.
 
-        The last part is the end, if there is one. Without one the arrays are None, and `needs_end`
-        finds nothing. Nothing is found either if it is not `longer_than` some tokens.
+        With `needs_end` it must have an end.
         """
         try:
             names = {path.name for path in self.folder.iterdir()}
         except OSError:
-            return [], None
-        blocks: list[Part] = []
+            return None
+        blocks: list[tuple[Kind, bytes]] = []
+        kinds: tuple[Kind, ...] = ("block", "unread")
         for stop in range(self.block, len(keys.tokens) + 1, self.block):
-            block = Part("block", keys[stop], stop - self.block, stop)
-            if block.name not in names:
+            kind = next((x for x in kinds if file_name(x, keys[stop]) in names), None)
+            if kind is None:
                 break
-            blocks.append(block)
+            kinds = kinds[kinds.index(kind) :]  # behind an unread block, all are
+            blocks.append((kind, keys[stop]))
         least = longer_than if needs_end else max(longer_than, len(blocks) * self.block)
         for stop in range(len(keys.tokens), least, -1) if names else ():
-            if state_files.file_name("end", keys[stop]) not in names:
+            first = stop // self.block
+            if first > len(blocks) or file_name("end", keys[stop]) not in names:
                 continue
-            if (found := self.read("end", keys[stop])) is None:
-                continue
-            end, arrays = found
-            if end.stop == stop and 0 <= end.first <= len(blocks) * self.block:
-                return [*blocks[: end.first // self.block], end], arrays
+            if (end := self.read("end", keys[stop])) is not None:
+                return Stored(stop, blocks[:first], end)
         if needs_end or len(blocks) * self.block <= longer_than:
-            return [], None
-        return blocks, None
+            return None
+        return Stored(len(blocks) * self.block, blocks, None)
 
-    def read(self, kind: state_files.Kind, key: bytes) -> tuple[Part, StateArrays] | None:
+    def read(self, kind: Kind, key: bytes) -> tuple[Part, StateArrays] | None:
         """Read a part; None if it cannot be used, and then it is removed."""
         try:
             part, arrays = state_files.read(self.folder, kind, key, self.max_bytes)
         except FileNotFoundError:  # another process has removed it
             return None
         except (BadFileError, OSError) as error:
-            path = self.folder / state_files.file_name(kind, key)
+            path = self.folder / file_name(kind, key)
             logger.warning("%s is not used and is removed: %s", path, error)
             self.skipped += 1
             _remove(path)
@@ -343,57 +364,45 @@ class DiskCache:
 class Restoration:
     """A state that is being restored; `advance` it until it is done.
 
-    Then `state` has `length` positions, which are more than `longer_than`, or it is None.
+    Then `state` has more positions than `longer_than`, or it is None.
     """
 
     cache: DiskCache
     tokens: list[int]
     state: SequenceState | None
     longer_than: int
-    search: Future[tuple[list[Part], StateArrays | None]]
+    search: Future[Stored | None]
     readers: ThreadPoolExecutor
     started: float = field(default_factory=time.perf_counter)
-    _parts: deque[Part] | None = None  # not appended yet; None during the search
-    _end: StateArrays | None = None
+    _blocks: deque[tuple[Kind, bytes]] | None = None  # not read yet; None during the search
     _reads: deque[Future[tuple[Part, StateArrays] | None]] = field(default_factory=deque)
-
-    @property
-    def length(self) -> int:
-        return 0 if self.state is None else self.state.length
+    _end: tuple[Part, StateArrays] | None = None
 
     def advance(self, *, wait: bool) -> bool:
         """Append the parts that have been read; whether all are. `wait` waits for the next one."""
-        if self._parts is None:
+        if self._blocks is None:
             if not (self.search.done() or wait):
                 return False
-            parts, self._end = self.search.result()
-            stop = parts[-1].stop if parts else 0
-            if not parts or not self.cache.rates.pays(stop, stop - self.longer_than):
+            stored = self.search.result()
+            if stored is None or not self.cache.rates.pays(
+                stored.length, stored.length - self.longer_than
+            ):
                 self.close()
                 return True
-            self._parts = deque(parts)
+            self._blocks, self._end = deque(stored.blocks), stored.end
         self._read_ahead()
-        while self._parts:
-            part = self._parts[0]
-            if part.kind == "end":
-                arrays = self._end
-            elif self._reads[0].done() or wait:
-                wait = False
-                read = self._reads.popleft().result()
-                arrays = None if read is None else read[1]
-            else:
+        while self._reads:
+            if not (self._reads[0].done() or wait):
                 return False
-            if arrays is None:
-                self._give_up()
+            wait = False
+            if not self._append(self._reads.popleft().result()):
                 return True
-            assert self.state is not None
-            self.state.append(self.tokens[part.first : part.stop], arrays)
-            self._parts.popleft()
             self._read_ahead()
-        if self.state is not None:
-            self.state.snapshot()
-            seconds = time.perf_counter() - self.started
-            self.cache.rates.restore_s = seconds / max(self.state.length, 1)
+        if self._end is not None and not self._append(self._end):
+            return True
+        assert self.state is not None
+        self.state.snapshot()
+        self.cache.rates.restore_s = (time.perf_counter() - self.started) / self.state.length
         return True
 
     def close(self) -> None:
@@ -403,21 +412,27 @@ class Restoration:
         self._reads.clear()
         if self.state is not None:
             self.state.close()
-        self.state, self._parts = None, deque()
+        self.state, self._blocks = None, deque()
 
     def _read_ahead(self) -> None:
-        assert self._parts is not None
-        blocks = [part for part in self._parts if part.kind == "block"]
-        for part in blocks[len(self._reads) : AHEAD]:
-            self._reads.append(self.readers.submit(self.cache.read, part.kind, part.key))
+        assert self._blocks is not None
+        while self._blocks and len(self._reads) < AHEAD:
+            self._reads.append(self.readers.submit(self.cache.read, *self._blocks.popleft()))
 
-    def _give_up(self) -> None:
-        """Keep the positions before a part that cannot be read, if they are a whole state."""
-        assert self.state is not None
-        if self.state.needs_snapshots or self.state.length <= self.longer_than:
+    def _append(self, found: tuple[Part, StateArrays] | None) -> bool:
+        """Append a part; if it cannot be, end with the positions before it, if they are a state."""
+        state = self.state
+        assert state is not None
+        if found is not None:
+            part, arrays = found
+            all_read = state.read_length == state.length
+            if part.first == state.length and (all_read or part.read == part.first):
+                state.append(self.tokens[part.first : part.stop], arrays)
+                return True
+        if state.needs_snapshots or state.length <= self.longer_than:
             self.close()
-        else:
-            self._parts = deque()
+        self._reads.clear()
+        return False
 
 
 def _nbytes(arrays: StateArrays) -> int:

@@ -77,17 +77,16 @@ class SequenceState(Protocol):
     def export(self, first: int, stop: int, *, end: bool) -> StateArrays:
         """Copy the positions first .. stop - 1 to the host.
 
-        Without `end` they depend on the tokens before `stop` alone: `stop` is at most
-        `read_length`. With it they are complete: the features that the drafter has not read, from
-        `first` on at the earliest, and the states of recurrent layers after `stop`, a length at
-        which the state can be forked.
+        Features of those that the drafter has not read are among the arrays. The `end` of a state
+        also has the states of recurrent layers after `stop`, at which the state can be forked.
         """
 
     def append(self, token_ids: Sequence[int], arrays: StateArrays) -> None:
         """Commit positions that `export` copied, behind the ones that were before them.
 
-        A state with recurrent layers is complete again when the end was appended. A draft must
-        follow at least one more token.
+        Positions that the drafter has read come before those that it has not read. A state with
+        recurrent layers is complete again when an end was appended. A draft must follow at least
+        one more token.
         """
 
     def close(self) -> None:

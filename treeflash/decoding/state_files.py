@@ -15,6 +15,10 @@ complete block and what else the state has at its length.
 A file is in the safetensors format, and has a code (MAC) of its contents under a secret that only
 the key gives: a part that was torn, exchanged or made up by somebody who does not know the tokens,
 the pair and the salt is recognised. Nothing else in a file is trusted before that.
+
+A drafter that pauses leaves positions unread, and what a state has of them depends on when it was
+stored. Blocks of such positions are therefore of a kind of their own, *unread*: parts with read
+positions can be appended only while the drafter has read everything before them.
 """
 
 from __future__ import annotations
@@ -40,15 +44,15 @@ from safetensors.numpy import load, save
 from treeflash.decoding.interfaces import StateArrays
 
 FORMAT = b"treeflash state 1"
-Kind: TypeAlias = Literal["block", "end"]
-NAME = re.compile(r"[0-9a-f]{64}\.(block|end)\.safetensors")
-SCRATCH = re.compile(r"\.[0-9a-f]{64}\.(block|end)\.[0-9a-f]+\.tmp")
+Kind: TypeAlias = Literal["block", "unread", "end"]
+NAME = re.compile(r"[0-9a-f]{64}\.(block|unread|end)\.safetensors")
+SCRATCH = re.compile(r"\.[0-9a-f]{64}\.(block|unread|end)\.[0-9a-f]+\.tmp")
 """A file that is being written, or that a killed process has left."""
 NS_PER_POSITION = 10**5
 """The time in which a position is written or read, at most, nanoseconds; a beginning that took
 longer would seem to have been used before its continuation."""
 MAC, POSITIONS = "mac", "positions"
-"""The names of the code and of the first and the last position plus 1, among those of a part."""
+"""The names of the code and of `first`, `read` and `stop` of a part, among its arrays."""
 
 
 class BadFileError(Exception):
@@ -83,11 +87,15 @@ class PrefixKeys:
 
 @dataclass(frozen=True)
 class Part:
-    """The positions first .. stop - 1 of a state; `key` is that of the tokens before `stop`."""
+    """The positions first .. stop - 1 of a state; `key` is that of the tokens before `stop`.
+
+    The drafter has read those before `read`.
+    """
 
     kind: Kind
     key: bytes
     first: int
+    read: int
     stop: int
 
     @property
@@ -114,7 +122,7 @@ def _mac(kind: Kind, key: bytes, arrays: StateArrays) -> NDArray[np.uint8]:
 def encode(part: Part, arrays: StateArrays) -> bytes:
     """The contents of a part's file."""
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    arrays[POSITIONS] = np.array([part.first, part.stop], np.int64)
+    arrays[POSITIONS] = np.array([part.first, part.read, part.stop], np.int64)
     return save({**arrays, MAC: _mac(part.kind, part.key, arrays)})
 
 
@@ -127,9 +135,9 @@ def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
         raise BadFileError("it is damaged") from error
     if not hmac.compare_digest(code.tobytes(), _mac(kind, key, arrays).tobytes()):
         raise BadFileError("its contents are not what was written under this name")
-    first, stop = map(int, positions)
+    first, read, stop = map(int, positions)
     del arrays[POSITIONS]
-    return Part(kind, key, first, stop), arrays
+    return Part(kind, key, first, read, stop), arrays
 
 
 def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, StateArrays]:

@@ -136,7 +136,7 @@ def check_storage(backend: Backend, *, read: int) -> None:
     sequence.extend(tokens[read:])
     state = sequence.state
     assert state.read_length == read
-    ends = [*range(BLOCK, read + 1, BLOCK), len(tokens)]
+    ends = [*range(BLOCK, len(tokens), BLOCK), len(tokens)]
     stored = backend.open(40, drafts=True)
     for first, stop in zip([0, *ends[:-1]], ends, strict=True):
         arrays = state.export(first, stop, end=stop == len(tokens))

@@ -57,6 +57,27 @@ def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
     assert process.disk.written_bytes < sizes
 
 
+def test_what_the_drafter_has_not_read_is_written_once(pair, tmp_path):
+    """An answer of one token needs no draft, so that the drafter reads nothing."""
+    first = prompt_of(40)
+    with Process(pair, tmp_path) as process:
+        process.answer(first, tokens=1)
+    before = names(tmp_path)
+    assert not [x for x in before if "block" in x]
+    second = [*first, *prompt_of(9, seed=1)]
+    with Process(pair, tmp_path) as process:
+        assert process.answer(second, tokens=1)[1] == (0, 40 - process.recurrent)
+    assert len([x for x in names(tmp_path) - before if "unread" in x]) == 1
+    third = [*second, *prompt_of(9, seed=2)]
+    expected = plain(pair, third)
+    for _ in range(2):  # the drafter has read everything when the second begins
+        with Process(pair, tmp_path) as process:
+            text, (_, restored) = process.answer(third)
+            assert text == expected
+            assert restored >= 49 - process.recurrent
+    assert [x for x in names(tmp_path) if "block" in x]
+
+
 def test_conversations_that_begin_alike_share_files(pair, tmp_path):
     beginning = prompt_of(32)
     with Process(pair, tmp_path) as process:
