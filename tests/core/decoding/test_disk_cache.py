@@ -222,3 +222,18 @@ def test_a_cancelled_request_drops_its_restoration(pair, tmp_path):
         process.scheduler.cancel(request)
         assert not process.scheduler.busy
         assert process.answer(prompt)[0] == text
+
+
+def test_what_a_killed_process_has_left_is_removed_and_strange_files_stay(pair, tmp_path):
+    scratch = [tmp_path / f".{n:064x}.block.1a2b.tmp" for n in range(2)]
+    strange = tmp_path / "notes.txt"
+    for path in (*scratch, strange):
+        path.write_text("something")
+    for path in (scratch[0], strange):
+        os.utime(path, (1, 1))
+    with Process(pair, tmp_path, nbytes=1) as process:
+        process.answer(prompt_of(40))
+    assert strange.exists()
+    with Process(pair, tmp_path) as process:
+        process.answer(prompt_of(40))
+    assert [path.exists() for path in (*scratch, strange)] == [False, True, True]

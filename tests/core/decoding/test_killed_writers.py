@@ -5,18 +5,22 @@ The moments are random, so that the test waits for a random time before each sig
 
 from __future__ import annotations
 
+import io
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))  # also in the child
 
 from stored_states import Process, plain, prompt_of, stored_pair
+
+from treeflash.decoding import state_files
 
 CONVERSATIONS, TURNS = 4, 5
 
@@ -26,13 +30,23 @@ def turn(conversation: int, number: int) -> list[int]:
     return [conversation + 1, *prompt_of(30 + 20 * number, seed=conversation)]
 
 
+class PiecewiseFile(io.FileIO):
+    """Writes a few bytes at a time, so that a signal often finds a file that is not complete."""
+
+    def write(self, contents: Any) -> int:
+        for first in range(0, len(contents), 16):
+            super().write(contents[first : first + 16])
+        return len(contents)
+
+
 def write_for_ever(pair_folder: Path, states: Path) -> None:
     """Answer the turns of all conversations again and again, in a folder that forgets them."""
     pair = stored_pair(pair_folder, "qwen3_5")
+    state_files.os.fdopen = PiecewiseFile
     print("ready", flush=True)
     while True:
         # So few bytes that each conversation removes files of another.
-        with Process(pair, states, nbytes=1 << 20) as process:
+        with Process(pair, states, nbytes=1 << 18) as process:
             for conversation in range(CONVERSATIONS):
                 for number in range(TURNS):
                     process.answer(turn(conversation, number))
