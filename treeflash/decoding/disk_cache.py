@@ -130,8 +130,9 @@ class DiskCache:
         self._queue: queue.SimpleQueue[tuple[Part, StateArrays | None] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._room = threading.Condition()
-        # Parts that this process has written or checked; after one was bad, no others are trusted.
+        # Parts that this process has written or checked; no others are trusted after a bad one.
         self._checked: set[str] = set()
+        self._found_bad = False
         self._failure: str | None = None  # why the last part could not be written
         self._used = 0  # bytes of all files, as the writer knows them
         self._scanned = float("-inf")
@@ -219,7 +220,7 @@ class DiskCache:
     def _copy(self, unsaved: Unsaved) -> None:
         """Hand the next part of a state to the writer, or its name if it is stored already."""
         part = unsaved.parts.popleft()
-        trusted = part.name in self._checked or not self.skipped
+        trusted = part.name in self._checked or not self._found_bad
         if trusted and os.path.lexists(self.folder / part.name):
             self._queue.put((part, None))
             return
@@ -245,8 +246,8 @@ class DiskCache:
             try:
                 self._write(part, arrays)
                 self._failure = None
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except (OSError, MemoryError) as error:
+                reason = getattr(error, "strerror", None) or str(error) or "memory ran out"
                 if reason != self._failure:  # once, not for every part
                     logger.warning("%s: states cannot be written: %s", self.folder, reason)
                 self._failure = reason
@@ -340,6 +341,7 @@ class DiskCache:
             path = self.folder / file_name(kind, key)
             logger.warning("%s is not used and is removed: %s", path, error)
             self.skipped += 1
+            self._found_bad = True
             _remove(path)
             return None
         self._checked.add(part.name)
