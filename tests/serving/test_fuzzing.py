@@ -21,6 +21,12 @@ OPERATIONS = [
     ("/v1/responses", "POST"),
     ("/v1/messages", "POST"),
     ("/v1/messages/count_tokens", "POST"),
+    ("/api/chat", "POST"),
+    ("/api/generate", "POST"),
+    ("/api/show", "POST"),
+    ("/api/tags", "GET"),
+    ("/api/ps", "GET"),
+    ("/api/version", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/tokenize", "POST"),
@@ -40,6 +46,18 @@ def shorten(body):
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if isinstance(body, dict) and isinstance(body.get(name), int):
             body[name] = min(body[name], 3)
+    if isinstance(body, dict) and isinstance(options := body.get("options"), dict):
+        options["num_predict"] = 3
+
+
+def check_form(path, body):
+    """An error has the form of the path's API."""
+    if path.startswith("/api/"):
+        assert set(body) == {"error"}
+        assert isinstance(body["error"], str)
+        return
+    others = set() if path.startswith("/v1/messages") else {"param", "code"}
+    assert set(body["error"]) == {"message", "type", *others}
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +98,7 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
         statuses.add(response.status_code)
         assert response.status_code in (200, 400, 404, 405, 413, 415), response.text
         if response.status_code != 200:
-            others = set() if path.startswith("/v1/messages") else {"param", "code"}
-            assert set(response.json()["error"]) == {"message", "type", *others}
+            check_form(path, response.json())
 
     with caplog.at_level(logging.WARNING):
         send()

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from treeflash.cli.console import DEVICE_LOST, INTERRUPTED
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.language_model import LanguageModel
-from treeflash.serving import anthropic, chat, completions, page, responses
+from treeflash.serving import anthropic, chat, completions, ollama, page, responses
 from treeflash.serving.authentication import add_guard
 from treeflash.serving.engine import Engine
 from treeflash.serving.errors import APIError, api_error, bad_request
@@ -41,8 +41,8 @@ logger = logging.getLogger("treeflash.serving")
 def application(service: Service) -> FastAPI:
     """The server's application; the engine of the service must have been started."""
     app = FastAPI(title="treeflash", redoc_url=None)
-    for room in (chat, completions, responses, anthropic):
-        room.add_routes(app, service)
+    for endpoint in (chat, completions, responses, anthropic, ollama):
+        endpoint.add_routes(app, service)
     add_routes(app, service)
     page.add_routes(app)
     add_guard(app, service.settings)

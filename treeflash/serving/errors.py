@@ -1,4 +1,4 @@
-"""Errors that clients see, in the forms of OpenAI's and Anthropic's APIs."""
+"""Errors that clients see, in the forms of OpenAI's, Anthropic's and Ollama's APIs."""
 
 from __future__ import annotations
 
@@ -74,10 +74,15 @@ class APIError(Exception):
         }
         return {"type": "error", "error": fields}
 
+    def ollama_body(self) -> dict[str, Any]:
+        """Return the error in Ollama's form."""
+        return {"error": self.message}
+
     def response(self, path: str) -> JSONResponse:
-        """The response, in the form of the API that the path belongs to."""
-        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
-        return JSONResponse(body(), self.status, headers=self.headers)
+        """Return the response, in the form of the API that the path belongs to."""
+        bodies = {"/v1/messages": self.anthropic_body, "/api/": self.ollama_body}
+        named = (body for start, body in bodies.items() if path.startswith(start))
+        return JSONResponse(next(named, self.body)(), self.status, headers=self.headers)
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:

@@ -36,6 +36,11 @@ def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
     return format_sse_event(data_str=text, event=event)
 
 
+def json_line(data: Mapping[str, Any]) -> bytes:
+    """Return the bytes of one line of a stream of JSON objects."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
 class Formatter(Protocol):
     """Writes a completion in one API's form: as a whole once it is finished, or as a stream."""
 
@@ -45,11 +50,20 @@ class Formatter(Protocol):
 
 
 async def respond(
-    service: Service, http: Request, completion: Completion, answer: Formatter, stream: bool | None
+    service: Service,
+    http: Request,
+    completion: Completion,
+    answer: Formatter,
+    stream: bool | None,
+    kind: type[CompletionStream] | None = None,
 ) -> Response:
-    """The response to a request; an error of a whole answer, or a disconnect, is an APIError."""
+    """Return the response to a request: a body or, if `stream` is true, a stream of some `kind`.
+
+    An error of a whole answer, or a disconnect, is raised as an APIError.
+    """
     if stream:
-        return CompletionStream(completion, answer.frames(), service.settings.keep_alive)
+        kind = kind or CompletionStream
+        return kind(completion, answer.frames(), service.settings.keep_alive)
     with _running(completion, http.url.path):
         try:
             await until_disconnect(completion.wait(), http.receive)
@@ -87,13 +101,32 @@ class CompletionStream(EventSourceResponse):
         self, completion: Completion, frames: AsyncIterator[bytes], keep_alive: float
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        frames = with_errors(frames, Exception, api_error)
-        super().__init__(_with_keep_alive(frames, keep_alive), headers=headers)
+        super().__init__(self.complete(frames, keep_alive), headers=headers)
         self._completion = completion
+
+    @staticmethod
+    def complete(frames: AsyncIterator[bytes], keep_alive: float) -> AsyncIterator[bytes]:
+        """Add what a client needs where an answer fails, and while it has no news."""
+        return _with_keep_alive(with_errors(frames, Exception, api_error), keep_alive)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with _running(self._completion, scope["path"]):
             await super().__call__(scope, receive, send)
+
+
+class LineStream(CompletionStream):
+    """Streams lines of JSON, of which the last may be an error."""
+
+    media_type = "application/x-ndjson"
+
+    @staticmethod
+    async def complete(frames: AsyncIterator[bytes], keep_alive: float) -> AsyncIterator[bytes]:
+        """Add a line for an error; its clients know no comments."""
+        try:
+            async for item in frames:
+                yield item
+        except Exception as error:
+            yield json_line(api_error(error).ollama_body())
 
 
 async def with_errors(

@@ -1,0 +1,236 @@
+"""`/api/chat`, `/api/generate` and their neighbours, through the `ollama` package."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from servers import NAME, serving
+from tool_models import tool_model
+
+from treeflash.serving.schemas import allowed_tools
+
+ollama = pytest.importorskip("ollama")
+
+HELLO = [{"role": "user", "content": "Hello."}]
+SHORT = {"num_predict": 12}
+COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+PAINT = {
+    "type": "function",
+    "function": {"name": "paint", "parameters": COLOUR},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(
+        tool_model(tmp_path_factory.mktemp("tools")), {"temperature": 1.0, "seed": 3}
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return ollama.Client(host=server.url)
+
+
+def test_a_message_is_that_of_chat_completions(client, server):
+    found = client.chat(NAME, HELLO, options=SHORT, stream=False)
+    chat = server.chat(max_tokens=12).json()
+    message = chat["choices"][0]["message"]
+    assert found.message.content == message["content"]
+    assert found.message.thinking == message.get("reasoning_content")
+    assert (found.done, found.done_reason, found.eval_count) == (True, "length", 12)
+    assert found.prompt_eval_count == chat["usage"]["prompt_tokens"]
+    assert found.total_duration > found.eval_duration > 0
+    assert found.prompt_eval_duration > 0
+
+
+def test_a_stream_is_the_message(client):
+    whole = client.chat(NAME, HELLO, options=SHORT)
+    parts = list(client.chat(NAME, HELLO, options=SHORT, stream=True))
+    texts = [(part.message.thinking or "") + (part.message.content or "") for part in parts]
+    assert len(parts) > 2
+    assert "".join(texts) == (whole.message.thinking or "") + whole.message.content
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].eval_count == whole.eval_count == 12
+
+
+def test_lines_are_the_default_and_have_no_events(server):
+    response = server.post("/api/chat", {"model": NAME, "messages": HELLO, "options": SHORT})
+    assert response.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    assert lines[-1]["done"]
+    assert all(set(line) >= {"model", "created_at", "message", "done"} for line in lines)
+
+
+def test_thinking_is_turned_off_and_told_apart(client, server):
+    thought = client.chat(NAME, HELLO, options=SHORT, think=True)
+    assert thought.message.thinking
+    assert thought.message.content == ""
+    plain = client.chat(NAME, HELLO, options=SHORT, think=False)
+    assert plain.message.thinking is None
+    expected = server.chat(max_tokens=12, reasoning_effort="none").json()
+    assert plain.message.content == expected["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_format_is_enforced(client, stream):
+    fields = {"format": COLOUR, "options": {"num_predict": 200}, "think": False}
+    found = client.chat(NAME, HELLO, stream=stream, **fields)
+    parts = list(found) if stream else [found]
+    text = "".join(part.message.content for part in parts)
+    assert json.loads(text)["colour"] in ("red", "blue")
+
+
+def test_json_is_an_object(client):
+    options = {"num_predict": 400, "temperature": 0.3}
+    found = client.generate(NAME, "Hello.", format="json", options=options, think=False)
+    if found.done_reason == "stop":
+        assert isinstance(json.loads(found.response), dict)
+    else:
+        assert found.response.lstrip().startswith("{")
+
+
+def test_a_prompt_is_a_message(client):
+    prompt = client.generate(NAME, "Hello.", system="Be kind.", options=SHORT, think=False)
+    messages = [{"role": "system", "content": "Be kind."}, *HELLO]
+    chat = client.chat(NAME, messages, options=SHORT, think=False)
+    assert prompt.response == chat.message.content
+    assert prompt.prompt_eval_count == chat.prompt_eval_count
+
+
+def test_a_raw_prompt_has_no_template(client, server):
+    found = client.generate(NAME, "Hello.", raw=True, options=SHORT)
+    expected = server.complete("Hello.", max_tokens=12).json()["choices"][0]["text"]
+    assert found.response == expected
+
+
+def test_options_reach_the_scheduler(client, server):
+    options = {"seed": 11, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01}
+    penalties = {"repeat_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": 0.2}
+    found = client.generate(NAME, "Hello.", raw=True, options=SHORT | options | penalties)
+    fields = options | penalties | {"max_tokens": 12}
+    fields["repetition_penalty"] = fields.pop("repeat_penalty")
+    expected = server.complete("Hello.", **fields).json()["choices"][0]["text"]
+    assert found.response == expected
+    assert expected != server.complete("Hello.", max_tokens=12).json()["choices"][0]["text"]
+
+
+def test_options_of_a_machine_change_nothing(client):
+    plain = client.generate(NAME, "Hello.", raw=True, options=SHORT)
+    machine = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True}
+    found = client.generate(NAME, "Hello.", raw=True, options=SHORT | machine, keep_alive="5m")
+    assert found.response == plain.response
+
+
+def test_calls_and_their_results(server):
+    """The prompt is that of chat completions, whose calls have ids."""
+    call = {"function": {"name": "paint", "arguments": {"colour": "red"}}}
+    answer = {"role": "assistant", "content": ""}
+    result = {"role": "tool", "content": "It is red."}
+    messages = [*HELLO, answer | {"tool_calls": [call]}, result | {"tool_name": "paint"}]
+    fields = {"model": NAME, "tools": [PAINT], "think": False, "stream": False}
+    found = server.post("/api/chat", fields | {"messages": messages, "options": SHORT}).json()
+
+    text = {"name": "paint", "arguments": json.dumps({"colour": "red"})}
+    call = {"id": "call_1_0", "type": "function", "function": text}
+    result |= {"tool_call_id": "call_1_0", "name": "paint"}
+    messages = [*HELLO, answer | {"tool_calls": [call]}, result]
+    fields = {"tools": [PAINT], "max_tokens": 12, "reasoning_effort": "none"}
+    expected = server.post("/v1/chat/completions", {"messages": messages, **fields}).json()
+    assert found["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
+    assert found["message"]["content"] == expected["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_has_its_arguments_as_an_object(server, monkeypatch, stream):
+    """The call is enforced, since a model of random weights writes none."""
+    monkeypatch.setattr(
+        "treeflash.serving.ollama.allowed_tools",
+        lambda functions, choice: allowed_tools(functions, "required", parallel=False),
+    )
+    fields = {"model": NAME, "messages": HELLO, "tools": [PAINT], "think": False}
+    response = server.post(
+        "/api/chat", fields | {"stream": stream, "options": {"num_predict": 400}}
+    )
+    parts = [json.loads(line) for line in response.text.splitlines()]
+    (call,) = [call for part in parts for call in part["message"].get("tool_calls", [])]
+    assert call["function"]["name"] == "paint"
+    assert call["function"]["arguments"]["colour"] in ("red", "blue")
+    assert parts[-1]["done_reason"] == "stop"
+
+
+def test_models_are_listed_and_shown(client):
+    assert [model.model for model in client.list().models] == [NAME]
+    assert [model.model for model in client.ps().models] == [NAME]
+    shown = client.show(f"{NAME}:latest")
+    assert shown.modelinfo["llama.context_length"] > 0
+    assert set(shown.capabilities) == {"completion", "tools", "thinking"}
+
+
+def test_a_model_is_loaded_already(client):
+    for found in (client.chat(NAME), client.generate(NAME)):
+        assert (found.done, found.done_reason) == (True, "load")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        pytest.param("/api/chat", {"model": "other"}, 404, "'other' does not exist", id="model"),
+        pytest.param(
+            "/api/chat",
+            {"model": NAME, "messages": [{"role": "tool", "content": "4"}]},
+            400,
+            "answers no call",
+            id="a result without a call",
+        ),
+        pytest.param(
+            "/api/generate",
+            {"model": NAME, "prompt": "Hi", "options": {"mirostat": 1}},
+            400,
+            "options.mirostat",
+            id="another way of sampling",
+        ),
+        pytest.param(
+            "/api/generate",
+            {"model": NAME, "prompt": "Hi", "raw": True, "system": "Be kind."},
+            400,
+            "raw has no template",
+            id="raw with a system message",
+        ),
+        pytest.param(
+            "/api/generate",
+            {"model": NAME, "prompt": "x" * 5000},
+            400,
+            "tokens",
+            id="a prompt that is too long",
+        ),
+    ],
+)
+def test_errors_have_ollamas_form(server, path, body, status, says):
+    response = server.post(path, body)
+    assert response.status_code == status
+    assert set(response.json()) == {"error"}
+    assert says in response.json()["error"]
+
+
+def test_an_error_within_a_stream_is_its_last_line(server, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("treeflash.serving.ollama.OllamaFormatter._end", fail)
+    response = server.post("/api/generate", {"model": NAME, "prompt": "Hi", "options": SHORT})
+    last = json.loads(response.text.splitlines()[-1])
+    assert last == {"error": "the server failed; its log has the reason"}
+
+
+def test_the_version(server):
+    from treeflash import __version__
+
+    assert server.client.get("/api/version").json() == {"version": __version__}

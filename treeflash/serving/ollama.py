@@ -1,0 +1,386 @@
+"""`/api/chat`, `/api/generate` and their neighbours: Ollama's API.
+
+A stream has a JSON object in each line, and is the default. Durations are nanoseconds. Models are
+neither fetched nor unloaded here, so `keep_alive` changes nothing, and a request without a prompt,
+which lets Ollama load a model, is answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from treeflash import __version__
+from treeflash.drafters.folder import read_config
+from treeflash.serving.engine import Completion
+from treeflash.serving.errors import bad_request
+from treeflash.serving.message_parser import MessageParser, PartChange
+from treeflash.serving.schemas import (
+    ANY_OBJECT,
+    MAX_TOOLS,
+    FunctionName,
+    Schema,
+    StopString,
+    Temperature,
+    Tool,
+    TopK,
+    TopP,
+    allowed_tools,
+    function_call,
+    given_options,
+    limits,
+    reasoning_args,
+)
+from treeflash.serving.service import Conversation, Service
+from treeflash.serving.streaming import LineStream, json_line, respond
+from treeflash.text.grammar import Grammar
+from treeflash.text.options import Options
+
+TAG = ":latest"
+"""The tag that Ollama's clients may add to a model's name."""
+NANOSECONDS = 1_000_000_000
+
+
+class OllamaOptions(Schema):
+    """`options` of a request; those that place a model on a machine change nothing here."""
+
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    min_p: Annotated[float, limits("min_p")] | None = None
+    seed: int | None = None  # of any sign, as clients send -1 for a random one
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    num_predict: int | None = None  # -1 and -2: as many as fit
+    repeat_penalty: Annotated[float, limits("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, limits("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, limits("frequency_penalty")] | None = None
+    # A value that leaves these out of sampling.
+    mirostat: Literal[0] | None = None
+    typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    # The model was loaded when the server started.
+    num_ctx: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_keep: int | None = None
+    num_thread: int | None = None
+    repeat_last_n: int | None = None
+    use_mmap: bool | None = None
+
+    def decoding(self) -> Options:
+        """Return the options under the names that they have here."""
+        options = given_options(self)
+        if self.seed is not None and self.seed < 0:
+            del options["seed"]
+        if self.repeat_penalty is not None:
+            options["repetition_penalty"] = self.repeat_penalty
+        if self.num_predict is not None and self.num_predict > 0:
+            options["max_tokens"] = self.num_predict
+        return options
+
+
+class OllamaRequest(Schema):
+    """The fields that both kinds of answers share."""
+
+    model: str
+    stream: bool | None = None  # True by default
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: OllamaOptions | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    keep_alive: float | str | None = None
+
+    def asked(self) -> Options:
+        """Return the decoding options."""
+        return Options() if self.options is None else self.options.decoding()
+
+    def grammar(self) -> tuple[Grammar, str] | None:
+        """Return the grammar of the answer and its field; None for free text."""
+        if not self.format:
+            return None
+        return Grammar.json(ANY_OBJECT if self.format == "json" else self.format), "format"
+
+    def thinking(self, service: Service) -> dict[str, bool]:
+        """Return the template's variables; an APIError if the model cannot think and should."""
+        return reasoning_args(
+            None if self.think is None else bool(self.think),
+            supports_reasoning=service.tokenizer.knows_thinking,
+            param="think",
+        )
+
+
+class OllamaFunction(Schema):
+    """A called function, with its arguments as an object."""
+
+    name: FunctionName
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    description: str | None = None  # clients send it back
+    index: int | None = None
+
+
+class OllamaCall(Schema):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: OllamaFunction
+
+
+class OllamaMessage(Schema):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str | None = None
+    tool_calls: list[OllamaCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+    images: Annotated[list[str], Field(max_length=0)] | None = None
+
+
+class ChatRequest(OllamaRequest):
+    messages: list[OllamaMessage] = Field(default_factory=list)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+
+    def conversation(self, service: Service) -> Conversation:
+        """Build the conversation; an APIError if its last message leaves nothing to answer."""
+        return Conversation(
+            messages=_templates(self.messages),
+            template_args=self.thinking(service),
+            tools=allowed_tools([tool.function for tool in self.tools or ()], None),
+            continues=self.messages[-1].role == "assistant",
+            grammar=self.grammar(),
+        )
+
+
+class GenerateRequest(OllamaRequest):
+    """A prompt that is a message of the user or, if it is `raw`, the beginning of a text."""
+
+    prompt: str = ""
+    system: str | None = None
+    raw: bool | None = None
+    images: Annotated[list[str], Field(max_length=0)] | None = None
+
+    def conversation(self, service: Service) -> Conversation:
+        """Build a conversation of a system message, if there is one, and the prompt."""
+        messages = [{"role": "user", "content": self.prompt}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return Conversation(
+            messages=messages, template_args=self.thinking(service), grammar=self.grammar()
+        )
+
+
+class ShowRequest(Schema):
+    model: str
+    verbose: bool | None = None
+
+
+def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
+    """Convert messages to what chat templates read.
+
+    Ollama's calls have no ids: the results follow in the order of the calls.
+    """
+    templates: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for message in messages:
+        template: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.thinking:
+            template["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            first = len(templates)
+            waiting = [call.id or f"call_{first}_{i}" for i, call in enumerate(message.tool_calls)]
+            template["tool_calls"] = [
+                function_call(id, call.function.name, call.function.arguments)
+                for id, call in zip(waiting, message.tool_calls, strict=True)
+            ]
+        if message.role == "tool":
+            if not waiting and message.tool_call_id is None:
+                raise bad_request("a message with the role tool answers no call", "messages")
+            template["tool_call_id"] = message.tool_call_id or waiting[0]
+            waiting = waiting[1:]
+            if message.tool_name is not None:
+                template["name"] = message.tool_name
+        templates.append(template)
+    return templates
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+
+    def check_model(name: str) -> None:
+        known = name.removesuffix(TAG) in service.names
+        service.check_model(name.removesuffix(TAG) if known else name)
+
+    @app.post("/api/chat")
+    async def chat(request: ChatRequest, http: HTTPRequest) -> Response:
+        check_model(request.model)
+        if not request.messages:
+            return _loaded(request.model, {"message": {"role": "assistant", "content": ""}})
+        conversation = request.conversation(service)
+        completion, (parser,) = await conversation.start(service, http, request.asked())
+        answer = OllamaFormatter(request.model, completion, parser, is_chat=True)
+        stream = request.stream is not False
+        return await respond(service, http, completion, answer, stream, LineStream)
+
+    @app.post("/api/generate")
+    async def generate(request: GenerateRequest, http: HTTPRequest) -> Response:
+        check_model(request.model)
+        if not request.prompt:
+            return _loaded(request.model, {"response": ""})
+        if request.raw:
+            if request.system or request.format or request.think:
+                message = "raw has no template: remove system, format and think, or raw"
+                raise bad_request(message, "raw")
+            prompt_ids = await service.encode(request.prompt)
+            completion = service.start(http, request.asked(), [prompt_ids])
+            parser = MessageParser(None, service.tokenizer, completion.answers[0].stop)
+        else:
+            conversation = request.conversation(service)
+            completion, (parser,) = await conversation.start(service, http, request.asked())
+        answer = OllamaFormatter(request.model, completion, parser, is_chat=False)
+        stream = request.stream is not False
+        return await respond(service, http, completion, answer, stream, LineStream)
+
+    @app.get("/api/tags")
+    def tags() -> dict[str, Any]:
+        return {"models": [_description(service, name) for name in service.names]}
+
+    @app.get("/api/ps")
+    def running() -> dict[str, Any]:
+        return {"models": [_description(service, name) for name in service.names]}
+
+    @app.post("/api/show")
+    def show(request: ShowRequest) -> dict[str, Any]:
+        check_model(request.model)
+        model = service.engine.model
+        details = _details(service)
+        architecture = details["family"]
+        calls = service.response_template is not None and service.tokenizer.knows_tools
+        capabilities = {
+            "completion": True,
+            "tools": calls,
+            "thinking": service.tokenizer.knows_thinking,
+        }
+        return {
+            "details": details,
+            "modified_at": _time(service.created),
+            "template": service.tokenizer.chat_template,
+            "model_info": {
+                "general.architecture": architecture,
+                f"{architecture}.context_length": model.backend.max_positions,
+            },
+            "capabilities": [name for name, known in capabilities.items() if known],
+        }
+
+    @app.get("/api/version")
+    def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
+    """Answer a request that only asks for the model to be loaded."""
+    body = {"model": model, "created_at": _time(), **empty, "done": True, "done_reason": "load"}
+    return JSONResponse(body)
+
+
+def _details(service: Service) -> dict[str, Any]:
+    """Describe the target as Ollama describes a model's file."""
+    folder = service.engine.model.folder
+    family = "unknown" if folder is None else str(read_config(folder).get("model_type"))
+    dtype = service.engine.model.backend.dtype
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": family,
+        "families": [family],
+        "parameter_size": "",
+        "quantization_level": dtype,
+    }
+
+
+def _description(service: Service, name: str) -> dict[str, Any]:
+    """Describe a model of the server."""
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": _time(service.created),
+        "size": 0,
+        "digest": "",
+        "details": _details(service),
+    }
+
+
+def _time(seconds: float | None = None) -> str:
+    """Format seconds since 1970, or now, as RFC 3339 has it."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class OllamaFormatter:
+    """Writes a completion of one answer in the form of `/api/chat` or of `/api/generate`."""
+
+    def __init__(
+        self, model: str, completion: Completion, parser: MessageParser, *, is_chat: bool
+    ) -> None:
+        self._model, self._completion, self._parser = model, completion, parser
+        self._is_chat = is_chat
+
+    def body(self) -> dict[str, Any]:
+        parser = self._parser
+        parser.read(self._completion.answers[0].chunks)
+        calls = [_call(call.name, call.arguments) for call in parser.calls]
+        return self._part(parser.content, parser.reasoning, calls, done=True) | self._end()
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        async for update in self._completion:
+            changes = list(self._parser.feed(update.chunk))
+            text, reasoning = (_text(changes, kind) for kind in ("content", "reasoning"))
+            opened = [x.part.call for x in changes if x.event == "open" and x.part.call is not None]
+            calls = [_call(call.name, call.arguments) for call in opened]
+            if text or reasoning or calls:
+                yield json_line(self._part(text, reasoning, calls, done=False))
+        yield json_line(self._part("", "", [], done=True) | self._end())
+
+    def _part(
+        self, text: str, reasoning: str, calls: Sequence[dict[str, Any]], *, done: bool
+    ) -> dict[str, Any]:
+        """Return the object for a part of the answer."""
+        if self._is_chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            message |= {"thinking": reasoning} if reasoning else {}
+            message |= {"tool_calls": list(calls)} if calls else {}
+            part: dict[str, Any] = {"message": message}
+        else:
+            part = {"response": text} | ({"thinking": reasoning} if reasoning else {})
+        return {"model": self._model, "created_at": _time(), **part, "done": done}
+
+    def _end(self) -> dict[str, Any]:
+        """Return the reason for the end, the counts and the durations."""
+        (answer,), counts = self._completion.answers, self._completion.usage
+        first, *others = (sum(chunk.step.seconds.values()) for chunk in answer.chunks)
+        return {
+            "done_reason": answer.finish_reason,
+            "total_duration": _nanoseconds(time.perf_counter() - self._completion.submitted),
+            "load_duration": 0,
+            "prompt_eval_count": counts.prompt_tokens,
+            "prompt_eval_duration": _nanoseconds(first),
+            "eval_count": counts.completion_tokens,
+            "eval_duration": _nanoseconds(sum(others)),
+        }
+
+
+def _text(changes: Sequence[PartChange], kind: str) -> str:
+    """Join what changes add to the parts of a kind."""
+    return "".join(change.text for change in changes if change.part.kind == kind)
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    """Write a call as Ollama does, with its arguments as an object."""
+    return {"function": {"name": name, "arguments": json.loads(arguments)}}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * NANOSECONDS)
