@@ -71,7 +71,7 @@ def drafter(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["cuda", "mlx"])
+@pytest.fixture(scope="module", params=["cuda", pytest.param("mlx", marks=pytest.mark.nightly)])
 def backend(request, smollm2, drafter):
     """A backend with the pair of the recorded runs."""
     return loader(request.param)(smollm2, drafter, LoadConfig(device="cpu", dtype="float32"))
