@@ -10,6 +10,7 @@ from treeflash_example.target import Target, Verifier
 class ExampleBackend:
     name, device, dtype, device_name = "example", "cpu", "float32", "NumPy"
     inexact = "float32 rounding may differ"
+    stores_states = False
 
     def __init__(self, target, drafter):
         self.target, self.model = target, drafter
