@@ -139,7 +139,7 @@ def load_without_weights(shape: dict[str, Any]) -> Any:
 
     stand_ins = {
         "open_folder": lambda folder: folder,
-        "load_row_head": lambda *_: None,
+        "load_mtp_head": lambda *_: None,
         "load_tensors": load_tensors,
     }
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(backend, **stand_ins):

@@ -26,8 +26,8 @@ from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import ModelFolder, open_folder
-from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
-from treeflash.drafters.row_heads import (
+from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.mtp_heads import (
     refuse_assistant,
     refuse_window,
 )
@@ -41,6 +41,7 @@ from treeflash_cuda.fused_layers import fuse_layers, fuse_rotation
 from treeflash_cuda.heads import HEADS, TABLE_HEADS, TableHead
 from treeflash_cuda.kernels import ChunkKernels, EncodedKernels, flash_kernels
 from treeflash_cuda.linear import IN_DRAFTER, fuse_linears, pack_linears
+from treeflash_cuda.mtp_head import MtpArena, MtpDrafter, MtpHead, MtpModel
 from treeflash_cuda.operations import Operations, Shapes, load_operations
 from treeflash_cuda.parallel import (
     LeaderState,
@@ -51,7 +52,6 @@ from treeflash_cuda.parallel import (
     reserve_everywhere,
     succeeded_everywhere,
 )
-from treeflash_cuda.row_head import RowArena, RowDrafter, RowHead, RowModel
 from treeflash_cuda.state import State
 from treeflash_cuda.target import CHECKED_TOKENS, Target, own_attention
 from treeflash_cuda.threads import cpu_threads
@@ -65,8 +65,8 @@ WRAPPED_MEMORY_SHARE = 0.2
 GRAPH_FACTOR = 2
 """A pass, and a CUDA graph of it, which keeps its memory."""
 
-Model: TypeAlias = DrafterModel | RowModel
-Head: TypeAlias = TableHead | RowHead
+Model: TypeAlias = DrafterModel | MtpModel
+Head: TypeAlias = TableHead | MtpHead
 
 
 class CudaBackend(BaseBackend):
@@ -89,9 +89,9 @@ class CudaBackend(BaseBackend):
         super().__init__(target, drafter_model, head)
         self.stores_states = not target.split  # the other ranks would have to store theirs
         self.drafter_arena = new_drafter_arena(drafter_model, target) if drafter_model else None
-        self.drafter: Drafter | RowDrafter | None = None
-        if isinstance(drafter_model, RowModel):
-            self.drafter = RowDrafter(drafter_model, target)
+        self.drafter: Drafter | MtpDrafter | None = None
+        if isinstance(drafter_model, MtpModel):
+            self.drafter = MtpDrafter(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         if target.device.type == "cuda":
@@ -155,7 +155,7 @@ class CudaBackend(BaseBackend):
 
 def new_drafter_arena(model: Model, target: Target) -> Arena:
     """An arena for the keys and values of a drafter."""
-    make = RowArena if isinstance(model, RowModel) else Arena
+    make = MtpArena if isinstance(model, MtpModel) else Arena
     config, arena = model.config, make(len(model.layers))
     shape = 1, config.num_key_value_heads, 0, config.head_dim
     arena.set_shape(torch.empty(shape, dtype=target.dtype, device=target.device))
@@ -243,10 +243,10 @@ def load_packed_drafter(
 ) -> tuple[Model, Head | None]:
     """A drafter, packed for the device; the target keeps the outputs that it reads from now on."""
     opened = open_folder(folder)
-    if (rows := load_row_head(opened, target)) is not None:
+    if (rows := load_mtp_head(opened, target)) is not None:
         refuse_window(config)
         target.capture(rows.config.target_layer_ids)
-        return rows, RowHead(rows, target)
+        return rows, MtpHead(rows, target)
     drafter_model, head = load_drafter(opened, target)
     fuse_linears(drafter_model, IN_DRAFTER)
     pack_linears(drafter_model)
@@ -399,12 +399,12 @@ def check_drafter(config: DrafterShape) -> None:
     refuse_assistant(config, "cuda")
 
 
-def load_row_head(folder: ModelFolder, target: Target) -> RowModel | None:
-    """Read the row head of a folder; None if it has none. See `load_row_tensors`."""
+def load_mtp_head(folder: ModelFolder, target: Target) -> MtpModel | None:
+    """Read the MTP head of a folder; None if it has none. See `load_mtp_tensors`."""
     if (head_format := find_head_format(folder)) is None:
         return None
     vocab_size, hidden_size = target.embeddings.shape
-    tensors = load_row_tensors(
+    tensors = load_mtp_tensors(
         folder,
         head_format,
         read_tensors,
@@ -414,7 +414,7 @@ def load_row_head(folder: ModelFolder, target: Target) -> RowModel | None:
         num_hidden_layers=len(target.layers),
     )
     check_drafter(tensors.config)
-    model = load_weights(RowModel, tensors.config, tensors.weights, tensors.vocabulary, target)
+    model = load_weights(MtpModel, tensors.config, tensors.weights, tensors.vocabulary, target)
     pack_linears(model)
     return model
 

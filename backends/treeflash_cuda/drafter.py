@@ -39,7 +39,7 @@ class OutputStage:
     """From tokens to embeddings and from hidden states to logits, for a drafter and its head."""
 
     def __init__(self, model: Any, target: Target) -> None:
-        """Take these parts of a `DrafterModel` or a `RowModel`."""
+        """Take these parts of a `DrafterModel` or a `MtpModel`."""
         self.config: DrafterConfig = model.config
         self.norm: nn.Module = model.norm  # the final norm, to apply before `logits`
         self._own: OwnVocabulary = model.own

@@ -83,7 +83,7 @@ class Attention(nn.Module):
             return heads.transpose(1, 2)
         return rotate(self.q_norm(heads).transpose(1, 2), rotation)
 
-    def kv_cache(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, n, head_dim) each, of context and block."""
         keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x)).transpose(1, 2)
         if rotation is None:
@@ -171,8 +171,8 @@ class Layer(nn.Module):
         y = before(y)
         attention, n = self.self_attn, x.shape[1]
         block_rotation = rotation and (rotation[0][..., -n:, :], rotation[1][..., -n:, :])
-        kv_cache = attention.kv_cache(torch.cat([context, y], 1), rotation)
-        out = attend(attention.queries(y, block_rotation), *kv_cache).flatten(2)
+        keys_and_values = attention.keys_and_values(torch.cat([context, y], 1), rotation)
+        out = attend(attention.queries(y, block_rotation), *keys_and_values).flatten(2)
         if attention.gate_proj is not None:
             out = out * attention.gate_proj(y).sigmoid()
         x = x + after(attention.o_proj(out))

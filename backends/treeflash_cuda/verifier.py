@@ -22,9 +22,9 @@ from treeflash_cuda.cache import Region, Slab, SlabCache
 from treeflash_cuda.drafter_model import DrafterModel
 from treeflash_cuda.graphs import MIN_LENGTH, Outputs, power_of_two
 from treeflash_cuda.hybrid import HybridTreeCache, RecurrentStates, TreeWrites
+from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload, upload_all
 from treeflash_cuda.operations import VisibleKeys
-from treeflash_cuda.row_head import RowModel
 from treeflash_cuda.sampling import Logits, finite_argmax, sample
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
@@ -166,7 +166,7 @@ def _inputs(
 class Verifier:
     """`treeflash.decoding.interfaces.TreeVerifier` in PyTorch."""
 
-    def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
+    def __init__(self, target: Target, drafter: DrafterModel | MtpModel | None) -> None:
         self.target = target
         self.drafter = drafter  # projects outputs of target layers to features; None for none
         self.trees = TreePass(target)

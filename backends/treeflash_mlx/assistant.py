@@ -17,12 +17,12 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
-from treeflash.drafters.row_heads import Assistant, RowConfig
+from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.errors import UnsupportedModelError
 from treeflash_mlx.cache import KVCache
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary
-from treeflash_mlx.row_head import RowBlock, RowDrafter, RowHead, Rows
+from treeflash_mlx.mtp_head import MtpBlock, MtpDrafter, MtpHead, Rows
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
@@ -49,7 +49,7 @@ class AssistantModel(nn.Module):
     """The weights of an assistant; its layers are mlx-lm's, without their keys and values."""
 
     def __init__(
-        self, config: RowConfig, shape: Assistant, own: OwnVocabulary, target: Target
+        self, config: MtpConfig, shape: Assistant, own: OwnVocabulary, target: Target
     ) -> None:
         super().__init__()
         count, width = len(shape.settings["layer_types"]), int(shape.settings["hidden_size"])
@@ -154,13 +154,13 @@ class AssistantOutput(OutputStage):
         return logits if self._clusters is None else self._clusters(normed, logits)
 
 
-class AssistantDrafter(RowDrafter):
+class AssistantDrafter(MtpDrafter):
     """`treeflash.decoding.interfaces.Drafter` in MLX: the first step of every draft."""
 
     def __init__(self, model: AssistantModel, target: Target) -> None:
         self.model, self.output = model, AssistantOutput(model, target)
 
-    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Run the roots of all sequences together."""
         project_contexts([state for state, _ in roots], self.model.project)
         states = []
@@ -172,12 +172,12 @@ class AssistantDrafter(RowDrafter):
         outputs = self.model(self.output.embed(tokens), mx.concatenate(states), caches)
         most = self.model.config.depths
         return [
-            RowBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
+            MtpBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
             for i, ((_, root), cache) in enumerate(zip(roots, caches, strict=True))
         ]
 
 
-class AssistantHead(RowHead):
+class AssistantHead(MtpHead):
     """`treeflash.decoding.interfaces.ARHead` in MLX, one step for each depth."""
 
     def __init__(self, model: AssistantModel, target: Target) -> None:
@@ -185,7 +185,7 @@ class AssistantHead(RowHead):
 
     def _step(
         self,
-        blocks: Sequence[RowBlock],
+        blocks: Sequence[MtpBlock],
         rows: Rows,
         depth: int,
         tokens: mx.array,

@@ -20,9 +20,9 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import ModelFolder, open_folder
 from treeflash.drafters.format import Format
-from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
-from treeflash.drafters.row_heads import (
-    RowConfig,
+from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.mtp_heads import (
+    MtpConfig,
     refuse_window,
 )
 from treeflash.errors import ConfigError
@@ -43,13 +43,13 @@ from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_mlx.head_operations import split_pairs
 from treeflash_mlx.heads import HEADS, TABLE_HEADS, ARHead, RecurrentHead, TableHead
 from treeflash_mlx.metal_kernels.products import choose_products
-from treeflash_mlx.row_head import Norm, RowCache, RowDrafter, RowHead, RowModel
+from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpHead, MtpModel, Norm
 from treeflash_mlx.state import State
 from treeflash_mlx.target import KV_BITS, Target
 from treeflash_mlx.verifier import Verifier
 
-Model: TypeAlias = DrafterModel | RowModel | AssistantModel
-Head: TypeAlias = TableHead | RowHead
+Model: TypeAlias = DrafterModel | MtpModel | AssistantModel
+Head: TypeAlias = TableHead | MtpHead
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE = 64
@@ -77,11 +77,11 @@ class MlxBackend(BaseBackend):
     ) -> None:
         super().__init__(target, drafter_model, head)
         self.verifier = Verifier(target, drafter_model)
-        self.drafter: Drafter | RowDrafter | None = None
+        self.drafter: Drafter | MtpDrafter | None = None
         if isinstance(drafter_model, AssistantModel):
             self.drafter = AssistantDrafter(drafter_model, target)
-        elif isinstance(drafter_model, RowModel):
-            self.drafter = RowDrafter(drafter_model, target)
+        elif isinstance(drafter_model, MtpModel):
+            self.drafter = MtpDrafter(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
         self.device = "cpu" if mx.default_device().type == mx.cpu else "gpu"
@@ -90,7 +90,7 @@ class MlxBackend(BaseBackend):
     def open(self, capacity: int, *, drafts: bool) -> State:
         drafter = None
         if drafts and (config := self.drafter_config):
-            cache_class = RowCache if isinstance(config, RowConfig) else KVCache
+            cache_class = MtpCache if isinstance(config, MtpConfig) else KVCache
             layers = config.num_hidden_layers + cache_class.layers_without_keys
             drafter = cache_class(layers, capacity + config.scratch_rows)
         return State(self.target.new_kv_cache(capacity), drafter)
@@ -153,7 +153,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     drafter_model, head = (
         (None, None) if drafter is None else load_drafter(drafter, model, config.draft_bits)
     )
-    if isinstance(drafter_model, RowModel | AssistantModel):
+    if isinstance(drafter_model, MtpModel | AssistantModel):
         refuse_window(config)
     module = head.module if isinstance(head, ARHead | RecurrentHead) else None
     choose_products(model.model, drafter_model, module)
@@ -260,10 +260,10 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     target.check_drafting()
     opened = open_folder(folder)
     if (head_format := find_head_format(opened)) is not None:
-        rows = load_row_head(opened, head_format, target, bits)
+        rows = load_mtp_head(opened, head_format, target, bits)
         if isinstance(rows, AssistantModel):
             return rows, AssistantHead(rows, target)
-        return rows, RowHead(rows, target)
+        return rows, MtpHead(rows, target)
     tensors = load_tensors(
         opened,
         read_file,
@@ -286,16 +286,16 @@ def load_drafter(folder: Path, target: Target, bits: int | None) -> tuple[Model,
     return model, TABLE_HEADS[module.kind](module, model, target)
 
 
-def load_row_head(
+def load_mtp_head(
     folder: ModelFolder, head_format: Format, target: Target, bits: int | None
-) -> RowModel | AssistantModel:
-    """Read the row head of a folder; see `load_row_tensors`."""
+) -> MtpModel | AssistantModel:
+    """Read the MTP head of a folder; see `load_mtp_tensors`."""
 
     def read(path: Path, names: Collection[str]) -> dict[str, mx.array]:
         tensors = read_file(path)  # lazily
         return {name: tensors[name] for name in names}
 
-    tensors = load_row_tensors(
+    tensors = load_mtp_tensors(
         folder,
         head_format,
         read,
@@ -311,7 +311,7 @@ def load_row_head(
         assistant = AssistantModel(config, config.assistant, own, target)
         _fill(assistant, tensors.weights, target.dtype, bits)
         return assistant
-    model = RowModel(config, own)
+    model = MtpModel(config, own)
     weights = {
         f"{name}.weight" if name.startswith("layer.mlp.experts.") else name: weight
         for name, weight in tensors.weights.items()

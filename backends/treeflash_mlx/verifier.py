@@ -17,7 +17,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.cache import BatchStorage, share_storage, size_class
 from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.row_head import RowModel
+from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
 from treeflash_mlx.state import Ahead, State, Unprojected
 from treeflash_mlx.target import Target
@@ -35,7 +35,7 @@ class Verifier:
     The drafter projects the outputs of its target layers to features.
     """
 
-    def __init__(self, target: Target, drafter: DrafterModel | RowModel | None) -> None:
+    def __init__(self, target: Target, drafter: DrafterModel | MtpModel | None) -> None:
         self.target, self.drafter = target, drafter
         self._layer_ids = drafter.config.target_layer_ids if drafter is not None else ()
 

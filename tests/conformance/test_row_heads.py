@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from row_pairs import SETTINGS, write_row_pair
+from row_pairs import SETTINGS, write_mtp_pair
 from scheduled_texts import scheduled_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
@@ -25,11 +25,11 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain, build_tree
-from treeflash.drafters import row_heads
+from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.hub import models
-from treeflash.reference import row_head
+from treeflash.reference import mtp_head
 from treeflash.registry import loader
 from treeflash.testing.models import edit_config, save
 from treeflash.testing.states import check_storage
@@ -164,20 +164,20 @@ def hidden_first(self: Any, tokens: Any, states: Any) -> Any:
 
 def later(self: Any, block: Any, rows: Any, depth: int, tokens: Any, parents: Any) -> Any:
     """Nodes one position too high."""
-    keys_values, layer = row_head.RowModel.keys_values, row_head.RowModel.layer
+    keys_and_values, layer = mtp_head.MtpModel.keys_and_values, mtp_head.MtpModel.layer
     try:
-        row_head.RowModel.keys_values = lambda m, y, p: keys_values(m, y, p + 1)  # type: ignore
-        row_head.RowModel.layer = lambda m, r, p, *a: layer(m, r, p + 1, *a)  # type: ignore
+        mtp_head.MtpModel.keys_and_values = lambda m, y, p: keys_and_values(m, y, p + 1)  # type: ignore
+        mtp_head.MtpModel.layer = lambda m, r, p, *a: layer(m, r, p + 1, *a)  # type: ignore
         return STEP(self, block, rows, depth, tokens, parents)
     finally:
-        row_head.RowModel.keys_values, row_head.RowModel.layer = keys_values, layer  # type: ignore
+        mtp_head.MtpModel.keys_and_values, mtp_head.MtpModel.layer = keys_and_values, layer  # type: ignore
 
 
 def no_prompt(self: Any, state: Any, root: int, depths: int | None) -> Any:
     block = DRAFT(self, state, root, depths)
     model, p = self.model, block.keys.shape[1]
     y, residual = model.read(np.array([root], np.int32), state.drafter.hidden[-1:])
-    keys, values = model.keys_values(y, np.array([p - 1], np.int32))
+    keys, values = model.keys_and_values(y, np.array([p - 1], np.int32))
     output = model.layer(
         (y, residual), np.array([p - 1], np.int32), keys, values, np.ones((1, 1), np.bool_)
     )
@@ -190,7 +190,7 @@ def own_token(self: Any, state: Any, root: int, depths: int | None) -> Any:
     return DRAFT(self, state, root, depths)
 
 
-STEP, DRAFT = row_head.RowHead._step, row_head.RowDrafter.draft_one
+STEP, DRAFT = mtp_head.MtpHead._step, mtp_head.MtpDrafter.draft_one
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     "state before the final norm": (
         "qwen3_5-mtp",
@@ -198,27 +198,27 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Any], None]]] = {
     ),
     "state first": (
         "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(row_head.RowModel, "read", hidden_first),
+        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "read", hidden_first),
     ),
     "fed back before the norm": (
         "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(row_head.RowModel, "feedback", feedback),
+        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
     ),
     "fed back after the norm": (
         "eagle3",
-        lambda patch, pair: patch.setattr(row_head.RowModel, "feedback", feedback),
+        lambda patch, pair: patch.setattr(mtp_head.MtpModel, "feedback", feedback),
     ),
     "drafts one position high": (
         "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(row_head.RowHead, "_step", later),
+        lambda patch, pair: patch.setattr(mtp_head.MtpHead, "_step", later),
     ),
     "no rows of the prompt": (
         "qwen3_5-mtp",
-        lambda patch, pair: patch.setattr(row_head.RowDrafter, "draft_one", no_prompt),
+        lambda patch, pair: patch.setattr(mtp_head.MtpDrafter, "draft_one", no_prompt),
     ),
     "rows with their own token": (
         "eagle3",
-        lambda patch, pair: patch.setattr(row_head.RowDrafter, "draft_one", own_token),
+        lambda patch, pair: patch.setattr(mtp_head.MtpDrafter, "draft_one", own_token),
     ),
     "features of the layers after": (
         "eagle3",
@@ -265,7 +265,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def load_pair(backend: str, folder: Path, kind: str) -> Any:
     pytest.importorskip(BACKENDS[backend])
-    return loader(backend)(*write_row_pair(folder, kind), FLOAT32)
+    return loader(backend)(*write_mtp_pair(folder, kind), FLOAT32)
 
 
 def table_of(pair: Any, sequence: SequenceSession, root: int, noisy: bool = False) -> Any:
@@ -305,7 +305,7 @@ def test_siblings_are_invisible_and_rows_of_drafts_are_forgotten(
 
 
 def test_visible_siblings_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_head.np, "eye", lambda n, dtype: np.ones((n, n), dtype))
+    monkeypatch.setattr(mtp_head.np, "eye", lambda n, dtype: np.ones((n, n), dtype))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         test_siblings_are_invisible_and_rows_of_drafts_are_forgotten("reference", "mtp", tmp_path)
 
@@ -416,14 +416,14 @@ def test_methods_of_block_drafters_are_refused(tmp_path: Path) -> None:
 def test_unknown_settings_are_refused(
     key: str, value: object, message: str, tmp_path: Path
 ) -> None:
-    target, head = write_row_pair(tmp_path, "eagle3")
+    target, head = write_mtp_pair(tmp_path, "eagle3")
     edit_config(head, lambda config: config.update({key: value}))
     with pytest.raises(CheckpointError, match=message):
         loader("reference")(target, head, FLOAT32)
 
 
 def test_mtp_settings_and_tensors_are_checked(tmp_path: Path) -> None:
-    target, _ = write_row_pair(tmp_path, "mtp")
+    target, _ = write_mtp_pair(tmp_path, "mtp")
     config, tensors = read_config(target), read_tensors(target)
     text = config.get("text_config", config)
 
@@ -448,7 +448,7 @@ def test_mtp_settings_and_tensors_are_checked(tmp_path: Path) -> None:
 
 def test_a_head_of_its_own_folder(tmp_path: Path) -> None:
     """The tensors alone, as the one file of the original model that has them."""
-    target, _ = write_row_pair(tmp_path, "mtp")
+    target, _ = write_mtp_pair(tmp_path, "mtp")
     (tmp_path / "sidecar").mkdir()
     for name in ("config.json", "mtp.safetensors"):
         (tmp_path / "sidecar" / name).write_bytes((target / name).read_bytes())
@@ -460,14 +460,14 @@ def test_norms_stay_float32(tmp_path: Path) -> None:
     """Also the norms of single features: PyTorch's kernel takes no weights in half precision."""
     torch = pytest.importorskip("torch")
     config = LoadConfig(device="cpu", dtype="bfloat16", exact=False)
-    pair: Any = loader("cuda")(*write_row_pair(tmp_path, "eagle3-flags"), config)
+    pair: Any = loader("cuda")(*write_mtp_pair(tmp_path, "eagle3-flags"), config)
     norms = {name: x for name, x in pair.drafter_model.state_dict().items() if "norm" in name}
     assert {"norm.weight", "fc_norm.0.weight"} <= norms.keys()
     assert {x.dtype for x in norms.values()} == {torch.float32}
 
 
 def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
-    target, _ = write_row_pair(tmp_path, "mtp")
+    target, _ = write_mtp_pair(tmp_path, "mtp")
     assert models.resolve_drafter("self", str(target)) == target
     assert models.resolve_drafter(None, str(target)) == target
     (target / "mtp.safetensors").unlink()
@@ -480,7 +480,7 @@ def test_own_head_is_the_drafter_of_last_resort(tmp_path: Path) -> None:
 def test_state_nbytes_covers_the_states(tmp_path: Path) -> None:
     pair = load_pair("reference", tmp_path, "mtp")
     config = pair.drafter_config
-    assert isinstance(config, row_heads.RowConfig)
+    assert isinstance(config, mtp_heads.MtpConfig)
     columns = 10 + config.scratch_rows
     size = 2 * config.num_key_value_heads * config.head_dim + config.hidden_size
     plain = pair.state_nbytes(10, drafts=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
-from row_pairs import write_row_pair
+from row_pairs import write_mtp_pair
 from safetensors.numpy import save_file
 
 from treeflash import generate
@@ -93,7 +93,7 @@ def test_an_unsupported_head_is_an_error_where_it_was_asked_for(unsupported):
 
 
 def test_a_head_with_an_unsupported_setting_is_passed_over(tmp_path, caplog, capsys):
-    target, _ = write_row_pair(tmp_path, "mtp", vocab_size=300)
+    target, _ = write_mtp_pair(tmp_path, "mtp", vocab_size=300)
     save_tokenizer(target)
     edit_config(target, lambda config: config["text_config"].update(mtp_num_hidden_layers=2))
     reason = "mtp_num_hidden_layers = 2 is not supported"
@@ -136,7 +136,7 @@ def test_the_next_published_drafter_is_taken(tiny_pair, tmp_path, published, cap
 
 
 def test_the_target_s_own_head_comes_after_published_drafters(tmp_path, published, caplog):
-    target, _ = write_row_pair(tmp_path, "mtp")
+    target, _ = write_mtp_pair(tmp_path, "mtp")
     published(tmp_path / "missing")
     assert locate(target, backend="reference").drafter == target
     one_line(caplog.messages, "missing is passed over")

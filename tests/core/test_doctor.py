@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from row_pairs import write_row_pair
+from row_pairs import write_mtp_pair
 
 from treeflash import doctor, language_model
 from treeflash.doctor import main
@@ -98,7 +98,7 @@ def test_json(run, prompts):
 
 @pytest.mark.parametrize("kind", ["mtp", "eagle3"])
 def test_a_head_that_drafts_depth_by_depth_is_refused_in_one_line(kind, tmp_path, capsys):
-    target, head = map(str, write_row_pair(tmp_path, kind))
+    target, head = map(str, write_mtp_pair(tmp_path, kind))
     drafter = "self" if kind == "mtp" else head
     assert main(["--backend", "reference", "--target", target, "--drafter", drafter]) == 2
     assert capsys.readouterr().err == (

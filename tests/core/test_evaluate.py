@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from byte_tokens import save_tokenizer
-from row_pairs import write_row_pair
+from row_pairs import write_mtp_pair
 
 import treeflash
 from treeflash import evaluate
@@ -97,7 +97,7 @@ def test_the_names_that_scripts_rely_on(use, run, model, tmp_path):
 
 
 def test_by_default_a_head_that_drafts_depth_by_depth_drafts_trees_and_chains(run, tmp_path):
-    target, head = write_row_pair(tmp_path, "eagle3", vocab_size=300)
+    target, head = write_mtp_pair(tmp_path, "eagle3", vocab_size=300)
     save_tokenizer(target)
     models = ["--backend", "reference", "--target", str(target), "--drafter", str(head)]
     path = tmp_path / "out.json"

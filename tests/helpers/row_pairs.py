@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from treeflash.drafters import row_heads
+from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.format import Format
 from treeflash.testing.models import edit_config, normal, save, write_target
@@ -33,10 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_row_pair(
+def write_mtp_pair(
     root: Path, kind: str, seed: int = 0, *, vocab_size: int = 24
 ) -> tuple[Path, Path]:
-    """The folders of a target of 4 layers and of a row head for it, which `mtp` heads share."""
+    """The folders of a target of 4 layers and of an MTP head for it, which `mtp` heads share."""
     target = root / "target"
     family = "qwen3_5" if kind == "mtp" else "qwen3"
     write_target(target, family, seed=seed, vocab_size=vocab_size)
@@ -49,13 +49,13 @@ def write_row_pair(
             config.get("text_config", config).update(SETTINGS[kind])
 
         edit_config(target, add)
-        tensors = _tensors(rng, row_heads.QWEN_MTP, read_config(target), shape)
+        tensors = _tensors(rng, mtp_heads.QWEN_MTP, read_config(target), shape)
         save_file(tensors, target / "mtp.safetensors")
         return target, target
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     drafter = {key: shape[key] for key in (*keys, "num_key_value_heads", "rms_norm_eps")}
     drafter |= {"model_type": "llama", "num_hidden_layers": 1} | SETTINGS[kind]
-    save(root / "head", drafter, _tensors(rng, row_heads.EAGLE3, drafter, shape))
+    save(root / "head", drafter, _tensors(rng, mtp_heads.EAGLE3, drafter, shape))
     return target, root / "head"
 
 
@@ -68,7 +68,7 @@ def _tensors(
     """Random tensors under their stored names."""
     parsed = format.parse(config, (), shape["num_hidden_layers"])
     tensors: dict[str, Any] = {}
-    for name, size in row_heads.row_shapes(parsed, shape["vocab_size"]).items():
+    for name, size in mtp_heads.mtp_shapes(parsed, shape["vocab_size"]).items():
         stored = _stored_name(name, format)
         if name == "d2t":
             ids = np.sort(rng.permutation(shape["vocab_size"])[: size[0]])
@@ -81,7 +81,7 @@ def _tensors(
 
 
 def _stored_name(name: str, format: Format) -> str:
-    if format is row_heads.QWEN_MTP:
+    if format is mtp_heads.QWEN_MTP:
         renamed = {
             "input_proj": "fc",
             "embedding_norm": "pre_fc_norm_embedding",

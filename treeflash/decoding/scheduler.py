@@ -58,7 +58,7 @@ from treeflash.decoding.sampling import Constraint, Noise, SampledTokens
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex, SuffixTree, tree_of
 from treeflash.decoding.transitions import Calibration, TransitionTable
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.row_heads import NO_MARGINALS
+from treeflash.drafters.mtp_heads import NO_MARGINALS
 from treeflash.errors import (
     ConfigError,
     ContextLengthError,

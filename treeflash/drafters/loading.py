@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from treeflash.drafters import formats, row_heads
+from treeflash.drafters import formats, mtp_heads
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.folder import ModelFolder, check_dtype, open_folder
 from treeflash.drafters.format import Config, Format, Names, Shapes
 from treeflash.drafters.formats import HEADS, TRAINING_TENSORS
-from treeflash.drafters.row_heads import RowConfig
+from treeflash.drafters.mtp_heads import MtpConfig
 from treeflash.errors import CheckpointError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
@@ -34,10 +34,10 @@ class DrafterTensors(Generic[Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowTensors(Generic[Tensor]):
+class MtpTensors(Generic[Tensor]):
     """The tensors of a head that drafts depth by depth, by canonical name, and its vocabulary."""
 
-    config: RowConfig
+    config: MtpConfig
     weights: dict[str, Tensor]
     vocabulary: dict[str, Tensor]
 
@@ -46,7 +46,7 @@ class RowTensors(Generic[Tensor]):
 class Layout:
     """A drafter's configuration and tensors, which fit its target; no tensor is read yet."""
 
-    config: Any  # a DrafterConfig or a RowConfig, by the kind of the format
+    config: Any  # a DrafterConfig or a MtpConfig, by the kind of the format
     names: Names  # canonical names of the drafter's tensors, by stored name
     shapes: Shapes  # of these tensors, by canonical name
 
@@ -89,7 +89,7 @@ def find_head_format(folder: ModelFolder) -> Format | None:
 
     Raises an UnsupportedModelError if the head is of a family that is not supported.
     """
-    return row_heads.detect(folder.config, folder.tensors)
+    return mtp_heads.detect(folder.config, folder.tensors)
 
 
 def _block_format(folder: ModelFolder) -> Format:
@@ -119,7 +119,7 @@ def read_layout(
     names = format.names(folder.config, stored)
     for name in names:
         check_dtype(stored[name].path, name, stored[name].dtype)
-    shapes = row_heads.split_fused({names[x]: stored[x].shape for x in names})
+    shapes = mtp_heads.split_fused({names[x]: stored[x].shape for x in names})
     required, optional = format.shapes(config, vocab_size, shapes)
     owner = "its configuration" if format.kind == "block" else "a row head"
     compare_shapes(folder.path, required | optional, shapes, optional.keys(), owner)
@@ -134,7 +134,7 @@ def check_drafter(folder: Path, target: Config) -> DrafterShape | None:
     """
     opened = open_folder(folder)
     format = find_format(opened)
-    settings = row_heads.text_config(target)
+    settings = mtp_heads.text_config(target)
     keys = ("hidden_size", "vocab_size", "num_hidden_layers")
     shape = {key: settings[key] for key in keys if isinstance(settings.get(key), int)}
     if len(shape) < len(keys):
@@ -188,7 +188,7 @@ def load_tensors(
     return DrafterTensors(config=config, head_size=head_size, **parts)
 
 
-def load_row_tensors(
+def load_mtp_tensors(
     folder: Path | ModelFolder,
     format: Format,
     read: Callable[[Path, Collection[str]], Mapping[str, Tensor]],
@@ -197,7 +197,7 @@ def load_row_tensors(
     hidden_size: int,
     vocab_size: int,
     num_hidden_layers: int,
-) -> RowTensors[Tensor]:
+) -> MtpTensors[Tensor]:
     """Read a head that drafts depth by depth, and check that it belongs to a target of this shape.
 
     The `folder` may hold a whole target. `read` reads tensors with given names from a safetensors
@@ -218,8 +218,8 @@ def load_row_tensors(
         if wanted:
             tensors |= {layout.names[x]: tensor for x, tensor in read(path, wanted).items()}
     vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
-    weights = row_heads.stack_experts(tensors, layout.config, stack)
-    return RowTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
+    weights = mtp_heads.stack_experts(tensors, layout.config, stack)
+    return MtpTensors(config=layout.config, weights=weights, vocabulary=vocabulary)
 
 
 def _split_gate(tensor: Any, head_dim: int) -> tuple[Any, Any]:
@@ -254,7 +254,7 @@ def check_pair(
     problem, mask, layer_ids = None, 0, config.target_layer_ids
     if isinstance(config, DrafterConfig):
         mask = config.mask_token_id
-    elif isinstance(config, RowConfig) and config.final_state:
+    elif isinstance(config, MtpConfig) and config.final_state:
         layer_ids = ()  # it reads the states after all layers
     if config.hidden_size != hidden_size:
         problem = f"its hidden size is {config.hidden_size}, the target's is {hidden_size}"

@@ -12,9 +12,9 @@ from treeflash.decoding.backend_base import BaseBackend
 from treeflash.decoding.interfaces import ARHead
 from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import open_folder, read_file
-from treeflash.drafters.loading import find_head_format, load_row_tensors, load_tensors
-from treeflash.drafters.row_heads import (
-    RowConfig,
+from treeflash.drafters.loading import find_head_format, load_mtp_tensors, load_tensors
+from treeflash.drafters.mtp_heads import (
+    MtpConfig,
     refuse_assistant,
     refuse_window,
 )
@@ -22,8 +22,8 @@ from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.heads import make_head
+from treeflash.reference.mtp_head import MtpDrafter, MtpHead, MtpModel
 from treeflash.reference.numerics import Array
-from treeflash.reference.row_head import RowDrafter, RowHead, RowModel
 from treeflash.reference.target import Target
 from treeflash.reference.verifier import State, Verifier
 
@@ -40,10 +40,10 @@ class ReferenceBackend(BaseBackend):
         self, target: Target, drafter: DrafterModel | None, *, draft_window: int | None = None
     ) -> None:
         self.verifier = Verifier(target)
-        self.drafter: Drafter | RowDrafter | None = None
+        self.drafter: Drafter | MtpDrafter | None = None
         head: ARHead | None = None
-        if isinstance(drafter, RowModel):
-            self.drafter, head = RowDrafter(drafter), RowHead(drafter)
+        if isinstance(drafter, MtpModel):
+            self.drafter, head = MtpDrafter(drafter), MtpHead(drafter)
         elif drafter is not None:
             self.drafter = Drafter(drafter, draft_window)
             head = make_head(drafter) if drafter.config.head else None
@@ -61,7 +61,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> ReferenceBac
     choose_device(config.device)
     model = Target(target, Path(config.adapter) if config.adapter else None)
     pair = load_drafter(drafter, model) if drafter else None
-    if isinstance(pair, RowModel):
+    if isinstance(pair, MtpModel):
         refuse_window(config)
     return ReferenceBackend(model, pair, draft_window=config.draft_window)
 
@@ -86,7 +86,7 @@ def choose_device(name: str | None) -> None:
 def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
     refuse_assistant(config, "reference")
-    if isinstance(config, RowConfig) and config.experts is not None:
+    if isinstance(config, MtpConfig) and config.experts is not None:
         raise UnsupportedModelError("the reference backend has no row heads with experts")
 
 
@@ -99,10 +99,10 @@ def load_drafter(folder: Path, target: Target) -> DrafterModel:
     }
     opened = open_folder(folder)
     if (head_format := find_head_format(opened)) is not None:
-        rows = load_row_tensors(opened, head_format, read_file, np.stack, **shape)
+        rows = load_mtp_tensors(opened, head_format, read_file, np.stack, **shape)
         check_drafter(rows.config)
         weights = _add_offset(rows.weights, rows.config.norm_offset)
-        return RowModel(rows.config, weights, {}, rows.vocabulary, target)
+        return MtpModel(rows.config, weights, {}, rows.vocabulary, target)
     tensors = load_tensors(opened, read_file, **shape)
     weights = _add_offset(tensors.backbone, tensors.config.norm_offset)
     return DrafterModel(tensors.config, weights, tensors.head, tensors.vocabulary, target)

@@ -68,7 +68,7 @@ class Drafter(OneByOneDrafter):
             before, after = self._convolutions(layer + "attention_conv", y)
             y = before(y)
             q = self._heads(layer, "q", y, positions)
-            k, v = cache.attend(n, *self._kv_cache(layer, y, positions))
+            k, v = cache.attend(n, *self._keys_and_values(layer, y, positions))
             out = attention(q, k, v, mask)
             if config.gated:
                 out = out * sigmoid(self.model.linear(layer + "self_attn.gate_proj", y))
@@ -97,7 +97,7 @@ class Drafter(OneByOneDrafter):
         context = self._project(features)
         rows = np.arange(len(context), dtype=np.int32)
         for n in range(self.model.config.num_hidden_layers):
-            k, v = self._kv_cache(f"layers.{n}.", context, rows + cache.length)
+            k, v = self._keys_and_values(f"layers.{n}.", context, rows + cache.length)
             cache.attend(n, k, v)
         cache.commit(rows)
         return np.asarray(context[-1])
@@ -126,7 +126,7 @@ class Drafter(OneByOneDrafter):
         """(n, hidden_size) context of n positions."""
         return self.model.normed("hidden_norm", self.model.linear("fc", features))
 
-    def _kv_cache(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
+    def _keys_and_values(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:
         return self._heads(layer, "k", x, positions), self._heads(layer, "v", x, positions)
 
     def _heads(self, layer: str, name: str, x: Array, positions: Ints) -> Array:

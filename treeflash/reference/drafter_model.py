@@ -23,7 +23,7 @@ class DrafterModel:
     far as it has its own; the others are the target's.
     """
 
-    config: Any  # a DrafterConfig; a RowConfig in a RowModel
+    config: Any  # a DrafterConfig; a MtpConfig in a MtpModel
     tensors: dict[str, Array]
     head_tensors: dict[str, Array]
     vocabulary: Mapping[str, NDArray[Any]]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from treeflash.config import LoadConfig
-from treeflash.drafters import row_heads
+from treeflash.drafters import mtp_heads
 from treeflash.drafters.folder import open_folder, read_file
 from treeflash.drafters.format import Format
-from treeflash.drafters.loading import find_head_format, load_row_tensors
-from treeflash.drafters.row_heads import (
+from treeflash.drafters.loading import find_head_format, load_mtp_tensors
+from treeflash.drafters.mtp_heads import (
     ASSISTANT,
     EAGLE3,
     GLM_MTP,
@@ -24,8 +24,8 @@ from treeflash.drafters.row_heads import (
     SPECULATORS_EAGLE3,
     Assistant,
     Experts,
-    RowConfig,
-    row_shapes,
+    MtpConfig,
+    mtp_shapes,
 )
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing.models import save
@@ -138,11 +138,11 @@ def test_heads_of_other_families_are_refused_by_name(
         find_head_format(open_folder(tmp_path / "head"))
 
 
-def parse(format: Format, config: dict[str, Any], *names: str, **changes: Any) -> RowConfig:
+def parse(format: Format, config: dict[str, Any], *names: str, **changes: Any) -> MtpConfig:
     return format.parse({**config, **changes}, names, 12)
 
 
-def check(config: RowConfig, **expected: Any) -> None:
+def check(config: MtpConfig, **expected: Any) -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -187,7 +187,7 @@ def test_experts_of_qwen() -> None:
     check(config, experts=expected, intermediate_size=0)
     config = parse(QWEN_SIDECAR, QWEN_MOE, "layers.0.mlp.gate.weight", norm_topk_prob=False)
     check(config, experts=replace(expected, normalised=False))
-    shapes = row_shapes(config, 10)
+    shapes = mtp_shapes(config, 10)
     assert shapes["layer.mlp.gate.weight"] == (3, 8)
     assert shapes["layer.mlp.shared_expert_gate.weight"] == (1, 8)
     assert shapes["layer.mlp.shared_expert.down_proj.weight"] == (8, 6)
@@ -217,13 +217,13 @@ def test_mtp_of_glm() -> None:
         normed_feedback=True,
     )
     check(parse(GLM_MTP, GLM), qk_norm=False)
-    shapes = row_shapes(config, 10)
+    shapes = mtp_shapes(config, 10)
     assert shapes["layer.mlp.gate.e_score_correction_bias"] == (3,)
     assert shapes["layer.mlp.shared_expert.up_proj.weight"] == (10, 8)
     assert "layer.mlp.shared_expert_gate.weight" not in shapes
     alone = parse(GLM_MTP, GLM, n_shared_experts=0, routed_scaling_factor=1.0)
     check(alone, experts=replace(expected, shared_width=0, scale=1.0))
-    assert not [name for name in row_shapes(alone, 10) if "shared_expert" in name]
+    assert not [name for name in mtp_shapes(alone, 10) if "shared_expert" in name]
 
 
 @pytest.mark.parametrize("form", ["eagle", "speculators"])
@@ -283,15 +283,15 @@ def test_layer_ids_and_biases_of_eagle_3() -> None:
         parse(EAGLE3, EAGLE, eagle_config={"mystery": 1})
     biased = parse(EAGLE3, EAGLE, attention_bias=True, parallel_draft_step=1)
     check(biased, attention_bias=True, output_bias=True)
-    shapes = row_shapes(biased, 10)
+    shapes = mtp_shapes(biased, 10)
     assert [shapes[f"layer.self_attn.{name}_proj.bias"] for name in "qkvo"] == [
         *((8,), (4,), (4,), (8,))
     ]
     assert shapes["layer.self_attn.q_proj.weight"] == (8, 16), "it reads embedding and state"
     assert shapes["fc.weight"] == (8, 24)
-    assert row_shapes(parse(EAGLE3, EAGLE, norm_before_fc=True), 10)["input_norm.weight"] == (24,)
-    assert row_shapes(parse(EAGLE3, EAGLE, fc_norm=True), 10)["fc_norm.2.weight"] == (8,)
-    own = row_shapes(parse(EAGLE3, EAGLE, draft_vocab_size=7), 10)
+    assert mtp_shapes(parse(EAGLE3, EAGLE, norm_before_fc=True), 10)["input_norm.weight"] == (24,)
+    assert mtp_shapes(parse(EAGLE3, EAGLE, fc_norm=True), 10)["fc_norm.2.weight"] == (8,)
+    own = mtp_shapes(parse(EAGLE3, EAGLE, draft_vocab_size=7), 10)
     assert (own["d2t"], own["lm_head.weight"], own["embed_tokens.weight"]) == (
         *((7,), (7, 8), (10, 8)),
     )
@@ -312,7 +312,7 @@ def test_assistants_of_gemma() -> None:
         column_size=16,
         assistant=Assistant(settings=ASSISTANT_LAYERS),
     )
-    shapes = row_shapes(config, 10)
+    shapes = mtp_shapes(config, 10)
     assert shapes["pre_projection.weight"] == (8, 32)
     assert shapes["post_projection.weight"] == (16, 8)
     assert shapes["layers.0.self_attn.q_proj.weight"] == (8, 8)
@@ -321,7 +321,7 @@ def test_assistants_of_gemma() -> None:
     clusters = {"use_ordered_embeddings": True, "num_centroids": 5}
     clustered = parse(ASSISTANT, GEMMA, centroid_intermediate_top_k=5, **clusters)
     check(clustered, assistant=Assistant(settings=ASSISTANT_LAYERS, clusters=5, scored=5))
-    shapes = row_shapes(clustered, 10)
+    shapes = mtp_shapes(clustered, 10)
     assert shapes["masked_embedding.centroids.weight"] == (5, 8)
     assert shapes["masked_embedding.token_ordering"] == (10,)
     for count, scored in ((5, 6), (5, 0), (4, 2)):
@@ -446,7 +446,7 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
     optional = ("embed_tokens.weight", "lm_head.weight")
     stored = {
         name: np.zeros(shape, np.float32)
-        for name, shape in row_shapes(EAGLE3.parse(config, (), 12), 10).items()
+        for name, shape in mtp_shapes(EAGLE3.parse(config, (), 12), 10).items()
         if name not in optional
     }
     save(folder, config, stored)
@@ -455,14 +455,14 @@ def write_eagle(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def load(folder: Path, format: Format = EAGLE3, **changes: int) -> Any:
     target = {"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 12, **changes}
-    return load_row_tensors(folder, format, read_file, np.stack, **target)
+    return load_mtp_tensors(folder, format, read_file, np.stack, **target)
 
 
 def test_a_head_fits_its_target(tmp_path: Path) -> None:
     write_eagle(tmp_path / "head")
     found = load(tmp_path / "head")
     assert not found.vocabulary
-    assert found.weights.keys() == row_shapes(found.config, 10).keys() - {
+    assert found.weights.keys() == mtp_shapes(found.config, 10).keys() - {
         "embed_tokens.weight",
         "lm_head.weight",
     }
@@ -516,7 +516,7 @@ def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
     """They may be stored together, gates before the others."""
     rng = np.random.default_rng(0)
     names = ("mtp.layers.0.mlp.gate.weight",)
-    shapes = row_shapes(QWEN_MTP.parse(QWEN_MOE, names, 12), 10)
+    shapes = mtp_shapes(QWEN_MTP.parse(QWEN_MOE, names, 12), 10)
     renamed = {"input_proj": "fc", "hidden_norm": "pre_fc_norm_hidden"}
     renamed |= {"embedding_norm": "pre_fc_norm_embedding", "layer": "layers.0"}
     stored = {}
@@ -539,9 +539,9 @@ def test_experts_are_stacked(tmp_path: Path, fused: bool) -> None:
 
 
 def test_what_only_some_backends_and_drafters_have() -> None:
-    row_heads.refuse_window(LoadConfig())
+    mtp_heads.refuse_window(LoadConfig())
     with pytest.raises(ConfigError, match="draft_window is not supported"):
-        row_heads.refuse_window(LoadConfig(draft_window=8))
-    row_heads.refuse_assistant(parse(QWEN_MTP, QWEN), "reference")
+        mtp_heads.refuse_window(LoadConfig(draft_window=8))
+    mtp_heads.refuse_assistant(parse(QWEN_MTP, QWEN), "reference")
     with pytest.raises(UnsupportedModelError, match="by the reference backend; use the mlx"):
-        row_heads.refuse_assistant(parse(ASSISTANT, GEMMA), "reference")
+        mtp_heads.refuse_assistant(parse(ASSISTANT, GEMMA), "reference")

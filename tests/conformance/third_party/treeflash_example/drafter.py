@@ -55,7 +55,7 @@ class Drafter(OneByOneDrafter):
         state.context = []
         context = model.norm("hidden_norm", features @ model.weights["fc.weight"].T)
         positions = state.drafter.length + np.arange(len(context))
-        state.drafter.append([layer.kv_cache(context, positions) for layer in model.layers])
+        state.drafter.append([layer.keys_and_values(context, positions) for layer in model.layers])
 
     def draft_one(self, state, root, depths):
         if state.context:

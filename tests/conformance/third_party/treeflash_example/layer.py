@@ -41,7 +41,7 @@ class Layer:
         turned = (first + 1j * second) * turn
         return np.concatenate([turned.real, turned.imag], -1).swapaxes(0, 1)
 
-    def kv_cache(self, x, positions):
+    def keys_and_values(self, x, positions):
         """(2, kv_heads, n, head_dim)."""
         values = self.linear("self_attn.v_proj", x).reshape(len(x), self.kv_heads, -1)
         return np.stack([self.project("k", x, positions), values.swapaxes(0, 1)])
@@ -56,7 +56,7 @@ class Layer:
             mask: (n, m + n), True where a query sees a key.
         """
         y = self.norm("input_layernorm", x)
-        mine = self.kv_cache(y, positions)
+        mine = self.keys_and_values(y, positions)
         keys, values = np.repeat(
             np.concatenate([cached, mine], 2), self.heads // self.kv_heads, axis=1
         )

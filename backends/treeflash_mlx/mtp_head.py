@@ -1,6 +1,6 @@
 """Heads that draft depth by depth: their layer, their rows, and the tables they give.
 
-See `treeflash.drafters.row_heads` for what a row is. The KV cache of a sequence has a row for each
+See `treeflash.drafters.mtp_heads` for what a row is. The KV cache of a sequence has a row for each
 committed position, and behind them the rows of the drafts of one table. The keys and values of
 committed rows need no attention, so a prompt costs little more than their projections.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, MtpConfig
 from treeflash.errors import ConfigError
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import OutputStage
@@ -73,7 +73,7 @@ class Router(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts, and one that runs for every row."""
 
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         experts, h = config.experts, config.hidden_size
         assert experts is not None
@@ -99,7 +99,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         self.config = config
         h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         h, eps = config.hidden_size, config.rms_norm_eps
@@ -139,10 +139,10 @@ class Layer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
 
 
-class RowModel(nn.Module):
-    """The weights of a row head, under their canonical names."""
+class MtpModel(nn.Module):
+    """The weights of an MTP head, under their canonical names."""
 
-    def __init__(self, config: RowConfig, own: OwnVocabulary) -> None:
+    def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
         super().__init__()
         self.config = config
         h, eps, features = config.hidden_size, config.rms_norm_eps, len(config.target_layer_ids)
@@ -199,7 +199,7 @@ class RowModel(nn.Module):
 
 
 @dataclass(eq=False)
-class RowCache(KVCache):
+class MtpCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
     The last position's row has an uncommitted token: it is computed again for every draft.
@@ -232,7 +232,7 @@ class RowCache(KVCache):
 
 
 @dataclass(frozen=True, eq=False)
-class RowBlock:
+class MtpBlock:
     """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
     It has `length` rows. For Gemma 4's assistant `cache` is the target's.
@@ -256,16 +256,16 @@ class Rows:
     visible: mx.array
 
 
-class RowDrafter:
+class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
 
-    def __init__(self, model: RowModel, target: Target) -> None:
+    def __init__(self, model: MtpModel, target: Target) -> None:
         self.model, self.output = model, OutputStage(model, target)
 
-    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         project_contexts([state for state, _ in roots], self.model.project)
-        new: list[tuple[RowCache, int, list[int]]] = []
+        new: list[tuple[MtpCache, int, list[int]]] = []
         for state, root in roots:
             cache, tokens = self._append(state)
             first, tokens = cache.length - 1 - len(tokens), [*tokens, root]
@@ -282,25 +282,25 @@ class RowDrafter:
         outputs = self.model.finish(attended, gate, residual[last])
         most = self.model.config.depths
         return [
-            RowBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
+            MtpBlock(root, outputs[i : i + 1], cache, cache.length, min(depths or most, most))
             for i, ((_, root), cache) in enumerate(zip(roots, caches, strict=True))
         ]
 
-    def _append(self, state: State) -> tuple[RowCache, list[int]]:
+    def _append(self, state: State) -> tuple[MtpCache, list[int]]:
         """The cache with the states of all committed positions, and the tokens of new rows."""
         cache = state.drafter
-        assert isinstance(cache, RowCache)
+        assert isinstance(cache, MtpCache)
         first = max(cache.length - 1, 0)
         cache.append(state.context)
         state.context = []
         return cache, state.tokens[first + 1 :]
 
     def _write(
-        self, rows: Sequence[tuple[RowCache, int, list[int]]]
+        self, rows: Sequence[tuple[MtpCache, int, list[int]]]
     ) -> tuple[tuple[mx.array, mx.array], mx.array]:
         """Write the keys and values of rows: their cache, the first one, and their tokens.
 
-        Returns what `RowModel.read` does, and the positions.
+        Returns what `MtpModel.read` does, and the positions.
         """
         flat = mx.array([token for _, _, tokens in rows for token in tokens], mx.int32)
         numbers = [first + np.arange(len(tokens)) for _, first, tokens in rows]
@@ -313,10 +313,10 @@ class RowDrafter:
         write([(cache, first, len(tokens)) for cache, first, tokens in rows], k, v)
         return read, positions
 
-    def marginals(self, blocks: Sequence[RowBlock], options: TableOptions) -> list[TransitionTable]:
+    def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
         raise ConfigError(NO_MARGINALS)
 
-    def log_probs(self, block: RowBlock) -> NDArray[np.float32]:
+    def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
         raise ConfigError(NO_MARGINALS)
 
 
@@ -330,7 +330,7 @@ def write(segments: Sequence[tuple[KVCache, int, int]], k: mx.array, v: mx.array
 
 
 def attend(
-    config: RowConfig,
+    config: MtpConfig,
     queries: mx.array,
     caches: Sequence[KVCache],
     ends: Sequence[int],
@@ -356,14 +356,14 @@ def attend(
     return mx.concatenate(out)
 
 
-class RowHead:
+class MtpHead:
     """`treeflash.decoding.interfaces.ARHead` in MLX, one pass of the layer for each depth."""
 
-    def __init__(self, model: RowModel, target: Target) -> None:
+    def __init__(self, model: MtpModel, target: Target) -> None:
         self.model, self.output = model, OutputStage(model, target)
 
     def transitions(
-        self, blocks: Sequence[RowBlock], options: TableOptions
+        self, blocks: Sequence[MtpBlock], options: TableOptions
     ) -> list[TransitionTable]:
         """Run each depth of all sequences as one batch of rows, and read all depths at once."""
         depths, batch = blocks[0].depths, len(blocks)
@@ -402,7 +402,7 @@ class RowHead:
             tables.append(TransitionTable.from_paths(tokens_, parts[1::3], kept_))
         return tables
 
-    def log_probs(self, block: RowBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+    def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         rows = self._start([block])
         outputs = [rows.outputs]
         for depth in range(1, len(previous)):
@@ -412,13 +412,13 @@ class RowHead:
         logits = self.output.logits(self.model.norm(mx.concatenate(outputs)))
         return np.array(self.output.over_target_vocabulary(log_softmax(logits)))
 
-    def _start(self, blocks: Sequence[RowBlock]) -> Rows:
+    def _start(self, blocks: Sequence[MtpBlock]) -> Rows:
         outputs = mx.concatenate([block.output for block in blocks])
         return Rows(outputs, mx.zeros((len(blocks), 1, 0), mx.bool_))
 
     def _step(
         self,
-        blocks: Sequence[RowBlock],
+        blocks: Sequence[MtpBlock],
         rows: Rows,
         depth: int,
         tokens: mx.array,

@@ -1,6 +1,6 @@
 """Heads that draft depth by depth: their layer, their rows, and the tables they give.
 
-See `treeflash.drafters.row_heads` for what a row is. The KV cache of a sequence has a row for each
+See `treeflash.drafters.mtp_heads` for what a row is. The KV cache of a sequence has a row for each
 committed position, and behind them the rows of the drafts of one table. The keys and values of
 committed rows need no attention, so a prompt costs little more than their projections.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, Experts, RowConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, MtpConfig
 from treeflash.errors import ConfigError
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, KVCache, PackedRows, from_host, to_host
@@ -87,7 +87,7 @@ class ExpertWeights(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts, and one that runs for every row."""
 
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         experts, h = config.experts, config.hidden_size
         assert experts is not None
@@ -120,7 +120,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         self.config = config
         h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -141,7 +141,7 @@ class Attention(nn.Module):
             q, gate = q.chunk(2, -1)
         return self._rotated(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
 
-    def kv_cache(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(1, kv_heads, n, head_dim) each, of n rows."""
         k, v = (
             x.unflatten(-1, (-1, self.config.head_dim)) for x in (self.k_proj(y), self.v_proj(y))
@@ -156,7 +156,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         h, eps = config.hidden_size, config.rms_norm_eps
@@ -165,10 +165,10 @@ class Layer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
 
 
-class RowModel(nn.Module):
-    """The weights of a row head, under their canonical names."""
+class MtpModel(nn.Module):
+    """The weights of an MTP head, under their canonical names."""
 
-    def __init__(self, config: RowConfig, own: OwnVocabulary) -> None:
+    def __init__(self, config: MtpConfig, own: OwnVocabulary) -> None:
         super().__init__()
         self.config = config
         self.own = own
@@ -225,7 +225,7 @@ class RowModel(nn.Module):
 
 
 @dataclass(eq=False)
-class RowCache(KVCache):
+class MtpCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 
     The row of the last position holds the token after it, which is not committed: it is computed
@@ -248,7 +248,7 @@ class RowCache(KVCache):
 
     def copy_from(self, other: KVCache, length: int) -> None:
         super().copy_from(other, length)
-        assert isinstance(other, RowCache)
+        assert isinstance(other, MtpCache)
         if self.length and other.hidden is not None:
             self.hidden = other.hidden.new_empty(self.capacity, other.hidden.shape[1])
             self.hidden[: self.length] = other.hidden[: self.length]
@@ -275,20 +275,20 @@ class RowCache(KVCache):
         self.hidden = None
 
 
-class RowArena(Arena):
+class MtpArena(Arena):
     """Hands out the columns of row caches."""
 
-    def new_cache(self, capacity: int) -> RowCache:
-        return RowCache(self, capacity)
+    def new_cache(self, capacity: int) -> MtpCache:
+        return MtpCache(self, capacity)
 
 
 @dataclass(frozen=True, eq=False)
-class RowBlock:
+class MtpBlock:
     """The root's row after a draft."""
 
     root: int  # token id
     output: Tensor  # (1, hidden_size) of the layer
-    cache: RowCache
+    cache: MtpCache
     length: int  # rows of the sequence, the root's last
     depths: int  # wanted
 
@@ -301,21 +301,21 @@ class _Rows:
     visible: Tensor  # (sequences, n, c) bool: the drafted rows so far that each row sees
 
 
-class RowDrafter:
+class MtpDrafter:
     """`treeflash.decoding.interfaces.Drafter` in PyTorch: the rows of committed positions."""
 
-    def __init__(self, model: RowModel, target: Target) -> None:
+    def __init__(self, model: MtpModel, target: Target) -> None:
         self.model = model
         self.target = target
         self.output = OutputStage(model, target)  # embeds tokens, and computes logits
 
     @torch.inference_mode()
-    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[RowBlock]:
+    def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        new: list[tuple[RowCache, int, list[int]]] = []
+        new: list[tuple[MtpCache, int, list[int]]] = []
         for state, root in roots:
             cache = state.drafter
-            assert isinstance(cache, RowCache)
+            assert isinstance(cache, MtpCache)
             first = max(cache.length - 1, 0)
             cache.append(state.context)
             state.context = []
@@ -336,16 +336,16 @@ class RowDrafter:
         most = self.model.config.depths
         blocks = zip(roots, outputs.split(1), caches, strict=True)
         return [
-            RowBlock(root, output, cache, cache.length, min(depths or most, most))
+            MtpBlock(root, output, cache, cache.length, min(depths or most, most))
             for (_, root), output, cache in blocks
         ]
 
     def _write(
-        self, rows: Sequence[tuple[RowCache, int, list[int]]]
+        self, rows: Sequence[tuple[MtpCache, int, list[int]]]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Write the keys and values of rows: their cache, the first one, and their tokens.
 
-        Returns what `RowModel.read` does, and the rotation.
+        Returns what `MtpModel.read` does, and the rotation.
         """
         device = self.target.device
         flat = np.array([token for _, _, tokens in rows for token in tokens])
@@ -354,21 +354,21 @@ class RowDrafter:
         states = [x.hidden[first : first + len(tokens)] for x, first, tokens in rows]  # type: ignore[index]
         read = self.model.read(self.output.embed(tokens_), torch.cat(states))
         rotation = self.model.rotary(positions, read[0].dtype)
-        k, v = self.model.layer.self_attn.kv_cache(read[0], rotation)
+        k, v = self.model.layer.self_attn.keys_and_values(read[0], rotation)
         PackedRows([(x, first, len(tokens)) for x, first, tokens in rows], k).write(0, k, v)
         return read, rotation
 
-    def marginals(self, blocks: Sequence[RowBlock], options: TableOptions) -> list[TransitionTable]:
+    def marginals(self, blocks: Sequence[MtpBlock], options: TableOptions) -> list[TransitionTable]:
         raise ConfigError(NO_MARGINALS)
 
-    def log_probs(self, block: RowBlock) -> NDArray[np.float32]:
+    def log_probs(self, block: MtpBlock) -> NDArray[np.float32]:
         raise ConfigError(NO_MARGINALS)
 
 
 def attend(
-    config: RowConfig,
+    config: MtpConfig,
     queries: Tensor,  # (1, heads, sequences * n, head_dim)
-    caches: Sequence[RowCache],
+    caches: Sequence[MtpCache],
     ends: Sequence[int],  # columns that the rows of each sequence see, or that are masked
     visible: Tensor | None,  # (sequences, n, c) bool, of the last c columns; None if n is 1
 ) -> Tensor:
@@ -386,17 +386,17 @@ def attend(
     return grouped_attention(queries, kv_caches, masks, sizes, scale)[0]
 
 
-class RowHead:
+class MtpHead:
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, one pass of the layer for each depth."""
 
-    def __init__(self, model: RowModel, target: Target) -> None:
+    def __init__(self, model: MtpModel, target: Target) -> None:
         self.module = self.model = model
         self.target = target
         self.output = OutputStage(model, target)
 
     @torch.inference_mode()
     def transitions(
-        self, blocks: Sequence[RowBlock], options: TableOptions
+        self, blocks: Sequence[MtpBlock], options: TableOptions
     ) -> list[TransitionTable]:
         """Run each depth of all sequences as one batch of rows, and read all depths at once."""
         depths, batch = blocks[0].depths, len(blocks)
@@ -432,7 +432,7 @@ class RowHead:
         return tables
 
     @torch.inference_mode()
-    def log_probs(self, block: RowBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
+    def log_probs(self, block: MtpBlock, previous: NDArray[np.int32]) -> NDArray[np.float32]:
         tokens = torch.from_numpy(previous).to(self.target.device).long()
         rows = self._start([block])
         outputs = [rows.outputs]
@@ -443,14 +443,14 @@ class RowHead:
         logits = self.output.logits(self.model.norm(torch.cat(outputs)))
         return self.output.over_target_vocabulary(logits.float().log_softmax(-1)).cpu().numpy()
 
-    def _start(self, blocks: Sequence[RowBlock]) -> _Rows:
+    def _start(self, blocks: Sequence[MtpBlock]) -> _Rows:
         outputs = torch.cat([block.output for block in blocks])
         none = torch.zeros(len(blocks), 1, 0, dtype=torch.bool, device=outputs.device)
         return _Rows(outputs, none)
 
     def _step(
         self,
-        blocks: Sequence[RowBlock],
+        blocks: Sequence[MtpBlock],
         rows: _Rows,
         depth: int,
         tokens: Tensor,  # (sequences, n) of the target's vocabulary
@@ -465,7 +465,7 @@ class RowHead:
         numbers = np.repeat([block.length - 1 + depth for block in blocks], n)
         rotation = model.rotary(upload(numbers, self.target.device), y.dtype)
         q, gate = model.layer.self_attn.queries(y, rotation)
-        k, v = model.layer.self_attn.kv_cache(y, rotation)
+        k, v = model.layer.self_attn.keys_and_values(y, rotation)
         starts = [block.length + drafted for block in blocks]
         caches = [block.cache for block in blocks]
         segments = [(cache, start, n) for cache, start in zip(caches, starts, strict=True)]

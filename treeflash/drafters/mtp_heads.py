@@ -1,9 +1,9 @@
 """Heads that draft depth by depth: MTP heads and EAGLE-3, their formats and their tensors.
 
-A row head is one transformer layer over *rows*. Row i reads the embedding of the token at position
-i + 1 and the target's state at position i, and predicts the token at position i + 2. A drafted
-token becomes a row with the state that the head computed at its parent's row, so every depth costs
-one pass of the layer and of the output head.
+An MTP head is one transformer layer over *rows*, and so is an EAGLE-3 head. Row i reads the
+embedding of the token at position i + 1 and the target's state at position i, and predicts the
+token at position i + 2. A drafted token becomes a row with the state that the head computed at its
+parent's row, so every depth costs one pass of the layer and of the output head.
 
 | family | who publishes it | how it is recognised |
 | --- | --- | --- |
@@ -33,9 +33,9 @@ from treeflash.errors import ConfigError, UnsupportedModelError
 
 Tensor = TypeVar("Tensor")
 DEPTHS = 8
-"""Depths that a row head drafts at most. Each costs a pass, and acceptance falls with depth."""
+"""Depths that an MTP head drafts at most. Each costs a pass, and acceptance falls with depth."""
 MAX_PATHS = 16
-"""Paths that a row head expands at each depth at most; EAGLE-2's published trees expand 8 to 10."""
+"""Paths that are expanded at each depth at most; EAGLE-2's published trees expand 8 to 10."""
 NO_MARGINALS = (
     "methods dflash and ddtree need a drafter that predicts all depths in one pass; with an MTP or "
     "EAGLE-3 head use method treeflash or treeflash-chain"
@@ -46,7 +46,7 @@ TARGET_TENSORS = ("embed_tokens.weight", "shared_head.head.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in a row head's layer."""
+    """A mixture of experts in an MTP head's layer."""
 
     count: int  # experts, of which `per_token` run for a token
     per_token: int
@@ -68,7 +68,7 @@ class Assistant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowConfig(DrafterShape):
+class MtpConfig(DrafterShape):
     """The shape of a head that drafts depth by depth."""
 
     # the layer's attention reads the normed embedding and state side by side (EAGLE-3), instead of
@@ -125,7 +125,7 @@ def detect(config: Config, stored: Collection[str]) -> Format | None:
 
     Raises an UnsupportedModelError if the head is of a family that is not supported.
     """
-    found = next((format_ for format_ in ROW_FORMATS if format_.detect(config, stored)), None)
+    found = next((format_ for format_ in MTP_FORMATS if format_.detect(config, stored)), None)
     if found is None:
         for pattern, family in REFUSED_TENSORS.items():
             if any(re.match(pattern, name) for name in stored):
@@ -171,14 +171,14 @@ def refuse_window(config: LoadConfig) -> None:
 
 def refuse_assistant(config: DrafterShape, backend: str) -> None:
     """Raise an UnsupportedModelError for Gemma 4's assistant, whose target a backend lacks."""
-    if isinstance(config, RowConfig) and config.assistant is not None:
+    if isinstance(config, MtpConfig) and config.assistant is not None:
         raise UnsupportedModelError(
             f"Gemma 4's assistant is not supported by the {backend} backend; use the mlx backend"
         )
 
 
-def row_shapes(config: RowConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a row head by canonical name; optional ones are included."""
+def mtp_shapes(config: MtpConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of an MTP head by canonical name; optional ones are included."""
     if config.assistant is not None:
         return _assistant_shapes(config, config.assistant, vocab_size)
     h, d = config.hidden_size, config.head_dim
@@ -227,7 +227,7 @@ def row_shapes(config: RowConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
 
 
 def _assistant_shapes(
-    config: RowConfig, assistant: Assistant, vocab_size: int
+    config: MtpConfig, assistant: Assistant, vocab_size: int
 ) -> dict[str, tuple[int, ...]]:
     settings, h = assistant.settings, config.hidden_size
     width, inner = int(settings["hidden_size"]), int(settings["intermediate_size"])
@@ -262,10 +262,10 @@ def _mlp_shapes(prefix: str, h: int, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def _required_and_optional(
-    config: RowConfig, vocab_size: int, stored: Shapes
+    config: MtpConfig, vocab_size: int, stored: Shapes
 ) -> tuple[Shapes, Shapes]:
     """The shapes of the tensors that a folder must have, and of those that it may leave out."""
-    shapes = row_shapes(config, vocab_size)
+    shapes = mtp_shapes(config, vocab_size)
     names = {"embed_tokens.weight"}
     if "d2t" not in shapes and "pre_projection.weight" not in shapes:
         names.add("lm_head.weight")
@@ -289,7 +289,7 @@ def split_fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 
 
 def stack_experts(
-    tensors: dict[str, Any], config: RowConfig, stack: Callable[[list[Any]], Any]
+    tensors: dict[str, Any], config: MtpConfig, stack: Callable[[list[Any]], Any]
 ) -> dict[str, Any]:
     """The tensors with (count, out, in) `layer.mlp.experts.{gate,up,down}_proj`."""
     if config.experts is None:
@@ -312,7 +312,7 @@ def text_config(config: Config) -> Config:
     return {**config, **(config.get("text_config") or {})}
 
 
-def _layer_config(config: Config, **settings: Any) -> RowConfig:
+def _layer_config(config: Config, **settings: Any) -> MtpConfig:
     """The fields that describe one layer; `config` is the section that has its settings."""
     backbone.refuse(config, {"hidden_act": (None, "silu"), "mlp_bias": (None, False)})
     heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
@@ -320,7 +320,7 @@ def _layer_config(config: Config, **settings: Any) -> RowConfig:
     rope = rope_parameters(config)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     inv_freq, rope_scale = inverse_frequencies(rope, int(head_dim * (share or 1.0)))
-    return RowConfig(
+    return MtpConfig(
         hidden_size=hidden_size,
         num_hidden_layers=1,
         num_attention_heads=heads,
@@ -344,7 +344,7 @@ def _parse_qwen(
     *,
     prefix: str = "mtp.",
     offset: float = 1.0,
-) -> RowConfig:
+) -> MtpConfig:
     """The layer always is full attention, whatever the target's last layer is."""
     text = text_config(config)
     _refuse_keys(
@@ -395,7 +395,7 @@ def _qwen_names(config: Config, stored: Collection[str], *, prefix: str = "mtp."
     return names
 
 
-def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """GLM-4.5 to 4.7: the layer behind the last one is as the target's mixtures of experts."""
     _refuse_keys(
         config,
@@ -476,7 +476,7 @@ SPECULATORS_INERT = {
 }
 
 
-def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """SafeAILab, SpecForge and ModelOpt: the settings of a Llama with one layer."""
     nested = config.get("eagle_config") or {}
     known = EAGLE_KEYS | backbone.KEYS | backbone.INERT_KEYS
@@ -490,7 +490,7 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
     return _eagle_config(config, config, ids or _default_layers(target_layers), stored)
 
 
-def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+def _parse_speculators(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     layers = config["transformer_layer_config"]
     known = EAGLE_KEYS | backbone.INERT_KEYS | SPECULATORS_INERT
     _refuse_keys(config, lambda key: key not in known, EAGLE_NEUTRAL)
@@ -500,7 +500,7 @@ def _parse_speculators(config: Config, stored: Collection[str], target_layers: i
 
 def _eagle_config(
     config: Config, layers: Config, layer_ids: Sequence[int], stored: Collection[str]
-) -> RowConfig:
+) -> MtpConfig:
     if int(layers["num_hidden_layers"]) != 1:
         raise ValueError(f"num_hidden_layers = {layers['num_hidden_layers']} is not supported")
     sliding = any(kind != "full_attention" for kind in layers.get("layer_types") or ())
@@ -594,7 +594,7 @@ ASSISTANT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Settings of the layers that must have one of these values."""
 
 
-def _parse_assistant(config: Config, stored: Collection[str], target_layers: int) -> RowConfig:
+def _parse_assistant(config: Config, stored: Collection[str], target_layers: int) -> MtpConfig:
     """The layers are computed from their settings, as in the target; here they are checked."""
     settings = config["text_config"]
 
@@ -616,7 +616,7 @@ def _parse_assistant(config: Config, stored: Collection[str], target_layers: int
             raise ValueError(
                 f"{scored} of {clusters} clusters of {vocab_size} tokens are not valid"
             )
-    return RowConfig(
+    return MtpConfig(
         hidden_size=int(config["backbone_hidden_size"]),
         intermediate_size=int(settings["intermediate_size"]),
         num_hidden_layers=0,
@@ -669,5 +669,5 @@ ASSISTANT = _mtp(
     parse=_parse_assistant,
     names=_assistant_names,
 )
-ROW_FORMATS = (SPECULATORS_EAGLE3, EAGLE3, QWEN_SIDECAR, ASSISTANT, QWEN_MTP, GLM_MTP)
+MTP_FORMATS = (SPECULATORS_EAGLE3, EAGLE3, QWEN_SIDECAR, ASSISTANT, QWEN_MTP, GLM_MTP)
 """In the order in which a folder is tried."""

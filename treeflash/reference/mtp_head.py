@@ -1,4 +1,4 @@
-"""Heads that draft depth by depth; see `treeflash.drafters.row_heads`."""
+"""Heads that draft depth by depth; see `treeflash.drafters.mtp_heads`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.row_heads import MAX_PATHS, NO_MARGINALS, RowConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, MtpConfig
 from treeflash.errors import ConfigError
 from treeflash.reference.drafter_model import DrafterModel
 from treeflash.reference.numerics import (
@@ -27,14 +27,14 @@ from treeflash.reference.target import Cache
 from treeflash.reference.verifier import State
 
 
-class RowCache(Cache):
+class MtpCache(Cache):
     """The rows of one sequence, and the target's (length, hidden_size) states that they read.
 
     The row of the last position holds the token after it, which is not committed: it is computed
     again for every draft.
     """
 
-    def __init__(self, config: RowConfig) -> None:
+    def __init__(self, config: MtpConfig) -> None:
         super().__init__(1, config.num_key_value_heads, config.head_dim)
         self.hidden: Array = np.zeros((0, config.hidden_size), np.float32)
 
@@ -47,7 +47,7 @@ class RowCache(Cache):
         return super().nbytes + self.hidden.nbytes
 
     def copy_from(self, other: Cache, length: int) -> None:
-        assert isinstance(other, RowCache)
+        assert isinstance(other, MtpCache)
         super().copy_from(other, max(min(length, other.length) - 1, 0))
         self.hidden = other.hidden[:length].copy()
 
@@ -62,13 +62,13 @@ class RowCache(Cache):
 
 
 @dataclass(frozen=True, eq=False)
-class RowModel(DrafterModel):
-    """The tensors of a row head, with the target that it drafts for."""
+class MtpModel(DrafterModel):
+    """The tensors of an MTP head, with the target that it drafts for."""
 
-    config: RowConfig
+    config: MtpConfig
 
-    def new_cache(self) -> RowCache:
-        return RowCache(self.config)
+    def new_cache(self) -> MtpCache:
+        return MtpCache(self.config)
 
     def project(self, features: Array) -> Array:
         """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
@@ -91,7 +91,7 @@ class RowModel(DrafterModel):
         x = self.linear("input_proj", both)
         return self.normed("layer.input_layernorm", x), x
 
-    def keys_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
+    def keys_and_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
         """(kv_heads, n, head_dim) each, of n rows."""
         v = self.linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
         k = self._rotated("k", self.linear("layer.self_attn.k_proj", y), positions)
@@ -132,7 +132,7 @@ class RowModel(DrafterModel):
 
 
 @dataclass(frozen=True, eq=False)
-class RowBlock:
+class MtpBlock:
     """The root's row after a draft, with the (1, hidden_size) output of the layer.
 
     The keys and values are (kv_heads, p, head_dim) of all rows of the sequence, the root's last.
@@ -145,15 +145,15 @@ class RowBlock:
     depths: int
 
 
-class RowDrafter(OneByOneDrafter):
+class MtpDrafter(OneByOneDrafter):
     """`treeflash.decoding.interfaces.Drafter` in NumPy: the rows of committed positions."""
 
-    def __init__(self, model: RowModel) -> None:
+    def __init__(self, model: MtpModel) -> None:
         self.model = model
 
-    def draft_one(self, state: State, root: int, depths: int | None) -> RowBlock:
+    def draft_one(self, state: State, root: int, depths: int | None) -> MtpBlock:
         cache, model = state.drafter, self.model
-        assert isinstance(cache, RowCache)
+        assert isinstance(cache, MtpCache)
         first = max(cache.length - 1, 0)
         if state.context:
             hidden = model.project(np.concatenate(state.context))
@@ -161,17 +161,17 @@ class RowDrafter(OneByOneDrafter):
         tokens = np.array([*state.tokens[first + 1 :], root], np.int32)
         positions = np.arange(first, cache.length, dtype=np.int32)
         y, residual = model.read(tokens, cache.hidden[first:])
-        keys, values = cache.attend(0, *model.keys_values(y, positions))
+        keys, values = cache.attend(0, *model.keys_and_values(y, positions))
         cache.commit(np.arange(len(tokens) - 1, dtype=np.int32))
         mask = np.ones((1, keys.shape[1]), np.bool_)
         output = model.layer((y[-1:], residual[-1:]), positions[-1:], keys, values, mask)
         most = model.config.depths
-        return RowBlock(root, output, keys, values, min(depths or most, most))
+        return MtpBlock(root, output, keys, values, min(depths or most, most))
 
-    def marginals_one(self, block: RowBlock, options: TableOptions) -> TransitionTable:
+    def marginals_one(self, block: MtpBlock, options: TableOptions) -> TransitionTable:
         raise ConfigError(NO_MARGINALS)
 
-    def log_probs(self, block: RowBlock) -> Array:
+    def log_probs(self, block: MtpBlock) -> Array:
         raise ConfigError(NO_MARGINALS)
 
 
@@ -189,13 +189,13 @@ class _Paths:
     visible: NDArray[np.bool_]
 
 
-class RowHead(OneByOneHead):
+class MtpHead(OneByOneHead):
     """`treeflash.decoding.interfaces.ARHead` in NumPy, one pass of the layer for each depth."""
 
-    def __init__(self, model: RowModel) -> None:
+    def __init__(self, model: MtpModel) -> None:
         self.model = model
 
-    def transitions_one(self, block: RowBlock, options: TableOptions) -> TransitionTable:
+    def transitions_one(self, block: MtpBlock, options: TableOptions) -> TransitionTable:
         model, temperature = self.model, np.float32(options.temperature)
         noise = np.zeros((block.depths, 1), np.float32)
         if options.noise is not None:
@@ -221,7 +221,7 @@ class RowHead(OneByOneHead):
             path_log_probs = children[kept[-1]]
         return TransitionTable.from_paths(tokens, log_probs, kept)
 
-    def log_probs(self, block: RowBlock, previous: Ints) -> Array:
+    def log_probs(self, block: MtpBlock, previous: Ints) -> Array:
         rows = self._start(block)
         outputs = [rows.output]
         for depth in range(1, len(previous)):
@@ -230,18 +230,18 @@ class RowHead(OneByOneHead):
         log_probs = log_softmax(self.model.logits(np.concatenate(outputs)))
         return self.model.over_target_vocabulary(log_probs)
 
-    def _start(self, block: RowBlock) -> _Paths:
+    def _start(self, block: MtpBlock) -> _Paths:
         visible = np.ones((1, block.keys.shape[1]), np.bool_)
         return _Paths(block.output, block.keys, block.values, visible)
 
     def _step(
-        self, block: RowBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
+        self, block: MtpBlock, rows: _Paths, depth: int, tokens: Ints, parents: NDArray[np.int64]
     ) -> _Paths:
         """Append the rows of (n,) tokens that follow (n,) rows of the depth before."""
         model, n = self.model, len(tokens)
         positions = np.full(n, block.keys.shape[1] - 1 + depth, np.int32)
         y, residual = model.read(tokens, model.feedback(rows.output[parents]))
-        new_keys, new_values = model.keys_values(y, positions)
+        new_keys, new_values = model.keys_and_values(y, positions)
         keys = np.concatenate([rows.keys, new_keys], 1)
         values = np.concatenate([rows.values, new_values], 1)
         visible = np.concatenate([rows.visible[parents], np.eye(n, dtype=np.bool_)], 1)
