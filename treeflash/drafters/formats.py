@@ -117,6 +117,8 @@ def parse_drafter_config(config: Config) -> DrafterConfig:
 
 def detect_format(config: Config) -> Format:
     """Tell the format of a block drafter; a ValueError if the format is not supported."""
+    if not SPECULATORS.detect(config, ()):
+        _refuse_layouts(config)
     return next(format_ for format_ in BLOCK_FORMATS if format_.detect(config, ()))
 
 
@@ -546,15 +548,10 @@ def _block(
                 _refuse_unread(config, f"{section_name}.", section, known)
         return parse(config)
 
-    def is_detected(config: Config, stored: Collection[str]) -> bool:
-        if "speculators_model_type" not in config:
-            _refuse_layouts(config)
-        return detect(config)
-
     return Format(
         name=name,
         kind="block",
-        detect=is_detected,
+        detect=lambda config, stored: detect(config),
         parse=parse_known,
         names=_names,
         shapes=block_shapes,
