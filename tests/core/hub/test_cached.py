@@ -190,7 +190,11 @@ def test_an_empty_name_is_refused(capsys):
     ("target", "names", "default"),
     [
         ("some/model", ["suffix"], "suffix"),
-        ("Qwen/Qwen3.6-27B", ["z-lab/Qwen3.6-27B-DFlash", "self", "suffix"], None),
+        (
+            "Qwen/Qwen3.6-27B",
+            ["JetBrains/Qwen3.6-27B-DFlash2", "z-lab/Qwen3.6-27B-DFlash", "self", "suffix"],
+            None,
+        ),
         ("zai-org/GLM-4.6", ["self", "suffix"], "self"),
         (
             "meta-llama/Llama-3.3-70B-Instruct",

@@ -29,6 +29,12 @@ from treeflash.hub.models import (
         ("Qwen/Qwen3-4B-MLX-4bit", "peerrh/treeflash-qwen3-4b"),
         ("mlx-community/Qwen3-8B-4bit-DWQ-053125", "peerrh/treeflash-qwen3-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "z-lab/LLaMA3.1-8B-Instruct-DFlash-UltraChat"),
+        ("mlx-community/gpt-oss-20b-MXFP4-Q8", "z-lab/gpt-oss-20b-DFlash"),
+        ("mlx-community/gpt-oss-20b-mxfp8", "z-lab/gpt-oss-20b-DFlash"),
+        ("some/gpt-oss-120b-4bit-AWQ", "z-lab/gpt-oss-120b-DFlash"),
+        ("some/gpt-oss-20b-OptiQ-4bit", "z-lab/gpt-oss-20b-DFlash"),
+        ("LiquidAI/LFM2.5-8B-A1B", "LiquidAI/LFM2.5-8B-A1B-DSpark"),
+        ("RedHatAI/Qwen3-235B-A22B-NVFP4", "RedHatAI/Qwen3-235B-A22B-speculator.eagle3"),
         ("Qwen/Qwen3-4B-Base", None),
         ("/hub/models--Qwen--Qwen3-14B/snapshots/0a1b", "deepseek-ai/dspark_qwen3_14b_block7"),
     ],
@@ -58,7 +64,7 @@ def test_an_unknown_drafter_was_trained_as_most_are(name: str):
 
 def test_what_kind_of_drafter_a_target_has():
     kinds = [source.kind for source in models.draft_sources("google/gemma-4-31B-it")]
-    assert kinds == [*["block drafter"] * 4, "assistant", "copies of the text"]
+    assert kinds == [*["block drafter"] * 4, "assistant", "EAGLE-3 head", "copies of the text"]
     assert models.draft_sources("meta-llama/Llama-3.3-70B-Instruct")[0].kind == "EAGLE-3 head"
 
 
