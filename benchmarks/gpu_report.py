@@ -421,7 +421,9 @@ def _profile(part: Part, backend: Any) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     config = DecodeConfig(budget=64, max_tokens=400)
-    steps = decode(backend, random_prompt(backend.vocab_size, 256), config)
+    steps = decode(
+        backend, Request(prompt_ids=random_prompt(backend.vocab_size, 256), config=config)
+    )
     for _ in range(8):
         next(steps)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -455,7 +457,11 @@ def memory(gpu: Gpu, part: Part) -> None:
     for count in (1, 8, 32):
         run_texts(backend, [PROMPT] * count, config)
         part.add("texts", texts=count, **_memory_row(gpu))
-    expected = [x for step in decode(backend, PROMPT, config) for x in step.tokens]
+    expected = [
+        x
+        for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
+        for x in step.tokens
+    ]
     free = gpu.free_bytes()
     try:
         torch.empty(4 * max(free, 1 << 44), dtype=torch.uint8, device=gpu.device)
@@ -465,7 +471,11 @@ def memory(gpu: Gpu, part: Part) -> None:
         part.add("out of memory", message=str(error).partition("\n")[0])
     else:
         part.problem("an allocation of more memory than there is succeeded")
-    found = [x for step in decode(backend, PROMPT, config) for x in step.tokens]
+    found = [
+        x
+        for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
+        for x in step.tokens
+    ]
     if line := text_problem("a text after memory ran out", expected, found):
         part.problem(line)
 
@@ -487,7 +497,11 @@ def compare_texts(part: Part, backend: Any, method: Method, sampling: str, dtype
     """Add a row and perhaps a problem: the text of a method against that of plain decoding."""
     config = DecodeConfig(method="ar", max_tokens=60, sampling=SAMPLINGS[sampling])
     plain, found = (
-        [x for step in decode(backend, PROMPT, changed) for x in step.tokens]
+        [
+            x
+            for step in decode(backend, Request(prompt_ids=PROMPT, config=changed))
+            for x in step.tokens
+        ]
         for changed in (config, replace(config, method=method, budget=12))
     )
     part.add(

@@ -35,7 +35,7 @@ from benchmarks.common import Parser, Row, show, write_json
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
@@ -106,7 +106,13 @@ def count_graphs(backend: Any, iterations: int) -> int:
     before, left = backend.captures, iterations
     while left > 0:
         config = DecodeConfig(budget="auto", max_tokens=TEXT)
-        left -= len(list(itertools.islice(decode(backend, [3, 4, 5], config), left)))
+        left -= len(
+            list(
+                itertools.islice(
+                    decode(backend, Request(prompt_ids=[3, 4, 5], config=config)), left
+                )
+            )
+        )
     return int(backend.captures - before)
 
 

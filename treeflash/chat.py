@@ -26,6 +26,7 @@ from treeflash.cli import options as cli
 from treeflash.cli.answer_view import AnswerView
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.single_prompt import explain, summarise
+from treeflash.config import GIB
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import device_report
@@ -33,7 +34,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, TreeflashError
 from treeflash.hub.models import cache_folder
 from treeflash.language_model import LanguageModel
-from treeflash.serving.settings import DISK_OPTIONS, GIB
+from treeflash.serving.settings import DISK_OPTIONS
 from treeflash.text.options import Options, parse_options
 from treeflash.text.prompt import Message, read_text
 from treeflash.text.stream import Assembler
@@ -43,7 +44,7 @@ try:
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = GIB
 """Device memory that may keep the conversation so far, so that only new messages are prefilled, on
 a device that does not tell its memory; else half of what the models leave free."""
 MAX_TOKENS = 2048

@@ -22,6 +22,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Budget = int | Literal["auto"]
 HeadRows = int | Literal["auto"] | None
 AUTO: Literal["auto"] = "auto"
+GIB = 1 << 30
+"""Bytes of a gibibyte."""
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BUDGET = 1024
 """Nodes of a draft tree. A larger one would cost far more than it could gain, and run out of

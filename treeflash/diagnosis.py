@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import MAX_BUDGET, DecodeConfig
-from treeflash.decoding import decode
+from treeflash.config import GIB, MAX_BUDGET, DecodeConfig
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import ARHead, Backend, device_report
 from treeflash.decoding.session import draft_anchors
 from treeflash.drafters.config import DrafterConfig
@@ -105,7 +105,7 @@ def answer(
 ) -> Text:
     """Decode an answer without drafting."""
     config = DecodeConfig(method="ar", max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-    steps = decode(backend, prompt_ids, config)
+    steps = decode(backend, Request(prompt_ids=prompt_ids, config=config))
     return Text(prompt_ids, [token for step in steps for token in step.tokens])
 
 
@@ -160,7 +160,6 @@ CHANCE = 0.1
 """Agreement that guesses of frequent tokens nearly reach."""
 MASK_CANDIDATES, ALL_MASK_CANDIDATES = 3, 8
 """Other mask tokens to try, and as many in a thorough diagnosis: each loads the pair once more."""
-GIB = 1 << 30
 MAX_CONTEXT, USEFUL_CONTEXT = 1 << 20, 4096
 """Tokens of the longest context that is asked about, and tokens that should fit."""
 IN_CONFIG = "set it in the drafter's config.json"

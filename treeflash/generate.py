@@ -15,6 +15,7 @@ from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
 from treeflash.cli.prompt_batch import run_batch
 from treeflash.cli.single_prompt import read_prompt, run_answers, run_text
+from treeflash.config import GIB
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError
 from treeflash.hub.models import drafter_training
@@ -22,7 +23,6 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.options import Options
 from treeflash.text.stream import AUTO_BYTES, AUTO_SEQUENCES
 
-GIB = 1 << 30
 EXPLAINED_ITERATIONS = 3
 
 

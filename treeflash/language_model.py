@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 
 from treeflash.config import AUTO, DecodeConfig, LoadConfig, Method
-from treeflash.decoding import Scheduler, SchedulerConfig
+from treeflash.decoding import Scheduler, SchedulerConfig, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.disk_cache import DiskCache
 from treeflash.decoding.interfaces import Backend, Loader
@@ -327,9 +327,7 @@ class LanguageModel:
     @property
     def best_method(self) -> Method:
         """The best method that the loaded models support."""
-        if self.backend.drafter_config is None:
-            return "suffix" if self.suffix else "ar"
-        return "ddtree" if self.backend.head is None else "treeflash"
+        return best_method(self.backend, copies=self.suffix)
 
 
 # Written by `python -m tests.tables`, like everything between such marks.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from treeflash.config import AUTO, Budget, DecodeConfig, Method, Penalties, SamplingConfig
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.drafters.loading import check_drafter
 from treeflash.errors import ConfigError, PromptError
@@ -103,7 +103,7 @@ def generate(
         Request(
             prompt_ids=prompt,
             config=DecodeConfig(
-                method=method or pair.best_method,
+                method=method or best_method(pair.backend, copies=True),
                 budget=budget,
                 max_tokens=rows.max_tokens,
                 stop_token_ids=rows.stop_token_ids,
@@ -277,13 +277,6 @@ class _Pair:
     backend: Any
     weights: tuple[int, ...]
     budgets: AdaptiveBudgets = field(default_factory=AdaptiveBudgets)
-
-    @property
-    def best_method(self) -> Method:
-        """The best method that the drafter supports."""
-        if self.backend.drafter_config is None:
-            return "suffix"
-        return "ddtree" if self.backend.head is None else "treeflash"
 
 
 def _pair(model: Any, drafter: Path | None) -> _Pair:

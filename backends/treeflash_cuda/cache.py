@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
+from treeflash.config import GIB
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.errors import ConfigError, MemoryInUseError, UnsupportedModelError
 
@@ -32,7 +33,6 @@ WIDE_ALIGNMENT = 8
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short sequences share an allocation."""
 
-GIB = 1 << 30
 
 DIFFERENT_SHAPES = (
     "their layers have keys and values of different shapes, which the cuda backend's cache does "

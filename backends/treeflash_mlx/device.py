@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from treeflash.config import GIB
 from treeflash.decoding.interfaces import SAFE_SHARE
 from treeflash.errors import BackendError
 from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.metal_kernels import uses_kernels
 
-GIB = 1 << 30
 CACHE_BYTES, CACHE_SHARE = GIB, 1 / 16
 """Freed memory that MLX keeps for other arrays, and its largest share of a GPU's memory. Without a
 limit MLX keeps all of it, although the sizes that are needed keep changing."""

@@ -39,7 +39,7 @@ from benchmarks.common import (
 from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import DecodeConfig, Method, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.scheduler import propose
@@ -95,7 +95,11 @@ def phase_row(
         iterations: how many to measure of each sequence; None for all.
     """
     end = None if iterations is None else WARM_UP + iterations
-    steps = [s for ids in prompts for s in islice(decode(backend, ids, config), WARM_UP, end)]
+    steps = [
+        s
+        for ids in prompts
+        for s in islice(decode(backend, Request(prompt_ids=ids, config=config)), WARM_UP, end)
+    ]
     if not steps:
         raise ConfigError("no sequence has three steps; raise --max-tokens or --limit")
     times = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.testing import DIALECTS, require, write_drafter, write_target
 from treeflash.testing.comparisons import assert_equal_steps, random_tokens
 from treeflash.testing.models import write_dialect
@@ -47,7 +47,8 @@ def test_iterations_with_a_dialect_are_identical(tmp_path, dialect):
         for method in METHODS[1:3] if cuda.head is None else METHODS[1:]:
             config = DecodeConfig(method=method, budget=24, max_tokens=16, sampling=sampling)
             assert_equal_steps(
-                list(decode(mlx, prompt, config)), list(decode(cuda, prompt, config))
+                list(decode(mlx, Request(prompt_ids=prompt, config=config))),
+                list(decode(cuda, Request(prompt_ids=prompt, config=config))),
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 from accelerators import cuda_problem, metal_problem
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -103,7 +103,11 @@ def test_graphs_in_bfloat16_compute_what_no_graph_does(tmp_path, sampling):
         load = LoadConfig(dtype="bfloat16", cuda_graphs=with_graphs)
         backend = load_cuda(tmp_path / "target", tmp_path / "drafter", load)
         config = DecodeConfig(budget=16, max_tokens=600, sampling=sampling)
-        tokens = [token for step in decode(backend, [3, 4, 5], config) for token in step.tokens]
+        tokens = [
+            token
+            for step in decode(backend, Request(prompt_ids=[3, 4, 5], config=config))
+            for token in step.tokens
+        ]
         assert len(tokens) == 600
         text = SequenceSession(backend)
         text.extend([3, 4, 5] * 200)
@@ -172,7 +176,13 @@ class TestCudaHalfPrecision:
     def test_functions_run_from_graphs(self, module, pairs, dtype, sampling):
         backend = load_cuda(*pairs("qwen3"), LoadConfig(dtype=dtype))
         config = DecodeConfig(budget=16, max_tokens=60, sampling=sampling)
-        assert sum(len(step.tokens) for step in decode(backend, [3, 4, 5], config)) == 60
+        assert (
+            sum(
+                len(step.tokens)
+                for step in decode(backend, Request(prompt_ids=[3, 4, 5], config=config))
+            )
+            == 60
+        )
         report, graphs = module("gpu_report"), backend.target.graphs
         problems = report.graph_problems(graphs.tried, graphs.replays, report.CAPTURED)
         assert list(problems) == []
@@ -210,7 +220,7 @@ class TestCudaHalfPrecision:
         texts = []
         for each in ("ar", method):
             config = DecodeConfig(method=each, budget=12, max_tokens=80)
-            steps = decode(backend, [3, 4, 5] * 5, config)
+            steps = decode(backend, Request(prompt_ids=[3, 4, 5] * 5, config=config))
             texts.append([token for step in steps for token in step.tokens])
         assert texts[0] == texts[1]
 

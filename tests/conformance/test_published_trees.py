@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.registry import loader
 from treeflash.testing import require
 from treeflash.text.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def test_iterations_end_where_they_ended_in_the_published_code(backend, tokenize
         max_tokens=run["max_tokens"],
     )
     prompt_ids = tokenizer.chat([{"role": "user", "content": run["prompt"]}])
-    prefill, *steps = decode(backend, prompt_ids, config)
+    prefill, *steps = decode(backend, Request(prompt_ids=prompt_ids, config=config))
     tokens = [*prefill.tokens, *(token for step in steps for token in step.tokens)]
     assert tokens == run["token_ids"]
     lengths = [len(step.tokens) for step in steps]

@@ -19,7 +19,7 @@ from row_pairs import SETTINGS, write_mtp_pair
 from scheduled_texts import scheduled_texts
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets, DraftDepths, VerifyCosts
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
@@ -125,7 +125,7 @@ def test_published_numbers_drafts_and_texts(backend: str, name: str) -> None:
                 sequence.extend(tokens[sequence.length :][: accepted + 1])
         for method, budget in (("treeflash", 16), ("treeflash-chain", 6), ("treeflash", "auto")):
             config = DecodeConfig(method=method, budget=budget, max_tokens=len(case["greedy"]))
-            steps = list(decode(pair, case["prompt"], config))
+            steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
             assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
@@ -397,7 +397,7 @@ def test_methods_of_block_drafters_are_refused(tmp_path: Path) -> None:
     pair = load_pair("reference", tmp_path, "eagle3")
     for method in ("dflash", "ddtree"):
         with pytest.raises(ConfigError, match="with an MTP or EAGLE-3 head use method treeflash"):
-            list(decode(pair, [1, 2], DecodeConfig(method=method)))
+            list(decode(pair, Request(prompt_ids=[1, 2], config=DecodeConfig(method=method))))
     with pytest.raises(ConfigError, match="draft_window is not supported with MTP"):
         loader("reference")(tmp_path / "target", tmp_path / "head", LoadConfig(draft_window=8))
 
@@ -512,7 +512,7 @@ def test_xpress(backend: str) -> None:
             (table,) = pair.head.transitions([block], TableOptions(m=4, k=4))
             assert build_chain(table, case["root"], 100).tokens[1:].tolist() == case["chain"]
         config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
-        steps = list(decode(pair, case["prompt"], config))
+        steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
         assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
@@ -546,7 +546,7 @@ def test_lilicorr(backend: str) -> None:
             )
             np.testing.assert_allclose(short.log_probs, table.log_probs[:3], atol=TOLERANCE)
         config = DecodeConfig(method="treeflash", budget=16, max_tokens=len(case["greedy"]))
-        steps = list(decode(pair, case["prompt"], config))
+        steps = list(decode(pair, Request(prompt_ids=case["prompt"], config=config)))
         assert [token for step in steps for token in step.tokens] == case["greedy"]
 
 
@@ -563,7 +563,7 @@ def test_the_budget_auto_learns_the_price_of_a_depth(
 
     monkeypatch.setattr(pair.drafter, "draft", recorded)
     config = DecodeConfig(method="treeflash", budget="auto", max_tokens=24)
-    plain = decode(pair, PROMPTS[0], replace(config, method="ar"))
+    plain = decode(pair, Request(prompt_ids=PROMPTS[0], config=replace(config, method="ar")))
     # Plain decoding is slow, so a depth is nearly free; then fast, so that none pays.
     for seconds, pays in ((10.0, True), (1e-6, False)):
         budgets = AdaptiveBudgets(VerifyCosts({1: seconds, 8: seconds, 16: seconds}))
@@ -572,6 +572,6 @@ def test_the_budget_auto_learns_the_price_of_a_depth(
         budget.draft_depths[1].reached = dict.fromkeys(range(1, 9), 9.0)
         budget.draft_depths[1].accepted = dict.fromkeys(range(1, 9), 9.0)
         drafted.clear()
-        steps = list(decode(pair, PROMPTS[0], config, budgets))
+        steps = list(decode(pair, Request(prompt_ids=PROMPTS[0], config=config), budgets))
         assert drafted[0] == (8 if pays else 1)
     assert [t for s in steps for t in s.tokens] == [t for s in plain for t in s.tokens]

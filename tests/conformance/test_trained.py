@@ -8,7 +8,7 @@ from small_training import write_predictable_target
 
 from treeflash import adapt
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.training.config import TrainConfig
@@ -46,8 +46,10 @@ def test_a_trained_drafter_decodes_alike_everywhere(head, tmp_path):
         list(
             decode(
                 load(target, drafter, CPU),
-                [1, 2, 3],
-                DecodeConfig(method=method, budget=64, max_tokens=24),
+                Request(
+                    prompt_ids=[1, 2, 3],
+                    config=DecodeConfig(method=method, budget=64, max_tokens=24),
+                ),
             )
         )
         for load in (load_cuda, load_mlx)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
 from treeflash.decoding.tree import DraftTree
@@ -81,7 +81,11 @@ def test_a_change_of_threads_in_a_text_changes_no_token(folders, exact):
 
     def tokens(policy):
         backend.target.threads.policy = policy
-        return [token for step in decode(backend, PROMPT, config) for token in step.tokens]
+        return [
+            token
+            for step in decode(backend, Request(prompt_ids=PROMPT, config=config))
+            for token in step.tokens
+        ]
 
     torch.set_num_threads(2)
     expected = tokens(None)

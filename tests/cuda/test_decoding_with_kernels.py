@@ -7,7 +7,7 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing import require
 from treeflash.testing.comparisons import assert_equal_steps, random_tokens
@@ -60,7 +60,9 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     reference = load_reference(target, drafter, LoadConfig())
     prompt = random_tokens(np.random.default_rng(3), VOCAB, 70)  # more than a tile
     config = DecodeConfig(method=method, budget=6, max_tokens=6, sampling=SAMPLINGS[sampling])
-    found, expected = (list(decode(x, prompt, config)) for x in (backend, reference))
+    found, expected = (
+        list(decode(x, Request(prompt_ids=prompt, config=config))) for x in (backend, reference)
+    )
     assert_equal_steps(found, expected)
     assert counted[0].calls > 0
     assert counted[1].calls > 0

@@ -7,7 +7,7 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
@@ -52,7 +52,9 @@ def test_adaptive_budgets_need_few_graphs(pair, monkeypatch):
     backend, rng, steps = load_with_parts(monkeypatch, *pair), np.random.default_rng(0), 0
     for budget in range(1, 65):  # an adaptive budget may choose any of these
         config = DecodeConfig(budget=budget, max_tokens=10, suffix=False)
-        steps += len(list(decode(backend, random_tokens(rng, VOCAB, 8), config)))
+        steps += len(
+            list(decode(backend, Request(prompt_ids=random_tokens(rng, VOCAB, 8), config=config)))
+        )
     assert steps >= 500
     assert len(backend.target.graphs.keys) <= 20
 
@@ -62,11 +64,11 @@ def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
     monkeypatch.setattr(AdaptiveBudget, "observe", lambda *_, **__: seen.append(1))
     backend = load_with_parts(monkeypatch, *pair)
     config = DecodeConfig(budget="auto", max_tokens=6)
-    list(decode(backend, [3, 4, 5], config))
+    list(decode(backend, Request(prompt_ids=[3, 4, 5], config=config)))
     assert seen
     seen.clear()
     monkeypatch.setattr(type(backend), "captures", property(lambda _: next(captures)))
-    list(decode(backend, [3, 4, 5], config))
+    list(decode(backend, Request(prompt_ids=[3, 4, 5], config=config)))
     assert not seen
 
 

@@ -67,7 +67,7 @@ def check_responses(backend, requests, slots):
     responses = dict(respond(backend, requests, slots))
     assert responses.keys() == set(range(len(requests)))
     for n, request in enumerate(requests):
-        steps = decode(backend, request.prompt_ids, request.config)
+        steps = decode(backend, Request(prompt_ids=request.prompt_ids, config=request.config))
         assert responses[n] == [token for step in steps for token in step.tokens], n
     return set(map(len, responses.values()))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import LogitEdits, SamplingParams
 from treeflash.decoding.session import SequenceSession
@@ -351,7 +351,9 @@ def test_functions_are_called_before_they_are_captured(cuda):
 
 def test_an_iteration_waits_for_the_device_twice(cuda, backend):
     """For the children, from which the tree is built; and for the chosen tokens."""
-    steps = decode(backend, PROMPT, DecodeConfig(budget=6, max_tokens=30))
+    steps = decode(
+        backend, Request(prompt_ids=PROMPT, config=DecodeConfig(budget=6, max_tokens=30))
+    )
     next(steps)
     next(steps)
     with cuda.transfers() as iteration:

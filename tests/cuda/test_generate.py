@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
@@ -42,7 +42,11 @@ def plain(folder, prompt, max_tokens):
 
 
 def tokens(backend, prompt, config):
-    return [token for step in decode(backend, prompt, config) for token in step.tokens]
+    return [
+        token
+        for step in decode(backend, Request(prompt_ids=prompt, config=config))
+        for token in step.tokens
+    ]
 
 
 CASES = pairwise(FAMILIES, METHODS, BUDGETS)
@@ -96,5 +100,9 @@ def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair
 
 def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair):
     prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
-    steps = list(decode(default_pair, prompt, DecodeConfig(budget=16, max_tokens=64)))
+    steps = list(
+        decode(
+            default_pair, Request(prompt_ids=prompt, config=DecodeConfig(budget=16, max_tokens=64))
+        )
+    )
     assert np.mean([len(step.tokens) for step in steps[1:]]) > 1.5

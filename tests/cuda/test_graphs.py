@@ -8,7 +8,7 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
@@ -243,8 +243,11 @@ def test_what_earlier_texts_left_is_not_seen(backend):
 def test_texts_side_by_side_keep_apart(backend):
     config = DecodeConfig(budget=8, max_tokens=20)
     prompts = [5, 6, 7], [9, 8]
-    alone = [[step.tokens for step in decode(backend, prompt, config)] for prompt in prompts]
-    running = [decode(backend, prompt, config) for prompt in prompts]
+    alone = [
+        [step.tokens for step in decode(backend, Request(prompt_ids=prompt, config=config))]
+        for prompt in prompts
+    ]
+    running = [decode(backend, Request(prompt_ids=prompt, config=config)) for prompt in prompts]
     found = [[], []]
     while any(running):
         for n, steps in enumerate(running):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require, write_drafter
 from treeflash.testing.comparisons import tokens_of
@@ -73,7 +73,10 @@ def generated(model, length):
 def plain_texts(backend, length):
     """Those that drafts must give, by the ways to choose tokens."""
     configs = (DecodeConfig(method="ar", max_tokens=length, sampling=x) for x in SAMPLINGS)
-    return [tokens_of(list(decode(backend, PROMPT, config))) for config in configs]
+    return [
+        tokens_of(list(decode(backend, Request(prompt_ids=PROMPT, config=config))))
+        for config in configs
+    ]
 
 
 def fit(drafter, backend, texts):
@@ -101,7 +104,7 @@ def check(folder, model, length, methods, budgets):
             config = DecodeConfig(
                 method=method, budget=budget, max_tokens=length, sampling=sampling
             )
-            steps = list(decode(backend, PROMPT, config))
+            steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
             assert tokens_of(steps) == text, (method, budget)
             efficiency = (len(text) - 1) / (len(steps) - 1)
             assert efficiency > 1.3, (method, budget)

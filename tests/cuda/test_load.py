@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -124,7 +124,9 @@ def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
     for compiled in (False, True):
         config = LoadConfig(device="cpu", dtype="float32", compile=compiled)
         backend = load(tmp_path / "target", tmp_path / "drafter", config)
-        steps = decode(backend, [3, 4, 5], DecodeConfig(budget=8, max_tokens=12))
+        steps = decode(
+            backend, Request(prompt_ids=[3, 4, 5], config=DecodeConfig(budget=8, max_tokens=12))
+        )
         texts.append([token for step in steps for token in step.tokens])
     assert texts[0] == texts[1]
 

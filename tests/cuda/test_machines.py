@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
@@ -22,12 +22,13 @@ import os, sys
 from pathlib import Path
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash_cuda.backend import load
 
 assert os.environ["LOCAL_WORLD_SIZE"] == "1" and os.environ["WORLD_SIZE"] == "2"
 backend = load(*map(Path, sys.argv[1:]), LoadConfig(device="cpu", dtype="float32"))
-steps = decode(backend, {PROMPT}, DecodeConfig(budget=8, max_tokens=24))
+request = Request(prompt_ids={PROMPT}, config=DecodeConfig(budget=8, max_tokens=24))
+steps = decode(backend, request)
 print(*(int(token) for step in steps for token in step.tokens))
 """
 
@@ -64,7 +65,9 @@ def test_two_machines_give_the_tokens_of_one(tmp_path):
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(err for _, err in found)
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
-    steps = decode(backend, PROMPT, DecodeConfig(budget=8, max_tokens=24))
+    steps = decode(
+        backend, Request(prompt_ids=PROMPT, config=DecodeConfig(budget=8, max_tokens=24))
+    )
     expected = " ".join(str(token) for step in steps for token in step.tokens)
     # Rank 0 alone decodes, and either agent may have got it.
     assert sorted(out.strip() for out, _ in found) == ["", expected]

@@ -47,7 +47,8 @@ from treeflash_cuda.backend import load
 backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
 found = []
 for method in ("treeflash", "ar"):
-    steps = decode(backend, {PROMPT}, DecodeConfig(method=method, **{CONFIG}))
+    config = DecodeConfig(method=method, **{CONFIG})
+    steps = decode(backend, Request(prompt_ids={PROMPT}, config=config))
     found.append([int(token) for step in steps for token in step.tokens])
 backend.open(50, drafts=True).fork(0, 50).close()
 sample = verifier.sample
@@ -166,10 +167,12 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
     backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
     expected = []
     for method in ("treeflash", "ar"):
-        steps = decode(backend, PROMPT, DecodeConfig(method=method, **CONFIG))
+        steps = decode(
+            backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method=method, **CONFIG))
+        )
         expected.append([int(token) for step in steps for token in step.tokens])
     for prompt in (PROMPT, PROMPT[::-1]):
-        steps = decode(backend, prompt, DecodeConfig(**CONFIG))
+        steps = decode(backend, Request(prompt_ids=prompt, config=DecodeConfig(**CONFIG)))
         expected.append([int(token) for step in steps for token in step.tokens])
     assert json.loads(written.read_text()) == expected
 
@@ -301,7 +304,10 @@ PLACES = {"sampling": (verifier, "sample"), "commit": (Verifier, "_commit")}
 def test_ranks_stay_alike_when_rank_0_alone_fails(ranks, monkeypatch, place, at):
     config = DecodeConfig(method="ar", max_tokens=6)
     prompts = [[5, 6, 7], [9, 8]]
-    alone = [[t for x in decode(ranks.backend, p, config) for t in x.tokens] for p in prompts]
+    alone = [
+        [t for x in decode(ranks.backend, Request(prompt_ids=p, config=config)) for t in x.tokens]
+        for p in prompts
+    ]
     calls = ranks.fail(monkeypatch, *PLACES[place], at)
     requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
     texts = [[], []]
@@ -319,7 +325,11 @@ def test_a_sequence_without_a_token_to_choose_does_not_change_the_other_ranks(ra
             return np.zeros(-(-ranks.backend.vocab_size // 32), np.uint32)
 
     config = DecodeConfig(method="ar", max_tokens=6)
-    expected = [t for step in decode(ranks.backend, [5, 6, 7], config) for t in step.tokens]
+    expected = [
+        t
+        for step in decode(ranks.backend, Request(prompt_ids=[5, 6, 7], config=config))
+        for t in step.tokens
+    ]
     scheduler = Scheduler(ranks.backend)
     bad = scheduler.submit(Request(prompt_ids=[1, 2], config=config, constraint=Nothing()))
     scheduler.submit(Request(prompt_ids=[5, 6, 7], config=config))

@@ -3,7 +3,7 @@
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.errors import PromptError
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter
@@ -59,7 +59,11 @@ def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend,
     for first in range(3, 9):
         prompt = list(range(first, first + 5))
         plain, drafted = (
-            [t for step in decode(backend, prompt, config) for t in step.tokens]
+            [
+                t
+                for step in decode(backend, Request(prompt_ids=prompt, config=config))
+                for t in step.tokens
+            ]
             for config in (DecodeConfig(method="ar"), DecodeConfig(method=method, budget=32))
         )
         assert len(plain) == POSITIONS - len(prompt)
@@ -68,4 +72,4 @@ def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend,
 
 def test_longer_prompts_are_refused(backend):
     with pytest.raises(PromptError, match=f"the target's limit is {POSITIONS}"):
-        decode(backend, [5] * POSITIONS, DecodeConfig(method="ar"))
+        decode(backend, Request(prompt_ids=[5] * POSITIONS, config=DecodeConfig(method="ar")))

@@ -90,9 +90,13 @@ def test_trees_give_the_tokens_of_plain_decoding(backend, sampling):
     for n, method in enumerate(("treeflash", "ddtree", "dflash")):
         prompt = random_tokens(rng, VOCAB, 2 + 9 * n)
         config = DecodeConfig(method=method, budget=5 + 7 * n, max_tokens=24, sampling=sampling)
-        plain = decode(backend, prompt, replace(config, method="ar"))
+        plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
         tokens = [token for step in plain for token in step.tokens]
-        assert tokens == [x for step in decode(backend, prompt, config) for x in step.tokens]
+        assert tokens == [
+            x
+            for step in decode(backend, Request(prompt_ids=prompt, config=config))
+            for x in step.tokens
+        ]
         expected[scheduler.submit(Request(prompt_ids=prompt, config=config))] = tokens
     found = {request_id: [] for request_id in expected}
     for request_id, step in scheduler.run():

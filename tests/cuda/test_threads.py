@@ -7,7 +7,7 @@ import pytest
 from parts import load_with_parts
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter, write_target
 
@@ -36,7 +36,11 @@ def test_texts_of_threads_are_those_of_one(backend):
 
     def text(n):
         config = DecodeConfig(method=methods[n % 3], budget=8, max_tokens=24)
-        return [token for step in decode(backend, prompts[n], config) for token in step.tokens]
+        return [
+            token
+            for step in decode(backend, Request(prompt_ids=prompts[n], config=config))
+            for token in step.tokens
+        ]
 
     alone = [text(n) for n in range(TEXTS)]
     with ThreadPoolExecutor(THREADS) as threads:

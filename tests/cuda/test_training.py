@@ -222,7 +222,10 @@ def test_a_trained_drafter_loads_and_decodes_losslessly(head, target, responses,
         plain, drafted = (
             [
                 token
-                for step in decode(backend, prompt, DecodeConfig(method=method, max_tokens=20))
+                for step in decode(
+                    backend,
+                    Request(prompt_ids=prompt, config=DecodeConfig(method=method, max_tokens=20)),
+                )
                 for token in step.tokens
             ]
             for method in ("ar", "ddtree" if head == "none" else "treeflash")

@@ -11,7 +11,7 @@ from small_training import ON_CPU, SMALL, write_predictable_target
 
 from treeflash import distill, train
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.drafters.folder import read_tensors
 from treeflash.testing import require
 
@@ -55,7 +55,9 @@ def efficiency(target, drafter, prompts, **settings):
     for prompt in prompts:
         sampling = SamplingConfig(temperature=1.0, seed=1)
         config = DecodeConfig(max_tokens=40, sampling=sampling, suffix=False, **settings)
-        lengths += [len(step.tokens) for step in decode(backend, prompt, config)][1:]
+        lengths += [
+            len(step.tokens) for step in decode(backend, Request(prompt_ids=prompt, config=config))
+        ][1:]
     return float(np.mean(lengths))
 
 

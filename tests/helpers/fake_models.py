@@ -13,7 +13,7 @@ from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding.interfaces import Backend, Prefill, TableOptions, Verify
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import Noise, SampledTokens, SamplingParams, sample
-from treeflash.decoding.scheduler import decode
+from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
@@ -212,4 +212,4 @@ def config_of(**settings: Any) -> DecodeConfig:
 
 
 def run(backend: Backend, prompt: Sequence[int] = PROMPT, **settings: Any) -> list[Step]:
-    return list(decode(backend, prompt, config_of(**settings)))
+    return list(decode(backend, Request(prompt_ids=prompt, config=config_of(**settings))))

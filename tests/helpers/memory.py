@@ -97,13 +97,16 @@ def come(backend, scheduler, rng, number):
         case 4:  # answers to one prompt
             scheduler.submit_group([Request(prompt_ids=prompt, config=config)] * 3)
         case 5:  # a generator is closed early
-            steps = decode(backend, prompt, config)
+            steps = decode(backend, Request(prompt_ids=prompt, config=config))
             next(steps)
             steps.close()
         case 6:  # the target fails, with an error of its own and with one of ours
             for error in (NumericalError, RuntimeError):
                 with pytest.MonkeyPatch.context() as broken:
-                    steps = decode(backend, prompt, DecodeConfig(budget=6, max_tokens=9))
+                    steps = decode(
+                        backend,
+                        Request(prompt_ids=prompt, config=DecodeConfig(budget=6, max_tokens=9)),
+                    )
                     next(steps)
 
                     def fail(*_, error=error):

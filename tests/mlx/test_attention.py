@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
 
@@ -79,7 +79,11 @@ def test_threads_that_share_a_model_decode_as_one_does(pair, method):
     config = DecodeConfig(method=method, max_tokens=12, budget=12, sampling=sampling)
 
     def text(prompt):
-        return [token for step in decode(backend, prompt, config) for token in step.tokens]
+        return [
+            token
+            for step in decode(backend, Request(prompt_ids=prompt, config=config))
+            for token in step.tokens
+        ]
 
     expected = [text(prompt) for prompt in prompts]
     interval = sys.getswitchinterval()

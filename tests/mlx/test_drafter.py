@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
@@ -111,7 +111,11 @@ def test_every_method_equals_plain_decoding(families, tmp_path, sampling):
     texts = {}
     for method in METHODS:
         config = DecodeConfig(method=method, max_tokens=60, budget=24, sampling=sampling)
-        texts[method] = [x for step in decode(backend, prompt, config) for x in step.tokens]
+        texts[method] = [
+            x
+            for step in decode(backend, Request(prompt_ids=prompt, config=config))
+            for x in step.tokens
+        ]
     assert all(text == texts["ar"] for text in texts.values())
 
 
@@ -125,7 +129,13 @@ def test_quantised_drafter(pair, bits):
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=30, budget=16)
-        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+        texts.append(
+            [
+                x
+                for step in decode(backend, Request(prompt_ids=[1, 2, 3], config=config))
+                for x in step.tokens
+            ]
+        )
     assert texts[0] == texts[1]
 
 
@@ -152,7 +162,13 @@ def test_quantised_heads(tmp_path, monkeypatch, dialect):
     texts = []
     for method in ("ar", "treeflash"):
         config = DecodeConfig(method=method, max_tokens=20, budget=16, head_vocab=32)
-        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+        texts.append(
+            [
+                x
+                for step in decode(backend, Request(prompt_ids=[1, 2, 3], config=config))
+                for x in step.tokens
+            ]
+        )
     assert texts[0] == texts[1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
@@ -65,7 +65,7 @@ def backend_of(hybrid_pair_of):
 
 def text_of(backend, length, **settings):
     config = DecodeConfig(max_tokens=length, **settings)
-    steps = list(decode(backend, PROMPT, config))
+    steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
     return [token for step in steps for token in step.tokens], len(steps)
 
 

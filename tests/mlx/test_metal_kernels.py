@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.testing import require
 
 require("mlx.core")
@@ -179,7 +179,7 @@ SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
 def generate(backend, sampling, **settings):
     """(tokens, steps) of a sequence."""
     config = DecodeConfig(max_tokens=24, sampling=sampling, **settings)
-    steps = list(decode(backend, PROMPT, config))
+    steps = list(decode(backend, Request(prompt_ids=PROMPT, config=config)))
     return [token for step in steps for token in step.tokens], len(steps)
 
 

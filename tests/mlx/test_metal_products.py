@@ -3,7 +3,7 @@
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.diagnosis import check_device
 from treeflash.testing import require
 
@@ -176,7 +176,11 @@ def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pa
 
     def tokens(backend, **options):
         config = DecodeConfig(max_tokens=8, **options)
-        return [token for step in decode(backend, [5, 17, 3], config) for token in step.tokens]
+        return [
+            token
+            for step in decode(backend, Request(prompt_ids=[5, 17, 3], config=config))
+            for token in step.tokens
+        ]
 
     expected = tokens(load(*quantised_pair, settings), method="ar")
     with monkeypatch.context() as patch:

@@ -78,7 +78,7 @@ def test_sequences_together_give_the_tokens_of_each_alone(pair, rng, count, kv_b
             method=METHODS[-1 - i], budget=3 + 9 * i, max_tokens=25, sampling=sampling
         )
         request_id = scheduler.submit(Request(prompt_ids=prompt, config=config))
-        plain = decode(backend, prompt, replace(config, method="ar"))
+        plain = decode(backend, Request(prompt_ids=prompt, config=replace(config, method="ar")))
         expected[request_id] = [token for step in plain for token in step.tokens]
     found = {request_id: [] for request_id in expected}
     for request_id, step in scheduler.run():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
@@ -68,7 +68,7 @@ def prefilled(backend, tokens):
 def decoded(backend, prompt, config, n):
     """New tokens, and the number of passes whose tokens the device had when they were asked for."""
     found = []
-    for part in decode(backend, prompt, replace(config, max_tokens=n)):
+    for part in decode(backend, Request(prompt_ids=prompt, config=replace(config, max_tokens=n))):
         found += part.tokens
     return found
 
@@ -222,8 +222,12 @@ def test_tokens_are_those_of_drafting(backend, sampling):
             token
             for part in decode(
                 backend,
-                [3, 4, 5],
-                DecodeConfig(method=method, budget=budget, max_tokens=30, sampling=sampling),
+                Request(
+                    prompt_ids=[3, 4, 5],
+                    config=DecodeConfig(
+                        method=method, budget=budget, max_tokens=30, sampling=sampling
+                    ),
+                ),
             )
             for token in part.tokens
         ]

@@ -12,12 +12,13 @@ import httpx
 import pytest
 from servers import Gate, check_error, parse, serving, wait_until
 
+from treeflash.config import GIB
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.settings import GIB, Settings
+from treeflash.serving.settings import Settings
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.conversion import convert
 from treeflash.drafters.formats import drafter_config
@@ -63,7 +63,10 @@ def passes_of(target, drafter, prompts, method):
     # As the plugin does: every token is scored, after any previous token that may be drafted.
     options = {"head_vocab": None, "head_rows": None, "top_m": 64, "suffix": False}
     config = DecodeConfig(method=method, budget=nodes, max_tokens=48, **options)
-    return [[list(step.tokens) for step in decode(backend, ids, config)] for ids in prompts]
+    return [
+        [list(step.tokens) for step in decode(backend, Request(prompt_ids=ids, config=config))]
+        for ids in prompts
+    ]
 
 
 @pytest.mark.parametrize("method", ["dflash", "treeflash-chain"])

@@ -6,9 +6,9 @@ from treeflash.decoding.scheduler import (
     RequestId,
     Scheduler,
     SchedulerConfig,
+    best_method,
     check,
     decode,
-    decode_request,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "Step",
+    "best_method",
     "check",
     "decode",
-    "decode_request",
 ]

@@ -117,8 +117,9 @@ class SchedulerConfig:
     lone_prefill_chunk: int = 2048
 
 
-def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
-    """Raise the error that decoding this prompt with this configuration would meet, if any."""
+def check(backend: Backend, request: Request) -> None:
+    """Raise the error that decoding this request would meet, if any."""
+    prompt_ids, config = request.prompt_ids, request.config
     drafter = backend.drafter_config
     if config.drafts and drafter is None:
         raise ConfigError(
@@ -149,6 +150,13 @@ def check(backend: Backend, prompt_ids: Sequence[int], config: DecodeConfig) -> 
             f"the prompt has token ids outside the target's vocabulary of {backend.vocab_size}; "
             "was it encoded with another model's tokenizer?"
         )
+
+
+def best_method(backend: Backend, *, copies: bool) -> Method:
+    """Return the best method of a pair; `copies` is whether one without a drafter copies text."""
+    if backend.drafter_config is None:
+        return "suffix" if copies else "ar"
+    return "ddtree" if backend.head is None else "treeflash"
 
 
 W = TypeVar("W", bound=Work)
@@ -685,7 +693,7 @@ class Scheduler:
         limit = self.config.max_bytes
         if raises_limit and limit is not None:
             for request in requests:
-                check(self.backend, request.prompt_ids, request.config)
+                check(self.backend, request)
             limit = max(limit, *map(self.state_bytes, requests))
             self.config = replace(self.config, max_bytes=limit)
         for request in requests:
@@ -700,7 +708,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raise the error that `submit` would raise. Any thread may call it."""
-        check(self.backend, request.prompt_ids, request.config)
+        check(self.backend, request)
         limit = self.config.max_bytes
         if limit is not None and (needed := self.state_bytes(request)) > limit:
             raise ConfigError(
@@ -990,18 +998,6 @@ class Scheduler:
 
 
 def decode(
-    backend: Backend,
-    prompt_ids: Sequence[int],
-    config: DecodeConfig,
-    budgets: AdaptiveBudgets | None = None,
-    constraint: Constraint | None = None,
-) -> Generator[Step, None, None]:
-    """Decode one prompt step by step; see `decode_request` and `Request`."""
-    request = Request(prompt_ids=prompt_ids, config=config, constraint=constraint)
-    return decode_request(backend, request, budgets)
-
-
-def decode_request(
     backend: Backend, request: Request, budgets: AdaptiveBudgets | None = None
 ) -> Generator[Step, None, None]:
     """Decode one sequence step by step. Closing the iterator early loses nothing already yielded.

@@ -326,7 +326,7 @@ def encode_rows(model: LanguageModel, rows: Iterable[Row], configs: Configs) -> 
         try:
             prompts.append(encode(model.tokenizer, row.turns[0]))
             for config in configs.values():
-                check(model.backend, prompts[-1], config)
+                check(model.backend, Request(prompt_ids=prompts[-1], config=config))
         except PromptError as error:
             raise PromptError(f"row {row.id!r}: {error}") from None
     return prompts

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from treeflash.config import GIB
 from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.prefix_cache import PrefixCache
@@ -28,7 +29,7 @@ from treeflash.errors import ConfigError, is_device_lost
 from treeflash.language_model import LanguageModel
 from treeflash.serving.errors import SERVER_FAILED, APIError, bad_request
 from treeflash.serving.metrics import Metrics
-from treeflash.serving.settings import GIB, Settings
+from treeflash.serving.settings import Settings
 from treeflash.text.stream import Assembler, Chunk
 
 logger = logging.getLogger("treeflash.serving")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from treeflash.cli.options import add_option
+from treeflash.config import GIB
 from treeflash.errors import ConfigError
 from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.text.prompt import read_text
 
-GIB = 1 << 30
 MAX_MEMORY_GB = 4
 MAX_TOKENS = 2048
 """New tokens of an answer if neither the request nor the server sets a limit."""

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, Method, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import SIZES, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend, Loader, SequenceState, TableOptions
 from treeflash.decoding.session import SequenceSession
@@ -73,7 +73,9 @@ class CheckpointTests:
         backends = dflash.tested, treeflash.reference
         assert_equal_tables(*(marginals(backend, prompt, OPTIONS) for backend in backends))
         with pytest.raises(ConfigError, match="no AR head"):
-            decode(dflash.tested, prompt, DecodeConfig(method="treeflash"))
+            decode(
+                dflash.tested, Request(prompt_ids=prompt, config=DecodeConfig(method="treeflash"))
+            )
 
     @pytest.mark.parametrize("format", ["dflash", "treeflash"])
     def test_sharded_folder(self, pair: PairMaker, format: str) -> None:
@@ -148,7 +150,7 @@ class CheckpointTests:
         prompt, config = prompt_of(backend, 0), DecodeConfig(method="ar", max_tokens=8)
         assert generate(backend, prompt, config) == generate(models.tested, prompt, config)
         with pytest.raises(ConfigError, match="needs a drafter"):
-            decode(backend, prompt, DecodeConfig(method="ddtree"))
+            decode(backend, Request(prompt_ids=prompt, config=DecodeConfig(method="ddtree")))
 
     def test_description(self, models: Pair) -> None:
         for name in ("vocab_size", "max_positions", "drafter_config"):
@@ -297,7 +299,13 @@ class DrafterTests:
         prompt = random_tokens(np.random.default_rng(5), models.tested.vocab_size, 6)
         budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
         method: Method = "ddtree" if models.tested.head is None else "treeflash"
-        steps = list(decode(models.tested, prompt, DecodeConfig(method=method, **AUTO), budgets))
+        steps = list(
+            decode(
+                models.tested,
+                Request(prompt_ids=prompt, config=DecodeConfig(method=method, **AUTO)),
+                budgets,
+            )
+        )
         plain = generate(models.tested, prompt, DecodeConfig(method="ar", **AUTO))
         assert tokens_of(steps) == plain
         config = models.tested.drafter_config
@@ -383,7 +391,9 @@ class ErrorTests:
             load(target, drafter, LOAD)
 
     @pytest.mark.parametrize("method", ["ar", "treeflash"])
-    def test_target_that_is_not_a_number(self, load: Loader, tmp_path: Path, method: str) -> None:
+    def test_target_that_is_not_a_number(
+        self, load: Loader, tmp_path: Path, method: Method
+    ) -> None:
         target, drafter = write_pair(tmp_path, self.families[0])
         norm = "model.layers.1.input_layernorm.weight"
         edit_tensors(target, lambda tensors: tensors[norm].fill(np.nan))
@@ -406,7 +416,7 @@ class ErrorTests:
     @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "infinity"])
     @pytest.mark.parametrize("vocab_size", [24, 2048])
     def test_drafter_that_is_not_finite(
-        self, load: Loader, tmp_path: Path, method: str, vocab_size: int, value: float
+        self, load: Loader, tmp_path: Path, method: Method, vocab_size: int, value: float
     ) -> None:
         """In the larger vocabulary the AR head scores a shortlist, which is searched for."""
         assert DecodeConfig().head_vocab in range(24, 2048)
@@ -426,7 +436,7 @@ class ErrorTests:
             ([-1], "vocabulary of 24"),
         ):
             with pytest.raises(PromptError, match=message):
-                decode(backend, prompt, DecodeConfig())
+                decode(backend, Request(prompt_ids=prompt, config=DecodeConfig()))
 
 
 def random_roots(backend: Backend, count: int) -> list[tuple[SequenceState, int]]:
@@ -443,6 +453,7 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
     save(folder, read_config(folder), tensors)
 
 
-def decode_something(load: Loader, target: Path, drafter: Path, method: str = "ar") -> None:
+def decode_something(load: Loader, target: Path, drafter: Path, method: Method = "ar") -> None:
     backend = load(target, drafter, LOAD)
-    list(decode(backend, [1, 2, 3], DecodeConfig(method=method, max_tokens=4)))  # type: ignore[arg-type]
+    config = DecodeConfig(method=method, max_tokens=4)
+    list(decode(backend, Request(prompt_ids=[1, 2, 3], config=config)))

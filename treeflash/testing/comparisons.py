@@ -15,7 +15,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend, SequenceState
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import position_keys, sample_tokens
@@ -166,7 +166,7 @@ def tokens_of(steps: Iterable[Step]) -> list[int]:
 
 
 def generate(backend: Backend, prompt: Sequence[int], config: DecodeConfig) -> list[int]:
-    return tokens_of(decode(backend, prompt, config))
+    return tokens_of(decode(backend, Request(prompt_ids=prompt, config=config)))
 
 
 def prompt_of(backend: Backend, seed: int = 0) -> list[int]:
@@ -196,7 +196,7 @@ def settled_generation(reference: Backend, config: DecodeConfig) -> tuple[list[i
     rng = np.random.default_rng(0)
     for _ in range(ATTEMPTS):
         prompt = random_tokens(rng, reference.vocab_size, int(rng.integers(1, 12)))
-        steps = list(decode(reference, prompt, config))
+        steps = list(decode(reference, Request(prompt_ids=prompt, config=config)))
         if _is_settled(reference, prompt, config, steps):
             return prompt, steps
     raise AssertionError(f"none of {ATTEMPTS} prompts is settled; choose other weights")

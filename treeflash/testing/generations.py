@@ -74,7 +74,9 @@ class GenerationTests:
     def test_plain_decoding_matches_reference(self, models: Pair, sampling: SamplingConfig) -> None:
         config = DecodeConfig(method="ar", sampling=sampling, max_tokens=40)
         prompt, expected = settled_generation(models.reference, config)
-        assert_equal_steps(list(decode(models.tested, prompt, config)), expected)
+        assert_equal_steps(
+            list(decode(models.tested, Request(prompt_ids=prompt, config=config))), expected
+        )
 
     def test_sliding_drafter_matches_reference(self, pair: PairMaker) -> None:
         models = pair(drafter={"sliding_window": 4})
@@ -99,7 +101,7 @@ class GenerationTests:
             ({size: 1e-6 * size**3 for size in SIZES}, True),
         ):
             budgets = AdaptiveBudgets(VerifyCosts(costs))
-            steps = list(decode(models.tested, prompt, config, budgets))
+            steps = list(decode(models.tested, Request(prompt_ids=prompt, config=config), budgets))
             assert tokens_of(steps) == generate(models.tested, prompt, plain)
             # The last iteration may have room for one token only.
             trees = [step.tree for step in steps[1:-1] if step.table is None]
@@ -126,7 +128,9 @@ class GenerationTests:
         paths = [
             len(step.path)
             for seed in range(8)
-            for step in decode(models.tested, prompt_of(models.reference, seed), config)
+            for step in decode(
+                models.tested, Request(prompt_ids=prompt_of(models.reference, seed), config=config)
+            )
             if step.path is not None
         ]
         assert max(paths) >= (3 if method in TREES else 2)
@@ -150,7 +154,7 @@ class GenerationTests:
             log_probs=2,
         )
         prompt = prompt_of(models.reference, 5)
-        steps = list(decode(models.tested, prompt, config))
+        steps = list(decode(models.tested, Request(prompt_ids=prompt, config=config)))
         tokens = tokens_of(steps)
         with SequenceSession(models.reference) as session:
             session.extend(prompt[:-1])
@@ -168,10 +172,12 @@ class GenerationTests:
             DecodeConfig(budget=16, max_tokens=MAX_TOKENS),
             DecodeConfig(method="ddtree", budget=8, max_tokens=MAX_TOKENS),
         ]
-        prompts = [prompt_of(backend, seed) for seed in (1, 2)]
-        requests = list(zip(prompts, configs, strict=True))
-        alone = [list(decode(backend, *request)) for request in requests]
-        running = [decode(backend, *request) for request in requests]
+        requests = [
+            Request(prompt_ids=prompt_of(backend, seed), config=config)
+            for seed, config in enumerate(configs, 1)
+        ]
+        alone = [list(decode(backend, request)) for request in requests]
+        running = [decode(backend, request) for request in requests]
         together: list[list[Step]] = [[], []]
         for turn in zip_longest(*running):
             for steps, step in zip(together, turn, strict=True):
@@ -203,9 +209,11 @@ class GenerationTests:
 def check_generation(pair: Pair, config: DecodeConfig) -> None:
     """Compare with the reference step by step, and with the backend's own plain decoding."""
     prompt, expected = settled_generation(pair.reference, config)
-    steps = list(decode(pair.tested, prompt, config))
+    steps = list(decode(pair.tested, Request(prompt_ids=prompt, config=config)))
     assert_equal_steps(steps, expected)
-    plain = list(decode(pair.tested, prompt, replace(config, method="ar")))
+    plain = list(
+        decode(pair.tested, Request(prompt_ids=prompt, config=replace(config, method="ar")))
+    )
     assert tokens_of(steps) == tokens_of(plain)
 
 
@@ -216,7 +224,7 @@ class StopTests:
     def test_end_token_inside_an_accepted_path(self, backend: Backend) -> None:
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
         config = replace(CONFIG, stop_token_ids=frozenset({sequence[inside]}))
-        steps = list(decode(backend, prompt, config))
+        steps = list(decode(backend, Request(prompt_ids=prompt, config=config)))
         assert tokens_of(steps) == sequence[: inside + 1]
         assert steps[-1].finish_reason == "stop"
         assert steps[-1].path is not None
@@ -226,7 +234,12 @@ class StopTests:
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
         unused = set(range(backend.vocab_size)) - set(sequence)
         stops = {sequence[inside], sequence[inside + 1]} | unused
-        steps = list(decode(backend, prompt, replace(CONFIG, stop_token_ids=frozenset(stops))))
+        steps = list(
+            decode(
+                backend,
+                Request(prompt_ids=prompt, config=replace(CONFIG, stop_token_ids=frozenset(stops))),
+            )
+        )
         first = min(sequence.index(stop) for stop in stops & set(sequence))
         assert tokens_of(steps) == sequence[: first + 1]
         assert steps[-1].finish_reason == "stop"
@@ -234,14 +247,21 @@ class StopTests:
     def test_end_token_right_after_the_prompt(self, backend: Backend) -> None:
         prompt = prompt_of(backend, 0)
         first = generate(backend, prompt, CONFIG)[0]
-        (step,) = decode(backend, prompt, replace(CONFIG, stop_token_ids=frozenset({first})))
+        (step,) = decode(
+            backend,
+            Request(prompt_ids=prompt, config=replace(CONFIG, stop_token_ids=frozenset({first}))),
+        )
         assert step.tokens == (first,)
         assert step.finish_reason == "stop"
 
     def test_max_tokens_reached_inside_a_path(self, backend: Backend) -> None:
         """The tree is then no deeper than the tokens that can be emitted."""
         prompt, sequence, inside = sequence_with_new_token_inside_path(backend)
-        steps = list(decode(backend, prompt, replace(CONFIG, max_tokens=inside + 1)))
+        steps = list(
+            decode(
+                backend, Request(prompt_ids=prompt, config=replace(CONFIG, max_tokens=inside + 1))
+            )
+        )
         assert tokens_of(steps) == sequence[: inside + 1]
         assert steps[-1].finish_reason == "length"
         assert steps[-1].path is not None
@@ -249,7 +269,7 @@ class StopTests:
 
     def test_one_new_token(self, backend: Backend) -> None:
         prompt = prompt_of(backend, 0)
-        (step,) = decode(backend, prompt, replace(CONFIG, max_tokens=1))
+        (step,) = decode(backend, Request(prompt_ids=prompt, config=replace(CONFIG, max_tokens=1)))
         assert list(step.tokens) == generate(backend, prompt, CONFIG)[:1]
         assert step.finish_reason == "length"
 
@@ -257,15 +277,15 @@ class StopTests:
         models = pair(target={"max_positions": 32})
         assert models.tested.max_positions == 32
         prompt = prompt_of(models.tested, 0)
-        expected = list(decode(models.reference, prompt, CONFIG))
-        steps = list(decode(models.tested, prompt, CONFIG))
+        expected = list(decode(models.reference, Request(prompt_ids=prompt, config=CONFIG)))
+        steps = list(decode(models.tested, Request(prompt_ids=prompt, config=CONFIG)))
         assert tokens_of(steps) == tokens_of(expected)
         assert len(prompt) + len(tokens_of(steps)) == 32
         assert steps[-1].finish_reason == "length"
 
     def test_prompt_of_one_token(self, models: Pair) -> None:
         for token in range(0, models.tested.vocab_size, 5):
-            expected = list(decode(models.reference, [token], CONFIG))
+            expected = list(decode(models.reference, Request(prompt_ids=[token], config=CONFIG)))
             assert generate(models.tested, [token], CONFIG) == tokens_of(expected)
 
     def test_prompt_with_the_mask_token(self, models: Pair) -> None:
@@ -273,8 +293,10 @@ class StopTests:
         assert isinstance(config, DrafterConfig)
         mask = config.mask_token_id
         prompt = [3, mask, 5, mask, mask]
-        expected = list(decode(models.reference, prompt, CONFIG))
-        assert_equal_steps(list(decode(models.tested, prompt, CONFIG)), expected)
+        expected = list(decode(models.reference, Request(prompt_ids=prompt, config=CONFIG)))
+        assert_equal_steps(
+            list(decode(models.tested, Request(prompt_ids=prompt, config=CONFIG))), expected
+        )
 
     def test_budget_beyond_the_table(self, pair: PairMaker) -> None:
         models = pair(drafter={"block_size": 3})
@@ -294,7 +316,7 @@ def sequence_with_new_token_inside_path(backend: Backend) -> tuple[list[int], li
     """
     for seed in range(200):
         prompt = prompt_of(backend, seed)
-        steps = list(decode(backend, prompt, CONFIG))
+        steps = list(decode(backend, Request(prompt_ids=prompt, config=CONFIG)))
         sequence = tokens_of(steps)
         for inside in middles(steps):
             if all(sequence[i] not in sequence[:i] for i in (inside, inside + 1)):

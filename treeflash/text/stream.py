@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.config import AUTO, DecodeConfig
-from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, decode_request
+from treeflash.decoding import Request, RequestId, Scheduler, SchedulerConfig, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
@@ -140,7 +140,7 @@ class Stream(Iterator[Chunk]):
     def __init__(self, assembler: Assembler, budgets: AdaptiveBudgets | None = None) -> None:
         self.assembler = assembler
         self._budgets = budgets
-        self._steps = decode_request(assembler.backend, assembler.request(), budgets)
+        self._steps = decode(assembler.backend, assembler.request(), budgets)
 
     def __next__(self) -> Chunk:
         chunk = self.assembler.add(next(self._steps))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import (
     EXTRA_DEPTHS,
     FIRST_PAUSE,
@@ -442,7 +442,10 @@ def test_a_text_without_a_shared_budget_measures_its_own_costs(backend):
     steps = [
         [
             t
-            for s in decode(backend, prompt, DecodeConfig(budget=budget, max_tokens=12))
+            for s in decode(
+                backend,
+                Request(prompt_ids=prompt, config=DecodeConfig(budget=budget, max_tokens=12)),
+            )
             for t in s.tokens
         ]
         for budget in (16, "auto")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.fake_models import PROMPT, SCRIPT, config_of, scripted
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.adaptive_budget import DraftDepths
 from treeflash.decoding.tree import DraftTree
 
@@ -71,7 +71,11 @@ def test_a_setting_limits_the_depths(method: str, depths: int) -> None:
     backend.drafter.draft = recorded
     room = len(SCRIPT) - len(PROMPT)
     settings = {"method": method, "budget": 16, "suffix": False, "max_tokens": room}
-    steps = list(decode(backend, PROMPT, config_of(**settings, draft_depths=depths)))
+    steps = list(
+        decode(
+            backend, Request(prompt_ids=PROMPT, config=config_of(**settings, draft_depths=depths))
+        )
+    )
     assert [token for step in steps for token in step.tokens] == SCRIPT[len(PROMPT) :]
     trees = [step.tree for step in steps[1:-1] if step.tree is not None]
     assert max(int(tree.depths.max()) for tree in trees) == min(depths, 5)

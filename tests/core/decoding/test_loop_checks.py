@@ -17,7 +17,7 @@ from fake_models import (
 )
 
 from treeflash.config import Method
-from treeflash.decoding.scheduler import check, decode
+from treeflash.decoding.scheduler import Request, check, decode
 from treeflash.errors import ConfigError, NumericalError, PromptError, UnsupportedModelError
 from treeflash.testing.comparisons import tokens_of
 
@@ -30,7 +30,7 @@ class TestChecks:
         backend = scripted(SCRIPT)
         backend.drafter_config = backend.head = None
         with pytest.raises(ConfigError) as caught:
-            decode(backend, PROMPT, config_of(method=method))
+            decode(backend, Request(prompt_ids=PROMPT, config=config_of(method=method)))
         assert str(caught.value) == (
             f"method {method} needs a drafter and none was loaded; load a drafter (--drafter), "
             "or use method suffix or ar"
@@ -41,7 +41,7 @@ class TestChecks:
         backend = scripted(SCRIPT)
         backend.head = None
         with pytest.raises(ConfigError) as caught:
-            decode(backend, PROMPT, config_of(method=method))
+            decode(backend, Request(prompt_ids=PROMPT, config=config_of(method=method)))
         assert str(caught.value) == (
             f"method {method} needs an AR head, and the loaded drafter has no AR head; "
             "use method ddtree or dflash"
@@ -84,7 +84,10 @@ class TestChecks:
         self, entry: Callable[..., object], prompt: list[int], message: str
     ) -> None:
         with pytest.raises(PromptError) as caught:
-            entry(scripted(SCRIPT, max_positions=20), prompt, config_of())
+            entry(
+                scripted(SCRIPT, max_positions=20),
+                Request(prompt_ids=prompt, config=config_of()),
+            )
         assert str(caught.value) == message
 
     @pytest.mark.parametrize("entry", [decode, check])
@@ -94,9 +97,9 @@ class TestChecks:
         """Loading a drafter checks it too; copies need no drafter."""
         backend = scripted(SCRIPT)
         monkeypatch.setattr(backend, "check_trees", Mock(side_effect=UnsupportedModelError("no")))
-        entry(backend, PROMPT, config_of(method="ar"))
+        entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="ar")))
         with pytest.raises(UnsupportedModelError):
-            entry(backend, PROMPT, config_of(method="suffix"))
+            entry(backend, Request(prompt_ids=PROMPT, config=config_of(method="suffix")))
 
     def test_a_prompt_of_one_token_and_of_extreme_ids(self) -> None:
         assert tokens_of(run(scripted(SCRIPT), [99], max_tokens=3)) == SCRIPT[1:4]
@@ -105,7 +108,7 @@ class TestChecks:
     def test_damaged_target(self) -> None:
         backend = scripted(SCRIPT)
         backend.logits = lambda sequence: np.full(100, np.nan if len(sequence) > 5 else 1)
-        steps = decode(backend, PROMPT, config_of())
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         assert next(steps).tokens == (0,)
         with pytest.raises(NumericalError, match="not finite"):
             next(steps)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.scheduler import decode
+from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load as load_reference
 from treeflash.testing.comparisons import tokens_of
@@ -45,10 +45,12 @@ def test_every_budget_equals_plain_decoding(
     reference: Backend, method: Method, sampling: SamplingConfig
 ) -> None:
     config = DecodeConfig(method=method, sampling=sampling, max_tokens=24)
-    plain = list(decode(reference, PROMPT, replace(config, method="ar")))
+    plain = list(decode(reference, Request(prompt_ids=PROMPT, config=replace(config, method="ar"))))
     assert len(tokens_of(plain)) == 24
     for budget in BUDGETS:
-        steps = list(decode(reference, PROMPT, replace(config, budget=budget)))
+        steps = list(
+            decode(reference, Request(prompt_ids=PROMPT, config=replace(config, budget=budget)))
+        )
         assert tokens_of(steps) == tokens_of(plain)
 
 
@@ -57,7 +59,7 @@ def test_trees_save_forward_passes(reference: Backend) -> None:
     for method in ("ddtree", "treeflash"):
         stats = Stats()
         config = DecodeConfig(method=method, budget=64, max_tokens=48)
-        for step in decode(reference, PROMPT, config):
+        for step in decode(reference, Request(prompt_ids=PROMPT, config=config)):
             stats.add(step)
         assert stats.tokens == 48
         assert stats.block_efficiency > 1.5
@@ -66,11 +68,15 @@ def test_trees_save_forward_passes(reference: Backend) -> None:
 def test_end_tokens_inside_paths(reference: Backend) -> None:
     """Each token once as the end token: the sequence ends where that token first occurs."""
     config = DecodeConfig(budget=64, max_tokens=48)
-    sequence = tokens_of(list(decode(reference, PROMPT, config)))
+    sequence = tokens_of(list(decode(reference, Request(prompt_ids=PROMPT, config=config))))
     inside = 0
     for end in set(sequence):
         stops = frozenset({end, *set(range(24)) - set(sequence)})
-        steps = list(decode(reference, PROMPT, replace(config, stop_token_ids=stops)))
+        steps = list(
+            decode(
+                reference, Request(prompt_ids=PROMPT, config=replace(config, stop_token_ids=stops))
+            )
+        )
         assert tokens_of(steps) == sequence[: sequence.index(end) + 1]
         assert steps[-1].finish_reason == "stop"
         inside += steps[-1].path is not None and len(steps[-1].tokens) < len(steps[-1].path)
@@ -79,10 +85,12 @@ def test_end_tokens_inside_paths(reference: Backend) -> None:
 
 def test_the_models_limit(tmp_path: Path) -> None:
     backend = pair_in(tmp_path, max_positions=30)
-    plain = list(decode(backend, PROMPT, DecodeConfig(method="ar")))
+    plain = list(decode(backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method="ar"))))
     assert len(tokens_of(plain)) == 23
     for method in DRAFTING:
-        steps = list(decode(backend, PROMPT, DecodeConfig(method=method)))
+        steps = list(
+            decode(backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method=method)))
+        )
         assert tokens_of(steps) == tokens_of(plain)
         assert steps[-1].finish_reason == "length"
 
@@ -117,7 +125,9 @@ def test_features_of_iterations_without_a_draft_reach_the_drafter(reference: Bac
     config = DecodeConfig(method="ddtree", budget="auto", max_tokens=24)
     budgets = AdaptiveBudgets(by_method={"ddtree": EverySecond(VerifyCosts({1: 1.0, 16: 1.0}))})
     committed, lengths = len(PROMPT) - 1, []
-    for step in decode(cast(Backend, Recorded()), PROMPT, config, budgets):
+    for step in decode(
+        cast(Backend, Recorded()), Request(prompt_ids=PROMPT, config=config), budgets
+    ):
         if step.table is not None and step.finish_reason is None:
             lengths.append((states[0].drafter.length, committed))
         committed += len(step.tokens)

@@ -19,7 +19,7 @@ from fake_models import (
 
 from treeflash.config import METHODS, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets, VerifyCosts
-from treeflash.decoding.scheduler import decode
+from treeflash.decoding.scheduler import Request, decode
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
 
@@ -173,7 +173,13 @@ class TestSteps:
         backend.head = head = FakeHead(backend.propose)
         timed = Timed(VerifyCosts({1: 1.0, 16: 1.1, 64: 50.0}))
         config = config_of(method="treeflash", budget="auto", max_tokens=14)
-        list(decode(backend, PROMPT, config, AdaptiveBudgets(by_method={"treeflash": timed})))
+        list(
+            decode(
+                backend,
+                Request(prompt_ids=PROMPT, config=config),
+                AdaptiveBudgets(by_method={"treeflash": timed}),
+            )
+        )
         assert head.rows[0] == 4 * 64
         assert set(head.rows[1:]) == {4 * 16}
 

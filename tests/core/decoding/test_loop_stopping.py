@@ -13,7 +13,7 @@ from fake_models import (
 )
 
 from treeflash.config import METHODS, Method
-from treeflash.decoding.scheduler import decode
+from treeflash.decoding.scheduler import Request, decode
 from treeflash.errors import NumericalError
 from treeflash.testing.comparisons import tokens_of
 
@@ -68,7 +68,10 @@ class TestStopping:
             (scripted(SCRIPT, max_positions=4 + limit), 99),
         ):
             emitted = 0
-            for step in decode(backend, PROMPT, config_of(method=method, max_tokens=max_tokens)):
+            for step in decode(
+                backend,
+                Request(prompt_ids=PROMPT, config=config_of(method=method, max_tokens=max_tokens)),
+            ):
                 if step.tree is not None:
                     assert emitted + step.tree.depths.max() + 1 <= limit
                 emitted += len(step.tokens)
@@ -97,7 +100,7 @@ class TestStopping:
 
     def test_closing_early_leaves_what_was_yielded(self) -> None:
         backend = scripted(SCRIPT)
-        steps = decode(backend, PROMPT, config_of())
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         first, second = next(steps), next(steps)
         steps.close()
         assert list(steps) == []
@@ -106,7 +109,7 @@ class TestStopping:
 
     def test_the_state_is_closed_when_a_text_ends(self) -> None:
         backend = scripted(SCRIPT)
-        steps = decode(backend, PROMPT, config_of())
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         next(steps)
         assert not backend.states[0].closed
         list(steps)
@@ -114,14 +117,14 @@ class TestStopping:
 
     def test_the_state_is_closed_when_the_iterator_is(self) -> None:
         backend = scripted(SCRIPT)
-        steps = decode(backend, PROMPT, config_of())
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         next(steps)
         steps.close()
         assert backend.states[0].closed
 
     def test_the_state_is_closed_after_an_error(self) -> None:
         backend = scripted(SCRIPT)
-        steps = decode(backend, PROMPT, config_of())
+        steps = decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         next(steps)
         backend.states[0].logits_of = lambda sequence: [np.nan] * len(SCRIPT)
         with pytest.raises(NumericalError):
@@ -130,13 +133,17 @@ class TestStopping:
 
     def test_nothing_runs_before_the_first_step_is_asked_for(self) -> None:
         backend = scripted(SCRIPT)
-        decode(backend, PROMPT, config_of())
+        decode(backend, Request(prompt_ids=PROMPT, config=config_of()))
         assert backend.states == []
 
     def test_interleaved_texts_do_not_meet(self) -> None:
         alone = [step.tokens for step in run(scripted(SCRIPT), method="ar", max_tokens=5)]
         backend = scripted(SCRIPT)
-        one = decode(backend, PROMPT, config_of(method="ar", max_tokens=5))
-        two = decode(backend, PROMPT, config_of(method="ar", max_tokens=5))
+        one = decode(
+            backend, Request(prompt_ids=PROMPT, config=config_of(method="ar", max_tokens=5))
+        )
+        two = decode(
+            backend, Request(prompt_ids=PROMPT, config=config_of(method="ar", max_tokens=5))
+        )
         pairs = list(zip(one, two, strict=True))
         assert [a.tokens for a, _ in pairs] == [b.tokens for _, b in pairs] == alone

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.sampling import PenaltyState
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load
@@ -74,7 +74,11 @@ def test_decoding_equals_plain_decoding(backend, penalties, sampling):
         config = DecodeConfig(
             method=method, budget=12, max_tokens=24, sampling=sampling, penalties=penalties
         )
-        return [t for step in decode(backend, [5, 6, 7, 5], config) for t in step.tokens]
+        return [
+            t
+            for step in decode(backend, Request(prompt_ids=[5, 6, 7, 5], config=config))
+            for t in step.tokens
+        ]
 
     plain = tokens("ar")
     assert len(plain) == 24
@@ -92,8 +96,10 @@ def test_penalties_change_the_text(backend, penalties):
             token
             for step in decode(
                 backend,
-                [5, 6, 7, 5],
-                DecodeConfig(method="ar", max_tokens=24, penalties=each),
+                Request(
+                    prompt_ids=[5, 6, 7, 5],
+                    config=DecodeConfig(method="ar", max_tokens=24, penalties=each),
+                ),
             )
             for token in step.tokens
         ]

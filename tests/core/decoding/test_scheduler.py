@@ -66,7 +66,11 @@ def config_of(**settings):
 
 
 def alone(backend, prompt, config):
-    return [token for step in decode(backend, prompt, config) for token in step.tokens]
+    return [
+        token
+        for step in decode(backend, Request(prompt_ids=prompt, config=config))
+        for token in step.tokens
+    ]
 
 
 def finish(scheduler, found=None):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.backbone import default_target_layer_ids
@@ -758,7 +758,11 @@ def test_backends_agree_on_lilicorr(width: int, tmp_path: Path) -> None:
         sampling = SamplingConfig(temperature=0.8, seed=3)
         config = DecodeConfig(method="treeflash", budget=12, max_tokens=16, sampling=sampling)
         plain, drafted = (
-            [token for step in decode(pair, [1, 2, 3], x) for token in step.tokens]
+            [
+                token
+                for step in decode(pair, Request(prompt_ids=[1, 2, 3], config=x))
+                for token in step.tokens
+            ]
             for x in (replace(config, method="ar"), config)
         )
         assert plain == drafted

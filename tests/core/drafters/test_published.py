@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from treeflash.config import DecodeConfig, LoadConfig, Method
-from treeflash.decoding import decode
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import build_chain
@@ -154,7 +154,7 @@ def test_accepted_lengths_of_the_published_loop(published: Published) -> None:
         expected = case["generation"]
         prompt = published.texts[case["text"]]["prompt"]
         config = DecodeConfig(method=chain, budget=100, max_tokens=len(expected["tokens"]))
-        prefill, *steps = decode(backend, prompt, config)
+        prefill, *steps = decode(backend, Request(prompt_ids=prompt, config=config))
         assert [*prefill.tokens, *(t for s in steps for t in s.tokens)] == expected["tokens"]
         lengths = [len(step.tokens) for step in steps]
         # The published loops may go past the limit, in their last iteration or by one more.
@@ -190,7 +190,10 @@ def test_trees_need_no_more_forwards_than_chains(published: Published) -> None:
     def forwards(method: Method, budget: int) -> int:
         config = DecodeConfig(method=method, budget=budget, max_tokens=40)
         prompts = [text["prompt"] for text in published.texts]
-        return sum(len(list(decode(backend, prompt, config))) - 1 for prompt in prompts)
+        return sum(
+            len(list(decode(backend, Request(prompt_ids=prompt, config=config)))) - 1
+            for prompt in prompts
+        )
 
     assert forwards("ddtree", 32) <= forwards("dflash", 100)
     if backend.head is not None:
