@@ -109,7 +109,7 @@ def integer(text: str, minimum: int = 1) -> int:
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated words, for argparse."""
+    """Parse comma-separated words, for argparse."""
     return text.split(",")
 
 
@@ -141,7 +141,7 @@ def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
-    """`length` random token ids, the same in every run."""
+    """Draw `length` random token ids, the same in every run."""
     return [int(x) for x in np.random.default_rng(length).integers(0, vocab_size, length)]
 
 
@@ -220,7 +220,7 @@ def write_json(path: Path | None, benchmark: str, results: Row) -> None:
 
 
 def machine() -> Row:
-    """Date, hardware and versions."""
+    """Describe date, hardware and versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
@@ -232,7 +232,7 @@ def machine() -> Row:
 
 
 def mlx_environment() -> dict[str, str]:
-    """Environment variables for a process that runs MLX.
+    """Return environment variables for a process that runs MLX.
 
     On Linux the MLX wheel has a slow matrix product; OpenBLAS replaces it if installed. Do not
     preload OpenBLAS in a process that runs torch: the two can clash.

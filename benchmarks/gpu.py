@@ -72,7 +72,7 @@ def synchronize(device: Any) -> None:
 
 
 def copy_bandwidth(device: Any) -> float:
-    """Bytes per second read and written by a large copy, the best of ten."""
+    """Measure the bytes per second of a large copy, read and written, the best of ten."""
     import torch
 
     size = 2**30 if device.type == "cuda" else 2**26
@@ -89,7 +89,7 @@ def copy_bandwidth(device: Any) -> float:
 
 
 def read_bytes(backend: Any, shape: Row, context: int) -> int:
-    """Bytes that a forward pass must read: the weights, and the KV cache of the context."""
+    """Count what a forward pass must read: the weights, and the KV cache of the context."""
     weights = sum(p.numel() * p.element_size() for p in backend.target.model.parameters())
     embeddings = backend.target.embeddings
     if not shape["tie_word_embeddings"]:  # the lookup reads one row per token
@@ -124,7 +124,7 @@ def part_rows(backend: Any, context: int, repeats: int) -> list[Row]:
 
 
 def measure(backend: Any, shape: Row, bandwidth: float, args: Any) -> dict[str, list[Row]]:
-    """All rows of a loaded pair."""
+    """Measure all rows of a loaded pair."""
     verify = verify_rows(backend, args.contexts, args.sizes, args.repeats)
     for row in verify:
         row["limit_ms"] = 1000 * read_bytes(backend, shape, row["context"]) / bandwidth

@@ -75,7 +75,7 @@ PROMPT = [3, 4, 5] * 40
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Return the command line."""
     options = Parser(__doc__)
     options.add_argument("--device", help="cuda, cuda:1, ... (default: cuda)")
     options.add_argument("--target", metavar="ID", help="also decode with this target")

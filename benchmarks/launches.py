@@ -58,7 +58,7 @@ def count_operations(
     context: int = 3,
     options: TableOptions | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Operations and bytes of the parts of an iteration of some sequences."""
+    """Count operations and bytes of the parts of an iteration of some sequences."""
     backend.target.graphs.enabled = False
     marks: list[tuple[int, int]] = []
     layer = backend.target.layers[1]
@@ -101,7 +101,7 @@ def count_operations(
 
 
 def count_graphs(backend: Any, iterations: int) -> int:
-    """Graphs that an adaptive budget captures in a number of iterations."""
+    """Count the graphs that an adaptive budget captures in a number of iterations."""
     backend.target.graphs.enabled = True
     before, left = backend.captures, iterations
     while left > 0:

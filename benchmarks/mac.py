@@ -76,7 +76,7 @@ def supported_methods(model: LanguageModel) -> list[Method]:
 
 
 def decode_all(run: Callable[[list[int]], int], prompts: Sequence[list[int]]) -> float:
-    """Tokens per second of a function from a prompt to its number of new tokens."""
+    """Measure a function from a prompt to its number of new tokens, in tokens per second."""
     run(prompts[0])  # warms up
     started = time.perf_counter()
     tokens = sum(run(prompt) for prompt in prompts)

@@ -50,19 +50,19 @@ def operations(dtype: mx.Dtype) -> Iterator[tuple[str, RowFunction]]:
 
 
 def rotate(x: mx.array) -> mx.array:
-    """(1, heads, n, head_dim) rotated rows at the positions from 100 on."""
+    """Rotate the (1, heads, n, head_dim) rotated rows at the positions from 100 on."""
     return mx.fast.rope(x, HEAD_DIM, traditional=False, base=1e5, scale=1.0, offset=100)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
-    """(n, heads, head_dim) attention of (1, heads, n, head_dim) rows."""
+    """Return the (n, heads, head_dim) attention of (1, heads, n, head_dim) rows."""
     scale = HEAD_DIM**-0.5
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
     return out.transpose(0, 2, 1, 3)[0]
 
 
 def attend_beside(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attention to all keys; for fewer than `ROWS` rows without the keys that no row sees."""
+    """Attend to all keys; for fewer than `ROWS` rows without the keys that no row sees."""
     hidden = mx.arange(KEYS) % 5 == 4
     if q.shape[2] == ROWS:
         return attend(q, k, v, mx.broadcast_to(~hidden, (ROWS, KEYS)))

@@ -59,12 +59,12 @@ def systems_command(args: Namespace) -> list[str]:
 
 
 def methods_command(args: Namespace) -> list[str]:
-    """Block efficiency and speed by method and budget."""
+    """Return the command for block efficiency and speed by method and budget."""
     return ["decoding.methods", *args.sets, *args.pair, *args.amount, "--budgets", args.budgets]
 
 
 def throughput_command(args: Namespace) -> list[str]:
-    """Throughput by number of sequences."""
+    """Return the command for throughput by number of sequences."""
     return [
         *["throughput", *args.sets, *args.pair, *args.amount],
         *["--methods", "ar,treeflash,generate,batch_generate"],
@@ -81,7 +81,7 @@ def iteration_command(args: Namespace) -> list[str]:
 
 
 def memory_command(args: Namespace) -> list[str]:
-    """Memory."""
+    """Return the command for memory."""
     tokens = ["--max-tokens", str(args.memory_tokens)]
     return ["decoding.memory", *args.sets[:1], *args.pair, *tokens]
 
@@ -97,7 +97,7 @@ def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
 
 
 def systems_tables(results: Row) -> list[str]:
-    """Tokens per second by set, and the mean ratio to `generate`."""
+    """Build the table of tokens per second by set, with the mean ratio to `generate`."""
     case = ("system", "method", "budget")
     lines = by_set(results["rows"], case, "tokens_per_s")
     means = [row for row in results["rows"] if row["set"] == MEAN]
@@ -107,7 +107,7 @@ def systems_tables(results: Row) -> list[str]:
 
 
 def methods_tables(results: Row) -> list[str]:
-    """Block efficiency, then speed relative to plain decoding, by method, budget and set."""
+    """Build tables of block efficiency and of speed relative to plain decoding."""
     case = ("method", "budget")
     means = [row for row in results["rows"] if row["set"] == MEAN]
     tables = [by_set(results["rows"], case, x) for x in ("block_efficiency", "ratio_to_ar")]
@@ -127,7 +127,7 @@ def methods_tables(results: Row) -> list[str]:
 
 
 def throughput_tables(results: Row) -> list[str]:
-    """Tokens per second of each system, and its time to the first token, by number of sequences."""
+    """Build tables of tokens per second and time to the first token, by sequences."""
     speeds: dict[int, Row] = {}
     waits: dict[int, Row] = {}
     for row in results["rows"]:
@@ -147,13 +147,13 @@ def throughput_tables(results: Row) -> list[str]:
 
 
 def iteration_tables(results: Row) -> list[str]:
-    """Milliseconds by phase."""
+    """Build the table of milliseconds by phase."""
     rows = [{name.replace("_", " "): row[name] for name in row} for row in results["phases"]]
     return [markdown_table(rows)]
 
 
 def memory_tables(results: Row) -> list[str]:
-    """Memory of a sequence, and the peak."""
+    """Build the table of a sequence's memory, and of the peak."""
     return [markdown_table(results["sequence"]), markdown_table(results["peak"])]
 
 

@@ -230,7 +230,7 @@ def transformers(model: LanguageModel) -> dict[str, Run]:
 
 
 def mlx_lm(model: LanguageModel) -> dict[str, Run]:
-    """mlx-lm's `BatchGenerator`."""
+    """Run mlx-lm's `BatchGenerator`."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.utils import load_model as load_folder
@@ -332,7 +332,7 @@ def skip(system: str, method: str, reason: Exception | str) -> Row:
 def measure(
     systems: dict[System, Run], sets: dict[str, Group], args: Any
 ) -> tuple[Records, list[Row]]:
-    """Every group in every system, in turn; a package that fails is dropped with its records."""
+    """Measure every group in every system; a package that fails loses its records."""
     records: Records = {}
     skipped: list[Row] = []
 
@@ -362,7 +362,7 @@ def measure(
 
 
 def make_rows(records: Records) -> list[Row]:
-    """One row for each case, and one for its mean over sets.
+    """Make one row for each case, and one for its mean over sets.
 
     `first_token_s` is a median. Ratios compare tokens per second: `ratio_to_ar` with treeflash's
     plain decoding and `ratio_to_padded` with transformers' padded `generate` at the same

@@ -56,7 +56,7 @@ def parser() -> Parser:
 def draft(
     backend: Backend, block: Block, root: int, temperature: float, noise: Floats
 ) -> tuple[NDArray[np.int32], Floats]:
-    """(D,) tokens of a chain and (D, vocab) the distributions that they were drawn from."""
+    """Return (D,) tokens of a chain and (D, vocab) the distributions that they were drawn from."""
     depths = len(noise)
     tokens, q = np.zeros(depths, np.int32), np.zeros(noise.shape)
     previous = np.full(depths, root, np.int32)

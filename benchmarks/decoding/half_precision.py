@@ -80,7 +80,7 @@ def parser() -> Parser:
 
 
 def compare_texts(args: argparse.Namespace, model: LanguageModel) -> list[Row]:
-    """One row per set, temperature, method, budget and number of sequences at once."""
+    """Return one row per set, temperature, method, budget and number of sequences at once."""
     rows = []
     shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
     for path, temperature in product(args.prompts, args.temperatures):
@@ -144,7 +144,7 @@ def first_margin(
 
 
 def compare_speeds(args: argparse.Namespace, dtype: str) -> Iterator[Row]:
-    """Tokens per second without and with exact mode, for each set, method and number of sequences.
+    """Compare the speed without and with exact mode, for each set, method and batch.
 
     They take turns with the same prompts, after a round that warms up and measures the costs of
     forward passes. Times are medians, because other programs disturb some rounds.
@@ -190,7 +190,7 @@ def _count_tokens(
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line for all texts."""
+    """Return one line for all texts."""
     texts, differ = (sum(row[key] for row in rows) for key in ("prompts", "differ"))
     if not differ:
         return f"all {texts} texts are equal to plain decoding"

@@ -151,7 +151,7 @@ def host_ms(sequences: int, nodes: int, iterations: int) -> list[float]:
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Return the command line."""
     options = Parser(__doc__)
     options.add_numbers("--sequences", [1, 8, 32], "numbers of sequences")
     options.add_numbers("--nodes", [16, 64], "nodes of each tree")

@@ -71,7 +71,7 @@ def parser() -> Parser:
 
 
 def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, int]]:
-    """Plain decoding, and the methods that the pair supports, trees at every budget."""
+    """List plain decoding and the methods that the pair supports, trees at every budget."""
     cases: list[tuple[Method, int]] = [("ar", 1)]
     if backend.drafter is not None:
         cases += [("dflash", max(budgets)), *(("ddtree", nodes) for nodes in budgets)]
@@ -142,7 +142,7 @@ def break_even_rows(backend: Backend, args: argparse.Namespace) -> list[Row]:
     }
 
     def step(sessions: Sequence[SequenceSession], nodes: int) -> None:
-        """One iteration of all sequences; plain decoding if it has one node."""
+        """Return one iteration of all sequences; plain decoding if it has one node."""
         token = sessions[0].length % backend.vocab_size
         trees = [DraftTree.root_only(token)] * len(sessions)
         states = [session.state for session in sessions]

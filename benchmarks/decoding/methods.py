@@ -144,7 +144,7 @@ Runs: TypeAlias = dict[Case, list[Generation]]
 
 
 def parse_heads(text: str) -> list[Head]:
-    """Comma-separated VOCAB:ROWS pairs, for argparse."""
+    """Parse comma-separated VOCAB:ROWS pairs, for argparse."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         return [Head(parse_head_vocab(vocab), parse_head_rows(rows)) for vocab, rows in pairs]
@@ -153,7 +153,7 @@ def parse_heads(text: str) -> list[Head]:
 
 
 def parse_switches(text: str) -> list[bool]:
-    """Comma-separated `on` and `off`, for argparse."""
+    """Parse comma-separated `on` and `off`, for argparse."""
     if not set(parts := text.split(",")) <= {"on", "off"}:
         raise argparse.ArgumentTypeError(f"{text} is not on, off, or on,off")
     return [part == "on" for part in parts]
@@ -193,7 +193,7 @@ def make_cases(
     heads: Sequence[Head],
     suffixes: Sequence[bool],
 ) -> list[Case]:
-    """Every method at every budget, plain decoding first; chains only at the largest budget."""
+    """Make every method at every budget, plain decoding first; chains at the largest one."""
     largest = max((budget for budget in budgets if budget != AUTO), default=AUTO)
     return [
         Case(method, budget, head, suffix)

@@ -87,7 +87,7 @@ class Comparison:
                 self.records.append(case.columns | {"set": set_name, "prompt": prompt} | answer)
 
     def rows(self) -> list[Row]:
-        """One row for each case and set, and one for each case's mean over sets.
+        """Return one row for each case and set, and one for each case's mean over sets.
 
         `ratio_to_generate` is the median over prompts; `equal` counts the prompts with the same
         tokens as the baseline. A sequence that ends with its first token has no speed and is left

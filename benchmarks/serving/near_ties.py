@@ -127,7 +127,7 @@ def near_best(
 def one_by_one(
     model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]
 ) -> NDArray[np.float32]:
-    """(n, vocab) logits of n tokens after a prompt, from one forward pass for each token."""
+    """Return (n, vocab) logits of n tokens after a prompt, from one forward pass for each token."""
     with SequenceSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
         session.extend(prompt[:-1])
         rows = []
@@ -140,7 +140,7 @@ def one_by_one(
 def at_once(
     model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]
 ) -> NDArray[np.float32]:
-    """(n, vocab) logits of n tokens after a prompt, from one forward pass."""
+    """Return the (n, vocab) logits of n tokens after a prompt, from one forward pass."""
     chain = DraftTree.chain(np.array([prompt[-1], *tokens[:-1]], np.int32))
     with SequenceSession(model.backend, capacity=len(prompt) + len(tokens)) as session:
         session.extend(prompt[:-1])

@@ -53,7 +53,7 @@ def scheduler_seconds(model: treeflash.LanguageModel, work: Sequence[Job], paral
 
 
 def first_tokens(model: treeflash.LanguageModel, url: str, repeats: int) -> dict[str, float]:
-    """Median milliseconds to the first token of a short prompt in both, and their difference."""
+    """Measure the median milliseconds to a short prompt's first token in both systems."""
     job = Job("Why is the sky blue?", 2)
     messages = [{"role": "user", "content": job.question}]
     api_times, http_times = [], []
@@ -76,7 +76,7 @@ def first_tokens(model: treeflash.LanguageModel, url: str, repeats: int) -> dict
 def throughput(
     model: treeflash.LanguageModel, url: str, work: Sequence[Job], clients: int, rounds: int
 ) -> dict[str, float]:
-    """Tokens per second of the scheduler and through HTTP, and the ratio of the two."""
+    """Measure the tokens per second of the scheduler and through HTTP, and their ratio."""
     times = []
     for _ in range(rounds):
         pair = (

@@ -54,7 +54,7 @@ class Job:
 
 
 def jobs(count: int) -> list[Job]:
-    """Jobs with short and long answers, greedy and sampled."""
+    """Create jobs with short and long answers, greedy and sampled."""
     rng = random.Random(0)
     return [
         Job(QUESTIONS[i % len(QUESTIONS)], rng.randint(4, 48), rng.choice([0.0, 0.8, 1.2]), seed=i)
@@ -111,7 +111,7 @@ def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def resident_bytes(process: subprocess.Popen[bytes]) -> int:
-    """Resident memory of a process, on Linux."""
+    """Read a process's resident memory, on Linux."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -59,7 +59,7 @@ class Snapshots(Generic[R]):
             del self._states[older[int(np.argmin(gaps))]]
 
     def longest(self, length: int) -> int:
-        """The longest length up to `length` that has a snapshot; 0 if there is none."""
+        """Return the longest length up to `length` that has a snapshot; 0 if there is none."""
         return max((n for n in self._states if n <= length), default=0)
 
     def get(self, length: int) -> R:
@@ -70,7 +70,7 @@ class Snapshots(Generic[R]):
         self._states = {n: states for n, states in self._states.items() if n <= length}
 
     def copy(self, length: int) -> Snapshots[R]:
-        """The snapshots up to a length, for a fork."""
+        """Copy the snapshots up to a length, for a fork."""
         new: Snapshots[R] = Snapshots()
         new._states = dict(self._states)
         new.truncate(length)
@@ -95,7 +95,7 @@ class KVCache(Protocol):
         """Drop the positions from `length` on, if there are any."""
 
     def read(self) -> NDArray[np.float32]:
-        """(layers, 2, kv_heads, length, head_dim) the committed keys and values."""
+        """Read the (layers, 2, kv_heads, length, head_dim) committed keys and values."""
 
     def export(self, first: int, stop: int) -> StateArrays:
         """Copy what the cache has of the positions first .. stop - 1, and no later token."""
@@ -146,13 +146,13 @@ class BaseState(ABC, Generic[K, R]):
 
     @abstractmethod
     def copy(self, length: int, capacity: int, recurrent: R | None) -> Self:
-        """A new state with copies of the first `length` positions of the KV caches and context.
+        """Fork a state with copies of the first `length` positions of KV caches and context.
 
         `recurrent` are the states of recurrent layers after these positions.
         """
 
     def recurrent_states(self) -> R | None:
-        """The states of the recurrent layers after the last position; no array changes later."""
+        """Return the recurrent layers' states after the last position; no array changes later."""
         return None
 
     def restore_recurrent(self, states: R) -> None:
@@ -160,31 +160,31 @@ class BaseState(ABC, Generic[K, R]):
         raise NotImplementedError
 
     def recurrent_arrays(self) -> Iterable[Any]:
-        """The arrays of the recurrent layers' states, the snapshots included."""
+        """Return the arrays of the recurrent layers' states, the snapshots included."""
         return ()
 
     def to_host(self, x: Any) -> NDArray[Any]:
-        """The bits of an array of the device; see `StateArrays`."""
+        """Return the bits of an array of the device; see `StateArrays`."""
         raise NotImplementedError
 
     def from_host(self, x: NDArray[Any]) -> Any:
-        """The array of the device that `to_host` read."""
+        """Return the array of the device that `to_host` read."""
         raise NotImplementedError
 
     def export_recurrent(self, states: R) -> StateArrays:
-        """The states of the recurrent layers by name."""
+        """Return the states of the recurrent layers by name."""
         raise NotImplementedError
 
     def load_recurrent(self, arrays: StateArrays) -> R:
-        """The states of the recurrent layers that `export_recurrent` named."""
+        """Load the states of the recurrent layers that `export_recurrent` named."""
         raise NotImplementedError
 
     def export_features(self, parts: Sequence[Any]) -> StateArrays:
-        """The parts of a context, by their numbers."""
+        """Return the parts of a context, by their numbers."""
         return {str(n): self.to_host(part) for n, part in enumerate(parts)}
 
     def load_features(self, arrays: StateArrays) -> list[Any]:
-        """The parts of a context that `export_features` numbered."""
+        """Load the parts of a context that `export_features` numbered."""
         return [self.from_host(arrays[str(n)]) for n in range(len(arrays))]
 
     @property
@@ -291,27 +291,27 @@ class BaseState(ABC, Generic[K, R]):
         self.context, self.snapshots, self.outputs, self.tokens = [], Snapshots(), None, []
 
     def read_kv_cache(self) -> NDArray[np.float32]:
-        """The committed keys and values of the target, for tests."""
+        """Read the committed keys and values of the target, for tests."""
         return self.kv_cache.read()
 
     def read_drafter_kv_cache(self) -> NDArray[np.float32]:
-        """The keys and values of the drafter, for tests."""
+        """Read the keys and values of the drafter, for tests."""
         assert self.drafter is not None
         return self.drafter.read()
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
-        """The states of the target's recurrent layers, for tests."""
+        """Read the states of the target's recurrent layers, for tests."""
         return []
 
     def _recurrent_at(self, length: int) -> R | None:
-        """The states of the recurrent layers at a length that can be restored."""
+        """Return the states of the recurrent layers at a length that can be restored."""
         if self.initial is None or length >= self.length:
             return self.recurrent_states()
         return self.snapshots.get(length) if length else self.initial
 
 
 def arrays_nbytes(arrays: Iterable[Any]) -> int:
-    """The memory of arrays, each counted once however often it occurs, bytes."""
+    """Return the memory of arrays, each counted once however often it occurs, bytes."""
     return sum({id(array): array.nbytes for array in arrays}.values())
 
 
@@ -402,11 +402,11 @@ class BaseBackend:
             raise self._trees
 
     def columns(self, capacity: int) -> int:
-        """Columns that a KV cache allocates for `capacity` positions."""
+        """Return the columns that a KV cache allocates for `capacity` positions."""
         return capacity
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
-        """The size of KV caches, recurrent states and their snapshots, bytes."""
+        """Return the size of KV caches, recurrent states and their snapshots, bytes."""
         nbytes: int = self.columns(capacity) * self.target.column_nbytes
         nbytes += (1 + MAX_SNAPSHOTS) * self.target.states_nbytes
         if drafts and (config := self.drafter_config):
@@ -423,7 +423,7 @@ class OneByOneVerifier(ABC):
 
     @abstractmethod
     def forward(self, state: Any, tree: DraftTree) -> NDArray[np.float32]:
-        """(n, vocab) logits at the nodes of a tree under the committed positions.
+        """Return the (n, vocab) logits at the nodes of a tree under the committed positions.
 
         New tokens of a prompt come as a chain. Nothing is committed.
         """
@@ -462,11 +462,11 @@ class OneByOneDrafter(ABC):
 
     @abstractmethod
     def draft_one(self, state: Any, root: int, depths: int | None) -> Block:
-        """One entry of `Drafter.draft`."""
+        """Compute one entry of `Drafter.draft`."""
 
     @abstractmethod
     def marginals_one(self, block: Block, options: TableOptions) -> TransitionTable:
-        """One entry of `Drafter.marginals`; the options have the noise of the block."""
+        """Compute one entry of `Drafter.marginals`; the options have the noise of the block."""
 
     def draft(
         self, roots: Sequence[tuple[SequenceState, int]], depths: int | None = None
@@ -482,7 +482,7 @@ class OneByOneHead(ABC):
 
     @abstractmethod
     def transitions_one(self, block: Block, options: TableOptions) -> TransitionTable:
-        """One entry of `ARHead.transitions`; the options have the noise of the block."""
+        """Compute one entry of `ARHead.transitions`; the options have the noise of the block."""
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         return list(map(self.transitions_one, blocks, options.split(len(blocks))))
@@ -502,7 +502,7 @@ class CandidateHead(OneByOneHead):
     def candidates(
         self, block: Any
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        """(D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
+        """Return the (D, k) candidates, best first, their log probabilities, and (D, k, k) scores.
 
         Scores are of candidates after the candidates of the slot before; all rows of the first slot
         are those after the root.
@@ -525,7 +525,7 @@ class CandidateHead(OneByOneHead):
         )
 
     def log_probs(self, block: Any, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """(D, vocab) after (D,) previous tokens; -inf for all but the candidates."""
+        """Return the (D, vocab) after (D,) previous tokens; -inf for all but the candidates."""
         tokens, log_probs, scores = self.candidates(block)
         depths = len(block.hidden)
         tokens, log_probs, scores = tokens[:depths], log_probs[:depths], scores[:depths]

@@ -96,7 +96,7 @@ class Rates:
     restore_s: float | None = None
 
     def pays(self, restored: int, saved: int) -> bool:
-        """Whether restoring some positions is likely to be faster than to run the `saved` ones."""
+        """Return whether restoring positions is likely to be faster than running `saved` ones."""
         if self.prefill_s is None or self.restore_s is None:
             return True
         return restored * self.restore_s < saved * self.prefill_s

@@ -58,14 +58,14 @@ class SequenceState(Protocol):
         """
 
     def restorable(self, length: int) -> int:
-        """The longest length up to `length` at which the state can be forked.
+        """Return the longest length up to `length` at which the state can be forked.
 
         Without recurrent layers it is the smaller of `length` and the present length. With them it
         is the present length or the length of a snapshot, or 0 if there is none.
         """
 
     def fork(self, length: int, capacity: int) -> SequenceState:
-        """A new state with a copy of the first `length` positions, and of their snapshots.
+        """Fork a new state with a copy of the first `length` positions, and of their snapshots.
 
         `length` is one that `restorable` returned; the new state can hold `capacity` positions.
         """
@@ -150,7 +150,7 @@ class TableOptions:
     rows: int | None = None
 
     def split(self, blocks: int) -> list[TableOptions]:
-        """The options for each of several blocks alone, with the noise of that block."""
+        """Split the options for each of several blocks alone, with the noise of that block."""
         if self.noise is None:
             return [self] * blocks
         return [replace(self, noise=noise) for noise in self.noise.split(blocks)]
@@ -160,7 +160,7 @@ class TreeVerifier(Protocol):
     """The target."""
 
     def run(self, work: Sequence[Prefill | Verify]) -> list[SampledTokens | None]:
-        """One forward pass over the tokens and trees of several sequences, each sequence once.
+        """Run one forward pass over the tokens and trees of several sequences, each once.
 
         Returns:
             Per sequence, the result of `treeflash.decoding.sampling.sample` for the target's logits
@@ -178,7 +178,7 @@ class TreeVerifier(Protocol):
         """
 
     def logits(self, trees: Sequence[tuple[SequenceState, DraftTree]]) -> list[NDArray[np.float32]]:
-        """(n, vocab) logits at the nodes of each tree, for probes and analysis; commits nothing."""
+        """Compute each tree's (n, vocab) logits, for probes and analysis; commit nothing."""
 
 
 class Drafter(Protocol):
@@ -200,14 +200,14 @@ class Drafter(Protocol):
         """
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        """The most probable tokens of each depth, whatever was drafted before (DDTree).
+        """Return the most probable tokens of each depth, whatever was drafted before (DDTree).
 
         The blocks are from one call of `draft`; of the options, `m`, `shortlist` and `rows` are not
         used.
         """
 
     def log_probs(self, block: Block) -> NDArray[np.float32]:
-        """(D, vocab) log probabilities of all tokens, in nats and at temperature 1, for analysis.
+        """Return (D, vocab) log probabilities, in nats and at temperature 1, for analysis.
 
         Row i is depth i + 1. Tokens that cannot be drafted have -inf.
         """
@@ -224,7 +224,7 @@ class ARHead(Protocol):
     """
 
     def transitions(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
-        """The most probable tokens of each depth after each of several previous tokens.
+        """Return the most probable tokens of each depth after each of several previous tokens.
 
         The blocks are from one call of `Drafter.draft`. The previous tokens of depth d >= 2 are the
         `m` of highest marginal logit at depth d - 1, best first; depth 1 has the root alone
@@ -236,7 +236,7 @@ class ARHead(Protocol):
         """
 
     def log_probs(self, block: Block, previous: NDArray[np.int32]) -> NDArray[np.float32]:
-        """(D, vocab) log probabilities of all tokens after a given previous token at each depth.
+        """Return (D, vocab) log probabilities after a given previous token at each depth.
 
         They are as `Drafter.log_probs`. `previous` are (D,) int32: previous[i] is the token before
         depth i + 1, so previous[0] is the root. A recurrent head takes the tokens as one path.
@@ -277,7 +277,7 @@ class Backend(Protocol):
         """None when the drafter has no AR head."""
 
     def open(self, capacity: int, *, drafts: bool) -> SequenceState:
-        """The empty state of a new sequence, which needs a drafter if it `drafts`.
+        """Open the empty state of a new sequence, which needs a drafter if it `drafts`.
 
         `capacity` counts positions, the nodes of the tree under verification included.
 
@@ -286,7 +286,7 @@ class Backend(Protocol):
         """
 
     def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
-        """Device memory that a state opened with these arguments may hold, bytes."""
+        """Return the bytes that a state opened with these arguments may hold."""
 
     def check_trees(self) -> None:
         """Check, once, that the target runs draft trees, as loading a drafter does.
@@ -295,7 +295,7 @@ class Backend(Protocol):
         """
 
     def memory_bytes(self) -> int:
-        """The most memory that the device has held for this process, bytes; 0 if unknown."""
+        """Return the most memory that the device has held for this process, bytes; 0 if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +325,7 @@ SAFE_SHARE = 0.9
 
 
 def device_report(backend: Backend) -> DeviceReport:
-    """What a backend tells; an empty report if it has no method `device_report`."""
+    """Return what a backend tells; an empty report if it has no method `device_report`."""
     report: DeviceReport = getattr(backend, "device_report", DeviceReport)()
     return report
 

@@ -172,7 +172,7 @@ def decode_loop(
     suffix = SuffixDrafter(prompt_ids, shared) if config.copies else None
 
     def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
-        """How to sample at the nodes of a tree whose root is the newest emitted token."""
+        """Return how to sample at the nodes of a tree whose root is the newest emitted token."""
         positions = tree.positions(len(prompt_ids) + emitted)
         edits = penalties.edits(tree)
         return SamplingParams.from_positions(
@@ -261,7 +261,7 @@ def decode_loop(
 def _build(
     table: TransitionTable | None, drafted: Drafted, root: int, config: DecodeConfig
 ) -> DraftTree:
-    """The draft tree of a corrected table, of a proposal, or of both."""
+    """Build the draft tree of a corrected table, of a proposal, or of both."""
     if table is None:
         assert drafted.proposal is not None
         return tree_of(drafted.proposal, root, drafted.nodes)
@@ -274,7 +274,7 @@ def _build(
 def _cut_at_stop(
     tokens: tuple[int, ...], config: DecodeConfig, room: int
 ) -> tuple[tuple[int, ...], str | None]:
-    """At most `room` tokens, up to the first stop token; and the finish reason, if any."""
+    """Cut at `room` tokens or after the first stop token; return the finish reason, if any."""
     for i, token in enumerate(tokens):
         if token in config.stop_token_ids:
             return tokens[: i + 1], "stop"

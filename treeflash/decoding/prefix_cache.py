@@ -24,7 +24,7 @@ class _Entry:
     state: SequenceState
 
     def shared_length(self, tokens: NDArray[np.int32]) -> int:
-        """The longest prefix of the tokens at which the state can be forked."""
+        """Return the longest prefix of the tokens at which the state can be forked."""
         n = min(len(self.tokens), len(tokens))
         different = np.flatnonzero(self.tokens[:n] != tokens[:n])
         return self.state.restorable(int(different[0]) if len(different) else n)
@@ -50,7 +50,7 @@ class PrefixCache:
         return len(self._entries)
 
     def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[SequenceState, int] | None:
-        """The state to fork at a prompt's longest common prefix, and the length; None without one.
+        """Find the state to fork at a prompt's longest common prefix, and that length, or None.
 
         `key` has the dependencies of a state besides its tokens: the loaded pair, whether the state
         was opened for drafting, and the caller's salt.

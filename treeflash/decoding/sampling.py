@@ -40,7 +40,7 @@ class LogitEdits:
     additions: NDArray[np.float32]  # (m,) float32
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, vocab) edited logits; the definition that backends are held to."""
+        """Apply the (n, vocab) edited logits; the definition that backends are held to."""
         edited = logits.copy()
         x = edited[self.rows, self.tokens]
         scaled = np.where(x > 0, x / self.factors, x * self.factors)
@@ -72,7 +72,7 @@ class SamplingParams:
         allowed: NDArray[np.uint32] | None = None,
         log_probs: int | None = None,
     ) -> SamplingParams:
-        """Parameters for the tokens at n positions, with the noise of the seed."""
+        """Create the parameters for tokens at n positions, with the noise of the seed."""
         keys = None if sampling.greedy else position_keys(sampling.seed, positions)
         return cls(sampling, keys, edits, allowed, log_probs)
 
@@ -86,12 +86,12 @@ class LogProbs:
     values: NDArray[np.float32]  # (n, k) float32 of the best tokens
 
     def rows(self, rows: NDArray[np.int32]) -> LogProbs:
-        """The log probabilities at some nodes."""
+        """Return the log probabilities at some nodes."""
         return LogProbs(self.sampled[rows], self.tokens[rows], self.values[rows])
 
     @classmethod
     def concatenate(cls, parts: Sequence[LogProbs]) -> LogProbs:
-        """The rows of all parts."""
+        """Return the rows of all parts."""
         return cls(
             np.concatenate([part.sampled for part in parts]),
             np.concatenate([part.tokens for part in parts]),
@@ -131,13 +131,13 @@ def sample(logits: NDArray[np.float32], params: SamplingParams) -> SampledTokens
 
 
 def unpack(allowed: NDArray[np.uint32], vocab_size: int) -> NDArray[np.bool_]:
-    """(n, vocab) bool of a bitmask."""
+    """Return the (n, vocab) bool of a bitmask."""
     bits = np.unpackbits(allowed.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
     return bits[:, :vocab_size].astype(np.bool_)
 
 
 def only(tokens: NDArray[np.int32], vocab_size: int) -> NDArray[np.uint32]:
-    """(n, ceil(vocab / 32)) bitmask that allows one of n tokens in each row."""
+    """Return the (n, ceil(vocab / 32)) bitmask that allows one of n tokens in each row."""
     allowed = np.zeros((len(tokens), -(-vocab_size // MASK_BITS)), np.uint32)
     bits = np.uint32(1) << (tokens % MASK_BITS).astype(np.uint32)
     allowed[np.arange(len(tokens)), tokens // MASK_BITS] = bits
@@ -145,7 +145,7 @@ def only(tokens: NDArray[np.int32], vocab_size: int) -> NDArray[np.uint32]:
 
 
 def shared_sampling(params: SamplingParams) -> SamplingConfig:
-    """The configuration with seed 0: sequences with equal ones can be sampled together."""
+    """Return the configuration with seed 0: sequences with equal ones can be sampled together."""
     return replace(params.sampling, seed=0)
 
 
@@ -164,7 +164,7 @@ def check_finite(finite: object) -> None:
 def sample_tokens(
     logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int32]:
-    """(n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
+    """Sample (n,) tokens of the largest of `noisy_logits`, the first of equal ones (Gumbel-max).
 
     `keys` are (n, 2) of the positions that the tokens will take; they may be None when greedy. A
     NumericalError is raised if a row's largest logit is not finite.
@@ -179,14 +179,14 @@ def sample_tokens(
 def noisy_logits(
     logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32]
 ) -> NDArray[np.float64]:
-    """(n, vocab) logits plus noise of (n, 2) keys, for a temperature; dropped tokens have -inf."""
+    """Add noise of (n, 2) keys to (n, vocab) logits; dropped tokens have -inf."""
     noise = vocabulary_noise(keys, logits.shape[-1]).astype(np.float64)
     kept = filtered_probs(logits, sampling) > 0
     return np.where(kept, logits + sampling.temperature * noise, -np.inf)
 
 
 def filtered_probs(logits: NDArray[np.float32], sampling: SamplingConfig) -> NDArray[np.float64]:
-    """(n, vocab) float64 probabilities after temperature and filters, not normalised again.
+    """Return (n, vocab) float64 probabilities after temperature and filters, not normalised again.
 
     A filter keeps or drops tokens of equal probability together, so that the result does not depend
     on how a sort breaks ties. Dropped tokens are 0. The sampling must not be greedy.
@@ -216,7 +216,7 @@ CACHED_ROWS = 64
 
 
 def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """(n, 2) keys of the noise at (n,) int32 absolute positions, for a seed below 2**64.
+    """Return the (n, 2) keys of the noise at (n,) int32 absolute positions, for a seed below 2**64.
 
     A key depends on the seed and the position alone, so that a seed gives the same output with
     every method and budget: it is number `p` of the Philox stream of the seed (Salmon et al. 2011),
@@ -231,7 +231,7 @@ def position_keys(seed: int, positions: NDArray[np.int32]) -> NDArray[np.uint32]
 
 
 def gumbel(keys: NDArray[np.uint32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """(n, v) finite float32 noise of the standard Gumbel distribution: the definition of backends.
+    """Draw (n, v) finite float32 noise, standard Gumbel; it is the definition for all backends.
 
     Each of (v,) or (n, v) tokens is hashed with one half of its (n, 2) key, then with the other
     half.
@@ -251,7 +251,7 @@ def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def vocabulary_noise(keys: NDArray[np.uint32], vocab_size: int) -> NDArray[np.float32]:
-    """(n, vocab) noise of all tokens, for backends on a CPU; the latest rows are cached."""
+    """Return (n, vocab) noise of all tokens, for backends on a CPU; the latest rows are cached."""
     return np.stack([_row(*key, vocab_size) for key in keys.tolist()])
 
 
@@ -272,7 +272,7 @@ class Noise:
 
     @classmethod
     def from_positions(cls, sequences: Sequence[tuple[SamplingConfig, NDArray[np.int32]]]) -> Noise:
-        """The noise of several sequences, one after another, from their positions."""
+        """Return the noise of several sequences, one after another, from their positions."""
         keys = [
             # Equal keys, whose noise is computed once: it is multiplied by 0.
             np.zeros((len(positions), 2), np.uint32)
@@ -284,7 +284,7 @@ class Noise:
         return cls(np.concatenate(keys), np.concatenate(scales))
 
     def values(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """(n, v) noise to add to the logits of (v,) or (n, v) tokens."""
+        """Return the (n, v) noise to add to the logits of (v,) or (n, v) tokens."""
         return self.scales[:, None] * gumbel(self.keys, tokens)
 
     def split(self, parts: int) -> list[Noise]:
@@ -309,7 +309,7 @@ class PenaltyState:
         self.generated.update(tokens)
 
     def edits(self, tree: DraftTree) -> LogitEdits | None:
-        """The edits of the logits at each node; None for none. The root is counted already."""
+        """Return the edits of the logits at each node, or None; the root is counted already."""
         penalties = self.penalties
         if not penalties.active:
             return None
@@ -341,7 +341,7 @@ class Constraint(Protocol):
     """Restricts the tokens that may follow the generated ones, as a grammar matcher does."""
 
     def allowed(self) -> NDArray[np.uint32]:
-        """(ceil(vocab / 32),) uint32 bitmask of the tokens that may come next."""
+        """Return the (ceil(vocab / 32),) uint32 bitmask of the tokens that may come next."""
 
     def advance(self, token: int) -> None:
         """Append a token that is allowed."""
@@ -351,7 +351,7 @@ class Constraint(Protocol):
 
 
 def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) -> TransitionTable:
-    """The table without first tokens that are not allowed, so that no budget is spent on them."""
+    """Drop first tokens that are not allowed, so that no budget is spent on them."""
     log_probs = table.log_probs.copy()
     permitted = unpack(allowed[None], vocab_size)[0][table.tokens[0, 0]]
     log_probs[0, 0, ~permitted] = -np.inf
@@ -363,7 +363,7 @@ def prune(table: TransitionTable, allowed: NDArray[np.uint32], vocab_size: int) 
 
 
 def constrain(tree: DraftTree, constraint: Constraint) -> tuple[DraftTree, NDArray[np.uint32]]:
-    """The tree without forbidden nodes and their descendants, and the mask of each remaining node.
+    """Drop forbidden nodes and their descendants; return the tree and each node's mask.
 
     The masks are (n, ceil(vocab / 32)) bits. The constraint has advanced over the tree's root.
     Nodes are visited depth first, so that it advances and rolls back one token at a time; its state

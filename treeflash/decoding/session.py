@@ -41,7 +41,7 @@ class SequenceSession:
         return int(sampled.tokens[-1])
 
     def verify(self, tree: DraftTree, sampling: SamplingConfig = GREEDY) -> NDArray[np.int32]:
-        """(n,) int32 the target's tokens at the nodes of a tree."""
+        """Return the (n,) int32 the target's tokens at the nodes of a tree."""
         params = SamplingParams.from_positions(sampling, tree.positions(self.length + 1))
         work = Verify(self.state, tree, params)
         (sampled,) = self.backend.verifier.run([work])
@@ -49,7 +49,7 @@ class SequenceSession:
         return sampled.tokens
 
     def logits(self, tree: DraftTree) -> NDArray[np.float32]:
-        """(n, vocab) the target's logits at the nodes of a tree."""
+        """Return the (n, vocab) target's logits at the nodes of a tree."""
         (logits,) = self.backend.verifier.logits([(self.state, tree)])
         return logits
 
@@ -58,7 +58,7 @@ class SequenceSession:
         self.backend.verifier.commit([(self.state, path)])
 
     def draft(self, root: int, depths: int | None = None) -> Block:
-        """The drafter's block after `root`, the token at the next position; see `Drafter.draft`."""
+        """Draft a block after `root`, the token at the next position; see `Drafter.draft`."""
         assert self.backend.drafter is not None
         (block,) = self.backend.drafter.draft([(self.state, root)], depths)
         return block

@@ -60,7 +60,7 @@ class BadFileError(Exception):
 
 
 def root_key(identity: bytes, *, drafts: bool, salt: str) -> bytes:
-    """The key of the empty prefix of all sequences whose states can be shared."""
+    """Return the key of the empty prefix of all sequences whose states can be shared."""
     described = json.dumps([identity.hex(), drafts, salt]).encode()
     return hashlib.sha256(FORMAT + described).digest()
 
@@ -74,7 +74,7 @@ class PrefixKeys:
         self._blocks = [root]  # the keys of the multiples of the block size
 
     def __getitem__(self, length: int) -> bytes:
-        """The key of the first `length` tokens."""
+        """Return the key of the first `length` tokens."""
         while (len(self._blocks) - 1) * self.block < length - length % self.block:
             self._blocks.append(self._hash((len(self._blocks) - 1) * self.block, self.block))
         rest = length % self.block
@@ -105,12 +105,12 @@ class Part:
 
 
 def file_name(kind: Kind, key: bytes) -> str:
-    """The name of the part of a kind that ends where the key does."""
+    """Return the name of the part of a kind that ends where the key does."""
     return f"{hashlib.sha256(kind.encode() + key).hexdigest()}.{kind}.safetensors"
 
 
 def _mac(kind: Kind, key: bytes, arrays: StateArrays) -> NDArray[np.uint8]:
-    """(32,) the code of arrays, which are contiguous."""
+    """Return the (32,) code of arrays, which are contiguous."""
     code = hashlib.sha256(b"mac" + kind.encode() + key)
     shapes = {name: (x.dtype.str, x.shape) for name, x in sorted(arrays.items())}
     code.update(json.dumps(shapes).encode())
@@ -120,14 +120,14 @@ def _mac(kind: Kind, key: bytes, arrays: StateArrays) -> NDArray[np.uint8]:
 
 
 def encode(part: Part, arrays: StateArrays) -> bytes:
-    """The contents of a part's file."""
+    """Encode the contents of a part's file."""
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     arrays[POSITIONS] = np.array([part.first, part.read, part.stop], np.int64)
     return save({**arrays, MAC: _mac(part.kind, part.key, arrays)})
 
 
 def decode(kind: Kind, key: bytes, contents: bytes) -> tuple[Part, StateArrays]:
-    """The part that ends where the key does; a BadFileError if the contents are another's."""
+    """Read the part that ends where the key does; a BadFileError if it is another's."""
     try:
         arrays = load(contents)
         code, positions = arrays.pop(MAC), arrays[POSITIONS]
@@ -168,7 +168,7 @@ def read(folder: Path, kind: Kind, key: bytes, max_bytes: int) -> tuple[Part, St
 
 
 def is_own(status: os.stat_result) -> bool:
-    """Whether a file belongs to the user of this process."""
+    """Return whether a file belongs to the user of this process."""
     return not hasattr(os, "getuid") or status.st_uid == os.getuid()
 
 

@@ -87,7 +87,7 @@ class TransitionTable:
     def from_marginals(
         cls, tokens: NDArray[np.int32], log_probs: NDArray[np.float32]
     ) -> TransitionTable:
-        """The table of a drafter without an AR head: children do not depend on the previous token.
+        """Build the table of marginals: children do not depend on the previous token.
 
         It has (D, K) tokens of each depth, most probable first, and their marginal log
         probabilities.
@@ -104,7 +104,7 @@ class TransitionTable:
         log_probs: NDArray[np.float32],
         confidences: NDArray[np.float32] | None = None,
     ) -> TransitionTable:
-        """The table of an AR head.
+        """Return the table of an AR head.
 
         Args:
             previous: (D - 1, M) int32 previous-token candidates of depths 2 to D, distinct at each
@@ -132,7 +132,7 @@ class TransitionTable:
         shape: tuple[int, int],
         confidences: NDArray[np.float32] | None = None,
     ) -> TransitionTable:
-        """The table of an AR head that scored the root's row and n other rows.
+        """Return the table of an AR head that scored the root's row and n other rows.
 
         Args:
             places: (n,) int32 indices of the n rows among all D * M rows, numbered depth by depth.
@@ -169,7 +169,7 @@ class TransitionTable:
         kept: Sequence[NDArray[np.integer]],
         confidences: Sequence[NDArray[np.float32]] | None = None,
     ) -> TransitionTable:
-        """The table of a recurrent head, in which each row follows one path and not one token.
+        """Build the table of a recurrent head, in which a row follows a path, not one token.
 
         Args:
             tokens: by depth, (n, K) or (n * K,) int32 children of n paths; at depth 1 of the root
@@ -196,7 +196,7 @@ class TransitionTable:
         return cls(table_tokens, table_log_probs, next_row, table_confidences)
 
     def truncate(self, depths: int) -> TransitionTable:
-        """The table of the first depths, at least 1; the same table if it has no more."""
+        """Truncate the table of the first depths, at least 1; the same table if it has no more."""
         if depths >= self.depths:
             return self
         next_row = self.next_row[:depths].copy()
@@ -227,7 +227,7 @@ def check_log_probs(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _matching_rows(previous: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(D, M, K) index of each token among its depth's (D, M) previous tokens; -1 if it is none.
+    """Find each token's (D, M, K) index among its depth's (D, M) previous tokens, or -1.
 
     A previous token of -1 matches none. It sorts and searches, so that memory grows with the number
     of rows and not with its square.
@@ -398,7 +398,7 @@ class Calibration:
         return float(np.exp(weights @ np.log(EXPONENTS) / weights.sum()))
 
     def correct(self, table: TransitionTable) -> TransitionTable:
-        """The table with calibrated probabilities; the order of children is the same."""
+        """Return the table with calibrated probabilities; the order of children is the same."""
         return self._correct(table, self.exponent)
 
     def deferred(self, table: TransitionTable, exponent: float) -> TransitionTable:
@@ -471,7 +471,7 @@ def powers(
 def _rest(
     log_probs: NDArray[np.float64], exponents: NDArray[np.float64] | float, vocab_size: int
 ) -> NDArray[np.float64]:
-    """The log of the summed powers of the probabilities of the tokens that rows do not list.
+    """Return the log of the summed powers of the probabilities of the tokens that rows do not list.
 
     Each of these tokens is taken to be as probable as the row's last child, or less probable if
     the vocabulary has too few tokens for that.

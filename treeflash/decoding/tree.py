@@ -36,7 +36,7 @@ class DraftTree:
 
     @classmethod
     def root_only(cls, root: int) -> DraftTree:
-        """The tree of plain decoding: the root alone."""
+        """Return the tree of plain decoding: the root alone."""
         zero = np.zeros(1, np.int32)
         return cls(np.array([root], np.int32), zero - 1, zero, np.zeros(1))
 
@@ -47,7 +47,7 @@ class DraftTree:
         log_probs: NDArray[np.float64] | None = None,
         confidences: NDArray[np.float32] | None = None,
     ) -> DraftTree:
-        """The tree in which each of (n,) tokens follows the one before it, the root first.
+        """Build the tree in which each of (n,) tokens follows the one before it.
 
         `log_probs` are (n,) of the paths, nats; None for tokens that are certain.
         """
@@ -58,7 +58,7 @@ class DraftTree:
 
     @classmethod
     def from_parents(cls, tokens: NDArray[np.int32], parents: NDArray[np.int32]) -> DraftTree:
-        """The tree of (n,) tokens and their parents, whose paths are all equally probable."""
+        """Build the tree of (n,) tokens and their parents, with equally probable paths."""
         depths = np.zeros(len(parents), np.int32)
         for node in range(1, len(parents)):
             depths[node] = depths[parents[node]] + 1
@@ -71,11 +71,11 @@ class DraftTree:
         return f"DraftTree(nodes={len(self)}, depth={int(self.depths.max())})"
 
     def first(self, nodes: int) -> DraftTree:
-        """The tree of the first nodes, which are the best ones if `build_tree` made the tree."""
+        """Return the tree of the first nodes, the best ones if `build_tree` made it."""
         return self.subset(np.arange(len(self))[:nodes])
 
     def subset(self, nodes: NDArray[np.int64]) -> DraftTree:
-        """The tree of some nodes in ascending order, with the parent of each among them."""
+        """Return the tree of some nodes in ascending order, with the parent of each among them."""
         number = np.full(len(self) + 1, -1, np.int32)  # the root's parent is -1, the last entry
         number[nodes] = np.arange(len(nodes))
         return DraftTree(
@@ -93,11 +93,11 @@ class DraftTree:
         return bool(self.depths[-1] == len(self) - 1)
 
     def positions(self, start: int) -> NDArray[np.int32]:
-        """(n,) int32 absolute positions; `start` is the root's."""
+        """Return the (n,) int32 absolute positions; `start` is the root's."""
         return self.depths + np.int32(start)
 
     def ancestor_mask(self) -> NDArray[np.bool_]:
-        """(n, n) bool; [i, j] tells whether node i attends to node j: an ancestor, or itself."""
+        """Return (n, n) bool: [i, j] tells whether node i attends to j, an ancestor or itself."""
         if self.is_chain:
             return np.tri(len(self), dtype=np.bool_)
         mask = np.eye(len(self), dtype=np.bool_)
@@ -108,7 +108,7 @@ class DraftTree:
 
 
 def build_chain(table: TransitionTable, root: int, budget: int) -> DraftTree:
-    """The chain of the best child after each token, at most `budget` nodes.
+    """Build the chain of the best child after each token, at most `budget` nodes.
 
     It follows `next_row` from the root, and ends at a child without a next row.
     """
@@ -167,7 +167,7 @@ class FlatTable:
 
 
 def build_tree(table: TransitionTable, root: int, budget: int) -> DraftTree:
-    """The `budget - 1` most probable paths of the table, under the root, best first.
+    """Build the `budget - 1` most probable paths of the table, under the root, best first.
 
     The result equals best-first expansion with a heap (OPT-Tree, section 3.2), as a child is never
     more probable than its parent or than an earlier sibling. It is built level by level instead,
@@ -220,7 +220,7 @@ class _Level:
 
 
 def _levels(table: FlatTable, room: int) -> list[_Level]:
-    """Candidates depth by depth, all of the `room` best paths among them."""
+    """Yield candidates depth by depth, all of the `room` best paths among them."""
     levels: list[_Level] = []
     width = table.tokens.shape[1]
     best = np.empty(0)  # the log probabilities of the best paths so far, `room` at most
@@ -253,7 +253,7 @@ def _levels(table: FlatTable, room: int) -> list[_Level]:
 
 
 def _best_first(log_probs: NDArray[np.float64], levels: list[_Level]) -> NDArray[np.int64]:
-    """Candidates, most probable first; ties by rank path."""
+    """Sort candidates, the most probable first; ties by rank path."""
     order = np.argsort(-log_probs, kind="stable")
     ranked = log_probs[order]
     if not (ranked[1:] == ranked[:-1]).any():

@@ -80,7 +80,7 @@ def efficiencies_by_case(samples: Sequence[Sample], indices: NDArray[np.int64]) 
 def block_efficiencies(
     lengths: Sequence[Sequence[int]], indices: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(r,) block efficiencies of n prompts' accepted lengths, pooled as (r, n) indices choose."""
+    """Pool n prompts' accepted lengths as (r, n) indices choose: (r,) block efficiencies."""
     tokens, forwards = np.array([(sum(prompt), len(prompt)) for prompt in lengths]).T
     efficiencies: NDArray[np.float64] = tokens[indices].sum(1) / forwards[indices].sum(1)
     return efficiencies

@@ -90,7 +90,7 @@ class Table(NamedTuple):
 
 
 def tables(records: Mapping[str, Sequence[Record]]) -> list[Table]:
-    """All tables that have rows."""
+    """Return all tables that have rows."""
     candidates = (
         _table(
             "Block efficiency",
@@ -134,7 +134,7 @@ def _table(title: str, note: str, records: Sequence[Record]) -> Table:
 
 
 def _by_source(depth_metrics: Sequence[Record]) -> Iterator[Record]:
-    """One record per depth and source, from the records of the mean with both sources."""
+    """Yield one record per depth and source, from the records of the mean with both sources."""
     for record in depth_metrics:
         if record["set"] == MEAN:
             for source in SOURCES:
@@ -239,7 +239,7 @@ def _efficiencies(axis: Any, rows: Sequence[Record]) -> None:
 
 
 def _lengths(axis: Any, accepted: Sequence[Record]) -> None:
-    """Histograms over all sets, for each method at its largest budget."""
+    """Plot histograms over all sets, for each method at its largest budget."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set(

@@ -94,7 +94,7 @@ def measure_depth_metrics(
 
 
 def softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
-    """(n, vocab) probabilities; the temperature 0 counts as 1."""
+    """Return the (n, vocab) probabilities; the temperature 0 counts as 1."""
     scaled = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / (temperature or 1.0)
     exps = np.exp(scaled)
     normalised: NDArray[np.float64] = exps / exps.sum(-1, keepdims=True)
@@ -305,7 +305,7 @@ def _decode(
 
 
 def list_cases(methods: Iterable[str], budgets: Iterable[int]) -> list[Case]:
-    """Every method at every budget that makes a difference.
+    """List every method at every budget that makes a difference.
 
     Chains have only the largest budget, because they stop at the end of the block. Plain decoding
     has budget 1. An unknown method raises a ConfigError.

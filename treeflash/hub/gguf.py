@@ -170,7 +170,7 @@ def _hugging_face_name(name: str) -> str:
 def _weights(
     tensors: dict[str, ReaderTensor], heads: dict[str, int], progress: Progress
 ) -> Iterator[bytes]:
-    """The tensors in bfloat16, one at a time."""
+    """Yield the tensors in bfloat16, one at a time."""
     done, total = 0, 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     for name, tensor in tensors.items():
         weight = dequantize(tensor.data, tensor.tensor_type)

@@ -24,7 +24,7 @@ PACKAGES = ("treeflash", "numpy", "torch", "transformers", "triton", "mlx", "mlx
 def pair_identity(
     backend: Backend, loaded: LoadConfig, folders: Iterable[Path | None], memory: Path
 ) -> bytes:
-    """(32 bytes) the hash of a loaded pair: its weights, how it is run, and by which versions.
+    """Hash a loaded pair, 32 bytes: its weights, how it is run, and by which versions.
 
     `folders` have the weights; `memory` is the folder of the hashes of files that were read before.
     """
@@ -43,7 +43,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _file_hash(path: Path, memory: Path) -> str:
-    """The SHA-256 of a file; that `memory` cannot be written is not an error."""
+    """Return the SHA-256 of a file; that `memory` cannot be written is not an error."""
     status = path.stat()
     known = path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     note = memory / hashlib.sha256(repr(known).encode()).hexdigest()

@@ -231,7 +231,7 @@ MTP_TARGETS = r"qwen3-next-|qwen3-coder-next|qwen3\.[568]-|glm-4\.[567]"
 
 
 def resolve_target(name: str | None) -> Path:
-    """The local folder of a target, which is fetched if needed, or a CheckpointError.
+    """Resolve the local folder of a target, which is fetched if needed, or a CheckpointError.
 
     None is the default target, SmolLM2-135M-Instruct, which needs no network once it is fetched.
     """
@@ -241,13 +241,13 @@ def resolve_target(name: str | None) -> Path:
 
 
 def published_drafter(target: str | None) -> str | None:
-    """The best known drafter of a target, as a hub id or the bundled name; None if unknown."""
+    """Return the best known drafter of a target, a hub id or the bundled name, or None."""
     drafters = published_drafters(target)
     return drafters[0].name if drafters else None
 
 
 def published_drafters(target: str | None) -> tuple[PublishedDrafter, ...]:
-    """The known drafters of a target, the best first.
+    """Return the known drafters of a target, the best first.
 
     The last part of the target's name is looked up, without regard to case and to a precision such
     as `-4bit` or `-MLX-4bit`.
@@ -274,7 +274,7 @@ def other_base(adapter: Path, target: Path) -> str | None:
 
 
 def draft_sources(target: str | None) -> list[DraftSource]:
-    """What can draft for a target, the best first; loads and fetches nothing.
+    """Return what can draft for a target, the best first; loads and fetches nothing.
 
     The folder of a target on this machine tells whether it has an MTP head; of other targets, the
     name.
@@ -307,7 +307,7 @@ def draft_sources(target: str | None) -> list[DraftSource]:
 
 
 def model_name(folder: Path) -> str:
-    """The hub id if a folder is a snapshot in the hub's cache, else the folder's own name."""
+    """Return the hub id of a folder in the hub's cache, else the folder's name."""
     folder = folder.absolute()
     repository = folder.parents[1].name if len(folder.parents) > 1 else ""
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -316,7 +316,7 @@ def model_name(folder: Path) -> str:
 
 
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
-    """The local folder of a drafter, which is fetched if needed, or a CheckpointError.
+    """Resolve the local folder of a drafter, which is fetched if needed, or a CheckpointError.
 
     `auto` or None is the best draft source of the target, whose name is as the user gave it; see
     `choose_drafter`. `self` is the MTP head in the target's own folder.
@@ -388,7 +388,7 @@ def choose_drafter(
 
 
 def _has_own_head(folder: Path) -> bool:
-    """Whether the folder of a target has an MTP head.
+    """Return whether the folder of a target has an MTP head.
 
     Raises an UnsupportedModelError for a head that cannot be used, and a CheckpointError if the
     folder is damaged.
@@ -408,7 +408,7 @@ def _passed_over(folder: Path, error: UnsupportedModelError) -> str:
 
 
 def drafter_training(drafter: str | None, target: str | None) -> PublishedDrafter:
-    """The prompts that a drafter was trained on, by the names that `resolve_drafter` takes.
+    """Return the prompts that a drafter was trained on, by the names that `resolve_drafter` takes.
 
     An unknown drafter gets what is most common: thinking off and no system message.
     """
@@ -479,13 +479,13 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _studio_models() -> dict[str, Path]:
-    """The folders of LM Studio's models on this machine, by PUBLISHER/MODEL."""
+    """Return the folders of LM Studio's models on this machine, by PUBLISHER/MODEL."""
     folders = (x for root in LM_STUDIO_FOLDERS for x in Path(root).expanduser().glob("*/*"))
     return {f"{x.parent.name}/{x.name}": x for x in sorted(folders) if _has_weights(x)}
 
 
 def find_local(name: str) -> Path | None:
-    """The folder on this machine of a model without its publisher, or of an id in LM Studio.
+    """Find the folder on this machine of a model without its publisher, or of an id in LM Studio.
 
     Case does not matter. An id in the hub's cache is left to the hub's client, which knows the
     newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
@@ -501,7 +501,7 @@ def find_local(name: str) -> Path | None:
 
 
 def _local_folder(name: str | None) -> Path | None:
-    """The folder of a target that is on this machine already; None if it is not."""
+    """Return the folder of a target that is on this machine already; None if it is not."""
     if name is None or Path(name).is_dir():
         return None if name is None else Path(name)
     if (local := find_local(name)) is not None:
@@ -524,7 +524,7 @@ def _snapshot(name: str, *, local_files_only: bool = False) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for downloads and measurements; a ConfigError if TREEFLASH_CACHE is invalid."""
+    """Return the folder for all we store; a ConfigError if TREEFLASH_CACHE is invalid."""
     folder = Path(os.environ.get("TREEFLASH_CACHE") or user_cache_dir("treeflash"))
     try:
         return folder.expanduser()
@@ -571,7 +571,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _default_target_from_hub() -> Path | None:
-    """The hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
+    """Return the hub's snapshot, cached or fetched now; None if the hub cannot be reached."""
     for local_files_only in (True, False):
         try:
             if not local_files_only:
@@ -664,7 +664,7 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """The bundled drafter, the default target if it was fetched, and LM Studio's and the hub's.
+    """List the bundled drafter, a fetched default target, and LM Studio's and the hub's models.
 
     Models without weights in safetensors files are left out.
     """

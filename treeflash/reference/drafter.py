@@ -123,7 +123,7 @@ class Drafter(OneByOneDrafter):
         return [convolution(0), convolution(1)]
 
     def _project(self, features: Array) -> Array:
-        """(n, hidden_size) context of n positions."""
+        """Project the (n, hidden_size) context of n positions."""
         return self.model.normed("hidden_norm", self.model.linear("fc", features))
 
     def _keys_and_values(self, layer: str, x: Array, positions: Ints) -> tuple[Array, Array]:

@@ -48,16 +48,16 @@ class DrafterModel:
         return linear(self.tensors, name, x)
 
     def embed(self, token_ids: Ints) -> Array:
-        """(..., hidden_size) embeddings of (...) tokens."""
+        """Compute the (..., hidden_size) embeddings of (...) tokens."""
         embeddings = self.vocabulary.get("embed_tokens.weight", self.target.embeddings)
         return np.asarray(embeddings[token_ids])
 
     def logits(self, hidden: Array) -> Array:
-        """(..., Vd) logits of last-layer outputs."""
+        """Return the (..., Vd) logits of last-layer outputs."""
         return self.output(self.normed("norm", hidden))
 
     def output(self, normed: Array) -> Array:
-        """(..., Vd) logits of normalised outputs: the head, then the factor, then the softcap."""
+        """Compute (..., Vd) logits of normalised outputs: head, then factor, then softcap."""
         logits: Array = normed @ self.vocabulary.get("lm_head.weight", self.target.lm_head).T
         logits = logits * np.float32(self.config.output_multiplier)
         if (cap := self.config.softcap) is not None:
@@ -65,7 +65,7 @@ class DrafterModel:
         return logits
 
     def over_target_vocabulary(self, log_probs: Array) -> Array:
-        """(..., vocab) from (..., Vd); tokens that the drafter cannot propose have -inf."""
+        """Return (..., vocab) from (..., Vd); tokens that the drafter cannot propose have -inf."""
         if "d2t" not in self.vocabulary:
             return log_probs
         shape = (*log_probs.shape[:-1], self.target.vocab_size)

@@ -44,7 +44,7 @@ class Head:
         return linear(self.tensors, name, x)
 
     def confidence(self, hidden: Array, previous: Ints) -> Array | None:
-        """(D, M) stated probability that a row is right; None if the head states none."""
+        """Return (D, M) stated probability that a row is right; None if the head states none."""
         return None
 
 
@@ -58,7 +58,7 @@ class Scores(Head, ABC):
 
     @abstractmethod
     def score(self, hidden: Array, logits: Array, previous: Ints, tokens: Ints) -> Array:
-        """(D, M, n) scores of (D, n) tokens of the drafter's vocabulary.
+        """Return the (D, M, n) scores of (D, n) tokens of the drafter's vocabulary.
 
         They come from (D, hidden_size) outputs of the last layer, the (D, Vd) logits of the
         marginals, and (D, M) previous tokens of the target's vocabulary.
@@ -119,7 +119,10 @@ class Markov(Scores):
         return sigmoid(x @ weight + self.tensors["confidence_head.proj.bias"])
 
     def _with_hidden(self, hidden: Array, rows: Array) -> Array:
-        """(D, M, hidden_size + r): the normed outputs, then (D, M, r) rows of previous tokens."""
+        """Join the normed outputs and (D, M, r) rows of previous tokens.
+
+        (D, M, hidden_size + r).
+        """
         normed = self.model.normed("norm", hidden)[:, None]
         shape = *rows.shape[:2], normed.shape[-1]
         return np.concatenate([np.broadcast_to(normed, shape), rows], -1)
@@ -139,7 +142,7 @@ class Cell(Head, ABC):
 
     @abstractmethod
     def step(self, state: Array, normed: Array, previous: Ints, depth: int) -> tuple[Array, Array]:
-        """(n, state_size) states and (n, r) queries of n paths, advanced by their last token.
+        """Advance n paths by their last token: (n, state_size) states and (n, r) queries.
 
         They come from (n, state_size) states, `start` before the root, the (hidden_size,)
         normalised output at this depth, (n,) tokens of the target's vocabulary, and the children's
@@ -213,7 +216,7 @@ class XPress(Cell):
         return inputs.reshape(len(state), -1), x
 
     def _input(self, inputs: Array, normed: Array, previous: Ints) -> Array:
-        """(n, r) inputs of a slot after (n,) previous tokens."""
+        """Return the (n, r) inputs of a slot after (n,) previous tokens."""
         embedded = self.tensors["token_embed.weight"][previous]
         hidden = np.broadcast_to(self.linear("down_h", normed), embedded.shape)
         x = np.concatenate([hidden, inputs[:, 0], embedded], -1)
@@ -224,7 +227,7 @@ class Correlation(Head):
     """LiLiCorr: products of vectors that a transformer over all candidates of a block computes."""
 
     def scores(self, block: Block, tokens: Ints, log_probs: Array) -> Array:
-        """(S - 1, k, k) scores of the candidates of a slot after the candidates before.
+        """Return the (S - 1, k, k) scores of the candidates of a slot after the candidates before.
 
         The first slot's are after the root, and equal in all rows. They come from (S - 1, k)
         candidates, the best first, and their log probabilities.
@@ -347,7 +350,7 @@ class ARHead(OneByOneHead):
         return self.model.over_target_vocabulary(wide)
 
     def _support(self, marginal: Array, shortlist: int | None) -> Ints:
-        """(D, v) tokens of the drafter's vocabulary that are scored at each depth, ascending."""
+        """Return each depth's (D, v) scored tokens of the drafter's vocabulary, ascending."""
         if self.scores.candidates is not None:
             best = np.argsort(-marginal, axis=-1, kind="stable")[:, : self.scores.candidates]
         else:

@@ -77,7 +77,7 @@ class GatedDeltaNet(RecurrentLayer):
         self.projections = [weights[f"{layer}in_proj_{x}.weight"] for x in ("qkv", "z", "b", "a")]
 
     def __call__(self, x: Array, state: LayerState) -> tuple[Array, LayerState]:
-        """One token: (hidden_size,) and the state before it to the same after it."""
+        """Map one token's (hidden_size,) and the state before it to the same after it."""
         qkv, z, b, a = (projection @ x for projection in self.projections)
         window = np.concatenate([state.tail, qkv[None]])
         mixed = silu((window * self.kernel).sum(0))
@@ -94,7 +94,7 @@ class GatedDeltaNet(RecurrentLayer):
         return self.out_proj @ gated.ravel(), LayerState(window[1:], matrix)
 
     def _per_value_head(self, x: Array) -> Array:
-        """(heads, key_dim) unit vectors; a key head serves consecutive value heads."""
+        """Return the (heads, key_dim) unit vectors; a key head serves consecutive value heads."""
         x = x.reshape(self.key_heads, self.key_dim)
         unit = np.asarray(x / np.sqrt((x * x).sum(-1, keepdims=True) + L2_EPS), np.float32)
         return unit.repeat(self.heads // self.key_heads, 0)
@@ -113,7 +113,7 @@ class Mamba2(RecurrentLayer):
         self.d = weights[layer + "D"]
 
     def __call__(self, x: Array, state: LayerState) -> tuple[Array, LayerState]:
-        """One token: (hidden_size,) and the state before it to the same after it."""
+        """Map one token's (hidden_size,) and the state before it to the same after it."""
         inner, channels = self.heads * self.value_dim, self.kernel.shape[1]
         z, xbc, dt = np.split(self.in_proj @ x, [inner, inner + channels])
         window = np.concatenate([state.tail, xbc[None]])
@@ -130,7 +130,7 @@ class Mamba2(RecurrentLayer):
         return self.out_proj @ normalised, LayerState(window[1:], matrix)
 
     def _per_head(self, x: Array) -> Array:
-        """(heads, key_dim); a group serves consecutive heads."""
+        """Return the (heads, key_dim); a group serves consecutive heads."""
         return x.reshape(self.groups, -1).repeat(self.heads // self.groups, 0)
 
 

@@ -71,7 +71,7 @@ class MtpModel(DrafterModel):
         return MtpCache(self.config)
 
     def project(self, features: Array) -> Array:
-        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
+        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
         if self.config.final_state:
             return features
         if self.config.feature_norms == "all":
@@ -92,7 +92,7 @@ class MtpModel(DrafterModel):
         return self.normed("layer.input_layernorm", x), x
 
     def keys_and_values(self, y: Array, positions: Ints) -> tuple[Array, Array]:
-        """(kv_heads, n, head_dim) each, of n rows."""
+        """Return the (kv_heads, n, head_dim) each, of n rows."""
         v = self.linear("layer.self_attn.v_proj", y).reshape(len(y), -1, self.config.head_dim)
         k = self._rotated("k", self.linear("layer.self_attn.k_proj", y), positions)
         return k, v.swapaxes(0, 1)
@@ -105,7 +105,7 @@ class MtpModel(DrafterModel):
         values: Array,
         mask: NDArray[np.bool_],
     ) -> Array:
-        """(n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
+        """Return (n, hidden_size) outputs of n rows, which attend to m keys by an (n, m) mask."""
         y, x = read
         q = self.linear("layer.self_attn.q_proj", y)
         gate = None

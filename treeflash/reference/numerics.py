@@ -18,7 +18,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def linear(tensors: Mapping[str, Array], name: str, x: Array) -> Array:
-    """(..., out) from (..., in), with a bias if the layer has one."""
+    """Return the (..., out) from (..., in), with a bias if the layer has one."""
     y: Array = x @ tensors[name + ".weight"].T
     bias = tensors.get(name + ".bias")
     return y if bias is None else y + bias
@@ -29,20 +29,20 @@ def silu(x: Array) -> Array:
 
 
 def softmax(x: Array) -> Array:
-    """Over the last axis; a row may have -inf entries, but not only them."""
+    """Compute the softmax over the last axis; a row may have -inf entries, but not only."""
     exps = np.exp(x - x.max(-1, keepdims=True))
     return np.asarray(exps / exps.sum(-1, keepdims=True), np.float32)
 
 
 def log_softmax(x: Array) -> Array:
-    """Over the last axis."""
+    """Compute the log softmax over the last axis."""
     shifted = x - x.max(-1, keepdims=True)
     normalised: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return normalised
 
 
 def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -> Array:
-    """Rotary embedding of (heads, n, head_dim), of the first two channels for each frequency.
+    """Rotate (heads, n, head_dim): the first two channels for each frequency.
 
     The halves of these channels are paired. Frequencies are in radians per position; `scale`
     multiplies cosines and sines.
@@ -56,7 +56,7 @@ def rotate(x: Array, positions: Ints, inv_freq: Sequence[float], scale: float) -
 def attention(
     q: Array, k: Array, v: Array, mask: NDArray[np.bool_], scale: float | None = None
 ) -> Array:
-    """(n, heads * head_dim) grouped-query attention of (heads, n, head_dim) queries.
+    """Return the (n, heads * head_dim) grouped-query attention of (heads, n, head_dim) queries.
 
     Keys and values are (kv_heads, m, head_dim), and the (n, m) mask is true if a query attends to a
     key. `scale` multiplies the scores; None is 1 / sqrt(head_dim).
@@ -69,7 +69,7 @@ def attention(
 
 
 def visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:
-    """(n, m) bool; whether one of (n,) query positions attends to one of (m,) key positions.
+    """Return (n, m) bool; whether one of (n,) query positions attends to one of (m,) key positions.
 
     If `causal`, a query attends only to itself and earlier positions, and in any case to fewer than
     `window` positions on each side; None is all.
@@ -82,7 +82,7 @@ def visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDAr
 
 
 def block_visible(queries: Ints, keys: Ints, window: int | None, causal: bool) -> NDArray[np.bool_]:
-    """`visible` with a window before the first query: all queries see the same context."""
+    """Return `visible` with a window before the first query: all queries see one context."""
     seen = visible(queries, keys, None, causal)
     if window is not None:
         seen &= keys >= queries[0] - window

@@ -104,7 +104,7 @@ class Cache:
         self.truncate(0)
 
     def read(self) -> Array:
-        """(attention layers, 2, kv_heads, length, head_dim)."""
+        """Read the target's keys and values, (attention layers, 2, kv_heads, length, head_dim)."""
         return np.array(self.committed, np.float32)
 
 
@@ -119,7 +119,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_supported(config: Mapping[str, Any]) -> bool:
-    """Whether the reference computes this variant of a family."""
+    """Return whether the reference computes this variant of a family."""
     if config["model_type"] not in FAMILIES or config.get("hidden_act", "silu") != "silu":
         return False
     if config["model_type"] != "granitemoehybrid":
@@ -313,13 +313,13 @@ class Target:
 
 
 def nearest_ancestors(mask: NDArray[np.bool_]) -> Ints:
-    """(n,) int32 parents of the nodes of an ancestor mask."""
+    """Return the (n,) int32 parents of the nodes of an ancestor mask."""
     order = np.arange(len(mask), dtype=np.int32)
     return np.asarray(np.where(mask & (order < order[:, None]), order, -1).max(-1), np.int32)
 
 
 def sliding_windows(config: dict[str, Any], layers: int) -> list[int | None]:
-    """Each layer's window in positions, or None; the defaults are those in transformers.
+    """Return each layer's window in positions, or None; the defaults are those in transformers.
 
     Mistral has a window in every layer unless `sliding_window` is null. The Qwen families have one
     only if `use_sliding_window` is set, Qwen2 and Qwen3 from layer `max_window_layers` on.

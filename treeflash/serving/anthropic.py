@@ -87,7 +87,7 @@ class AnthropicMessage(Schema):
     content: str | list[ContentBlock]
 
     def templates(self) -> list[dict[str, Any]]:
-        """The messages that chat templates read: each result of a call is one of its own."""
+        """Return the messages that chat templates read: each result of a call is one of its own."""
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
         messages: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ class AnthropicTool(Cacheable):
     strict: bool | None = None
 
     def function(self) -> Function:
-        """The tool in the form of chat completions."""
+        """Return the tool in the form of chat completions."""
         fields = self.model_dump(include={"name", "description", "strict"})
         return Function(**fields, parameters=self.input_schema)
 
@@ -132,7 +132,7 @@ class AnthropicToolChoice(Schema):
     disable_parallel_tool_use: bool | None = None
 
     def chat_choice(self) -> CallMode | NamedFunction | None:
-        """The choice in the form of chat completions."""
+        """Return the choice in the form of chat completions."""
         if self.type == "tool":
             if self.name is None:
                 problem, param = "needs the name of a tool", "tool_choice.name"
@@ -152,7 +152,7 @@ class Thinking(Schema):
     display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
 
     def thinks(self, *, supports_reasoning: bool) -> bool:
-        """Whether reasoning is on."""
+        """Return whether reasoning is on."""
         return supports_reasoning if self.type == "adaptive" else self.type == "enabled"
 
 
@@ -201,7 +201,7 @@ class CountTokensRequest(Schema):
     cache_control: CacheControl | None = None
 
     def conversation(self, *, supports_reasoning: bool) -> Conversation:
-        """The conversation; raises an APIError if fields do not fit each other or the model."""
+        """Build the conversation; an APIError if fields do not fit each other or the model."""
         messages = [template for message in self.messages for template in message.templates()]
         if self.system:
             messages.insert(0, {"role": "system", "content": _join(self.system)})
@@ -228,7 +228,7 @@ class CountTokensRequest(Schema):
         )
 
     def _continues(self) -> bool:
-        """Whether the last message is the beginning of the answer."""
+        """Return whether the last message is the beginning of the answer."""
         last = self.messages[-1]
         blocks = [] if isinstance(last.content, str) else last.content
         if last.role != "assistant":
@@ -253,7 +253,7 @@ class MessagesRequest(CountTokensRequest):
     service_tier: Literal["auto", "standard_only"] | None = None
 
     def options(self) -> Options:
-        """The decoding options; raises an APIError if `budget_tokens` is not below `max_tokens`."""
+        """Return the decoding options; an APIError if `budget_tokens` is not below `max_tokens`."""
         budget = None if self.thinking is None else self.thinking.budget_tokens
         if budget is not None and budget >= self.max_tokens:
             limit = f"must be below max_tokens ({self.max_tokens}), got {budget}"
@@ -331,7 +331,7 @@ class MessagesFormatter:
         }
 
     def _stop(self) -> dict[str, str | None]:
-        """The reason for the end of the message, and the stop sequence if one ended it."""
+        """Return the reason for the end of the message, and the stop sequence if one ended it."""
         (answer,) = self._completion.answers
         stop = None
         ids = [token for chunk in answer.chunks for token in chunk.token_ids]

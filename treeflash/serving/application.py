@@ -39,7 +39,7 @@ logger = logging.getLogger("treeflash.serving")
 
 
 def application(service: Service) -> FastAPI:
-    """The server's application; the engine of the service must have been started."""
+    """Return the server's application; the engine of the service must have been started."""
     app = FastAPI(title="treeflash", redoc_url=None)
     for endpoint in (chat, completions, responses, anthropic, ollama):
         endpoint.add_routes(app, service)
@@ -188,7 +188,7 @@ def _field_error(errors: Sequence[dict[str, Any]]) -> APIError:
 
 
 def _field_path(location: Sequence[str | int]) -> list[str]:
-    """The names and indices of a field, without the types that pydantic adds to them."""
+    """Return the names and indices of a field, without the types that pydantic adds to them."""
     types = UNION_TYPES | _schema_names(Schema)
     names = [str(part) for part in location[1:]]
     return [name for name in names if name not in types and "[" not in name]
@@ -214,7 +214,7 @@ class Server(uvicorn.Server):
         self._engine.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end; called ten times a second."""
+        """Return whether to end; called ten times a second."""
         if self._engine.draining and not self._engine.unfinished:
             self.should_exit = True
         if self._engine.device_lost:
@@ -271,7 +271,7 @@ def _load(engine: Engine) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with the address, so that a taken port is an error before models are loaded."""
+    """Bind a socket with the address, so that a taken port is an error before models are loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)

@@ -66,7 +66,7 @@ class ChatRequest(DecodingSchema):
     include_reasoning: Literal[True] | None = None
 
     def conversation(self, *, supports_reasoning: bool) -> Conversation:
-        """The conversation; raises an APIError if a message or a tool is invalid."""
+        """Build the conversation; an APIError if a message or a tool is invalid."""
         choice = self.tool_choice
         reasoning = reasoning_args(
             thinks(self.reasoning_effort),
@@ -86,7 +86,7 @@ class ChatRequest(DecodingSchema):
         )
 
     def _continues(self) -> bool:
-        """Whether the last message is the beginning of the answer, with vLLM's two fields."""
+        """Return whether the last message begins the answer, by vLLM's two fields."""
         continues = self.continue_final_message is True
         if continues == (self.add_generation_prompt is not False):
             raise bad_request(
@@ -103,7 +103,7 @@ class ChatRequest(DecodingSchema):
         return continues
 
     def options(self) -> Options:
-        """The decoding options; raises an APIError if two fields contradict each other."""
+        """Return the decoding options; an APIError if two fields contradict each other."""
         options = super().options()
         if self.max_completion_tokens is not None:
             if options.get("max_tokens") not in (None, self.max_completion_tokens):
@@ -170,7 +170,7 @@ class ChatFormatter(ChoicesFormatter):
         }
 
     def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
-        """The role before the first tokens of an answer; then what the update adds to it."""
+        """Yield the role before the first tokens of an answer; then what the update adds to it."""
         if update.iteration == 0:
             role = {"role": "assistant", "content": ""}
             yield {"index": update.index, "delta": role, "finish_reason": None}
@@ -189,7 +189,7 @@ class ChatFormatter(ChoicesFormatter):
 
 
 def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
-    """The log probability of each token of the chunks, and of the most probable ones instead."""
+    """List the log probability of each token of the chunks, with the most probable ones."""
     return [
         _log_prob(tokenizer, token.token_id, token.log_prob)
         | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in token.top]}
@@ -204,12 +204,12 @@ def _log_prob(tokenizer: Tokenizer, token_id: int, log_prob: float) -> dict[str,
 
 
 def _finish_reason(reason: str | None, parser: MessageParser) -> str | None:
-    """`tool_calls` if a message with calls ended by itself, else the reason of the decode loop."""
+    """Return `tool_calls` if a message with calls has ended, else the loop's reason."""
     return "tool_calls" if reason == "stop" and parser.calls else reason
 
 
 def _delta(parser: MessageParser, changes: Sequence[PartChange]) -> dict[str, Any]:
-    """The additions of a chunk to a message, in OpenAI's form."""
+    """Return the additions of a chunk to a message, in OpenAI's form."""
     delta: dict[str, Any] = {}
     for kind, name in (("content", "content"), ("reasoning", "reasoning_content")):
         if text := "".join(change.text for change in changes if change.part.kind == kind):

@@ -125,7 +125,7 @@ class CompletionFormatter(ChoicesFormatter):
     def _choice(
         self, index: int, chunks: Sequence[Chunk], finish_reason: str | None, *, begins: bool
     ) -> dict[str, Any]:
-        """A part of an answer; the first part may begin with the prompt."""
+        """Return a part of an answer; the first part may begin with the prompt."""
         new = [] if self._prompt_only else chunks
         text = "".join(chunk.text for chunk in new)
         if begins and self._prompts is not None:
@@ -143,7 +143,7 @@ class CompletionFormatter(ChoicesFormatter):
         return len(self._completion.answers) // self._completion.prompts
 
     def _log_probs(self, index: int, chunks: Sequence[Chunk], begins: bool) -> dict[str, Any]:
-        """Four lists with an entry for each token; the first token of a prompt has no values."""
+        """Return four lists with an entry for each token; a prompt's first token has no values."""
         name, token_bytes = partial(token_name, self._tokenizer), self._tokenizer.token_bytes
         first: Sequence[int] = ()
         scored = [token for chunk in chunks for token in chunk.log_probs]

@@ -105,7 +105,7 @@ class Completion:
         return self
 
     async def __anext__(self) -> AnswerUpdate:
-        """The next update; raises the error that ended one of the answers."""
+        """Return the next update; raises the error that ended one of the answers."""
         if not self._unfinished:
             raise StopAsyncIteration
         async with asyncio.timeout_at(self._deadline):
@@ -220,7 +220,7 @@ class Engine:
         return completion
 
     def shorten(self, request: Request) -> Request:
-        """The request with as many new tokens as the memory has room for, and at least one."""
+        """Shorten the request to as many new tokens as the memory has room for, at least one."""
         scheduler = self._thread.made.result()
         limit = scheduler.config.max_bytes
         assert limit is not None

@@ -60,13 +60,13 @@ class APIError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The error in OpenAI's form."""
+        """Return the error in OpenAI's form."""
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
 
     def anthropic_body(self) -> dict[str, Any]:
-        """The error in Anthropic's form."""
+        """Return the error in Anthropic's form."""
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
         fields = {
             "type": ANTHROPIC_TYPES.get(kind, kind),
@@ -86,12 +86,12 @@ class APIError(Exception):
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
-    """An error of the client: status 400."""
+    """Create an error of the client: status 400."""
     return APIError(400, message, param=param, code=code)
 
 
 def api_error(error: Exception) -> APIError:
-    """The error that the client gets for an exception; a fault of the program is logged."""
+    """Return the error that the client gets for an exception; a fault of the program is logged."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):
@@ -115,5 +115,5 @@ def api_error(error: Exception) -> APIError:
 
 
 def _escape_surrogates(text: str) -> str:
-    """The text with lone surrogates, which a request may contain, as escape sequences."""
+    """Return the text with lone surrogates, which a request may contain, as escape sequences."""
     return text.encode(errors="backslashreplace").decode()

@@ -46,7 +46,7 @@ class ResponseTemplate:
 
     @classmethod
     def find(cls, model: LanguageModel, parser: str | None = None) -> ResponseTemplate | None:
-        """The template of a tool call parser, of the tokenizer, or of the model's family.
+        """Find the template of a tool call parser, of the tokenizer, or of the model's family.
 
         `parser` is a name of `TOOL_CALL_PARSERS`, and None if there is no choice.
         """
@@ -76,7 +76,7 @@ class ResponseTemplate:
         return opening if isinstance(opening, str) else None
 
     def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
-        """A grammar after reasoning, which is optional if the prompt has not `begun` it."""
+        """Return a grammar after reasoning, which is optional if the prompt has not `begun` it."""
         field = self._reasoning
         if not isinstance(close := field.get("close"), str):
             return grammar
@@ -89,7 +89,7 @@ class ResponseTemplate:
         return grammar.prepend(f"(thought /{SPACE}/)?", rule=rule)
 
     def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
-        """The grammar of messages with calls of these tools.
+        """Return the grammar of messages with calls of these tools.
 
         The arguments of `strict` functions follow their schemas; if the message must consist of
         calls, the arguments of all functions do. With `free` the calls may follow free text, or
@@ -143,7 +143,7 @@ class ResponseTemplate:
 
 
 def _pattern(field: Mapping[str, Any], end: str) -> str | None:
-    """The regular expression of a field's beginning or end."""
+    """Return the regular expression of a field's beginning or end."""
     if f"{end}_pattern" in field:
         pattern = str(field[f"{end}_pattern"])
         if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
@@ -155,7 +155,7 @@ def _pattern(field: Mapping[str, Any], end: str) -> str | None:
 
 
 def _with_name(opening: str, name: str) -> str:
-    """The beginning of a call of one function."""
+    """Return the beginning of a call of one function."""
     return NAME_GROUP.sub(lambda _: re.escape(name), opening)
 
 
@@ -178,7 +178,7 @@ class MessageForm:
     """Whether a grammar makes the message consist of calls, of which the last may be cut off."""
 
     def parser(self) -> ResponseParser | None:
-        """A parser that has read the prompt; None if the prompt has an invalid call."""
+        """Return a parser that has read the prompt; None if the prompt has an invalid call."""
         from transformers.utils.chat_parsing import ResponseParser
 
         source, tools = self.template.source, list(self.tools)

@@ -115,7 +115,7 @@ class Metrics:
             self._disk_skipped.set(cache.disk.skipped)
 
     def text(self) -> bytes:
-        """All metrics, in Prometheus' text format."""
+        """Return all metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

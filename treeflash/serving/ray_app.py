@@ -72,7 +72,7 @@ class RayConfig(BaseModel):
 
 
 def build(args: RayConfig) -> serve.Application:
-    """The application for `serve run` and `serve.run`."""
+    """Build the application for `serve run` and `serve.run`."""
     settings = Settings(**args.settings)
     replica = serve.deployment(
         Replica,
@@ -109,7 +109,7 @@ class Replica:
         self._app = application(Service(self._engine, settings, options, config.names))
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
-        """The status and the headers, then the body piece by piece."""
+        """Yield the status and the headers, then the body piece by piece."""
         async for piece in response_pieces(self._app, request):
             yield piece
 
@@ -120,7 +120,7 @@ class Replica:
 
 
 def ingress(config: RayConfig) -> ASGIApp:
-    """The application that passes requests on; it runs in a deployment beside the replicas."""
+    """Build the application that passes requests on, in a deployment beside the replicas."""
     name = serve.get_replica_context().app_name
     replicas = serve.get_deployment_handle("Replica", app_name=name)
     answers = replicas.options(stream=True, method_name="answer")
@@ -143,7 +143,7 @@ class PrefixRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The replicas in order of preference; Ray takes the shortest queue of each list."""
+        """Choose the replicas in order of preference; Ray takes the shortest queue of each list."""
         allowed = self.apply_locality_routing(pending_request)
         replicas = [replica for replica in candidate_replicas if replica.replica_id in allowed]
         random.shuffle(replicas)  # Ray takes the first of several shortest queues

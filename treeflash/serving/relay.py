@@ -51,7 +51,7 @@ class PrefixIndex:
             self._replicas.popitem(last=False)
 
     def find(self, request: RelayedRequest, replicas: Collection[Hashable]) -> set[Hashable]:
-        """The given replicas that got the longest beginning, if it is `MIN_SHARE` of the prompt."""
+        """Find the replicas that got the longest beginning, at least `MIN_SHARE` of the prompt."""
         best: set[Hashable] = set()
         length = 0
         for key in self._keys(request):
@@ -62,7 +62,7 @@ class PrefixIndex:
         return best if length >= MIN_SHARE * len(request.prompt) else set()
 
     def _keys(self, request: RelayedRequest) -> Iterator[int]:
-        """The hashes of the prompt's beginnings of one block, two blocks, ..."""
+        """Yield the hashes of the prompt's beginnings of one block, two blocks, ..."""
         key, prompt = hash(request.cache_salt), request.prompt
         for start in range(0, len(prompt) - self._block + 1, self._block):
             key = hash((key, prompt[start : start + self._block]))
@@ -95,7 +95,7 @@ class RelayedRequest:
 
 
 def _prompt(body: bytes) -> str:
-    """The texts of a request, in the order in which they become the prompt; never empty."""
+    """Return the texts of a request, in the order in which they become the prompt; never empty."""
     try:
         fields = json.loads(body or b"{}")
     except (ValueError, RecursionError):
@@ -117,7 +117,7 @@ def _texts(value: Any, depth: int = 9) -> Iterator[str]:
 
 
 async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterator[Head | bytes]:
-    """The status and headers, then the body; abandoning the iteration is a disconnect."""
+    """Yield the status and headers, then the body; abandoning the iteration is a disconnect."""
     pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
     disconnected = asyncio.Event()
     unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
@@ -152,7 +152,7 @@ async def response_pieces(app: ASGIApp, request: RelayedRequest) -> AsyncIterato
 
 
 def response_app(head: Head, body: AsyncIterator[bytes]) -> ASGIApp:
-    """An application that sends a response, and stops when the client disconnects."""
+    """Return an application that sends a response, and stops when the client disconnects."""
     status, headers = head
     response = StreamingResponse(body, status)
     response.raw_headers = headers
@@ -173,7 +173,7 @@ class Pieces(Protocol):
 def relay_application(
     answer: Callable[[RelayedRequest], Pieces], lost: type[Exception], settings: Settings
 ) -> Starlette:
-    """An application that checks requests as the server does, and passes them to `answer`.
+    """Return an application that checks requests as the server does, and passes them to `answer`.
 
     `lost` is the error of a replica that has ended.
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _family_template(anchor: str | list[str], calls: Any, call: Any, **fields: Any) -> Any:
-    """The response template of a family of models; a message begins after `anchor` in the prompt.
+    """Build a family's response template; a message begins after `anchor` in the prompt.
 
     `calls` is the form of a call's text; `call` makes OpenAI's form of a call from its parts.
     """
@@ -73,7 +73,7 @@ MISTRAL = _family_template(
 
 
 def _deepseek(opening: str, close: str) -> Any:
-    """The response template of a DeepSeek V3; all calls of a message are in one more pair."""
+    """Build a DeepSeek V3's response template; all calls of a message are in one more pair."""
     return _family_template(
         "<｜Assistant｜>",
         calls={

@@ -186,14 +186,14 @@ class ResponsesRequest(Schema):
     client_metadata: dict[str, str] | None = None
 
     def options(self) -> Options:
-        """The decoding options."""
+        """Return the decoding options."""
         options = given_options(self)
         if self.max_output_tokens is not None:
             options["max_tokens"] = self.max_output_tokens
         return options
 
     def conversation(self, *, supports_reasoning: bool) -> Conversation:
-        """The conversation; raises an APIError if fields do not fit each other or the model."""
+        """Build the conversation; an APIError if fields do not fit each other or the model."""
         parallel = self.parallel_tool_calls
         tools = allowed_tools(self._functions(), self.tool_choice, parallel=parallel)
         response_format: Any = None if self.text is None else self.text.format
@@ -212,7 +212,7 @@ class ResponsesRequest(Schema):
         )
 
     def _functions(self) -> list[Function]:
-        """The functions of all namespaces; other tools are left out."""
+        """Return the functions of all namespaces; other tools are left out."""
         functions: list[Function] = []
         for tool in self.tools or ():
             if isinstance(tool, Namespace):
@@ -227,7 +227,7 @@ class ResponsesRequest(Schema):
         return functions
 
     def namespaces(self) -> dict[str, tuple[str, str]]:
-        """The namespace and the function of each name that the model sees."""
+        """Return the namespace and the function of each name that the model sees."""
         return {
             _qualified(tool.name, function.name): (tool.name, function.name)
             for tool in self.tools or ()
@@ -243,7 +243,7 @@ class ResponsesRequest(Schema):
             raise bad_request(f"the body is not valid JSON: {error}", None) from error
 
     def _messages(self) -> list[dict[str, Any]]:
-        """The messages that chat templates read: items of one turn become one message."""
+        """Return the messages that chat templates read: items of one turn become one message."""
         messages: list[dict[str, Any]] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
@@ -279,7 +279,7 @@ def _extend(message: dict[str, Any], item: MessageItem | CallItem | ReasoningIte
 
 
 def _qualified(namespace: str | None, name: str) -> str:
-    """The name by which the model knows a function."""
+    """Return the name by which the model knows a function."""
     return name if namespace is None else f"{namespace}.{name}"
 
 
@@ -415,7 +415,7 @@ class ResponsesFormatter:
         return {"type": "message", **head, "role": "assistant", "content": [_content(part)]}
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        """The name and the arguments of a call, and the namespace if the function has one."""
+        """Return a call's name and arguments, and the namespace if the function has one."""
         if call.name not in self._namespaces:
             return {"name": call.name, "arguments": call.arguments}
         namespace, name = self._namespaces[call.name]

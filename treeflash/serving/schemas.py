@@ -21,7 +21,7 @@ MAX_TOOLS = 256
 
 
 def limits(name: str) -> Any:
-    """The limits of an option's numbers in requests."""
+    """Return the limits of an option's numbers in requests."""
     option = OPTIONS[name]
     least, most = option.request_limits or (option.minimum, option.maximum)
     return Field(ge=least, gt=option.above, le=most)
@@ -41,7 +41,7 @@ REQUEST_TYPES = {
 
 
 def request_field(option: Option) -> Any:
-    """The field of an option in requests: a type and a default, for `create_model`."""
+    """Return the field of an option in requests: a type and a default, for `create_model`."""
     numbers = {int: int, float: FiniteFloat}
     kinds = [
         Annotated[numbers[kind], limits(option.name)] if kind in numbers else kind
@@ -84,7 +84,7 @@ else:
 
 
 def given_options(request: Schema) -> Options:
-    """The decoding options among the fields of a request."""
+    """Return the decoding options among the fields of a request."""
     return cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
 
 
@@ -107,7 +107,7 @@ class DecodingSchema(OptionsSchema):
     return_hidden_states: Literal[False] | None = None
 
     def options(self) -> Options:
-        """The decoding options; raises an APIError if `stream_options` is set without a stream."""
+        """Return the decoding options; an APIError if `stream_options` is set without a stream."""
         if self.stream_options is not None and not self.stream:
             advice = "set stream to true or remove stream_options"
             raise bad_request(f"stream_options applies to streams only; {advice}", "stream_options")
@@ -170,7 +170,7 @@ def allowed_tools(
     *,
     parallel: bool | None = None,
 ) -> AllowedTools:
-    """The calls that a request allows; a named function is called once.
+    """Return the calls that a request allows; a named function is called once.
 
     Raises an APIError if two tools have the same name, or the choice does not fit the tools.
     """
@@ -230,7 +230,7 @@ class Message(Schema):
     refusal: None = None
 
     def template(self) -> dict[str, Any]:
-        """The message as chat templates read it; raises an APIError if it does not fit its role."""
+        """Convert it for chat templates; an APIError if it does not fit its role."""
         self._check()
         content = self.content or ""
         if not isinstance(content, str):
@@ -263,12 +263,12 @@ class Message(Schema):
 
 
 def function_call(id: str, name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
-    """A call in OpenAI's form, in which chat templates read the arguments as an object."""
+    """Return a call in OpenAI's form, in which chat templates read the arguments as an object."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; raises an APIError if the text is not a JSON object."""
+    """Return the arguments of a call; raises an APIError if the text is not a JSON object."""
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -285,12 +285,12 @@ Verbosity = Literal["low", "medium", "high"]
 
 
 def thinks(effort: ReasoningEffort | None) -> bool | None:
-    """Whether reasoning is on; None if the request leaves that to the server."""
+    """Return whether reasoning is on; None if the request leaves that to the server."""
     return None if effort is None else effort not in ("none", "minimal")
 
 
 def reasoning_args(thinks: bool | None, *, supports_reasoning: bool, param: str) -> dict[str, bool]:
-    """The variables of the chat template that turn reasoning on or off.
+    """Return the variables of the chat template that turn reasoning on or off.
 
     `thinks` is None if the request leaves that to the server; `param` is the field that decides.
     An APIError is raised if the request turns reasoning on and the model does not support it.
@@ -347,7 +347,7 @@ class StructuredOutputs(Schema):
     json_object: Literal[True] | None = None
 
     def to_grammar(self) -> Grammar:
-        """The grammar of the answer; raises an APIError unless exactly one field is set."""
+        """Return the grammar of the answer; raises an APIError unless exactly one field is set."""
         if len(self.model_fields_set) != 1:
             names = "json, regex, choice, grammar and json_object"
             message = f"structured_outputs must have exactly one of {names}"
@@ -364,7 +364,7 @@ class StructuredOutputs(Schema):
 def answer_grammar(
     response_format: AnyFormat | None, structured_outputs: StructuredOutputs | None
 ) -> tuple[Grammar, str] | None:
-    """The grammar that a request asks for, and the field that asks for it; None for free text.
+    """Return the grammar that a request asks for, and its field; None for free text.
 
     Raises an APIError if both fields ask for a grammar, or `structured_outputs` for several.
     """

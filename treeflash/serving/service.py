@@ -63,7 +63,7 @@ class Service:
             raise APIError(503, f"the server cannot compile grammars now: {error}") from error
 
     def template_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """The variables of the chat template: the server's defaults, then the request's."""
+        """Return the variables of the chat template: the server's defaults, then the request's."""
         return {**(self.defaults.get("template_args") or {}), **args}
 
     def check_model(self, name: str | None) -> None:
@@ -79,7 +79,7 @@ class Service:
             self.tokenizer.chat([{"role": "user", "content": "-"}], args)
 
     async def encode(self, text: str) -> list[int]:
-        """The token ids of plain text; raises a PromptError if it is not valid Unicode."""
+        """Encode the token ids of plain text; raises a PromptError if it is not valid Unicode."""
         check_unicode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
@@ -135,7 +135,7 @@ class Conversation:
     grammar: tuple[Grammar, str] | None = None
 
     async def encode(self, service: Service) -> list[int]:
-        """The token ids of the prompt, with the server's system message if it has none.
+        """Encode the token ids of the prompt, with the server's system message if it has none.
 
         Raises a PromptError if the chat template rejects the messages, and an APIError if the model
         does not support tools.
@@ -202,7 +202,7 @@ class Conversation:
         return service.compile(grammar, param)
 
     def _may_think(self, service: Service) -> bool:
-        """Whether the model may begin to reason by itself: thinking is on, or is never off."""
+        """Return whether the model may begin to reason: thinking is on, or is never off."""
         if not service.tokenizer.knows_thinking:
             assert service.response_template is not None
             opening = service.response_template.reasoning_opening

@@ -142,7 +142,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """The settings of the command line.
+    """Read the settings of the command line.
 
     Raises:
         ConfigError, PromptError: a setting is invalid, or the file of API keys has none.

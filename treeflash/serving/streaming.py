@@ -31,7 +31,7 @@ DONE = format_sse_event(data_str="[DONE]")
 
 
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
-    """The bytes of one server-sent event."""
+    """Return the bytes of one server-sent event."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return format_sse_event(data_str=text, event=event)
 
@@ -132,7 +132,7 @@ class LineStream(CompletionStream):
 async def with_errors(
     frames: AsyncIterator[bytes], kind: type[Exception], describe: Callable[[Any], APIError]
 ) -> AsyncIterator[bytes]:
-    """The frames; an error becomes the last one, since the status has been sent already."""
+    """Yield the frames; an error becomes the last one, since the status has been sent already."""
     try:
         async for item in frames:
             yield item
@@ -141,7 +141,7 @@ async def with_errors(
 
 
 async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The frames, and a comment whenever there is no frame for `seconds`."""
+    """Yield the frames, and a comment whenever there is no frame for `seconds`."""
     upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
     try:
         while True:
@@ -158,7 +158,7 @@ async def _with_keep_alive(frames: AsyncIterator[bytes], seconds: float) -> Asyn
 
 
 async def until_disconnect(work: Awaitable[T], receive: Receive) -> T:
-    """The result of the work; if the client disconnects before, it is cancelled for an APIError."""
+    """Wait for the result; if the client disconnects before, the work ends with an APIError."""
     run = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -196,11 +196,11 @@ class ChoicesFormatter(ABC):
 
     @abstractmethod
     def choice(self, index: int, answer: Assembler) -> dict[str, Any]:
-        """A finished answer."""
+        """Return a finished answer."""
 
     @abstractmethod
     def chunk_choices(self, update: AnswerUpdate) -> Iterator[dict[str, Any]]:
-        """The choices of the chunks that an update of an answer becomes."""
+        """Return the choices of the chunks that an update of an answer becomes."""
 
     def body(self) -> dict[str, Any]:
         choices = [self.choice(i, answer) for i, answer in enumerate(self._completion.answers)]
@@ -222,7 +222,7 @@ class ChoicesFormatter(ABC):
         yield DONE
 
     def draft_tree(self, update: AnswerUpdate) -> dict[str, Any]:
-        """The field `draft_tree` of a choice, if the request asks for it.
+        """Return the field `draft_tree` of a choice, if the request asks for it.
 
         It has `iteration`; `seconds` that it took, for all sequences of its batch; `tokens`, the
         texts of the committed tokens; and after the prefill, for a tree of n nodes, `nodes` (the
@@ -248,7 +248,7 @@ class ChoicesFormatter(ABC):
         return frame(chunk | self._statistics() if with_usage else chunk)
 
     def _statistics(self) -> dict[str, Any]:
-        """OpenAI's usage, and the counts of drafts as vLLM and llama.cpp name them."""
+        """Return OpenAI's usage, and the counts of drafts as vLLM and llama.cpp name them."""
         counts = self.counts
         timings = {"draft_n": counts.drafted_tokens, "draft_n_accepted": counts.accepted_tokens}
         return {
@@ -265,7 +265,7 @@ class ChoicesFormatter(ABC):
 
 
 def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
-    """VLLM's statistics of the drafts of a single answer; None if there are several answers.
+    """Return vLLM's statistics of a single answer's drafts; None for several answers.
 
     A step is an iteration with a draft. `acceptance_histogram[j]` counts the steps that accepted j
     drafted tokens, of at most `num_spec_tokens`, the deepest draft.
@@ -289,7 +289,7 @@ def speculative_decoding(completion: Completion) -> dict[str, Any] | None:
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""A token as OpenAI writes it: `bytes:\xf0\x9f` if it is a part of a character."""
+    r"""Return a token as OpenAI writes it: `bytes:\xf0\x9f` if it is a part of a character."""
     part = tokenizer.token_bytes(token_id)
     try:
         part.decode()
@@ -299,7 +299,7 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def cached_details(counts: Usage) -> dict[str, int]:
-    """The prompt tokens that came from the prefix cache, and those of them from its disk tier."""
+    """Count the prompt tokens from the prefix cache, and those from its disk tier."""
     from_disk = {"disk_cached_tokens": counts.disk_tokens} if counts.disk_tokens else {}
     return {"cached_tokens": counts.cached_tokens, **from_disk}
 

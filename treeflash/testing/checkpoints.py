@@ -169,7 +169,7 @@ def write_pair(folder: Path, family: str, *, vocab_size: int = 24) -> tuple[Path
 
 
 def logits_of(backend: Backend) -> NDArray[np.float32]:
-    """Logits after a prompt that is long enough for positions to matter."""
+    """Compute logits after a prompt that is long enough for positions to matter."""
     (sequence,) = prompted([backend], prompt_of(backend) * 3)
     return sequence.logits(DraftTree.root_only(1))
 

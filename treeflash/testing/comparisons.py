@@ -43,7 +43,7 @@ def random_tree(rng: Generator, root: int, nodes: int, vocab_size: int) -> Draft
 
 
 def path_to(tree: DraftTree, node: int) -> NDArray[np.int32]:
-    """(depth + 1,) int32 nodes from the root down to a node."""
+    """Return the (depth + 1,) int32 nodes from the root down to a node."""
     path = [node]
     while path[-1] > 0:
         path.append(int(tree.parents[path[-1]]))
@@ -66,7 +66,7 @@ LONG_TOLERANCE = 2e-3
 def assert_close(
     actual: NDArray[np.floating], expected: NDArray[np.floating], *, tolerance: float = TOLERANCE
 ) -> None:
-    """Types and shapes equal, values within a tolerance."""
+    """Assert equal types and shapes, and values within a tolerance."""
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, strict=True)
 
 
@@ -81,10 +81,10 @@ class Inspectable(SequenceState, Protocol):
         """Drop the positions from `length` on, to a length that `restorable` returned."""
 
     def read_kv_cache(self) -> NDArray[np.float32]:
-        """(attention layers, 2, kv_heads, length, head_dim) the target's keys and values."""
+        """Read the target's keys and values, (attention layers, 2, kv_heads, length, head_dim)."""
 
     def read_drafter_kv_cache(self) -> NDArray[np.float32]:
-        """(layers, 2, kv_heads, n, head_dim) the drafter's, of the n positions that it has read."""
+        """Read the drafter's (layers, 2, kv_heads, n, head_dim) cache of the positions it read."""
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         """Return the states of the target's recurrent layers after the last position, in order.
@@ -118,7 +118,7 @@ def assert_equal_drafter_caches(
 
 
 def assert_equal_tables(actual: TransitionTable, expected: TransitionTable) -> None:
-    """Tokens and rows equal wherever a child exists, log probabilities close."""
+    """Assert equal tokens and rows wherever a child exists, and close log probabilities."""
     exists = np.isfinite(expected.log_probs)
     np.testing.assert_array_equal(np.isfinite(actual.log_probs), exists)
     for name in ("tokens", "next_row"):
@@ -205,7 +205,7 @@ def settled_generation(reference: Backend, config: DecodeConfig) -> tuple[list[i
 def is_settled_choice(
     logits: NDArray[np.float32], sampling: SamplingConfig, keys: NDArray[np.uint32] | None
 ) -> bool:
-    """Whether a little noise on the (n, vocab) logits changes none of the sampled tokens."""
+    """Return whether a little noise on the (n, vocab) logits changes none of the sampled tokens."""
     rng = np.random.default_rng(0)
     chosen = sample_tokens(logits, sampling, keys)
     noise = rng.uniform(-4 * MARGIN, 4 * MARGIN, (6, *logits.shape)).astype(np.float32)
@@ -213,7 +213,7 @@ def is_settled_choice(
 
 
 def is_settled_table(table: TransitionTable) -> bool:
-    """Whether the children of every row differ clearly in probability."""
+    """Return whether the children of every row differ clearly in probability."""
     with np.errstate(invalid="ignore"):
         gaps = -np.diff(table.log_probs.astype(np.float64), axis=-1)
     return not (gaps < MARGIN).any()
@@ -252,7 +252,7 @@ def _is_settled_tree(table: TransitionTable, root: int, config: DecodeConfig) ->
 
 
 def _is_settled_merge(tree: DraftTree, matches: NDArray[np.int32]) -> bool:
-    """Whether neighbours differ clearly in probability, unless both are copies of the text."""
+    """Return whether neighbours differ clearly in probability, or are both copies."""
     copies = (matches[1:-1] > 0) & (matches[2:] > 0)
     follows_parent = tree.parents[2:] == np.arange(1, len(tree) - 1)
     gaps = -np.diff(tree.log_probs[1:])

@@ -367,7 +367,7 @@ class DistributionTests:
 
 
 def marginals_of(backend: Backend) -> list[NDArray[np.float64]]:
-    """Exact distributions of the three tokens after the prompt, from the tree of all sequences."""
+    """Compute the three next tokens' exact distributions, from the tree of all sequences."""
     sequences = [sequence for depth in range(3) for sequence in product(range(VOCAB), repeat=depth)]
     numbers = {sequence: number for number, sequence in enumerate(sequences)}
     tokens = [sequence[-1] if sequence else PROMPT[-1] for sequence in sequences]

@@ -164,7 +164,7 @@ def check_storage(backend: Backend, *, read: int) -> None:
 
 
 def tables(backend: Backend, block: Block, options: TableOptions) -> TransitionTable:
-    """The table of the head, or of the marginals without one."""
+    """Return the table of the head, or of the marginals without one."""
     assert backend.drafter is not None
     if backend.head is not None:
         return backend.head.transitions([block], options)[0]
@@ -185,7 +185,7 @@ class CommittedSequence(SequenceSession):
         self._draft()
 
     def commit_random_paths(self, rounds: int) -> None:
-        """In each round verify a random tree, commit a path of it, and draft."""
+        """Verify a random tree in each round, commit a path of it, and draft."""
         for _ in range(rounds):
             nodes = int(self.rng.integers(1, 40))
             tree = random_tree(self.rng, self.root, nodes, self.backend.vocab_size)

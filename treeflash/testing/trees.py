@@ -210,7 +210,7 @@ def assert_best(rows: Array, tokens: Ints, best: Array) -> None:
 
 
 def log_probs(backend: Backend, prompt: list[int]) -> Array:
-    """(2, D, vocab) of the drafter and of the head, the latter after arbitrary tokens."""
+    """Return (2, D, vocab) of the drafter and of the head, the latter after arbitrary tokens."""
     assert backend.head is not None
     assert backend.drafter is not None
     block, root = draft(backend, prompt)

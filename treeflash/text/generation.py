@@ -80,7 +80,7 @@ class Stats(Timings):
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean; 0 without values."""
+    """Return the mean; 0 without values."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
 
@@ -114,7 +114,7 @@ class Comparison:
         return self.equal or self.near_tie
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object, with the margin if the texts differ."""
+        """Return a JSON object, with the margin if the texts differ."""
         names = ["equal", "first_difference", "speedup"]
         if not self.equal:
             names += ["margin", "spacing", "near_tie"]
@@ -135,7 +135,7 @@ class TokenLogProb:
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], values: LogProbs) -> list[TokenLogProb]:
-        """The log probabilities of tokens, of which there may be fewer than rows."""
+        """Return the log probabilities of tokens, of which there may be fewer than rows."""
         return [
             cls(
                 token_id=token_id,
@@ -177,7 +177,7 @@ class Generation(Timings):
     log_probs: list[TokenLogProb] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object with the names that scripts rely on."""
+        """Return a JSON object with the names that scripts rely on."""
         names = (
             "text token_ids prompt_tokens accepted_lengths block_efficiency tokens_per_s "
             "prefill_s decode_s method budget backend device dtype inexact seed "

@@ -49,17 +49,17 @@ class Grammar:
 
     @classmethod
     def json(cls, schema: Mapping[str, Any] | bool) -> Grammar:
-        """JSON that conforms to a JSON schema."""
+        """Accept JSON that conforms to a JSON schema."""
         return cls(({"json_schema": bound_white_space(schema)},))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Texts that match a regular expression as a whole."""
+        """Accept texts that match a regular expression as a whole."""
         return cls.lark(f"start: /{escape_slashes(pattern)}/")
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Grammar:
-        """One of several texts."""
+        """Return one of several texts."""
         strings = (json.dumps(text, ensure_ascii=False) for text in texts)
         return cls.lark("start: " + " | ".join(strings))
 
@@ -70,25 +70,25 @@ class Grammar:
 
     @classmethod
     def lark_or_gbnf(cls, text: str) -> Grammar:
-        """A grammar in the Lark format or in llama.cpp's GBNF."""
+        """Return a grammar in the Lark format or in llama.cpp's GBNF."""
         return cls(({ANY_FORM: text},))
 
     def either(self, other: Grammar) -> Grammar:
-        """The texts of this grammar and the texts of another one."""
+        """Return the texts of this grammar and the texts of another one."""
         entries: list[Mapping[str, Any]] = [{"lark_grammar": f"start: @{ANSWER} | @{OTHER}"}]
         for name, (first, *others) in ((ANSWER, self.entries), (OTHER, other.entries)):
             entries += {**first, "name": name}, *others
         return Grammar(tuple(entries))
 
     def prepend(self, lead: str, *, rule: str) -> Grammar:
-        """A match of `lead`, which may use the Lark `rule`, and then a text of this grammar."""
+        """Put a match of `lead`, which may use the Lark `rule`, before a text of this grammar."""
         first, *others = self.entries
         start = {"lark_grammar": f"start: {lead} @{REST}\n{rule}"}
         return Grammar((start, {**first, "name": REST}, *others))
 
 
 def bound_white_space(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
-    """A JSON schema for llguidance that bounds the white space between JSON's tokens."""
+    """Return a JSON schema for llguidance that bounds the white space between JSON's tokens."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     given = schema.get("x-guidance")
@@ -97,7 +97,7 @@ def bound_white_space(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
 
 
 def escape_slashes(pattern: str) -> str:
-    """A regular expression, escaped for the slashes of the Lark format."""
+    """Return a regular expression, escaped for the slashes of the Lark format."""
     return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern, flags=re.DOTALL)
 
 
@@ -113,7 +113,7 @@ class GrammarConstraint:
         self._after_stop = 0  # a matcher that has stopped does not count further end tokens
 
     def allowed(self) -> NDArray[np.uint32]:
-        """(ceil(vocab / 32),) bitmask of the tokens that may come next."""
+        """Return the (ceil(vocab / 32),) bitmask of the tokens that may come next."""
         mask = np.zeros((1, self._words), np.int32)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
         self._check()

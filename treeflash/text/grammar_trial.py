@@ -109,7 +109,7 @@ class GrammarTrial:
             self._process.stdin.flush()
 
     def _read(self) -> str:
-        """A line, or nothing if the process dies or does not answer within `PATIENCE`."""
+        """Read a line, or nothing if the process dies or does not answer within `PATIENCE`."""
         assert self._process.stdout is not None
         timer = threading.Timer(PATIENCE, self._process.kill)
         timer.start()
@@ -161,7 +161,7 @@ def _verdict(vocabulary: llguidance.LLTokenizer, text: str) -> dict[str, str | N
 
 
 def _convert(text: str) -> str | None:
-    """The grammars with each `ANY_FORM` in the Lark format; None if there is none."""
+    """Convert the grammars with each `ANY_FORM` in the Lark format; None if there is none."""
     grammars = json.loads(text)["grammars"]
     unknown = [grammar for grammar in grammars if ANY_FORM in grammar]
     for grammar in unknown:

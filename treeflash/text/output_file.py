@@ -80,7 +80,7 @@ class OutputFile:
         self._exit.close()
 
     def select(self, keys: Iterable[tuple[Any, ...]]) -> list[Record]:
-        """The finished records that have these keys."""
+        """Select the finished records that have these keys."""
         return [self.records[key] for key in keys if key in self.records]
 
     def check_settings(self, record: Record, settings: Record) -> None:
@@ -93,7 +93,7 @@ class OutputFile:
                 )
 
     def resume(self) -> FileIO:
-        """The file without its unfinished end, open to append; a ConfigError if it fails."""
+        """Return the file without its unfinished end, open to append; a ConfigError if it fails."""
         if self._file is None:
             try:
                 # Unbuffered: closing a buffered file after a failure would write again, and fail.
@@ -158,7 +158,7 @@ def _remove_lock_file(lock: Path) -> None:
 
 
 def has_fields(record: Record, **kinds: type | UnionType) -> bool:
-    """Whether a record has these fields, each with a value of its type."""
+    """Return whether a record has these fields, each with a value of its type."""
     return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 

@@ -67,7 +67,7 @@ def encode(
 
 
 def _join_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose content is text, also if it was given as a list of parts that are texts."""
+    """Join a message's content into one text if it is a list of parts."""
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
@@ -202,7 +202,7 @@ class Prompting:
         return encode(tokenizer, messages, system=self.system, template_args=template_args)
 
     def alternatives(self, tokenizer: Tokenizer) -> list[Prompting]:
-        """Other ways to prompt that the tokenizer supports."""
+        """Return other ways to prompt that the tokenizer supports."""
         ways = [Prompting(raw=True)]
         if tokenizer.has_chat_template:
             ways += [Prompting(), Prompting(thinking=self.thinking, system=DEEPSPEC_SYSTEM)]

@@ -75,7 +75,7 @@ class Assembler:
         self._text = TextStream(self.tokenizer, self.stop)
 
     def request(self) -> Request:
-        """A request for this sequence, with a constraint of its own."""
+        """Return a request for this sequence, with a constraint of its own."""
         constraint = None if self.make_constraint is None else self.make_constraint()
         return Request(prompt_ids=self.prompt_ids, config=self.config, constraint=constraint)
 
@@ -100,7 +100,7 @@ class Assembler:
         return chunk
 
     def generation(self) -> Generation:
-        """All chunks so far as one result; `interrupted` if the text is not complete."""
+        """Return all chunks so far as one result; `interrupted` if the text is not complete."""
         token_ids = [token for chunk in self.chunks for token in chunk.token_ids]
         stats = Stats()
         for chunk in self.chunks:
@@ -169,12 +169,12 @@ class Stream(Iterator[Chunk]):
         return [chunk.step for chunk in self.assembler.chunks]
 
     def restart(self, config: DecodeConfig, prompt_ids: Sequence[int] | None = None) -> Stream:
-        """A new stream of the same pair with another configuration, and perhaps another prompt."""
+        """Start a stream of the same pair with another configuration, and perhaps prompt."""
         ids = self.assembler.prompt_ids if prompt_ids is None else tuple(prompt_ids)
         return Stream(replace(self.assembler, config=config, prompt_ids=ids), self._budgets)
 
     def next_logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """(vocab,) raw logits of the target after the prompt and some new tokens, without drafting.
+        """Compute the target's (vocab,) raw logits after the prompt and some new tokens.
 
         For analysis: the target runs over the whole sequence again.
         """
@@ -191,12 +191,12 @@ class Stream(Iterator[Chunk]):
         return self.generation()
 
     def generation(self) -> Generation:
-        """All chunks so far as one result; `interrupted` if the text is not complete."""
+        """Return all chunks so far as one result; `interrupted` if the text is not complete."""
         return self.assembler.generation()
 
 
 def scheduler_config(parallel: Parallel) -> SchedulerConfig:
-    """The limits of a scheduler; raises a ConfigError if `parallel` is below 1."""
+    """Return the limits of a scheduler; raises a ConfigError if `parallel` is below 1."""
     if parallel == AUTO:
         return SchedulerConfig(max_parallel=AUTO_SEQUENCES, max_bytes=AUTO_BYTES)
     if not is_whole(parallel, 1):

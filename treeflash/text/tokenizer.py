@@ -121,14 +121,14 @@ class Tokenizer:
         return self._ids(text, add_special_tokens=True)
 
     def user_header(self) -> list[int]:
-        """The ids up to a first message of the user; a PromptError if there are none."""
+        """Return the ids up to a first message of the user; a PromptError if there are none."""
         header, _ = self._surroundings({"role": "user", "content": PRIVATE})
         if not header:
             raise PromptError("the chat template puts nothing before the user's message")
         return header
 
     def answer(self, text: str) -> list[int]:
-        """The ids of a response and its end token; a PromptError without a chat template."""
+        """Return the ids of a response and its end token; a PromptError without a chat template."""
         question = {"role": "user", "content": "-"}
         _, after = self._surroundings(question, {"role": "assistant", "content": PRIVATE})
         end = [token_id for token_id in after if token_id in self.stop_token_ids][:1]
@@ -184,7 +184,7 @@ class Tokenizer:
         *,
         continues: bool = False,
     ) -> list[int]:
-        """The ids of a conversation up to the start of the assistant's next response.
+        """Return the ids of a conversation up to the start of the assistant's next response.
 
         `template_args` are extra variables for the chat template. If the response `continues` the
         last message, the ids end with that message. A PromptError is raised if there is no chat
@@ -205,7 +205,7 @@ class Tokenizer:
         return self._ids(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens and with unchanged spaces."""
+        """Return the text of ids, without special tokens and with unchanged spaces."""
         text = self.transformers.decode(
             list(token_ids),
             skip_special_tokens=bool(self.special_token_ids),
@@ -221,7 +221,7 @@ class Tokenizer:
         return verbatim
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, which may be a part of a character."""
+        """Return the bytes of one token, which may be a part of a character."""
         text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
         if REPLACEMENT not in text:
             return text.encode()
@@ -232,7 +232,7 @@ class Tokenizer:
         return bytes(alphabet[x] for x in token) if alphabet.keys() >= set(token) else text.encode()
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: special tokens by name, partial characters as stored."""
+        """Return one token for display: special tokens by name, partial characters as stored."""
         text = str(self.transformers.decode([token_id], clean_up_tokenization_spaces=False))
         if text and REPLACEMENT not in text:
             return text
@@ -241,7 +241,7 @@ class Tokenizer:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character with which byte-level BPE writes its tokens."""
+    """Return the byte of each character with which byte-level BPE writes its tokens."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}
@@ -357,7 +357,7 @@ class TextStream:
         return "".join(self._pieces[first_new:])
 
     def finish(self) -> str:
-        """The rest of the text; no ids follow."""
+        """Return the rest of the text; no ids follow."""
         if self.stopped:
             return ""
         rest = self._held + self._tokenizer.decode(self._window)[self._consumed :]
@@ -388,7 +388,7 @@ class TextStream:
             self._shrink_window(window_text)
 
     def _settled_length(self, window_text: str) -> int:
-        """Number of characters of the window's text that no further id can change."""
+        """Count the characters of the window's text that no later id can change."""
         end = len(self._window)
         while end and self._window[end - 1] in self._tokenizer.byte_token_ids:
             end -= 1  # byte-fallback decoders read a whole run of bytes as valid or as broken
@@ -397,7 +397,7 @@ class TextStream:
         return len(text) - text.endswith(REPLACEMENT)
 
     def _stop_overlap(self) -> int:
-        """Length of the longest suffix of the held text that begins a stop string."""
+        """Return the length of the longest suffix of the held text that begins a stop string."""
         beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
         return max((len(text) for text in beginnings if self._held.endswith(text)), default=0)
 

@@ -157,7 +157,7 @@ class DistillConfig:
 def mix(
     files: Sequence[Sequence[Row]], weights: Sequence[float], limit: int | None, seed: int
 ) -> list[Row]:
-    """Rows of several files, shuffled; equal arguments give equal results.
+    """Shuffle the rows of several files; equal arguments give equal results.
 
     The weights are the files' shares of the rows; once a file is used up, the others share its
     part. Without a limit all rows are taken. An id in two files raises a PromptError.
@@ -321,7 +321,7 @@ class Distillation:
             )
 
     def report(self) -> str:
-        """One line: responses and tokens in the output, and which prompts were skipped."""
+        """Report one line: responses and tokens in the output, and which prompts were skipped."""
         keys = [key for row in self.rows for key in row.keys]
         records = self.output.select(keys)
         line = (
