@@ -87,7 +87,7 @@ def check_drafter(config: DrafterShape) -> None:
     """Raise an UnsupportedModelError for a drafter that this backend lacks."""
     refuse_assistant(config, "reference")
     if isinstance(config, MtpConfig) and config.experts is not None:
-        raise UnsupportedModelError("the reference backend has no row heads with experts")
+        raise UnsupportedModelError("the reference backend has no MTP heads with experts")
 
 
 def load_drafter(folder: Path, target: Target) -> DrafterModel:
