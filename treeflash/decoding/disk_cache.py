@@ -282,8 +282,12 @@ class DiskCache:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # another process has removed it
                     continue
-                is_file = stat.S_ISREG(status.st_mode) and status.st_size > 0
-                if not is_file or (scratch and now - status.st_mtime > SCRATCH_S):
+                is_file = stat.S_ISREG(status.st_mode)
+                if scratch and is_file:  # another process may just have begun it
+                    is_useless = now - status.st_mtime > SCRATCH_S
+                else:
+                    is_useless = not is_file or not status.st_size
+                if is_useless:
                     useless += _remove(Path(entry.path))
                     continue
                 self._used += status.st_size

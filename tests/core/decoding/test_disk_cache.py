@@ -229,6 +229,7 @@ def test_what_a_killed_process_has_left_is_removed_and_strange_files_stay(pair, 
     strange = tmp_path / "notes.txt"
     for path in (*scratch, strange):
         path.write_text("something")
+    scratch[1].write_text("")  # another process has just begun it
     for path in (scratch[0], strange):
         os.utime(path, (1, 1))
     with Process(pair, tmp_path, nbytes=1) as process:
