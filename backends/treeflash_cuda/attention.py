@@ -1,11 +1,31 @@
 """Attention of new tokens over KV caches, and its masks.
 
-A model builds its masks and computes its attention through two registries of transformers, under
-the name of an implementation. The implementation that is registered here evaluates each layer's own
-mask function (full attention, a sliding window, ...) and adds what no model knows: the new tokens
-may be a draft tree, in which a token's position is not its column.
+The problem. A model of transformers takes its input for the continuation of one sequence: a token's
+column in the KV cache is its position, and it sees every column before it. In a draft tree siblings
+share a position, and a token must see its ancestors alone. Several sequences in one pass have
+columns that have nothing to do with each other. The model's code is not ours to change.
 
-Each forward pass has a `Context`, which makes the masks and computes the attention:
+The idea. A model builds its masks and computes its attention through two registries of
+transformers, under the name of an implementation. The implementation that is registered here
+evaluates the layer's own mask function (full attention, a sliding window, ...) at positions instead
+of columns, and adds what no model knows: which of the new tokens are ancestors.
+
+An example. Five tokens are committed; the tree has the root `a`, its children `b` and `c`, and
+`d` after `b`. The last two rows say what `d` sees, at first in a layer that attends to everything
+and then with a window of three positions:
+
+    column     0 1 2 3 4   5 6 7 8
+    position   0 1 2 3 4   5 6 6 7
+    token      . . . . .   a b c d
+    full       x x x x x   x x - x
+    window 3   - - - - -   x x - x         positions 5 to 7; columns 6 to 8 would be `b c d`
+
+The rule: a token sees a key if the mask function allows it at their positions and, where the key is
+a node, if the node is its ancestor or the token itself.
+
+Each forward pass has a `Context`, which makes the masks and computes the attention. A model passes
+a mask from where it is made to its layers, so a context that needs no mask makes a placeholder and
+finds by it what the layers' mask function was.
 
 - `AttentionContext`: one sequence, with a mask over all its keys. A GPU's kernel for prompts needs
   no mask.
@@ -223,7 +243,7 @@ def grouped_attention(
 ) -> Tensor:
     """Grouped-query attention of one or more sequences, without repeated keys.
 
-    The heads of a group become further queries, next to each other, so that the queries of a
+    The heads of a group become more queries, next to each other, so that the queries of a
     sequence are a slice, which costs nothing.
 
     Returns:
