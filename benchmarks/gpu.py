@@ -43,7 +43,7 @@ from treeflash.registry import loader
 
 BUDGETS = (16, 64)
 HEADS = ((None, None), (1024, None), (1024, 128), (256, 128))  # shortlist size, previous tokens
-MIN_LAYERS = 4  # of the target, for the drafter's default target layers
+MIN_LAYERS = 4  # the min layers of the target, for the drafter's default target layers
 
 
 def parser() -> Parser:

@@ -46,7 +46,7 @@ class Usage:
     model: str
     kernel: str
     shared_bytes: int
-    registers: int  # of a thread
+    registers: int  # the registers of a thread
     spilled_bytes: int  # the stack of a thread: the kernels have no other use for it
 
 

@@ -99,7 +99,7 @@ def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str
         kernel = make(*args, **kwargs)
         return lambda **settings: kernel(**settings, verbose=True)
 
-    flush = ctypes.CDLL(None).fflush  # of the buffers of C, which MLX prints to
+    flush = ctypes.CDLL(None).fflush  # empties the buffers of C, which MLX prints to
     sys.stdout.flush()
     flush(None)
     stdout = os.dup(1)

@@ -236,7 +236,7 @@ def grouped_attention(
     # Of each sequence, as `group_mask` makes them; they broadcast over batch and kv_heads. None if
     # every key is visible.
     masks: Sequence[Tensor | None],
-    rows: Sequence[int],  # of each sequence
+    rows: Sequence[int],  # the rows of each sequence
     scale: float,  # factor on the scores
     softcap: float | None = None,  # see `AttentionInputs`
     sinks: Tensor | None = None,  # see `AttentionInputs`
@@ -314,7 +314,7 @@ class AttentionContext:
         # allows it; None for consecutive tokens.
         self.ancestors = ancestors
         self.kernels = kernels  # for consecutive tokens; None attends with a mask
-        self.masks = GroupedMasks()  # of the layers
+        self.masks = GroupedMasks()  # the masks of the layers
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
 
     @classmethod
@@ -401,14 +401,14 @@ class PackedContext:
 
     def __init__(self, sequences: Sequence[AttentionContext], cache: TreeCache) -> None:
         self.sequences = sequences  # the context of each sequence, in the order of their rows
-        self.cache = cache  # of the same sequences
+        self.cache = cache  # the cache of the same sequences
         self.positions = torch.cat([x.positions for x in sequences])  # (rows,) of all sequences
-        self.rows = list(cache.rows)  # of each sequence
+        self.rows = list(cache.rows)  # the rows of each sequence
         # Whether each sequence attends in its own way, as long parts of prompts do.
         self.one_by_one = max(self.rows) >= MANY_QUERIES or any(
             sequence.attends_alone for sequence in sequences
         )
-        self.masks = GroupedMasks()  # of the layers
+        self.masks = GroupedMasks()  # the masks of the layers
         self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
@@ -454,8 +454,8 @@ class TreeContext:
     def __init__(
         self,
         operations: Operations,  # for attention
-        cache: SlabCache,  # of the sequences
-        keys: VisibleKeys,  # of the nodes, in layers that attend to all positions
+        cache: SlabCache,  # the cache of the sequences
+        keys: VisibleKeys,  # the keys of the nodes, in layers that attend to all positions
         positions: Tensor,  # (t * n,) of the nodes
         max_length: int,  # a bound on the committed positions
     ) -> None:
@@ -463,7 +463,7 @@ class TreeContext:
         self.cache = cache
         self.positions = positions
         self.max_length = max_length
-        self.norms: Norms | None = None  # of the layer that calls `rotate`; None for none
+        self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if it has them
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
         self._windows: dict[int, tuple[Tensor, int | None]] = {}

@@ -194,11 +194,11 @@ class Arena:
         spans: Sequence[Span] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.layers = layers  # of the model
+        self.layers = layers  # the layers of the model
         self.column_nbytes = column_nbytes  # of a column in all layers; 0 as long as it is unknown
         # Of keys and values that are stored in another format; None stores them as they are.
         self.dtype = dtype
-        self.device = device  # of the model's first layer; None of a drafter's
+        self.device = device  # the device of the model's first layer; None of a drafter's
         self.spans = spans  # devices and their numbers of layers; None for one device
         # Of keys and values that are stored as `widen` makes them; None for other formats.
         self.head_dim: int | None = None
@@ -521,7 +521,7 @@ class SlabCache(TreeCache):
         self, slab: Slab | None, encode: Callable[[Tensor], Tensor], slots: Tensor
     ) -> None:
         TreeCache.__init__(self, [], [])
-        self.slab = slab  # of all sequences; None for a model without attention layers
+        self.slab = slab  # the slab of all sequences; None for a model without attention layers
         self.encode = encode  # see `Arena.encode`
         self.slots = slots  # (rows,) int64 the column of each row
         # Stores the next keys and values in place of `update`; see `TreeContext.rotate`.

@@ -64,7 +64,7 @@ def why_unusable() -> tuple[str, str]:
     wheel = torch.version.cuda or ""
     major = int(wheel.partition(".")[0] or 0)
     if found := re.search(r"driver .* too old \(found version (\d+)\)", message):
-        supported = int(found[1])  # of CUDA: 12080 for 12.8
+        supported = int(found[1])  # CUDA's version as a number: 12080 for 12.8
         needed = f" ({DRIVERS[major]} or newer)" if major in DRIVERS else ""
         older = f", or install a build for older drivers: {OLDER_WHEELS}"
         return (

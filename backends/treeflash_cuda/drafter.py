@@ -220,7 +220,7 @@ class SlabDrafts:
     model: DrafterModel
     rotation: Rotation  # (c + t * S, head_dim) of the new context, and then of the blocks
     window: int | None  # positions that a block sees besides the first few; None for all
-    slab: Slab  # of the drafter's KV caches
+    slab: Slab  # the slab of the drafter's KV caches
     columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
     first: Tensor  # (t,) int32 column of each sequence's first position
     start: Tensor  # (t,) int32 position of each root

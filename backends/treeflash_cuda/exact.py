@@ -422,7 +422,7 @@ class ExactCache(TreeCache):
         self,
         inputs: AttentionInputs,
         sequences: Sequence[ExactContext],
-        masks: Sequence[Tensor | None],  # of each sequence, for the layer
+        masks: Sequence[Tensor | None],  # the masks of each sequence, for the layer
     ) -> Tensor:
         """Return the (1, tokens, heads, width) attention of the layer that was updated last.
 

@@ -46,7 +46,7 @@ Outputs: TypeAlias = tuple[Any, ...]
 class Capture:
     """A capture that was tried."""
 
-    name: str  # of the function
+    name: str  # the name of the function
     seconds: float
     reason: str  # why it failed; empty if it succeeded
 
@@ -62,7 +62,7 @@ class Graphs:
     """Captures and replays the functions of one target and its drafter."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device  # of all tensors
+        self.device = device  # the device of all tensors
         self.enabled = False  # whether functions are captured; only on a CUDA device
         # By the name of a function that all ranks of `torchrun` call: whether its capture succeeded
         # on all of them, from whether it did on this one.
@@ -78,7 +78,7 @@ class Graphs:
 
     def run(
         self,
-        name: str,  # of the function, for messages
+        name: str,  # the name of the function, for messages
         settings: Hashable,  # everything that the function depends on besides its inputs
         function: Callable[..., Outputs],  # of the inputs alone, without any read from the device
         *inputs: Tensor,  # tensors on the device

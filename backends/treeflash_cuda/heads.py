@@ -43,7 +43,7 @@ MANY = 1 << 30
 class Slots:
     """The outputs of the drafter at the slots of blocks, which follow one another."""
 
-    output: OutputStage  # of the drafter
+    output: OutputStage  # the output of the drafter
     hidden: Tensor  # (slots, hidden_size) outputs of the last layer
     normed: Tensor  # (slots, hidden_size) u = norm(hidden)
 
@@ -56,7 +56,7 @@ class Slots:
 class ScoredTokens:
     """The tokens that the children of queries are chosen from."""
 
-    output: OutputStage  # of the drafter
+    output: OutputStage  # the output of the drafter
     marginals: Tensor  # (slots, v) logits of these tokens
     rows: RowIndex  # (n,) the slot of each query
     # Of the drafter's vocabulary: (v,); or (blocks, v), with equally many queries in each block; or

@@ -168,7 +168,7 @@ def _by_depth(
     keys = k.new_zeros(*k.shape[:2], 1, 0, k.shape[-1])  # (1, heads, nodes, depth, key_dim)
     values = v.new_zeros(*v.shape[:2], 1, 0, v.shape[-1])
     total = torch.ones_like(k[:, :, :1])  # decay from the state
-    rows = {-1: 0}  # of the nodes of the depth above
+    rows = {-1: 0}  # the rows of the nodes of the depth above
     for depth in range(int(depths.max()) + 1):
         nodes = np.flatnonzero(depths == depth).tolist()
         above = torch.tensor([rows[int(parents[i])] for i in nodes], device=k.device)
@@ -323,7 +323,7 @@ def _tail(inputs: Tensor, path: Tensor, width: int) -> Tensor:
 class SequenceRows:
     """The rows of one sequence in a forward pass."""
 
-    states: RecurrentStates  # of the sequence
+    states: RecurrentStates  # the states of the sequence
     first: int  # the first row
     count: int  # number of rows
     # Whose nodes the rows are; None for the next tokens of the sequence, all of which will be
@@ -553,11 +553,11 @@ class HybridTreeCache(RecurrentCache, SlabCache):
 
     def __init__(
         self,
-        slab: Slab | None,  # of the sequences; None for a model without attention layers
+        slab: Slab | None,  # the slab of the sequences; None for a model without attention layers
         encode: Callable[[Tensor], Tensor],  # see `SlabCache`
         slots: Tensor,  # see `SlabCache`
         attention_slots: dict[int, int],
-        layout: StateLayout,  # of the target
+        layout: StateLayout,  # the layout of the target
         states: Sequence[Tensor],  # before the trees; see `StateLayout.stack`
         # (sequences, n, n) bool of the trees. A node that is not its own ancestor is a copy of the
         # root that fills a tree up.

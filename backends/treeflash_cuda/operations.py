@@ -163,7 +163,7 @@ def rotate_and_store(
     slots: Tensor,  # (n,) int64 or int32 column of each row
     *,
     norms: tuple[Tensor, Tensor] | None = None,  # (head_dim,) RMSNorm weights of queries and keys
-    eps: float = 0.0,  # of the norms
+    eps: float = 0.0,  # the norms' epsilon
 ) -> Tensor:
     """(n, heads, head_dim) rotated queries, contiguous; writes the rows' keys and values.
 
@@ -274,7 +274,7 @@ class Shapes:
     kv_heads: int
     head_dim: int
     hidden_size: int
-    softcap: float | None = None  # of the layers' scores
+    softcap: float | None = None  # the softcap of the layers' scores
     sinks: bool = False  # whether layers have attention sinks
     quantised: bool = False  # whether keys and values are stored in 8 bits
     experts: bool = False  # whether layers have experts

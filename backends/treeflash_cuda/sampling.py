@@ -217,7 +217,7 @@ class Logits:
 
 
 def sample(
-    logits: Logits,  # of all sequences
+    logits: Logits,  # the logits of all sequences
     # Of each sequence; None for a sequence without rows.
     all_params: Sequence[SamplingParams | None],
     graphs: Graphs | None = None,  # replay the arithmetic; None computes it

@@ -342,10 +342,10 @@ class Target:
     def __init__(
         self,
         model: PreTrainedModel,  # loaded, for inference
-        device: torch.device,  # of its embeddings, and of its inputs and outputs
+        device: torch.device,  # the device of its embeddings, and of its inputs and outputs
         *,
         pack: bool,  # pack the weights for the device; the model is then for inference only
-        kv_bits: int | None = None,  # of stored keys and values; None does not quantise them
+        kv_bits: int | None = None,  # bits of stored keys and values; None does not quantise them
         split: bool = False,  # whether other processes have parts of its layers
         placed: bool = False,  # whether its layers are on several devices
     ) -> None:
@@ -368,7 +368,7 @@ class Target:
         self.state_layout: StateLayout | None = None  # of recurrent states; None without them
         self.config = model.config.get_text_config()  # transformers' configuration of the decoder
         self.device = device
-        self.layers = decoder_layers(self.model)  # of the decoder
+        self.layers = decoder_layers(self.model)  # the layers of the decoder
         self.spans: list[Span] | None = None  # None for one device
         if split and self.is_hybrid:  # the other ranks would have to keep its states as well
             raise ConfigError("torchrun is not supported for models with recurrent layers")
@@ -395,7 +395,7 @@ class Target:
         self.vocab_size = len(self.embeddings)
         self.max_positions = max_positions(self.config)  # fewer if later ones change earlier ones
         self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
-        self.softcap: float | None = None  # of scores of attention, see `AttentionInputs`
+        self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
         self.has_sinks = False  # whether layers have attention sinks
         self.kernels: Kernels | None = None  # for prompts; None attends with a mask
         self.operations: Operations | None = None  # for trees; None attends with masks
@@ -416,13 +416,13 @@ class Target:
     @classmethod
     def load(
         cls,
-        folder: Path,  # of the checkpoint
+        folder: Path,  # the folder of the checkpoint
         device: torch.device,  # for the weights
         dtype: torch.dtype | None,  # None is the checkpoint's own
         *,
         pack: bool,
         kv_bits: int | None = None,
-        processes: int = 1,  # of `torchrun`, each of which loads its part of every layer
+        processes: int = 1,  # processes of `torchrun`, each of which loads its part of every layer
         # Places the layers on several devices; see `LoadConfig.device_map`.
         device_map: str | None = None,
         adapter: Path | None = None,  # a LoRA adapter to merge

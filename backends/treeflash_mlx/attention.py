@@ -53,7 +53,7 @@ class TreePass:
     """
 
     starts: mx.array  # (batch, 1) int32 committed positions of each sequence
-    start: int  # of the shortest sequence
+    start: int  # the first node's column in the shortest sequence
     columns: int  # keys of the longest sequence, with the keys of its tree
     positions: mx.array  # (batch, n) int32 absolute positions of the nodes
     ancestors: mx.array  # (batch, n, n) bool; whether a node attends to a node

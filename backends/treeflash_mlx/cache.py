@@ -156,7 +156,7 @@ class KVCache:
 
     layers_without_keys: ClassVar[int] = 0  # the last layers of a storage, which `read` leaves out
 
-    num_layers: int  # of its storage
+    num_layers: int  # the layers of its storage
     capacity: int  # positions
     quantisation: Quantisation | None = None
     state_counts: Sequence[int] = ()  # per recurrent layer

@@ -97,7 +97,7 @@ Kind: TypeAlias = tuple[int | None, bool]
 class _DraftedSequence:
     """The rows of one sequence in a draft: its new context, then its block."""
 
-    storage: BatchStorage  # of this sequence alone
+    storage: BatchStorage  # the storage of this sequence alone
     first: int  # position of the new context
     start: int  # position of the block
     gap: tuple[int, int]  # the first position that the block does not see, and the next it sees

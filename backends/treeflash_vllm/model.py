@@ -86,7 +86,7 @@ class TreeFlashDraftModel(DFlashQwen3ForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.drafts = vllm_config.speculative_config.num_speculative_tokens  # N, slots of a block
         self.head: Head | None = None  # set when the weights are loaded
-        self.block_tokens: Tensor | None = None  # of the last call, block by block
+        self.block_tokens: Tensor | None = None  # the tokens of the last call, block by block
 
     def forward(
         self,

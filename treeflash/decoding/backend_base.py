@@ -334,8 +334,8 @@ def undone_on_failure(states: Iterable[BaseState[Any, Any]]) -> Iterator[None]:
 class PassRows(Generic[S]):
     """Committed rows of one forward pass, whose features the drafter will read."""
 
-    outputs: Any  # of the pass
-    states: list[S]  # of the sequences
+    outputs: Any  # the outputs of the pass
+    states: list[S]  # the states of the sequences
     rows: NDArray[np.int64]  # (n,) int64 indices into the outputs, sequence by sequence
     sizes: list[int]  # rows of each sequence
 
@@ -496,7 +496,7 @@ class CandidateHead(OneByOneHead):
     fewer depths are wanted.
     """
 
-    vocab_size: int  # of the target
+    vocab_size: int  # the size of the target's vocabulary
 
     @abstractmethod
     def candidates(

@@ -155,7 +155,7 @@ def _grow(
     lanes, starts = np.arange(count), batch.first_row[indices]
     # By lane and node. A node's number is also that of the row that it opens.
     row = np.full((count, size), -1, np.int64)  # the row whose child the node is
-    rank = np.zeros((count, size), np.int64)  # of the node among the row's children
+    rank = np.zeros((count, size), np.int64)  # the rank of the node among the row's children
     parent = np.full((count, size), -1, np.int64)
     depth = np.zeros((count, size), np.int64)
     value = np.zeros((count, size))  # log probability of the path

@@ -104,7 +104,7 @@ class SampledTokens:
     """The target's tokens."""
 
     tokens: NDArray[np.int32]  # (n,) int32 the token that follows each node
-    log_probs: LogProbs | None = None  # of those tokens; None if they were not asked for
+    log_probs: LogProbs | None = None  # None if they were not asked for
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams) -> SampledTokens:

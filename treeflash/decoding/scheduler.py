@@ -170,7 +170,7 @@ class RunningSequence:
     request: Request
     state: SequenceState
     loop: Loop
-    tokens: list[int]  # of the prompt, then the emitted ones
+    tokens: list[int]  # the tokens of the prompt, then the emitted ones
     # the work that the loop waits for; None when the sequence is finished
     pending: Work | None = None
     prefilled: int = 0  # tokens of the pending `Prefill` that are committed already

@@ -421,7 +421,7 @@ class _Child:
 
     token: int
     log_prob: float  # after its parent
-    row: int = -1  # of the table, for its children; -1 if there is none
+    row: int = -1  # the row of the table, for its children; -1 if there is none
     source: int = -1  # the node of the proposal; -1 if it has none
     match: int = 0  # as in `DraftTree.matches`
     confidence: float = 1.0  # as in `DraftTree.confidences`

@@ -20,8 +20,8 @@ class Correlation:
 
     hidden_size: int
     layers: int
-    heads: int  # of its attention
-    inner_size: int  # of its feed-forward networks
+    heads: int  # the heads of its attention
+    inner_size: int  # the inner size of its feed-forward networks
     logit_scale: float  # factor on the products of unit vectors
     vector_eps: float  # least length that a vector is divided by
 

@@ -48,7 +48,7 @@ class Layout:
 
     config: Any  # a DrafterConfig or a MtpConfig, by the kind of the format
     names: Names  # canonical names of the drafter's tensors, by stored name
-    shapes: Shapes  # of these tensors, by canonical name
+    shapes: Shapes  # the shapes of these tensors, by canonical name
 
 
 def refuse_extensions(

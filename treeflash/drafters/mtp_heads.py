@@ -62,7 +62,7 @@ class Experts:
 class Assistant:
     """The layers of Gemma 4's assistant, which attend to the target's keys."""
 
-    settings: Config  # of the layers, `text_config` in `config.json`
+    settings: Config  # the settings of the layers, `text_config` in `config.json`
     clusters: int = 0  # of tokens, of which the best get logits; 0 if all tokens get logits
     scored: int = 0  # number of clusters that get logits
 
@@ -79,7 +79,7 @@ class MtpConfig(DrafterShape):
     normed_feedback: bool  # the state for the next depth is taken after the final norm
     qk_norm: bool = False  # queries and keys are normed by head
     output_bias: bool = False  # `o_proj` has a bias, as q, k and v have with `attention_bias`
-    experts: Experts | None = None  # of the feed-forward network; None for a dense one
+    experts: Experts | None = None  # the experts of the feed-forward network; None for a dense one
     # norms before `fc`: of each feature, of all features together, or none
     feature_norms: Literal["each", "all"] | None = None
     # the states come after the target's final norm; else from `target_layer_ids` and through `fc`
@@ -486,7 +486,7 @@ def _parse_eagle(config: Config, stored: Collection[str], target_layers: int) ->
     if ids is not None:
         ids = [int(i) - 1 for i in ids]
     elif (ids := nested.get("eagle_aux_hidden_state_layer_ids")) is not None:
-        ids = [int(i) for i in ids]  # of the layers whose outputs are read
+        ids = [int(i) for i in ids]  # the ids of the layers whose outputs are read
     return _eagle_config(config, config, ids or _default_layers(target_layers), stored)
 
 

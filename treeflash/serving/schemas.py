@@ -225,7 +225,7 @@ class Message(Schema):
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
-    name: str | None = None  # of a participant, for chat templates that show it
+    name: str | None = None  # the name of a participant, for chat templates that show it
     type: Literal["text"] | None = None  # sent by lm-eval
     refusal: None = None
 

@@ -118,7 +118,7 @@ class FeatureStore:
     layer_ids: Sequence[int]  # target layers whose outputs are the features
     responses: Sequence[Response]  # prompts and responses
     top_tokens: int  # K
-    folder: Path | None  # of the cache; None caches nothing
+    folder: Path | None  # the folder of the cache; None caches nothing
     max_bytes: float  # size limit of the cache
 
     def get(self, numbers: Sequence[int]) -> list[SequenceFeatures]:
@@ -213,7 +213,7 @@ class Plan:
 
     lengths: Sequence[int]  # lengths of the sequences in tokens
     batch: int  # sequences per forward pass, over all processes
-    seed: int  # of the shuffles
+    seed: int  # the seed of the shuffles
 
     def __getitem__(self, forward: int) -> NDArray[np.int64]:
         """(batch,) numbers of the responses; forward passes count from 0 through all epochs."""
@@ -273,10 +273,10 @@ def choose_anchors(
 
 def make_batch(
     responses: Sequence[Response],  # the rows
-    features: Sequence[SequenceFeatures],  # of the responses, on any device
-    anchors: Sequence[NDArray[np.int64]],  # of the responses
+    features: Sequence[SequenceFeatures],  # the features of the responses, on any device
+    anchors: Sequence[NDArray[np.int64]],  # the anchors of the responses
     depths: int,  # D, tokens that a block predicts
-    device: torch.device | None = None,  # of the batch; None is the CPU
+    device: torch.device | None = None,  # the device of the batch; None is the CPU
 ) -> Batch:
     """Pad the sequences to one length and the anchors to one number; padding predicts nothing."""
     length, count = max(map(len, responses)), -(-max(map(len, anchors)) // GROUP) * GROUP

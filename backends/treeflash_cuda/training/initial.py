@@ -178,7 +178,7 @@ def _mask_token(config: Any) -> int:
 
 
 def initial_drafter(
-    config: TrainConfig,  # of the training
+    config: TrainConfig,  # the configuration of the training
     settings: dict[str, Any],  # from `drafter_settings`
     target: Target,  # the model to draft for
     # Tokens of a few sequences, to measure the scale of queries and keys on.

@@ -123,7 +123,7 @@ REJECTION_DECAY = 0.8
 def objective(
     blocks: nn.Module,  # the drafter, `Blocks` or a wrapper of it
     batch: Batch,  # the tokens to predict
-    vocab_size: int,  # of the target
+    vocab_size: int,  # the size of the target's vocabulary
     config: TrainConfig,  # the losses, and the weights of losses and depths
     generator: torch.Generator,  # samples the shortlist
 ) -> tuple[Tensor, dict[str, float]]:

@@ -37,7 +37,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_columns(
-    cache,  # of one key head
+    cache,  # the cache of one key head
     columns,  # (tile,) int64
     used,  # (tile,) bool; other columns may hold NaN
     stride,
@@ -126,7 +126,7 @@ def _store_rows(
     state,
     rows,  # (ROWS,)
     is_row,  # (ROWS,) bool
-    place,  # of row 0
+    place,  # the place of row 0
     sums_pointer,
     outputs_pointer,
     HEAD_DIM: tl.constexpr,
@@ -163,7 +163,7 @@ def _shared_positions(
     GROUPS: tl.constexpr,  # heads that share a key head
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
-    ROWS: tl.constexpr,  # of a product
+    ROWS: tl.constexpr,  # the rows of a product
     PAIR: tl.constexpr,  # whether there are two products for each tile
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -233,8 +233,8 @@ def _own_positions(
     sink_pointer,
     paths_pointer,
     sinks_pointer,
-    sums_pointer,  # of `_shared_positions`
-    outputs_pointer,  # of `_shared_positions`
+    sums_pointer,  # the result of `_shared_positions`
+    outputs_pointer,  # the result of `_shared_positions`
     result_pointer,  # (t * n, heads, HEAD_DIM)
     chunks,
     path_sequence_stride,

@@ -23,7 +23,7 @@ def _grouped_linear(
     size,  # terms of a sum
     width,  # columns
     x_stride,
-    weight_strides,  # of experts, columns and terms
+    weight_strides,  # the strides of experts, columns and terms
     bias_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

@@ -69,9 +69,9 @@ def rms_norm(
 
 @triton.jit
 def _rotate(
-    x_pointer,  # of the rows' first elements, (rows,)
+    x_pointer,  # the address of the rows' first elements, (rows,)
     weight_pointer,
-    cos_pointer,  # of the row's position
+    cos_pointer,  # the address of the row's position
     sin_pointer,
     is_row,  # (rows,) bool
     eps,
