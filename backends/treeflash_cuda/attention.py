@@ -463,7 +463,7 @@ class TreeContext:
         self.cache = cache
         self.positions = positions
         self.max_length = max_length
-        self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if it has them
+        self.norms: Norms | None = None  # the norms of the layer that calls `rotate`, if any
         self._keys: dict[tuple[int | None, torch.device], VisibleKeys] = {}
         self._keys[None, positions.device] = keys
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
