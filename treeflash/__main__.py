@@ -72,7 +72,7 @@ def _completion(shell: str) -> str:
 
 
 def _command(name: str) -> tuple[Main, Callable[[], Any]]:
-    """The main function of a command, and the function that makes its parser."""
+    """Import a command's main function, and the function that makes its parser."""
     if name == "drafters":  # its module would have the name of a package
         models = import_module("treeflash.models")
         return models.drafters, models.make_drafters_parser

@@ -422,7 +422,7 @@ def make_parser() -> Parser:
 
 
 def _history(forget: bool) -> History:
-    """The messages that the arrow keys recall; a file that only its owner can read."""
+    """Open the messages that the arrow keys recall, a file that only its owner can read."""
     if forget:
         return InMemoryHistory()
     file = cache_folder() / "chat_history"

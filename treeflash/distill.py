@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rows(args: argparse.Namespace, seed: int) -> list[Row]:
-    """The rows of all files of --prompts, mixed; none for --self-prompt."""
+    """Return the rows of all files of --prompts, mixed; none for --self-prompt."""
     for name in ("limit", "self_prompt"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name.replace('_', '-')} must be 1 or more")

@@ -70,7 +70,7 @@ DEVICE_LOST = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, according to an error of Python or of a framework."""
+    """Return whether memory ran out, according to an error of Python or of a framework."""
     return isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY)
 
 
@@ -80,7 +80,7 @@ def is_device_lost(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type if it has no message."""
+    """Return the first line of an error's message; its type if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -250,7 +250,7 @@ class LanguageModel:
         return assembler
 
     def assembler(self, prompt: Prompt, config: TextConfig) -> Assembler:
-        """A sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""
+        """Return a sequence for `Stream` or `BatchStream.submit`; raises what `generate` does."""
         prompt_ids = encode(
             self.tokenizer,
             prompt,
@@ -268,7 +268,7 @@ class LanguageModel:
         )
 
     def _constraint(self, config: TextConfig) -> Callable[[], Constraint] | None:
-        """A function that makes constraints of texts to the form that options set, if any."""
+        """Return a function that makes constraints to the form that options set, or None."""
         if not config.has_form:
             return None
         if find_spec("llguidance") is None:
@@ -510,7 +510,7 @@ def locate(
 
 
 def _can_copy(backend: Backend, target: Path, *, passed_over: bool) -> bool:
-    """Whether a target without a drafter runs draft trees; says what it is decoded with.
+    """Return whether a target without a drafter runs draft trees; says what it is decoded with.
 
     A drafter that was passed over had a line already, which is enough if copies replace it.
     """

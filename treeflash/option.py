@@ -136,7 +136,7 @@ class Option:
         raise ConfigError(f"{self.name} must be {rule}, got {value!r}")
 
     def _fits(self, value: object) -> bool:
-        """Whether the type and the limits accept the value."""
+        """Return whether the type and the limits accept the value."""
         if self.choices and value is not None:
             return value in self.choices
         return any(self._fits_kind(kind, value) for kind in self.kinds)
@@ -158,7 +158,7 @@ class Option:
         )
 
     def _limits(self) -> str:
-        """The accepted values in words."""
+        """Return the accepted values in words."""
         if bool in self.kinds:
             return "True or False"
         if self.above is not None:
@@ -178,7 +178,7 @@ def option(default: Any, help: str, minimum: float | None = None, **settings: An
 
 @cache
 def options_of(config: type) -> Mapping[str, Option]:
-    """The options of a configuration and of the configurations in it, by name."""
+    """Return the options of a configuration and of the configurations in it, by name."""
     options: dict[str, Option] = {}
     types = get_type_hints(config)
     for item in fields(config):
@@ -200,13 +200,13 @@ def check(config: Any) -> None:
 
 
 def is_whole(value: object, least: int | None = None) -> bool:
-    """Whether `value` is an integer, Python's or NumPy's, of at least `least`."""
+    """Return whether `value` is an integer, Python's or NumPy's, of at least `least`."""
     whole = not isinstance(value, bool) and isinstance(value, Integral)
     return whole and (least is None or int(value) >= least)  # type: ignore[call-overload]
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real number, Python's or NumPy's."""
+    """Return whether `value` is a real number, Python's or NumPy's."""
     return not isinstance(value, bool) and isinstance(value, Real)
 
 

@@ -24,7 +24,7 @@ _FRAMEWORKS = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
 
 
 def available(group: str = GROUP) -> dict[str, EntryPoint]:
-    """The entry points of a group, installed or not; a BackendError if two have one name."""
+    """Return the entry points of a group, installed or not; a BackendError if two have one name."""
     entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         first = entries.setdefault(entry.name, entry)
@@ -37,7 +37,7 @@ def available(group: str = GROUP) -> dict[str, EntryPoint]:
 
 
 def installed(name: str) -> bool:
-    """Whether the framework of a backend is installed."""
+    """Return whether the framework of a backend is installed."""
     return not _missing_packages(name)
 
 
@@ -46,7 +46,7 @@ def _missing_packages(name: str) -> list[str]:
 
 
 def default_backend() -> str:
-    """The best installed backend: mlx on Apple Silicon, else the first of cuda, mlx, reference."""
+    """Choose the best installed backend: mlx on Apple silicon, else cuda, mlx or reference."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     order = ("mlx", "cuda") if apple else ("cuda", "mlx")
     return next((name for name in order if installed(name)), "reference")

@@ -57,7 +57,7 @@ def make_parser() -> Parser:
 
 
 def model_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """The names by which clients may call the model; responses have the first."""
+    """Return the names by which clients may call the model; responses have the first."""
     if args.model_name:
         return tuple(args.model_name)
     if args.target is None:

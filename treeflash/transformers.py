@@ -160,7 +160,7 @@ def run(
     seed: int | None = None,
     **arguments: Any,
 ) -> Any:
-    """`model.generate` with draft trees: the `generate` of a folder `custom_generate` of the hub.
+    """Run `model.generate` with draft trees, as a folder `custom_generate` of the hub does.
 
     See `generate` for the options, and transformers for the other arguments.
     """
@@ -195,7 +195,7 @@ class _Rows:
     def start(
         cls, input_ids: Any, stopping_criteria: Any, generation_config: Any, streamer: Any
     ) -> _Rows:
-        """The rows before their first tokens; the criteria are taken apart."""
+        """Return the rows before their first tokens; the criteria are taken apart."""
         stop: set[int] = set()
         others = type(stopping_criteria)()
         for one in stopping_criteria:
@@ -233,7 +233,7 @@ class _Rows:
         return len(self.ended) == len(self.answers)
 
     def is_padded(self, row: int) -> bool:
-        """Whether a row gets no further token."""
+        """Return whether a row gets no further token."""
         return row in self.ended and bool(self.stop_token_ids)
 
     def _has_next(self, row: int) -> bool:
@@ -280,7 +280,7 @@ class _Pair:
 
 
 def _pair(model: Any, drafter: Path | None) -> _Pair:
-    """The pair of a model and a drafter, which is made at the first call.
+    """Return the pair of a model and a drafter, which is made at the first call.
 
     It is made again if weights were moved or replaced meanwhile.
     """
@@ -295,7 +295,7 @@ def _pair(model: Any, drafter: Path | None) -> _Pair:
 
 
 def _drafter_folder(model: Any, drafter: Drafter) -> Path | None:
-    """The folder of a drafter; None for no drafter. What is found automatically is found once."""
+    """Return a drafter's folder, or None for no drafter; automatic ones are found once."""
     name = model.name_or_path
     if drafter is False or (drafter is None and not name):
         return None
@@ -366,7 +366,7 @@ def _refuse(
 
 
 def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
-    """The tokens of each row of a batch, without padding.
+    """Return the tokens of each row of a batch, without padding.
 
     Raises a ConfigError if padding is not on the left, or positions do not start at 0, and a
     PromptError if a prompt has no tokens.
@@ -388,7 +388,7 @@ def _prompts(input_ids: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
 
 
 def _processing(processors: Sequence[Any], do_sample: bool) -> tuple[dict[str, Any], Penalties]:
-    """The settings of `SamplingConfig`, and the penalties; a ConfigError for other processors."""
+    """Return `SamplingConfig`'s settings, and penalties; a ConfigError for other processors."""
     settings: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
     penalties = Penalties()
     for processor in processors:

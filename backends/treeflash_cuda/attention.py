@@ -102,13 +102,13 @@ class Context(Protocol):
     """(n,) absolute positions of the new tokens."""
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """The additive mask of the layers with this mask function; None if none is needed.
+        """Return the additive mask of the layers with this mask function; None if none is needed.
 
         `window` is the width of the window that the model gives for these layers, if it does.
         """
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """(1, n, heads, head_dim) attention of one layer, contiguous.
+        """Return the (1, n, heads, head_dim) attention of one layer, contiguous.
 
         Raises:
             UnsupportedModelError: the layer does not use the mask that `mask` returned.
@@ -132,12 +132,12 @@ def attention_context(context: Context) -> Iterator[dict[int, Tensor]]:
 
 
 def is_attending() -> bool:
-    """Whether a model is being called in an `attention_context`."""
+    """Return whether a model is being called in an `attention_context`."""
     return _FORWARD_PASS.get(None) is not None
 
 
 def tree_context() -> TreeContext | None:
-    """The context of the current forward pass, if it is a `TreeContext`."""
+    """Return the context of the current forward pass, if it is a `TreeContext`."""
     context, _ = _FORWARD_PASS.get((None, None))
     return context if isinstance(context, TreeContext) else None
 
@@ -153,7 +153,7 @@ def capture_output(layer_id: int, output: Tensor) -> None:
 def attention_mask(
     *, mask_function: MaskFunction, dtype: torch.dtype, local_size: int | None = None, **_: Any
 ) -> Tensor | None:
-    """The mask that transformers passes to the layers with this mask function."""
+    """Return the mask that transformers passes to the layers with this mask function."""
     return _FORWARD_PASS.get()[0].mask(mask_function, dtype, local_size)
 
 
@@ -170,7 +170,7 @@ def attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that a model's attention layers call."""
+    """Attend for a layer of a model, which finds this function in transformers' registry."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = AttentionInputs(module, query, key, value, attention_mask, scale, softcap, s_aux)
     return _FORWARD_PASS.get()[0].attend(inputs), None
@@ -181,13 +181,13 @@ AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
 
 
 def evaluate(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
-    """Whether query positions see key positions under a layer's mask function; both broadcast."""
+    """Return whether query positions see key positions by a mask function; both broadcast."""
     zero = torch.zeros((), dtype=torch.long, device=queries.device)
     return function(zero, zero, queries, keys)
 
 
 def is_window(function: MaskFunction, window: int | None) -> bool:
-    """Whether a layer's mask function is a causal window of `window` positions."""
+    """Return whether a layer's mask function is a causal window of `window` positions."""
     if window is None:
         return False
     keys = torch.tensor([-window, 1 - window, 0, 1])
@@ -197,13 +197,13 @@ def is_window(function: MaskFunction, window: int | None) -> bool:
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 for keys that are visible, -inf for the others."""
+    """Return 0 for keys that are visible, -inf for the others."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, float("-inf"))
 
 
 def group_mask(mask: Tensor, groups: int) -> Tensor:
-    """(..., n * groups, m) from an (..., n, m) mask: every row once for each head of a group.
+    """Repeat the rows of an (..., n, m) mask for each head of a group: (..., n * groups, m).
 
     Rows start at multiples of `ALIGNMENT` elements.
     """
@@ -220,7 +220,7 @@ class GroupedMasks:
         self._grouped: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def get(self, mask: Tensor | None, groups: int, device: torch.device) -> Tensor | None:
-        """The result of `group_mask` on the device of a layer."""
+        """Return the result of `group_mask` on the device of a layer."""
         if mask is None:
             return None
         key = id(mask), groups, device
@@ -241,7 +241,7 @@ def grouped_attention(
     softcap: float | None = None,  # see `AttentionInputs`
     sinks: Tensor | None = None,  # see `AttentionInputs`
 ) -> Tensor:
-    """Grouped-query attention of one or more sequences, without repeated keys.
+    """Compute grouped-query attention of one or more sequences, without repeated keys.
 
     The heads of a group become more queries, next to each other, so that the queries of a
     sequence are a slice, which costs nothing.
@@ -279,7 +279,7 @@ def _products(
     softcap: float | None,
     sinks: Tensor | None,  # (kv_heads * groups,)
 ) -> Tensor:
-    """(batch, kv_heads, n * groups, head_dim) attention with soft-capped scores or sinks."""
+    """Return (batch, kv_heads, n * groups, head_dim) attention with soft-capped scores or sinks."""
     outputs, first = [], 0
     if sinks is not None:
         sinks = sinks.float().view(k.shape[1], 1, -1)
@@ -337,7 +337,7 @@ class AttentionContext:
         return self.kernels is not None and self.ancestors is None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """(1, 1, n, committed + n) additive; None if each token sees everything before it.
+        """Return (1, 1, n, committed + n) additive; None if each token sees everything before it.
 
         For the kernels a tensor that stands for the layers' window. Only a CPU attends to a whole
         sequence of several tokens without a mask: on a GPU PyTorch may choose cuDNN for it, which
@@ -412,7 +412,7 @@ class PackedContext:
         self._sequence_masks: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """A tensor that stands for the masks of all sequences."""
+        """Return a tensor that stands for the masks of all sequences."""
         placeholder = self.positions.new_zeros(1, 1, 1, 1)
         masks = [sequence.mask(function, dtype, window) for sequence in self.sequences]
         self._sequence_masks[id(placeholder)] = placeholder, masks
@@ -471,7 +471,7 @@ class TreeContext:
         self._rotated: tuple[Tensor, Tensor] | None = None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm, rotate and store a layer's keys by one operation, once it stores them.
+        """Normalise, rotate and store a layer's keys by one operation, once it stores them.
 
         Returns the (1, heads, n, head_dim) queries and keys as they are: `attend` replaces the
         queries. The cosines and sines are (1, n, rotary_dim).
@@ -503,7 +503,7 @@ class TreeContext:
         self.cache.store = self._rotated = None
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
-        """A tensor that stands for the layers' window.
+        """Return a tensor that stands for the layers' window.
 
         Raises:
             UnsupportedModelError: a mask function is neither causal nor a window.
@@ -534,7 +534,7 @@ class TreeContext:
         return output[None]
 
     def _visible(self, window: int | None, device: torch.device) -> VisibleKeys:
-        """The keys that nodes see in layers with a window, on the device of a layer."""
+        """Return the keys that nodes see in layers with a window, on the device of a layer."""
         if (window, device) not in self._keys:
             keys = self._keys[None, self.positions.device]
             keys = keys if window is None else keys.within(window)

@@ -154,7 +154,7 @@ class CudaBackend(BaseBackend):
 
 
 def new_drafter_arena(model: Model, target: Target) -> Arena:
-    """An arena for the keys and values of a drafter."""
+    """Create an arena for the keys and values of a drafter."""
     make = MtpArena if isinstance(model, MtpModel) else Arena
     config, arena = model.config, make(len(model.layers))
     shape = 1, config.num_key_value_heads, 0, config.head_dim
@@ -241,7 +241,7 @@ def add_drafter(
 def load_packed_drafter(
     folder: Path, target: Target, config: LoadConfig
 ) -> tuple[Model, Head | None]:
-    """A drafter, packed for the device; the target keeps the outputs that it reads from now on."""
+    """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     opened = open_folder(folder)
     if (rows := load_mtp_head(opened, target)) is not None:
         refuse_window(config)
@@ -269,7 +269,7 @@ def inexact_if_refused(target: Target, config: LoadConfig) -> Iterator[None]:
 
 
 def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
-    """A pair whose target is a loaded model that its owner goes on using.
+    """Return a pair whose target is a loaded model that its owner goes on using.
 
     Its weights stay as they are. Its attention is replaced inside `Target.attached` alone.
 
@@ -298,7 +298,7 @@ def check_config(config: LoadConfig) -> None:
 
 
 def load_target(folder: Path, config: LoadConfig, *, pack: bool, processes: int = 1) -> Target:
-    """A target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
+    """Load a target that runs draft trees; see `Target`. Raises the errors of `Loader`."""
     device = choose_device(config.device)
     if config.threads is not None:
         cpu_threads().choose(config.threads)
@@ -373,7 +373,7 @@ def add_kernels(target: Target) -> None:
 
 
 def load_target_operations(target: Target) -> Operations | None:
-    """The operations of the target and its drafter on a GPU; None on a CPU, which uses masks."""
+    """Load the pair's operations on a GPU; None on a CPU, which uses masks."""
     if target.device.type != "cuda":
         return None
     config = target.config

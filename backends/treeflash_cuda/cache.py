@@ -47,19 +47,19 @@ Columns: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 def to_host(x: Tensor) -> NDArray[Any]:
-    """The bits of a tensor; see `StateArrays`."""
+    """Return the bits of a tensor; see `StateArrays`."""
     x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
     return x.contiguous().cpu().numpy()
 
 
 def from_host(x: NDArray[Any]) -> Tensor:
-    """The tensor, on the CPU, that `to_host` read."""
+    """Return the tensor, on the CPU, that `to_host` read."""
     tensor = torch.from_numpy(x)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def quantise(x: Tensor) -> Tensor:
-    """(..., head_dim + 4) int8 from (..., head_dim) keys or values."""
+    """Return the (..., head_dim + 4) int8 from (..., head_dim) keys or values."""
     least = torch.finfo(x.dtype).tiny
     scale = (x.abs().amax(-1, keepdim=True) / MAX_INT8).clamp(min=least).float()
     numbers = (x.float() / scale).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
@@ -67,19 +67,19 @@ def quantise(x: Tensor) -> Tensor:
 
 
 def dequantise(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., head_dim) keys or values of a dtype, from the result of `quantise`."""
+    """Return the (..., head_dim) keys or values of a dtype, from the result of `quantise`."""
     numbers, scale = x.split([x.shape[-1] - SCALE_BYTES, SCALE_BYTES], -1)
     # One kernel reads bytes and writes floats.
     return numbers * scale.view(torch.float32).to(dtype)
 
 
 def decoded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., head_dim) keys or values of a dtype, which may be the result of `quantise`."""
+    """Return (..., head_dim) keys or values of a dtype, which may be the result of `quantise`."""
     return dequantise(x, dtype) if x.dtype == torch.int8 else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """(..., width) float32 keys or values, filled up with ones, as exact mode reads them.
+    """Return (..., width) float32 keys or values, filled up with ones, as exact mode reads them.
 
     The width is the next multiple of `WIDE_ALIGNMENT` above head_dim.
     """
@@ -119,7 +119,7 @@ class KVStorage:
         return part
 
     def layer(self, n: int) -> Tensor:
-        """(2, kv_heads, columns, head_dim) of a layer."""
+        """Return the (2, kv_heads, columns, head_dim) of a layer."""
         for part in self.parts:
             if n < len(part):
                 return part[n]
@@ -242,13 +242,13 @@ class Arena:
         return KVCache(self, capacity)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Keys or values in the format in which they are stored."""
+        """Convert keys or values to the format in which they are stored."""
         if self.head_dim is not None:
             return widen(x)
         return x if self.dtype is None else quantise(x)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Keys or values from the format in which they are stored."""
+        """Convert keys or values from the format in which they are stored."""
         if self.head_dim is not None:
             return x[..., : self.head_dim].to(self.dtype)
         return x if self.dtype is None else dequantise(x, self.dtype)
@@ -416,7 +416,7 @@ class KVCache:
         self.length = min(self.length, length)
 
     def read(self) -> NDArray[np.float32]:
-        """(layers, 2, kv_heads, length, head_dim) of the committed positions."""
+        """Read the (layers, 2, kv_heads, length, head_dim) of the committed positions."""
         parts = [self.arena.decode(x[:, :, :, : self.length]) for x in self.taken.parts]
         return np.concatenate([part.float().cpu().numpy() for part in parts])
 
@@ -499,7 +499,7 @@ class TreeCache(Cache):
         return self.visible_columns()[0]
 
     def visible_columns(self) -> list[tuple[Tensor, Tensor]]:
-        """(1, kv_heads, length + n, width) stored keys and values of sequences in `layer`."""
+        """Return `layer`'s stored keys and values, (1, kv_heads, length + n, width)."""
         return [views[self.layer] for views in self._views]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -542,11 +542,11 @@ class SlabCache(TreeCache):
         return key_states, value_states
 
     def stored_columns(self) -> tuple[Tensor, Tensor]:
-        """(kv_heads, columns, width) stored keys and values of the layer that was updated last."""
+        """Return the stored (kv_heads, columns, width) keys and values of the latest layer."""
         assert self.slab is not None
         keys, values = self.slab.layer(self.layer)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: committed positions are tensors, and models are given the positions of all rows."""
+        """Return 0: committed positions are tensors, and models are given all rows' positions."""
         return 0

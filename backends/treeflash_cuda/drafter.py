@@ -46,12 +46,12 @@ class OutputStage:
         self._target = target
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(..., hidden_size) rows of the input table, from (...) tokens of the target."""
+        """Compute (..., hidden_size) rows of the input table, from (...) tokens of the target."""
         embeddings = self._own.embeddings
         return self._target.embed(tokens) if embeddings is None else F.embedding(tokens, embeddings)
 
     def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(n, Vd) logits of normalised outputs, or (n, v) of some of the drafter's tokens.
+        """Return (n, Vd) logits of normalised outputs, or (n, v) of some of the drafter's tokens.
 
         These are (v,) tokens for all rows, or (b, v) for each of b equal parts of the rows.
         """
@@ -69,14 +69,14 @@ class OutputStage:
         return logits
 
     def upload(self, noise: Noise | None) -> Tensor:
-        """(n, 3) int32 keys of noise and the bits of its scales; (0, 3) without noise."""
+        """Return (n, 3) int32 keys of noise and the bits of its scales; (0, 3) without noise."""
         if noise is None:
             return torch.empty((0, 3), dtype=torch.int32, device=self._target.device)
         numbers = np.column_stack([noise.keys.view(np.int32), noise.scales.view(np.int32)])
         return upload(numbers, self._target.device)
 
     def noise(self, uploaded: Tensor) -> Tensor | None:
-        """(n, Vd) noise to add to logits, from the result of `upload`; None without noise."""
+        """Return (n, Vd) noise to add to logits, from the result of `upload`, or None."""
         if not len(uploaded):
             return None
         keys, scales = uploaded[:, :2], uploaded[:, 2:].view(torch.float32)
@@ -85,7 +85,7 @@ class OutputStage:
         return noise if ids is None else noise[:, ids]
 
     def to_target(self, tokens: Tensor) -> Tensor:
-        """The target's ids of the drafter's tokens."""
+        """Return the target's ids of the drafter's tokens."""
         ids = self._own.token_ids
         return tokens if ids is None else ids[tokens].to(tokens.dtype)
 
@@ -96,7 +96,7 @@ class OutputStage:
         return self._target.vocab_size if ids is None else len(ids)
 
     def over_target_vocabulary(self, log_probs: Tensor) -> Tensor:
-        """(n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
+        """Return the (n, vocab) from (n, Vd); tokens that the drafter cannot propose have -inf."""
         ids = self._own.token_ids
         if ids is None:
             return log_probs
@@ -143,7 +143,7 @@ class BlockBatch:
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after another; a single one is not copied."""
+    """Concatenate tensors; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -151,7 +151,7 @@ class DraftAttention(Protocol):
     """The attention of the blocks of a draft."""
 
     def attend(self, layer: int, kind: Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(1, t * S, heads, head_dim) attention of blocks over the positions before and themselves.
+        """Attend to the positions before blocks and to themselves: (1, t * S, heads, head_dim).
 
         Queries and keys are normed and rotated, unless this object does so. The (1, heads, t * S,
         head_dim) queries belong to the blocks. The (1, kv_heads, c + t * S, head_dim) keys and
@@ -195,7 +195,7 @@ class MaskedDrafts:
         return grouped_attention(q, kv_caches, self._masks[kind], sizes, scale)
 
     def _mask(self, start: int, kind: Kind, gap: tuple[int, int], query: Tensor) -> Tensor | None:
-        """The grouped mask of a block at position `start`; None if everything is visible.
+        """Return the grouped mask of a block at position `start`; None if everything is visible.
 
         It has the dtype and the device of the query.
         """
@@ -257,7 +257,7 @@ class SlabDrafts:
         return out[None]
 
     def _visible(self, kind: Kind) -> VisibleKeys:
-        """The keys that the slots of the blocks see in a kind of layer."""
+        """Return the keys that the slots of the blocks see in a kind of layer."""
         window, causal = kind
         slots = torch.arange(
             self.model.config.block_size, dtype=torch.int32, device=self.start.device
@@ -317,7 +317,7 @@ class Drafter:
     def _draft(
         self, roots: Sequence[tuple[State, int]], slab: Slab | None
     ) -> tuple[Tensor, Tensor]:
-        """(sequences, S, hidden_size) blocks, and (sequences,) roots.
+        """Return the (sequences, S, hidden_size) blocks, and (sequences,) roots.
 
         For CUDA graphs the number of sequences and the length of the longest sequence are rounded
         up to powers of two, and the number of new positions to a power of four.
@@ -372,7 +372,7 @@ class Drafter:
         rotation: Rotation | None,  # of the context and the blocks; None if `attention` rotates
         attention: DraftAttention,
     ) -> Tensor:
-        """(t * S, hidden_size) outputs of the blocks."""
+        """Return the (t * S, hidden_size) outputs of the blocks."""
         config, roots = self.model.config, tokens[:, None]
         masks = torch.full_like(roots, config.mask_token_id).expand(-1, config.block_size - 1)
         x = self.output.embed(torch.cat([roots, masks], 1).flatten())[None]
@@ -414,12 +414,12 @@ def layer_kinds(config: DrafterConfig) -> list[Kind]:
 
 
 def block_positions(start: Tensor, size: int) -> Tensor:
-    """(t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
+    """Return (t * size,) positions of blocks from the (t,) positions of their roots, or columns."""
     return (start[:, None] + torch.arange(size, device=start.device)).flatten()
 
 
 def cut_gap(x: Tensor, gap: tuple[int, int], axis: int) -> Tensor:
-    """A tensor without the columns from the first of a gap to its end."""
+    """Return a tensor without the columns from the first of a gap to its end."""
     first, end = gap
     if first == end:
         return x

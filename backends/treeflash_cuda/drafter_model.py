@@ -36,14 +36,14 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(..., n, head_dim) each, from (..., n) positions."""
+        """Return the (..., n, head_dim) each, from (..., n) positions."""
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], -1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary embedding of (..., n, head_dim); element i is paired with i + head_dim / 2."""
+    """Rotate (..., n, head_dim); element i is paired with i + head_dim / 2."""
     cos, sin = rotation
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        """(batch, heads, n, head_dim) from (batch, n, hidden_size).
+        """Return the (batch, heads, n, head_dim) from (batch, n, hidden_size).
 
         Without a rotation they are neither normed nor rotated, and `kv_cache` returns such keys.
         """
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return rotate(self.q_norm(heads).transpose(1, 2), rotation)
 
     def keys_and_values(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """(batch, kv_heads, n, head_dim) each, of context and block."""
+        """Return the (batch, kv_heads, n, head_dim) each, of context and block."""
         keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x)).transpose(1, 2)
         if rotation is None:
             return keys.transpose(1, 2), values
@@ -104,7 +104,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden_size) to (..., hidden_size)."""
+        """Map (..., hidden_size) to (..., hidden_size)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -123,7 +123,7 @@ class Convolution(nn.Module):
         self.kernel_projection = nn.Linear(h, 2 * taps * h // self.group_size, bias=False)
 
     def forward(self, y: Tensor) -> tuple[Convolve, Convolve]:
-        """Both convolutions, from the (batch, n, hidden_size) normed input of the sublayer."""
+        """Compute both convolutions from a sublayer's (batch, n, hidden_size) normed input."""
         sides, taps, h = self.base_kernel.shape
         groups = self.kernel_projection(y).unflatten(-1, (sides, taps, h // self.group_size))
         kernels = self.base_kernel + groups.repeat_interleave(self.group_size, -1)
@@ -140,7 +140,7 @@ class Convolution(nn.Module):
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """The convolution of a drafter without convolutions."""
+    """Return the convolution of a drafter without convolutions."""
     return x
 
 
@@ -160,7 +160,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, rotation: Rotation | None, attend: Attend
     ) -> Tensor:
-        """(batch, n, hidden_size) to (batch, n, hidden_size), for a block.
+        """Map (batch, n, hidden_size) to (batch, n, hidden_size), for a block.
 
         The (batch, c, hidden_size) context are projected features of the positions before it. The
         rotation covers the context's positions and then the block's; without one `attend` norms and
@@ -234,7 +234,7 @@ class DrafterModel(nn.Module):
         self.rotary = Rotary(config)
 
     def project(self, features: Tensor) -> Tensor:
-        """(..., hidden_size) context, from (..., layers * hidden_size) outputs of the target."""
+        """Project (..., layers * hidden_size) target outputs to (..., hidden_size) context."""
         return self.hidden_norm(self.fc(features))
 
 
@@ -245,7 +245,7 @@ def load_weights(
     vocabulary: Mapping[str, Tensor],  # see `OwnVocabulary.from_tensors`
     target: Target,
 ) -> M:
-    """The model of a drafter for inference, on the target's device and in its dtype."""
+    """Load the model of a drafter for inference, on the target's device and in its dtype."""
     own = OwnVocabulary.from_tensors(vocabulary, target)
     with torch.device("meta"):  # no memory for weights that are replaced
         model = make(config, own)

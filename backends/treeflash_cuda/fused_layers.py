@@ -83,7 +83,7 @@ class FusedNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., size) to (..., size); unchanged if the rotation will norm it."""
+        """Map (..., size) to (..., size); unchanged if the rotation will norm it."""
         context = tree_context()
         norms = None if context is None else context.norms
         if norms is not None and any(weight is self.weight for weight in norms.weights):
@@ -94,7 +94,7 @@ class FusedNorm:
 def _candidates(
     module: nn.Module, operations: Operations, dtype: torch.dtype
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Functions that may compute what a module does, and inputs of the module for each."""
+    """Yield functions that may compute what a module does, and its inputs for each."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.ndim == 1 and eps is not None:
@@ -224,7 +224,7 @@ def agrees(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
 
 
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the root mean square difference is below a share of the expected numbers'."""
+    """Return whether the root mean square difference is below a share of the expected numbers'."""
     actual, expected = actual.float(), expected.float()
     difference = (actual - expected).square().mean().sqrt()
     return float(difference) <= tolerance * float(expected.square().mean().sqrt())

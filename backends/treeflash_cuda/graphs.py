@@ -84,7 +84,7 @@ class Graphs:
         *inputs: Tensor,  # tensors on the device
         capture: bool = True,  # False calls the function
     ) -> Outputs:
-        """The outputs of a function, replayed if that is possible."""
+        """Return the outputs of a function, replayed if that is possible."""
         if not capture or not self.is_capturing or self._failures[name] >= MAX_FAILURES:
             return function(*inputs)
         key = name, settings, tuple((x.shape, x.dtype) for x in inputs)
@@ -186,7 +186,7 @@ class Graphs:
 
 @contextmanager
 def garbage_collection_disabled() -> Iterator[None]:
-    """Destroying an old graph would spoil the capture of a new one."""
+    """Hold garbage collection: destroying an old graph would spoil a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -197,10 +197,10 @@ def garbage_collection_disabled() -> Iterator[None]:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def power_of_four(n: int) -> int:
-    """The smallest power of four that is at least n, for what costs little to round up."""
+    """Return the smallest power of four that is at least n, for what costs little to round up."""
     return 1 << (n - 1).bit_length() + (n - 1).bit_length() % 2

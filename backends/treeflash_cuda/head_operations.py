@@ -22,7 +22,7 @@ class GRU(nn.Module):
         self.weight_hh_l0 = nn.Parameter(torch.empty(3 * state_size, state_size))
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """(n, state_size) states from (n, size) inputs and (n, state_size) states."""
+        """Return the (n, state_size) states from (n, size) inputs and (n, state_size) states."""
         return torch.gru_cell(x, state, self.weight_ih_l0, self.weight_hh_l0)
 
 

@@ -87,7 +87,7 @@ MIN_ROWS, MIN_SHORTLIST = 64, 1024
 
 
 def _rounded(options: TableOptions, vocab_size: int) -> TableOptions:
-    """Larger options that more tables share; the further rows and tokens are dropped."""
+    """Round options up, so that tables share graphs; the extra rows and tokens are dropped."""
     rows, shortlist = options.rows, options.shortlist
     if shortlist is not None and max(options.m, options.k) <= shortlist < vocab_size:
         # The whole vocabulary would be no shortlist.
@@ -156,7 +156,7 @@ class ARHead:
         # None uses everything.
         limits: Tensor | None = None,
     ) -> Outputs:
-        """The numbers of the tables, rows per depth, and children of a row.
+        """Search the numbers of the tables, rows per depth, and children of a row.
 
         The int32 numbers are (blocks * n, 2 + 2 k), for one read from the device: the rows' places
         among all D * m rows, ascending, previous tokens, children, and log probabilities; then
@@ -229,7 +229,7 @@ class ARHead:
     def _shortlist(
         self, marginals: Tensor, size: int, limits: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(blocks, size) tokens of the shortlists, ascending, from (blocks, D, Vd) marginals.
+        """Choose shortlists, (blocks, size) ascending tokens, from (blocks, D, Vd) marginals.
 
         With limits also (blocks, size) whether a token is used.
         """
@@ -242,7 +242,7 @@ class ARHead:
 
 
 def _columns(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """(slots, v) of (slots, Vd): the columns of tokens, as `ScoredTokens.tokens` gives them."""
+    """Select columns of (slots, Vd): (slots, v), as `ScoredTokens.tokens` gives them."""
     if tokens is None:
         return x
     if tokens.ndim == 1:
@@ -308,7 +308,7 @@ class RecurrentHead:
     def _table(
         self, block: Block, slots: Slots, logits: Tensor, options: TableOptions
     ) -> TransitionTable:
-        """The table of one sequence, from its slots and (D, Vd) logits with their noise."""
+        """Return the table of one sequence, from its slots and (D, Vd) logits with their noise."""
         temperature = options.temperature
         width = options.m if options.rows is None else min(options.m, options.rows)
         token_rows, vocab, mass = self.module.token_rows.weight, None, None

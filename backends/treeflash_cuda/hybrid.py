@@ -109,7 +109,7 @@ def delta_rule(
     state: Tensor,  # (trees, heads, key_dim, value_dim)
     nodes: TreeNodes,
 ) -> tuple[Tensor, Tensor]:
-    """(trees, heads, n, value_dim) outputs of the gated delta rule on trees, and written values."""
+    """Compute the gated delta rule on trees: (trees, heads, n, value_dim), written values."""
     if log_g.shape[-1] > 1 and nodes.parents is not None and len(nodes.parents) >= MANY_NODES:
         return _by_depth(q, k, v, log_g, beta, state, nodes.parents)
     pairs, total = _decays(log_g, nodes.ancestors)
@@ -124,13 +124,13 @@ def delta_rule(
 def linear_rule(
     q: Tensor, k: Tensor, u: Tensor, log_g: Tensor, state: Tensor, nodes: TreeNodes
 ) -> Tensor:
-    """Gated linear attention on trees; shapes as in `delta_rule`, `u` are the values written."""
+    """Compute gated linear attention on trees, as `delta_rule`; `u` are the values written."""
     pairs, total = _decays(log_g, nodes.ancestors)
     return (total.exp() * q) @ state + _products(q, k, pairs) @ u
 
 
 def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays from node j to node i, 0 where i does not see j; and log decays from the state to i.
+    """Return decays from node j to i, 0 where i does not see j; log decays from the state.
 
     (trees, heads, n, n, 1 or key_dim) and (trees, heads, n, 1 or key_dim). Differences are masked
     before the exponential: off the paths they are positive and overflow.
@@ -141,7 +141,7 @@ def _decays(log_g: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _products(x: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
-    """(trees, heads, n, n) decayed products of rows."""
+    """Return the (trees, heads, n, n) decayed products of rows."""
     if pairs.shape[-1] == 1:
         return (x @ k.transpose(-1, -2)) * pairs[..., 0]
     return (x[..., :, None, :] * k[..., None, :, :] * pairs).sum(-1)
@@ -156,7 +156,7 @@ def _by_depth(
     state: Tensor,
     parents: NDArray[np.int32],
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` for a single tree, depth by depth.
+    """Compute `delta_rule` for a single tree, depth by depth.
 
     The decayed keys on a node's path are its parent's keys, decayed once more. That takes n *
     depth * key_dim products, and no exponentials but the gates'.
@@ -209,7 +209,7 @@ class StateLayout:
         )
 
     def stack(self, states: Sequence[CommittedStates], device: torch.device) -> list[Tensor]:
-        """(layers, sequences, ...) tails and float32 matrices of each group."""
+        """Return the (layers, sequences, ...) tails and float32 matrices of each group."""
         stacked = []
         for keys in self.groups:
             like = self._zeros[keys[0]]
@@ -238,7 +238,7 @@ class TreeWrites:
     outputs: Sequence[Tensor]
 
     def rows(self, paths: Mapping[int, NDArray[np.int32]]) -> NDArray[np.int32]:
-        """(sequences, ...) int32: which nodes are on a path, and the rows of each group's tail."""
+        """Return (sequences, ...) int32: the nodes on a path, and the rows of each group's tail."""
         widths = [x.shape[3] for x in self.before[: len(self.layout.tails)]]
         rows = np.zeros((self.before[0].shape[1], self.nodes + sum(widths)), np.int32)
         for i, path in paths.items():
@@ -312,7 +312,7 @@ class RecurrentStates:
 
 
 def _tail(inputs: Tensor, path: Tensor, width: int) -> Tensor:
-    """(1, channels, width) last inputs after a path of (a,) nodes; see `convolution_tail`."""
+    """Return (1, channels, width) last inputs after (a,) nodes; see `convolution_tail`."""
     if inputs.shape[2] == width:
         return inputs
     rows = torch.cat([torch.arange(width, device=path.device), path + width])
@@ -380,7 +380,7 @@ class RecurrentCache(TreeCache):
         """Return None: a model that gets a state may shift it in place."""
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether `update_conv_state` is to return earlier inputs too."""
+        """Return whether `update_conv_state` is to return earlier inputs too."""
         return True
 
     def update_conv_state(
@@ -391,7 +391,7 @@ class RecurrentCache(TreeCache):
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """(1, channels, ...) inputs per sequence: the last kernel - 1 inputs, then its rows."""
+        """Return inputs per sequence, (1, channels, ...): the last kernel - 1, then its rows."""
         if conv_kernel_size is None:
             raise UnsupportedModelError("cannot determine the convolution's kernel size")
         key = TAIL, layer_idx, state_idx
@@ -422,7 +422,7 @@ class RecurrentCache(TreeCache):
         activation: str | None = None,  # a name in transformers
         **kwargs: Any,  # further arguments of the model's function
     ) -> Tensor:
-        """(1, channels, rows) of a depthwise convolution."""
+        """Return the (1, channels, rows) of a depthwise convolution."""
         self._not_convolved = [x for x in self._not_convolved if x is not inputs]
         kernel = weight.shape[1]
         if kernel not in self._windows:  # made once for all layers
@@ -443,7 +443,7 @@ class RecurrentCache(TreeCache):
         # Takes `TreeNodes`, (trees, n, ...) rows and states (or None), returns outputs and writes.
         tree: Callable[..., tuple[Tensor, Writes]],
     ) -> Tensor:
-        """(1, rows, ...) outputs of a recurrence."""
+        """Return the (1, rows, ...) outputs of a recurrence."""
         raise NotImplementedError
 
     def _join_inputs(self, rows: Tensor, key: Key, width: int) -> Tensor:
@@ -451,7 +451,7 @@ class RecurrentCache(TreeCache):
         raise NotImplementedError
 
     def _input_rows(self, kernel: int) -> Tensor:
-        """(rows, kernel) the inputs that each row's convolution reads."""
+        """Return the (rows, kernel) inputs that each row's convolution reads."""
         raise NotImplementedError
 
 
@@ -599,7 +599,7 @@ class HybridTreeCache(RecurrentCache, SlabCache):
         return self._inputs[key].transpose(0, 1).flatten(1)[None]
 
     def _input_rows(self, kernel: int) -> Tensor:
-        """`convolution_windows` on the device."""
+        """Compute `convolution_windows` on the device."""
         ancestors = self.nodes.ancestors
         trees, n, _ = ancestors.shape
         back = torch.arange(kernel - 1, -1, -1, device=self.device)

@@ -36,7 +36,7 @@ class Kernels(Protocol):
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, **options: Any
     ) -> Tensor:
-        """(n, heads, head_dim) of the last n positions of a sequence over the whole sequence.
+        """Attend from the last n positions to the whole sequence: (n, heads, head_dim).
 
         q is (n, heads, head_dim); k and v are (m, kv_heads, head_dim) of all positions, as the
         cache stores them. Each position sees `window` positions, itself included; None for all
@@ -127,7 +127,7 @@ class EncodedKernels:
 def flash_kernels(
     device: torch.device, dtype: torch.dtype, config: Any
 ) -> tuple[FlashKernels | None, str]:
-    """FlashAttention's kernels for a model, or None if their results differ from plain products.
+    """Load FlashAttention's kernels, or None if their results differ from plain products.
 
     The second result is the reason if they fail although they support the device and the dtype.
     """
@@ -152,7 +152,7 @@ def flash_kernels(
 def _difference(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
 ) -> float:
-    """The root mean square error of the kernels on random numbers, in standard deviations.
+    """Return the root mean square error of the kernels on random numbers, in standard deviations.
 
     Of several windows the largest one.
     """

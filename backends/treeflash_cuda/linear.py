@@ -30,14 +30,14 @@ RowIndex: TypeAlias = Tensor | None
 
 
 def take(x: Tensor, rows: RowIndex) -> Tensor:
-    """The rows of x with these indices; on a CPU in half the time of `x[rows]`."""
+    """Return the rows of x with these indices; on a CPU in half the time of `x[rows]`."""
     return x if rows is None else x.index_select(0, rows)
 
 
 def token_products(
     x: Tensor, table: Tensor, tokens: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
-    """(n, v) products of (n, size) rows with the rows of a (vocab, size) table of some tokens.
+    """Multiply (n, size) rows with some tokens' rows of a (vocab, size) table: (n, v).
 
     The tokens are (v,), or (b, v) for each of b equal parts of x; None for all. The (vocab,) bias
     is added.
@@ -65,7 +65,7 @@ class PairLinear(nn.Linear):
 
     # A layer of two inputs cannot stand for one of a single input, and never does.
     def forward(self, first: Tensor, second: Tensor, rows: RowIndex) -> Tensor:  # type: ignore[override]
-        """(n, out) from (n, size) first vectors and the (n,) rows of (d, size) second vectors."""
+        """Return (n, out) from (n, size) first vectors and (n,) rows of (d, size) second ones."""
         # The product with a concatenation is a sum of two products.
         first_weight, second_weight = self.weight.chunk(2, 1)
         return F.linear(first, first_weight) + take(
@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
             self.packed = ONEDNN._reorder_linear_weight(weight.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         if self.in_fbgemm:
             # It takes two or more dimensions.
             return FBGEMM.linear_dynamic_fp16(x[None].float(), self.packed)[0].half()
@@ -131,7 +131,7 @@ class FusedLinear:
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., in) to the (..., out) of each layer."""
+        """Return the (..., in) to the (..., out) of each layer."""
         return self.product(x).split(self.sizes, -1)
 
 
@@ -150,7 +150,7 @@ class FusedPart(nn.Module):
         self.weight = placeholder(linear.weight)
 
     def forward(self, x: Any) -> Tensor:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         fused, outputs = getattr(x, "fused_outputs", (None, ()))
         if fused is not self.fused:
             outputs = self.fused(x)
@@ -192,19 +192,19 @@ def fuse_linears(module: nn.Module, sets: Sequence[Sequence[str]]) -> None:
 
 
 def is_plain(layer: Any) -> TypeGuard[nn.Linear]:
-    """Whether it is a linear layer whose weights nothing quantises, shards or moves."""
+    """Return whether it is a linear layer whose weights nothing quantises, shards or moves."""
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     return not is_subclass(layer.weight)
 
 
 def is_subclass(weight: Tensor) -> bool:
-    """Whether a weight holds other tensors, as torchao's quantised weights do, in any dtype."""
+    """Return whether a weight holds other tensors, as torchao's quantised weights do."""
     return bool(is_traceable_wrapper_subclass(weight))
 
 
 def placeholder(weight: Tensor) -> nn.Parameter:
-    """A parameter with a weight's dtype, device and shape, in the memory of one element.
+    """Return a parameter with a weight's dtype, device and shape, in the memory of one element.
 
     Models read these properties of layers whose weights are packed.
     """
@@ -212,17 +212,17 @@ def placeholder(weight: Tensor) -> nn.Parameter:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this machine has a kernel for packed weights of this dtype and device."""
+    """Return whether this machine has a kernel for packed weights of this dtype and device."""
     is_plain_tensor = weight.device.type == "cpu" and not is_subclass(weight)
     return is_plain_tensor and (uses_onednn(weight.dtype) or uses_fbgemm(weight.dtype))
 
 
 def uses_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies packed weights of a dtype on this machine."""
+    """Return whether oneDNN multiplies packed weights of a dtype on this machine."""
     return torch.backends.mkldnn.is_available() and IN_ONEDNN.get(dtype, bool)()
 
 
 def uses_fbgemm(dtype: torch.dtype) -> bool:
-    """Whether FBGEMM multiplies packed weights of a dtype on this machine, as oneDNN does not."""
+    """Return whether FBGEMM multiplies packed weights of a dtype here, as oneDNN does not."""
     has_fbgemm = torch.backends.quantized.engine in ("fbgemm", "x86")
     return dtype == torch.float16 and has_fbgemm and not uses_onednn(dtype)

@@ -62,7 +62,7 @@ class Router(nn.Module):
         self.e_score_correction_bias: nn.Parameter | None = bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
+        """Return (n, per_token) float32 weights and indices of experts, from (n, hidden_size)."""
         logits, bias = F.linear(x.float(), self.weight.float()), self.e_score_correction_bias
         scores = logits.softmax(-1) if bias is None else logits.sigmoid()
         ranks = scores if bias is None else scores + bias.float()
@@ -99,7 +99,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert_gate = nn.Linear(h, 1, bias=False) if experts.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, hidden_size) to (n, hidden_size)."""
+        """Map (n, hidden_size) to (n, hidden_size)."""
         weights, chosen = self.gate(x)
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
@@ -135,14 +135,14 @@ class Attention(nn.Module):
             self.k_norm = Norm(d, config.rms_norm_eps)
 
     def queries(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """(1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if there are any."""
+        """Return (1, heads, n, head_dim) queries, and (n, heads, head_dim) gates if any."""
         q, gate = self.q_proj(y).unflatten(-1, (self.config.num_attention_heads, -1)), None
         if self.config.gated:
             q, gate = q.chunk(2, -1)
         return self._rotated(self.q_norm(q) if self.config.qk_norm else q, rotation), gate
 
     def keys_and_values(self, y: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(1, kv_heads, n, head_dim) each, of n rows."""
+        """Return the (1, kv_heads, n, head_dim) each, of n rows."""
         k, v = (
             x.unflatten(-1, (-1, self.config.head_dim)) for x in (self.k_proj(y), self.v_proj(y))
         )
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         return keys, v.transpose(0, 1)[None]
 
     def _rotated(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(1, heads, n, head_dim) from (n, heads, head_dim); the first channels are rotated."""
+        """Rotate the first channels: (1, heads, n, head_dim) from (n, heads, head_dim)."""
         first, rest = x.transpose(0, 1)[None].tensor_split([rotation[0].shape[-1]], -1)
         return torch.cat([rotate(first, rotation), rest], -1)
 
@@ -192,7 +192,7 @@ class MtpModel(nn.Module):
         return [self.layer]
 
     def project(self, features: Tensor) -> Tensor:
-        """(n, hidden_size) states of rows, from (n, features * hidden_size) target outputs."""
+        """Project (n, features * hidden_size) target outputs to (n, hidden_size) states."""
         if self.fc is None:
             return features
         if self.input_norm is not None:
@@ -203,7 +203,7 @@ class MtpModel(nn.Module):
         return self.fc(features)
 
     def read(self, embedded: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads, and its residual, from (n, hidden_size) embeddings and states."""
+        """Return attention's input and residual from (n, hidden_size) embeddings and states."""
         normed = self.hidden_norm(states)
         both = torch.cat([self.embedding_norm(embedded), normed], -1)
         if self.input_proj is None:
@@ -213,14 +213,14 @@ class MtpModel(nn.Module):
         return self.layer.input_layernorm(x), x
 
     def finish(self, attended: Tensor, gate: Tensor | None, residual: Tensor) -> Tensor:
-        """(n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
+        """Return (n, hidden_size) outputs of rows, from their (n, heads, head_dim) attention."""
         if gate is not None:
             attended = attended * gate.sigmoid()
         x = residual + self.layer.self_attn.o_proj(attended.flatten(1))
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
     def feedback(self, outputs: Tensor) -> Tensor:
-        """The states of the children of rows."""
+        """Return the states of the children of rows."""
         return self.norm(outputs) if self.config.normed_feedback else outputs
 
 
@@ -372,7 +372,7 @@ def attend(
     ends: Sequence[int],  # columns that the rows of each sequence see, or that are masked
     visible: Tensor | None,  # (sequences, n, c) bool, of the last c columns; None if n is 1
 ) -> Tensor:
-    """(sequences * n, heads, head_dim) attention of each sequence's rows to its own columns."""
+    """Attend from each sequence's rows to its columns: (sequences * n, heads, head_dim)."""
     n = queries.shape[2] // len(caches)
     kv_caches = [cache.first_columns(0, end) for cache, end in zip(caches, ends, strict=True)]
     masks: list[Tensor | None] = [None] * len(caches)
@@ -456,7 +456,7 @@ class MtpHead:
         tokens: Tensor,  # (sequences, n) of the target's vocabulary
         parents: Tensor,  # (sequences, n) rows of the depth before, of each sequence
     ) -> _Rows:
-        """The rows of tokens, which follow rows of the depth before."""
+        """Return the rows of tokens, which follow rows of the depth before."""
         (batch, n), model = tokens.shape, self.model
         before, drafted = rows.visible.shape[1:]
         places = (parents + before * torch.arange(batch, device=parents.device)[:, None]).flatten()

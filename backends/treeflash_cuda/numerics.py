@@ -24,7 +24,7 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """int32 tensors of several arrays, in one copy."""
+    """Upload several arrays in one copy, as int32 tensors."""
     if not arrays:
         return []
     flat = np.concatenate([np.asarray(array, np.int32).ravel() for array in arrays])
@@ -33,7 +33,7 @@ def upload_all(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Ten
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(n, k) largest elements of each (size,) row, largest first, and their indices.
+    """Return the (n, k) largest elements of each (size,) row, largest first, and their indices.
 
     They are found block by block: the k largest elements lie in the k blocks with the largest
     maxima, and maxima are fast. At most `size` elements are returned.
@@ -49,7 +49,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """(n, k) indices of the largest elements of (n, size) float32 numbers, ascending.
+    """Return the (n, k) indices of the largest elements of (n, size) float32 numbers, ascending.
 
     NaN counts as larger than any number, as in `Tensor.topk`.
     """
@@ -59,7 +59,7 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def _largest(numbers: NDArray[np.float32], k: int) -> Tensor:
-    """(k,) indices of the largest elements of (size,) numbers, ascending."""
+    """Return the (k,) indices of the largest elements of (size,) numbers, ascending."""
     # Not `>=`: no comparison with NaN is true, and the caller has to find NaN.
     candidates = np.flatnonzero(~(numbers < topk_lower_bound(numbers, k)))
     best = np.argpartition(numbers[candidates], -k)[-k:]
@@ -67,7 +67,7 @@ def _largest(numbers: NDArray[np.float32], k: int) -> Tensor:
 
 
 def topk_lower_bound(x: NDArray[np.float32], k: int) -> np.float32:
-    """A lower bound of the k largest of (size,) numbers, without searching for them."""
+    """Return a lower bound of the k largest of (size,) numbers, without searching for them."""
     block = math.gcd(len(x), BLOCK)
     while len(x) < k * block:
         block //= 2
@@ -77,12 +77,12 @@ def topk_lower_bound(x: NDArray[np.float32], k: int) -> np.float32:
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in float32, divided by the temperature; 1 saves a pass over them."""
+    """Divide logits, in float32, by the temperature; 1 saves a pass over them."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def top_log_probs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The most probable tokens of each row of (n, vocab) logits, best first; at most all tokens.
+    """Return the most probable tokens of each row of (n, vocab) logits, best first.
 
     (n, k) int32, and their (n, k) float32 log probabilities in nats.
     """
@@ -92,7 +92,7 @@ def top_log_probs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, T
 
 
 def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
-    """(n, vocab) float32 noise of (n, 2) int32 keys."""
+    """Return the (n, vocab) float32 noise of (n, 2) int32 keys."""
     if keys.device.type == "cpu":
         noise = definition.vocabulary_noise(keys.numpy().view(np.uint32), vocab_size)
         return torch.from_numpy(noise)
@@ -100,7 +100,7 @@ def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
-    """`gumbel`, computed on the device of the keys."""
+    """Compute `gumbel` on the device of the keys."""
     x = torch.arange(vocab_size, device=keys.device, dtype=torch.int32) ^ keys[:, :1]
     _mix(x)
     x ^= keys[:, 1:]
@@ -110,12 +110,12 @@ def gumbel_on_device(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> None:
-    """The hash's step in place; int32 products wrap."""
+    """Return the hash's step in place; int32 products wrap."""
     for shift, multiplier in zip(definition.SHIFTS, (*definition.MULTIPLIERS, 1), strict=True):
         x ^= _shifted(x, shift)
         x *= multiplier - (multiplier >> 31 << 32)
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:
-    """The right shift of unsigned numbers: the sign is not copied."""
+    """Return the right shift of unsigned numbers: the sign is not copied."""
     return (x >> shift).bitwise_and_((1 << 32 - shift) - 1)

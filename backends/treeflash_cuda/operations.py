@@ -51,7 +51,7 @@ class VisibleKeys:
     def of_trees(
         cls, first: Tensor, length: Tensor, positions: Tensor, ancestors: Tensor
     ) -> VisibleKeys:
-        """Nodes see all (t,) committed positions, their ancestors, and themselves.
+        """Let nodes see all (t,) committed positions, their ancestors, and themselves.
 
         The trees have (t, n) positions and (t, n, n) bool ancestors, which include the node itself
         and come before it. Node i is in column `first` + `length` + i.
@@ -61,18 +61,18 @@ class VisibleKeys:
 
     @classmethod
     def of_chunks(cls, first: Tensor, length: Tensor, positions: Tensor) -> VisibleKeys:
-        """Rows at (t, n) consecutive positions after (t,) committed ones see all before them."""
+        """Let rows at (t, n) consecutive positions after (t,) committed ones see what is before."""
         end = positions.int() + 1
         paths = end.new_zeros(*end.shape, 0)
         return cls(first, length + end.shape[1], torch.zeros_like(end), end, paths)
 
     def within(self, window: int) -> VisibleKeys:
-        """The keys of layers whose rows see the last `window` positions, their own included."""
+        """Return what rows see that see the last `window` positions, their own included."""
         return replace(self, start=torch.maximum(self.start, self.end - window))
 
 
 def ancestor_paths(ancestors: Tensor) -> Tensor:
-    """(t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
+    """Return (t, n, n) int32 rows of each node's ancestors by depth, from (t, n, n) bool ancestors.
 
     Entries beyond a node's own depth are 0.
     """
@@ -94,7 +94,7 @@ def tree_attention(
     softcap: float | None = None,  # scores become softcap * tanh(score / softcap)
     sinks: Tensor | None = None,  # (heads,) scores of a key per head whose value is zero
 ) -> Tensor:
-    """(t * n, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
+    """Return (t * n, heads, head_dim) attention of all rows, contiguous. Every row sees a key."""
     (t, n), (kv_heads, columns, _) = keys.end.shape, k.shape
     device = q.device
     shared, first = keys.shared[:, None], keys.first[:, None]
@@ -121,7 +121,7 @@ def tree_attention(
 
 
 def _sees(keys: VisibleKeys, positions: Tensor) -> Tensor:
-    """(t, n, m) whether rows see (m,) or (t, 1, m) positions."""
+    """Return the (t, n, m) whether rows see (m,) or (t, 1, m) positions."""
     start, end = keys.start[..., None], keys.end[..., None]
     visible = positions >= start
     if keys.sink is not None:
@@ -130,7 +130,7 @@ def _sees(keys: VisibleKeys, positions: Tensor) -> Tensor:
 
 
 def _tree(keys: VisibleKeys) -> Tensor:
-    """(t, n, n) whether rows see the keys of rows."""
+    """Return the (t, n, n) whether rows see the keys of rows."""
     *shape, depths = keys.paths.shape
     positions = keys.shared[:, None, None] + torch.arange(depths, device=keys.paths.device)
     index = keys.paths.long().masked_fill(~_sees(keys, positions), shape[1])
@@ -144,7 +144,7 @@ def rms_norm(
     eps: float,
     residual: Tensor | None = None,  # (..., size), added first
 ) -> tuple[Tensor, Tensor]:
-    """(..., size) the normalised sum, and the sum itself, in the dtype of x."""
+    """Return the (..., size) normalised sum, and the sum itself, in the dtype of x."""
     if residual is not None:
         x = x + residual
     wide = x.float()
@@ -165,7 +165,7 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor] | None = None,  # (head_dim,) RMSNorm weights of queries and keys
     eps: float = 0.0,  # the norms' epsilon
 ) -> Tensor:
-    """(n, heads, head_dim) rotated queries, contiguous; writes the rows' keys and values.
+    """Rotate (n, heads, head_dim) rotated queries, contiguous; writes the rows' keys and values.
 
     Element i is paired with i + rotary_dim / 2; elements from rotary_dim on are not rotated.
     Several rows may have the same column if their keys and values are equal.
@@ -188,7 +188,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
-    """(..., size) activation(gate) * up, contiguous: SwiGLU, or Gemma's GeGLU."""
+    """Return the (..., size) activation(gate) * up, contiguous: SwiGLU, or Gemma's GeGLU."""
     active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return active * up
 
@@ -199,7 +199,7 @@ def grouped_linear(
     ends: Tensor,  # (groups,) int32 row after each group's last one
     bias: Tensor | None = None,  # (groups, width)
 ) -> Tensor:
-    """(rows, width) products of each row with its group's weight; zeros after the last group."""
+    """Multiply rows with their group's weight: (rows, width); zeros after the last group."""
     rows = torch.arange(len(x), dtype=ends.dtype, device=x.device)
     group = torch.searchsorted(ends, rows, right=True)
     known = group.clamp(max=len(ends) - 1)
@@ -214,7 +214,7 @@ def sample_rows(
     keys: Tensor,  # (n, 2) int32 of the noise
     settings: Tensor,  # (n, 4) float32 temperature (0 is greedy), top-k (0 is off), top-p, min-p
 ) -> Tensor:
-    """(n,) int32 tokens, as `treeflash.decoding.sampling.sample_tokens` chooses them.
+    """Sample the (n,) int32 tokens, as `treeflash.decoding.sampling.sample_tokens` chooses them.
 
     It is -1 where a row's largest logit is not finite.
     """
@@ -281,7 +281,7 @@ class Shapes:
 
 
 def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations for a model on a GPU: Triton kernels that pass their check, else PyTorch."""
+    """Load a model's operations on a GPU: Triton kernels that pass their check, else PyTorch."""
     try:
         from treeflash_cuda.triton_kernels import attention, experts, layers, sampling
     except ImportError as error:
@@ -296,7 +296,7 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
 def checked(
     kernels: Operations, shapes: Shapes, device: torch.device, dtype: torch.dtype
 ) -> Operations:
-    """The kernels whose results agree with PyTorch's, and PyTorch for the other operations."""
+    """Return the kernels that agree with PyTorch, and PyTorch for the other operations."""
     chosen: dict[str, Any] = {}
     reasons = {}
     for name, compute in CHECKS.items():
@@ -324,7 +324,7 @@ def checked(
 
 
 def _worst_row(actual: Tensor, expected: Tensor) -> float:
-    """The largest root mean square error of a row, as a share of the standard deviation."""
+    """Return the largest root mean square error of a row, as a share of the standard deviation."""
     error = (actual.float() - expected.float()).square().flatten(1).mean(1).amax().sqrt()
     return float(error / expected.float().std())
 
@@ -348,7 +348,7 @@ CHUNK = 18
 
 
 def _check_attention(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
-    """Trees with and without a window, a prompt's tokens, and the single rows of plain decoding.
+    """Check trees with and without a window, a prompt's tokens, and plain decoding's rows.
 
     Rows cross tiles and chunks.
     """
@@ -416,7 +416,7 @@ def _check_gate(operations: Operations, numbers: Numbers, shapes: Shapes) -> lis
 
 
 def _check_experts(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
-    """Experts with few rows, many rows and none; weights in both layouts; rows of no expert."""
+    """Check experts with few, many and no rows, both layouts, and rows of no expert."""
     groups, width = 3, 48
     weights = numbers.draw(groups, width, shapes.hidden_size)
     bias = numbers.draw(groups, width)
@@ -435,7 +435,7 @@ SAMPLES = 8
 
 
 def _check_sampling(operations: Operations, numbers: Numbers, shapes: Shapes) -> list[Tensor]:
-    """Every filter alone and all together, greedy rows, and rows that are not finite.
+    """Check every filter alone and all together, greedy rows, and rows that are not finite.
 
     A setting has several rows, so that a filter decides some of them.
     """

@@ -71,7 +71,7 @@ followers = Followers()
 
 
 def reserve_everywhere(arena: Arena) -> None:
-    """On rank 0, let the target's arenas of the other ranks allocate equally many bytes at once.
+    """Let all ranks' arenas of the target allocate equally many bytes at once, on rank 0.
 
     Rank 0 has the least free memory, because it alone has a drafter.
     """
@@ -79,7 +79,7 @@ def reserve_everywhere(arena: Arena) -> None:
 
 
 def succeeded_everywhere(succeeded: bool) -> bool:
-    """Whether a step succeeded on every rank; all ranks call it."""
+    """Return whether a step succeeded on every rank; all ranks call it."""
     found = [False] * dist.get_world_size()
     dist.all_gather_object(found, succeeded)
     return all(found)
@@ -180,7 +180,7 @@ def _follow(target: Target) -> None:
 
 
 def end(graphs: Graphs) -> None:
-    """On rank 0, end the other ranks."""
+    """End the other ranks, on rank 0."""
     graphs.clear()
     if dist.is_initialized() and not followers.lost:
         followers.tell("end")

@@ -66,7 +66,7 @@ def _sample_rows(
 def _sample_row(
     probs: NDArray[np.float32], key: NDArray[np.uint32], top_k: int, top_p: float, min_p: float
 ) -> np.int64:
-    """One token, by (vocab,) probabilities and the (2,) key of the noise; `top_k` 0 is off."""
+    """Sample one token by (vocab,) probabilities and the (2,) key of noise; `top_k` 0 is off."""
     best = probs.max()
     edge = min_p * best
     if top_k:
@@ -133,13 +133,13 @@ def sample_on_gpu(
 
 
 def finite_argmax(logits: Tensor) -> Tensor:
-    """(n,) the best token of each row of (n, vocab) logits; -1 where its logit is not finite."""
+    """Return each row's (n,) best token of (n, vocab) logits; -1 where it is not finite."""
     best, tokens = _best(logits)
     return torch.where(best.isfinite(), tokens, NOT_FINITE)
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) the largest number of each row, and (n,) its index, the first one in a tie."""
+    """Return the (n,) largest number of each row, and (n,) its index, the first one in a tie."""
     n, vocab = scores.shape
     block = math.gcd(vocab, BLOCK)
     blocks = scores.view(n, -1, block)
@@ -152,7 +152,7 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _sample(
     logits: Tensor, sampling: SamplingConfig, keys: Tensor, shortlist: int
 ) -> tuple[Tensor, Tensor]:
-    """(n,) tokens, and (n,) whether the shortlist contained the nucleus."""
+    """Sample the (n,) tokens, and (n,) whether the shortlist contained the nucleus."""
     probs = torch.softmax(logits.float() / sampling.temperature, -1)
     covered = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
     ranked = None
@@ -172,7 +172,7 @@ def _sample(
 
 
 def _nucleus_edge(ranked: Tensor, mass: Tensor) -> Tensor:
-    """(n, 1) smallest probability that top-p keeps, of (n, k) largest ones and the mass to keep."""
+    """Return the (n, 1) least probability in top-p, from (n, k) largest ones and the mass."""
     mass_above = ranked.cumsum(-1, dtype=torch.float64) - ranked
     # Keep at least the best token; the caller reports rows that are not finite.
     last = (mass_above < mass).sum(-1, keepdim=True).clamp(min=1) - 1
@@ -206,11 +206,11 @@ class Logits:
 
     @classmethod
     def split(cls, logits: Tensor, counts: Sequence[int]) -> Logits:
-        """(rows, vocab) logits with this number of rows of each sequence."""
+        """Split the (rows, vocab) logits with this number of rows of each sequence."""
         return cls(list(logits.split(list(counts))), [None] * len(counts), logits)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Some or all parts as one tensor."""
+        """Return some or all parts as one tensor."""
         if self.whole is not None and sum(map(len, parts)) == len(self.whole):
             return self.whole
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
@@ -256,7 +256,7 @@ def _sample_together(
     counts: Sequence[int],  # rows of each sequence
     sample_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> dict[int, NDArray[np.int32]]:
-    """The tokens of each sequence, by a kernel in which every row has settings of its own."""
+    """Sample each sequence's tokens by a kernel in which every row has its settings."""
     keys = np.zeros((len(logits), 2), np.int32)
     settings = np.zeros((len(logits), 4), np.float32)
     ends = np.cumsum(counts)
@@ -278,7 +278,7 @@ def _sample_groups(
     edited: dict[int, Tensor],  # logits that take the place of others
     graphs: Graphs | None,
 ) -> dict[int, NDArray[np.int32]]:
-    """The tokens of each sequence, those with the same sampling together."""
+    """Sample the tokens of each sequence, those with the same sampling together."""
     parts, counts = logits.parts, [len(part) for part in logits.parts]
     groups: dict[object, list[int]] = {}
     for i, params in sampled.items():
@@ -310,7 +310,7 @@ def _sample_groups(
 def _edit_logits(
     logits: Sequence[Tensor], all_params: dict[int, SamplingParams]
 ) -> dict[int, Tensor]:
-    """(n, vocab) logits of the sequences with edits or forbidden tokens, which get -inf."""
+    """Return (n, vocab) logits of the sequences with edits or forbidden tokens, which get -inf."""
     arrays: list[NDArray[np.generic]] = []
     for params in all_params.values():
         if (edits := params.edits) is not None:
@@ -335,7 +335,7 @@ def _edit_logits(
 
 
 def _unpack(words: Tensor, vocab_size: int) -> Tensor:
-    """(n, vocab) bool of an int32 bitmask."""
+    """Return the (n, vocab) bool of an int32 bitmask."""
     bits = words[:, :, None] >> torch.arange(MASK_BITS, device=words.device, dtype=torch.int32)
     return (bits & 1).bool().flatten(1)[:, :vocab_size]
 
@@ -345,7 +345,7 @@ def _log_probs(
     tokens: dict[int, NDArray[np.int32]],
     all_params: dict[int, SamplingParams],
 ) -> dict[int, LogProbs]:
-    """The log probabilities of the sequences whose parameters ask for them."""
+    """Return the log probabilities of the sequences whose parameters ask for them."""
     sizes = {i: x.log_probs for i, x in all_params.items() if x.log_probs is not None}
     if not sizes:
         return {}

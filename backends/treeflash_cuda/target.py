@@ -95,7 +95,7 @@ TOLERANCE_FACTOR = 5
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder, as transformers reads it.
+    """Read the configuration of a folder, as transformers reads it.
 
     Raises a CheckpointError if the configuration is damaged, or of a type that transformers lacks.
     """
@@ -109,7 +109,7 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
 
 
 def max_positions(config: Any) -> int:
-    """Positions of the model; with longrope scaling, the positions before frequencies change."""
+    """Return the model's positions, or how many there are before longrope's frequencies change."""
     rope = getattr(config, "rope_parameters", None) or {}
     for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
         # transformers picks the frequencies of a whole forward pass by its last position.
@@ -127,7 +127,7 @@ def load_model(
     processes: int = 1,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The model of a folder in the Hugging Face format, for inference; see `Target`.
+    """Load the model of a folder in the Hugging Face format, for inference; see `Target`.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
     configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
@@ -226,7 +226,7 @@ def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The layers of a decoder-only model, first to last; raise for other models."""
+    """Return the layers of a decoder-only model, first to last; raise for other models."""
     layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
     if not layers:
         raise UnsupportedModelError(
@@ -236,7 +236,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
 
 
 def layer_spans(layers: Sequence[nn.Module]) -> list[Span]:
-    """Devices and their numbers of consecutive layers.
+    """List devices with their numbers of consecutive layers.
 
     Raises a ConfigError if a layer is not on a GPU.
     """
@@ -274,13 +274,13 @@ def follow_devices(model: Any, layers: Sequence[nn.Module], home: torch.device) 
 
 
 def join_ranks(tensor: Tensor) -> Tensor:
-    """A tensor that may be split between the processes of `torchrun`, whole on each of them."""
+    """Gather a tensor that may be split between the processes of `torchrun`."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather().detach()
 
 
 def whole_output_head(head: Any) -> nn.Module:
-    """A copy of the output head that one process can use alone, for its drafter."""
+    """Return a copy of the output head that one process can use alone, for its drafter."""
     weight, bias = join_ranks(head.weight), head.bias
     with torch.device("meta"):
         copy = nn.Linear(weight.shape[1], len(weight), bias is not None)
@@ -329,7 +329,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def attention_implementation(config: Any) -> Any:
-    """The name of a model's attention; a dictionary of names if it has parts."""
+    """Return the name of a model's attention; a dictionary of names if it has parts."""
     parts = {name: getattr(config, name) for name in config.sub_configs}
     own: str = config._attn_implementation
     names = {name: attention_implementation(part) for name, part in parts.items() if part}
@@ -564,7 +564,7 @@ class Target:
             )
 
     def _significant_difference(self, actual: Tensor, expected: Tensor) -> float:
-        """The relative error of logits; 0 if other kernels could cause it."""
+        """Return the relative error of logits; 0 if other kernels could cause it."""
         difference = float((actual - expected).float().std() / expected.float().std())
         tolerance = TOLERANCES[str(self.dtype).removeprefix("torch.")]
         return difference if difference > TOLERANCE_FACTOR * tolerance else 0
@@ -592,16 +592,16 @@ class Target:
                 self.layers[layer_id].register_forward_hook(partial(capture_layer, layer_id))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(..., hidden_size) rows of the input table."""
+        """Compute the (..., hidden_size) rows of the input table."""
         return F.embedding(tokens, self.embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) logits of the model, from (..., hidden_size) outputs of its decoder."""
+        """Compute the model's (..., vocab) logits from its decoder's (..., hidden_size)."""
         raw = self.lm_head(hidden)
         return raw if self.scale == 1 else raw * self.scale
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """(n, v) logits of some tokens, from (n, hidden_size); see `token_products`."""
+        """Return the (n, v) logits of some tokens, from (n, hidden_size); see `token_products`."""
         if self.lm_head_weight is not None:
             bias = getattr(self.lm_head, "bias", None)
             return token_products(hidden, self.lm_head_weight, tokens, bias)
@@ -613,7 +613,7 @@ class Target:
     def run_decoder(
         self, tokens: Tensor, context: AttentionContext
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """(rows, n, hidden_size) of the decoder and of captured layers, from (rows, n) tokens."""
+        """Run (rows, n) tokens: (rows, n, hidden_size) of the decoder and of captured layers."""
         positions = context.positions.expand(len(tokens), -1)
         with attention_context(context) as outputs:
             decoder = self.model.get_decoder()
@@ -623,25 +623,25 @@ class Target:
     def context(
         self, committed: int, positions: Tensor, ancestors: Tensor | None
     ) -> AttentionContext:
-        """The context of a block of tokens of one sequence; see `AttentionContext`."""
+        """Return the context of a block of tokens of one sequence; see `AttentionContext`."""
         if self.sums_by_position:
             return ExactContext(committed, positions, ancestors)
         return AttentionContext(committed, positions, ancestors, self.kernels)
 
     def packed_context(self, contexts: Sequence[Any], cache: TreeCache) -> Context:
-        """The context of several sequences, from the result of `context` for each."""
+        """Return the context of several sequences, from the result of `context` for each."""
         if isinstance(cache, ExactCache):
             return PackedExactContext(contexts, cache)
         return PackedContext(contexts, cache)
 
     def new_recurrent_states(self) -> RecurrentStates | None:
-        """The recurrent states of an empty sequence; None if the model has none."""
+        """Create the recurrent states of an empty sequence; None if the model has none."""
         return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
 
     def new_cache(
         self, rows: Sequence[tuple[State, Any]], ancestors: Sequence[Tensor | None]
     ) -> TreeCache:
-        """The cache of a forward pass over trees, which have ancestors, and next tokens."""
+        """Create the cache of a forward pass over trees, which have ancestors, and next tokens."""
         kv_caches = [state.kv_cache for state, _ in rows]
         if not self.is_hybrid:
             cache = ExactCache if self.sums_by_position else TreeCache

@@ -76,19 +76,19 @@ class Threads:
 
 @cache
 def cpu_threads() -> Threads:
-    """The threads of this process."""
+    """Return the threads of this process."""
     return Threads()
 
 
 def usable_processors() -> list[int]:
-    """The processors that this process may run on, by number."""
+    """Return the processors that this process may run on, by number."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def quota(processors: int) -> int:
-    """The whole processors that a container's limit leaves of some; all without a limit."""
+    """Return the whole processors that a container's limit leaves of some; all without a limit."""
     try:
         allowed, period = QUOTA.read_text(encoding="ascii").split()
         return max(min(processors, math.ceil(int(allowed) / int(period))), 1)

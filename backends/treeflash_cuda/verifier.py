@@ -55,7 +55,7 @@ class TreePass:
         self.target = target
 
     def run(self, trees: Sequence[tuple[State, DraftTree]]) -> list[tuple[Tensor, Tensor]]:
-        """(n, vocab) logits, and their (n,) `finite_argmax`, of each tree's nodes.
+        """Return the (n, vocab) logits, and their (n,) `finite_argmax`, of each tree's nodes.
 
         Raises:
             UnsupportedModelError: a layer's attention is neither causal nor a window.
@@ -101,7 +101,7 @@ class TreePass:
         inputs: Tensor,  # see `_inputs`
         *states: Tensor,  # the recurrent states; see `StateLayout.stack`
     ) -> Outputs:
-        """Logits, the best token of each row, indices of captured layers, and their outputs.
+        """Run a pass: logits, each row's best token, captured layers' indices and outputs.
 
         With recurrent layers `TreeWrites.outputs` follow.
         """
@@ -125,13 +125,13 @@ class TreePass:
 
 
 def region_of(state: State) -> Region | None:
-    """The columns of a sequence; None if no layer of the target has keys and values."""
+    """Return the columns of a sequence; None if no layer of the target has keys and values."""
     cache = state.kv_cache
     return None if cache.arena.like is None else cache.allocate()
 
 
 def slab_of(state: State) -> Slab | None:
-    """The allocation that has the columns of a sequence."""
+    """Return the allocation that has the columns of a sequence."""
     region = region_of(state)
     return None if region is None else region.slab
 
@@ -142,7 +142,7 @@ def _inputs(
     sequences: int,
     nodes: int,
 ) -> NDArray[np.int32]:
-    """Tokens, positions and slots of all nodes, first columns and lengths of sequences, ancestors.
+    """Return tokens, positions and slots of nodes, columns and lengths of sequences, ancestors.
 
     Trees are filled up with copies of their roots, and sequences with copies of the first one.
     Copies write the same keys and values to the same slots.
@@ -212,7 +212,7 @@ class Verifier:
         return token_ids
 
     def forward(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
-        """Logits of all nodes of trees and of the last of new tokens, where they are needed.
+        """Run trees and new tokens: logits of all nodes, and of last tokens where needed.
 
         One forward pass runs all sequences. If there is the operation for trees, the trees of each
         slab have a pass of their own.
@@ -248,7 +248,7 @@ class Verifier:
         return Logits(list(parts), list(best))
 
     def _forward_with_masks(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> Logits:
-        """`_forward` in one pass, in which every sequence attends with a mask of its own."""
+        """Run `_forward` in one pass, in which every sequence has its mask."""
         sizes = [len(tokens) for _, tokens in rows]
         arrays: list[NDArray[Any]] = []
         for state, tokens in rows:
@@ -334,7 +334,7 @@ class Verifier:
             state.context.append(part)
 
     def _project(self, outputs: dict[int, Tensor], rows: Tensor) -> Tensor:
-        """(n, hidden_size) features of n rows of a forward pass."""
+        """Project the (n, hidden_size) features of n rows of a forward pass."""
         assert self.drafter is not None
         layers = [outputs[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids]
         # Projected at once: the outputs of five layers take five times the memory.

@@ -36,7 +36,7 @@ class Head(nn.Module):
         self.has_gate = "ug.weight" in tensors
 
     def forward(self, embedded: Tensor, normed: Tensor) -> Tensor:
-        """(n, hidden_size) corrections, from the same shape of embeddings and of u."""
+        """Return the (n, hidden_size) corrections, from the same shape of embeddings and of u."""
         weights: Any = self
         embedded = F.rms_norm(embedded, embedded.shape[-1:], weights.norm_weight, NORM_EPS)
         inputs = torch.cat([embedded, normed], -1)
@@ -47,7 +47,7 @@ class Head(nn.Module):
 
 
 def norm_context_keys(model: DFlashQwen3Model, keys: Tensor) -> Tensor:
-    """Norm the (layers, positions, kv_heads, head_dim) keys of the context, layer by layer."""
+    """Normalise the (layers, positions, kv_heads, head_dim) keys of the context."""
     pairs = zip(model.layers, keys, strict=True)
     return torch.stack([layer.self_attn.k_norm(own) for layer, own in pairs])
 
@@ -68,7 +68,7 @@ class Backbone(DFlashQwen3Model):
         positions: torch.Tensor,
         input_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(rows, hidden_size) outputs of the last layer."""
+        """Return the (rows, hidden_size) outputs of the last layer."""
         hidden = self.embed_input_ids(input_ids) if input_embeds is None else input_embeds
         residual = None
         for layer in self.layers:
@@ -94,7 +94,7 @@ class TreeFlashDraftModel(DFlashQwen3ForCausalLM):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(rows, hidden_size) outputs of the blocks, before the final norm."""
+        """Return the (rows, hidden_size) outputs of the blocks, before the final norm."""
         self.block_tokens = input_ids
         return super().forward(input_ids, positions, inputs_embeds)
 

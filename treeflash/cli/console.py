@@ -117,7 +117,7 @@ def _fail(message: str, status: int = BAD_INPUT) -> int:
 
 
 def progress(console: Console, *further: ProgressColumn) -> Progress:
-    """A bar with a description, a count and the remaining time."""
+    """Create a progress bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, *further, TimeRemainingColumn(), console=console)
 
@@ -166,7 +166,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args([*self._configured(argv), *argv])
 
     def _configured(self, argv: Sequence[str]) -> list[str]:
-        """The options of the file of `--config`, in the form of the command line."""
+        """Read the options of the file of `--config`, in the form of the command line."""
         if "--config" not in self._option_string_actions:
             return []
         finder = Parser(None, "", add_help=False)

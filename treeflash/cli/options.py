@@ -153,7 +153,7 @@ def add_parallel_option(
 
 
 def decode_options(args: argparse.Namespace) -> Options:
-    """The decoding options that were given; an invalid one raises a ConfigError."""
+    """Return the decoding options that were given; an invalid one raises a ConfigError."""
     options = cast(Options, {key: value for key, value in vars(args).items() if key in OPTIONS})
     parse_options(options)
     return options

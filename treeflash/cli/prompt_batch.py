@@ -103,7 +103,7 @@ class Batch:
                 )
 
     def is_finished(self, options: Options, args: argparse.Namespace) -> bool:
-        """Whether the output has every turn, from the chosen target, backend and dtype."""
+        """Return whether the output has every turn, from the chosen target, backend and dtype."""
         name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
         for record in self._records():
             if str(record.get("target")).rpartition("/")[2].lower() != name or any(
@@ -149,7 +149,7 @@ class Batch:
                 self.seconds = time.perf_counter() - started
 
     def report(self) -> str:
-        """One line: the numbers of turns decoded and failed, block efficiency, and speed."""
+        """Format the numbers of turns decoded and failed, block efficiency and speed."""
         records, errors = self._records(), self.errors
         lengths = [n for record in records for n in record.get("accepted_lengths", ())]
         return (
@@ -173,7 +173,7 @@ class Batch:
     def _converse(
         self, row: Row, options: Options, settings: Record, advance: Callable[[], None]
     ) -> Iterator[Turn]:
-        """The missing turns of a row; each must be in the output before the next is asked for."""
+        """Yield a row's missing turns; each is written before the next is asked for."""
         records, messages = self.output.records, list[Message]()
         for number, new_messages in enumerate(row.turns):
             messages += new_messages
@@ -247,7 +247,7 @@ class Batch:
 
 
 def _outcome(assembler: Assembler, error: Exception | None) -> Record:
-    """The part of a turn's record that describes its text, or the error that ended it."""
+    """Return the part of a turn's record that describes its text, or the error that ended it."""
     if error is None:
         return assembler.generation().to_dict()
     if isinstance(error, TreeflashError) or is_out_of_memory(error):
@@ -256,7 +256,7 @@ def _outcome(assembler: Assembler, error: Exception | None) -> Record:
 
 
 def _settings(options: Options) -> Record:
-    """Everything that determines a text besides its prompt, as far as options tell it."""
+    """List what determines a text besides its prompt, as far as options tell it."""
     text = parse_options(options)
     config = text.decode
     penalties = asdict(config.penalties)
@@ -274,7 +274,7 @@ def _settings(options: Options) -> Record:
 
 
 def provenance(model: LanguageModel) -> Record:
-    """The parts of a loaded model that determine its texts, for the records of an output file."""
+    """Describe what determines a loaded model's texts, for the records of an output file."""
     return {
         "target": model.names["target"],
         "backend": model.backend.name,

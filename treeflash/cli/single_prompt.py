@@ -81,7 +81,7 @@ def compare(generation: Generation, stream: Stream) -> Comparison:
 def decision_margin(
     logits: NDArray[np.float32], tokens: Sequence[int], sampling: SamplingConfig, position: int
 ) -> float:
-    """The distance that (vocab,) raw logits would have to move for each token to be sampled.
+    """Return how far (vocab,) raw logits would have to move for each token to be sampled.
 
     It is the distance of a token's logit from the largest, with the noise of sampling at an
     absolute position. For a token that the filters dropped, it is the distance of its logit from
@@ -97,7 +97,7 @@ def decision_margin(
 
 
 def spacing(value: float, dtype: str) -> float:
-    """The distance between neighbouring numbers of a dtype around a value."""
+    """Return the distance between neighbouring numbers of a dtype around a value."""
     _, exponent = math.frexp(value)
     return math.ldexp(1.0, exponent - 1 - MANTISSA_BITS[dtype])
 
@@ -111,7 +111,7 @@ NOT_EQUAL = 1
 
 
 def read_prompt(prompt: str | None, file: Path | None, console: Console) -> str:
-    """The given prompt, else the file's text, else standard input if piped, else a sample.
+    """Read the given prompt, else the file's text, else standard input if piped, else a sample.
 
     A final newline is dropped. A text that is empty or cannot be read raises a PromptError.
     """
@@ -138,7 +138,7 @@ def read_prompt(prompt: str | None, file: Path | None, console: Console) -> str:
 
 
 def _is_piped(stream: TextIO | None) -> bool:
-    """Whether a stream is neither a terminal nor the null device."""
+    """Return whether a stream is neither a terminal nor the null device."""
     if stream is None or stream.closed:
         return False
     try:
@@ -183,7 +183,7 @@ def _label(tokenizer: Tokenizer, token: int, accepted: bool) -> Text:
 
 
 def _probability(tree: DraftTree, node: int) -> str:
-    """The drafter's probability of the path to a node and, after depth 1, of its last token."""
+    """Return the drafter's probability of a node's path and, after depth 1, of its token."""
     path = tree.log_probs[node]
     text = f"{math.exp(path):.1%}"
     if tree.depths[node] > 1:
@@ -196,7 +196,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def summarise(generation: Generation) -> str:
-    """Tokens, speed, block efficiency, accepted lengths and time by phase, in several lines."""
+    """Summarise tokens, speed, block efficiency, accepted lengths and time by phase."""
     lines = [
         f"{len(generation.token_ids)} tokens after a prompt of {generation.prompt_tokens}, "
         f"{generation.tokens_per_s:.1f} tokens/s, "
@@ -222,7 +222,7 @@ def summarise(generation: Generation) -> str:
 
 
 def _histogram(histogram: dict[int, int]) -> list[str]:
-    """One line per accepted length, with its number of iterations."""
+    """Format a line per accepted length, with its number of iterations."""
     longest = max(histogram.values(), default=0)
     lines = [
         f"{length:>15}: {'█' * max(1, round(BAR_WIDTH * count / longest))} {count}"
@@ -300,7 +300,7 @@ def run_text(
 
 
 def list_log_probs(log_probs: Sequence[TokenLogProb], tokenizer: Tokenizer) -> str:
-    """One line per token: its log probability, itself, and the most probable tokens."""
+    """Format a line per token: its log probability, itself, and the most probable tokens."""
     lines = []
     for token in log_probs:
         top = (f"{tokenizer.token_text(i)!r} {log_prob:.3f}" for i, log_prob in token.top)

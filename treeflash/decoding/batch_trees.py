@@ -93,7 +93,7 @@ def observe(outcomes: Sequence[Outcome]) -> None:
 
 
 def _observe(batch: RowBatch, outcomes: Sequence[Outcome]) -> None:
-    """`observe` of tables of one batch."""
+    """Observe the tables of one batch."""
     passed = [
         (lane, row, rank)
         for lane, outcome in enumerate(outcomes)

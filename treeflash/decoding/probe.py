@@ -158,7 +158,7 @@ def tree_difference(backend: Backend, rng: np.random.Generator, prefix_length: i
 
 
 def commit_differences(backend: Backend, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Differences between a large tree and plain sequences, and after a commit.
+    """Measure differences between a large tree and plain sequences, also after a commit.
 
     The large tree is run together with another sequence. Both are prefilled in the same chunks, so
     that a mixture of experts routes near-ties alike. Returns the difference at the tree's last
@@ -255,7 +255,7 @@ def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float3
 
 
 def _raised_by_model(error: Exception, backend: Backend) -> bool:
-    """Whether an error comes from a model's own code, and not from treeflash or the backend.
+    """Return whether an error comes from a model's own code, and not from treeflash or the backend.
 
     The innermost frame outside the numerical frameworks decides. An error of the backend's own code
     is a bug, not a property of the model.

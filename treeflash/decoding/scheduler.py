@@ -205,7 +205,7 @@ class RunningSequence:
         return min(rest - 1, SNAPSHOT_INTERVAL - self.state.length % SNAPSHOT_INTERVAL)
 
     def expect(self, kind: type[W]) -> W:
-        """The pending work, which is of that kind."""
+        """Return the pending work, which is of that kind."""
         assert isinstance(self.pending, kind)
         return self.pending
 
@@ -232,7 +232,7 @@ class RunningSequence:
             self.add_time(phase, started)
 
     def drafted_nodes_kept(self, nodes: int) -> None:
-        """Rest from drafts, each time twice as long, if only the root of its tree was kept."""
+        """Skip drafts, twice as many each time, if only the root of its tree was kept."""
         if nodes > 1:
             self.next_rest = 1
         else:
@@ -262,7 +262,7 @@ efficiency of 8 nodes by 0.1 %."""
 
 
 def table_options(config: DecodeConfig, nodes: int) -> TableOptions:
-    """The options of the table for a tree or chain of `nodes` nodes, without noise."""
+    """Return the options of the table for a tree or chain of `nodes` nodes, without noise."""
     k, temperature = config.top_k_children, config.draft_temperature
     if not config.uses_head:
         return TableOptions(k=1 if config.drafts_chain else k, temperature=temperature)
@@ -284,7 +284,7 @@ def propose(
     nodes: Sequence[int],
     positions: Sequence[NDArray[np.int32]] = (),
 ) -> list[TransitionTable]:
-    """The tables that chains or trees are built from, for the blocks of all sequences of one draft.
+    """Compute the tables of chains or trees, for the blocks of all sequences of one draft.
 
     `nodes` are the expected sizes of the trees, `positions` the (D,) of each block's depths, which
     greedy sequences do not need.
@@ -363,7 +363,7 @@ class Iteration:
         proposals: dict[RequestId, SuffixTree] = {}
 
         def copy(sequence: RunningSequence) -> SuffixTree | None:
-            """What followed earlier occurrences of the text, unless copying does not pay."""
+            """Copy what followed earlier occurrences of the text, unless copying does not pay."""
             config, work = sequence.config, sequence.expect(Draft)
             if work.suffix is None:
                 return None
@@ -489,7 +489,7 @@ class Iteration:
                 sequence.resume(nodes, "tree")
 
     def _chunks(self) -> dict[RequestId, int]:
-        """How many prompt tokens to run, by sequence: as many as there is room for, in order."""
+        """Choose how many prompt tokens to run, by sequence: as many as fit, in order."""
         room = self.prefill_chunks[0 if self._pending(Verify) else 1]
         chunks = {}
         for sequence in self._pending(Prefill):
@@ -564,7 +564,7 @@ class Iteration:
         )
 
     def _captures(self) -> int:
-        """Functions that the backend has compiled or captured so far, if it does."""
+        """Count the functions that the backend has compiled or captured so far, if it does."""
         captures: int = getattr(self.backend, "captures", 0)
         return captures
 
@@ -598,7 +598,7 @@ class Iteration:
 
 
 def _concerns_few(error: Exception) -> bool:
-    """Whether an error of a call may end the sequences of the call, and no others."""
+    """Return whether an error of a call may end the sequences of the call, and no others."""
     return isinstance(error, TreeflashError) or is_out_of_memory(error)
 
 
@@ -717,7 +717,7 @@ class Scheduler:
             )
 
     def state_bytes(self, request: Request) -> int:
-        """Device memory that the state of a sequence may take, bytes."""
+        """Return the bytes that the state of a sequence may take."""
         return self.backend.state_nbytes(self._capacity(request), drafts=request.config.drafts)
 
     def run(self) -> Generator[Event, None, None]:
@@ -860,7 +860,7 @@ class Scheduler:
         self._restoration = None
 
     def _leader(self, waiting: _Waiting) -> RunningSequence | None:
-        """The running sequence to fork, if it has not ended and their states can be shared."""
+        """Find the running sequence to fork, if it has not ended and its state can be shared."""
         for sequence in self._running:
             if sequence.request_id == waiting.leader:
                 shareable = self._cache_key(sequence.request) == self._cache_key(waiting.request)
@@ -923,7 +923,7 @@ class Scheduler:
         return free >= 0
 
     def _states_bytes(self, requests: Sequence[Request]) -> int:
-        """Device memory that the states of sequences that run together may take, bytes."""
+        """Return the bytes that the states of sequences that run together may take."""
         if (states_nbytes := getattr(self.backend, "states_nbytes", None)) is None:
             return sum(map(self.state_bytes, requests))
         nbytes: int = states_nbytes([(self._capacity(x), x.config.drafts) for x in requests])
@@ -959,16 +959,16 @@ class Scheduler:
         cache.put(self._cache_key(sequence.request), sequence.tokens[:length], state)
 
     def _finished_answers(self, salt: str) -> list[SuffixIndex]:
-        """The indices over finished answers that a sequence may copy."""
+        """Return the indices over finished answers that a sequence may copy."""
         return [] if self.suffix_cache is None else self.suffix_cache.indices(salt)
 
     def _limit(self, request: Request) -> int:
-        """New tokens at most."""
+        """Return the most new tokens."""
         room = self.backend.max_positions - len(request.prompt_ids)
         return min(request.config.max_tokens, room)
 
     def _capacity(self, request: Request) -> int:
-        """Positions of the sequence, the nodes of its largest tree included."""
+        """Return the sequence's positions, the nodes of its largest tree included."""
         config = request.config
         nodes = 1
         if config.is_adaptive:
@@ -990,7 +990,7 @@ class Scheduler:
                     self.prefix_cache.disk.rates.prefill_s = step.seconds["prefill"] / run
 
     def _cache_key(self, request: Request) -> CacheKey:
-        """States are shared by sequences with the same key: the loaded pair is a part of it."""
+        """Return the key of sequences that share states; the loaded pair is a part of it."""
         return CacheKey(self.backend, request.config.drafts, request.cache_salt)
 
     def _budget(self, method: Method) -> AdaptiveBudget:

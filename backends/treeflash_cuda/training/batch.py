@@ -22,7 +22,7 @@ class TargetRows:
     next_tokens: Tensor  # (n,) the tokens that the sequences or drafts have there
 
     def scored_tokens(self) -> Tensor:
-        """(n, K + 1) the tokens whose log probabilities the losses need; the last is the next."""
+        """Return (n, K + 1) tokens whose log probabilities the losses need; the next comes last."""
         return torch.cat([self.tokens, self.next_tokens[:, None]], 1)
 
 
@@ -57,18 +57,18 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def continuations(self) -> Tensor:
-        """(rows, A, D) the tokens after each anchor; beyond the sequence's end, its last token."""
+        """Return (rows, A, D) tokens after each anchor; the last one stands beyond the end."""
         return self._blocks(self.tokens, 1)
 
     def block_tokens(self) -> Tensor:
-        """(rows, A, D) the tokens to predict, of the sequence or of a draft."""
+        """Return the (rows, A, D) tokens to predict, of the sequence or of a draft."""
         tokens = self.continuations()
         if self.drafts is not None:
             tokens[:, self.drafts.columns] = self.drafts.tokens
         return tokens
 
     def previous_tokens(self) -> Tensor:
-        """(n,) the token before each of the n tokens to predict."""
+        """Return the (n,) token before each of the n tokens to predict."""
         roots = self.tokens.gather(1, self.anchors)[:, :, None]
         return torch.cat([roots, self.block_tokens()[:, :, :-1]], 2)[self.valid]
 
@@ -83,14 +83,14 @@ class Batch:
         )
 
     def is_drafted(self) -> Tensor:
-        """(n,) bool, whether the token to predict belongs to a draft."""
+        """Return the (n,) bool, whether the token to predict belongs to a draft."""
         drafted = torch.zeros_like(self.valid)
         if self.drafts is not None:
             drafted[:, self.drafts.columns] = True
         return drafted[self.valid]
 
     def rejections(self) -> Tensor:
-        """(n,) the number of tokens from the draft's first wrong one to this one; 0 before it."""
+        """Count the tokens from a draft's first wrong one to this one, (n,); 0 before it."""
         differs = (self.block_tokens() != self.continuations()).cumsum(2) > 0
         return differs.cumsum(2)[self.valid]
 
@@ -100,7 +100,7 @@ class Batch:
         return Batch(**tensors)
 
     def _blocks(self, x: Tensor, offset: int) -> Tensor:
-        """(rows, A, D, ...) the elements of (rows, length, ...) from `offset` after each anchor."""
+        """Return the (rows, A, D, ...) elements of (rows, length, ...) after each anchor."""
         depth = torch.arange(self.valid.shape[2], device=x.device) + offset
         positions = (self.anchors[:, :, None] + depth).clamp(max=x.shape[1] - 1)
         rows = torch.arange(len(x), device=x.device)[:, None, None]

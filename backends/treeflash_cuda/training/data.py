@@ -192,7 +192,7 @@ class FeatureStore:
 
 
 def target_top(target: Target, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(n, k) the target's top tokens, int32, and their log probabilities, from decoder outputs."""
+    """Return the target's (n, k) int32 top tokens and their log probabilities."""
     chunks = hidden.split(OUTPUT_ROWS)
     parts = [top_log_probs(target.logits(chunk), k, temperature=1) for chunk in chunks]
     tokens, log_probs = map(torch.cat, zip(*parts, strict=True))
@@ -216,14 +216,14 @@ class Plan:
     seed: int  # the seed of the shuffles
 
     def __getitem__(self, forward: int) -> NDArray[np.int64]:
-        """(batch,) numbers of the responses; forward passes count from 0 through all epochs."""
+        """Return (batch,) numbers of responses; forward passes count through all epochs."""
         # Each epoch drops its incomplete last batch, which has other responses in every epoch.
         per_epoch = max(1, len(self.lengths) // self.batch)
         epoch, index = divmod(forward, per_epoch)
         return self._epoch(epoch)[index]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """(forward passes, batch): shuffled responses, similar lengths together."""
+        """Return the (forward passes, batch): shuffled responses, similar lengths together."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.lengths))
         if len(order) < self.batch:
@@ -264,7 +264,7 @@ class Batches:
 def choose_anchors(
     response: Response, count: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Up to `count` positions of the response in ascending order, each with a token after it."""
+    """Choose up to `count` ascending positions of the response with a token after each."""
     positions = np.arange(len(response.prompt_ids), len(response) - 1)
     if len(positions) > count:
         positions = np.sort(random.choice(positions, count, replace=False))

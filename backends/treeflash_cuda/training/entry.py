@@ -22,7 +22,7 @@ def train(
     load: LoadConfig,
     held_out: Sequence[Response] = (),
 ) -> Iterator[dict[str, Any]]:
-    """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
+    """Train as `treeflash.training.interfaces.Trainer.train` describes, in PyTorch."""
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
             raise BackendError(

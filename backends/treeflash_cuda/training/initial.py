@@ -305,7 +305,7 @@ def _copy_linear(linear: nn.Linear, source: Any, scale: Tensor | None) -> None:
 
 
 def _norm_scale(norm: Any) -> Tensor:
-    """(hidden_size,) the factors of a norm; some families store them less 1."""
+    """Return the (hidden_size,) factors of a norm; some families store them less 1."""
     ones = torch.ones_like(norm.weight)
     return norm(ones[None])[0].float().cpu()
 

@@ -54,7 +54,7 @@ def train(
     load: LoadConfig,
     held_out: Sequence[Response],
 ) -> Iterator[dict[str, Any]]:
-    """`treeflash.training.interfaces.Trainer.train` in PyTorch."""
+    """Train as `treeflash.training.interfaces.Trainer.train` describes, in PyTorch."""
     accelerator = make_accelerator(config, load)
     known = {**asdict(config), "processes": accelerator.num_processes, "target": target.name}
     request = fingerprint(
@@ -147,7 +147,7 @@ def make_accelerator(config: TrainConfig, load: LoadConfig) -> Accelerator:
 
 
 def make_optimizer(blocks: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW without weight decay for norms and biases."""
+    """Create AdamW, without weight decay for norms and biases."""
     trainable = [p for p in blocks.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
@@ -193,7 +193,7 @@ def validation_loss(validation: Mapping[str, Any], config: TrainConfig) -> float
 
 
 def learning_rate(step: float, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine decay that reaches 0 after the last step."""
+    """Warm up linearly, then decay by a cosine that reaches 0 after the last step."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.learning_rate * min(1.0, (step + 1) / warmup)

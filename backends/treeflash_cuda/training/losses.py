@@ -36,27 +36,27 @@ class Outcomes:
         return cls(p, q, log_p, log_q, log_probs[:, -1])
 
     def acceptance(self) -> Tensor:
-        """(n,) the probability that speculative sampling accepts the drafter's sample."""
+        """Return the (n,) probability that speculative sampling accepts the drafter's sample."""
         return 1 - total_variation(self)
 
 
 def forward_kl(outcomes: Outcomes) -> Tensor:
-    """(n,) KL(target || drafter)."""
+    """Return the (n,) KL(target || drafter)."""
     return (outcomes.p * (outcomes.log_p - outcomes.log_q)).sum(-1)
 
 
 def reverse_kl(outcomes: Outcomes) -> Tensor:
-    """(n,) KL(drafter || target)."""
+    """Return the (n,) KL(drafter || target)."""
     return (outcomes.q * (outcomes.log_q - outcomes.log_p)).sum(-1)
 
 
 def total_variation(outcomes: Outcomes) -> Tensor:
-    """(n,) half the sum of absolute differences: 1 minus the probability of acceptance."""
+    """Return (n,) half the sum of absolute differences: 1 minus the probability of acceptance."""
     return (outcomes.p - outcomes.q).abs().sum(-1) / 2
 
 
 def lk(outcomes: Outcomes) -> Tensor:
-    """(n,) KL where acceptance is low, and total variation where it is high.
+    """Return the (n,) KL where acceptance is low, and total variation where it is high.
 
     Total variation is what decoding loses, but its gradient vanishes while the distributions hardly
     overlap (arXiv 2602.23881, the hybrid loss).
@@ -74,12 +74,12 @@ LOSSES: dict[str, Callable[[Outcomes], Tensor]] = {
 
 
 def mixture(weights: Mapping[str, float], outcomes: Outcomes) -> Tensor:
-    """(n,) the weighted sum of losses."""
+    """Return the (n,) weighted sum of losses."""
     return torch.stack([weight * LOSSES[name](outcomes) for name, weight in weights.items()]).sum(0)
 
 
 def _with_rest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and their logarithms, with the probability of all other tokens added."""
+    """Add the probability of all other tokens; return probabilities and logarithms."""
     probs = log_probs.exp()
     rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
     log_rest = rest.clamp_min(MIN_REST).log()
@@ -91,7 +91,7 @@ SMOOTHING = 0.5
 
 
 def exponential(valid: Tensor, gamma: float) -> Tensor:
-    """(n,) exp(-(d - 1) / gamma) at depth d (DFlash, arXiv 2602.06036).
+    """Return the (n,) exp(-(d - 1) / gamma) at depth d (DFlash, arXiv 2602.06036).
 
     The n tokens to predict are (rows, A, D) bool by depth.
     """
@@ -100,7 +100,7 @@ def exponential(valid: Tensor, gamma: float) -> Tensor:
 
 
 def prefix_product(valid: Tensor, acceptance: Tensor) -> Tensor:
-    """(n,) how much the expected accepted length depends on each depth (D-PACE, equation 8).
+    """Return (n,) how much the expected accepted length depends on each depth (D-PACE, equation 8).
 
     The expected length is the sum over depths of the product of the acceptances up to that depth. A
     depth's weight is the part of the sum that has its acceptance as a factor. D-PACE uses the

@@ -80,7 +80,7 @@ class LMHead:
         return len(self.weight if shortlist is None else shortlist.tokens)
 
     def logits(self, hidden: Tensor, shortlist: Shortlist | None = None) -> Tensor:
-        """(n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
+        """Return (n, v) float32 from (n, hidden_size); the log weights of a shortlist are added."""
         weight, bias = self.weight, self.bias
         if shortlist is not None:
             weight = weight[shortlist.tokens]
@@ -215,7 +215,7 @@ def _compiled_attention() -> Any:
 
 
 def _is_near(distance: Tensor, window: int | None, causal: bool) -> Tensor:
-    """Whether a query sees a key `distance` positions before it."""
+    """Return whether a query sees a key `distance` positions before it."""
     near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return near if window is None else near & (distance.abs() < window)
 
@@ -247,7 +247,7 @@ class Blocks(nn.Module):
         self.add_module(self.head_name, head)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(rows, A, D, hidden_size) outputs of the last layer at the slots that predict."""
+        """Return (rows, A, D, hidden_size) outputs of the last layer at the slots that predict."""
         config = self.model.config
         rows, anchors = batch.anchors.shape
         size, device = config.block_size, batch.tokens.device
@@ -305,7 +305,7 @@ class Blocks(nn.Module):
         return marginal, corrected[0] if corrected else None
 
     def _draft(self, hidden: Tensor, roots: Tensor) -> Tensor:
-        """(rows, A, D) tokens, each the best after the one before it."""
+        """Return the (rows, A, D) tokens, each the best after the one before it."""
         lm_head, head, output = self.lm_head[0], self._head(), self._output(None)
 
         def best(queries: Tensor, normed: Tensor) -> tuple[Tensor]:
@@ -344,18 +344,18 @@ class TargetOutput(OutputStage):
         self.shortlist = shortlist
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(n, hidden_size) rows of the input table."""
+        """Compute the (n, hidden_size) rows of the input table."""
         return F.embedding(tokens, self.embeddings)
 
     def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(n, v) logits of the shortlist's `tokens`."""
+        """Return the (n, v) logits of the shortlist's `tokens`."""
         return self.lm_head.logits(normed, self.shortlist)
 
 
 def conditional_log_probs(
     head: ConditionalHead, output: TargetOutput, queries: Tensor, logits: Tensor
 ) -> Tensor:
-    """(n, v) log probabilities of the vocabulary or a shortlist, after the previous tokens.
+    """Return (n, v) log probabilities of the vocabulary or a shortlist, after the previous tokens.
 
     They follow from the (n, size) queries of the head and the (n, v) logits of the marginals. A
     selector ranks only the best tokens of a slot anew, as in decoding. The others keep their

@@ -127,12 +127,12 @@ DAMAGED = (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingE
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the drafter is in the folder."""
+    """Return whether the drafter is in the folder."""
     return all((folder / name).exists() for name in CHECKPOINT)
 
 
 def is_finished(folder: Path, request: str) -> bool:
-    """Whether a run for this request is over and has its drafter."""
+    """Return whether a run for this request is over and has its drafter."""
     try:
         saved = json.loads((folder / "state" / "run.json").read_text())
         done = saved["request"] == request and saved["finished"] is True

@@ -46,7 +46,7 @@ def _load_columns(
     DTYPE: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """(tile, DIMS) keys or values of columns, 0 where they are not used."""
+    """Load the (tile, DIMS) keys or values of columns, 0 where they are not used."""
     dims = tl.arange(0, DIMS)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
     x = tl.load(cache + columns[:, None] * stride + dims[None, :], mask=mask, other=0)
@@ -68,7 +68,7 @@ def _add_tile(
     softcap,
     SOFTCAP: tl.constexpr,
 ):
-    """Attention over one more tile, with an online softmax."""
+    """Attend to one more tile, with an online softmax."""
     highest, total, out = state
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if SOFTCAP:
@@ -171,7 +171,7 @@ def _shared_positions(
     SINK: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """Attention of 1 or 2 times `ROWS` rows to the tiles of a chunk that all rows share."""
+    """Attend from 1 or 2 times `ROWS` rows to the tiles of a chunk that all rows share."""
     chunk, kv_head = tl.program_id(1) % chunks, tl.program_id(1) // chunks
     sequence, count = tl.program_id(2), n * GROUPS
     rows = tl.program_id(0) * (2 * ROWS if PAIR else ROWS) + tl.arange(0, ROWS)
@@ -341,7 +341,7 @@ def _own_positions(
 
 
 def tile_size(head_dim: int, itemsize: int, quantised: bool) -> int:
-    """Positions of a tile: a function of the model alone, as the order of sums depends on it."""
+    """Return a tile's positions, by the model alone, as the order of sums depends on it."""
     size = TILE_BYTES // 2 if itemsize == 4 else TILE_BYTES  # without tensor cores: registers
     columns = size // (triton.next_power_of_2(head_dim) * itemsize)
     return min(max(columns // 2 if quantised else columns, MIN_TILE), MAX_TILE)
@@ -358,7 +358,7 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`operations.tree_attention` in two launches, whatever the number of sequences is."""
+    """Compute `operations.tree_attention` in two launches for any number of sequences."""
     (rows, heads, head_dim), kv_heads = q.shape, k.shape[0]
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert k.stride() == v.stride()

@@ -60,7 +60,7 @@ def _grouped_linear(
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`operations.grouped_linear`, one launch beside that of the zeros."""
+    """Compute `operations.grouped_linear`, in one launch beside the one of the zeros."""
     experts, width, size = weight.shape
     assert x.stride(1) == 1
     assert bias is None or bias.stride(1) == 1

@@ -47,7 +47,7 @@ def _rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`operations.rms_norm`, one launch."""
+    """Compute `operations.rms_norm` in one launch."""
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     added = None if residual is None else residual.reshape(-1, size)
@@ -80,7 +80,7 @@ def _rotate(
     ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """(rows, DIMS) normalised and rotated heads, float32 with the values of the dtype."""
+    """Rotate (rows, DIMS) normalised and rotated heads, float32 with the values of the dtype."""
     dims, half = tl.arange(0, DIMS), ROTARY_DIM // 2
     dtype: tl.constexpr = x_pointer.dtype.element_ty
     partner = tl.where(dims < half, dims + half, tl.where(dims < ROTARY_DIM, dims - half, dims))
@@ -190,7 +190,7 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """`operations.rotate_and_store`, one launch."""
+    """Compute `operations.rotate_and_store` in one launch."""
     (n, heads, head_dim), kv_heads = q.shape, k.shape[1]
     assert q.stride(2) == k.stride(2) == v.stride(2) == k_cache.stride(2) == 1
     assert k_cache.stride() == v_cache.stride()
@@ -243,7 +243,7 @@ def _gated(
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
-    """`operations.gated`, one launch."""
+    """Compute `operations.gated` in one launch."""
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
     result = gates.new_empty(gates.shape)

@@ -51,7 +51,7 @@ def _linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, in which a row's sums have the same order beside any others.
+    """Compute `linear` of PyTorch with an order of a row's sums that other rows do not change.
 
     Args:
         x: (..., size).

@@ -26,7 +26,7 @@ SIGN, HIGHEST_BIT, OTHERS = map(tl.constexpr, (-(2**31), 2**30, 2**31 - 1))
 
 @triton.jit
 def _load(row, block, vocab, BLOCK: tl.constexpr):
-    """Logits of a block, and their places; -inf beyond the last one."""
+    """Load a block's logits, and their places; -inf beyond the last one."""
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(row + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
     return x + 0.0, tokens  # -0 and 0 are equal
@@ -34,14 +34,14 @@ def _load(row, block, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ordered(x):
-    """int32 numbers in the order of float32 ones."""
+    """Return int32 numbers in the order of float32 ones."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ OTHERS, bits)
 
 
 @triton.jit
 def _shifted(x, SHIFT: tl.constexpr):
-    """The right shift of unsigned numbers: the sign is not copied."""
+    """Return the right shift of unsigned numbers: the sign is not copied."""
     return (x >> SHIFT) & (OTHERS >> (SHIFT - 1))
 
 
@@ -54,7 +54,7 @@ def _mixed(x):
 
 @triton.jit
 def _noise(tokens, first_key, second_key):
-    """`treeflash.decoding.sampling.gumbel`."""
+    """Compute `treeflash.decoding.sampling.gumbel`."""
     x = _mixed(_mixed(tokens ^ first_key) ^ second_key)
     share = (_shifted(x, 1).to(tl.float32) + 0.5) * (1.0 / 2147483648.0)
     share = tl.minimum(share, LARGEST_SHARE)
@@ -145,7 +145,7 @@ def _sample(
 
 
 def sample_rows(logits: Tensor, keys: Tensor, settings: Tensor) -> Tensor:
-    """`operations.sample_rows`, one launch."""
+    """Compute `operations.sample_rows` in one launch."""
     n, vocab = logits.shape
     assert logits.stride(1) == 1
     tokens = torch.empty(n, dtype=torch.int32, device=logits.device)
