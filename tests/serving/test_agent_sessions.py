@@ -60,7 +60,7 @@ class Size:
 
 
 SMALL = Size(2500, 6)
-LONG = Size(15_000, 40)
+LONG = Size(6_000, 16)
 
 
 def text(rng: random.Random, length: int) -> str:
