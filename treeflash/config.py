@@ -349,7 +349,13 @@ class LoadConfig:
         rule="the folder of a LoRA adapter",
         metavar="FOLDER",
     )
-    draft_bits: int | None = option(None, "quantise the drafter to N bits (mlx)", 1, metavar="N")
+    draft_bits: int | None = option(
+        None,
+        "quantise the drafter to N bits, 16 for not at all (mlx)",
+        1,
+        shown="on a GPU the bits of a quantised target, at least 4",
+        metavar="N",
+    )
     draft_window: int | None = option(
         None,
         f"the drafter sees only the first {SINK} and the last N tokens",

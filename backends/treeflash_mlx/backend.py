@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,6 +53,10 @@ Model: TypeAlias = DrafterModel | MtpModel | AssistantModel
 Head: TypeAlias = TableHead | MtpHead
 
 BITS = (2, 3, 4, 5, 6, 8)
+UNQUANTISED_BITS = 16
+"""The number of bits that keeps a drafter as it is."""
+LEAST_DEFAULT_BITS = 4
+"""Drafters take no fewer bits unless asked to: what they lose with fewer was never measured."""
 GROUP_SIZE = 64
 WARM_NODES = 24
 DRAFT_WINDOW = 4096
@@ -150,9 +155,8 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if not on_cpu and model.dtype == mx.float32:
         warn_of_tf32()
 
-    drafter_model, head = (
-        (None, None) if drafter is None else load_drafter(drafter, model, config.draft_bits)
-    )
+    bits = choose_bits(config.draft_bits, model.model, on_cpu=on_cpu)
+    drafter_model, head = (None, None) if drafter is None else load_drafter(drafter, model, bits)
     if isinstance(drafter_model, MtpModel | AssistantModel):
         refuse_window(config)
     module = head.module if isinstance(head, ARHead | RecurrentHead) else None
@@ -210,10 +214,29 @@ def check_config(config: LoadConfig) -> None:
         raise ConfigError(
             f"kv_bits must be one of {KV_BITS} on the mlx backend, got {config.kv_bits}"
         )
-    if config.draft_bits not in (None, *BITS):
+    if config.draft_bits not in (None, *BITS, UNQUANTISED_BITS):
         raise ConfigError(
-            f"draft_bits must be one of {BITS} on the mlx backend, got {config.draft_bits}"
+            f"draft_bits must be one of {(*BITS, UNQUANTISED_BITS)} on the mlx backend, got "
+            f"{config.draft_bits}"
         )
+
+
+def choose_bits(asked: int | None, target: nn.Module, *, on_cpu: bool) -> int | None:
+    """Return the bits that a drafter is quantised to; None keeps it as it is.
+
+    An iteration on a GPU takes as long as its weights take to be read, so by default a drafter has
+    the width of most of the target's weights. On a CPU products of few rows are slower with
+    quantised weights.
+    """
+    if asked is not None:
+        return None if asked == UNQUANTISED_BITS else asked
+    numbers: Counter[int] = Counter()
+    for module in target.modules():
+        if (weight := module.get("weight")) is not None:
+            bits = getattr(module, "bits", None)
+            numbers[bits or UNQUANTISED_BITS] += 8 * weight.nbytes // bits if bits else weight.size
+    [(width, _)] = numbers.most_common(1)
+    return None if on_cpu or width not in BITS else max(width, LEAST_DEFAULT_BITS)
 
 
 def runs_batches(backend: MlxBackend) -> bool:

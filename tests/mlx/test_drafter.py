@@ -15,7 +15,8 @@ require("mlx_lm")
 
 import mlx.core as mx
 from mlx import nn
-from treeflash_mlx.backend import load
+from treeflash_mlx import backend as backend_module
+from treeflash_mlx.backend import choose_bits, load
 
 GREEDY = SamplingConfig()
 SEEDED = SamplingConfig(temperature=0.8, top_p=0.9, seed=5)
@@ -169,6 +170,33 @@ def test_quantised_heads(tmp_path, monkeypatch, dialect):
                 for x in step.tokens
             ]
         )
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 4), (4, 4), (8, 8), (None, None)])
+def test_a_drafter_has_the_bits_of_most_of_the_targets_weights(bits, expected):
+    layers = nn.Linear(64, 320), nn.Linear(64, 64)
+    if bits is not None:
+        layers = nn.QuantizedLinear.from_linear(layers[0], 64, bits), layers[1]
+    target = nn.Sequential(*layers, nn.RMSNorm(64))
+    assert choose_bits(None, target, on_cpu=False) == expected
+    assert choose_bits(None, target, on_cpu=True) is None
+    assert choose_bits(3, target, on_cpu=True) == 3
+    assert choose_bits(16, target, on_cpu=False) is None
+
+
+def test_a_drafter_is_quantised_like_its_target(quantised_pair, monkeypatch):
+    """Its default is not a setting of the target: the texts stay the same."""
+    monkeypatch.setattr(
+        backend_module, "choose_bits", lambda *args, on_cpu: choose_bits(*args, on_cpu=False)
+    )
+    kinds, texts = [], []
+    for bits in (None, 16):
+        backend = load(*quantised_pair, LoadConfig(draft_bits=bits))
+        kinds.append(type(backend.drafter_model.layers[0].mlp.up_proj))
+        config = DecodeConfig(max_tokens=20, budget=16)
+        texts.append([x for step in decode(backend, [1, 2, 3], config) for x in step.tokens])
+    assert kinds == [nn.QuantizedLinear, nn.Linear]
     assert texts[0] == texts[1]
 
 
